@@ -1,0 +1,1 @@
+"""How you ask for it: REST on Ray Serve, and the ``chainfed`` command."""

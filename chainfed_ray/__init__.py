@@ -1,0 +1,1 @@
+"""The method: what is computed, in torch, with no cluster in sight."""

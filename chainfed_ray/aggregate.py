@@ -1,0 +1,61 @@
+"""FedAvg: the mean of the clients' tensors, weighted by example count, in client order (McMahan et al., 2017).
+
+Floating-point addition is not associative, so the order matters: updates are folded by the client's place in the
+round, never by their arrival, and the result is exact and repeatable. They are folded one at a time into a running
+sum in float64, so the server holds one update and not all of them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from chainfed_ray.adapter import Tensors
+from chainfed_ray.errors import InvalidUpdate
+
+
+def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], examples: int) -> None:
+    """Refuse what must not be averaged.
+
+    Raises:
+        InvalidUpdate: a name, a shape or a dtype is not the expected one, a value is not finite, or no example was used.
+    """
+    if examples < 1:
+        raise InvalidUpdate(client, f"it is weighted by {examples} examples")
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise InvalidUpdate(client, f"{missing[0]} is missing")
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise InvalidUpdate(client, f"{unknown[0]} was not to be trained")
+    for name, wanted in expected.items():
+        found = tensors[name]
+        if found.shape != wanted.shape or found.dtype != wanted.dtype:
+            raise InvalidUpdate(
+                client, f"{name} is {found.dtype} {list(found.shape)}, not {wanted.dtype} {list(wanted.shape)}"
+            )
+        if not torch.isfinite(found).all():
+            raise InvalidUpdate(client, f"{name} is not finite")
+
+
+class RunningMean:
+    """A weighted mean of named tensors, folded one update at a time."""
+
+    def __init__(self) -> None:
+        self._sums: Tensors = {}
+        self.weight = 0
+
+    def fold(self, tensors: Mapping[str, Tensor], examples: int) -> None:
+        """Add an update with the weight of its examples."""
+        for name, tensor in tensors.items():
+            weighted = tensor.double() * examples
+            self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
+        self.weight += examples
+
+    def mean(self) -> Tensors:
+        """The mean by name, in float32.
+
+        Raises:
+            ValueError: nothing was folded.
+        """
+        if self.weight == 0:
+            raise ValueError("the mean of no updates")
+        return {name: (total / self.weight).float() for name, total in self._sums.items()}

@@ -1,0 +1,89 @@
+"""The window rule: which adapters are trained in which round. Integers only.
+
+A **chain** is the adapters of layers ``start`` … ``layers - 1``. A **window** is ``width`` adjacent ones, trained
+together (DLCT, paper section 3.2); it slides by one, so neighbouring windows share ``width - 1`` adapters. A **stage** is
+a window with its share of the job's rounds.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Window:
+    """The adapters of layers ``bottom`` … ``top``, both included."""
+
+    bottom: int
+    top: int
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.bottom, self.top + 1))
+
+    def __len__(self) -> int:
+        return self.top - self.bottom + 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A window and the most rounds it may have."""
+
+    index: int
+    window: Window
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The adapters of layers ``start`` … ``layers - 1``, trained ``width`` at a time.
+
+    Raises:
+        ValueError: the chain is shorter than a window.
+    """
+
+    layers: int
+    start: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.start and 1 <= self.width <= self.layers - self.start):
+            raise ValueError(f"no window of {self.width} fits between layer {self.start} and layer {self.layers - 1}")
+
+    @property
+    def adapters(self) -> range:
+        """The layers that have an adapter."""
+        return range(self.start, self.layers)
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """Every window, from the bottom to the top."""
+        return tuple(Window(low, low + self.width - 1) for low in range(self.start, self.layers - self.width + 1))
+
+    def staged(self, total: int, last_share: float) -> tuple[Stage, ...]:
+        """A stage for each window; the last has ``last_share`` of the rounds, the others share the rest evenly.
+
+        Equal shares starve the last stage, the only one that trains end to end. Where there are fewer rounds than
+        windows, the lowest windows are left out.
+        """
+        windows = self.windows[-total:]
+        if len(windows) == 1:
+            return (Stage(0, windows[0], total),)
+        others = len(windows) - 1
+        last = min(max(round(total * last_share), 1), total - others)
+        share, extra = divmod(total - last, others)
+        rounds = [share + (index < extra) for index in range(others)] + [last]
+        return tuple(Stage(index, window, count) for index, (window, count) in enumerate(zip(windows, rounds, strict=True)))
+
+    def cyclic(self, round_index: int, total: int) -> Window:
+        """The window of a round when it slides every round and wraps: the last round has the top window."""
+        windows = self.windows
+        return windows[(round_index - total) % len(windows)]
+
+
+def start_below(similarities: tuple[float, ...], threshold: float, width: int) -> int:
+    """The first layer whose similarity to the embedding output is below ``threshold`` (FOAT, paper section 3.4).
+
+    Never so high that no window fits; that highest start is also taken where every layer is above the threshold.
+    """
+    highest = len(similarities) - width
+    below = (layer for layer, similarity in enumerate(similarities) if similarity < threshold)
+    return min(next(below, highest), highest)

@@ -1,0 +1,171 @@
+"""Every error the project raises on purpose.
+
+::
+
+    ChainFedError
+    ├── InvalidJob         (ValueError)    a job, or a request, that cannot be accepted: the fields, their values, what would do
+    ├── UnsupportedModel   (ValueError)    a base model that cannot be run layer by layer
+    ├── InvalidUpdate      (ValueError)    a client's update that must not be averaged (NaN, wrong shape, wrong name)
+    ├── ClientDied         (RuntimeError)  a client's process ended in the middle of its turn
+    ├── QuorumLost         (RuntimeError)  too few clients answered, several rounds in a row
+    ├── CorruptCommit      (RuntimeError)  a commit whose bytes are not those that were written
+    ├── ServiceUnavailable (RuntimeError)  no service answers at the address given
+    ├── JobNotFound        (LookupError)   no such job
+    ├── JobConflict        (RuntimeError)  the job is not in a state that allows what was asked
+    └── ModelNotFound      (LookupError)   no such served model
+
+Each is also a standard-library error, so that plain Python code may catch it, and each survives pickling, since Ray
+carries errors between processes: the arguments of the constructor are the arguments of the exception.
+"""
+
+from typing import Any, NamedTuple
+
+
+class ChainFedError(Exception):
+    """The root of the tree."""
+
+
+class Problem(NamedTuple):
+    """One thing wrong with an input: the field's path, the value found there and what would have done."""
+
+    field: str
+    value: Any
+    expected: str
+
+    def __str__(self) -> str:
+        found = "is missing" if self.value is MISSING else f"is {_shown(self.value)}"
+        return f"{self.field} {found}; expected {self.expected}"
+
+
+class _Missing:
+    """The value of a field that was not given (a class of its own, since ``None`` is a value)."""
+
+    def __repr__(self) -> str:
+        return "(missing)"
+
+    def __reduce__(self) -> str:
+        return "MISSING"
+
+
+MISSING = _Missing()
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+class InvalidJob(ChainFedError, ValueError):
+    """A job or request that cannot be accepted; ``problems`` says why, a field at a time."""
+
+    def __init__(self, problems: tuple[Problem, ...]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+    @classmethod
+    def at(cls, field: str, value: Any, expected: str) -> "InvalidJob":
+        """The common case of a single problem."""
+        return cls((Problem(field, value, expected),))
+
+    def __str__(self) -> str:
+        return "; ".join(str(problem) for problem in self.problems)
+
+
+class UnsupportedModel(ChainFedError, ValueError):
+    """A base model that cannot be run as embed → layers → head."""
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(model, reason)
+        self.model, self.reason = model, reason
+
+    def __str__(self) -> str:
+        return f"{self.model}: {self.reason}"
+
+
+class InvalidUpdate(ChainFedError, ValueError):
+    """A client's update that must not be averaged."""
+
+    def __init__(self, client: str, reason: str) -> None:
+        super().__init__(client, reason)
+        self.client, self.reason = client, reason
+
+    def __str__(self) -> str:
+        return f"update of {self.client} refused: {self.reason}"
+
+
+class ClientDied(ChainFedError, RuntimeError):
+    """A client's process ended in the middle of its turn."""
+
+    def __init__(self, client: str, reason: str) -> None:
+        super().__init__(client, reason)
+        self.client, self.reason = client, reason
+
+    def __str__(self) -> str:
+        return f"the process of {self.client} died: {self.reason}"
+
+
+class QuorumLost(ChainFedError, RuntimeError):
+    """Too few clients answered, several rounds in a row; ``reasons`` are those of the last round, by client."""
+
+    def __init__(self, round_index: int, quorum: int, reasons: dict[str, str]) -> None:
+        super().__init__(round_index, quorum, reasons)
+        self.round_index, self.quorum, self.reasons = round_index, quorum, reasons
+
+    def __str__(self) -> str:
+        causes = "; ".join(f"{client}: {reason}" for client, reason in self.reasons.items())
+        return f"round {self.round_index}: fewer than {self.quorum} clients answered, three times in a row ({causes})"
+
+
+class CorruptCommit(ChainFedError, RuntimeError):
+    """A commit whose bytes are not those that were written."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class ServiceUnavailable(ChainFedError, RuntimeError):
+    """No service answers at ``address``."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(address, reason)
+        self.address, self.reason = address, reason
+
+    def __str__(self) -> str:
+        return f"no chainfed service answers at {self.address} ({self.reason}); start one with `chainfed serve`"
+
+
+class JobNotFound(ChainFedError, LookupError):
+    """No such job."""
+
+    def __init__(self, job: str) -> None:
+        super().__init__(job)
+        self.job = job
+
+    def __str__(self) -> str:
+        return f"no job {self.job!r}; `chainfed list` shows those there are"
+
+
+class JobConflict(ChainFedError, RuntimeError):
+    """The job is not in a state that allows what was asked."""
+
+    def __init__(self, job: str, status: str, asked: str) -> None:
+        super().__init__(job, status, asked)
+        self.job, self.status, self.asked = job, status, asked
+
+    def __str__(self) -> str:
+        return f"job {self.job} is {self.status}; it cannot {self.asked}"
+
+
+class ModelNotFound(ChainFedError, LookupError):
+    """No such served model."""
+
+    def __init__(self, model: str, served: tuple[str, ...]) -> None:
+        super().__init__(model, served)
+        self.model, self.served = model, served
+
+    def __str__(self) -> str:
+        return f"no model {self.model!r}; served now: {', '.join(self.served) or 'none'}"

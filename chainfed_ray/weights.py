@@ -1,0 +1,136 @@
+"""A safetensors checkpoint, read by byte ranges into memory that we own.
+
+Never mapped: the pages of a mapping stay resident, and count against a client's budget.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chainfed_ray.errors import UnsupportedModel
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class _Entry(NamedTuple):
+    file: int  # descriptor
+    start: int  # byte offset in the file
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Checkpoint:
+    """The tensors of the checkpoint in ``folder``: one ``model.safetensors``, or shards with an index.
+
+    Raises:
+        UnsupportedModel: there is no such file, or its bytes are not a safetensors file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._entries: dict[str, _Entry] = {}
+        self._files: list[int] = []
+        try:
+            for path in _shards(folder):
+                self._open(path)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the tensors."""
+        return frozenset(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header."""
+        return self._entries[name].shape
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A whole tensor; a floating one is cast to ``dtype``."""
+        entry = self._entries[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        self._fill(tensor, entry.file, entry.start)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    def rows(self, name: str, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [N, D] of a table [V, D], for ``indices`` [N]; no other row is read.
+
+        Raises:
+            IndexError: an index is outside the table.
+        """
+        entry = self._entries[name]
+        if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < entry.shape[0]):
+            raise IndexError(f"a row of {name} outside 0 … {entry.shape[0] - 1}")
+        table = torch.empty((len(indices), *entry.shape[1:]), dtype=entry.dtype)
+        stride = table[0].nbytes if len(indices) else 0
+        for row, index in zip(table, indices.tolist(), strict=True):
+            self._fill(row, entry.file, entry.start + index * stride)
+        return table.to(dtype)
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            os.close(self._files.pop())
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UnsupportedModel(str(path), error.strerror or "it cannot be opened") from None
+        self._files.append(file)
+        size = os.fstat(file).st_size
+        length = int.from_bytes(os.pread(file, 8, 0), "little")
+        if size < 8 or length > size - 8:
+            raise UnsupportedModel(str(path), "truncated: its header is longer than the file")
+        try:
+            header = json.loads(os.pread(file, length, 8))
+        except ValueError:
+            raise UnsupportedModel(str(path), "no safetensors file: its header is not JSON") from None
+        header.pop("__metadata__", None)
+        for name, item in header.items():
+            start, end = item["data_offsets"]
+            if item["dtype"] not in _DTYPES:
+                raise UnsupportedModel(str(path), f"{name} has the dtype {item['dtype']}, which is not supported")
+            if 8 + length + end > size:
+                raise UnsupportedModel(str(path), f"truncated: {name} ends beyond the file")
+            self._entries[name] = _Entry(file, 8 + length + start, tuple(item["shape"]), _DTYPES[item["dtype"]])
+
+    def _fill(self, tensor: Tensor, file: int, start: int) -> None:
+        view = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+        done = 0
+        while done < len(view):
+            count = os.preadv(file, [view[done:]], start + done)
+            if count == 0:
+                raise UnsupportedModel(str(self._folder), "the checkpoint got shorter while it was being read")
+            done += count
+
+
+def _shards(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    raise UnsupportedModel(str(folder), "no model.safetensors and no model.safetensors.index.json")

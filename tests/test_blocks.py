@@ -1,0 +1,95 @@
+"""Promise: a model streamed layer by layer is the whole Hugging Face model, exactly."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.errors import UnsupportedModel
+from tests.models import FAMILIES, tiny
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def a_batch() -> tuple[Tensor, Tensor]:
+    ids = torch.randint(3, 128, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((9, 4, 7)):
+        ids[row, length:] = 0
+        mask[row, length:] = 0
+    return ids, mask
+
+
+def whole(folder: Path, dtype: torch.dtype, layers_path: str) -> list[Tensor]:
+    """The output of each layer of the whole model."""
+    model = AutoModel.from_pretrained(folder, dtype=dtype).eval()
+    outputs: list[Tensor] = []
+    for layer in model.get_submodule(layers_path):
+        layer.register_forward_hook(lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+    ids, mask = a_batch()
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    return outputs
+
+
+def streamed(blocks: Blocks) -> list[Tensor]:
+    ids, mask = a_batch()
+    hidden, calls = blocks.embed(ids, mask)
+    outputs = []
+    with torch.no_grad():
+        for index, call in enumerate(calls):
+            hidden = blocks.run(blocks.load_layer(index), hidden, call)
+            outputs.append(hidden)
+    return outputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_is_whole(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    blocks = Blocks(tiny(family, tmp_path), dtype)
+    ours, theirs = streamed(blocks), whole(tmp_path, dtype, blocks.layers_path)
+    assert len(ours) == len(theirs) == blocks.num_layers == 4
+    for mine, its in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, its)
+    assert not torch.equal(ours[0], ours[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calls_without_embeddings_are_the_same_calls(family: str, tmp_path: Path) -> None:
+    blocks = Blocks(tiny(family, tmp_path), torch.float32)
+    ids, mask = a_batch()
+    hidden, from_embedding = blocks.embed(ids, mask)
+    from_mask = blocks.calls(mask)
+    assert len(from_mask) == len(from_embedding) == 4
+    for index in range(4):
+        layer = blocks.load_layer(index)
+        assert torch.equal(
+            blocks.run(layer, hidden, from_mask[index]), blocks.run(layer, hidden, from_embedding[index])
+        )
+
+
+def test_sharded_checkpoint_is_the_single_one(tmp_path: Path) -> None:
+    single = tiny("bert", tmp_path / "single")
+    AutoModel.from_pretrained(single).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    ours = streamed(Blocks(tmp_path / "sharded", torch.float32))
+    assert torch.equal(ours[-1], streamed(Blocks(single, torch.float32))[-1])
+
+
+def test_a_checkpoint_with_a_head_is_read_by_its_prefix(tmp_path: Path) -> None:
+    bare = tiny("roberta", tmp_path / "bare")
+    with_head = AutoModelForSequenceClassification.from_pretrained(bare)
+    with_head.save_pretrained(tmp_path / "headed")
+    assert torch.equal(
+        streamed(Blocks(tmp_path / "headed", torch.float32))[-1], streamed(Blocks(bare, torch.float32))[-1]
+    )
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    file = tiny("bert", tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UnsupportedModel, match="truncated"):
+        Blocks(tmp_path, torch.float32)
