@@ -7,6 +7,7 @@ rotary tables), and stop the forward after the last. A layer is then run by itse
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,11 +55,8 @@ class Blocks:
     def embed(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[LayerCall]]:
         """Token ids and mask [B, T] → the hidden states [B, T, D] that enter layer 0, and the call of each layer."""
         self._calls = []
-        with torch.no_grad():
-            try:
-                self._model(input_ids=ids, attention_mask=mask, use_cache=False)
-            except _LastLayerReached:
-                pass
+        with torch.no_grad(), suppress(_LastLayerReached):
+            self._model(input_ids=ids, attention_mask=mask, use_cache=False)
         embedded, calls = self._embedded, self._calls
         self._embedded, self._calls = torch.empty(0), []
         return embedded, calls
@@ -102,8 +100,8 @@ class Blocks:
         """Close the checkpoint."""
         self._checkpoint.close()
 
-    def _find_layers(self, model: nn.Module, count: int) -> str:
-        found = [
+    def _find_layers(self, model: Any, count: int) -> str:
+        found: list[str] = [
             name
             for name, module in model.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) == count and len({type(item) for item in module}) == 1
@@ -171,7 +169,7 @@ class Blocks:
         return next((candidate for candidate in candidates if candidate in self._checkpoint.names), None)
 
 
-class _LastLayerReached(Exception):  # noqa: N818 - a signal, not an error
+class _LastLayerReached(Exception):
     """Stops the model's forward: nothing after the layers is needed."""
 
 

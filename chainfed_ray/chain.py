@@ -45,7 +45,7 @@ class Chain:
     width: int
 
     def __post_init__(self) -> None:
-        if not (0 <= self.start and 1 <= self.width <= self.layers - self.start):
+        if not (self.start >= 0 and 1 <= self.width <= self.layers - self.start):
             raise ValueError(f"no window of {self.width} fits between layer {self.start} and layer {self.layers - 1}")
 
     @property
@@ -71,7 +71,9 @@ class Chain:
         last = min(max(round(total * last_share), 1), total - others)
         share, extra = divmod(total - last, others)
         rounds = [share + (index < extra) for index in range(others)] + [last]
-        return tuple(Stage(index, window, count) for index, (window, count) in enumerate(zip(windows, rounds, strict=True)))
+        return tuple(
+            Stage(index, window, count) for index, (window, count) in enumerate(zip(windows, rounds, strict=True))
+        )
 
     def cyclic(self, round_index: int, total: int) -> Window:
         """The window of a round when it slides every round and wraps: the last round has the top window."""

@@ -36,7 +36,9 @@ class ModelSpec(Section):
     """Which base model is tuned, and for what."""
 
     base: str = Field(description="`builtin:minilm`, `hf:<org>/<name>[@<revision>]` or `path:<folder>`")
-    task: Literal["sequence-classification"] = Field("sequence-classification", description="what the model is tuned for")
+    task: Literal["sequence-classification"] = Field(
+        "sequence-classification", description="what the model is tuned for"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights and activations")
 
 
@@ -89,7 +91,8 @@ class ChainSpec(Section):
     profile_examples: int = Field(64, ge=4, le=4096, description="a client's examples in its CKA profile")
     global_weight: float = Field(0.1, ge=0, le=10, description="λ: loss = local + λ · global")
     global_trains: Literal["window", "head", "upper"] = Field(
-        "head", description="what the global loss may move besides the window: nothing, the head, head and upper adapters"
+        "head",
+        description="what the global loss may move besides the window: nothing, the head, head and upper adapters",
     )
     adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec(), description="the adapters' shape")
 
@@ -100,7 +103,9 @@ class ConvergenceSpec(Section):
     rule: Literal["none", "plateau", "movement"] = Field(
         "plateau", description="held-out loss no longer falls, or updates cancel out (effective movement)"
     )
-    span: int = Field(3, ge=1, le=1000, description="H: the last H rounds are judged, against the H before for `plateau`")
+    span: int = Field(
+        3, ge=1, le=1000, description="H: the last H rounds are judged, against the H before for `plateau`"
+    )
     minimum: int = Field(6, ge=1, description="rounds that a stage has in any case")
     threshold: float = Field(
         0.01, ge=0, lt=1, description="relative fall of the loss, or the effective movement, below which a stage ends"
@@ -119,7 +124,9 @@ class RoundsSpec(Section):
     batch_size: int = Field(16, ge=1, le=4096, description="examples in an optimizer step")
     learning_rate: float = Field(3e-3, gt=0, lt=10, description="of the adapters (AdamW, cosine over a stage)")
     head_learning_rate: float = Field(1e-2, gt=0, lt=10, description="of the head")
-    convergence: ConvergenceSpec = Field(default_factory=lambda: ConvergenceSpec(), description="when a stage ends early")
+    convergence: ConvergenceSpec = Field(
+        default_factory=lambda: ConvergenceSpec(), description="when a stage ends early"
+    )
 
 
 class EvaluationSpec(Section):
@@ -190,7 +197,9 @@ class _YamlLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key if isinstance(key, str) else None)
         return super().construct_mapping(node, deep)
 

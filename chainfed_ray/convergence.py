@@ -7,7 +7,6 @@ from torch import Tensor
 
 from chainfed_ray.adapter import Tensors
 from chainfed_ray.config import ConvergenceSpec
-from chainfed_ray.records import Round
 
 
 class Movement:
@@ -32,26 +31,25 @@ class Movement:
 
     def value(self) -> float:
         """The effective movement of the span so far, in [0, 1]."""
-        net = sum(tensor.abs().double().sum().item() for name, tensor in self.tensors.items() if name.startswith("net."))
+        net = sum(
+            tensor.abs().double().sum().item() for name, tensor in self.tensors.items() if name.startswith("net.")
+        )
         path = sum(tensor.double().sum().item() for name, tensor in self.tensors.items() if name.startswith("path."))
         return net / path if path else 0.0
 
 
-def verdict(rule: ConvergenceSpec, held_out_losses: Sequence[float], movement: float | None) -> str | None:
-    """Why a stage ends now by ``rule``, or None. ``held_out_losses`` are those of the stage's counted rounds."""
-    rounds = len(held_out_losses)
+def verdict(rule: ConvergenceSpec, rounds: int, losses: Sequence[float], movement: float | None) -> str | None:
+    """Why a stage of ``rounds`` counted rounds ends now, or None.
+
+    ``losses`` are its held-out losses; ``movement`` is that of a span that is complete with this round, else None.
+    """
     if rounds < rule.minimum:
         return None
     if rule.rule == "movement" and movement is not None and movement < rule.threshold:
         return f"converged: effective movement {movement:.3g} over {rule.span} rounds, below {rule.threshold:g}"
-    if rule.rule == "plateau" and rounds >= 2 * rule.span:
-        before = fmean(held_out_losses[-2 * rule.span : -rule.span])
-        now = fmean(held_out_losses[-rule.span :])
+    if rule.rule == "plateau" and len(losses) >= 2 * rule.span:
+        before = fmean(losses[-2 * rule.span : -rule.span])
+        now = fmean(losses[-rule.span :])
         if before - now < rule.threshold * abs(before):
             return f"converged: held-out loss {before:.4f} → {now:.4f} over {rule.span} rounds"
     return None
-
-
-def rounds_of_stage(rounds: Sequence[Round], stage: int) -> list[Round]:
-    """The rounds of one stage."""
-    return [record for record in rounds if record.stage == stage]

@@ -13,7 +13,9 @@ from chainfed_ray.chain import Window
 GlobalTrains = Literal["window", "head", "upper"]
 
 
-def trained_names(stack: AdapterStack, window: Window, global_weight: float, global_trains: GlobalTrains) -> frozenset[str]:
+def trained_names(
+    stack: AdapterStack, window: Window, global_weight: float, global_trains: GlobalTrains
+) -> frozenset[str]:
     """The names of the tensors that a client trains in this window, and sends back."""
     layers: set[int] = set(window)
     if global_weight > 0 and global_trains == "upper":
@@ -42,10 +44,7 @@ def chain_loss(
     if not upper or global_weight == 0:
         return local
     ahead = carry(stack, upper, hidden)
-    if head_follows_global:
-        logits = stack.head(ahead, mask)
-    else:
-        logits = _head_held_still(stack, ahead, mask)
+    logits = stack.head(ahead, mask) if head_follows_global else _head_held_still(stack, ahead, mask)
     return local + global_weight * cross_entropy(logits, labels, reduction="sum")
 
 

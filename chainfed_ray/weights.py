@@ -75,7 +75,7 @@ class Checkpoint:
             IndexError: an index is outside the table.
         """
         entry = self._entries[name]
-        if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < entry.shape[0]):
+        if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < entry.shape[0]):
             raise IndexError(f"a row of {name} outside 0 … {entry.shape[0] - 1}")
         table = torch.empty((len(indices), *entry.shape[1:]), dtype=entry.dtype)
         stride = table[0].nbytes if len(indices) else 0
@@ -118,7 +118,7 @@ class Checkpoint:
             self._entries[name] = _Entry(file, 8 + length + start, tuple(item["shape"]), _DTYPES[item["dtype"]])
 
     def _fill(self, tensor: Tensor, file: int, start: int) -> None:
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+        view = memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
         done = 0
         while done < len(view):
             count = os.preadv(file, [view[done:]], start + done)

@@ -1,0 +1,32 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check format clean
+
+help:  ## what there is to do
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+.venv/.installed: pyproject.toml constraints.txt
+	@echo "Making .venv and installing the pinned packages; this takes a few minutes, once."
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: .venv/.installed  ## train the demonstration job on an embedded Ray, with its progress
+	.venv/bin/chainfed run examples/demo.yaml
+
+test: .venv/.installed  ## every test
+	.venv/bin/pytest
+
+check: .venv/.installed  ## lint, types and the fast tests
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/pytest -m 'not slow'
+
+format: .venv/.installed  ## put the code into its form
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+clean:  ## remove the environment and the caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

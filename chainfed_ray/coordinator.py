@@ -1,0 +1,300 @@
+"""The algorithm: a chain of adapters, trained window by window by a fleet, as a sequence of ``Round`` records.
+
+``Coordinator.rounds()`` never knows how clients run: it hands orders to a ``ClientPool``. Every record is committed before it
+is yielded, and everything that follows is derived from what was committed and from the job's seed: a coordinator that is
+killed and made again goes on as if nothing had happened. To cancel a job, cease to iterate.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+
+from chainfed_ray.adapter import AdapterStack, Tensors
+from chainfed_ray.aggregate import RunningMean, check_update
+from chainfed_ray.chain import Chain, Window, start_below
+from chainfed_ray.client import Client, Profile, Profiling, Training, Update
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.convergence import Movement, verdict
+from chainfed_ray.errors import InvalidUpdate, QuorumLost
+from chainfed_ray.evaluate import Score, evaluate
+from chainfed_ray.job import Job
+from chainfed_ray.objective import trained_names
+from chainfed_ray.pool import ClientPool, Failure, Outcome
+from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round, Turn
+from chainfed_ray.seeds import derive
+from chainfed_ray.start_layer import average
+
+_FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the reasons
+_STACK, _MOVEMENT = "stack/", "movement/"
+
+
+class _Step(NamedTuple):
+    """What the next round is: its window, and how far into its stage it is, in [0, 1)."""
+
+    round_index: int
+    stage: int
+    window: Window
+    progress: float
+    last_of_stage: bool
+
+
+class Coordinator:
+    """Runs one job over ``pool``, with ``log`` as its memory."""
+
+    def __init__(self, job: Job, pool: ClientPool, log: CommitLog) -> None:
+        self._job, self._spec, self._pool, self._log = job, job.spec, pool, log
+
+    def open(self) -> Opening:
+        """Decide where the chain starts (FOAT), once: a committed opening is the opening."""
+        if opening := self._log.opening():
+            return opening
+        similarities = self._profile() if self._spec.chain.start == "auto" else ()
+        if isinstance(self._spec.chain.start, int):
+            start = self._spec.chain.start
+        else:
+            start = start_below(similarities, self._spec.chain.cka_threshold, self._spec.chain.window)
+        opening = Opening(
+            admitted=tuple(
+                Admitted(
+                    client=client.name,
+                    client_class=client.client_class,
+                    examples=len(client.examples),
+                    budget_bytes=client.budget_bytes,
+                    planned_bytes=client.planned_bytes,
+                    micro_batch=client.micro_batch,
+                )
+                for client in self._job.clients
+            ),
+            left_out=self._job.left_out,
+            layers=self._job.layers,
+            start_layer=start,
+            similarities=similarities,
+            stages=len(Chain(self._job.layers, start, self._spec.chain.window).windows),
+            total_rounds=self._spec.rounds.total,
+        )
+        self._log.commit_opening(opening)
+        return opening
+
+    def rounds(self) -> Iterator[Round]:
+        """The rounds still to be run; those committed before are in the log.
+
+        Raises:
+            QuorumLost: three rounds in a row had too few updates.
+        """
+        opening = self.open()
+        chain = Chain(self._job.layers, opening.start_layer, self._spec.chain.window)
+        history = self._log.rounds()
+        stack, movement = self._restore(chain, history)
+        while (step := self._next(chain, history)) is not None:
+            record, stack, movement = self._round(step, stack, movement, history)
+            tensors = {_STACK + name: tensor for name, tensor in stack.tensors().items()}
+            tensors |= {_MOVEMENT + name: tensor for name, tensor in movement.tensors.items()}
+            self._log.commit_round(record, tensors)
+            history.append(record)
+            yield record
+            self._stop_if_fruitless(history)
+
+    def finish(self) -> Ending:
+        """The test accuracy of the whole chain, once every round is committed."""
+        if ending := self._log.ending():
+            return ending
+        history, opening = self._log.rounds(), self.open()
+        stack = self.stack()
+        top = Chain(self._job.layers, opening.start_layer, self._spec.chain.window).windows[-1]
+        score = evaluate(self._job.test, self._job.base, self._job.base.scratch / "(test)", stack, top)
+        peaks: dict[str, int] = {}
+        for turn in (turn for record in history for turn in record.turns):
+            if turn.peak_bytes is not None:
+                peaks[turn.client_class] = max(turn.peak_bytes, peaks.get(turn.client_class, 0))
+        ending = Ending(accuracy=score.accuracy, loss=score.loss, rounds=len(history), peak_bytes=peaks)
+        self._log.commit_ending(ending)
+        return ending
+
+    def stack(self) -> AdapterStack:
+        """The stack as last committed."""
+        opening = self.open()
+        chain = Chain(self._job.layers, opening.start_layer, self._spec.chain.window)
+        return self._restore(chain, self._log.rounds())[0]
+
+    def _profile(self) -> tuple[float, ...]:
+        """Every client's CKA profile, averaged by example count, in client order."""
+        able = [client for client in self._job.clients if len(client.examples) >= 4]
+        order = Profiling(self._spec.chain.profile_examples, derive(self._spec.seed, "profile"))
+        outcomes = list(self._in_order(self._pool.run(able, order, self._spec.rounds.deadline), len(able)))
+        profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
+        if not profiles:
+            reasons = {able[o.place].name: o.result.reason for o in outcomes if isinstance(o.result, Failure)}
+            raise QuorumLost(0, 1, reasons)
+        return average([(profile.similarities, profile.examples) for profile in profiles])
+
+    def _restore(self, chain: Chain, history: Sequence[Round]) -> tuple[AdapterStack, Movement]:
+        if not history:
+            bottleneck, classes = self._spec.chain.adapter.bottleneck, len(self._job.classes)
+            seed = derive(self._spec.seed, "stack")
+            return AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed), Movement()
+        tensors = self._log.tensors(history[-1].index)
+        stack = {name.removeprefix(_STACK): tensor for name, tensor in tensors.items() if name.startswith(_STACK)}
+        moved = {name.removeprefix(_MOVEMENT): tensor for name, tensor in tensors.items() if name.startswith(_MOVEMENT)}
+        return AdapterStack.from_tensors(stack), Movement(moved)
+
+    def _next(self, chain: Chain, history: Sequence[Round]) -> _Step | None:
+        """What follows from the rounds so far, whoever ran them."""
+        total, done = self._spec.rounds.total, len(history)
+        if done == total:
+            return None
+        if self._spec.chain.schedule == "cyclic":
+            window = chain.cyclic(done, total)
+            return _Step(done, window.bottom - chain.start, window, done / total, done + 1 == total)
+        stages = chain.staged(total, self._spec.rounds.last_stage_share)
+        index = sum(record.ended is not None for record in history)
+        if index == len(stages):
+            return None
+        spent = sum(record.stage == index for record in history)
+        # What the stages before did not need goes to the last.
+        limit = stages[index].rounds if index < len(stages) - 1 else total - (done - spent)
+        return _Step(done, index, stages[index].window, spent / limit, spent + 1 == limit)
+
+    def _round(
+        self, step: _Step, stack: AdapterStack, movement: Movement, history: Sequence[Round]
+    ) -> tuple[Round, AdapterStack, Movement]:
+        started = perf_counter()
+        before = stack.tensors()
+        names = trained_names(stack, step.window, self._spec.chain.global_weight, self._spec.chain.global_trains)
+        expected = {name: before[name] for name in sorted(names)}
+
+        # 1. Sample clients, and let them train the window.
+        clients = self._sample(step.round_index)
+        outcomes = self._pool.run(clients, self._order(step, before), self._spec.rounds.deadline)
+
+        # 2. Fold their updates, in client order.
+        mean, turns, lost = RunningMean(), [], []
+        for outcome in self._in_order(outcomes, len(clients)):
+            client = clients[outcome.place]
+            try:
+                turns.append(self._fold(client, outcome, mean, expected))
+            except InvalidUpdate as error:
+                lost.append(Lost(client=client.name, client_class=client.client_class, reason=str(error)))
+        counted = len(turns) >= min(self._spec.quorum, len(clients))
+
+        # 3. The new stack, and how far the window moved.
+        after = before | mean.mean() if counted else before
+        if counted:
+            movement = movement if len(self._of_stage(history, step)) % self._span else Movement()
+            movement.add(expected, {name: after[name] for name in expected})
+        stack = AdapterStack.from_tensors(after)
+
+        # 4. Judge it on held-out rows, and the stage by its convergence rule.
+        moved = movement.value() if counted else None
+        score = self._score(step, stack) if counted else None
+        earlier = self._of_stage(history, step)
+        losses = [record.held_out_loss for record in earlier if record.held_out_loss is not None]
+        ended = self._ended(step, len(earlier) + counted, losses + ([score.loss] if score else []), moved)
+        examples = sum(turn.examples for turn in turns)
+        return (
+            Round(
+                index=step.round_index,
+                stage=step.stage,
+                bottom=step.window.bottom,
+                top=step.window.top,
+                turns=tuple(turns),
+                lost=tuple(lost),
+                counted=counted,
+                train_loss=sum(turn.loss * turn.examples for turn in turns) / examples if turns else None,
+                held_out_loss=score.loss if score else None,
+                accuracy=score.accuracy if score else None,
+                movement=moved,
+                ended=ended,
+                seconds=perf_counter() - started,
+            ),
+            stack,
+            Movement() if ended else movement,
+        )
+
+    @property
+    def _span(self) -> int:
+        return self._spec.rounds.convergence.span
+
+    def _of_stage(self, history: Sequence[Round], step: _Step) -> list[Round]:
+        return [record for record in history if record.stage == step.stage and record.counted]
+
+    def _sample(self, index: int) -> list[Client]:
+        """The clients of a round, drawn without replacement, in the order of the fleet."""
+        count = min(self._spec.rounds.clients, len(self._job.clients))
+        generator = np.random.default_rng(derive(self._spec.seed, "sample", index))
+        chosen = generator.choice(len(self._job.clients), count, replace=False)
+        return [self._job.clients[place] for place in sorted(chosen.tolist())]
+
+    def _order(self, step: _Step, tensors: Tensors) -> Training:
+        rounds = self._spec.rounds
+        # Cosine over the stage; a constant rate with few clients a round was seen to collapse.
+        decay = 0.5 * (1 + math.cos(math.pi * step.progress))
+        return Training(
+            tensors=tensors,
+            window=step.window,
+            epochs=rounds.local_epochs,
+            batch_size=rounds.batch_size,
+            learning_rate=rounds.learning_rate * decay,
+            head_learning_rate=rounds.head_learning_rate * decay,
+            global_weight=self._spec.chain.global_weight,
+            global_trains=self._spec.chain.global_trains,
+            seed=derive(self._spec.seed, "round", step.round_index),
+        )
+
+    def _fold(self, client: Client, outcome: Outcome, mean: RunningMean, expected: Tensors) -> Turn:
+        result = outcome.result
+        if isinstance(result, Failure):
+            raise InvalidUpdate(client.name, result.reason)
+        if not isinstance(result, Update):
+            raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
+        # The weight is what the server dealt, not what a client says.
+        check_update(client.name, result.tensors, expected, len(client.examples))
+        if not math.isfinite(result.loss):
+            raise InvalidUpdate(client.name, f"its loss is {result.loss}")
+        mean.fold(result.tensors, len(client.examples))
+        return Turn(
+            client=client.name,
+            client_class=client.client_class,
+            examples=len(client.examples),
+            loss=result.loss,
+            seconds=result.seconds,
+            planned_bytes=client.planned_bytes,
+            peak_bytes=result.peak_bytes,
+            sent_bytes=sum(tensor.nbytes for tensor in result.tensors.values()),
+        )
+
+    def _score(self, step: _Step, stack: AdapterStack) -> Score | None:
+        if self._spec.evaluation.every == "stage" and not step.last_of_stage:
+            return None
+        cache = self._job.base.scratch / "(validation)"
+        return evaluate(self._job.validation, self._job.base, cache, stack, step.window)
+
+    def _ended(self, step: _Step, rounds: int, losses: Sequence[float], movement: float | None) -> str | None:
+        if step.last_of_stage:
+            return "round limit"
+        if self._spec.chain.schedule == "cyclic":
+            return None
+        whole_span = rounds % self._span == 0
+        return verdict(self._spec.rounds.convergence, rounds, losses, movement if whole_span else None)
+
+    def _stop_if_fruitless(self, history: Sequence[Round]) -> None:
+        newest = history[-_FRUITLESS_ROUNDS:]
+        if len(newest) == _FRUITLESS_ROUNDS and not any(record.counted for record in newest):
+            raise QuorumLost(
+                newest[-1].index, self._spec.quorum, {lost.client: lost.reason for lost in newest[-1].lost}
+            )
+
+    @staticmethod
+    def _in_order(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
+        """Outcomes by place, each as soon as those before it are there."""
+        waiting: dict[int, Outcome] = {}
+        due = 0
+        for outcome in outcomes:
+            waiting[outcome.place] = outcome
+            while due in waiting:
+                yield waiting.pop(due)
+                due += 1
+        if due != count:
+            raise RuntimeError(f"the pool gave {due} outcomes for {count} clients")

@@ -1,0 +1,61 @@
+"""The server's judgement: loss and accuracy of the chain cut at a window's top, one window in memory at a time."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.chain import Window
+from chainfed_ray.client import BaseModel, window_output
+from chainfed_ray.prefix import PrefixCache
+from chainfed_ray.tokens import Examples
+
+_BATCH = 32
+
+
+class Score(NamedTuple):
+    """Mean cross-entropy in nats, and the share of examples that are classified right."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.no_grad()
+def evaluate(examples: Examples, base: BaseModel, cache: Path, stack: AdapterStack, window: Window) -> Score:
+    """Judge ``stack`` on ``examples`` at the top of ``window``; the prefix below the window is cached in ``cache``."""
+    blocks = Blocks(base.folder, base.dtype)
+    try:
+        activations = PrefixCache(cache, blocks, examples).at(window.bottom, stack)
+        layers = {layer: blocks.load_layer(layer) for layer in list(window)[1:]}
+        loss, right = 0.0, 0
+        for first in range(0, len(examples), _BATCH):
+            indices = np.arange(first, min(first + _BATCH, len(examples)))
+            batch = examples.batch(indices)
+            hidden = window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)
+            logits = stack.head(hidden, batch.mask)
+            loss += float(cross_entropy(logits, batch.labels, reduction="sum"))
+            right += int((logits.argmax(-1) == batch.labels).sum())
+        return Score(loss / len(examples), right / len(examples))
+    finally:
+        blocks.close()
+
+
+@torch.no_grad()
+def logits(examples: Examples, base: BaseModel, stack: AdapterStack) -> torch.Tensor:
+    """The logits [n, C] of the whole model with ``stack``, a layer in memory at a time."""
+    blocks = Blocks(base.folder, base.dtype)
+    try:
+        batch = examples.batch(np.arange(len(examples)))
+        hidden, calls = blocks.embed(batch.ids, batch.mask)
+        for index in range(blocks.num_layers):
+            hidden = blocks.run(blocks.load_layer(index), hidden, calls[index])
+            if index in stack.layers:
+                hidden = stack.adapter(index)(hidden)
+        result: torch.Tensor = stack.head(hidden, batch.mask)
+        return result
+    finally:
+        blocks.close()

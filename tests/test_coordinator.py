@@ -1,0 +1,176 @@
+"""Promises of the algorithm: plain FedAvg as a special case, exact resumption, arrival order without effect."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from chainfed_ray.adapter import AdapterStack, Tensors
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.client import Client, Order, Update
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.errors import QuorumLost
+from chainfed_ray.job import Job
+from chainfed_ray.pool import ClientPool, LocalPool, Outcome
+from chainfed_ray.seeds import derive
+from tests.conftest import a_job
+
+
+class Reversed:
+    """A pool whose outcomes arrive last first."""
+
+    def __init__(self, pool: ClientPool) -> None:
+        self._pool = pool
+
+    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+        return reversed(list(self._pool.run(clients, order, deadline)))
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class Spoilt:
+    """A pool in which some clients' updates hold a value that is no number, or the wrong shape."""
+
+    def __init__(self, pool: ClientPool, spoilt: set[str], shape: bool = False) -> None:
+        self._pool, self._spoilt, self._shape = pool, spoilt, shape
+
+    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+        for place, result in self._pool.run(clients, order, deadline):
+            if clients[place].name in self._spoilt and isinstance(result, Update):
+                tensors = dict(result.tensors)
+                bias = tensors["head.linear.bias"]
+                tensors["head.linear.bias"] = bias[:-1] if self._shape else torch.full_like(bias, torch.nan)
+                result = replace(result, tensors=tensors)
+            yield Outcome(place, result)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def run(job: Job, folder: Path, pool: ClientPool | None = None) -> tuple[Coordinator, Tensors]:
+    coordinator = Coordinator(job, pool or LocalPool(job.base), CommitLog(folder))
+    list(coordinator.rounds())
+    coordinator.finish()
+    return coordinator, coordinator.stack().tensors()
+
+
+def assert_same(first: Tensors, second: Tensors) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_window_of_all_layers_without_global_loss_is_fedavg(document: dict[str, Any], tmp_path: Path) -> None:
+    """One stage over the whole model against end-to-end adapters, written down again without any of our chain."""
+    document["chain"] |= {"window": 4, "start": 0, "global_weight": 0}
+    document["rounds"] |= {"total": 2, "clients": 4, "quorum": 4}
+    job = a_job(document, tmp_path)
+    _, ours = run(job, tmp_path / "log")
+
+    blocks = Blocks(job.base.folder, torch.float32)
+    layers = [blocks.load_layer(index) for index in range(4)]
+    stack = AdapterStack.new(range(4), 32, 8, 3, derive(3, "stack"))
+    for index in range(2):
+        decay = 0.5 * (1 + np.cos(np.pi * index / 2))
+        sums: Tensors = {}
+        for client in job.clients:
+            mine = AdapterStack.from_tensors(stack.tensors())
+            optimizer = torch.optim.AdamW(
+                [
+                    {"params": list(mine.adapters.parameters()), "lr": 0.01 * decay},
+                    {"params": list(mine.head.parameters()), "lr": 0.01 * decay},
+                ],
+                weight_decay=0.0,
+            )
+            seed = derive(derive(3, "round", index), "epoch", 0)
+            shuffled = np.random.default_rng(seed).permutation(len(client.examples))
+            for first in range(0, len(shuffled), 8):
+                batch = client.examples.batch(shuffled[first : first + 8])
+                hidden, calls = blocks.embed(batch.ids, batch.mask)
+                for place in range(4):
+                    hidden = mine.adapter(place)(blocks.run(layers[place], hidden, calls[place]))
+                (
+                    cross_entropy(mine.head(hidden, batch.mask), batch.labels, reduction="sum") / len(batch.ids)
+                ).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, tensor in mine.tensors().items():
+                sums[name] = sums.get(name, 0) + tensor.double() * len(client.examples)
+        total = sum(len(client.examples) for client in job.clients)
+        stack = AdapterStack.from_tensors({name: (tensor / total).float() for name, tensor in sums.items()})
+    # The cached activations were computed in other micro-batches than a training batch: equal up to rounding.
+    for name, tensor in stack.tensors().items():
+        torch.testing.assert_close(ours[name], tensor, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("schedule", ["staged", "cyclic"])
+@pytest.mark.parametrize("killed_after", [0, 1, 3])
+def test_stopped_and_resumed_is_never_stopped(
+    document: dict[str, Any], tmp_path: Path, schedule: str, killed_after: int
+) -> None:
+    document["chain"] |= {"schedule": schedule}
+    _, expected = run(a_job(document, tmp_path / "a"), tmp_path / "a" / "log")
+
+    job = a_job(document, tmp_path / "b")
+    rounds = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "b" / "log")).rounds()
+    for _ in range(killed_after):
+        next(rounds)
+    rounds.close()
+    again, resumed = run(a_job(document, tmp_path / "c"), tmp_path / "b" / "log")
+    assert_same(resumed, expected)
+    assert again.finish() == again.finish()
+
+
+def test_order_of_arrival_changes_nothing(document: dict[str, Any], tmp_path: Path) -> None:
+    job = a_job(document, tmp_path)
+    _, forwards = run(job, tmp_path / "forwards")
+    _, backwards = run(job, tmp_path / "backwards", Reversed(LocalPool(job.base)))
+    assert_same(forwards, backwards)
+
+
+@pytest.mark.parametrize("shape", [False, True])
+def test_nonsense_costs_a_turn_and_is_on_record(document: dict[str, Any], tmp_path: Path, shape: bool) -> None:
+    document["rounds"] |= {"clients": 4, "quorum": 2}
+    job = a_job(document, tmp_path)
+    pool = Spoilt(LocalPool(job.base), {"phone-1"}, shape)
+    records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
+    for record in records:
+        assert record.counted
+        assert [turn.client for turn in record.turns] == ["phone-0", "phone-2", "phone-3"]
+        assert [lost.client for lost in record.lost] == ["phone-1"]
+        assert "head.linear.bias" in record.lost[0].reason
+
+
+def test_without_a_quorum_the_job_ends_and_says_why(document: dict[str, Any], tmp_path: Path) -> None:
+    document["rounds"] |= {"clients": 4, "quorum": 3}
+    job = a_job(document, tmp_path)
+    log = CommitLog(tmp_path / "log")
+    with pytest.raises(QuorumLost, match=r"phone-1.*not finite"):
+        list(Coordinator(job, Spoilt(LocalPool(job.base), {"phone-0", "phone-1"}), log).rounds())
+    assert [record.counted for record in log.rounds()] == [False, False, False]
+
+
+def test_a_chain_learns(document: dict[str, Any], tmp_path: Path) -> None:
+    document["rounds"] |= {"total": 8, "clients": 4}
+    job = a_job(document, tmp_path)
+    coordinator, _ = run(job, tmp_path / "log")
+    ending = coordinator.finish()
+    assert ending.accuracy > 0.9
+    assert ending.peak_bytes["phone"] < job.clients[0].planned_bytes
+
+
+def test_stages_share_the_rounds_and_say_why_they_ended(document: dict[str, Any], tmp_path: Path) -> None:
+    document["rounds"] |= {"total": 5, "convergence": {"rule": "none"}}
+    job = a_job(document, tmp_path)
+    records = list(Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).rounds())
+    assert [(record.stage, record.bottom, record.top) for record in records] == [
+        (0, 1, 2), (0, 1, 2), (0, 1, 2), (1, 2, 3), (1, 2, 3),
+    ]  # fmt: skip
+    assert [record.ended for record in records] == [None, None, "round limit", None, "round limit"]

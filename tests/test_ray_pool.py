@@ -1,0 +1,85 @@
+"""Promises of the Ray pool: it is the local pool, bit for bit, and a client that dies costs its turn."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from chainfed_ray.client import Profile, Profiling
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.pool import Failure, LocalPool
+from cluster.ray_pool import RayPool
+from tests.conftest import a_job
+from tests.test_coordinator import assert_same, run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+def client_processes() -> list[psutil.Process]:
+    """The processes of our client actors: children of this process's Ray alone."""
+    return [child for child in psutil.Process().children(recursive=True) if "ClientActor" in " ".join(child.cmdline())]
+
+
+def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path) -> None:
+    document["chain"]["start"] = "auto"
+    job = a_job(document, tmp_path)
+    local, expected = run(job, tmp_path / "local")
+    pool = RayPool(job.base, width=2)
+    try:
+        distributed, found = run(job, tmp_path / "ray", pool)
+    finally:
+        pool.close()
+    assert local.open() == distributed.open()
+    assert_same(found, expected)
+
+
+def test_a_killed_client_costs_its_turn_and_the_job_goes_on(document: dict[str, Any], tmp_path: Path) -> None:
+    document["rounds"] |= {"clients": 4, "quorum": 3}
+    job = a_job(document, tmp_path)
+    pool = RayPool(job.base, width=1)
+    try:
+        outcomes = pool.run(job.clients, Profiling(8, 0), 120.0)
+        assert isinstance(next(outcomes).result, Profile)
+        for process in client_processes():
+            process.send_signal(signal.SIGKILL)
+        rest = [outcome.result for outcome in outcomes]
+        assert [type(result) for result in rest].count(Failure) == 1
+        died = next(result for result in rest if isinstance(result, Failure))
+        assert "died" in died.reason
+        records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
+        assert all(record.counted and not record.lost for record in records)
+    finally:
+        pool.close()
+
+
+def test_a_missed_deadline_is_a_failure_and_nothing_hangs(document: dict[str, Any], tmp_path: Path) -> None:
+    job = a_job(document, tmp_path)
+    pool = RayPool(job.base, width=1)
+    try:
+        outcomes = list(pool.run(job.clients, Profiling(8, 0), 0.01))
+    finally:
+        pool.close()
+    assert sorted(outcome.place for outcome in outcomes) == [0, 1, 2, 3]
+    assert all(isinstance(outcome.result, Failure) and "deadline" in outcome.result.reason for outcome in outcomes)
+
+
+def test_a_local_pool_puts_an_error_on_record(document: dict[str, Any], tmp_path: Path) -> None:
+    job = a_job(document, tmp_path)
+    broken = LocalPool(type(job.base)(tmp_path / "nowhere", job.base.dtype, job.base.scratch))
+    outcome = next(broken.run(job.clients[:1], Profiling(8, 0), 10.0))
+    assert isinstance(outcome.result, Failure)
+    assert "UnsupportedModel" in outcome.result.reason
