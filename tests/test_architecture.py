@@ -1,0 +1,63 @@
+"""The arrows between the folders point one way: api → cluster → chainfed_ray."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from chainfed_ray.config import JobSpec, Section
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "chainfed_ray": {"ray", "fastapi", "deepspeed", "cluster", "api"},
+    "cluster": {"fastapi", "api"},
+    "api": set[str](),
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_arrows(folder: str) -> None:
+    files = list((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        assert not imported(path) & FORBIDDEN[folder], path.name
+
+
+def test_readme_gives_every_file_a_duty() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for folder in FORBIDDEN:
+        for path in (ROOT / folder).glob("*.py"):
+            assert path.stem == "__init__" or f"{path.name} " in readme, path.name
+
+
+def test_every_key_of_a_job_is_documented() -> None:
+    documented = (ROOT / "docs" / "jobs.md").read_text()
+    for path in keys(JobSpec):
+        assert f"| `{path}` |" in documented, path
+
+
+def keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """The path of every key that has no keys below it."""
+    for name, field in section.model_fields.items():
+        inner = [item for item in (field.annotation, *get_args(field.annotation)) if is_section(item)]
+        if inner:
+            yield from keys(inner[0], f"{prefix}{name}." if inner[0] is field.annotation else f"{prefix}{name}[].")
+        else:
+            yield prefix + name
+
+
+def is_section(item: object) -> bool:
+    return isinstance(item, type) and issubclass(item, Section)

@@ -1,0 +1,50 @@
+"""Promise: a run killed with SIGKILL and started again ends bit for bit where it would have; bad jobs end in words."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from chainfed_ray.commit_log import CommitLog
+from tests.conftest import a_job
+from tests.test_coordinator import run
+
+COMMAND = [sys.executable, "-c", "from api.cli import main; main()"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(document: dict[str, Any], tmp_path: Path) -> None:
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(document))
+    command = [*COMMAND, "run", str(job_file), "--out", str(tmp_path / "out"), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("round   1/4" in line for line in process.stderr)
+        process.kill()
+    log = CommitLog(tmp_path / "out" / "tiny")
+    assert 1 <= len(log.rounds()) < 4
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert "(resumed)" in done.stderr
+    coordinator, expected = run(a_job(document, tmp_path), tmp_path / "never-killed")
+    assert result["accuracy"] == coordinator.finish().accuracy
+    assert result.keys() == {"job", "status", "accuracy", "start_layer", "stages", "left_out", "peak_bytes"}
+    found = log.tensors(3)
+    for name, tensor in expected.items():
+        assert (found[f"stack/{name}"] == tensor).all(), name
+
+
+@pytest.mark.parametrize(("text", "field"), [("name: [", "(file)"), ("name: x\nmodle: {}", "modle")])
+def test_a_bad_job_ends_in_words(tmp_path: Path, text: str, field: str) -> None:
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(text)
+    done = subprocess.run([*COMMAND, "run", str(job_file)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert f"error: {field}" in done.stderr
+    assert "Traceback" not in done.stderr

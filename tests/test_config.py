@@ -1,0 +1,87 @@
+"""Bad jobs are refused before anything starts, and the error names the field, the value and what would do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chainfed_ray.config import JobSpec
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.quantities import format_bytes, parse_bytes, parse_seconds
+from tests.conftest import a_job
+
+
+def test_document_round_trips(document: dict[str, Any]) -> None:
+    spec = JobSpec.parse(document)
+    assert JobSpec.parse(spec.document()) == spec
+
+
+def test_every_example_is_a_job() -> None:
+    for path in (Path(__file__).parent.parent / "examples").glob("*.yaml"):
+        JobSpec.from_yaml(path.read_text())
+
+
+def test_yaml_numbers_are_numbers_and_a_key_twice_is_an_error() -> None:
+    with pytest.raises(InvalidJob, match="given twice"):
+        JobSpec.from_yaml("name: a\nname: b")
+    with pytest.raises(InvalidJob, match=r"seed is 1000\.0"):
+        JobSpec.from_yaml("seed: 1e3")
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "field"),
+    [
+        ("chain", {"windw": 3}, "chain.windw"),
+        ("chain", {"start": "later"}, "chain.start"),
+        ("rounds", {"clients": "5"}, "rounds.clients"),
+        ("rounds", {"clients": 9}, "rounds.clients"),
+        ("rounds", {"quorum": 4}, "rounds.quorum"),
+        ("rounds", {"deadline": "soon"}, "rounds.deadline"),
+        ("fleet", {"clients": []}, "fleet.clients"),
+        ("fleet", {"clients": [{"name": "p", "memory": "9 apples"}]}, "fleet.clients[0].memory"),
+    ],
+)
+def test_wrong_documents(document: dict[str, Any], section: str, change: dict[str, Any], field: str) -> None:
+    document[section] |= change
+    with pytest.raises(InvalidJob) as caught:
+        JobSpec.parse(document)
+    assert [problem.field for problem in caught.value.problems] == [field]
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "field"),
+    [
+        ("model", {"base": "path:nowhere"}, "model.base"),
+        ("model", {"base": "builtin:other"}, "model.base"),
+        ("data", {"train": "path:nowhere.csv"}, "data.train"),
+        ("data", {"train": "ftp:rows"}, "data.train"),
+        ("data", {"label": "class"}, "data.label"),
+        ("chain", {"window": 5}, "chain.window"),
+        ("chain", {"start": 3}, "chain.start"),
+        ("fleet", {"clients": [{"name": "p", "count": 3, "memory": "1KiB"}]}, "fleet.clients"),
+        ("fleet", {"clients": [{"name": "p", "count": 500, "memory": "64MiB"}]}, "fleet.clients"),
+    ],
+)
+def test_impossible_jobs(
+    document: dict[str, Any], tmp_path: Path, section: str, change: dict[str, Any], field: str
+) -> None:
+    document[section] |= change
+    with pytest.raises(InvalidJob) as caught:
+        a_job(document, tmp_path)
+    assert [problem.field for problem in caught.value.problems] == [field]
+
+
+@pytest.mark.parametrize("rows", ["", '{"text": "a"', "\n".join('{"text": "a", "label": "x"}' for _ in range(20))])
+def test_unusable_rows(document: dict[str, Any], tmp_path: Path, rows: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows)
+    document["data"]["train"] = f"path:{path}"
+    with pytest.raises(InvalidJob, match=r"data\."):
+        a_job(document, tmp_path)
+
+
+def test_quantities() -> None:
+    assert parse_bytes("96MiB") == 96 * 2**20
+    assert parse_bytes("1.5kB") == 1500
+    assert parse_seconds("2m") == 120
+    assert format_bytes(1536) == "1.5KiB"

@@ -1,0 +1,128 @@
+"""Properties of the small, pure parts: the window rule, the partitioners, the mean, CKA, the planner, the examples."""
+
+from fractions import Fraction
+from itertools import pairwise
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chainfed_ray import docstrings
+from chainfed_ray.adapter import Adapter
+from chainfed_ray.aggregate import RunningMean
+from chainfed_ray.chain import Chain, start_below
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.memory import Shape, footprint, lacking, plan
+from chainfed_ray.partition import dirichlet, iid
+from chainfed_ray.start_layer import debiased_cka
+from chainfed_ray.tokens import Examples
+
+chains = st.integers(1, 40).flatmap(
+    lambda layers: st.integers(0, layers - 1).flatmap(
+        lambda start: st.integers(1, layers - start).map(lambda width: Chain(layers, start, width))
+    )
+)
+
+
+@given(chains, st.integers(1, 300), st.floats(0.01, 1))
+def test_stages_spend_the_budget_and_end_at_the_top(chain: Chain, total: int, share: float) -> None:
+    stages = chain.staged(total, share)
+    assert sum(stage.rounds for stage in stages) == total
+    assert all(stage.rounds >= 1 for stage in stages)
+    assert stages[-1].window.top == chain.layers - 1
+    for below, above in pairwise(stages):
+        assert (above.window.bottom, above.window.top) == (below.window.bottom + 1, below.window.top + 1)
+
+
+@given(chains, st.integers(1, 300))
+def test_cyclic_slides_by_one_and_ends_at_the_top(chain: Chain, total: int) -> None:
+    visits = [chain.cyclic(index, total) for index in range(total)]
+    assert visits[-1] == chain.windows[-1]
+    for before, after in pairwise(visits):
+        assert after.bottom == (before.bottom + 1 if before != chain.windows[-1] else chain.start)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.floats(0, 1), st.integers(1, 2))
+def test_the_start_leaves_room_for_a_window(similarities: list[float], threshold: float, width: int) -> None:
+    start = start_below(tuple(similarities), threshold, width)
+    Chain(len(similarities), start, width)
+    assert all(value >= threshold for value in similarities[:start])
+
+
+@given(st.integers(1, 12), st.integers(0, 60), st.sampled_from([1e-300, 1e-6, 0.1, 1.0, 100.0]), st.integers(0, 99))
+def test_partitions_deal_every_row_once(clients: int, extra: int, alpha: float, seed: int) -> None:
+    labels = np.random.default_rng(seed).integers(0, 4, clients + extra)
+    for shares in (iid(labels, clients, seed), dirichlet(labels, clients, alpha, seed)):
+        assert len(shares) == clients
+        assert min(len(share) for share in shares) >= 1
+        assert sorted(np.concatenate(shares).tolist()) == list(range(len(labels)))
+
+
+def test_more_clients_than_rows_is_refused() -> None:
+    with pytest.raises(InvalidJob, match="at most 3"):
+        iid(np.zeros(3), 4, 0)
+
+
+@given(st.lists(st.tuples(st.integers(-1000, 1000), st.integers(1, 50)), min_size=1, max_size=8))
+def test_the_mean_is_weighted_by_examples(updates: list[tuple[int, int]]) -> None:
+    mean = RunningMean()
+    for value, weight in updates:
+        mean.fold({"x": torch.tensor([float(value)])}, weight)
+    exact = Fraction(sum(value * weight for value, weight in updates), sum(weight for _, weight in updates))
+    assert mean.mean()["x"].item() == torch.tensor(float(exact), dtype=torch.float64).float().item()
+
+
+@given(st.integers(0, 50))
+@settings(deadline=None)
+def test_cka_does_not_rise_as_examples_get_fewer(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randn(8, 32, generator=generator), torch.randn(8, 32, generator=generator)
+    assert debiased_cka(first, second) < 0.9
+    assert debiased_cka(first, 3 * first) == pytest.approx(1)
+
+
+def test_cka_of_what_does_not_vary_is_nothing() -> None:
+    assert debiased_cka(torch.ones(8, 4), torch.randn(8, 4, generator=torch.Generator().manual_seed(0))) == 0
+
+
+@given(st.integers(1, 2**31), st.integers(1, 128))
+def test_a_plan_fits_or_says_what_lacks(budget: int, batch_size: int) -> None:
+    shape = Shape(7_000_000, 384, 1536, 4, 2, 4, 32, 8, 128, 8)
+    planned = plan(shape, batch_size, budget)
+    if planned:
+        assert planned.planned_bytes == footprint(shape, planned.micro_batch).total <= budget
+        assert lacking(shape, budget) == 0
+    else:
+        assert plan(shape, batch_size, budget + lacking(shape, budget)) is not None
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=9),
+    st.randoms(use_true_random=False),
+)
+def test_batches_hold_the_examples(rows: list[list[int]], random: Random) -> None:
+    offsets = np.cumsum([0, *map(len, rows)])
+    ids = np.array([token for row in rows for token in row], dtype=np.int32)
+    examples = Examples(ids, offsets, np.arange(len(rows)))
+    order = np.array(sorted(range(len(rows)), key=lambda _: random.random()))
+    taken = examples.take(order).batch(np.arange(len(rows)))
+    direct = examples.batch(order)
+    for row, (found, mask) in enumerate(zip(direct.ids, direct.mask, strict=True)):
+        assert found[mask.bool()].tolist() == rows[order[row]]
+        assert not found[~mask.bool()].any()
+    assert torch.equal(taken.ids, direct.ids)
+    assert torch.equal(taken.labels, direct.labels)
+
+
+def test_a_new_adapter_is_the_identity() -> None:
+    hidden = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Adapter(16, 4, seed=1)(hidden), hidden)
+
+
+def test_docstrings_are_balanced_distinct_and_masked() -> None:
+    rows = docstrings.rows()
+    assert len({text.casefold() for text, _ in rows}) == len(rows) == 8 * docstrings.ROWS_PER_CLASS
+    assert all(label not in text.casefold().split() for text, label in rows)
