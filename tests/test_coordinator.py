@@ -21,6 +21,8 @@ from chainfed_ray.pool import ClientPool, LocalPool, Outcome
 from chainfed_ray.seeds import derive
 from tests.conftest import a_job
 
+pytestmark = pytest.mark.slow
+
 
 class Reversed:
     """A pool whose outcomes arrive last first."""
