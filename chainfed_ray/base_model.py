@@ -40,11 +40,6 @@ def resolve(base: str) -> Path:
     return folder
 
 
-def served_name(base: str) -> str:
-    """What a base model is called in a served model's name: ``hf:org/name@rev`` → ``name``."""
-    return base.partition(":")[2].partition("@")[0].rstrip("/").rpartition("/")[2]
-
-
 def tokenizer(base: str, folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``.
 

@@ -42,7 +42,7 @@ class Blocks:
         with torch.device("meta"):
             model = AutoModel.from_config(config, dtype=dtype).eval().requires_grad_(False)
         self._model: Any = model
-        self.layers_path = self._find_layers(model, int(config.num_hidden_layers))
+        self.layers_path = find_layers(model, self._name)
         self._meta_layers: nn.ModuleList = model.get_submodule(self.layers_path)  # type: ignore[assignment]
         self.num_layers = len(self._meta_layers)
         self.hidden_size = int(config.hidden_size)
@@ -100,17 +100,6 @@ class Blocks:
         """Close the checkpoint."""
         self._checkpoint.close()
 
-    def _find_layers(self, model: Any, count: int) -> str:
-        found: list[str] = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == count and len({type(item) for item in module}) == 1
-        ]
-        if not found:
-            raise UnsupportedModel(self._name, f"{type(model).__name__} has no list of {count} equal layers")
-        # An inner list of the same length belongs to a layer: the outermost one is the chain.
-        return min(found, key=lambda name: name.count("."))
-
     def _recorder(self, index: int) -> nn.Module:
         return _Recorder(self._meta_layers[index], lambda hidden, call: self._record(index, hidden, call))
 
@@ -167,6 +156,24 @@ class Blocks:
         prefix = self._model.base_model_prefix
         candidates = (name, f"{prefix}.{name}", old, f"{prefix}.{old}")
         return next((candidate for candidate in candidates if candidate in self._checkpoint.names), None)
+
+
+def find_layers(model: Any, name: str) -> str:
+    """The path of the list of layers in a Hugging Face model; ``name`` is for the error.
+
+    Raises:
+        UnsupportedModel: there is no list of as many equal modules as the configuration has hidden layers.
+    """
+    count = int(model.config.num_hidden_layers)
+    found: list[str] = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(item) for item in module}) == 1
+    ]
+    if not found:
+        raise UnsupportedModel(name, f"{type(model).__name__} has no list of {count} equal layers")
+    # An inner list of the same length belongs to a layer: the outermost one is the chain.
+    return min(found, key=lambda path: path.count("."))
 
 
 class _LastLayerReached(Exception):

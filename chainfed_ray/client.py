@@ -100,6 +100,23 @@ def take_turn(client: Client, base: BaseModel, order: Order) -> Profile | Update
         torch.set_num_threads(threads)
 
 
+def warm_up(base: BaseModel) -> None:
+    """Do everything once, on a few tokens: what libraries load and keep the first time is the process's, not a client's."""
+    blocks = Blocks(base.folder, base.dtype)
+    try:
+        mask = torch.ones(2, 4, dtype=torch.int64)
+        hidden, calls = blocks.embed(mask, mask)
+        stack = AdapterStack.new([0], blocks.hidden_size, 1, 2, seed=0)
+        output = stack.adapter(0)(blocks.run(blocks.load_layer(0), stack.adapter(0)(hidden), calls[0]))
+        window = Window(0, 0)
+        loss = chain_loss(stack, window, output, mask, mask[:, 0], global_weight=0, head_follows_global=False)
+        optimizer = torch.optim.AdamW(stack.parameters())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    finally:
+        blocks.close()
+
+
 @torch.no_grad()
 def profile(client: Client, blocks: Blocks, order: Profiling) -> Profile:
     """One forward pass, a layer in memory at a time; of each layer only mean-pooled tokens [n, D] are kept."""

@@ -188,6 +188,12 @@ class JobSpec(Section):
         """Updates without which a round does not count."""
         return self.rounds.quorum if self.rounds.quorum is not None else (self.rounds.clients + 1) // 2
 
+    @property
+    def model_name(self) -> str:
+        """What the finished model is called: ``<base>:<name>``, with the last part of the base's path."""
+        path = self.model.base.partition(":")[2].partition("@")[0]
+        return f"{path.rstrip('/').rpartition('/')[2]}:{self.name}"
+
 
 class _YamlLoader(yaml.SafeLoader):
     """YAML as people write it: ``1e-3`` is a number, and a key given twice is an error."""

@@ -24,6 +24,7 @@ from chainfed_ray.job import Job
 from chainfed_ray.objective import trained_names
 from chainfed_ray.pool import ClientPool, Failure, Outcome
 from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round, Turn
+from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_layer import average
 
@@ -118,6 +119,11 @@ class Coordinator:
         opening = self.open()
         chain = Chain(self._job.layers, opening.start_layer, self._spec.chain.window)
         return self._restore(chain, self._log.rounds())[0]
+
+    def model(self) -> SavedStack:
+        """The stack as last committed, with what has to be known to use it."""
+        job, spec = self._job, self._spec
+        return SavedStack(self.stack(), job.classes, spec.data.max_length, spec.model.base, job.layers_path)
 
     def _profile(self) -> tuple[float, ...]:
         """Every client's CKA profile, averaged by example count, in client order."""

@@ -6,10 +6,14 @@
     ├── InvalidJob         (ValueError)    a job, or a request, that cannot be accepted: the fields, their values, what would do
     ├── UnsupportedModel   (ValueError)    a base model that cannot be run layer by layer
     ├── InvalidUpdate      (ValueError)    a client's update that must not be averaged (NaN, wrong shape, wrong name)
-    ├── ClientDied         (RuntimeError)  a client's process ended in the middle of its turn
     ├── QuorumLost         (RuntimeError)  too few clients answered, several rounds in a row
     ├── CorruptCommit      (RuntimeError)  a commit whose bytes are not those that were written
+    ├── CoordinatorLost    (RuntimeError)  a coordinator died again and again without finishing a round
+    ├── InvalidSetting     (ValueError)    an environment variable or option of the service that is wrong
+    ├── StorageInUse       (RuntimeError)  another service works on the same storage
     ├── ServiceUnavailable (RuntimeError)  no service answers at the address given
+    ├── ServiceFailed      (RuntimeError)  the service answers with an error that is not the caller's
+    ├── JobFailed          (RuntimeError)  a job that was followed ended without a model
     ├── JobNotFound        (LookupError)   no such job
     ├── JobConflict        (RuntimeError)  the job is not in a state that allows what was asked
     └── ModelNotFound      (LookupError)   no such served model
@@ -24,6 +28,10 @@ from typing import Any, NamedTuple
 class ChainFedError(Exception):
     """The root of the tree."""
 
+    def document(self) -> dict[str, Any]:
+        """The error as JSON."""
+        return {"type": type(self).__name__, "message": str(self)}
+
 
 class Problem(NamedTuple):
     """One thing wrong with an input: the field's path, the value found there and what would have done."""
@@ -35,6 +43,24 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         found = "is missing" if self.value is MISSING else f"is {_shown(self.value)}"
         return f"{self.field} {found}; expected {self.expected}"
+
+    def document(self) -> dict[str, str | None]:
+        """The problem as JSON; the value in Python's notation, None where it is missing."""
+        value = None if self.value is MISSING else _shown(self.value)
+        return {"field": self.field, "value": value, "expected": self.expected}
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> "Problem":
+        """What ``document()`` was called on, in another process; the value is kept as it was shown."""
+        value = document["value"]
+        return cls(str(document["field"]), MISSING if value is None else _Shown(value), str(document["expected"]))
+
+
+class _Shown(str):
+    """A value of which only Python's notation is known."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 class _Missing:
@@ -67,6 +93,10 @@ class InvalidJob(ChainFedError, ValueError):
         """The common case of a single problem."""
         return cls((Problem(field, value, expected),))
 
+    def document(self) -> dict[str, Any]:
+        """The error as JSON, field by field."""
+        return super().document() | {"problems": [problem.document() for problem in self.problems]}
+
     def __str__(self) -> str:
         return "; ".join(str(problem) for problem in self.problems)
 
@@ -93,17 +123,6 @@ class InvalidUpdate(ChainFedError, ValueError):
         return f"update of {self.client} refused: {self.reason}"
 
 
-class ClientDied(ChainFedError, RuntimeError):
-    """A client's process ended in the middle of its turn."""
-
-    def __init__(self, client: str, reason: str) -> None:
-        super().__init__(client, reason)
-        self.client, self.reason = client, reason
-
-    def __str__(self) -> str:
-        return f"the process of {self.client} died: {self.reason}"
-
-
 class QuorumLost(ChainFedError, RuntimeError):
     """Too few clients answered, several rounds in a row; ``reasons`` are those of the last round, by client."""
 
@@ -127,6 +146,42 @@ class CorruptCommit(ChainFedError, RuntimeError):
         return f"{self.path}: {self.reason}"
 
 
+class CoordinatorLost(ChainFedError, RuntimeError):
+    """A job's coordinator died ``deaths`` times without finishing a round in between."""
+
+    def __init__(self, job: str, deaths: int) -> None:
+        super().__init__(job, deaths)
+        self.job, self.deaths = job, deaths
+
+    def __str__(self) -> str:
+        return (
+            f"the coordinator of {self.job} died {self.deaths} times without finishing a round in between; Ray's log of its "
+            "actor says why (often: the machine has too little memory)"
+        )
+
+
+class InvalidSetting(ChainFedError, ValueError):
+    """An environment variable or option of the service that is wrong."""
+
+    def __init__(self, name: str, value: str, expected: str) -> None:
+        super().__init__(name, value, expected)
+        self.name, self.value, self.expected = name, value, expected
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.value!r}; expected {self.expected}"
+
+
+class StorageInUse(ChainFedError, RuntimeError):
+    """Another service works on the same storage; two would run each job twice."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.root = root
+
+    def __str__(self) -> str:
+        return f"another chainfed service works in {self.root}; stop it first, or choose another folder"
+
+
 class ServiceUnavailable(ChainFedError, RuntimeError):
     """No service answers at ``address``."""
 
@@ -136,6 +191,28 @@ class ServiceUnavailable(ChainFedError, RuntimeError):
 
     def __str__(self) -> str:
         return f"no chainfed service answers at {self.address} ({self.reason}); start one with `chainfed serve`"
+
+
+class ServiceFailed(ChainFedError, RuntimeError):
+    """The service at ``address`` answers with an error that is not the caller's."""
+
+    def __init__(self, address: str, reason: str, request_id: str) -> None:
+        super().__init__(address, reason, request_id)
+        self.address, self.reason, self.request_id = address, reason, request_id
+
+    def __str__(self) -> str:
+        return f"the service at {self.address} failed: {self.reason} (request {self.request_id})"
+
+
+class JobFailed(ChainFedError, RuntimeError):
+    """A job that was followed ended without a model; ``status`` is ``failed`` or ``cancelled``."""
+
+    def __init__(self, job: str, status: str, reason: str) -> None:
+        super().__init__(job, status, reason)
+        self.job, self.status, self.reason = job, status, reason
+
+    def __str__(self) -> str:
+        return f"job {self.job} {self.status}" + (f": {self.reason}" if self.reason else "")
 
 
 class JobNotFound(ChainFedError, LookupError):

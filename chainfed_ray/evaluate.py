@@ -32,8 +32,7 @@ def evaluate(examples: Examples, base: BaseModel, cache: Path, stack: AdapterSta
         activations = PrefixCache(cache, blocks, examples).at(window.bottom, stack)
         layers = {layer: blocks.load_layer(layer) for layer in list(window)[1:]}
         loss, right = 0.0, 0
-        for first in range(0, len(examples), _BATCH):
-            indices = np.arange(first, min(first + _BATCH, len(examples)))
+        for indices in examples.by_length(_BATCH):
             batch = examples.batch(indices)
             hidden = window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)
             logits = stack.head(hidden, batch.mask)

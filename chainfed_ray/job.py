@@ -27,6 +27,7 @@ class Job:
     spec: JobSpec
     base: BaseModel
     layers: int
+    layers_path: str
     hidden: int
     classes: tuple[str, ...]
     clients: tuple[Client, ...]
@@ -45,8 +46,9 @@ def prepare(spec: JobSpec, scratch: Path) -> Job:
     base = BaseModel(folder, getattr(torch, spec.model.dtype), scratch)
     words = tokenizer(spec.model.base, folder)
     corpus = load(spec.data, derive(spec.seed, "split"))
+    number = {name: place for place, name in enumerate(corpus.classes)}
     train, validation, test = (
-        tokenize(words, split, corpus.classes, spec.data.max_length)
+        tokenize(words, split.texts, [number[label] for label in split.labels], spec.data.max_length)
         for split in (corpus.train, corpus.validation, corpus.test)
     )
     try:
@@ -65,7 +67,18 @@ def prepare(spec: JobSpec, scratch: Path) -> Job:
             f"{spec.quorum} clients (the quorum) with {needed} or more; only {len(clients)} can hold a window of "
             f"{spec.chain.window} at data.max_length {spec.data.max_length}",
         )
-    return Job(spec, base, blocks.num_layers, blocks.hidden_size, corpus.classes, clients, left_out, validation, test)
+    return Job(
+        spec=spec,
+        base=base,
+        layers=blocks.num_layers,
+        layers_path=blocks.layers_path,
+        hidden=blocks.hidden_size,
+        classes=corpus.classes,
+        clients=clients,
+        left_out=left_out,
+        validation=validation,
+        test=test,
+    )
 
 
 def _check_chain(spec: JobSpec, layers: int) -> None:

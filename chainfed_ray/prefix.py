@@ -63,8 +63,7 @@ class PrefixCache:
         # A name of its own: a process that was given up may still be writing the same activations.
         aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
         with aside.open("wb") as file:
-            for first in range(0, len(self._examples), MICRO_BATCH):
-                indices = np.arange(first, min(first + MICRO_BATCH, len(self._examples)))
+            for indices in self._examples.by_length(MICRO_BATCH):
                 batch = self._examples.batch(indices)
                 if source is None:
                     hidden, calls = self._blocks.embed(batch.ids, batch.mask)
@@ -73,7 +72,8 @@ class PrefixCache:
                     if layer - 1 in stack.layers:
                         hidden = stack.adapter(layer - 1)(hidden)
                 hidden = self._blocks.run(module, hidden, calls[layer])
-                for row, length in zip(hidden, batch.mask.sum(1).tolist(), strict=True):
+                for index, row, length in zip(indices.tolist(), hidden, batch.mask.sum(1).tolist(), strict=True):
+                    file.seek(int(self._examples.offsets[index]) * self._row_bytes)
                     file.write(row[:length].contiguous().view(torch.uint8).numpy().tobytes())
         aside.replace(path)
 

@@ -3,6 +3,7 @@
 They are what the commit log keeps, what the service reports and what the command line prints. All JSON.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -94,3 +95,59 @@ class Ending(Record):
     loss: float
     rounds: int
     peak_bytes: dict[str, int]
+
+
+class StageResult(Record):
+    """A stage that ended, and why."""
+
+    stage: int
+    bottom: int
+    top: int
+    rounds: int
+    accuracy: float | None
+    ended: str
+
+
+class Result(Record):
+    """What a finished job comes to."""
+
+    job: str
+    status: Literal["succeeded"] = "succeeded"
+    accuracy: float
+    loss: float
+    rounds: int
+    start_layer: int
+    layers: int
+    classes: tuple[str, ...]
+    stages: tuple[StageResult, ...]
+    left_out: tuple[LeftOut, ...]
+    peak_bytes: dict[str, int]
+
+    @classmethod
+    def of(
+        cls, job: str, classes: tuple[str, ...], opening: Opening, rounds: Sequence[Round], ending: Ending
+    ) -> "Result":
+        """The result of the job called ``job``, whose head tells ``classes`` apart."""
+        ends = [record for record in rounds if record.ended]
+        return cls(
+            job=job,
+            accuracy=ending.accuracy,
+            loss=ending.loss,
+            rounds=ending.rounds,
+            start_layer=opening.start_layer,
+            layers=opening.layers,
+            classes=classes,
+            stages=tuple(
+                StageResult(
+                    stage=last.stage,
+                    bottom=last.bottom,
+                    top=last.top,
+                    rounds=sum(record.stage == last.stage for record in rounds),
+                    accuracy=last.accuracy,
+                    ended=last.ended or "",
+                )
+                for last in ends
+            ),
+            left_out=opening.left_out,
+            peak_bytes=ending.peak_bytes,
+        )

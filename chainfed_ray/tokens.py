@@ -1,5 +1,6 @@
 """Tokenised examples, ragged: no padding is kept, sent or cached."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-
-from chainfed_ray.data import Split
 
 
 class Batch(NamedTuple):
@@ -35,6 +34,11 @@ class Examples:
         """The tokens of each example, [n]."""
         return np.diff(self.offsets)
 
+    def by_length(self, count: int) -> Iterator[np.ndarray]:
+        """The indices of every example, ``count`` of like length at a time: so that little of a batch is padding."""
+        order = np.argsort(self.lengths, kind="stable")
+        return (order[first : first + count] for first in range(0, len(order), count))
+
     def take(self, indices: np.ndarray) -> "Examples":
         """Some of the examples, in the order of ``indices``."""
         rows = [self.ids[self.offsets[index] : self.offsets[index + 1]] for index in indices]
@@ -51,12 +55,12 @@ class Examples:
         return Batch(ids, mask.to(torch.int64), torch.from_numpy(self.labels[indices]))
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, split: Split, classes: tuple[str, ...], max_length: int) -> Examples:
-    """The examples of ``split``, cut at ``max_length`` tokens; a text without tokens keeps one padding token."""
-    encoded = tokenizer(list(split.texts), truncation=True, max_length=max_length)["input_ids"]
-    index = {name: place for place, name in enumerate(classes)}
-    labels = np.array([index[label] for label in split.labels], dtype=np.int64)
-    return _ragged([np.array(row or [0], dtype=np.int32) for row in encoded], labels)
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], labels: Sequence[int], max_length: int
+) -> Examples:
+    """The examples of ``texts``, cut at ``max_length`` tokens; a text without tokens keeps one padding token."""
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    return _ragged([np.array(row or [0], dtype=np.int32) for row in encoded], np.array(labels, dtype=np.int64))
 
 
 def _ragged(rows: list[np.ndarray], labels: np.ndarray) -> Examples:

@@ -1,0 +1,45 @@
+"""A base model held in memory, with which finished stacks classify texts."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chainfed_ray.base_model import resolve, tokenizer
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.saved_stack import SavedStack
+from chainfed_ray.tokens import Examples, tokenize
+
+_BATCH = 32
+
+
+class Classifier:
+    """``base`` with all its layers loaded, once; any number of stacks can be put on it. One call at a time.
+
+    Raises:
+        InvalidJob: there is no such base model.
+    """
+
+    def __init__(self, base: str, dtype: torch.dtype) -> None:
+        folder = resolve(base)
+        self._tokenizer = tokenizer(base, folder)
+        self._blocks = Blocks(folder, dtype)
+        self._layers = [self._blocks.load_layer(index) for index in range(self._blocks.num_layers)]
+
+    def probabilities(self, saved: SavedStack, texts: list[str]) -> Tensor:
+        """The probability of each class for each text, [n, C]; a text alone and in company gives the same, up to rounding."""
+        examples = tokenize(self._tokenizer, texts, [0] * len(texts), saved.max_length)
+        logits = torch.empty(len(texts), len(saved.classes))
+        for indices in examples.by_length(_BATCH):
+            logits[torch.from_numpy(indices)] = self._logits(saved, examples, indices)
+        return torch.softmax(logits, -1)
+
+    @torch.no_grad()
+    def _logits(self, saved: SavedStack, examples: Examples, indices: np.ndarray) -> Tensor:
+        batch = examples.batch(indices)
+        hidden, calls = self._blocks.embed(batch.ids, batch.mask)
+        for index, layer in enumerate(self._layers):
+            hidden = self._blocks.run(layer, hidden, calls[index])
+            if index in saved.stack.layers:
+                hidden = saved.stack.adapter(index)(hidden)
+        logits: Tensor = saved.stack.head(hidden, batch.mask)
+        return logits

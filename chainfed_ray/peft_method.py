@@ -1,0 +1,245 @@
+"""Our adapters as a PEFT method, for whoever lives in that world. Importing this file registers the method. ::
+
+    from peft import PeftModel
+    from chainfed_ray.peft_method import SequenceClassifier
+
+    model = PeftModel.from_pretrained(SequenceClassifier.from_folder(base_folder), "jobs/<job>/model")
+    logits = model(input_ids=ids, attention_mask=mask)  # [B, C]
+
+A layer with an adapter, and the head, are PEFT layers: several stacks can be loaded side by side, each with classes of its
+own, and a batch may name one for each row (``adapter_names=``) where their classes are equally many.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType, register_peft_method
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from chainfed_ray.adapter import Adapter, Head
+from chainfed_ray.blocks import find_layers
+from chainfed_ray.saved_stack import ADAPTERS, HEAD, HEADS, PEFT_TYPE
+
+_PREFIX = "chainfed_"
+_NO_ADAPTER = "__base__"  # PEFT's name for a row that no adapter is to touch
+
+
+class SequenceClassifier(nn.Module):
+    """A base model, as ``.base``, and the place of its head: what a stack is loaded on. Without one it gives no logits."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.head = _NoHead()
+        self._layers_path = find_layers(base, type(base).__name__)
+
+    @classmethod
+    def from_folder(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "SequenceClassifier":
+        """The base model in ``folder``, frozen and in evaluation mode."""
+        base = AutoModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return cls(base).eval().requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Token ids and mask [B, T] → logits [B, C]."""
+        layers: Any = self.base.get_submodule(self._layers_path)
+        outputs: list[Any] = []
+        # Some families end with a norm of their own: the chain's head takes the last layer's output as it is.
+        kept = layers[-1].register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        try:
+            self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        finally:
+            kept.remove()
+        hidden = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+        logits: Tensor = self.head(hidden, attention_mask)
+        return logits
+
+
+@dataclass
+class ChainFedConfig(PeftConfig):
+    """The sizes of a stack, and its classes; ``target_modules`` are the layers with an adapter, and the head."""
+
+    target_modules: list[str] = field(default_factory=list)
+    base: str | None = None
+    hidden: int = 0
+    bottleneck: int = 0
+    classes: list[str] = field(default_factory=list)
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = getattr(PeftType, PEFT_TYPE)
+
+
+class _ChainFedModule(nn.Module, BaseTunerLayer):
+    """What our two PEFT layers have in common: named parts, of which one is active."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._adapter_names: Sequence[str] | None = None
+        self._disable_adapters = False
+        self.merged_adapters = []
+        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+
+    @property
+    def _parts(self) -> nn.ModuleDict:
+        parts: nn.ModuleDict = getattr(self, self.adapter_layer_names[0])
+        return parts
+
+    def update_layer(self, adapter_name: str, part: nn.Module, active: list[str]) -> None:
+        """Take in the part of a stack that is being loaded."""
+        parameter = next(self.base_layer.parameters(), None)
+        self._parts[adapter_name] = part if parameter is None else part.to(parameter.device)
+        self.set_adapter(active)
+
+    def _by_part(self, hidden: Tensor) -> list[tuple[nn.Module | None, Tensor]]:
+        """Which part is for which rows of ``hidden`` [B, …]."""
+        rows = torch.arange(len(hidden), device=hidden.device)
+        if self._adapter_names is None:
+            active = [name for name in self.active_adapters if name in self._parts]
+            return [(None if self.disable_adapters or not active else self._parts[active[0]], rows)]
+        if len(self._adapter_names) != len(hidden):
+            raise ValueError(f"adapter_names has {len(self._adapter_names)} names for {len(hidden)} rows")
+        return [
+            (
+                self._parts[name] if name in self._parts else None,  # noqa: SIM401  a ModuleDict has no get
+                rows[[place for place, given in enumerate(self._adapter_names) if given == name]],
+            )
+            for name in dict.fromkeys(self._adapter_names)
+        ]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: a bottleneck with a nonlinearity is no change of the weights below it."""
+        raise NotImplementedError("a ChainFed adapter cannot be merged into its base model")
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)  # what the model's forward reads on a layer
+
+
+class ChainFedLayer(_ChainFedModule):
+    """A layer of the base model, and the adapters that follow it."""
+
+    adapter_layer_names = (ADAPTERS,)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer's own, with the adapter of each row on its output [B, T, D]."""
+        output = self.base_layer(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (self._adapted(output[0]), *output[1:])
+        return self._adapted(output)
+
+    def _adapted(self, hidden: Tensor) -> Tensor:
+        parts = self._by_part(hidden)
+        if len(parts) == 1:
+            return hidden if parts[0][0] is None else parts[0][0](hidden)
+        adapted = hidden.clone()
+        for part, rows in parts:
+            if part is not None:
+                adapted[rows] = part(hidden[rows])
+        return adapted
+
+
+class ChainFedHead(_ChainFedModule):
+    """The heads of the stacks."""
+
+    adapter_layer_names = (HEADS,)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Hidden [B, T, D] and mask [B, T] → logits [B, C], by the head of each row."""
+        parts = [(part or self.base_layer, rows) for part, rows in self._by_part(hidden)]
+        logits = [part(hidden[rows], mask[rows]) for part, rows in parts]
+        return torch.cat(logits)[torch.cat([rows for _, rows in parts]).argsort()]
+
+
+class ChainFedModel(BaseTuner):
+    """The tuner that PEFT makes of a ``ChainFedConfig``."""
+
+    prefix = _PREFIX
+    tuner_layer_cls = _ChainFedModule
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  the name and the type are PEFT's
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
+        return isinstance(peft_config, ChainFedConfig) and key in peft_config.target_modules
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """In a file a tensor is named without its stack: ``….chainfed_adapters.<stack>.down.weight``."""
+        for parts in (ADAPTERS, HEADS):
+            key = key.replace(f".{parts}.{adapter_name}.", f".{parts}.")
+        return key
+
+    def _create_and_replace(  # type: ignore[override]  # a stack has no parameters of the base model's to replace
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        assert isinstance(peft_config, ChainFedConfig)
+        if current_key == HEAD:
+            part: nn.Module = Head(peft_config.hidden, len(peft_config.classes))
+            wrapper: type[_ChainFedModule] = ChainFedHead
+        else:
+            part, wrapper = Adapter(peft_config.hidden, peft_config.bottleneck), ChainFedLayer
+        if not isinstance(target, wrapper):
+            target = wrapper(target)
+            setattr(parent, target_name, target)
+        target.update_layer(adapter_name, part, self.active_adapters)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """For one forward, tell our layers which stack each row is for."""
+        names: Sequence[str] | None = kwargs.get("adapter_names")
+        unknown = sorted(set(names or ()) - self.peft_config.keys() - {_NO_ADAPTER})
+        if unknown:
+            raise ValueError(f"no adapter is called {unknown[0]!r}; there are {', '.join(self.peft_config)}")
+        layers = [module for module in self.modules() if isinstance(module, _ChainFedModule)]
+        for layer in layers:
+            layer._adapter_names = names
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._adapter_names = None
+
+
+class _NoHead(nn.Module):
+    """Where a head will be."""
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """There is nothing to compute yet."""
+        raise RuntimeError("no stack is active on this SequenceClassifier: load one with PeftModel.from_pretrained")
+
+
+def _register() -> None:
+    """Add our method to PEFT's. Its enum of methods is closed, so the member is put in by hand (peft is pinned)."""
+    if PEFT_TYPE in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, PEFT_TYPE)
+    member._name_, member._value_ = PEFT_TYPE, PEFT_TYPE
+    setattr(PeftType, PEFT_TYPE, member)
+    PeftType._member_names_.append(PEFT_TYPE)
+    PeftType._member_map_[PEFT_TYPE] = member
+    PeftType._value2member_map_[PEFT_TYPE] = member
+    register_peft_method(name=PEFT_TYPE.lower(), config_cls=ChainFedConfig, model_cls=ChainFedModel, prefix=_PREFIX)
+
+
+_register()

@@ -1,0 +1,126 @@
+"""A finished stack as a folder: in PEFT's own form, so that ``PeftModel.from_pretrained`` loads it (see peft_method).
+
+Written and read here without PEFT, whose import takes seconds, and without the base model. ::
+
+    adapter_config.json           the method, its sizes, the modules that have an adapter
+    adapter_model.safetensors     base_model.model.<module>.chainfed_…
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+
+from chainfed_ray.adapter import AdapterStack, Tensors
+from chainfed_ray.errors import CorruptCommit
+
+PEFT_TYPE = "CHAINFED"
+# Where a SequenceClassifier has its base model and its head, and where PEFT's layers keep what is trained.
+BASE, HEAD = "base", "head"
+ADAPTERS, HEADS = "chainfed_adapters", "chainfed_heads"
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ROOT = "base_model.model"
+
+
+@dataclass(frozen=True)
+class SavedStack:
+    """A stack, and what has to be known to use it: its base model, and where that has its layers."""
+
+    stack: AdapterStack
+    classes: tuple[str, ...]
+    max_length: int
+    base: str
+    layers_path: str
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules of a ``SequenceClassifier`` that have an adapter, and its head."""
+        return [*(f"{BASE}.{self.layers_path}.{layer}" for layer in self.stack.layers), HEAD]
+
+    def config(self) -> dict[str, Any]:
+        """What PEFT keeps in ``adapter_config.json``."""
+        down = self.stack.adapter(self.stack.layers[0]).down
+        return {
+            "peft_type": PEFT_TYPE,
+            "base_model_name_or_path": self._base_for_others(),
+            "base": self.base,
+            "inference_mode": True,
+            "target_modules": self.modules,
+            "hidden": down.in_features,
+            "bottleneck": down.out_features,
+            "classes": list(self.classes),
+            "max_length": self.max_length,
+        }
+
+    def tensors(self) -> Tensors:
+        """Every tensor by PEFT's name."""
+        return {self._name(name): tensor for name, tensor in self.stack.tensors().items()}
+
+    def _base_for_others(self) -> str | None:
+        """The base model as the Hugging Face world names it; what comes with a package has no name there."""
+        scheme, _, name = self.base.partition(":")
+        return None if scheme == "builtin" else name.partition("@")[0]
+
+    def _name(self, name: str) -> str:
+        kind, _, rest = name.partition(".")
+        if kind == "head":
+            return f"{_ROOT}.{HEAD}.{HEADS}.{rest}"
+        layer, _, parameter = rest.partition(".")
+        return f"{_ROOT}.{BASE}.{self.layers_path}.{layer}.{ADAPTERS}.{parameter}"
+
+
+def save_stack(saved: SavedStack, folder: Path) -> None:
+    """Write ``folder`` as a whole: killed at any moment, this leaves the folder as it was or as it should be."""
+    aside = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _write(aside / _WEIGHTS, save(saved.tensors(), metadata={"format": "pt"}))
+    _write(aside / _CONFIG, json.dumps(saved.config(), indent=2).encode())
+    # A folder cannot take the place of another in one step; a model that was there is the same, written before a kill.
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def load_stack(folder: Path) -> SavedStack:
+    """Read what ``save_stack`` or PEFT's ``save_pretrained`` wrote.
+
+    Raises:
+        CorruptCommit: the folder is not there, or its tensors are not those that its configuration names.
+    """
+    try:
+        config = json.loads((folder / _CONFIG).read_bytes())
+        tensors = load((folder / _WEIGHTS).read_bytes())
+        layers = [module for module in config["target_modules"] if module != HEAD]
+        path = layers[0].removeprefix(f"{BASE}.").rpartition(".")[0]
+        stack = AdapterStack.from_tensors({_plain(name): tensor for name, tensor in tensors.items()})
+        saved = SavedStack(stack, tuple(config["classes"]), config["max_length"], config["base"], path)
+        complete = (
+            sorted(saved.modules) == sorted(config["target_modules"]) and saved.tensors().keys() == tensors.keys()
+        )
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise CorruptCommit(
+            str(folder), f"it holds no stack that can be read ({type(error).__name__}: {error})"
+        ) from None
+    if not complete:
+        raise CorruptCommit(str(folder), "it lacks adapters that its configuration names, or has others")
+    return saved
+
+
+def _plain(name: str) -> str:
+    """PEFT's name → the stack's own."""
+    module, marker, parameter = name.rpartition(f".{ADAPTERS}.")
+    if marker:
+        return f"adapters.{module.rpartition('.')[2]}.{parameter}"
+    return f"head.{name.rpartition(f'.{HEADS}.')[2]}"
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,146 @@
+"""Promise: a saved stack loads with ``PeftModel.from_pretrained`` and gives the logits of the streamed model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.client import BaseModel
+from chainfed_ray.errors import CorruptCommit
+from chainfed_ray.evaluate import logits
+from chainfed_ray.peft_method import ChainFedLayer, SequenceClassifier
+from chainfed_ray.saved_stack import SavedStack, load_stack, save_stack
+from chainfed_ray.tokens import Examples
+from tests.models import FAMILIES, tiny
+
+
+def a_stack(folder: Path, layers: tuple[int, ...] = (1, 2, 3), classes: int = 3, seed: int = 0) -> SavedStack:
+    """A stack in which no value is one that could hide a mistake."""
+    stack = AdapterStack.new(layers, 32, 8, classes, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    names = tuple(f"class-{index}" for index in range(classes))
+    return SavedStack(stack, names, 16, f"path:{folder}", Blocks(folder, torch.float32).layers_path)
+
+
+def examples() -> Examples:
+    """Five examples of unequal length."""
+    generator = np.random.default_rng(0)
+    lengths = np.array([3, 9, 1, 6, 4])
+    ids = generator.integers(3, 128, lengths.sum()).astype(np.int32)
+    return Examples(ids, np.concatenate([[0], lengths.cumsum()]), np.zeros(5, dtype=np.int64))
+
+
+def loaded(folder: Path, saved: Path) -> PeftModel:
+    return PeftModel.from_pretrained(SequenceClassifier.from_folder(folder), str(saved)).eval()
+
+
+def ask(model: PeftModel, **options: object) -> torch.Tensor:
+    batch = examples().batch(np.arange(5))
+    with torch.no_grad():
+        answer: torch.Tensor = model(input_ids=batch.ids, attention_mask=batch.mask, **options)
+    return answer
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tiny(request.param, tmp_path / "base")
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    return tiny("bert", tmp_path / "base")
+
+
+def test_loaded_by_peft_is_the_streamed_model(folder: Path, tmp_path: Path) -> None:
+    saved = a_stack(folder)
+    save_stack(saved, tmp_path / "model")
+    expected = logits(examples(), BaseModel(folder, torch.float32, tmp_path), saved.stack)
+    torch.testing.assert_close(ask(loaded(folder, tmp_path / "model")), expected, rtol=0, atol=1e-6)
+
+
+def test_saved_by_peft_is_what_we_save(folder: Path, tmp_path: Path) -> None:
+    save_stack(a_stack(folder), tmp_path / "ours")
+    loaded(folder, tmp_path / "ours").save_pretrained(str(tmp_path / "theirs"))
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    again = load_stack(tmp_path / "theirs")
+    assert again.config() == a_stack(folder).config()
+
+
+def test_only_the_chain_has_adapters(bert: Path, tmp_path: Path) -> None:
+    save_stack(a_stack(bert, layers=(2, 3)), tmp_path / "model")
+    model = loaded(bert, tmp_path / "model")
+    found = [name for name, module in model.named_modules() if isinstance(module, ChainFedLayer)]
+    assert [name.rpartition(".")[2] for name in found] == ["2", "3"]
+
+
+def test_several_stacks_each_with_classes_of_its_own(bert: Path, tmp_path: Path) -> None:
+    save_stack(a_stack(bert), tmp_path / "a")
+    save_stack(a_stack(bert, layers=(0, 3), classes=5, seed=1), tmp_path / "b")
+    alone = {name: ask(loaded(bert, tmp_path / name)) for name in ("a", "b")}
+    model = loaded(bert, tmp_path / "a")
+    model.load_adapter(str(tmp_path / "b"), "b")
+    assert torch.equal(ask(model), alone["a"])
+    model.set_adapter("b")
+    assert torch.equal(ask(model), alone["b"])
+
+
+def test_a_batch_with_a_stack_for_each_row(bert: Path, tmp_path: Path) -> None:
+    save_stack(a_stack(bert), tmp_path / "a")
+    save_stack(a_stack(bert, layers=(0, 3), seed=1), tmp_path / "b")
+    model = loaded(bert, tmp_path / "a")
+    model.load_adapter(str(tmp_path / "b"), "b")
+    names = ["default", "b", "b", "default", "b"]
+    mixed = ask(model, adapter_names=names)
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], ask(model)[row], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="no adapter is called 'c'"):
+        ask(model, adapter_names=["c"] * 5)
+
+
+def test_a_stack_cannot_be_merged_and_without_one_there_are_no_logits(bert: Path, tmp_path: Path) -> None:
+    save_stack(a_stack(bert), tmp_path / "model")
+    model = loaded(bert, tmp_path / "model")
+    with pytest.raises(NotImplementedError, match="cannot be merged"):
+        model.merge_adapter()
+    with pytest.raises(RuntimeError, match="no stack is active"), model.disable_adapter():
+        ask(model)
+
+
+def test_saved_and_loaded_is_the_same_stack(bert: Path, tmp_path: Path) -> None:
+    saved = a_stack(bert)
+    save_stack(saved, tmp_path / "model")
+    save_stack(saved, tmp_path / "model")  # as after a kill between the model and its record
+    again = load_stack(tmp_path / "model")
+    assert again.config() == saved.config()
+    assert all(torch.equal(tensor, again.stack.tensors()[name]) for name, tensor in saved.stack.tensors().items())
+
+
+@pytest.mark.parametrize("lost", ["adapter", "tensor", "named", "folder"])
+def test_no_adapter_is_lost_silently(bert: Path, tmp_path: Path, lost: str) -> None:
+    model = tmp_path / "model"
+    save_stack(a_stack(bert), model)
+    weights, config = model / "adapter_model.safetensors", model / "adapter_config.json"
+    tensors = load_file(weights)
+    if lost == "adapter":
+        save_file({name: tensor for name, tensor in tensors.items() if ".2." not in name}, weights)
+    elif lost == "tensor":
+        save_file(dict(list(tensors.items())[1:]), weights)
+    elif lost == "named":
+        document = json.loads(config.read_text())
+        config.write_text(json.dumps({**document, "target_modules": document["target_modules"][1:]}))
+    else:
+        weights.unlink()
+    with pytest.raises(CorruptCommit):
+        load_stack(model)
