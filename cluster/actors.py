@@ -2,13 +2,17 @@
 
 import ray
 
-from chainfed_ray.client import BaseModel, Client, Order, Profile, Update, take_turn
+from chainfed_ray.client import BaseModel, Client, Order, Profile, Update, take_turn, warm_up
 
 
 @ray.remote
 class ClientActor:
     """A process that is leased to one client of its budget class at a time; it keeps nothing from turn to turn."""
 
-    def take_turn(self, client: Client, base: BaseModel, order: Order) -> Profile | Update:
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        warm_up(base)
+
+    def take_turn(self, client: Client, order: Order) -> Profile | Update:
         """Carry out an order for the client that holds the lease."""
-        return take_turn(client, base, order)
+        return take_turn(client, self._base, order)

@@ -1,11 +1,13 @@
 """The clients' turns as calls of Ray actors, leased by budget class.
 
-There are at most ``width`` actors of a class, each with the memory of its class as a Ray resource. An actor whose client
-died or missed the deadline is given up, and its place is taken by a new one when a turn next needs it.
+There are at most ``slots`` actors, each with the memory of its class as a Ray resource. An idle actor is kept for the next
+turn of its class, and makes way for another class that has none, or far too few: a process takes seconds to start, so turns
+rather wait for one another a little. An actor whose client died or missed the deadline is given up.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
@@ -14,91 +16,123 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from chainfed_ray.client import BaseModel, Client, Order
 from chainfed_ray.pool import Failure, Outcome
+from chainfed_ray.quantities import format_bytes
 from cluster.actors import ClientActor
-
-# What an actor's process takes before any client uses it: Python, torch and Ray.
-IDLE_BYTES = 400 * 2**20
+from cluster.resources import IDLE_BYTES, of_client
 
 _POLL_SECONDS = 1.0
+_QUEUE = 3  # turns that wait for an actor of their class, before one of another class makes way
+_PATIENCE_SECONDS = 10.0  # with an actor that has no machine yet, before idle ones make room
+
+
+@dataclass(eq=False)
+class _Lease:
+    """An actor, and the client that has it now."""
+
+    actor: Any
+    client_class: str
+    memory: int
+    ready: Any
+    made_at: float = field(default_factory=monotonic)
+
+    def is_placed(self) -> bool:
+        """Whether a machine was found for the actor."""
+        ready, _ = ray.wait([self.ready], timeout=0)
+        return bool(ready)
 
 
 class RayPool:
-    """Runs turns on the Ray cluster that this process is connected to, ``width`` at a time for each class."""
+    """Runs turns on the Ray cluster that this process is connected to, ``slots`` at a time."""
 
-    def __init__(self, base: BaseModel, width: int) -> None:
-        self._base, self._width = base, width
-        self._idle: dict[str, list[Any]] = {}
-        self._made: dict[str, int] = {}
+    def __init__(self, base: BaseModel, slots: int) -> None:
+        self._base, self._slots = base, slots
+        self._idle: list[_Lease] = []
+        self._made: Counter[str] = Counter()
 
     def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
         """One outcome for each client, as they arrive."""
         ends = monotonic() + deadline
         order_reference = ray.put(order)  # sent to each node once, not to each client
         waiting = deque(enumerate(clients))
-        running: dict[Any, tuple[int, Client, Any]] = {}
+        running: dict[Any, tuple[int, _Lease]] = {}
         try:
             while waiting or running:
-                for place, client in self._startable(waiting):
-                    actor = self._lease(client)
-                    running[actor.take_turn.remote(client, self._base, order_reference)] = (place, client, actor)
+                for place, client, lease in self._startable(waiting):
+                    running[lease.actor.take_turn.remote(client, order_reference)] = (place, lease)
                 left = ends - monotonic()
                 if left <= 0:
                     break
                 done, _ = ray.wait(list(running), timeout=min(left, _POLL_SECONDS))
                 for reference in done:
                     yield self._outcome(reference, *running.pop(reference))
-            late = Failure(f"missed the deadline of {deadline:g} s")
-            for place, client, actor in running.values():
-                self._give_up(client, actor)
-                yield Outcome(place, late)
+                self._make_room([lease for _, lease in running.values()])
+            missed = f"missed the deadline of {deadline:g} s"
+            for place, lease in list(running.values()):
+                where = "" if lease.is_placed() else f": no machine with {format_bytes(lease.memory)} was free for it"
+                self._give_up(lease)
+                yield Outcome(place, Failure(missed + where))
             running.clear()
             for place, _ in waiting:
-                yield Outcome(place, late)
+                yield Outcome(place, Failure(f"{missed}: every place was taken by other clients"))
         finally:
             # The round was abandoned in the middle: nobody will ask for what is still running.
-            for _, client, actor in running.values():
-                self._give_up(client, actor)
+            for _, lease in running.values():
+                self._give_up(lease)
 
     def close(self) -> None:
         """End every idle actor."""
-        for actors in self._idle.values():
-            for actor in actors:
-                ray.kill(actor)
-        self._idle.clear()
-        self._made.clear()
+        while self._idle:
+            self._give_up(self._idle.pop())
 
-    def _startable(self, waiting: deque[tuple[int, Client]]) -> Iterator[tuple[int, Client]]:
-        """Take from ``waiting`` those for whose class an actor is free, or may be made."""
+    def _startable(self, waiting: deque[tuple[int, Client]]) -> Iterator[tuple[int, Client, _Lease]]:
+        """Take from ``waiting`` those for whom an actor is idle, or may be made."""
         for _ in range(len(waiting)):
             place, client = waiting.popleft()
-            if self._idle.get(client.client_class) or self._made.get(client.client_class, 0) < self._width:
-                yield place, client
+            if lease := self._lease(client, Counter(other.client_class for _, other in waiting)):
+                yield place, client, lease
             else:
                 waiting.append((place, client))
 
-    def _lease(self, client: Client) -> Any:
-        idle = self._idle.setdefault(client.client_class, [])
-        if idle:
-            return idle.pop()
-        self._made[client.client_class] = self._made.get(client.client_class, 0) + 1
+    def _lease(self, client: Client, wanted: Counter[str]) -> _Lease | None:
+        own = next((lease for lease in self._idle if lease.client_class == client.client_class), None)
+        if own:
+            self._idle.remove(own)
+            return own
+        if sum(self._made.values()) >= self._slots:
+            if wanted[client.client_class] < _QUEUE * self._made[client.client_class]:
+                return None
+            spare = next((lease for lease in self._idle if not wanted[lease.client_class]), None)
+            if spare is None:
+                return None
+            self._idle.remove(spare)
+            self._give_up(spare)
+        self._made[client.client_class] += 1
         actor_class: Any = ClientActor  # ray.remote gives it `options`, which its type does not show
-        return actor_class.options(num_cpus=0, memory=IDLE_BYTES + client.budget_bytes).remote()
+        actor = actor_class.options(**of_client(client.budget_bytes)).remote(self._base)
+        return _Lease(actor, client.client_class, IDLE_BYTES + client.budget_bytes, actor.__ray_ready__.remote())
 
-    def _outcome(self, reference: Any, place: int, client: Client, actor: Any) -> Outcome:
+    def _make_room(self, running: Sequence[_Lease]) -> None:
+        """Where an actor waits for a machine, idle ones may hold the memory that it needs."""
+        now = monotonic()
+        waits = any(now - lease.made_at > _PATIENCE_SECONDS and not lease.is_placed() for lease in running)
+        if waits:
+            self.close()
+
+    def _outcome(self, reference: Any, place: int, lease: _Lease) -> Outcome:
         try:
             result = ray.get(reference, timeout=60)
         except RayActorError as error:
-            self._give_up(client, actor)
+            self._give_up(lease)
             return Outcome(place, Failure(f"its process died ({type(error).__name__})"))
         except GetTimeoutError:
-            self._give_up(client, actor)
+            self._give_up(lease)
             return Outcome(place, Failure("its result could not be fetched within 60 s"))
         except RayTaskError as error:
-            self._idle[client.client_class].append(actor)
+            self._idle.append(lease)
             return Outcome(place, Failure(f"{type(error.cause).__name__}: {error.cause}"))
-        self._idle[client.client_class].append(actor)
+        self._idle.append(lease)
         return Outcome(place, result)
 
-    def _give_up(self, client: Client, actor: Any) -> None:
-        ray.kill(actor)
-        self._made[client.client_class] -= 1
+    def _give_up(self, lease: _Lease) -> None:
+        ray.kill(lease.actor)
+        self._made[lease.client_class] -= 1

@@ -15,6 +15,7 @@ from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.pool import Failure, LocalPool
 from cluster.ray_pool import RayPool
+from cluster.resources import of_one_machine
 from tests.conftest import a_job
 from tests.test_coordinator import assert_same, run
 
@@ -24,7 +25,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(
+        num_cpus=2,
+        resources=of_one_machine(2, 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
     yield
     ray.shutdown()
 
@@ -38,7 +45,7 @@ def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path) ->
     document["chain"]["start"] = "auto"
     job = a_job(document, tmp_path)
     local, expected = run(job, tmp_path / "local")
-    pool = RayPool(job.base, width=2)
+    pool = RayPool(job.base, slots=2)
     try:
         distributed, found = run(job, tmp_path / "ray", pool)
     finally:
@@ -50,7 +57,7 @@ def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path) ->
 def test_a_killed_client_costs_its_turn_and_the_job_goes_on(document: dict[str, Any], tmp_path: Path) -> None:
     document["rounds"] |= {"clients": 4, "quorum": 3}
     job = a_job(document, tmp_path)
-    pool = RayPool(job.base, width=1)
+    pool = RayPool(job.base, slots=1)
     try:
         outcomes = pool.run(job.clients, Profiling(8, 0), 120.0)
         assert isinstance(next(outcomes).result, Profile)
@@ -68,7 +75,7 @@ def test_a_killed_client_costs_its_turn_and_the_job_goes_on(document: dict[str, 
 
 def test_a_missed_deadline_is_a_failure_and_nothing_hangs(document: dict[str, Any], tmp_path: Path) -> None:
     job = a_job(document, tmp_path)
-    pool = RayPool(job.base, width=1)
+    pool = RayPool(job.base, slots=1)
     try:
         outcomes = list(pool.run(job.clients, Profiling(8, 0), 0.01))
     finally:

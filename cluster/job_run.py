@@ -1,0 +1,95 @@
+"""One job from its record to its model: what a coordinator actor does, in any process that is connected to Ray."""
+
+import logging
+import traceback
+from collections.abc import Callable
+from time import sleep
+
+from sqlalchemy.exc import OperationalError
+
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.config import JobSpec
+from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.errors import ChainFedError, CoordinatorLost
+from chainfed_ray.job import Job, prepare
+from chainfed_ray.pool import ClientPool
+from chainfed_ray.records import Record, Result
+from chainfed_ray.saved_stack import save_stack
+from cluster.job_store import JobStore
+from cluster.storage import Storage
+
+_DEATHS = 5  # of coordinators, without a round in between: then the job is to blame
+_PATIENCE_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+def run_job(job: str, storage: Storage, make_pool: Callable[[Job], ClientPool]) -> None:
+    """Run the rest of a job, and put how it ended on record; what was committed before is told again, once.
+
+    A database that does not answer costs time, never the job: it goes on from the commit log when the database is back.
+    """
+    while True:
+        try:
+            store = JobStore(storage.database)
+            try:
+                _run(job, store, storage, make_pool)
+            finally:
+                store.close()
+            return
+        except OperationalError as error:
+            _log.warning("the database does not answer (%s); job %s waits for it", error, job)
+            sleep(_PATIENCE_SECONDS)
+
+
+def _run(job: str, store: JobStore, storage: Storage, make_pool: Callable[[Job], ClientPool]) -> None:
+    record = store.get(job)
+    if record.status != "running":
+        return
+    deaths = store.count_start(job) - 1
+    try:
+        if deaths >= _DEATHS:
+            raise CoordinatorLost(job, deaths)
+        result = _train(job, JobSpec.parse(record.spec), store, storage, make_pool)
+    except OperationalError:
+        raise
+    except Exception as error:  # whatever it is, it is the job's first cause and belongs on its record
+        _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)))
+        storage.clear_scratch(job)
+        document = (
+            error.document()
+            if isinstance(error, ChainFedError)
+            else {"type": type(error).__name__, "message": str(error)}
+        )
+        store.move(job, "failed", error=document)
+    else:
+        # The verdict comes last: as soon as it is on record, this process may be ended.
+        storage.clear_scratch(job)
+        store.move(job, "succeeded", result=result.model_dump(mode="json"))
+
+
+def _train(
+    job: str, spec: JobSpec, store: JobStore, storage: Storage, make_pool: Callable[[Job], ClientPool]
+) -> Result:
+    prepared = prepare(spec, storage.scratch(job))
+    log = CommitLog(storage.job(job))
+    pool = make_pool(prepared)
+    try:
+        coordinator = Coordinator(prepared, pool, log)
+        opening = coordinator.open()
+        _publish(store, job, "opening", "opening", opening)
+        for record in log.rounds():
+            _publish(store, job, f"round-{record.index}", "round", record)
+        for record in coordinator.rounds():
+            _publish(store, job, f"round-{record.index}", "round", record)
+        ending = coordinator.finish()
+        _publish(store, job, "ending", "ending", ending)
+        result = Result.of(spec.name, prepared.classes, opening, log.rounds(), ending)
+        save_stack(coordinator.model(), storage.model(job))
+        return result
+    finally:
+        pool.close()
+
+
+def _publish(store: JobStore, job: str, key: str, kind: str, record: Record) -> None:
+    store.publish(job, key, kind, record.model_dump(mode="json"))

@@ -1,0 +1,294 @@
+"""The record of jobs, in a database: what was asked, how far it is, and what happened (SQLite, or PostgreSQL by URL).
+
+Every change of state is one transaction, guarded by the state before it, so that any number of processes may write:
+whoever is late changes nothing. An event has a key that is written once, so that a coordinator which was killed may
+tell its story again from the start. ::
+
+    queued ──► running ──► succeeded | failed
+       │          └──► cancelling ──► cancelled
+       └──────────────────────────────► cancelled
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from secrets import token_hex
+from typing import Any, Literal, cast
+
+from sqlalchemy import JSON, ForeignKey, UniqueConstraint, create_engine, event, func, select, text, update
+from sqlalchemy.engine import CursorResult, Engine, make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from chainfed_ray.config import JobSpec
+from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
+
+Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+FINISHED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+_BEFORE: dict[Status, tuple[Status, ...]] = {
+    "running": ("queued",),
+    "cancelling": ("running",),
+    "cancelled": ("queued", "cancelling"),
+    "succeeded": ("running",),
+    "failed": ("running",),
+}
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job as the database has it; times are ISO 8601 in UTC, ``starts`` counts coordinators since the last round."""
+
+    id: str
+    name: str
+    model: str
+    spec: dict[str, Any]
+    status: Status
+    starts: int
+    submitted_at: str
+    started_at: str | None
+    finished_at: str | None
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Event:
+    """The ``seq``-th thing that happened to a job, counted from 1."""
+
+    seq: int
+    kind: str
+    at: str
+    data: dict[str, Any]
+
+
+class JobStore:
+    """The jobs in the database at ``url``; safe to use from several threads and processes.
+
+    Raises:
+        InvalidSetting: ``url`` is no SQLAlchemy URL, or names a driver that is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._engine = _engine(url)
+        try:
+            _Base.metadata.create_all(self._engine)
+        except IntegrityError:  # two processes made the tables at the same moment; PostgreSQL says so
+            _Base.metadata.create_all(self._engine)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+
+    def check(self) -> None:
+        """Ask the database for something trivial; whatever it raises, it is not ready."""
+        with Session(self._engine) as session:
+            session.execute(text("select 1"))
+
+    def submit(self, spec: JobSpec, request_key: str | None = None) -> JobRecord:
+        """Queue a job. A ``request_key`` that was used before gives the job that it made then.
+
+        Raises:
+            JobConflict: the key was used for a job with another specification.
+        """
+        document = spec.document()
+        row = _Job(
+            id=f"{spec.name}-{token_hex(4)}",
+            name=spec.name,
+            model=spec.model_name,
+            spec=document,
+            status="queued",
+            submitted_at=_now(),
+            request_key=request_key,
+        )
+        try:
+            with Session(self._engine) as session, session.begin():
+                session.add(row)
+                session.flush()
+                _append(session, row.id, "queued", "queued", row.submitted_at, {})
+                return row.record()
+        except IntegrityError:
+            if request_key is None:
+                raise
+        with Session(self._engine) as session:
+            earlier = session.scalars(select(_Job).where(_Job.request_key == request_key)).one().record()
+        if earlier.spec != document:
+            raise JobConflict(earlier.id, earlier.status, "be submitted again with another specification") from None
+        return earlier
+
+    def get(self, job: str) -> JobRecord:
+        """One job.
+
+        Raises:
+            JobNotFound: there is none of this id.
+        """
+        with Session(self._engine) as session:
+            row = session.scalars(select(_Job).where(_Job.id == job)).one_or_none()
+            if row is None:
+                raise JobNotFound(job)
+            return row.record()
+
+    def page(self, limit: int = 100, before: str | None = None, status: Status | None = None) -> list[JobRecord]:
+        """Jobs, the newest first; ``before`` is the id of a job, after which a page goes on.
+
+        Raises:
+            JobNotFound: there is no job ``before``.
+        """
+        query = select(_Job).order_by(_Job.number.desc()).limit(limit)
+        if status is not None:
+            query = query.where(_Job.status == status)
+        with Session(self._engine) as session:
+            if before is not None:
+                number = session.scalar(select(_Job.number).where(_Job.id == before))
+                if number is None:
+                    raise JobNotFound(before)
+                query = query.where(_Job.number < number)
+            return [row.record() for row in session.scalars(query)]
+
+    def queue(self, limit: int) -> list[JobRecord]:
+        """The jobs that wait, the oldest first."""
+        query = select(_Job).where(_Job.status == "queued").order_by(_Job.number).limit(limit)
+        with Session(self._engine) as session:
+            return [row.record() for row in session.scalars(query)]
+
+    def models(self) -> list[JobRecord]:
+        """The newest job that succeeded for each model name, by name."""
+        newest = select(func.max(_Job.number)).where(_Job.status == "succeeded").group_by(_Job.model)
+        query = select(_Job).where(_Job.number.in_(newest)).order_by(_Job.model)
+        with Session(self._engine) as session:
+            return [row.record() for row in session.scalars(query)]
+
+    def move(
+        self,
+        job: str,
+        to: Status,
+        *,
+        result: dict[str, Any] | None = None,
+        error: dict[str, Any] | None = None,
+    ) -> bool:
+        """Change a job's state, with its event; False where the job is not in a state before ``to``."""
+        now = _now()
+        values: dict[str, Any] = {"status": to}
+        if to == "running":
+            values["started_at"] = now
+        if to in FINISHED:
+            values |= {"finished_at": now, "result": result, "error": error}
+        with Session(self._engine) as session, session.begin():
+            changed = session.execute(update(_Job).where(_Job.id == job, _Job.status.in_(_BEFORE[to])).values(**values))
+            if cast("CursorResult[Any]", changed).rowcount == 0:
+                return False
+            _append(session, job, key=to, kind=to, at=now, data=error or {})
+        return True
+
+    def count_start(self, job: str) -> int:
+        """Note that a coordinator starts on a job: how many did since the last round that was finished."""
+        with Session(self._engine) as session, session.begin():
+            session.execute(update(_Job).where(_Job.id == job).values(starts=_Job.starts + 1))
+            return session.scalars(select(_Job.starts).where(_Job.id == job)).one()
+
+    def publish(self, job: str, key: str, kind: str, data: dict[str, Any]) -> None:
+        """Append an event, once for each ``key``."""
+        with Session(self._engine) as session, session.begin():
+            # A write comes first: it locks the job's row (on SQLite, the database), so that nobody else numbers an event.
+            session.execute(update(_Job).where(_Job.id == job).values(starts=_Job.starts))
+            if session.scalar(select(_Event.seq).where(_Event.job == job, _Event.key == key)) is None:
+                _append(session, job, key, kind, _now(), data)
+                session.execute(update(_Job).where(_Job.id == job).values(starts=0))
+
+    def events(self, job: str, after: int = 0, limit: int = 1000) -> list[Event]:
+        """The events of a job that follow the ``after``-th.
+
+        Raises:
+            JobNotFound: there is no such job.
+        """
+        query = select(_Event).where(_Event.job == job, _Event.seq > after).order_by(_Event.seq).limit(limit)
+        with Session(self._engine) as session:
+            found = [Event(row.seq, row.kind, row.at, row.data) for row in session.scalars(query)]
+        if not found:
+            self.get(job)
+        return found
+
+    def newest(self, job: str, kind: str) -> Event | None:
+        """The newest event of a kind."""
+        query = select(_Event).where(_Event.job == job, _Event.kind == kind).order_by(_Event.seq.desc()).limit(1)
+        with Session(self._engine) as session:
+            row = session.scalars(query).one_or_none()
+            return Event(row.seq, row.kind, row.at, row.data) if row else None
+
+
+class _Base(DeclarativeBase):
+    pass
+
+
+class _Job(_Base):
+    __tablename__ = "jobs"
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str] = mapped_column(index=True)
+    model: Mapped[str] = mapped_column(index=True)
+    spec: Mapped[dict[str, Any]] = mapped_column(JSON)
+    status: Mapped[str] = mapped_column(index=True)
+    starts: Mapped[int] = mapped_column(default=0)
+    submitted_at: Mapped[str]
+    started_at: Mapped[str | None] = mapped_column(default=None)
+    finished_at: Mapped[str | None] = mapped_column(default=None)
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    request_key: Mapped[str | None] = mapped_column(unique=True, default=None)
+
+    def record(self) -> JobRecord:
+        return JobRecord(
+            id=self.id,
+            name=self.name,
+            model=self.model,
+            spec=self.spec,
+            status=cast("Status", self.status),
+            starts=self.starts,
+            submitted_at=self.submitted_at,
+            started_at=self.started_at,
+            finished_at=self.finished_at,
+            result=self.result,
+            error=self.error,
+        )
+
+
+class _Event(_Base):
+    __tablename__ = "events"
+    __table_args__ = (UniqueConstraint("job", "key"),)
+
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    key: Mapped[str]
+    kind: Mapped[str]
+    at: Mapped[str]
+    data: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+def _append(session: Session, job: str, key: str, kind: str, at: str, data: dict[str, Any]) -> None:
+    """Add the next event, in a transaction that holds the job's row."""
+    seq = (session.scalar(select(func.max(_Event.seq)).where(_Event.job == job)) or 0) + 1
+    session.add(_Event(job=job, seq=seq, key=key, kind=kind, at=at, data=data))
+    session.flush()
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+        engine = create_engine(parsed, pool_pre_ping=True)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        shown = url.rpartition("@")[2]  # what comes before may hold a password
+        raise InvalidSetting(
+            "CHAINFED_DATABASE", shown, f"an SQLAlchemy URL with its driver installed ({error})"
+        ) from None
+    if parsed.get_backend_name() == "sqlite":
+        event.listen(engine, "connect", _tune_sqlite)
+    return engine
+
+
+def _tune_sqlite(connection: Any, _: Any) -> None:
+    """Readers do not wait for a writer, writers wait for each other, and a commit survives a loss of power."""
+    for setting in ("journal_mode = wal", "synchronous = full", "busy_timeout = 30000", "foreign_keys = on"):
+        connection.execute(f"pragma {setting}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,37 @@
+"""What our actors ask of Ray's scheduler.
+
+Memory is Ray's own resource. Two custom ones say which machines are meant: ``client_slot``, one for each client that a
+machine may serve at a time, and ``coordinator_slot``, one for each job that a machine may coordinate. The head of a cluster
+has neither, so nothing of ours lands on it.
+"""
+
+from typing import Any
+
+CLIENT_SLOT = "client_slot"
+COORDINATOR_SLOT = "coordinator_slot"
+
+# What an actor's process takes before any client uses it: Python, torch and Ray.
+IDLE_BYTES = 400 * 2**20
+
+# Work that is light, but has to run where a coordinator could.
+_BESIDE_COORDINATORS = 0.001
+
+
+def of_client(budget_bytes: int) -> dict[str, Any]:
+    """The options of an actor that is leased to clients with this budget."""
+    return {"num_cpus": 0, "memory": IDLE_BYTES + budget_bytes, "resources": {CLIENT_SLOT: 1}}
+
+
+def of_coordinator() -> dict[str, Any]:
+    """The options of a job's coordinator."""
+    return {"num_cpus": 0, "resources": {COORDINATOR_SLOT: 1}}
+
+
+def of_controller() -> dict[str, Any]:
+    """The options of the controller, and of the checks before a job is accepted."""
+    return {"num_cpus": 0, "resources": {COORDINATOR_SLOT: _BESIDE_COORDINATORS}}
+
+
+def of_one_machine(client_slots: int, parallel_jobs: int) -> dict[str, float]:
+    """The custom resources of a machine that is a cluster by itself."""
+    return {CLIENT_SLOT: client_slots, COORDINATOR_SLOT: parallel_jobs + 1}

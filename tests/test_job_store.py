@@ -1,0 +1,125 @@
+"""Promises of the job store: a state changes once, an event is told once, and nothing is lost between processes."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chainfed_ray.config import JobSpec
+from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
+from cluster.job_store import FINISHED, JobStore, Status
+
+SPEC = JobSpec.parse(
+    {
+        "name": "tiny",
+        "model": {"base": "builtin:minilm"},
+        "data": {"train": "builtin:docstrings"},
+        "fleet": {"clients": [{"name": "phone", "count": 8, "memory": "64MiB"}]},
+    }
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    made = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+    yield made
+    made.close()
+
+
+def test_a_job_from_queue_to_model(store: JobStore) -> None:
+    job = store.submit(SPEC)
+    assert store.get(job.id) == job
+    assert (job.status, job.model, job.spec) == ("queued", "minilm:tiny", SPEC.document())
+    assert store.queue(5) == [job]
+    assert store.move(job.id, "running")
+    store.publish(job.id, "round-0", "round", {"index": 0})
+    assert store.move(job.id, "succeeded", result={"accuracy": 0.5})
+    done = store.get(job.id)
+    assert (done.status, done.result) == ("succeeded", {"accuracy": 0.5})
+    assert done.submitted_at <= (done.started_at or "") <= (done.finished_at or "")
+    assert [(event.seq, event.kind) for event in store.events(job.id)] == [
+        (1, "queued"), (2, "running"), (3, "round"), (4, "succeeded"),
+    ]  # fmt: skip
+    assert store.queue(5) == []
+
+
+MOVES = st.lists(st.sampled_from(["running", "cancelling", "cancelled", "succeeded", "failed"]), max_size=8)
+
+
+@settings(deadline=None, max_examples=30)
+@given(moves=MOVES)
+def test_a_finished_job_stays_as_it_is(tmp_path_factory: pytest.TempPathFactory, moves: list[Status]) -> None:
+    store = JobStore(f"sqlite:///{tmp_path_factory.mktemp('store') / 'jobs.db'}")
+    job = store.submit(SPEC).id
+    for to in moves:
+        before = store.get(job)
+        moved = store.move(job, to)
+        assert not (moved and before.status in FINISHED)
+        assert store.get(job).status == (to if moved else before.status)
+    kinds = [event.kind for event in store.events(job)]
+    assert kinds[-1] == store.get(job).status
+    assert [event.seq for event in store.events(job)] == list(range(1, len(kinds) + 1))
+    store.close()
+
+
+def test_an_event_is_told_once_whoever_tells_it(store: JobStore, tmp_path: Path) -> None:
+    job = store.submit(SPEC).id
+
+    def tell(_: int) -> None:
+        mine = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+        for index in range(10):
+            mine.publish(job, f"round-{index}", "round", {"index": index})
+        mine.close()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(tell, range(4)))
+    told = store.events(job, after=1)
+    assert [event.seq for event in told] == list(range(2, 12))
+    assert sorted(event.data["index"] for event in told) == list(range(10))
+
+
+def test_one_of_many_moves_counts(store: JobStore) -> None:
+    job = store.submit(SPEC).id
+    with ThreadPoolExecutor(8) as threads:
+        moved = list(threads.map(lambda _: store.move(job, "running"), range(8)))
+    assert moved.count(True) == 1
+
+
+def test_starts_count_until_a_new_round(store: JobStore) -> None:
+    job = store.submit(SPEC).id
+    assert [store.count_start(job) for _ in range(3)] == [1, 2, 3]
+    store.publish(job, "round-0", "round", {})
+    assert store.count_start(job) == 1
+    store.publish(job, "round-0", "round", {})  # the same round told again is no progress
+    assert store.count_start(job) == 2
+
+
+def test_a_retry_of_a_submission_makes_no_second_job(store: JobStore) -> None:
+    job = store.submit(SPEC, "key")
+    assert store.submit(SPEC, "key") == job
+    with pytest.raises(JobConflict, match="another specification"):
+        store.submit(JobSpec.parse({**SPEC.document(), "seed": 1}), "key")
+    assert len(store.page()) == 1
+
+
+def test_pages_and_models(store: JobStore) -> None:
+    jobs = [store.submit(SPEC).id for _ in range(5)]
+    assert [job.id for job in store.page(2)] == jobs[:2:-1]
+    assert [job.id for job in store.page(9, before=jobs[3])] == jobs[2::-1]
+    for job in jobs[1:3]:
+        store.move(job, "running")
+        store.move(job, "succeeded", result={})
+    assert [job.id for job in store.models()] == [jobs[2]]
+    assert [job.id for job in store.page(status="succeeded")] == [jobs[2], jobs[1]]
+
+
+def test_what_is_not_there_and_what_is_no_database(store: JobStore) -> None:
+    for ask in (lambda: store.get("x"), lambda: store.events("x"), lambda: store.page(before="x")):
+        with pytest.raises(JobNotFound, match="'x'"):
+            ask()
+    with pytest.raises(InvalidSetting, match="CHAINFED_DATABASE") as caught:
+        JobStore("nosuch://user:secret@host/jobs")
+    assert "secret" not in str(caught.value)
