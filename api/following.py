@@ -1,0 +1,45 @@
+"""A job of the service, watched: its events turned into records for the display."""
+
+from rich.console import Console
+
+from api.client import ServiceClient
+from api.progress import Progress
+from chainfed_ray.config import JobSpec
+from chainfed_ray.errors import JobFailed
+from chainfed_ray.records import Ending, Opening, Round
+
+
+def follow(client: ServiceClient, job: str, spec: JobSpec, console: Console) -> tuple[Opening, list[Round], Ending]:
+    """Show a job until it is over, and give what it left on record.
+
+    Raises:
+        JobFailed: it failed, or was cancelled.
+    """
+    opening: Opening | None = None
+    ending: Ending | None = None
+    rounds: list[Round] = []
+    with Progress(console, job, spec) as progress:
+        for event in client.follow(job):
+            match event["kind"]:
+                case "queued":
+                    progress.say("In the queue.")
+                case "running":
+                    progress.say(
+                        "Its turn has come: reading the data, and asking the clients where the chain should start."
+                    )
+                case "opening":
+                    opening = Opening.model_validate(event["data"])
+                    progress.opening(opening)
+                case "round":
+                    rounds.append(Round.model_validate(event["data"]))
+                    progress.round(rounds[-1])
+                case "ending":
+                    ending = Ending.model_validate(event["data"])
+                    progress.ending(ending)
+                case "cancelling":
+                    progress.say("Cancelling.")
+                case "failed" | "cancelled":
+                    raise JobFailed(job, event["kind"], event["data"].get("message", ""))
+    if opening is None or ending is None:
+        raise JobFailed(job, "ended", "its events do not tell how")
+    return opening, rounds, ending

@@ -1,0 +1,109 @@
+"""Routes of jobs: submit, list, look at, cancel."""
+
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from api.schemas import Job, JobPage, JobStatus, JobSummary, Progress
+from api.service import WithService
+from chainfed_ray.config import JobSpec
+from chainfed_ray.errors import InvalidJob, JobConflict
+from chainfed_ray.records import Opening, Round
+from cluster.job_store import JobRecord, JobStore
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "The job file, as JSON or as YAML.",
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}},
+            "application/yaml": {"schema": {"type": "string"}},
+        },
+    }
+}
+IdempotencyKey = Annotated[
+    str | None, Header(max_length=200, description="the same key again gives the same job, so that a retry is safe")
+]
+
+
+@router.post("", status_code=201, openapi_extra=_BODY)
+async def submit(
+    request: Request, response: Response, service: WithService, idempotency_key: IdempotencyKey = None
+) -> Job:
+    """Check a job and queue it. What cannot run is refused here, with the path of each field that is wrong."""
+    spec = _parse(await request.body(), request.headers.get("content-type", ""))
+    await service.check(spec)
+    record = await run_in_threadpool(service.store.submit, spec, idempotency_key)
+    response.headers["Location"] = f"/v1/jobs/{record.id}"
+    return Job.full(record, None)
+
+
+@router.get("")
+def page(
+    service: WithService,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    before: Annotated[str | None, Query(description="the id of a job; older ones follow")] = None,
+    status: Annotated[JobStatus | None, Query(description="only jobs in this state")] = None,
+) -> JobPage:
+    """The jobs, the newest first."""
+    records = service.store.page(limit + 1, before, status)
+    shown = records[:limit]
+    return JobPage(
+        jobs=[JobSummary.of(record) for record in shown], next=shown[-1].id if len(records) > limit else None
+    )
+
+
+@router.get("/{job}")
+def get(job: str, service: WithService) -> Job:
+    """A job, with its progress and, once it is over, its result or its error."""
+    return _full(service.store, service.store.get(job))
+
+
+@router.post("/{job}/cancel", status_code=202)
+def cancel(job: str, service: WithService) -> Job:
+    """End a job. What was committed stays on record; a running job is `cancelling` until its processes have ended."""
+    store = service.store
+    # A queued job may start between the look and the leap: then the second move is the right one.
+    if store.get(job).status == "queued" and store.move(job, "cancelled"):
+        return _full(store, store.get(job))
+    store.move(job, "cancelling")
+    record = store.get(job)
+    if record.status in ("succeeded", "failed"):
+        raise JobConflict(job, record.status, "be cancelled")
+    return _full(store, record)
+
+
+def _full(store: JobStore, record: JobRecord) -> Job:
+    opening, newest = store.newest(record.id, "opening"), store.newest(record.id, "round")
+    if opening is None:
+        return Job.full(record, None)
+    progress = Progress.of(Opening.model_validate(opening.data), Round.model_validate(newest.data) if newest else None)
+    return Job.full(record, progress)
+
+
+def _parse(body: bytes, content_type: str) -> JobSpec:
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        raise HTTPException(400, "the body is not UTF-8") from None
+    if "yaml" in content_type:
+        return JobSpec.from_yaml(text)
+    try:
+        document: Any = json.loads(text, object_pairs_hook=_without_repeats)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise HTTPException(400, f"the body is not JSON: {error}") from None
+    return JobSpec.parse(document)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise InvalidJob.at(repeated, document[repeated], "a key that is given once")
+    return document

@@ -1,0 +1,178 @@
+"""A job while it runs, as a person sees it: a live panel on a terminal, a line for each round elsewhere."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from api.fleet import by_class
+from chainfed_ray.config import JobSpec
+from chainfed_ray.quantities import format_bytes, format_seconds
+from chainfed_ray.records import Ending, Opening, Round
+
+_RECENT = 5
+_REASONS = 3
+
+
+def time_left(rounds: Sequence[Round], total: int) -> float | None:
+    """The seconds that the rounds still possible take at the pace of the last few; stages may end before their limit."""
+    if not rounds:
+        return None
+    return fmean(record.seconds for record in rounds[-_RECENT:]) * (total - len(rounds))
+
+
+class Progress:
+    """Shows the job ``name``; give it every record as it comes. A context manager: the live panel lasts as long."""
+
+    def __init__(self, console: Console, name: str, spec: JobSpec) -> None:
+        self._console, self._name, self._spec = console, name, spec
+        self._opening: Opening | None = None
+        self._rounds: list[Round] = []
+        self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, words: str) -> None:
+        """A sentence above the panel."""
+        self._console.print(words)
+
+    def opening(self, opening: Opening) -> None:
+        """Who takes part, and where the chain starts."""
+        self._opening = opening
+        self.say(f"{len(opening.admitted)} clients take part, {len(opening.left_out)} are left out.")
+        for fleet in by_class(opening, ()):
+            if fleet.left_out:
+                self.say(
+                    f"  {fleet.name} ({fleet.left_out}): {format_bytes(fleet.budget)} a client, "
+                    f"{format_bytes(fleet.lacking)} too little for any window"
+                )
+        if opening.similarities:
+            self.say(
+                "How like the embeddings each layer's output is (CKA; 1 is the same), on average over the clients:"
+            )
+            self.say("  " + "  ".join(f"{layer}: {value:.2f}" for layer, value in enumerate(opening.similarities)))
+            threshold = self._spec.chain.cka_threshold
+            self.say(f"The chain starts at layer {opening.start_layer}, the first below {threshold:g}.")
+        else:
+            self.say(f"The chain starts at layer {opening.start_layer}, as the job asks.")
+        width = opening.layers - opening.start_layer - opening.stages + 1
+        self.say(
+            f"Its windows of {width} layers go up to layer {opening.layers - 1}: {opening.stages} stages, "
+            f"{opening.total_rounds} rounds at most."
+        )
+        self._draw()
+
+    def round(self, record: Round, resumed: bool = False) -> None:
+        """A round is over; ``resumed`` if it was over before this process began."""
+        self._rounds.append(record)
+        if not self._live:
+            self.say(self._line(record, resumed))
+        for lost in record.lost[:_REASONS]:
+            self.say(f"  {lost.reason}")
+        if len(record.lost) > _REASONS:
+            self.say(f"  and {len(record.lost) - _REASONS} more turns were lost")
+        if not record.counted:
+            self.say("  too few updates for the quorum: the round does not count")
+        if record.ended:
+            self.say(f"Stage {record.stage + 1} (layers {record.bottom}–{record.top}) ends: {record.ended}.")
+        self._draw()
+
+    def ending(self, ending: Ending) -> None:
+        """The job is over."""
+        self.say(f"Done: {ending.accuracy:.1%} of the test rows are classified right by the whole chain.")
+
+    def _line(self, record: Round, resumed: bool) -> str:
+        assert self._opening is not None
+        clients = f"{len(record.turns)} clients" + (f", {len(record.lost)} lost" if record.lost else "")
+        accuracy = "" if record.accuracy is None else f"  {record.accuracy:.1%} right"
+        peaks = [turn.peak_bytes for turn in record.turns if turn.peak_bytes is not None]
+        peak = f"  peak {format_bytes(max(peaks))}" if peaks else ""
+        left = time_left(self._rounds, self._opening.total_rounds) or 0.0
+        when = "resumed" if resumed else f"≤ {format_seconds(left)} left"
+        place = f"round {record.index + 1}/{self._opening.total_rounds}"
+        return f"{place:<12}  layers {record.bottom}–{record.top}  {clients}{accuracy}{peak}  {when}"
+
+    def _draw(self) -> None:
+        if self._live:
+            self._live.update(self.panel(), refresh=True)
+
+    def panel(self) -> RenderableType:
+        """The present state, for a terminal of 80 columns or more."""
+        opening = self._opening
+        if opening is None:
+            return Text("")
+        newest = self._rounds[-1] if self._rounds else None
+        done, total = len(self._rounds), opening.total_rounds
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", no_wrap=True)
+        facts.add_column(overflow="fold")
+        facts.add_row("chain", _chain(opening, newest))
+        facts.add_row("stage", _stage(opening, newest))
+        left = time_left(self._rounds, total)
+        facts.add_row(
+            "round", f"{done} of {total}" + ("" if left is None else f", at most {format_seconds(left)} left")
+        )
+        facts.add_row("clients", _clients(opening, newest))
+        facts.add_row("accuracy", _accuracy(self._rounds))
+        facts.add_row("memory", _memory(opening, self._rounds))
+        return Panel(Group(facts, ProgressBar(total=total, completed=done)), title=self._name, title_align="left")
+
+
+def _chain(opening: Opening, newest: Round | None) -> Text:
+    """A cell for each layer: without an adapter, done, in the window, still to come."""
+    bottom, top = (newest.bottom, newest.top) if newest else (opening.start_layer, opening.start_layer - 1)
+    text = Text()
+    for layer in range(opening.layers):
+        if layer < opening.start_layer:
+            text.append(f"{layer} ", style="dim")
+        elif bottom <= layer <= top:
+            text.append(f"[{layer}]", style="bold green")
+        else:
+            text.append(f" {layer} ", style="green" if layer < bottom else "")
+    text.append("  [ ] in training", style="dim")
+    return text
+
+
+def _stage(opening: Opening, newest: Round | None) -> str:
+    if newest is None:
+        return f"1 of {opening.stages}, about to begin"
+    return f"{newest.stage + 1} of {opening.stages}: layers {newest.bottom}–{newest.top} of 0–{opening.layers - 1}"
+
+
+def _clients(opening: Opening, newest: Round | None) -> str:
+    last = f"{len(newest.turns)} done, {len(newest.lost)} lost in the last round; " if newest else ""
+    return f"{last}{len(opening.admitted)} take part, {len(opening.left_out)} left out"
+
+
+def _accuracy(rounds: Sequence[Round]) -> str:
+    known = [record.accuracy for record in rounds if record.accuracy is not None]
+    if not known:
+        return "not measured yet"
+    return f"{known[-1]:.1%} of the validation rows (best {max(known):.1%})"
+
+
+def _memory(opening: Opening, rounds: Sequence[Round]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for name in ("class", "budget", "planned", "measured peak"):
+        table.add_column(name, justify="left" if name == "class" else "right", overflow="fold")
+    for fleet in by_class(opening, rounds):
+        if fleet.clients:
+            peak = "–" if fleet.peak is None else format_bytes(fleet.peak)
+            table.add_row(fleet.name, format_bytes(fleet.budget), format_bytes(fleet.planned), peak)
+    return table

@@ -1,0 +1,45 @@
+"""What the routes need of the rest of the house, and nothing of how it is reached."""
+
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+from fastapi import Depends, Request
+
+from chainfed_ray.config import JobSpec
+from cluster.job_store import JobRecord, JobStore
+
+
+class Check(Protocol):
+    """Raises ``InvalidJob`` where a job cannot run."""
+
+    async def __call__(self, spec: JobSpec) -> None: ...
+
+
+class Classify(Protocol):
+    """The probability of each class, in the order of the model's, for each text."""
+
+    async def __call__(self, job: JobRecord, texts: list[str]) -> list[list[float]]: ...
+
+
+class Alive(Protocol):
+    """Raises where the part of the service that it stands for does not work."""
+
+    async def __call__(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Service:
+    """The database, and the work that is done elsewhere."""
+
+    store: JobStore
+    check: Check
+    classify: Classify
+    parts: dict[str, Alive]
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+WithService = Annotated[Service, Depends(_service)]

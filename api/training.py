@@ -1,0 +1,69 @@
+"""``chainfed run``: a job without a service, on a Ray cluster of this process alone."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from api.local_service import local_ray
+from api.progress import Progress
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.config import JobSpec
+from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.job import prepare
+from chainfed_ray.records import Ending, Opening, Result, Round
+from chainfed_ray.saved_stack import save_stack
+from cluster.storage import Settings
+
+
+def folder_of(out: Path, spec: JobSpec) -> Path:
+    """The job's folder in ``out``; its commits belong to one specification and are never continued with another.
+
+    Raises:
+        InvalidJob: the folder holds another job.
+    """
+    folder = out / spec.name
+    kept = folder / "job.json"
+    document = json.dumps(spec.document(), indent=2)
+    if kept.exists() and kept.read_text() != document:
+        raise InvalidJob.at("name", spec.name, f"a name not used in {out} yet: {folder} holds a job that differs")
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = kept.with_suffix(".partial")
+    aside.write_text(document)
+    aside.replace(kept)
+    return folder
+
+
+def train(
+    spec: JobSpec, folder: Path, settings: Settings, progress: Progress
+) -> tuple[Opening, list[Round], Ending, Result]:
+    """Train a job, or the rest of it, and save its model in ``folder``."""
+    with tempfile.TemporaryDirectory(prefix="chainfed-") as scratch:
+        progress.say(f"Reading the data of {spec.name} and planning its clients.")
+        job = prepare(spec, Path(scratch))
+        log = CommitLog(folder)
+        progress.say("Starting Ray on this machine.")
+        with local_ray(settings):
+            from cluster.ray_pool import RayPool  # not before: see local_ray
+
+            pool = RayPool(job.base, settings.client_slots)
+            try:
+                coordinator = Coordinator(job, pool, log)
+                opening, ending = _rounds(coordinator, log, progress)
+            finally:
+                pool.close()
+        save_stack(coordinator.model(), folder / "model")
+    rounds = log.rounds()
+    return opening, rounds, ending, Result.of(spec.name, job.classes, opening, rounds, ending)
+
+
+def _rounds(coordinator: Coordinator, log: CommitLog, progress: Progress) -> tuple[Opening, Ending]:
+    opening = coordinator.open()
+    progress.opening(opening)
+    for record in log.rounds():
+        progress.round(record, resumed=True)
+    for record in coordinator.rounds():
+        progress.round(record)
+    ending = coordinator.finish()
+    progress.ending(ending)
+    return opening, ending

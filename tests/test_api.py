@@ -1,0 +1,324 @@
+"""Promises of the REST API: the resources of version 1, and one shape for every error.
+
+The application is the real one, over a real database, real checks and a real classifier; only Ray is not there.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from api.app import create_app
+from api.service import Service
+from chainfed_ray.classifier import Classifier
+from chainfed_ray.config import JobSpec
+from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.job import prepare
+from chainfed_ray.pool import LocalPool
+from chainfed_ray.saved_stack import load_stack
+from cluster.job_run import run_job
+from cluster.job_store import JobRecord, JobStore
+from cluster.storage import Storage
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage.at(tmp_path / "storage")
+
+
+@pytest.fixture
+def store(storage: Storage) -> Iterator[JobStore]:
+    made = JobStore(storage.database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
+    async def check(spec: JobSpec) -> None:
+        prepare(spec, Path())
+
+    async def classify(job: JobRecord, texts: list[str]) -> list[list[float]]:
+        classifier = Classifier(job.spec["model"]["base"], torch.float32)
+        answers: list[list[float]] = classifier.probabilities(load_stack(storage.model(job.id)), texts).tolist()
+        return answers
+
+    async def broken() -> None:
+        raise OSError("out of order")
+
+    async def works() -> None:
+        store.check()
+
+    app = create_app(Service(store, check, classify, {"database": works, "inference": broken}))
+    with TestClient(app, raise_server_exceptions=False) as made:
+        yield made
+
+
+@pytest.fixture
+def small(document: dict[str, Any]) -> dict[str, Any]:
+    """A job of one round."""
+    document["rounds"] |= {"total": 1, "clients": 2}
+    return document
+
+
+def run(job: str, storage: Storage, store: JobStore) -> None:
+    """What the controller and a coordinator do, here."""
+    assert store.move(job, "running")
+    run_job(job, storage, lambda made: LocalPool(made.base))
+
+
+def test_a_job_from_submission_to_an_answer(
+    client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore
+) -> None:
+    created = client.post("/v1/jobs", json=small)
+    assert created.status_code == 201
+    job = created.json()["id"]
+    assert created.headers["location"] == f"/v1/jobs/{job}"
+    assert created.json()["spec"] == JobSpec.parse(small).document()
+    assert client.get("/v1/models").json() == {"models": []}
+
+    run(job, storage, store)
+    done = client.get(f"/v1/jobs/{job}").json()
+    assert (done["status"], done["error"]) == ("succeeded", None)
+    assert done["progress"]["round"] == done["progress"]["total_rounds"] == 1
+    assert done["progress"]["memory"]["phone"]["peak"] > 0
+    assert done["result"]["classes"] == ["sea", "sky", "soil"]
+    assert not storage.scratch(job).exists()
+
+    model = client.get("/v1/models").json()["models"][0]
+    assert (model["name"], model["job"], model["classes"]) == ("tiny:tiny", job, ["sea", "sky", "soil"])
+    answer = client.post("/v1/classify", json={"model": "tiny:tiny", "texts": ["salt tide", "root"]}).json()
+    assert answer["job"] == job
+    for found in answer["results"]:
+        assert found["scores"][found["label"]] == found["score"] == max(found["scores"].values())
+        assert sum(found["scores"].values()) == pytest.approx(1)
+
+
+def test_the_served_model_is_the_judged_one(
+    client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path
+) -> None:
+    """The accuracy that the API's answers have on the test rows is the accuracy on the job's record."""
+    test_rows = [json.loads(line) for line in Path(small["data"]["train"][5:]).read_text().splitlines()[::5]]
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text("\n".join(json.dumps(row) for row in test_rows))
+    small["data"]["test"] = f"path:{held_out}"
+    small["rounds"]["total"] = 3
+    job = client.post("/v1/jobs", json=small).json()["id"]
+    run(job, storage, store)
+    texts = [row["text"] for row in test_rows]
+    answers = client.post("/v1/classify", json={"model": "tiny:tiny", "texts": texts}).json()["results"]
+    right = sum(answer["label"] == row["label"] for answer, row in zip(answers, test_rows, strict=True))
+    assert right / len(texts) == client.get(f"/v1/jobs/{job}").json()["accuracy"]
+    alone = client.post("/v1/classify", json={"model": "tiny:tiny", "texts": texts[3:4]}).json()["results"][0]
+    assert alone["scores"] == pytest.approx(answers[3]["scores"], abs=1e-6)
+
+
+def test_a_run_that_was_killed_tells_its_story_once(
+    small: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path
+) -> None:
+    small["rounds"]["total"] = 3
+    spec = JobSpec.parse(small)
+    whole, halved = store.submit(spec).id, store.submit(spec).id
+    run(whole, storage, store)
+
+    class Killed(BaseException):
+        pass
+
+    class Mortal(LocalPool):
+        turns = 0
+
+        def run(self, *arguments: Any) -> Any:
+            for outcome in super().run(*arguments):
+                Mortal.turns += 1
+                if Mortal.turns == 4:
+                    raise Killed
+                yield outcome
+
+    store.move(halved, "running")
+    with pytest.raises(Killed):
+        run_job(halved, storage, lambda made: Mortal(made.base))
+    assert store.get(halved).status == "running"
+    run_job(halved, storage, lambda made: LocalPool(made.base))
+    told = {job: [event.kind for event in store.events(job)] for job in (whole, halved)}
+    assert told[whole] == told[halved]
+    assert told[whole].count("round") == 3
+    stacks = [load_stack(storage.model(job)).stack.tensors() for job in (whole, halved)]
+    assert all(torch.equal(tensor, stacks[1][name]) for name, tensor in stacks[0].items())
+
+
+def test_a_coordinator_that_dies_again_and_again_ends_its_job(
+    small: dict[str, Any], storage: Storage, store: JobStore
+) -> None:
+    job = store.submit(JobSpec.parse(small)).id
+    store.move(job, "running")
+    for _ in range(5):
+        store.count_start(job)
+    run_job(job, storage, lambda made: LocalPool(made.base))
+    failed = store.get(job)
+    assert failed.status == "failed"
+    assert failed.error is not None
+    assert "died 5 times" in failed.error["message"]
+
+
+def test_a_job_that_fails_says_why(
+    client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(Path(small["data"]["train"][5:]).read_bytes())
+    small["data"]["train"] = f"path:{rows}"
+    job = client.post("/v1/jobs", json=small).json()["id"]
+    rows.unlink()
+    run(job, storage, store)
+    failed = client.get(f"/v1/jobs/{job}").json()
+    assert failed["status"] == "failed"
+    assert failed["error"]["problems"][0]["field"] == "data.train"
+    assert client.get(f"/v1/jobs/{job}/events").json()["events"][-1]["data"] == failed["error"]
+
+
+def test_events_as_a_page_and_as_a_stream(
+    client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore
+) -> None:
+    job = client.post("/v1/jobs", json=small).json()["id"]
+    path = f"/v1/jobs/{job}/events"
+    assert client.get(path).json()["finished"] is False
+    run(job, storage, store)
+    page = client.get(path).json()
+    kinds = ["queued", "running", "opening", "round", "ending", "succeeded"]
+    assert [event["kind"] for event in page["events"]] == kinds
+    assert (page["last"], page["finished"]) == (6, True)
+    part = client.get(path, params={"after": 2, "limit": 2}).json()
+    assert [event["seq"] for event in part["events"]] == [3, 4]
+    assert part["finished"] is False
+
+    wire = {"Accept": "text/event-stream"}
+    streamed = client.get(path, headers=wire)
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    assert events_of(streamed.text) == page["events"]
+    resumed = client.get(path, headers=wire | {"Last-Event-ID": "4"})
+    assert events_of(resumed.text) == page["events"][4:]
+    assert client.get(path, headers=wire | {"Last-Event-ID": "6"}).status_code == 204
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The events of a stream; each line must be one of the standard's fields."""
+    assert all(line.partition(":")[0] in ("id", "event", "data", "") for line in text.splitlines())
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+
+
+def test_lists_and_cancelling(client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore) -> None:
+    jobs = [client.post("/v1/jobs", json=small).json()["id"] for _ in range(3)]
+    page = client.get("/v1/jobs", params={"limit": 2}).json()
+    assert ([job["id"] for job in page["jobs"]], page["next"]) == (jobs[:0:-1], jobs[1])
+    assert client.get("/v1/jobs", params={"before": page["next"]}).json()["jobs"][0]["id"] == jobs[0]
+    cancelled = client.post(f"/v1/jobs/{jobs[0]}/cancel")
+    assert (cancelled.status_code, cancelled.json()["status"]) == (202, "cancelled")
+    assert client.post(f"/v1/jobs/{jobs[0]}/cancel").status_code == 202
+    store.move(jobs[1], "running")
+    assert client.post(f"/v1/jobs/{jobs[1]}/cancel").json()["status"] == "cancelling"
+    run(jobs[2], storage, store)
+    refused = client.post(f"/v1/jobs/{jobs[2]}/cancel")
+    assert (refused.status_code, refused.json()["type"]) == (409, "urn:chainfed:problem:job-conflict")
+    assert [job["id"] for job in client.get("/v1/jobs", params={"status": "cancelled"}).json()["jobs"]] == [jobs[0]]
+
+
+def test_a_retried_submission_and_a_yaml_one(client: TestClient, small: dict[str, Any]) -> None:
+    key = {"Idempotency-Key": "once"}
+    first, second = (client.post("/v1/jobs", json=small, headers=key).json() for _ in range(2))
+    assert first["id"] == second["id"]
+    assert client.post("/v1/jobs", json={**small, "seed": 9}, headers=key).status_code == 409
+    text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in small.items())
+    by_yaml = client.post("/v1/jobs", content=text, headers={"Content-Type": "application/yaml"})
+    assert by_yaml.json()["spec"] == first["spec"]
+
+
+BAD = [
+    ({"modle": 1}, "modle", "model"),
+    ({"rounds": {"clients": "five"}}, "rounds.clients", "a whole number"),
+    ({"rounds": {"clients": 99}}, "rounds.clients", "at most 4"),
+    ({"fleet": {"clients": [{"name": "phone", "count": 4, "memory": "1KiB"}]}}, "fleet.clients", "or more"),
+    ({"fleet": {"clients": [{"name": "phone", "count": 999, "memory": "64MiB"}]}}, "fleet.clients", "training rows"),
+    ({"data": {"train": "path:/nowhere.jsonl"}}, "data.train", "exists"),
+    ({"data": {"label": "class"}}, "data.label", "a column"),
+    ({"data": {"train": "ftp:x"}}, "data.train", "builtin:docstrings"),
+    ({"model": {"base": "path:/nowhere"}}, "model.base", "exists"),
+    ({"chain": {"window": 9}}, "chain.window", "at most 4"),
+    ({"chain": {"start": 3}}, "chain.start", "at most 2"),
+    ({"name": "Not A Name"}, "name", "lower-case"),
+]
+
+
+@pytest.mark.parametrize(("change", "field", "expected"), BAD)
+def test_a_bad_job_is_refused_with_its_field(
+    client: TestClient, document: dict[str, Any], change: dict[str, Any], field: str, expected: str
+) -> None:
+    for section, values in change.items():
+        inside = document.get(section)
+        document[section] = {**inside, **values} if isinstance(inside, dict) else values
+    refused = client.post("/v1/jobs", json=document)
+    assert refused.status_code == 422
+    problem = refused.json()
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert (problem["type"], problem["status"]) == ("urn:chainfed:problem:invalid-job", 422)
+    assert [(found["field"], expected in found["expected"]) for found in problem["errors"]] == [(field, True)]
+    assert client.get("/v1/jobs").json()["jobs"] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options", "status", "slug"),
+    [
+        ("GET", "/v1/jobs/none", {}, 404, "job-not-found"),
+        ("GET", "/v1/jobs/none/events", {}, 404, "job-not-found"),
+        ("POST", "/v1/jobs/none/cancel", {}, 404, "job-not-found"),
+        ("GET", "/v1/jobs?limit=0", {}, 422, "invalid-request"),
+        ("GET", "/v1/jobs?status=odd", {}, 422, "invalid-request"),
+        ("GET", "/v1/jobs?before=none", {}, 404, "job-not-found"),
+        ("POST", "/v1/jobs", {"content": b"{"}, 400, "bad-request"),
+        ("POST", "/v1/jobs", {"content": b"\xff"}, 400, "bad-request"),
+        ("POST", "/v1/jobs", {"content": b"[]"}, 422, "invalid-job"),
+        ("POST", "/v1/jobs", {"content": b'{"seed": 1, "seed": 2}'}, 422, "invalid-job"),
+        ("POST", "/v1/jobs", {"content": b"[" * 100_000}, 400, "bad-request"),
+        ("POST", "/v1/classify", {"json": {"model": "x:y", "texts": ["a"]}}, 404, "model-not-found"),
+        ("POST", "/v1/classify", {"json": {"model": "x:y", "texts": []}}, 422, "invalid-request"),
+        ("POST", "/v1/classify", {"json": {"model": 1}}, 422, "invalid-request"),
+        ("POST", "/v1/classify", {"content": b"{"}, 422, "invalid-request"),
+        ("GET", "/nowhere", {}, 404, "not-found"),
+        ("DELETE", "/v1/jobs", {}, 405, "method-not-allowed"),
+    ],
+)
+def test_every_error_has_one_shape(
+    client: TestClient, method: str, path: str, options: dict[str, Any], status: int, slug: str
+) -> None:
+    refused = client.request(method, path, headers={"X-Request-ID": "mine"}, **options)
+    problem = refused.json()
+    assert refused.status_code == problem["status"] == status
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert problem["type"] == f"urn:chainfed:problem:{slug}"
+    assert problem["request_id"] == "mine"
+    assert problem["instance"] == path.partition("?")[0]
+    assert problem["detail"]
+
+
+def test_a_mistake_of_ours_is_logged_and_not_shown(client: TestClient, store: JobStore, caplog: Any) -> None:
+    store.page = lambda *_: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    failed = client.get("/v1/jobs")
+    assert (failed.status_code, failed.json()["type"]) == (500, "urn:chainfed:problem:internal-error")
+    assert failed.headers["x-request-id"] == failed.json()["request_id"]
+    assert failed.json()["request_id"] in caplog.text
+    assert "division" not in failed.text
+
+
+def test_health(client: TestClient) -> None:
+    assert client.get("/healthz").json() == {"status": "ok", "checks": {}}
+    ready = client.get("/readyz")
+    assert ready.status_code == 503
+    assert ready.json()["checks"] == {"database": "ok", "inference": "OSError: out of order"}
+
+
+def test_the_schema_describes_a_job_file(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    assert set(document["components"]["schemas"]["JobSpec"]["properties"]) == set(JobSpec.model_fields)
+    assert Coordinator  # the routes are documented in docs/api.md, which test_docs holds

@@ -1,0 +1,198 @@
+"""Promises of the whole service, over its front door: what `chainfed serve` starts, spoken to by `chainfed`'s other commands.
+
+One service for the file: a Ray cluster, Ray Serve with HAProxy, SQLite, in a process of its own.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from api.client import ServiceClient
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.errors import InvalidJob, JobConflict, JobNotFound, ModelNotFound
+from chainfed_ray.saved_stack import load_stack
+from tests.conftest import a_job
+from tests.test_coordinator import assert_same, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+COMMAND = [sys.executable, "-c", "from api.cli import main; main()"]
+DEADLINE = 120.0
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """The first true value of ``condition``."""
+    ends = monotonic() + DEADLINE
+    while not (found := condition()):
+        assert monotonic() < ends, f"no {what} within {DEADLINE:g} s"
+        sleep(0.05)
+    return found
+
+
+class Running:
+    """`chainfed serve` in a process of its own."""
+
+    def __init__(self, storage: Path) -> None:
+        environment = {**os.environ, "CHAINFED_STORAGE": str(storage), "CHAINFED_CLIENT_SLOTS": "2"}
+        environment |= {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        self.process = subprocess.Popen(
+            [*COMMAND, "serve", "--port", str(self._port()), "--json"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        said = json.loads(self.process.stdout.readline())
+        self.address: str = said["address"]
+        self.client = ServiceClient(self.address)
+
+    @staticmethod
+    def _port() -> int:
+        from api.local_service import free_port
+
+        return free_port("127.0.0.1")
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """The processes below the service whose command line has ``name``."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [process for process in below if name in _command(process)]
+
+    def stop(self) -> None:
+        self.client.close()
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(DEADLINE)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        psutil.wait_procs(below, DEADLINE)
+        assert not [process for process in below if process.is_running()]
+
+    def chainfed(self, *arguments: str) -> tuple[int, dict[str, Any]]:
+        """The exit code of a command, and its JSON."""
+        command = [*COMMAND, *arguments, "--address", self.address, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+        assert "Traceback" not in done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return done.returncode, answer
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def service(storage: Path) -> Iterator[Running]:
+    running = Running(storage)
+    yield running
+    running.stop()
+
+
+def test_a_job_over_the_command_line(service: Running, document: dict[str, Any], tmp_path: Path) -> None:
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump({**document, "name": "first"}))
+    code, done = service.chainfed("submit", str(job_file), "--watch")
+    assert (code, done["status"], done["progress"]["round"]) == (0, "succeeded", 4)
+    code, listed = service.chainfed("list")
+    assert [job["id"] for job in listed["jobs"]] == [done["id"]]
+    code, answer = service.chainfed("predict", "tiny:first", "salt tide wave", "worm seed root")
+    assert (code, [found["label"] for found in answer["results"]]) == (0, ["sea", "soil"])
+    code, refused = service.chainfed("predict", "tiny:none", "x")
+    assert (code, refused["error"]["message"]) == (1, "no model 'tiny:none'; served now: tiny:first")
+    code, refused = service.chainfed("cancel", done["id"])
+    assert (code, refused["error"]["type"]) == (1, "JobConflict")
+
+
+@pytest.mark.parametrize("killed", ["CoordinatorActor", "ControllerActor", "ClientActor"])
+def test_killed_in_the_middle_and_it_ends_where_it_would_have(
+    service: Running, storage: Path, document: dict[str, Any], tmp_path: Path, killed: str
+) -> None:
+    document["name"] = name = killed.removesuffix("Actor").lower()
+    document["rounds"] |= {"total": 6, "quorum": 1}
+    job = service.client.submit(document)["id"]
+    events = service.client.follow(job)
+    assert next(event for event in events if event["kind"] == "round")
+    victim = wait_for(lambda: service.processes(killed), killed)[0]
+    victim.kill()
+    kinds = [event["kind"] for event in service.client.follow(job)]
+    assert kinds[:3] == ["queued", "running", "opening"]
+    assert kinds[3:] == ["round"] * 6 + ["ending", "succeeded"]
+    assert service.client.job(job)["model"] == f"tiny:{name}"
+    if killed != "ClientActor":
+        local = a_job(document, tmp_path)
+        _, expected = run(local, tmp_path / "log")
+        assert_same(load_stack(storage / "jobs" / job / "model").stack.tensors(), expected)
+    wait_for(lambda: not service.processes("CoordinatorActor"), "end of the coordinator")
+    wait_for(lambda: not service.processes("ClientActor"), "end of the clients")
+    assert not (storage / "scratch" / job).exists()
+
+
+def test_cancelling_ends_the_processes(service: Running, document: dict[str, Any]) -> None:
+    document["rounds"] |= {"total": 500}
+    job, waiting = (service.client.submit(document)["id"] for _ in range(2))
+    next(event for event in service.client.follow(job) if event["kind"] == "round")
+    assert service.client.job(waiting)["status"] == "queued"
+    assert service.client.cancel(waiting)["status"] == "cancelled"
+    service.client.cancel(job)
+    assert [event["kind"] for event in service.client.follow(job)][-2:] == ["cancelling", "cancelled"]
+    wait_for(lambda: not service.processes("ClientActor"), "end of the clients")
+
+
+def test_the_whole_service_killed_and_started_again(document: dict[str, Any], tmp_path: Path) -> None:
+    document["rounds"] |= {"total": 8}
+    first = Running(tmp_path / "storage")
+    job = first.client.submit(document)["id"]
+    next(event for event in first.client.follow(job) if event["kind"] == "round")
+    below = psutil.Process(first.process.pid).children(recursive=True)
+    first.process.kill()
+    first.process.wait()
+    psutil.wait_procs(below, DEADLINE)
+    assert len(CommitLog(tmp_path / "storage" / "jobs" / job).rounds()) < 8
+    second = Running(tmp_path / "storage")
+    kinds = [event["kind"] for event in second.client.follow(job)]
+    assert kinds == ["queued", "running", "opening", *["round"] * 8, "ending", "succeeded"]
+    second.stop()
+
+
+def test_the_client_raises_what_the_service_means(service: Running, document: dict[str, Any]) -> None:
+    assert service.client.ready()["checks"] == {"database": "ok", "controller": "ok", "inference": "ok"}
+    with pytest.raises(InvalidJob, match=r"data\.label is 'none'; expected a column"):
+        service.client.submit({**document, "data": {**document["data"], "label": "none"}})
+    with pytest.raises(JobNotFound):
+        service.client.job("none")
+    with pytest.raises(JobNotFound):
+        next(service.client.follow("none"))
+    with pytest.raises(ModelNotFound):
+        service.client.classify("none:none", ["x"])
+    done = next(job["id"] for job in service.client.jobs() if job["status"] == "succeeded")
+    with pytest.raises(JobConflict, match="is succeeded; it cannot be cancelled"):
+        service.client.cancel(done)
+    answer = httpx.get(f"{service.address}/v1/jobs/none", headers={"X-Request-ID": "mine"})
+    assert (answer.headers["x-request-id"], answer.json()["request_id"]) == ("mine", "mine")
+    assert httpx.get(f"{service.address}/healthz").headers["x-request-id"]
+
+
+def test_two_services_do_not_share_a_storage(service: Running, storage: Path) -> None:
+    environment = {**os.environ, "CHAINFED_STORAGE": str(storage)}
+    command = [*COMMAND, "serve", "--port", "0", "--json"]
+    wrong = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert wrong.returncode == 2
+    command[-2] = "65000"
+    second = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert second.returncode == 1
+    assert json.loads(second.stdout)["error"]["type"] == "StorageInUse"
