@@ -1,0 +1,39 @@
+# One image for every pod: head, service, clients. Build: docker build -t chainfed-ray .
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS packages
+# DeepSpeed's package is built from source; torch comes without CUDA unless another index is given.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ make && rm -rf /var/lib/apt/lists/*
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN python3 -m venv /opt/chainfed
+ENV PATH=/opt/chainfed/bin:$PATH
+WORKDIR /build
+# The packages depend on these two files alone: a change of the code does not install them again.
+COPY pyproject.toml constraints.txt ./
+RUN pip install --no-cache-dir -c constraints.txt --extra-index-url ${TORCH_INDEX} torch \
+    && python3 -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" > needed.txt \
+    && pip install --no-cache-dir -c constraints.txt -r needed.txt "psycopg[binary]"
+COPY README.md ./
+COPY chainfed_ray chainfed_ray
+COPY cluster cluster
+COPY api api
+RUN pip install --no-cache-dir --no-deps .
+
+FROM ${BASE}
+# Ray looks at processes with ps, and KubeRay's probes ask with wget.
+RUN apt-get update && apt-get install -y --no-install-recommends procps wget && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 1000 --create-home chainfed && mkdir /data && chown chainfed /data
+COPY --from=packages /opt/chainfed /opt/chainfed
+# glibc gives freed memory back, so that a client's peak is what it uses; Serve's proxy is HAProxy.
+ENV PATH=/opt/chainfed/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    MALLOC_MMAP_THRESHOLD_=65536 \
+    MALLOC_TRIM_THRESHOLD_=131072 \
+    RAY_SERVE_ENABLE_HA_PROXY=1 \
+    CHAINFED_STORAGE=/data
+USER chainfed
+WORKDIR /home/chainfed
+COPY examples examples
+VOLUME /data
+EXPOSE 8000
+CMD ["chainfed", "serve", "--host", "0.0.0.0"]
