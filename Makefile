@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format clean
+.PHONY: help demo serve test check format clean
 
 help:  ## what there is to do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -12,8 +12,11 @@ help:  ## what there is to do
 	.venv/bin/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-run: .venv/.installed  ## train the demonstration job on an embedded Ray, with its progress
-	.venv/bin/chainfed run examples/demo.yaml
+demo: .venv/.installed  ## the whole story in a few minutes: train a chain, call the model
+	.venv/bin/chainfed demo
+
+serve: .venv/.installed  ## the service on this machine, until Ctrl-C
+	.venv/bin/chainfed serve
 
 test: .venv/.installed  ## every test
 	.venv/bin/pytest

@@ -1,0 +1,62 @@
+"""The documentation is under test: a route, an error, a command, a key or a variable without it fails here."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from typer.main import get_command
+
+from api.app import create_app
+from api.cli import app
+from api.service import Service
+from chainfed_ray import errors
+from cluster.storage import Settings, Storage
+from tests.test_architecture import ROOT
+
+README = (ROOT / "README.md").read_text()
+API, CLI, ERRORS = ((ROOT / "docs" / name).read_text() for name in ("api.md", "cli.md", "errors.md"))
+
+
+def test_every_route() -> None:
+    paths = create_app(cast("Service", None)).openapi()["paths"]
+    assert paths
+    for path, methods in paths.items():
+        for method in methods:
+            assert re.search(rf"`{method.upper()} {re.escape(path)}`", API), f"{method} {path}"
+
+
+def test_every_error() -> None:
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.ChainFedError)]
+    tree = errors.__doc__ or ""
+    for kind in kinds:
+        if kind is not errors.ChainFedError:
+            assert f"| `{kind.__name__}` |" in ERRORS, kind
+            assert f"── {kind.__name__} " in tree, kind
+            assert not kind.__bases__[1].__module__.startswith("chainfed"), "a plain Python error as well"
+
+
+def test_every_command_and_its_options() -> None:
+    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    assert commands
+    for name, command in commands.items():
+        assert f"`chainfed {name}" in CLI, name
+        assert {"--json"} <= {option for parameter in command.params for option in parameter.opts}, name
+        assert command.help, name
+
+
+def test_every_variable(tmp_path: Path) -> None:
+    for name in Settings(Storage.at(tmp_path)).environment():
+        assert f"| `{name}` |" in CLI, name
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_and_make_targets(document: str) -> None:
+    text = (ROOT / document).read_text()
+    folder = (ROOT / document).parent
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (folder / link).exists(), link
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"`make ([a-z]+)`|^    make ([a-z]+)", text, re.MULTILINE):
+        assert "".join(target) in targets, target
