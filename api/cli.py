@@ -1,4 +1,7 @@
-"""The ``chainfed`` command. Words go to standard error, and with ``--json`` one object to standard output."""
+"""The ``chainfed`` command.
+
+Progress goes to standard error; what was asked for to standard output, as words or, with ``--json``, as one object.
+"""
 
 import json
 import signal
@@ -7,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from api.client import ServiceClient
@@ -21,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated fine-tuning of language models for fleets of unequal machines, one window of layers at a time.",
 )
-_words = Console(stderr=True, highlight=False)
+_progress = Console(stderr=True, highlight=False)
 
 JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]
 JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list`")]
@@ -41,12 +44,11 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
 
     spec = _spec(job)
     folder = folder_of(out, spec)
-    with Progress(_words, spec.name, spec) as progress:
+    with Progress(_progress, spec.name, spec) as progress:
         opening, rounds, ending, result = train(spec, folder, Settings(Storage.at(out)), progress)
-    _words.print(results(spec, opening, rounds, ending))
     plots = draw(folder / "plots", opening, rounds, ending, spec.chain.cka_threshold)
-    _words.print(f"The model is in {folder / 'model'}, {len(plots)} plots are in {folder / 'plots'}.")
-    _answer(as_json, result.model_dump(mode="json"))
+    made = f"The model is in {folder / 'model'}, {len(plots)} plots are in {folder / 'plots'}."
+    _answer(as_json, result.model_dump(mode="json"), results(spec, opening, rounds, ending), made)
 
 
 @app.command()
@@ -59,11 +61,10 @@ def serve(
     from api.local_service import local_service
 
     settings = Settings.from_environment()
-    _words.print(f"Starting Ray and the REST API; jobs and models are kept in {settings.storage.root}.")
+    _progress.print(f"Starting Ray and the REST API; jobs and models are kept in {settings.storage.root}.")
     with local_service(settings, host, port) as address:
-        _words.print(f"The service answers at [bold]{address}[/bold] (routes: {address}/docs). Ctrl-C ends it.")
-        _answer(as_json, {"status": "ready", "address": address, "storage": str(settings.storage.root)})
-        sys.stdout.flush()
+        ready = {"status": "ready", "address": address, "storage": str(settings.storage.root)}
+        _answer(as_json, ready, f"The service answers at {address} (routes: {address}/docs). Ctrl-C ends it.")
         while True:
             signal.pause()
 
@@ -78,11 +79,12 @@ def submit(
     """Send a job to the service."""
     client = ServiceClient(address)
     record = client.submit(_spec(job).document())
-    _words.print(f"Job [bold]{record['id']}[/bold] is queued; `chainfed watch {record['id']}` follows it.")
+    queued = f"Job {record['id']} is queued; `chainfed watch {record['id']}` follows it."
     if watch:
-        _follow(client, record)
-        record = client.job(record["id"])
-    _answer(as_json, record)
+        _progress.print(queued)
+        _follow(client, record, as_json)
+    else:
+        _answer(as_json, record, queued)
 
 
 @app.command("list")
@@ -99,24 +101,21 @@ def list_jobs(
         accuracy = "" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
         submitted = job["submitted_at"][:19].replace("T", " ")
         table.add_row(job["id"], job["status"], submitted, accuracy, job["model"] if accuracy else "")
-    _words.print(table if jobs else "There are no jobs yet; `chainfed submit job.yaml` sends one.")
-    _answer(as_json, {"jobs": jobs})
+    _answer(as_json, {"jobs": jobs}, table if jobs else "There are no jobs yet; `chainfed submit job.yaml` sends one.")
 
 
 @app.command()
 def watch(job: JobId, address: Address = _ADDRESS, as_json: Json = False) -> None:
     """Follow a job until it is over, from its beginning."""
     client = ServiceClient(address)
-    _follow(client, client.job(job))
-    _answer(as_json, client.job(job))
+    _follow(client, client.job(job), as_json)
 
 
 @app.command()
 def cancel(job: JobId, address: Address = _ADDRESS, as_json: Json = False) -> None:
     """End a job that is queued or running."""
     record = ServiceClient(address).cancel(job)
-    _words.print(f"Job {job} is {record['status']}.")
-    _answer(as_json, record)
+    _answer(as_json, record, f"Job {job} is {record['status']}.")
 
 
 @app.command()
@@ -129,9 +128,10 @@ def predict(
     """Classify texts with a model of the service."""
     texts = text or [line for line in sys.stdin.read().splitlines() if line.strip()]
     answer = ServiceClient(address).classify(model, texts)
-    for line, found in zip(texts, answer["results"], strict=True):
-        _words.print(f"[bold]{found['label']}[/bold] ({found['score']:.0%})  {line}", soft_wrap=True)
-    _answer(as_json, answer)
+    lines = [
+        f"{found['label']} ({found['score']:.0%})  {line}" for line, found in zip(texts, answer["results"], strict=True)
+    ]
+    _answer(as_json, answer, *lines)
 
 
 @app.command()
@@ -143,7 +143,8 @@ def demo(
     """The whole story in a few minutes: start the service, train a chain, call the model, stop the service."""
     from api.demo import demo as tell
 
-    _answer(as_json, tell(_spec(job), job, out, _words))
+    story = _progress if as_json else Console(highlight=False)
+    _answer(as_json, tell(_spec(job), job, out, story))
 
 
 def main() -> None:
@@ -175,19 +176,26 @@ def _absolute(source: str | None) -> str | None:
     return f"path:{Path(path).absolute()}" if scheme == "path" and path else source
 
 
-def _follow(client: ServiceClient, record: dict[str, Any]) -> None:
+def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> None:
     from api.following import follow
     from api.results import results
 
     spec = JobSpec.parse(record["spec"])
-    opening, rounds, ending = follow(client, record["id"], spec, _words)
-    _words.print(results(spec, opening, rounds, ending))
-    _words.print(f"The model answers: chainfed predict {record['model']} 'a text'", soft_wrap=True)
+    opening, rounds, ending = follow(client, record["id"], spec, _progress)
+    how = f"The model answers: chainfed predict {record['model']} 'a text'"
+    _answer(as_json, client.job(record["id"]), results(spec, opening, rounds, ending), how)
 
 
-def _answer(as_json: bool, document: dict[str, Any]) -> None:
+def _answer(as_json: bool, document: dict[str, Any], *words: RenderableType) -> None:
+    """What was asked for, on standard output: an object for programs, or words for people."""
     if as_json:
         print(json.dumps(document), flush=True)
+        return
+    console = Console(highlight=False)
+    for part in words:
+        plain = isinstance(part, str)
+        console.print(part, soft_wrap=plain, markup=not plain)
+    sys.stdout.flush()
 
 
 def _fail(error: ChainFedError, words: list[str], code: int) -> NoReturn:
