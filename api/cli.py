@@ -6,6 +6,7 @@ Progress goes to standard error; what was asked for to standard output, as words
 import json
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -31,6 +32,7 @@ JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list
 Out = Annotated[Path, typer.Option(help="the folder for commits, models and plots")]
 Address = Annotated[str, typer.Option(envvar="CHAINFED_ADDRESS", help="of the service")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
+_DEMO = Path("examples/demo.yaml")
 _ADDRESS = "http://127.0.0.1:8000"
 
 
@@ -65,8 +67,10 @@ def serve(
     with local_service(settings, host, port) as address:
         ready = {"status": "ready", "address": address, "storage": str(settings.storage.root)}
         _answer(as_json, ready, f"The service answers at {address} (routes: {address}/docs). Ctrl-C ends it.")
-        while True:
-            signal.pause()
+        with suppress(KeyboardInterrupt):
+            while True:
+                signal.pause()
+        _progress.print("Stopping the service. Jobs that were running go on when it starts again.")
 
 
 @app.command()
@@ -135,16 +139,12 @@ def predict(
 
 
 @app.command()
-def demo(
-    job: Annotated[Path, typer.Argument(help="the job file")] = Path("examples/demo.yaml"),
-    out: Out = Path("chainfed-demo"),
-    as_json: Json = False,
-) -> None:
-    """The whole story in a few minutes: start the service, train a chain, call the model, stop the service."""
+def demo(out: Out = Path("chainfed-demo"), as_json: Json = False) -> None:
+    """The whole story in a few minutes, from a checkout: start the service, train a chain, call the model, stop it all."""
     from api.demo import demo as tell
 
-    story = _progress if as_json else Console(highlight=False)
-    _answer(as_json, tell(_spec(job), job, out, story))
+    story = _progress if as_json else Console(file=sys.__stdout__, highlight=False)
+    _answer(as_json, tell(_spec(_DEMO), _DEMO, out, story))
 
 
 def main() -> None:
@@ -188,14 +188,14 @@ def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> Non
 
 def _answer(as_json: bool, document: dict[str, Any], *words: RenderableType) -> None:
     """What was asked for, on standard output: an object for programs, or words for people."""
+    output = sys.__stdout__  # where Ray runs, sys.stdout is for its words
     if as_json:
-        print(json.dumps(document), flush=True)
+        print(json.dumps(document), file=output, flush=True)
         return
-    console = Console(highlight=False)
+    console = Console(file=output, highlight=False)
     for part in words:
         plain = isinstance(part, str)
         console.print(part, soft_wrap=plain, markup=not plain)
-    sys.stdout.flush()
 
 
 def _fail(error: ChainFedError, words: list[str], code: int) -> NoReturn:

@@ -2,21 +2,21 @@
 
 import fcntl
 import logging
-import os
-import secrets
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic, sleep
 
+import psutil
+
 from api.client import ServiceClient
-from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceUnavailable, StorageInUse
-from cluster.resources import of_one_machine
+from api.local_ray import local_ray
+from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
 from cluster.storage import Settings
 
 _READY_SECONDS = 120.0
 _POLL_SECONDS = 0.2
+_OWNER = "CHAINFED_SERVICE_OF"  # in the environment of each process of a service: its storage
 
 
 @contextmanager
@@ -26,53 +26,46 @@ def local_service(settings: Settings, host: str, port: int) -> Iterator[str]:
     Raises:
         StorageInUse: another service works in the same folder.
         InvalidSetting: the port cannot be listened on.
-        ServiceUnavailable: the service did not come up.
+        ServiceNotStarted: Ray, Ray Serve or a part of the service did not come up.
     """
-    with _alone(settings), local_ray(settings):
+    with _alone(settings):
+        _end_orphans(settings)
         _check_port(host, port)
-        from ray import serve
+        with local_ray(settings, _environment(settings)):
+            from ray import serve
 
-        from api.deployment import build
-
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        try:
-            serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
-            serve.run(build({}), name="chainfed", route_prefix="/")
             address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-            _wait_until_ready(address)
-            yield address
-        finally:
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            try:
+                _start(host, port, address)
+                yield address
+            finally:
+                serve.shutdown()  # type: ignore[no-untyped-call]
 
 
-@contextmanager
-def local_ray(settings: Settings) -> Iterator[None]:
-    """A Ray cluster of this process alone, which ends with the block. Its ports answer to nobody without its secret.
-
-    Ray reads its secret when it is first imported, so nothing may have imported it before.
-    """
-    if "ray" in sys.modules:
-        raise RuntimeError("ray was imported before local_ray could set its environment")
-    os.environ |= {
-        **settings.environment(),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+def _environment(settings: Settings) -> dict[str, str]:
+    return {
+        _OWNER: str(settings.storage.root),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # No other machine has to learn that this one stops.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+        # Two services of one machine must not want the same ports, and HAProxy has two of its own.
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("0.0.0.0")),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port("0.0.0.0")),
     }
-    import ray
 
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        namespace="chainfed",
-        resources=of_one_machine(settings.client_slots, settings.parallel_jobs),
-    )
+
+def _start(host: str, port: int, address: str) -> None:
+    from ray import serve
+
+    from api.deployment import build
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        yield
-    finally:
-        ray.shutdown()
+        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
+        serve.run(build({}), name="chainfed", route_prefix="/")
+    except RuntimeError as error:  # Serve's own kind, and Ray's for what went wrong in another process
+        raise ServiceNotStarted(address, str(error)) from error
+    _wait_until_ready(address)
 
 
 def free_port(host: str) -> int:
@@ -94,6 +87,22 @@ def _alone(settings: Settings) -> Iterator[None]:
         yield
 
 
+def _end_orphans(settings: Settings) -> None:
+    """End what is left of a service that was killed: HAProxy outlives Ray, and would keep its port for ever.
+
+    The storage's lock is ours, so whatever belongs to a service of this storage belongs to one that is gone.
+    """
+    orphans = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(_OWNER) == str(settings.storage.root):
+                process.kill()
+                orphans.append(process)
+        except psutil.Error:  # it ended meanwhile, or is another user's
+            continue
+    psutil.wait_procs(orphans)
+
+
 def _check_port(host: str, port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -112,7 +121,7 @@ def _wait_until_ready(address: str) -> None:
                 return
             except ChainFedError as error:
                 if monotonic() > ends:
-                    raise ServiceUnavailable(address, f"not ready after {_READY_SECONDS:g} s: {error}") from None
+                    raise ServiceNotStarted(address, f"it is not ready after {_READY_SECONDS:g} s: {error}") from None
             sleep(_POLL_SECONDS)
     finally:
         client.close()

@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from api.local_service import local_ray
+from api.local_ray import local_ray
 from api.progress import Progress
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
@@ -43,7 +43,7 @@ def train(
         job = prepare(spec, Path(scratch))
         log = CommitLog(folder)
         progress.say("Starting Ray on this machine.")
-        with local_ray(settings):
+        with local_ray(settings, {}):
             from cluster.ray_pool import RayPool  # not before: see local_ray
 
             pool = RayPool(job.base, settings.client_slots)

@@ -11,6 +11,7 @@
     ├── CoordinatorLost    (RuntimeError)  a coordinator died again and again without finishing a round
     ├── InvalidSetting     (ValueError)    an environment variable or option of the service that is wrong
     ├── StorageInUse       (RuntimeError)  another service works on the same storage
+    ├── ServiceNotStarted  (RuntimeError)  a service did not come up
     ├── ServiceUnavailable (RuntimeError)  no service answers at the address given
     ├── ServiceFailed      (RuntimeError)  the service answers with an error that is not the caller's
     ├── JobFailed          (RuntimeError)  a job that was followed ended without a model
@@ -180,6 +181,17 @@ class StorageInUse(ChainFedError, RuntimeError):
 
     def __str__(self) -> str:
         return f"another chainfed service works in {self.root}; stop it first, or choose another folder"
+
+
+class ServiceNotStarted(ChainFedError, RuntimeError):
+    """The service meant to answer at ``address`` did not come up."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(address, reason)
+        self.address, self.reason = address, reason
+
+    def __str__(self) -> str:
+        return f"the service did not start at {self.address}: {self.reason}"
 
 
 class ServiceUnavailable(ChainFedError, RuntimeError):

@@ -1,0 +1,46 @@
+"""A Ray cluster of this process alone, for as long as a block runs."""
+
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+
+from cluster.resources import of_one_machine
+from cluster.storage import Settings
+
+
+@contextmanager
+def local_ray(settings: Settings, environment: Mapping[str, str]) -> Iterator[None]:
+    """Start Ray with ``environment`` in every process of it. Its ports answer to nobody without its secret.
+
+    Ray reads its secret when it is first imported, so nothing may have imported it before. What it has to say stays in its
+    own logs: on our standard output it would stand among the answers.
+    """
+    if "ray" in sys.modules:
+        raise RuntimeError("ray was imported before local_ray could set its environment")
+    os.environ |= {
+        **settings.environment(),
+        **environment,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        import ray
+
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="chainfed",
+            resources=of_one_machine(settings.client_slots, settings.parallel_jobs),
+        )
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts the process
+        try:
+            yield
+        finally:
+            ray.shutdown()
