@@ -15,7 +15,7 @@ from rich.text import Text
 from api.fleet import by_class
 from chainfed_ray.config import JobSpec
 from chainfed_ray.quantities import format_bytes, format_seconds
-from chainfed_ray.records import Ending, Opening, Round
+from chainfed_ray.records import Ending, Lost, Opening, Round
 
 _RECENT = 5
 _REASONS = 3
@@ -67,6 +67,7 @@ class Progress:
                 "How like the embeddings each layer's output is (CKA; 1 is the same), on average over the clients:"
             )
             self.say("  " + "  ".join(f"{layer}: {value:.2f}" for layer, value in enumerate(opening.similarities)))
+            self._say_why(opening.lost)
             threshold = self._spec.chain.cka_threshold
             self.say(f"The chain starts at layer {opening.start_layer}, the first below {threshold:g}.")
         else:
@@ -83,15 +84,18 @@ class Progress:
         self._rounds.append(record)
         if not self._live:
             self.say(self._line(record, resumed))
-        for lost in record.lost[:_REASONS]:
-            self.say(f"  {lost.reason}")
-        if len(record.lost) > _REASONS:
-            self.say(f"  and {len(record.lost) - _REASONS} more turns were lost")
+        self._say_why(record.lost)
         if not record.counted:
             self.say("  too few updates for the quorum: the round does not count")
         if record.ended:
             self.say(f"Stage {record.stage + 1} (layers {record.bottom}–{record.top}) ends: {record.ended}.")
         self._draw()
+
+    def _say_why(self, lost: Sequence[Lost]) -> None:
+        for turn in lost[:_REASONS]:
+            self.say(f"  {turn.reason}")
+        if len(lost) > _REASONS:
+            self.say(f"  and {len(lost) - _REASONS} more turns were lost")
 
     def ending(self, ending: Ending) -> None:
         """The job is over."""

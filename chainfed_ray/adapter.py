@@ -61,7 +61,7 @@ def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 class AdapterStack(nn.Module):
-    """The adapters of some layers and the head. ``stack[layers]`` is the stack of those layers, sharing its tensors."""
+    """The adapters of some layers, and the head."""
 
     def __init__(self, adapters: dict[int, Adapter], head: Head) -> None:
         super().__init__()
@@ -83,9 +83,6 @@ class AdapterStack(nn.Module):
         """The adapter that follows ``layer``."""
         adapter: Adapter = self.adapters[str(layer)]  # type: ignore[assignment]
         return adapter
-
-    def __getitem__(self, layers: Iterable[int]) -> "AdapterStack":
-        return AdapterStack({layer: self.adapter(layer) for layer in layers}, self.head)
 
     def tensors(self) -> Tensors:
         """Copies of every tensor by name: ``adapters.<layer>.down.weight``, …, ``head.linear.bias``."""

@@ -93,7 +93,7 @@ def take_turn(client: Client, base: BaseModel, order: Order) -> Profile | Update
     blocks = Blocks(base.folder, base.dtype)
     try:
         if isinstance(order, Profiling):
-            return profile(client, blocks, order)
+            return profile(client, blocks, base.scratch / client.name / "profile", order)
         return train(client, blocks, base.scratch / client.name, order)
     finally:
         blocks.close()
@@ -118,24 +118,29 @@ def warm_up(base: BaseModel) -> None:
 
 
 @torch.no_grad()
-def profile(client: Client, blocks: Blocks, order: Profiling) -> Profile:
-    """One forward pass, a layer in memory at a time; of each layer only mean-pooled tokens [n, D] are kept."""
+def profile(client: Client, blocks: Blocks, cache_folder: Path, order: Profiling) -> Profile:
+    """One forward pass, a layer and a micro-batch in memory at a time; mean-pooled tokens [n, D] are kept of each layer."""
     chosen = _shuffled(len(client.examples), order.seed)[: order.examples]
-    batches = [
-        client.examples.batch(chosen[first : first + MICRO_BATCH]) for first in range(0, len(chosen), MICRO_BATCH)
-    ]
-    states = [blocks.embed(batch.ids, batch.mask) for batch in batches]
-    hidden, calls = [state for state, _ in states], [call for _, call in states]
+    examples = client.examples.take(chosen)
+    bare = AdapterStack.new((), blocks.hidden_size, bottleneck=1, classes=1, seed=0)
+    cache = PrefixCache(cache_folder, blocks, examples)
 
-    def pooled() -> Tensor:
-        return torch.cat([mean_over_tokens(h.double(), b.mask) for h, b in zip(hidden, batches, strict=True)])
+    def pooled(activations: Activations | None) -> Tensor:
+        """Of the layer whose output these are, or of the embeddings, [n, D]."""
+        means = []
+        for indices in examples.by_length(MICRO_BATCH):
+            batch = examples.batch(indices)
+            hidden = activations.batch(indices) if activations else blocks.embed(batch.ids, batch.mask)[0]
+            means.append(mean_over_tokens(hidden.double(), batch.mask))
+        return torch.cat(means)
 
-    embedded, similarities = pooled(), []
-    for index in range(blocks.num_layers):
-        layer = blocks.load_layer(index)
-        hidden = [blocks.run(layer, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
-        similarities.append(debiased_cka(embedded, pooled()))
-    return Profile(tuple(similarities), len(chosen))
+    try:
+        embedded = pooled(None)
+        layers = range(blocks.num_layers)
+        similarities = tuple(debiased_cka(embedded, pooled(cache.at(layer, bare))) for layer in layers)
+    finally:
+        cache.clear()
+    return Profile(similarities, len(chosen))
 
 
 def train(client: Client, blocks: Blocks, cache_folder: Path, order: Training) -> Update:

@@ -26,7 +26,7 @@ from chainfed_ray.pool import ClientPool, Failure, Outcome
 from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round, Turn
 from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.seeds import derive
-from chainfed_ray.start_layer import average
+from chainfed_ray.start_layer import FEWEST, average
 
 _FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the reasons
 _STACK, _MOVEMENT = "stack/", "movement/"
@@ -52,10 +52,12 @@ class Coordinator:
         """Decide where the chain starts (FOAT), once: a committed opening is the opening."""
         if opening := self._log.opening():
             return opening
-        similarities = self._profile() if self._spec.chain.start == "auto" else ()
+        similarities: tuple[float, ...] = ()
+        lost: tuple[Lost, ...] = ()
         if isinstance(self._spec.chain.start, int):
             start = self._spec.chain.start
         else:
+            similarities, lost = self._profile()
             start = start_below(similarities, self._spec.chain.cka_threshold, self._spec.chain.window)
         opening = Opening(
             admitted=tuple(
@@ -73,6 +75,7 @@ class Coordinator:
             layers=self._job.layers,
             start_layer=start,
             similarities=similarities,
+            lost=lost,
             stages=len(Chain(self._job.layers, start, self._spec.chain.window).windows),
             total_rounds=self._spec.rounds.total,
         )
@@ -125,16 +128,24 @@ class Coordinator:
         job, spec = self._job, self._spec
         return SavedStack(self.stack(), job.classes, spec.data.max_length, spec.model.base, job.layers_path)
 
-    def _profile(self) -> tuple[float, ...]:
-        """Every client's CKA profile, averaged by example count, in client order."""
-        able = [client for client in self._job.clients if len(client.examples) >= 4]
+    def _profile(self) -> tuple[tuple[float, ...], tuple[Lost, ...]]:
+        """Every client's CKA profile, averaged by example count, in client order; and the turns that were lost."""
+        able = [client for client in self._job.clients if len(client.examples) >= FEWEST]
         order = Profiling(self._spec.chain.profile_examples, derive(self._spec.seed, "profile"))
         outcomes = list(self._in_order(self._pool.run(able, order, self._spec.rounds.deadline), len(able)))
         profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
+        lost = tuple(
+            Lost(
+                client=able[place].name,
+                client_class=able[place].client_class,
+                reason=f"{able[place].name}: {result.reason}",
+            )
+            for place, result in outcomes
+            if isinstance(result, Failure)
+        )
         if not profiles:
-            reasons = {able[o.place].name: o.result.reason for o in outcomes if isinstance(o.result, Failure)}
-            raise QuorumLost(0, 1, reasons)
-        return average([(profile.similarities, profile.examples) for profile in profiles])
+            raise QuorumLost(0, 1, {turn.client: turn.reason for turn in lost})
+        return average([(profile.similarities, profile.examples) for profile in profiles]), lost
 
     def _restore(self, chain: Chain, history: Sequence[Round]) -> tuple[AdapterStack, Movement]:
         if not history:

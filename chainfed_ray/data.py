@@ -82,7 +82,7 @@ def _read(field: str, source: str, split: str, spec: DataSpec) -> Split:
     if scheme == "path" and name:
         frame = _read_file(field, source, Path(name))
     elif scheme == "hf" and name:
-        frame = _read_hub(field, source, name, split)
+        frame = _read_hub(field, source, name, split, spec.label)
     else:
         raise InvalidJob.at(field, source, _FORMS)
     return _columns(field, source, frame, spec)
@@ -100,7 +100,7 @@ def _read_file(field: str, source: str, path: Path) -> pd.DataFrame:
         raise InvalidJob.at(field, source, f"a readable {path.suffix} file ({reason})") from None
 
 
-def _read_hub(field: str, source: str, name: str, split: str) -> pd.DataFrame:
+def _read_hub(field: str, source: str, name: str, split: str, label: str) -> pd.DataFrame:
     import datasets  # takes a second, and only hub sources need it
 
     offline = os.environ.get("HF_DATASETS_OFFLINE") == "1" or os.environ.get("HF_HUB_OFFLINE") == "1"
@@ -108,10 +108,13 @@ def _read_hub(field: str, source: str, name: str, split: str) -> pd.DataFrame:
         raise InvalidJob.at(field, source, "a network, or HF_HUB_OFFLINE=1 and a data set that was downloaded before")
     repository, _, revision = name.partition("@")
     try:
-        frame: pd.DataFrame = datasets.load_dataset(repository, split=split, revision=revision or None).to_pandas()
+        rows = datasets.load_dataset(repository, split=split, revision=revision or None)
+        frame: pd.DataFrame = rows.to_pandas()
     except Exception as error:  # the hub's, the builder's and the file system's
         reason = " ".join(str(error).split())
         raise InvalidJob.at(field, source, f"a data set on the hub with a {split} split ({reason})") from None
+    if isinstance(named := rows.features.get(label), datasets.ClassLabel):
+        frame[label] = named.int2str(frame[label].tolist())
     return frame
 
 

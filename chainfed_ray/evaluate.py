@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -39,22 +38,5 @@ def evaluate(examples: Examples, base: BaseModel, cache: Path, stack: AdapterSta
             loss += float(cross_entropy(logits, batch.labels, reduction="sum"))
             right += int((logits.argmax(-1) == batch.labels).sum())
         return Score(loss / len(examples), right / len(examples))
-    finally:
-        blocks.close()
-
-
-@torch.no_grad()
-def logits(examples: Examples, base: BaseModel, stack: AdapterStack) -> torch.Tensor:
-    """The logits [n, C] of the whole model with ``stack``, a layer in memory at a time."""
-    blocks = Blocks(base.folder, base.dtype)
-    try:
-        batch = examples.batch(np.arange(len(examples)))
-        hidden, calls = blocks.embed(batch.ids, batch.mask)
-        for index in range(blocks.num_layers):
-            hidden = blocks.run(blocks.load_layer(index), hidden, calls[index])
-            if index in stack.layers:
-                hidden = stack.adapter(index)(hidden)
-        result: torch.Tensor = stack.head(hidden, batch.mask)
-        return result
     finally:
         blocks.close()

@@ -17,6 +17,7 @@ from chainfed_ray.prefix import MICRO_BATCH
 from chainfed_ray.quantities import format_bytes
 from chainfed_ray.records import LeftOut
 from chainfed_ray.seeds import derive
+from chainfed_ray.start_layer import FEWEST
 from chainfed_ray.tokens import Examples, tokenize
 
 
@@ -66,6 +67,10 @@ def prepare(spec: JobSpec, scratch: Path) -> Job:
             [f"{group.name}: {format_bytes(group.memory)}" for group in spec.fleet.clients],
             f"{spec.quorum} clients (the quorum) with {needed} or more; only {len(clients)} can hold a window of "
             f"{spec.chain.window} at data.max_length {spec.data.max_length}",
+        )
+    if spec.chain.start == "auto" and max(len(client.examples) for client in clients) < FEWEST:
+        raise InvalidJob.at(
+            "chain.start", "auto", f"the index of a layer, since no client has the {FEWEST} rows of a profile"
         )
     return Job(
         spec=spec,

@@ -79,7 +79,7 @@ class PrefixCache:
 
     def _forget_all_but(self, layer: int, stack: AdapterStack) -> None:
         """Keep ``layer`` and, for a window that wraps round, the bottom of the chain, below which nothing ever changes."""
-        keep = {self._path(layer, stack), self._path(min(stack.layers), stack)}
+        keep = {self._path(layer, stack), self._path(min(stack.layers, default=layer), stack)}
         for path in self._folder.glob("*.activations"):
             if path not in keep:
                 path.unlink(missing_ok=True)

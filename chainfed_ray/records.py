@@ -36,14 +36,23 @@ class LeftOut(Record):
     reason: str
 
 
+class Lost(Record):
+    """A client's turn that did not count, and why."""
+
+    client: str
+    client_class: str
+    reason: str
+
+
 class Opening(Record):
-    """Before the first round: who takes part, and where the chain starts."""
+    """Before the first round: who takes part, and where the chain starts; ``lost`` are turns of profiling."""
 
     admitted: tuple[Admitted, ...]
     left_out: tuple[LeftOut, ...]
     layers: int
     start_layer: int
     similarities: tuple[float, ...]
+    lost: tuple[Lost, ...]
     stages: int
     total_rounds: int
 
@@ -59,14 +68,6 @@ class Turn(Record):
     planned_bytes: int
     peak_bytes: int | None
     sent_bytes: int
-
-
-class Lost(Record):
-    """A client's turn that did not count, and why."""
-
-    client: str
-    client_class: str
-    reason: str
 
 
 class Round(Record):

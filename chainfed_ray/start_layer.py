@@ -9,15 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+FEWEST = 4  # examples, for the unbiased estimator
+
 
 def debiased_cka(first: Tensor, second: Tensor) -> float:
     """Linear CKA of two representations [n, D1] and [n, D2] of the same n examples, at most 1.
 
     Raises:
-        ValueError: there are fewer than 4 examples.
+        ValueError: there are fewer than ``FEWEST`` examples.
     """
-    if len(first) < 4:
-        raise ValueError(f"CKA needs 4 examples or more, not {len(first)}")
+    if len(first) < FEWEST:
+        raise ValueError(f"CKA needs {FEWEST} examples or more, not {len(first)}")
     gram_first, gram_second = _gram(first), _gram(second)
     scale = (_hsic(gram_first, gram_first) * _hsic(gram_second, gram_second)).clamp(min=0).sqrt()
     # A representation that does not vary is similar to nothing.

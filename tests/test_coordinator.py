@@ -8,17 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import AutoModel
 
 from chainfed_ray.adapter import AdapterStack, Tensors
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import Client, Order, Update
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
-from chainfed_ray.errors import QuorumLost
+from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.job import Job
-from chainfed_ray.pool import ClientPool, LocalPool, Outcome
+from chainfed_ray.pool import ClientPool, Failure, LocalPool, Outcome
+from chainfed_ray.prefix import MICRO_BATCH
 from chainfed_ray.seeds import derive
+from chainfed_ray.tokens import Examples
 from tests.conftest import a_job
 
 pytestmark = pytest.mark.slow
@@ -69,47 +72,76 @@ def assert_same(first: Tensors, second: Tensors) -> None:
         assert torch.equal(tensor, second[name]), name
 
 
+class EndToEnd:
+    """The whole Hugging Face model, frozen, with an adapter after each layer: hooks, and nothing of our chain."""
+
+    def __init__(self, folder: Path, examples: Examples) -> None:
+        self._model = AutoModel.from_pretrained(folder).eval().requires_grad_(False)
+        self._layers = self._model.encoder.layer
+        self._examples = examples
+        # What is below the lowest adapter is always run in the same micro-batches, as the cache promises.
+        self._lowest: dict[int, Tensor] = {}
+        for indices in examples.by_length(MICRO_BATCH):
+            outputs: list[Tensor] = []
+            hook = self._layers[0].register_forward_hook(lambda _, __, output, to=outputs: to.append(output))
+            self._run(indices)
+            hook.remove()
+            self._lowest |= {
+                index: row[: examples.lengths[index]]
+                for index, row in zip(indices.tolist(), outputs[0], strict=True)
+            }  # fmt: skip
+
+    def loss(self, stack: AdapterStack, indices: np.ndarray) -> Tensor:
+        """The sum of the cross-entropies of some examples."""
+        lowest = torch.nn.utils.rnn.pad_sequence([self._lowest[index] for index in indices.tolist()], batch_first=True)
+        outputs: list[Tensor] = []
+
+        def follow(place: int, output: Tensor) -> Tensor:
+            outputs.append(stack.adapter(place)(lowest if place == 0 else output))
+            return outputs[-1]
+
+        hooks = [
+            layer.register_forward_hook(lambda _, __, output, at=place: follow(at, output))
+            for place, layer in enumerate(self._layers)
+        ]
+        self._run(indices)
+        for hook in hooks:
+            hook.remove()
+        batch = self._examples.batch(indices)
+        return cross_entropy(stack.head(outputs[-1], batch.mask), batch.labels, reduction="sum")
+
+    def _run(self, indices: np.ndarray) -> None:
+        batch = self._examples.batch(indices)
+        self._model(input_ids=batch.ids, attention_mask=batch.mask)
+
+
 def test_window_of_all_layers_without_global_loss_is_fedavg(document: dict[str, Any], tmp_path: Path) -> None:
-    """One stage over the whole model against end-to-end adapters, written down again without any of our chain."""
+    """One stage over the whole model against federated end-to-end adapters, exactly."""
     document["chain"] |= {"window": 4, "start": 0, "global_weight": 0}
     document["rounds"] |= {"total": 2, "clients": 4, "quorum": 4}
     job = a_job(document, tmp_path)
     _, ours = run(job, tmp_path / "log")
 
-    blocks = Blocks(job.base.folder, torch.float32)
-    layers = [blocks.load_layer(index) for index in range(4)]
     stack = AdapterStack.new(range(4), 32, 8, 3, derive(3, "stack"))
     for index in range(2):
-        decay = 0.5 * (1 + np.cos(np.pi * index / 2))
+        rate = 0.01 * 0.5 * (1 + np.cos(np.pi * index / 2))
         sums: Tensors = {}
         for client in job.clients:
+            model = EndToEnd(job.base.folder, client.examples)
             mine = AdapterStack.from_tensors(stack.tensors())
-            optimizer = torch.optim.AdamW(
-                [
-                    {"params": list(mine.adapters.parameters()), "lr": 0.01 * decay},
-                    {"params": list(mine.head.parameters()), "lr": 0.01 * decay},
-                ],
-                weight_decay=0.0,
-            )
+            optimizer = torch.optim.AdamW(mine.parameters(), lr=rate, weight_decay=0.0)
             seed = derive(derive(3, "round", index), "epoch", 0)
             shuffled = np.random.default_rng(seed).permutation(len(client.examples))
             for first in range(0, len(shuffled), 8):
-                batch = client.examples.batch(shuffled[first : first + 8])
-                hidden, calls = blocks.embed(batch.ids, batch.mask)
-                for place in range(4):
-                    hidden = mine.adapter(place)(blocks.run(layers[place], hidden, calls[place]))
-                (
-                    cross_entropy(mine.head(hidden, batch.mask), batch.labels, reduction="sum") / len(batch.ids)
-                ).backward()
-                optimizer.step()
+                batch = shuffled[first : first + 8]
                 optimizer.zero_grad()
+                (model.loss(mine, batch) / len(batch)).backward()
+                optimizer.step()
             for name, tensor in mine.tensors().items():
                 sums[name] = sums.get(name, 0) + tensor.double() * len(client.examples)
         total = sum(len(client.examples) for client in job.clients)
         stack = AdapterStack.from_tensors({name: (tensor / total).float() for name, tensor in sums.items()})
-    # The cached activations were computed in other micro-batches than a training batch: equal up to rounding.
-    for name, tensor in stack.tensors().items():
-        torch.testing.assert_close(ours[name], tensor, rtol=2e-3, atol=2e-5)
+    assert_same(ours, stack.tensors())
 
 
 @pytest.mark.parametrize("schedule", ["staged", "cyclic"])
@@ -135,6 +167,38 @@ def test_order_of_arrival_changes_nothing(document: dict[str, Any], tmp_path: Pa
     _, forwards = run(job, tmp_path / "forwards")
     _, backwards = run(job, tmp_path / "backwards", Reversed(LocalPool(job.base)))
     assert_same(forwards, backwards)
+
+
+class Silent:
+    """A pool in which some clients never answer."""
+
+    def __init__(self, pool: ClientPool, silent: set[str]) -> None:
+        self._pool, self._silent = pool, silent
+
+    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+        for place, result in self._pool.run(clients, order, deadline):
+            yield Outcome(place, Failure("missed the deadline") if clients[place].name in self._silent else result)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def test_a_profile_that_never_came_is_on_record(document: dict[str, Any], tmp_path: Path) -> None:
+    document["chain"] |= {"start": "auto"}
+    job = a_job(document, tmp_path)
+    opening = Coordinator(job, Silent(LocalPool(job.base), {"phone-2"}), CommitLog(tmp_path / "log")).open()
+    assert [(lost.client, lost.reason) for lost in opening.lost] == [("phone-2", "phone-2: missed the deadline")]
+    assert len(opening.similarities) == 4
+    everybody = {client.name for client in job.clients}
+    with pytest.raises(QuorumLost, match="phone-3: missed the deadline"):
+        Coordinator(job, Silent(LocalPool(job.base), everybody), CommitLog(tmp_path / "other")).open()
+
+
+def test_a_profile_needs_rows(document: dict[str, Any], tmp_path: Path) -> None:
+    document["fleet"]["clients"][0]["count"] = 40
+    document["chain"] |= {"start": "auto"}
+    with pytest.raises(InvalidJob, match=r"chain\.start is 'auto'; expected the index of a layer, since no client has"):
+        a_job(document, tmp_path)
 
 
 @pytest.mark.parametrize("shape", [False, True])

@@ -14,6 +14,8 @@ from chainfed_ray import docstrings
 from chainfed_ray.adapter import Adapter
 from chainfed_ray.aggregate import RunningMean
 from chainfed_ray.chain import Chain, start_below
+from chainfed_ray.config import ConvergenceSpec
+from chainfed_ray.convergence import Movement, verdict
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.memory import Shape, footprint, lacking, plan
 from chainfed_ray.partition import dirichlet, iid
@@ -115,6 +117,32 @@ def test_batches_hold_the_examples(rows: list[list[int]], random: Random) -> Non
         assert not found[~mask.bool()].any()
     assert torch.equal(taken.ids, direct.ids)
     assert torch.equal(taken.labels, direct.labels)
+
+
+def test_a_plateau_ends_a_stage_after_its_minimum() -> None:
+    rule = ConvergenceSpec(rule="plateau", span=2, minimum=5, threshold=0.01)
+    flat, falling = [1.0] * 6, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+    assert verdict(rule, 4, flat[:4], None) is None
+    assert verdict(rule, 5, flat[:3], None) is None
+    assert verdict(rule, 5, flat[:5], None) == "converged: held-out loss 1.0000 → 1.0000 over 2 rounds"
+    assert verdict(rule, 6, falling, None) is None
+    assert verdict(rule, 6, [*falling[:3], 0.8, 0.9, 0.9], None) is not None
+    assert verdict(ConvergenceSpec(rule="none"), 99, flat, 0.0) is None
+
+
+@given(st.lists(st.floats(-1, 1, allow_subnormal=False), min_size=1, max_size=6))
+def test_effective_movement(steps: list[float]) -> None:
+    movement, place = Movement(), torch.zeros(1, dtype=torch.float64)
+    for step in steps:
+        movement.add({"x": place}, {"x": place + step})
+        place = place + step
+    path = sum(map(abs, steps))
+    assert movement.value() == pytest.approx(abs(sum(steps)) / path if path else 0.0, abs=1e-6)
+    restored = Movement(movement.tensors)
+    assert restored.value() == movement.value()
+    rule = ConvergenceSpec(rule="movement", span=len(steps), minimum=1, threshold=0.5)
+    assert (verdict(rule, len(steps), [], movement.value()) is not None) == (movement.value() < 0.5)
+    assert verdict(rule, len(steps), [], None) is None
 
 
 def test_a_new_adapter_is_the_identity() -> None:

@@ -11,9 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.client import BaseModel
 from chainfed_ray.errors import CorruptCommit
-from chainfed_ray.evaluate import logits
 from chainfed_ray.peft_method import ChainFedLayer, SequenceClassifier
 from chainfed_ray.saved_stack import SavedStack, load_stack, save_stack
 from chainfed_ray.tokens import Examples
@@ -37,6 +35,19 @@ def examples() -> Examples:
     lengths = np.array([3, 9, 1, 6, 4])
     ids = generator.integers(3, 128, lengths.sum()).astype(np.int32)
     return Examples(ids, np.concatenate([[0], lengths.cumsum()]), np.zeros(5, dtype=np.int64))
+
+
+@torch.no_grad()
+def streamed(folder: Path, stack: AdapterStack, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The logits [B, C] of token ids and their mask [B, T], a layer in memory at a time."""
+    blocks = Blocks(folder, torch.float32)
+    hidden, calls = blocks.embed(ids, mask)
+    for index in range(blocks.num_layers):
+        hidden = blocks.run(blocks.load_layer(index), hidden, calls[index])
+        if index in stack.layers:
+            hidden = stack.adapter(index)(hidden)
+    logits: torch.Tensor = stack.head(hidden, mask)
+    return logits
 
 
 def loaded(folder: Path, saved: Path) -> PeftModel:
@@ -63,7 +74,8 @@ def bert(tmp_path: Path) -> Path:
 def test_loaded_by_peft_is_the_streamed_model(folder: Path, tmp_path: Path) -> None:
     saved = a_stack(folder)
     save_stack(saved, tmp_path / "model")
-    expected = logits(examples(), BaseModel(folder, torch.float32, tmp_path), saved.stack)
+    batch = examples().batch(np.arange(5))
+    expected = streamed(folder, saved.stack, batch.ids, batch.mask)
     torch.testing.assert_close(ask(loaded(folder, tmp_path / "model")), expected, rtol=0, atol=1e-6)
 
 

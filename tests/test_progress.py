@@ -33,7 +33,7 @@ def an_opening(layers: int = 6, start: int = 2, fleet: tuple[tuple[str, int, int
             LeftOut(client=client, client_class=name, budget_bytes=budget, lacking_bytes=8 * MIB, reason="too small")
             for client, name, budget in clients if budget < 32 * MIB
         ),
-        layers=layers, start_layer=start, similarities=tuple(1 - 0.12 * layer for layer in range(layers)),
+        layers=layers, start_layer=start, similarities=tuple(1 - 0.12 * layer for layer in range(layers)), lost=(),
         stages=layers - start - 1, total_rounds=20,
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import yaml
 
 from chainfed_ray.client import Profile, Profiling
 from chainfed_ray.commit_log import CommitLog
@@ -17,6 +18,7 @@ from chainfed_ray.pool import Failure, LocalPool
 from cluster.ray_pool import RayPool
 from cluster.resources import of_one_machine
 from tests.conftest import a_job
+from tests.test_architecture import ROOT
 from tests.test_coordinator import assert_same, run
 
 pytestmark = pytest.mark.slow
@@ -82,6 +84,23 @@ def test_a_missed_deadline_is_a_failure_and_nothing_hangs(document: dict[str, An
         pool.close()
     assert sorted(outcome.place for outcome in outcomes) == [0, 1, 2, 3]
     assert all(isinstance(outcome.result, Failure) and "deadline" in outcome.result.reason for outcome in outcomes)
+
+
+def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> None:
+    """Every stage of the demo's job, in processes of the clients' own, with real weights and real text."""
+    demo = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
+    demo["chain"] |= {"start": 2}
+    demo["rounds"] |= {"total": 3, "clients": 3}
+    job = a_job(demo, tmp_path)
+    pool = RayPool(job.base, slots=2)
+    try:
+        records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
+    finally:
+        pool.close()
+    assert [record.bottom for record in records] == [2, 3, 4]
+    for turn in (turn for record in records for turn in record.turns):
+        assert turn.peak_bytes is not None
+        assert 10 * 2**20 < turn.peak_bytes <= turn.planned_bytes, turn.client
 
 
 def test_a_local_pool_puts_an_error_on_record(document: dict[str, Any], tmp_path: Path) -> None:

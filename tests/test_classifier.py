@@ -1,0 +1,39 @@
+"""Promise: what the service answers is what the streamed model says, whoever else asks at the same time."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from chainfed_ray.classifier import Classifier
+from tests.test_peft_method import a_stack, streamed
+
+TEXTS = [
+    "salt tide wave",
+    "worm",
+    "a much longer text about ships, stars and seeds, cut where it grows too long",
+    "wind",
+]
+
+
+def test_alone_and_in_company_and_as_peft_says(tiny_model_folder: Path) -> None:
+    saved = a_stack(tiny_model_folder)
+    classifier = Classifier(f"path:{tiny_model_folder}", torch.float32)
+    together = classifier.probabilities(saved, TEXTS)
+    torch.testing.assert_close(together.sum(-1), torch.ones(len(TEXTS)))
+    for row, text in enumerate(TEXTS):
+        torch.testing.assert_close(classifier.probabilities(saved, [text])[0], together[row], rtol=0, atol=1e-6)
+
+    words = AutoTokenizer.from_pretrained(tiny_model_folder)
+    batch = words(TEXTS, return_tensors="pt", padding=True, truncation=True, max_length=saved.max_length)
+    logits = streamed(tiny_model_folder, saved.stack, batch["input_ids"], batch["attention_mask"])
+    torch.testing.assert_close(together, logits.softmax(-1), rtol=0, atol=1e-6)
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+def test_stacks_do_not_disturb_each_other(tiny_model_folder: Path) -> None:
+    first, second = a_stack(tiny_model_folder), a_stack(tiny_model_folder, layers=(0, 3), classes=5, seed=1)
+    classifier = Classifier(f"path:{tiny_model_folder}", torch.float32)
+    before = classifier.probabilities(first, TEXTS)
+    assert classifier.probabilities(second, TEXTS).shape == (len(TEXTS), 5)
+    assert torch.equal(classifier.probabilities(first, TEXTS), before)

@@ -1,0 +1,147 @@
+"""Where rows and models come from: every form gives the same rows, and what cannot be read is refused in words."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from chainfed_ray.base_model import resolve
+from chainfed_ray.config import DataSpec
+from chainfed_ray.data import load
+from chainfed_ray.errors import InvalidJob
+
+ROWS = [{"text": f'sentence, "{index}"\nof «{"ab"[index % 2]}»', "label": "ab"[index % 2]} for index in range(40)]
+
+
+def written(folder: Path, suffix: str) -> str:
+    """The rows as a file or, for ``hub``, as a data set with named classes as `datasets` loads it."""
+    frame, path = pd.DataFrame(ROWS), folder / f"rows.{suffix}"
+    if suffix == "csv":
+        frame.to_csv(path, index=False)
+    elif suffix == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    elif suffix == "parquet":
+        frame.to_parquet(path)
+    else:
+        from datasets import ClassLabel, Dataset, Features, Value
+
+        features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+        (folder / "hub").mkdir()
+        Dataset.from_list([{**row, "label": int(row["label"] == "b")} for row in ROWS], features=features).to_parquet(
+            folder / "hub" / "train.parquet"
+        )
+        return f"hf:{folder / 'hub'}"
+    return f"path:{path}"
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "hub"])
+def test_every_form_gives_the_same_rows(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    corpus = load(DataSpec(train=written(tmp_path, form)), seed=5)
+    assert corpus.classes == ("a", "b")
+    assert [len(split) for split in (corpus.train, corpus.validation, corpus.test)] == [32, 4, 4]
+    found = [
+        {"text": text, "label": label}
+        for split in (corpus.train, corpus.validation, corpus.test)
+        for text, label in zip(split.texts, split.labels, strict=True)
+    ]
+    assert sorted(found, key=lambda row: row["text"]) == sorted(ROWS, key=lambda row: row["text"])
+
+
+def test_splits_of_their_own(tmp_path: Path) -> None:
+    source = written(tmp_path, "csv")
+    corpus = load(DataSpec(train=source, validation=source, test=source), seed=5)
+    assert [len(split) for split in (corpus.train, corpus.validation, corpus.test)] == [40, 40, 40]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "complaint"),
+    [
+        (ROWS, {"label": "topic"}, r"data.label is 'topic'; expected a column of path:\S+: text, label"),
+        (ROWS, {"text": "body"}, "data.text is 'body'; expected a column"),
+        (ROWS[:9], {}, "data.train is .*; expected 10 rows or more; there are 9"),
+        ([], {}, "data.t"),
+        ([{"text": "x", "label": "a"}] * 12, {}, "data.label is 'label'; expected two classes or more"),
+        ([*ROWS, {"text": "x", "label": None}], {}, "data.label is 'label'; .* row 41 has none"),
+        ([*ROWS[:3], {"text": "  ", "label": "a"}, *ROWS], {}, "data.text is 'text'; .* row 4 has none"),
+    ],
+)
+def test_rows_that_cannot_be_used(
+    rows: list[dict[str, Any]], changes: dict[str, str], complaint: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(InvalidJob, match=complaint):
+        load(DataSpec(train=f"path:{path}", **changes), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("rows.csv", b'text,label\n"open', "a readable .csv file"),
+        ("rows.csv", b"\xff\xfe\x00\x01", "a readable .csv file"),
+        ("rows.jsonl", b"{", "a readable .jsonl file"),
+        ("rows.parquet", b"PAR1", "a readable .parquet file"),
+        ("rows.txt", b"", "a .csv, .jsonl or .parquet file"),
+    ],
+)
+def test_files_that_cannot_be_read(name: str, content: bytes, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidJob, match=complaint):
+        load(DataSpec(train=f"path:{tmp_path / name}"), seed=0)
+
+
+def test_labels_that_training_does_not_know(tmp_path: Path) -> None:
+    other = tmp_path / "test.jsonl"
+    other.write_text('{"text": "x", "label": "c"}')
+    with pytest.raises(InvalidJob, match=r"data\.test is 'c'; expected only labels that the training rows have"):
+        load(DataSpec(train=written(tmp_path, "csv"), test=f"path:{other}"), seed=0)
+
+
+def test_a_hub_out_of_reach_is_an_error_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    started = monotonic()
+    with pytest.raises(InvalidJob, match=r"model\.base is 'hf:org/model'; expected a network"):
+        resolve("hf:org/model")
+    with pytest.raises(InvalidJob, match=r"data\.train is 'hf:org/rows'; expected a network"):
+        load(DataSpec(train="hf:org/rows"), seed=0)
+    assert monotonic() - started < 30, "not the minutes of retries that it takes otherwise"
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ([], "a folder with a config.json"),
+        (["config.json"], "a folder with safetensors weights"),
+        (["config.json", "pytorch_model.bin"], r"only \.bin files were found"),
+        (None, "a folder that exists"),
+    ],
+)
+def test_models_that_cannot_be_used(files: list[str] | None, complaint: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    if files is not None:
+        folder.mkdir()
+        for name in files:
+            (folder / name).touch()
+    with pytest.raises(InvalidJob, match=complaint):
+        resolve(f"path:{folder}")
+
+
+@pytest.mark.slow
+def test_the_built_in_rows_are_the_same_in_every_process() -> None:
+    program = "import hashlib; from chainfed_ray.docstrings import rows; "
+    program += "print(hashlib.sha256(repr(rows()).encode()).hexdigest())"
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(digests) == 1

@@ -1,0 +1,92 @@
+"""GPO: loss = local + λ · global, and what the global loss may move."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.chain import Window
+from chainfed_ray.objective import chain_loss, trained_names
+from tests.test_prefix import a_stack
+
+LAMBDA = 0.3
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+LABELS = torch.tensor([1, 0])
+
+
+def hidden() -> Tensor:
+    return torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(7))
+
+
+def logits(stack: AdapterStack, layers: list[int]) -> Tensor:
+    """The head's, after the adapters of ``layers``, written down again from the formulas."""
+    state = hidden()
+    for layer in layers:
+        adapter = stack.adapter(layer)
+        inner = torch.nn.functional.gelu(state @ adapter.down.weight.T + adapter.down.bias)
+        state = state + inner @ adapter.up.weight.T + adapter.up.bias
+    pooled = torch.stack([state[0].mean(0), state[1, :2].mean(0)])
+    centred = pooled - pooled.mean(-1, keepdim=True)
+    norm = stack.head.norm
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    return scaled @ stack.head.linear.weight.T + stack.head.linear.bias
+
+
+def ours(stack: AdapterStack, window: Window, head_follows_global: bool = True, weight: float = LAMBDA) -> Tensor:
+    options: dict[str, Any] = {"global_weight": weight, "head_follows_global": head_follows_global}
+    return chain_loss(stack, window, hidden(), MASK, LABELS, **options)
+
+
+def total(found: Tensor) -> Tensor:
+    return cross_entropy(found, LABELS, reduction="sum")
+
+
+def test_the_formula() -> None:
+    stack = a_stack(range(1, 5))
+    local, ahead = total(logits(stack, [])), total(logits(stack, [3, 4]))
+    assert abs(local - ahead) > 0.1
+    torch.testing.assert_close(ours(stack, Window(1, 2)), local + LAMBDA * ahead)
+    torch.testing.assert_close(ours(stack, Window(1, 2), weight=0), local)
+
+
+def test_at_the_top_there_is_only_the_end_to_end_loss() -> None:
+    stack = a_stack(range(1, 5))
+    torch.testing.assert_close(ours(stack, Window(3, 4)), total(logits(stack, [])))
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_the_head_follows_the_global_loss_or_does_not(follows: bool) -> None:
+    stack = a_stack(range(1, 5))
+    wanted = total(logits(stack, [])) + (LAMBDA * total(logits(stack, [3, 4])) if follows else 0)
+    (expected,) = torch.autograd.grad(wanted, [stack.head.linear.weight])
+    (found,) = torch.autograd.grad(ours(stack, Window(1, 2), follows), [stack.head.linear.weight])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_the_window_always_follows_the_global_loss(follows: bool) -> None:
+    stack = a_stack(range(1, 5))
+    state = hidden().requires_grad_()
+    loss = chain_loss(
+        stack, Window(1, 2), state, MASK, LABELS, global_weight=LAMBDA, head_follows_global=follows
+    )  # fmt: skip
+    (found,) = torch.autograd.grad(loss, [state])
+    (local,) = torch.autograd.grad(total(stack.head(state, MASK)), [state])
+    assert (found - local).abs().max() > 1e-3
+
+
+def test_what_is_trained_and_sent() -> None:
+    stack = a_stack(range(1, 5))
+
+    def layers(weight: float, trains: Any) -> set[str]:
+        names = trained_names(stack, Window(1, 2), weight, trains)
+        assert {name for name in names if name.startswith("head.")} == {
+            f"head.{name}" for name in stack.head.state_dict()
+        }
+        return {name.split(".")[1] for name in names if name.startswith("adapters.")}
+
+    assert layers(LAMBDA, "window") == layers(LAMBDA, "head") == layers(0, "upper") == {"1", "2"}
+    assert layers(LAMBDA, "upper") == {"1", "2", "3", "4"}
