@@ -11,6 +11,7 @@ from api.local_service import free_port, local_service
 from api.plots import draw
 from api.results import results
 from chainfed_ray.config import JobSpec
+from chainfed_ray.quantities import format_bytes
 from cluster.storage import Settings, Storage
 
 _HOST = "127.0.0.1"
@@ -19,25 +20,32 @@ _QUESTIONS = (
     "Return the symbolic derivative of an expression with respect to a variable.",
     "Reindex the columns of a frame and fill missing values.",
 )
-_STORY = (
-    "[bold]Federated fine-tuning in a chain.[/bold] Fourteen clients hold sentences from the documentation of eight "
-    "Python libraries. They may not give a sentence away, and a client has between 24 MiB and 1 GiB for its training, "
-    "which is less than a language model takes. So they train small adapters, two layers at a time: each client trains "
-    "on its own sentences, only the adapters travel, and the server averages them. When the window of two layers has had "
-    "its rounds, it slides one layer up. In the end the model is asked: which library is this sentence from?\n"
-)
+_STORY = """\
+[bold]Federated fine-tuning in a chain.[/bold] {clients} clients hold sentences from the documentation of Python libraries. \
+They may not give a sentence away, and each has between {least} and {most} of memory for training: most of them less than \
+the weights of the language model alone. So they train small adapters, {window} layers at a time. Each client trains on its \
+own sentences, only the adapters travel, and the server averages them. When a window of layers has had its rounds, it slides \
+one layer up. In the end the model is asked: which library is this sentence from?
+"""
 _ONWARDS = """\
 [bold]To go on[/bold]
   make serve                           the service, at http://127.0.0.1:8000
-  .venv/bin/chainfed submit JOB.yaml   a job of your own; docs/jobs.md has every key
-  {job_file}
-                                       the job that you have just seen
+  .venv/bin/chainfed submit JOB.yaml   a job of your own: see docs/jobs.md
+  {job_file:<35}  the job that you have just seen
 """
 
 
 def demo(spec: JobSpec, job_file: Path, out: Path, console: Console) -> dict[str, Any]:
     """Start the service, train the job, draw it, ask its model, and stop the service."""
-    console.print(_STORY)
+    memory = [group.memory for group in spec.fleet.clients]
+    console.print(
+        _STORY.format(
+            clients=sum(group.count for group in spec.fleet.clients),
+            least=format_bytes(min(memory)),
+            most=format_bytes(max(memory)),
+            window=spec.chain.window,
+        )
+    )
     settings = Settings(Storage.at(out))
     console.print("[bold]1.[/bold] Starting the service on this machine: Ray, and the REST API on Ray Serve.")
     with local_service(settings, _HOST, free_port(_HOST)) as address:
@@ -68,7 +76,7 @@ def _story(
     for question, answer in zip(_QUESTIONS, answers, strict=True):
         console.print(f"   “{question}”\n      → [bold]{answer['label']}[/bold] ({answer['score']:.0%})")
     console.print()
-    console.print(_ONWARDS.format(job_file=job_file))
+    console.print(_ONWARDS.format(job_file=str(job_file)))
     return {
         **record["result"],
         "id": job,

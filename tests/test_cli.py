@@ -1,9 +1,13 @@
 """Promise: a run killed with SIGKILL and started again ends bit for bit where it would have; bad jobs end in words."""
 
+import io
 import json
+import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ import yaml
 
 from chainfed_ray.commit_log import CommitLog
 from tests.conftest import a_job
+from tests.test_architecture import ROOT
 from tests.test_coordinator import run
 
 COMMAND = [sys.executable, "-c", "from api.cli import main; main()"]
@@ -37,6 +42,22 @@ def test_a_killed_run_goes_on_where_it_was(document: dict[str, Any], tmp_path: P
     found = log.tensors(3)
     for name, tensor in expected.items():
         assert (found[f"stack/{name}"] == tensor).all(), name
+    assert as_documented(document["model"]["base"], tmp_path / "out" / "tiny" / "model", "salt tide wave") == "sea"
+
+
+def as_documented(base: str, folder: Path, text: str) -> str:
+    """What the program in docs/models.md prints, for another base model and another text."""
+    program = re.findall(r"(?:^(?: {4}.*)?\n)+", (ROOT / "docs" / "models.md").read_text(), re.MULTILINE)
+    code = next(dedent(part) for part in program if "PeftModel" in part)
+    for documented, ours in (
+        ('"builtin:minilm"', repr(base)),
+        ('"Compute the eigenvalues of a sparse matrix."', repr(text)),
+    ):
+        assert documented in code
+        code = code.replace(documented, ours)
+    with redirect_stdout(io.StringIO()) as said:
+        exec(code, {"FOLDER": folder})
+    return said.getvalue().strip()
 
 
 @pytest.mark.parametrize(("text", "field"), [("name: [", "(file)"), ("name: x\nmodle: {}", "modle")])
