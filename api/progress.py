@@ -93,7 +93,7 @@ class Progress:
 
     def _say_why(self, lost: Sequence[Lost]) -> None:
         for turn in lost[:_REASONS]:
-            self.say(f"  {turn.reason}")
+            self.say(f"  {turn.client}: {turn.reason}")
         if len(lost) > _REASONS:
             self.say(f"  and {len(lost) - _REASONS} more turns were lost")
 

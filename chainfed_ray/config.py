@@ -175,6 +175,10 @@ class JobSpec(Section):
         """
         try:
             document = yaml.load(text, Loader=_YamlLoader)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line if error.problem_mark else 0
+            shown = text.splitlines()[line : line + 1] or ["the end"]
+            raise InvalidJob.at("(file)", f"line {line + 1}: {shown[0]}", f"YAML ({error.problem})") from None
         except yaml.YAMLError as error:
             raise InvalidJob.at("(file)", " ".join(str(error).split()), "a YAML document") from None
         return cls.parse(document)

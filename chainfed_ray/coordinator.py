@@ -134,17 +134,10 @@ class Coordinator:
         order = Profiling(self._spec.chain.profile_examples, derive(self._spec.seed, "profile"))
         outcomes = list(self._in_order(self._pool.run(able, order, self._spec.rounds.deadline), len(able)))
         profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
-        lost = tuple(
-            Lost(
-                client=able[place].name,
-                client_class=able[place].client_class,
-                reason=f"{able[place].name}: {result.reason}",
-            )
-            for place, result in outcomes
-            if isinstance(result, Failure)
-        )
+        failures = ((able[place], result) for place, result in outcomes if isinstance(result, Failure))
+        lost = tuple(_lost(client, failure.reason) for client, failure in failures)
         if not profiles:
-            raise QuorumLost(0, 1, {turn.client: turn.reason for turn in lost})
+            raise QuorumLost("profiling the layers", 1, _reasons(lost))
         return average([(profile.similarities, profile.examples) for profile in profiles]), lost
 
     def _restore(self, chain: Chain, history: Sequence[Round]) -> tuple[AdapterStack, Movement]:
@@ -189,11 +182,14 @@ class Coordinator:
         # 2. Fold their updates, in client order.
         mean, turns, lost = RunningMean(), [], []
         for outcome in self._in_order(outcomes, len(clients)):
-            client = clients[outcome.place]
+            client, result = clients[outcome.place], outcome.result
+            if isinstance(result, Failure):
+                lost.append(_lost(client, result.reason))
+                continue
             try:
-                turns.append(self._fold(client, outcome, mean, expected))
+                turns.append(self._fold(client, result, mean, expected))
             except InvalidUpdate as error:
-                lost.append(Lost(client=client.name, client_class=client.client_class, reason=str(error)))
+                lost.append(_lost(client, f"its update was refused: {error.reason}"))
         counted = len(turns) >= min(self._spec.quorum, len(clients))
 
         # 3. The new stack, and how far the window moved.
@@ -260,10 +256,7 @@ class Coordinator:
             seed=derive(self._spec.seed, "round", step.round_index),
         )
 
-    def _fold(self, client: Client, outcome: Outcome, mean: RunningMean, expected: Tensors) -> Turn:
-        result = outcome.result
-        if isinstance(result, Failure):
-            raise InvalidUpdate(client.name, result.reason)
+    def _fold(self, client: Client, result: Profile | Update, mean: RunningMean, expected: Tensors) -> Turn:
         if not isinstance(result, Update):
             raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
         # The weight is what the server dealt, not what a client says.
@@ -299,9 +292,8 @@ class Coordinator:
     def _stop_if_fruitless(self, history: Sequence[Round]) -> None:
         newest = history[-_FRUITLESS_ROUNDS:]
         if len(newest) == _FRUITLESS_ROUNDS and not any(record.counted for record in newest):
-            raise QuorumLost(
-                newest[-1].index, self._spec.quorum, {lost.client: lost.reason for lost in newest[-1].lost}
-            )
+            rounds = f"rounds {newest[0].index + 1} to {newest[-1].index + 1}"
+            raise QuorumLost(rounds, self._spec.quorum, _reasons(newest[-1].lost))
 
     @staticmethod
     def _in_order(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
@@ -315,3 +307,11 @@ class Coordinator:
                 due += 1
         if due != count:
             raise RuntimeError(f"the pool gave {due} outcomes for {count} clients")
+
+
+def _lost(client: Client, reason: str) -> Lost:
+    return Lost(client=client.name, client_class=client.client_class, reason=reason)
+
+
+def _reasons(lost: Iterable[Lost]) -> dict[str, str]:
+    return {turn.client: turn.reason for turn in lost}

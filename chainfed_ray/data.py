@@ -119,13 +119,11 @@ def _read_hub(field: str, source: str, name: str, split: str, label: str) -> pd.
 
 
 def _columns(field: str, source: str, frame: pd.DataFrame, spec: DataSpec) -> Split:
-    for key, column in (("data.text", spec.text), ("data.label", spec.label)):
-        if column not in frame.columns:
-            raise InvalidJob.at(
-                key, column, f"a column of {source}: {', '.join(map(str, frame.columns)) or 'it has none'}"
-            )
     if frame.empty:
         raise InvalidJob.at(field, source, "one row or more; there are none")
+    for key, column in (("data.text", spec.text), ("data.label", spec.label)):
+        if column not in frame.columns:
+            raise InvalidJob.at(key, column, f"a column of {source}: {', '.join(map(str, frame.columns))}")
     for key, column in (("data.text", spec.text), ("data.label", spec.label)):
         values = frame[column]
         empty = values.isna() | (values.astype(str).str.strip() == "")

@@ -125,15 +125,15 @@ class InvalidUpdate(ChainFedError, ValueError):
 
 
 class QuorumLost(ChainFedError, RuntimeError):
-    """Too few clients answered, several rounds in a row; ``reasons`` are those of the last round, by client."""
+    """Too few clients answered in ``rounds``, which are said in words; ``reasons`` are those of the last, by client."""
 
-    def __init__(self, round_index: int, quorum: int, reasons: dict[str, str]) -> None:
-        super().__init__(round_index, quorum, reasons)
-        self.round_index, self.quorum, self.reasons = round_index, quorum, reasons
+    def __init__(self, rounds: str, quorum: int, reasons: dict[str, str]) -> None:
+        super().__init__(rounds, quorum, reasons)
+        self.rounds, self.quorum, self.reasons = rounds, quorum, reasons
 
     def __str__(self) -> str:
         causes = "; ".join(f"{client}: {reason}" for client, reason in self.reasons.items())
-        return f"round {self.round_index}: fewer than {self.quorum} clients answered, three times in a row ({causes})"
+        return f"{self.rounds}: fewer than {self.quorum} clients answered ({causes})"
 
 
 class CorruptCommit(ChainFedError, RuntimeError):

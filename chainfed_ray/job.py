@@ -65,8 +65,8 @@ def prepare(spec: JobSpec, scratch: Path) -> Job:
         raise InvalidJob.at(
             "fleet.clients",
             [f"{group.name}: {format_bytes(group.memory)}" for group in spec.fleet.clients],
-            f"{spec.quorum} clients (the quorum) with {needed} or more; only {len(clients)} can hold a window of "
-            f"{spec.chain.window} at data.max_length {spec.data.max_length}",
+            f"{spec.quorum} clients (the quorum) with {needed} or more, since {len(clients) or 'none'} of them can hold a "
+            f"window of {spec.chain.window} at data.max_length {spec.data.max_length}",
         )
     if spec.chain.start == "auto" and max(len(client.examples) for client in clients) < FEWEST:
         raise InvalidJob.at(

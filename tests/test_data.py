@@ -66,7 +66,7 @@ def test_splits_of_their_own(tmp_path: Path) -> None:
         (ROWS, {"label": "topic"}, r"data.label is 'topic'; expected a column of path:\S+: text, label"),
         (ROWS, {"text": "body"}, "data.text is 'body'; expected a column"),
         (ROWS[:9], {}, "data.train is .*; expected 10 rows or more; there are 9"),
-        ([], {}, "data.t"),
+        ([], {}, r"data\.train is .*; expected one row or more; there are none"),
         ([{"text": "x", "label": "a"}] * 12, {}, "data.label is 'label'; expected two classes or more"),
         ([*ROWS, {"text": "x", "label": None}], {}, "data.label is 'label'; .* row 41 has none"),
         ([*ROWS[:3], {"text": "  ", "label": "a"}, *ROWS], {}, "data.text is 'text'; .* row 4 has none"),
