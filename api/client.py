@@ -18,6 +18,7 @@ from chainfed_ray.errors import (
 )
 
 _TIMEOUT = httpx.Timeout(150.0, connect=5.0)  # the checks before a job is accepted read its data
+_TEXTS_PER_REQUEST = 128  # of the 256 that the service takes
 _RECONNECT_SECONDS = 60.0
 _PAUSE_SECONDS = 0.5
 
@@ -80,13 +81,18 @@ class ServiceClient:
         return models
 
     def classify(self, model: str, texts: list[str]) -> Document:
-        """Classify texts.
+        """Classify any number of texts, in as many requests as that takes.
 
         Raises:
             ModelNotFound: no such model is served.
-            InvalidJob: there are too many texts, or none.
+            InvalidJob: there are none, or one is too long.
         """
-        return self._ask("POST", "/v1/classify", json={"model": model, "texts": texts}, about=model)
+        parts = [texts[first : first + _TEXTS_PER_REQUEST] for first in range(0, len(texts), _TEXTS_PER_REQUEST)] or [
+            []
+        ]
+        bodies = ({"model": model, "texts": part} for part in parts)
+        answers = [self._ask("POST", "/v1/classify", json=body, about=model) for body in bodies]
+        return {**answers[0], "results": [found for answer in answers for found in answer["results"]]}
 
     def follow(self, job: str) -> Iterator[Document]:
         """Every event of a job from its first to its last, as they happen; a broken connection is taken up again.

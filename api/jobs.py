@@ -26,6 +26,7 @@ _BODY = {
         },
     }
 }
+_YAML = ("application/yaml", "application/x-yaml", "text/yaml")
 IdempotencyKey = Annotated[
     str | None, Header(max_length=200, description="the same key again gives the same job, so that a retry is safe")
 ]
@@ -91,8 +92,13 @@ def _parse(body: bytes, content_type: str) -> JobSpec:
         text = body.decode()
     except UnicodeDecodeError:
         raise HTTPException(400, "the body is not UTF-8") from None
-    if "yaml" in content_type:
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type in _YAML:
         return JobSpec.from_yaml(text)
+    if media_type != "application/json":  # what a page of another site could send without asking first
+        raise HTTPException(
+            415, f"the body is {content_type or 'of no type'}; send application/json or application/yaml"
+        )
     try:
         document: Any = json.loads(text, object_pairs_hook=_without_repeats)
     except (json.JSONDecodeError, RecursionError) as error:

@@ -8,16 +8,18 @@ last and carries the tensor file's digest, so a record that can be read is a com
     ending.json
 """
 
-import json
 import os
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors.torch import load, save
 
 from chainfed_ray.adapter import Tensors
 from chainfed_ray.errors import CorruptCommit
-from chainfed_ray.records import Ending, Opening, Round
+from chainfed_ray.records import Ending, Opening, Record, Round
+
+_Kind = TypeVar("_Kind", bound=Record)
 
 
 class CommitLog:
@@ -29,22 +31,29 @@ class CommitLog:
         self._rounds.mkdir(parents=True, exist_ok=True)
 
     def opening(self) -> Opening | None:
-        """The opening, if it was committed."""
-        path = self._folder / "opening.json"
-        return Opening.model_validate_json(path.read_bytes()) if path.exists() else None
+        """The opening, if it was committed.
+
+        Raises:
+            CorruptCommit: it is not what was written.
+        """
+        return _read(self._folder / "opening.json", Opening)
 
     def ending(self) -> Ending | None:
-        """The ending, if it was committed."""
-        path = self._folder / "ending.json"
-        return Ending.model_validate_json(path.read_bytes()) if path.exists() else None
+        """The ending, if it was committed.
+
+        Raises:
+            CorruptCommit: it is not what was written.
+        """
+        return _read(self._folder / "ending.json", Ending)
 
     def rounds(self) -> list[Round]:
         """Every committed round in order.
 
         Raises:
-            CorruptCommit: a round is missing between two others.
+            CorruptCommit: a round is missing between two others, or is not what was written.
         """
-        records = [Round.model_validate(self._commit(path)["record"]) for path in sorted(self._rounds.glob("*.json"))]
+        found = (_read(path, _Commit) for path in sorted(self._rounds.glob("*.json")))
+        records = [commit.record for commit in found if commit]
         for index, record in enumerate(records):
             if record.index != index:
                 raise CorruptCommit(str(self._rounds), f"round {index} is missing")
@@ -59,8 +68,8 @@ class CommitLog:
         path = self._tensor_path(index)
         if not path.exists():
             raise CorruptCommit(str(path), "missing")
-        data = path.read_bytes()
-        if _digest(data) != self._commit(self._record_path(index))["digest"]:
+        data, commit = path.read_bytes(), _read(self._record_path(index), _Commit)
+        if commit is None or _digest(data) != commit.digest:
             raise CorruptCommit(str(path), "its bytes are not those that were written")
         return load(data)
 
@@ -72,8 +81,8 @@ class CommitLog:
         """Make a round durable, and let the tensors of the one before go."""
         data = save(tensors)
         _write(self._tensor_path(record.index), data)
-        commit = {"digest": _digest(data), "record": record.model_dump(mode="json")}
-        _write(self._record_path(record.index), json.dumps(commit).encode())
+        commit = _Commit(digest=_digest(data), record=record)
+        _write(self._record_path(record.index), commit.model_dump_json().encode())
         for path in self._rounds.glob("*.safetensors"):
             if path.stem < f"{record.index:06d}":
                 path.unlink()
@@ -82,15 +91,27 @@ class CommitLog:
         """Make the ending durable."""
         _write(self._folder / "ending.json", ending.model_dump_json().encode())
 
-    def _commit(self, path: Path) -> dict[str, object]:
-        commit: dict[str, object] = json.loads(path.read_bytes())
-        return commit
-
     def _record_path(self, index: int) -> Path:
         return self._rounds / f"{index:06d}.json"
 
     def _tensor_path(self, index: int) -> Path:
         return self._rounds / f"{index:06d}.safetensors"
+
+
+class _Commit(Record):
+    """A round, and the digest of its tensor file."""
+
+    digest: str
+    record: Round
+
+
+def _read(path: Path, kind: type[_Kind]) -> _Kind | None:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CorruptCommit(str(path), "it is not what was written") from error
 
 
 def _digest(data: bytes) -> str:

@@ -16,7 +16,6 @@ from api.app import create_app
 from api.service import Service
 from chainfed_ray.classifier import Classifier
 from chainfed_ray.config import JobSpec
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.job import prepare
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.saved_stack import load_stack
@@ -278,6 +277,13 @@ def test_a_bad_job_is_refused_with_its_field(
         ("GET", "/v1/jobs?before=none", {}, 404, "job-not-found"),
         ("POST", "/v1/jobs", {"content": b"{"}, 400, "bad-request"),
         ("POST", "/v1/jobs", {"content": b"\xff"}, 400, "bad-request"),
+        (
+            "POST",
+            "/v1/jobs",
+            {"content": b"{}", "headers": {"Content-Type": "text/plain"}},
+            415,
+            "unsupported-media-type",
+        ),
         ("POST", "/v1/jobs", {"content": b"[]"}, 422, "invalid-job"),
         ("POST", "/v1/jobs", {"content": b'{"seed": 1, "seed": 2}'}, 422, "invalid-job"),
         ("POST", "/v1/jobs", {"content": b"[" * 100_000}, 400, "bad-request"),
@@ -292,7 +298,8 @@ def test_a_bad_job_is_refused_with_its_field(
 def test_every_error_has_one_shape(
     client: TestClient, method: str, path: str, options: dict[str, Any], status: int, slug: str
 ) -> None:
-    refused = client.request(method, path, headers={"X-Request-ID": "mine"}, **options)
+    headers = {"X-Request-ID": "mine", "Content-Type": "application/json", **options.pop("headers", {})}
+    refused = client.request(method, path, headers=headers, **options)
     problem = refused.json()
     assert refused.status_code == problem["status"] == status
     assert refused.headers["content-type"] == "application/problem+json"
@@ -321,4 +328,3 @@ def test_health(client: TestClient) -> None:
 def test_the_schema_describes_a_job_file(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     assert set(document["components"]["schemas"]["JobSpec"]["properties"]) == set(JobSpec.model_fields)
-    assert Coordinator  # the routes are documented in docs/api.md, which test_docs holds

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import psutil
@@ -61,6 +61,13 @@ class Running:
         below = psutil.Process(self.process.pid).children(recursive=True)
         return [process for process in below if name in _command(process)]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            self.stop()
+
     def stop(self) -> None:
         """As an operator does, and then nothing is left of it."""
         below = psutil.Process(self.process.pid).children(recursive=True)
@@ -101,9 +108,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(storage: Path) -> Iterator[Running]:
-    running = Running(storage)
-    yield running
-    running.stop()
+    with Running(storage) as running:
+        yield running
 
 
 def test_a_job_over_the_command_line(service: Running, document: dict[str, Any], tmp_path: Path) -> None:
@@ -115,6 +121,8 @@ def test_a_job_over_the_command_line(service: Running, document: dict[str, Any],
     assert [job["id"] for job in listed["jobs"]] == [done["id"]]
     code, answer = service.chainfed("predict", "tiny:first", "salt tide wave", "worm seed root")
     assert (code, [found["label"] for found in answer["results"]]) == (0, ["sea", "soil"])
+    many = service.client.classify("tiny:first", ["salt tide wave"] * 300 + ["worm seed root"])["results"]
+    assert [found["label"] for found in many] == ["sea"] * 300 + ["soil"]
     code, refused = service.chainfed("predict", "tiny:none", "x")
     assert (code, refused["error"]["message"]) == (1, "no model 'tiny:none'; served now: tiny:first")
     code, refused = service.chainfed("cancel", done["id"])
@@ -160,18 +168,17 @@ def test_cancelling_ends_the_processes(service: Running, document: dict[str, Any
 
 def test_the_whole_service_killed_and_started_again(document: dict[str, Any], tmp_path: Path) -> None:
     document["rounds"] |= {"total": 8}
-    first = Running(tmp_path / "storage")
-    job = first.client.submit(document)["id"]
-    next(event for event in first.client.follow(job) if event["kind"] == "round")
-    orphans = psutil.Process(first.process.pid).children(recursive=True)
-    first.process.kill()
-    first.close()
+    with Running(tmp_path / "storage") as first:
+        job = first.client.submit(document)["id"]
+        next(event for event in first.client.follow(job) if event["kind"] == "round")
+        orphans = psutil.Process(first.process.pid).children(recursive=True)
+        first.process.kill()
+        first.close()
     assert len(CommitLog(tmp_path / "storage" / "jobs" / job).rounds()) < 8
-    second = Running(tmp_path / "storage", first.port)  # at once, where the first one was
-    assert not [process for process in orphans if process.is_running() and "Agent" not in _command(process)]
-    kinds = [event["kind"] for event in second.client.follow(job)]
-    assert kinds == ["queued", "running", "opening", *["round"] * 8, "ending", "succeeded"]
-    second.stop()
+    with Running(tmp_path / "storage", first.port) as second:  # at once, where the first one was
+        assert not [process for process in orphans if process.is_running() and "Agent" not in _command(process)]
+        kinds = [event["kind"] for event in second.client.follow(job)]
+        assert kinds == ["queued", "running", "opening", *["round"] * 8, "ending", "succeeded"]
 
 
 def test_the_client_raises_what_the_service_means(service: Running, document: dict[str, Any]) -> None:
