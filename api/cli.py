@@ -100,7 +100,7 @@ def list_jobs(
     """Show the service's jobs and models."""
     client = ServiceClient(address)
     jobs = client.jobs(limit)
-    table = Table("job", "status", "submitted", "accuracy", "model", box=None, header_style="bold")
+    table = Table("job", "status", "submitted (UTC)", "accuracy", "model", box=None, header_style="bold")
     for job in jobs:
         accuracy = "" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
         submitted = job["submitted_at"][:19].replace("T", " ")

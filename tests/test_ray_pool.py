@@ -94,10 +94,17 @@ def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> No
     job = a_job(demo, tmp_path)
     pool = RayPool(job.base, slots=2)
     try:
+        list(pool.run(job.clients[:2], Profiling(8, 0), 120.0))
+        idle = {process.pid: process.memory_info().rss for process in client_processes()}
         records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
+        after = {process.pid: process.memory_info().rss for process in client_processes()}
     finally:
         pool.close()
     assert [record.bottom for record in records] == [2, 3, 4]
+    kept = [after[pid] - idle[pid] for pid in idle.keys() & after.keys()]
+    print([x / 2**20 for x in kept])
+    assert kept
+    assert max(kept) < 8 * 2**20, "a client's memory is given back when its lease ends"
     for turn in (turn for record in records for turn in record.turns):
         assert turn.peak_bytes is not None
         assert 10 * 2**20 < turn.peak_bytes <= turn.planned_bytes, turn.client
