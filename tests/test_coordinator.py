@@ -262,6 +262,38 @@ def test_a_chain_learns(document: dict[str, Any], tmp_path: Path) -> None:
     assert ending.peak_bytes["phone"] < job.clients[0].planned_bytes
 
 
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("chain", {"window": 1}),
+        ("chain", {"window": 4, "start": 0}),
+        ("chain", {"schedule": "cyclic"}),
+        ("chain", {"global_trains": "window"}),
+        ("chain", {"global_trains": "upper"}),
+        ("chain", {"global_weight": 0}),
+        ("chain", {"start": "auto", "cka_threshold": 0.0}),
+        ("chain", {"start": "auto", "cka_threshold": 1.0}),
+        ("model", {"dtype": "bfloat16"}),
+        ("evaluation", {"every": "stage"}),
+        ("rounds", {"local_epochs": 2, "batch_size": 5}),
+        ("rounds", {"convergence": {"rule": "movement", "span": 1, "minimum": 1, "threshold": 0.99}}),
+    ],
+    ids=str,
+)
+def test_every_option_trains(section: str, changes: dict[str, Any], document: dict[str, Any], tmp_path: Path) -> None:
+    document.setdefault(section, {}).update(changes)
+    document["rounds"] |= {"total": 3, "clients": 2}
+    job = a_job(document, tmp_path)
+    coordinator, trained = run(job, tmp_path / "log")
+    opening, rounds = coordinator.open(), CommitLog(tmp_path / "log").rounds()
+    assert rounds[-1].top == 3
+    assert all(record.counted and not record.lost for record in rounds)
+    untrained = AdapterStack.new(range(opening.start_layer, 4), 32, 8, 3, derive(3, "stack")).tensors()
+    assert untrained.keys() == trained.keys()
+    assert not torch.equal(trained["adapters.3.up.weight"], untrained["adapters.3.up.weight"])
+    assert coordinator.finish().rounds == len(rounds)
+
+
 def test_stages_share_the_rounds_and_say_why_they_ended(document: dict[str, Any], tmp_path: Path) -> None:
     document["rounds"] |= {"total": 5, "convergence": {"rule": "none"}}
     job = a_job(document, tmp_path)
