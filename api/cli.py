@@ -6,7 +6,8 @@ Progress goes to standard error; what was asked for to standard output, as words
 import json
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -32,6 +33,7 @@ JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list
 Out = Annotated[Path, typer.Option(help="the folder for commits, models and plots")]
 Address = Annotated[str, typer.Option(envvar="CHAINFED_ADDRESS", help="of the service")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
+_INTERRUPTED = 130  # as shells have it
 _DEMO = Path("examples/demo.yaml")
 _ADDRESS = "http://127.0.0.1:8000"
 
@@ -46,7 +48,8 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
 
     spec = _spec(job)
     folder = folder_of(out, spec)
-    with Progress(_progress, spec.name, spec) as progress:
+    goes_on = _if_interrupted("Interrupted. The same command goes on where it was.")
+    with goes_on, Progress(_progress, spec.name, spec) as progress:
         opening, rounds, ending, result = train(spec, folder, Settings(Storage.at(out)), progress)
     plots = draw(folder / "plots", opening, rounds, ending, spec.chain.cka_threshold)
     made = f"The model is in {folder / 'model'}, {len(plots)} plots are in {folder / 'plots'}."
@@ -144,7 +147,8 @@ def demo(out: Out = Path("chainfed-demo"), as_json: Json = False) -> None:
     from api.demo import demo as tell
 
     story = _progress if as_json else Console(file=sys.__stdout__, highlight=False)
-    _answer(as_json, tell(_spec(_DEMO), _DEMO, out, story))
+    with _if_interrupted("Interrupted."):
+        _answer(as_json, tell(_spec(_DEMO), _DEMO, out, story))
 
 
 def main() -> None:
@@ -181,9 +185,19 @@ def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> Non
     from api.results import results
 
     spec = JobSpec.parse(record["spec"])
-    opening, rounds, ending = follow(client, record["id"], spec, _progress)
+    with _if_interrupted(f"The job goes on without you; `chainfed watch {record['id']}` follows it again."):
+        opening, rounds, ending = follow(client, record["id"], spec, _progress)
     how = f"The model answers: chainfed predict {record['model']} 'a text'"
     _answer(as_json, client.job(record["id"]), results(spec, opening, rounds, ending), how)
+
+
+@contextmanager
+def _if_interrupted(words: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        _progress.print(words)
+        raise typer.Exit(_INTERRUPTED) from None
 
 
 def _answer(as_json: bool, document: dict[str, Any], *words: RenderableType) -> None:

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from time import monotonic, sleep
 
 import psutil
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
 
 from api.client import ServiceClient
 from api.local_ray import local_ray
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
+from cluster.job_store import JobStore
 from cluster.storage import Settings
 
 _READY_SECONDS = 120.0
@@ -25,12 +28,13 @@ def local_service(settings: Settings, host: str, port: int) -> Iterator[str]:
 
     Raises:
         StorageInUse: another service works in the same folder.
-        InvalidSetting: the port cannot be listened on.
+        InvalidSetting: the port cannot be listened on, or the database does not answer.
         ServiceNotStarted: Ray, Ray Serve or a part of the service did not come up.
     """
     with _alone(settings):
         _end_orphans(settings)
         _check_port(host, port)
+        _check_database(settings.storage.database)
         with local_ray(settings, _environment(settings)):
             from ray import serve
 
@@ -110,6 +114,14 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise InvalidSetting("--host and --port", f"{host}:{port}", f"an address to listen on ({error})") from None
+
+
+def _check_database(url: str) -> None:
+    try:
+        JobStore(url).close()
+    except DBAPIError as error:
+        shown = make_url(url).render_as_string()  # without the password
+        raise InvalidSetting("CHAINFED_DATABASE", shown, f"a database that answers ({error.orig})") from None
 
 
 def _wait_until_ready(address: str) -> None:

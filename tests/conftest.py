@@ -1,5 +1,6 @@
 """Small real jobs for every test that needs one."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ _WORDS = {
     "sky": ("cloud", "star", "wind", "bird"),
     "soil": ("root", "worm", "seed", "clay"),
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections() -> None:
+    """A measured turn begins with a garbage collection: it need not look at every library each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

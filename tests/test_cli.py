@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -22,16 +23,22 @@ COMMAND = [sys.executable, "-c", "from api.cli import main; main()"]
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(document: dict[str, Any], tmp_path: Path) -> None:
+def test_an_interrupted_and_a_killed_run_go_on_where_they_were(document: dict[str, Any], tmp_path: Path) -> None:
+    document["rounds"] |= {"total": 6}
     job_file = tmp_path / "job.yaml"
     job_file.write_text(yaml.safe_dump(document))
     command = [*COMMAND, "run", str(job_file), "--out", str(tmp_path / "out"), "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert any("round 1/4" in line for line in process.stderr)
-        process.kill()
     log = CommitLog(tmp_path / "out" / "tiny")
-    assert 1 <= len(log.rounds()) < 4
+    for number, end in ((1, signal.SIGINT), (2, signal.SIGKILL)):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            assert any(f"round {number}/6" in line for line in process.stderr)
+            process.send_signal(end)
+            said = process.stderr.read()
+        assert "Traceback" not in said
+        if end == signal.SIGINT:
+            assert (process.returncode, "goes on where it was" in said) == (130, True)
+        assert number <= len(log.rounds()) < 6
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
@@ -39,7 +46,7 @@ def test_a_killed_run_goes_on_where_it_was(document: dict[str, Any], tmp_path: P
     coordinator, expected = run(a_job(document, tmp_path), tmp_path / "never-killed")
     assert result["accuracy"] == coordinator.finish().accuracy
     assert result.keys() >= {"job", "status", "accuracy", "start_layer", "stages", "left_out", "peak_bytes"}
-    found = log.tensors(3)
+    found = log.tensors(5)
     for name, tensor in expected.items():
         assert (found[f"stack/{name}"] == tensor).all(), name
     assert as_documented(document["model"]["base"], tmp_path / "out" / "tiny" / "model", "salt tide wave") == "sea"

@@ -1,16 +1,18 @@
 """Promises of the job store: a state changes once, an event is told once, and nothing is lost between processes."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import create_engine, text
 
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
 from cluster.job_store import FINISHED, JobStore, Status
+from tests import postgres
 
 SPEC = JobSpec.parse(
     {
@@ -22,9 +24,30 @@ SPEC = JobSpec.parse(
 )
 
 
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[str]:
+    if (programs := postgres.installed()) is None:
+        pytest.skip("no PostgreSQL server is installed")
+    with postgres.server(programs) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a database without a job."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'jobs.db'}"
+    url: str = request.getfixturevalue("postgresql")
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("drop table if exists events, jobs"))
+    engine.dispose()
+    return url
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Any:
-    made = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+def store(database: str) -> Iterator[JobStore]:
+    made = JobStore(database)
     yield made
     made.close()
 
@@ -65,11 +88,11 @@ def test_a_finished_job_stays_as_it_is(tmp_path_factory: pytest.TempPathFactory,
     store.close()
 
 
-def test_an_event_is_told_once_whoever_tells_it(store: JobStore, tmp_path: Path) -> None:
+def test_an_event_is_told_once_whoever_tells_it(store: JobStore, database: str) -> None:
     job = store.submit(SPEC).id
 
     def tell(_: int) -> None:
-        mine = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+        mine = JobStore(database)
         for index in range(10):
             mine.publish(job, f"round-{index}", "round", {"index": index})
         mine.close()

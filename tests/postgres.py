@@ -1,0 +1,45 @@
+"""A real PostgreSQL server for the tests, on a socket of its own."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+_DEADLINE = 60.0
+_NAME = "chainfed"
+
+
+def installed() -> Path | None:
+    """The folder of the server's programs; Debian keeps it off the PATH."""
+    found = [*map(Path, filter(None, [shutil.which("initdb")])), *Path("/usr/lib/postgresql").glob("*/bin/initdb")]
+    return found[-1].parent if found else None
+
+
+@contextmanager
+def server(programs: Path) -> Iterator[str]:
+    """Start a server, and give the URL of a database in it."""
+    # It refuses to run as root, which is who runs the tests in a container.
+    other: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}
+    with tempfile.TemporaryDirectory(prefix="chainfed-") as folder:
+        if other:
+            shutil.chown(folder, **other)
+        quiet: dict[str, Any] = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **other}
+        data = f"{folder}/data"
+        subprocess.run([programs / "initdb", "-D", data, "-U", _NAME, "-A", "trust", "--no-sync"], check=True, **quiet)
+        # On loopback's socket in the folder alone: nobody else can ask.
+        command = [programs / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses="]
+        with subprocess.Popen(command, **quiet) as process:
+            try:
+                ends = monotonic() + _DEADLINE
+                create = [programs / "createdb", "-h", folder, "-U", _NAME, _NAME]
+                while subprocess.run(create, check=False, **quiet).returncode:
+                    assert monotonic() < ends, "PostgreSQL did not start"
+                    sleep(0.1)
+                yield f"postgresql+psycopg://{_NAME}@/{_NAME}?host={folder}"
+            finally:
+                process.terminate()
