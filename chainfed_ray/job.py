@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from chainfed_ray.base_model import resolve, tokenizer
@@ -56,7 +57,10 @@ def prepare(spec: JobSpec, scratch: Path) -> Job:
         blocks = Blocks(folder, base.dtype)
     except UnsupportedModel as error:
         raise InvalidJob.at("model.base", spec.model.base, f"a model that can be streamed ({error.reason})") from None
-    blocks.close()
+    try:
+        _check_texts(spec, blocks, (train, validation, test))
+    finally:
+        blocks.close()
     _check_chain(spec, blocks.num_layers)
     clients, left_out = _fleet(spec, blocks, train, len(corpus.classes))
     if spec.quorum > len(clients):
@@ -84,6 +88,22 @@ def prepare(spec: JobSpec, scratch: Path) -> Job:
         validation=validation,
         test=test,
     )
+
+
+def _check_texts(spec: JobSpec, blocks: Blocks, splits: tuple[Examples, ...]) -> None:
+    """Embed the longest text, and the one with the highest token id: what is beyond the model's tables shows here."""
+    for examples in splits:
+        longest = int(examples.lengths.argmax())
+        highest = int(np.searchsorted(examples.offsets, examples.ids.argmax(), side="right")) - 1
+        for field, value, index, fault in (
+            ("data.max_length", spec.data.max_length, longest, f"a text has {examples.lengths[longest]} tokens"),
+            ("model.base", spec.model.base, highest, f"the tokenizer gives the id {examples.ids.max()}"),
+        ):
+            batch = examples.batch(np.array([index]))
+            try:
+                blocks.embed(batch.ids, batch.mask)
+            except (IndexError, RuntimeError):
+                raise InvalidJob.at(field, value, f"what fits the model, which has {blocks.limits}; {fault}") from None
 
 
 def _check_chain(spec: JobSpec, layers: int) -> None:

@@ -57,10 +57,6 @@ class Checkpoint:
         """The names of the tensors."""
         return frozenset(self._entries)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the header."""
-        return self._entries[name].shape
-
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A whole tensor; a floating one is cast to ``dtype``."""
         entry = self._entries[name]
@@ -87,12 +83,6 @@ class Checkpoint:
         """Close the files."""
         while self._files:
             os.close(self._files.pop())
-
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _open(self, path: Path) -> None:
         try:

@@ -1,14 +1,17 @@
 """Bad jobs are refused before anything starts, and the error names the field, the value and what would do."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.quantities import format_bytes, parse_bytes, parse_seconds
 from tests.conftest import a_job
+from tests.models import tiny
 
 
 def test_document_round_trips(document: dict[str, Any]) -> None:
@@ -78,6 +81,21 @@ def test_unusable_rows(document: dict[str, Any], tmp_path: Path, rows: str) -> N
     document["data"]["train"] = f"path:{path}"
     with pytest.raises(InvalidJob, match=r"data\."):
         a_job(document, tmp_path)
+
+
+def test_texts_beyond_the_model(document: dict[str, Any], tmp_path: Path, tiny_model_folder: Path) -> None:
+    rows = [{"text": "sea " * 600, "label": label} for label in ("a", "b") for _ in range(10)]
+    rows = [row | {"text": f"{row['text']}{index}"} for index, row in enumerate(rows)]
+    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    long = {**document, "data": {"train": f"path:{tmp_path / 'long.jsonl'}", "max_length": 1024}}
+    with pytest.raises(InvalidJob, match=r"data\.max_length is 1024; .*512 positions.*a text has 60\d tokens"):
+        a_job(long, tmp_path)
+
+    folder = tiny("bert", tmp_path / "narrow", vocabulary=1000)
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(folder)
+    narrow = {**document, "model": {"base": f"path:{folder}"}}
+    with pytest.raises(InvalidJob, match=r"model\.base is .*1000 token ids; the tokenizer gives the id \d{4}"):
+        a_job(narrow, tmp_path)
 
 
 def test_quantities() -> None:
