@@ -46,8 +46,7 @@ class Blocks:
         self._meta_layers: nn.ModuleList = model.get_submodule(self.layers_path)  # type: ignore[assignment]
         self.num_layers = len(self._meta_layers)
         self.hidden_size = int(config.hidden_size)
-        positions = getattr(config, "max_position_embeddings", "any number of")
-        self.limits = f"{positions} positions and {config.vocab_size} token ids"
+        self.vocabulary = int(config.vocab_size)
         self._calls: list[LayerCall] = []
         self._embedded = torch.empty(0)
         model.set_submodule(self.layers_path, nn.ModuleList(self._recorder(index) for index in range(self.num_layers)))

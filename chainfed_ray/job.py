@@ -91,19 +91,22 @@ def prepare(spec: JobSpec, scratch: Path) -> Job:
 
 
 def _check_texts(spec: JobSpec, blocks: Blocks, splits: tuple[Examples, ...]) -> None:
-    """Embed the longest text, and the one with the highest token id: what is beyond the model's tables shows here."""
+    """Every token has an embedding, and the longest text can be embedded: not every model has a table of positions."""
     for examples in splits:
+        if (highest := int(examples.ids.max())) >= blocks.vocabulary:
+            expected = (
+                f"a tokenizer made for the model, which has {blocks.vocabulary} token ids; this one gives {highest}"
+            )
+            raise InvalidJob.at("model.base", spec.model.base, expected)
         longest = int(examples.lengths.argmax())
-        highest = int(np.searchsorted(examples.offsets, examples.ids.argmax(), side="right")) - 1
-        for field, value, index, fault in (
-            ("data.max_length", spec.data.max_length, longest, f"a text has {examples.lengths[longest]} tokens"),
-            ("model.base", spec.model.base, highest, f"the tokenizer gives the id {examples.ids.max()}"),
-        ):
-            batch = examples.batch(np.array([index]))
-            try:
-                blocks.embed(batch.ids, batch.mask)
-            except (IndexError, RuntimeError):
-                raise InvalidJob.at(field, value, f"what fits the model, which has {blocks.limits}; {fault}") from None
+        batch = examples.batch(np.array([longest]))
+        try:
+            blocks.embed(batch.ids, batch.mask)
+        except (IndexError, RuntimeError):
+            expected = (
+                f"fewer: a text has {examples.lengths[longest]} tokens, and the model has no positions for so many"
+            )
+            raise InvalidJob.at("data.max_length", spec.data.max_length, expected) from None
 
 
 def _check_chain(spec: JobSpec, layers: int) -> None:
