@@ -109,7 +109,7 @@ def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> No
     assert [record.bottom for record in records] == [2, 3, 4]
     kept = [after[pid] - idle[pid] for pid in idle.keys() & after.keys()]
     assert kept
-    assert max(kept) < 8 * 2**20, "a client's memory is given back when its lease ends"
+    assert max(kept) < 16 * 2**20, "a client's memory is given back when its lease ends"
     for turn in (turn for record in records for turn in record.turns):
         assert turn.peak_bytes is not None
         assert 10 * 2**20 < turn.peak_bytes <= turn.planned_bytes, turn.client
