@@ -109,6 +109,7 @@ def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> No
     assert [record.bottom for record in records] == [2, 3, 4]
     kept = [after[pid] - idle[pid] for pid in idle.keys() & after.keys()]
     assert kept
+    # The allocator keeps a few MiB, not always as many; that no tensor is kept is tests/test_client.py's to show.
     assert max(kept) < 16 * 2**20, "a client's memory is given back when its lease ends"
     for turn in (turn for record in records for turn in record.turns):
         assert turn.peak_bytes is not None

@@ -1,0 +1,42 @@
+"""Promises of a client's turn, in the process that takes it."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.chain import Window
+from chainfed_ray.client import Profiling, Training, Update, take_turn
+from tests.conftest import a_job
+
+
+def tensors_alive() -> list[Tensor]:
+    """Every tensor that somebody still holds."""
+    gc.collect()
+    # By type, not isinstance: that would ask lazy proxies of libraries for their class, and make them load it.
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+
+
+def test_a_turn_leaves_no_tensor_behind(document: dict[str, Any], tmp_path: Path) -> None:
+    job = a_job(document, tmp_path)
+    stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0).tensors()
+    training = Training(
+        stack,
+        Window(1, 2),
+        epochs=1,
+        batch_size=8,
+        learning_rate=0.01,
+        head_learning_rate=0.01,
+        global_weight=0.1,
+        global_trains="window",
+        seed=0,
+    )
+    before = tensors_alive()  # held, so that no tensor of the turn gets the identity of one of these
+    known = {id(tensor) for tensor in before}
+    take_turn(job.clients[0], job.base, Profiling(8, seed=0))
+    update = take_turn(job.clients[0], job.base, training)
+    assert isinstance(update, Update)
+    sent = {id(tensor) for tensor in update.tensors.values()}
+    assert [tuple(tensor.shape) for tensor in tensors_alive() if id(tensor) not in known | sent] == []
