@@ -18,14 +18,15 @@ Tensors = dict[str, Tensor]
 class Adapter(nn.Module):
     """h = u + Up(GELU(Down(u))), with Down [R, D] and Up [D, R] as ``nn.Linear`` keeps them (Houlsby et al., 2019).
 
-    Up starts at zero, so a new adapter is the identity. Down's initial weights follow from ``seed``.
+    Up starts at zero, so a new adapter is the identity. Down's initial weights follow from ``seed``; without one there are
+    no values yet, and no memory is taken for them.
     """
 
-    def __init__(self, hidden: int, bottleneck: int, seed: int = 0) -> None:
+    def __init__(self, hidden: int, bottleneck: int, seed: int | None = None) -> None:
         super().__init__()
-        # skip_init: the values are ours, and torch's global generator stays where it was.
-        self.down: nn.Linear = nn.utils.skip_init(nn.Linear, hidden, bottleneck)  # type: ignore[assignment]
-        self.up: nn.Linear = nn.utils.skip_init(nn.Linear, bottleneck, hidden)  # type: ignore[assignment]
+        self.down, self.up = _linear(hidden, bottleneck, seed is None), _linear(bottleneck, hidden, seed is None)
+        if seed is None:
+            return
         bound = 1 / math.sqrt(hidden)
         generator = torch.Generator().manual_seed(seed)
         nn.init.uniform_(self.down.weight, -bound, bound, generator=generator)
@@ -44,7 +45,7 @@ class Head(nn.Module):
     def __init__(self, hidden: int, classes: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden)
-        self.linear: nn.Linear = nn.utils.skip_init(nn.Linear, hidden, classes)  # type: ignore[assignment]
+        self.linear = _linear(hidden, classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -60,19 +61,25 @@ def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-class AdapterStack(nn.Module):
-    """The adapters of some layers, and the head."""
+def _linear(inputs: int, outputs: int, blank: bool = False) -> nn.Linear:
+    """A linear layer whose values are ours to give: torch's global generator stays where it was."""
+    made: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, device="meta" if blank else "cpu")  # type: ignore[assignment]
+    return made
 
-    def __init__(self, adapters: dict[int, Adapter], head: Head) -> None:
+
+class AdapterStack(nn.Module):
+    """The adapters of some layers, and the head; none for a language model, whose own head is not trained."""
+
+    def __init__(self, adapters: dict[int, Adapter], head: Head | None) -> None:
         super().__init__()
         self.adapters = nn.ModuleDict({str(layer): adapters[layer] for layer in sorted(adapters)})
         self.head = head
 
     @classmethod
-    def new(cls, layers: Iterable[int], hidden: int, bottleneck: int, classes: int, seed: int) -> "AdapterStack":
-        """Identity adapters after ``layers`` of width D = ``hidden``, and a zero head for C = ``classes``."""
+    def new(cls, layers: Iterable[int], hidden: int, bottleneck: int, classes: int | None, seed: int) -> "AdapterStack":
+        """Identity adapters after ``layers`` of width D = ``hidden``, and a zero head for C = ``classes``, if there are any."""
         made = {layer: Adapter(hidden, bottleneck, derive(seed, "adapter", layer)) for layer in layers}
-        return cls(made, Head(hidden, classes))
+        return cls(made, None if classes is None else Head(hidden, classes))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -90,10 +97,10 @@ class AdapterStack(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: Tensors) -> "AdapterStack":
-        """The stack that ``tensors()`` was called on."""
-        layers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("adapters.")})
-        classes, hidden = tensors["head.linear.weight"].shape
-        bottleneck = tensors[f"adapters.{layers[0]}.down.weight"].shape[0] if layers else 1
-        stack = cls.new(layers, hidden, bottleneck, classes, seed=0)
-        stack.load_state_dict(tensors)
+        """The stack that ``tensors()`` was called on. It is made of these very tensors: nothing is copied."""
+        downs = {name.split(".")[1]: tensor for name, tensor in tensors.items() if name.endswith(".down.weight")}
+        adapters = {int(layer): Adapter(down.shape[1], down.shape[0]) for layer, down in downs.items()}
+        linear = tensors.get("head.linear.weight")
+        stack = cls(adapters, None if linear is None else Head(linear.shape[1], linear.shape[0]))
+        stack.load_state_dict(tensors, assign=True)
         return stack

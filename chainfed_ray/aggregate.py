@@ -5,6 +5,7 @@ round, never by their arrival, and the result is exact and repeatable. They are 
 sum in float64, so the server holds one update and not all of them.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -37,25 +38,19 @@ def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[s
 
 
 class RunningMean:
-    """A weighted mean of named tensors, folded one update at a time."""
+    """A weighted mean of named tensors, folded one update at a time. A tensor's mean is over the updates that have it."""
 
     def __init__(self) -> None:
         self._sums: Tensors = {}
-        self.weight = 0
+        self._weights: Counter[str] = Counter()
 
     def fold(self, tensors: Mapping[str, Tensor], examples: int) -> None:
         """Add an update with the weight of its examples."""
         for name, tensor in tensors.items():
             weighted = tensor.double() * examples
-            self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
-        self.weight += examples
+            self._sums[name] = self._sums[name].add_(weighted) if name in self._sums else weighted
+            self._weights[name] += examples
 
     def mean(self) -> Tensors:
-        """The mean by name, in float32.
-
-        Raises:
-            ValueError: nothing was folded.
-        """
-        if self.weight == 0:
-            raise ValueError("the mean of no updates")
-        return {name: (total / self.weight).float() for name, total in self._sums.items()}
+        """The mean by name, in float32; nothing for a tensor that no update had."""
+        return {name: (total / self._weights[name]).float() for name, total in self._sums.items()}

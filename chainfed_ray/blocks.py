@@ -6,8 +6,8 @@ rotary tables), and stop the forward after the last. A layer is then run by itse
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from chainfed_ray.errors import UnsupportedModel
+from chainfed_ray.stream import RowSlices, SliceReader, is_streamed, stream_matrices
 from chainfed_ray.weights import Checkpoint
 
 
@@ -48,7 +49,10 @@ class Blocks:
         self.hidden_size = int(config.hidden_size)
         self.vocabulary = int(config.vocab_size)
         self._calls: list[LayerCall] = []
+        self._last_output: Tensor | None = None
+        self._in_tuple: bool | None = None  # whether a layer gives its output in a tuple
         self._embedded = torch.empty(0)
+        self._word_table = _name_of(model, model.get_input_embeddings()) + ".weight"
         model.set_submodule(self.layers_path, nn.ModuleList(self._recorder(index) for index in range(self.num_layers)))
         self._tables = [self._replace_table(name, module) for name, module in _embedding_tables(model)]
         self._materialise_trunk(config)
@@ -64,22 +68,51 @@ class Blocks:
 
     def calls(self, mask: Tensor) -> list[LayerCall]:
         """The calls for right-padded examples of which only the mask [B, T] is known; no embedding row is read."""
-        pad = getattr(self._model.config, "pad_token_id", None) or 0
-        ids = torch.where(mask.bool(), pad + 1, pad)  # some families count positions by where the padding is
-        for table in self._tables:
-            table.reads = False
-        try:
-            return self.embed(ids, mask)[1]
-        finally:
-            for table in self._tables:
-                table.reads = True
+        with self._without_tables():
+            return self.embed(self._some_ids(mask), mask)[1]
 
-    def load_layer(self, index: int) -> nn.Module:
-        """Layer ``index`` with its weights; drop it to free them."""
+    def load_layer(self, index: int, matrices: RowSlices | None = None) -> nn.Module:
+        """Layer ``index`` with its weights; drop it to free them. With ``matrices``, those stay where they are kept, and
+        are streamed whenever the layer runs: resident are its norms and biases.
+        """
         layer = copy.deepcopy(self._meta_layers[index])
         prefix = f"{self.layers_path}.{index}."
+        if matrices:
+            stream_matrices(layer, prefix, matrices, self._source)
         self._load(layer, prefix)
         return layer.eval().requires_grad_(False)
+
+    def reader(self) -> SliceReader:
+        """A reader of this model's matrices; close it."""
+        return SliceReader(self._checkpoint, self.dtype)
+
+    def finish(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """What the model does after its last layer (a norm, for most): [B, T, D] → [B, T, D]."""
+        self._last_output = hidden
+        try:
+            with self._without_tables():
+                finished: Tensor = self._model(
+                    input_ids=self._some_ids(mask), attention_mask=mask, use_cache=False
+                ).last_hidden_state
+        finally:
+            self._last_output, self._calls = None, []
+        return finished
+
+    @property
+    def language_head(self) -> str:
+        """The checkpoint's name for the matrix [V, D] that gives logits: the embeddings themselves, where they are tied.
+
+        Raises:
+            UnsupportedModel: the model has none.
+        """
+        for name in ("lm_head.weight", "embed_out.weight"):
+            if name in self._checkpoint.names:
+                return str(name)
+        tied = getattr(self._model.config, "tie_word_embeddings", False)
+        source = self._find(self._word_table) if tied else None
+        if source is None:
+            raise UnsupportedModel(self._name, "it has no head of a language model")
+        return source
 
     def run(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
         """One layer: [B, T, D] → [B, T, D]."""
@@ -88,28 +121,85 @@ class Blocks:
         return result
 
     @property
-    def layer_bytes(self) -> int:
-        """The bytes of the largest layer's weights."""
-        return max(sum(p.numel() for p in layer.parameters()) for layer in self._meta_layers) * self.dtype.itemsize
+    def largest_layer(self) -> nn.Module:
+        """The layer with the most weights, none of them loaded."""
+        return max(self._meta_layers, key=_numbers)
 
     @property
-    def widest(self) -> int:
-        """The largest dimension of a layer's matrices: the width of its feed-forward part."""
-        return max(max(parameter.shape) for parameter in self._meta_layers[0].parameters())
+    def modules(self) -> int:
+        """How many modules there are, in the layers and around them."""
+        return sum(1 for part in (self._model, *self._meta_layers) for _ in part.modules())
+
+    @property
+    def layer_bytes(self) -> int:
+        """The bytes of the largest layer's weights."""
+        return _numbers(self.largest_layer) * self.dtype.itemsize
+
+    @property
+    def unstreamed_bytes(self) -> int:
+        """Of those, the bytes that stay resident when matrices are streamed."""
+        return self.layer_bytes - sum(matrix.numel() for matrix in self._matrices()) * self.dtype.itemsize
+
+    @property
+    def longest_row_bytes(self) -> int:
+        """The bytes of the longest row of a matrix, in the wider of its two dtypes: a slice has one row or more."""
+        widest = max(matrix.shape[1] for matrix in self._matrices())
+        return max(widest, self.hidden_size) * max(self.dtype.itemsize, self._kept_itemsize)
+
+    @property
+    def conversion_bytes(self) -> int:
+        """The bytes of the largest parameter as it is kept, if it has to be converted to be used; otherwise none."""
+        if self._kept_dtype == self.dtype:
+            return 0
+        return max(parameter.numel() for parameter in self.largest_layer.parameters()) * self._kept_itemsize
 
     def close(self) -> None:
         """Close the checkpoint."""
         self._checkpoint.close()
 
+    def _matrices(self) -> list[Tensor]:
+        return [module.weight for module in self.largest_layer.modules() if is_streamed(module)]
+
+    @property
+    def _kept_dtype(self) -> torch.dtype:
+        name = next(name for name, _ in self.largest_layer.named_parameters())
+        return self._checkpoint.dtype(self._source(f"{self.layers_path}.0.{name}"))
+
+    @property
+    def _kept_itemsize(self) -> int:
+        return self._kept_dtype.itemsize
+
+    def _some_ids(self, mask: Tensor) -> Tensor:
+        """Token ids that are padded where ``mask`` is 0: some families count positions by where the padding is."""
+        pad = getattr(self._model.config, "pad_token_id", None) or 0
+        return torch.where(mask.bool(), pad + 1, pad)
+
+    @contextmanager
+    def _without_tables(self) -> Iterator[None]:
+        """No embedding row is read meanwhile."""
+        for table in self._tables:
+            table.reads = False
+        try:
+            yield
+        finally:
+            for table in self._tables:
+                table.reads = True
+
     def _recorder(self, index: int) -> nn.Module:
         return _Recorder(self._meta_layers[index], lambda hidden, call: self._record(index, hidden, call))
 
-    def _record(self, index: int, hidden: Tensor, call: LayerCall) -> None:
+    def _record(self, index: int, hidden: Tensor, call: LayerCall) -> Any:
         if index == 0:
             self._embedded = hidden
+            if self._in_tuple is None:
+                self._in_tuple = _gives_a_tuple(self._meta_layers[0], hidden, call)
         self._calls.append(call)
+        output = hidden
         if index == self.num_layers - 1:
-            raise _LastLayerReached
+            if self._last_output is None:
+                raise _LastLayerReached
+            output = self._last_output
+        return (output,) if self._in_tuple else output
 
     def _replace_table(self, name: str, table: nn.Embedding) -> "_RowTable":
         rows = _RowTable(self._checkpoint, self._source(f"{name}.weight"), table.embedding_dim, self.dtype)
@@ -182,28 +272,28 @@ class _LastLayerReached(Exception):
 
 
 class _Recorder(nn.Module):
-    """Stands in for a layer: keeps its call, and hands the hidden states on as they are."""
+    """Stands in for a layer: gives what ``record`` gives for its call."""
 
-    def __init__(self, layer: nn.Module, record: Callable[[Tensor, LayerCall], None]) -> None:
+    def __init__(self, layer: nn.Module, record: Callable[[Tensor, LayerCall], Any]) -> None:
         super().__init__()
         # Not a submodule: the layer's weights are not this module's.
         object.__setattr__(self, "_stands_for", layer)
         self._record = record
-        self._in_tuple: bool | None = None
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._record(hidden, LayerCall(args, kwargs))
-        if self._in_tuple is None:
-            # A run of the layer itself, on the meta device, costs nothing and shows the form of its output.
-            meta_args, meta_kwargs = _to_meta((args, kwargs))
-            self._in_tuple = isinstance(self._stands_for(hidden.to("meta"), *meta_args, **meta_kwargs), tuple)
-        return (hidden,) if self._in_tuple else hidden
+        return self._record(hidden, LayerCall(args, kwargs))
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(object.__getattribute__(self, "_stands_for"), name)
+
+
+def _gives_a_tuple(layer: nn.Module, hidden: Tensor, call: LayerCall) -> bool:
+    """A run of the layer itself, on the meta device, costs nothing and shows the form of its output."""
+    args, kwargs = _to_meta(tuple(call))
+    return isinstance(layer(hidden.to("meta"), *args, **kwargs), tuple)
 
 
 def _to_meta(value: Any) -> Any:
@@ -228,6 +318,15 @@ class _RowTable(nn.Module):
             return torch.zeros((), dtype=self._dtype).expand(*ids.shape, self._width)
         unique, places = ids.unique(return_inverse=True)
         return self._checkpoint.rows(self._name, unique, self._dtype)[places]
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    found: str = next(name for name, module in model.named_modules() if module is wanted)
+    return found
 
 
 def _embedding_tables(model: nn.Module) -> list[tuple[str, nn.Embedding]]:

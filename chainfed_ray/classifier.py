@@ -41,5 +41,6 @@ class Classifier:
             hidden = self._blocks.run(layer, hidden, calls[index])
             if index in saved.stack.layers:
                 hidden = saved.stack.adapter(index)(hidden)
+        assert saved.stack.head is not None, "a classifier's stack has a head"
         logits: Tensor = saved.stack.head(hidden, batch.mask)
         return logits

@@ -1,35 +1,42 @@
 """A client's turn: profile its layers (FOAT), or train a window on its own examples."""
 
-import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chainfed_ray.adapter import AdapterStack, Tensors, mean_over_tokens
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.cap import now
 from chainfed_ray.chain import Window
-from chainfed_ray.measure import PeakMemory
-from chainfed_ray.objective import GlobalTrains, chain_loss, trained_names
-from chainfed_ray.prefix import MICRO_BATCH, Activations, PrefixCache
+from chainfed_ray.memory import Plan
+from chainfed_ray.objective import GlobalTrains, Judge, by_class, by_next_token, chain_loss, trained_names
+from chainfed_ray.prefix import Activations, PrefixCache, PrefixRunner, RecomputedActivations
 from chainfed_ray.seeds import derive
+from chainfed_ray.spill import Spill, overwrite_activations
 from chainfed_ray.start_layer import debiased_cka
-from chainfed_ray.tokens import Examples
+from chainfed_ray.stream import SliceReader
+from chainfed_ray.tokens import Batch, Examples
 
 
 @dataclass(frozen=True)
 class Client:
-    """One data owner: its examples, and how much of them it may hold in memory at once."""
+    """One data owner: its examples, the memory that it declared, and how its next turn keeps to that.
+
+    ``cap_bytes`` is what the turn is held to: its plan or, once that was too little, all that the client declared.
+    """
 
     name: str
     client_class: str
     examples: Examples
     budget_bytes: int
-    planned_bytes: int
-    micro_batch: int
+    plan: Plan
+    cap_bytes: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,10 @@ class Profiling:
 
 @dataclass(frozen=True)
 class Training:
-    """The order to train ``window`` of the stack ``tensors`` for ``epochs`` passes; rates are those of this round."""
+    """The order to train the stack ``tensors`` for ``epochs`` passes; rates are those of this round.
+
+    ``window`` is the stage's. A client trains that of its plan, which may be narrower and has the same top.
+    """
 
     tensors: Tensors
     window: Window
@@ -70,6 +80,7 @@ class Profile:
 
     similarities: tuple[float, ...]
     examples: int
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,109 +91,132 @@ class Update:
     examples: int
     loss: float
     seconds: float
-    peak_bytes: int | None
+    peak_bytes: int | None = None
 
 
 Order = Profiling | Training
 
 
-def take_turn(client: Client, base: BaseModel, order: Order) -> Profile | Update:
-    """Carry out an order. Everything that the turn holds is let go when it returns."""
-    # One thread: the order of additions, and so the result, is then the same wherever the turn runs.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    blocks = Blocks(base.folder, base.dtype)
-    try:
-        if isinstance(order, Profiling):
-            return profile(client, blocks, base.scratch / client.name / "profile", order)
-        return train(client, blocks, base.scratch / client.name, order)
-    finally:
-        blocks.close()
-        torch.set_num_threads(threads)
-
-
-def warm_up(base: BaseModel) -> None:
-    """Do everything once, on a few tokens: what libraries load and keep the first time is the process's, not a client's."""
-    blocks = Blocks(base.folder, base.dtype)
-    try:
-        mask = torch.ones(2, 4, dtype=torch.int64)
-        hidden, calls = blocks.embed(mask, mask)
-        stack = AdapterStack.new([0], blocks.hidden_size, 1, 2, seed=0)
-        output = stack.adapter(0)(blocks.run(blocks.load_layer(0), stack.adapter(0)(hidden), calls[0]))
-        window = Window(0, 0)
-        loss = chain_loss(stack, window, output, mask, mask[:, 0], global_weight=0, head_follows_global=False)
-        optimizer = torch.optim.AdamW(stack.parameters())
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    finally:
-        blocks.close()
-    # What there is now stays: the collection before each turn need not look at it again, which would take a fifth of a second.
-    gc.collect()
-    gc.freeze()
-
-
 @torch.no_grad()
-def profile(client: Client, blocks: Blocks, cache_folder: Path, order: Profiling) -> Profile:
+def profile(client: Client, blocks: Blocks, scratch: Path, order: Profiling) -> Profile:
     """One forward pass, a layer and a micro-batch in memory at a time; mean-pooled tokens [n, D] are kept of each layer."""
     chosen = _shuffled(len(client.examples), order.seed)[: order.examples]
     examples = client.examples.take(chosen)
     bare = AdapterStack.new((), blocks.hidden_size, bottleneck=1, classes=1, seed=0)
-    cache = PrefixCache(cache_folder, blocks, examples)
+    with _reader(blocks, client.plan) as matrices:
+        runner = _prefix_runner(blocks, client.plan, matrices)
+        cache = PrefixCache(scratch / "profile", runner, examples)
 
-    def pooled(activations: Activations | None) -> Tensor:
-        """Of the layer whose output these are, or of the embeddings, [n, D]."""
-        means = []
-        for indices in examples.by_length(MICRO_BATCH):
-            batch = examples.batch(indices)
-            hidden = activations.batch(indices) if activations else blocks.embed(batch.ids, batch.mask)[0]
-            means.append(mean_over_tokens(hidden.double(), batch.mask))
-        return torch.cat(means)
+        def pooled(activations: Activations | None) -> Tensor:
+            """Of the layer whose output these are, or of the embeddings, [n, D]."""
+            means = []
+            for indices in examples.by_length(runner.batch):
+                batch = examples.batch(indices)
+                hidden = activations.batch(indices) if activations else blocks.embed(batch.ids, batch.mask)[0]
+                means.append(mean_over_tokens(hidden.double(), batch.mask))
+            return torch.cat(means)
 
-    try:
-        embedded = pooled(None)
-        layers = range(blocks.num_layers)
-        similarities = tuple(debiased_cka(embedded, pooled(cache.at(layer, bare))) for layer in layers)
-    finally:
-        cache.clear()
+        try:
+            embedded = pooled(None)
+            layers = range(blocks.num_layers)
+            similarities = tuple(debiased_cka(embedded, pooled(cache.at(layer, bare))) for layer in layers)
+        finally:
+            cache.clear()
     return Profile(similarities, len(chosen))
 
 
-def train(client: Client, blocks: Blocks, cache_folder: Path, order: Training) -> Update:
-    """Local epochs of AdamW on the window, from the cached output of its bottom layer.
+def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Update:
+    """Local epochs of AdamW on the window, from the output of its bottom layer.
 
     An optimizer step sees ``batch_size`` examples, in micro-batches whose gradients add up to the whole batch's.
     """
     started = perf_counter()
-    with PeakMemory() as peak:
-        stack = AdapterStack.from_tensors(order.tensors)
-        names = trained_names(stack, order.window, order.global_weight, order.global_trains)
-        for name, parameter in stack.named_parameters():
-            parameter.requires_grad_(name in names)
-        activations = PrefixCache(cache_folder, blocks, client.examples).at(order.window.bottom, stack)
-        upper_layers = {layer: blocks.load_layer(layer) for layer in list(order.window)[1:]}
-        optimizer = _optimizer(stack, order)
-        total_loss, seen = 0.0, 0
-        for epoch in range(order.epochs):
-            shuffled = _shuffled(len(client.examples), derive(order.seed, "epoch", epoch))
-            for first in range(0, len(shuffled), order.batch_size):
-                batch = shuffled[first : first + order.batch_size]
-                for start in range(0, len(batch), client.micro_batch):
-                    indices = batch[start : start + client.micro_batch]
-                    loss = _loss(client, blocks, stack, activations, upper_layers, indices, order)
-                    (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
-                    total_loss += float(loss.detach())
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                seen += len(batch)
-        tensors = {name: tensor for name, tensor in stack.tensors().items() if name in names}
-    return Update(tensors, len(client.examples), total_loss / seen, perf_counter() - started, peak.bytes)
+    examples, plan = client.examples, client.plan
+    names = trained_names(order.tensors, plan.window, order.global_weight, order.global_trains)
+    # What is not trained is used as it came, and never copied.
+    stack = AdapterStack.from_tensors(
+        {name: tensor.clone() if name in names else tensor for name, tensor in order.tensors.items()}
+    )
+    for name, parameter in stack.named_parameters():
+        parameter.requires_grad_(name in names)
+    with ExitStack() as resources:
+        matrices = resources.enter_context(_reader(blocks, plan))
+        now(f"advancing the prefix to layer {plan.window.bottom}")
+        activations = _activations(client, blocks, scratch, stack, matrices, order)
+        now("loading the window")
+        streamed = matrices if plan.grain == "matrix" else None
+        layers = {layer: blocks.load_layer(layer, streamed) for layer in list(plan.window)[1:]}
+        if plan.spilled:
+            for layer in layers.values():
+                overwrite_activations(layer)
+        spill = resources.enter_context(_spill(scratch, plan))
+        step = _Step(blocks, stack, layers, activations, matrices, spill, plan.window, order)
+        now("training")
+        loss = _train(step, examples, plan.micro_batch, order)
+    tensors = {name: parameter.detach() for name, parameter in stack.named_parameters() if name in names}
+    return Update(tensors, len(examples), loss, perf_counter() - started)
+
+
+def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training) -> float:
+    """Every epoch; the mean loss of an example."""
+    optimizer = _optimizer(step.stack, order)
+    total_loss, seen = 0.0, 0
+    for epoch in range(order.epochs):
+        shuffled = _shuffled(len(examples), derive(order.seed, "epoch", epoch))
+        for first in range(0, len(shuffled), order.batch_size):
+            batch = shuffled[first : first + order.batch_size]
+            for start in range(0, len(batch), micro_batch):
+                total_loss += step.backward(examples, batch[start : start + micro_batch], len(batch))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seen += len(batch)
+    return total_loss / seen
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the micro-batches of a turn have in common."""
+
+    blocks: Blocks
+    stack: AdapterStack
+    layers: dict[int, nn.Module]
+    activations: Activations
+    matrices: SliceReader | None
+    saving: AbstractContextManager[None]
+    window: Window
+    order: Training
+
+    def backward(self, examples: Examples, indices: np.ndarray, batch_size: int) -> float:
+        """The gradients of a micro-batch, added to those there are; its loss, summed over its examples."""
+        batch, order = examples.batch(indices), self.order
+        with self.saving:
+            hidden = window_output(
+                self.blocks, self.stack, self.window, self.layers, self.activations.batch(indices), batch.mask
+            )
+            loss = chain_loss(
+                self.stack,
+                self.window,
+                hidden,
+                self._judge(batch),
+                global_weight=order.global_weight,
+                head_follows_global=order.global_trains != "window",
+            )
+            del hidden
+        (loss / batch_size).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _judge(self, batch: Batch) -> Judge:
+        if self.stack.head is not None:
+            return by_class(self.stack.head, batch.mask, batch.labels)
+        assert self.matrices is not None, "a language model's head is streamed"
+        return by_next_token(self.blocks, batch.ids.numpy(), batch.mask, self.matrices)
 
 
 def window_output(
     blocks: Blocks,
     stack: AdapterStack,
     window: Window,
-    layers: dict[int, torch.nn.Module],
+    layers: dict[int, nn.Module],
     hidden: Tensor,
     mask: Tensor,
 ) -> Tensor:
@@ -195,37 +229,53 @@ def window_output(
     return hidden
 
 
-def _loss(
-    client: Client,
-    blocks: Blocks,
-    stack: AdapterStack,
-    activations: Activations,
-    layers: dict[int, torch.nn.Module],
-    indices: np.ndarray,
-    order: Training,
-) -> Tensor:
-    batch = client.examples.batch(indices)
-    hidden = window_output(blocks, stack, order.window, layers, activations.batch(indices), batch.mask)
-    return chain_loss(
-        stack,
-        order.window,
-        hidden,
-        batch.mask,
-        batch.labels,
-        global_weight=order.global_weight,
-        head_follows_global=order.global_trains != "window",
-    )
+def _activations(
+    client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, order: Training
+) -> Activations:
+    plan = client.plan
+    runner = _prefix_runner(blocks, plan, matrices)
+    if not plan.prefix.cached:
+        return RecomputedActivations(plan.window.bottom, stack, runner, client.examples)
+    return PrefixCache(scratch, runner, client.examples).at(plan.window.bottom, stack, keep=order.window.bottom)
+
+
+def _prefix_runner(blocks: Blocks, plan: Plan, matrices: SliceReader | None) -> PrefixRunner:
+    return PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.grain == "matrix" else None)
+
+
+@contextmanager
+def _reader(blocks: Blocks, plan: Plan) -> Iterator[SliceReader | None]:
+    """A reader of matrices, where the plan streams any."""
+    if not plan.footprint.buffers and plan.prefix.grain == "layer":
+        yield None
+        return
+    reader = blocks.reader()
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+@contextmanager
+def _spill(scratch: Path, plan: Plan) -> Iterator[AbstractContextManager[None]]:
+    """Where what autograd saves goes: into memory, or into a file."""
+    if not plan.spilled:
+        yield nullcontext()
+        return
+    spill = Spill(scratch)
+    try:
+        yield spill
+    finally:
+        spill.close()
 
 
 def _optimizer(stack: AdapterStack, order: Training) -> torch.optim.Optimizer:
     adapters = [parameter for parameter in stack.adapters.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": adapters, "lr": order.learning_rate},
-            {"params": list(stack.head.parameters()), "lr": order.head_learning_rate},
-        ],
-        weight_decay=0.0,
-    )
+    groups = [{"params": adapters, "lr": order.learning_rate}]
+    if stack.head is not None:
+        groups.append({"params": list(stack.head.parameters()), "lr": order.head_learning_rate})
+    # Parameter by parameter: no temporary copies of all of them at once.
+    return torch.optim.AdamW(groups, weight_decay=0.0, foreach=False)
 
 
 def _shuffled(count: int, seed: int) -> np.ndarray:

@@ -66,6 +66,9 @@ class ClientClass(Section):
     name: Slug = Field(description="of the class; its clients are called `<name>-0`, `<name>-1`, …")
     count: int = Field(1, ge=1, le=100_000, description="how many clients of this class there are")
     memory: Bytes = Field(description="what a client's training may use above the idle process, such as `96MiB`")
+    disk: Bytes | None = Field(
+        None, description="what its prefix cache and saved activations may use; by default as much as there is"
+    )
 
 
 class FleetSpec(Section):
@@ -84,7 +87,7 @@ class AdapterSpec(Section):
 class ChainSpec(Section):
     """The chain (DESIGN: DLCT, GPO, FOAT)."""
 
-    window: int = Field(2, ge=1, description="Q, adjacent adapters trained together")
+    window: int = Field(2, ge=1, description="Q, adjacent adapters trained together; fewer by clients with less memory")
     schedule: Literal["staged", "cyclic"] = Field("staged", description="slide on convergence, or every round")
     start: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", description="first layer with an adapter")
     cka_threshold: float = Field(0.8, ge=0, le=1, description="`auto` starts at the first layer whose CKA is below it")

@@ -7,12 +7,14 @@ killed and made again goes on as if nothing had happened. To cancel a job, cease
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 
 from chainfed_ray.adapter import AdapterStack, Tensors
+from chainfed_ray.admission import Candidate
 from chainfed_ray.aggregate import RunningMean, check_update
 from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client import Client, Profile, Profiling, Training, Update
@@ -20,7 +22,7 @@ from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.convergence import Movement, verdict
 from chainfed_ray.errors import InvalidUpdate, QuorumLost
 from chainfed_ray.evaluate import Score, evaluate
-from chainfed_ray.job import Job
+from chainfed_ray.job import Job, as_client
 from chainfed_ray.objective import trained_names
 from chainfed_ray.pool import ClientPool, Failure, Outcome
 from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round, Turn
@@ -47,10 +49,12 @@ class Coordinator:
 
     def __init__(self, job: Job, pool: ClientPool, log: CommitLog) -> None:
         self._job, self._spec, self._pool, self._log = job, job.spec, pool, log
+        self._planner = job.planner
 
     def open(self) -> Opening:
         """Decide where the chain starts (FOAT), once: a committed opening is the opening."""
         if opening := self._log.opening():
+            self._planner = self._job.planner.starting_at(opening.start_layer)
             return opening
         similarities: tuple[float, ...] = ()
         lost: tuple[Lost, ...] = ()
@@ -58,25 +62,17 @@ class Coordinator:
             start = self._spec.chain.start
         else:
             similarities, lost = self._profile()
-            start = start_below(similarities, self._spec.chain.cka_threshold, self._spec.chain.window)
+            start = start_below(similarities, self._spec.chain.cka_threshold, self._job.window)
+        self._planner = self._job.planner.starting_at(start)
         opening = Opening(
-            admitted=tuple(
-                Admitted(
-                    client=client.name,
-                    client_class=client.client_class,
-                    examples=len(client.examples),
-                    budget_bytes=client.budget_bytes,
-                    planned_bytes=client.planned_bytes,
-                    micro_batch=client.micro_batch,
-                )
-                for client in self._job.clients
-            ),
+            admitted=tuple(self._admitted(candidate, start) for candidate, _ in self._job.admitted),
             left_out=self._job.left_out,
             layers=self._job.layers,
             start_layer=start,
+            window=self._job.window,
             similarities=similarities,
             lost=lost,
-            stages=len(Chain(self._job.layers, start, self._spec.chain.window).windows),
+            stages=len(self._chain(start).windows),
             total_rounds=self._spec.rounds.total,
         )
         self._log.commit_opening(opening)
@@ -89,7 +85,7 @@ class Coordinator:
             QuorumLost: three rounds in a row had too few updates.
         """
         opening = self.open()
-        chain = Chain(self._job.layers, opening.start_layer, self._spec.chain.window)
+        chain = self._chain(opening.start_layer)
         history = self._log.rounds()
         stack, movement = self._restore(chain, history)
         while (step := self._next(chain, history)) is not None:
@@ -107,7 +103,7 @@ class Coordinator:
             return ending
         history, opening = self._log.rounds(), self.open()
         stack = self.stack()
-        top = Chain(self._job.layers, opening.start_layer, self._spec.chain.window).windows[-1]
+        top = self._chain(opening.start_layer).windows[-1]
         score = evaluate(self._job.test, self._job.base, self._job.base.scratch / "(test)", stack, top)
         peaks: dict[str, int] = {}
         for turn in (turn for record in history for turn in record.turns):
@@ -119,23 +115,41 @@ class Coordinator:
 
     def stack(self) -> AdapterStack:
         """The stack as last committed."""
-        opening = self.open()
-        chain = Chain(self._job.layers, opening.start_layer, self._spec.chain.window)
-        return self._restore(chain, self._log.rounds())[0]
+        return self._restore(self._chain(self.open().start_layer), self._log.rounds())[0]
 
     def model(self) -> SavedStack:
         """The stack as last committed, with what has to be known to use it."""
         job, spec = self._job, self._spec
         return SavedStack(self.stack(), job.classes, spec.data.max_length, spec.model.base, job.layers_path)
 
+    def _chain(self, start: int) -> Chain:
+        return Chain(self._job.layers, start, self._job.window)
+
+    def _admitted(self, candidate: Candidate, start: int) -> Admitted:
+        """A client, with the plan of the chain's first stage."""
+        plan = self._turn(candidate, self._chain(start).windows[0], frozenset()).plan
+        return Admitted(
+            client=candidate.name,
+            client_class=candidate.client_class,
+            examples=len(candidate.examples),
+            budget_bytes=candidate.memory,
+            planned_bytes=plan.planned_bytes,
+            disk_bytes=self._planner.disk_bytes(candidate, plan),
+            window=len(plan.window),
+            micro_batch=plan.micro_batch,
+            grain=plan.grain,
+            spilled=plan.spilled,
+            cached=plan.prefix.cached,
+        )
+
     def _profile(self) -> tuple[tuple[float, ...], tuple[Lost, ...]]:
         """Every client's CKA profile, averaged by example count, in client order; and the turns that were lost."""
-        able = [client for client in self._job.clients if len(client.examples) >= FEWEST]
+        able = [client for client in self._job.clients if len(client.examples) >= FEWEST and client.plan.prefix.cached]
         order = Profiling(self._spec.chain.profile_examples, derive(self._spec.seed, "profile"))
         outcomes = list(self._in_order(self._pool.run(able, order, self._spec.rounds.deadline), len(able)))
         profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
         failures = ((able[place], result) for place, result in outcomes if isinstance(result, Failure))
-        lost = tuple(_lost(client, failure.reason) for client, failure in failures)
+        lost = tuple(_lost(client, failure) for client, failure in failures)
         if not profiles:
             raise QuorumLost("profiling the layers", 1, _reasons(lost))
         return average([(profile.similarities, profile.examples) for profile in profiles]), lost
@@ -172,34 +186,48 @@ class Coordinator:
     ) -> tuple[Round, AdapterStack, Movement]:
         started = perf_counter()
         before = stack.tensors()
-        names = trained_names(stack, step.window, self._spec.chain.global_weight, self._spec.chain.global_trains)
-        expected = {name: before[name] for name in sorted(names)}
+        expected = self._trained(before, step.window)
 
-        # 1. Sample clients, and let them train the window.
-        clients = self._sample(step.round_index)
-        outcomes = self._pool.run(clients, self._order(step, before), self._spec.rounds.deadline)
+        # 1. Sample clients, and let them train the window, or as much of its top as their budgets hold.
+        lean = frozenset(turn.client for record in history for turn in record.turns if turn.exceeded)
+        sampled = self._sample(step.round_index, history)
+        clients = [self._turn(candidate, step.window, lean) for candidate in sampled]
+        order = self._order(step, before)
+        outcomes = self._pool.run(clients, order, self._spec.rounds.deadline)
 
         # 2. Fold their updates, in client order.
-        mean, turns, lost = RunningMean(), [], []
+        mean = RunningMean()
+        turns: list[Turn] = []
+        lost: list[Lost] = []
+        exceeded: dict[str, Failure] = {}
         for outcome in self._in_order(outcomes, len(clients)):
             client, result = clients[outcome.place], outcome.result
-            if isinstance(result, Failure):
-                lost.append(_lost(client, result.reason))
-                continue
-            try:
-                turns.append(self._fold(client, result, mean, expected))
-            except InvalidUpdate as error:
-                lost.append(_lost(client, f"its update was refused: {error.reason}"))
+            if isinstance(result, Failure) and result.exceeded and client.name not in lean:
+                exceeded[client.name] = result
+            else:
+                self._fold(client, result, mean, before, turns, lost)
+
+        # 3. Those that exceeded their plan have a second turn, with a leaner one, before they are left out.
+        again = [candidate for candidate in sampled if candidate.name in exceeded]
+        seconds = [self._second_turn(candidate, step.window) for candidate in again]
+        able = [client for client in seconds if client]
+        outcomes = self._pool.run(able, order, self._spec.rounds.deadline) if able else iter(())
+        for outcome in self._in_order(outcomes, len(able)):
+            first = exceeded.pop(able[outcome.place].name).reason
+            self._fold(able[outcome.place], outcome.result, mean, before, turns, lost, first)
+        for client in clients:
+            if failure := exceeded.get(client.name):
+                lost.append(_lost(client, replace(failure, reason=f"{failure.reason}; there is no leaner plan")))
         counted = len(turns) >= min(self._spec.quorum, len(clients))
 
-        # 3. The new stack, and how far the window moved.
+        # 4. The new stack, and how far the window moved.
         after = before | mean.mean() if counted else before
         if counted:
             movement = movement if len(self._of_stage(history, step)) % self._span else Movement()
             movement.add(expected, {name: after[name] for name in expected})
         stack = AdapterStack.from_tensors(after)
 
-        # 4. Judge it on held-out rows, and the stage by its convergence rule.
+        # 5. Judge it on held-out rows, and the stage by its convergence rule.
         moved = movement.value() if counted else None
         score = self._score(step, stack) if counted else None
         earlier = self._of_stage(history, step)
@@ -233,12 +261,32 @@ class Coordinator:
     def _of_stage(self, history: Sequence[Round], step: _Step) -> list[Round]:
         return [record for record in history if record.stage == step.stage and record.counted]
 
-    def _sample(self, index: int) -> list[Client]:
-        """The clients of a round, drawn without replacement, in the order of the fleet."""
-        count = min(self._spec.rounds.clients, len(self._job.clients))
+    def _sample(self, index: int, history: Sequence[Round]) -> list[Candidate]:
+        """The clients of a round, drawn without replacement, in the order of the fleet; without those left out meanwhile."""
+        left_out = {lost.client for record in history for lost in record.lost if lost.over_budget}
+        able = [candidate for candidate, _ in self._job.admitted if candidate.name not in left_out]
+        count = min(self._spec.rounds.clients, len(able))
         generator = np.random.default_rng(derive(self._spec.seed, "sample", index))
-        chosen = generator.choice(len(self._job.clients), count, replace=False)
-        return [self._job.clients[place] for place in sorted(chosen.tolist())]
+        return [able[place] for place in sorted(generator.choice(len(able), count, replace=False).tolist())]
+
+    def _turn(self, candidate: Candidate, stage: Window, lean: frozenset[str]) -> Client:
+        """A client's turn in ``stage``, held to its plan; one of those that are ``lean`` exceeded a plan before."""
+        second = self._second_turn(candidate, stage) if candidate.name in lean else None
+        if second:
+            return second
+        plan = self._planner.plan(candidate, stage)
+        assert plan, "a client that is admitted has a plan for the window that needs the most"
+        return as_client(candidate, plan, plan.planned_bytes)
+
+    def _second_turn(self, candidate: Candidate, stage: Window) -> Client | None:
+        """With a leaner plan, and held to no less than all that the client declared."""
+        plan = self._planner.leaner(candidate, stage)
+        return as_client(candidate, plan, candidate.memory) if plan else None
+
+    def _trained(self, tensors: Tensors, window: Window) -> Tensors:
+        """Those that a client trains in ``window``."""
+        names = trained_names(tensors, window, self._spec.chain.global_weight, self._spec.chain.global_trains)
+        return {name: tensors[name] for name in sorted(names)}
 
     def _order(self, step: _Step, tensors: Tensors) -> Training:
         rounds = self._spec.rounds
@@ -256,23 +304,57 @@ class Coordinator:
             seed=derive(self._spec.seed, "round", step.round_index),
         )
 
-    def _fold(self, client: Client, result: Profile | Update, mean: RunningMean, expected: Tensors) -> Turn:
+    def _fold(
+        self,
+        client: Client,
+        result: Profile | Update | Failure,
+        mean: RunningMean,
+        before: Tensors,
+        turns: list[Turn],
+        lost: list[Lost],
+        exceeded: str | None = None,
+    ) -> None:
+        """Add an update to the mean and its turn to the record, or say why it does not count."""
+        if isinstance(result, Failure):
+            lost.append(_lost(client, result))
+            return
+        try:
+            turns.append(self._count(client, result, self._trained(before, client.plan.window), exceeded))
+        except InvalidUpdate as error:
+            lost.append(_lost(client, Failure(f"its update was refused: {error.reason}")))
+        else:
+            assert isinstance(result, Update)
+            mean.fold(result.tensors, len(client.examples))
+
+    @staticmethod
+    def _count(client: Client, result: Profile | Update, expected: Tensors, exceeded: str | None) -> Turn:
+        """The record of an update that may be averaged.
+
+        Raises:
+            InvalidUpdate: it may not.
+        """
         if not isinstance(result, Update):
             raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
         # The weight is what the server dealt, not what a client says.
         check_update(client.name, result.tensors, expected, len(client.examples))
         if not math.isfinite(result.loss):
             raise InvalidUpdate(client.name, f"its loss is {result.loss}")
-        mean.fold(result.tensors, len(client.examples))
+        plan = client.plan
         return Turn(
             client=client.name,
             client_class=client.client_class,
             examples=len(client.examples),
             loss=result.loss,
             seconds=result.seconds,
-            planned_bytes=client.planned_bytes,
+            bottom=plan.window.bottom,
+            micro_batch=plan.micro_batch,
+            grain=plan.grain,
+            spilled=plan.spilled,
+            budget_bytes=client.budget_bytes,
+            planned_bytes=plan.planned_bytes,
             peak_bytes=result.peak_bytes,
             sent_bytes=sum(tensor.nbytes for tensor in result.tensors.values()),
+            exceeded=exceeded,
         )
 
     def _score(self, step: _Step, stack: AdapterStack) -> Score | None:
@@ -309,8 +391,13 @@ class Coordinator:
             raise RuntimeError(f"the pool gave {due} outcomes for {count} clients")
 
 
-def _lost(client: Client, reason: str) -> Lost:
-    return Lost(client=client.name, client_class=client.client_class, reason=reason)
+def _lost(client: Client, failure: Failure) -> Lost:
+    return Lost(
+        client=client.name,
+        client_class=client.client_class,
+        reason=failure.reason,
+        over_budget=failure.exceeded,
+    )
 
 
 def _reasons(lost: Iterable[Lost]) -> dict[str, str]:

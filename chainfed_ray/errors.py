@@ -6,6 +6,7 @@
     ├── InvalidJob         (ValueError)    a job, or a request, that cannot be accepted: the fields, their values, what would do
     ├── UnsupportedModel   (ValueError)    a base model that cannot be run layer by layer
     ├── InvalidUpdate      (ValueError)    a client's update that must not be averaged (NaN, wrong shape, wrong name)
+    ├── BudgetExceeded     (MemoryError)   a client's turn that would have taken more memory than it may
     ├── QuorumLost         (RuntimeError)  too few clients answered, several rounds in a row
     ├── CorruptCommit      (RuntimeError)  a commit whose bytes are not those that were written
     ├── CoordinatorLost    (RuntimeError)  a coordinator died again and again without finishing a round
@@ -24,6 +25,8 @@ carries errors between processes: the arguments of the constructor are the argum
 """
 
 from typing import Any, NamedTuple
+
+from chainfed_ray.quantities import format_bytes
 
 
 class ChainFedError(Exception):
@@ -122,6 +125,24 @@ class InvalidUpdate(ChainFedError, ValueError):
 
     def __str__(self) -> str:
         return f"update of {self.client} refused: {self.reason}"
+
+
+class BudgetExceeded(ChainFedError, MemoryError):
+    """A turn was stopped at ``cap`` bytes during ``part``, though ``planned`` were said to do.
+
+    ``peak`` is what was measured, where the turn was stopped at its end; None where an allocation was refused.
+    """
+
+    def __init__(self, planned: int, cap: int, peak: int | None, part: str) -> None:
+        super().__init__(planned, cap, peak, part)
+        self.planned, self.cap, self.peak, self.part = planned, cap, peak, part
+
+    def __str__(self) -> str:
+        took = "more" if self.peak is None else format_bytes(self.peak)
+        return (
+            f"it was planned to take {format_bytes(self.planned)}, was allowed {format_bytes(self.cap)}, and would have taken "
+            f"{took} while {self.part}"
+        )
 
 
 class QuorumLost(ChainFedError, RuntimeError):

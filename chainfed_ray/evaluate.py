@@ -10,7 +10,7 @@ from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, window_output
-from chainfed_ray.prefix import PrefixCache
+from chainfed_ray.prefix import PrefixCache, PrefixRunner
 from chainfed_ray.tokens import Examples
 
 _BATCH = 32
@@ -26,15 +26,17 @@ class Score(NamedTuple):
 @torch.no_grad()
 def evaluate(examples: Examples, base: BaseModel, cache: Path, stack: AdapterStack, window: Window) -> Score:
     """Judge ``stack`` on ``examples`` at the top of ``window``; the prefix below the window is cached in ``cache``."""
+    head = stack.head
+    assert head is not None
     blocks = Blocks(base.folder, base.dtype)
     try:
-        activations = PrefixCache(cache, blocks, examples).at(window.bottom, stack)
+        activations = PrefixCache(cache, PrefixRunner(blocks), examples).at(window.bottom, stack)
         layers = {layer: blocks.load_layer(layer) for layer in list(window)[1:]}
         loss, right = 0.0, 0
         for indices in examples.by_length(_BATCH):
             batch = examples.batch(indices)
             hidden = window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)
-            logits = stack.head(hidden, batch.mask)
+            logits = head(hidden, batch.mask)
             loss += float(cross_entropy(logits, batch.labels, reduction="sum"))
             right += int((logits.argmax(-1) == batch.labels).sum())
         return Score(loss / len(examples), right / len(examples))

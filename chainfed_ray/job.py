@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from chainfed_ray.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.base_model import resolve, tokenizer
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import BaseModel, Client
 from chainfed_ray.config import JobSpec
+from chainfed_ray.costs import costs_of
 from chainfed_ray.data import load
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
-from chainfed_ray.memory import Shape, lacking, plan
+from chainfed_ray.memory import Plan, Task
 from chainfed_ray.partition import dirichlet, iid
-from chainfed_ray.prefix import MICRO_BATCH
 from chainfed_ray.quantities import format_bytes
 from chainfed_ray.records import LeftOut
 from chainfed_ray.seeds import derive
@@ -24,7 +25,7 @@ from chainfed_ray.tokens import Examples, tokenize
 
 @dataclass(frozen=True)
 class Job:
-    """A job that can run: its admitted clients with their examples and plans, and the server's held-out examples."""
+    """A job that can run: who takes part and how, the server's held-out examples, and Q, the adapters trained together."""
 
     spec: JobSpec
     base: BaseModel
@@ -32,10 +33,22 @@ class Job:
     layers_path: str
     hidden: int
     classes: tuple[str, ...]
-    clients: tuple[Client, ...]
+    planner: Planner
+    window: int
+    admitted: tuple[tuple[Candidate, Plan], ...]  # with the plan of the lowest window
     left_out: tuple[LeftOut, ...]
     validation: Examples
     test: Examples
+
+    @property
+    def clients(self) -> tuple[Client, ...]:
+        """Those who take part, each with the plan of the lowest window."""
+        return tuple(as_client(candidate, plan, plan.planned_bytes) for candidate, plan in self.admitted)
+
+
+def as_client(candidate: Candidate, plan: Plan, cap_bytes: int) -> Client:
+    """A candidate with the plan of its next turn, held to ``cap_bytes``."""
+    return Client(candidate.name, candidate.client_class, candidate.examples, candidate.memory, plan, cap_bytes)
 
 
 def prepare(spec: JobSpec, scratch: Path) -> Job:
@@ -59,23 +72,12 @@ def prepare(spec: JobSpec, scratch: Path) -> Job:
         raise InvalidJob.at("model.base", spec.model.base, f"a model that can be streamed ({error.reason})") from None
     try:
         _check_texts(spec, blocks, (train, validation, test))
+        _check_chain(spec, blocks.num_layers)
+        planner = Planner(costs_of(blocks, spec.chain.adapter.bottleneck, len(corpus.classes)), task_of(spec))
     finally:
         blocks.close()
-    _check_chain(spec, blocks.num_layers)
-    clients, left_out = _fleet(spec, blocks, train, len(corpus.classes))
-    if spec.quorum > len(clients):
-        largest = max(left_out, key=lambda client: client.budget_bytes)
-        needed = format_bytes(largest.budget_bytes + largest.lacking_bytes)
-        raise InvalidJob.at(
-            "fleet.clients",
-            [f"{group.name}: {format_bytes(group.memory)}" for group in spec.fleet.clients],
-            f"{spec.quorum} clients (the quorum) with {needed} or more, since {len(clients) or 'none'} of them can hold a "
-            f"window of {spec.chain.window} at data.max_length {spec.data.max_length}",
-        )
-    if spec.chain.start == "auto" and max(len(client.examples) for client in clients) < FEWEST:
-        raise InvalidJob.at(
-            "chain.start", "auto", f"the index of a layer, since no client has the {FEWEST} rows of a profile"
-        )
+    admission = admit(planner, candidates(spec, train), spec.chain.window)
+    _check_fleet(spec, admission)
     return Job(
         spec=spec,
         base=base,
@@ -83,11 +85,44 @@ def prepare(spec: JobSpec, scratch: Path) -> Job:
         layers_path=blocks.layers_path,
         hidden=blocks.hidden_size,
         classes=corpus.classes,
-        clients=clients,
-        left_out=left_out,
+        planner=planner,
+        window=admission.width,
+        admitted=admission.admitted,
+        left_out=tuple(_left_out(candidate, missing) for candidate, missing in admission.left_out),
         validation=validation,
         test=test,
     )
+
+
+def task_of(spec: JobSpec) -> Task:
+    """What a job asks of every client. Where its start is still to be found, the chain is planned from the first layer."""
+    looks_ahead = spec.chain.global_weight > 0
+    return Task(
+        start=spec.chain.start if isinstance(spec.chain.start, int) else 0,
+        batch_size=spec.rounds.batch_size,
+        epochs=spec.rounds.local_epochs,
+        looks_ahead=looks_ahead,
+        trains_above=looks_ahead and spec.chain.global_trains == "upper",
+    )
+
+
+def candidates(spec: JobSpec, train: Examples) -> list[Candidate]:
+    """The clients of a job's fleet, with the examples that are dealt to each.
+
+    Raises:
+        InvalidJob: there are more clients than examples.
+    """
+    count = sum(group.count for group in spec.fleet.clients)
+    seed = derive(spec.seed, "partition")
+    if spec.fleet.partition.scheme == "dirichlet":
+        shares = dirichlet(train.labels, count, spec.fleet.partition.alpha, seed)
+    else:
+        shares = iid(train.labels, count, seed)
+    groups = [(group, index) for group in spec.fleet.clients for index in range(group.count)]
+    return [
+        Candidate(f"{group.name}-{index}", group.name, train.take(share), group.memory, group.disk)
+        for (group, index), share in zip(groups, shares, strict=True)
+    ]
 
 
 def _check_texts(spec: JobSpec, blocks: Blocks, splits: tuple[Examples, ...]) -> None:
@@ -118,49 +153,31 @@ def _check_chain(spec: JobSpec, layers: int) -> None:
         )
 
 
-def _fleet(
-    spec: JobSpec, blocks: Blocks, train: Examples, classes: int
-) -> tuple[tuple[Client, ...], tuple[LeftOut, ...]]:
-    count = sum(group.count for group in spec.fleet.clients)
-    seed = derive(spec.seed, "partition")
-    if spec.fleet.partition.scheme == "dirichlet":
-        shares = dirichlet(train.labels, count, spec.fleet.partition.alpha, seed)
-    else:
-        shares = iid(train.labels, count, seed)
-    first = spec.chain.start if isinstance(spec.chain.start, int) else 0
-    admitted: list[Client] = []
-    left_out: list[LeftOut] = []
-    groups = [(group, index) for group in spec.fleet.clients for index in range(group.count)]
-    for (group, index), share in zip(groups, shares, strict=True):
-        examples = train.take(share)
-        shape = Shape(
-            layer_bytes=blocks.layer_bytes,
-            hidden=blocks.hidden_size,
-            widest=blocks.widest,
-            itemsize=blocks.dtype.itemsize,
-            window=spec.chain.window,
-            adapters=blocks.num_layers - first,
-            bottleneck=spec.chain.adapter.bottleneck,
-            classes=classes,
-            tokens=int(examples.lengths.max()),
-            prefix_batch=MICRO_BATCH,
+def _check_fleet(spec: JobSpec, admission: Admission) -> None:
+    if spec.quorum > len(admission.admitted):
+        largest, missing = max(admission.left_out, key=lambda left_out: left_out[0].memory)
+        raise InvalidJob.at(
+            "fleet.clients",
+            [f"{group.name}: {format_bytes(group.memory)}" for group in spec.fleet.clients],
+            f"{spec.quorum} clients (the quorum) with {format_bytes(largest.memory + missing)} or more, since "
+            f"{len(admission.admitted) or 'none'} of them can hold any window at data.max_length {spec.data.max_length}",
         )
-        name = f"{group.name}-{index}"
-        planned = plan(shape, spec.rounds.batch_size, group.memory)
-        if planned:
-            admitted.append(
-                Client(name, group.name, examples, group.memory, planned.planned_bytes, planned.micro_batch)
-            )
-        else:
-            missing = lacking(shape, group.memory)
-            reason = f"its budget of {format_bytes(group.memory)} lacks {format_bytes(missing)} for any window"
-            left_out.append(
-                LeftOut(
-                    client=name,
-                    client_class=group.name,
-                    budget_bytes=group.memory,
-                    lacking_bytes=missing,
-                    reason=reason,
-                )
-            )
-    return tuple(admitted), tuple(left_out)
+    profiling = [
+        candidate for candidate, plan in admission.admitted if len(candidate.examples) >= FEWEST and plan.prefix.cached
+    ]
+    if spec.chain.start == "auto" and not profiling:
+        raise InvalidJob.at(
+            "chain.start",
+            "auto",
+            f"the index of a layer, since no client has the {FEWEST} rows of a profile, and disk for their activations",
+        )
+
+
+def _left_out(candidate: Candidate, missing: int) -> LeftOut:
+    return LeftOut(
+        client=candidate.name,
+        client_class=candidate.client_class,
+        budget_bytes=candidate.memory,
+        lacking_bytes=missing,
+        reason=f"its budget of {format_bytes(candidate.memory)} lacks {format_bytes(missing)} for any window",
+    )

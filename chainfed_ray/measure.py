@@ -3,6 +3,18 @@
 import ctypes
 import gc
 from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+# For a process that takes turns; glibc and oneDNN read it when they are loaded. Blocks of 64 KiB or more get pages of their
+# own, which are returned when they are freed. Compiled products of matrices are forgotten: there is one for each shape, of
+# half a MiB, and texts have many lengths.
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(64 * 1024),
+    "MALLOC_TRIM_THRESHOLD_": str(128 * 1024),
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
+    "LRU_CACHE_CAPACITY": "8",
+}
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -17,7 +29,7 @@ class PeakMemory:
 
     bytes: int | None = None
 
-    def __enter__(self) -> "PeakMemory":
+    def __enter__(self) -> Self:
         gc.collect()
         _return_free_memory()
         try:
@@ -25,26 +37,26 @@ class PeakMemory:
         except OSError:
             self._start = None
         else:
-            self._start = _read("VmRSS")
+            self._start = status("VmRSS")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._start is not None:
-            self.bytes = max(_read("VmHWM") - self._start, 0)
+            self.bytes = max(status("VmHWM") - self._start, 0)
 
 
-def _read(field: str) -> int:
+def status(field: str) -> int:
+    """The bytes that the kernel gives for ``field``, such as VmRSS, in this process's status."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def _return_free_memory() -> None:
-    """Let glibc give freed memory back, now and from now on: what one tensor leaves must not count against the next.
-
-    Blocks of 64 KiB or more get pages of their own, which are returned when they are freed.
-    """
+    """Let glibc give freed memory back, now and from now on, also in a process that was started without ``ENVIRONMENT``."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
-        libc.mallopt(_M_TRIM_THRESHOLD, 128 * 1024)
+        libc.mallopt(_M_MMAP_THRESHOLD, int(ENVIRONMENT["MALLOC_MMAP_THRESHOLD_"]))
+        libc.mallopt(_M_TRIM_THRESHOLD, int(ENVIRONMENT["MALLOC_TRIM_THRESHOLD_"]))
         libc.malloc_trim(0)

@@ -1,93 +1,348 @@
-"""The planner: what a client's turn needs, by arithmetic, before anything runs. Bytes only.
+"""The planner: what a client's turn needs, by arithmetic, before anything runs. Integers only, and no tensor.
 
-A turn has two phases, and needs the larger of them: *advance* (a layer and a micro-batch without gradients) and *train* (the
-window's Q - 1 base layers, its adapters, the head, their gradients and AdamW state, and a micro-batch's saved activations).
+A turn advances the prefix cache and then takes training steps; it needs the larger of the two. What a step holds follows
+from the order of its parts (adapters, layers, head, stand-ins): on the way forward each part leaves behind what it saved for
+the way back. ``Costs`` says what each part takes; it is rehearsed once for a base model (rehearsal.py).
+
+A client gets the widest window that fits its budget; then layers that stay resident, or else matrices that are streamed, or
+else saved activations on disk as well; then the largest micro-batch. Gradients of micro-batches add up to the batch's, so
+that none of these changes what is trained.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
-FLOAT32 = 4
-# Libraries keep a few MiB the first time that they multiply, sort or open something.
-SLACK = 6 * 2**20
+from chainfed_ray.chain import Window
+
+# What is loaded at once: whole layers, kept for as long as they are used; or slices of one matrix at a time.
+Grain = Literal["layer", "matrix"]
+
+# What arithmetic cannot know, as it was measured: what libraries allocate on the side, and what the interpreter keeps.
+_RUNTIME = 7 * 2**20
+PREFIX_BATCH = 8  # examples that enter the prefix cache together
+_ADAM_STATES = 2
+_FLOAT64 = 8
+_EMBEDDING_STATES = 6  # rows, rows by place, sums with positions and types, and their norm
+_POOLING_STATES = 2  # the hidden states and their product with the mask
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the arithmetic needs to know of a job."""
+class Bytes:
+    """Bytes for B examples of T tokens: a sum of terms BⁱTʲ, with ``terms[i][j]`` their factors."""
 
-    layer_bytes: int
-    hidden: int  # D
-    widest: int  # the feed-forward width
-    itemsize: int  # bytes of an activation's element
-    window: int  # Q
-    adapters: int  # in the whole chain
-    bottleneck: int  # R
-    classes: int  # C
-    tokens: int  # T, the longest example
-    prefix_batch: int
+    terms: tuple[tuple[int, ...], ...]
+
+    def at(self, batch: int, tokens: int) -> int:
+        """The bytes for a batch."""
+        return sum(factor * batch**i * tokens**j for i, row in enumerate(self.terms) for j, factor in enumerate(row))
+
+
+NOTHING = Bytes(())
+
+
+@dataclass(frozen=True)
+class Demand:
+    """The bytes of one part of a step: alive during its forward and its backward pass, and saved from one to the other.
+
+    Forward counts the part's input and output; backward the gradients of both and what was saved. Each is the largest of
+    several sums, since which moment is the highest depends on the shape.
+    """
+
+    saved: Bytes
+    forward: tuple[Bytes, ...]
+    backward: tuple[Bytes, ...]
+
+    def forward_at(self, batch: int, tokens: int) -> int:
+        """The most that is alive on the way forward."""
+        return max((moment.at(batch, tokens) for moment in self.forward), default=0)
+
+    def backward_at(self, batch: int, tokens: int) -> int:
+        """The most that is alive on the way back."""
+        return max((moment.at(batch, tokens) for moment in self.backward), default=0)
+
+
+@dataclass(frozen=True)
+class StepDemands:
+    """The parts of a training step."""
+
+    adapter: Demand  # one that is trained
+    layer: Demand
+    head: Demand  # with the loss
+    stand_in: Demand  # an adapter above the window, on the global branch
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the arithmetic needs to know of a base model and its stack. Bytes, unless said otherwise."""
+
+    layers: int  # L, a count
+    hidden: int  # D, a count
+    itemsize: int  # of an activation's element
+    layer: int  # the largest layer's weights
+    unstreamed: int  # of those, what is no matrix: norms and biases
+    slices: int  # the two buffers of streamed matrices
+    conversion: int  # a tensor as it is kept, while it becomes one of another dtype
+    skeleton: int  # the model without its weights, and compiled operations
+    call: Bytes  # masks and rotary tables
+    adapter: int
+    head: int
+    streamed_head: bool  # the language model's own head: never resident, and not trained
+    kept: StepDemands  # saved activations in memory
+    spilled: StepDemands  # … on disk
+    advance: Demand  # a layer without gradients
+    advance_adapter: Demand
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a turn by part."""
+    """Bytes of a turn's training at its highest moment, by part."""
 
     layer_weights: int
-    adapters_and_head: int
-    gradients_and_optimizer: int
-    activations: int
-    slack: int
+    buffers: int  # slices of streamed matrices
+    adapters: int
+    head: int
+    gradients: int
+    optimizer: int
+    cache_pages: int  # the batch that was read from the prefix cache; the cache itself is never mapped
+    saved_activations: int
+    transients: int
+    runtime: int  # the model's skeleton, and what libraries and the interpreter keep
 
     @property
     def total(self) -> int:
         """All parts together."""
-        return (
-            self.layer_weights + self.adapters_and_head + self.gradients_and_optimizer + self.activations + self.slack
-        )
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """The bytes by the name of the part."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a client may use, and what its texts are like."""
+
+    memory: int
+    longest: int  # tokens of the longest example
+    cached: bool  # whether its disk holds the prefix cache
+    spill: int | None  # bytes of disk for saved activations; None: as many as there are
+    batch: int  # examples of its largest batch: those of an optimizer step, or all that it has
+    one_step: bool  # … which is its only one: its optimizer has no state before its activations are gone
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a job asks of every client."""
+
+    start: int  # the chain's lowest layer
+    batch_size: int  # examples in an optimizer step
+    epochs: int  # of a turn
+    looks_ahead: bool  # a global branch through the stand-ins above the window
+    trains_above: bool  # … which are trained as well
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """How a client comes by the activations below its window: so many examples at a time; from a cache, or for each step."""
+
+    batch: int
+    grain: Grain
+    cached: bool
+    planned_bytes: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a client does its turns: examples in memory at once, and the bytes that it then needs."""
+    """How a client takes a turn, and the bytes that it then needs."""
 
+    window: Window
     micro_batch: int
-    planned_bytes: int
+    grain: Grain
+    spilled: bool
+    prefix: Prefix
+    footprint: Footprint
+    spill_bytes: int  # on disk
+
+    @property
+    def planned_bytes(self) -> int:
+        """The most that the turn holds."""
+        return max(self.footprint.total, self.prefix.planned_bytes)
 
 
-def footprint(shape: Shape, micro_batch: int) -> Footprint:
-    """The bytes of a turn at ``micro_batch`` examples at once."""
-    adapter = (2 * shape.hidden * shape.bottleneck + shape.hidden + shape.bottleneck) * FLOAT32
-    head = (shape.hidden * shape.classes + shape.classes + 2 * shape.hidden) * FLOAT32
-    stack = shape.adapters * adapter + head
-    row = shape.tokens * shape.itemsize
-    # Two layers while one takes the other's place; twice the hidden states and the widest product while it runs.
-    advance_weights = 2 * shape.layer_bytes
-    advance_activations = shape.prefix_batch * row * (6 * shape.hidden + 2 * shape.widest)
-    # A layer whose weights are frozen saves what its products of activations need: about 12 D and 3 times the widest.
-    in_layers = (shape.window - 1) * (12 * shape.hidden + 3 * shape.widest) * shape.itemsize
-    in_adapters = shape.adapters * (2 * shape.hidden + 3 * shape.bottleneck) * FLOAT32
-    train_weights = (shape.window - 1) * shape.layer_bytes
-    train_activations = micro_batch * shape.tokens * (in_layers + in_adapters + 4 * shape.hidden * FLOAT32)
-    training = train_weights + train_activations >= advance_weights + advance_activations
-    return Footprint(
-        layer_weights=train_weights if training else advance_weights,
-        adapters_and_head=2 * stack,  # the stack that came, and the copy that goes back
-        gradients_and_optimizer=3 * stack,
-        activations=train_activations if training else advance_activations,
-        slack=SLACK,
-    )
+# The fastest first. Saved activations go to disk only where one example at a time does not fit otherwise.
+_WAYS: tuple[tuple[Grain, bool], ...] = (("layer", False), ("matrix", False), ("matrix", True))
+_GRAINS: tuple[Grain, ...] = ("layer", "matrix")
 
 
-def plan(shape: Shape, batch_size: int, budget: int) -> Plan | None:
-    """The largest micro-batch that fits ``budget`` bytes: ``batch_size`` halved until it does; None if 1 does not."""
-    micro_batch = batch_size
-    while micro_batch >= 1:
-        needed = footprint(shape, micro_batch).total
-        if needed <= budget:
-            return Plan(micro_batch, needed)
-        micro_batch //= 2
+def plan(costs: Costs, task: Task, stage: Window, means: Means) -> Plan | None:
+    """The best way to take a turn in ``stage`` that fits; None if there is none.
+
+    A window narrower than the stage's has the same top, so that every client trains the same head on the same output.
+    """
+    prefix = plan_prefix(costs, task, means)
+    if prefix is None:
+        return None
+    for window in (Window(bottom, stage.top) for bottom in stage):
+        for grain, spilled in _WAYS:
+            for micro_batch in _halvings(means.batch):
+                made = _plan(costs, task, window, micro_batch, grain, spilled, prefix, means)
+                if made.footprint.total <= means.memory and _has_room(made, means):
+                    return made
     return None
 
 
-def lacking(shape: Shape, budget: int) -> int:
-    """The bytes by which ``budget`` misses the smallest plan."""
-    return max(footprint(shape, 1).total - budget, 0)
+def leaner(costs: Costs, task: Task, stage: Window, means: Means, than: Plan) -> Plan | None:
+    """The best way to take a turn that needs two thirds of the memory, for a client that exceeded its plan."""
+    return plan(costs, task, stage, replace(means, memory=than.planned_bytes * 2 // 3))
+
+
+def lacking(costs: Costs, task: Task, stage: Window, means: Means) -> int:
+    """The bytes of memory by which ``means`` miss the leanest way of all."""
+    if plan(costs, task, stage, means):
+        return 0
+    prefix = _prefix(costs, task, means, 1, "matrix")
+    top = Window(stage.top, stage.top)
+    ways = (_plan(costs, task, top, 1, "matrix", spilled, prefix, means) for spilled in (False, True))
+    return min(way.planned_bytes for way in ways if _has_room(way, means)) - means.memory
+
+
+def cache_bytes(costs: Costs, tokens: int) -> int:
+    """Disk for a prefix cache of ``tokens`` tokens: the layer at hand, the next as it is written, and the stage's lowest."""
+    return 3 * tokens * costs.hidden * costs.itemsize
+
+
+def plan_prefix(costs: Costs, task: Task, means: Means) -> Prefix | None:
+    """The fastest way to come by the prefix that fits; the same in every stage, so that a cache is made in one way only."""
+    for grain in _GRAINS:
+        for batch in _halvings(min(PREFIX_BATCH, means.batch)):
+            made = _prefix(costs, task, means, batch, grain)
+            if made.planned_bytes <= means.memory:
+                return made
+    return None
+
+
+def footprint(
+    costs: Costs, task: Task, window: Window, micro_batch: int, tokens: int, grain: Grain, spilled: bool
+) -> Footprint:
+    """The bytes of a training step of ``micro_batch`` examples of ``tokens`` tokens, at its highest moment."""
+    peak, saved = _highest(costs, costs.spilled if spilled else costs.kept, task, window, micro_batch, tokens)
+    above = costs.layers - 1 - window.top
+    trained = (len(window) + (above if task.trains_above else 0)) * costs.adapter
+    trained_head = 0 if costs.streamed_head else costs.head
+    resident = len(window) - 1
+    streams = costs.streamed_head or (grain == "matrix" and resident > 0)
+    rows = 0 if spilled else micro_batch * tokens * costs.hidden * costs.itemsize
+    return Footprint(
+        layer_weights=resident * (costs.layer if grain == "layer" else costs.unstreamed),
+        buffers=costs.slices if streams else 0,
+        adapters=(costs.layers - task.start) * costs.adapter + trained,  # the stack that came, and copies to train
+        head=costs.head + trained_head,
+        gradients=trained + trained_head,
+        optimizer=_ADAM_STATES * (trained + trained_head),
+        cache_pages=rows,
+        saved_activations=saved - rows,
+        transients=peak - saved + costs.call.at(micro_batch, tokens),
+        runtime=costs.skeleton + _RUNTIME,
+    )
+
+
+def _highest(
+    costs: Costs, demands: StepDemands, task: Task, window: Window, batch: int, tokens: int
+) -> tuple[int, int]:
+    """The most bytes of activations that are alive at once, and how many of them were saved for the way back."""
+    sequence = _sequence(costs, demands, task, window)
+    # The window's output waits for the global branch, and on the way back its gradient for the local one.
+    branch = 2 * len(window) - 1
+    waiting = batch * tokens * costs.hidden * costs.itemsize if len(sequence) > branch + 1 else 0
+    moments = {id(part): _Moments.of(part, batch, tokens) for part in sequence}
+    peak, at_peak, saved = 0, 0, 0
+    for place, part in enumerate(sequence):
+        total = saved + moments[id(part)].forward + (waiting if place > branch else 0)
+        saved += moments[id(part)].saved
+        if total > peak:
+            peak, at_peak = total, min(saved, total)
+    for place, part in reversed(list(enumerate(sequence))):
+        below = saved - moments[id(part)].saved
+        total = below + moments[id(part)].backward + (waiting if place == branch else 0)
+        if total > peak:
+            peak, at_peak = total, saved
+        saved = below
+    return peak, at_peak
+
+
+def _sequence(costs: Costs, demands: StepDemands, task: Task, window: Window) -> list[Demand]:
+    """The parts of a step in the order of its forward pass: the window, the head, and with stand-ins the head again."""
+    inside = [demands.adapter, *(len(window) - 1) * (demands.layer, demands.adapter), demands.head]
+    above = costs.layers - 1 - window.top
+    if not (above and task.looks_ahead):
+        return inside
+    return [*inside, *above * (demands.adapter if task.trains_above else demands.stand_in,), demands.head]
+
+
+def _saved(costs: Costs, demands: StepDemands, task: Task, window: Window, batch: int, tokens: int) -> int:
+    return sum(part.saved.at(batch, tokens) for part in _sequence(costs, demands, task, window))
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """A part's bytes for one shape."""
+
+    forward: int
+    saved: int
+    backward: int
+
+    @classmethod
+    def of(cls, part: Demand, batch: int, tokens: int) -> "_Moments":
+        return cls(part.forward_at(batch, tokens), part.saved.at(batch, tokens), part.backward_at(batch, tokens))
+
+
+def _plan(
+    costs: Costs,
+    task: Task,
+    window: Window,
+    micro_batch: int,
+    grain: Grain,
+    spilled: bool,
+    prefix: Prefix,
+    means: Means,
+) -> Plan:
+    parts = footprint(costs, task, window, micro_batch, means.longest, grain, spilled)
+    spill = _saved(costs, costs.kept, task, window, micro_batch, means.longest) if spilled else 0
+    if means.one_step:
+        activations = parts.cache_pages + parts.saved_activations + parts.transients
+        parts = replace(parts, optimizer=max(parts.optimizer - activations, 0))
+    if not prefix.cached:
+        # The prefix of a micro-batch is made between two steps: what the step itself holds is not there then.
+        beside = prefix.planned_bytes - _held(costs, task)
+        step = parts.cache_pages + parts.saved_activations + parts.transients
+        parts = replace(parts, transients=parts.transients + max(beside - step, 0))
+    return Plan(window, micro_batch, grain, spilled, prefix, parts, spill)
+
+
+def _prefix(costs: Costs, task: Task, means: Means, batch: int, grain: Grain) -> Prefix:
+    if not means.cached:
+        batch = 1  # what is made for each step is made example by example: the same bits, whichever batch asks for it
+    states = batch * means.longest * costs.hidden
+    # Layer by layer, with the next one loaded ahead; embeddings and a profile's means are there when no layer is.
+    weights = 2 * costs.layer + costs.conversion if grain == "layer" else costs.unstreamed + costs.slices
+    running = max(part.forward_at(batch, means.longest) for part in (costs.advance, costs.advance_adapter))
+    embedding = states * (_EMBEDDING_STATES * costs.itemsize + _POOLING_STATES * _FLOAT64)
+    activations = max(weights + running + costs.call.at(batch, means.longest), embedding)
+    needed = activations + _held(costs, task)
+    return Prefix(batch, grain, means.cached, needed)
+
+
+def _has_room(made: Plan, means: Means) -> bool:
+    return means.spill is None or made.spill_bytes <= means.spill
+
+
+def _held(costs: Costs, task: Task) -> int:
+    """What is there in any case: the stack that came, and the process's own."""
+    return (costs.layers - task.start) * costs.adapter + costs.head + costs.skeleton + _RUNTIME
+
+
+def _halvings(count: int) -> Iterator[int]:
+    while count:
+        yield count
+        count //= 2

@@ -1,35 +1,64 @@
 """GPO: what a window is trained for. loss = local + λ · global (paper section 3.3)."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
 
+import numpy as np
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.adapter import AdapterStack, Head
+from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
+from chainfed_ray.lm_head import next_token_loss
+from chainfed_ray.stream import RowSlices
 
 GlobalTrains = Literal["window", "head", "upper"]
 
 
+class Judge(Protocol):
+    """The loss of hidden states [B, T, D] in nats, summed over the examples: a scalar; the head learns from it or not."""
+
+    def __call__(self, hidden: Tensor, head_learns: bool) -> Tensor: ...
+
+
+def by_class(head: Head, mask: Tensor, labels: Tensor) -> Judge:
+    """The cross-entropy of ``labels`` [B], given by a classifier over the tokens of ``mask`` [B, T]."""
+
+    def judge(hidden: Tensor, head_learns: bool) -> Tensor:
+        logits = head(hidden, mask) if head_learns else _held_still(head, hidden, mask)
+        return cross_entropy(logits, labels, reduction="sum")
+
+    return judge
+
+
+def by_next_token(blocks: Blocks, ids: np.ndarray, mask: Tensor, source: RowSlices) -> Judge:
+    """The cross-entropy of each next token, given by the base model's own head, which never learns."""
+    return lambda hidden, head_learns: next_token_loss(blocks, hidden, ids, mask, source)
+
+
 def trained_names(
-    stack: AdapterStack, window: Window, global_weight: float, global_trains: GlobalTrains
+    names: Iterable[str], window: Window, global_weight: float, global_trains: GlobalTrains
 ) -> frozenset[str]:
-    """The names of the tensors that a client trains in this window, and sends back."""
-    layers: set[int] = set(window)
-    if global_weight > 0 and global_trains == "upper":
-        layers |= {layer for layer in stack.layers if layer > window.top}
-    prefixes = ("head.", *(f"adapters.{layer}." for layer in layers))
-    return frozenset(name for name in stack.state_dict() if name.startswith(prefixes))
+    """Of a stack's tensors, called ``names``, those that a client trains in this window, and sends back."""
+    above = global_weight > 0 and global_trains == "upper"
+
+    def is_trained(name: str) -> bool:
+        kind, _, rest = name.partition(".")
+        if kind == "head":
+            return True
+        layer = int(rest.partition(".")[0])
+        return window.bottom <= layer <= window.top or (above and layer > window.top)
+
+    return frozenset(name for name in names if is_trained(name))
 
 
 def chain_loss(
     stack: AdapterStack,
     window: Window,
     hidden: Tensor,
-    mask: Tensor,
-    labels: Tensor,
+    judge: Judge,
     *,
     global_weight: float,
     head_follows_global: bool,
@@ -39,13 +68,11 @@ def chain_loss(
     The global branch carries the same hidden states through the adapters above the window, each the stand-in of its
     layer, and then the head. With the window at the top there is nothing above: the local loss is the end-to-end loss.
     """
-    local = cross_entropy(stack.head(hidden, mask), labels, reduction="sum")
+    local = judge(hidden, True)
     upper = [layer for layer in stack.layers if layer > window.top]
     if not upper or global_weight == 0:
         return local
-    ahead = carry(stack, upper, hidden)
-    logits = stack.head(ahead, mask) if head_follows_global else _head_held_still(stack, ahead, mask)
-    return local + global_weight * cross_entropy(logits, labels, reduction="sum")
+    return local + global_weight * judge(carry(stack, upper, hidden), head_follows_global)
 
 
 def carry(stack: AdapterStack, layers: Sequence[int], hidden: Tensor) -> Tensor:
@@ -55,8 +82,8 @@ def carry(stack: AdapterStack, layers: Sequence[int], hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _head_held_still(stack: AdapterStack, hidden: Tensor, mask: Tensor) -> Tensor:
+def _held_still(head: Head, hidden: Tensor, mask: Tensor) -> Tensor:
     """The head's logits with no gradient for the head itself."""
-    still = {name: parameter.detach() for name, parameter in stack.head.named_parameters()}
-    logits: Tensor = functional_call(stack.head, still, (hidden, mask))
+    still = {name: parameter.detach() for name, parameter in head.named_parameters()}
+    logits: Tensor = functional_call(head, still, (hidden, mask))
     return logits

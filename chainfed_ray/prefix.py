@@ -1,91 +1,149 @@
-"""The prefix cache: the frozen part below a window is run once, not in every step.
+"""The prefix: the frozen part below a window is run once, not in every step.
 
 Below the window nothing changes while the window is trained, and neither do the weights of its bottom layer. So what is
 kept is that layer's *output* u_m, before its adapter: a training step then holds no base layer for it. When the window
-slides, the cache advances by one layer: adapter m, then layer m + 1, over the client's examples, with one layer in memory.
+slides, the cache advances by one layer: adapter m, then layer m + 1, over the client's examples. While a layer computes, the
+next one is loaded; or else matrices are streamed, and no layer is ever in memory.
 
 Examples are always run in the same micro-batches, in the same order, so that an activation does not depend on who asks for
-it or when: a cache that was lost and made again is the same, bit for bit.
+it or when: a cache that was lost and made again is the same, bit for bit. A client without the disk for a cache makes the
+prefix of each step anew, example by example; those are the bits of a cache that is made example by example.
 """
 
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.memory import PREFIX_BATCH, Grain
+from chainfed_ray.stream import RowSlices
 from chainfed_ray.tokens import Examples
 
-MICRO_BATCH = 8
+
+class Activations(Protocol):
+    """The output of one layer for every example of a client."""
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """The activations [B, T, D] of some examples, zero where they are padded."""
+        ...
+
+
+@dataclass(frozen=True)
+class PrefixRunner:
+    """Runs a base model's layers without gradients: ``batch`` examples at a time, whole layers or streamed matrices."""
+
+    blocks: Blocks
+    batch: int = PREFIX_BATCH
+    matrices: RowSlices | None = None  # None: whole layers
+
+    @property
+    def way(self) -> str:
+        """What the bits of an activation depend on besides the model, the adapters and the examples."""
+        grain: Grain = "matrix" if self.matrices else "layer"
+        return f"{grain}-{self.batch}"
+
+    def layers(self, indices: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
+        """Some layers, one after the other; while one is used, the next is loaded."""
+        wanted = list(indices)
+        if self.matrices or len(wanted) < 2:
+            yield from ((index, self.blocks.load_layer(index, self.matrices)) for index in wanted)
+            return
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load-ahead") as thread:
+            ahead = thread.submit(self.blocks.load_layer, wanted[0])
+            for place, index in enumerate(wanted):
+                layer = ahead.result()
+                if place + 1 < len(wanted):
+                    ahead = thread.submit(self.blocks.load_layer, wanted[place + 1])
+                else:
+                    del ahead
+                yield index, layer
+                del layer
+
+    @torch.no_grad()
+    def run(
+        self,
+        index: int,
+        layer: nn.Module,
+        stack: AdapterStack,
+        examples: Examples,
+        indices: np.ndarray,
+        below: Tensor | None,
+    ) -> Tensor:
+        """u [B, T, D] of layer ``index``: from u of the layer ``below`` through its adapter, or from the embeddings."""
+        batch = examples.batch(indices)
+        if below is None:
+            hidden, calls = self.blocks.embed(batch.ids, batch.mask)
+        else:
+            hidden, calls = below, self.blocks.calls(batch.mask)
+            if index - 1 in stack.layers:
+                hidden = stack.adapter(index - 1)(hidden)
+        return self.blocks.run(layer, hidden, calls[index])
 
 
 class PrefixCache:
     """The activations of ``examples`` at the output of one layer at a time, in files in ``folder``.
 
-    Each is named for its layer and for the adapters below it: a stack that differs there finds no file, never a wrong one.
+    Each is named for its layer, for the adapters below it and for the way it was made: a stack that differs there finds no
+    file, never a wrong one.
     """
 
-    def __init__(self, folder: Path, blocks: Blocks, examples: Examples) -> None:
-        self._folder, self._blocks, self._examples = folder, blocks, examples
-        self._row_bytes = blocks.hidden_size * blocks.dtype.itemsize
+    def __init__(self, folder: Path, runner: PrefixRunner, examples: Examples) -> None:
+        self._folder, self._runner, self._examples = folder, runner, examples
+        self._row_bytes = runner.blocks.hidden_size * runner.blocks.dtype.itemsize
         folder.mkdir(parents=True, exist_ok=True)
 
-    def at(self, layer: int, stack: AdapterStack) -> "Activations":
-        """u of ``layer``: made from the highest layer at hand below it, one layer at a time."""
+    def at(self, layer: int, stack: AdapterStack, keep: int | None = None) -> "CachedActivations":
+        """u of ``layer``: made from the highest layer at hand below it. Others are forgotten, but for those that come again:
+        of the layer ``keep`` and of the chain's lowest, below which nothing ever changes.
+        """
         have = layer
         while have >= 0 and not self._path(have, stack).exists():
             have -= 1
-        if have < 0:
-            self._write(self._path(0, stack), 0, None, stack)
-            have = 0
-        while have < layer:
-            self._write(self._path(have + 1, stack), have + 1, self._path(have, stack), stack)
-            have += 1
-        self._forget_all_but(layer, stack)
-        return Activations(self._path(layer, stack), self._blocks, self._examples)
+        for index, module in self._runner.layers(range(have + 1, layer + 1)):
+            self._write(index, module, stack)
+            self._forget_all_but({index, keep, min(stack.layers, default=index)}, stack)
+        return CachedActivations(self._path(layer, stack), self._runner.blocks, self._examples)
 
     def clear(self) -> None:
         """Give the disk back."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, layer: int, stack: AdapterStack) -> Path:
-        return self._folder / f"{layer:04d}-{_digest(stack, layer)}.activations"
+        return self._folder / f"{layer:04d}-{_digest(stack, layer)}-{self._runner.way}.activations"
 
-    @torch.no_grad()
-    def _write(self, path: Path, layer: int, below: Path | None, stack: AdapterStack) -> None:
-        source = Activations(below, self._blocks, self._examples) if below else None
-        module = self._blocks.load_layer(layer)
+    def _write(self, layer: int, module: nn.Module, stack: AdapterStack) -> None:
+        path = self._path(layer, stack)
+        blocks, examples = self._runner.blocks, self._examples
+        below = CachedActivations(self._path(layer - 1, stack), blocks, examples) if layer else None
         # A name of its own: a process that was given up may still be writing the same activations.
         aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
         with aside.open("wb") as file:
-            for indices in self._examples.by_length(MICRO_BATCH):
-                batch = self._examples.batch(indices)
-                if source is None:
-                    hidden, calls = self._blocks.embed(batch.ids, batch.mask)
-                else:
-                    hidden, calls = source.batch(indices), self._blocks.calls(batch.mask)
-                    if layer - 1 in stack.layers:
-                        hidden = stack.adapter(layer - 1)(hidden)
-                hidden = self._blocks.run(module, hidden, calls[layer])
-                for index, row, length in zip(indices.tolist(), hidden, batch.mask.sum(1).tolist(), strict=True):
-                    file.seek(int(self._examples.offsets[index]) * self._row_bytes)
-                    file.write(row[:length].contiguous().view(torch.uint8).numpy().tobytes())
+            for indices in examples.by_length(self._runner.batch):
+                source = below.batch(indices) if below else None
+                hidden = self._runner.run(layer, module, stack, examples, indices, source)
+                for index, row in zip(indices.tolist(), hidden, strict=True):
+                    file.seek(int(examples.offsets[index]) * self._row_bytes)
+                    file.write(row[: examples.lengths[index]].contiguous().view(torch.uint8).numpy())
         aside.replace(path)
 
-    def _forget_all_but(self, layer: int, stack: AdapterStack) -> None:
-        """Keep ``layer`` and, for a window that wraps round, the bottom of the chain, below which nothing ever changes."""
-        keep = {self._path(layer, stack), self._path(min(stack.layers, default=layer), stack)}
+    def _forget_all_but(self, layers: set[int | None], stack: AdapterStack) -> None:
+        kept = {self._path(layer, stack) for layer in layers if layer is not None}
         for path in self._folder.glob("*.activations"):
-            if path not in keep:
+            if path not in kept:
                 path.unlink(missing_ok=True)
 
 
-class Activations:
+class CachedActivations:
     """The output of one layer for each real token of each example, read row by row: never mapped, so never resident."""
 
     def __init__(self, path: Path, blocks: Blocks, examples: Examples) -> None:
@@ -93,7 +151,7 @@ class Activations:
         self._width, self._dtype, self._examples = blocks.hidden_size, blocks.dtype, examples
 
     def batch(self, indices: np.ndarray) -> Tensor:
-        """The activations [B, T, D] of some examples, zero where they are padded."""
+        """See ``Activations``."""
         lengths = self._examples.lengths[indices]
         hidden = torch.zeros(len(indices), int(lengths.max()), self._width, dtype=self._dtype)
         stride = self._width * self._dtype.itemsize
@@ -107,10 +165,35 @@ class Activations:
         os.close(self._file)
 
 
+@dataclass(frozen=True)
+class RecomputedActivations:
+    """The output of ``layer``, made whenever it is asked for: for a client without the disk for a cache."""
+
+    layer: int
+    stack: AdapterStack
+    runner: PrefixRunner
+    examples: Examples
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """See ``Activations``."""
+        states: dict[int, Tensor] = {}
+        for layer, module in self.runner.layers(range(self.layer + 1)):
+            for index in indices.tolist():
+                below = states.get(index)
+                states[index] = self.runner.run(layer, module, self.stack, self.examples, np.array([index]), below)
+        lengths = self.examples.lengths[indices]
+        width, dtype = self.runner.blocks.hidden_size, self.runner.blocks.dtype
+        hidden = torch.zeros(len(indices), int(lengths.max()), width, dtype=dtype)
+        for row, index, length in zip(hidden, indices.tolist(), lengths.tolist(), strict=True):
+            row[:length] = states[index][0]
+        return hidden
+
+
 def _digest(stack: AdapterStack, layer: int) -> str:
     """Of the adapters below ``layer``: what u of ``layer`` depends on besides the base model and the examples."""
     digest = blake2b(digest_size=16)
     for name, tensor in stack.state_dict().items():
         if name.startswith("adapters.") and int(name.split(".")[1]) < layer:
-            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

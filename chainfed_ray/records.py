@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from chainfed_ray.memory import Grain
+
 
 class Record(BaseModel):
     """An immutable JSON document."""
@@ -23,7 +25,12 @@ class Admitted(Record):
     examples: int
     budget_bytes: int
     planned_bytes: int
+    disk_bytes: int
+    window: int
     micro_batch: int
+    grain: Grain
+    spilled: bool
+    cached: bool
 
 
 class LeftOut(Record):
@@ -37,20 +44,25 @@ class LeftOut(Record):
 
 
 class Lost(Record):
-    """A client's turn that did not count, and why."""
+    """A client's turn that did not count, and why; ``over_budget`` if it exceeded a leaner plan as well: its last turn."""
 
     client: str
     client_class: str
     reason: str
+    over_budget: bool = False
 
 
 class Opening(Record):
-    """Before the first round: who takes part, and where the chain starts; ``lost`` are turns of profiling."""
+    """Before the first round: who takes part, and where the chain starts; ``lost`` are turns of profiling.
+
+    ``window`` is Q: the widest that the job allows and a client's budget holds.
+    """
 
     admitted: tuple[Admitted, ...]
     left_out: tuple[LeftOut, ...]
     layers: int
     start_layer: int
+    window: int
     similarities: tuple[float, ...]
     lost: tuple[Lost, ...]
     stages: int
@@ -58,16 +70,26 @@ class Opening(Record):
 
 
 class Turn(Record):
-    """A client's part in a round that counted."""
+    """A client's part in a round that counted: the plan of its turn, and what was measured.
+
+    ``bottom`` is the lowest layer whose adapter it trained. ``exceeded`` says how its first plan failed, if this was its
+    second.
+    """
 
     client: str
     client_class: str
     examples: int
     loss: float
     seconds: float
+    bottom: int
+    micro_batch: int
+    grain: Grain
+    spilled: bool
+    budget_bytes: int
     planned_bytes: int
     peak_bytes: int | None
     sent_bytes: int
+    exceeded: str | None = None
 
 
 class Round(Record):

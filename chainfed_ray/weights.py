@@ -4,6 +4,7 @@ Never mapped: the pages of a mapping stay resident, and count against a client's
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +79,25 @@ class Checkpoint:
         for row, index in zip(table, indices.tolist(), strict=True):
             self._fill(row, entry.file, entry.start + index * stride)
         return table.to(dtype)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is kept."""
+        return self._entries[name].dtype
+
+    def row_bytes(self, name: str) -> int:
+        """Bytes of a row of a matrix, as they are kept."""
+        return math.prod(self.shape(name)[1:]) * self.dtype(name).itemsize
+
+    def slice(self, name: str, first: int, count: int, buffer: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows ``first`` … of a matrix [N, K] → [count, K], read into ``buffer`` (bytes); a copy if its dtype is another."""
+        entry, stride = self._entries[name], self.row_bytes(name)
+        rows = buffer[: count * stride]
+        self._fill(rows, entry.file, entry.start + first * stride)
+        return rows.view(entry.dtype).view(count, *entry.shape[1:]).to(dtype)
 
     def close(self) -> None:
         """Close the files."""

@@ -1,8 +1,12 @@
 """The Ray actor that takes clients' turns. It forwards, and computes nothing of its own."""
 
+from typing import Any
+
 import ray
 
-from chainfed_ray.client import BaseModel, Client, Order, Profile, Update, take_turn, warm_up
+from chainfed_ray.client import BaseModel, Client, Profile, Update
+from chainfed_ray.turn import take_turn, warm_up
+from cluster.orders import receive
 
 
 @ray.remote
@@ -13,6 +17,9 @@ class ClientActor:
         self._base = base
         warm_up(base)
 
-    def take_turn(self, client: Client, order: Order) -> Profile | Update:
-        """Carry out an order for the client that holds the lease."""
-        return take_turn(client, self._base, order)
+    def take_turn(self, client: Client, order: list[Any]) -> Profile | Update:
+        """Carry out an order for the client that holds the lease, held to its budget.
+
+        The order comes as a reference in a list, which Ray leaves as it is: it is fetched within the turn that it counts to.
+        """
+        return take_turn(client, self._base, lambda: receive(order[0]), capped=True)

@@ -18,6 +18,7 @@ from chainfed_ray.client import BaseModel, Client, Order
 from chainfed_ray.pool import Failure, Outcome
 from chainfed_ray.quantities import format_bytes
 from cluster.actors import ClientActor
+from cluster.orders import send
 from cluster.resources import IDLE_BYTES, of_client
 
 _POLL_SECONDS = 1.0
@@ -52,13 +53,13 @@ class RayPool:
     def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
         """One outcome for each client, as they arrive."""
         ends = monotonic() + deadline
-        order_reference = ray.put(order)  # sent to each node once, not to each client
+        reference_to_order = send(order)
         waiting = deque(enumerate(clients))
         running: dict[Any, tuple[int, _Lease]] = {}
         try:
             while waiting or running:
                 for place, client, lease in self._startable(waiting):
-                    running[lease.actor.take_turn.remote(client, order_reference)] = (place, lease)
+                    running[lease.actor.take_turn.remote(client, [reference_to_order])] = (place, lease)
                 left = ends - monotonic()
                 if left <= 0:
                     break
@@ -129,7 +130,7 @@ class RayPool:
             return Outcome(place, Failure("its result could not be fetched within 60 s"))
         except RayTaskError as error:
             self._idle.append(lease)
-            return Outcome(place, Failure(f"{type(error.cause).__name__}: {error.cause}"))
+            return Outcome(place, Failure.of(error.cause))
         self._idle.append(lease)
         return Outcome(place, result)
 

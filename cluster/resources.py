@@ -7,6 +7,8 @@ has neither, so nothing of ours lands on it.
 
 from typing import Any
 
+from chainfed_ray.measure import ENVIRONMENT
+
 CLIENT_SLOT = "client_slot"
 COORDINATOR_SLOT = "coordinator_slot"
 
@@ -19,7 +21,12 @@ _BESIDE_COORDINATORS = 0.001
 
 def of_client(budget_bytes: int) -> dict[str, Any]:
     """The options of an actor that is leased to clients with this budget."""
-    return {"num_cpus": 0, "memory": IDLE_BYTES + budget_bytes, "resources": {CLIENT_SLOT: 1}}
+    return {
+        "num_cpus": 0,
+        "memory": IDLE_BYTES + budget_bytes,
+        "resources": {CLIENT_SLOT: 1},
+        "runtime_env": {"env_vars": ENVIRONMENT},
+    }
 
 
 def of_coordinator() -> dict[str, Any]:

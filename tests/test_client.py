@@ -8,7 +8,8 @@ from torch import Tensor
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
-from chainfed_ray.client import Profiling, Training, Update, take_turn
+from chainfed_ray.client import Profiling, Training, Update
+from chainfed_ray.turn import take_turn
 from tests.conftest import a_job
 
 
@@ -35,8 +36,8 @@ def test_a_turn_leaves_no_tensor_behind(document: dict[str, Any], tmp_path: Path
     )
     before = tensors_alive()  # held, so that no tensor of the turn gets the identity of one of these
     known = {id(tensor) for tensor in before}
-    take_turn(job.clients[0], job.base, Profiling(8, seed=0))
-    update = take_turn(job.clients[0], job.base, training)
+    take_turn(job.clients[0], job.base, lambda: Profiling(8, seed=0), capped=False)
+    update = take_turn(job.clients[0], job.base, lambda: training, capped=False)
     assert isinstance(update, Update)
     sent = {id(tensor) for tensor in update.tensors.values()}
     assert [tuple(tensor.shape) for tensor in tensors_alive() if id(tensor) not in known | sent] == []

@@ -18,8 +18,8 @@ from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.job import Job
+from chainfed_ray.memory import PREFIX_BATCH
 from chainfed_ray.pool import ClientPool, Failure, LocalPool, Outcome
-from chainfed_ray.prefix import MICRO_BATCH
 from chainfed_ray.seeds import derive
 from chainfed_ray.tokens import Examples
 from tests.conftest import a_job
@@ -94,7 +94,7 @@ class EndToEnd:
         self._examples = examples
         # What is below the lowest adapter is always run in the same micro-batches, as the cache promises.
         self._lowest: dict[int, Tensor] = {}
-        for indices in examples.by_length(MICRO_BATCH):
+        for indices in examples.by_length(PREFIX_BATCH):
             outputs: list[Tensor] = []
             hook = self._layers[0].register_forward_hook(lambda _, __, output, to=outputs: to.append(output))
             self._run(indices)
@@ -259,7 +259,7 @@ def test_a_chain_learns(document: dict[str, Any], tmp_path: Path) -> None:
     coordinator, _ = run(job, tmp_path / "log")
     ending = coordinator.finish()
     assert ending.accuracy > 0.9
-    assert ending.peak_bytes["phone"] < job.clients[0].planned_bytes
+    assert ending.peak_bytes["phone"] < job.clients[0].plan.planned_bytes
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
-from chainfed_ray.objective import chain_loss, trained_names
+from chainfed_ray.objective import by_class, chain_loss, trained_names
 from tests.test_prefix import a_stack
 
 LAMBDA = 0.3
@@ -37,7 +37,7 @@ def logits(stack: AdapterStack, layers: list[int]) -> Tensor:
 
 def ours(stack: AdapterStack, window: Window, head_follows_global: bool = True, weight: float = LAMBDA) -> Tensor:
     options: dict[str, Any] = {"global_weight": weight, "head_follows_global": head_follows_global}
-    return chain_loss(stack, window, hidden(), MASK, LABELS, **options)
+    return chain_loss(stack, window, hidden(), by_class(stack.head, MASK, LABELS), **options)
 
 
 def total(found: Tensor) -> Tensor:
@@ -70,9 +70,8 @@ def test_the_head_follows_the_global_loss_or_does_not(follows: bool) -> None:
 def test_the_window_always_follows_the_global_loss(follows: bool) -> None:
     stack = a_stack(range(1, 5))
     state = hidden().requires_grad_()
-    loss = chain_loss(
-        stack, Window(1, 2), state, MASK, LABELS, global_weight=LAMBDA, head_follows_global=follows
-    )  # fmt: skip
+    judge = by_class(stack.head, MASK, LABELS)
+    loss = chain_loss(stack, Window(1, 2), state, judge, global_weight=LAMBDA, head_follows_global=follows)
     (found,) = torch.autograd.grad(loss, [state])
     (local,) = torch.autograd.grad(total(stack.head(state, MASK)), [state])
     assert (found - local).abs().max() > 1e-3
@@ -82,7 +81,7 @@ def test_what_is_trained_and_sent() -> None:
     stack = a_stack(range(1, 5))
 
     def layers(weight: float, trains: Any) -> set[str]:
-        names = trained_names(stack, Window(1, 2), weight, trains)
+        names = trained_names(stack.tensors(), Window(1, 2), weight, trains)
         assert {name for name in names if name.startswith("head.")} == {
             f"head.{name}" for name in stack.head.state_dict()
         }

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.prefix import MICRO_BATCH, PrefixCache
+from chainfed_ray.memory import PREFIX_BATCH
+from chainfed_ray.prefix import PrefixCache, PrefixRunner
 from chainfed_ray.tokens import Examples
 from tests.models import tiny
 
@@ -38,7 +39,7 @@ def some_examples(count: int = 11) -> Examples:
 def plain(blocks: Blocks, examples: Examples, stack: AdapterStack, layer: int) -> dict[int, Tensor]:
     """The output of ``layer`` for the real tokens of each example, with nothing kept on the way."""
     found = {}
-    for indices in examples.by_length(MICRO_BATCH):
+    for indices in examples.by_length(PREFIX_BATCH):
         batch = examples.batch(indices)
         hidden, calls = blocks.embed(batch.ids, batch.mask)
         for index in range(layer + 1):
@@ -62,7 +63,7 @@ def assert_plain(cache: PrefixCache, blocks: Blocks, examples: Examples, stack: 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_advanced_layer_by_layer_is_plain(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     blocks, examples = Blocks(tiny(family, tmp_path / "model"), dtype), some_examples()
-    cache = PrefixCache(tmp_path / "cache", blocks, examples)
+    cache = PrefixCache(tmp_path / "cache", PrefixRunner(blocks), examples)
     for layer in range(1, 4):
         assert_plain(cache, blocks, examples, a_stack(range(1, 4)), layer)
 
@@ -77,19 +78,19 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Blocks:
 def test_any_history_is_plain(blocks: Blocks, tmp_path: Path, visits: list[tuple[int, int, bool]]) -> None:
     """Windows up and down, stacks that differ, a cache that was lost on the way: never another stack's activations."""
     examples = some_examples()
-    cache = PrefixCache(tmp_path / "cache", blocks, examples)
+    cache = PrefixCache(tmp_path / "cache", PrefixRunner(blocks), examples)
     cache.clear()
     for layer, seed, lost in visits:
         if lost:
             cache.clear()
-        cache = PrefixCache(tmp_path / "cache", blocks, examples)
+        cache = PrefixCache(tmp_path / "cache", PrefixRunner(blocks), examples)
         assert_plain(cache, blocks, examples, a_stack(range(0, 4), seed), layer)
 
 
 def test_only_what_lies_below_counts(blocks: Blocks, tmp_path: Path) -> None:
     """Adapters in and above the window are trained meanwhile: the cache stays as it is."""
     examples = some_examples()
-    cache = PrefixCache(tmp_path, blocks, examples)
+    cache = PrefixCache(tmp_path, PrefixRunner(blocks), examples)
     cache.at(2, a_stack(range(2, 4)))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     cache.at(2, a_stack(range(2, 4), seed=1))
@@ -98,16 +99,16 @@ def test_only_what_lies_below_counts(blocks: Blocks, tmp_path: Path) -> None:
 
 def test_what_was_left_half_written_is_not_used(blocks: Blocks, tmp_path: Path) -> None:
     examples, stack = some_examples(), a_stack(range(1, 4))
-    PrefixCache(tmp_path, blocks, examples).at(1, stack)
+    PrefixCache(tmp_path, PrefixRunner(blocks), examples).at(1, stack)
     (whole,) = tmp_path.glob("0001-*.activations")
     whole.rename(whole.with_name(f"{whole.name}.123.partial"))
     whole.with_name(f"{whole.name}.123.partial").write_bytes(b"half")
-    assert_plain(PrefixCache(tmp_path, blocks, examples), blocks, examples, stack, 1)
+    assert_plain(PrefixCache(tmp_path, PrefixRunner(blocks), examples), blocks, examples, stack, 1)
 
 
 def test_a_cache_that_is_too_short_is_an_error(blocks: Blocks, tmp_path: Path) -> None:
     examples, stack = some_examples(), a_stack(range(1, 4))
-    activations = PrefixCache(tmp_path, blocks, examples).at(1, stack)
+    activations = PrefixCache(tmp_path, PrefixRunner(blocks), examples).at(1, stack)
     (whole,) = tmp_path.glob("0001-*.activations")
     with whole.open("r+b") as file:
         file.truncate(whole.stat().st_size - 1)

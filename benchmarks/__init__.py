@@ -1,0 +1,1 @@
+"""Every figure that is published has a command here: ``python -m benchmarks``."""

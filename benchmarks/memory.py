@@ -1,0 +1,135 @@
+"""``python -m benchmarks memory``: the memory of a client's step against that of the whole model, one process a cell."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.shapes import SHAPES, Shape, written
+from chainfed_ray.measure import ENVIRONMENT
+from chainfed_ray.quantities import format_bytes
+
+_WINDOWS = [1, 2, 4, 8]
+_TEMPORARY = Path(tempfile.gettempdir())
+_BASELINES = ("end-to-end", "checkpointed")
+_COMPARED = 2  # the window for which the ways of the plan are compared
+_BUDGETS = {"llama2-7b-4x256": (512 * 2**20, 256 * 2**20)}
+_progress = Console(stderr=True, highlight=False)
+
+Row = dict[str, Any]
+
+
+def main(
+    shapes: Annotated[list[str], typer.Option(help="one or more of: " + ", ".join(SHAPES))] = list(SHAPES),  # noqa: B006
+    windows: Annotated[list[int], typer.Option(min=1, help="Q, adapters trained together")] = _WINDOWS,
+    methods: Annotated[
+        list[str] | None, typer.Option(help="end-to-end, checkpointed, chain, chain-streamed, chain-resident, turn")
+    ] = None,
+    scratch: Annotated[Path, typer.Option(help="where the weights are written meanwhile")] = _TEMPORARY,
+    output: Annotated[Path | None, typer.Option("--json", help="write the rows into this file")] = None,
+) -> None:
+    """Peak bytes above the idle process, of a step with random weights: end to end, and of the chain."""
+    unknown = [name for name in shapes if name not in SHAPES]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is no shape; there are {', '.join(SHAPES)}", param_hint="--shapes")
+    rows: list[Row] = []
+    for model in dict.fromkeys(SHAPES[name].model for name in shapes):
+        alike = [SHAPES[name] for name in shapes if SHAPES[name].model == model]
+        with written(alike[0], scratch) as folder:
+            if isinstance(folder, str):
+                _progress.print(f"{alike[0].name} is left out: {folder}.")
+                continue
+            for shape in alike:
+                rows += _rows(shape, folder, scratch, windows, methods)
+                if output:
+                    output.write_text(json.dumps(rows, indent=1))
+    Console(highlight=False).print(_table(rows))
+    print(f"{platform.machine()}, {os.cpu_count()} cores, one thread a process; {date.today()}")
+
+
+def _rows(shape: Shape, folder: Path, scratch: Path, windows: list[int], methods: list[str] | None) -> list[Row]:
+    """The rows of a shape, each with its ratio to the first, which is the whole model."""
+    rows: list[Row] = []
+    for method, window, budget in _cells(shape, windows):
+        if methods is None or method in methods:
+            row = _measure(shape, folder, scratch, method, window, budget)
+            baseline = next((other for other in rows if other["method"] == "end-to-end"), None)
+            if baseline and "peak_bytes" in row and "peak_bytes" in baseline:
+                row["ratio"] = baseline["peak_bytes"] / row["peak_bytes"]
+            rows.append(row)
+            _progress.print(f"{shape.name}  {method}  Q={window}  {_said(row)}")
+    return rows
+
+
+def _cells(shape: Shape, windows: list[int]) -> Iterator[tuple[str, int, int | None]]:
+    yield from ((method, shape.sizes["num_hidden_layers"], None) for method in _BASELINES)
+    for window in windows:
+        yield "chain", window, None
+        if window == _COMPARED:
+            yield "chain-streamed", window, None
+            yield "chain-resident", window, None
+    if _COMPARED in windows:
+        yield from (("turn", _COMPARED, budget) for budget in _BUDGETS.get(shape.name, ()))
+
+
+def _measure(shape: Shape, folder: Path, scratch: Path, method: str, window: int, budget: int | None) -> Row:
+    cell = {
+        "shape": shape.name,
+        "method": method,
+        "window": window,
+        "folder": str(folder),
+        "scratch": str(scratch),
+        "budget": budget,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory_cell", json.dumps(cell)],
+        env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    found: Row = {"shape": shape.name, "dtype": shape.dtype, "batch": shape.batch, "tokens": shape.tokens}
+    found |= {"method": method, "window": window, "planned_bytes": None, "ratio": None, "breakdown": None}
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        return {**found, "failed": reason}
+    return {**found, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def _said(row: Row) -> str:
+    if "peak_bytes" not in row:
+        return str(row.get("failed") or row.get("refused"))
+    ratio = f", {row['ratio']:.1f}× less" if row["ratio"] else ""
+    return f"{format_bytes(row['peak_bytes'])}{ratio}, {row['seconds']:.1f} s"
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table("shape", "method", box=None, header_style="bold", pad_edge=False)
+    for name in ("Q", "peak", "ratio", "planned", "floor", "s a step", "CPU s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if "peak_bytes" not in row:
+            table.add_row(row["shape"], row["method"], str(row["window"]), _said(row))
+            continue
+        under = f" in {format_bytes(row['budget_bytes'])}" if "budget_bytes" in row else ""
+        table.add_row(
+            row["shape"],
+            row["method"] + under,
+            str(row["window"]),
+            format_bytes(row["peak_bytes"]),
+            f"{row['ratio']:.1f}×" if row["ratio"] else "",
+            format_bytes(row["planned_bytes"]) if row["planned_bytes"] else "",
+            format_bytes(row["floor_bytes"]) if "floor_bytes" in row else "",
+            f"{row['seconds']:.2f}",
+            f"{row['cpu_seconds']:.2f}",
+        )
+    return table

@@ -1,0 +1,216 @@
+"""One cell of the memory benchmark, in a process of its own: ``python -m benchmarks.memory_cell CELL-AS-JSON``.
+
+It prints one JSON object: the peak above the idle process, the seconds of a step, what was planned.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, AutoModelForCausalLM
+
+from benchmarks.shapes import SHAPES, Shape
+from chainfed_ray.adapter import Adapter, AdapterStack, Head
+from chainfed_ray.blocks import Blocks, find_layers
+from chainfed_ray.chain import Window
+from chainfed_ray.client import BaseModel, Client, Training, Update
+from chainfed_ray.costs import costs_of
+from chainfed_ray.measure import PeakMemory
+from chainfed_ray.memory import Costs, Footprint, Grain, Means, Plan, Task, footprint, plan, plan_prefix
+from chainfed_ray.tokens import Examples
+from chainfed_ray.turn import take_turn, warm_up
+
+_BOTTLENECK, _CLASSES, _LAMBDA = 64, 4, 0.1
+_STEPS = 3  # of a turn that is timed, against a turn of one
+_WAYS: dict[str, tuple[Grain, bool]] = {
+    "chain": ("matrix", True),
+    "chain-streamed": ("matrix", False),
+    "chain-resident": ("layer", False),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured: ``budget`` is for a whole turn under the cap, in bytes."""
+
+    shape: str
+    method: str
+    window: int
+    folder: str
+    scratch: str
+    budget: int | None = None
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """The cell's row."""
+    torch.set_num_threads(1)
+    shape = SHAPES[cell.shape]
+    base = BaseModel(Path(cell.folder), getattr(torch, shape.dtype), Path(cell.scratch))
+    warm_up(base)
+    if cell.method in ("end-to-end", "checkpointed"):
+        return _end_to_end(shape, base.folder, checkpointed=cell.method == "checkpointed")
+    if cell.method == "turn":
+        assert cell.budget is not None
+        return _turn(shape, base, cell.window, cell.budget)
+    return _chain(shape, base, cell.window, *_WAYS[cell.method])
+
+
+def _end_to_end(shape: Shape, folder: Path, checkpointed: bool) -> dict[str, Any]:
+    """A step of the whole model with an adapter after each layer."""
+    examples = _examples(shape)
+    batch = examples.batch(np.arange(shape.batch))
+    with PeakMemory() as peak:
+        kind = AutoModelForCausalLM if shape.language_model else AutoModel
+        model = kind.from_pretrained(folder, dtype=getattr(torch, shape.dtype)).eval().requires_grad_(False)
+        layers = model.get_submodule(find_layers(model, shape.name))
+        width = model.config.hidden_size
+        adapters = [Adapter(width, _BOTTLENECK, seed) for seed in range(len(layers))]
+        for layer, adapter in zip(layers, adapters, strict=True):
+            layer.forward = _followed(layer.forward, adapter, checkpointed)
+        head = Head(width, _CLASSES)
+        trained = [parameter for adapter in adapters for parameter in adapter.parameters()]
+        trained += [] if shape.language_model else list(head.parameters())
+        optimizer = torch.optim.AdamW(trained, foreach=False)
+        started, cpu = perf_counter(), process_time()
+        if shape.language_model:
+            loss = model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.ids).loss
+        else:
+            hidden = model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
+            loss = cross_entropy(head(hidden, batch.mask), batch.labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds, cpu_seconds = perf_counter() - started, process_time() - cpu
+    return {"peak_bytes": peak.bytes, "seconds": seconds, "cpu_seconds": cpu_seconds}
+
+
+def _followed(forward: Callable[..., Any], adapter: Adapter, checkpointed: bool) -> Callable[..., Any]:
+    """A layer's forward with its adapter behind it; ``checkpointed``: run again on the way back, and nothing saved."""
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
+
+    if not checkpointed:
+        return both
+    return lambda *args, **kwargs: checkpoint(both, *args, use_reentrant=False, **kwargs)
+
+
+def _chain(shape: Shape, base: BaseModel, width: int, grain: Grain, spilled: bool) -> dict[str, Any]:
+    """A step of the chain's lowest window, above which there are the most adapters; its prefix is in the cache."""
+    costs, task, means = _facts(shape, base, memory=2**40)
+    window = Window(0, width - 1)
+    prefix = plan_prefix(costs, task, means)
+    assert prefix
+    parts = footprint(costs, task, window, shape.batch, shape.tokens, grain, spilled)
+    # The prefix is measured elsewhere: here it is made before, and costs nothing.
+    made = Plan(window, shape.batch, grain, spilled, replace(prefix, planned_bytes=0), parts, 0)
+    client = Client("client", "client", _examples(shape), 2**40, made, 2**40)
+    _step(client, base, shape, window, epochs=1)
+    one = _step(client, base, shape, window, epochs=1)
+    many = _step(client, base, shape, window, epochs=_STEPS)
+    return {
+        "peak_bytes": many[0].peak_bytes,
+        "planned_bytes": made.planned_bytes,
+        "seconds": (many[0].seconds - one[0].seconds) / (_STEPS - 1),
+        "cpu_seconds": (many[1] - one[1]) / (_STEPS - 1),
+        "breakdown": parts.parts(),
+        "floor_bytes": _floor(parts, costs, shape),
+    }
+
+
+def _turn(shape: Shape, base: BaseModel, width: int, budget: int) -> dict[str, Any]:
+    """A whole turn under the cap: the prefix of the second window is made, the window trained, the update sent."""
+    costs, task, means = _facts(shape, base, memory=budget)
+    window = Window(1, width)
+    made = plan(costs, task, window, means)
+    if made is None:
+        return {"refused": "no plan fits the budget"}
+    client = Client("client", "client", _examples(shape), budget, made, min(made.planned_bytes, budget))
+    started = perf_counter()
+    update, cpu = _step(client, base, shape, window, epochs=1, capped=True)
+    return {
+        "peak_bytes": update.peak_bytes,
+        "planned_bytes": made.planned_bytes,
+        "budget_bytes": budget,
+        "seconds": perf_counter() - started,
+        "cpu_seconds": cpu,
+        "sent_bytes": sum(tensor.nbytes for tensor in update.tensors.values()),
+        "breakdown": made.footprint.parts(),
+        "plan": {
+            "window": [made.window.bottom, made.window.top],
+            "micro_batch": made.micro_batch,
+            "grain": made.grain,
+            "spilled": made.spilled,
+            "prefix": asdict(made.prefix),
+        },
+    }
+
+
+def _facts(shape: Shape, base: BaseModel, memory: int) -> tuple[Costs, Task, Means]:
+    blocks = Blocks(base.folder, base.dtype)
+    try:
+        costs = costs_of(blocks, _BOTTLENECK, None if shape.language_model else _CLASSES)
+    finally:
+        blocks.close()
+    task = Task(start=0, batch_size=shape.batch, epochs=1, looks_ahead=True, trains_above=False)
+    means = Means(memory, shape.tokens, cached=True, spill=None, batch=shape.batch, one_step=False)
+    return costs, task, means
+
+
+def _step(
+    client: Client, base: BaseModel, shape: Shape, window: Window, epochs: int, capped: bool = False
+) -> tuple[Update, float]:
+    """A turn of so many steps; its update, and its seconds of CPU time."""
+    blocks = Blocks(base.folder, base.dtype)
+    layers, hidden = blocks.num_layers, blocks.hidden_size
+    blocks.close()
+
+    def order() -> Training:
+        classes = None if shape.language_model else _CLASSES
+        return Training(
+            AdapterStack.new(range(layers), hidden, _BOTTLENECK, classes, seed=0).tensors(),
+            window,
+            epochs=epochs,
+            batch_size=shape.batch,
+            learning_rate=1e-3,
+            head_learning_rate=1e-3,
+            global_weight=_LAMBDA,
+            global_trains="head",
+            seed=0,
+        )
+
+    started = process_time()
+    update = take_turn(client, base, order, capped)
+    assert isinstance(update, Update)
+    return update, process_time() - started
+
+
+def _floor(parts: Footprint, costs: Costs, shape: Shape) -> int:
+    """What must be there at this grain, whatever the activations: weights, what is trained, a batch in and a batch out."""
+    rows = shape.batch * shape.tokens * costs.hidden * costs.itemsize
+    held = parts.layer_weights + parts.buffers + parts.adapters + parts.head + parts.gradients + parts.optimizer
+    return held + 2 * rows
+
+
+def _examples(shape: Shape) -> Examples:
+    """One batch of random tokens, none of them padding."""
+    generator = np.random.default_rng(0)
+    ids = generator.integers(3, 1000, shape.batch * shape.tokens).astype(np.int32)
+    offsets = np.arange(shape.batch + 1, dtype=np.int64) * shape.tokens
+    return Examples(ids, offsets, generator.integers(0, _CLASSES, shape.batch))
+
+
+if __name__ == "__main__":
+    described = json.loads(sys.argv[1])
+    with tempfile.TemporaryDirectory(dir=described.pop("scratch")) as scratch:
+        print(json.dumps(measure(Cell(**described, scratch=scratch))))

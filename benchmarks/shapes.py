@@ -1,0 +1,114 @@
+"""Models of well-known shapes with random weights, in a folder for as long as they are measured."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+_BLOCK = 2**22  # random numbers, used again and again: a model of random weights is written in seconds
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, the dtype of its weights, and the batch that it is measured with."""
+
+    name: str
+    family: str
+    sizes: dict[str, int]
+    dtype: str
+    batch: int
+    tokens: int
+    language_model: bool
+
+    @property
+    def model(self) -> tuple[str, str]:
+        """What its weights are: shapes with the same may share a folder."""
+        return self.family, json.dumps(self.sizes)
+
+    def build(self) -> Any:
+        """The model without memory."""
+        kind = AutoModelForCausalLM if self.language_model else AutoModel
+        with torch.device("meta"):
+            config = AutoConfig.for_model(self.family, **self.sizes)
+            return kind.from_config(config, dtype=getattr(torch, self.dtype))  # type: ignore[no-untyped-call]
+
+
+_ROBERTA_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+}
+_LLAMA2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+}
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("roberta-large-16x128", "roberta", _ROBERTA_LARGE, "float32", 16, 128, language_model=False),
+        Shape("llama2-7b-1x128", "llama", _LLAMA2_7B, "bfloat16", 1, 128, language_model=True),
+        Shape("llama2-7b-4x256", "llama", _LLAMA2_7B, "bfloat16", 4, 256, language_model=True),
+    )
+}
+
+
+@contextmanager
+def written(shape: Shape, parent: Path) -> Iterator[Path | str]:
+    """A folder in ``parent`` with the model's configuration and random weights; or why there is no room for it."""
+    model = shape.build()
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    free = shutil.disk_usage(parent).free
+    if free < 1.2 * needed:
+        yield f"its weights take {needed / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} GiB are free"
+        return
+    with tempfile.TemporaryDirectory(prefix="chainfed-benchmark-", dir=parent) as folder:
+        model.config.save_pretrained(folder)
+        _write(Path(folder) / "model.safetensors", tensors)
+        yield Path(folder)
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file: small random numbers, and ones for norms."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+    head = json.dumps(header).encode()
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(_BLOCK, generator=generator) * 0.02
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for place, tensor in enumerate(tensors.values()):
+            if tensor.dim() == 1:
+                file.write(_bytes(torch.ones(tensor.shape, dtype=tensor.dtype)))
+                continue
+            values = block.roll(7919 * place).to(tensor.dtype)
+            for start in range(0, tensor.numel(), _BLOCK):
+                file.write(_bytes(values[: tensor.numel() - start]))
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return memoryview(values.contiguous().view(torch.uint8).numpy().data)

@@ -1,0 +1,91 @@
+"""Who of a fleet takes part, and with which plan: the planner (memory.py) asked for each client and stage."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from chainfed_ray.chain import Window
+from chainfed_ray.memory import Costs, Means, Plan, Task, cache_bytes, lacking, leaner, plan
+from chainfed_ray.tokens import Examples
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A client of the fleet: its examples, and the bytes that it declared; ``disk`` is None for as many as there are."""
+
+    name: str
+    client_class: str
+    examples: Examples
+    memory: int
+    disk: int | None
+
+
+class Planner:
+    """The plans of one job. Clients that are alike have the same plan, so each is made once."""
+
+    def __init__(self, costs: Costs, task: Task) -> None:
+        self.costs, self.task = costs, task
+        self._plans: dict[tuple[Window, Means], Plan | None] = {}
+
+    def starting_at(self, start: int) -> "Planner":
+        """The planner for a chain whose lowest layer has been found."""
+        return Planner(self.costs, replace(self.task, start=start))
+
+    def means(self, candidate: Candidate) -> Means:
+        """What the planner needs to know of a client."""
+        disk, needed = candidate.disk, cache_bytes(self.costs, len(candidate.examples.ids))
+        cached = disk is None or needed <= disk
+        few = len(candidate.examples) <= self.task.batch_size
+        return Means(
+            memory=candidate.memory,
+            longest=int(candidate.examples.lengths.max()),
+            cached=cached,
+            spill=None if disk is None else disk - (needed if cached else 0),
+            batch=min(len(candidate.examples), self.task.batch_size),
+            one_step=few and self.task.epochs == 1,
+        )
+
+    def plan(self, candidate: Candidate, stage: Window) -> Plan | None:
+        """The best plan of a client for its turns in ``stage``; None if its memory is too small for any window."""
+        means = self.means(candidate)
+        if (stage, means) not in self._plans:
+            self._plans[stage, means] = plan(self.costs, self.task, stage, means)
+        return self._plans[stage, means]
+
+    def leaner(self, candidate: Candidate, stage: Window) -> Plan | None:
+        """The plan for a client that exceeded its best one; None if there is none."""
+        best = self.plan(candidate, stage)
+        return best and leaner(self.costs, self.task, stage, self.means(candidate), best)
+
+    def lacking(self, candidate: Candidate, stage: Window) -> int:
+        """The bytes of memory that a client lacks for any window."""
+        return lacking(self.costs, self.task, stage, self.means(candidate))
+
+    def disk_bytes(self, candidate: Candidate, plan: Plan) -> int:
+        """The disk that a client's turns use."""
+        cache = cache_bytes(self.costs, len(candidate.examples.ids)) if plan.prefix.cached else 0
+        return cache + plan.spill_bytes
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who takes part, with the plan of the first stage; who does not, with the bytes that it lacks; and Q, the width."""
+
+    admitted: tuple[tuple[Candidate, Plan], ...]
+    left_out: tuple[tuple[Candidate, int], ...]
+    width: int
+
+
+def admit(planner: Planner, candidates: Iterable[Candidate], width: int) -> Admission:
+    """Plan for the chain's lowest window, which has the most adapters above it and so needs the most memory of all.
+
+    Q is ``width``, or as many adapters as the client with the most memory can train together.
+    """
+    candidates = tuple(candidates)
+    for narrower in range(width, 0, -1):
+        stage = Window(planner.task.start, planner.task.start + narrower - 1)
+        plans = [(candidate, planner.plan(candidate, stage)) for candidate in candidates]
+        admitted = tuple((candidate, plan) for candidate, plan in plans if plan)
+        if narrower == 1 or any(len(plan.window) == narrower for _, plan in admitted):
+            left_out = tuple((candidate, planner.lacking(candidate, stage)) for candidate, plan in plans if not plan)
+            return Admission(admitted, left_out, narrower)
+    raise ValueError(f"a window of {width} adapters")

@@ -1,0 +1,130 @@
+"""What each part of a client's turn takes, for one base model and one form of stack: the facts that the planner adds up."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode  # it has no public name; the version of torch is pinned
+from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_leaves, tree_map
+
+from chainfed_ray.adapter import Adapter, Head
+from chainfed_ray.blocks import Blocks, LayerCall
+from chainfed_ray.lm_head import next_token_loss
+from chainfed_ray.memory import Costs, StepDemands
+from chainfed_ray.rehearsal import Prepare, polynomial_of, rehearse, with_blank_weights
+from chainfed_ray.spill import overwrite_activations
+from chainfed_ray.stream import SLICE_BYTES
+
+_FLOAT32 = 4
+# As they were measured: a module of a model without weights, as Python keeps it; and oneDNN's programs, which products of
+# bfloat16 matrices are compiled into.
+_MODULE = 9 * 2**10
+_COMPILED = 6 * 2**20
+
+
+def costs_of(blocks: Blocks, bottleneck: int, classes: int | None) -> Costs:
+    """The costs of tuning ``blocks`` with adapters of R = ``bottleneck`` and a classifier of C = ``classes``.
+
+    ``classes`` is None for a language model, whose own head is used and not trained.
+    """
+    parts = _Parts(blocks, bottleneck, classes)
+    width = blocks.hidden_size
+
+    def demands(spilled: bool) -> StepDemands:
+        return StepDemands(
+            adapter=rehearse(parts.adapter(trained=True), width, blocks.dtype, spilled=spilled),
+            layer=rehearse(parts.layer(spilled), width, blocks.dtype, spilled=spilled),
+            head=rehearse(parts.head, width, blocks.dtype, spilled=spilled),
+            stand_in=rehearse(parts.adapter(trained=False), width, blocks.dtype, spilled=spilled),
+        )
+
+    return Costs(
+        layers=blocks.num_layers,
+        hidden=width,
+        itemsize=blocks.dtype.itemsize,
+        layer=blocks.layer_bytes,
+        unstreamed=blocks.unstreamed_bytes,
+        slices=2 * max(SLICE_BYTES, blocks.longest_row_bytes),
+        conversion=blocks.conversion_bytes,
+        skeleton=blocks.modules * _MODULE + (_COMPILED if blocks.dtype == torch.bfloat16 else 0),
+        call=polynomial_of(parts.call_bytes),
+        adapter=(2 * width * bottleneck + width + bottleneck) * _FLOAT32,
+        head=0 if classes is None else (width * classes + classes + 2 * width) * _FLOAT32,
+        streamed_head=classes is None,
+        kept=demands(spilled=False),
+        spilled=demands(spilled=True),
+        advance=rehearse(parts.layer(spilled=False), width, blocks.dtype, gradients=False),
+        advance_adapter=rehearse(parts.adapter(trained=False), width, blocks.dtype, gradients=False),
+    )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """How each part is made for a rehearsal."""
+
+    blocks: Blocks
+    bottleneck: int
+    classes: int | None
+
+    def layer(self, spilled: bool) -> Prepare:
+        """A layer of the base model."""
+        return lambda fake, batch, tokens: self._layer(fake, batch, tokens, spilled)
+
+    def _layer(self, fake: FakeTensorMode, batch: int, tokens: int, spilled: bool) -> Callable[[Tensor], Tensor]:
+        real = self.blocks.calls(_padded(batch, tokens))[0]
+        call = LayerCall(*tree_map(lambda it: fake.from_tensor(it) if isinstance(it, Tensor) else it, tuple(real)))
+        layer = with_blank_weights(self.blocks.largest_layer, fake)
+        if spilled:
+            overwrite_activations(layer)
+        return lambda hidden: self.blocks.run(layer, hidden, call)
+
+    def adapter(self, trained: bool) -> Prepare:
+        """An adapter."""
+
+        def prepare(fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
+            adapter = Adapter(self.blocks.hidden_size, self.bottleneck).requires_grad_(trained)
+            return with_blank_weights(adapter, fake)
+
+        return prepare
+
+    def head(self, fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
+        """The head, and the loss on it."""
+        mask = _padded(batch, tokens)
+        if self.classes is None:
+            slices, ids = _BlankSlices(self.blocks), np.zeros((batch, tokens), dtype=np.int64)
+            return lambda hidden: next_token_loss(self.blocks, hidden, ids, mask, slices)
+        head = with_blank_weights(Head(self.blocks.hidden_size, self.classes), fake)
+        labels = torch.zeros(batch, dtype=torch.int64)
+        return lambda hidden: cross_entropy(head(hidden, mask), labels, reduction="sum")
+
+    def call_bytes(self, batch: int, tokens: int) -> int:
+        """What the model hands to its layers besides hidden states; all layers share most of it."""
+        leaves = tree_leaves(tuple(self.blocks.calls(_padded(batch, tokens))))
+        storages = {
+            leaf.untyped_storage()._cdata: leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)
+        }
+        return sum(storage.nbytes() for storage in storages.values())
+
+
+@dataclass(frozen=True)
+class _BlankSlices:
+    """Slices of a language model's head with no particular value; two of them show all that happens."""
+
+    blocks: Blocks
+
+    def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """See ``RowSlices``."""
+        width = self.blocks.hidden_size
+        rows = max(SLICE_BYTES // (width * self.blocks.dtype.itemsize), 1)
+        for place in range(2):
+            yield place * rows, torch.empty(rows, width, dtype=self.blocks.dtype)
+
+
+def _padded(batch: int, tokens: int) -> Tensor:
+    """A mask [B, T] of examples of which the first is shorter: with no padding at all, some models need no mask."""
+    mask = torch.ones(batch, tokens, dtype=torch.int64)
+    mask[0, tokens // 2 :] = 0
+    return mask

@@ -1,0 +1,129 @@
+"""Activations that a backward pass will need, kept in a file instead of in memory.
+
+What autograd saves is written as soon as it is saved, and read when it is needed: at the most the operands of one operation
+are then in memory at a time. It costs a fifth of a step's time, and is for what does not fit even one example at a time.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2CLS
+
+_ELEMENTWISE = frozenset(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
+_PIECES = 16  # in which a gradient is made
+
+
+class _Place(NamedTuple):
+    """Where a tensor is in the file, and what it is."""
+
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class Spill(torch.autograd.graph.saved_tensors_hooks):
+    """``with Spill(folder): loss = …`` and then ``loss.backward()``: in between, the file holds what backward needs.
+
+    The file has no name, so that nothing is left of it, whatever happens to the process. Parameters and masks stay in memory.
+
+    Raises:
+        OSError: the disk is full.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed with this object
+        self._end = 0
+        super().__init__(self._put, self._get)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> None:
+        self._end = 0  # what was kept for the step before has been used
+        super().__enter__()
+
+    def close(self) -> None:
+        """Give the disk back."""
+        self._file.close()
+
+    def _put(self, tensor: Tensor) -> Any:
+        if not is_spilled(tensor):
+            return tensor
+        place = _Place(self._end, tensor.shape, tensor.dtype)
+        _whole(os.pwrite, self._file.fileno(), tensor.contiguous(), place.start)
+        self._end += tensor.nbytes
+        return place
+
+    def _get(self, kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        tensor = torch.empty(kept.shape, dtype=kept.dtype)
+        _whole(lambda file, view, start: os.preadv(file, [view], start), self._file.fileno(), tensor, kept.start)
+        return tensor
+
+
+class OverwritingActivation(nn.Module):
+    """An elementwise function, such as GELU, whose backward pass writes the gradient over the input that it was given back.
+
+    Only for steps that spill: there the input was read from the file for this purpose, and nobody else has it. A feed-forward
+    layer's widest tensors are then in memory twice, and not three times.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._function = function
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The function of each element."""
+        outputs: Tensor = _Overwriting.apply(inputs, self._function)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+class _Overwriting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(inputs)
+        return function(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (inputs,) = ctx.saved_tensors
+        pieces = zip(inputs.view(-1).chunk(_PIECES), gradients[0].reshape(-1).chunk(_PIECES), strict=True)
+        for values, gradient in pieces:
+            some = values.clone().requires_grad_()
+            with torch.enable_grad():
+                outputs = ctx.function(some)
+            values.copy_(torch.autograd.grad(outputs, some, gradient)[0])
+        return inputs, None
+
+
+def overwrite_activations(layer: nn.Module) -> None:
+    """Put an ``OverwritingActivation`` in the place of each of a layer's elementwise activation functions."""
+    for path, module in list(layer.named_modules()):
+        if type(module) in _ELEMENTWISE and not list(module.parameters()):
+            layer.set_submodule(path, OverwritingActivation(module))
+
+
+def is_spilled(tensor: Tensor) -> bool:
+    """Whether a saved tensor is an activation with bytes of its own: no parameter, no mask, nothing that was broadcast."""
+    origin = tensor if tensor._base is None else tensor._base
+    return (
+        tensor.is_floating_point()
+        and tensor.dim() > 1
+        and 0 not in tensor.stride()
+        and not isinstance(origin, nn.Parameter)
+    )
+
+
+def _whole(move: Any, file: int, tensor: Tensor, start: int) -> None:
+    view = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy().data)
+    done = 0
+    while done < len(view):
+        count = move(file, view[done:], start + done)
+        if count == 0:
+            raise OSError("the file of spilled activations ended early")
+        done += count

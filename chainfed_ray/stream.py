@@ -1,0 +1,185 @@
+"""Matrices that are never in memory whole: read by row slices, used, and overwritten by the next.
+
+A frozen matrix is needed in a step's forward and again in its backward pass, each time by itself. So it is read each time
+into one of two fixed buffers, a slice at a time; while one slice is computed with, a thread fills the other buffer with the
+slice that comes next, of the same matrix or of the one that followed it last time. Weights then take two slices of memory,
+however large the model.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from chainfed_ray.weights import Checkpoint
+
+SLICE_BYTES = 4 * 2**20
+
+
+class _Piece(NamedTuple):
+    """Rows ``first`` … ``first + rows - 1`` of the matrix called ``name``."""
+
+    name: str
+    first: int
+    rows: int
+
+
+class RowSlices(Protocol):
+    """Where the slices of a matrix come from."""
+
+    def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """The first row and the rows [n, K] of each slice, from the top; each is overwritten after the next was asked for."""
+        ...
+
+
+class SliceReader:
+    """The slices of a checkpoint's matrices in ``dtype``, each of about ``slice_bytes`` or of one row if that is more.
+
+    Not to be entered twice: one matrix at a time.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, slice_bytes: int = SLICE_BYTES) -> None:
+        self._checkpoint, self._dtype, self._slice_bytes = checkpoint, dtype, slice_bytes
+        self._buffers = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
+        self._filling = 0  # the buffer that is filled next
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load-ahead")
+        self._ahead: tuple[_Piece, Future[Tensor]] | None = None
+        # Which matrix followed, by the two before: the forward pass and the backward pass are told apart by their order.
+        self._followed: dict[tuple[str, str], str] = {}
+        self._before, self._present = "", ""
+
+    def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """See ``RowSlices``. No gradient is recorded for the slices."""
+        self._followed[self._before, self._present] = name
+        self._before, self._present = self._present, name
+        pieces = self._pieces(name)
+        for place, piece in enumerate(pieces):
+            rows = self._take(piece)
+            if place + 1 < len(pieces):
+                self._load_ahead(pieces[place + 1])
+            elif successor := self._followed.get((self._before, name)):
+                self._load_ahead(self._pieces(successor)[0])
+            yield piece.first, rows
+
+    def close(self) -> None:
+        """End the thread, and let the buffers go."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._ahead = None
+        self._buffers.clear()
+
+    def _pieces(self, name: str) -> list[_Piece]:
+        count = self._checkpoint.shape(name)[0]
+        step = max(self._slice_bytes // self._checkpoint.row_bytes(name), 1)
+        return [_Piece(name, first, min(step, count - first)) for first in range(0, count, step)]
+
+    def _take(self, piece: _Piece) -> Tensor:
+        ahead, self._ahead = self._ahead, None
+        if ahead and ahead[0] == piece:
+            return ahead[1].result()
+        if ahead:
+            ahead[1].result()  # a wrong guess: its buffer is free again
+        return self._load(piece, self._next_buffer())
+
+    def _load_ahead(self, piece: _Piece) -> None:
+        self._ahead = piece, self._thread.submit(self._load, piece, self._next_buffer())
+
+    def _next_buffer(self) -> int:
+        self._filling = 1 - self._filling
+        return self._filling
+
+    def _load(self, piece: _Piece, buffer: int) -> Tensor:
+        needed = self._checkpoint.row_bytes(piece.name) * piece.rows
+        if len(self._buffers[buffer]) < needed:
+            self._buffers[buffer] = torch.empty(needed, dtype=torch.uint8)
+        return self._checkpoint.slice(piece.name, piece.first, piece.rows, self._buffers[buffer], self._dtype)
+
+
+class StreamedLinear(nn.Module):
+    """A frozen linear layer whose matrix is streamed: [..., K] → [..., N].
+
+    ``transposed`` for a matrix kept as [K, N], as GPT-2 has it; otherwise it is [N, K]. Backward gives the gradient of the
+    input alone, and needs nothing of the forward pass.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, source: RowSlices, name: str, shape: tuple[int, int], bias: bool, transposed: bool) -> None:
+        super().__init__()
+        self.source, self.name, self.transposed = source, name, transposed
+        self.outputs, self.inputs = (shape[1], shape[0]) if transposed else shape
+        meta = torch.empty(self.outputs, device="meta")
+        self.register_parameter("bias", nn.Parameter(meta, requires_grad=False) if bias else None)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        product: Tensor = _Product.apply(inputs, self)  # type: ignore[no-untyped-call]
+        return product
+
+    def by_outputs(self, flat: Tensor) -> Tensor:
+        """[M, K] → [M, N], by slices of a matrix [N, K]: each gives some columns."""
+        product = flat.new_empty(len(flat), self.outputs)
+        for first, rows in self.source.slices(self.name):
+            columns = product[:, first : first + len(rows)]
+            if self.bias is None:
+                torch.mm(flat, rows.T, out=columns)
+            else:
+                torch.addmm(self.bias[first : first + len(rows)], flat, rows.T, out=columns)
+        return product
+
+    def by_inputs(self, flat: Tensor, bias: Tensor | None) -> Tensor:
+        """[M, K] → [M, N], by slices of a matrix [K, N]: each adds its part."""
+        product: Tensor | None = None
+        for first, rows in self.source.slices(self.name):
+            columns = flat[:, first : first + len(rows)]
+            if product is None:
+                product = columns @ rows if bias is None else torch.addmm(bias, columns, rows)
+            else:
+                product.addmm_(columns, rows)
+        assert product is not None
+        return product
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, layer: StreamedLinear) -> Tensor:
+        ctx.layer = layer
+        flat = inputs.reshape(-1, layer.inputs)
+        product = layer.by_inputs(flat, layer.bias) if layer.transposed else layer.by_outputs(flat)
+        return product.view(*inputs.shape[:-1], layer.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        layer: StreamedLinear = ctx.layer
+        flat = gradient.reshape(-1, layer.outputs)
+        if layer.transposed:
+            product = flat.new_empty(len(flat), layer.inputs)
+            for first, rows in layer.source.slices(layer.name):
+                torch.mm(flat, rows.T, out=product[:, first : first + len(rows)])
+        else:
+            product = layer.by_inputs(flat, None)
+        return product.view(*gradient.shape[:-1], layer.inputs), None
+
+
+def is_streamed(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether a module is a linear layer whose matrix can be streamed."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def stream_matrices(layer: nn.Module, prefix: str, source: RowSlices, names: "SourceNames") -> None:
+    """Put a ``StreamedLinear`` in the place of every linear layer in ``layer``, whose parameters are named from ``prefix``."""
+    for path, module in list(layer.named_modules()):
+        if is_streamed(module):
+            name = names(f"{prefix}{path}.weight")
+            count, width = module.weight.shape
+            streamed = StreamedLinear(source, name, (count, width), module.bias is not None, isinstance(module, Conv1D))
+            layer.set_submodule(path, streamed)
+
+
+class SourceNames(Protocol):
+    """A checkpoint's name for a parameter."""
+
+    def __call__(self, name: str) -> str: ...

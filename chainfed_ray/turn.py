@@ -1,0 +1,97 @@
+"""A client's turn in a process: what it holds is measured, kept within the client's budget, and let go when it is over."""
+
+import gc
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.cap import MemoryCap
+from chainfed_ray.chain import Window
+from chainfed_ray.client import BaseModel, Client, Order, Profile, Profiling, Training, Update, profile, train
+from chainfed_ray.measure import PeakMemory
+from chainfed_ray.memory import Footprint, Plan, Prefix
+from chainfed_ray.stream import SLICE_BYTES
+from chainfed_ray.tokens import Examples
+
+
+def take_turn(client: Client, base: BaseModel, fetch: Callable[[], Order], capped: bool) -> Profile | Update:
+    """Carry out the order that ``fetch`` gives. What the order itself takes counts as well, so it comes within the turn.
+
+    Raises:
+        BudgetExceeded: the turn is ``capped`` and would have taken more than ``client.cap_bytes``.
+    """
+    peak = MemoryCap(client.plan.planned_bytes, client.cap_bytes) if capped else PeakMemory()
+    with peak, _one_thread():
+        result = _carry_out(client, base, fetch())
+    return replace(result, peak_bytes=peak.bytes)
+
+
+def _carry_out(client: Client, base: BaseModel, order: Order) -> Profile | Update:
+    blocks = Blocks(base.folder, base.dtype)
+    try:
+        if isinstance(order, Profiling):
+            return profile(client, blocks, base.scratch / client.name, order)
+        return train(client, blocks, base.scratch / client.name, order)
+    finally:
+        blocks.close()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The order of additions, and so the result, is then the same wherever the turn runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def warm_up(base: BaseModel) -> None:
+    """Take a turn on a few tokens: what libraries load and keep the first time is the process's, not a client's.
+
+    It is taken in the leanest way, so that getting ready needs less memory than any client.
+    """
+    with PeakMemory(), _one_thread(), tempfile.TemporaryDirectory(prefix="chainfed-") as folder:
+        _try_everything(base, Path(folder))
+        _fill_library_buffers(base.dtype)
+    # What there is now stays: the collection before each turn need not look at it again, which would take a fifth of a second.
+    gc.collect()
+    gc.freeze()
+
+
+def _try_everything(base: BaseModel, scratch: Path) -> None:
+    examples = Examples(np.ones(16, dtype=np.int32), np.array([0, 6, 16]), np.zeros(2, dtype=np.int64))
+    blocks = Blocks(base.folder, base.dtype)
+    try:
+        window = Window(0, min(1, blocks.num_layers - 1))
+        footprint = Footprint(0, 2 * SLICE_BYTES, 0, 0, 0, 0, 0, 0, 0, 0)
+        prefix = Prefix(2, "matrix", cached=True, planned_bytes=0)
+        client = Client("(all)", "(all)", examples, 0, Plan(window, 1, "matrix", True, prefix, footprint, 0), 0)
+        order = Training(
+            AdapterStack.new(window, blocks.hidden_size, 1, 2, seed=0).tensors(),
+            window,
+            epochs=1,
+            batch_size=2,
+            learning_rate=0,
+            head_learning_rate=0,
+            global_weight=0,
+            global_trains="window",
+            seed=0,
+        )
+        train(client, blocks, scratch, order)
+    finally:
+        blocks.close()
+
+
+def _fill_library_buffers(dtype: torch.dtype) -> None:
+    """Libraries that multiply matrices keep the buffers into which they pack them; large ones need no more than this."""
+    few, many = torch.ones(512, 1024, dtype=dtype), torch.ones(4096, 1024, dtype=dtype)
+    (few @ many.T) @ many
