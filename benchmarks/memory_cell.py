@@ -162,7 +162,7 @@ def _facts(shape: Shape, base: BaseModel, memory: int) -> tuple[Costs, Task, Mea
         costs = costs_of(blocks, _BOTTLENECK, None if shape.language_model else _CLASSES)
     finally:
         blocks.close()
-    task = Task(start=0, batch_size=shape.batch, epochs=1, looks_ahead=True, trains_above=False)
+    task = Task(start=0, batch_size=shape.batch, epochs=1, looks_ahead=True, trains_above=False, profiles=False)
     means = Means(memory, shape.tokens, cached=True, spill=None, batch=shape.batch, one_step=False)
     return costs, task, means
 
@@ -178,7 +178,7 @@ def _step(
     def order() -> Training:
         classes = None if shape.language_model else _CLASSES
         return Training(
-            AdapterStack.new(range(layers), hidden, _BOTTLENECK, classes, seed=0).tensors(),
+            AdapterStack.new(range(layers), hidden, _BOTTLENECK, classes, seed=0).state_dict(),
             window,
             epochs=epochs,
             batch_size=shape.batch,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel
 
 from chainfed_ray.errors import UnsupportedModel
@@ -40,7 +41,7 @@ class Blocks:
         self._name, self.dtype = str(folder), dtype
         self._checkpoint = Checkpoint(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
+        with torch.device("meta"), _LiteralsAreReal():
             model = AutoModel.from_config(config, dtype=dtype).eval().requires_grad_(False)
         self._model: Any = model
         self.layers_path = find_layers(model, self._name)
@@ -162,8 +163,9 @@ class Blocks:
 
     @property
     def _kept_dtype(self) -> torch.dtype:
+        index = next(index for index, layer in enumerate(self._meta_layers) if layer is self.largest_layer)
         name = next(name for name, _ in self.largest_layer.named_parameters())
-        return self._checkpoint.dtype(self._source(f"{self.layers_path}.0.{name}"))
+        return self._checkpoint.dtype(self._source(f"{self.layers_path}.{index}.{name}"))
 
     @property
     def _kept_itemsize(self) -> int:
@@ -202,9 +204,9 @@ class Blocks:
         return (output,) if self._in_tuple else output
 
     def _replace_table(self, name: str, table: nn.Embedding) -> "_RowTable":
-        rows = _RowTable(self._checkpoint, self._source(f"{name}.weight"), table.embedding_dim, self.dtype)
-        self._model.set_submodule(name, rows)
-        return rows
+        _RowTable.take_over(table, self._checkpoint, self._source(f"{name}.weight"))
+        assert isinstance(table, _RowTable)
+        return table
 
     def _materialise_trunk(self, config: Any) -> None:
         """Give real values to what is neither a layer nor a table; what the checkpoint lacks stays without memory.
@@ -215,7 +217,7 @@ class Blocks:
         for name, module in list(self._model.named_modules()):
             if isinstance(module, _Recorder | _RowTable) or name.startswith(f"{self.layers_path}."):
                 continue
-            buffers = dict(module.named_buffers(recurse=False))
+            buffers = {key: value for key, value in module.named_buffers(recurse=False) if value.is_meta}
             if buffers and not list(module.parameters(recurse=False)) and not list(module.children()):
                 self._model.set_submodule(name, type(module)(config).eval())
                 continue
@@ -267,6 +269,16 @@ def find_layers(model: Any, name: str) -> str:
     return min(found, key=lambda path: path.count("."))
 
 
+class _LiteralsAreReal(TorchFunctionMode):
+    """While a model is built without memory: numbers that its code writes down, such as a scale, are kept all the same."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if function is torch.tensor:
+            options.setdefault("device", "cpu")
+        return function(*args, **options)
+
+
 class _LastLayerReached(Exception):
     """Stops the model's forward: nothing after the layers is needed."""
 
@@ -304,20 +316,32 @@ def _to_meta(value: Any) -> Any:
     return {key: _to_meta(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-class _RowTable(nn.Module):
-    """An embedding table [V, D] of which only the rows in use are read; zeros that take no memory while not ``reads``."""
+class _RowTable(nn.Embedding):
+    """An embedding table [V, D] of which only the rows in use are read; zeros that take no memory while not ``reads``.
 
-    def __init__(self, checkpoint: Checkpoint, name: str, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._checkpoint, self._name, self._width, self._dtype = checkpoint, name, width, dtype
-        self.reads = True
+    A table becomes one by a change of its class, behind its own: families that look rows up in their own way, with an offset
+    or a scale, go on to do so.
+    """
 
-    def forward(self, ids: Tensor) -> Tensor:
+    _checkpoint: Checkpoint
+    _source: str
+    reads: bool
+
+    @classmethod
+    def take_over(cls, table: nn.Embedding, checkpoint: Checkpoint, source: str) -> None:
+        """Make ``table`` read its rows from the tensor called ``source``."""
+        own = type(table)
+        table.__class__ = type(own.__name__, (cls,) if own is nn.Embedding else (own, cls), {})
+        for name, value in (("_checkpoint", checkpoint), ("_source", source), ("reads", True)):
+            object.__setattr__(table, name, value)
+
+    def forward(self, input: Tensor) -> Tensor:
         """Ids of any shape → rows [..., D]."""
+        dtype = self.weight.dtype
         if not self.reads:
-            return torch.zeros((), dtype=self._dtype).expand(*ids.shape, self._width)
-        unique, places = ids.unique(return_inverse=True)
-        return self._checkpoint.rows(self._name, unique, self._dtype)[places]
+            return torch.zeros((), dtype=dtype).expand(*input.shape, self.embedding_dim)
+        unique, places = input.unique(return_inverse=True)
+        return self._checkpoint.rows(self._source, unique, dtype)[places]
 
 
 def _numbers(module: nn.Module) -> int:

@@ -4,6 +4,7 @@ Linux counts what a process may write to and shares with nobody (``VmData``); ``
 allocation fails, as if the machine had no more memory: the turn ends, its memory is given back, and the bound is lifted.
 """
 
+import errno
 import resource
 from contextvars import ContextVar
 from types import TracebackType
@@ -59,6 +60,6 @@ class MemoryCap(PeakMemory):
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

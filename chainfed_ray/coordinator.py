@@ -144,7 +144,11 @@ class Coordinator:
 
     def _profile(self) -> tuple[tuple[float, ...], tuple[Lost, ...]]:
         """Every client's CKA profile, averaged by example count, in client order; and the turns that were lost."""
-        able = [client for client in self._job.clients if len(client.examples) >= FEWEST and client.plan.prefix.cached]
+        able = [
+            replace(client, cap_bytes=client.plan.prefix.profile_bytes)
+            for client in self._job.clients
+            if len(client.examples) >= FEWEST and client.plan.prefix.cached
+        ]
         order = Profiling(self._spec.chain.profile_examples, derive(self._spec.seed, "profile"))
         outcomes = list(self._in_order(self._pool.run(able, order, self._spec.rounds.deadline), len(able)))
         profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
@@ -262,9 +266,15 @@ class Coordinator:
         return [record for record in history if record.stage == step.stage and record.counted]
 
     def _sample(self, index: int, history: Sequence[Round]) -> list[Candidate]:
-        """The clients of a round, drawn without replacement, in the order of the fleet; without those left out meanwhile."""
-        left_out = {lost.client for record in history for lost in record.lost if lost.over_budget}
+        """The clients of a round, drawn without replacement, in the order of the fleet; without those left out meanwhile.
+
+        Raises:
+            QuorumLost: too few are left.
+        """
+        left_out = {lost.client: lost.reason for record in history for lost in record.lost if lost.over_budget}
         able = [candidate for candidate, _ in self._job.admitted if candidate.name not in left_out]
+        if len(able) < self._spec.quorum:
+            raise QuorumLost(f"round {index + 1}", self._spec.quorum, left_out)
         count = min(self._spec.rounds.clients, len(able))
         generator = np.random.default_rng(derive(self._spec.seed, "sample", index))
         return [able[place] for place in sorted(generator.choice(len(able), count, replace=False).tolist())]

@@ -22,7 +22,7 @@ _FLOAT32 = 4
 # As they were measured: a module of a model without weights, as Python keeps it; and oneDNN's programs, which products of
 # bfloat16 matrices are compiled into.
 _MODULE = 9 * 2**10
-_COMPILED = 6 * 2**20
+_COMPILED = 2**20
 
 
 def costs_of(blocks: Blocks, bottleneck: int, classes: int | None) -> Costs:
@@ -47,7 +47,8 @@ def costs_of(blocks: Blocks, bottleneck: int, classes: int | None) -> Costs:
         itemsize=blocks.dtype.itemsize,
         layer=blocks.layer_bytes,
         unstreamed=blocks.unstreamed_bytes,
-        slices=2 * max(SLICE_BYTES, blocks.longest_row_bytes),
+        # oneDNN packs a slice of bfloat16 numbers into a third buffer.
+        slices=(3 if blocks.dtype == torch.bfloat16 else 2) * max(SLICE_BYTES, blocks.longest_row_bytes),
         conversion=blocks.conversion_bytes,
         skeleton=blocks.modules * _MODULE + (_COMPILED if blocks.dtype == torch.bfloat16 else 0),
         call=polynomial_of(parts.call_bytes),

@@ -19,7 +19,7 @@ from chainfed_ray.chain import Window
 Grain = Literal["layer", "matrix"]
 
 # What arithmetic cannot know, as it was measured: what libraries allocate on the side, and what the interpreter keeps.
-_RUNTIME = 7 * 2**20
+_RUNTIME = 6 * 2**20
 PREFIX_BATCH = 8  # examples that enter the prefix cache together
 _ADAM_STATES = 2
 _FLOAT64 = 8
@@ -140,6 +140,7 @@ class Task:
     epochs: int  # of a turn
     looks_ahead: bool  # a global branch through the stand-ins above the window
     trains_above: bool  # … which are trained as well
+    profiles: bool  # where the chain starts is found by the clients' CKA profiles
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ class Prefix:
     grain: Grain
     cached: bool
     planned_bytes: int
+    profile_bytes: int  # of a turn that profiles the layers; 0 where none does
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def lacking(costs: Costs, task: Task, stage: Window, means: Means) -> int:
     prefix = _prefix(costs, task, means, 1, "matrix")
     top = Window(stage.top, stage.top)
     ways = (_plan(costs, task, top, 1, "matrix", spilled, prefix, means) for spilled in (False, True))
-    return min(way.planned_bytes for way in ways if _has_room(way, means)) - means.memory
+    return min(max(way.planned_bytes, prefix.profile_bytes) for way in ways if _has_room(way, means)) - means.memory
 
 
 def cache_bytes(costs: Costs, tokens: int) -> int:
@@ -217,7 +219,7 @@ def plan_prefix(costs: Costs, task: Task, means: Means) -> Prefix | None:
     for grain in _GRAINS:
         for batch in _halvings(min(PREFIX_BATCH, means.batch)):
             made = _prefix(costs, task, means, batch, grain)
-            if made.planned_bytes <= means.memory:
+            if max(made.planned_bytes, made.profile_bytes) <= means.memory:
                 return made
     return None
 
@@ -324,13 +326,15 @@ def _prefix(costs: Costs, task: Task, means: Means, batch: int, grain: Grain) ->
     if not means.cached:
         batch = 1  # what is made for each step is made example by example: the same bits, whichever batch asks for it
     states = batch * means.longest * costs.hidden
-    # Layer by layer, with the next one loaded ahead; embeddings and a profile's means are there when no layer is.
+    # Layer by layer, with the next one loaded ahead; the embeddings are made when there is a layer already.
     weights = 2 * costs.layer + costs.conversion if grain == "layer" else costs.unstreamed + costs.slices
     running = max(part.forward_at(batch, means.longest) for part in (costs.advance, costs.advance_adapter))
-    embedding = states * (_EMBEDDING_STATES * costs.itemsize + _POOLING_STATES * _FLOAT64)
-    activations = max(weights + running + costs.call.at(batch, means.longest), embedding)
-    needed = activations + _held(costs, task)
-    return Prefix(batch, grain, means.cached, needed)
+    embedding = states * _EMBEDDING_STATES * costs.itemsize
+    needed = weights + max(running + costs.call.at(batch, means.longest), embedding) + _held(costs, task)
+    # A profile's means of the tokens are taken when no layer is there.
+    pooling = states * (costs.itemsize + _POOLING_STATES * _FLOAT64)
+    profile = max(needed, pooling + _held(costs, task)) if task.profiles else 0
+    return Prefix(batch, grain, means.cached, needed, profile)
 
 
 def _has_room(made: Plan, means: Means) -> bool:

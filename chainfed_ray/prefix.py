@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class PrefixRunner:
             hidden, calls = self.blocks.embed(batch.ids, batch.mask)
         else:
             hidden, calls = below, self.blocks.calls(batch.mask)
+            del below  # nobody else has it: it may go as soon as the adapter is through with it
             if index - 1 in stack.layers:
                 hidden = stack.adapter(index - 1)(hidden)
         return self.blocks.run(layer, hidden, calls[index])
@@ -111,6 +112,7 @@ class PrefixCache:
             have -= 1
         for index, module in self._runner.layers(range(have + 1, layer + 1)):
             self._write(index, module, stack)
+            del module  # before the next but one is loaded
             self._forget_all_but({index, keep, min(stack.layers, default=index)}, stack)
         return CachedActivations(self._path(layer, stack), self._runner.blocks, self._examples)
 
@@ -129,12 +131,18 @@ class PrefixCache:
         aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
         with aside.open("wb") as file:
             for indices in examples.by_length(self._runner.batch):
-                source = below.batch(indices) if below else None
-                hidden = self._runner.run(layer, module, stack, examples, indices, source)
-                for index, row in zip(indices.tolist(), hidden, strict=True):
-                    file.seek(int(examples.offsets[index]) * self._row_bytes)
-                    file.write(row[: examples.lengths[index]].contiguous().view(torch.uint8).numpy())
+                # Without a name for either, each is gone when the next one is made.
+                self._store(
+                    file,
+                    indices,
+                    self._runner.run(layer, module, stack, examples, indices, below.batch(indices) if below else None),
+                )
         aside.replace(path)
+
+    def _store(self, file: BinaryIO, indices: np.ndarray, hidden: Tensor) -> None:
+        for index, row in zip(indices.tolist(), hidden, strict=True):
+            file.seek(int(self._examples.offsets[index]) * self._row_bytes)
+            file.write(row[: self._examples.lengths[index]].contiguous().view(torch.uint8).numpy())
 
     def _forget_all_but(self, layers: set[int | None], stack: AdapterStack) -> None:
         kept = {self._path(layer, stack) for layer in layers if layer is not None}
@@ -179,8 +187,10 @@ class RecomputedActivations:
         states: dict[int, Tensor] = {}
         for layer, module in self.runner.layers(range(self.layer + 1)):
             for index in indices.tolist():
-                below = states.get(index)
-                states[index] = self.runner.run(layer, module, self.stack, self.examples, np.array([index]), below)
+                states[index] = self.runner.run(
+                    layer, module, self.stack, self.examples, np.array([index]), states.pop(index, None)
+                )
+            del module  # before the next but one is loaded
         lengths = self.examples.lengths[indices]
         width, dtype = self.runner.blocks.hidden_size, self.runner.blocks.dtype
         hidden = torch.zeros(len(indices), int(lengths.max()), width, dtype=dtype)

@@ -36,9 +36,10 @@ class RowSlices(Protocol):
 
 
 class SliceReader:
-    """The slices of a checkpoint's matrices in ``dtype``, each of about ``slice_bytes`` or of one row if that is more.
+    """The slices of a checkpoint's matrices in ``dtype``, each of at most ``slice_bytes``, or of one row if that is more.
 
-    Not to be entered twice: one matrix at a time.
+    Where they are kept in another dtype, those bytes are for a slice as it is kept and as it is used. Not to be entered
+    twice: one matrix at a time.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, slice_bytes: int = SLICE_BYTES) -> None:
@@ -72,7 +73,7 @@ class SliceReader:
 
     def _pieces(self, name: str) -> list[_Piece]:
         count = self._checkpoint.shape(name)[0]
-        step = max(self._slice_bytes // self._checkpoint.row_bytes(name), 1)
+        step = max(self._slice_bytes // sum(self._row_bytes(name)), 1)
         return [_Piece(name, first, min(step, count - first)) for first in range(0, count, step)]
 
     def _take(self, piece: _Piece) -> Tensor:
@@ -91,10 +92,24 @@ class SliceReader:
         return self._filling
 
     def _load(self, piece: _Piece, buffer: int) -> Tensor:
-        needed = self._checkpoint.row_bytes(piece.name) * piece.rows
+        used, kept = (piece.rows * size for size in self._row_bytes(piece.name))
+        room, kept_dtype = self._room(buffer, used + kept), self._checkpoint.dtype(piece.name)
+        if not kept:
+            return self._checkpoint.slice(piece.name, piece.first, piece.rows, room, kept_dtype)
+        # The wider elements come first: so the others begin at a multiple of theirs.
+        rows, source = (room[:used], room[used:]) if used > kept else (room[kept:], room[:kept])
+        whole = self._checkpoint.slice(piece.name, piece.first, piece.rows, source, kept_dtype)
+        return rows.view(self._dtype).view(whole.shape).copy_(whole)
+
+    def _row_bytes(self, name: str) -> tuple[int, int]:
+        """Bytes of a matrix's row as it is used, and as it is kept if that is in another dtype."""
+        kept, dtype = self._checkpoint.row_bytes(name), self._checkpoint.dtype(name)
+        return (kept, 0) if dtype == self._dtype else (kept // dtype.itemsize * self._dtype.itemsize, kept)
+
+    def _room(self, buffer: int, needed: int) -> Tensor:
         if len(self._buffers[buffer]) < needed:
-            self._buffers[buffer] = torch.empty(needed, dtype=torch.uint8)
-        return self._checkpoint.slice(piece.name, piece.first, piece.rows, self._buffers[buffer], self._dtype)
+            self._buffers[buffer] = torch.empty(max(needed, self._slice_bytes), dtype=torch.uint8)
+        return self._buffers[buffer][:needed]
 
 
 class StreamedLinear(nn.Module):
@@ -118,50 +133,44 @@ class StreamedLinear(nn.Module):
         product: Tensor = _Product.apply(inputs, self)  # type: ignore[no-untyped-call]
         return product
 
-    def by_outputs(self, flat: Tensor) -> Tensor:
-        """[M, K] → [M, N], by slices of a matrix [N, K]: each gives some columns."""
-        product = flat.new_empty(len(flat), self.outputs)
-        for first, rows in self.source.slices(self.name):
-            columns = product[:, first : first + len(rows)]
-            if self.bias is None:
-                torch.mm(flat, rows.T, out=columns)
-            else:
-                torch.addmm(self.bias[first : first + len(rows)], flat, rows.T, out=columns)
-        return product
-
-    def by_inputs(self, flat: Tensor, bias: Tensor | None) -> Tensor:
-        """[M, K] → [M, N], by slices of a matrix [K, N]: each adds its part."""
-        product: Tensor | None = None
+    def multiply(self, flat: Tensor, product: Tensor, backward: bool) -> None:
+        """``product`` [M, N] = ``flat`` [M, K] · matrixᵀ + bias or, ``backward``, [M, K] = [M, N] · matrix."""
+        # Rows of the matrix are columns of what it is multiplied with, or columns of the product.
+        if self.transposed == backward:
+            for first, rows in self.source.slices(self.name):
+                columns = product[:, first : first + len(rows)]
+                if backward or self.bias is None:
+                    torch.mm(flat, rows.T, out=columns)
+                else:
+                    torch.addmm(self.bias[first : first + len(rows)], flat, rows.T, out=columns)
+            return
         for first, rows in self.source.slices(self.name):
             columns = flat[:, first : first + len(rows)]
-            if product is None:
-                product = columns @ rows if bias is None else torch.addmm(bias, columns, rows)
-            else:
+            if first > 0:
                 product.addmm_(columns, rows)
-        assert product is not None
-        return product
+            elif backward or self.bias is None:
+                torch.mm(columns, rows, out=product)
+            else:
+                torch.addmm(self.bias, columns, rows, out=product)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, layer: StreamedLinear) -> Tensor:
         ctx.layer = layer
-        flat = inputs.reshape(-1, layer.inputs)
-        product = layer.by_inputs(flat, layer.bias) if layer.transposed else layer.by_outputs(flat)
-        return product.view(*inputs.shape[:-1], layer.outputs)
+        return _multiplied(layer, inputs, layer.inputs, layer.outputs, backward=False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
         layer: StreamedLinear = ctx.layer
-        flat = gradient.reshape(-1, layer.outputs)
-        if layer.transposed:
-            product = flat.new_empty(len(flat), layer.inputs)
-            for first, rows in layer.source.slices(layer.name):
-                torch.mm(flat, rows.T, out=product[:, first : first + len(rows)])
-        else:
-            product = layer.by_inputs(flat, None)
-        return product.view(*gradient.shape[:-1], layer.inputs), None
+        return _multiplied(layer, gradients[0], layer.outputs, layer.inputs, backward=True), None
+
+
+def _multiplied(layer: StreamedLinear, given: Tensor, width: int, wanted: int, backward: bool) -> Tensor:
+    """[..., ``width``] → [..., ``wanted``]. The result is no view, since the base model may change it in place."""
+    result = given.new_empty(*given.shape[:-1], wanted)
+    layer.multiply(given.reshape(-1, width), result.view(-1, wanted), backward)
+    return result
 
 
 def is_streamed(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:

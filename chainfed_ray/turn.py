@@ -73,7 +73,7 @@ def _try_everything(base: BaseModel, scratch: Path) -> None:
     try:
         window = Window(0, min(1, blocks.num_layers - 1))
         footprint = Footprint(0, 2 * SLICE_BYTES, 0, 0, 0, 0, 0, 0, 0, 0)
-        prefix = Prefix(2, "matrix", cached=True, planned_bytes=0)
+        prefix = Prefix(2, "matrix", cached=True, planned_bytes=0, profile_bytes=0)
         client = Client("(all)", "(all)", examples, 0, Plan(window, 1, "matrix", True, prefix, footprint, 0), 0)
         order = Training(
             AdapterStack.new(window, blocks.hidden_size, 1, 2, seed=0).tensors(),

@@ -1,0 +1,105 @@
+"""A process that takes turns of many shapes, each under the cap of its plan: ``python -m tests.measured FOLDER FAMILY``.
+
+It prints a JSON object for each: the shape, the bytes planned and the bytes measured.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModel
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.admission import Candidate, Planner
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.chain import Window
+from chainfed_ray.client import BaseModel, Training, Update
+from chainfed_ray.costs import costs_of
+from chainfed_ray.job import as_client
+from chainfed_ray.memory import Task
+from chainfed_ray.tokens import Examples
+from chainfed_ray.turn import take_turn, warm_up
+
+MIB = 2**20
+_SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 4,
+    "vocab_size": 1000,
+}
+_OTHERWISE = {
+    "distilbert": {"dim": 512, "hidden_dim": 2048, "n_heads": 8, "n_layers": 4, "vocab_size": 1000},
+    "gpt2": {"n_embd": 512, "n_head": 8, "n_layer": 4, "vocab_size": 1000, "bos_token_id": 1, "eos_token_id": 2},
+}
+_GRID = (  # examples of a batch, tokens, Q, budget
+    (16, 128, 2, 1024 * MIB),
+    (16, 128, 2, 96 * MIB),
+    (16, 128, 3, 64 * MIB),
+    (8, 256, 1, 1024 * MIB),
+    (8, 256, 3, 1024 * MIB),
+    (2, 384, 2, 80 * MIB),
+)
+
+
+def main(folder: Path, family: str) -> None:
+    """Measure the grid for one family and dtype."""
+    dtype = torch.bfloat16 if family.endswith("-bf16") else torch.float32
+    name = family.removesuffix("-bf16")
+    sizes = _OTHERWISE.get(name, _SIZES | ({"num_key_value_heads": 4} if name not in ("bert", "roberta") else {}))
+    config = AutoConfig.for_model(name, pad_token_id=0, **sizes)
+    AutoModel.from_config(config, dtype=dtype).save_pretrained(folder / "model")
+    base = BaseModel(folder / "model", dtype, folder / "scratch")
+    warm_up(base)
+    for batch, tokens, width, budget in _GRID:
+        print(json.dumps(measure(base, batch, tokens, width, budget)), flush=True)
+
+
+def measure(base: BaseModel, batch: int, tokens: int, width: int, budget: int) -> dict[str, object]:
+    """One turn of two steps, of the second window: two layers below it are run."""
+    blocks = Blocks(base.folder, base.dtype)
+    costs, hidden, layers = costs_of(blocks, bottleneck=64, classes=8), blocks.hidden_size, blocks.num_layers
+    blocks.close()
+    generator = np.random.default_rng(0)
+    ids = generator.integers(3, 1000, 2 * batch * tokens).astype(np.int32)
+    examples = Examples(ids, np.arange(2 * batch + 1) * tokens, generator.integers(0, 8, 2 * batch))
+    planner = Planner(
+        costs, Task(start=0, batch_size=batch, epochs=1, looks_ahead=True, trains_above=False, profiles=False)
+    )
+    candidate = Candidate(f"{batch}-{tokens}-{width}-{budget}", "any", examples, budget, None)
+    stage = Window(1, width)
+    plan = planner.plan(candidate, stage)
+    assert plan is not None
+    order = Training(
+        AdapterStack.new(range(layers), hidden, 64, 8, seed=0).tensors(),
+        stage,
+        epochs=1,
+        batch_size=batch,
+        learning_rate=1e-3,
+        head_learning_rate=1e-3,
+        global_weight=0.1,
+        global_trains="head",
+        seed=0,
+    )
+    stored = {name: tensor.numpy() for name, tensor in order.tensors.items()}
+    order.tensors.clear()
+
+    def fetch() -> Training:
+        order.tensors.update({name: torch.from_numpy(array.copy()) for name, array in stored.items()})
+        return order
+
+    update = take_turn(as_client(candidate, plan, plan.planned_bytes), base, fetch, capped=True)
+    assert isinstance(update, Update)
+    assert update.peak_bytes is not None
+    return {
+        "shape": [batch, tokens, width, budget // MIB],
+        "way": [len(plan.window), plan.micro_batch, plan.grain, plan.spilled, plan.prefix.batch, plan.prefix.grain],
+        "planned": plan.planned_bytes,
+        "measured": update.peak_bytes,
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
