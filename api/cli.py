@@ -4,6 +4,7 @@ Progress goes to standard error; what was asked for to standard output, as words
 """
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,28 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
     plots = draw(folder / "plots", opening, rounds, ending, spec.chain.cka_threshold)
     made = f"The model is in {folder / 'model'}, {len(plots)} plots are in {folder / 'plots'}."
     _answer(as_json, result.model_dump(mode="json"), results(spec, opening, rounds, ending), made)
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    picture: Annotated[Path | None, typer.Option(help="a PNG file for each class's memory, part by part")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a job would be like, without training it: who can join, bytes, about how long, what changes would buy."""
+    from api.forecast_picture import png
+    from api.forecast_table import forecast_table
+    from chainfed_ray.dry_run import dry_run
+
+    spec = _spec(job)
+    _progress.print(f"Reading the data of {spec.name}, planning its clients and timing a few steps.")
+    with _if_interrupted("Interrupted."):
+        found = dry_run(spec, at_once=min(Settings.client_slots, os.cpu_count() or 1))  # a turn takes one core
+    words: list[RenderableType] = [forecast_table(found)]
+    if picture:
+        picture.write_bytes(png(found))
+        words.append(f"The picture is in {picture}.")
+    _answer(as_json, found.model_dump(mode="json"), *words)
 
 
 @app.command()

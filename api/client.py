@@ -53,6 +53,14 @@ class ServiceClient:
         """
         return self._ask("POST", "/v1/jobs", json=document)
 
+    def plan(self, document: Document) -> Document:
+        """The dry run of a job.
+
+        Raises:
+            InvalidJob: it cannot run with any clients.
+        """
+        return self._ask("POST", "/v1/plan", json=document)
+
     def jobs(self, limit: int = 50) -> list[Document]:
         """The newest jobs."""
         jobs: list[Document] = self._ask("GET", "/v1/jobs", params={"limit": limit})["jobs"]

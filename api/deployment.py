@@ -11,9 +11,11 @@ from ray.serve.handle import DeploymentHandle
 from api.app import create_app
 from api.inference import Inference
 from api.service import Service
+from chainfed_ray.config import JobSpec
+from chainfed_ray.forecast import Forecast
 from cluster.coordinators import ensure_controller
 from cluster.job_store import JobRecord, JobStore
-from cluster.preflight import check
+from cluster.preflight import check, plan
 from cluster.storage import Settings
 
 
@@ -29,7 +31,10 @@ class Api:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         parts = {"database": self._database, "controller": self._controller, "inference": self._inference_alive}
-        return create_app(Service(self._store, check, self._classify, parts))
+        return create_app(Service(self._store, check, self._plan, self._classify, parts))
+
+    async def _plan(self, spec: JobSpec) -> Forecast:
+        return await plan(spec, self._settings.client_slots)
 
     async def _classify(self, job: JobRecord, texts: list[str]) -> list[list[float]]:
         model = job.spec["model"]

@@ -1,14 +1,41 @@
 """A job's records, added up by class of clients: what displays, tables and plots have in common."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from chainfed_ray.records import Opening, Round
+from chainfed_ray.memory import Grain
+from chainfed_ray.records import Admitted, Opening, Round, Turn
+
+_NAME_LENGTH = 14
+
+
+class Way(NamedTuple):
+    """How a turn is taken: the adapters trained together, the examples at a time, what is loaded at once, and the spill."""
+
+    window: int
+    micro_batch: int
+    grain: Grain
+    spilled: bool
+
+    @classmethod
+    def planned(cls, client: Admitted) -> "Way":
+        """As it is planned for the first stage."""
+        return cls(client.window, client.micro_batch, client.grain, client.spilled)
+
+    @classmethod
+    def taken(cls, record: Round, turn: Turn) -> "Way":
+        """As it was, in a round."""
+        return cls(record.top - turn.bottom + 1, turn.micro_batch, turn.grain, turn.spilled)
 
 
 @dataclass
 class FleetClass:
-    """One class; bytes are a client's, the planned and measured ones the most of any client's."""
+    """One class; bytes are a client's, the planned and measured ones the most of any client's.
+
+    ``again`` are turns that exceeded their plan and were taken again. ``ways`` are those of the turns, before the first
+    round those that are planned.
+    """
 
     name: str
     budget: int
@@ -18,8 +45,10 @@ class FleetClass:
     planned: int = 0
     peak: int | None = None
     turns: int = 0
+    again: int = 0
     lost: int = 0
     sent: int = 0
+    ways: set[Way] = field(default_factory=set)
 
 
 def by_class(opening: Opening, rounds: Sequence[Round]) -> list[FleetClass]:
@@ -37,9 +66,43 @@ def by_class(opening: Opening, rounds: Sequence[Round]) -> list[FleetClass]:
         for turn in record.turns:
             fleet = classes[turn.client_class]
             fleet.turns += 1
+            fleet.again += turn.exceeded is not None
             fleet.sent += turn.sent_bytes
+            fleet.planned = max(fleet.planned, turn.planned_bytes)
+            fleet.ways.add(Way.taken(record, turn))
             if turn.peak_bytes is not None:
                 fleet.peak = max(turn.peak_bytes, fleet.peak or 0)
         for lost in record.lost:
             classes[lost.client_class].lost += 1
+    for admitted in opening.admitted:
+        fleet = classes[admitted.client_class]
+        if not fleet.turns:
+            fleet.ways.add(Way.planned(admitted))
     return sorted(classes.values(), key=lambda fleet: (fleet.budget, fleet.name))
+
+
+def in_words(ways: Collection[Way]) -> str:
+    """``windows of 1–2, 4 examples at a time, matrices streamed``: what turns have in common, and what some of them do."""
+    examples = span(way.micro_batch for way in ways)
+    words = [
+        f"windows of {span(way.window for way in ways)}",
+        f"{examples} example{'' if examples == '1' else 's'} at a time",
+    ]
+    for said, those in (
+        ("matrices streamed", [way.grain == "matrix" for way in ways]),
+        ("activations on disk", [way.spilled for way in ways]),
+    ):
+        if any(those):
+            words.append(said if all(those) else f"{said} in some")
+    return ", ".join(words)
+
+
+def span(numbers: Iterable[int]) -> str:
+    """``4``, or ``4–16``: from the least to the most."""
+    present = sorted(set(numbers))
+    return str(present[0]) if len(present) == 1 else f"{present[0]}–{present[-1]}"
+
+
+def short(name: str) -> str:
+    """A name as far as a column or an axis has room for it."""
+    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"

@@ -1,43 +1,29 @@
 """Routes of jobs: submit, list, look at, cancel."""
 
-import json
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
+from api.job_file import BODY, JobFile
 from api.schemas import Job, JobPage, JobStatus, JobSummary, Progress
 from api.service import WithService
-from chainfed_ray.config import JobSpec
-from chainfed_ray.errors import InvalidJob, JobConflict
+from chainfed_ray.errors import JobConflict
 from chainfed_ray.records import Opening, Round
 from cluster.job_store import JobRecord, JobStore
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "description": "The job file, as JSON or as YAML.",
-        "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}},
-            "application/yaml": {"schema": {"type": "string"}},
-        },
-    }
-}
-_YAML = ("application/yaml", "application/x-yaml", "text/yaml")
 IdempotencyKey = Annotated[
     str | None, Header(max_length=200, description="the same key again gives the same job, so that a retry is safe")
 ]
 
 
-@router.post("", status_code=201, openapi_extra=_BODY)
+@router.post("", status_code=201, openapi_extra=BODY)
 async def submit(
-    request: Request, response: Response, service: WithService, idempotency_key: IdempotencyKey = None
+    spec: JobFile, response: Response, service: WithService, idempotency_key: IdempotencyKey = None
 ) -> Job:
     """Check a job and queue it. What cannot run is refused here, with the path of each field that is wrong."""
-    spec = _parse(await request.body(), request.headers.get("content-type", ""))
     await service.check(spec)
     record = await run_in_threadpool(service.store.submit, spec, idempotency_key)
     response.headers["Location"] = f"/v1/jobs/{record.id}"
@@ -85,31 +71,3 @@ def _full(store: JobStore, record: JobRecord) -> Job:
         return Job.full(record, None)
     progress = Progress.of(Opening.model_validate(opening.data), Round.model_validate(newest.data) if newest else None)
     return Job.full(record, progress)
-
-
-def _parse(body: bytes, content_type: str) -> JobSpec:
-    try:
-        text = body.decode()
-    except UnicodeDecodeError:
-        raise HTTPException(400, "the body is not UTF-8") from None
-    media_type = content_type.partition(";")[0].strip().lower()
-    if media_type in _YAML:
-        return JobSpec.from_yaml(text)
-    if media_type != "application/json":  # what a page of another site could send without asking first
-        raise HTTPException(
-            415, f"the body is {content_type or 'of no type'}; send application/json or application/yaml"
-        )
-    try:
-        document: Any = json.loads(text, object_pairs_hook=_without_repeats)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise HTTPException(400, f"the body is not JSON: {error}") from None
-    return JobSpec.parse(document)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise InvalidJob.at(repeated, document[repeated], "a key that is given once")
-    return document

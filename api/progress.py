@@ -12,10 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from api.fleet import by_class
+from api.fleet import Way, by_class, in_words, span
 from chainfed_ray.config import JobSpec
 from chainfed_ray.quantities import format_bytes, format_seconds
-from chainfed_ray.records import Ending, Lost, Opening, Round
+from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round
 
 _RECENT = 5
 _REASONS = 3
@@ -62,6 +62,7 @@ class Progress:
                     f"  {fleet.name} ({fleet.left_out}): {format_bytes(fleet.budget)} a client, "
                     f"{format_bytes(fleet.lacking)} too little for any window"
                 )
+        self._say_leaner(opening)
         if opening.similarities:
             self.say(
                 "How like the embeddings each layer's output is (CKA; 1 is the same), on average over the clients:"
@@ -72,18 +73,34 @@ class Progress:
             self.say(f"The chain starts at layer {opening.start_layer}, the first below {threshold:g}.")
         else:
             self.say(f"The chain starts at layer {opening.start_layer}, as the job asks.")
-        width = opening.layers - opening.start_layer - opening.stages + 1
+        if opening.window < (asked := self._spec.chain.window):
+            self.say(f"No client's budget holds windows of {asked} layers, as the job asks.")
         self.say(
-            f"Its windows of {width} layers go up to layer {opening.layers - 1}: {opening.stages} stages, "
-            f"{opening.total_rounds} rounds at most."
+            f"Its windows of {opening.window} layer{'s' if opening.window > 1 else ''} go up to layer "
+            f"{opening.layers - 1}: {opening.stages} stages, {opening.total_rounds} rounds at most."
         )
         self._draw()
+
+    def _say_leaner(self, opening: Opening) -> None:
+        """Which clients do not train the whole window at once, with whole layers and batches, because it would not fit."""
+        leaner: dict[str, list[Admitted]] = {}
+        for client in opening.admitted:
+            whole = min(self._spec.rounds.batch_size, client.examples)
+            if Way.planned(client) != (opening.window, whole, "layer", False) or not client.cached:
+                leaner.setdefault(client.client_class, []).append(client)
+        for name, clients in leaner.items():
+            words = in_words({Way.planned(client) for client in clients})
+            recomputed = ", without a prefix cache" if not all(client.cached for client in clients) else ""
+            self.say(f"  {name} ({len(clients)}): {words}{recomputed}")
 
     def round(self, record: Round, resumed: bool = False) -> None:
         """A round is over; ``resumed`` if it was over before this process began."""
         self._rounds.append(record)
         if not self._live:
             self.say(self._line(record, resumed))
+        for turn in record.turns:
+            if turn.exceeded:
+                self.say(f"  {turn.client} took its turn again, {in_words({Way.taken(record, turn)})}: {turn.exceeded}")
         self._say_why(record.lost)
         if not record.counted:
             self.say("  too few updates for the quorum: the round does not count")
@@ -93,7 +110,7 @@ class Progress:
 
     def _say_why(self, lost: Sequence[Lost]) -> None:
         for turn in lost[:_REASONS]:
-            self.say(f"  {turn.client}: {turn.reason}")
+            self.say(f"  {turn.client}: {turn.reason}" + ("; it is left out from now on" if turn.over_budget else ""))
         if len(lost) > _REASONS:
             self.say(f"  and {len(lost) - _REASONS} more turns were lost")
 
@@ -132,7 +149,7 @@ class Progress:
         facts.add_row(
             "round", f"{done} of {total}" + ("" if left is None else f", at most {format_seconds(left)} left")
         )
-        facts.add_row("clients", _clients(opening, newest))
+        facts.add_row("clients", _clients(opening, self._rounds))
         facts.add_row("accuracy", _accuracy(self._rounds))
         facts.add_row("memory", _memory(opening, self._rounds))
         return Panel(Group(facts, ProgressBar(total=total, completed=done)), title=self._name, title_align="left")
@@ -159,9 +176,15 @@ def _stage(opening: Opening, newest: Round | None) -> str:
     return f"{newest.stage + 1} of {opening.stages}: layers {newest.bottom}–{newest.top} of 0–{opening.layers - 1}"
 
 
-def _clients(opening: Opening, newest: Round | None) -> str:
-    last = f"{len(newest.turns)} done, {len(newest.lost)} lost in the last round; " if newest else ""
-    return f"{last}{len(opening.admitted)} take part, {len(opening.left_out)} left out"
+def _clients(opening: Opening, rounds: Sequence[Round]) -> str:
+    last = ""
+    if rounds:
+        again = sum(turn.exceeded is not None for turn in rounds[-1].turns)
+        done = f"{len(rounds[-1].turns)} done" + (f" ({again} took it again)" if again else "")
+        last = f"{done}, {len(rounds[-1].lost)} lost in the last round; "
+    exceeded = sum(lost.over_budget for record in rounds for lost in record.lost)
+    left_out = f"{len(opening.left_out)} left out" + (f", {exceeded} over budget" if exceeded else "")
+    return f"{last}{len(opening.admitted) - exceeded} take part, {left_out}"
 
 
 def _accuracy(rounds: Sequence[Round]) -> str:
@@ -173,10 +196,11 @@ def _accuracy(rounds: Sequence[Round]) -> str:
 
 def _memory(opening: Opening, rounds: Sequence[Round]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for name in ("class", "budget", "planned", "measured peak"):
+    for name in ("class", "budget", "planned", "measured peak", "window", "examples"):
         table.add_column(name, justify="left" if name == "class" else "right", overflow="fold")
     for fleet in by_class(opening, rounds):
         if fleet.clients:
             peak = "–" if fleet.peak is None else format_bytes(fleet.peak)
-            table.add_row(fleet.name, format_bytes(fleet.budget), format_bytes(fleet.planned), peak)
+            window, examples = span(way.window for way in fleet.ways), span(way.micro_batch for way in fleet.ways)
+            table.add_row(fleet.name, format_bytes(fleet.budget), format_bytes(fleet.planned), peak, window, examples)
     return table

@@ -1,26 +1,41 @@
-"""A finished job as a table."""
+"""A finished job as tables."""
 
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from api.fleet import by_class
+from api.fleet import FleetClass, by_class, in_words, short
 from chainfed_ray.config import JobSpec
 from chainfed_ray.quantities import format_bytes, format_seconds
-from chainfed_ray.records import Ending, Opening, Round
+from chainfed_ray.records import Ending, Opening, Round, StageMemory
+
+_MIB = 2**20
+_CLASSES_ACROSS = 4
 
 
 def results(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: Ending) -> RenderableType:
     """What came out: the accuracy, stage by stage, and what it took, class by class."""
-    return Group(_summary(spec, opening, rounds, ending), "", _stages(rounds), "", _fleet(opening, rounds))
+    classes = by_class(opening, rounds)
+    parts: list[RenderableType] = [
+        _summary(spec, opening, rounds, ending),
+        "",
+        _stages(rounds),
+        "",
+        _fleet(classes),
+        "",
+        _turns(classes, rounds),
+    ]
+    memory = StageMemory.of(rounds)
+    several = len({part.stage for part in memory}) > 1
+    return Group(*parts, *(("", _memory(memory)) if several else ()))
 
 
 def _summary(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: Ending) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row("test accuracy", f"[bold]{ending.accuracy:.1%}[/bold] (loss {ending.loss:.3f})")
     table.add_row("base model", f"{spec.model.base}, {opening.layers} layers, frozen")
-    table.add_row("chain", f"layers {opening.start_layer}–{opening.layers - 1}, {spec.chain.window} at a time")
+    table.add_row("chain", f"layers {opening.start_layer}–{opening.layers - 1}, {opening.window} at a time")
     took = format_seconds(sum(record.seconds for record in rounds))
     table.add_row("rounds", f"{len(rounds)} in {took}, {spec.rounds.clients} clients in each")
     return table
@@ -40,20 +55,60 @@ def _stages(rounds: Sequence[Round]) -> Table:
     return table
 
 
-def _fleet(opening: Opening, rounds: Sequence[Round]) -> Table:
+def _fleet(classes: Sequence[FleetClass]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     table.add_column("class", overflow="fold")
-    for name in ("clients", "budget", "planned", "peak", "turns", "lost", "sent"):
+    for name in ("clients", "budget", "planned", "peak", "turns", "again", "lost", "sent"):
         table.add_column(name, justify="right", no_wrap=True)
-    for fleet in by_class(opening, rounds):
+    for fleet in classes:
         if fleet.clients:
             peak = "–" if fleet.peak is None else format_bytes(fleet.peak)
             planned, sent = format_bytes(fleet.planned), format_bytes(fleet.sent)
-            cells = [planned, peak, str(fleet.turns), str(fleet.lost), sent]
+            cells = [planned, peak, str(fleet.turns), str(fleet.again), str(fleet.lost), sent]
         else:
-            cells = [f"lacks {format_bytes(fleet.lacking)}", "", "", "", ""]
-        clients = f"{fleet.clients}" + (f" (+{fleet.left_out} left out)" if fleet.clients and fleet.left_out else "")
+            cells = [f"lacks {format_bytes(fleet.lacking)}", "", "", "", "", ""]
+        clients = f"{fleet.clients}" + (f" (+{fleet.left_out} out)" if fleet.clients and fleet.left_out else "")
         table.add_row(
             fleet.name, clients if fleet.clients else f"{fleet.left_out} out", format_bytes(fleet.budget), *cells
         )
     return table
+
+
+def _turns(classes: Sequence[FleetClass], rounds: Sequence[Round]) -> RenderableType:
+    """How turns were taken, in words: classes that are alike in one line; then who did not keep to a plan."""
+    table = Table.grid(padding=(0, 2))
+    alike: dict[str, list[str]] = {}
+    for fleet in classes:
+        if fleet.turns:
+            alike.setdefault(in_words(fleet.ways), []).append(short(fleet.name))
+    for way, names in alike.items():
+        table.add_row(", ".join(names), way)
+    for record in rounds:
+        for turn in record.turns:
+            if turn.exceeded:
+                table.add_row(short(turn.client), f"exceeded its plan in round {record.index + 1}: it was taken again")
+        for lost in record.lost:
+            if lost.over_budget:
+                table.add_row(short(lost.client), f"exceeded every plan in round {record.index + 1}: left out since")
+    return table
+
+
+def _memory(memory: Sequence[StageMemory]) -> Table:
+    """The measured peak and the plan of each class in each stage; of the smallest classes, where there are many."""
+    names = list(dict.fromkeys(part.client_class for part in sorted(memory, key=lambda part: part.budget_bytes)))
+    shown, more = names[:_CLASSES_ACROSS], len(names[_CLASSES_ACROSS:])
+    table = Table(box=None, header_style="bold", pad_edge=False, caption_justify="left", caption_style="dim")
+    table.caption = "MiB: measured peak / planned" + (
+        f"; {more} larger classes are in the result as JSON" if more else ""
+    )
+    for name in ("stage", "layers", *map(short, shown)):
+        table.add_column(name, justify="right", no_wrap=True)
+    cells = {(part.stage, part.client_class): _peak_and_plan(part) for part in memory}
+    for stage, bottom, top in sorted({(part.stage, part.bottom, part.top) for part in memory}):
+        table.add_row(str(stage + 1), f"{bottom}–{top}", *(cells.get((stage, name), "–") for name in shown))
+    return table
+
+
+def _peak_and_plan(part: StageMemory) -> str:
+    peak = "–" if part.peak_bytes is None else f"{part.peak_bytes / _MIB:.1f}"
+    return f"{peak} / {part.planned_bytes / _MIB:.1f}"

@@ -1,21 +1,40 @@
 """The resources of the REST API, version 1: what goes over the wire, and nothing else."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from chainfed_ray.records import Opening, Round
+from chainfed_ray.memory import Grain
+from chainfed_ray.records import Admitted, Opening, Round, Turn
 from cluster.job_store import JobRecord
 
 JobStatus = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 
 
 class ClassMemory(BaseModel):
-    """Bytes of a client class: declared, planned, and the most that was measured in the newest round."""
+    """A client class in the newest round; where it had no turn in it, as it is planned for the first stage."""
 
-    budget: int
-    planned: int
-    peak: int | None
+    budget: int = Field(description="bytes that a client declared")
+    planned: int = Field(description="the most bytes that a turn was planned to take")
+    peak: int | None = Field(description="the most bytes that a turn took; null where none was measured")
+    window: int = Field(description="adapters that a client trains together, at least")
+    micro_batch: int = Field(description="examples that a client holds at a time, at least")
+    grain: Grain = Field(description="`layer`: whole layers are loaded; `matrix`: some client streams them by matrices")
+    spilled: bool = Field(description="whether some client keeps saved activations on disk")
+
+    @classmethod
+    def of(cls, members: Sequence[Admitted] | Sequence[Turn], windows: Iterable[int], peaks: Iterable[int]) -> Self:
+        """The class of clients that have these plans or turns."""
+        return cls(
+            budget=members[0].budget_bytes,
+            planned=max(member.planned_bytes for member in members),
+            peak=max(peaks, default=None),
+            window=min(windows),
+            micro_batch=min(member.micro_batch for member in members),
+            grain="matrix" if any(member.grain == "matrix" for member in members) else "layer",
+            spilled=any(member.spilled for member in members),
+        )
 
 
 class Progress(BaseModel):
@@ -31,6 +50,7 @@ class Progress(BaseModel):
     clients: int = Field(description="clients that take part in the job")
     left_out: int = Field(description="clients whose budget is too small for any window")
     done: int = Field(description="clients whose update counted in the newest round")
+    exceeded: int = Field(description="of those, clients that exceeded their plan and took their turn again")
     lost: int
     accuracy: float | None = Field(description="on the validation rows")
     memory: dict[str, ClassMemory]
@@ -38,31 +58,21 @@ class Progress(BaseModel):
     @classmethod
     def of(cls, opening: Opening, newest: Round | None) -> "Progress":
         """The progress that the newest round, if there is any, has made."""
-        peaks: dict[str, int] = {}
-        for turn in newest.turns if newest else ():
-            if turn.peak_bytes is not None:
-                peaks[turn.client_class] = max(turn.peak_bytes, peaks.get(turn.client_class, 0))
-        classes: dict[str, ClassMemory] = {}
-        for client in opening.admitted:
-            before = classes.get(client.client_class)
-            planned = max(client.planned_bytes, before.planned if before else 0)
-            classes[client.client_class] = ClassMemory(
-                budget=client.budget_bytes, planned=planned, peak=peaks.get(client.client_class)
-            )
         return cls(
             round=newest.index + 1 if newest else 0,
             total_rounds=opening.total_rounds,
             stage=newest.stage + 1 if newest else 1,
             stages=opening.stages,
             bottom=newest.bottom if newest else opening.start_layer,
-            top=newest.top if newest else opening.layers - opening.stages,
+            top=newest.top if newest else opening.start_layer + opening.window - 1,
             layers=opening.layers,
             clients=len(opening.admitted),
             left_out=len(opening.left_out),
             done=len(newest.turns) if newest else 0,
+            exceeded=sum(turn.exceeded is not None for turn in newest.turns) if newest else 0,
             lost=len(newest.lost) if newest else 0,
             accuracy=newest.accuracy if newest else None,
-            memory=classes,
+            memory={name: _class_memory(name, opening, newest) for name in _classes(opening)},
         )
 
 
@@ -202,6 +212,20 @@ class ProblemDetails(BaseModel):
     instance: str = Field(description="the path that was asked for")
     request_id: str = Field(description="also in the header X-Request-ID, and in the service's log")
     errors: list[FieldProblem] = Field(default_factory=list)
+
+
+def _classes(opening: Opening) -> list[str]:
+    return list(dict.fromkeys(client.client_class for client in opening.admitted))
+
+
+def _class_memory(name: str, opening: Opening, newest: Round | None) -> ClassMemory:
+    """By its turns in the newest round, or where it had none by the plans of its clients."""
+    turns = [turn for turn in newest.turns if turn.client_class == name] if newest else []
+    if newest and turns:
+        peaks = [turn.peak_bytes for turn in turns if turn.peak_bytes is not None]
+        return ClassMemory.of(turns, [newest.top - turn.bottom + 1 for turn in turns], peaks)
+    clients = [client for client in opening.admitted if client.client_class == name]
+    return ClassMemory.of(clients, [client.window for client in clients], [])
 
 
 def _summary(record: JobRecord) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Annotated, Protocol
 from fastapi import Depends, Request
 
 from chainfed_ray.config import JobSpec
+from chainfed_ray.forecast import Forecast
 from cluster.job_store import JobRecord, JobStore
 
 
@@ -13,6 +14,12 @@ class Check(Protocol):
     """Raises ``InvalidJob`` where a job cannot run."""
 
     async def __call__(self, spec: JobSpec) -> None: ...
+
+
+class Plan(Protocol):
+    """The dry run of a job; raises ``InvalidJob`` where it cannot run with any clients."""
+
+    async def __call__(self, spec: JobSpec) -> Forecast: ...
 
 
 class Classify(Protocol):
@@ -33,6 +40,7 @@ class Service:
 
     store: JobStore
     check: Check
+    plan: Plan
     classify: Classify
     parts: dict[str, Alive]
 

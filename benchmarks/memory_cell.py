@@ -25,7 +25,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, Client, Training, Update
 from chainfed_ray.costs import costs_of
 from chainfed_ray.measure import PeakMemory
-from chainfed_ray.memory import Costs, Footprint, Grain, Means, Plan, Task, footprint, plan, plan_prefix
+from chainfed_ray.memory import Costs, Footprint, Grain, Means, Plan, Task, footprint, plan
 from chainfed_ray.tokens import Examples
 from chainfed_ray.turn import take_turn, warm_up
 
@@ -109,11 +109,11 @@ def _chain(shape: Shape, base: BaseModel, width: int, grain: Grain, spilled: boo
     """A step of the chain's lowest window, above which there are the most adapters; its prefix is in the cache."""
     costs, task, means = _facts(shape, base, memory=2**40)
     window = Window(0, width - 1)
-    prefix = plan_prefix(costs, task, means)
-    assert prefix
     parts = footprint(costs, task, window, shape.batch, shape.tokens, grain, spilled)
-    # The prefix is measured elsewhere: here it is made before, and costs nothing.
-    made = Plan(window, shape.batch, grain, spilled, replace(prefix, planned_bytes=0), parts, 0)
+    unbounded = plan(costs, task, window, means)
+    assert unbounded
+    # The prefix is measured with whole turns: here it is made before, and costs nothing.
+    made = Plan(window, shape.batch, grain, spilled, replace(unbounded.prefix, planned_bytes=0), parts, 0)
     client = Client("client", "client", _examples(shape), 2**40, made, 2**40)
     _step(client, base, shape, window, epochs=1)
     one = _step(client, base, shape, window, epochs=1)

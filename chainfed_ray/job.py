@@ -25,7 +25,7 @@ from chainfed_ray.tokens import Examples, tokenize
 
 @dataclass(frozen=True)
 class Job:
-    """A job that can run: who takes part and how, the server's held-out examples, and Q, the adapters trained together."""
+    """A job as it is planned: who takes part and how, and the server's held-out examples."""
 
     spec: JobSpec
     base: BaseModel
@@ -34,11 +34,24 @@ class Job:
     hidden: int
     classes: tuple[str, ...]
     planner: Planner
-    window: int
-    admitted: tuple[tuple[Candidate, Plan], ...]  # with the plan of the lowest window
-    left_out: tuple[LeftOut, ...]
+    admission: Admission
     validation: Examples
     test: Examples
+
+    @property
+    def window(self) -> int:
+        """Q, the adapters trained together."""
+        return self.admission.width
+
+    @property
+    def admitted(self) -> tuple[tuple[Candidate, Plan], ...]:
+        """Those who take part, each with the plan of the lowest window."""
+        return self.admission.admitted
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Those who cannot."""
+        return tuple(_left_out(candidate, missing) for candidate, missing in self.admission.left_out)
 
     @property
     def clients(self) -> tuple[Client, ...]:
@@ -52,10 +65,21 @@ def as_client(candidate: Candidate, plan: Plan, cap_bytes: int) -> Client:
 
 
 def prepare(spec: JobSpec, scratch: Path) -> Job:
-    """Read the data, deal it to the clients and plan their turns; ``scratch`` is for their prefix caches.
+    """A job that can run; ``scratch`` is for its clients' prefix caches.
 
     Raises:
         InvalidJob: the job cannot run; each problem names the field, its value and what would do.
+    """
+    job = draft(spec, scratch)
+    check_fleet(job)
+    return job
+
+
+def draft(spec: JobSpec, scratch: Path) -> Job:
+    """Read the data, deal it to the clients and plan their turns, whether or not enough of them can take part.
+
+    Raises:
+        InvalidJob: the job cannot run with any clients.
     """
     folder = resolve(spec.model.base)
     base = BaseModel(folder, getattr(torch, spec.model.dtype), scratch)
@@ -76,8 +100,6 @@ def prepare(spec: JobSpec, scratch: Path) -> Job:
         planner = Planner(costs_of(blocks, spec.chain.adapter.bottleneck, len(corpus.classes)), task_of(spec))
     finally:
         blocks.close()
-    admission = admit(planner, candidates(spec, train), spec.chain.window)
-    _check_fleet(spec, admission)
     return Job(
         spec=spec,
         base=base,
@@ -86,9 +108,7 @@ def prepare(spec: JobSpec, scratch: Path) -> Job:
         hidden=blocks.hidden_size,
         classes=corpus.classes,
         planner=planner,
-        window=admission.width,
-        admitted=admission.admitted,
-        left_out=tuple(_left_out(candidate, missing) for candidate, missing in admission.left_out),
+        admission=admit(planner, candidates(spec, train), spec.chain.window),
         validation=validation,
         test=test,
     )
@@ -103,6 +123,7 @@ def task_of(spec: JobSpec) -> Task:
         epochs=spec.rounds.local_epochs,
         looks_ahead=looks_ahead,
         trains_above=looks_ahead and spec.chain.global_trains == "upper",
+        profiles=spec.chain.start == "auto",
     )
 
 
@@ -153,7 +174,13 @@ def _check_chain(spec: JobSpec, layers: int) -> None:
         )
 
 
-def _check_fleet(spec: JobSpec, admission: Admission) -> None:
+def check_fleet(job: Job) -> None:
+    """Enough clients can take part, and one of them can find the chain's start.
+
+    Raises:
+        InvalidJob: not so.
+    """
+    spec, admission = job.spec, job.admission
     if spec.quorum > len(admission.admitted):
         largest, missing = max(admission.left_out, key=lambda left_out: left_out[0].memory)
         raise InvalidJob.at(

@@ -11,6 +11,7 @@ that none of these changes what is trained.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Literal
 
 from chainfed_ray.chain import Window
@@ -182,11 +183,12 @@ def plan(costs: Costs, task: Task, stage: Window, means: Means) -> Plan | None:
 
     A window narrower than the stage's has the same top, so that every client trains the same head on the same output.
     """
-    prefix = plan_prefix(costs, task, means)
-    if prefix is None:
-        return None
+    prefixes = list(_prefixes_that_fit(costs, task, means))
+    if means.cached:
+        # Made before the steps, and the same in every stage: a cache is made in one way only.
+        prefixes = prefixes[:1]
     for window in (Window(bottom, stage.top) for bottom in stage):
-        for grain, spilled in _WAYS:
+        for (grain, spilled), prefix in product(_WAYS, prefixes):
             for micro_batch in _halvings(means.batch):
                 made = _plan(costs, task, window, micro_batch, grain, spilled, prefix, means)
                 if made.footprint.total <= means.memory and _has_room(made, means):
@@ -203,10 +205,13 @@ def lacking(costs: Costs, task: Task, stage: Window, means: Means) -> int:
     """The bytes of memory by which ``means`` miss the leanest way of all."""
     if plan(costs, task, stage, means):
         return 0
-    prefix = _prefix(costs, task, means, 1, "matrix")
     top = Window(stage.top, stage.top)
-    ways = (_plan(costs, task, top, 1, "matrix", spilled, prefix, means) for spilled in (False, True))
-    return min(max(way.planned_bytes, prefix.profile_bytes) for way in ways if _has_room(way, means)) - means.memory
+    leanest = [
+        _plan(costs, task, top, 1, "matrix", spilled, _prefix(costs, task, means, 1, grain), means)
+        for grain, spilled in product(_GRAINS, (False, True))
+    ]
+    needs = (max(way.planned_bytes, way.prefix.profile_bytes) for way in leanest if _has_room(way, means))
+    return min(needs) - means.memory
 
 
 def cache_bytes(costs: Costs, tokens: int) -> int:
@@ -214,14 +219,14 @@ def cache_bytes(costs: Costs, tokens: int) -> int:
     return 3 * tokens * costs.hidden * costs.itemsize
 
 
-def plan_prefix(costs: Costs, task: Task, means: Means) -> Prefix | None:
-    """The fastest way to come by the prefix that fits; the same in every stage, so that a cache is made in one way only."""
+def _prefixes_that_fit(costs: Costs, task: Task, means: Means) -> Iterator[Prefix]:
+    """The ways to come by the prefix, the fastest first."""
     for grain in _GRAINS:
-        for batch in _halvings(min(PREFIX_BATCH, means.batch)):
+        # What is made for each step is made example by example: the same bits, whichever batch asks for it.
+        for batch in _halvings(min(PREFIX_BATCH, means.batch)) if means.cached else (1,):
             made = _prefix(costs, task, means, batch, grain)
             if max(made.planned_bytes, made.profile_bytes) <= means.memory:
-                return made
-    return None
+                yield made
 
 
 def footprint(
@@ -323,8 +328,6 @@ def _plan(
 
 
 def _prefix(costs: Costs, task: Task, means: Means, batch: int, grain: Grain) -> Prefix:
-    if not means.cached:
-        batch = 1  # what is made for each step is made example by example: the same bits, whichever batch asks for it
     states = batch * means.longest * costs.hidden
     # Layer by layer, with the next one loaded ahead; the embeddings are made when there is a layer already.
     weights = 2 * costs.layer + costs.conversion if grain == "layer" else costs.unstreamed + costs.slices

@@ -3,7 +3,7 @@
 They are what the commit log keeps, what the service reports and what the command line prints. All JSON.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -131,6 +131,58 @@ class StageResult(Record):
     ended: str
 
 
+class StageMemory(Record):
+    """A class of clients in a stage: bytes that a client may use, and the most that one was planned to take, and took.
+
+    ``turns`` counted; ``exceeded`` of them were taken again with a leaner plan.
+    """
+
+    stage: int
+    bottom: int
+    top: int
+    client_class: str
+    budget_bytes: int
+    planned_bytes: int
+    peak_bytes: int | None
+    turns: int
+    exceeded: int
+
+    @classmethod
+    def of(cls, rounds: Iterable[Round]) -> "tuple[StageMemory, ...]":
+        """Every class that had a turn, stage by stage, the smallest budget first."""
+        found: dict[tuple[int, int, str], StageMemory] = {}
+        for record in rounds:
+            for turn in record.turns:
+                key = (record.stage, turn.budget_bytes, turn.client_class)
+                alone = cls._of_turn(record, turn)
+                found[key] = found[key]._with(alone) if key in found else alone
+        return tuple(found[key] for key in sorted(found))
+
+    @classmethod
+    def _of_turn(cls, record: Round, turn: Turn) -> "StageMemory":
+        return cls(
+            stage=record.stage,
+            bottom=record.bottom,
+            top=record.top,
+            client_class=turn.client_class,
+            budget_bytes=turn.budget_bytes,
+            planned_bytes=turn.planned_bytes,
+            peak_bytes=turn.peak_bytes,
+            turns=1,
+            exceeded=int(turn.exceeded is not None),
+        )
+
+    def _with(self, other: "StageMemory") -> "StageMemory":
+        peaks = [peak for peak in (self.peak_bytes, other.peak_bytes) if peak is not None]
+        merged = {
+            "planned_bytes": max(self.planned_bytes, other.planned_bytes),
+            "peak_bytes": max(peaks, default=None),
+            "turns": self.turns + other.turns,
+            "exceeded": self.exceeded + other.exceeded,
+        }
+        return self.model_copy(update=merged)
+
+
 class Result(Record):
     """What a finished job comes to."""
 
@@ -145,6 +197,7 @@ class Result(Record):
     stages: tuple[StageResult, ...]
     left_out: tuple[LeftOut, ...]
     peak_bytes: dict[str, int]
+    memory: tuple[StageMemory, ...]
 
     @classmethod
     def of(
@@ -173,4 +226,5 @@ class Result(Record):
             ),
             left_out=opening.left_out,
             peak_bytes=ending.peak_bytes,
+            memory=StageMemory.of(rounds),
         )

@@ -143,6 +143,12 @@ class JobStore:
                 query = query.where(_Job.number < number)
             return [row.record() for row in session.scalars(query)]
 
+    def count(self) -> dict[Status, int]:
+        """How many jobs are in each state, of the states that there are any in."""
+        query = select(_Job.status, func.count()).group_by(_Job.status)
+        with Session(self._engine) as session:
+            return {cast("Status", status): count for status, count in session.execute(query)}
+
     def queue(self, limit: int) -> list[JobRecord]:
         """The jobs that wait, the oldest first."""
         query = select(_Job).where(_Job.status == "queued").order_by(_Job.number).limit(limit)

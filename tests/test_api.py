@@ -16,6 +16,8 @@ from api.app import create_app
 from api.service import Service
 from chainfed_ray.classifier import Classifier
 from chainfed_ray.config import JobSpec
+from chainfed_ray.dry_run import dry_run
+from chainfed_ray.forecast import Forecast
 from chainfed_ray.job import prepare
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.saved_stack import load_stack
@@ -41,6 +43,9 @@ def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
     async def check(spec: JobSpec) -> None:
         prepare(spec, Path())
 
+    async def plan(spec: JobSpec) -> Forecast:
+        return dry_run(spec, at_once=1)
+
     async def classify(job: JobRecord, texts: list[str]) -> list[list[float]]:
         classifier = Classifier(job.spec["model"]["base"], torch.float32)
         answers: list[list[float]] = classifier.probabilities(load_stack(storage.model(job.id)), texts).tolist()
@@ -52,7 +57,7 @@ def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
     async def works() -> None:
         store.check()
 
-    app = create_app(Service(store, check, classify, {"database": works, "inference": broken}))
+    app = create_app(Service(store, check, plan, classify, {"database": works, "inference": broken}))
     with TestClient(app, raise_server_exceptions=False) as made:
         yield made
 
@@ -84,7 +89,13 @@ def test_a_job_from_submission_to_an_answer(
     done = client.get(f"/v1/jobs/{job}").json()
     assert (done["status"], done["error"]) == ("succeeded", None)
     assert done["progress"]["round"] == done["progress"]["total_rounds"] == 1
-    assert done["progress"]["memory"]["phone"]["peak"] > 0
+    phone = done["progress"]["memory"]["phone"]
+    assert 0 < phone["peak"] <= phone["budget"]
+    (memory,) = done["result"]["memory"]
+    assert (memory["client_class"], memory["stage"], memory["turns"], memory["exceeded"]) == ("phone", 0, 2, 0)
+    assert memory["peak_bytes"] == done["result"]["peak_bytes"]["phone"] == phone["peak"]
+    assert memory["planned_bytes"] == phone["planned"]
+    assert f'chainfed_client_memory_bytes{{class="phone",job="{job}",kind="peak"}} ' in client.get("/metrics").text
     assert done["result"]["classes"] == ["sea", "sky", "soil"]
     assert not storage.scratch(job).exists()
 

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from api.fleet import by_class
 from api.plots import draw
 from api.progress import Progress, time_left
 from api.results import results
-from chainfed_ray.records import Admitted, Ending, LeftOut, Lost, Opening, Round, Turn
+from api.schemas import Progress as Resource
+from chainfed_ray.records import Admitted, Ending, LeftOut, Lost, Opening, Result, Round, StageMemory, Turn
 from tests.test_job_store import SPEC
 
 MIB = 2**20
@@ -25,7 +28,8 @@ def an_opening(layers: int = 6, start: int = 2, fleet: tuple[tuple[str, int, int
         admitted=tuple(
             Admitted(
                 client=client, client_class=name, examples=100, budget_bytes=budget,
-                planned_bytes=30 * MIB, micro_batch=16,
+                planned_bytes=30 * MIB, disk_bytes=3 * MIB, window=2, micro_batch=16, grain="layer", spilled=False,
+                cached=True,
             )
             for client, name, budget in clients if budget >= 32 * MIB
         ),
@@ -33,17 +37,19 @@ def an_opening(layers: int = 6, start: int = 2, fleet: tuple[tuple[str, int, int
             LeftOut(client=client, client_class=name, budget_bytes=budget, lacking_bytes=8 * MIB, reason="too small")
             for client, name, budget in clients if budget < 32 * MIB
         ),
-        layers=layers, start_layer=start, similarities=tuple(1 - 0.12 * layer for layer in range(layers)), lost=(),
+        layers=layers, start_layer=start, window=2, similarities=tuple(1 - 0.12 * layer for layer in range(layers)), lost=(),
         stages=layers - start - 1, total_rounds=20,
     )  # fmt: skip
 
 
 def a_round(index: int, opening: Opening, **changes: Any) -> Round:
-    """A round of the first stage in which the first three clients took part."""
+    """A round of the first stage, if ``changes`` do not say otherwise, in which the first three clients took part."""
+    bottom = changes.get("bottom", 2)
     turns = tuple(
         Turn(
             client=client.client, client_class=client.client_class, examples=100, loss=1.0, seconds=2.0,
-            planned_bytes=client.planned_bytes, peak_bytes=25 * MIB, sent_bytes=1000,
+            bottom=bottom, micro_batch=client.micro_batch, grain=client.grain, spilled=client.spilled,
+            budget_bytes=client.budget_bytes, planned_bytes=client.planned_bytes, peak_bytes=25 * MIB, sent_bytes=1000,
         )
         for client in opening.admitted[:3]
     )  # fmt: skip
@@ -118,6 +124,111 @@ def test_every_class_is_added_up() -> None:
     assert (classes["silo"].turns, classes["silo"].lost, classes["silo"].peak) == (0, 2, None)
 
 
+def a_lean_opening() -> Opening:
+    """The phones have room for a window of one adapter only, and stream."""
+    opening = an_opening()
+    lean = {"window": 1, "micro_batch": 4, "grain": "matrix", "planned_bytes": 20 * MIB}
+    admitted = [client.model_copy(update=lean if client.client_class == "phone" else {}) for client in opening.admitted]
+    return opening.model_copy(update={"admitted": tuple(admitted)})
+
+
+def two_stages(opening: Opening) -> list[Round]:
+    """Two rounds, in which a turn was taken again and a client was left out."""
+    phone, laptop = opening.admitted[0], opening.admitted[8]
+    of_stage = [
+        [
+            turn.model_copy(update={"client": client.client, "client_class": client.client_class, "grain": client.grain,
+                                    "budget_bytes": client.budget_bytes, "planned_bytes": client.planned_bytes,
+                                    "micro_batch": client.micro_batch, "bottom": 4 + stage - client.window,
+                                    "peak_bytes": client.planned_bytes - (1 + stage) * MIB})
+            for turn, client in zip(a_round(stage, opening).turns, (phone, laptop), strict=False)
+        ]
+        for stage in range(2)
+    ]  # fmt: skip
+    of_stage[1][0] = of_stage[1][0].model_copy(update={"exceeded": "BudgetExceeded: too much", "micro_batch": 2})
+    lost = (Lost(client="phone-7", client_class="phone", reason="BudgetExceeded: far too much", over_budget=True),)
+    return [
+        a_round(0, opening, turns=tuple(of_stage[0]), ended="converged"),
+        a_round(1, opening, stage=1, bottom=3, top=4, turns=tuple(of_stage[1]), lost=lost, ended="round limit"),
+    ]
+
+
+def test_leaner_plans_are_told_in_words() -> None:
+    opening = a_lean_opening()
+    console = a_console()
+    with Progress(console, "tiny", SPEC) as progress:
+        told(progress, opening, two_stages(opening))
+    text = " ".join(console.export_text().split())
+    assert "phone (8): windows of 1, 4 examples at a time, matrices streamed" in text
+    assert "laptop (3)" not in text
+    assert (
+        "phone-0 took its turn again, windows of 1, 2 examples at a time, matrices streamed: BudgetExceeded: too much"
+        in text
+    )
+    assert "phone-7: BudgetExceeded: far too much; it is left out from now on" in text
+
+
+def test_who_exceeded_a_plan_is_in_the_results_and_on_the_panel() -> None:
+    opening = a_lean_opening()
+    rounds = two_stages(opening)
+    paper = a_console()
+    paper.print(results(SPEC, opening, rounds, ENDING))
+    progress = Progress(a_console(terminal=True), "tiny", SPEC)
+    told(progress, opening, rounds)
+    paper.print(progress.panel())
+    text = paper.export_text()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    for fact in (
+        "windows of 1, 2–4 examples at a time, matrices streamed",
+        "exceeded its plan in round 2: it was taken again",
+        "exceeded every plan in round 2: left out since",
+        "2 done (1 took it again), 1 lost",
+        "11 take part",
+    ):
+        assert fact in text
+    cells = [line.split() for line in text.splitlines()]
+    assert ["phone", "8", "64MiB", "20MiB", "19MiB", "2", "1", "1", "2KiB"] in cells
+    assert ["1", "2–3", "19.0", "/", "20.0", "29.0", "/", "30.0"] in cells
+    assert ["2", "3–4", "18.0", "/", "20.0", "28.0", "/", "30.0"] in cells
+
+
+def test_the_result_has_every_class_in_every_stage() -> None:
+    opening = a_lean_opening()
+    found = Result.of("tiny", ("a", "b"), opening, two_stages(opening), ENDING).memory
+    assert [(part.stage, part.client_class, part.turns, part.exceeded) for part in found] == [
+        (0, "phone", 1, 0), (0, "laptop", 1, 0), (1, "phone", 1, 1), (1, "laptop", 1, 0),
+    ]  # fmt: skip
+    assert found[2].model_dump() == {
+        "stage": 1, "bottom": 3, "top": 4, "client_class": "phone", "budget_bytes": 64 * MIB,
+        "planned_bytes": 20 * MIB, "peak_bytes": 18 * MIB, "turns": 1, "exceeded": 1,
+    }  # fmt: skip
+
+
+@given(st.permutations(range(4)))
+def test_the_memory_of_a_stage_is_the_most_of_its_turns(order: list[int]) -> None:
+    turns = [
+        a_round(0, an_opening()).turns[0].model_copy(update={"peak_bytes": peak, "planned_bytes": planned})
+        for peak, planned in ((None, 5), (3, 9), (7, 8), (None, 1))
+    ]
+    rounds = [a_round(index, an_opening(), turns=(turns[place],)) for index, place in enumerate(order)]
+    (found,) = StageMemory.of(rounds)
+    assert (found.peak_bytes, found.planned_bytes, found.turns) == (7, 9, 4)
+
+
+def test_the_progress_of_a_job_says_how_turns_are_taken() -> None:
+    opening = a_lean_opening()
+    planned = Resource.of(opening, None)
+    assert planned.memory["phone"].model_dump() == {
+        "budget": 64 * MIB, "planned": 20 * MIB, "peak": None, "window": 1, "micro_batch": 4, "grain": "matrix",
+        "spilled": False,
+    }  # fmt: skip
+    assert (planned.bottom, planned.top, planned.exceeded) == (2, 3, 0)
+    newest = Resource.of(opening, two_stages(opening)[1])
+    phone, laptop, silo = (newest.memory[name] for name in ("phone", "laptop", "silo"))
+    assert (phone.peak, phone.micro_batch, phone.window, newest.exceeded) == (18 * MIB, 2, 1, 1)
+    assert (laptop.peak, laptop.window, silo.peak, silo.window) == (28 * MIB, 2, None, 2)
+
+
 def test_the_results_fit_a_terminal_whatever_is_not_known() -> None:
     opening = an_opening().model_copy(update={"similarities": ()})
     turn = a_round(0, opening).turns[0].model_copy(update={"peak_bytes": None})
@@ -130,11 +241,19 @@ def test_the_results_fit_a_terminal_whatever_is_not_known() -> None:
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
+def changed(opening: Opening, **changes: Any) -> tuple[Turn, ...]:
+    """The turns of a round, which differ in ``changes``."""
+    return tuple(turn.model_copy(update=changes) for turn in a_round(0, opening).turns)
+
+
 def many_rounds(opening: Opening) -> list[Round]:
     return [a_round(i, opening, stage=i // 7, bottom=2 + i // 7, top=3 + i // 7, accuracy=0.5) for i in range(200)]
 
 
-@pytest.mark.parametrize("case", ["usual", "none", "one", "many", "cyclic", "crowded", "no profile"])
+CASES = ["usual", "none", "one", "many", "cyclic", "crowded", "no profile", "unmeasured", "again", "unequal"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_plots_of_any_job(tmp_path: Path, case: str) -> None:
     opening = an_opening()
     rounds = [a_round(index, opening) for index in range(20)]
@@ -153,8 +272,17 @@ def test_plots_of_any_job(tmp_path: Path, case: str) -> None:
         rounds = [a_round(0, opening)]
     elif case == "no profile":
         opening = opening.model_copy(update={"similarities": ()})
+    elif case == "unmeasured":
+        rounds = [a_round(0, opening, turns=changed(opening, peak_bytes=None))]
+    elif case == "again":
+        rounds = [a_round(0, opening, turns=changed(opening, exceeded="BudgetExceeded"))]
+    elif case == "unequal":
+        rounds = [
+            a_round(0, opening),
+            a_round(1, opening, turns=changed(opening, planned_bytes=MIB, client_class="silo")),
+        ]
     paths = draw(tmp_path, opening, rounds, ENDING if rounds else None, 0.8)
-    assert len(paths) == (2 if case == "no profile" else 3)
+    assert len(paths) == (3 if case == "no profile" else 4)
     for path in paths:
         data = path.read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
@@ -163,9 +291,15 @@ def test_plots_of_any_job(tmp_path: Path, case: str) -> None:
 
 def test_a_plot_shows_its_data(tmp_path: Path) -> None:
     opening = an_opening()
-    first = draw(tmp_path / "a", opening, [a_round(0, opening)], ENDING, 0.8)
-    second = draw(tmp_path / "b", opening, [a_round(0, opening, accuracy=0.9)], ENDING, 0.7)
-    changed = [a.read_bytes() != b.read_bytes() for a, b in zip(first, second, strict=True)]
-    assert dict(zip([path.name for path in first], changed, strict=True)) == {
-        "accuracy.png": True, "memory.png": False, "start-layer.png": True,
-    }  # fmt: skip
+    usual = pictures(tmp_path, [a_round(0, opening)], 0.8)
+    for changes, threshold, names in (
+        ({"accuracy": 0.9}, 0.7, {"accuracy.png", "start-layer.png"}),
+        ({"turns": changed(opening, peak_bytes=20 * MIB)}, 0.8, {"memory.png", "memory-by-round.png"}),
+        ({"turns": changed(opening, exceeded="BudgetExceeded")}, 0.8, {"memory-by-round.png"}),
+    ):
+        drawn = pictures(tmp_path, [a_round(0, opening, **changes)], threshold)
+        assert {name for name, data in drawn.items() if data != usual[name]} == names
+
+
+def pictures(folder: Path, rounds: list[Round], threshold: float) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in draw(folder, an_opening(), rounds, ENDING, threshold)}

@@ -2,8 +2,11 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import psutil
@@ -11,6 +14,7 @@ import pytest
 import ray
 import yaml
 
+from chainfed_ray.admission import Planner, admit
 from chainfed_ray.client import Profile, Profiling
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
@@ -45,8 +49,33 @@ def client_processes() -> list[psutil.Process]:
 
 def private_bytes() -> dict[int, int]:
     """What each client's process holds of its own: not the pages of libraries, nor of the store that it shares."""
-    status = {process.pid: Path(f"/proc/{process.pid}/status").read_text() for process in client_processes()}
-    return {pid: int(text.split("RssAnon:")[1].split()[0]) * 1024 for pid, text in status.items()}
+    return {process.pid: private_bytes_of(process.pid) for process in client_processes()}
+
+
+def private_bytes_of(pid: int) -> int:
+    """One process's share of ``private_bytes``."""
+    return int(Path(f"/proc/{pid}/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+
+@contextmanager
+def watched_from_outside(pids: Iterable[int]) -> Iterator[dict[int, int]]:
+    """The most of their own that some processes held meanwhile, as this process sees it in /proc."""
+    highest: dict[int, int] = {}
+    over = Event()
+
+    def look() -> None:
+        while not over.wait(0.005):
+            for pid in pids:
+                with suppress(OSError, IndexError):  # it may end at any time
+                    highest[pid] = max(private_bytes_of(pid), highest.get(pid, 0))
+
+    watcher = Thread(target=look)
+    watcher.start()
+    try:
+        yield highest
+    finally:
+        over.set()
+        watcher.join()
 
 
 def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path) -> None:
@@ -102,10 +131,15 @@ def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> No
     try:
         list(pool.run(job.clients[:2], Profiling(8, 0), 120.0))
         idle = private_bytes()
-        records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
+        with watched_from_outside(idle) as highest:
+            records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
         after = private_bytes()
     finally:
         pool.close()
+    planned = max(turn.planned_bytes for record in records for turn in record.turns)
+    assert highest
+    for pid in highest.keys() & idle.keys():
+        assert highest[pid] - idle[pid] <= planned + 2**20, "as others see it"
     assert [record.bottom for record in records] == [2, 3, 4]
     kept = [after[pid] - idle[pid] for pid in idle.keys() & after.keys()]
     assert kept
@@ -113,7 +147,53 @@ def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> No
     assert max(kept) < 16 * 2**20, "a client's memory is given back when its lease ends"
     for turn in (turn for record in records for turn in record.turns):
         assert turn.peak_bytes is not None
-        assert 10 * 2**20 < turn.peak_bytes <= turn.planned_bytes, turn.client
+        assert turn.peak_bytes <= turn.planned_bytes <= 1.35 * turn.peak_bytes, turn.client
+
+
+def test_a_turn_that_exceeds_its_plan_is_stopped_and_its_process_goes_on(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    document["chain"] |= {"adapter": {"bottleneck": 8192}}
+    job = a_job(document, tmp_path)
+    order = Profiling(8, 0)
+    tight = replace(job.clients[0], cap_bytes=2**16)
+    pool = RayPool(job.base, slots=1)
+    try:
+        (stopped,) = pool.run([tight], order, 120.0)
+        before = [process.pid for process in client_processes()]
+        (taken,) = pool.run([job.clients[0]], order, 120.0)
+        assert [process.pid for process in client_processes()] == before
+    finally:
+        pool.close()
+    assert isinstance(stopped.result, Failure)
+    assert stopped.result.exceeded
+    assert "was allowed 64KiB" in stopped.result.reason
+    assert isinstance(taken.result, Profile)
+
+
+def test_plans_that_are_too_small_cost_a_turn_each_and_the_job_goes_on(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    """A planner that knows nothing of what the process itself takes: each client exceeds its plan, once."""
+    document["chain"] |= {"adapter": {"bottleneck": 8192}}
+    job = a_job(document, tmp_path)
+    wrong = replace(job.planner.costs, skeleton=-16 * 2**20)
+    planner = Planner(wrong, job.planner.task)
+    job = replace(job, planner=planner, admission=admit(planner, [candidate for candidate, _ in job.admitted], 2))
+    pool = RayPool(job.base, slots=2)
+    try:
+        records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
+    finally:
+        pool.close()
+    assert all(record.counted and not record.lost for record in records)
+    turns = [turn for record in records for turn in record.turns]
+    again = [turn for turn in turns if turn.exceeded]
+    assert again, "what a process takes itself is more than nothing"
+    for turn in again:
+        assert turn.exceeded is not None
+        assert "it was planned to take" in turn.exceeded
+        assert turn.peak_bytes is not None
+        assert turn.peak_bytes < turn.budget_bytes
 
 
 def test_a_local_pool_puts_an_error_on_record(document: dict[str, Any], tmp_path: Path) -> None:

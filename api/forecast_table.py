@@ -1,0 +1,108 @@
+"""A dry run in words."""
+
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from api.fleet import short
+from chainfed_ray.forecast import ClassForecast, Forecast
+from chainfed_ray.quantities import format_bytes, format_seconds
+
+_LOADED = {
+    ("layer",): "whole layers in memory",
+    ("matrix",): "matrices streamed",
+    ("layer", "matrix"): "whole layers in memory, or matrices streamed",
+}
+
+
+def forecast_table(forecast: Forecast) -> RenderableType:
+    """Who joins and how, what others lack, bytes, time, and what one change would buy."""
+    parts: list[RenderableType] = [_summary(forecast), "", _classes(forecast)]
+    for lines in (list(_ways(forecast)), list(_left_out(forecast)), list(_changes(forecast))):
+        parts += ["", *lines] if lines else []
+    return Group(*parts)
+
+
+def _summary(forecast: Forecast) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    joins = f"[bold]{forecast.joins} of {forecast.clients}[/bold] clients can join"
+    table.add_row("job", f"{forecast.job}: {joins}" + (", too few" if forecast.refused else ""))
+    table.add_row("base model", f"{forecast.base}, {forecast.layers} layers, frozen")
+    start = "layer 0; its start is found later" if forecast.start == "auto" else f"layer {forecast.start} up"
+    table.add_row("chain", f"{forecast.window} layers at a time, planned from {start}")
+    table.add_row("rounds", f"{forecast.rounds} at most, {forecast.clients_per_round} clients in each")
+    if forecast.estimated_seconds is not None:
+        took = format_seconds(forecast.estimated_seconds)
+        table.add_row("time", f"about {took} at most: an estimate, from steps timed on this machine")
+    sent, received = format_bytes(forecast.sent_bytes_per_round), format_bytes(forecast.received_bytes)
+    table.add_row("network", f"about {sent} sent in a round; each client receives {received}")
+    return table
+
+
+def _classes(forecast: Forecast) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    table.add_column("class", no_wrap=True)
+    for name in ("clients", "budget", "planned", "window", "batch", "step", "disk", "sent"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in forecast.classes:
+        clients, budget = f"{row.joins} of {row.clients}", format_bytes(row.budget_bytes)
+        if not row.joins:
+            table.add_row(short(row.name), clients, budget, f"lacks {format_bytes(row.lacking_bytes)}")
+            continue
+        step = "" if row.micro_step_seconds is None else _short_time(row.micro_step_seconds)
+        planned, disk, sent = (format_bytes(count) for count in (row.planned_bytes, row.disk_bytes, row.sent_bytes))
+        window, batch = _range(row.window), _range(row.micro_batch)
+        table.add_row(short(row.name), clients, budget, planned, window, batch, step, disk, sent)
+    return table
+
+
+def _short_time(seconds: float) -> str:
+    return (
+        format_seconds(seconds) if seconds >= 10 else f"{seconds:.1f}s" if seconds >= 1 else f"{seconds * 1000:.0f}ms"
+    )
+
+
+def _range(ends: tuple[int, int]) -> str:
+    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}–{ends[1]}"
+
+
+def _ways(forecast: Forecast) -> Iterator[str]:
+    """How the classes train, those that do it alike together."""
+    classes: dict[str, list[str]] = {}
+    for row in forecast.classes:
+        if row.joins:
+            classes.setdefault(_way(row), []).append(short(row.name))
+    yield from (f"{', '.join(names)}: {way}." for way, names in classes.items())
+
+
+def _way(row: ClassForecast) -> str:
+    """What is loaded at once, and what is kept on disk; with a number where that is not so of all that join."""
+    parts = [_LOADED[row.grains]]
+    for words, count in (
+        ("saved activations on disk", row.spilled),
+        ("the prefix cached on disk", row.cached),
+        ("the prefix run again in each step", row.joins - row.cached),
+    ):
+        if count:
+            parts.append(words if count == row.joins else f"{words} ({count} of {row.joins})")
+    return ", ".join(parts)
+
+
+def _left_out(forecast: Forecast) -> Iterator[str]:
+    for row in forecast.classes:
+        if row.left_out:
+            who, lacking = f"{row.left_out} of {row.clients}", format_bytes(row.lacking_bytes)
+            yield f"{short(row.name)}: {who} cannot hold any window; with {lacking} more they would join."
+    if forecast.refused:
+        yield f"[bold]The job would be refused:[/bold] {forecast.refused}"
+
+
+def _changes(forecast: Forecast) -> Iterator[str]:
+    if forecast.changes:
+        yield "What one change would buy:"
+        yield from (f"  {change.words}" for change in forecast.changes)
+    if forecast.joins < forecast.clients and not any(change.joins_delta > 0 for change in forecast.changes):
+        yield "No smaller bottleneck, shorter texts, larger batches or bfloat16 let more clients join."

@@ -1,0 +1,217 @@
+"""The dry run: what a job would be like, found before anything is trained.
+
+Who takes part and how follows from the planner alone, as it does for the job itself. What one change would buy is that
+planner again, asked about the changed job. Only the time is measured (duration.py).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from chainfed_ray.admission import Admission, Candidate, Planner, admit
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.chain import Chain
+from chainfed_ray.config import ClientClass, JobSpec
+from chainfed_ray.costs import costs_of
+from chainfed_ray.duration import duration
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.forecast import PREFIX, Change, ClassForecast, Forecast
+from chainfed_ray.job import Job, check_fleet, draft, task_of
+from chainfed_ray.memory import Costs, Plan
+from chainfed_ray.tokens import Examples
+
+_HALVINGS = 3  # of a number, in search of one that lets more clients join
+
+
+def dry_run(spec: JobSpec, at_once: int) -> Forecast:
+    """The dry run of a job, of which ``at_once`` clients train at a time.
+
+    Raises:
+        InvalidJob: the job cannot run with any clients.
+    """
+    job = draft(spec, Path())  # nothing of it is written: what is measured has a folder of its own
+    measured = duration(job, at_once) if job.admitted else None
+    plans = [plan for _, plan in job.admitted]
+    cohort = min(spec.rounds.clients, len(plans))
+    sent = sum(map(_sent_bytes, plans)) * cohort // len(plans) if plans else 0
+    costs, start = job.planner.costs, job.planner.task.start
+    return Forecast(
+        job=spec.name,
+        base=spec.model.base,
+        layers=job.layers,
+        start=spec.chain.start,
+        window=job.window,
+        clients=len(job.admitted) + len(job.left_out),
+        joins=len(job.admitted),
+        quorum=spec.quorum,
+        refused=_refused(job),
+        rounds=spec.rounds.total,
+        clients_per_round=cohort,
+        sent_bytes_per_round=sent,
+        received_bytes=(job.layers - start) * costs.adapter + costs.head,
+        estimated_seconds=measured.seconds if measured else None,
+        classes=_classes(job, measured.micro_steps if measured else {}),
+        changes=tuple(_changes(job)),
+    )
+
+
+def _refused(job: Job) -> str | None:
+    try:
+        check_fleet(job)
+    except InvalidJob as error:
+        return str(error)
+    return None
+
+
+def _planned_bytes(plan: Plan) -> int:
+    """The most that any of a client's turns holds, that of profiling its layers included."""
+    return max(plan.planned_bytes, plan.prefix.profile_bytes)
+
+
+def _sent_bytes(plan: Plan) -> int:
+    """What has gradients is what is trained, and what is trained is what is sent."""
+    return plan.footprint.gradients
+
+
+def _classes(job: Job, micro_steps: Mapping[str, float]) -> tuple[ClassForecast, ...]:
+    joining: dict[str, list[tuple[Candidate, Plan]]] = {}
+    missing: dict[str, list[tuple[Candidate, int]]] = {}
+    for candidate, plan in job.admission.admitted:
+        joining.setdefault(candidate.client_class, []).append((candidate, plan))
+    for candidate, lacking in job.admission.left_out:
+        missing.setdefault(candidate.client_class, []).append((candidate, lacking))
+    groups = sorted(job.spec.fleet.clients, key=lambda group: (group.memory, group.name))
+    return tuple(
+        _class(job, group, joining.get(group.name, []), missing.get(group.name, []), micro_steps.get(group.name))
+        for group in groups
+    )
+
+
+def _class(
+    job: Job,
+    group: ClientClass,
+    joining: Sequence[tuple[Candidate, Plan]],
+    missing: Sequence[tuple[Candidate, int]],
+    micro_step: float | None,
+) -> ClassForecast:
+    planned = joining or [_with_enough(job, candidate, lacking) for candidate, lacking in missing]
+    plans = [plan for _, plan in planned]
+    largest = max(plans, key=_planned_bytes)
+    widths, micro_batches = [len(plan.window) for plan in plans], [plan.micro_batch for plan in plans]
+    return ClassForecast(
+        name=group.name,
+        clients=group.count,
+        joins=len(joining),
+        left_out=len(missing),
+        lacking_bytes=max((lacking for _, lacking in missing), default=0),
+        budget_bytes=group.memory,
+        planned_bytes=_planned_bytes(largest),
+        parts=largest.footprint.parts() | {PREFIX: _planned_bytes(largest) - largest.footprint.total},
+        window=(min(widths), max(widths)),
+        micro_batch=(min(micro_batches), max(micro_batches)),
+        grains=tuple(sorted({plan.grain for plan in plans})),
+        spilled=sum(plan.spilled for _, plan in joining),
+        cached=sum(plan.prefix.cached for _, plan in joining),
+        disk_bytes=max(job.planner.disk_bytes(candidate, plan) for candidate, plan in planned),
+        sent_bytes=max(map(_sent_bytes, plans)),
+        micro_step_seconds=micro_step,
+    )
+
+
+def _with_enough(job: Job, candidate: Candidate, lacking: int) -> tuple[Candidate, Plan]:
+    """The plan that a client which is left out would have with the bytes that it lacks."""
+    enough = replace(candidate, memory=candidate.memory + lacking)
+    stage = Chain(job.layers, job.planner.task.start, job.window).windows[0]
+    plan = job.planner.plan(enough, stage)
+    assert plan, "what a client lacks is what it needs for a plan"
+    return enough, plan
+
+
+def _changes(job: Job) -> Iterator[Change]:
+    """Single changes of the job that differ from it in who joins or, for the window, in who trains all of it."""
+    for width in (job.window - 1, job.window + 1, 2 * job.window):
+        if width >= 1 and width + job.planner.task.start <= job.layers:
+            yield from _window_change(job, width)
+    if job.admission.left_out:
+        spec = job.spec
+        yield from _joining(job, "chain.adapter.bottleneck", _halvings(spec.chain.adapter.bottleneck, 1))
+        yield from _joining(job, "data.max_length", _halvings(spec.data.max_length, 2))
+        yield from _joining(job, "rounds.batch_size", [2 * spec.rounds.batch_size])
+        yield from _joining(job, "model.dtype", ["bfloat16"])
+
+
+def _halvings(value: int, least: int) -> list[int]:
+    return [smaller for halved in range(1, _HALVINGS + 1) if (smaller := value >> halved) >= least]
+
+
+def _window_change(job: Job, width: int) -> Iterator[Change]:
+    now, then = job.admission, _readmit(job, changed(job.spec, "chain.window", width))
+    whole = sum(len(plan.window) == width for _, plan in then.admitted)
+    delta = len(then.admitted) - len(now.admitted)
+    narrower_now = any(len(plan.window) < job.window for _, plan in now.admitted)
+    if then.width == width and (delta or width > job.window or narrower_now):
+        joins, layers = len(then.admitted), f"all {width} layers together" if width > 1 else "one layer at a time"
+        words = f"{_words(job, 'chain.window', width, delta)}; {whole} of {joins} train {layers}"
+        yield Change(field="chain.window", value=width, joins=joins, joins_delta=delta, words=words)
+
+
+def _joining(job: Job, field: str, values: Iterable[int | str]) -> Iterator[Change]:
+    """Each of ``values`` with which more clients join than now, and than with those before it."""
+    most = len(job.admission.admitted)
+    for value in values:
+        joins = len(_readmit(job, changed(job.spec, field, value)).admitted)
+        if joins > most:
+            delta = joins - len(job.admission.admitted)
+            yield Change(
+                field=field, value=value, joins=joins, joins_delta=delta, words=_words(job, field, value, delta)
+            )
+            most = joins
+
+
+def changed(spec: JobSpec, field: str, value: int | str) -> JobSpec:
+    """The job with another value at the path ``field``."""
+    document = spec.document()
+    *sections, key = field.split(".")
+    section = document
+    for name in sections:
+        section = section[name]
+    section[key] = value
+    return JobSpec.parse(document)
+
+
+def _readmit(job: Job, spec: JobSpec) -> Admission:
+    """Who takes part in ``spec``, of which one value differs from the job's; data that was read is not read again."""
+    everybody = [candidate for candidate, _ in (*job.admission.admitted, *job.admission.left_out)]
+    if spec.data.max_length < job.spec.data.max_length:
+        everybody = [replace(one, examples=_cut(one.examples, spec.data.max_length)) for one in everybody]
+    same_parts = (spec.chain.adapter, spec.model) == (job.spec.chain.adapter, job.spec.model)
+    costs = job.planner.costs if same_parts else _costs(job, spec)
+    return admit(Planner(costs, task_of(spec)), everybody, spec.chain.window)
+
+
+def _costs(job: Job, spec: JobSpec) -> Costs:
+    blocks = Blocks(job.base.folder, getattr(torch, spec.model.dtype))
+    try:
+        return costs_of(blocks, spec.chain.adapter.bottleneck, len(job.classes))
+    finally:
+        blocks.close()
+
+
+def _cut(examples: Examples, tokens: int) -> Examples:
+    """As many tokens as a tokenizer would keep; planning asks how many there are, and not which."""
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(examples.lengths, tokens))])
+    return Examples(examples.ids[: offsets[-1]], offsets, examples.labels)
+
+
+def _words(job: Job, field: str, value: int | str, delta: int) -> str:
+    """Such as "window 3 leaves out 31 of 100 clients" or "bottleneck 32 lets 4 more join"."""
+    name = field.removeprefix("chain.").removeprefix("adapter.")
+    admitted, left_out = len(job.admission.admitted), len(job.admission.left_out)
+    if delta > 0:
+        return f"{name} {value} lets {delta} more join"
+    if delta < 0:
+        return f"{name} {value} leaves out {left_out - delta} of {admitted + left_out} clients"
+    return f"{name} {value} leaves out nobody else"

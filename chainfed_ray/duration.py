@@ -1,0 +1,187 @@
+"""About how long a job takes on this machine: from turns of a few real examples, taken as they are planned.
+
+What a turn takes is told apart into what grows with its examples and what does not; sums over rounds are then arithmetic.
+Rounds that a stage does not need, and clients with more examples than others, are not foreseen.
+"""
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.admission import Candidate
+from chainfed_ray.chain import Chain, Window
+from chainfed_ray.client import BaseModel, Client, Training
+from chainfed_ray.evaluate import evaluate
+from chainfed_ray.job import Job, as_client
+from chainfed_ray.memory import PREFIX_BATCH, Plan
+from chainfed_ray.seeds import derive
+from chainfed_ray.start_layer import FEWEST
+from chainfed_ray.tokens import Examples
+from chainfed_ray.turn import take_turn, warm_up
+
+_ENOUGH_SECONDS = 0.5  # of repeated steps: a clock's noise is small beside it
+_MOST_REPEATS = 16
+_EVALUATED = 64  # examples that an evaluation is measured on
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Measured seconds of one core."""
+
+    turn: float  # of a turn, however many examples it has
+    step: float  # of an example in a training step
+    layer: float  # of an example in a layer below the window
+
+
+@dataclass(frozen=True)
+class Duration:
+    """The seconds of a job, and of one micro-batch's forward and backward pass for each class that takes part."""
+
+    seconds: float
+    micro_steps: Mapping[str, float]
+
+
+def duration(job: Job, at_once: int) -> Duration:
+    """About how long ``job`` takes where ``at_once`` clients train at a time; somebody has to take part."""
+    evaluations = _evaluations(job)  # first: turns make this process give freed memory back at once, which takes time
+    warm_up(job.base)
+    typical = {name: _median(members) for name, members in _by_class(job).items()}
+    paces = _paces(job, typical)
+    micro_steps = {
+        name: paces[name].step * min(plan.micro_batch, len(candidate.examples))
+        for name, (candidate, plan) in typical.items()
+    }
+    return Duration(_rounds(job, paces, at_once) + evaluations, micro_steps)
+
+
+def _by_class(job: Job) -> dict[str, list[tuple[Candidate, Plan]]]:
+    classes: dict[str, list[tuple[Candidate, Plan]]] = {}
+    for candidate, plan in job.admitted:
+        classes.setdefault(candidate.client_class, []).append((candidate, plan))
+    return classes
+
+
+def _median(members: list[tuple[Candidate, Plan]]) -> tuple[Candidate, Plan]:
+    """The client that has as many examples as is usual in its class."""
+    return sorted(members, key=lambda member: len(member[0].examples))[len(members) // 2]
+
+
+def _paces(job: Job, typical: Mapping[str, tuple[Candidate, Plan]]) -> dict[str, Pace]:
+    """The pace of each class; classes that are planned alike share a measurement."""
+    measured: dict[tuple[object, ...], Pace] = {}
+    paces = {}
+    for name, (candidate, plan) in typical.items():
+        way = (plan.window, plan.micro_batch, plan.grain, plan.spilled, plan.prefix.batch, plan.prefix.grain)
+        if way not in measured:
+            measured[way] = _pace(job, as_client(candidate, plan, plan.planned_bytes))
+        paces[name] = measured[way]
+    return paces
+
+
+def _pace(job: Job, client: Client) -> Pace:
+    """Three turns in the lowest window: with a prefix that is still to be made, with one that is there, and of more epochs.
+
+    The prefix is cached even for a client that has no disk for it, so that the two can be told apart.
+    """
+    count = min(max(PREFIX_BATCH, client.plan.micro_batch), len(client.examples))
+    chosen = np.random.default_rng(derive(job.spec.seed, "pace")).choice(len(client.examples), count, replace=False)
+    plan = replace(client.plan, prefix=replace(client.plan.prefix, cached=True))
+    sample = replace(client, examples=client.examples.take(chosen), plan=plan)
+    with tempfile.TemporaryDirectory(prefix="chainfed-") as scratch:
+        base = replace(job.base, scratch=Path(scratch))
+        first = _turn_seconds(job, sample, base, epochs=1)
+        second = _turn_seconds(job, sample, base, epochs=1)
+        repeats = max(1, min(_MOST_REPEATS, round(_ENOUGH_SECONDS / second)))
+        third = _turn_seconds(job, sample, base, epochs=1 + repeats)
+    step = max(third - second, 0) / repeats
+    layers = plan.window.bottom + 1
+    return Pace(turn=max(second - step, 0), step=step / count, layer=max(first - second, 0) / (count * layers))
+
+
+def _turn_seconds(job: Job, client: Client, base: BaseModel, epochs: int) -> float:
+    spec = job.spec
+    order = Training(
+        _new_stack(job).tensors(),
+        _lowest(job),
+        epochs=epochs,
+        batch_size=spec.rounds.batch_size,
+        learning_rate=spec.rounds.learning_rate,
+        head_learning_rate=spec.rounds.head_learning_rate,
+        global_weight=spec.chain.global_weight,
+        global_trains=spec.chain.global_trains,
+        seed=derive(spec.seed, "pace"),
+    )
+    started = perf_counter()
+    take_turn(client, base, lambda: order, capped=False)
+    return perf_counter() - started
+
+
+def _lowest(job: Job) -> Window:
+    return Chain(job.layers, job.planner.task.start, job.window).windows[0]
+
+
+def _new_stack(job: Job) -> AdapterStack:
+    adapters = range(job.planner.task.start, job.layers)
+    return AdapterStack.new(adapters, job.hidden, job.spec.chain.adapter.bottleneck, len(job.classes), job.spec.seed)
+
+
+def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
+    """The clients' part: as many turns after one another as do not fit beside each other, and each layer of the prefix once."""
+    rounds, clients = job.spec.rounds, len(job.admitted)
+    cohort = min(rounds.clients, clients)
+    turn = once = 0.0
+    for candidate, plan in job.admitted:
+        pace, examples = paces[candidate.client_class], len(candidate.examples)
+        again, at_first = _layers_below(job, plan)
+        turn += pace.turn + examples * (rounds.local_epochs * pace.step + again * pace.layer)
+        once += examples * at_first * pace.layer
+        if job.spec.chain.start == "auto" and plan.prefix.cached and examples >= FEWEST:
+            once += min(examples, job.spec.chain.profile_examples) * job.layers * pace.layer
+    seen = min(1, rounds.total * cohort / clients)  # the share of clients that are ever asked
+    return rounds.total * math.ceil(cohort / at_once) * turn / clients + seen * once / min(at_once, clients)
+
+
+def _layers_below(job: Job, plan: Plan) -> tuple[float, int]:
+    """How many layers a client runs its examples through below its window: in each turn, and once in the job."""
+    spec, start = job.spec, job.planner.task.start
+    chain = Chain(job.layers, start, job.window)
+    narrower = plan.window.bottom - start  # what others train there changes in every round
+    if spec.chain.schedule == "cyclic":
+        bottoms = [window.bottom for window in chain.windows]
+        mean, highest = sum(bottoms) / len(bottoms), start
+    else:
+        stages = chain.staged(spec.rounds.total, spec.rounds.last_stage_share)
+        mean = sum(stage.rounds * stage.window.bottom for stage in stages) / spec.rounds.total
+        highest = stages[-1].window.bottom
+    if not plan.prefix.cached:
+        return spec.rounds.local_epochs * (mean + narrower + 1), 0
+    slides = mean - start if spec.chain.schedule == "cyclic" else 0
+    return narrower + slides, highest + 1
+
+
+def _evaluations(job: Job) -> float:
+    """The server's part: the validation rows as often as they are judged, and the test rows through the whole model."""
+    spec = job.spec
+    window = _lowest(job)
+    rows = job.validation.take(np.arange(min(_EVALUATED, len(job.validation))))
+    with tempfile.TemporaryDirectory(prefix="chainfed-") as scratch:
+        _evaluation_seconds(job, rows, Path(scratch, "libraries"))  # what is loaded the first time is no part of it
+        first, second = (_evaluation_seconds(job, rows, Path(scratch, "rows")) for _ in range(2))
+        fixed = _evaluation_seconds(job, rows.take(np.arange(1)), Path(scratch, "row"))
+    row = max(second - fixed, 0) / len(rows)
+    layer = max(first - second, 0) / (len(rows) * (window.bottom + 1))
+    judged = spec.rounds.total if spec.evaluation.every == "round" else job.layers - window.top
+    through_all_layers = len(job.validation) + len(job.test)
+    return judged * (fixed + len(job.validation) * row) + through_all_layers * (row + job.layers * layer)
+
+
+def _evaluation_seconds(job: Job, rows: Examples, scratch: Path) -> float:
+    started = perf_counter()
+    evaluate(rows, job.base, scratch, _new_stack(job), _lowest(job))
+    return perf_counter() - started

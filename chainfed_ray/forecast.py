@@ -1,0 +1,71 @@
+"""What a dry run tells of a job: a ``Forecast``. All JSON, as what a job leaves on record is."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from chainfed_ray.memory import Grain
+from chainfed_ray.records import Record
+
+PREFIX = "prefix"  # a part beside those of the footprint
+
+
+class ClassForecast(Record):
+    """The clients of one class. Bytes are a client's, the most of any; ranges are the least and the most.
+
+    Where nobody joins, the plan is the one with the bytes that are lacking.
+    """
+
+    name: str
+    clients: int
+    joins: int
+    left_out: int
+    lacking_bytes: int
+    budget_bytes: int
+    planned_bytes: int
+    parts: dict[str, int] = Field(
+        description="of the largest plan; `prefix` is what running the layers below takes beyond a step"
+    )
+    window: tuple[int, int]
+    micro_batch: tuple[int, int]
+    grains: tuple[Grain, ...]
+    spilled: int = Field(description="how many of those who join keep saved activations on disk")
+    cached: int = Field(description="how many of those who join keep their prefix on disk")
+    disk_bytes: int
+    sent_bytes: int = Field(description="in a turn of the first stage")
+    micro_step_seconds: float | None = Field(description="of one micro-batch, as it was measured; null if nobody joins")
+
+
+class Change(Record):
+    """What one change of the job would buy."""
+
+    field: str
+    value: int | str
+    joins: int = Field(description="clients that would take part")
+    joins_delta: int
+    words: str
+
+
+class Forecast(Record):
+    """A job before it is trained. ``refused`` says why it would not be accepted; null if it would."""
+
+    job: str
+    base: str
+    layers: int
+    start: Literal["auto"] | int = Field(
+        description="`auto`: found when the job runs; here the chain is planned from 0"
+    )
+    window: int = Field(description="the widest that the job allows and a client's budget holds")
+    clients: int
+    joins: int
+    quorum: int
+    refused: str | None
+    rounds: int
+    clients_per_round: int
+    sent_bytes_per_round: int = Field(description="by all clients of a round together, on average")
+    received_bytes: int = Field(description="by a client in a turn: the whole stack")
+    estimated_seconds: float | None = Field(
+        description="at most, on this machine: an estimate from steps that were measured; null if nobody joins"
+    )
+    classes: tuple[ClassForecast, ...] = Field(description="the smallest budget first")
+    changes: tuple[Change, ...]

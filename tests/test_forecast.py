@@ -1,0 +1,278 @@
+"""Promises of the dry run: what it says of a job is what becomes of it, and of a change, what the change does."""
+
+import asyncio
+import io
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import ray
+import yaml
+from fastapi.testclient import TestClient
+from rich.console import Console
+from torch import Tensor
+
+import chainfed_ray.dry_run
+from api.app import create_app
+from api.forecast_picture import png
+from api.forecast_table import forecast_table
+from api.service import Service
+from chainfed_ray import duration
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.config import JobSpec
+from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.dry_run import changed, dry_run
+from chainfed_ray.duration import Duration, Pace
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.forecast import Forecast
+from chainfed_ray.job import Job, draft
+from chainfed_ray.pool import LocalPool
+from chainfed_ray.prefix import PrefixRunner
+from cluster.preflight import plan
+from cluster.resources import of_one_machine
+from tests.conftest import a_job
+from tests.test_cli import COMMAND
+
+_PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is trained: the time is as if it had been measured."""
+    monkeypatch.setattr(chainfed_ray.dry_run, "duration", lambda *_: Duration(95.0, {"phone": 0.25}))
+
+
+def a_draft(document: dict[str, Any]) -> Job:
+    return draft(JobSpec.parse(document), Path())
+
+
+def classes(*budgets: tuple[str, int, int]) -> dict[str, Any]:
+    """A fleet of classes with a name, a count and the bytes of a client."""
+    return {"clients": [{"name": name, "count": count, "memory": memory} for name, count, memory in budgets]}
+
+
+def needed(document: dict[str, Any]) -> int:
+    """The bytes with which every client of ``document`` joins, and with one less does not."""
+    left_out = a_draft({**document, "fleet": classes(("small", 4, 1))}).left_out
+    return 1 + max(client.lacking_bytes for client in left_out)
+
+
+@pytest.fixture
+def streamed(document: dict[str, Any]) -> dict[str, Any]:
+    """A job whose base model has layers larger than the buffers in which matrices are streamed."""
+    return {**document, "model": {"base": "builtin:minilm"}, "chain": {"window": 2, "start": 1}}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("untimed")
+def test_one_byte_decides_who_joins(streamed: dict[str, Any]) -> None:
+    enough = needed(streamed)
+    streamed["fleet"] = classes(("phone", 2, enough), ("tablet", 2, enough - 1))
+    streamed["rounds"]["clients"] = 4
+    told = dry_run(JobSpec.parse(streamed), at_once=1)
+    tablet, phone = told.classes
+    assert (tablet.joins, tablet.left_out, tablet.lacking_bytes) == (0, 2, 1)
+    assert (phone.joins, phone.left_out, phone.lacking_bytes) == (2, 0, 0)
+    assert tablet.planned_bytes == enough
+    for row in told.classes:
+        assert sum(row.parts.values()) == row.planned_bytes <= enough
+    assert (told.joins, told.clients, told.refused) == (2, 4, None)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("untimed")
+def test_a_change_does_what_is_said_of_it(streamed: dict[str, Any]) -> None:
+    now = JobSpec.parse(streamed)
+    spec = {
+        name: changed(now, field, value).document()
+        for name, field, value in (
+            ("brief", "data.max_length", now.data.max_length // 2),
+            ("thin", "chain.adapter.bottleneck", now.chain.adapter.bottleneck // 2),
+            ("thinner", "chain.adapter.bottleneck", now.chain.adapter.bottleneck // 4),
+        )
+    }
+    budgets = [(name, 1, needed(document)) for name, document in spec.items()]
+    streamed["fleet"] = classes(("phone", 2, needed(streamed)), ("silo", 1, 2**30), *budgets)
+    told = dry_run(JobSpec.parse(streamed), at_once=1)
+    assert told.joins < told.clients
+    assert {change.field for change in told.changes if change.joins_delta > 0} >= {"chain.adapter.bottleneck"}
+    for change in told.changes:
+        document = json.loads(json.dumps(streamed))
+        *sections, key = change.field.split(".")
+        section = document
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[key] = change.value
+        admission = a_draft(document).admission
+        assert len(admission.admitted) == change.joins == told.joins + change.joins_delta
+        if change.joins_delta > 0:
+            assert f" {change.value} lets {change.joins_delta} more join" in change.words
+        if change.field == "chain.window":
+            whole = sum(len(plan.window) == change.value for _, plan in admission.admitted)
+            assert f"; {whole} of {change.joins} train " in change.words
+
+
+@pytest.mark.usefixtures("untimed")
+def test_a_job_without_a_quorum_is_told_as_well(document: dict[str, Any]) -> None:
+    document["fleet"] = classes(("watch", 4, 2**20))
+    document["chain"]["adapter"]["bottleneck"] = 1  # which no change could halve
+    told = dry_run(JobSpec.parse(document), at_once=1)
+    assert (told.joins, told.estimated_seconds, told.sent_bytes_per_round) == (0, None, 0)
+    assert told.refused is not None
+    assert told.refused.startswith("fleet.clients")
+    assert told.classes[0].lacking_bytes > 0
+    assert png(told).startswith(_PNG)
+    assert "would be refused" in words(told)
+
+
+@pytest.mark.parametrize("trains", ["head", "upper"])
+@pytest.mark.usefixtures("untimed")
+def test_bytes_sent_are_those_of_a_real_turn(document: dict[str, Any], tmp_path: Path, trains: str) -> None:
+    document["chain"]["global_trains"] = trains
+    told = dry_run(JobSpec.parse(document), at_once=1)
+    job = a_job(document, tmp_path)
+    coordinator = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log"))
+    stack = coordinator.stack().tensors()
+    turns = next(coordinator.rounds()).turns
+    assert {turn.sent_bytes for turn in turns} == {told.classes[0].sent_bytes}
+    assert sum(turn.sent_bytes for turn in turns) == told.sent_bytes_per_round
+    assert sum(tensor.nbytes for tensor in stack.values()) == told.received_bytes
+
+
+def test_the_time_is_that_of_turns_one_after_the_other(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document["rounds"] |= {"total": 6, "clients": 3, "local_epochs": 2}
+    job = a_job(document, tmp_path)
+    monkeypatch.setattr(duration, "_evaluations", lambda _: 0.0)
+    mean = sum(len(client.examples) for client in job.clients) / len(job.clients)
+    for pace, turn in ((Pace(turn=1, step=0, layer=0), 1.0), (Pace(turn=0, step=1, layer=0), 2 * mean)):
+        monkeypatch.setattr(duration, "_pace", lambda *_, found=pace: found)
+        assert duration.duration(job, at_once=3).seconds == pytest.approx(6 * turn)
+        assert duration.duration(job, at_once=2).seconds == pytest.approx(2 * 6 * turn)
+        assert duration.duration(job, at_once=1).seconds == pytest.approx(3 * 6 * turn)
+
+
+@pytest.mark.parametrize("disk", [None, "1KiB"])
+@pytest.mark.slow
+def test_layers_below_the_window_are_counted_as_they_are_run(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: str | None
+) -> None:
+    """Where every client is in every round, an example's way through one layer is counted exactly."""
+    document["rounds"] |= {"total": 4, "clients": 4, "local_epochs": 2, "convergence": {"rule": "none"}}
+    document["fleet"]["clients"][0] |= {"disk": disk} if disk else {}
+    job = a_job(document, tmp_path)
+    monkeypatch.setattr(duration, "_evaluations", lambda _: 0.0)
+    monkeypatch.setattr(duration, "_pace", lambda *_: Pace(turn=0, step=0, layer=1))
+    told = duration.duration(job, at_once=1).seconds
+    run, counted = PrefixRunner.run, 0
+
+    def counting(self: PrefixRunner, *arguments: Any) -> Tensor:
+        nonlocal counted
+        *_, examples, indices, _ = arguments
+        counted += len(indices) if examples is not job.validation else 0
+        return run(self, *arguments)
+
+    monkeypatch.setattr(PrefixRunner, "run", counting)
+    assert len(list(Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).rounds())) == 4
+    assert told == pytest.approx(counted)
+
+
+@pytest.fixture
+def fleet_of_many(document: dict[str, Any], untimed: None) -> Forecast:
+    names = [(f"class-{number}-with-a-long-name", 1, (number + 4) * 2**20) for number in range(16)]
+    document["chain"]["adapter"]["bottleneck"] = 1
+    return dry_run(JobSpec.parse({**document, "fleet": classes(*names)}), at_once=1)
+
+
+def words(told: Forecast) -> str:
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    console.print(forecast_table(told))
+    return cast("io.StringIO", console.file).getvalue()
+
+
+def test_words_fit_a_terminal_and_a_picture_holds_many_classes(fleet_of_many: Forecast) -> None:
+    text = words(fleet_of_many)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "about 1m 35s at most: an estimate, from steps timed on this machine" in text
+    assert f"{fleet_of_many.joins} of 16 clients can join" in text
+    assert png(fleet_of_many).startswith(_PNG)
+
+
+@pytest.mark.slow
+def test_the_command_tells_it_in_json_and_draws_it(document: dict[str, Any], tmp_path: Path) -> None:
+    job_file, picture = tmp_path / "job.yaml", tmp_path / "plan.png"
+    job_file.write_text(yaml.safe_dump(document))
+    command = [*COMMAND, "plan", str(job_file), "--picture", str(picture)]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=True)
+    told = Forecast.model_validate_json(done.stdout)
+    assert (told.joins, told.clients) == (4, 4)
+    assert told.estimated_seconds is not None
+    assert told.estimated_seconds > 0
+    assert told.classes[0].micro_step_seconds is not None
+    assert picture.read_bytes().startswith(_PNG)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "4 of 4 clients can join" in said
+    assert f"The picture is in {picture}." in said
+
+
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(
+        num_cpus=1,
+        resources=of_one_machine(1, 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_process_of_its_own_tells_the_same(document: dict[str, Any]) -> None:
+    here = dry_run(JobSpec.parse(document), at_once=1)
+    there = asyncio.run(plan(JobSpec.parse(document), client_slots=4))
+    assert without_times(there) == without_times(here)
+    document["data"]["label"] = "class"
+    with pytest.raises(InvalidJob, match="a column"):
+        asyncio.run(plan(JobSpec.parse(document), client_slots=4))
+
+
+def without_times(told: Forecast) -> Forecast:
+    rows = tuple(row.model_copy(update={"micro_step_seconds": None}) for row in told.classes)
+    return told.model_copy(update={"estimated_seconds": None, "classes": rows})
+
+
+@pytest.fixture
+def client(untimed: None) -> Iterator[TestClient]:
+    async def plan(spec: JobSpec) -> Forecast:
+        return dry_run(spec, at_once=1)
+
+    unused = cast("Any", None)
+    with TestClient(create_app(Service(unused, unused, plan, unused, {})), raise_server_exceptions=False) as made:
+        yield made
+
+
+def test_the_route_answers_with_words_or_a_picture(client: TestClient, document: dict[str, Any]) -> None:
+    told = client.post("/v1/plan", json=document)
+    assert told.status_code == 200
+    assert Forecast.model_validate(told.json()) == dry_run(JobSpec.parse(document), at_once=1)
+    headers = {"Accept": "image/png", "Content-Type": "application/yaml"}
+    drawn = client.post("/v1/plan", content=yaml.safe_dump(document), headers=headers)
+    assert drawn.headers["content-type"] == "image/png"
+    assert drawn.content.startswith(_PNG)
+
+
+def test_a_bad_job_is_refused_by_the_route(client: TestClient, document: dict[str, Any]) -> None:
+    document["chain"]["window"] = 9
+    refused = client.post("/v1/plan", json=document)
+    assert (refused.status_code, refused.json()["type"]) == (422, "urn:chainfed:problem:invalid-job")
+    assert refused.json()["errors"][0]["field"] == "chain.window"

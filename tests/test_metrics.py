@@ -1,0 +1,132 @@
+"""Promises of ``GET /metrics``: Prometheus can read it, and it says what is on record, whichever process answers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from api.app import create_app
+from api.metrics import _FINISHED_JOBS
+from api.service import Service
+from chainfed_ray.records import Lost, Opening, Record
+from cluster.job_store import JobStore
+from tests.test_job_store import SPEC
+from tests.test_progress import ENDING, MIB, a_round, an_opening
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    made = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+    yield made
+    made.close()
+
+
+def scraped(store: JobStore) -> Samples:
+    """Every sample, as a new process of the API gives it to Prometheus."""
+    service = cast("Service", SimpleNamespace(store=store))  # it asks for nothing else
+    with TestClient(create_app(service)) as client:
+        answer = client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    found: Samples = {}
+    for family in text_string_to_metric_families(answer.text):
+        assert family.documentation
+        for sample in family.samples:
+            key = (sample.name, tuple(sorted(sample.labels.items())))
+            assert key not in found, "a series is told once"
+            found[key] = sample.value
+    return found
+
+
+def value(samples: Samples, name: str, **labels: str) -> float | None:
+    # `class` is a word of Python's, so it is written `class_` here.
+    return samples.get((name, tuple(sorted((label.rstrip("_"), text) for label, text in labels.items()))))
+
+
+def a_running_job(store: JobStore, opening: Opening | None = None) -> str:
+    job = store.submit(SPEC).id
+    store.move(job, "running")
+    publish(store, job, "opening", opening or an_opening())
+    return job
+
+
+def publish(store: JobStore, job: str, key: str, record: Record) -> None:
+    store.publish(job, key, key.partition("-")[0], record.model_dump(mode="json"))
+
+
+def test_without_a_job_every_status_is_zero(store: JobStore) -> None:
+    samples = scraped(store)
+    assert {labels[0][1] for _, labels in samples} == {
+        "queued", "running", "cancelling", "succeeded", "failed", "cancelled",
+    }  # fmt: skip
+    assert set(samples.values()) == {0}
+
+
+def test_a_running_job_from_round_to_round(store: JobStore) -> None:
+    opening = an_opening()
+    job = a_running_job(store, opening)
+    store.submit(SPEC)
+    samples = scraped(store)
+    assert (value(samples, "chainfed_jobs", status="running"), value(samples, "chainfed_jobs", status="queued")) == (
+        1,
+        1,
+    )
+    assert value(samples, "chainfed_rounds_total", job=job) == 0
+    assert value(samples, "chainfed_rounds_limit", job=job) == opening.total_rounds
+    assert memory(samples, job, "phone") == (64 * MIB, 30 * MIB, None)
+
+    first, *others = a_round(0, opening).turns
+    again = first.model_copy(update={"exceeded": "BudgetExceeded", "planned_bytes": 20 * MIB, "peak_bytes": 18 * MIB})
+    lost = (
+        Lost(client="phone-5", client_class="phone", reason="BudgetExceeded", over_budget=True),
+        Lost(client="silo-0", client_class="silo", reason="died"),
+    )
+    publish(store, job, "round-0", a_round(0, opening, turns=(again, *others), lost=lost))
+    publish(store, job, "round-1", a_round(1, opening, turns=(again,), accuracy=None))
+    samples = scraped(store)
+    assert memory(samples, job, "phone") == (64 * MIB, 20 * MIB, 18 * MIB), "of the newest round"
+    assert memory(samples, job, "laptop") == (256 * MIB, 30 * MIB, None), "which has not had a turn"
+    assert value(samples, "chainfed_rounds_total", job=job) == 2
+    assert value(samples, "chainfed_accuracy", job=job, rows="validation") == 0.5, "the last that was measured"
+    assert value(samples, "chainfed_accuracy", job=job, rows="test") is None
+    for name, phone, silo in (("turns", 4, 0), ("lost_turns", 1, 1), ("turns_over_budget", 3, 0)):
+        assert value(samples, f"chainfed_{name}_total", job=job, class_="phone") == phone
+        assert value(samples, f"chainfed_{name}_total", job=job, class_="silo") == silo
+
+
+def memory(samples: Samples, job: str, name: str) -> tuple[float | None, ...]:
+    """Budget, planned and peak."""
+    kinds = ("budget", "planned", "peak")
+    return tuple(value(samples, "chainfed_client_memory_bytes", job=job, class_=name, kind=kind) for kind in kinds)
+
+
+def test_a_job_that_is_over_is_among_the_newest_for_a_while(store: JobStore) -> None:
+    jobs = []
+    for _ in range(_FINISHED_JOBS + 2):
+        jobs.append(a_running_job(store))
+        publish(store, jobs[-1], "ending", ENDING)
+        store.move(jobs[-1], "succeeded", result={})
+    running = a_running_job(store)
+    samples = scraped(store)
+    shown = {dict(labels)["job"] for name, labels in samples if name == "chainfed_rounds_limit"}
+    assert len(shown) == _FINISHED_JOBS + 1
+    assert {running, jobs[-1]} <= shown
+    assert value(samples, "chainfed_accuracy", job=jobs[-1], rows="test") == ENDING.accuracy
+    assert value(samples, "chainfed_jobs", status="succeeded") == len(jobs)
+
+
+def test_more_events_than_a_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.metrics._PAGE", 2)
+    opening = an_opening()
+    job = a_running_job(store, opening)
+    for index in range(5):
+        publish(store, job, f"round-{index}", a_round(index, opening))
+    samples = scraped(store)
+    assert value(samples, "chainfed_rounds_total", job=job) == 5
+    assert value(samples, "chainfed_turns_total", job=job, class_="phone") == 15
