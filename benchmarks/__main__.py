@@ -1,18 +1,11 @@
 """``python -m benchmarks NAME``."""
 
-import typer
+import argparse
 
 from benchmarks import memory
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="What is published, measured."
-)
-app.command("memory")(memory.main)
-
-
-@app.callback()
-def benchmarks() -> None:
-    """What is published, measured."""
-
-
-app()
+parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What is published, measured.")
+names = parser.add_subparsers(metavar="NAME", required=True)
+memory.add_options(names.add_parser("memory", help="the memory of a client's step against that of the whole model"))
+chosen = parser.parse_args()
+chosen.run(chosen)

@@ -1,5 +1,6 @@
 """``python -m benchmarks memory``: the memory of a client's step against that of the whole model, one process a cell."""
 
+import argparse
 import json
 import os
 import platform
@@ -9,9 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +20,6 @@ from chainfed_ray.measure import ENVIRONMENT
 from chainfed_ray.quantities import format_bytes
 
 _WINDOWS = [1, 2, 4, 8]
-_TEMPORARY = Path(tempfile.gettempdir())
 _BASELINES = ("end-to-end", "checkpointed")
 _COMPARED = 2  # the window for which the ways of the plan are compared
 _BUDGETS = {"llama2-7b-4x256": (512 * 2**20, 256 * 2**20)}
@@ -29,46 +28,64 @@ _progress = Console(stderr=True, highlight=False)
 Row = dict[str, Any]
 
 
-def main(
-    shapes: Annotated[list[str], typer.Option(help="one or more of: " + ", ".join(SHAPES))] = list(SHAPES),  # noqa: B006
-    windows: Annotated[list[int], typer.Option(min=1, help="Q, adapters trained together")] = _WINDOWS,
-    methods: Annotated[
-        list[str] | None, typer.Option(help="end-to-end, checkpointed, chain, chain-streamed, chain-resident, turn")
-    ] = None,
-    scratch: Annotated[Path, typer.Option(help="where the weights are written meanwhile")] = _TEMPORARY,
-    output: Annotated[Path | None, typer.Option("--json", help="write the rows into this file")] = None,
-) -> None:
-    """Peak bytes above the idle process, of a step with random weights: end to end, and of the chain."""
-    unknown = [name for name in shapes if name not in SHAPES]
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is no shape; there are {', '.join(SHAPES)}", param_hint="--shapes")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    methods = ("end-to-end", "checkpointed", "chain", "chain-streamed", "chain-resident", "turn")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=_shapes,
+        default=[list(SHAPES)],
+        metavar="SHAPE",
+        help=f"{', '.join(SHAPES)}, or how some of them begin",
+    )
+    parser.add_argument(
+        "--windows", nargs="+", type=int, default=_WINDOWS, metavar="Q", help="adapters trained together"
+    )
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="all by default")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="for the weights, meanwhile")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into this file")
+    parser.set_defaults(run=run)
+
+
+def _shapes(start: str) -> list[str]:
+    names = [name for name in SHAPES if name.startswith(start)]
+    if not names:
+        raise argparse.ArgumentTypeError(f"no shape begins with {start!r}; there are {', '.join(SHAPES)}")
+    return names
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure the rows that were asked for, and print them; each is written as soon as it is there."""
+    shapes = [SHAPES[name] for name in dict.fromkeys(name for names in options.shapes for name in names)]
     rows: list[Row] = []
-    for model in dict.fromkeys(SHAPES[name].model for name in shapes):
-        alike = [SHAPES[name] for name in shapes if SHAPES[name].model == model]
-        with written(alike[0], scratch) as folder:
+    for model in dict.fromkeys(shape.model for shape in shapes):
+        alike = [shape for shape in shapes if shape.model == model]
+        with written(alike[0], options.scratch) as folder:
             if isinstance(folder, str):
-                _progress.print(f"{alike[0].name} is left out: {folder}.")
+                _progress.print(f"{', '.join(shape.name for shape in alike)} is left out: {folder}.")
                 continue
             for shape in alike:
-                rows += _rows(shape, folder, scratch, windows, methods)
-                if output:
-                    output.write_text(json.dumps(rows, indent=1))
+                for row in _rows(shape, folder, options):
+                    rows.append(row)
+                    if options.json:
+                        options.json.write_text(json.dumps(rows, indent=1))
     Console(highlight=False).print(_table(rows))
     print(f"{platform.machine()}, {os.cpu_count()} cores, one thread a process; {date.today()}")
 
 
-def _rows(shape: Shape, folder: Path, scratch: Path, windows: list[int], methods: list[str] | None) -> list[Row]:
+def _rows(shape: Shape, folder: Path, options: argparse.Namespace) -> Iterator[Row]:
     """The rows of a shape, each with its ratio to the first, which is the whole model."""
-    rows: list[Row] = []
-    for method, window, budget in _cells(shape, windows):
-        if methods is None or method in methods:
-            row = _measure(shape, folder, scratch, method, window, budget)
-            baseline = next((other for other in rows if other["method"] == "end-to-end"), None)
-            if baseline and "peak_bytes" in row and "peak_bytes" in baseline:
+    baseline: Row = {}
+    for method, window, budget in _cells(shape, options.windows):
+        if method in options.methods:
+            row = _measure(shape, folder, options.scratch, method, window, budget)
+            if method == "end-to-end":
+                baseline = row
+            if "peak_bytes" in baseline and "peak_bytes" in row:
                 row["ratio"] = baseline["peak_bytes"] / row["peak_bytes"]
-            rows.append(row)
             _progress.print(f"{shape.name}  {method}  Q={window}  {_said(row)}")
-    return rows
+            yield row
 
 
 def _cells(shape: Shape, windows: list[int]) -> Iterator[tuple[str, int, int | None]]:

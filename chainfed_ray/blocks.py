@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.stream import RowSlices, SliceReader, is_streamed, stream_matrices
@@ -106,10 +107,13 @@ class Blocks:
         Raises:
             UnsupportedModel: the model has none.
         """
+        config = self._model.config
+        # Of those that fill in words, the embeddings are tied to a head that is not this one.
+        goes_on = config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
         for name in ("lm_head.weight", "embed_out.weight"):
-            if name in self._checkpoint.names:
+            if goes_on and name in self._checkpoint.names:
                 return str(name)
-        tied = getattr(self._model.config, "tie_word_embeddings", False)
+        tied = goes_on and getattr(config, "tie_word_embeddings", False)
         source = self._find(self._word_table) if tied else None
         if source is None:
             raise UnsupportedModel(self._name, "it has no head of a language model")

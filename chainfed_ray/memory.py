@@ -239,7 +239,8 @@ def footprint(
     trained_head = 0 if costs.streamed_head else costs.head
     resident = len(window) - 1
     streams = costs.streamed_head or (grain == "matrix" and resident > 0)
-    rows = 0 if spilled else micro_batch * tokens * costs.hidden * costs.itemsize
+    rows = 0 if spilled else min(peak, micro_batch * tokens * costs.hidden * costs.itemsize)
+    saved = max(saved - rows, 0)  # the first adapter saves its input, if it has done so already
     return Footprint(
         layer_weights=resident * (costs.layer if grain == "layer" else costs.unstreamed),
         buffers=costs.slices if streams else 0,
@@ -248,8 +249,8 @@ def footprint(
         gradients=trained + trained_head,
         optimizer=_ADAM_STATES * (trained + trained_head),
         cache_pages=rows,
-        saved_activations=saved - rows,
-        transients=peak - saved + costs.call.at(micro_batch, tokens),
+        saved_activations=saved,
+        transients=peak - rows - saved + costs.call.at(micro_batch, tokens),
         runtime=costs.skeleton + _RUNTIME,
     )
 
@@ -316,14 +317,14 @@ def _plan(
 ) -> Plan:
     parts = footprint(costs, task, window, micro_batch, means.longest, grain, spilled)
     spill = _saved(costs, costs.kept, task, window, micro_batch, means.longest) if spilled else 0
-    if means.one_step:
-        activations = parts.cache_pages + parts.saved_activations + parts.transients
-        parts = replace(parts, optimizer=max(parts.optimizer - activations, 0))
     if not prefix.cached:
         # The prefix of a micro-batch is made between two steps: what the step itself holds is not there then.
         beside = prefix.planned_bytes - _held(costs, task)
         step = parts.cache_pages + parts.saved_activations + parts.transients
         parts = replace(parts, transients=parts.transients + max(beside - step, 0))
+    if means.one_step:
+        activations = parts.cache_pages + parts.saved_activations + parts.transients
+        parts = replace(parts, optimizer=max(parts.optimizer - activations, 0))
     return Plan(window, micro_batch, grain, spilled, prefix, parts, spill)
 
 

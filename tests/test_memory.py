@@ -1,0 +1,406 @@
+"""The planner: it never plans beyond what a client has, and says exactly what a client lacks."""
+
+import ast
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from chainfed_ray import memory
+from chainfed_ray.admission import Candidate, Planner, admit
+from chainfed_ray.chain import Window
+from chainfed_ray.memory import (
+    NOTHING,
+    Bytes,
+    Costs,
+    Demand,
+    Means,
+    StepDemands,
+    Task,
+    footprint,
+    lacking,
+    leaner,
+    plan,
+)
+from chainfed_ray.tokens import Examples
+
+LAYERS, HIDDEN, ITEMSIZE = 6, 16, 4
+ROW = HIDDEN * ITEMSIZE
+PLENTY = 2**50
+
+
+def demand(saved: int, constant: int, forward: int, backward: int, squares: int) -> Demand:
+    """A part that keeps ``saved`` bytes of a token, and has so many more in its hands meanwhile, beside input and output."""
+
+    def terms(*, per_token: int, own: int, per_pair: int) -> Bytes:
+        return Bytes(((own, 0, 0), (0, per_token, per_pair)))
+
+    return Demand(
+        saved=terms(per_token=saved, own=constant, per_pair=squares),
+        forward=(
+            terms(per_token=2 * ROW + saved + forward, own=constant, per_pair=squares),
+            terms(per_token=2 * ROW + saved, own=constant, per_pair=2 * squares),
+        ),
+        backward=(terms(per_token=2 * ROW + saved + backward, own=constant, per_pair=squares),),
+    )
+
+
+def on_disk(part: Demand) -> Demand:
+    """The same part with what it saved on disk: read again in the backward pass, half of it at a time at the most."""
+    per_token = 2 * ROW + part.saved.terms[1][1] // 2
+    return replace(part, saved=NOTHING, backward=(Bytes(((0, 0, 0), (0, per_token, part.saved.terms[1][2]))),))
+
+
+def few(most: int) -> st.SearchStrategy[int]:
+    return st.integers(0, most)
+
+
+demands = st.builds(demand, few(12 * ROW), few(200), few(4 * ROW), few(4 * ROW), few(16))
+
+
+@st.composite
+def all_costs(draw: st.DrawFn) -> Costs:
+    """Of base models large and small beside their activations and the buffers of streamed matrices."""
+    layer = draw(st.integers(1, 10**7))
+    kept = StepDemands(draw(demands), draw(demands), draw(demands), draw(demands))
+    return Costs(
+        layers=LAYERS,
+        hidden=HIDDEN,
+        itemsize=draw(st.sampled_from([2, ITEMSIZE])),
+        layer=layer,
+        unstreamed=draw(few(layer)),
+        slices=draw(few(10**6)),
+        conversion=draw(few(10**5)),
+        skeleton=draw(few(10**5)),
+        call=Bytes(((0, draw(few(64)), 0), (0, 0, draw(few(4))))),
+        adapter=draw(st.integers(1, 10**6)),
+        head=draw(few(10**4)),
+        streamed_head=draw(st.booleans()),
+        kept=kept,
+        spilled=StepDemands(*map(on_disk, (kept.adapter, kept.layer, kept.head, kept.stand_in))),
+        advance=replace(kept.layer, saved=NOTHING, backward=()),
+        advance_adapter=replace(kept.adapter, saved=NOTHING, backward=()),
+    )
+
+
+@st.composite
+def all_tasks(draw: st.DrawFn) -> tuple[Task, Window]:
+    """A job, and one of its stages."""
+    start = draw(st.integers(0, LAYERS - 1))
+    bottom = draw(st.integers(start, LAYERS - 1))
+    looks_ahead = draw(st.booleans())
+    task = Task(
+        start=start,
+        batch_size=draw(st.integers(1, 32)),
+        epochs=draw(st.integers(1, 3)),
+        looks_ahead=looks_ahead,
+        trains_above=looks_ahead and draw(st.booleans()),
+        profiles=draw(st.booleans()),
+    )
+    return task, Window(bottom, draw(st.integers(bottom, LAYERS - 1)))
+
+
+all_means = st.builds(
+    Means,
+    memory=st.integers(2**22, 2**26),
+    longest=st.integers(1, 512),
+    cached=st.booleans(),
+    spill=st.none() | st.integers(0, 2**24),
+    batch=st.integers(1, 32),
+    one_step=st.booleans(),
+)
+planned = settings(deadline=None, max_examples=100)
+
+
+@given(all_costs(), all_tasks(), all_means)
+@planned
+def test_a_plan_fits(costs: Costs, job: tuple[Task, Window], means: Means) -> None:
+    task, stage = job
+    found = plan(costs, task, stage, means)
+    assume(found)
+    assert found is not None
+    assert found.planned_bytes <= means.memory
+    assert found.prefix.planned_bytes <= found.planned_bytes
+    assert found.prefix.profile_bytes <= means.memory
+    assert found.prefix.cached == means.cached
+    assert means.spill is None or found.spill_bytes <= means.spill
+    assert (found.spill_bytes > 0) <= found.spilled
+    assert 1 <= found.micro_batch <= means.batch
+    assert found.window.top == stage.top
+    assert found.window.bottom >= stage.bottom
+    assert found.footprint.total == sum(found.footprint.parts().values())
+    assert all(size >= 0 for size in found.footprint.parts().values()), found.footprint
+
+
+@given(all_costs(), all_tasks(), all_means)
+@planned
+def test_what_is_lacking_is_exact(costs: Costs, job: tuple[Task, Window], means: Means) -> None:
+    """With that many bytes more there is a plan, and with one byte less than that there is none."""
+    task, stage = job
+    short = lacking(costs, task, stage, means)
+    assert (short == 0) == (plan(costs, task, stage, means) is not None)
+    assume(short)
+    assert short > 0
+    assert plan(costs, task, stage, replace(means, memory=means.memory + short))
+    assert not plan(costs, task, stage, replace(means, memory=means.memory + short - 1))
+
+
+@given(all_costs(), all_tasks(), all_means, st.integers(1, 2**26))
+@planned
+def test_more_memory_never_trains_less(costs: Costs, job: tuple[Task, Window], means: Means, more: int) -> None:
+    task, stage = job
+    less, richer = (plan(costs, task, stage, it) for it in (means, replace(means, memory=means.memory + more)))
+    assume(less)
+    assert less is not None
+    assert richer is not None
+    assert len(richer.window) >= len(less.window)
+
+
+def needed(costs: Costs, task: Task, stage: Window, means: Means) -> int:
+    """The least memory with which there is a plan."""
+    return lacking(costs, task, stage, replace(means, memory=0))
+
+
+@given(all_costs(), all_tasks(), all_means, st.integers(1, 64))
+@planned
+def test_longer_texts_never_need_less(costs: Costs, job: tuple[Task, Window], means: Means, more: int) -> None:
+    task, stage = job
+    assert needed(costs, task, stage, replace(means, longest=means.longest + more)) >= needed(costs, task, stage, means)
+
+
+@given(all_costs(), all_tasks(), all_means, st.sampled_from(["layer", "matrix"]))
+@planned
+def test_a_step_with_more_in_it_never_needs_less(
+    costs: Costs, job: tuple[Task, Window], means: Means, grain: memory.Grain
+) -> None:
+    """A wider window, another example, a longer chain, a global branch, and one that is trained."""
+    task, stage = job
+    task = replace(task, looks_ahead=False, trains_above=False)
+
+    def total(task: Task = task, window: Window = stage, batch: int = 2) -> int:
+        return footprint(costs, task, window, batch, means.longest, grain, spilled=False).total
+
+    assert total(batch=3) >= total()
+    ahead = replace(task, looks_ahead=True)
+    assert total(ahead) >= total()
+    if stage.bottom > task.start:
+        assert total(window=Window(stage.bottom - 1, stage.top)) >= total()
+    if task.start:
+        assert total(replace(task, start=task.start - 1)) >= total() + costs.adapter
+
+
+@given(all_costs(), all_tasks(), all_means)
+@planned
+def test_a_leaner_plan_needs_two_thirds(costs: Costs, job: tuple[Task, Window], means: Means) -> None:
+    task, stage = job
+    best = plan(costs, task, stage, means)
+    assume(best)
+    assert best is not None
+    found = leaner(costs, task, stage, means, best)
+    possible = needed(costs, task, stage, means) <= best.planned_bytes * 2 // 3
+    assert (found is not None) == possible
+    if found:
+        assert 3 * found.planned_bytes <= 2 * best.planned_bytes
+        assert found.window.top == best.window.top
+
+
+WAYS: tuple[tuple[memory.Grain, bool], ...] = (("layer", False), ("matrix", False), ("matrix", True))
+
+
+@given(all_costs(), all_tasks(), all_means, st.data())
+@planned
+def test_nothing_better_fits(costs: Costs, job: tuple[Task, Window], means: Means, data: st.DataObject) -> None:
+    """The widest window first, then the fastest way, then the largest micro-batch; at a budget that some plan just fits."""
+    task, stage = job
+    means = replace(means, cached=True, one_step=False, spill=None)
+    sizes = [means.batch >> halvings for halvings in range(means.batch.bit_length())]
+    choices = [(Window(low, stage.top), way, size) for low in stage for way in WAYS for size in sizes]
+    totals = [footprint(costs, task, window, size, means.longest, *way).total for window, way, size in choices]
+    budget = max(data.draw(st.sampled_from(totals)), needed(costs, task, stage, means))
+    found = plan(costs, task, stage, replace(means, memory=budget))
+    assert found is not None
+    first = next(choice for choice, total in zip(choices, totals, strict=True) if total <= budget)
+    assert (found.window, (found.grain, found.spilled), found.micro_batch) == first
+
+
+@given(all_costs(), all_tasks(), all_means)
+@planned
+def test_a_prefix_made_for_each_step_is_made_beside_what_the_turn_keeps(
+    costs: Costs, job: tuple[Task, Window], means: Means
+) -> None:
+    task, stage = job
+    found = plan(costs, task, stage, replace(means, cached=False, one_step=False))
+    assume(found)
+    assert found is not None
+    parts = found.footprint
+    activations = parts.cache_pages + parts.saved_activations + parts.transients
+    stack = (LAYERS - task.start) * costs.adapter + costs.head
+    assert found.prefix.planned_bytes - stack - parts.runtime <= activations
+
+
+def flat(saved: int, forward: int, backward: int) -> Demand:
+    """Of so many bytes, whatever the shape."""
+    return Demand(Bytes(((saved,),)), (Bytes(((forward,),)),), (Bytes(((backward,),)),))
+
+
+# A window of two adapters, three stand-ins above: adapter, layer, adapter, head, 3 stand-ins, head.
+@pytest.mark.parametrize(
+    ("changed", "peak", "saved"),
+    [
+        ({}, 10 + 900, 10 + 100),  # the layer's backward pass
+        ({"adapter": flat(10, 2000, 300)}, 10 + 100 + 2000, 120),  # the second adapter's forward pass
+        ({"head": flat(5, 1500, 160)}, 128 + ROW + 1500, 133),  # the global head's, while the window's output waits
+        ({"head": flat(5, 150, 1700)}, 120 + ROW + 1700, 125),  # the local head's, while the other gradient waits
+        ({"stand_in": flat(1, 130, 1800)}, 127 + 1800, 128),  # the last stand-in's
+    ],
+)
+def test_the_highest_moment_of_a_step(changed: dict[str, Demand], peak: int, saved: int) -> None:
+    parts = {"adapter": flat(10, 200, 300), "layer": flat(100, 400, 900), "head": flat(5, 150, 160)}
+    kept = StepDemands(**{**parts, "stand_in": flat(1, 130, 140), **changed})
+    costs = replace(COSTS, kept=kept, call=NOTHING)
+    found = footprint(costs, Task(1, 8, 1, True, False, False), Window(1, 2), 1, 1, "layer", spilled=False)
+    assert found.cache_pages + found.saved_activations + found.transients == peak
+    assert found.cache_pages + found.saved_activations == saved
+
+
+COSTS = Costs(
+    layers=LAYERS,
+    hidden=HIDDEN,
+    itemsize=ITEMSIZE,
+    layer=50_000,
+    unstreamed=700,
+    slices=9_000,
+    conversion=0,
+    skeleton=30,
+    call=Bytes(((0, 0, 0), (0, 0, 3))),
+    adapter=1000,
+    head=80,
+    streamed_head=False,
+    kept=StepDemands(*[demand(0, 0, 0, 0, 0)] * 4),
+    spilled=StepDemands(*[demand(0, 0, 0, 0, 0)] * 4),
+    advance=demand(0, 0, 0, 0, 0),
+    advance_adapter=demand(0, 0, 0, 0, 0),
+)
+
+
+def test_the_parts_of_a_step() -> None:
+    """Two adapters of a chain of five are trained, with the head, or with the three above; or the head is streamed."""
+    task, window = Task(1, 8, 1, False, False, False), Window(1, 2)
+
+    def parts(costs: Costs = COSTS, task: Task = task, **way: Any) -> dict[str, int]:
+        found = footprint(costs, task, window, 2, 10, **{"grain": "layer", "spilled": False, **way}).parts()
+        assert all(size >= 0 for size in found.values())
+        return found
+
+    plain = parts()
+    assert plain == {
+        "layer_weights": 50_000,
+        "buffers": 0,
+        "adapters": 5000 + 2000,
+        "head": 2 * 80,
+        "gradients": 2080,
+        "optimizer": 2 * 2080,
+        "cache_pages": 20 * ROW,
+        "saved_activations": 0,
+        "transients": plain["transients"],
+        "runtime": plain["runtime"],
+    }
+    assert parts(grain="matrix") == {**plain, "layer_weights": 700, "buffers": 9000}
+    above = parts(task=replace(task, looks_ahead=True, trains_above=True))
+    assert (above["adapters"], above["gradients"], above["optimizer"]) == (10_000, 5080, 2 * 5080)
+    language = parts(replace(COSTS, head=0, streamed_head=True))
+    assert (language["head"], language["gradients"], language["buffers"]) == (0, 2000, 9000)
+    spilled = parts(grain="matrix", spilled=True)
+    assert spilled["cache_pages"] == 0
+
+
+def test_no_part_is_negative_when_the_first_moment_is_the_highest() -> None:
+    kept = replace(COSTS.kept, adapter=flat(0, 500, 3 * ROW))
+    found = footprint(
+        replace(COSTS, kept=kept), Task(5, 8, 1, False, False, False), Window(5, 5), 1, 1, "layer", spilled=False
+    )
+    assert (found.cache_pages, found.saved_activations) == (ROW, 0)
+    assert found.cache_pages + found.transients == 500 + 3
+
+
+def a_candidate(name: str, memory: int, disk: int | None = None, lengths: tuple[int, ...] = (3, 9, 5)) -> Candidate:
+    ids, offsets = np.ones(sum(lengths), dtype=np.int32), np.concatenate([[0], np.cumsum(lengths)])
+    return Candidate(name, "phone", Examples(ids, offsets, np.zeros(len(lengths), dtype=np.int64)), memory, disk)
+
+
+@given(all_costs(), all_tasks(), st.lists(st.integers(2**22, 2**24), max_size=4), st.data())
+@planned
+def test_who_is_admitted(costs: Costs, job: tuple[Task, Window], memories: list[int], data: st.DataObject) -> None:
+    """Q is as many adapters as the client with the most memory can train together; who is left out can train none."""
+    task, _ = job
+    width = data.draw(st.integers(1, LAYERS - task.start))
+    just = Window(task.start, task.start + data.draw(st.integers(1, width)) - 1)
+    planner = Planner(costs, task)
+    means = planner.means(a_candidate("rich", 0))
+    widest = min(footprint(costs, task, just, 1, means.longest, *way).total for way in WAYS)
+    memories = [*memories, max(widest, needed(costs, task, just, means))]
+    candidates = [a_candidate(str(place), size) for place, size in enumerate(memories)]
+    found = admit(planner, candidates, width)
+    assert {it.name for it, _ in (*found.admitted, *found.left_out)} == {it.name for it in candidates}
+
+    richest = max(candidates, key=lambda candidate: candidate.memory)
+    chances = [planner.plan(richest, Window(task.start, task.start + count - 1)) for count in range(1, width + 1)]
+    possible = [count for count, best in enumerate(chances, start=1) if best and len(best.window) == count]
+    assert found.width == max(possible, default=1)
+
+    stage = Window(task.start, task.start + found.width - 1)
+    for candidate, best in found.admitted:
+        assert best == plan(costs, task, stage, planner.means(candidate))
+    for candidate, short in found.left_out:
+        assert planner.plan(candidate, stage) is None
+        enough = replace(candidate, memory=candidate.memory + short)
+        assert planner.plan(enough, stage)
+        assert not planner.plan(replace(enough, memory=enough.memory - 1), stage)
+
+
+@given(all_costs(), all_tasks())
+@planned
+def test_clients_that_are_alike_have_the_same_plan(costs: Costs, job: tuple[Task, Window]) -> None:
+    """It is made once; other texts of the same number and greatest length change nothing."""
+    task, stage = job
+    planner = Planner(costs, task)
+    one, other = a_candidate("one", PLENTY), a_candidate("other", PLENTY, lengths=(9, 1, 1))
+    assert planner.plan(one, stage) is planner.plan(other, stage) is not None
+    assert planner.plan(a_candidate("third", PLENTY, lengths=(9, 1, 10)), stage) is not planner.plan(one, stage)
+
+
+@given(all_costs(), all_tasks(), st.integers(0, 10**5))
+@planned
+def test_what_the_planner_knows_of_a_client(costs: Costs, job: tuple[Task, Window], disk: int) -> None:
+    """Its disk holds the cache first: the layer at hand, the next, and the stage's lowest; what is left is for spilling."""
+    planner = Planner(costs, job[0])
+    candidate = a_candidate("one", 2**24, disk)
+    cache = 3 * 17 * HIDDEN * costs.itemsize
+    expected = Means(
+        memory=2**24,
+        longest=9,
+        cached=cache <= disk,
+        spill=disk - cache if cache <= disk else disk,
+        batch=min(3, planner.task.batch_size),
+        one_step=planner.task.batch_size >= 3 and planner.task.epochs == 1,
+    )
+    assert planner.means(candidate) == expected
+    assert planner.means(replace(candidate, disk=None)) == replace(expected, cached=True, spill=None)
+    best = planner.plan(candidate, job[1])
+    assume(best)
+    assert best is not None
+    assert planner.disk_bytes(candidate, best) == (cache if best.prefix.cached else 0) + best.spill_bytes <= disk
+
+
+def test_the_planner_knows_no_tensors() -> None:
+    """Of what is not Python's own, it imports the window alone."""
+    tree = ast.parse(Path(memory.__file__).read_text())
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    foreign = {module for module in modules if module.partition(".")[0] not in sys.stdlib_module_names}
+    assert foreign == {"chainfed_ray.chain"}

@@ -1,0 +1,189 @@
+"""Promise: what a rehearsal with fake tensors tells for a shape is what real tensors of that shape hold, to the byte."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from chainfed_ray.adapter import Adapter, Head
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.costs import _padded, _Parts
+from chainfed_ray.measure import PeakMemory
+from chainfed_ray.memory import Bytes, Demand
+from chainfed_ray.rehearsal import (
+    _SHAPES,
+    Prepare,
+    _Forgetful,
+    _Ledger,
+    _Rest,
+    polynomial_of,
+    rehearse,
+    with_blank_weights,
+)
+from chainfed_ray.spill import overwrite_activations
+from tests.models import FAMILIES, tiny
+
+ELSEWHERE = ((4, 20), (7, 9), (1, 40))  # shapes that no rehearsal is made with
+WIDTH = 32
+
+
+Real = Callable[[int, int], Callable[[Tensor], Tensor]]  # a part of real tensors, for a batch of so many tokens
+
+
+def held(compute: Callable[[Tensor], Tensor], batch: int, tokens: int, dtype: torch.dtype, spilled: bool) -> Demand:
+    """What a part holds of real tensors: constants, for one shape."""
+    with _Ledger() as ledger:
+        # The rest of a step is the rehearsal's: whoever holds the part's input and output is not the part.
+        hidden = torch.zeros((), dtype=dtype, requires_grad=True).expand(batch, tokens, WIDTH).clone()
+        ledger.history()
+        with _Forgetful() if spilled else nullcontext():
+            output = compute(hidden)
+        del hidden
+        forward = max(ledger.history())
+        rest = _Rest.apply(output)
+        del output
+        saved = ledger.alive
+        ledger.history()
+        rest.backward()
+        backward = max(ledger.history())
+    return Demand(constant(saved), (constant(forward),), (constant(backward),))
+
+
+def constant(size: int) -> Bytes:
+    return Bytes(((size,),))
+
+
+def assert_told(prepare: Prepare, real: Real, dtype: torch.dtype, spilled: bool) -> None:
+    """At shapes at which no rehearsal was held."""
+    told = rehearse(prepare, WIDTH, dtype, spilled=spilled)
+    for batch, tokens in ELSEWHERE:
+        assert (batch, tokens) not in _SHAPES
+        found = held(real(batch, tokens), batch, tokens, dtype, spilled)
+        shape = batch, tokens
+        assert told.forward_at(*shape) == found.forward_at(*shape), shape
+        assert told.saved.at(*shape) == found.saved.at(*shape), shape
+        assert told.backward_at(*shape) == found.backward_at(*shape), shape
+
+
+# Families that have a path of their own, in every combination; the others in two that differ in both.
+KEPT_32, SPILLED_16 = (torch.float32, False), (torch.bfloat16, True)
+KEPT_16, SPILLED_32 = (torch.bfloat16, False), (torch.float32, True)
+CASES = [(family, *way) for family in FAMILIES for way in (KEPT_32, SPILLED_16)]
+CASES += [(family, *way) for family in ("bert", "llama") for way in (KEPT_16, SPILLED_32)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "dtype", "spilled"), CASES, ids=str)
+def test_a_layer_holds_what_was_told(family: str, dtype: torch.dtype, spilled: bool, tmp_path: Path) -> None:
+    blocks = Blocks(tiny(family, tmp_path), dtype)
+    assert_told(_Parts(blocks, 8, 3).layer(spilled), a_real_layer(blocks, spilled), dtype, spilled)
+
+
+def a_real_layer(blocks: Blocks, spilled: bool) -> Real:
+    layer = blocks.load_layer(0)
+    if spilled:
+        overwrite_activations(layer)
+
+    def real(batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
+        call = blocks.calls(_padded(batch, tokens))[0]
+        return lambda hidden: blocks.run(layer, hidden, call)
+
+    return real
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_attention_that_makes_its_scores_has_a_square_term(family: str, tmp_path: Path) -> None:
+    """Every pair of tokens for each of 4 heads, of which some are saved; the ordinary attention saves none."""
+    folder = tiny(family, tmp_path)
+    ordinary = rehearse(_Parts(Blocks(folder, torch.float32), 8, 3).layer(False), WIDTH, torch.float32)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
+    blocks = Blocks(folder, torch.float32)
+    eager = rehearse(_Parts(blocks, 8, 3).layer(False), WIDTH, torch.float32)
+    assert ordinary.saved.terms[1][2] < 4 * 4 <= eager.saved.terms[1][2]
+    assert max(moment.terms[1][2] for moment in eager.backward) > eager.saved.terms[1][2]
+    assert_told(_Parts(blocks, 8, 3).layer(False), a_real_layer(blocks, False), torch.float32, False)
+
+
+@pytest.mark.parametrize("spilled", [False, True], ids=["kept", "spilled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_and_the_head_hold_what_was_told(dtype: torch.dtype, spilled: bool, tmp_path: Path) -> None:
+    """With the gradients of those that are trained."""
+    parts = _Parts(Blocks(tiny("bert", tmp_path), dtype), 8, 3)
+
+    def head(batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
+        labels, mask, it = torch.zeros(batch, dtype=torch.int64), _padded(batch, tokens), Head(WIDTH, 3)
+        return lambda hidden: nn.functional.cross_entropy(it(hidden, mask), labels, reduction="sum")
+
+    assert_told(parts.head, head, dtype, spilled)
+    for trained in (True, False):
+        assert_told(
+            parts.adapter(trained), lambda *_, on=trained: Adapter(WIDTH, 8, seed=0).requires_grad_(on), dtype, spilled
+        )
+
+
+def test_what_runs_without_gradients_saves_nothing(tmp_path: Path) -> None:
+    parts = _Parts(Blocks(tiny("gpt2", tmp_path), torch.float32), 8, 3)
+    training = rehearse(parts.layer(False), WIDTH, torch.float32)
+    advance = rehearse(parts.layer(False), WIDTH, torch.float32, gradients=False)
+    assert (advance.saved.at(2, 16), advance.backward_at(2, 16)) == (0, 0)
+    assert 2 * 2 * 16 * WIDTH * 4 <= advance.forward_at(2, 16) < training.forward_at(2, 16)
+
+
+def test_a_part_may_take_another_path_for_another_shape() -> None:
+    """Two more operations, which allocate nothing: the peak is that of the input and the results of two, and one number."""
+
+    def prepare(fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
+        return lambda hidden: (hidden if tokens > 16 else hidden.view(-1, WIDTH).view(batch, tokens, WIDTH)).exp().log()
+
+    told = rehearse(prepare, WIDTH, torch.float32, gradients=False)
+    assert told.forward_at(5, 7) == 3 * 5 * 7 * WIDTH * 4 + 4
+
+
+def test_nothing_is_allocated_for_real() -> None:
+    """Weights of 2 GiB, and activations of as much."""
+    with torch.device("meta"):
+        wide = nn.Sequential(nn.Linear(WIDTH, 2**24, bias=False), nn.GELU(), nn.Linear(2**24, WIDTH, bias=False))
+
+    def prepare(fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
+        return with_blank_weights(wide.requires_grad_(False), fake)
+
+    rehearse(prepare, WIDTH, torch.float32)  # what libraries load the first time
+    with PeakMemory() as peak:
+        told = rehearse(prepare, WIDTH, torch.float32)
+    assert told.saved.at(1, 16) >= 2**30
+    assert told.backward_at(2, 16) >= 2 * 2**30
+    assert (peak.bytes or 0) < 4 * 2**20
+
+
+def test_blank_weights_need_gradients_where_the_real_ones_do() -> None:
+    fake, adapter = FakeTensorMode(allow_non_fake_inputs=True), Adapter(WIDTH, 8, seed=0)
+    adapter.down.requires_grad_(False)
+    blank = with_blank_weights(adapter, fake)
+    assert all(isinstance(parameter, FakeTensor) for parameter in blank.parameters())
+    assert [it.requires_grad for it in blank.parameters()] == [it.requires_grad for it in adapter.parameters()]
+    assert adapter.up.weight.requires_grad
+
+
+factors = st.lists(st.integers(0, 10**9), min_size=6, max_size=6)
+
+
+@given(factors, st.integers(1, 512), st.integers(1, 8192))
+def test_a_polynomial_is_found_exactly(found: list[int], batch: int, tokens: int) -> None:
+    wanted = Bytes((tuple(found[:3]), tuple(found[3:])))
+    assert polynomial_of(wanted.at) == wanted
+
+
+@given(st.integers(1, 512), st.integers(1, 8192))
+def test_fractions_are_rounded_up(batch: int, tokens: int) -> None:
+    def halves(batch: int, tokens: int) -> int:
+        return (batch + 1) * tokens * (tokens - 1) // 2
+
+    assert polynomial_of(halves).at(batch, tokens) >= halves(batch, tokens)
