@@ -21,6 +21,8 @@ from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.stream import RowSlices, SliceReader, is_streamed, stream_matrices
 from chainfed_ray.weights import Checkpoint
 
+_SCALES_OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
 
 class LayerCall(NamedTuple):
     """What the model's forward hands to a layer besides the hidden states."""
@@ -105,9 +107,14 @@ class Blocks:
         """The checkpoint's name for the matrix [V, D] that gives logits: the embeddings themselves, where they are tied.
 
         Raises:
-            UnsupportedModel: the model has none.
+            UnsupportedModel: the model has none, or one that does more than multiply.
         """
         config = self._model.config
+        scaled = [key for key in _SCALES_OF_LOGITS if getattr(config, key, None) not in (None, 1)]
+        if scaled or "lm_head.bias" in self._checkpoint.names:
+            raise UnsupportedModel(
+                self._name, f"its head has {scaled[0] if scaled else 'a bias'}, which is not supported yet"
+            )
         # Of those that fill in words, the embeddings are tied to a head that is not this one.
         goes_on = config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
         for name in ("lm_head.weight", "embed_out.weight"):

@@ -15,17 +15,17 @@ import numpy as np
 
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.admission import Candidate
-from chainfed_ray.aggregate import RunningMean, check_update
 from chainfed_ray.chain import Chain, Window, start_below
-from chainfed_ray.client import Client, Profile, Profiling, Training, Update
+from chainfed_ray.client import Client, Profile, Profiling, Training
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.convergence import Movement, verdict
-from chainfed_ray.errors import InvalidUpdate, QuorumLost
+from chainfed_ray.errors import QuorumLost
 from chainfed_ray.evaluate import Score, evaluate
+from chainfed_ray.fold import Fold, as_lost
 from chainfed_ray.job import Job, as_client
 from chainfed_ray.objective import trained_names
 from chainfed_ray.pool import ClientPool, Failure, Outcome
-from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round, Turn
+from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round
 from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_layer import FEWEST, average
@@ -153,7 +153,7 @@ class Coordinator:
         outcomes = list(self._in_order(self._pool.run(able, order, self._spec.rounds.deadline), len(able)))
         profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
         failures = ((able[place], result) for place, result in outcomes if isinstance(result, Failure))
-        lost = tuple(_lost(client, failure) for client, failure in failures)
+        lost = tuple(as_lost(client, failure) for client, failure in failures)
         if not profiles:
             raise QuorumLost("profiling the layers", 1, _reasons(lost))
         return average([(profile.similarities, profile.examples) for profile in profiles]), lost
@@ -200,16 +200,14 @@ class Coordinator:
         outcomes = self._pool.run(clients, order, self._spec.rounds.deadline)
 
         # 2. Fold their updates, in client order.
-        mean = RunningMean()
-        turns: list[Turn] = []
-        lost: list[Lost] = []
+        fold = Fold(lambda window: self._trained(before, window))
         exceeded: dict[str, Failure] = {}
         for outcome in self._in_order(outcomes, len(clients)):
             client, result = clients[outcome.place], outcome.result
             if isinstance(result, Failure) and result.exceeded and client.name not in lean:
                 exceeded[client.name] = result
             else:
-                self._fold(client, result, mean, before, turns, lost)
+                fold.add(client, result)
 
         # 3. Those that exceeded their plan have a second turn, with a leaner one, before they are left out.
         again = [candidate for candidate in sampled if candidate.name in exceeded]
@@ -218,14 +216,14 @@ class Coordinator:
         outcomes = self._pool.run(able, order, self._spec.rounds.deadline) if able else iter(())
         for outcome in self._in_order(outcomes, len(able)):
             first = exceeded.pop(able[outcome.place].name).reason
-            self._fold(able[outcome.place], outcome.result, mean, before, turns, lost, first)
+            fold.add(able[outcome.place], outcome.result, first)
         for client in clients:
             if failure := exceeded.get(client.name):
-                lost.append(_lost(client, replace(failure, reason=f"{failure.reason}; there is no leaner plan")))
-        counted = len(turns) >= min(self._spec.quorum, len(clients))
+                fold.add(client, replace(failure, reason=f"{failure.reason}; there is no leaner plan"))
+        counted = len(fold.turns) >= min(self._spec.quorum, len(clients))
 
         # 4. The new stack, and how far the window moved.
-        after = before | mean.mean() if counted else before
+        after = before | fold.mean() if counted else before
         if counted:
             movement = movement if len(self._of_stage(history, step)) % self._span else Movement()
             movement.add(expected, {name: after[name] for name in expected})
@@ -237,17 +235,16 @@ class Coordinator:
         earlier = self._of_stage(history, step)
         losses = [record.held_out_loss for record in earlier if record.held_out_loss is not None]
         ended = self._ended(step, len(earlier) + counted, losses + ([score.loss] if score else []), moved)
-        examples = sum(turn.examples for turn in turns)
         return (
             Round(
                 index=step.round_index,
                 stage=step.stage,
                 bottom=step.window.bottom,
                 top=step.window.top,
-                turns=tuple(turns),
-                lost=tuple(lost),
+                turns=tuple(fold.turns),
+                lost=tuple(fold.lost),
                 counted=counted,
-                train_loss=sum(turn.loss * turn.examples for turn in turns) / examples if turns else None,
+                train_loss=fold.loss(),
                 held_out_loss=score.loss if score else None,
                 accuracy=score.accuracy if score else None,
                 movement=moved,
@@ -314,59 +311,6 @@ class Coordinator:
             seed=derive(self._spec.seed, "round", step.round_index),
         )
 
-    def _fold(
-        self,
-        client: Client,
-        result: Profile | Update | Failure,
-        mean: RunningMean,
-        before: Tensors,
-        turns: list[Turn],
-        lost: list[Lost],
-        exceeded: str | None = None,
-    ) -> None:
-        """Add an update to the mean and its turn to the record, or say why it does not count."""
-        if isinstance(result, Failure):
-            lost.append(_lost(client, result))
-            return
-        try:
-            turns.append(self._count(client, result, self._trained(before, client.plan.window), exceeded))
-        except InvalidUpdate as error:
-            lost.append(_lost(client, Failure(f"its update was refused: {error.reason}")))
-        else:
-            assert isinstance(result, Update)
-            mean.fold(result.tensors, len(client.examples))
-
-    @staticmethod
-    def _count(client: Client, result: Profile | Update, expected: Tensors, exceeded: str | None) -> Turn:
-        """The record of an update that may be averaged.
-
-        Raises:
-            InvalidUpdate: it may not.
-        """
-        if not isinstance(result, Update):
-            raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
-        # The weight is what the server dealt, not what a client says.
-        check_update(client.name, result.tensors, expected, len(client.examples))
-        if not math.isfinite(result.loss):
-            raise InvalidUpdate(client.name, f"its loss is {result.loss}")
-        plan = client.plan
-        return Turn(
-            client=client.name,
-            client_class=client.client_class,
-            examples=len(client.examples),
-            loss=result.loss,
-            seconds=result.seconds,
-            bottom=plan.window.bottom,
-            micro_batch=plan.micro_batch,
-            grain=plan.grain,
-            spilled=plan.spilled,
-            budget_bytes=client.budget_bytes,
-            planned_bytes=plan.planned_bytes,
-            peak_bytes=result.peak_bytes,
-            sent_bytes=sum(tensor.nbytes for tensor in result.tensors.values()),
-            exceeded=exceeded,
-        )
-
     def _score(self, step: _Step, stack: AdapterStack) -> Score | None:
         if self._spec.evaluation.every == "stage" and not step.last_of_stage:
             return None
@@ -399,15 +343,6 @@ class Coordinator:
                 due += 1
         if due != count:
             raise RuntimeError(f"the pool gave {due} outcomes for {count} clients")
-
-
-def _lost(client: Client, failure: Failure) -> Lost:
-    return Lost(
-        client=client.name,
-        client_class=client.client_class,
-        reason=failure.reason,
-        over_budget=failure.exceeded,
-    )
 
 
 def _reasons(lost: Iterable[Lost]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.errors import UnsupportedModel
@@ -147,3 +148,15 @@ def test_a_model_without_a_language_head_is_refused(family: str, tmp_path: Path)
     blocks = Blocks(tiny(family, tmp_path), torch.float32)
     with pytest.raises(UnsupportedModel, match="no head of a language model"):
         assert blocks.language_head
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere"])
+def test_a_head_that_does_more_than_multiply_is_refused(family: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            family, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+            num_hidden_layers=2, vocab_size=64, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(UnsupportedModel, match=r"logit.* not supported yet"):
+        assert Blocks(tmp_path, torch.float32).language_head

@@ -6,13 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from chainfed_ray import memory
-from chainfed_ray.admission import Candidate, Planner, admit
 from chainfed_ray.chain import Window
 from chainfed_ray.memory import (
     NOTHING,
@@ -27,11 +25,9 @@ from chainfed_ray.memory import (
     leaner,
     plan,
 )
-from chainfed_ray.tokens import Examples
 
 LAYERS, HIDDEN, ITEMSIZE = 6, 16, 4
 ROW = HIDDEN * ITEMSIZE
-PLENTY = 2**50
 
 
 def demand(saved: int, constant: int, forward: int, backward: int, squares: int) -> Demand:
@@ -148,6 +144,17 @@ def test_what_is_lacking_is_exact(costs: Costs, job: tuple[Task, Window], means:
     assert short > 0
     assert plan(costs, task, stage, replace(means, memory=means.memory + short))
     assert not plan(costs, task, stage, replace(means, memory=means.memory + short - 1))
+
+
+def test_a_client_that_is_asked_for_a_profile_can_make_it() -> None:
+    """The means of an example's tokens are float64 numbers: of a long text they take more than a step with a small model."""
+    costs = replace(COSTS, itemsize=2, layer=1, unstreamed=0, slices=0, adapter=1, call=NOTHING)
+    task, stage, longest = Task(0, 8, 1, False, False, profiles=True), Window(0, 0), 4000
+    means = Means(memory=0, longest=longest, cached=True, spill=None, batch=1, one_step=False)
+    least = needed(costs, task, stage, means)
+    assert least > needed(costs, replace(task, profiles=False), stage, means)
+    assert plan(costs, task, stage, replace(means, memory=least))
+    assert not plan(costs, task, stage, replace(means, memory=least - 1))
 
 
 @given(all_costs(), all_tasks(), all_means, st.integers(1, 2**26))
@@ -326,75 +333,6 @@ def test_no_part_is_negative_when_the_first_moment_is_the_highest() -> None:
     )
     assert (found.cache_pages, found.saved_activations) == (ROW, 0)
     assert found.cache_pages + found.transients == 500 + 3
-
-
-def a_candidate(name: str, memory: int, disk: int | None = None, lengths: tuple[int, ...] = (3, 9, 5)) -> Candidate:
-    ids, offsets = np.ones(sum(lengths), dtype=np.int32), np.concatenate([[0], np.cumsum(lengths)])
-    return Candidate(name, "phone", Examples(ids, offsets, np.zeros(len(lengths), dtype=np.int64)), memory, disk)
-
-
-@given(all_costs(), all_tasks(), st.lists(st.integers(2**22, 2**24), max_size=4), st.data())
-@planned
-def test_who_is_admitted(costs: Costs, job: tuple[Task, Window], memories: list[int], data: st.DataObject) -> None:
-    """Q is as many adapters as the client with the most memory can train together; who is left out can train none."""
-    task, _ = job
-    width = data.draw(st.integers(1, LAYERS - task.start))
-    just = Window(task.start, task.start + data.draw(st.integers(1, width)) - 1)
-    planner = Planner(costs, task)
-    means = planner.means(a_candidate("rich", 0))
-    widest = min(footprint(costs, task, just, 1, means.longest, *way).total for way in WAYS)
-    memories = [*memories, max(widest, needed(costs, task, just, means))]
-    candidates = [a_candidate(str(place), size) for place, size in enumerate(memories)]
-    found = admit(planner, candidates, width)
-    assert {it.name for it, _ in (*found.admitted, *found.left_out)} == {it.name for it in candidates}
-
-    richest = max(candidates, key=lambda candidate: candidate.memory)
-    chances = [planner.plan(richest, Window(task.start, task.start + count - 1)) for count in range(1, width + 1)]
-    possible = [count for count, best in enumerate(chances, start=1) if best and len(best.window) == count]
-    assert found.width == max(possible, default=1)
-
-    stage = Window(task.start, task.start + found.width - 1)
-    for candidate, best in found.admitted:
-        assert best == plan(costs, task, stage, planner.means(candidate))
-    for candidate, short in found.left_out:
-        assert planner.plan(candidate, stage) is None
-        enough = replace(candidate, memory=candidate.memory + short)
-        assert planner.plan(enough, stage)
-        assert not planner.plan(replace(enough, memory=enough.memory - 1), stage)
-
-
-@given(all_costs(), all_tasks())
-@planned
-def test_clients_that_are_alike_have_the_same_plan(costs: Costs, job: tuple[Task, Window]) -> None:
-    """It is made once; other texts of the same number and greatest length change nothing."""
-    task, stage = job
-    planner = Planner(costs, task)
-    one, other = a_candidate("one", PLENTY), a_candidate("other", PLENTY, lengths=(9, 1, 1))
-    assert planner.plan(one, stage) is planner.plan(other, stage) is not None
-    assert planner.plan(a_candidate("third", PLENTY, lengths=(9, 1, 10)), stage) is not planner.plan(one, stage)
-
-
-@given(all_costs(), all_tasks(), st.integers(0, 10**5))
-@planned
-def test_what_the_planner_knows_of_a_client(costs: Costs, job: tuple[Task, Window], disk: int) -> None:
-    """Its disk holds the cache first: the layer at hand, the next, and the stage's lowest; what is left is for spilling."""
-    planner = Planner(costs, job[0])
-    candidate = a_candidate("one", 2**24, disk)
-    cache = 3 * 17 * HIDDEN * costs.itemsize
-    expected = Means(
-        memory=2**24,
-        longest=9,
-        cached=cache <= disk,
-        spill=disk - cache if cache <= disk else disk,
-        batch=min(3, planner.task.batch_size),
-        one_step=planner.task.batch_size >= 3 and planner.task.epochs == 1,
-    )
-    assert planner.means(candidate) == expected
-    assert planner.means(replace(candidate, disk=None)) == replace(expected, cached=True, spill=None)
-    best = planner.plan(candidate, job[1])
-    assume(best)
-    assert best is not None
-    assert planner.disk_bytes(candidate, best) == (cache if best.prefix.cached else 0) + best.spill_bytes <= disk
 
 
 def test_the_planner_knows_no_tensors() -> None:

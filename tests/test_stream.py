@@ -109,13 +109,15 @@ def test_a_reader_takes_two_slices_of_memory(
     folders: dict[torch.dtype, Path], kept: torch.dtype, dtype: torch.dtype
 ) -> None:
     """With the slice that is being read and the one that is being used, and what a conversion takes."""
-    reader = SliceReader(Checkpoint(folders[kept]), dtype, slice_bytes=400)
+    reader = SliceReader(Checkpoint(folders[kept]), dtype, slice_bytes=260)
     before = {tensor.untyped_storage()._cdata for tensor in tensors_alive()}
-    for name in "acaccdc":
-        for _, rows in reader.slices(name):
+    for name in "acda":
+        for place, (_, rows) in enumerate(reader.slices(name)):
             assert rows.dtype == dtype
+            if place != 1:
+                continue
             storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors_alive()}
-            assert sum(storage.nbytes() for identity, storage in storages.items() if identity not in before) <= 800
+            assert sum(storage.nbytes() for identity, storage in storages.items() if identity not in before) <= 520
     reader.close()
 
 
