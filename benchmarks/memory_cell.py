@@ -162,7 +162,7 @@ def _facts(shape: Shape, base: BaseModel, memory: int) -> tuple[Costs, Task, Mea
         costs = costs_of(blocks, _BOTTLENECK, None if shape.language_model else _CLASSES)
     finally:
         blocks.close()
-    task = Task(start=0, batch_size=shape.batch, epochs=1, looks_ahead=True, trains_above=False, profiles=False)
+    task = Task(start=0, batch_size=shape.batch, epochs=1, looks_ahead=True, trains_above=False, profiles=0)
     means = Means(memory, shape.tokens, cached=True, spill=None, batch=shape.batch, one_step=False)
     return costs, task, means
 

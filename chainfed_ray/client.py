@@ -100,6 +100,7 @@ Order = Profiling | Training
 @torch.no_grad()
 def profile(client: Client, blocks: Blocks, scratch: Path, order: Profiling) -> Profile:
     """One forward pass, a layer and a micro-batch in memory at a time; mean-pooled tokens [n, D] are kept of each layer."""
+    now("profiling the layers")
     chosen = _shuffled(len(client.examples), order.seed)[: order.examples]
     examples = client.examples.take(chosen)
     bare = AdapterStack.new((), blocks.hidden_size, bottleneck=1, classes=1, seed=0)
@@ -141,7 +142,7 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
         parameter.requires_grad_(name in names)
     with ExitStack() as resources:
         matrices = resources.enter_context(_reader(blocks, plan))
-        now(f"advancing the prefix to layer {plan.window.bottom}")
+        now(f"running the layers below layer {plan.window.bottom}")
         activations = _activations(client, blocks, scratch, stack, matrices, order)
         now("loading the window")
         streamed = matrices if plan.grain == "matrix" else None

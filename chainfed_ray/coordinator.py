@@ -193,7 +193,7 @@ class Coordinator:
         expected = self._trained(before, step.window)
 
         # 1. Sample clients, and let them train the window, or as much of its top as their budgets hold.
-        lean = frozenset(turn.client for record in history for turn in record.turns if turn.exceeded)
+        lean = self._lean(history)
         sampled = self._sample(step.round_index, history)
         clients = [self._turn(candidate, step.window, lean) for candidate in sampled]
         order = self._order(step, before)
@@ -213,7 +213,8 @@ class Coordinator:
         again = [candidate for candidate in sampled if candidate.name in exceeded]
         seconds = [self._second_turn(candidate, step.window) for candidate in again]
         able = [client for client in seconds if client]
-        outcomes = self._pool.run(able, order, self._spec.rounds.deadline) if able else iter(())
+        left = max(self._spec.rounds.deadline - (perf_counter() - started), 0.0)
+        outcomes = self._pool.run(able, order, left) if able else iter(())
         for outcome in self._in_order(outcomes, len(able)):
             first = exceeded.pop(able[outcome.place].name).reason
             fold.add(able[outcome.place], outcome.result, first)
@@ -285,10 +286,16 @@ class Coordinator:
         assert plan, "a client that is admitted has a plan for the window that needs the most"
         return as_client(candidate, plan, plan.planned_bytes)
 
+    @staticmethod
+    def _lean(history: Sequence[Round]) -> frozenset[str]:
+        """The clients that exceeded a plan, however their second turn ended."""
+        counted = {turn.client for record in history for turn in record.turns if turn.exceeded}
+        return frozenset(counted | {lost.client for record in history for lost in record.lost if lost.exceeded})
+
     def _second_turn(self, candidate: Candidate, stage: Window) -> Client | None:
-        """With a leaner plan, and held to no less than all that the client declared."""
-        plan = self._planner.leaner(candidate, stage)
-        return as_client(candidate, plan, candidate.memory) if plan else None
+        """With a leaner plan, if there is any, and held to no less than all that the client declared."""
+        plan = self._planner.leaner(candidate, stage) or self._planner.plan(candidate, stage)
+        return as_client(candidate, plan, candidate.memory) if plan and plan.planned_bytes < candidate.memory else None
 
     def _trained(self, tensors: Tensors, window: Window) -> Tensors:
         """Those that a client trains in ``window``."""

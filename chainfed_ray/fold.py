@@ -26,12 +26,12 @@ class Fold:
     def add(self, client: Client, result: Profile | Update | Failure, exceeded: str | None = None) -> None:
         """Fold an update, or say why a turn does not count; ``exceeded`` is how the client's first plan failed."""
         if isinstance(result, Failure):
-            self.lost.append(as_lost(client, result))
+            self.lost.append(as_lost(client, result, exceeded))
             return
         try:
             update = self._checked(client, result)
         except InvalidUpdate as error:
-            self.lost.append(as_lost(client, Failure(f"its update was refused: {error.reason}")))
+            self.lost.append(as_lost(client, Failure(f"its update was refused: {error.reason}"), exceeded))
             return
         # The weight is what the server dealt, not what a client says.
         self._mean.fold(update.tensors, len(client.examples))
@@ -55,10 +55,14 @@ class Fold:
         return result
 
 
-def as_lost(client: Client, failure: Failure) -> Lost:
+def as_lost(client: Client, failure: Failure, exceeded: str | None = None) -> Lost:
     """The record of a turn that does not count."""
     return Lost(
-        client=client.name, client_class=client.client_class, reason=failure.reason, over_budget=failure.exceeded
+        client=client.name,
+        client_class=client.client_class,
+        reason=failure.reason,
+        over_budget=failure.exceeded,
+        exceeded=exceeded,
     )
 
 

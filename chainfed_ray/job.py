@@ -123,7 +123,7 @@ def task_of(spec: JobSpec) -> Task:
         epochs=spec.rounds.local_epochs,
         looks_ahead=looks_ahead,
         trains_above=looks_ahead and spec.chain.global_trains == "upper",
-        profiles=spec.chain.start == "auto",
+        profiles=spec.chain.profile_examples if spec.chain.start == "auto" else 0,
     )
 
 

@@ -26,6 +26,7 @@ _ADAM_STATES = 2
 _FLOAT64 = 8
 _EMBEDDING_STATES = 6  # rows, rows by place, sums with positions and types, and their norm
 _POOLING_STATES = 2  # the hidden states and their product with the mask
+_COMPARED, _GRAMS = 6, 5  # representations [n, D] and Gram matrices [n, n] of a CKA, with their products
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Task:
     epochs: int  # of a turn
     looks_ahead: bool  # a global branch through the stand-ins above the window
     trains_above: bool  # … which are trained as well
-    profiles: bool  # where the chain starts is found by the clients' CKA profiles
+    profiles: int  # examples of a CKA profile, by which the chain's start is found; 0 where it is given
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,8 @@ def lacking(costs: Costs, task: Task, stage: Window, means: Means) -> int:
 
 
 def cache_bytes(costs: Costs, tokens: int) -> int:
-    """Disk for a prefix cache of ``tokens`` tokens: the layer at hand, the next as it is written, and the stage's lowest."""
-    return 3 * tokens * costs.hidden * costs.itemsize
+    """Disk for a prefix cache of ``tokens`` tokens: the lowest layer of the chain and of the stage, and two as one is made."""
+    return 4 * tokens * costs.hidden * costs.itemsize
 
 
 def _prefixes_that_fit(costs: Costs, task: Task, means: Means) -> Iterator[Prefix]:
@@ -317,9 +318,12 @@ def _plan(
 ) -> Plan:
     parts = footprint(costs, task, window, micro_batch, means.longest, grain, spilled)
     spill = _saved(costs, costs.kept, task, window, micro_batch, means.longest) if spilled else 0
+    if prefix.grain == "matrix":
+        parts = replace(parts, buffers=costs.slices)  # those of the prefix stay for the steps
     if not prefix.cached:
         # The prefix of a micro-batch is made between two steps: what the step itself holds is not there then.
-        beside = prefix.planned_bytes - _held(costs, task)
+        others = micro_batch * means.longest * costs.hidden * costs.itemsize
+        beside = prefix.planned_bytes - _held(costs, task) + others
         step = parts.cache_pages + parts.saved_activations + parts.transients
         parts = replace(parts, transients=parts.transients + max(beside - step, 0))
     if means.one_step:
@@ -337,7 +341,8 @@ def _prefix(costs: Costs, task: Task, means: Means, batch: int, grain: Grain) ->
     needed = weights + max(running + costs.call.at(batch, means.longest), embedding) + _held(costs, task)
     # A profile's means of the tokens are taken when no layer is there.
     pooling = states * (costs.itemsize + _POOLING_STATES * _FLOAT64)
-    profile = max(needed, pooling + _held(costs, task)) if task.profiles else 0
+    compared = task.profiles * (_COMPARED * costs.hidden + _GRAMS * task.profiles) * _FLOAT64
+    profile = max(needed, pooling + _held(costs, task)) + compared if task.profiles else 0
     return Prefix(batch, grain, means.cached, needed, profile)
 
 

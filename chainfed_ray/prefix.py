@@ -69,7 +69,6 @@ class PrefixRunner:
                 yield index, layer
                 del layer
 
-    @torch.no_grad()
     def run(
         self,
         index: int,
@@ -80,15 +79,17 @@ class PrefixRunner:
         below: Tensor | None,
     ) -> Tensor:
         """u [B, T, D] of layer ``index``: from u of the layer ``below`` through its adapter, or from the embeddings."""
-        batch = examples.batch(indices)
-        if below is None:
-            hidden, calls = self.blocks.embed(batch.ids, batch.mask)
-        else:
-            hidden, calls = below, self.blocks.calls(batch.mask)
-            del below  # nobody else has it: it may go as soon as the adapter is through with it
-            if index - 1 in stack.layers:
-                hidden = stack.adapter(index - 1)(hidden)
-        return self.blocks.run(layer, hidden, calls[index])
+        # No decorator: that would hold on to the arguments for as long as the layer runs.
+        with torch.no_grad():
+            batch = examples.batch(indices)
+            if below is None:
+                hidden, calls = self.blocks.embed(batch.ids, batch.mask)
+            else:
+                hidden, calls = below, self.blocks.calls(batch.mask)
+                del below  # nobody else has it: it may go as soon as the adapter is through with it
+                if index - 1 in stack.layers:
+                    hidden = stack.adapter(index - 1)(hidden)
+            return self.blocks.run(layer, hidden, calls[index])
 
 
 class PrefixCache:
@@ -110,10 +111,12 @@ class PrefixCache:
         have = layer
         while have >= 0 and not self._path(have, stack).exists():
             have -= 1
+        lasting = {keep, min(stack.layers, default=layer)}
+        self._forget_all_but({have, *lasting}, stack)
         for index, module in self._runner.layers(range(have + 1, layer + 1)):
             self._write(index, module, stack)
             del module  # before the next but one is loaded
-            self._forget_all_but({index, keep, min(stack.layers, default=index)}, stack)
+            self._forget_all_but({index, *lasting}, stack)
         return CachedActivations(self._path(layer, stack), self._runner.blocks, self._examples)
 
     def clear(self) -> None:
@@ -145,7 +148,7 @@ class PrefixCache:
             file.write(row[: self._examples.lengths[index]].contiguous().view(torch.uint8).numpy())
 
     def _forget_all_but(self, layers: set[int | None], stack: AdapterStack) -> None:
-        kept = {self._path(layer, stack) for layer in layers if layer is not None}
+        kept = {self._path(layer, stack) for layer in layers if layer is not None and layer >= 0}
         for path in self._folder.glob("*.activations"):
             if path not in kept:
                 path.unlink(missing_ok=True)
@@ -195,7 +198,7 @@ class RecomputedActivations:
         width, dtype = self.runner.blocks.hidden_size, self.runner.blocks.dtype
         hidden = torch.zeros(len(indices), int(lengths.max()), width, dtype=dtype)
         for row, index, length in zip(hidden, indices.tolist(), lengths.tolist(), strict=True):
-            row[:length] = states[index][0]
+            row[:length] = states.pop(index)[0]
         return hidden
 
 

@@ -44,12 +44,16 @@ class LeftOut(Record):
 
 
 class Lost(Record):
-    """A client's turn that did not count, and why; ``over_budget`` if it exceeded a leaner plan as well: its last turn."""
+    """A client's turn that did not count, and why; ``over_budget`` if it took more memory than it may.
+
+    In a round that is its last turn: it had a second one. ``exceeded`` says how its first plan failed, if there was a second.
+    """
 
     client: str
     client_class: str
     reason: str
     over_budget: bool = False
+    exceeded: str | None = None
 
 
 class Opening(Record):

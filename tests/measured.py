@@ -66,7 +66,7 @@ def measure(base: BaseModel, batch: int, tokens: int, width: int, budget: int) -
     ids = generator.integers(3, 1000, 2 * batch * tokens).astype(np.int32)
     examples = Examples(ids, np.arange(2 * batch + 1) * tokens, generator.integers(0, 8, 2 * batch))
     planner = Planner(
-        costs, Task(start=0, batch_size=batch, epochs=1, looks_ahead=True, trains_above=False, profiles=False)
+        costs, Task(start=0, batch_size=batch, epochs=1, looks_ahead=True, trains_above=False, profiles=0)
     )
     candidate = Candidate(f"{batch}-{tokens}-{width}-{budget}", "any", examples, budget, None)
     stage = Window(1, width)

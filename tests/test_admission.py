@@ -67,7 +67,7 @@ def test_what_the_planner_knows_of_a_client(costs: Costs, job: tuple[Task, Windo
     """Its disk holds the cache first: the layer at hand, the next, and the stage's lowest; what is left is for spilling."""
     planner = Planner(costs, job[0])
     candidate = a_candidate("one", 2**24, disk)
-    cache = 3 * 17 * HIDDEN * costs.itemsize
+    cache = 4 * 17 * HIDDEN * costs.itemsize
     expected = Means(
         memory=2**24,
         longest=9,

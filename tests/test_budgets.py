@@ -213,3 +213,25 @@ def test_a_wrong_plan_costs_a_turn_and_is_on_record(greedy_job: Job, tmp_path: P
         assert turn.budget_bytes == 64 * 2**20
         assert turn.planned_bytes <= turn.budget_bytes
         assert turn.peak_bytes is not None
+
+
+class Strict(Greedy):
+    """A pool whose clients of some names exceed every plan, but not all that they declared."""
+
+    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+        for place, result in self._pool.run(clients, order, deadline):
+            client = clients[place]
+            if client.name in self._greedy and client.cap_bytes < client.budget_bytes:
+                error = BudgetExceeded(client.plan.planned_bytes, client.cap_bytes, None, "training")
+                yield Outcome(place, Failure.of(error))
+            else:
+                yield Outcome(place, result)
+
+
+def test_where_no_plan_is_leaner_the_second_turn_has_the_whole_budget(document: dict[str, Any], tmp_path: Path) -> None:
+    job = a_job(document, tmp_path)
+    assert job.planner.leaner(job.admitted[0][0], Window(1, 2)) is None
+    pool = Strict(LocalPool(job.base), {client.name for client in job.clients}, enough=0)
+    records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
+    assert all(record.counted and not record.lost for record in records)
+    assert all(turn.exceeded for turn in records[0].turns)

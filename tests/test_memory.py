@@ -96,7 +96,7 @@ def all_tasks(draw: st.DrawFn) -> tuple[Task, Window]:
         epochs=draw(st.integers(1, 3)),
         looks_ahead=looks_ahead,
         trains_above=looks_ahead and draw(st.booleans()),
-        profiles=draw(st.booleans()),
+        profiles=draw(st.sampled_from([0, 8, 64])),
     )
     return task, Window(bottom, draw(st.integers(bottom, LAYERS - 1)))
 
@@ -149,10 +149,10 @@ def test_what_is_lacking_is_exact(costs: Costs, job: tuple[Task, Window], means:
 def test_a_client_that_is_asked_for_a_profile_can_make_it() -> None:
     """The means of an example's tokens are float64 numbers: of a long text they take more than a step with a small model."""
     costs = replace(COSTS, itemsize=2, layer=1, unstreamed=0, slices=0, adapter=1, call=NOTHING)
-    task, stage, longest = Task(0, 8, 1, False, False, profiles=True), Window(0, 0), 4000
+    task, stage, longest = Task(0, 8, 1, False, False, profiles=8), Window(0, 0), 4000
     means = Means(memory=0, longest=longest, cached=True, spill=None, batch=1, one_step=False)
     least = needed(costs, task, stage, means)
-    assert least > needed(costs, replace(task, profiles=False), stage, means)
+    assert least > needed(costs, replace(task, profiles=0), stage, means)
     assert plan(costs, task, stage, replace(means, memory=least))
     assert not plan(costs, task, stage, replace(means, memory=least - 1))
 
