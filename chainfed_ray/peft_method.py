@@ -198,7 +198,7 @@ class ChainFedModel(BaseTuner):
             part: nn.Module = Head(peft_config.hidden, len(peft_config.classes))
             wrapper: type[_ChainFedModule] = ChainFedHead
         else:
-            part, wrapper = Adapter(peft_config.hidden, peft_config.bottleneck), ChainFedLayer
+            part, wrapper = Adapter(peft_config.hidden, peft_config.bottleneck, seed=0), ChainFedLayer
         if not isinstance(target, wrapper):
             target = wrapper(target)
             setattr(parent, target_name, target)
