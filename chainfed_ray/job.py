@@ -163,6 +163,13 @@ def _check_texts(spec: JobSpec, blocks: Blocks, splits: tuple[Examples, ...]) ->
                 f"fewer: a text has {examples.lengths[longest]} tokens, and the model has no positions for so many"
             )
             raise InvalidJob.at("data.max_length", spec.data.max_length, expected) from None
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:  # from the family's own code, run in another way than its own
+            expected = f"a model that can be streamed ({type(error).__name__}: {error})"
+            raise InvalidJob.at("model.base", spec.model.base, expected) from None
 
 
 def _check_chain(spec: JobSpec, layers: int) -> None:

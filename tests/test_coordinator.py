@@ -1,5 +1,6 @@
 """Promises of the algorithm: plain FedAvg as a special case, exact resumption, arrival order without effect."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.client import Client, Order, Update
@@ -228,6 +229,16 @@ def test_a_profile_needs_rows(document: dict[str, Any], tmp_path: Path) -> None:
     document["fleet"]["clients"][0]["count"] = 40
     document["chain"] |= {"start": "auto"}
     with pytest.raises(InvalidJob, match=r"chain\.start is 'auto'; expected the index of a layer, since no client has"):
+        a_job(document, tmp_path)
+
+
+def test_a_family_that_cannot_be_streamed_is_refused(document: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("deberta-v2", vocab_size=30522, relative_attention=True, **sizes)
+    folder = shutil.copytree(document["model"]["base"].removeprefix("path:"), tmp_path / "deberta")
+    AutoModel.from_config(config).save_pretrained(folder)
+    document["model"]["base"] = f"path:{folder}"
+    with pytest.raises(InvalidJob, match=r"model\.base .* expected a model that can be streamed \("):
         a_job(document, tmp_path)
 
 
