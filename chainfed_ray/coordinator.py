@@ -209,7 +209,7 @@ class Coordinator:
             else:
                 fold.add(client, result)
 
-        # 3. Those that exceeded their plan have a second turn, with a leaner one, before they are left out.
+        # 3. Those that exceeded their plan have a second turn, leaner or with their whole budget, before they are left out.
         again = [candidate for candidate in sampled if candidate.name in exceeded]
         seconds = [self._second_turn(candidate, step.window) for candidate in again]
         able = [client for client in seconds if client]
@@ -288,7 +288,7 @@ class Coordinator:
 
     @staticmethod
     def _lean(history: Sequence[Round]) -> frozenset[str]:
-        """The clients that exceeded a plan, however their second turn ended."""
+        """The clients that exceeded a plan and had a second turn, however that ended."""
         counted = {turn.client for record in history for turn in record.turns if turn.exceeded}
         return frozenset(counted | {lost.client for record in history for lost in record.lost if lost.exceeded})
 

@@ -83,7 +83,7 @@ class Costs:
     itemsize: int  # of an activation's element
     layer: int  # the largest layer's weights
     unstreamed: int  # of those, what is no matrix: norms and biases
-    slices: int  # the two buffers of streamed matrices
+    slices: int  # the buffers of streamed matrices
     conversion: int  # a tensor as it is kept, while it becomes one of another dtype
     skeleton: int  # the model without its weights, and compiled operations
     call: Bytes  # masks and rotary tables
