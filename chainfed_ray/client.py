@@ -1,10 +1,11 @@
 """A client's turn: profile its layers (FOAT), or train a window on its own examples."""
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 import torch
@@ -58,8 +59,9 @@ class Profiling:
 
 @dataclass(frozen=True)
 class Training:
-    """The order to train the stack ``tensors`` for ``epochs`` passes; rates are those of this round.
+    """The order to train the stack ``tensors``; rates are those of this round.
 
+    A client makes ``steps`` optimizer steps, if that is given, and else ``epochs`` passes over its examples.
     ``window`` is the stage's. A client trains that of its plan, which may be narrower and has the same top.
     """
 
@@ -72,6 +74,7 @@ class Training:
     global_weight: float
     global_trains: GlobalTrains
     seed: int
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,14 @@ class Profile:
 
 @dataclass(frozen=True)
 class Update:
-    """What a turn of training sends back."""
+    """What a turn of training sends back, and what it took: optimizer steps, seconds, and seconds of its process's CPU."""
 
     tensors: Tensors
     examples: int
     loss: float
+    steps: int
     seconds: float
+    cpu_seconds: float
     peak_bytes: int | None = None
 
 
@@ -131,7 +136,7 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
 
     An optimizer step sees ``batch_size`` examples, in micro-batches whose gradients add up to the whole batch's.
     """
-    started = perf_counter()
+    started, cpu_started = perf_counter(), process_time()
     examples, plan = client.examples, client.plan
     names = trained_names(order.tensors, plan.window, order.global_weight, order.global_trains)
     # What is not trained is used as it came, and never copied.
@@ -153,25 +158,34 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
         spill = resources.enter_context(_spill(scratch, plan))
         step = _Step(blocks, stack, layers, activations, matrices, spill, plan.window, order)
         now("training")
-        loss = _train(step, examples, plan.micro_batch, order)
+        loss, steps = _train(step, examples, plan.micro_batch, order)
     tensors = {name: parameter.detach() for name, parameter in stack.named_parameters() if name in names}
-    return Update(tensors, len(examples), loss, perf_counter() - started)
+    return Update(tensors, len(examples), loss, steps, perf_counter() - started, process_time() - cpu_started)
 
 
-def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training) -> float:
-    """Every epoch; the mean loss of an example."""
+def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training) -> tuple[float, int]:
+    """Every optimizer step; the mean loss of an example, and how many steps there were."""
     optimizer = _optimizer(step.stack, order)
-    total_loss, seen = 0.0, 0
-    for epoch in range(order.epochs):
-        shuffled = _shuffled(len(examples), derive(order.seed, "epoch", epoch))
-        for first in range(0, len(shuffled), order.batch_size):
-            batch = shuffled[first : first + order.batch_size]
-            for start in range(0, len(batch), micro_batch):
-                total_loss += step.backward(examples, batch[start : start + micro_batch], len(batch))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seen += len(batch)
-    return total_loss / seen
+    total_loss, seen, steps = 0.0, 0, 0
+    for batch in _batches(len(examples), order):
+        for start in range(0, len(batch), micro_batch):
+            total_loss += step.backward(examples, batch[start : start + micro_batch], len(batch))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += len(batch)
+        steps += 1
+    return total_loss / seen, steps
+
+
+def _batches(count: int, order: Training) -> Iterator[np.ndarray]:
+    """The indices of each optimizer step's examples, shuffled anew in each epoch."""
+    a_pass = math.ceil(count / order.batch_size)
+    steps = order.steps if order.steps is not None else order.epochs * a_pass
+    for step in range(steps):
+        epoch, place = divmod(step, a_pass)
+        if place == 0:
+            shuffled = _shuffled(count, derive(order.seed, "epoch", epoch))
+        yield shuffled[place * order.batch_size : (place + 1) * order.batch_size]
 
 
 @dataclass(frozen=True)

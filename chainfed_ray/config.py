@@ -124,6 +124,9 @@ class RoundsSpec(Section):
     quorum: int | None = Field(None, ge=1, description="updates without which a round does not count; half by default")
     deadline: Seconds = Field(300.0, description="after which a round goes on without those still working")
     local_epochs: int = Field(1, ge=1, le=100, description="passes of a client over its own examples")
+    local_steps: int | None = Field(
+        None, ge=1, le=100_000, description="optimizer steps of a client's turn, in place of `local_epochs`"
+    )
     batch_size: int = Field(16, ge=1, le=4096, description="examples in an optimizer step")
     learning_rate: float = Field(3e-3, gt=0, lt=10, description="of the adapters (AdamW, cosine over a stage)")
     head_learning_rate: float = Field(1e-2, gt=0, lt=10, description="of the head")

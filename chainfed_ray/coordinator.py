@@ -316,6 +316,7 @@ class Coordinator:
             global_weight=self._spec.chain.global_weight,
             global_trains=self._spec.chain.global_trains,
             seed=derive(self._spec.seed, "round", step.round_index),
+            steps=rounds.local_steps,
         )
 
     def _score(self, step: _Step, stack: AdapterStack) -> Score | None:

@@ -17,6 +17,7 @@ from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.admission import Candidate
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client import BaseModel, Client, Training
+from chainfed_ray.config import RoundsSpec
 from chainfed_ray.evaluate import evaluate
 from chainfed_ray.job import Job, as_client
 from chainfed_ray.memory import PREFIX_BATCH, Plan
@@ -138,8 +139,8 @@ def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
     turn = once = 0.0
     for candidate, plan in job.admitted:
         pace, examples = paces[candidate.client_class], len(candidate.examples)
-        again, at_first = _layers_below(job, plan)
-        turn += pace.turn + examples * (rounds.local_epochs * pace.step + again * pace.layer)
+        again, at_first = _layers_below(job, plan, examples)
+        turn += pace.turn + _trained_on(rounds, examples) * pace.step + examples * again * pace.layer
         once += examples * at_first * pace.layer
         if job.spec.chain.start == "auto" and plan.prefix.cached and examples >= FEWEST:
             once += min(examples, job.spec.chain.profile_examples) * job.layers * pace.layer
@@ -147,7 +148,12 @@ def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
     return rounds.total * math.ceil(cohort / at_once) * turn / clients + seen * once / min(at_once, clients)
 
 
-def _layers_below(job: Job, plan: Plan) -> tuple[float, int]:
+def _trained_on(rounds: RoundsSpec, examples: int) -> int:
+    """Examples that a turn's optimizer steps see, each as often as it is seen."""
+    return rounds.local_epochs * examples if rounds.local_steps is None else rounds.local_steps * rounds.batch_size
+
+
+def _layers_below(job: Job, plan: Plan, examples: int) -> tuple[float, int]:
     """How many layers a client runs its examples through below its window: in each turn, and once in the job."""
     spec, start = job.spec, job.planner.task.start
     chain = Chain(job.layers, start, job.window)
@@ -160,7 +166,8 @@ def _layers_below(job: Job, plan: Plan) -> tuple[float, int]:
         mean = sum(stage.rounds * stage.window.bottom for stage in stages) / spec.rounds.total
         highest = stages[-1].window.bottom
     if not plan.prefix.cached:
-        return spec.rounds.local_epochs * (mean + narrower + 1), 0
+        passes = _trained_on(spec.rounds, examples) / examples
+        return passes * (mean + narrower + 1), 0
     slides = mean - start if spec.chain.schedule == "cyclic" else 0
     return narrower + slides, highest + 1
 

@@ -76,6 +76,7 @@ class Opening(Record):
 class Turn(Record):
     """A client's part in a round that counted: the plan of its turn, and what was measured.
 
+    ``steps`` are optimizer steps, ``cpu_seconds`` those of its process's CPU, the advance of its prefix cache included;
     ``bottom`` is the lowest layer whose adapter it trained. ``exceeded`` says how its first plan failed, if this was its
     second.
     """
@@ -84,7 +85,9 @@ class Turn(Record):
     client_class: str
     examples: int
     loss: float
+    steps: int
     seconds: float
+    cpu_seconds: float
     bottom: int
     micro_batch: int
     grain: Grain

@@ -1,9 +1,12 @@
 """Promises of a client's turn, in the process that takes it."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 from torch import Tensor
 
 from chainfed_ray.adapter import AdapterStack
@@ -41,3 +44,21 @@ def test_a_turn_leaves_no_tensor_behind(document: dict[str, Any], tmp_path: Path
     assert isinstance(update, Update)
     sent = {id(tensor) for tensor in update.tensors.values()}
     assert [tuple(tensor.shape) for tensor in tensors_alive() if id(tensor) not in known | sent] == []
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(None, 6), (2, 2), (7, 7)])
+def test_a_turn_has_the_steps_it_is_ordered(
+    steps: int | None, expected: int, document: dict[str, Any], tmp_path: Path
+) -> None:
+    document["rounds"] |= {"local_epochs": 2, "batch_size": 8, "local_steps": steps}
+    job = a_job(document, tmp_path)
+    client = replace(job.clients[0], examples=job.clients[0].examples.take(np.arange(20)))
+    stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0).tensors()
+    order = Training(
+        stack, Window(1, 2), epochs=2, batch_size=8, learning_rate=0.01, head_learning_rate=0.01, global_weight=0.0,
+        global_trains="window", seed=0, steps=steps,
+    )  # fmt: skip
+    update = take_turn(client, job.base, lambda: order, capped=False)
+    assert isinstance(update, Update)
+    assert update.steps == expected
+    assert update.cpu_seconds > 0

@@ -287,6 +287,7 @@ def test_a_chain_learns(document: dict[str, Any], tmp_path: Path) -> None:
         ("model", {"dtype": "bfloat16"}),
         ("evaluation", {"every": "stage"}),
         ("rounds", {"local_epochs": 2, "batch_size": 5}),
+        ("rounds", {"local_steps": 3, "batch_size": 5}),
         ("rounds", {"convergence": {"rule": "movement", "span": 1, "minimum": 1, "threshold": 0.99}}),
     ],
     ids=str,
