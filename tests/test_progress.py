@@ -47,8 +47,8 @@ def a_round(index: int, opening: Opening, **changes: Any) -> Round:
     bottom = changes.get("bottom", 2)
     turns = tuple(
         Turn(
-            client=client.client, client_class=client.client_class, examples=100, loss=1.0, steps=7,
-            seconds=2.0, cpu_seconds=1.5, bottom=bottom, micro_batch=client.micro_batch, grain=client.grain, spilled=client.spilled,
+            client=client.client, client_class=client.client_class, examples=100, loss=1.0, steps=7, seconds=2.0,
+            cpu_seconds=1.5, bottom=bottom, micro_batch=client.micro_batch, grain=client.grain, spilled=client.spilled,
             budget_bytes=client.budget_bytes, planned_bytes=client.planned_bytes, peak_bytes=25 * MIB, sent_bytes=1000,
         )
         for client in opening.admitted[:3]
