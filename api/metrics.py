@@ -47,6 +47,7 @@ class _JobTotals:
     limit: int = 0
     validation: float | None = None
     test: float | None = None
+    epsilon: float | None = None
     classes: dict[str, _ClassTotals] = field(default_factory=dict)
 
     @classmethod
@@ -77,6 +78,7 @@ class _JobTotals:
     def _add_round(self, record: Round) -> None:
         self.rounds = record.index + 1
         self.validation = record.accuracy if record.accuracy is not None else self.validation
+        self.epsilon = record.epsilon
         for memory in StageMemory.of([record]):
             totals = self.classes[memory.client_class]
             totals.planned, totals.peak = memory.planned_bytes, memory.peak_bytes
@@ -121,14 +123,17 @@ def _of_jobs(totals: dict[str, _JobTotals]) -> Iterator[Metric]:
     accuracy = GaugeMetricFamily(
         "chainfed_accuracy", "Share of held-out rows classified right.", labels=["job", "rows"]
     )
+    epsilon = GaugeMetricFamily("chainfed_epsilon", "ε that the job has spent, where it has privacy.", labels=["job"])
     for job, of_job in totals.items():
         done.add_metric([job], of_job.rounds)
+        if of_job.epsilon is not None:
+            epsilon.add_metric([job], of_job.epsilon)
         if of_job.limit:
             limit.add_metric([job], of_job.limit)
         for rows, value in (("validation", of_job.validation), ("test", of_job.test)):
             if value is not None:
                 accuracy.add_metric([job, rows], value)
-    yield from (done, limit, accuracy)
+    yield from (done, limit, accuracy, epsilon)
 
 
 def _of_classes(totals: dict[str, _JobTotals]) -> Iterator[Metric]:

@@ -28,6 +28,12 @@ def time_left(rounds: Sequence[Round], total: int) -> float | None:
     return fmean(record.seconds for record in rounds[-_RECENT:]) * (total - len(rounds))
 
 
+def price(spec: JobSpec, epsilon: float) -> str:
+    """What the privacy of a job comes to, in words."""
+    assert spec.privacy, "without it there is no ε"
+    return f"ε {epsilon:.2f} at δ {spec.privacy.delta:g}".replace("e-0", "e-")
+
+
 class Progress:
     """Shows the job ``name``; give it every record as it comes. A context manager: the live panel lasts as long."""
 
@@ -69,8 +75,7 @@ class Progress:
             )
             self.say("  " + "  ".join(f"{layer}: {value:.2f}" for layer, value in enumerate(opening.similarities)))
             self._say_why(opening.lost)
-            threshold = self._spec.chain.cka_threshold
-            self.say(f"The chain starts at layer {opening.start_layer}, the first below {threshold:g}.")
+            self.say(f"The chain starts at layer {opening.start_layer}, {self._why_there(opening)}.")
         else:
             self.say(f"The chain starts at layer {opening.start_layer}, as the job asks.")
         if opening.window < (asked := self._spec.chain.window):
@@ -80,6 +85,12 @@ class Progress:
             f"{opening.layers - 1}: {opening.stages} stages, {opening.total_rounds} rounds at most."
         )
         self._draw()
+
+    def _why_there(self, opening: Opening) -> str:
+        threshold = self._spec.chain.cka_threshold
+        if opening.similarities[opening.start_layer] < threshold:
+            return f"the first below {threshold:g}"
+        return f"that of the last window: none before is below {threshold:g}"
 
     def _say_leaner(self, opening: Opening) -> None:
         """Which clients do not train the whole window at once, with whole layers and batches, because it would not fit."""
@@ -96,6 +107,11 @@ class Progress:
     def round(self, record: Round, resumed: bool = False) -> None:
         """A round is over; ``resumed`` if it was over before this process began."""
         self._rounds.append(record)
+        if fit := record.head_fit:
+            self.say(
+                f"Stage {record.stage + 1} begins: a head fitted to {fit.examples} examples of {fit.clients} clients."
+            )
+            self._say_why(fit.lost)
         if not self._live:
             self.say(self._line(record, resumed))
         for turn in record.turns:
@@ -116,7 +132,11 @@ class Progress:
 
     def ending(self, ending: Ending) -> None:
         """The job is over."""
+        if ending.stopped:
+            self.say(f"No more rounds ({ending.stopped}).")
         self.say(f"Done: {ending.accuracy:.1%} of the test rows are classified right by the whole chain.")
+        if ending.epsilon is not None:
+            self.say(f"Its privacy: {price(self._spec, ending.epsilon)}, client by client.")
 
     def _line(self, record: Round, resumed: bool) -> str:
         assert self._opening is not None
@@ -127,7 +147,8 @@ class Progress:
         left = time_left(self._rounds, self._opening.total_rounds) or 0.0
         when = "resumed" if resumed else f"≤ {format_seconds(left)} left"
         place = f"round {record.index + 1}/{self._opening.total_rounds}"
-        return f"{place:<12}  layers {record.bottom}–{record.top}  {clients}{accuracy}{peak}  {when}"
+        spent = "" if record.epsilon is None else f"  {price(self._spec, record.epsilon)}"
+        return f"{place:<12}  layers {record.bottom}–{record.top}  {clients}{accuracy}{spent}{peak}  {when}"
 
     def _draw(self) -> None:
         if self._live:
@@ -151,6 +172,8 @@ class Progress:
         )
         facts.add_row("clients", _clients(opening, self._rounds))
         facts.add_row("accuracy", _accuracy(self._rounds))
+        if newest and newest.epsilon is not None:
+            facts.add_row("privacy", price(self._spec, newest.epsilon))
         facts.add_row("memory", _memory(opening, self._rounds))
         return Panel(Group(facts, ProgressBar(total=total, completed=done)), title=self._name, title_align="left")
 

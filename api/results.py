@@ -6,9 +6,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from api.fleet import FleetClass, by_class, in_words, short
+from api.progress import price
 from chainfed_ray.config import JobSpec
 from chainfed_ray.quantities import format_bytes, format_seconds
 from chainfed_ray.records import Ending, Opening, Round, StageMemory
+from chainfed_ray.sections import PartitionSpec
 
 _MIB = 2**20
 _CLASSES_ACROSS = 4
@@ -38,7 +40,19 @@ def _summary(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: E
     table.add_row("chain", f"layers {opening.start_layer}–{opening.layers - 1}, {opening.window} at a time")
     took = format_seconds(sum(record.seconds for record in rounds))
     table.add_row("rounds", f"{len(rounds)} in {took}, {spec.rounds.clients} clients in each")
+    table.add_row("partition", f"{_scheme(spec.fleet.partition)}; sha256 {opening.partition_hash[:12]}…")
+    if ending.stopped:
+        table.add_row("stopped", ending.stopped)
+    if ending.epsilon is not None:
+        table.add_row("privacy", f"{price(spec, ending.epsilon)}, client by client")
     return table
+
+
+def _scheme(partition: PartitionSpec) -> str:
+    if partition.scheme == "iid":
+        return "iid"
+    of = f"alpha {partition.alpha:g}" if partition.column is None else partition.column
+    return f"{partition.scheme}, {of}"
 
 
 def _stages(rounds: Sequence[Round]) -> Table:

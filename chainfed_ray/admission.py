@@ -10,13 +10,18 @@ from chainfed_ray.tokens import Examples
 
 @dataclass(frozen=True)
 class Candidate:
-    """A client of the fleet: its examples, and the bytes that it declared; ``disk`` is None for as many as there are."""
+    """A client of the fleet: its examples, and the bytes that it declared; ``disk`` is None for as many as there are.
+
+    ``availability`` is the probability that it answers when it is sampled; at ``speed`` 0.5 its turns take twice as long.
+    """
 
     name: str
     client_class: str
     examples: Examples
     memory: int
     disk: int | None
+    availability: float = 1.0
+    speed: float = 1.0
 
 
 class Planner:

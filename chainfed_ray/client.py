@@ -18,6 +18,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.memory import Plan
 from chainfed_ray.objective import GlobalTrains, Judge, by_class, by_next_token, chain_loss, trained_names
 from chainfed_ray.prefix import Activations, PrefixCache, PrefixRunner, RecomputedActivations
+from chainfed_ray.privacy import NoiseShare
 from chainfed_ray.seeds import derive
 from chainfed_ray.spill import Spill, overwrite_activations
 from chainfed_ray.start_layer import debiased_cka
@@ -29,7 +30,9 @@ from chainfed_ray.tokens import Batch, Examples
 class Client:
     """One data owner: its examples, the memory that it declared, and how its next turn keeps to that.
 
-    ``cap_bytes`` is what the turn is held to: its plan or, once that was too little, all that the client declared.
+    ``cap_bytes`` is what the turn is held to: its plan or, once that was too little, all that the client declared. ``share`` is
+    what it does to its update for privacy, if it is to do anything. ``speed`` is that of its machine, at most 1: at 0.5 a turn
+    is to take twice as long as it does here.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Client:
     budget_bytes: int
     plan: Plan
     cap_bytes: int
+    share: NoiseShare | None = None
+    speed: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Profiling:
 class Training:
     """The order to train the stack ``tensors``; rates are those of this round.
 
-    A client makes ``steps`` optimizer steps, if that is given, and else ``epochs`` passes over its examples.
+    A client makes ``steps`` optimizer steps, if that is given, and else ``epochs`` passes over its examples. ``proximal`` is
+    μ of FedProx, which holds what is trained to ``tensors``.
     ``window`` is the stage's. A client trains that of its plan, which may be narrower and has the same top.
     """
 
@@ -75,6 +81,15 @@ class Training:
     global_trains: GlobalTrains
     seed: int
     steps: int | None = None
+    proximal: float = 0.0
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The order to add up what a head in closed form is made of, at the output of ``window`` of the stack ``tensors``."""
+
+    tensors: Tensors
+    window: Window
 
 
 @dataclass(frozen=True)
@@ -83,12 +98,16 @@ class Profile:
 
     similarities: tuple[float, ...]
     examples: int
+    cpu_seconds: float
     peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a turn of training sends back, and what it took: optimizer steps, seconds, and seconds of its process's CPU."""
+    """What a turn of training sends back, and what it took: optimizer steps, seconds, and seconds of its process's CPU.
+
+    ``seconds`` are those of a machine with the client's speed.
+    """
 
     tensors: Tensors
     examples: int
@@ -99,17 +118,29 @@ class Update:
     peak_bytes: int | None = None
 
 
-Order = Profiling | Training
+@dataclass(frozen=True)
+class HeadSums:
+    """What a turn of fitting sends back: the tensors of ``ClassSums``."""
+
+    tensors: Tensors
+    examples: int
+    cpu_seconds: float
+    peak_bytes: int | None = None
+
+
+Order = Profiling | Training | Fitting
+Result = Profile | Update | HeadSums
 
 
 @torch.no_grad()
 def profile(client: Client, blocks: Blocks, scratch: Path, order: Profiling) -> Profile:
     """One forward pass, a layer and a micro-batch in memory at a time; mean-pooled tokens [n, D] are kept of each layer."""
     now("profiling the layers")
+    started = process_time()
     chosen = _shuffled(len(client.examples), order.seed)[: order.examples]
     examples = client.examples.take(chosen)
     bare = AdapterStack.new((), blocks.hidden_size, bottleneck=1, classes=1, seed=0)
-    with _reader(blocks, client.plan) as matrices:
+    with reader(blocks, client.plan) as matrices:
         runner = _prefix_runner(blocks, client.plan, matrices)
         cache = PrefixCache(scratch / "profile", runner, examples)
 
@@ -128,7 +159,7 @@ def profile(client: Client, blocks: Blocks, scratch: Path, order: Profiling) -> 
             similarities = tuple(debiased_cka(embedded, pooled(cache.at(layer, bare))) for layer in layers)
         finally:
             cache.clear()
-    return Profile(similarities, len(chosen))
+    return Profile(similarities, len(chosen), process_time() - started)
 
 
 def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Update:
@@ -146,9 +177,9 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
     for name, parameter in stack.named_parameters():
         parameter.requires_grad_(name in names)
     with ExitStack() as resources:
-        matrices = resources.enter_context(_reader(blocks, plan))
+        matrices = resources.enter_context(reader(blocks, plan))
         now(f"running the layers below layer {plan.window.bottom}")
-        activations = _activations(client, blocks, scratch, stack, matrices, order)
+        activations = entering(client, blocks, scratch, stack, matrices, order.window)
         now("loading the window")
         streamed = matrices if plan.grain == "matrix" else None
         layers = {layer: blocks.load_layer(layer, streamed) for layer in list(plan.window)[1:]}
@@ -160,7 +191,12 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
         now("training")
         loss, steps = _train(step, examples, plan.micro_batch, order)
     tensors = {name: parameter.detach() for name, parameter in stack.named_parameters() if name in names}
-    return Update(tensors, len(examples), loss, steps, perf_counter() - started, process_time() - cpu_started)
+    if client.share:
+        now("clipping the update and adding noise")
+        sent = trained_names(order.tensors, order.window, order.global_weight, order.global_trains)
+        tensors = client.share.applied({name: order.tensors[name] for name in sorted(sent)}, tensors)
+    seconds = (perf_counter() - started) / client.speed
+    return Update(tensors, len(examples), loss, steps, seconds, process_time() - cpu_started)
 
 
 def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training) -> tuple[float, int]:
@@ -170,11 +206,23 @@ def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training)
     for batch in _batches(len(examples), order):
         for start in range(0, len(batch), micro_batch):
             total_loss += step.backward(examples, batch[start : start + micro_batch], len(batch))
+        if order.proximal:
+            _hold_back(step.stack, order)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += len(batch)
         steps += 1
     return total_loss / seen, steps
+
+
+def _hold_back(stack: AdapterStack, order: Training) -> None:
+    """Add the gradients of μ/2 · |w − w_start|² (FedProx, Li et al., 2020, equation 2); w_start is the order's own tensors.
+
+    One tensor's difference at a time: less than a step of AdamW takes besides its state.
+    """
+    for name, parameter in stack.named_parameters():
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - order.tensors[name], alpha=order.proximal)
 
 
 def _batches(count: int, order: Training) -> Iterator[np.ndarray]:
@@ -244,14 +292,15 @@ def window_output(
     return hidden
 
 
-def _activations(
-    client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, order: Training
+def entering(
+    client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, stage: Window
 ) -> Activations:
+    """What enters the window of the client's plan, in a turn of ``stage``: cached or, without the disk, made when asked for."""
     plan = client.plan
     runner = _prefix_runner(blocks, plan, matrices)
     if not plan.prefix.cached:
         return RecomputedActivations(plan.window.bottom, stack, runner, client.examples)
-    return PrefixCache(scratch, runner, client.examples).at(plan.window.bottom, stack, keep=order.window.bottom)
+    return PrefixCache(scratch, runner, client.examples).at(plan.window.bottom, stack, keep=stage.bottom)
 
 
 def _prefix_runner(blocks: Blocks, plan: Plan, matrices: SliceReader | None) -> PrefixRunner:
@@ -259,16 +308,16 @@ def _prefix_runner(blocks: Blocks, plan: Plan, matrices: SliceReader | None) -> 
 
 
 @contextmanager
-def _reader(blocks: Blocks, plan: Plan) -> Iterator[SliceReader | None]:
+def reader(blocks: Blocks, plan: Plan) -> Iterator[SliceReader | None]:
     """A reader of matrices, where the plan streams any."""
     if not plan.footprint.buffers and plan.prefix.grain == "layer":
         yield None
         return
-    reader = blocks.reader()
+    opened = blocks.reader()
     try:
-        yield reader
+        yield opened
     finally:
-        reader.close()
+        opened.close()
 
 
 @contextmanager

@@ -3,12 +3,15 @@
 A commit is a tensor file and then its record, each written aside, flushed and renamed into place. The record comes
 last and carries the tensor file's digest, so a record that can be read is a commit that is whole. ::
 
+    partition.json                                       (the manifest: written before the opening that has its hash)
     opening.json
+    privacy.key                                          (a job with noise, until its ending)
     rounds/000000.safetensors, rounds/000000.json, …     (tensors of the newest round only)
     ending.json
 """
 
 import os
+import secrets
 from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
@@ -17,8 +20,10 @@ from safetensors.torch import load, save
 
 from chainfed_ray.adapter import Tensors
 from chainfed_ray.errors import CorruptCommit
+from chainfed_ray.manifest import Manifest
 from chainfed_ray.records import Ending, Opening, Record, Round
 
+_SECRET_BYTES = 32
 _Kind = TypeVar("_Kind", bound=Record)
 
 
@@ -73,6 +78,10 @@ class CommitLog:
             raise CorruptCommit(str(path), "its bytes are not those that were written")
         return load(data)
 
+    def commit_partition(self, manifest: Manifest) -> None:
+        """Make the manifest durable, in the bytes of which it has its hash."""
+        _write(self._folder / "partition.json", manifest.canonical())
+
     def commit_opening(self, opening: Opening) -> None:
         """Make the opening durable."""
         _write(self._folder / "opening.json", opening.model_dump_json().encode())
@@ -90,6 +99,30 @@ class CommitLog:
     def commit_ending(self, ending: Ending) -> None:
         """Make the ending durable."""
         _write(self._folder / "ending.json", ending.model_dump_json().encode())
+
+    def secret(self) -> bytes:
+        """256 bits from which the noise of this job follows, drawn when they are first asked for. Nobody else may read them.
+
+        Raises:
+            CorruptCommit: they are not what was written, or lost after a round: other noise on it would take its privacy away.
+        """
+        path = self._secret_path
+        if not path.exists():
+            if any(self._rounds.glob("*.json")):
+                raise CorruptCommit(str(path), "missing, though rounds were committed")
+            _write(path, secrets.token_bytes(_SECRET_BYTES), mode=0o600)
+        secret = path.read_bytes()
+        if len(secret) != _SECRET_BYTES:
+            raise CorruptCommit(str(path), "its bytes are not those that were written")
+        return secret
+
+    def erase_secret(self) -> None:
+        """Let the secret go, once no noise is to be made any more: with it, noise could be taken away."""
+        self._secret_path.unlink(missing_ok=True)
+
+    @property
+    def _secret_path(self) -> Path:
+        return self._folder / "privacy.key"
 
     def _record_path(self, index: int) -> Path:
         return self._rounds / f"{index:06d}.json"
@@ -118,10 +151,10 @@ def _digest(data: bytes) -> str:
     return blake2b(data, digest_size=16).hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write aside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
     aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
+    with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

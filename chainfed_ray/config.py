@@ -6,151 +6,43 @@ types are errors which name the key's path; what depends on the data or the mode
 
 import difflib
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import Field, ValidationError
 
 from chainfed_ray.errors import MISSING, InvalidJob, Problem
-from chainfed_ray.quantities import format_bytes, parse_bytes, parse_seconds
-
-
-def _exact_bytes(count: int) -> str | int:
-    shown = format_bytes(count)
-    return shown if parse_bytes(shown) == count else count
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(_exact_bytes), Field(gt=0)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, allow_inf_nan=False)]
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
-
-
-class Section(BaseModel):
-    """A part of the document: immutable, with no unknown keys and no silent conversions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelSpec(Section):
-    """Which base model is tuned, and for what."""
-
-    base: str = Field(description="`builtin:minilm`, `hf:<org>/<name>[@<revision>]` or `path:<folder>`")
-    task: Literal["sequence-classification"] = Field(
-        "sequence-classification", description="what the model is tuned for"
-    )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights and activations")
-
-
-class DataSpec(Section):
-    """The examples: where they are and which columns to read."""
-
-    train: str = Field(description="`builtin:docstrings`, `hf:<dataset>` or `path:<file.csv|jsonl|parquet>`")
-    validation: str | None = Field(None, description="rows for the progress report; by default a tenth of `train`")
-    test: str | None = Field(None, description="rows for the final accuracy; by default a tenth of `train`")
-    text: str = Field("text", description="the column that holds the text")
-    label: str = Field("label", description="the column that holds the class")
-    max_length: int = Field(128, ge=2, le=32768, description="tokens kept of a text")
-
-
-class PartitionSpec(Section):
-    """How the examples are dealt to simulated clients."""
-
-    scheme: Literal["iid", "dirichlet"] = Field("iid", description="`dirichlet` skews the classes between clients")
-    alpha: float = Field(1.0, gt=0, allow_inf_nan=False, description="of the Dirichlet: the smaller, the more skewed")
-
-
-class ClientClass(Section):
-    """Clients of one kind."""
-
-    name: Slug = Field(description="of the class; its clients are called `<name>-0`, `<name>-1`, …")
-    count: int = Field(1, ge=1, le=100_000, description="how many clients of this class there are")
-    memory: Bytes = Field(description="what a client's training may use above the idle process, such as `96MiB`")
-    disk: Bytes | None = Field(
-        None, description="what its prefix cache and saved activations may use; by default as much as there is"
-    )
-
-
-class FleetSpec(Section):
-    """Who takes part."""
-
-    partition: PartitionSpec = Field(default_factory=lambda: PartitionSpec(), description="how examples are dealt")
-    clients: Annotated[tuple[ClientClass, ...], Field(strict=False)] = Field(description="a list of classes of clients")
-
-
-class AdapterSpec(Section):
-    """The bottleneck adapter that follows each layer."""
-
-    bottleneck: int = Field(64, ge=1, le=65536, description="R, the adapter's inner width")
-
-
-class ChainSpec(Section):
-    """The chain (DESIGN: DLCT, GPO, FOAT)."""
-
-    window: int = Field(2, ge=1, description="Q, adjacent adapters trained together; fewer by clients with less memory")
-    schedule: Literal["staged", "cyclic"] = Field("staged", description="slide on convergence, or every round")
-    start: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", description="first layer with an adapter")
-    cka_threshold: float = Field(0.8, ge=0, le=1, description="`auto` starts at the first layer whose CKA is below it")
-    profile_examples: int = Field(64, ge=4, le=4096, description="a client's examples in its CKA profile")
-    global_weight: float = Field(0.1, ge=0, le=10, description="λ: loss = local + λ · global")
-    global_trains: Literal["window", "head", "upper"] = Field(
-        "head",
-        description="what the global loss may move besides the window: nothing, the head, head and upper adapters",
-    )
-    adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec(), description="the adapters' shape")
-
-
-class ConvergenceSpec(Section):
-    """When a stage of the staged schedule ends before its rounds are used up."""
-
-    rule: Literal["none", "plateau", "movement"] = Field(
-        "plateau", description="held-out loss no longer falls, or updates cancel out (effective movement)"
-    )
-    span: int = Field(
-        3, ge=1, le=1000, description="H: the last H rounds are judged, against the H before for `plateau`"
-    )
-    minimum: int = Field(6, ge=1, description="rounds that a stage has in any case")
-    threshold: float = Field(
-        0.01, ge=0, lt=1, description="relative fall of the loss, or the effective movement, below which a stage ends"
-    )
-
-
-class RoundsSpec(Section):
-    """Federated rounds: how many, with whom and how each client trains."""
-
-    total: int = Field(24, ge=1, le=100_000, description="rounds of the whole job")
-    last_stage_share: float = Field(0.5, gt=0, le=1, description="of `total`, kept for the last stage")
-    clients: int = Field(5, ge=1, description="clients sampled for a round")
-    quorum: int | None = Field(None, ge=1, description="updates without which a round does not count; half by default")
-    deadline: Seconds = Field(300.0, description="after which a round goes on without those still working")
-    local_epochs: int = Field(1, ge=1, le=100, description="passes of a client over its own examples")
-    local_steps: int | None = Field(
-        None, ge=1, le=100_000, description="optimizer steps of a client's turn, in place of `local_epochs`"
-    )
-    batch_size: int = Field(16, ge=1, le=4096, description="examples in an optimizer step")
-    learning_rate: float = Field(3e-3, gt=0, lt=10, description="of the adapters (AdamW, cosine over a stage)")
-    head_learning_rate: float = Field(1e-2, gt=0, lt=10, description="of the head")
-    convergence: ConvergenceSpec = Field(
-        default_factory=lambda: ConvergenceSpec(), description="when a stage ends early"
-    )
-
-
-class EvaluationSpec(Section):
-    """The server's judgement on held-out rows."""
-
-    every: Literal["round", "stage"] = Field("round", description="how often validation accuracy is measured")
-    engine: Literal["torch"] = Field("torch", description="the streaming evaluator, one layer in memory at a time")
+from chainfed_ray.recipes import Recipe, with_defaults_of
+from chainfed_ray.sections import (
+    AggregationSpec,
+    ChainSpec,
+    DataSpec,
+    EvaluationSpec,
+    FleetSpec,
+    ModelSpec,
+    PartitionSpec,
+    PrivacySpec,
+    RoundsSpec,
+    Section,
+    Slug,
+)
 
 
 class JobSpec(Section):
     """A fine-tuning job."""
 
     name: Slug = Field(description="of the job and, once it is done, of its model: `<base>:<name>`")
+    recipe: Recipe = Field(
+        "chainfed-ray", description="whose defaults hold for what the job leaves open: ours, or the `paper`'s"
+    )
     model: ModelSpec = Field(description="the base model")
     data: DataSpec = Field(description="the examples")
     fleet: FleetSpec = Field(description="the clients")
     chain: ChainSpec = Field(default_factory=lambda: ChainSpec(), description="the method")
     rounds: RoundsSpec = Field(default_factory=lambda: RoundsSpec(), description="the federation")
+    aggregation: AggregationSpec = Field(default_factory=lambda: AggregationSpec(), description="of a round's updates")
+    privacy: PrivacySpec | None = Field(None, description="differential privacy; by default there is none")
     evaluation: EvaluationSpec = Field(default_factory=lambda: EvaluationSpec(), description="the measurements")
     seed: int = Field(0, ge=0, lt=2**63, description="from which every random choice follows")
 
@@ -164,7 +56,7 @@ class JobSpec(Section):
         if not isinstance(document, Mapping):
             raise InvalidJob.at("(job)", document, "a mapping with the keys " + ", ".join(cls.model_fields))
         try:
-            spec = cls.model_validate(document)
+            spec = cls.model_validate(with_defaults_of(document))
         except ValidationError as error:
             by_path = {problem.field: problem for problem in map(_problem, error.errors())}
             raise InvalidJob(tuple(by_path.values())) from None
@@ -195,8 +87,10 @@ class JobSpec(Section):
 
     @property
     def quorum(self) -> int:
-        """Updates without which a round does not count."""
-        return self.rounds.quorum if self.rounds.quorum is not None else (self.rounds.clients + 1) // 2
+        """Updates without which a round does not count: by default half, but no fewer than the rule needs."""
+        if self.rounds.quorum is not None:
+            return self.rounds.quorum
+        return max((self.rounds.clients + 1) // 2, self.aggregation.fewest)
 
     @property
     def model_name(self) -> str:
@@ -234,12 +128,47 @@ def _contradictions(spec: JobSpec) -> list[Problem]:
     for index, name in enumerate(names):
         if name in names[:index]:
             problems.append(Problem(f"fleet.clients[{index}].name", name, "a name that no other class has"))
+    problems += _of_partition(spec.fleet.partition)
     count = sum(group.count for group in spec.fleet.clients)
     if spec.rounds.clients > count:
         problems.append(Problem("rounds.clients", spec.rounds.clients, f"at most {count}, the clients in the fleet"))
+    elif spec.aggregation.fewest > spec.rounds.clients:
+        problems.append(Problem("rounds.clients", spec.rounds.clients, _for_krum(spec.aggregation)))
     elif spec.quorum > spec.rounds.clients:
         problems.append(Problem("rounds.quorum", spec.quorum, f"at most {spec.rounds.clients}, rounds.clients"))
+    elif spec.aggregation.fewest > spec.quorum:
+        problems.append(Problem("rounds.quorum", spec.quorum, _for_krum(spec.aggregation)))
+    if spec.privacy:
+        problems += _without_a_price(spec, spec.privacy, count)
     return problems
+
+
+def _without_a_price(spec: JobSpec, privacy: PrivacySpec, clients: int) -> Iterator[Problem]:
+    """What ``privacy`` cannot be promised with."""
+    if spec.aggregation.rule != "mean":
+        yield Problem("aggregation.rule", spec.aggregation.rule, "'mean', the only rule that privacy has a price for")
+    if spec.chain.start == "auto":
+        expected = "the index of a layer: privacy does not cover the CKA profiles from which 'auto' follows"
+        yield Problem("chain.start", spec.chain.start, expected)
+    if spec.chain.head != "zero":
+        expected = "'zero': privacy does not cover the sums of which a fitted head is made"
+        yield Problem("chain.head", spec.chain.head, expected)
+    if privacy.delta >= 1 / clients:
+        expected = f"less than 1/{clients}, one over the clients in the fleet: with more, one of them may be given away"
+        yield Problem("privacy.delta", privacy.delta, expected)
+
+
+def _of_partition(partition: PartitionSpec) -> list[Problem]:
+    if partition.scheme == "column" and partition.column is None:
+        return [Problem("fleet.partition.column", MISSING, "the column of which a client gets whole values")]
+    if partition.scheme != "column" and partition.column is not None:
+        expected = f"column, since fleet.partition.column is {partition.column!r}"
+        return [Problem("fleet.partition.scheme", partition.scheme, expected)]
+    return []
+
+
+def _for_krum(aggregation: AggregationSpec) -> str:
+    return f"at least {aggregation.fewest}: Krum needs 2f + 3 updates, and aggregation.byzantine f is {aggregation.byzantine}"
 
 
 def _problem(error: Any) -> Problem:

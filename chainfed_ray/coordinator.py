@@ -11,27 +11,29 @@ from dataclasses import replace
 from time import perf_counter
 from typing import NamedTuple
 
-import numpy as np
-
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.admission import Candidate
 from chainfed_ray.chain import Chain, Window, start_below
-from chainfed_ray.client import Client, Profile, Profiling, Training
+from chainfed_ray.client import Fitting, Profile, Profiling, Training
+from chainfed_ray.cohort import Cohort, everyone
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.convergence import Movement, verdict
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.evaluate import Score, evaluate
 from chainfed_ray.fold import Fold, as_lost
-from chainfed_ray.job import Job, as_client
+from chainfed_ray.guarantee import Guarantee
+from chainfed_ray.head_fit import FittedHead, fit_head
+from chainfed_ray.job import Job
 from chainfed_ray.objective import trained_names
-from chainfed_ray.pool import ClientPool, Failure, Outcome
+from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round
 from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.seeds import derive
+from chainfed_ray.server_optimizer import ServerOptimizer
 from chainfed_ray.start_layer import FEWEST, average
 
 _FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the reasons
-_STACK, _MOVEMENT = "stack/", "movement/"
+_STACK, _MOVEMENT, _SERVER = "stack/", "movement/", "server/"
 
 
 class _Step(NamedTuple):
@@ -50,18 +52,21 @@ class Coordinator:
     def __init__(self, job: Job, pool: ClientPool, log: CommitLog) -> None:
         self._job, self._spec, self._pool, self._log = job, job.spec, pool, log
         self._planner = job.planner
+        self._guarantee = Guarantee(job.spec, log, len(job.admitted))
 
     def open(self) -> Opening:
         """Decide where the chain starts (FOAT), once: a committed opening is the opening."""
         if opening := self._log.opening():
+            self._job.manifest.check_unchanged(opening.partition_hash)
             self._planner = self._job.planner.starting_at(opening.start_layer)
             return opening
         similarities: tuple[float, ...] = ()
         lost: tuple[Lost, ...] = ()
+        cpu_seconds = 0.0
         if isinstance(self._spec.chain.start, int):
             start = self._spec.chain.start
         else:
-            similarities, lost = self._profile()
+            similarities, lost, cpu_seconds = self._profile()
             start = start_below(similarities, self._spec.chain.cka_threshold, self._job.window)
         self._planner = self._job.planner.starting_at(start)
         opening = Opening(
@@ -74,7 +79,10 @@ class Coordinator:
             lost=lost,
             stages=len(self._chain(start).windows),
             total_rounds=self._spec.rounds.total,
+            partition_hash=self._job.manifest.hash,
+            profile_cpu_seconds=cpu_seconds,
         )
+        self._log.commit_partition(self._job.manifest)
         self._log.commit_opening(opening)
         return opening
 
@@ -87,11 +95,13 @@ class Coordinator:
         opening = self.open()
         chain = self._chain(opening.start_layer)
         history = self._log.rounds()
-        stack, movement = self._restore(chain, history)
-        while (step := self._next(chain, history)) is not None:
-            record, stack, movement = self._round(step, stack, movement, history)
+        stack, movement, server = self._restore(chain, history)
+        while (step := self._next(chain, history)) is not None and not self._guarantee.stop(history):
+            record, stack, movement = self._round(step, stack, movement, server, history)
+            record = self._guarantee.priced(record, history)
             tensors = {_STACK + name: tensor for name, tensor in stack.tensors().items()}
             tensors |= {_MOVEMENT + name: tensor for name, tensor in movement.tensors.items()}
+            tensors |= {_SERVER + name: tensor for name, tensor in server.tensors.items()}
             self._log.commit_round(record, tensors)
             history.append(record)
             yield record
@@ -100,17 +110,26 @@ class Coordinator:
     def finish(self) -> Ending:
         """The test accuracy of the whole chain, once every round is committed."""
         if ending := self._log.ending():
+            self._log.erase_secret()
             return ending
-        history, opening = self._log.rounds(), self.open()
+        history, chain = self._log.rounds(), self._chain(self.open().start_layer)
         stack = self.stack()
-        top = self._chain(opening.start_layer).windows[-1]
+        top = chain.windows[-1]
         score = evaluate(self._job.test, self._job.base, self._job.base.scratch / "(test)", stack, top)
         peaks: dict[str, int] = {}
         for turn in (turn for record in history for turn in record.turns):
             if turn.peak_bytes is not None:
                 peaks[turn.client_class] = max(turn.peak_bytes, peaks.get(turn.client_class, 0))
-        ending = Ending(accuracy=score.accuracy, loss=score.loss, rounds=len(history), peak_bytes=peaks)
+        ending = Ending(
+            accuracy=score.accuracy,
+            loss=score.loss,
+            rounds=len(history),
+            peak_bytes=peaks,
+            epsilon=self._guarantee.epsilon(history),
+            stopped=self._guarantee.stop(history) if self._next(chain, history) else None,
+        )
         self._log.commit_ending(ending)
+        self._log.erase_secret()
         return ending
 
     def stack(self) -> AdapterStack:
@@ -127,7 +146,8 @@ class Coordinator:
 
     def _admitted(self, candidate: Candidate, start: int) -> Admitted:
         """A client, with the plan of the chain's first stage."""
-        plan = self._turn(candidate, self._chain(start).windows[0], frozenset()).plan
+        plan = self._planner.plan(candidate, self._chain(start).windows[0])
+        assert plan, "a client that is admitted has a plan for the window that needs the most"
         return Admitted(
             client=candidate.name,
             client_class=candidate.client_class,
@@ -142,31 +162,33 @@ class Coordinator:
             cached=plan.prefix.cached,
         )
 
-    def _profile(self) -> tuple[tuple[float, ...], tuple[Lost, ...]]:
-        """Every client's CKA profile, averaged by example count, in client order; and the turns that were lost."""
+    def _profile(self) -> tuple[tuple[float, ...], tuple[Lost, ...], float]:
+        """Every client's CKA profile, averaged by example count, in client order; the turns that were lost; CPU seconds."""
         able = [
             replace(client, cap_bytes=client.plan.prefix.profile_bytes)
             for client in self._job.clients
             if len(client.examples) >= FEWEST and client.plan.prefix.cached
         ]
         order = Profiling(self._spec.chain.profile_examples, derive(self._spec.seed, "profile"))
-        outcomes = list(self._in_order(self._pool.run(able, order, self._spec.rounds.deadline), len(able)))
+        outcomes = list(in_order(self._pool.run(able, order, self._spec.rounds.deadline), len(able)))
         profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
         failures = ((able[place], result) for place, result in outcomes if isinstance(result, Failure))
         lost = tuple(as_lost(client, failure) for client, failure in failures)
         if not profiles:
             raise QuorumLost("profiling the layers", 1, _reasons(lost))
-        return average([(profile.similarities, profile.examples) for profile in profiles]), lost
+        cpu_seconds = sum(profile.cpu_seconds for profile in profiles)
+        return average([(profile.similarities, profile.examples) for profile in profiles]), lost, cpu_seconds
 
-    def _restore(self, chain: Chain, history: Sequence[Round]) -> tuple[AdapterStack, Movement]:
+    def _restore(self, chain: Chain, history: Sequence[Round]) -> tuple[AdapterStack, Movement, ServerOptimizer]:
         if not history:
             bottleneck, classes = self._spec.chain.adapter.bottleneck, len(self._job.classes)
             seed = derive(self._spec.seed, "stack")
-            return AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed), Movement()
+            stack = AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed)
+            return stack, Movement(), ServerOptimizer(self._spec.aggregation)
         tensors = self._log.tensors(history[-1].index)
-        stack = {name.removeprefix(_STACK): tensor for name, tensor in tensors.items() if name.startswith(_STACK)}
-        moved = {name.removeprefix(_MOVEMENT): tensor for name, tensor in tensors.items() if name.startswith(_MOVEMENT)}
-        return AdapterStack.from_tensors(stack), Movement(moved)
+        stack = AdapterStack.from_tensors(_below(tensors, _STACK))
+        server = ServerOptimizer(self._spec.aggregation, _below(tensors, _SERVER))
+        return stack, Movement(_below(tensors, _MOVEMENT)), server
 
     def _next(self, chain: Chain, history: Sequence[Round]) -> _Step | None:
         """What follows from the rounds so far, whoever ran them."""
@@ -186,45 +208,48 @@ class Coordinator:
         return _Step(done, index, stages[index].window, spent / limit, spent + 1 == limit)
 
     def _round(
-        self, step: _Step, stack: AdapterStack, movement: Movement, history: Sequence[Round]
+        self, step: _Step, stack: AdapterStack, movement: Movement, server: ServerOptimizer, history: Sequence[Round]
     ) -> tuple[Round, AdapterStack, Movement]:
-        started = perf_counter()
+        began = perf_counter()
         before = stack.tensors()
+        fit = self._fit_head(step, before, history)
+        before |= fit.tensors if fit else {}
+        started = perf_counter()
         expected = self._trained(before, step.window)
 
         # 1. Sample clients, and let them train the window, or as much of its top as their budgets hold.
-        lean = self._lean(history)
-        sampled = self._sample(step.round_index, history)
-        clients = [self._turn(candidate, step.window, lean) for candidate in sampled]
+        cohort = self._cohort(step, history)
+        clients = self._guarantee.prepared(cohort.clients, step.round_index)
         order = self._order(step, before)
         outcomes = self._pool.run(clients, order, self._spec.rounds.deadline)
 
         # 2. Fold their updates, in client order.
-        fold = Fold(lambda window: self._trained(before, window))
+        aggregate = self._guarantee.aggregate(step.round_index, expected)
+        fold = Fold(lambda window: self._trained(before, self._guarantee.sent(window, step.window)), aggregate)
+        for client, silence in cohort.absent:
+            fold.add(client, silence)
         exceeded: dict[str, Failure] = {}
-        for outcome in self._in_order(outcomes, len(clients)):
+        for outcome in in_order(outcomes, len(clients)):
             client, result = clients[outcome.place], outcome.result
-            if isinstance(result, Failure) and result.exceeded and client.name not in lean:
+            if isinstance(result, Failure) and result.exceeded and client.name not in cohort.lean:
                 exceeded[client.name] = result
             else:
                 fold.add(client, result)
 
         # 3. Those that exceeded their plan have a second turn, leaner or with their whole budget, before they are left out.
-        again = [candidate for candidate in sampled if candidate.name in exceeded]
-        seconds = [self._second_turn(candidate, step.window) for candidate in again]
-        able = [client for client in seconds if client]
+        able = self._guarantee.prepared(cohort.second_turns(exceeded), step.round_index)
         left = max(self._spec.rounds.deadline - (perf_counter() - started), 0.0)
         outcomes = self._pool.run(able, order, left) if able else iter(())
-        for outcome in self._in_order(outcomes, len(able)):
+        for outcome in in_order(outcomes, len(able)):
             first = exceeded.pop(able[outcome.place].name).reason
             fold.add(able[outcome.place], outcome.result, first)
         for client in clients:
             if failure := exceeded.get(client.name):
                 fold.add(client, replace(failure, reason=f"{failure.reason}; there is no leaner plan"))
-        counted = len(fold.turns) >= min(self._spec.quorum, len(clients))
+        counted = len(fold.turns) >= self._spec.quorum
 
         # 4. The new stack, and how far the window moved.
-        after = before | fold.mean() if counted else before
+        after = server.step(before, fold.aggregate()) if counted else before
         if counted:
             movement = movement if len(self._of_stage(history, step)) % self._span else Movement()
             movement.add(expected, {name: after[name] for name in expected})
@@ -250,11 +275,25 @@ class Coordinator:
                 accuracy=score.accuracy if score else None,
                 movement=moved,
                 ended=ended,
-                seconds=perf_counter() - started,
+                seconds=perf_counter() - began,
+                head_fit=fit.record if fit else None,
             ),
             stack,
             Movement() if ended else movement,
         )
+
+    def _fit_head(self, step: _Step, tensors: Tensors, history: Sequence[Round]) -> FittedHead | None:
+        """The head in closed form, as a stage begins; once only where windows take turns, since they share one head."""
+        if self._spec.chain.schedule == "cyclic":
+            begun = bool(history)
+        else:
+            begun = any(record.stage == step.stage for record in history)
+        if self._spec.chain.head == "zero" or begun:
+            return None
+        admitted = (candidate for candidate, _ in self._job.admitted)
+        clients = everyone(self._planner, admitted, step.window, history)
+        order, deadline = Fitting(tensors, step.window), self._spec.rounds.deadline
+        return fit_head(self._pool, clients, order, deadline, self._job.validation, self._job.base)
 
     @property
     def _span(self) -> int:
@@ -263,39 +302,10 @@ class Coordinator:
     def _of_stage(self, history: Sequence[Round], step: _Step) -> list[Round]:
         return [record for record in history if record.stage == step.stage and record.counted]
 
-    def _sample(self, index: int, history: Sequence[Round]) -> list[Candidate]:
-        """The clients of a round, drawn without replacement, in the order of the fleet; without those left out meanwhile.
-
-        Raises:
-            QuorumLost: too few are left.
-        """
-        left_out = {lost.client: lost.reason for record in history for lost in record.lost if lost.over_budget}
-        able = [candidate for candidate, _ in self._job.admitted if candidate.name not in left_out]
-        if len(able) < self._spec.quorum:
-            raise QuorumLost(f"round {index + 1}", self._spec.quorum, left_out)
-        count = min(self._spec.rounds.clients, len(able))
-        generator = np.random.default_rng(derive(self._spec.seed, "sample", index))
-        return [able[place] for place in sorted(generator.choice(len(able), count, replace=False).tolist())]
-
-    def _turn(self, candidate: Candidate, stage: Window, lean: frozenset[str]) -> Client:
-        """A client's turn in ``stage``, held to its plan; one of those that are ``lean`` exceeded a plan before."""
-        second = self._second_turn(candidate, stage) if candidate.name in lean else None
-        if second:
-            return second
-        plan = self._planner.plan(candidate, stage)
-        assert plan, "a client that is admitted has a plan for the window that needs the most"
-        return as_client(candidate, plan, plan.planned_bytes)
-
-    @staticmethod
-    def _lean(history: Sequence[Round]) -> frozenset[str]:
-        """The clients that exceeded a plan and had a second turn, however that ended."""
-        counted = {turn.client for record in history for turn in record.turns if turn.exceeded}
-        return frozenset(counted | {lost.client for record in history for lost in record.lost if lost.exceeded})
-
-    def _second_turn(self, candidate: Candidate, stage: Window) -> Client | None:
-        """With a leaner plan, if there is any, and held to no less than all that the client declared."""
-        plan = self._planner.leaner(candidate, stage) or self._planner.plan(candidate, stage)
-        return as_client(candidate, plan, candidate.memory) if plan and plan.planned_bytes < candidate.memory else None
+    def _cohort(self, step: _Step, history: Sequence[Round]) -> Cohort:
+        admitted = (candidate for candidate, _ in self._job.admitted)
+        seed = self._guarantee.sampling_seed
+        return Cohort.of(self._spec, self._planner, admitted, step.round_index, step.window, history, seed)
 
     def _trained(self, tensors: Tensors, window: Window) -> Tensors:
         """Those that a client trains in ``window``."""
@@ -317,6 +327,7 @@ class Coordinator:
             global_trains=self._spec.chain.global_trains,
             seed=derive(self._spec.seed, "round", step.round_index),
             steps=rounds.local_steps,
+            proximal=self._spec.aggregation.proximal,
         )
 
     def _score(self, step: _Step, stack: AdapterStack) -> Score | None:
@@ -339,18 +350,10 @@ class Coordinator:
             rounds = f"rounds {newest[0].index + 1} to {newest[-1].index + 1}"
             raise QuorumLost(rounds, self._spec.quorum, _reasons(newest[-1].lost))
 
-    @staticmethod
-    def _in_order(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
-        """Outcomes by place, each as soon as those before it are there."""
-        waiting: dict[int, Outcome] = {}
-        due = 0
-        for outcome in outcomes:
-            waiting[outcome.place] = outcome
-            while due in waiting:
-                yield waiting.pop(due)
-                due += 1
-        if due != count:
-            raise RuntimeError(f"the pool gave {due} outcomes for {count} clients")
+
+def _below(tensors: Tensors, prefix: str) -> Tensors:
+    """Those whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _reasons(lost: Iterable[Lost]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Labelled texts: where they come from, and how they are split."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pandas as pd
 
 from chainfed_ray import docstrings
 from chainfed_ray.base_model import hub_is_reachable
-from chainfed_ray.config import DataSpec
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.sections import DataSpec
 
 _READERS = {
     ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
@@ -23,17 +24,22 @@ _FEWEST = 10
 
 @dataclass(frozen=True)
 class Split:
-    """Texts and their labels."""
+    """Texts and their labels; ``groups`` are each row's value of the column by which rows are dealt, if there is one."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...]
+    groups: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, indices: np.ndarray) -> "Split":
         """Some of the rows."""
-        return Split(tuple(self.texts[index] for index in indices), tuple(self.labels[index] for index in indices))
+        texts, labels, groups = (
+            tuple(values[index] for index in indices) if values else ()
+            for values in (self.texts, self.labels, self.groups)
+        )
+        return Split(texts, labels, groups)
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,15 @@ class Corpus:
     classes: tuple[str, ...]
 
 
-def load(spec: DataSpec, seed: int) -> Corpus:
+def load(spec: DataSpec, seed: int, column: str | None = None) -> Corpus:
     """Read the job's rows. A validation or test split that is not given is a tenth of ``train``, drawn by ``seed``.
+
+    Training rows are dealt by ``column``, if it is given.
 
     Raises:
         InvalidJob: a source cannot be read, or its rows cannot be used.
     """
-    train = _read("data.train", spec.train, "train", spec)
+    train = _read("data.train", spec.train, "train", spec, column)
     if len(train) < _FEWEST:
         raise InvalidJob.at("data.train", spec.train, f"{_FEWEST} rows or more; there are {len(train)}")
     held_out: list[Split] = []
@@ -74,18 +82,25 @@ def load(spec: DataSpec, seed: int) -> Corpus:
     return Corpus(train, held_out[0], held_out[1], classes)
 
 
-def _read(field: str, source: str, split: str, spec: DataSpec) -> Split:
+def _read(field: str, source: str, split: str, spec: DataSpec, column: str | None = None) -> Split:
     scheme, _, name = source.partition(":")
     if source == "builtin:docstrings":
-        rows = docstrings.rows()
-        return Split(tuple(text for text, _ in rows), tuple(label for _, label in rows))
+        return _built_in(source, column)
     if scheme == "path" and name:
         frame = _read_file(field, source, Path(name))
     elif scheme == "hf" and name:
         frame = _read_hub(field, source, name, split, spec.label)
     else:
         raise InvalidJob.at(field, source, _FORMS)
-    return _columns(field, source, frame, spec)
+    return _columns(field, source, frame, spec, column)
+
+
+def _built_in(source: str, column: str | None) -> Split:
+    texts, labels = zip(*docstrings.rows(), strict=True)
+    columns = {"text": texts, "label": labels}
+    if column is not None and column not in columns:
+        raise _no_column("fleet.partition.column", column, source, columns)
+    return Split(texts, labels, columns[column] if column else ())
 
 
 def _read_file(field: str, source: str, path: Path) -> pd.DataFrame:
@@ -118,17 +133,22 @@ def _read_hub(field: str, source: str, name: str, split: str, label: str) -> pd.
     return frame
 
 
-def _columns(field: str, source: str, frame: pd.DataFrame, spec: DataSpec) -> Split:
+def _columns(field: str, source: str, frame: pd.DataFrame, spec: DataSpec, column: str | None) -> Split:
     if frame.empty:
         raise InvalidJob.at(field, source, "one row or more; there are none")
-    for key, column in (("data.text", spec.text), ("data.label", spec.label)):
-        if column not in frame.columns:
-            raise InvalidJob.at(key, column, f"a column of {source}: {', '.join(map(str, frame.columns))}")
-    for key, column in (("data.text", spec.text), ("data.label", spec.label)):
-        values = frame[column]
+    wanted = [("data.text", spec.text), ("data.label", spec.label)]
+    if column is not None:
+        wanted.append(("fleet.partition.column", column))
+    for key, name in wanted:
+        if name not in frame.columns:
+            raise _no_column(key, name, source, frame.columns)
+    for key, name in wanted:
+        values = frame[name]
         empty = values.isna() | (values.astype(str).str.strip() == "")
         if empty.any():
-            raise InvalidJob.at(
-                key, column, f"a value in every row of {source}; row {int(empty.argmax()) + 1} has none"
-            )
-    return Split(tuple(frame[spec.text].astype(str)), tuple(frame[spec.label].astype(str)))
+            raise InvalidJob.at(key, name, f"a value in every row of {source}; row {int(empty.argmax()) + 1} has none")
+    return Split(*(tuple(frame[name].astype(str)) for _, name in wanted))
+
+
+def _no_column(key: str, name: str, source: str, columns: Iterable[object]) -> InvalidJob:
+    return InvalidJob.at(key, name, f"a column of {source}: {', '.join(map(str, columns))}")

@@ -1,12 +1,12 @@
 """About how long a job takes on this machine: from turns of a few real examples, taken as they are planned.
 
 What a turn takes is told apart into what grows with its examples and what does not; sums over rounds are then arithmetic.
-Rounds that a stage does not need, and clients with more examples than others, are not foreseen.
+Rounds that a stage does not need, and clients who do not answer, are not foreseen.
 """
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -17,15 +17,16 @@ from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.admission import Candidate
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client import BaseModel, Client, Training
-from chainfed_ray.config import RoundsSpec
 from chainfed_ray.evaluate import evaluate
 from chainfed_ray.job import Job, as_client
 from chainfed_ray.memory import PREFIX_BATCH, Plan
+from chainfed_ray.sections import RoundsSpec
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_layer import FEWEST
 from chainfed_ray.tokens import Examples
 from chainfed_ray.turn import take_turn, warm_up
 
+_PASSES = 3  # of a training step, as long as one forward pass: forward, and the gradients of inputs and of weights
 _ENOUGH_SECONDS = 0.5  # of repeated steps: a clock's noise is small beside it
 _MOST_REPEATS = 16
 _EVALUATED = 64  # examples that an evaluation is measured on
@@ -55,7 +56,7 @@ def duration(job: Job, at_once: int) -> Duration:
     typical = {name: _median(members) for name, members in _by_class(job).items()}
     paces = _paces(job, typical)
     micro_steps = {
-        name: paces[name].step * min(plan.micro_batch, len(candidate.examples))
+        name: paces[name].step * min(plan.micro_batch, len(candidate.examples)) / candidate.speed
         for name, (candidate, plan) in typical.items()
     }
     return Duration(_rounds(job, paces, at_once) + evaluations, micro_steps)
@@ -133,19 +134,45 @@ def _new_stack(job: Job) -> AdapterStack:
 
 
 def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
-    """The clients' part: as many turns after one another as do not fit beside each other, and each layer of the prefix once."""
+    """The clients' part: as many turns after one another as do not fit beside each other, and each layer of the prefix once.
+
+    A round is no shorter than its longest turn, and no turn is longer than the deadline.
+    """
     rounds, clients = job.spec.rounds, len(job.admitted)
     cohort = min(rounds.clients, clients)
-    turn = once = 0.0
+    turns: list[float] = []
+    once = 0.0
     for candidate, plan in job.admitted:
         pace, examples = paces[candidate.client_class], len(candidate.examples)
         again, at_first = _layers_below(job, plan, examples)
-        turn += pace.turn + _trained_on(rounds, examples) * pace.step + examples * again * pace.layer
-        once += examples * at_first * pace.layer
+        turn = pace.turn + _trained_on(rounds, examples) * pace.step + examples * again * pace.layer
+        turns.append(min(turn / candidate.speed, rounds.deadline))
+        once += examples * at_first * pace.layer / candidate.speed
         if job.spec.chain.start == "auto" and plan.prefix.cached and examples >= FEWEST:
-            once += min(examples, job.spec.chain.profile_examples) * job.layers * pace.layer
-    seen = min(1, rounds.total * cohort / clients)  # the share of clients that are ever asked
-    return rounds.total * math.ceil(cohort / at_once) * turn / clients + seen * once / min(at_once, clients)
+            once += min(examples, job.spec.chain.profile_examples) * job.layers * pace.layer / candidate.speed
+        once += _fits(job) * examples * pace.step / _PASSES / candidate.speed
+    # The share of clients that are ever asked; for a fitted head, everyone is.
+    seen = 1 if _fits(job) else min(1, rounds.total * cohort / clients)
+    in_turn = math.ceil(cohort / at_once) * sum(turns) / clients
+    return rounds.total * max(in_turn, _longest(turns, cohort)) + seen * once / min(at_once, clients)
+
+
+def _fits(job: Job) -> int:
+    """How often every client runs all its examples through the window, for a head in closed form."""
+    if job.spec.chain.head == "zero":
+        return 0
+    cyclic = job.spec.chain.schedule == "cyclic"
+    return 1 if cyclic else len(Chain(job.layers, job.planner.task.start, job.window).windows)
+
+
+def _longest(turns: Sequence[float], cohort: int) -> float:
+    """The longest turn of a round, on average: of ``cohort`` turns, drawn without replacement."""
+    mean, rest = 0.0, 1.0  # ``rest`` is the probability that none of the longer ones was drawn
+    for place, turn in enumerate(sorted(turns, reverse=True)[: len(turns) - cohort + 1]):
+        drawn = cohort / (len(turns) - place)
+        mean += rest * drawn * turn
+        rest *= 1 - drawn
+    return mean
 
 
 def _trained_on(rounds: RoundsSpec, examples: int) -> int:

@@ -1,12 +1,12 @@
-"""What comes back in a round: updates that may be averaged, folded into one mean, and a record of every turn."""
+"""What comes back in a round: updates that may be aggregated, folded into one, and a record of every turn."""
 
 import math
 from collections.abc import Callable
 
 from chainfed_ray.adapter import Tensors
-from chainfed_ray.aggregate import RunningMean, check_update
+from chainfed_ray.aggregate import Aggregate, check_update
 from chainfed_ray.chain import Window
-from chainfed_ray.client import Client, Profile, Update
+from chainfed_ray.client import Client, Result, Update
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.pool import Failure
 from chainfed_ray.records import Lost, Turn
@@ -15,15 +15,15 @@ from chainfed_ray.records import Lost, Turn
 class Fold:
     """The turns of one round; ``trained`` gives the tensors that a client is to send for its window.
 
-    Updates are folded as they are added: in the order of the clients, not of their arrival.
+    Updates are folded into ``aggregate`` as they are added: in the order of the clients, not of their arrival.
     """
 
-    def __init__(self, trained: Callable[[Window], Tensors]) -> None:
-        self._trained, self._mean = trained, RunningMean()
+    def __init__(self, trained: Callable[[Window], Tensors], aggregate: Aggregate) -> None:
+        self._trained, self._aggregate = trained, aggregate
         self.turns: list[Turn] = []
         self.lost: list[Lost] = []
 
-    def add(self, client: Client, result: Profile | Update | Failure, exceeded: str | None = None) -> None:
+    def add(self, client: Client, result: Result | Failure, exceeded: str | None = None) -> None:
         """Fold an update, or say why a turn does not count; ``exceeded`` is how the client's first plan failed."""
         if isinstance(result, Failure):
             self.lost.append(as_lost(client, result, exceeded))
@@ -34,19 +34,19 @@ class Fold:
             self.lost.append(as_lost(client, Failure(f"its update was refused: {error.reason}"), exceeded))
             return
         # The weight is what the server dealt, not what a client says.
-        self._mean.fold(update.tensors, len(client.examples))
+        self._aggregate.fold(update.tensors, len(client.examples))
         self.turns.append(_as_turn(client, update, exceeded))
 
-    def mean(self) -> Tensors:
-        """The mean of each tensor over those that sent it."""
-        return self._mean.mean()
+    def aggregate(self) -> Tensors:
+        """What the updates come to, each tensor over those that sent it."""
+        return self._aggregate.result()
 
     def loss(self) -> float | None:
         """The mean training loss of an example; None without any update."""
         examples = sum(turn.examples for turn in self.turns)
         return sum(turn.loss * turn.examples for turn in self.turns) / examples if self.turns else None
 
-    def _checked(self, client: Client, result: Profile | Update) -> Update:
+    def _checked(self, client: Client, result: Result) -> Update:
         if not isinstance(result, Update):
             raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
         check_update(client.name, result.tensors, self._trained(client.plan.window), len(client.examples))

@@ -1,11 +1,13 @@
 """From a ``JobSpec`` to what a coordinator needs; every impossible job is refused here, before anything starts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from chainfed_ray.accountant import Ledger
 from chainfed_ray.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.base_model import resolve, tokenizer
 from chainfed_ray.blocks import Blocks
@@ -14,8 +16,9 @@ from chainfed_ray.config import JobSpec
 from chainfed_ray.costs import costs_of
 from chainfed_ray.data import load
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
+from chainfed_ray.manifest import Manifest
 from chainfed_ray.memory import Plan, Task
-from chainfed_ray.partition import dirichlet, iid
+from chainfed_ray.partition import deal
 from chainfed_ray.quantities import format_bytes
 from chainfed_ray.records import LeftOut
 from chainfed_ray.seeds import derive
@@ -33,6 +36,7 @@ class Job:
     layers_path: str
     hidden: int
     classes: tuple[str, ...]
+    manifest: Manifest
     planner: Planner
     admission: Admission
     validation: Examples
@@ -61,7 +65,8 @@ class Job:
 
 def as_client(candidate: Candidate, plan: Plan, cap_bytes: int) -> Client:
     """A candidate with the plan of its next turn, held to ``cap_bytes``."""
-    return Client(candidate.name, candidate.client_class, candidate.examples, candidate.memory, plan, cap_bytes)
+    name, group, examples, memory = candidate.name, candidate.client_class, candidate.examples, candidate.memory
+    return Client(name, group, examples, memory, plan, cap_bytes, speed=candidate.speed)
 
 
 def prepare(spec: JobSpec, scratch: Path) -> Job:
@@ -84,7 +89,7 @@ def draft(spec: JobSpec, scratch: Path) -> Job:
     folder = resolve(spec.model.base)
     base = BaseModel(folder, getattr(torch, spec.model.dtype), scratch)
     words = tokenizer(spec.model.base, folder)
-    corpus = load(spec.data, derive(spec.seed, "split"))
+    corpus = load(spec.data, derive(spec.seed, "split"), spec.fleet.partition.column)
     number = {name: place for place, name in enumerate(corpus.classes)}
     train, validation, test = (
         tokenize(words, split.texts, [number[label] for label in split.labels], spec.data.max_length)
@@ -100,6 +105,8 @@ def draft(spec: JobSpec, scratch: Path) -> Job:
         planner = Planner(costs_of(blocks, spec.chain.adapter.bottleneck, len(corpus.classes)), task_of(spec))
     finally:
         blocks.close()
+    members, seed = spec.fleet.members, derive(spec.seed, "partition")
+    shares = deal(spec.fleet.partition, train.labels, corpus.train.groups, len(members), seed)
     return Job(
         spec=spec,
         base=base,
@@ -107,8 +114,9 @@ def draft(spec: JobSpec, scratch: Path) -> Job:
         layers_path=blocks.layers_path,
         hidden=blocks.hidden_size,
         classes=corpus.classes,
+        manifest=Manifest.of(spec, corpus, shares),
         planner=planner,
-        admission=admit(planner, candidates(spec, train), spec.chain.window),
+        admission=admit(planner, candidates(spec, train, shares), spec.chain.window),
         validation=validation,
         test=test,
     )
@@ -120,29 +128,19 @@ def task_of(spec: JobSpec) -> Task:
     return Task(
         start=spec.chain.start if isinstance(spec.chain.start, int) else 0,
         batch_size=spec.rounds.batch_size,
-        epochs=spec.rounds.local_epochs,
+        epochs=spec.rounds.local_steps or spec.rounds.local_epochs,
         looks_ahead=looks_ahead,
         trains_above=looks_ahead and spec.chain.global_trains == "upper",
         profiles=spec.chain.profile_examples if spec.chain.start == "auto" else 0,
+        fits_head=spec.chain.head == "fitted",
     )
 
 
-def candidates(spec: JobSpec, train: Examples) -> list[Candidate]:
-    """The clients of a job's fleet, with the examples that are dealt to each.
-
-    Raises:
-        InvalidJob: there are more clients than examples.
-    """
-    count = sum(group.count for group in spec.fleet.clients)
-    seed = derive(spec.seed, "partition")
-    if spec.fleet.partition.scheme == "dirichlet":
-        shares = dirichlet(train.labels, count, spec.fleet.partition.alpha, seed)
-    else:
-        shares = iid(train.labels, count, seed)
-    groups = [(group, index) for group in spec.fleet.clients for index in range(group.count)]
+def candidates(spec: JobSpec, train: Examples, shares: Sequence[np.ndarray]) -> list[Candidate]:
+    """The clients of a job's fleet, with the examples that are dealt to each."""
     return [
-        Candidate(f"{group.name}-{index}", group.name, train.take(share), group.memory, group.disk)
-        for (group, index), share in zip(groups, shares, strict=True)
+        Candidate(name, group.name, train.take(share), group.memory, group.disk, group.availability, group.speed)
+        for (name, group), share in zip(spec.fleet.members, shares, strict=True)
     ]
 
 
@@ -182,7 +180,7 @@ def _check_chain(spec: JobSpec, layers: int) -> None:
 
 
 def check_fleet(job: Job) -> None:
-    """Enough clients can take part, and one of them can find the chain's start.
+    """Enough clients can take part, one of them can find the chain's start, and a round can be paid for.
 
     Raises:
         InvalidJob: not so.
@@ -205,6 +203,11 @@ def check_fleet(job: Job) -> None:
             "auto",
             f"the index of a layer, since no client has the {FEWEST} rows of a profile, and disk for their activations",
         )
+    if spec.privacy and spec.privacy.epsilon is not None:
+        least = Ledger(spec, len(admission.admitted)).with_another([])
+        if least > spec.privacy.epsilon:
+            expected = f"{least:.3g} or more, which the first round may cost with {len(admission.admitted)} clients"
+            raise InvalidJob.at("privacy.epsilon", spec.privacy.epsilon, expected)
 
 
 def _left_out(candidate: Candidate, missing: int) -> LeftOut:

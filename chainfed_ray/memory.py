@@ -23,7 +23,7 @@ Grain = Literal["layer", "matrix"]
 _RUNTIME = 6 * 2**20
 PREFIX_BATCH = 8  # examples that enter the prefix cache together
 _ADAM_STATES = 2
-_FLOAT64 = 8
+_FLOAT32, _FLOAT64 = 4, 8
 _EMBEDDING_STATES = 6  # rows, rows by place, sums with positions and types, and their norm
 _POOLING_STATES = 2  # the hidden states and their product with the mask
 _COMPARED, _GRAMS = 6, 5  # representations [n, D] and Gram matrices [n, n] of a CKA, with their products
@@ -139,10 +139,11 @@ class Task:
 
     start: int  # the chain's lowest layer
     batch_size: int  # examples in an optimizer step
-    epochs: int  # of a turn
+    epochs: int  # of a turn, or optimizer steps where it has so many
     looks_ahead: bool  # a global branch through the stand-ins above the window
     trains_above: bool  # … which are trained as well
     profiles: int  # examples of a CKA profile, by which the chain's start is found; 0 where it is given
+    fits_head: bool = False  # in closed form, from sums over a client's examples
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,22 @@ def _plan(
     if means.one_step:
         activations = parts.cache_pages + parts.saved_activations + parts.transients
         parts = replace(parts, optimizer=max(parts.optimizer - activations, 0))
+    if task.fits_head:
+        fit = _fitting(costs, task, parts, micro_batch, prefix, means)
+        parts = replace(parts, transients=parts.transients + max(fit - parts.total, 0))
     return Plan(window, micro_batch, grain, spilled, prefix, parts, spill)
+
+
+def _fitting(costs: Costs, task: Task, parts: Footprint, micro_batch: int, prefix: Prefix, means: Means) -> int:
+    """The most that a turn of fitting the head holds: the window without gradients, and sums as large as D² and the head."""
+    rows = micro_batch * means.longest * costs.hidden
+    running = max(part.forward_at(micro_batch, means.longest) for part in (costs.advance, costs.advance_adapter))
+    running += costs.call.at(micro_batch, means.longest)
+    if not prefix.cached:
+        running = max(running, prefix.planned_bytes - _held(costs, task) + rows * costs.itemsize)
+    pooling = rows * (costs.itemsize + _POOLING_STATES * _FLOAT32)
+    sums = costs.hidden**2 * _FLOAT32 + costs.head
+    return _held(costs, task) + parts.layer_weights + parts.buffers + max(running, pooling) + sums
 
 
 def _prefix(costs: Costs, task: Task, means: Means, batch: int, grain: Grain) -> Prefix:

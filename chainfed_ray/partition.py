@@ -1,8 +1,32 @@
-"""How examples are dealt to simulated clients. Every row goes to exactly one client, and every client gets some."""
+"""How examples are dealt to simulated clients. Every row goes to exactly one client, and every client gets some.
+
+Nothing is drawn again until it fits, so every scheme ends, whatever its parameters (docs/heterogeneity.md).
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from heapq import heapify, heapreplace
 
 import numpy as np
 
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.sections import PartitionSpec
+
+
+def deal(spec: PartitionSpec, labels: np.ndarray, values: Sequence[str], clients: int, seed: int) -> list[np.ndarray]:
+    """The row indices of each client; ``values`` are those of ``spec.column``, which no other scheme asks for.
+
+    Raises:
+        InvalidJob: there are more clients than rows, or than values.
+    """
+    if spec.scheme == "column":
+        assert spec.column is not None, "a scheme without its column is refused by config"
+        return by_column(values, clients, spec.column)
+    if spec.scheme == "dirichlet":
+        return dirichlet(labels, clients, spec.alpha, seed)
+    if spec.scheme == "quantity":
+        return quantity(labels, clients, spec.alpha, seed)
+    return iid(labels, clients, seed)
 
 
 def iid(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
@@ -17,7 +41,7 @@ def iid(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
 
 
 def dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -> list[np.ndarray]:
-    """Label skew: each class is split by a draw from Dirichlet(alpha) (Hsu et al., 2019).
+    """Label skew: each class is split by a draw from Dirichlet(alpha) (Yurochkin et al., 2019).
 
     A client that would get nothing is given a row of the largest share. Drawing again until each has enough may never end.
 
@@ -32,17 +56,69 @@ def dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -> list
         cuts = (np.cumsum(_proportions(generator, clients, alpha))[:-1] * len(rows)).round().astype(int)
         for share, part in zip(shares, np.split(rows, cuts), strict=True):
             share.extend(part.tolist())
-    for share in shares:
-        if not share:
-            share.append(max(shares, key=len).pop())
+    _fill_the_empty(shares)
     return [np.sort(np.array(share, dtype=np.int64)) for share in shares]
 
 
+def quantity(labels: np.ndarray, clients: int, alpha: float, seed: int) -> list[np.ndarray]:
+    """Quantity skew: numbers of rows by one draw from Dirichlet(alpha), whatever their classes (Li et al., 2022).
+
+    Each client has one row in advance, and its share of the others.
+
+    Raises:
+        InvalidJob: there are more clients than rows.
+    """
+    _check(len(labels), clients)
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(labels))
+    others = len(labels) - clients
+    cuts = (np.cumsum(_proportions(generator, clients, alpha))[:-1] * others).round().astype(int)
+    return [np.sort(share) for share in np.split(shuffled, cuts + np.arange(1, clients))]
+
+
+def by_column(values: Sequence[str], clients: int, column: str) -> list[np.ndarray]:
+    """Rows with the same value of ``column`` stay together; no row is left to chance.
+
+    Values are dealt whole, the largest first, each to the client with the fewest rows (Graham, 1969); of those that are
+    alike, to the first.
+
+    Raises:
+        InvalidJob: there are more clients than values.
+    """
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, value in enumerate(values):
+        rows[value].append(row)
+    if clients > len(rows):
+        expected = f"a column with {clients} values or more, one for each client; its training rows have {len(rows)}"
+        raise InvalidJob.at("fleet.partition.column", column, expected)
+    shares: list[list[int]] = [[] for _ in range(clients)]
+    loads = [(0, client) for client in range(clients)]
+    for value in sorted(rows, key=lambda value: (-len(rows[value]), value)):
+        load, client = loads[0]
+        shares[client] += rows[value]
+        heapreplace(loads, (load + len(rows[value]), client))
+    return [np.sort(np.array(share, dtype=np.int64)) for share in shares]
+
+
+def _fill_the_empty(shares: list[list[int]]) -> None:
+    """Give each empty share the last row of the share that is largest then."""
+    largest = [(-len(share), client) for client, share in enumerate(shares) if share]
+    heapify(largest)
+    for share in shares:
+        if not share:
+            size, client = largest[0]
+            share.append(shares[client].pop())
+            heapreplace(largest, (size + 1, client))
+
+
 def _proportions(generator: np.random.Generator, clients: int, alpha: float) -> np.ndarray:
+    """A draw from Dirichlet(alpha), or its limit where that is beyond what floating-point numbers hold."""
     drawn = generator.dirichlet(np.full(clients, alpha))
     if np.isfinite(drawn).all() and np.isclose(drawn.sum(), 1):
         return drawn
-    # At a very small alpha every gamma draw underflows: its limit is all to one client.
+    if alpha > 1:  # the sum of gamma draws overflows: even shares
+        return np.full(clients, 1 / clients)
+    # Every gamma draw underflows: all to one client.
     one = np.zeros(clients)
     one[generator.integers(clients)] = 1
     return one

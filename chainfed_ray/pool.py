@@ -1,10 +1,11 @@
 """Who carries out the clients' turns. The algorithm sees a ``ClientPool`` and never knows which."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import NamedTuple, Protocol
 
-from chainfed_ray.client import BaseModel, Client, Order, Profile, Update
+from chainfed_ray.client import BaseModel, Client, Order, Result
 from chainfed_ray.errors import BudgetExceeded
 from chainfed_ray.turn import take_turn
 
@@ -21,12 +22,34 @@ class Failure:
         """The failure that an error means."""
         return cls(f"{type(error).__name__}: {error}", isinstance(error, BudgetExceeded))
 
+    @classmethod
+    def late(cls, deadline: float, why: str = "") -> "Failure":
+        """The failure of a turn that was not done after ``deadline`` seconds."""
+        return cls(f"missed the deadline of {deadline:g} s" + (f": {why}" if why else ""))
+
 
 class Outcome(NamedTuple):
     """How the turn of the client at ``place`` in the round ended."""
 
     place: int
-    result: Profile | Update | Failure
+    result: Result | Failure
+
+
+def in_order(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
+    """Outcomes by place, each as soon as those before it are there.
+
+    Raises:
+        RuntimeError: there are not ``count`` of them.
+    """
+    waiting: dict[int, Outcome] = {}
+    due = 0
+    for outcome in outcomes:
+        waiting[outcome.place] = outcome
+        while due in waiting:
+            yield waiting.pop(due)
+            due += 1
+    if due != count:
+        raise RuntimeError(f"the pool gave {due} outcomes for {count} clients")
 
 
 class ClientPool(Protocol):
@@ -51,12 +74,15 @@ class LocalPool:
         self._base = base
 
     def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
-        """One outcome for each client, in their order. There is nobody to wait for, so no deadline."""
+        """One outcome for each client, in their order. There is nobody to wait for, so only simulated slowness is late."""
         for place, client in enumerate(clients):
+            started = perf_counter()
             try:
-                result: Profile | Update | Failure = take_turn(client, self._base, lambda: order, capped=False)
+                result: Result | Failure = take_turn(client, self._base, lambda: order, capped=False)
             except Exception as error:  # whatever goes wrong costs this turn only, and is on record
                 result = Failure.of(error)
+            if client.speed < 1 and (perf_counter() - started) / client.speed > deadline:
+                result = Failure.late(deadline)
             yield Outcome(place, result)
 
     def close(self) -> None:

@@ -59,7 +59,7 @@ class Lost(Record):
 class Opening(Record):
     """Before the first round: who takes part, and where the chain starts; ``lost`` are turns of profiling.
 
-    ``window`` is Q: the widest that the job allows and a client's budget holds.
+    ``window`` is Q: the widest that the job allows and a client's budget holds. ``partition_hash`` is that of the manifest.
     """
 
     admitted: tuple[Admitted, ...]
@@ -71,6 +71,8 @@ class Opening(Record):
     lost: tuple[Lost, ...]
     stages: int
     total_rounds: int
+    partition_hash: str
+    profile_cpu_seconds: float = 0.0
 
 
 class Turn(Record):
@@ -99,8 +101,21 @@ class Turn(Record):
     exceeded: str | None = None
 
 
+class HeadFit(Record):
+    """A head in closed form, before a stage's first round: whose sums it is made of, and what they took."""
+
+    clients: int
+    examples: int
+    cpu_seconds: float
+    sent_bytes: int
+    lost: tuple[Lost, ...]
+
+
 class Round(Record):
-    """One federated round. ``ended`` says why its stage ended with it, if it did."""
+    """One federated round. ``ended`` says why its stage ended with it, if it did; ``head_fit`` how it began, if in that way.
+
+    ``epsilon`` is ε of the rounds so far, at the job's δ; None without privacy.
+    """
 
     index: int
     stage: int
@@ -115,16 +130,24 @@ class Round(Record):
     movement: float | None
     ended: str | None
     seconds: float
+    head_fit: HeadFit | None = None
+    epsilon: float | None = None
 
 
 class Ending(Record):
-    """After the last round: the test accuracy of the whole chain."""
+    """After the last round: the test accuracy of the whole chain.
+
+    ``epsilon`` is ε of all rounds, at the job's δ; None without privacy. ``stopped`` says which limit of the job ended it
+    early, if one did.
+    """
 
     status: Literal["succeeded"] = "succeeded"
     accuracy: float
     loss: float
     rounds: int
     peak_bytes: dict[str, int]
+    epsilon: float | None = None
+    stopped: str | None = None
 
 
 class StageResult(Record):
@@ -191,7 +214,7 @@ class StageMemory(Record):
 
 
 class Result(Record):
-    """What a finished job comes to."""
+    """What a finished job comes to. ``epsilon`` and ``stopped`` are those of its ``Ending``."""
 
     job: str
     status: Literal["succeeded"] = "succeeded"
@@ -205,13 +228,16 @@ class Result(Record):
     left_out: tuple[LeftOut, ...]
     peak_bytes: dict[str, int]
     memory: tuple[StageMemory, ...]
+    partition_hash: str
+    epsilon: float | None = None
+    stopped: str | None = None
 
     @classmethod
     def of(
         cls, job: str, classes: tuple[str, ...], opening: Opening, rounds: Sequence[Round], ending: Ending
     ) -> "Result":
         """The result of the job called ``job``, whose head tells ``classes`` apart."""
-        ends = [record for record in rounds if record.ended]
+        ends = [record for record in rounds if record.ended or (ending.stopped and record is rounds[-1])]
         return cls(
             job=job,
             accuracy=ending.accuracy,
@@ -227,11 +253,14 @@ class Result(Record):
                     top=last.top,
                     rounds=sum(record.stage == last.stage for record in rounds),
                     accuracy=last.accuracy,
-                    ended=last.ended or "",
+                    ended=last.ended or ending.stopped or "",
                 )
                 for last in ends
             ),
             left_out=opening.left_out,
             peak_bytes=ending.peak_bytes,
             memory=StageMemory.of(rounds),
+            partition_hash=opening.partition_hash,
+            epsilon=ending.epsilon,
+            stopped=ending.stopped,
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter, sleep
 
 import numpy as np
 import torch
@@ -14,14 +15,15 @@ from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.cap import MemoryCap
 from chainfed_ray.chain import Window
-from chainfed_ray.client import BaseModel, Client, Order, Profile, Profiling, Training, Update, profile, train
+from chainfed_ray.client import BaseModel, Client, Fitting, Order, Profiling, Result, Training, profile, train
+from chainfed_ray.fitting import add_up
 from chainfed_ray.measure import PeakMemory
 from chainfed_ray.memory import Footprint, Plan, Prefix
 from chainfed_ray.stream import SLICE_BYTES
 from chainfed_ray.tokens import Examples
 
 
-def take_turn(client: Client, base: BaseModel, fetch: Callable[[], Order], capped: bool) -> Profile | Update:
+def take_turn(client: Client, base: BaseModel, fetch: Callable[[], Order], capped: bool) -> Result:
     """Carry out the order that ``fetch`` gives. What the order itself takes counts as well, so it comes within the turn.
 
     Raises:
@@ -35,11 +37,23 @@ def take_turn(client: Client, base: BaseModel, fetch: Callable[[], Order], cappe
     return replace(result, peak_bytes=peak.bytes)
 
 
-def _carry_out(client: Client, base: BaseModel, order: Order) -> Profile | Update:
+@contextmanager
+def slowed(speed: float) -> Iterator[None]:
+    """The block takes as long as on a machine of ``speed``, whether or not it fails: this process sleeps for the rest."""
+    started = perf_counter()
+    try:
+        yield
+    finally:
+        sleep((perf_counter() - started) * (1 / speed - 1))
+
+
+def _carry_out(client: Client, base: BaseModel, order: Order) -> Result:
     blocks = Blocks(base.folder, base.dtype)
     try:
         if isinstance(order, Profiling):
             return profile(client, blocks, base.scratch / client.name, order)
+        if isinstance(order, Fitting):
+            return add_up(client, blocks, base.scratch / client.name, order)
         return train(client, blocks, base.scratch / client.name, order)
     finally:
         blocks.close()

@@ -4,8 +4,8 @@ from typing import Any
 
 import ray
 
-from chainfed_ray.client import BaseModel, Client, Profile, Update
-from chainfed_ray.turn import take_turn, warm_up
+from chainfed_ray.client import BaseModel, Client, Result
+from chainfed_ray.turn import slowed, take_turn, warm_up
 from cluster.orders import receive
 
 
@@ -17,9 +17,10 @@ class ClientActor:
         self._base = base
         warm_up(base)
 
-    def take_turn(self, client: Client, order: list[Any]) -> Profile | Update:
-        """Carry out an order for the client that holds the lease, held to its budget.
+    def take_turn(self, client: Client, order: list[Any]) -> Result:
+        """Carry out an order for the client that holds the lease, held to its budget, at the speed of its machine.
 
         The order comes as a reference in a list, which Ray leaves as it is: it is fetched within the turn that it counts to.
         """
-        return take_turn(client, self._base, lambda: receive(order[0]), capped=True)
+        with slowed(client.speed):
+            return take_turn(client, self._base, lambda: receive(order[0]), capped=True)

@@ -11,12 +11,12 @@ from typing import Any
 import ray
 import torch
 
-from chainfed_ray.client import Order, Training
+from chainfed_ray.client import Fitting, Order, Training
 
 
 def send(order: Order) -> Any:
     """A reference to an order. It is sent to each node once, not to each client."""
-    if isinstance(order, Training):
+    if isinstance(order, Training | Fitting):
         arrays: Any = {name: tensor.numpy() for name, tensor in order.tensors.items()}
         order = replace(order, tensors=arrays)
     return ray.put(order)
@@ -25,7 +25,7 @@ def send(order: Order) -> Any:
 def receive(reference: Any) -> Order:
     """The order; its tensors may be read, and not written to."""
     order: Order = ray.get(reference)
-    if isinstance(order, Training):
+    if isinstance(order, Training | Fitting):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             order = replace(order, tensors={name: torch.from_numpy(array) for name, array in order.tensors.items()})

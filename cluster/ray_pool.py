@@ -67,14 +67,13 @@ class RayPool:
                 for reference in done:
                     yield self._outcome(reference, *running.pop(reference))
                 self._make_room([lease for _, lease in running.values()])
-            missed = f"missed the deadline of {deadline:g} s"
             for place, lease in list(running.values()):
-                where = "" if lease.is_placed() else f": no machine with {format_bytes(lease.memory)} was free for it"
+                why = "" if lease.is_placed() else f"no machine with {format_bytes(lease.memory)} was free for it"
                 self._give_up(lease)
-                yield Outcome(place, Failure(missed + where))
+                yield Outcome(place, Failure.late(deadline, why))
             running.clear()
             for place, _ in waiting:
-                yield Outcome(place, Failure(f"{missed}: every place was taken by other clients"))
+                yield Outcome(place, Failure.late(deadline, "every place was taken by other clients"))
         finally:
             # The round was abandoned in the middle: nobody will ask for what is still running.
             for _, lease in running.values():

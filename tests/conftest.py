@@ -59,7 +59,7 @@ def document(tiny_model_folder: Path, tiny_data: Path) -> dict[str, Any]:
         "model": {"base": f"path:{tiny_model_folder}"},
         "data": {"train": f"path:{tiny_data}", "max_length": 16},
         "fleet": {"clients": [{"name": "phone", "count": 4, "memory": "64MiB"}]},
-        "chain": {"window": 2, "start": 1, "adapter": {"bottleneck": 8}},
+        "chain": {"window": 2, "start": 1, "head": "zero", "adapter": {"bottleneck": 8}},
         "rounds": {"total": 4, "clients": 3, "batch_size": 8, "learning_rate": 0.01, "convergence": {"span": 1}},
         "seed": 3,
     }

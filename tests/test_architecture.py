@@ -3,11 +3,12 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 import pytest
 
-from chainfed_ray.config import JobSpec, Section
+from chainfed_ray.config import JobSpec
+from chainfed_ray.sections import Section
 
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
@@ -54,7 +55,9 @@ def keys(section: type[Section], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         inner = [item for item in (field.annotation, *get_args(field.annotation)) if is_section(item)]
         if inner:
-            yield from keys(inner[0], f"{prefix}{name}." if inner[0] is field.annotation else f"{prefix}{name}[].")
+            yield from keys(
+                inner[0], f"{prefix}{name}[]." if get_origin(field.annotation) is tuple else f"{prefix}{name}."
+            )
         else:
             yield prefix + name
 

@@ -103,3 +103,25 @@ def test_quantities() -> None:
     assert parse_bytes("1.5kB") == 1500
     assert parse_seconds("2m") == 120
     assert format_bytes(1536) == "1.5KiB"
+
+
+def test_the_papers_recipe_fills_in_what_the_job_leaves_open(document: dict[str, Any]) -> None:
+    del document["chain"]["head"], document["rounds"]["learning_rate"]
+    ours, papers = JobSpec.parse(document), JobSpec.parse({**document, "recipe": "paper"})
+    assert (ours.chain.head, papers.chain.head) == ("fitted", "zero")
+    assert (papers.chain.cka_threshold, papers.rounds.learning_rate) == (0.8, 3e-3)
+    assert (papers.chain.window, papers.rounds.total) == (2, 4)
+    assert JobSpec.parse(papers.document()) == papers
+
+
+def test_what_a_job_says_counts_more_than_its_recipe(document: dict[str, Any]) -> None:
+    document |= {"recipe": "paper"}
+    document["chain"] |= {"head": "fitted", "global_weight": 0.2}
+    spec = JobSpec.parse(document)
+    assert (spec.chain.head, spec.chain.global_weight, spec.chain.cka_threshold) == ("fitted", 0.2, 0.8)
+
+
+@pytest.mark.parametrize(("key", "value"), [("recipe", "papers"), ("chain", 3)])
+def test_a_recipe_hides_no_mistake(key: str, value: object, document: dict[str, Any]) -> None:
+    with pytest.raises(InvalidJob, match=key):
+        JobSpec.parse({**document, "recipe": "paper", key: value})

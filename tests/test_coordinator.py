@@ -185,7 +185,9 @@ def story(folder: Path) -> list[dict[str, Any]]:
     """The rounds on record, without what time and the machine put there."""
     rounds = [record.model_dump(exclude={"seconds"}) for record in CommitLog(folder).rounds()]
     for record in rounds:
-        record["turns"] = [{**turn, "seconds": None, "peak_bytes": None} for turn in record["turns"]]
+        record["turns"] = [
+            {**turn, "seconds": None, "cpu_seconds": None, "peak_bytes": None} for turn in record["turns"]
+        ]
     return rounds
 
 
@@ -286,6 +288,11 @@ def test_a_chain_learns(document: dict[str, Any], tmp_path: Path) -> None:
         ("chain", {"start": "auto", "cka_threshold": 1.0}),
         ("model", {"dtype": "bfloat16"}),
         ("evaluation", {"every": "stage"}),
+        ("aggregation", {"rule": "median"}),
+        ("aggregation", {"rule": "trimmed-mean", "trim": 0.4}),
+        ("aggregation", {"optimizer": "momentum"}),
+        ("aggregation", {"optimizer": "adam", "proximal": 0.1}),
+        ("aggregation", {"optimizer": "yogi", "server_learning_rate": 0.03}),
         ("rounds", {"local_epochs": 2, "batch_size": 5}),
         ("rounds", {"local_steps": 3, "batch_size": 5}),
         ("rounds", {"convergence": {"rule": "movement", "span": 1, "minimum": 1, "threshold": 0.99}}),

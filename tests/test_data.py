@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 from chainfed_ray.base_model import resolve
-from chainfed_ray.config import DataSpec
 from chainfed_ray.data import load
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.sections import DataSpec
 
 ROWS = [{"text": f'sentence, "{index}"\nof «{"ab"[index % 2]}»', "label": "ab"[index % 2]} for index in range(40)]
 

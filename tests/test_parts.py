@@ -14,10 +14,10 @@ from chainfed_ray import docstrings
 from chainfed_ray.adapter import Adapter
 from chainfed_ray.aggregate import RunningMean
 from chainfed_ray.chain import Chain, start_below
-from chainfed_ray.config import ConvergenceSpec
 from chainfed_ray.convergence import Movement, verdict
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.partition import dirichlet, iid
+from chainfed_ray.sections import ConvergenceSpec
 from chainfed_ray.start_layer import debiased_cka
 from chainfed_ray.tokens import Examples
 
@@ -73,7 +73,7 @@ def test_the_mean_is_weighted_by_examples(updates: list[tuple[int, int]]) -> Non
     for value, weight in updates:
         mean.fold({"x": torch.tensor([float(value)])}, weight)
     exact = Fraction(sum(value * weight for value, weight in updates), sum(weight for _, weight in updates))
-    assert mean.mean()["x"].item() == torch.tensor(float(exact), dtype=torch.float64).float().item()
+    assert mean.result()["x"].item() == torch.tensor(float(exact), dtype=torch.float64).float().item()
 
 
 def test_cka_does_not_rise_as_examples_get_fewer() -> None:

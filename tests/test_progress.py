@@ -14,7 +14,7 @@ from api.plots import draw
 from api.progress import Progress, time_left
 from api.results import results
 from api.schemas import Progress as Resource
-from chainfed_ray.records import Admitted, Ending, LeftOut, Lost, Opening, Result, Round, StageMemory, Turn
+from chainfed_ray.records import Admitted, Ending, HeadFit, LeftOut, Lost, Opening, Result, Round, StageMemory, Turn
 from tests.test_job_store import SPEC
 
 MIB = 2**20
@@ -38,7 +38,7 @@ def an_opening(layers: int = 6, start: int = 2, fleet: tuple[tuple[str, int, int
             for client, name, budget in clients if budget < 32 * MIB
         ),
         layers=layers, start_layer=start, window=2, similarities=tuple(1 - 0.12 * layer for layer in range(layers)), lost=(),
-        stages=layers - start - 1, total_rounds=20,
+        stages=layers - start - 1, total_rounds=20, partition_hash="0" * 64,
     )  # fmt: skip
 
 
@@ -77,14 +77,18 @@ def told(progress: Progress, opening: Opening, rounds: list[Round]) -> None:
 def test_a_line_for_each_round_where_there_is_no_terminal() -> None:
     opening = an_opening()
     lost = tuple(Lost(client=f"phone-{i}", client_class="phone", reason=f"phone-{i} died") for i in range(5))
-    rounds = [a_round(0, opening), a_round(1, opening, lost=lost), a_round(2, opening, ended="round limit")]
+    fit = HeadFit(clients=12, examples=1200, cpu_seconds=1.0, sent_bytes=1000, lost=())
+    rounds = [
+        a_round(0, opening, head_fit=fit), a_round(1, opening, lost=lost), a_round(2, opening, ended="round limit"),
+    ]  # fmt: skip
     console = a_console()
     with Progress(console, "tiny", SPEC) as progress:
         told(progress, opening, rounds)
         progress.ending(ENDING)
     text = console.export_text()
     assert "watch (2): 24MiB a client, 8MiB too little for any window" in text
-    assert "The chain starts at layer 2, the first below 0.8." in text
+    assert "The chain starts at layer 2, that of the last window: none before is below 0.5." in text
+    assert "Stage 1 begins: a head fitted to 1200 examples of 12 clients." in text
     assert "round 1/20    layers 2–3  3 clients  50.0% right  peak 25MiB  ≤ 1m 16s left" in text
     assert "phone-2 died" in text
     assert "phone-3 died" not in text

@@ -1,0 +1,36 @@
+"""A client's part in a head in closed form: sums over its examples, at its window's output."""
+
+from pathlib import Path
+from time import process_time
+
+import torch
+from torch.nn.functional import layer_norm
+
+from chainfed_ray.adapter import AdapterStack, mean_over_tokens
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.cap import now
+from chainfed_ray.client import Client, Fitting, HeadSums, entering, reader, window_output
+from chainfed_ray.discriminant import ClassSums
+
+
+@torch.no_grad()
+def add_up(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> HeadSums:
+    """One forward pass of the client's examples through its window. The prefix cache that it fills is that of training."""
+    started = process_time()
+    plan, examples, window = client.plan, client.examples, client.plan.window
+    stack = AdapterStack.from_tensors(order.tensors)
+    assert stack.head is not None, "a language model keeps its own head"
+    classes, hidden_size = stack.head.linear.weight.shape
+    total = ClassSums.zeros(classes, hidden_size)
+    with reader(blocks, plan) as matrices:
+        now(f"running the layers below layer {window.bottom}")
+        activations = entering(client, blocks, scratch, stack, matrices, order.window)
+        now("fitting the head")
+        streamed = matrices if plan.grain == "matrix" else None
+        layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
+        for indices in examples.by_length(plan.micro_batch):
+            batch = examples.batch(indices)
+            hidden = window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)
+            means = mean_over_tokens(hidden.float(), batch.mask)
+            total.count(layer_norm(means, (hidden_size,)), batch.labels)
+    return HeadSums(total.tensors(), len(examples), process_time() - started)

@@ -1,0 +1,88 @@
+"""The head in closed form: every client's sums, and the classifier that they give (discriminant.py)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import layer_norm
+
+from chainfed_ray.adapter import AdapterStack, Tensors
+from chainfed_ray.aggregate import check_update
+from chainfed_ray.chain import Window
+from chainfed_ray.client import BaseModel, Client, Fitting, HeadSums, Result
+from chainfed_ray.discriminant import ClassSums, fitted
+from chainfed_ray.errors import InvalidUpdate
+from chainfed_ray.evaluate import pooled
+from chainfed_ray.fold import as_lost
+from chainfed_ray.pool import ClientPool, Failure, in_order
+from chainfed_ray.records import HeadFit, Lost
+from chainfed_ray.tokens import Examples
+
+
+class FittedHead(NamedTuple):
+    """The head's tensors by their names in the stack; empty if nobody sent sums."""
+
+    tensors: Tensors
+    record: HeadFit
+
+
+def fit_head(
+    pool: ClientPool,
+    clients: Sequence[Client],
+    order: Fitting,
+    deadline: float,
+    held_out: Examples,
+    base: BaseModel,
+) -> FittedHead:
+    """Ask ``clients`` for their sums, add them up in client order, and settle the rest on ``held_out`` examples."""
+    stack = AdapterStack.from_tensors(order.tensors)
+    assert stack.head is not None, "a language model keeps its own head"
+    classes, hidden = stack.head.linear.weight.shape
+    total, expected = ClassSums.zeros(classes, hidden, torch.float64), ClassSums.zeros(classes, hidden).tensors()
+    counted: list[HeadSums] = []
+    lost: list[Lost] = []
+    for place, result in in_order(pool.run(clients, order, deadline), len(clients)):
+        client = clients[place]
+        try:
+            sums = _checked(client, result, expected)
+        except InvalidUpdate as error:
+            lost.append(as_lost(client, Failure(error.reason)))
+        else:
+            if isinstance(sums, Failure):
+                lost.append(as_lost(client, sums))
+            else:
+                total.add(ClassSums(**sums.tensors))
+                counted.append(sums)
+    record = HeadFit(
+        clients=len(counted),
+        examples=int(total.counts.sum()),
+        cpu_seconds=sum(sums.cpu_seconds for sums in counted),
+        sent_bytes=sum(tensor.nbytes for sums in counted for tensor in sums.tensors.values()),
+        lost=tuple(lost),
+    )
+    return FittedHead(_head(total, stack, order.window, held_out, base) if counted else {}, record)
+
+
+def _head(total: ClassSums, stack: AdapterStack, window: Window, held_out: Examples, base: BaseModel) -> Tensors:
+    means, labels = pooled(held_out, base, base.scratch / "(validation)", stack, window)
+    weight, bias = fitted(total, layer_norm(means, means.shape[1:]), labels)
+    return {
+        "head.norm.weight": torch.ones(means.shape[1]),
+        "head.norm.bias": torch.zeros(means.shape[1]),
+        "head.linear.weight": weight,
+        "head.linear.bias": bias,
+    }
+
+
+def _checked(client: Client, result: Result | Failure, expected: Tensors) -> HeadSums | Failure:
+    if isinstance(result, Failure):
+        return result
+    if not isinstance(result, HeadSums):
+        raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
+    check_update(client.name, result.tensors, expected, len(client.examples))
+    # A class cannot have more examples than the server dealt; what else is in the sums, only the client knows.
+    if result.tensors["counts"].sum() != len(client.examples):
+        raise InvalidUpdate(
+            client.name, f"it counts {result.tensors['counts'].sum():g} examples, not {len(client.examples)}"
+        )
+    return result

@@ -1,0 +1,125 @@
+"""Client-level differential privacy: updates are clipped and noised before anything is released.
+
+DP-FedAvg (McMahan et al., 2018, algorithm 1, fixed denominator), with weights that are all alike. Of m = ``rounds.clients``
+sampled clients, each contributes Δ, the change of all tensors that it trained, and zero for the others of the stage::
+
+    x ← x + (Σ Δ · min(1, C / |Δ|₂) + N(0, z² C²)) / m
+
+So one client moves the sum by C at most, whoever answers. The noise is added to the sum by the server, or a share of it,
+N(0, z² C² / m), by each client to its own update. ``accountant.py`` says what that is worth.
+
+Noise has to be a secret, and the same when a round is run again: two draws of it on one update would tell more than one. So
+it follows from a secret of the job, 256 bits that are drawn once (``CommitLog.secret``), by keyed hashes: BLAKE2b for the key
+of a round, and of a client in a round; SHAKE-256, over key and tensor name, for the bits of the noise itself.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b, shake_256
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chainfed_ray.adapter import Tensors
+from chainfed_ray.chain import Window
+from chainfed_ray.sections import PrivacySpec
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian noise with a standard ``deviation``, all of which follows from ``key``."""
+
+    deviation: float
+    key: bytes = field(repr=False)
+
+    def of(self, name: str, shape: torch.Size) -> Tensor:
+        """The noise of the tensor called ``name``, in float64."""
+        count = math.prod(shape)
+        pairs = (count + 1) // 2
+        words = np.frombuffer(shake_256(self.key + name.encode()).digest(16 * pairs), "<u8")
+        uniform = ((words >> 11) + 0.5) * 2.0**-53  # 53 bits each; never 0, whose logarithm there is not
+        # Box and Muller, 1958: two of them give two independent Gaussians.
+        radius, angle = np.sqrt(-2 * np.log(uniform[:pairs])), 2 * math.pi * uniform[pairs:]
+        gaussian = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+        return torch.from_numpy(gaussian * self.deviation).reshape(shape)
+
+
+@dataclass(frozen=True)
+class NoiseShare:
+    """What a client does to its update before it sends it: it clips it to the norm ``clip``, and adds its share of noise."""
+
+    clip: float
+    noise: Noise
+
+    def applied(self, start: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Tensors:
+        """``trained`` as it may be sent. Every tensor of ``start`` is: one that was not trained with noise alone."""
+        factor = clip_factor(start, trained, self.clip)
+        sent: Tensors = {}
+        for name, tensor in start.items():  # a tensor at a time: a client has little memory
+            value = tensor.double()
+            if name in trained:
+                value = value + (trained[name].double() - value) * factor
+            sent[name] = (value + self.noise.of(name, tensor.shape)).float()
+        return sent
+
+
+class PrivateMean:
+    """An ``Aggregate``: changes from ``start``, clipped if there is a ``clip``; then ``noise``, if there is any, and 1/m of it.
+
+    Every tensor of ``start`` gets noise, whether or not anybody trained it.
+    """
+
+    def __init__(self, start: Tensors, clients: int, clip: float | None, noise: Noise | None) -> None:
+        self._start, self._clients, self._clip, self._noise = start, clients, clip, noise
+        self._sums: Tensors = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in start.items()}
+
+    def fold(self, tensors: Mapping[str, Tensor], examples: int) -> None:
+        """Add an update; that it has more ``examples`` than others does not count."""
+        factor = 1.0 if self._clip is None else clip_factor(self._start, tensors, self._clip)
+        for name, tensor in tensors.items():
+            self._sums[name].add_((tensor.double() - self._start[name].double()) * factor)
+
+    def result(self) -> Tensors:
+        """The new tensors, in float32."""
+        return {name: self._moved(name, tensor).float() for name, tensor in self._start.items()}
+
+    def _moved(self, name: str, tensor: Tensor) -> Tensor:
+        noised = self._sums[name]
+        if self._noise:
+            noised = noised + self._noise.of(name, tensor.shape)
+        return tensor.double() + noised / self._clients
+
+
+def clip_factor(start: Mapping[str, Tensor], trained: Mapping[str, Tensor], bound: float) -> float:
+    """min(1, C / |Δ|₂) for C = ``bound`` and the change Δ of all ``trained`` tensors together."""
+    squares = (float((tensor.double() - start[name].double()).square().sum()) for name, tensor in trained.items())
+    norm = math.sqrt(math.fsum(squares))
+    return min(1.0, bound / norm) if norm else 1.0
+
+
+def private_mean(spec: PrivacySpec, secret: bytes, index: int, start: Tensors, clients: int) -> PrivateMean:
+    """What the server makes of the updates of round ``index``: its own clipping and noise, or those of its clients."""
+    if spec.where == "client":
+        return PrivateMean(start, clients, clip=None, noise=None)
+    noise = Noise(spec.noise_multiplier * spec.clip, _key(secret, "server", index))
+    return PrivateMean(start, clients, spec.clip, noise)
+
+
+def share_of(spec: PrivacySpec, secret: bytes, index: int, client: str, window: Window, clients: int) -> NoiseShare:
+    """What ``client`` does to its update of ``window`` in round ``index``; it learns no key but this one.
+
+    Another window gives another update, and so has other noise: the difference of two that had the same would have none.
+    """
+    deviation = spec.noise_multiplier * spec.clip / math.sqrt(clients)
+    return NoiseShare(spec.clip, Noise(deviation, _key(secret, "client", index, client, window.bottom)))
+
+
+def sampling_seed(secret: bytes) -> int:
+    """From which it follows who is sampled. ε counts on that being unknown, so it is not the job's seed."""
+    return int.from_bytes(_key(secret, "sample"))
+
+
+def _key(secret: bytes, *names: str | int) -> bytes:
+    return blake2b("/".join(map(str, names)).encode(), key=secret, digest_size=32).digest()

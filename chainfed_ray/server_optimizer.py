@@ -1,0 +1,57 @@
+"""The server's own optimizer: what the clients' aggregate changes is a pseudo-gradient Δ, and the stack x takes a step by it.
+
+FedAvgM (Hsu et al., 2019), FedAdam and FedYogi (Reddi et al., 2021, algorithm 2; without bias correction, as there)::
+
+    momentum   m ← β₁ m + Δ                                                             x ← x + η m
+    adam       m ← β₁ m + (1 − β₁) Δ     v ← β₂ v + (1 − β₂) Δ²                         x ← x + η m / (√v + τ)
+    yogi       m ← β₁ m + (1 − β₁) Δ     v ← v − (1 − β₂) Δ² sign(v − Δ²)               x ← x + η m / (√v + τ)
+
+m starts at 0 and v at τ². All of it is done value by value, in float32.
+"""
+
+from torch import Tensor, full_like, zeros_like
+
+from chainfed_ray.adapter import Tensors
+from chainfed_ray.sections import AggregationSpec
+
+_MOMENTUM_RATE, _ADAPTIVE_RATE = 1.0, 0.01
+
+
+class ServerOptimizer:
+    """Steps of the job's server optimizer, or none: then the aggregate is the new stack.
+
+    Its state is kept as ``tensors``, ``m.<name>`` and ``v.<name>``, so that a restart goes on where it was. That of a tensor
+    stays as it is while the window is elsewhere.
+    """
+
+    def __init__(self, spec: AggregationSpec, tensors: Tensors | None = None) -> None:
+        self._spec = spec
+        self.tensors: Tensors = tensors or {}
+
+    def step(self, before: Tensors, aggregate: Tensors) -> Tensors:
+        """The tensors of ``before`` after the round; those that are not in ``aggregate`` were not trained, and do not move."""
+        if self._spec.optimizer == "none":
+            return before | aggregate
+        return before | {name: before[name] + self._move(name, new - before[name]) for name, new in aggregate.items()}
+
+    def _move(self, name: str, change: Tensor) -> Tensor:
+        """What the pseudo-gradient ``change`` adds to the tensor called ``name``."""
+        spec, rate = self._spec, self._rate
+        momentum = self.tensors.get(f"m.{name}", zeros_like(change))
+        if spec.optimizer == "momentum":
+            self.tensors[f"m.{name}"] = momentum = spec.beta1 * momentum + change
+            return rate * momentum
+        second = self.tensors.get(f"v.{name}", full_like(change, spec.tau**2))
+        square = change.square()
+        momentum = spec.beta1 * momentum + (1 - spec.beta1) * change
+        if spec.optimizer == "adam":
+            second = spec.beta2 * second + (1 - spec.beta2) * square
+        else:
+            second = second - (1 - spec.beta2) * square * (second - square).sign()
+        self.tensors[f"m.{name}"], self.tensors[f"v.{name}"] = momentum, second
+        return rate * momentum / (second.sqrt() + spec.tau)
+
+    @property
+    def _rate(self) -> float:
+        default = _MOMENTUM_RATE if self._spec.optimizer == "momentum" else _ADAPTIVE_RATE
+        return default if self._spec.server_learning_rate is None else self._spec.server_learning_rate

@@ -1,0 +1,94 @@
+"""The server's optimizer against a computation by hand, over three rounds in which the window slides."""
+
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from chainfed_ray.adapter import Tensors
+from chainfed_ray.sections import AggregationSpec
+from chainfed_ray.server_optimizer import ServerOptimizer
+
+_ROUNDS = ({"low", "head"}, {"low", "head"}, {"high", "head"})  # what each of them trains
+
+
+def aggregates(before: Tensors) -> list[Tensors]:
+    """What the clients of each round come to: nothing that follows from the stack, so that it is the same for everyone."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {name: 0.1 * torch.randn(before[name].shape, generator=generator) for name in sorted(names)}
+        for names in _ROUNDS
+    ]
+
+
+@pytest.fixture
+def start() -> Tensors:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(shape, generator=generator) for name, shape in (("low", (3, 2)), ("high", 4), ("head", 2))
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi"])
+@pytest.mark.parametrize("rate", [None, 0.3])
+def test_three_rounds_by_hand(
+    start: Tensors, optimizer: Literal["momentum", "adam", "yogi"], rate: float | None
+) -> None:
+    spec = AggregationSpec(optimizer=optimizer, server_learning_rate=rate, beta1=0.8, beta2=0.95, tau=0.02)
+    server, stack = ServerOptimizer(spec), start
+    x = {name: tensor.double().numpy() for name, tensor in start.items()}
+    m = {name: np.zeros_like(value) for name, value in x.items()}
+    v = {name: np.full_like(value, 0.02**2) for name, value in x.items()}
+    eta = rate or {"momentum": 1.0, "adam": 0.01, "yogi": 0.01}[optimizer]
+    for aggregate in aggregates(start):
+        before, stack = stack, server.step(stack, aggregate)
+        for name, mean in aggregate.items():
+            delta = mean.double().numpy() - x[name]
+            if optimizer == "momentum":
+                m[name] = 0.8 * m[name] + delta
+                x[name] = x[name] + eta * m[name]
+                continue
+            m[name] = 0.8 * m[name] + (1 - 0.8) * delta
+            if optimizer == "adam":
+                v[name] = 0.95 * v[name] + (1 - 0.95) * delta**2
+            else:
+                v[name] = v[name] - (1 - 0.95) * delta**2 * np.sign(v[name] - delta**2)
+            x[name] = x[name] + eta * m[name] / (np.sqrt(v[name]) + 0.02)
+        for name, tensor in stack.items():
+            np.testing.assert_allclose(tensor.numpy(), x[name], rtol=1e-4, atol=1e-6)
+            assert (name in aggregate) or torch.equal(tensor, before[name]), "not trained, not moved"
+    kinds = "m" if optimizer == "momentum" else "mv"
+    assert server.tensors.keys() == {f"{kind}.{name}" for kind in kinds for name in start}
+
+
+def test_without_an_optimizer_the_aggregate_is_the_stack(start: Tensors) -> None:
+    server = ServerOptimizer(AggregationSpec())
+    aggregate = aggregates(start)[0]
+    after = server.step(start, aggregate)
+    assert {name: tensor.data_ptr() for name, tensor in after.items()} == {
+        name: tensor.data_ptr() for name, tensor in (start | aggregate).items()
+    }
+    assert not server.tensors
+
+
+def test_momentum_of_nothing_is_fedavg(start: Tensors) -> None:
+    """β₁ = 0 and η = 1: the same step, but for a rounding of what is added to the stack."""
+    server = ServerOptimizer(AggregationSpec(optimizer="momentum", beta1=0.0))
+    aggregate = aggregates(start)[0]
+    after = server.step(start, aggregate)
+    for name, tensor in (start | aggregate).items():
+        torch.testing.assert_close(after[name], tensor)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi"])
+def test_the_state_is_all_there_is_to_remember(start: Tensors, optimizer: Literal["momentum", "adam", "yogi"]) -> None:
+    spec = AggregationSpec(optimizer=optimizer)
+    server, stack = ServerOptimizer(spec), start
+    other, again = ServerOptimizer(spec), start
+    for aggregate in aggregates(start):
+        state = {name: tensor.clone() for name, tensor in other.tensors.items()}
+        other = ServerOptimizer(spec, state)
+        stack, again = server.step(stack, aggregate), other.step(again, aggregate)
+        for name, tensor in stack.items():
+            assert torch.equal(tensor, again[name])

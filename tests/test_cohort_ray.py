@@ -1,0 +1,92 @@
+"""An unreliable fleet on Ray: who does not answer is never given a process, and who is slow is cut off in the middle."""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from chainfed_ray.client import Profile, Profiling
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.coordinator import Coordinator
+from cluster.ray_pool import RayPool
+from cluster.resources import of_one_machine
+from tests.conftest import a_job
+from tests.test_coordinator import assert_same, run, story
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(
+        num_cpus=2,
+        resources=of_one_machine(2, 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    yield
+    ray.shutdown()
+
+
+def client_processes() -> list[psutil.Process]:
+    """The processes of our client actors: children of this process's Ray alone."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # it may end at any time
+            found += [child] if "ClientActor" in " ".join(child.cmdline()) else []
+    return found
+
+
+def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path) -> None:
+    document["fleet"]["clients"][0] |= {"availability": 0.5}
+    document["rounds"] |= {"total": 5, "clients": 4, "quorum": 2}
+    job = a_job(document, tmp_path)
+    _, expected = run(job, tmp_path / "local")
+    pool = RayPool(job.base, slots=2)
+    try:
+        _, found = run(job, tmp_path / "ray", pool)
+    finally:
+        pool.close()
+    assert_same(found, expected)
+    assert story(tmp_path / "ray") == story(tmp_path / "local")
+    assert any(record.lost for record in CommitLog(tmp_path / "ray").rounds())
+
+
+def test_a_slow_client_misses_the_deadline_and_the_round_goes_on(document: dict[str, Any], tmp_path: Path) -> None:
+    """The processes are there before, so that the deadline is that of turns; the slow one's is ended while it sleeps."""
+    document["fleet"]["clients"] = [
+        {"name": "phone", "count": 2, "memory": "64MiB"},
+        {"name": "snail", "memory": "64MiB", "speed": 1e-5},
+    ]
+    document["rounds"] |= {"total": 1, "clients": 3, "quorum": 2, "deadline": "10s"}
+    job = a_job(document, tmp_path)
+    quick = [replace(client, speed=1.0) for client in job.clients]
+    pool = RayPool(job.base, slots=2)
+    try:
+        patience = monotonic() + 300
+        while len(client_processes()) < 2:  # one of each class; the first makes room if the other is slow to start
+            assert monotonic() < patience
+            assert all(isinstance(result, Profile) for _, result in pool.run(quick[1:], Profiling(8, 0), 300.0))
+        started = monotonic()
+        (record,) = Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds()
+        assert 10 <= monotonic() - started < 60, "it is the deadline that ends the round"
+        assert record.counted
+        assert [turn.client for turn in record.turns] == ["phone-0", "phone-1"]
+        assert [(lost.client, lost.reason) for lost in record.lost] == [("snail-0", "missed the deadline of 10 s")]
+        # Its process sleeps for hours, and is ended all the same: a moment later, since Ray is only told to.
+        patience = monotonic() + 60
+        while len(client_processes()) > 1:
+            assert monotonic() < patience
+        (outcome,) = pool.run(quick[2:], Profiling(8, 0), 300.0)
+        assert isinstance(outcome.result, Profile), "its place is free again"
+    finally:
+        pool.close()

@@ -1,0 +1,176 @@
+"""Promises of the head in closed form: it is the Gaussian classifier of all the data, whoever holds which part."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+from torch.nn.functional import cross_entropy, layer_norm
+
+from chainfed_ray.adapter import AdapterStack, mean_over_tokens
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.chain import Window
+from chainfed_ray.client import Client, Fitting, HeadSums, Result
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.discriminant import ClassSums, discriminant, fitted
+from chainfed_ray.pool import LocalPool
+from chainfed_ray.turn import take_turn
+from tests.conftest import a_job
+
+
+def examples(count: int, classes: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Features of overlapping classes; each class has at least one example."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.arange(classes), torch.randint(classes, (count - classes,), generator=generator)])
+    centres = torch.randn(classes, width, generator=generator)
+    return centres[labels] + torch.randn(count, width, generator=generator), labels
+
+
+def sums_of(features: Tensor, labels: Tensor, classes: int) -> ClassSums:
+    total = ClassSums.zeros(classes, features.shape[1])
+    total.count(features, labels)
+    return total
+
+
+@settings(deadline=None, max_examples=25)
+@given(cuts=st.lists(st.integers(0, 80), max_size=6), seed=st.integers(0, 1000))
+def test_the_sums_of_any_split_give_the_classifier_of_all_the_data(cuts: list[int], seed: int) -> None:
+    features, labels = examples(80, classes=5, width=6, seed=seed)
+    order = labels.argsort()  # as skewed as can be: whole classes to one client
+    whole, parts = sums_of(features, labels, 5), ClassSums.zeros(5, 6, torch.float64)
+    for share in torch.tensor_split(order, sorted(cuts)):
+        parts.add(sums_of(features[share], labels[share], 5))
+    for one, other in zip(discriminant(whole, 0.1), discriminant(parts, 0.1), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_its_probabilities_are_those_of_gaussians_with_one_covariance() -> None:
+    features, labels = examples(300, classes=3, width=4, seed=1)
+    features = features.double()
+    means = torch.stack([features[labels == label].mean(0) for label in range(3)])
+    deviations = features - means[labels]
+    covariance = deviations.T @ deviations / 300
+    shrunk = 0.7 * covariance + 0.3 * covariance.trace() / 4 * torch.eye(4)
+    frequencies = labels.bincount() / 300
+    joint = torch.stack([MultivariateNormal(mean, shrunk).log_prob(features) for mean in means], 1) + frequencies.log()
+    total = ClassSums.zeros(3, 4, torch.float64)
+    total.count(features, labels)
+    weight, bias = discriminant(total, 0.3)
+    torch.testing.assert_close((features @ weight.T + bias).softmax(1), joint.softmax(1))
+
+
+def test_no_shrinkage_or_temperature_would_do_better_on_what_was_held_out() -> None:
+    features, labels = examples(120, classes=4, width=20, seed=2)
+    total = sums_of(features[:80], labels[:80], 4)
+    held_out, truth = features[80:], labels[80:]
+    weight, bias = fitted(total, held_out, truth)
+    loss = cross_entropy(held_out @ weight.T + bias, truth)
+    for shrinkage in (0.01, 0.03, 0.1, 0.3, 0.6):
+        plain, offset = (tensor.float() for tensor in discriminant(total, shrinkage))
+        for temperature in torch.logspace(-1, 1.9, 30):
+            assert loss <= cross_entropy((held_out @ plain.T + offset) / temperature, truth) + 1e-5
+
+
+def test_a_class_without_examples_is_possible_and_unlikely() -> None:
+    features, labels = examples(60, classes=3, width=4, seed=3)
+    weight, bias = fitted(sums_of(features, labels, 5), features, labels)
+    assert torch.isfinite(weight).all()
+    assert torch.isfinite(bias).all()
+    assert (features @ weight.T + bias).argmax(1).max() < 3
+
+
+def test_a_client_adds_up_what_comes_out_of_its_window(document: dict[str, Any], tmp_path: Path) -> None:
+    document["chain"]["head"] = "fitted"
+    job = a_job(document, tmp_path)
+    client = job.clients[0]
+    stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0)
+    for layer in stack.layers:
+        torch.nn.init.normal_(stack.adapter(layer).up.weight, std=0.1, generator=torch.Generator().manual_seed(layer))
+    sums = take_turn(client, job.base, lambda: Fitting(stack.tensors(), Window(1, 2)), capped=False)
+    assert isinstance(sums, HeadSums)
+    blocks = Blocks(job.base.folder, job.base.dtype)
+    features = []
+    with torch.no_grad():
+        for index in range(len(client.examples)):
+            batch = client.examples.batch(torch.tensor([index]).numpy())
+            hidden, calls = blocks.embed(batch.ids, batch.mask)
+            for layer in range(3):
+                hidden = blocks.run(blocks.load_layer(layer), hidden, calls[layer])
+                hidden = stack.adapter(layer)(hidden) if layer else hidden
+            features.append(layer_norm(mean_over_tokens(hidden, batch.mask), (job.hidden,)))
+    blocks.close()
+    expected = sums_of(torch.cat(features), torch.from_numpy(client.examples.labels), 3)
+    for name, tensor in expected.tensors().items():
+        torch.testing.assert_close(sums.tensors[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_each_stage_begins_with_a_head_for_its_window(document: dict[str, Any], tmp_path: Path) -> None:
+    document["chain"]["head"] = "fitted"
+    document["rounds"] |= {"total": 4, "last_stage_share": 0.5, "convergence": {"rule": "none"}}
+    job = a_job(document, tmp_path)
+    coordinator = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log"))
+    records = list(coordinator.rounds())
+    assert [record.head_fit is not None for record in records] == [True, False, True, False]
+    for record in records:
+        if record.head_fit:
+            assert record.head_fit.clients == 4
+            assert record.head_fit.examples == sum(len(client.examples) for client in job.clients)
+            assert record.head_fit.sent_bytes == 4 * 4 * (3 + 3 * 32 + 32 * 32)
+    assert coordinator.finish().accuracy > 0.9
+
+
+def test_killed_between_the_fit_and_the_round_it_goes_on_as_if_never(document: dict[str, Any], tmp_path: Path) -> None:
+    document["chain"]["head"] = "fitted"
+    job = a_job(document, tmp_path)
+
+    class Killed(Exception):
+        pass
+
+    class DiesWhileTraining(LocalPool):
+        def run(self, clients: Any, order: Any, deadline: float) -> Any:
+            if not isinstance(order, Fitting):
+                raise Killed
+            return super().run(clients, order, deadline)
+
+    def run(log: Path) -> dict[str, Tensor]:
+        coordinator = Coordinator(job, LocalPool(job.base), CommitLog(log))
+        list(coordinator.rounds())
+        return coordinator.stack().tensors()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        list(Coordinator(job, DiesWhileTraining(job.base), CommitLog(tmp_path / "killed")).rounds())
+    resumed = run(tmp_path / "killed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("lie", ["counts", "products", "kind"])
+def test_sums_that_cannot_be_are_refused(lie: str, document: dict[str, Any], tmp_path: Path) -> None:
+    document["chain"]["head"] = "fitted"
+    document["rounds"] |= {"total": 1}
+    job = a_job(document, tmp_path)
+
+    class OneLies(LocalPool):
+        def run(self, clients: Any, order: Any, deadline: float) -> Any:
+            for outcome in super().run(clients, order, deadline):
+                yield outcome._replace(result=_lie(lie, outcome.result)) if outcome.place == 0 else outcome
+
+    record = next(Coordinator(job, OneLies(job.base), CommitLog(tmp_path / "log")).rounds())
+    assert record.head_fit
+    assert [lost.client for lost in record.head_fit.lost] == ["phone-0"]
+    assert record.head_fit.clients == 3
+
+
+def _lie(lie: str, result: Result) -> Any:
+    if not isinstance(result, HeadSums):
+        return result
+    if lie == "kind":
+        return Client
+    changed = dict(result.tensors)
+    changed[lie] = changed[lie] * (2 if lie == "counts" else float("nan"))
+    return HeadSums(changed, result.examples, result.cpu_seconds)

@@ -1,0 +1,256 @@
+"""Promises of clipping and noise: how far one client can move the sum, and what the noise is."""
+
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from api.progress import Progress
+from api.results import results
+from chainfed_ray.adapter import Tensors
+from chainfed_ray.chain import Window
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.config import JobSpec
+from chainfed_ray.errors import CorruptCommit, InvalidJob
+from chainfed_ray.privacy import Noise, NoiseShare, PrivateMean, clip_factor, private_mean, sampling_seed, share_of
+from chainfed_ray.sections import PrivacySpec
+from tests.test_job_store import SPEC
+from tests.test_progress import ENDING, a_console, a_round, an_opening, told
+
+SECRET = bytes(range(32))
+SERVER, CLIENT = (
+    PrivacySpec(clip=2.0, noise_multiplier=0.5, where="server"),
+    PrivacySpec(clip=2.0, noise_multiplier=0.5, where="client"),
+)
+WINDOW = Window(1, 2)
+
+values = st.floats(-1e3, 1e3, width=32)
+updates = st.lists(values, min_size=5, max_size=5).map(
+    lambda found: {"a": torch.tensor(found[:3]), "b": torch.tensor(found[3:])}
+)
+bounds = st.floats(1e-3, 1e3)
+START = {"a": torch.tensor([1.0, -2.0, 0.5]), "b": torch.tensor([0.25, 4.0])}
+
+
+def flat(tensors: Tensors) -> np.ndarray:
+    return np.concatenate([tensors[name].double().numpy().ravel() for name in sorted(tensors)])
+
+
+@given(updates, bounds)
+def test_all_tensors_are_clipped_together(update: Tensors, bound: float) -> None:
+    change = flat(update) - flat(START)
+    norm = np.linalg.norm(change)
+    plain = change * min(1.0, bound / norm) if norm else change
+    factor = clip_factor(START, update, bound)
+    np.testing.assert_allclose(change * factor, plain, rtol=1e-12)
+    assert np.linalg.norm(change * factor) <= bound * (1 + 1e-12)
+    assert factor == 1 or norm > bound
+
+
+@given(st.lists(updates, min_size=1, max_size=4), updates, st.integers(1, 1000), bounds, st.integers(1, 9))
+def test_a_client_moves_the_sum_by_c_and_one_that_is_replaced_by_2c(
+    others: list[Tensors], other: Tensors, examples: int, bound: float, clients: int
+) -> None:
+    """Whatever it sends, however many examples it has, and whoever else answers."""
+
+    def summed(found: list[Tensors]) -> np.ndarray:
+        mean = PrivateMean({name: tensor.double() for name, tensor in START.items()}, clients, bound, None)
+        for update in found:
+            mean.fold(update, examples)
+        moved = {name: mean._moved(name, tensor.double()) for name, tensor in START.items()}
+        return (flat(moved) - flat(START)) * clients
+
+    slack = 1e-9 * (1 + bound)
+    assert np.linalg.norm(summed(others) - summed(others[:-1])) <= bound + slack
+    assert np.linalg.norm(summed(others) - summed([*others[:-1], other])) <= 2 * bound + slack
+
+
+def test_the_denominator_is_fixed_and_weights_are_alike() -> None:
+    mean = PrivateMean(START, 10, clip=100.0, noise=None)
+    for examples in (1, 500):
+        mean.fold({name: tensor + 1 for name, tensor in START.items()}, examples)
+    for name, tensor in mean.result().items():
+        torch.testing.assert_close(tensor, START[name] + 0.2)
+
+
+def test_a_narrower_window_adds_zero_to_the_rest() -> None:
+    mean = PrivateMean(START, 2, clip=1.0, noise=None)
+    mean.fold({"b": START["b"] + torch.tensor([3.0, 4.0])}, 1)  # a change of norm 5
+    result = mean.result()
+    assert torch.equal(result["a"], START["a"])
+    torch.testing.assert_close(result["b"], START["b"] + torch.tensor([0.3, 0.4]))
+
+
+def test_every_tensor_of_the_stage_gets_noise() -> None:
+    """Else its absence would tell that nobody with a wide window was sampled."""
+    result = private_mean(SERVER, SECRET, 0, START, 4).result()
+    assert result.keys() == START.keys()
+    assert all((tensor != START[name]).all() for name, tensor in result.items())
+
+
+def test_noise_is_gaussian_and_its_values_are_independent() -> None:
+    """Of a fixed key, so that it passes always or never; the bounds are those of chance at one in a million."""
+    count, deviation = 400_001, 3.0
+    drawn = Noise(deviation, SECRET).of("x", torch.Size([count])).numpy() / deviation
+    assert drawn.dtype == np.float64
+    far = stats.norm.isf(5e-7)
+    assert abs(drawn.mean()) < far / math.sqrt(count)
+    assert abs(drawn.var() - 1) < far * math.sqrt(2 / count)
+    assert stats.kstest(drawn, "norm").pvalue > 1e-6
+    half = count // 2
+    for first, second in (
+        (drawn[:-1], drawn[1:]),
+        (drawn[:half], drawn[half : 2 * half]),  # the two of a pair
+        (drawn[:half] ** 2 - 1, drawn[half : 2 * half] ** 2 - 1),
+    ):
+        spread = first.std() * second.std() * math.sqrt(len(first))
+        assert abs((first * second).sum()) < far * spread
+    again, other = (Noise(deviation, SECRET).of(name, torch.Size([count])).numpy() for name in ("x", "y"))
+    assert np.array_equal(again / deviation, drawn)
+    assert abs(np.corrcoef(drawn, other)[0, 1]) < far / math.sqrt(count)
+
+
+def test_noise_has_the_deviation_that_was_asked_for() -> None:
+    """z·C on the sum, either way: over many rounds, of one value without any update."""
+    start, rounds, clients = {"x": torch.zeros(50)}, 400, 5
+    server = torch.stack([private_mean(SERVER, SECRET, index, start, clients).result()["x"] for index in range(rounds)])
+    from_clients = []
+    for index in range(rounds):
+        mean = private_mean(CLIENT, SECRET, index, start, clients)
+        for place in range(clients):
+            share = share_of(CLIENT, SECRET, index, f"phone-{place}", WINDOW, clients)
+            mean.fold(share.applied(start, {}), 1)
+        from_clients.append(mean.result()["x"])
+    for drawn in (server, torch.stack(from_clients)):
+        summed = drawn.double().numpy().ravel() * clients
+        wanted = CLIENT.noise_multiplier * CLIENT.clip
+        chi = (summed**2).sum() / wanted**2
+        assert 1e-6 < stats.chi2.cdf(chi, len(summed)) < 1 - 1e-6
+
+
+def test_every_key_is_its_own() -> None:
+    """Of a round, a client, a window, the server and the sampling; and none of them is the secret."""
+    shares = [
+        share_of(CLIENT, SECRET, index, client, window, 5)
+        for index in (0, 1)
+        for client in ("phone-0", "phone-1")
+        for window in (Window(1, 2), Window(2, 2))
+    ]
+    servers = [private_mean(SERVER, SECRET, index, START, 5)._noise for index in (0, 1)]
+    keys = [share.noise.key for share in shares] + [noise.key for noise in servers if noise] + [SECRET]
+    assert len(set(keys)) == 8 + 2 + 1
+    assert sampling_seed(SECRET) not in {int.from_bytes(key) for key in keys}
+    assert share_of(CLIENT, SECRET, 0, "phone-0", WINDOW, 5) == shares[0], (
+        "a round that is run again has the same noise"
+    )
+
+
+def test_a_key_is_not_shown_where_a_client_is() -> None:
+    share = NoiseShare(1.0, Noise(1.0, SECRET))
+    assert repr(SECRET)[2:10] not in repr(share)
+    assert "key" not in repr(share)
+
+
+@given(updates)
+def test_a_client_clips_and_sends_noise_for_what_it_did_not_train(update: Tensors) -> None:
+    share = share_of(CLIENT, SECRET, 0, "phone-0", WINDOW, 4)
+    sent = share.applied(START, {"b": update["b"]})
+    change = flat({"b": update["b"]}) - flat({"b": START["b"]})
+    norm = np.linalg.norm(change)
+    clipped = change * min(1.0, CLIENT.clip / norm) if norm else change
+    expected = {name: START[name].double() + share.noise.of(name, START[name].shape) for name in START}
+    expected["b"] += torch.from_numpy(clipped)
+    np.testing.assert_allclose(flat(sent), flat(expected), rtol=1e-6, atol=1e-6)
+    assert {tensor.dtype for tensor in sent.values()} == {torch.float32}
+    assert share.noise.deviation == pytest.approx(0.5 * 2.0 / math.sqrt(4))
+
+
+def test_the_secret_is_drawn_once_and_for_its_owner_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        secret = CommitLog(tmp_path).secret()
+    finally:
+        os.umask(before)
+    path = tmp_path / "privacy.key"
+    assert len(secret) == 32
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert CommitLog(tmp_path).secret() == secret
+    assert CommitLog(tmp_path / "other").secret() != secret
+    assert not list(tmp_path.glob("*.partial"))
+    CommitLog(tmp_path).erase_secret()
+    assert not path.exists()
+
+
+def test_a_secret_that_is_lost_or_damaged_is_not_drawn_again(tmp_path: Path) -> None:
+    log = CommitLog(tmp_path)
+    log.secret()
+    (tmp_path / "privacy.key").write_bytes(b"short")
+    with pytest.raises(CorruptCommit, match="not those that were written"):
+        log.secret()
+    log.commit_round(a_round(0, an_opening()), {"x": torch.zeros(1)})
+    (tmp_path / "privacy.key").unlink()
+    with pytest.raises(CorruptCommit, match="missing, though rounds were committed"):
+        log.secret()
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "words"),
+    [
+        ({"aggregation": {"rule": "median"}}, "aggregation.rule", "'mean', the only rule that privacy has a price for"),
+        ({"chain": {"start": "auto"}}, "chain.start", "the index of a layer: privacy does not cover the CKA profiles"),
+        ({"chain": {"head": "fitted"}}, "chain.head", "'zero': privacy does not cover the sums"),
+        ({"privacy": {"delta": 0.25}}, "privacy.delta", "less than 1/"),
+        ({"privacy": {"clip": 0}}, "privacy.clip", "greater than 0"),
+        ({"privacy": {"noise_multiplier": 0}}, "privacy.noise_multiplier", "greater than or equal to 0.01"),
+        ({"privacy": {"epsilon": math.inf}}, "privacy.epsilon", "a finite number"),
+        ({"privacy": {"where": "nowhere"}}, "privacy.where", "'server' or 'client'"),
+        ({"privacy": {"sigma": 1.0}}, "privacy.sigma", "one of the keys clip, noise_multiplier"),
+    ],
+    ids=str,
+)
+def test_what_has_no_price_is_refused(changes: dict[str, Any], field: str, words: str) -> None:
+    document = SPEC.document()
+    document["chain"] |= {"start": 1, "head": "zero"}
+    document["privacy"] = {"clip": 1.0, "noise_multiplier": 1.0}
+    JobSpec.parse(document)
+    for section, keys in changes.items():
+        document[section] = {**document[section], **keys}
+    with pytest.raises(InvalidJob) as caught:
+        JobSpec.parse(document)
+    (problem,) = caught.value.problems
+    assert problem.field == field
+    assert words in problem.expected
+
+
+def test_what_it_costs_is_told_in_every_line_and_at_the_end() -> None:
+    document = SPEC.document()
+    document["chain"] |= {"start": 1, "head": "zero"}
+    spec = JobSpec.parse({**document, "privacy": {"clip": 1.0, "noise_multiplier": 1.0}})
+    opening, console = an_opening(), a_console()
+    rounds = [a_round(index, opening, epsilon=1.2 + index / 100) for index in range(3)]
+    stopped = "privacy limit: one more round could take ε to 1.23, beyond 1.22"
+    ending = ENDING.model_copy(update={"epsilon": 1.22, "stopped": stopped})
+    with Progress(console, "tiny", spec) as progress:
+        told(progress, opening, rounds)
+        progress.ending(ending)
+    console.print(progress.panel())
+    console.print(results(spec, opening, rounds, ending))
+    text = " ".join(console.export_text().split())
+    assert "50.0% right ε 1.20 at δ 1e-5 peak" in text
+    assert f"No more rounds ({stopped})." in text
+    assert "Its privacy: ε 1.22 at δ 1e-5, client by client." in text
+    assert text.count("ε 1.22 at δ 1e-5") == 4, "line, panel, end and result"
+
+
+def test_without_the_section_there_is_none() -> None:
+    assert SPEC.privacy is None
+    assert SPEC.document()["privacy"] is None
+    assert JobSpec.parse(SPEC.document()) == SPEC
