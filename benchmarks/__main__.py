@@ -2,10 +2,13 @@
 
 import argparse
 
-from benchmarks import memory
+from benchmarks import accuracy, memory
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What is published, measured.")
 names = parser.add_subparsers(metavar="NAME", required=True)
 memory.add_options(names.add_parser("memory", help="the memory of a client's step against that of the whole model"))
+accuracy.add_options(
+    names.add_parser("accuracy", help="what a fleet learns by each method, at equal steps, compute or bytes")
+)
 chosen = parser.parse_args()
 chosen.run(chosen)

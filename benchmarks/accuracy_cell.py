@@ -1,0 +1,132 @@
+"""One cell of the accuracy benchmark, in a process of its own: ``python -m benchmarks.accuracy_cell RUN-AS-JSON FOLDER``.
+
+It prints one JSON object: what was learned, and what the clients spent.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy_cells import Run
+from benchmarks.accuracy_protocols import Point, costs, points
+from benchmarks.baselines import (
+    Features,
+    Lora,
+    Model,
+    Probe,
+    Steps,
+    class_means,
+    discriminant_head,
+    federated,
+    whole_model_bytes,
+)
+from benchmarks.metering import Meter, MeteredPool
+from chainfed_ray.admission import Admission
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.chain import Window
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.config import JobSpec
+from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.evaluate import evaluate
+from chainfed_ray.job import Job, draft, prepare
+from chainfed_ray.pool import LocalPool
+from chainfed_ray.turn import warm_up
+
+
+def measure(run: Run, folder: Path) -> dict[str, Any]:
+    """What the run comes to; ``folder`` is for the clients' caches and the commits, meanwhile."""
+    torch.set_num_threads(1)
+    job = _job(run, folder / "cache")
+    warm_up(job.base)
+    weighed = _whole_model_bytes(job) if run.weighed else None
+    meter = Meter()
+    found = _chain(run, job, folder / "log", meter) if run.kind == "chain" else _baseline(run, job, meter)
+    spent = costs(meter.turns, len(job.admitted), found["rounds"])
+    return {
+        **found,
+        "client_steps": meter.steps,
+        "client_cpu_seconds": meter.cpu_seconds,
+        "bytes_sent": meter.sent_bytes,
+        "seconds": meter.seconds,
+        **spent._asdict(),
+        "whole_model_bytes": weighed,
+    }
+
+
+def _job(run: Run, scratch: Path) -> Job:
+    spec = JobSpec.parse(run.document)
+    if run.able is None:
+        return prepare(spec, scratch)
+    job = draft(spec, scratch)
+    admitted = tuple(pair for pair in job.admitted if pair[0].client_class == run.able)
+    return replace(job, admission=Admission(admitted, (), job.admission.width))
+
+
+def _chain(run: Run, job: Job, log: Path, meter: Meter) -> dict[str, Any]:
+    """A job as it runs anywhere, judged from time to time: each stack at the top of the window that was trained last."""
+    pool = MeteredPool(LocalPool(job.base), meter)
+    coordinator = Coordinator(job, pool, CommitLog(log))
+    opening = coordinator.open()
+    due, curve = points(job.spec.rounds.total), list[Point]()
+    for record in coordinator.rounds():
+        if record.index + 1 in due:
+            window = Window(record.bottom, record.top)
+            cache = job.base.scratch / "(validation)"
+            accuracy = record.accuracy  # there is one when a stage ends
+            if accuracy is None:
+                accuracy = evaluate(job.validation, job.base, cache, coordinator.stack(), window).accuracy
+            curve.append(meter.point(accuracy))
+    return {
+        "accuracy": coordinator.finish().accuracy if run.tested else None,
+        "validation_accuracy": curve[-1][4],
+        "rounds": record.index + 1,
+        "start_layer": opening.start_layer,
+        "stages": opening.stages,
+        "narrowest_window": pool.narrowest_window,
+        "left_out": len(opening.left_out),
+        "curve": curve,
+    }
+
+
+def _baseline(run: Run, job: Job, meter: Meter) -> dict[str, Any]:
+    if run.kind == "lora":
+        return _trained(run, job, Lora(job.base.folder, len(job.classes), job.spec.seed), meter)
+    blocks = Blocks(job.base.folder, job.base.dtype)
+    try:
+        features = Features(blocks)
+        if run.kind == "probe":
+            return _trained(run, job, Probe(features, len(job.classes)), meter)
+        judge = (class_means if run.kind == "none" else discriminant_head)(job, features, meter)
+        return _judged(run, job, judge, 0, [meter.point(judge(job.validation))])
+    finally:
+        blocks.close()
+
+
+def _trained(run: Run, job: Job, model: Model, meter: Meter) -> dict[str, Any]:
+    due, curve = points(job.spec.rounds.total), list[Point]()
+    for index in federated(job, model, meter):
+        if index + 1 in due:
+            curve.append(meter.point(model.accuracy(job.validation)))
+    return _judged(run, job, model.accuracy, index + 1, curve)
+
+
+def _judged(run: Run, job: Job, judge: Callable[..., float], rounds: int, curve: list[Point]) -> dict[str, Any]:
+    accuracy = judge(job.test) if run.tested else None
+    return {"accuracy": accuracy, "validation_accuracy": curve[-1][4], "rounds": rounds, "curve": curve}
+
+
+def _whole_model_bytes(job: Job) -> int | None:
+    rounds = job.spec.rounds
+    client = max((candidate for candidate, _ in job.admitted), key=lambda candidate: candidate.examples.lengths.max())
+    assert rounds.local_steps
+    steps = Steps(rounds.local_steps, rounds.batch_size, rounds.learning_rate, rounds.head_learning_rate, seed=0)
+    return whole_model_bytes(job.base.folder, client.examples, len(job.classes), steps)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Run(**json.loads(sys.argv[1])), Path(sys.argv[2]))))

@@ -1,0 +1,117 @@
+"""The rows of the accuracy benchmark, and the file that they are kept in: a run that was ended goes on where it was."""
+
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.accuracy_protocols import Point
+
+
+class NotOurRows(ValueError):
+    """A file holds something else than the rows of this benchmark."""
+
+
+class Names(NamedTuple):
+    """What a row is called; ``alpha`` is None for IID."""
+
+    dataset: str
+    alpha: float | None
+    method: str
+    seed: int
+    protocol: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a run came to. ``options`` is all that it depends on besides what names it, and none of the machine it ran on.
+
+    ``alpha`` is None for IID. ``accuracy`` is that of the test split, None where it was not to be looked at; in the protocol
+    ``target`` it is the target, None if it was not reached. ``whole_model_bytes`` is the peak of training the whole model
+    in plain PyTorch. ``narrowest_window`` is the least that a client trained in a turn.
+    """
+
+    dataset: str
+    alpha: float | None
+    method: str
+    seed: int
+    protocol: str
+    accuracy: float | None
+    client_steps: int | None
+    client_cpu_seconds: float | None
+    bytes_sent: int | None
+    validation_accuracy: float | None
+    rounds: int | None
+    seconds: float | None
+    start_layer: int | None = None
+    stages: int = 1
+    fixed_cpu_seconds: float = 0.0
+    step_cpu_seconds: float = 0.0
+    fixed_bytes: int = 0
+    bytes_per_round: float = 0.0
+    whole_model_bytes: int | None = None
+    narrowest_window: int | None = None
+    left_out: int = 0
+    curve: tuple[Point, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Key(NamedTuple):
+    """What a row is known by."""
+
+    names: Names
+    options: dict[str, Any]
+
+
+class Rows:
+    """Every row so far, kept in ``file`` if there is one.
+
+    Raises:
+        NotOurRows: the file holds something else.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._rows: list[Row] = []
+        self._named = defaultdict[Names, list[Row]](list)
+        for row in _read(file) if file and file.exists() else []:
+            self._keep(row)
+
+    def find(self, key: Key) -> Row | None:
+        """The row that ``key`` names, if it is there."""
+        return next((row for row in self._named[key.names] if row.options == key.options), None)
+
+    def same_run(self, key: Key, rounds: int) -> Row | None:
+        """A row of the same run by whatever name: same data, seed, options and rounds."""
+        for row in self._rows:
+            alike = (row.dataset, row.alpha, row.seed) == (key.names.dataset, key.names.alpha, key.names.seed)
+            if alike and row.options == key.options and row.rounds == rounds and row.protocol != "target":
+                return row
+        return None
+
+    def add(self, row: Row) -> None:
+        """Keep a row. A reader of the file sees the rows before, or these."""
+        self._keep(row)
+        if self._file:
+            aside = self._file.with_name(self._file.name + ".partial")
+            aside.write_text("[\n" + ",\n".join(json.dumps(asdict(each)) for each in self._rows) + "\n]\n")
+            aside.replace(self._file)
+
+    def _keep(self, row: Row) -> None:
+        self._rows.append(row)
+        self._named[Names(row.dataset, row.alpha, row.method, row.seed, row.protocol)].append(row)
+
+
+def _read(file: Path) -> list[Row]:
+    known = {each.name for each in fields(Row)}
+    try:
+        found = json.loads(file.read_text())
+        assert isinstance(found, list)
+        return [_row({name: value for name, value in row.items() if name in known}) for row in found]
+    except (ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise NotOurRows(f"{file} holds something else than rows of this benchmark: name another file") from error
+
+
+def _row(found: dict[str, Any]) -> Row:
+    return Row(**{**found, "curve": tuple(tuple(point) for point in found.get("curve", ()))})

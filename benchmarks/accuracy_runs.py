@@ -1,0 +1,76 @@
+"""The runs of the accuracy benchmark, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+from benchmarks.accuracy_cells import Run
+from chainfed_ray.measure import ENVIRONMENT
+
+
+class RunFailed(RuntimeError):
+    """A run ended without a result; the message is the last thing that it said."""
+
+
+class Runner(Protocol):
+    """Makes runs, from several threads."""
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """What the run came to.
+
+        Raises:
+            RunFailed: it came to nothing.
+        """
+        ...
+
+    def stop(self) -> None:
+        """End those that are being made."""
+        ...
+
+
+class Processes:
+    """Each run in a process; ``scratch`` is for the clients' caches, meanwhile."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch, self._stopped = scratch, False
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = Lock()
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """See ``Runner``."""
+        with tempfile.TemporaryDirectory(prefix="accuracy-", dir=self._scratch) as folder:
+            process = self._start(run, folder)
+            said, complained = process.communicate()
+        with self._lock:
+            self._running.discard(process)
+        if process.returncode:
+            raise RunFailed((complained.strip().splitlines() or [f"it ended with {process.returncode}"])[-1])
+        found: dict[str, Any] = json.loads(said.splitlines()[-1])
+        return found
+
+    def stop(self) -> None:
+        """See ``Runner``."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+    def _start(self, run: Run, folder: str) -> "subprocess.Popen[str]":
+        with self._lock:
+            if self._stopped:
+                raise RunFailed("it was stopped before it began")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.accuracy_cell", json.dumps(asdict(run)), folder],
+                env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self._running.add(process)
+            return process

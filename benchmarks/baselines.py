@@ -1,0 +1,283 @@
+"""What the chain is compared with, in plain PyTorch: class means and heads on the frozen model, and LoRA on the whole.
+
+Each is federated over the same cohorts, with the same batches, the same head, and the same mean as a job's own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Protocol
+
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, layer_norm
+from transformers import AutoModel
+
+from benchmarks.accuracy_protocols import Spent
+from benchmarks.metering import Meter
+from chainfed_ray.adapter import Head, Tensors, mean_over_tokens
+from chainfed_ray.aggregate import RunningMean
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.chain import Window
+from chainfed_ray.cohort import Cohort
+from chainfed_ray.discriminant import ClassSums, fitted
+from chainfed_ray.job import Job
+from chainfed_ray.measure import PeakMemory
+from chainfed_ray.seeds import derive
+from chainfed_ray.tokens import Examples
+
+_BATCH = 32  # in evaluation, and where features are made
+_RANK = 8
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a client does in a round: so many optimizer steps of ``batch_size`` examples, at rates of this round."""
+
+    count: int
+    batch_size: int
+    learning_rate: float
+    head_learning_rate: float
+    seed: int
+
+
+class Model(Protocol):
+    """Something that is trained: its tensors, a client's turn on them, and how it judges."""
+
+    def tensors(self) -> Tensors:
+        """Copies of what is trained, by name."""
+        ...
+
+    def load(self, tensors: Tensors) -> None:
+        """Take over values for what is trained."""
+        ...
+
+    def train(self, client: str, examples: Examples, steps: Steps) -> None:
+        """A client's turn, from the tensors as they are."""
+        ...
+
+    def accuracy(self, examples: Examples) -> float:
+        """The share of examples that are classified right."""
+        ...
+
+
+def federated(job: Job, model: Model, meter: Meter) -> Iterator[int]:
+    """FedAvg of ``model`` for the rounds of the job; the index of each round when it is over."""
+    spec = job.spec
+    rounds, window = spec.rounds, Window(job.planner.task.start, job.layers - 1)
+    assert rounds.local_steps is not None
+    candidates = [candidate for candidate, _ in job.admitted]
+    current = model.tensors()
+    for index in range(rounds.total):
+        decay = 0.5 * (1 + np.cos(np.pi * index / rounds.total))
+        seed = derive(spec.seed, "round", index)
+        rates = (rounds.learning_rate * decay, rounds.head_learning_rate * decay)
+        mean = RunningMean()
+        for candidate in Cohort.of(spec, job.planner, candidates, index, window, (), spec.seed).sampled:
+            started, cpu = perf_counter(), process_time()
+            model.load(current)
+            model.train(candidate.name, candidate.examples, Steps(rounds.local_steps, rounds.batch_size, *rates, seed))
+            sent = model.tensors()
+            meter.seconds += perf_counter() - started
+            size = sum(tensor.nbytes for tensor in sent.values())
+            meter.turns.append(Spent(candidate.name, 0, rounds.local_steps, process_time() - cpu, size))
+            mean.fold(sent, len(candidate.examples))
+        current = mean.result()
+        model.load(current)
+        yield index
+
+
+class Lora:
+    """LoRA (Hu et al., 2022) by the peft library, on the projections of the whole model that it chooses, under a ``Head``.
+
+    Rank 8, α = 16, no dropout, as nowhere here.
+    """
+
+    def __init__(self, folder: Path, classes: int, seed: int) -> None:
+        base = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        with torch.random.fork_rng():
+            torch.manual_seed(derive(seed, "lora"))
+            tuned = inject_adapter_in_model(LoraConfig(r=_RANK, lora_alpha=2 * _RANK, lora_dropout=0.0), base)
+        self._module = nn.ModuleDict({"base": tuned, "head": Head(base.config.hidden_size, classes)}).eval()
+        self._trained = {name: each for name, each in self._module.named_parameters() if each.requires_grad}
+
+    def tensors(self) -> Tensors:
+        """See ``Model``."""
+        return _copies(self._trained)
+
+    def load(self, tensors: Tensors) -> None:
+        """See ``Model``."""
+        _load(self._trained, tensors)
+
+    def train(self, client: str, examples: Examples, steps: Steps) -> None:
+        """See ``Model``."""
+        head = set(self._module["head"].parameters())
+        base = [parameter for parameter in self._trained.values() if parameter not in head]
+        optimizer = _adamw((base, steps.learning_rate), (list(head), steps.head_learning_rate))
+        for indices in batches(len(examples), steps):
+            batch = examples.batch(indices)
+            cross_entropy(self._logits(batch.ids, batch.mask), batch.labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def accuracy(self, examples: Examples) -> float:
+        """See ``Model``."""
+        right = 0
+        for indices in examples.by_length(_BATCH):
+            batch = examples.batch(indices)
+            right += int((self._logits(batch.ids, batch.mask).argmax(-1) == batch.labels).sum())
+        return right / len(examples)
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self._module["base"](input_ids=ids, attention_mask=mask).last_hidden_state
+        logits: Tensor = self._module["head"](hidden, mask)
+        return logits
+
+
+class Probe:
+    """A ``Head`` on the frozen model. A client makes its features once, in its first turn."""
+
+    def __init__(self, features: "Features", classes: int) -> None:
+        self._features = features
+        self._head = Head(features.hidden_size, classes)
+        self._trained = dict(self._head.named_parameters())
+        self._of_client: dict[str, Tensor] = {}
+        self._judged: dict[int, Tensor] = {}
+
+    def tensors(self) -> Tensors:
+        """See ``Model``."""
+        return _copies(self._trained)
+
+    def load(self, tensors: Tensors) -> None:
+        """See ``Model``."""
+        _load(self._trained, tensors)
+
+    def train(self, client: str, examples: Examples, steps: Steps) -> None:
+        """See ``Model``."""
+        if client not in self._of_client:
+            self._of_client[client] = self._features.of(examples)
+        features, labels = self._of_client[client], torch.from_numpy(examples.labels)
+        optimizer = _adamw((list(self._trained.values()), steps.head_learning_rate))
+        for indices in batches(len(examples), steps):
+            cross_entropy(self._logits(features[indices]), labels[indices]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def accuracy(self, examples: Examples) -> float:
+        """See ``Model``."""
+        if id(examples) not in self._judged:
+            self._judged[id(examples)] = self._features.of(examples)
+        predicted = self._logits(self._judged[id(examples)]).argmax(-1)
+        return float((predicted == torch.from_numpy(examples.labels)).double().mean())
+
+    def _logits(self, features: Tensor) -> Tensor:
+        logits: Tensor = self._head(features.unsqueeze(1), torch.ones(len(features), 1))
+        return logits
+
+
+class Features:
+    """The frozen model's output, mean over tokens: [n, D]."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks = blocks
+        self._layers = [blocks.load_layer(index) for index in range(blocks.num_layers)]
+        self.hidden_size = blocks.hidden_size
+
+    @torch.no_grad()
+    def of(self, examples: Examples) -> Tensor:
+        """[n, D], in the order of ``examples``."""
+        means = torch.empty(len(examples), self.hidden_size)
+        for indices in examples.by_length(_BATCH):
+            batch = examples.batch(indices)
+            hidden, calls = self._blocks.embed(batch.ids, batch.mask)
+            for index, layer in enumerate(self._layers):
+                hidden = self._blocks.run(layer, hidden, calls[index])
+            means[torch.from_numpy(indices)] = mean_over_tokens(hidden.float(), batch.mask)
+        return means
+
+
+def class_means(job: Job, features: Features, meter: Meter) -> Callable[[Examples], float]:
+    """No training: the mean feature of each class over every client's examples; the accuracy of the nearest mean."""
+    counts = torch.zeros(len(job.classes), dtype=torch.float64)
+    sums = torch.zeros(len(job.classes), features.hidden_size, dtype=torch.float64)
+    for candidate, _ in job.admitted:
+        started, cpu = perf_counter(), process_time()
+        labels = torch.from_numpy(candidate.examples.labels)
+        count = torch.bincount(labels, minlength=len(job.classes)).float()
+        of_class = torch.zeros(len(job.classes), features.hidden_size).index_add_(
+            0, labels, features.of(candidate.examples)
+        )
+        meter.seconds += perf_counter() - started
+        meter.turns.append(Spent(candidate.name, None, 0, process_time() - cpu, count.nbytes + of_class.nbytes))
+        counts += count
+        sums += of_class
+    means = (sums / counts.unsqueeze(1)).float()  # a class that nobody has is nowhere: NaN
+
+    def accuracy(examples: Examples) -> float:
+        distances = torch.cdist(features.of(examples), means).nan_to_num(torch.inf)
+        return float((distances.argmin(1) == torch.from_numpy(examples.labels)).double().mean())
+
+    return accuracy
+
+
+def discriminant_head(job: Job, features: Features, meter: Meter) -> Callable[[Examples], float]:
+    """No training: the head in closed form, from every client's sums over the frozen model's output (discriminant.py)."""
+    normal = (features.hidden_size,)
+    total = ClassSums.zeros(len(job.classes), features.hidden_size, torch.float64)
+    for candidate, _ in job.admitted:
+        started, cpu = perf_counter(), process_time()
+        sums = ClassSums.zeros(len(job.classes), features.hidden_size)
+        sums.count(layer_norm(features.of(candidate.examples), normal), torch.from_numpy(candidate.examples.labels))
+        meter.seconds += perf_counter() - started
+        size = sum(tensor.nbytes for tensor in sums.tensors().values())
+        meter.turns.append(Spent(candidate.name, None, 0, process_time() - cpu, size))
+        total.add(sums)
+    held_out = layer_norm(features.of(job.validation), normal)
+    weight, bias = fitted(total, held_out, torch.from_numpy(job.validation.labels))
+
+    def accuracy(examples: Examples) -> float:
+        logits = layer_norm(features.of(examples), normal) @ weight.T + bias
+        return float((logits.argmax(1) == torch.from_numpy(examples.labels)).double().mean())
+
+    return accuracy
+
+
+def whole_model_bytes(folder: Path, examples: Examples, classes: int, steps: Steps) -> int | None:
+    """The peak of a client's turn of LoRA, above the idle process: the model is loaded, and trained on the longest texts."""
+    longest = np.argsort(examples.lengths, kind="stable")[-steps.batch_size :]
+    with PeakMemory() as peak:
+        Lora(folder, classes, seed=0).train("client", examples.take(longest), steps)
+    return peak.bytes
+
+
+def batches(count: int, steps: Steps) -> Iterator[np.ndarray]:
+    """The indices of each step's examples, shuffled anew in each pass: those of a job's own turn."""
+    indices = np.empty(0, dtype=np.int64)
+    epoch = 0
+    for _ in range(steps.count):
+        if not len(indices):
+            indices = np.random.default_rng(derive(steps.seed, "epoch", epoch)).permutation(count)
+            epoch += 1
+        yield indices[: steps.batch_size]
+        indices = indices[steps.batch_size :]
+
+
+def _adamw(*groups: tuple[Sequence[nn.Parameter], float]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [{"params": params, "lr": rate} for params, rate in groups], weight_decay=0.0, foreach=False
+    )
+
+
+def _copies(trained: dict[str, nn.Parameter]) -> Tensors:
+    return {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
+@torch.no_grad()
+def _load(trained: dict[str, nn.Parameter], tensors: Tensors) -> None:
+    for name, parameter in trained.items():
+        parameter.copy_(tensors[name])

@@ -1,0 +1,66 @@
+"""What the accuracy benchmark learns: labelled texts, and for how long."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SHARED = Path(__file__).parent.parent.parent / "shared" / "data"  # beside the checkout
+_SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+
+class NoCorpus(ValueError):
+    """There is no such data set."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where the rows are, what is kept of a text, and the client-steps that end-to-end training has; no ``test``: a tenth."""
+
+    name: str
+    train: str
+    test: str | None
+    max_length: int
+    client_steps: int
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """The keys of ``data`` that say where the rows are."""
+        return {"train": self.train, **({"test": self.test} if self.test else {})}
+
+
+NAMES = ("banking77", "ag_news", "docstrings")
+_LENGTHS = {"banking77": (128, 1200), "ag_news": (64, 400), "docstrings": (128, 600)}
+_OTHER = (64, 1200)
+
+
+def named(name: str) -> Corpus:
+    """One of ``NAMES``.
+
+    Raises:
+        NoCorpus: its files are not there.
+    """
+    if name == "docstrings":
+        return Corpus(name, "builtin:docstrings", None, *_LENGTHS[name])
+    return _in_folder(_SHARED / name, *_LENGTHS[name])
+
+
+def at(folder: Path) -> Corpus:
+    """The data set in ``folder``, which has the columns ``text`` and ``label`` in a file ``train`` and a file ``test``.
+
+    Raises:
+        NoCorpus: there are no such files.
+    """
+    return _in_folder(folder, *_LENGTHS.get(folder.name, _OTHER))
+
+
+def _in_folder(folder: Path, max_length: int, client_steps: int) -> Corpus:
+    train, test = (_file(folder, split) for split in ("train", "test"))
+    return Corpus(folder.resolve().name, f"path:{train}", f"path:{test}", max_length, client_steps)
+
+
+def _file(folder: Path, split: str) -> Path:
+    found = [folder / (split + suffix) for suffix in _SUFFIXES if (folder / (split + suffix)).is_file()]
+    if not found:
+        names = " or ".join(split + suffix for suffix in _SUFFIXES)
+        raise NoCorpus(f"{folder} is a folder without {names}" if folder.is_dir() else f"{folder} is not there")
+    return found[0].resolve()

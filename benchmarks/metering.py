@@ -1,0 +1,83 @@
+"""What the clients of a run spend, turn by turn."""
+
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+
+from benchmarks.accuracy_protocols import Point, Spent
+from chainfed_ray.client import Client, Order, Profile, Result, Training, Update
+from chainfed_ray.pool import ClientPool, Failure, Outcome
+
+
+class TurnFailed(RuntimeError):
+    """A client's turn gave nothing: a figure on fewer turns would be another's."""
+
+
+class Meter:
+    """Every turn so far, and the seconds that they took one after the other."""
+
+    def __init__(self) -> None:
+        self.turns: list[Spent] = []
+        self.seconds = 0.0
+
+    def point(self, accuracy: float) -> Point:
+        """What has been spent up to an accuracy on the validation rows."""
+        return self.steps, self.cpu_seconds, self.sent_bytes, self.seconds, accuracy
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return sum(turn.steps for turn in self.turns)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of the clients' processes."""
+        return sum(turn.cpu_seconds for turn in self.turns)
+
+    @property
+    def sent_bytes(self) -> int:
+        """From the clients to the server."""
+        return sum(turn.sent_bytes for turn in self.turns)
+
+
+class MeteredPool:
+    """A pool whose turns are counted by ``meter``: those of training, of profiling and of fitting."""
+
+    def __init__(self, pool: ClientPool, meter: Meter) -> None:
+        self._pool, self._meter = pool, meter
+        self.narrowest_window: int | None = None
+
+    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+        """As the pool does.
+
+        Raises:
+            TurnFailed: one of the turns did.
+        """
+        outcomes = self._pool.run(clients, order, deadline)
+        while True:
+            started = perf_counter()
+            outcome = next(outcomes, None)
+            self._meter.seconds += perf_counter() - started
+            if outcome is None:
+                return
+            client = clients[outcome.place]
+            if isinstance(outcome.result, Failure):
+                raise TurnFailed(f"the turn of {client.name} failed: {outcome.result.reason}")
+            self._meter.turns.append(_spent(client, order, outcome.result))
+            if isinstance(order, Training):
+                width = len(client.plan.window)
+                self.narrowest_window = min(width, self.narrowest_window or width)
+            yield outcome
+
+    def close(self) -> None:
+        """Let the pool go."""
+        self._pool.close()
+
+
+def _spent(client: Client, order: Order, result: Result) -> Spent:
+    if isinstance(result, Profile):
+        sent = 8 * len(result.similarities)
+    else:
+        sent = sum(tensor.nbytes for tensor in result.tensors.values())
+    stage = order.window.bottom if isinstance(order, Training) else None
+    steps = result.steps if isinstance(result, Update) else 0
+    return Spent(client.name, stage, steps, result.cpu_seconds, sent)

@@ -1,0 +1,98 @@
+"""The methods that the accuracy benchmark compares. A method of a job's own is a dict of changes to the job document."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Document = dict[str, Any]
+Kind = Literal["chain", "lora", "probe", "fitted", "none"]
+Part = Literal["budgets", "anyone", "able"]
+
+END_TO_END = "end-to-end"
+UNTRAINED = ("none", "fitted")  # kinds without rounds or rates
+
+# First guesses; ``--rates`` tries others, the same for everyone.
+_ADAPTERS, _HEAD, _FITTED, _PROBE, _LORA = 1e-2, 0.1, 1e-2, 0.3, 1e-2
+
+# The paper's form, whatever the defaults of a job are by now.
+_CHAIN: Document = {
+    "window": 2,
+    "schedule": "staged",
+    "start": "auto",
+    "cka_threshold": 0.8,
+    "head": "zero",
+    "global_weight": 0.1,
+    "global_trains": "head",
+    "adapter": {"bottleneck": 64},
+}
+_FEDAVG: Document = {"rule": "mean", "optimizer": "none", "proximal": 0.0}
+
+
+@dataclass(frozen=True)
+class Method:
+    """``changes`` are made to the job document; ``rates`` are (adapters, head), None for ``JobSpec``'s own.
+
+    ``part``: who takes part. Clients within their ``budgets``, all of them as if given whatever memory it takes
+    (``anyone``), or only those ``able`` to hold the whole model.
+    """
+
+    name: str
+    rates: tuple[float, float] | None = (_ADAPTERS, _HEAD)
+    kind: Kind = "chain"
+    part: Part = "budgets"
+    changes: Document = field(default_factory=dict)
+
+    @property
+    def follows_defaults(self) -> bool:
+        """Whether it leaves to ``JobSpec`` what it does not change: where the defaults change, it is another method."""
+        return "aggregation" not in self.changes
+
+
+def methods(layers: int) -> dict[str, Method]:
+    """Every method by name, for a base model of so many layers."""
+    whole = _paper(window=layers, start=0, global_weight=0.0)
+    top = layers - _CHAIN["window"]
+    starts = range(top + 1)
+    made = [
+        Method("none", rates=None, kind="none", changes=_top_layer(layers)),
+        Method("fitted", rates=None, kind="fitted", changes=_top_layer(layers)),
+        Method("probe", rates=(_ADAPTERS, _PROBE), kind="probe", changes=_top_layer(layers)),
+        Method(END_TO_END, part="anyone", changes=whole),
+        Method("end-to-end-fitted", rates=(_ADAPTERS, _FITTED), part="anyone", changes=_with_head(whole, "fitted")),
+        Method("end-to-end-able", part="able", changes=whole),
+        Method("lora-able", rates=(_LORA, _HEAD), kind="lora", part="able", changes=whole),
+        Method("last-window", changes=_paper(start=top)),
+        *(Method(f"start-{start}", changes=_paper(start=start)) for start in starts),
+        Method("chain-staged", changes=_paper()),
+        Method("chain-cyclic", changes=_paper(schedule="cyclic")),
+        Method("no-dlct", changes=_paper(window=1)),
+        Method("no-gpo", changes=_paper(global_weight=0.0)),
+        Method("no-foat", changes=_paper(start=0)),
+        Method("recommended", rates=None),
+        *(Method(f"recommended-start-{start}", rates=None, changes={"chain": {"start": start}}) for start in starts),
+    ]
+    return {method.name: method for method in made}
+
+
+AUTOMATIC = {"chain-staged": "start-", "recommended": "recommended-start-"}
+"""The methods that find their start themselves, and how the names of the same with a fixed start begin."""
+
+
+def _paper(**changes: Any) -> Document:
+    return {"chain": {**_CHAIN, **changes}, "rounds": {"last_stage_share": 0.5}, "aggregation": _FEDAVG}
+
+
+def _with_head(changes: Document, head: str) -> Document:
+    return merged(changes, {"chain": {"head": head}})
+
+
+def _top_layer(layers: int) -> Document:
+    """The frozen model alone: its job has a window only for there to be one."""
+    return _paper(window=1, start=layers - 1)
+
+
+def merged(document: Document, changes: Document) -> Document:
+    """``document`` with ``changes``, section by section."""
+    result = dict(document)
+    for key, value in changes.items():
+        result[key] = merged(result[key], value) if isinstance(value, dict) and key in result else value
+    return result
