@@ -108,9 +108,7 @@ class Progress:
         """A round is over; ``resumed`` if it was over before this process began."""
         self._rounds.append(record)
         if fit := record.head_fit:
-            self.say(
-                f"Stage {record.stage + 1} begins: a head fitted to {fit.examples} examples of {fit.clients} clients."
-            )
+            self.say(f"The head is fitted to {fit.examples} examples of {fit.clients} clients.")
             self._say_why(fit.lost)
         if not self._live:
             self.say(self._line(record, resumed))

@@ -238,7 +238,9 @@ def discriminant_head(job: Job, features: Features, meter: Meter) -> Callable[[E
         meter.turns.append(Spent(candidate.name, None, 0, process_time() - cpu, size))
         total.add(sums)
     held_out = layer_norm(features.of(job.validation), normal)
-    weight, bias = fitted(total, held_out, torch.from_numpy(job.validation.labels))
+    found = fitted(total, held_out, torch.from_numpy(job.validation.labels))
+    assert found, "these are sums of examples"
+    weight, bias = found
 
     def accuracy(examples: Examples) -> float:
         logits = layer_norm(features.of(examples), normal) @ weight.T + bias

@@ -138,6 +138,7 @@ def _contradictions(spec: JobSpec) -> list[Problem]:
         problems.append(Problem("rounds.quorum", spec.quorum, f"at most {spec.rounds.clients}, rounds.clients"))
     elif spec.aggregation.fewest > spec.quorum:
         problems.append(Problem("rounds.quorum", spec.quorum, _for_krum(spec.aggregation)))
+    problems += _not_robust(spec)
     if spec.privacy:
         problems += _without_a_price(spec, spec.privacy, count)
     return problems
@@ -156,6 +157,24 @@ def _without_a_price(spec: JobSpec, privacy: PrivacySpec, clients: int) -> Itera
     if privacy.delta >= 1 / clients:
         expected = f"less than 1/{clients}, one over the clients in the fleet: with more, one of them may be given away"
         yield Problem("privacy.delta", privacy.delta, expected)
+
+
+def _not_robust(spec: JobSpec) -> Iterator[Problem]:
+    """Rules that withstand poisoned updates would not withstand poisoned sums or profiles, which have plain means."""
+    rule = spec.aggregation.rule
+    if rule != "mean" and spec.chain.head != "zero":
+        expected = (
+            f"'zero' with aggregation.rule {rule}: a fitted head is made of plain sums, which one client can spoil"
+        )
+        yield Problem("chain.head", spec.chain.head, expected)
+    if rule != "mean" and spec.chain.start == "auto":
+        expected = f"the index of a layer with aggregation.rule {rule}: 'auto' follows from a plain mean of profiles"
+        yield Problem("chain.start", spec.chain.start, expected)
+    if spec.aggregation.optimizer == "none" and spec.aggregation.server_learning_rate is not None:
+        rate = spec.aggregation.server_learning_rate
+        yield Problem(
+            "aggregation.server_learning_rate", rate, "no value without aggregation.optimizer, whose rate it is"
+        )
 
 
 def _of_partition(partition: PartitionSpec) -> list[Problem]:

@@ -213,7 +213,9 @@ class Coordinator:
         began = perf_counter()
         before = stack.tensors()
         fit = self._fit_head(step, before, history)
-        before |= fit.tensors if fit else {}
+        if fit:
+            before |= fit.tensors
+            server.forget(fit.tensors)
         started = perf_counter()
         expected = self._trained(before, step.window)
 
@@ -292,7 +294,9 @@ class Coordinator:
             return None
         admitted = (candidate for candidate, _ in self._job.admitted)
         clients = everyone(self._planner, admitted, step.window, history)
-        order, deadline = Fitting(tensors, step.window), self._spec.rounds.deadline
+        # The deadline is for a round's clients, and here everyone is asked.
+        deadline = self._spec.rounds.deadline * math.ceil(len(clients) / self._spec.rounds.clients)
+        order = Fitting(tensors, step.window)
         return fit_head(self._pool, clients, order, deadline, self._job.validation, self._job.base)
 
     @property

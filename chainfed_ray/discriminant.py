@@ -10,6 +10,7 @@ All classes share one covariance Σ, and with the means μ_c and the frequencies
 (Guo et al., 2017). How far, and how much, is what gives the least loss on held-out examples.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 0.6)
 _LOWEST, _HIGHEST = 0.05, 100.0  # temperatures
 _NARROWINGS = 40  # of that interval, each by a third: to within a millionth
 _NO_EXAMPLE = 0.5  # a class that nobody has counts as half an example
+_LEAST_VARIANCE = 1e-4  # of a feature, relative to its mean square
+_SLACK = 1.01  # for rounding in float32
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,17 @@ class ClassSums:
         self.sums.add_(other.sums)
         self.products.add_(other.products)
 
+    def impossible(self, examples: int) -> str | None:
+        """Why these are no sums over so many examples of features from a LayerNorm, whose squares add up to D at most."""
+        hidden = self.sums.shape[1]
+        if (self.counts < 0).any() or self.counts.sum() != examples:
+            return f"it counts {self.counts.sum():g} examples, not {examples}"
+        if (self.sums.norm(dim=1) > _SLACK * hidden**0.5 * self.counts + _SLACK - 1).any():
+            return "its features are larger than any that a LayerNorm gives"
+        if not 0 <= self.products.trace() <= _SLACK * hidden * examples:
+            return "its products are larger than any of features from a LayerNorm"
+        return None
+
     def tensors(self) -> Tensors:
         """By name."""
         return {"counts": self.counts, "sums": self.sums, "products": self.products}
@@ -63,25 +77,32 @@ def discriminant(sums: ClassSums, shrinkage: float) -> tuple[Tensor, Tensor]:
     counts, total = sums.counts.double(), sums.counts.double().sum()
     means = sums.sums.double() / counts.clamp(min=1).unsqueeze(1)
     covariance = (sums.products.double() - (means * counts.unsqueeze(1)).T @ means) / total
-    scale = covariance.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    # Where the features of a class hardly vary, what is left of Σ is rounding.
+    least = _LEAST_VARIANCE * float(sums.products.double().diagonal().mean() / total)
+    scale = covariance.diagonal().mean().clamp(min=max(least, torch.finfo(torch.float32).tiny))
     identity = torch.eye(len(covariance), dtype=torch.float64)
     weight = torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * scale * identity, means.T).T
     bias = counts.clamp(min=_NO_EXAMPLE).log() - total.log() - (weight * means).sum(1) / 2
     return weight, bias
 
 
-def fitted(sums: ClassSums, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The discriminant with the least loss on held-out features [n, D] of classes [n]: weight [C, D], bias [C], float32."""
+def fitted(sums: ClassSums, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The discriminant with the least loss on held-out features [n, D] of classes [n]: weight [C, D], bias [C], float32.
+
+    None if there is none: sums that are not those of any examples can have no inverse.
+    """
     best = None
     for shrinkage in _SHRINKAGES:
-        weight, bias = discriminant(sums, shrinkage)
+        try:
+            weight, bias = discriminant(sums, shrinkage)
+        except RuntimeError:  # it is singular
+            continue
         logits = features.double() @ weight.T + bias
         temperature = _calibration(logits, labels)
         loss = float(cross_entropy(logits / temperature, labels))
-        if best is None or loss < best[0]:
+        if math.isfinite(loss) and (best is None or loss < best[0]):
             best = loss, (weight / temperature).float(), (bias / temperature).float()
-    assert best
-    return best[1], best[2]
+    return None if best is None else (best[1], best[2])
 
 
 def _calibration(logits: Tensor, labels: Tensor) -> float:

@@ -177,7 +177,10 @@ def _longest(turns: Sequence[float], cohort: int) -> float:
 
 def _trained_on(rounds: RoundsSpec, examples: int) -> int:
     """Examples that a turn's optimizer steps see, each as often as it is seen."""
-    return rounds.local_epochs * examples if rounds.local_steps is None else rounds.local_steps * rounds.batch_size
+    if rounds.local_steps is None:
+        return rounds.local_epochs * examples
+    passes, rest = divmod(rounds.local_steps, math.ceil(examples / rounds.batch_size))
+    return passes * examples + rest * rounds.batch_size
 
 
 def _layers_below(job: Job, plan: Plan, examples: int) -> tuple[float, int]:

@@ -21,16 +21,17 @@ def add_up(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> Hea
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
     classes, hidden_size = stack.head.linear.weight.shape
-    total = ClassSums.zeros(classes, hidden_size)
     with reader(blocks, plan) as matrices:
         now(f"running the layers below layer {window.bottom}")
         activations = entering(client, blocks, scratch, stack, matrices, order.window)
         now("fitting the head")
         streamed = matrices if plan.grain == "matrix" else None
         layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
+        total = ClassSums.zeros(classes, hidden_size)
         for indices in examples.by_length(plan.micro_batch):
             batch = examples.batch(indices)
             hidden = window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)
             means = mean_over_tokens(hidden.float(), batch.mask)
             total.count(layer_norm(means, (hidden_size,)), batch.labels)
+            del hidden  # before the next batch is run
     return HeadSums(total.tensors(), len(examples), process_time() - started)

@@ -1,6 +1,7 @@
 """The head in closed form: every client's sums, and the classifier that they give (discriminant.py)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from chainfed_ray.evaluate import pooled
 from chainfed_ray.fold import as_lost
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import HeadFit, Lost
+from chainfed_ray.threads import one_thread
 from chainfed_ray.tokens import Examples
 
 
@@ -49,7 +51,8 @@ def fit_head(
             lost.append(as_lost(client, Failure(error.reason)))
         else:
             if isinstance(sums, Failure):
-                lost.append(as_lost(client, sums))
+                # A client that exceeds its plan here is not left out: in a round it may have a second turn.
+                lost.append(as_lost(client, replace(sums, exceeded=False)))
             else:
                 total.add(ClassSums(**sums.tensors))
                 counted.append(sums)
@@ -64,8 +67,13 @@ def fit_head(
 
 
 def _head(total: ClassSums, stack: AdapterStack, window: Window, held_out: Examples, base: BaseModel) -> Tensors:
-    means, labels = pooled(held_out, base, base.scratch / "(validation)", stack, window)
-    weight, bias = fitted(total, layer_norm(means, means.shape[1:]), labels)
+    """The head's tensors; none if the sums are such that no classifier follows from them."""
+    with one_thread():
+        means, labels = pooled(held_out, base, base.scratch / "(validation)", stack, window)
+        found = fitted(total, layer_norm(means, means.shape[1:]), labels)
+    if found is None:
+        return {}
+    weight, bias = found
     return {
         "head.norm.weight": torch.ones(means.shape[1]),
         "head.norm.bias": torch.zeros(means.shape[1]),
@@ -80,9 +88,6 @@ def _checked(client: Client, result: Result | Failure, expected: Tensors) -> Hea
     if not isinstance(result, HeadSums):
         raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
     check_update(client.name, result.tensors, expected, len(client.examples))
-    # A class cannot have more examples than the server dealt; what else is in the sums, only the client knows.
-    if result.tensors["counts"].sum() != len(client.examples):
-        raise InvalidUpdate(
-            client.name, f"it counts {result.tensors['counts'].sum():g} examples, not {len(client.examples)}"
-        )
+    if impossible := ClassSums(**result.tensors).impossible(len(client.examples)):
+        raise InvalidUpdate(client.name, impossible)
     return result

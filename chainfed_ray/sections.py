@@ -74,7 +74,7 @@ class ClientClass(Section):
     availability: float = Field(
         1.0, gt=0, le=1, description="probability that a client which is sampled for a round answers in it (simulated)"
     )
-    speed: float = Field(1.0, gt=0, le=1, description="of its machine: at 0.5 a turn takes twice as long (simulated)")
+    speed: float = Field(1.0, ge=1e-8, le=1, description="of its machine: at 0.5 a turn takes twice as long (simulated)")
 
 
 class FleetSpec(Section):
@@ -105,7 +105,7 @@ class ChainSpec(Section):
     profile_examples: int = Field(64, ge=4, le=4096, description="a client's examples in its CKA profile")
     global_weight: float = Field(0.1, ge=0, le=10, description="λ: loss = local + λ · global")
     head: Literal["zero", "fitted"] = Field(
-        "fitted", description="how a stage's head begins: at zero, or `fitted` in closed form to the window's output"
+        "fitted", description="`fitted` in closed form to the window's output as each stage begins, or at `zero` once"
     )
     global_trains: Literal["window", "head", "upper"] = Field(
         "head",

@@ -9,6 +9,8 @@ FedAvgM (Hsu et al., 2019), FedAdam and FedYogi (Reddi et al., 2021, algorithm 2
 m starts at 0 and v at τ². All of it is done value by value, in float32.
 """
 
+from collections.abc import Iterable
+
 from torch import Tensor, full_like, zeros_like
 
 from chainfed_ray.adapter import Tensors
@@ -27,6 +29,12 @@ class ServerOptimizer:
     def __init__(self, spec: AggregationSpec, tensors: Tensors | None = None) -> None:
         self._spec = spec
         self.tensors: Tensors = tensors or {}
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Tensors that were made anew have no past."""
+        for name in names:
+            self.tensors.pop(f"m.{name}", None)
+            self.tensors.pop(f"v.{name}", None)
 
     def step(self, before: Tensors, aggregate: Tensors) -> Tensors:
         """The tensors of ``before`` after the round; those that are not in ``aggregate`` were not trained, and do not move."""

@@ -20,6 +20,7 @@ from chainfed_ray.fitting import add_up
 from chainfed_ray.measure import PeakMemory
 from chainfed_ray.memory import Footprint, Plan, Prefix
 from chainfed_ray.stream import SLICE_BYTES
+from chainfed_ray.threads import one_thread
 from chainfed_ray.tokens import Examples
 
 
@@ -32,7 +33,7 @@ def take_turn(client: Client, base: BaseModel, fetch: Callable[[], Order], cappe
     for data in (client.examples.ids, client.examples.offsets, client.examples.labels):
         data.sum()  # a client's data is not what its training takes: its pages are read before
     peak = MemoryCap(client.plan.planned_bytes, client.cap_bytes) if capped else PeakMemory()
-    with peak, _one_thread():
+    with peak, one_thread():
         result = _carry_out(client, base, fetch())
     return replace(result, peak_bytes=peak.bytes)
 
@@ -59,23 +60,12 @@ def _carry_out(client: Client, base: BaseModel, order: Order) -> Result:
         blocks.close()
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The order of additions, and so the result, is then the same wherever the turn runs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def warm_up(base: BaseModel) -> None:
     """Take a turn on a few tokens: what libraries load and keep the first time is the process's, not a client's.
 
     It is taken in the leanest way, so that getting ready needs little: some 30 MiB for libraries' own buffers.
     """
-    with PeakMemory(), _one_thread(), tempfile.TemporaryDirectory(prefix="chainfed-") as folder:
+    with PeakMemory(), one_thread(), tempfile.TemporaryDirectory(prefix="chainfed-") as folder:
         _try_everything(base, Path(folder))
         _fill_library_buffers(base.dtype)
     # What there is now stays: the collection before each turn need not look at it again, which would take a fifth of a second.

@@ -193,6 +193,7 @@ def test_only_the_mean_runs() -> None:
         ({"proximal": -0.1}, {}, "aggregation.proximal"),
         ({"server_learning_rate": float("nan")}, {}, "aggregation.server_learning_rate"),
         ({"mu": 0.1}, {}, "aggregation.mu"),
+        ({"server_learning_rate": 0.1}, {}, "aggregation.server_learning_rate"),
     ],
 )
 def test_wrong_aggregation(
@@ -220,3 +221,12 @@ def test_every_job_in_the_documentation_is_one() -> None:
     assert jobs
     for job in jobs:
         JobSpec.from_yaml(job)
+
+
+@pytest.mark.parametrize(("key", "value"), [("head", "fitted"), ("start", "auto")])
+def test_what_one_client_can_spoil_is_refused_with_a_robust_rule(key: str, value: str, document: dict[str, Any]) -> None:
+    document["aggregation"] = {"rule": "median"}
+    JobSpec.parse(document)
+    document["chain"][key] = value
+    with pytest.raises(InvalidJob, match=f"chain.{key}"):
+        JobSpec.parse(document)

@@ -92,3 +92,12 @@ def test_the_state_is_all_there_is_to_remember(start: Tensors, optimizer: Litera
         stack, again = server.step(stack, aggregate), other.step(again, aggregate)
         for name, tensor in stack.items():
             assert torch.equal(tensor, again[name])
+
+
+def test_a_tensor_that_was_made_anew_has_no_past(start: Tensors) -> None:
+    server = ServerOptimizer(AggregationSpec(optimizer="momentum"))
+    server.step(start, {name: tensor + 1 for name, tensor in start.items()})
+    server.forget(["head"])
+    after = server.step(start, dict(start))  # the clients change nothing
+    assert torch.equal(after["head"], start["head"])
+    assert not torch.equal(after["low"], start["low"])

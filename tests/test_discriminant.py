@@ -37,6 +37,12 @@ def sums_of(features: Tensor, labels: Tensor, classes: int) -> ClassSums:
     return total
 
 
+def a_fitted(total: ClassSums, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    found = fitted(total, features, labels)
+    assert found
+    return found
+
+
 @settings(deadline=None, max_examples=25)
 @given(cuts=st.lists(st.integers(0, 80), max_size=6), seed=st.integers(0, 1000))
 def test_the_sums_of_any_split_give_the_classifier_of_all_the_data(cuts: list[int], seed: int) -> None:
@@ -68,7 +74,7 @@ def test_no_shrinkage_or_temperature_would_do_better_on_what_was_held_out() -> N
     features, labels = examples(120, classes=4, width=20, seed=2)
     total = sums_of(features[:80], labels[:80], 4)
     held_out, truth = features[80:], labels[80:]
-    weight, bias = fitted(total, held_out, truth)
+    weight, bias = a_fitted(total, held_out, truth)
     loss = cross_entropy(held_out @ weight.T + bias, truth)
     for shrinkage in (0.01, 0.03, 0.1, 0.3, 0.6):
         plain, offset = (tensor.float() for tensor in discriminant(total, shrinkage))
@@ -78,10 +84,24 @@ def test_no_shrinkage_or_temperature_would_do_better_on_what_was_held_out() -> N
 
 def test_a_class_without_examples_is_possible_and_unlikely() -> None:
     features, labels = examples(60, classes=3, width=4, seed=3)
-    weight, bias = fitted(sums_of(features, labels, 5), features, labels)
+    weight, bias = a_fitted(sums_of(features, labels, 5), features, labels)
     assert torch.isfinite(weight).all()
     assert torch.isfinite(bias).all()
     assert (features @ weight.T + bias).argmax(1).max() < 3
+
+
+def test_features_that_do_not_vary_give_no_wild_weights() -> None:
+    features, labels = examples(8, classes=4, width=16, seed=4)
+    features = layer_norm(features, (16,))[labels]  # each class is one text, again and again
+    weight, _ = discriminant(sums_of(features, labels, 4), 0.01)
+    assert weight.abs().max() < 1e7
+
+
+def test_sums_without_an_inverse_give_no_head() -> None:
+    features, labels = examples(20, classes=2, width=3, seed=5)
+    nothing = ClassSums.zeros(2, 3)
+    nothing.products.fill_(float("nan"))
+    assert fitted(nothing, features, labels) is None
 
 
 def test_a_client_adds_up_what_comes_out_of_its_window(document: dict[str, Any], tmp_path: Path) -> None:
@@ -149,7 +169,7 @@ def test_killed_between_the_fit_and_the_round_it_goes_on_as_if_never(document: d
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.parametrize("lie", ["counts", "products", "kind"])
+@pytest.mark.parametrize("lie", ["counts", "sums", "products", "kind"])
 def test_sums_that_cannot_be_are_refused(lie: str, document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"]["head"] = "fitted"
     document["rounds"] |= {"total": 1}
@@ -172,5 +192,5 @@ def _lie(lie: str, result: Result) -> Any:
     if lie == "kind":
         return Client
     changed = dict(result.tensors)
-    changed[lie] = changed[lie] * (2 if lie == "counts" else float("nan"))
+    changed[lie] = changed[lie] * (2 if lie == "counts" else 1e4)
     return HeadSums(changed, result.examples, result.cpu_seconds)

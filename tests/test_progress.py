@@ -88,7 +88,7 @@ def test_a_line_for_each_round_where_there_is_no_terminal() -> None:
     text = console.export_text()
     assert "watch (2): 24MiB a client, 8MiB too little for any window" in text
     assert "The chain starts at layer 2, that of the last window: none before is below 0.5." in text
-    assert "Stage 1 begins: a head fitted to 1200 examples of 12 clients." in text
+    assert "The head is fitted to 1200 examples of 12 clients." in text
     assert "round 1/20    layers 2–3  3 clients  50.0% right  peak 25MiB  ≤ 1m 16s left" in text
     assert "phone-2 died" in text
     assert "phone-3 died" not in text
