@@ -1,7 +1,8 @@
 """What a job's releases cost: ε of client-level (ε, δ)-differential privacy, by Rényi differential privacy (Mironov, 2017).
 
 Two fleets are neighbours if one client's data is replaced by any other: the sum of clipped updates then moves by 2C at most, so
-noise of z·C is a Gaussian mechanism with the multiplier z/2. A round samples a fixed number of clients without replacement.
+noise of z·C is a Gaussian mechanism with the multiplier z/2. A round samples a fixed number of clients without replacement. One
+that does not answer contributes zero, to a sum that is released all the same: the price is that of a round in which all do.
 
 Opacus knows A(a) = E[(P/Q)^a], for P = (1 − q)·N(0, σ²) + q·N(1, σ²) and Q = N(0, σ²): the moments of a Gaussian mechanism
 whose records are sampled one by one (Mironov, Talwar and Zhang, 2019). From there to samples of a fixed size:
@@ -17,22 +18,22 @@ Kasiviswanathan (2019) for the same case.
 
 import math
 import warnings
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from chainfed_ray.config import JobSpec
-from chainfed_ray.records import Round
 
 _ORDERS = np.array([1 + tenth / 10 for tenth in range(1, 100)] + [*range(11, 64), 80, 96, 128, 256, 512])
 _REPLACED = 2  # the sensitivity of the sum, in units of C: one contribution goes, another one comes
 
 
 class Release(NamedTuple):
-    """A round that counted: the share of clients that were sampled, and the deviation of the sum's noise in units of C."""
+    """A round: the share of clients that were sampled, and the deviation of the sum's noise in units of C."""
 
     rate: float
     multiplier: float
@@ -68,47 +69,33 @@ def _rdp(release: Release) -> np.ndarray:
 
 
 class Ledger:
-    """What the rounds of a job cost, of which ``admitted`` clients may be sampled at first.
+    """What the rounds of a job cost, of which ``admitted`` clients may be sampled: each the same, fixed beforehand.
 
-    It knows nothing but the records, so it is the same whoever ran them. A round that did not count released nothing.
+    If it depended on what became of a round, and so on who was sampled, that would tell something about the sample.
     """
 
     def __init__(self, spec: JobSpec, admitted: int) -> None:
         assert spec.privacy, "there is no price without it"
-        self._spec, self._privacy, self._admitted = spec, spec.privacy, admitted
+        self._privacy, self._asked = spec.privacy, spec.rounds.total
+        sampled = min(spec.rounds.clients, admitted)
+        self._release = Release(sampled / admitted, spec.privacy.noise_multiplier)
 
-    def spent(self, history: Sequence[Round]) -> float:
-        """ε of every model that came out of ``history``, together."""
-        releases, _ = self._releases(history)
-        return epsilon(releases, self._privacy.delta)
+    def spent(self, rounds: int) -> float:
+        """ε of the models of so many rounds, together."""
+        return epsilon([self._release] * rounds, self._privacy.delta)
 
-    def with_another(self, history: Sequence[Round]) -> float:
-        """ε after one more round, in which no more clients answer than must."""
-        releases, population = self._releases(history)
-        sampled = min(self._spec.rounds.clients, population)
-        another = self._release(population, sampled, min(self._spec.quorum, sampled))
-        return epsilon([*releases, another], self._privacy.delta)
+    @cached_property
+    def total(self) -> int:
+        """The rounds that the job asks for or, if those are fewer, that its limit of ε allows."""
+        if self._privacy.epsilon is None:
+            return self._asked
+        return bisect_right(range(1, self._asked + 1), self._privacy.epsilon, key=self.spent)
 
-    def stop(self, history: Sequence[Round]) -> str | None:
-        """Why there may be no further round: it could take ε beyond the job's limit. None if it cannot."""
-        limit = self._privacy.epsilon
-        if limit is None or (dearer := self.with_another(history)) <= limit:
+    def stopped(self) -> str | None:
+        """Why the job has fewer rounds than it asks for. None if it has not."""
+        if self.total == self._asked:
             return None
-        return f"privacy limit: one more round could take ε to {dearer:.3g}, beyond {limit:g}"
-
-    def _releases(self, history: Sequence[Round]) -> tuple[list[Release], int]:
-        """One for each round that counted; and the clients that may be sampled next, without those over their budgets."""
-        left_out: set[str] = set()
-        releases = []
-        for record in history:
-            if record.counted:
-                population, answered = self._admitted - len(left_out), len(record.turns)
-                releases.append(self._release(population, answered + len(record.lost), answered))
-            left_out |= {lost.client for lost in record.lost if lost.over_budget}
-        return releases, self._admitted - len(left_out)
-
-    def _release(self, population: int, sampled: int, answered: int) -> Release:
-        multiplier = self._privacy.noise_multiplier
-        if self._privacy.where == "client":
-            multiplier *= math.sqrt(answered / self._spec.rounds.clients)  # those that did not answer added no noise
-        return Release(sampled / population, multiplier)
+        return (
+            f"privacy limit: one more round could take ε to {self.spent(self.total + 1):.3g}, beyond "
+            f"{self._privacy.epsilon:g}"
+        )

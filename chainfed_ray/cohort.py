@@ -46,11 +46,13 @@ class Cohort:
         Raises:
             QuorumLost: too few clients are left.
         """
-        sampled, lean = _sample(spec, candidates, index, history, seed), _lean(history)
+        sampled, lean, left_out = _sample(spec, candidates, index, history, seed), _lean(history), _left_out(history)
         clients, absent = [], []
         for candidate in sampled:
             client = _turn(planner, candidate, stage, candidate.name in lean)
-            if _answers(spec.seed, index, candidate):
+            if candidate.name in left_out:
+                absent.append((client, Failure(f"it was left out: {left_out[candidate.name]}")))
+            elif _answers(spec.seed, index, candidate):
                 clients.append(client)
             else:
                 reason = f"it did not answer: it does with probability {candidate.availability:g}"
@@ -81,14 +83,16 @@ def _left_out(history: Sequence[Round]) -> dict[str, str]:
 def _sample(
     spec: JobSpec, candidates: Iterable[Candidate], index: int, history: Sequence[Round], seed: int
 ) -> tuple[Candidate, ...]:
-    """Drawn without replacement; without those left out meanwhile."""
-    left_out = _left_out(history)
-    able = [candidate for candidate in candidates if candidate.name not in left_out]
+    """Drawn without replacement; without those left out meanwhile, except where privacy has its price for a sample of all."""
+    everybody, left_out = list(candidates), _left_out(history)
+    able = [candidate for candidate in everybody if candidate.name not in left_out]
     if len(able) < spec.quorum:
         raise QuorumLost(f"round {index + 1}", spec.quorum, left_out)
-    count = min(spec.rounds.clients, len(able))
+    drawn_from = everybody if spec.privacy else able
+    count = min(spec.rounds.clients, len(drawn_from))
     generator = np.random.default_rng(derive(seed, "sample", index))
-    return tuple(able[place] for place in sorted(generator.choice(len(able), count, replace=False).tolist()))
+    places = generator.choice(len(drawn_from), count, replace=False).tolist()
+    return tuple(drawn_from[place] for place in sorted(places))
 
 
 def _answers(seed: int, index: int, candidate: Candidate) -> bool:

@@ -57,7 +57,7 @@ class Coordinator:
     def open(self) -> Opening:
         """Decide where the chain starts (FOAT), once: a committed opening is the opening."""
         if opening := self._log.opening():
-            self._job.manifest.check_unchanged(opening.partition_hash)
+            self._job.check_begun_with(opening)
             self._planner = self._job.planner.starting_at(opening.start_layer)
             return opening
         similarities: tuple[float, ...] = ()
@@ -78,7 +78,7 @@ class Coordinator:
             similarities=similarities,
             lost=lost,
             stages=len(self._chain(start).windows),
-            total_rounds=self._spec.rounds.total,
+            total_rounds=self._guarantee.total,
             partition_hash=self._job.manifest.hash,
             profile_cpu_seconds=cpu_seconds,
         )
@@ -96,7 +96,7 @@ class Coordinator:
         chain = self._chain(opening.start_layer)
         history = self._log.rounds()
         stack, movement, server = self._restore(chain, history)
-        while (step := self._next(chain, history)) is not None and not self._guarantee.stop(history):
+        while (step := self._next(chain, history)) is not None:
             record, stack, movement = self._round(step, stack, movement, server, history)
             record = self._guarantee.priced(record, history)
             tensors = {_STACK + name: tensor for name, tensor in stack.tensors().items()}
@@ -112,9 +112,8 @@ class Coordinator:
         if ending := self._log.ending():
             self._log.erase_secret()
             return ending
-        history, chain = self._log.rounds(), self._chain(self.open().start_layer)
-        stack = self.stack()
-        top = chain.windows[-1]
+        history, stack = self._log.rounds(), self.stack()
+        top = self._chain(self.open().start_layer).windows[-1]
         score = evaluate(self._job.test, self._job.base, self._job.base.scratch / "(test)", stack, top)
         peaks: dict[str, int] = {}
         for turn in (turn for record in history for turn in record.turns):
@@ -126,7 +125,7 @@ class Coordinator:
             rounds=len(history),
             peak_bytes=peaks,
             epsilon=self._guarantee.epsilon(history),
-            stopped=self._guarantee.stop(history) if self._next(chain, history) else None,
+            stopped=self._guarantee.stopped(history),
         )
         self._log.commit_ending(ending)
         self._log.erase_secret()
@@ -192,7 +191,7 @@ class Coordinator:
 
     def _next(self, chain: Chain, history: Sequence[Round]) -> _Step | None:
         """What follows from the rounds so far, whoever ran them."""
-        total, done = self._spec.rounds.total, len(history)
+        total, done = self._guarantee.total, len(history)
         if done == total:
             return None
         if self._spec.chain.schedule == "cyclic":
@@ -248,7 +247,7 @@ class Coordinator:
         for client in clients:
             if failure := exceeded.get(client.name):
                 fold.add(client, replace(failure, reason=f"{failure.reason}; there is no leaner plan"))
-        counted = len(fold.turns) >= self._spec.quorum
+        counted = self._guarantee.counts(len(fold.turns))
 
         # 4. The new stack, and how far the window moved.
         after = server.step(before, fold.aggregate()) if counted else before
@@ -350,7 +349,7 @@ class Coordinator:
 
     def _stop_if_fruitless(self, history: Sequence[Round]) -> None:
         newest = history[-_FRUITLESS_ROUNDS:]
-        if len(newest) == _FRUITLESS_ROUNDS and not any(record.counted for record in newest):
+        if len(newest) == _FRUITLESS_ROUNDS and all(len(record.turns) < self._spec.quorum for record in newest):
             rounds = f"rounds {newest[0].index + 1} to {newest[-1].index + 1}"
             raise QuorumLost(rounds, self._spec.quorum, _reasons(newest[-1].lost))
 

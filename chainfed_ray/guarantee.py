@@ -36,6 +36,15 @@ class Guarantee:
             for client in clients
         ]
 
+    @property
+    def total(self) -> int:
+        """Rounds of the whole job, within its limit of ε."""
+        return self._ledger.total if self._ledger else self._spec.rounds.total
+
+    def counts(self, answered: int) -> bool:
+        """Whether a round counts of which so many answered. With privacy all do: that one does not would tell of its sample."""
+        return self._privacy is not None or answered >= self._spec.quorum
+
     def sent(self, own: Window, stage: Window) -> Window:
         """The window whose tensors a client sends that trains its ``own``: with noise of its own, all of the ``stage``'s."""
         return stage if self._privacy and self._privacy.where == "client" else own
@@ -52,8 +61,8 @@ class Guarantee:
 
     def epsilon(self, history: Sequence[Round]) -> float | None:
         """ε of the rounds so far; None without privacy."""
-        return self._ledger.spent(history) if self._ledger else None
+        return self._ledger.spent(len(history)) if self._ledger else None
 
-    def stop(self, history: Sequence[Round]) -> str | None:
-        """Why there may be no further round, if that is so."""
-        return self._ledger.stop(history) if self._ledger else None
+    def stopped(self, history: Sequence[Round]) -> str | None:
+        """Why the rounds so far are all, though the job asks for more, if it is its limit of ε."""
+        return self._ledger.stopped() if self._ledger and len(history) == self._ledger.total else None

@@ -20,7 +20,7 @@ from chainfed_ray.manifest import Manifest
 from chainfed_ray.memory import Plan, Task
 from chainfed_ray.partition import deal
 from chainfed_ray.quantities import format_bytes
-from chainfed_ray.records import LeftOut
+from chainfed_ray.records import LeftOut, Opening
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_layer import FEWEST
 from chainfed_ray.tokens import Examples, tokenize
@@ -61,6 +61,21 @@ class Job:
     def clients(self) -> tuple[Client, ...]:
         """Those who take part, each with the plan of the lowest window."""
         return tuple(as_client(candidate, plan, plan.planned_bytes) for candidate, plan in self.admitted)
+
+    def check_begun_with(self, opening: Opening) -> None:
+        """A job that is resumed has the rows, and the clients, with which it began: samples and their price follow from them.
+
+        Raises:
+            InvalidJob: one of them has changed since.
+        """
+        self.manifest.check_unchanged(opening.partition_hash)
+        now, then = [candidate.name for candidate, _ in self.admitted], [client.client for client in opening.admitted]
+        if now != then:
+            expected = (
+                f"the clients that could take part as the job began (gone since: {_listed(set(then) - set(now))}; "
+                f"new: {_listed(set(now) - set(then))})"
+            )
+            raise InvalidJob.at("fleet.clients", f"{len(now)} that can take part", expected)
 
 
 def as_client(candidate: Candidate, plan: Plan, cap_bytes: int) -> Client:
@@ -203,11 +218,13 @@ def check_fleet(job: Job) -> None:
             "auto",
             f"the index of a layer, since no client has the {FEWEST} rows of a profile, and disk for their activations",
         )
-    if spec.privacy and spec.privacy.epsilon is not None:
-        least = Ledger(spec, len(admission.admitted)).with_another([])
-        if least > spec.privacy.epsilon:
-            expected = f"{least:.3g} or more, which the first round may cost with {len(admission.admitted)} clients"
-            raise InvalidJob.at("privacy.epsilon", spec.privacy.epsilon, expected)
+    if spec.privacy and (ledger := Ledger(spec, len(admission.admitted))).total == 0:
+        expected = f"{ledger.spent(1):.3g} or more, which the first round costs with {len(admission.admitted)} clients"
+        raise InvalidJob.at("privacy.epsilon", spec.privacy.epsilon, expected)
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
 
 
 def _left_out(candidate: Candidate, missing: int) -> LeftOut:

@@ -114,7 +114,7 @@ class HeadFit(Record):
 class Round(Record):
     """One federated round. ``ended`` says why its stage ended with it, if it did; ``head_fit`` how it began, if in that way.
 
-    ``epsilon`` is ε of the rounds so far, at the job's δ; None without privacy.
+    ``epsilon`` is ε of the rounds so far, at the job's δ; None without privacy, with which each round is ``counted``.
     """
 
     index: int
@@ -237,7 +237,6 @@ class Result(Record):
         cls, job: str, classes: tuple[str, ...], opening: Opening, rounds: Sequence[Round], ending: Ending
     ) -> "Result":
         """The result of the job called ``job``, whose head tells ``classes`` apart."""
-        ends = [record for record in rounds if record.ended or (ending.stopped and record is rounds[-1])]
         return cls(
             job=job,
             accuracy=ending.accuracy,
@@ -253,9 +252,10 @@ class Result(Record):
                     top=last.top,
                     rounds=sum(record.stage == last.stage for record in rounds),
                     accuracy=last.accuracy,
-                    ended=last.ended or ending.stopped or "",
+                    ended=last.ended,
                 )
-                for last in ends
+                for last in rounds
+                if last.ended
             ),
             left_out=opening.left_out,
             peak_bytes=ending.peak_bytes,

@@ -74,7 +74,9 @@ class ClientClass(Section):
     availability: float = Field(
         1.0, gt=0, le=1, description="probability that a client which is sampled for a round answers in it (simulated)"
     )
-    speed: float = Field(1.0, ge=1e-8, le=1, description="of its machine: at 0.5 a turn takes twice as long (simulated)")
+    speed: float = Field(
+        1.0, ge=1e-8, le=1, description="of its machine: at 0.5 a turn takes twice as long (simulated)"
+    )
 
 
 class FleetSpec(Section):

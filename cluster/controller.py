@@ -10,6 +10,7 @@ from typing import Protocol
 
 from sqlalchemy.exc import OperationalError
 
+from chainfed_ray.commit_log import CommitLog
 from cluster.job_store import JobStore
 from cluster.storage import Settings
 
@@ -55,11 +56,12 @@ class Controller:
         """One comparison."""
         alive = self._coordinators.alive()
 
-        # 1. What was cancelled ends now; its commits stay, its caches go.
+        # 1. What was cancelled ends now; its commits stay, its caches and its secret go.
         for job in self._store.page(status="cancelling"):
             if job.id in alive:
                 self._coordinators.end(job.id)
             self._settings.storage.clear_scratch(job.id)
+            CommitLog(self._settings.storage.job(job.id)).erase_secret()
             self._store.move(job.id, "cancelled")
 
         # 2. A coordinator whose job is over has nothing to do, and would keep its machine from being given back.

@@ -56,6 +56,7 @@ def _run(job: str, store: JobStore, storage: Storage, make_pool: Callable[[Job],
     except Exception as error:  # whatever it is, it is the job's first cause and belongs on its record
         _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)))
         storage.clear_scratch(job)
+        CommitLog(storage.job(job)).erase_secret()
         document = (
             error.document()
             if isinstance(error, ChainFedError)

@@ -54,10 +54,15 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def document(tiny_model_folder: Path, tiny_data: Path) -> dict[str, Any]:
     """A job that takes seconds; a test changes what it is about."""
+    return a_document(tiny_model_folder, tiny_data)
+
+
+def a_document(model: Path, data: Path) -> dict[str, Any]:
+    """The job of the fixture ``document``, for fixtures that many tests share."""
     return {
         "name": "tiny",
-        "model": {"base": f"path:{tiny_model_folder}"},
-        "data": {"train": f"path:{tiny_data}", "max_length": 16},
+        "model": {"base": f"path:{model}"},
+        "data": {"train": f"path:{data}", "max_length": 16},
         "fleet": {"clients": [{"name": "phone", "count": 4, "memory": "64MiB"}]},
         "chain": {"window": 2, "start": 1, "head": "zero", "adapter": {"bottleneck": 8}},
         "rounds": {"total": 4, "clients": 3, "batch_size": 8, "learning_rate": 0.01, "convergence": {"span": 1}},

@@ -224,7 +224,9 @@ def test_every_job_in_the_documentation_is_one() -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("head", "fitted"), ("start", "auto")])
-def test_what_one_client_can_spoil_is_refused_with_a_robust_rule(key: str, value: str, document: dict[str, Any]) -> None:
+def test_what_one_client_can_spoil_is_refused_with_a_robust_rule(
+    key: str, value: str, document: dict[str, Any]
+) -> None:
     document["aggregation"] = {"rule": "median"}
     JobSpec.parse(document)
     document["chain"][key] = value

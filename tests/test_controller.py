@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chainfed_ray.commit_log import CommitLog
 from cluster.controller import Controller
 from cluster.job_store import JobStore
 from cluster.storage import Settings, Storage
@@ -68,10 +69,12 @@ def test_a_cancelled_job_ends_and_gives_its_disk_back(parts: tuple[Controller, J
     job, other = store.submit(SPEC).id, store.submit(SPEC).id
     controller.step()
     settings.storage.scratch(job).mkdir(parents=True)
+    CommitLog(settings.storage.job(job)).secret()
     store.move(job, "cancelling")
     controller.step()
     assert store.get(job).status == "cancelled"
     assert not settings.storage.scratch(job).exists()
+    assert not (settings.storage.job(job) / "privacy.key").exists(), "of noise that is made no more"
     assert processes.jobs == {other}
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import stat
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from torch import Tensor
 
 from api.progress import Progress
 from api.results import results
@@ -20,7 +22,16 @@ from chainfed_ray.chain import Window
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import CorruptCommit, InvalidJob
-from chainfed_ray.privacy import Noise, NoiseShare, PrivateMean, clip_factor, private_mean, sampling_seed, share_of
+from chainfed_ray.privacy import (
+    _CHUNK,
+    Noise,
+    NoiseShare,
+    PrivateMean,
+    clip_factor,
+    private_mean,
+    sampling_seed,
+    share_of,
+)
 from chainfed_ray.sections import PrivacySpec
 from tests.test_job_store import SPEC
 from tests.test_progress import ENDING, a_console, a_round, an_opening, told
@@ -31,6 +42,7 @@ SERVER, CLIENT = (
     PrivacySpec(clip=2.0, noise_multiplier=0.5, where="client"),
 )
 WINDOW = Window(1, 2)
+NONE = Noise(0.0, SECRET)
 
 values = st.floats(-1e3, 1e3, width=32)
 updates = st.lists(values, min_size=5, max_size=5).map(
@@ -38,6 +50,13 @@ updates = st.lists(values, min_size=5, max_size=5).map(
 )
 bounds = st.floats(1e-3, 1e3)
 START = {"a": torch.tensor([1.0, -2.0, 0.5]), "b": torch.tensor([0.25, 4.0])}
+
+
+def noise_of(noise: Noise, name: str, shape: torch.Size) -> Tensor:
+    """The noise of a tensor by itself, in float64."""
+    drawn = torch.zeros(shape, dtype=torch.float64)
+    noise.add_to(name, drawn)
+    return drawn
 
 
 def flat(tensors: Tensors) -> np.ndarray:
@@ -62,7 +81,7 @@ def test_a_client_moves_the_sum_by_c_and_one_that_is_replaced_by_2c(
     """Whatever it sends, however many examples it has, and whoever else answers."""
 
     def summed(found: list[Tensors]) -> np.ndarray:
-        mean = PrivateMean({name: tensor.double() for name, tensor in START.items()}, clients, bound, None)
+        mean = PrivateMean({name: tensor.double() for name, tensor in START.items()}, clients, bound, NONE)
         for update in found:
             mean.fold(update, examples)
         moved = {name: mean._moved(name, tensor.double()) for name, tensor in START.items()}
@@ -74,7 +93,7 @@ def test_a_client_moves_the_sum_by_c_and_one_that_is_replaced_by_2c(
 
 
 def test_the_denominator_is_fixed_and_weights_are_alike() -> None:
-    mean = PrivateMean(START, 10, clip=100.0, noise=None)
+    mean = PrivateMean(START, 10, clip=100.0, noise=NONE)
     for examples in (1, 500):
         mean.fold({name: tensor + 1 for name, tensor in START.items()}, examples)
     for name, tensor in mean.result().items():
@@ -82,7 +101,7 @@ def test_the_denominator_is_fixed_and_weights_are_alike() -> None:
 
 
 def test_a_narrower_window_adds_zero_to_the_rest() -> None:
-    mean = PrivateMean(START, 2, clip=1.0, noise=None)
+    mean = PrivateMean(START, 2, clip=1.0, noise=NONE)
     mean.fold({"b": START["b"] + torch.tensor([3.0, 4.0])}, 1)  # a change of norm 5
     result = mean.result()
     assert torch.equal(result["a"], START["a"])
@@ -99,33 +118,50 @@ def test_every_tensor_of_the_stage_gets_noise() -> None:
 def test_noise_is_gaussian_and_its_values_are_independent() -> None:
     """Of a fixed key, so that it passes always or never; the bounds are those of chance at one in a million."""
     count, deviation = 400_001, 3.0
-    drawn = Noise(deviation, SECRET).of("x", torch.Size([count])).numpy() / deviation
+    drawn = noise_of(Noise(deviation, SECRET), "x", torch.Size([count])).numpy() / deviation
     assert drawn.dtype == np.float64
     far = stats.norm.isf(5e-7)
     assert abs(drawn.mean()) < far / math.sqrt(count)
     assert abs(drawn.var() - 1) < far * math.sqrt(2 / count)
     assert stats.kstest(drawn, "norm").pvalue > 1e-6
-    half = count // 2
+    half = _CHUNK // 2
+    pairs = drawn[: count // _CHUNK * _CHUNK].reshape(-1, 2, half)  # the two of a pair are half a chunk apart
+    first_of_two, second_of_two = pairs[:, 0].ravel(), pairs[:, 1].ravel()
     for first, second in (
         (drawn[:-1], drawn[1:]),
-        (drawn[:half], drawn[half : 2 * half]),  # the two of a pair
-        (drawn[:half] ** 2 - 1, drawn[half : 2 * half] ** 2 - 1),
+        (drawn[:-_CHUNK], drawn[_CHUNK:]),  # of two chunks
+        (first_of_two, second_of_two),
+        (first_of_two**2 - 1, second_of_two**2 - 1),
     ):
         spread = first.std() * second.std() * math.sqrt(len(first))
         assert abs((first * second).sum()) < far * spread
-    again, other = (Noise(deviation, SECRET).of(name, torch.Size([count])).numpy() for name in ("x", "y"))
+    again, other = (noise_of(Noise(deviation, SECRET), name, torch.Size([count])).numpy() for name in ("x", "y"))
     assert np.array_equal(again / deviation, drawn)
     assert abs(np.corrcoef(drawn, other)[0, 1]) < far / math.sqrt(count)
 
 
-def test_noise_has_the_deviation_that_was_asked_for() -> None:
-    """z·C on the sum, either way: over many rounds, of one value without any update."""
+def test_noise_takes_little_memory_however_large_the_tensor() -> None:
+    """It is in no plan: 8 MB of values, and less than one to draw noise for them."""
+    value = torch.zeros(1_000_003, dtype=torch.float64)
+    tracemalloc.start()
+    try:
+        Noise(1.0, SECRET).add_to("x", value)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 * _CHUNK
+    assert value.all()
+
+
+@pytest.mark.parametrize("answering", [5, 3, 0])
+def test_noise_has_the_deviation_that_was_asked_for(answering: int) -> None:
+    """z·C on the sum, either way and whoever answers: over many rounds, of one value without any update."""
     start, rounds, clients = {"x": torch.zeros(50)}, 400, 5
     server = torch.stack([private_mean(SERVER, SECRET, index, start, clients).result()["x"] for index in range(rounds)])
     from_clients = []
     for index in range(rounds):
         mean = private_mean(CLIENT, SECRET, index, start, clients)
-        for place in range(clients):
+        for place in range(answering):
             share = share_of(CLIENT, SECRET, index, f"phone-{place}", WINDOW, clients)
             mean.fold(share.applied(start, {}), 1)
         from_clients.append(mean.result()["x"])
@@ -145,7 +181,7 @@ def test_every_key_is_its_own() -> None:
         for window in (Window(1, 2), Window(2, 2))
     ]
     servers = [private_mean(SERVER, SECRET, index, START, 5)._noise for index in (0, 1)]
-    keys = [share.noise.key for share in shares] + [noise.key for noise in servers if noise] + [SECRET]
+    keys = [share.noise.key for share in shares] + [noise.key for noise in servers] + [SECRET]
     assert len(set(keys)) == 8 + 2 + 1
     assert sampling_seed(SECRET) not in {int.from_bytes(key) for key in keys}
     assert share_of(CLIENT, SECRET, 0, "phone-0", WINDOW, 5) == shares[0], (
@@ -166,7 +202,7 @@ def test_a_client_clips_and_sends_noise_for_what_it_did_not_train(update: Tensor
     change = flat({"b": update["b"]}) - flat({"b": START["b"]})
     norm = np.linalg.norm(change)
     clipped = change * min(1.0, CLIENT.clip / norm) if norm else change
-    expected = {name: START[name].double() + share.noise.of(name, START[name].shape) for name in START}
+    expected = {name: START[name].double() + noise_of(share.noise, name, START[name].shape) for name in START}
     expected["b"] += torch.from_numpy(clipped)
     np.testing.assert_allclose(flat(sent), flat(expected), rtol=1e-6, atol=1e-6)
     assert {tensor.dtype for tensor in sent.values()} == {torch.float32}

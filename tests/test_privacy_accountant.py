@@ -1,6 +1,7 @@
 """Promises of the price: no less than what is given away, and what the library and published results say."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,11 +14,7 @@ from scipy.stats import norm
 
 from chainfed_ray.accountant import _ORDERS, Ledger, Release, _rdp, epsilon
 from chainfed_ray.config import JobSpec
-from chainfed_ray.records import Lost, Round
 from tests.test_job_store import SPEC
-from tests.test_progress import a_round, an_opening
-
-OPENING = an_opening()
 
 
 def exact_gaussian(mu: float, delta: float) -> float:
@@ -121,53 +118,76 @@ def test_every_noise_that_a_job_may_ask_for_has_a_finite_price(rate: float, mult
     assert math.isfinite(epsilon([Release(rate, multiplier)], 1e-6))
 
 
-def a_ledger(
-    admitted: int, where: str = "server", limit: float | None = None, clients: int = 3, quorum: int = 2
-) -> Ledger:
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.floats(-1, 1), min_size=4, max_size=6),
+    st.floats(-1, 1),
+    st.integers(1, 3),
+    st.sets(st.integers(0, 4)),
+    st.sampled_from([0.8, 2.0]),
+)
+def test_the_price_holds_whoever_does_not_answer(
+    contributions: list[float], other: float, sampled: int, silent: set[int], deviation: float
+) -> None:
+    """A mixture over every sample, to which silent clients add zero; with other data the last may fall silent, too."""
+    here = [0.0 if place in silent else value for place, value in enumerate(contributions)]
+    neighbour = [*here[:-1], other if len(silent) % 2 else 0.0]
+    grid, step = np.linspace(-25 - 12 * deviation, 25 + 12 * deviation, 8001, retstep=True)
+
+    def log_mixture(values: list[float]) -> np.ndarray:
+        sums = [sum(chosen) for chosen in combinations(values, sampled)]
+        found: np.ndarray = logsumexp(norm.logpdf(grid[:, None], sums, deviation), axis=1) - math.log(len(sums))
+        return found
+
+    first, second = log_mixture(here), log_mixture(neighbour)
+    price = _rdp(Release(sampled / len(here), deviation))
+    for order in (1.5, 3.0, 7.0):
+        for p, q in ((first, second), (second, first)):
+            divergence = (logsumexp(order * p - (order - 1) * q) + math.log(step)) / (order - 1)
+            assert divergence <= price[list(_ORDERS).index(order)] + 1e-9
+
+
+def test_to_release_a_round_only_if_enough_answer_would_cost_more() -> None:
+    """Why each is released: of two clients one answers, a round samples one of them, and N(0, 1.2²) is added."""
+    order, deviation = 20.0, 1.2
+    moment = math.exp(order * (order - 1) * (2 / deviation) ** 2 / 2)  # of −1 against 1, without sampling
+    told = math.log(1 / 2 + moment / 2) / (
+        order - 1
+    )  # nothing comes out in one half of cases, and tells which half it is
+    price = _rdp(Release(1 / 2, deviation))[list(_ORDERS).index(order)]
+    assert told > price
+
+
+def a_ledger(admitted: int, where: str = "server", limit: float | None = None, clients: int = 3) -> Ledger:
     document = SPEC.document()
     document["chain"] |= {"start": 1, "head": "zero"}
-    document["rounds"] |= {"clients": clients, "quorum": quorum}
+    document["rounds"] |= {"clients": clients, "total": 50}
     document["privacy"] = {"clip": 1.0, "noise_multiplier": 2.0, "where": where, "epsilon": limit}
     return Ledger(JobSpec.parse(document), admitted)
 
 
-def a_past(index: int, answered: int, lost: int = 0, over_budget: bool = False, counted: bool = True) -> Round:
-    """A round of which so many clients answered; who was lost was a client of its own."""
-    gone = tuple(
-        Lost(client=f"{index}-{place}", client_class="phone", reason="died", over_budget=over_budget)
-        for place in range(lost)
-    )
-    turns = a_round(index, OPENING).turns[:answered]
-    return a_round(index, OPENING, turns=turns, lost=gone, counted=counted)
+@pytest.mark.parametrize("where", ["server", "client"])
+def test_every_round_has_its_price_beforehand(where: str) -> None:
+    assert a_ledger(12, where).spent(0) == 0
+    assert a_ledger(12, where).spent(7) == epsilon([Release(3 / 12, 2.0)] * 7, 1e-5)
+    assert a_ledger(3, where, clients=3).spent(2) == epsilon([Release(1.0, 2.0)] * 2, 1e-5)
+    assert a_ledger(2, where, clients=3).spent(2) == epsilon([Release(1.0, 2.0)] * 2, 1e-5), "no more than there are"
 
 
-def test_the_ledger_adds_up_the_rounds_that_counted() -> None:
-    ledger = a_ledger(12)
-    full = Release(3 / 12, 2.0)
-    assert ledger.spent([]) == 0
-    assert ledger.spent([a_past(0, 3), a_past(1, 1, 2, counted=False), a_past(2, 3)]) == epsilon([full, full], 1e-5)
-    assert ledger.spent([a_past(0, 2, lost=1)]) == epsilon([full], 1e-5), "the server's noise is all there"
+@settings(deadline=None)
+@given(st.floats(0.01, 60))
+def test_the_rounds_of_a_limit_are_the_most_that_it_allows(limit: float) -> None:
+    ledger = a_ledger(12, limit=limit)
+    assert ledger.spent(ledger.total) <= limit or ledger.total == 0
+    if ledger.total == 50:
+        assert ledger.stopped() is None
+        return
+    dearer = ledger.spent(ledger.total + 1)
+    assert dearer > limit
+    assert ledger.stopped() == f"privacy limit: one more round could take ε to {dearer:.3g}, beyond {limit:g}"
 
 
-def test_noise_of_clients_that_did_not_answer_is_missed() -> None:
-    ledger = a_ledger(12, "client")
-    assert ledger.spent([a_past(0, 3)]) == epsilon([Release(3 / 12, 2.0)], 1e-5)
-    assert ledger.spent([a_past(0, 2, lost=1)]) == epsilon([Release(3 / 12, 2.0 * math.sqrt(2 / 3))], 1e-5)
-    assert ledger.spent([a_past(0, 2, lost=1)]) > ledger.spent([a_past(0, 3)])
-
-
-def test_clients_that_are_left_out_make_the_others_likelier_to_be_sampled() -> None:
-    ledger = a_ledger(12)
-    history = [a_past(0, 2, lost=1, over_budget=True), a_past(1, 3)]
-    assert ledger.spent(history) == epsilon([Release(3 / 12, 2.0), Release(3 / 11, 2.0)], 1e-5)
-
-
-def test_another_round_is_refused_for_what_it_may_cost() -> None:
-    """With noise of the clients: if only a quorum answers. So the limit is never passed."""
-    history = [a_past(0, 3)]
-    most = epsilon([Release(3 / 12, 2.0), Release(3 / 12, 2.0 * math.sqrt(2 / 3))], 1e-5)
-    assert a_ledger(12, "client", limit=most).stop(history) is None
-    stop = a_ledger(12, "client", limit=most * 0.999).stop(history)
-    assert stop
-    assert f"could take ε to {most:.3g}" in stop
-    assert a_ledger(12, "client").stop([a_past(index, 3) for index in range(50)]) is None, "without a limit"
+def test_without_a_limit_a_job_has_the_rounds_that_it_asks_for() -> None:
+    assert a_ledger(12).total == 50
+    assert a_ledger(12).stopped() is None

@@ -1,7 +1,12 @@
-"""Promises of private jobs: the model is what the definition says, resumption draws nothing anew, and a limit is a limit."""
+"""Promises of private jobs: the model is what the definition says, resumption draws nothing anew, and a limit is a limit.
+
+Rows are read and dealt once for the file, and one finished job of each kind is what several tests look at.
+"""
 
 import base64
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,22 +20,30 @@ from api.app import create_app
 from api.service import Service
 from chainfed_ray.accountant import Release, epsilon
 from chainfed_ray.adapter import Tensors
+from chainfed_ray.chain import Window
 from chainfed_ray.client import Client, Order, Training, Update
+from chainfed_ray.cohort import Cohort
 from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
-from chainfed_ray.errors import InvalidJob
-from chainfed_ray.job import Job
-from chainfed_ray.pool import ClientPool, LocalPool, Outcome
-from chainfed_ray.privacy import Noise, _key
-from chainfed_ray.records import Record, Result
+from chainfed_ray.errors import InvalidJob, QuorumLost
+from chainfed_ray.job import Job, check_fleet
+from chainfed_ray.pool import ClientPool, Failure, LocalPool, Outcome
+from chainfed_ray.privacy import Noise, _key, sampling_seed
+from chainfed_ray.records import Lost, Record, Result
+from cluster.job_run import run_job
 from cluster.job_store import JobStore
-from tests.conftest import a_job
+from cluster.storage import Storage
+from tests.conftest import a_document, a_job
 from tests.test_budgets import mixed as mixed
 from tests.test_coordinator import Silent, assert_same, run, story
+from tests.test_privacy import noise_of
+from tests.test_progress import a_round, an_opening
 
 pytestmark = pytest.mark.slow
 
 PRIVACY = {"clip": 0.5, "noise_multiplier": 0.8}
+ROUNDS = 3  # one of the lower window, two of the upper
 BOTH = pytest.mark.parametrize("where", ["server", "client"])
 
 
@@ -72,8 +85,56 @@ class Dying:
         self._pool.close()
 
 
-def private(document: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {**document, "privacy": {**PRIVACY, **changes}}
+class Nobody:
+    """A pool that no client answers."""
+
+    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+        return iter([Outcome(place, Failure("missed the deadline")) for place in range(len(clients))])
+
+    def close(self) -> None:
+        pass
+
+
+def like(job: Job, folder: Path, **sections: Any) -> Job:
+    """The same rows with other keys, and disk of its own; only for keys that no plan follows from."""
+    document = job.spec.document()
+    for section, keys in sections.items():
+        document[section] = {**(document[section] or {}), **keys}
+    return replace(job, spec=JobSpec.parse(document), base=replace(job.base, scratch=folder / "scratch"))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model_folder: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job of three rounds without privacy."""
+    document = a_document(tiny_model_folder, tiny_data)
+    document["rounds"]["total"] = ROUNDS
+    return a_job(document, tmp_path_factory.mktemp("plain"))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that has run; ``secret`` is that of its log, which has erased it."""
+
+    job: Job
+    folder: Path
+    coordinator: Coordinator
+    tensors: Tensors
+    secret: bytes
+
+
+@pytest.fixture(scope="module", params=["server", "client"])
+def finished(request: pytest.FixtureRequest, plain: Job, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    job = like(plain, folder, privacy={**PRIVACY, "where": request.param})
+    secret = CommitLog(folder / "log").secret()
+    coordinator, tensors = run(job, folder / "log")
+    return Finished(job, folder / "log", coordinator, tensors, secret)
+
+
+def with_secret(secret: bytes, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "privacy.key").write_bytes(secret)
+    return folder
 
 
 def with_secret_of(source: Path, folder: Path) -> Path:
@@ -101,7 +162,7 @@ def test_noise_of_the_server_is_what_the_definition_says(document: dict[str, Any
     document["rounds"] |= {"total": 1, "clients": 4}
     document["chain"] |= {"start": 2}
     document["fleet"]["partition"] = {"scheme": "dirichlet", "alpha": 0.5}
-    job = a_job(private(document), tmp_path)
+    job = a_job({**document, "privacy": PRIVACY}, tmp_path)
     assert len({len(client.examples) for client in job.clients}) > 1, "counts that must not matter"
     secret = CommitLog(tmp_path / "log").secret()
     before, after, pool = moved(job, tmp_path / "log", range(2, 4))
@@ -117,19 +178,18 @@ def test_noise_of_the_server_is_what_the_definition_says(document: dict[str, Any
     assert max(norms) > 0.5, "something is clipped"
     noise = Noise(0.8 * 0.5, _key(secret, "server", 0))
     for name in names:
-        expected = before[name].double().numpy() + (sums[name] + noise.of(name, before[name].shape).numpy()) / 4
+        expected = before[name].double().numpy() + (sums[name] + noise_of(noise, name, before[name].shape).numpy()) / 4
         np.testing.assert_allclose(after[name].numpy(), expected, rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_what_clients_send_is_clipped_and_noised(document: dict[str, Any], tmp_path: Path) -> None:
+def test_what_clients_send_is_clipped_and_noised(plain: Job, tmp_path: Path) -> None:
     """Each update is that of the same job without privacy, clipped, plus the client's own noise; the server takes the mean."""
-    document["rounds"] |= {"total": 1, "clients": 4}
-    document["chain"] |= {"start": 2}
-    _, _, plain = moved(a_job(document, tmp_path / "plain"), tmp_path / "plain-log", range(2, 4))
-    job = a_job(private(document, where="client"), tmp_path)
+    changes = {"rounds": {"total": 1, "clients": 4}, "chain": {"start": 2}}
+    _, _, bare = moved(like(plain, tmp_path / "bare", **changes), tmp_path / "bare-log", range(2, 4))
+    job = like(plain, tmp_path, **changes, privacy={**PRIVACY, "where": "client"})
     secret = CommitLog(tmp_path / "log").secret()
     before, after, pool = moved(job, tmp_path / "log", range(2, 4))
-    for (client, _, sent), (same, _, trained) in zip(pool.heard, plain.heard, strict=True):
+    for (client, _, sent), (same, _, trained) in zip(pool.heard, bare.heard, strict=True):
         assert client.name == same.name
         assert client.share
         assert client.share.noise.key == _key(secret, "client", 0, client.name, 2) != secret
@@ -137,112 +197,129 @@ def test_what_clients_send_is_clipped_and_noised(document: dict[str, Any], tmp_p
         assert sent.tensors.keys() == trained.tensors.keys()
         for name, tensor in sent.tensors.items():
             clipped = (trained.tensors[name] - before[name]) * min(1.0, 0.5 / norm)
-            noise = Noise(0.8 * 0.5 / 2, client.share.noise.key).of(name, tensor.shape)
+            noise = noise_of(Noise(0.8 * 0.5 / 2, client.share.noise.key), name, tensor.shape)
             torch.testing.assert_close(tensor, before[name] + clipped + noise.float(), rtol=0, atol=1e-5)
     for name in pool.heard[0][2].tensors:
         mean = torch.stack([update.tensors[name] for _, _, update in pool.heard]).mean(0)
         torch.testing.assert_close(after[name], mean, rtol=0, atol=1e-5)
 
 
-@BOTH
-@pytest.mark.parametrize("killed_after", [1, 3])
-def test_killed_between_rounds_and_resumed_is_never_killed(
-    document: dict[str, Any], tmp_path: Path, where: str, killed_after: int
-) -> None:
-    job = private(document, where=where)
-    resumed = with_secret_of(tmp_path / "a" / "log", tmp_path / "b" / "log")
-    first, expected = run(a_job(job, tmp_path / "a"), tmp_path / "a" / "log")
-
-    prepared = a_job(job, tmp_path / "b")
-    rounds = Coordinator(prepared, LocalPool(prepared.base), CommitLog(resumed)).rounds()
-    for _ in range(killed_after):
-        next(rounds)
-    rounds.close()
-    again, tensors = run(a_job(job, tmp_path / "c"), resumed)
-    assert_same(tensors, expected)
-    assert story(resumed) == story(tmp_path / "a" / "log")
-    assert again.finish().epsilon == first.finish().epsilon
-
-
-@BOTH
-@pytest.mark.parametrize("turns", [2, 3])
-def test_a_round_that_is_run_again_has_the_same_noise(
-    document: dict[str, Any], tmp_path: Path, where: str, turns: int
-) -> None:
-    """Killed in the middle of a round: with all its updates there, with some, with none."""
-    job = private(document, where=where)
-    resumed = with_secret_of(tmp_path / "a" / "log", tmp_path / "b" / "log")
-    _, expected = run(a_job(job, tmp_path / "a"), tmp_path / "a" / "log")
-    prepared = a_job(job, tmp_path / "b")
+def test_killed_and_resumed_is_never_killed(finished: Finished, tmp_path: Path) -> None:
+    """In the middle of a round, with an update of it there, and between two rounds: each time with the same noise again."""
+    resumed = with_secret(finished.secret, tmp_path / "log")
+    job = like(finished.job, tmp_path / "a")
     with pytest.raises(Killed):
-        run(prepared, resumed, Dying(LocalPool(prepared.base), turns))
-    assert len(CommitLog(resumed).rounds()) == turns // 3
-    assert_same(run(prepared, resumed)[1], expected)
+        run(job, resumed, Dying(LocalPool(job.base), turns=4))
+    assert len(CommitLog(resumed).rounds()) == 1
+    rounds = Coordinator(job, LocalPool(job.base), CommitLog(resumed)).rounds()
+    next(rounds)
+    rounds.close()
+    again, tensors = run(like(finished.job, tmp_path / "b"), resumed)
+    assert_same(tensors, finished.tensors)
+    assert story(resumed) == story(finished.folder)
+    assert again.finish().epsilon == finished.coordinator.finish().epsilon
 
 
-@BOTH
-def test_another_secret_is_another_model_and_another_sample(
-    document: dict[str, Any], tmp_path: Path, where: str
-) -> None:
-    """With the same seed: it tells neither the noise nor who took part."""
-    document["fleet"]["clients"][0]["count"] = 12
-    document["rounds"] |= {"total": 3, "clients": 2, "quorum": 1}
-    job = a_job(private(document, where=where), tmp_path)
-    samples, stacks = set(), []
-    for name in "abc":
-        _, stack = run(job, tmp_path / name)
-        stacks.append(stack["head.linear.weight"])
-        rounds = CommitLog(tmp_path / name).rounds()
-        samples.add(tuple(turn.client for record in rounds for turn in record.turns))
-    assert len(samples) > 1
-    assert not torch.equal(stacks[0], stacks[1])
+def test_another_secret_is_another_model(finished: Finished, tmp_path: Path) -> None:
+    """With the same seed and the same sample: the noise is another."""
+    job = like(finished.job, tmp_path, rounds={"total": 1, "clients": 4})
+    first, second = (run(job, with_secret(bytes([byte] * 32), tmp_path / str(byte)))[1] for byte in (1, 2))
+    assert not torch.equal(first["head.linear.weight"], second["head.linear.weight"])
 
 
-@BOTH
-def test_epsilon_is_on_record_and_is_that_of_the_library(document: dict[str, Any], tmp_path: Path, where: str) -> None:
-    job = a_job(private(document, where=where), tmp_path)
-    coordinator, _ = run(job, tmp_path / "log")
-    rounds = CommitLog(tmp_path / "log").rounds()
+def cohorts(job: Job, secret: bytes, history: list[Any], count: int) -> list[Cohort]:
+    admitted, seed = [candidate for candidate, _ in job.admitted], sampling_seed(secret)
+    window = Window(1, 2)
+    return [Cohort.of(job.spec, job.planner, admitted, index, window, history, seed) for index in range(count)]
+
+
+def test_another_secret_is_another_sample(plain: Job, tmp_path: Path) -> None:
+    """With the same seed: it does not tell who took part."""
+    job = like(plain, tmp_path, privacy=PRIVACY)
+    samples = {
+        tuple(tuple(client.name for client in cohort.clients) for cohort in cohorts(job, bytes([byte] * 32), [], 10))
+        for byte in (1, 2, 3)
+    }
+    assert len(samples) == 3
+
+
+def test_who_was_left_out_is_sampled_all_the_same(plain: Job, tmp_path: Path) -> None:
+    """Else the others were likelier to be, and that somebody was tells of the samples before. Its turn counts as lost."""
+    job = like(plain, tmp_path, privacy=PRIVACY)
+    gone = Lost(client="phone-1", client_class="phone", reason="it took too much", over_budget=True)
+    history = [a_round(0, an_opening(), lost=(gone,))]
+    before, after = cohorts(job, bytes(32), [], 20), cohorts(job, bytes(32), history, 20)
+    assert [cohort.sampled for cohort in after] == [cohort.sampled for cohort in before]
+    absent = [(client.name, failure.reason) for cohort in after for client, failure in cohort.absent]
+    assert set(absent) == {("phone-1", "it was left out: it took too much")}
+    assert all("phone-1" not in {client.name for client in cohort.clients} for cohort in after)
+    assert len(absent) == sum("phone-1" in {candidate.name for candidate in cohort.sampled} for cohort in before)
+
+
+def test_epsilon_is_on_record_and_is_that_of_the_library(finished: Finished) -> None:
+    coordinator, rounds = finished.coordinator, CommitLog(finished.folder).rounds()
     spent = [record.epsilon for record in rounds]
-    assert spent == [epsilon([Release(3 / 4, 0.8)] * (index + 1), 1e-5) for index in range(4)]
+    assert spent == [epsilon([Release(3 / 4, 0.8)] * (index + 1), 1e-5) for index in range(ROUNDS)]
     ending = coordinator.finish()
     assert ending.epsilon == spent[-1]
     assert ending.stopped is None
-    result = Result.of("tiny", job.classes, coordinator.open(), rounds, ending)
+    result = Result.of("tiny", finished.job.classes, coordinator.open(), rounds, ending)
     assert (result.epsilon, result.stopped) == (ending.epsilon, None)
-    assert not (tmp_path / "log" / "privacy.key").exists(), "with it, the noise could be taken away"
+    assert not (finished.folder / "privacy.key").exists(), "with it, the noise could be taken away"
     assert coordinator.finish() == ending
 
 
 @BOTH
-def test_clients_that_do_not_answer_add_zero(document: dict[str, Any], tmp_path: Path, where: str) -> None:
-    """The denominator is that of the job. Noise of the server is all there; that of clients is what was added."""
-    document["rounds"] |= {"total": 1, "clients": 4, "quorum": 1}
-    job = a_job(private(document, where=where), tmp_path)
+def test_clients_that_do_not_answer_add_zero(plain: Job, tmp_path: Path, where: str) -> None:
+    """The denominator is that of the job, and all noise is there: of clients, the server adds what is missing."""
+    rounds = {"total": 1, "clients": 4, "quorum": 2}
+    job = like(plain, tmp_path, rounds=rounds, privacy={**PRIVACY, "where": where})
     before = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).stack().tensors()
     secret = CommitLog(tmp_path / "log").secret()
     pool = Heard(LocalPool(job.base))
     _, after = run(job, tmp_path / "log", Silent(pool, {"phone-0", "phone-1", "phone-3"}))
     (record,) = CommitLog(tmp_path / "log").rounds()
     assert (len(record.turns), len(record.lost)) == (1, 3)
+    assert record.counted, "that a round was not released would tell who was sampled"
     (_, _, update), name = pool.heard[2], "head.linear.bias"
     change = update.tensors[name].double() - before[name].double()
+    missing = 0.8 * 0.5
     if where == "server":
-        noise = Noise(0.8 * 0.5, _key(secret, "server", 0)).of(name, change.shape)
         norm = sum(
             (tensor.double() - before[other].double()).square().sum().item() for other, tensor in update.tensors.items()
         )
-        change = change * min(1.0, 0.5 / norm**0.5) + noise
+        change = change * min(1.0, 0.5 / norm**0.5)
+    else:
+        missing *= (3 / 4) ** 0.5
+    change = change + noise_of(Noise(missing, _key(secret, "server", 0)), name, change.shape)
     torch.testing.assert_close(after[name].double(), before[name].double() + change / 4, rtol=0, atol=1e-6)
-    noise_left = 0.8 if where == "server" else 0.8 / 2
-    assert record.epsilon == epsilon([Release(1.0, noise_left)], 1e-5)
+    assert record.epsilon == epsilon([Release(1.0, 0.8)], 1e-5)
+
+
+@BOTH
+def test_a_round_that_nobody_answers_is_released_and_priced(plain: Job, tmp_path: Path, where: str) -> None:
+    """Three of them in a row end the job, as without privacy."""
+    job = like(plain, tmp_path, rounds={"total": 9}, privacy={**PRIVACY, "where": where})
+    coordinator = Coordinator(job, Nobody(), log := CommitLog(tmp_path / "log"))
+    stacks = [coordinator.stack().tensors()["head.linear.weight"]]
+    rounds = coordinator.rounds()
+    for _ in range(3):
+        next(rounds)
+        stacks.append(coordinator.stack().tensors()["head.linear.weight"])
+    with pytest.raises(QuorumLost, match="rounds 1 to 3: fewer than 2 clients answered"):
+        next(rounds)
+    for first, second in pairwise(stacks):
+        assert (first != second).all()
+    assert [record.counted for record in log.rounds()] == [True] * 3
+    assert [record.epsilon for record in log.rounds()] == [
+        epsilon([Release(3 / 4, 0.8)] * count, 1e-5) for count in (1, 2, 3)
+    ]
 
 
 def test_narrower_windows_add_zero_to_the_rest(mixed: Job, tmp_path: Path) -> None:
     """Two clients train three adapters, and two train the uppermost; with noise of their own, all send all three."""
     for where in ("server", "client"):
-        document = mixed.spec.document() | {"privacy": {**PRIVACY, "noise_multiplier": 0.01, "where": where}}
-        job = a_job(document, tmp_path / where)
+        job = like(mixed, tmp_path / where, privacy={**PRIVACY, "noise_multiplier": 0.01, "where": where})
         pool = Heard(LocalPool(job.base))
         coordinator = Coordinator(job, pool, CommitLog(tmp_path / where / "log"))
         before = coordinator.stack().tensors()
@@ -270,54 +347,77 @@ def test_narrower_windows_add_zero_to_the_rest(mixed: Job, tmp_path: Path) -> No
             assert turn.peak_bytes is None or turn.peak_bytes <= turn.planned_bytes
 
 
-@BOTH
-@pytest.mark.parametrize("affordable", [1, 2])
-def test_a_limit_ends_the_job_in_words_and_the_model_is_kept(
-    document: dict[str, Any], tmp_path: Path, where: str, affordable: int
-) -> None:
-    """In the middle of the first stage, and between two."""
-    limit = epsilon([Release(3 / 4, 0.8)] * affordable, 1e-5) + 0.01
-    document["rounds"] |= {"quorum": 3}
-    job = a_job(private(document, where=where, epsilon=limit), tmp_path)
-    coordinator, stack = run(job, tmp_path / "log")
-    rounds, ending = CommitLog(tmp_path / "log").rounds(), coordinator.finish()
-    assert len(rounds) == ending.rounds == affordable
+def test_a_job_with_a_limit_is_one_of_as_many_rounds_as_it_allows(plain: Job, tmp_path: Path) -> None:
+    """Its stages, its rates, its last window: bit for bit those of a job that asks for so many rounds."""
+    limit = epsilon([Release(3 / 4, 0.8)] * 2, 1e-5) + 0.01
+    jobs = {
+        "limited": like(plain, tmp_path / "a", rounds={"total": 40}, privacy={**PRIVACY, "epsilon": limit}),
+        "short": like(plain, tmp_path / "b", rounds={"total": 2}, privacy=PRIVACY),
+    }
+    ran = {name: run(job, with_secret(bytes(32), tmp_path / name)) for name, job in jobs.items()}
+    assert_same(ran["limited"][1], ran["short"][1])
+    assert story(tmp_path / "limited") == story(tmp_path / "short")
+    (coordinator, stack), job = ran["limited"], jobs["limited"]
+    rounds, ending = CommitLog(tmp_path / "limited").rounds(), coordinator.finish()
+    assert coordinator.open().total_rounds == len(rounds) == ending.rounds == 2
+    assert [(record.top, record.ended) for record in rounds] == [(2, "round limit"), (3, "round limit")]
     assert ending.epsilon == rounds[-1].epsilon == pytest.approx(limit - 0.01)
     assert ending.stopped
     assert ending.stopped.startswith("privacy limit: one more round could take ε to ")
-    result = Result.of("tiny", job.classes, coordinator.open(), rounds, ending)
-    assert [stage.ended for stage in result.stages] == [ending.stopped if affordable == 1 else "round limit"]
+    assert Result.of("tiny", job.classes, coordinator.open(), rounds, ending).stopped == ending.stopped
+    assert ran["short"][0].finish().stopped is None
     assert_same(coordinator.model().stack.tensors(), stack)
-    again = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log"))
-    assert list(again.rounds()) == []
-    with pytest.raises(InvalidJob, match=r"privacy\.epsilon is 0\.5; expected .* which the first round may cost"):
-        a_job(private(document, where=where, epsilon=0.5), tmp_path)
+    assert list(Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "limited")).rounds()) == []
 
 
-def test_without_privacy_nothing_of_it_is_there(document: dict[str, Any], tmp_path: Path) -> None:
+def test_a_limit_below_the_first_round_is_refused(plain: Job, tmp_path: Path) -> None:
+    job = like(plain, tmp_path, privacy={**PRIVACY, "epsilon": 0.5})
+    with pytest.raises(InvalidJob, match=r"privacy\.epsilon is 0\.5; expected .* which the first round costs"):
+        check_fleet(job)
+
+
+def test_who_can_take_part_may_not_change_meanwhile(plain: Job, tmp_path: Path) -> None:
+    """Samples, and with them their price, follow from who is admitted."""
+    Coordinator(plain, Nobody(), CommitLog(tmp_path)).open()
+    fewer = replace(plain, admission=replace(plain.admission, admitted=plain.admitted[1:]))
+    with pytest.raises(InvalidJob, match=r"fleet\.clients is '3 that can take part'; .*gone since: phone-0; new: none"):
+        Coordinator(fewer, Nobody(), CommitLog(tmp_path)).open()
+    assert len(Coordinator(plain, Nobody(), CommitLog(tmp_path)).open().admitted) == 4
+
+
+def test_without_privacy_nothing_of_it_is_there(plain: Job, tmp_path: Path) -> None:
     """That the bits are those of plain FedAvg is in test_coordinator."""
-    coordinator, _ = run(a_job(document, tmp_path), tmp_path / "log")
+    coordinator, _ = run(like(plain, tmp_path, rounds={"total": 1}), tmp_path / "log")
     assert {record.epsilon for record in CommitLog(tmp_path / "log").rounds()} == {None}
     assert coordinator.finish().epsilon is None
     assert not (tmp_path / "log" / "privacy.key").exists()
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "adam"}, {"optimizer": "momentum"}, {"proximal": 0.1}], ids=str)
-@BOTH
-def test_what_follows_the_noise_costs_nothing(
-    document: dict[str, Any], tmp_path: Path, where: str, changes: dict[str, Any]
-) -> None:
-    document["aggregation"] = changes
-    coordinator, _ = run(a_job(private(document, where=where), tmp_path), tmp_path / "log")
-    assert coordinator.finish().epsilon == epsilon([Release(3 / 4, 0.8)] * 4, 1e-5)
+def test_what_follows_the_noise_costs_nothing(plain: Job, tmp_path: Path, changes: dict[str, Any]) -> None:
+    job = like(plain, tmp_path, rounds={"total": 1}, aggregation=changes, privacy=PRIVACY)
+    coordinator, _ = run(job, tmp_path / "log")
+    assert coordinator.finish().epsilon == epsilon([Release(3 / 4, 0.8)], 1e-5)
 
 
-@BOTH
-def test_no_record_and_no_route_shows_the_secret(document: dict[str, Any], tmp_path: Path, where: str) -> None:
-    job = a_job(private(document, where=where), tmp_path)
-    folder = tmp_path / "log"
-    secret = CommitLog(folder).secret()
-    coordinator, _ = run(job, folder)
+def test_a_job_that_failed_in_the_service_keeps_no_secret(plain: Job, tmp_path: Path) -> None:
+    """It is final there: no round of it is run again."""
+    document = plain.spec.document() | {"data": {"train": f"path:{tmp_path / 'gone.jsonl'}"}}
+    storage = Storage.at(tmp_path)
+    store = JobStore(storage.database)
+    try:
+        job = store.submit(JobSpec.parse(document)).id
+        store.move(job, "running")
+        with_secret(bytes(32), storage.job(job))
+        run_job(job, storage, lambda made: LocalPool(made.base))
+        assert store.get(job).status == "failed"
+    finally:
+        store.close()
+    assert not (storage.job(job) / "privacy.key").exists()
+
+
+def test_no_record_and_no_route_shows_the_secret(finished: Finished, tmp_path: Path) -> None:
+    job, folder, coordinator, secret = finished.job, finished.folder, finished.coordinator, finished.secret
     result = Result.of("tiny", job.classes, coordinator.open(), CommitLog(folder).rounds(), coordinator.finish())
     store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
     try:
