@@ -62,7 +62,7 @@ def test_fedprox_is_the_gradient_of_the_penalised_loss(document: dict[str, Any],
 
 def test_the_defaults_are_fedavg_to_the_bit(document: dict[str, Any], tmp_path: Path) -> None:
     _, silent = run(a_job(document, tmp_path / "a"), tmp_path / "a" / "log")
-    document["aggregation"] = {"rule": "mean", "optimizer": "none", "proximal": 0.0, "server_learning_rate": 0.5}
+    document["aggregation"] = {"rule": "mean", "optimizer": "none", "proximal": 0.0, "beta1": 0.5, "tau": 0.5}
     _, explicit = run(a_job(document, tmp_path / "b"), tmp_path / "b" / "log")
     assert_same(silent, explicit)
 
