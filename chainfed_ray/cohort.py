@@ -1,4 +1,7 @@
-"""Who takes part in a round, and with which plan. All of it follows from the committed rounds and the job's seed."""
+"""Who takes part in a round, and with which plan. All of it follows from the committed rounds and the job's seed.
+
+In a job with privacy, who is sampled follows from a secret instead of the seed.
+"""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """An unreliable fleet on Ray: who does not answer is never given a process, and who is slow is cut off in the middle."""
 
-import os
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,31 +8,16 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 
 from chainfed_ray.client import Profile, Profiling
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from cluster.ray_pool import RayPool
-from cluster.resources import of_one_machine
 from tests.conftest import a_job
 from tests.test_coordinator import assert_same, run, story
+from tests.test_ray_pool import cluster as cluster
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(
-        num_cpus=2,
-        resources=of_one_machine(2, 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    yield
-    ray.shutdown()
 
 
 def client_processes() -> list[psutil.Process]:
