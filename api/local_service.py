@@ -52,7 +52,9 @@ def _environment(settings: Settings) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # No other machine has to learn that this one stops.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
-        # Two services of one machine must not want the same ports, and HAProxy has two of its own.
+        # Two services of one machine must not want the same ports, and HAProxy has two of its own. The proxy behind it would
+        # even share one: the kernel would then give the one service's requests to the other.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port("0.0.0.0")),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("0.0.0.0")),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port("0.0.0.0")),
     }

@@ -199,6 +199,20 @@ def test_the_client_raises_what_the_service_means(service: Running, document: di
     assert httpx.get(f"{service.address}/healthz").headers["x-request-id"]
 
 
+def test_two_services_of_one_machine_share_no_port(service: Running, tmp_path: Path) -> None:
+    """Listening twice on one port is allowed to those who ask for it, and then either is given the other's requests."""
+    with Running(tmp_path / "storage") as other:
+        ports = [_listening(running) for running in (service, other)]
+    assert all(ports), "each listens somewhere"
+    assert not ports[0] & ports[1]
+
+
+def _listening(running: Running) -> set[int]:
+    processes = [psutil.Process(running.process.pid), *running.processes("")]
+    connections = [connection for process in processes for connection in process.net_connections("tcp")]
+    return {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
 def test_two_services_do_not_share_a_storage(service: Running, storage: Path) -> None:
     environment = {**os.environ, "CHAINFED_STORAGE": str(storage)}
     command = [*COMMAND, "serve", "--port", "0", "--json"]
