@@ -207,7 +207,8 @@ def _examples(shape: Shape) -> Examples:
     generator = np.random.default_rng(0)
     ids = generator.integers(3, 1000, shape.batch * shape.tokens).astype(np.int32)
     offsets = np.arange(shape.batch + 1, dtype=np.int64) * shape.tokens
-    return Examples(ids, offsets, generator.integers(0, _CLASSES, shape.batch))
+    examples = Examples(ids, offsets, generator.integers(0, _CLASSES, shape.batch))
+    return replace(examples, targets=examples.every_token)
 
 
 if __name__ == "__main__":

@@ -272,7 +272,8 @@ class _Step:
         if self.stack.head is not None:
             return by_class(self.stack.head, batch.mask, batch.labels)
         assert self.matrices is not None, "a language model's head is streamed"
-        return by_next_token(self.blocks, batch.ids.numpy(), batch.mask, self.matrices)
+        assert batch.targets is not None, "and its examples say what it is to predict"
+        return by_next_token(self.blocks, batch.ids.numpy(), batch.mask, batch.targets, self.matrices)
 
 
 def window_output(

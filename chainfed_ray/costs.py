@@ -96,7 +96,7 @@ class _Parts:
         mask = _padded(batch, tokens)
         if self.classes is None:
             slices, ids = _BlankSlices(self.blocks), np.zeros((batch, tokens), dtype=np.int64)
-            return lambda hidden: next_token_loss(self.blocks, hidden, ids, mask, slices)
+            return lambda hidden: next_token_loss(self.blocks, hidden, ids, mask, mask.bool(), slices)
         head = with_blank_weights(Head(self.blocks.hidden_size, self.classes), fake)
         labels = torch.zeros(batch, dtype=torch.int64)
         return lambda hidden: cross_entropy(head(hidden, mask), labels, reduction="sum")

@@ -204,7 +204,8 @@ def _costs(job: Job, spec: JobSpec) -> Costs:
 def _cut(examples: Examples, tokens: int) -> Examples:
     """As many tokens as a tokenizer would keep; planning asks how many there are, and not which."""
     offsets = np.concatenate([[0], np.cumsum(np.minimum(examples.lengths, tokens))])
-    return Examples(examples.ids[: offsets[-1]], offsets, examples.labels)
+    targets = None if examples.targets is None else examples.targets[: offsets[-1]]
+    return Examples(examples.ids[: offsets[-1]], offsets, examples.labels, targets)
 
 
 def _words(job: Job, field: str, value: int | str, delta: int) -> str:

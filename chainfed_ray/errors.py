@@ -8,6 +8,7 @@
     ├── InvalidUpdate      (ValueError)    a client's update that must not be averaged (NaN, wrong shape, wrong name)
     ├── BudgetExceeded     (MemoryError)   a client's turn that would have taken more memory than it may
     ├── QuorumLost         (RuntimeError)  too few clients answered, several rounds in a row
+    ├── EvaluationFailed   (RuntimeError)  the whole model could not be judged; the job goes on
     ├── CorruptCommit      (RuntimeError)  a commit whose bytes are not those that were written
     ├── CoordinatorLost    (RuntimeError)  a coordinator died again and again without finishing a round
     ├── InvalidSetting     (ValueError)    an environment variable or option of the service that is wrong
@@ -155,6 +156,17 @@ class QuorumLost(ChainFedError, RuntimeError):
     def __str__(self) -> str:
         causes = "; ".join(f"{client}: {reason}" for client, reason in self.reasons.items())
         return f"{self.rounds}: fewer than {self.quorum} clients answered ({causes})"
+
+
+class EvaluationFailed(ChainFedError, RuntimeError):
+    """The whole model could not be judged; the job goes on without that."""
+
+    def __init__(self, engine: str, reason: str) -> None:
+        super().__init__(engine, reason)
+        self.engine, self.reason = engine, reason
+
+    def __str__(self) -> str:
+        return f"the evaluation by {self.engine} failed: {self.reason}"
 
 
 class CorruptCommit(ChainFedError, RuntimeError):

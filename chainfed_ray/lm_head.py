@@ -15,19 +15,61 @@ from chainfed_ray.blocks import Blocks
 from chainfed_ray.stream import RowSlices
 
 
-def next_token_loss(blocks: Blocks, hidden: Tensor, ids: np.ndarray, mask: Tensor, source: RowSlices) -> Tensor:
-    """The cross-entropy in nats of each next token of ``ids`` [B, T], given the last layer's output ``hidden`` [B, T, D].
+def next_token_loss(
+    blocks: Blocks, hidden: Tensor, ids: np.ndarray, mask: Tensor, targets: Tensor, source: RowSlices
+) -> Tensor:
+    """The cross-entropy in nats of the ``targets`` [B, T] among the tokens ``ids`` [B, T], given the last layer's output
+    ``hidden`` [B, T, D]: each of them by what comes before it.
 
-    It is the mean over an example's tokens, summed over the examples: a scalar. An example of one token has no next one.
+    It is the mean over an example's targets, summed over the examples: a scalar. One without targets counts for nothing.
     """
     finished = blocks.finish(hidden, mask)
-    following = torch.zeros_like(mask)
-    following[:, :-1] = mask[:, 1:]
+    following = _following(targets)
     weights = following / following.sum(1, keepdim=True).clamp(min=1)
-    targets = np.roll(ids, -1, axis=1).reshape(-1)
     return streamed_cross_entropy(
-        finished.reshape(-1, finished.shape[-1]), targets, weights.reshape(-1), source, blocks.language_head
+        finished.reshape(-1, finished.shape[-1]), _next(ids), weights.reshape(-1), source, blocks.language_head
     )
+
+
+@torch.no_grad()
+def next_token_scores(
+    blocks: Blocks, hidden: Tensor, ids: np.ndarray, mask: Tensor, targets: Tensor, source: RowSlices
+) -> tuple[Tensor, Tensor]:
+    """By example, as ``next_token_loss`` has them: the cross-entropy in nats of its targets, summed, [B] in float64; and how
+    many of them the model holds for the likeliest token, [B].
+    """
+    following = _following(targets)
+    places = following.reshape(-1).nonzero().squeeze(1)
+    finished = blocks.finish(hidden, mask)
+    states, wanted = finished.reshape(-1, finished.shape[-1])[places], torch.from_numpy(_next(ids))[places]
+    exact = torch.promote_types(states.dtype, torch.float32)
+    total = torch.full((len(states),), -torch.inf, dtype=exact)  # log Σ exp(logit)
+    highest, likeliest = total.clone(), torch.zeros_like(wanted)
+    right = torch.zeros_like(total)  # the logit of the target
+    for first, rows in source.slices(blocks.language_head):
+        logits = (states @ rows.T).to(exact)
+        total = torch.logaddexp(total, logits.logsumexp(1))
+        top = logits.max(1)
+        likeliest = torch.where(top.values > highest, top.indices + first, likeliest)
+        highest = torch.maximum(highest, top.values)
+        here = ((wanted >= first) & (wanted < first + len(rows))).nonzero().squeeze(1)
+        right[here] = logits[here, wanted[here] - first]
+    example = places // hidden.shape[1]
+    losses = torch.zeros(len(hidden), dtype=torch.float64).index_add_(0, example, (total - right).double())
+    hits = torch.zeros(len(hidden), dtype=torch.int64).index_add_(0, example, (likeliest == wanted).long())
+    return losses, hits
+
+
+def _following(targets: Tensor) -> Tensor:
+    """At each place of [B, T], whether the token after it is to be predicted there."""
+    following = torch.zeros_like(targets)
+    following[:, :-1] = targets[:, 1:]
+    return following
+
+
+def _next(ids: np.ndarray) -> np.ndarray:
+    """The token after each of ``ids`` [B, T], [B · T]; after an example's last one any."""
+    return np.roll(ids, -1, axis=1).reshape(-1)
 
 
 def streamed_cross_entropy(

@@ -16,15 +16,17 @@ class Batch(NamedTuple):
     ids: Tensor  # [B, T] int64
     mask: Tensor  # [B, T] int64, 1 for a real token
     labels: Tensor  # [B] int64
+    targets: Tensor | None = None  # [B, T] bool: tokens that a language model is to predict
 
 
 @dataclass(frozen=True)
 class Examples:
-    """n examples: their tokens end to end, where each begins, and their classes."""
+    """n examples: their tokens end to end, where each begins, their classes, and what of them is to be predicted."""
 
     ids: np.ndarray  # [tokens] int32
     offsets: np.ndarray  # [n + 1] int64
     labels: np.ndarray  # [n] int64
+    targets: np.ndarray | None = None  # [tokens] bool; an example's first token is none
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,20 +41,38 @@ class Examples:
         order = np.argsort(self.lengths, kind="stable")
         return (order[first : first + count] for first in range(0, len(order), count))
 
+    @property
+    def every_token(self) -> np.ndarray:
+        """Targets of running text: each token but an example's first, [tokens] bool."""
+        targets = np.ones(len(self.ids), dtype=bool)
+        targets[self.offsets[:-1]] = False
+        return targets
+
     def take(self, indices: np.ndarray) -> "Examples":
         """Some of the examples, in the order of ``indices``."""
-        rows = [self.ids[self.offsets[index] : self.offsets[index + 1]] for index in indices]
-        return _ragged(rows, self.labels[indices])
+        ids, targets = self._rows(self.ids, indices), None
+        if self.targets is not None:
+            targets = self._rows(self.targets, indices)
+        return ragged(ids, self.labels[indices], targets)
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Some of the examples as padded tensors."""
         lengths = self.lengths[indices]
-        ids = torch.zeros(len(indices), int(lengths.max()), dtype=torch.int64)
-        for row, index, length in zip(ids, indices, lengths, strict=True):
-            start = self.offsets[index]
-            row[:length] = torch.from_numpy(self.ids[start : start + length].astype(np.int64))
+        ids = self._padded(self.ids, indices, torch.int64)
         mask = torch.arange(ids.shape[1])[None, :] < torch.from_numpy(lengths)[:, None]
-        return Batch(ids, mask.to(torch.int64), torch.from_numpy(self.labels[indices]))
+        targets = None if self.targets is None else self._padded(self.targets, indices, torch.bool)
+        return Batch(ids, mask.to(torch.int64), torch.from_numpy(self.labels[indices]), targets)
+
+    def _rows(self, values: np.ndarray, indices: np.ndarray) -> list[np.ndarray]:
+        return [values[self.offsets[index] : self.offsets[index + 1]] for index in indices]
+
+    def _padded(self, values: np.ndarray, indices: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """The rows of ``values`` [tokens] as [B, T], with zeros at the right."""
+        rows = self._rows(values, indices)
+        padded = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)
+        for row, given in zip(padded, rows, strict=True):
+            row[: len(given)] = torch.from_numpy(given.astype(bool if dtype == torch.bool else np.int64))
+        return padded
 
 
 def tokenize(
@@ -60,11 +80,13 @@ def tokenize(
 ) -> Examples:
     """The examples of ``texts``, cut at ``max_length`` tokens; a text without tokens keeps one padding token."""
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    return _ragged([np.array(row or [0], dtype=np.int32) for row in encoded], np.array(labels, dtype=np.int64))
+    return ragged([np.array(row or [0], dtype=np.int32) for row in encoded], np.array(labels, dtype=np.int64))
 
 
-def _ragged(rows: list[np.ndarray], labels: np.ndarray) -> Examples:
+def ragged(rows: list[np.ndarray], labels: np.ndarray, targets: list[np.ndarray] | None = None) -> Examples:
+    """The examples whose tokens are ``rows``, and of which ``targets``, of the same lengths, are to be predicted."""
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     ids = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
-    return Examples(ids.astype(np.int32), offsets, labels)
+    wanted = None if targets is None else np.concatenate([*targets, np.zeros(0, dtype=bool)])
+    return Examples(ids.astype(np.int32), offsets, labels, wanted)

@@ -30,8 +30,10 @@ def take_turn(client: Client, base: BaseModel, fetch: Callable[[], Order], cappe
     Raises:
         BudgetExceeded: the turn is ``capped`` and would have taken more than ``client.cap_bytes``.
     """
-    for data in (client.examples.ids, client.examples.offsets, client.examples.labels):
-        data.sum()  # a client's data is not what its training takes: its pages are read before
+    examples = client.examples
+    for data in (examples.ids, examples.offsets, examples.labels, examples.targets):
+        if data is not None:
+            data.sum()  # a client's data is not what its training takes: its pages are read before
     peak = MemoryCap(client.plan.planned_bytes, client.cap_bytes) if capped else PeakMemory()
     with peak, one_thread():
         result = _carry_out(client, base, fetch())

@@ -118,7 +118,7 @@ def test_the_loss_is_that_of_the_hugging_face_model(family: str, tied: bool, tmp
     for index, call in enumerate(calls):
         hidden = blocks.run(blocks.load_layer(index), hidden, call)
     reader = SliceReader(Checkpoint(tmp_path), torch.float32, slice_bytes=1024)
-    loss = next_token_loss(blocks, hidden.requires_grad_(), ids.numpy(), mask, reader)
+    loss = next_token_loss(blocks, hidden.requires_grad_(), ids.numpy(), mask, mask.bool(), reader)
     (gradient,) = torch.autograd.grad(loss, hidden)
     reader.close()
 

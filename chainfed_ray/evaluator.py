@@ -1,0 +1,45 @@
+"""Who judges the whole model with a stack on it. The coordinator sees an ``Evaluator`` and never knows which."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.judgement import Judgement
+from chainfed_ray.tokens import Examples
+
+Sets = Mapping[str, Examples]
+"""What an evaluator judges stacks on, by name."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The judgement of a set's examples, in their order, and what it took.
+
+    ``seconds`` are from asking to the answer, ``forward_seconds`` those of the forward passes alone. Memory is what a process
+    of the evaluator took above itself when idle: ``planned_bytes`` beforehand, ``peak_bytes`` at most; None if not known.
+    """
+
+    judgement: Judgement
+    seconds: float
+    forward_seconds: float
+    planned_bytes: int | None = None
+    peak_bytes: int | None = None
+
+
+class Evaluator(Protocol):
+    """Holds the held-out examples of one job, and judges the base model with any stack on them."""
+
+    engine: str  # what it is called in a job's record
+
+    def judge(self, stack: AdapterStack, examples: str) -> Evaluated:
+        """Judge the whole model, all its layers, with ``stack`` on the set called ``examples``.
+
+        Raises:
+            EvaluationFailed: it could not; the next stack may be judged all the same.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the model, its processes and its files."""
+        ...

@@ -1,0 +1,53 @@
+"""What a model makes of examples, one by one: of it every score is made, whoever judged which of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.lm_head import next_token_scores
+from chainfed_ray.stream import RowSlices
+from chainfed_ray.tokens import Batch
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of n examples, each tensor [n]. A classifier predicts one thing of an example, a language model each of its targets."""
+
+    losses: Tensor  # float64, cross-entropy in nats, summed over what is predicted
+    counts: Tensor  # int64, how much is predicted
+    right: Tensor  # int64, how much of it rightly
+    classes: Tensor  # int64, the class that is predicted; -1 for a language model
+
+    @classmethod
+    def blank(cls, count: int) -> "Judgement":
+        """Of ``count`` examples that are still to be judged."""
+        whole = torch.zeros(count, dtype=torch.int64)
+        return cls(whole.double(), whole, whole.clone(), whole - 1)
+
+    def put(self, indices: Tensor, other: "Judgement") -> None:
+        """Take over the judgement of the examples at ``indices``."""
+        for own, given in zip(self._tensors(), other._tensors(), strict=True):
+            own[indices] = given
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.losses, self.counts, self.right, self.classes
+
+
+@torch.no_grad()
+def judge(
+    blocks: Blocks, stack: AdapterStack, hidden: Tensor, batch: Batch, matrices: RowSlices | None = None
+) -> Judgement:
+    """Judge a batch by the chain's output ``hidden`` [B, T, D]; ``matrices`` are for the head of a language model."""
+    if stack.head is not None:
+        logits = stack.head(hidden, batch.mask)
+        classes = logits.argmax(-1)
+        losses = cross_entropy(logits, batch.labels, reduction="none").double()
+        return Judgement(losses, torch.ones_like(classes), (classes == batch.labels).long(), classes)
+    assert matrices is not None, "a language model's head is streamed"
+    assert batch.targets is not None, "and its examples say what it is to predict"
+    losses, right = next_token_scores(blocks, hidden, batch.ids.numpy(), batch.mask, batch.targets, matrices)
+    return Judgement(losses, batch.targets.sum(1), right, torch.full_like(right, -1))
