@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check format clean
+.PHONY: help demo serve ops test check format clean
 
 help:  ## what there is to do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -17,6 +17,9 @@ demo: .venv/.installed  ## the whole story in a few minutes: train a chain, call
 
 serve: .venv/.installed  ## the service on this machine, until Ctrl-C
 	.venv/bin/chainfed serve
+
+ops: .venv/.installed  ## compile DeepSpeed's libraries for evaluation with offloading, once
+	.venv/bin/chainfed doctor --build
 
 test: .venv/.installed  ## every test
 	.venv/bin/pytest

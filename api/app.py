@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from api import events, health, jobs, metrics, models, plans
+from api import completions, events, health, jobs, metrics, models, plans
 from api.errors import RequestIds, handle_errors
 from api.schemas import ProblemDetails
 from api.service import Service
@@ -26,7 +26,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.add_middleware(RequestIds)
     handle_errors(app)
-    for part in (jobs, plans, events, models, health, metrics):
+    for part in (jobs, plans, events, models, completions, health, metrics):
         app.include_router(part.router)
     _describe_job_files(app)
     return app

@@ -165,6 +165,58 @@ def predict(
 
 
 @app.command()
+def complete(
+    model: Annotated[str, typer.Argument(help="the name of a language model, such as gpt2:recipes")],
+    prompt: Annotated[list[str] | None, typer.Argument(help="prompts; none: standard input is one")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="to write at most; by default up to 256")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the likeliest token")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="of the likeliest tokens, those with this much probability")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="the text ends before it; may be given four times")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="the same seed gives the same text again")] = None,
+    address: Address = _ADDRESS,
+    as_json: Json = False,
+) -> None:
+    """Go on with texts by a language model of the service, as it writes them."""
+    client, prompts = ServiceClient(address), prompt or [sys.stdin.read()]
+    options = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop": stop or None, "seed": seed,
+    }  # fmt: skip
+    with _if_interrupted("Interrupted."):
+        if as_json:
+            _answer(as_json, client.complete(model, prompts, **options))
+            return
+        for piece in client.stream(model, prompts, **options):
+            end = "\n" if piece["finish_reason"] else ""
+            print(piece["text"], end=end, file=sys.__stdout__, flush=True)
+
+
+@app.command()
+def doctor(
+    build: Annotated[
+        bool, typer.Option("--build", help="compile DeepSpeed's libraries, once; it takes minutes")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what this machine can do, and how to get the rest. It fails if DeepSpeed cannot evaluate here."""
+    from api.doctor_table import doctor_table, verdict
+    from cluster.doctor import findings, is_possible, look
+    from cluster.ops import build_ops, ops_folder
+
+    storage = os.environ.get("CHAINFED_STORAGE") or "chainfed-data"
+    scratch = Path(os.environ.get("CHAINFED_SCRATCH") or f"{storage}/scratch").absolute()
+    if build:
+        _progress.print(f"Compiling DeepSpeed's libraries into {ops_folder()}; this takes minutes, once.")
+        with _if_interrupted("Interrupted. The same command begins again."):
+            build_ops(ops_folder())
+    found = findings(look(scratch))
+    possible = is_possible(found)
+    document = {"deepspeed": possible, "torch": True, "findings": [finding.document() for finding in found]}
+    _answer(as_json, document, doctor_table(found), *verdict(found))
+    if not possible:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(out: Out = Path("chainfed-demo"), as_json: Json = False) -> None:
     """The whole story in a few minutes, from a checkout: start the service, train a chain, call the model, stop it all."""
     from api.demo import demo as tell
@@ -210,7 +262,8 @@ def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> Non
     spec = JobSpec.parse(record["spec"])
     with _if_interrupted(f"The job goes on without you; `chainfed watch {record['id']}` follows it again."):
         opening, rounds, ending = follow(client, record["id"], spec, _progress)
-    how = f"The model answers: chainfed predict {record['model']} 'a text'"
+    command = "complete" if spec.model.task == "causal-lm" else "predict"
+    how = f"The model answers: chainfed {command} {record['model']} 'a text'"
     _answer(as_json, client.job(record["id"]), results(spec, opening, rounds, ending), how)
 
 

@@ -19,6 +19,7 @@ from chainfed_ray.errors import (
 
 _TIMEOUT = httpx.Timeout(150.0, connect=5.0)  # the checks before a job is accepted read its data
 _TEXTS_PER_REQUEST = 128  # of the 256 that the service takes
+_WRITING = httpx.Timeout(None, connect=5.0)  # a text takes the time that it takes
 _RECONNECT_SECONDS = 60.0
 _PAUSE_SECONDS = 0.5
 
@@ -101,6 +102,40 @@ class ServiceClient:
         bodies = ({"model": model, "texts": part} for part in parts)
         answers = [self._ask("POST", "/v1/classify", json=body, about=model) for body in bodies]
         return {**answers[0], "results": [found for answer in answers for found in answer["results"]]}
+
+    def complete(self, model: str, prompts: list[str], **options: Any) -> Document:
+        """What a language model makes of prompts; ``options`` are those of ``POST /v1/completions``, such as ``max_tokens``.
+
+        Raises:
+            ModelNotFound: no such model is served.
+            InvalidJob: it is no language model, or an option or a prompt is wrong.
+        """
+        body = {"model": model, "prompt": prompts, **options}
+        return self._ask("POST", "/v1/completions", about=model, json=body, timeout=_WRITING)
+
+    def stream(self, model: str, prompts: list[str], **options: Any) -> Iterator[Document]:
+        """The same in pieces, as they are written: a choice of ``complete`` each. Closed early, nothing more is written.
+
+        Raises:
+            ModelNotFound: no such model is served.
+            InvalidJob: it is no language model, or an option or a prompt is wrong.
+        """
+        body = {"model": model, "prompt": prompts, "stream": True, **options}
+        try:
+            with self._http.stream("POST", "/v1/completions", json=body, timeout=_WRITING) as response:
+                if response.is_error:
+                    response.read()
+                    self._fail(response, model)
+                for line in response.iter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    chunk = json.loads(line.removeprefix("data: "))
+                    if "error" in chunk:
+                        request = response.headers.get("x-request-id", "")
+                        raise ServiceFailed(self._address, chunk["error"]["message"], request)
+                    yield from chunk["choices"]
+        except httpx.TransportError as error:
+            raise ServiceUnavailable(self._address, _words(error)) from None
 
     def follow(self, job: str) -> Iterator[Document]:
         """Every event of a job from its first to its last, as they happen; a broken connection is taken up again.

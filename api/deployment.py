@@ -1,18 +1,21 @@
 """The service as a Ray Serve application: the routes in one deployment, inference in another."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from api.app import create_app
 from api.inference import Inference
 from api.service import Service
 from chainfed_ray.config import JobSpec
+from chainfed_ray.errors import ChainFedError
 from chainfed_ray.forecast import Forecast
+from chainfed_ray.generator import Message, Piece, Sampling
 from cluster.coordinators import ensure_controller
 from cluster.job_store import JobRecord, JobStore
 from cluster.preflight import check, plan
@@ -26,12 +29,13 @@ class Api:
 
     def __init__(self, settings: Settings, inference: DeploymentHandle[Any]) -> None:
         self._settings, self._inference = settings, inference
+        self._writing: Any = inference.options(stream=True)
         self._store = JobStore(settings.storage.database)
         ensure_controller(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         parts = {"database": self._database, "controller": self._controller, "inference": self._inference_alive}
-        return create_app(Service(self._store, check, self._plan, self._classify, parts))
+        return create_app(Service(self._store, check, self._plan, self._classify, self._write, parts))
 
     async def _plan(self, spec: JobSpec) -> Forecast:
         return await plan(spec, self._settings.client_slots)
@@ -40,6 +44,20 @@ class Api:
         model = job.spec["model"]
         answers: list[list[float]] = await self._inference.classify.remote(job.id, model["base"], model["dtype"], texts)
         return answers
+
+    async def _write(
+        self, job: JobRecord, prompt: str | tuple[Message, ...], sampling: Sampling
+    ) -> AsyncGenerator[Piece, None]:
+        model = job.spec["model"]
+        pieces = self._writing.write.remote(job.id, model["base"], model["dtype"], prompt, sampling)
+        try:
+            async for piece in pieces:
+                yield piece
+        except RayTaskError as error:
+            # Ray's own words are a traceback: the caller is told those of the error itself.
+            raise error.cause if isinstance(error.cause, ChainFedError) else error from None
+        finally:
+            pieces.cancel()
 
     async def _database(self) -> None:
         await run_in_threadpool(self._store.check)

@@ -1,13 +1,17 @@
 """The Serve deployment in which finished stacks answer."""
 
 import asyncio
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from threading import Event
+from typing import Any
 
 import torch
 from ray import serve
 
 from chainfed_ray.classifier import Classifier
+from chainfed_ray.generator import Generator, Message, Piece, Sampling
 from chainfed_ray.saved_stack import SavedStack, load_stack
 from cluster.storage import Storage
 
@@ -17,14 +21,14 @@ _STACKS_IN_MEMORY = 256
 
 @serve.deployment(name="Inference", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=64)
 class Inference:
-    """Classifies texts: a base model is loaded when it is first asked for, a stack as well."""
+    """Classifies texts, and writes some: a base model is loaded when it is first asked for, a stack as well."""
 
     def __init__(self, storage: Storage) -> None:
         torch.set_num_threads(1)
         # One at a time: the base model's forward is not to be entered twice, and the cores are shared.
         self._worker = ThreadPoolExecutor(max_workers=1)
-        self._classifier = lru_cache(_MODELS_IN_MEMORY)(
-            lambda base, dtype: Classifier(base, getattr(torch, dtype))  # the dtype's name as in a job file
+        self._loaded: Callable[..., Any] = lru_cache(_MODELS_IN_MEMORY)(
+            lambda kind, base, dtype: kind(base, getattr(torch, dtype))  # the dtype's name as in a job file
         )
         self._storage = storage
         self._stack = lru_cache(_STACKS_IN_MEMORY)(lambda job: load_stack(storage.model(job)))
@@ -33,10 +37,41 @@ class Inference:
         """The probability of each class for each text, by the model of ``job``."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, self._classify, job, base, dtype, texts)
 
+    async def write(
+        self, job: str, base: str, dtype: str, prompt: str | tuple[Message, ...], sampling: Sampling
+    ) -> AsyncGenerator[Piece, None]:
+        """What the model of ``job`` makes of a prompt or a chat; when the caller goes away, it ends with the next token."""
+        loop, said, gone = asyncio.get_running_loop(), asyncio.Queue[Piece | None](), Event()
+
+        def say(piece: Piece) -> None:
+            loop.call_soon_threadsafe(said.put_nowait, piece)
+
+        work = loop.run_in_executor(self._worker, self._write, job, base, dtype, prompt, sampling, say, gone)
+        work.add_done_callback(lambda _: said.put_nowait(None))
+        try:
+            while (piece := await said.get()) is not None:
+                yield piece
+            await work  # raises what it raised
+        finally:
+            gone.set()
+            work.cancel()  # if it is still waiting for its turn
+
     async def alive(self) -> None:
         """Answer."""
 
     def _classify(self, job: str, base: str, dtype: str, texts: list[str]) -> list[list[float]]:
         saved: SavedStack = self._stack(job)
-        probabilities: list[list[float]] = self._classifier(base, dtype).probabilities(saved, texts).tolist()
+        probabilities: list[list[float]] = self._loaded(Classifier, base, dtype).probabilities(saved, texts).tolist()
         return probabilities
+
+    def _write(
+        self,
+        job: str,
+        base: str,
+        dtype: str,
+        prompt: str | tuple[Message, ...],
+        sampling: Sampling,
+        say: Callable[[Piece], None],
+        gone: Event,
+    ) -> None:
+        self._loaded(Generator, base, dtype).write(self._stack(job), prompt, sampling, say, gone.is_set)

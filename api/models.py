@@ -3,11 +3,17 @@
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 
-from api.schemas import ClassifyRequest, ClassifyResponse, Label, ModelList, ServedModel
-from api.service import WithService
-from chainfed_ray.errors import ModelNotFound
+from api.schemas import ClassifyRequest, ClassifyResponse, Label, ModelList, ModelTask, ServedModel
+from api.service import Service, WithService
+from chainfed_ray.errors import InvalidJob, ModelNotFound
+from cluster.job_store import JobRecord
 
 router = APIRouter(prefix="/v1", tags=["models"])
+
+_ROUTES: dict[ModelTask, str] = {
+    "sequence-classification": "POST /v1/classify",
+    "causal-lm": "POST /v1/completions and POST /v1/chat/completions",
+}
 
 
 @router.get("/models")
@@ -19,10 +25,7 @@ def models(service: WithService) -> ModelList:
 @router.post("/classify")
 async def classify(body: ClassifyRequest, service: WithService) -> ClassifyResponse:
     """Classify texts with a model."""
-    served = {record.model: record for record in await run_in_threadpool(service.store.models)}
-    if body.model not in served:
-        raise ModelNotFound(body.model, tuple(served))
-    job = served[body.model]
+    job = await served(service, body.model, "sequence-classification")
     classes = ServedModel.of(job).classes
     answers = await service.classify(job, body.texts)
     results = []
@@ -31,3 +34,19 @@ async def classify(body: ClassifyRequest, service: WithService) -> ClassifyRespo
         best = max(scores, key=scores.__getitem__)
         results.append(Label(label=best, score=scores[best], scores=scores))
     return ClassifyResponse(model=body.model, job=job.id, results=results)
+
+
+async def served(service: Service, name: str, task: ModelTask) -> JobRecord:
+    """The job whose model is called ``name``.
+
+    Raises:
+        ModelNotFound: there is none.
+        InvalidJob: the model is not for ``task``.
+    """
+    found = {record.model: record for record in await run_in_threadpool(service.store.models)}
+    if name not in found:
+        raise ModelNotFound(name, tuple(found))
+    its = ServedModel.of(found[name]).task
+    if its != task:
+        raise InvalidJob.at("model", name, f"a model for {task}; this one is for {its}, and answers {_ROUTES[its]}")
+    return found[name]

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from api.fleet import Way, by_class, in_words, span
+from api.scores import evaluation_line, is_causal, short_score
 from chainfed_ray.config import JobSpec
 from chainfed_ray.quantities import format_bytes, format_seconds
 from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round
@@ -84,6 +85,8 @@ class Progress:
             f"Its windows of {opening.window} layer{'s' if opening.window > 1 else ''} go up to layer "
             f"{opening.layers - 1}: {opening.stages} stages, {opening.total_rounds} rounds at most."
         )
+        if opening.evaluator != self._spec.evaluation.engine:
+            self.say(f"The whole model is judged by {opening.evaluator}.")
         self._draw()
 
     def _why_there(self, opening: Opening) -> str:
@@ -118,6 +121,8 @@ class Progress:
         self._say_why(record.lost)
         if not record.counted:
             self.say("  too few updates for the quorum: the round does not count")
+        if record.evaluation:
+            self.say(evaluation_line(self._spec, record.evaluation))
         if record.ended:
             self.say(f"Stage {record.stage + 1} (layers {record.bottom}–{record.top}) ends: {record.ended}.")
         self._draw()
@@ -132,14 +137,20 @@ class Progress:
         """The job is over."""
         if ending.stopped:
             self.say(f"No more rounds ({ending.stopped}).")
-        self.say(f"Done: {ending.accuracy:.1%} of the test rows are classified right by the whole chain.")
+        score = short_score(self._spec, ending.loss, ending.accuracy)
+        if is_causal(self._spec):
+            self.say(f"Done: the perplexity of the whole chain on the test rows is {score}.")
+        else:
+            self.say(f"Done: {score} of the test rows are classified right by the whole chain.")
         if ending.epsilon is not None:
             self.say(f"Its privacy: {price(self._spec, ending.epsilon)}, client by client.")
 
     def _line(self, record: Round, resumed: bool) -> str:
         assert self._opening is not None
         clients = f"{len(record.turns)} clients" + (f", {len(record.lost)} lost" if record.lost else "")
-        accuracy = "" if record.accuracy is None else f"  {record.accuracy:.1%} right"
+        score = short_score(self._spec, record.held_out_loss, record.accuracy)
+        words = f"  perplexity {score}" if is_causal(self._spec) else f"  {score} right"
+        accuracy = "" if record.accuracy is None else words
         peaks = [turn.peak_bytes for turn in record.turns if turn.peak_bytes is not None]
         peak = f"  peak {format_bytes(max(peaks))}" if peaks else ""
         left = time_left(self._rounds, self._opening.total_rounds) or 0.0
@@ -169,7 +180,7 @@ class Progress:
             "round", f"{done} of {total}" + ("" if left is None else f", at most {format_seconds(left)} left")
         )
         facts.add_row("clients", _clients(opening, self._rounds))
-        facts.add_row("accuracy", _accuracy(self._rounds))
+        facts.add_row("held out", _held_out(self._spec, self._rounds))
         if newest and newest.epsilon is not None:
             facts.add_row("privacy", price(self._spec, newest.epsilon))
         facts.add_row("memory", _memory(opening, self._rounds))
@@ -208,11 +219,15 @@ def _clients(opening: Opening, rounds: Sequence[Round]) -> str:
     return f"{last}{len(opening.admitted) - exceeded} take part, {left_out}"
 
 
-def _accuracy(rounds: Sequence[Round]) -> str:
-    known = [record.accuracy for record in rounds if record.accuracy is not None]
+def _held_out(spec: JobSpec, rounds: Sequence[Round]) -> str:
+    known = [record for record in rounds if record.accuracy is not None]
     if not known:
         return "not measured yet"
-    return f"{known[-1]:.1%} of the validation rows (best {max(known):.1%})"
+    newest = short_score(spec, known[-1].held_out_loss, known[-1].accuracy)
+    if is_causal(spec):
+        least = min(record.held_out_loss for record in known if record.held_out_loss is not None)
+        return f"perplexity {newest} on the validation rows (best {short_score(spec, least, 0)})"
+    return f"{newest} of the validation rows (best {max(record.accuracy or 0 for record in known):.1%})"
 
 
 def _memory(opening: Opening, rounds: Sequence[Round]) -> Table:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from api.fleet import FleetClass, by_class, in_words, short
 from api.progress import price
+from api.scores import is_causal, short_score
 from chainfed_ray.config import JobSpec
 from chainfed_ray.quantities import format_bytes, format_seconds
 from chainfed_ray.records import Ending, Opening, Round, StageMemory
@@ -22,7 +23,7 @@ def results(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: En
     parts: list[RenderableType] = [
         _summary(spec, opening, rounds, ending),
         "",
-        _stages(rounds),
+        _stages(spec, rounds),
         "",
         _fleet(classes),
         "",
@@ -35,17 +36,28 @@ def results(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: En
 
 def _summary(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: Ending) -> Table:
     table = Table.grid(padding=(0, 2))
-    table.add_row("test accuracy", f"[bold]{ending.accuracy:.1%}[/bold] (loss {ending.loss:.3f})")
+    table.add_row(*_score(spec, ending))
     table.add_row("base model", f"{spec.model.base}, {opening.layers} layers, frozen")
     table.add_row("chain", f"layers {opening.start_layer}–{opening.layers - 1}, {opening.window} at a time")
     took = format_seconds(sum(record.seconds for record in rounds))
     table.add_row("rounds", f"{len(rounds)} in {took}, {spec.rounds.clients} clients in each")
     table.add_row("partition", f"{_scheme(spec.fleet.partition)}; sha256 {opening.partition_hash[:12]}…")
+    if ending.best:
+        table.add_row("best stack", f"that of round {ending.best.round + 1}: {ending.best.why}")
+        table.add_row("model", f"has the {ending.served} stack" + ("" if ending.served == "best" else ", the default"))
     if ending.stopped:
         table.add_row("stopped", ending.stopped)
     if ending.epsilon is not None:
         table.add_row("privacy", f"{price(spec, ending.epsilon)}, client by client")
     return table
+
+
+def _score(spec: JobSpec, ending: Ending) -> tuple[str, str]:
+    score = f"[bold]{short_score(spec, ending.loss, ending.accuracy)}[/bold]"
+    if is_causal(spec):
+        return "test perplexity", f"{score} ({ending.accuracy:.1%} of the tokens right)"
+    f1 = ending.evaluation.macro_f1 if ending.evaluation else None
+    return "test accuracy", f"{score} (loss {ending.loss:.3f}" + ("" if f1 is None else f", macro-F1 {f1:.3f}") + ")"
 
 
 def _scheme(partition: PartitionSpec) -> str:
@@ -55,17 +67,20 @@ def _scheme(partition: PartitionSpec) -> str:
     return f"{partition.scheme}, {of}"
 
 
-def _stages(rounds: Sequence[Round]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("stage", "layers", "rounds", "accuracy"):
+def _stages(spec: JobSpec, rounds: Sequence[Round]) -> Table:
+    """Stage by stage, the held-out score of the chain cut at the window's top, and of the whole model."""
+    table = Table(box=None, header_style="bold", pad_edge=False, caption_justify="left", caption_style="dim")
+    table.caption = "held out: " + ("perplexity" if is_causal(spec) else "accuracy") + " of the chain cut there / whole"
+    for name in ("stage", "layers", "rounds", "cut", "whole"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why it ended", overflow="fold")
     for record in rounds:
         if record.ended:
             count = sum(other.stage == record.stage for other in rounds)
-            accuracy = "–" if record.accuracy is None else f"{record.accuracy:.1%}"
+            cut, found = short_score(spec, record.held_out_loss, record.accuracy), record.evaluation
+            whole = short_score(spec, found.loss, found.accuracy) if found else "–"
             layers = f"{record.bottom}–{record.top}"
-            table.add_row(str(record.stage + 1), layers, str(count), accuracy, record.ended)
+            table.add_row(str(record.stage + 1), layers, str(count), cut, whole, record.ended)
     return table
 
 

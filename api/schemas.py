@@ -9,6 +9,7 @@ from chainfed_ray.memory import Grain
 from chainfed_ray.records import Admitted, Opening, Round, Turn
 from cluster.job_store import JobRecord
 
+ModelTask = Literal["sequence-classification", "causal-lm"]
 JobStatus = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 
 
@@ -137,19 +138,21 @@ class ServedModel(BaseModel):
 
     name: str
     job: str
+    task: ModelTask
     base: str
-    classes: list[str]
-    accuracy: float = Field(description="on the test rows")
+    classes: list[str] = Field(description="of a classifier; a language model has none")
+    accuracy: float = Field(description="on the test rows; a language model's, of their tokens")
     created_at: str
 
     @classmethod
     def of(cls, record: JobRecord) -> "ServedModel":
         """The model of a job that has succeeded."""
-        result = record.result or {}
+        result, model = record.result or {}, record.spec["model"]
         return cls(
             name=record.model,
             job=record.id,
-            base=record.spec["model"]["base"],
+            task=model["task"],
+            base=model["base"],
             classes=result["classes"],
             accuracy=result["accuracy"],
             created_at=record.finished_at or "",

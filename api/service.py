@@ -1,5 +1,6 @@
 """What the routes need of the rest of the house, and nothing of how it is reached."""
 
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -7,6 +8,7 @@ from fastapi import Depends, Request
 
 from chainfed_ray.config import JobSpec
 from chainfed_ray.forecast import Forecast
+from chainfed_ray.generator import Message, Piece, Sampling
 from cluster.job_store import JobRecord, JobStore
 
 
@@ -28,6 +30,17 @@ class Classify(Protocol):
     async def __call__(self, job: JobRecord, texts: list[str]) -> list[list[float]]: ...
 
 
+class Write(Protocol):
+    """What a language model makes of a prompt or a chat, piece by piece. Closed before its end, it is written no further.
+
+    Raises ``InvalidJob`` with the first piece, where there is nothing that it can write.
+    """
+
+    def __call__(
+        self, job: JobRecord, prompt: str | tuple[Message, ...], sampling: Sampling
+    ) -> AsyncGenerator[Piece, None]: ...
+
+
 class Alive(Protocol):
     """Raises where the part of the service that it stands for does not work."""
 
@@ -42,6 +55,7 @@ class Service:
     check: Check
     plan: Plan
     classify: Classify
+    write: Write
     parts: dict[str, Alive]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 from api.local_ray import local_ray
@@ -12,7 +13,7 @@ from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.job import prepare
 from chainfed_ray.records import Ending, Opening, Result, Round
-from chainfed_ray.saved_stack import save_stack
+from chainfed_ray.saved_stack import save_models
 from cluster.storage import Settings
 
 
@@ -44,15 +45,13 @@ def train(
         log = CommitLog(folder)
         progress.say("Starting Ray on this machine.")
         with local_ray(settings, {}):
-            from cluster.ray_pool import RayPool  # not before: see local_ray
+            from cluster.evaluation import judging  # not before: see local_ray
+            from cluster.ray_pool import RayPool
 
-            pool = RayPool(job.base, settings.client_slots)
-            try:
-                coordinator = Coordinator(job, pool, log)
+            with closing(RayPool(job.base, settings.client_slots)) as pool, closing(judging(job)) as judge:
+                coordinator = Coordinator(job, pool, log, judge)
                 opening, ending = _rounds(coordinator, log, progress)
-            finally:
-                pool.close()
-        save_stack(coordinator.model(), folder / "model")
+        save_models(coordinator.models(), ending.served, folder)
     rounds = log.rounds()
     return opening, rounds, ending, Result.of(spec.name, job.classes, opening, rounds, ending)
 

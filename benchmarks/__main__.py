@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import accuracy, memory
+from benchmarks import accuracy, evaluation, memory
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What is published, measured.")
 names = parser.add_subparsers(metavar="NAME", required=True)
@@ -10,5 +10,6 @@ memory.add_options(names.add_parser("memory", help="the memory of a client's ste
 accuracy.add_options(
     names.add_parser("accuracy", help="what a fleet learns by each method, at equal steps, compute or bytes")
 )
+evaluation.add_options(names.add_parser("evaluation", help="the server's memory while it judges the whole model"))
 chosen = parser.parse_args()
 chosen.run(chosen)

@@ -35,6 +35,7 @@ from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.evaluate import evaluate
 from chainfed_ray.job import Job, draft, prepare
 from chainfed_ray.pool import LocalPool
+from chainfed_ray.score import Score
 from chainfed_ray.turn import warm_up
 
 
@@ -79,7 +80,8 @@ def _chain(run: Run, job: Job, log: Path, meter: Meter) -> dict[str, Any]:
             cache = job.base.scratch / "(validation)"
             accuracy = record.accuracy  # there is one when a stage ends
             if accuracy is None:
-                accuracy = evaluate(job.validation, job.base, cache, coordinator.stack(), window).accuracy
+                judgement = evaluate(job.validation, job.base, cache, coordinator.stack(), window)
+                accuracy = Score.of(judgement).accuracy
             curve.append(meter.point(accuracy))
     return {
         "accuracy": coordinator.finish().accuracy if run.tested else None,

@@ -68,6 +68,11 @@ SHAPES = {
         Shape("llama2-7b-4x256", "llama", _LLAMA2_7B, "bfloat16", 4, 256, language_model=True),
     )
 }
+# Those of the evaluation, with an evaluator's own batch.
+EVALUATED = (
+    Shape("roberta-large-4x128", "roberta", _ROBERTA_LARGE, "float32", 4, 128, language_model=False),
+    Shape("llama2-7b-4x128", "llama", _LLAMA2_7B, "bfloat16", 4, 128, language_model=True),
+)
 
 
 @contextmanager

@@ -18,10 +18,9 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from chainfed_ray.errors import UnsupportedModel
+from chainfed_ray.logit_form import LogitForm, form_of
 from chainfed_ray.stream import RowSlices, SliceReader, is_streamed, stream_matrices
 from chainfed_ray.weights import Checkpoint
-
-_SCALES_OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class LayerCall(NamedTuple):
@@ -61,6 +60,11 @@ class Blocks:
         self._tables = [self._replace_table(name, module) for name, module in _embedding_tables(model)]
         self._materialise_trunk(config)
 
+    @property
+    def causal_layers_path(self) -> str:
+        """Where the causal language model of this base model has its layers, such as ``model.layers``."""
+        return f"{self._model.base_model_prefix}.{self.layers_path}"
+
     def embed(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[LayerCall]]:
         """Token ids and mask [B, T] → the hidden states [B, T, D] that enter layer 0, and the call of each layer."""
         self._calls = []
@@ -86,6 +90,19 @@ class Blocks:
         self._load(layer, prefix)
         return layer.eval().requires_grad_(False)
 
+    def place_layer(self, index: int, place: Callable[[nn.Module], None]) -> nn.Module:
+        """Layer ``index``, of which one module is loaded at a time; ``place`` puts its weights elsewhere before the next is."""
+        layer = copy.deepcopy(self._meta_layers[index])
+        # The inner ones first: where a module is placed, what it contains has been already.
+        for path, module in reversed(list(layer.named_modules())):
+            if own := [name for name in module.state_dict() if "." not in name]:
+                prefix = f"{self.layers_path}.{index}." + (f"{path}." if path else "")
+                tensors = {name: self._checkpoint.read(self._source(prefix + name), self.dtype) for name in own}
+                module.load_state_dict(tensors, strict=False, assign=True)
+                del tensors
+                place(module)
+        return layer.eval().requires_grad_(False)
+
     def reader(self) -> SliceReader:
         """A reader of this model's matrices; close it."""
         return SliceReader(self._checkpoint, self.dtype)
@@ -107,14 +124,9 @@ class Blocks:
         """The checkpoint's name for the matrix [V, D] that gives logits: the embeddings themselves, where they are tied.
 
         Raises:
-            UnsupportedModel: the model has none, or one that does more than multiply.
+            UnsupportedModel: the model has none.
         """
         config = self._model.config
-        scaled = [key for key in _SCALES_OF_LOGITS if getattr(config, key, None) not in (None, 1)]
-        if scaled or "lm_head.bias" in self._checkpoint.names:
-            raise UnsupportedModel(
-                self._name, f"its head has {scaled[0] if scaled else 'a bias'}, which is not supported yet"
-            )
         # Of those that fill in words, the embeddings are tied to a head that is not this one.
         goes_on = config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
         for name in ("lm_head.weight", "embed_out.weight"):
@@ -126,11 +138,28 @@ class Blocks:
             raise UnsupportedModel(self._name, "it has no head of a language model")
         return source
 
+    @property
+    def logit_form(self) -> LogitForm:
+        """What the model does with the products of its head's matrix to make them logits.
+
+        Raises:
+            UnsupportedModel: it does something that is not known here.
+        """
+        try:
+            return form_of(self._model.config, self._checkpoint.names)
+        except ValueError as error:
+            raise UnsupportedModel(self._name, f"its head has {error}, which is not supported") from None
+
     def run(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
         """One layer: [B, T, D] → [B, T, D]."""
         output = layer(hidden, *call.args, **call.kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+    @property
+    def blank_layers(self) -> tuple[nn.Module, ...]:
+        """The layers, none of them loaded."""
+        return tuple(self._meta_layers)
 
     @property
     def largest_layer(self) -> nn.Module:
@@ -141,6 +170,12 @@ class Blocks:
     def modules(self) -> int:
         """How many modules there are, in the layers and around them."""
         return sum(1 for part in (self._model, *self._meta_layers) for _ in part.modules())
+
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes of what layers keep besides their weights (sinusoids, for a few families): there from the beginning."""
+        buffers = (buffer for layer in self._meta_layers for buffer in layer.buffers())
+        return sum(buffer.nbytes for buffer in buffers if not buffer.is_meta)
 
     @property
     def layer_bytes(self) -> int:
@@ -281,11 +316,13 @@ def find_layers(model: Any, name: str) -> str:
 
 
 class _LiteralsAreReal(TorchFunctionMode):
-    """While a model is built without memory: numbers that its code writes down, such as a scale, are kept all the same."""
+    """While a model is built without memory: numbers that its code writes down, such as a scale, are kept all the same, and
+    with them what it makes of a range of numbers, such as sinusoids.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
-        if function is torch.tensor:
+        if function in (torch.tensor, torch.arange):
             options.setdefault("device", "cpu")
         return function(*args, **options)
 
@@ -316,7 +353,8 @@ class _Recorder(nn.Module):
 def _gives_a_tuple(layer: nn.Module, hidden: Tensor, call: LayerCall) -> bool:
     """A run of the layer itself, on the meta device, costs nothing and shows the form of its output."""
     args, kwargs = _to_meta(tuple(call))
-    return isinstance(layer(hidden.to("meta"), *args, **kwargs), tuple)
+    # A copy: a layer may move what it keeps to where its input is.
+    return isinstance(copy.deepcopy(layer)(hidden.to("meta"), *args, **kwargs), tuple)
 
 
 def _to_meta(value: Any) -> Any:

@@ -67,7 +67,8 @@ class Training:
     """The order to train the stack ``tensors``; rates are those of this round.
 
     A client makes ``steps`` optimizer steps, if that is given, and else ``epochs`` passes over its examples. ``proximal`` is
-    μ of FedProx, which holds what is trained to ``tensors``.
+    μ of FedProx, which holds what is trained to ``tensors``. A step's gradient is scaled to the L2 norm ``clip_norm`` if it is
+    longer than that.
     ``window`` is the stage's. A client trains that of its plan, which may be narrower and has the same top.
     """
 
@@ -82,6 +83,7 @@ class Training:
     seed: int
     steps: int | None = None
     proximal: float = 0.0
+    clip_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,10 @@ def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training)
             total_loss += step.backward(examples, batch[start : start + micro_batch], len(batch))
         if order.proximal:
             _hold_back(step.stack, order)
+        if order.clip_norm is not None:
+            trained = [parameter for parameter in step.stack.parameters() if parameter.grad is not None]
+            # One by one: no temporary copies of all gradients at once.
+            nn.utils.clip_grad_norm_(trained, order.clip_norm, foreach=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += len(batch)

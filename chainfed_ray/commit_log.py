@@ -6,7 +6,7 @@ last and carries the tensor file's digest, so a record that can be read is a com
     partition.json                                       (the manifest: written before the opening that has its hash)
     opening.json
     privacy.key                                          (a job with noise, until its ending)
-    rounds/000000.safetensors, rounds/000000.json, …     (tensors of the newest round only)
+    rounds/000000.safetensors, rounds/000000.json, …     (tensors of the newest round, and of the best)
     ending.json
 """
 
@@ -86,14 +86,15 @@ class CommitLog:
         """Make the opening durable."""
         _write(self._folder / "opening.json", opening.model_dump_json().encode())
 
-    def commit_round(self, record: Round, tensors: Tensors) -> None:
-        """Make a round durable, and let the tensors of the one before go."""
+    def commit_round(self, record: Round, tensors: Tensors, keep: int | None = None) -> None:
+        """Make a round durable, and let the tensors of those before go, but for the round ``keep``."""
         data = save(tensors)
         _write(self._tensor_path(record.index), data)
         commit = _Commit(digest=_digest(data), record=record)
         _write(self._record_path(record.index), commit.model_dump_json().encode())
+        kept = {self._tensor_path(index) for index in (record.index, keep) if index is not None}
         for path in self._rounds.glob("*.safetensors"):
-            if path.stem < f"{record.index:06d}":
+            if path not in kept and path < self._tensor_path(record.index):
                 path.unlink()
 
     def commit_ending(self, ending: Ending) -> None:

@@ -129,6 +129,7 @@ def _contradictions(spec: JobSpec) -> list[Problem]:
         if name in names[:index]:
             problems.append(Problem(f"fleet.clients[{index}].name", name, "a name that no other class has"))
     problems += _of_partition(spec.fleet.partition)
+    problems += _of_task(spec)
     count = sum(group.count for group in spec.fleet.clients)
     if spec.rounds.clients > count:
         problems.append(Problem("rounds.clients", spec.rounds.clients, f"at most {count}, the clients in the fleet"))
@@ -151,7 +152,7 @@ def _without_a_price(spec: JobSpec, privacy: PrivacySpec, clients: int) -> Itera
     if spec.chain.start == "auto":
         expected = "the index of a layer: privacy does not cover the CKA profiles from which 'auto' follows"
         yield Problem("chain.start", spec.chain.start, expected)
-    if spec.chain.head != "zero":
+    if spec.chain.head == "fitted":
         expected = "'zero': privacy does not cover the sums of which a fitted head is made"
         yield Problem("chain.head", spec.chain.head, expected)
     if privacy.delta >= 1 / clients:
@@ -162,7 +163,7 @@ def _without_a_price(spec: JobSpec, privacy: PrivacySpec, clients: int) -> Itera
 def _not_robust(spec: JobSpec) -> Iterator[Problem]:
     """Rules that withstand poisoned updates would not withstand poisoned sums or profiles, which have plain means."""
     rule = spec.aggregation.rule
-    if rule != "mean" and spec.chain.head != "zero":
+    if rule != "mean" and spec.chain.head == "fitted":
         expected = (
             f"'zero' with aggregation.rule {rule}: a fitted head is made of plain sums, which one client can spoil"
         )
@@ -174,6 +175,31 @@ def _not_robust(spec: JobSpec) -> Iterator[Problem]:
         rate = spec.aggregation.server_learning_rate
         yield Problem(
             "aggregation.server_learning_rate", rate, "no value without aggregation.optimizer, whose rate it is"
+        )
+
+
+def _of_task(spec: JobSpec) -> Iterator[Problem]:
+    """Keys of the one task in a job of the other, and half a pair of columns."""
+    data, causal = spec.data, spec.model.task == "causal-lm"
+    if causal and spec.chain.head != "model":
+        yield Problem(
+            "chain.head", spec.chain.head, "'model' for model.task causal-lm: a language model has its own head"
+        )
+    if not causal and spec.chain.head == "model":
+        yield Problem("chain.head", spec.chain.head, "'fitted' or 'zero', unless model.task is causal-lm")
+    given = [("data.prompt", data.prompt), ("data.response", data.response), ("data.messages", data.messages)]
+    given.append(("evaluation.choices", spec.evaluation.choices))
+    for key, value in given:
+        if value is not None and not causal:
+            yield Problem(key, value, "no value, unless model.task is causal-lm")
+    if data.messages is not None and data.prompt is not None:
+        yield Problem(
+            "data.prompt", data.prompt, "no value beside data.messages: a row is a chat, or a prompt and a response"
+        )
+    if (data.prompt is None) != (data.response is None):
+        missing = "data.prompt" if data.prompt is None else "data.response"
+        yield Problem(
+            missing, MISSING, "the column that goes with " + ("response" if data.prompt is None else "prompt")
         )
 
 
@@ -200,12 +226,15 @@ def _problem(error: Any) -> Problem:
         return Problem(path, error["input"], _known_keys(location))
     if location[-2:] == ("chain", "start"):
         return Problem(path, error["input"], "'auto' or the index of a layer, 0 or more")
+    if location[:1] == ("evaluation",) and location[1:] in (("every",), ("whole_every",)):
+        never = ", 'never'" if location[1] == "whole_every" else ""
+        return Problem(path, error["input"], f"'round', 'stage'{never} or a number of rounds, 1 or more")
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return Problem(path, error["input"], _IN_OUR_WORDS.get(error["type"], message))
 
 
 # Pydantic adds the branch of a union to an error's location: no key of the user's document.
-_UNION_BRANCHES = frozenset({"literal['auto']", "constrained-int"})
+_UNION_BRANCHES = frozenset({"literal['auto']", "literal['round','stage']", "literal['never']", "constrained-int"})
 
 _IN_OUR_WORDS = {
     "string_pattern_mismatch": "lower-case letters, digits and dashes, 63 at most, such as my-job-1",

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.admission import Candidate
@@ -19,15 +19,17 @@ from chainfed_ray.cohort import Cohort, everyone
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.convergence import Movement, verdict
 from chainfed_ray.errors import QuorumLost
-from chainfed_ray.evaluate import Score, evaluate
 from chainfed_ray.fold import Fold, as_lost
 from chainfed_ray.guarantee import Guarantee
 from chainfed_ray.head_fit import FittedHead, fit_head
 from chainfed_ray.job import Job
+from chainfed_ray.judging import Judging, best_of, best_round, is_due, streamed
 from chainfed_ray.objective import trained_names
 from chainfed_ray.pool import ClientPool, Failure, in_order
-from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round
+from chainfed_ray.records import Admitted, Ending, Evaluation, Lost, Opening, Round
 from chainfed_ray.saved_stack import SavedStack
+from chainfed_ray.schedule import rate_at
+from chainfed_ray.score import Score
 from chainfed_ray.seeds import derive
 from chainfed_ray.server_optimizer import ServerOptimizer
 from chainfed_ray.start_layer import FEWEST, average
@@ -37,22 +39,31 @@ _STACK, _MOVEMENT, _SERVER = "stack/", "movement/", "server/"
 
 
 class _Step(NamedTuple):
-    """What the next round is: its window, and how far into its stage it is, in [0, 1)."""
+    """What the next round is: its window, and how many rounds its stage had of those that it may have.
+
+    Where windows take turns, that is the whole job's.
+    """
 
     round_index: int
     stage: int
     window: Window
-    progress: float
-    last_of_stage: bool
+    spent: int
+    limit: int
+
+    @property
+    def last_of_stage(self) -> bool:
+        """Whether there are no more rounds for the stage after this one."""
+        return self.spent + 1 == self.limit
 
 
 class Coordinator:
-    """Runs one job over ``pool``, with ``log`` as its memory."""
+    """Runs one job over ``pool``, with ``log`` as its memory; ``judging`` is by the streaming evaluator unless given."""
 
-    def __init__(self, job: Job, pool: ClientPool, log: CommitLog) -> None:
+    def __init__(self, job: Job, pool: ClientPool, log: CommitLog, judging: Judging | None = None) -> None:
         self._job, self._spec, self._pool, self._log = job, job.spec, pool, log
         self._planner = job.planner
         self._guarantee = Guarantee(job.spec, log, len(job.admitted))
+        self._judging = judging or streamed(job)
 
     def open(self) -> Opening:
         """Decide where the chain starts (FOAT), once: a committed opening is the opening."""
@@ -81,6 +92,7 @@ class Coordinator:
             total_rounds=self._guarantee.total,
             partition_hash=self._job.manifest.hash,
             profile_cpu_seconds=cpu_seconds,
+            evaluator=self._judging.evaluator,
         )
         self._log.commit_partition(self._job.manifest)
         self._log.commit_opening(opening)
@@ -102,28 +114,34 @@ class Coordinator:
             tensors = {_STACK + name: tensor for name, tensor in stack.tensors().items()}
             tensors |= {_MOVEMENT + name: tensor for name, tensor in movement.tensors.items()}
             tensors |= {_SERVER + name: tensor for name, tensor in server.tensors.items()}
-            self._log.commit_round(record, tensors)
             history.append(record)
+            best = best_round(history)
+            self._log.commit_round(record, tensors, keep=best.index if best else None)
             yield record
             self._stop_if_fruitless(history)
 
     def finish(self) -> Ending:
-        """The test accuracy of the whole chain, once every round is committed."""
+        """What the whole model is worth on the test rows, once every round is committed."""
         if ending := self._log.ending():
             self._log.erase_secret()
             return ending
-        history, stack = self._log.rounds(), self.stack()
-        top = self._chain(self.open().start_layer).windows[-1]
-        score = evaluate(self._job.test, self._job.base, self._job.base.scratch / "(test)", stack, top)
+        history, best = self._log.rounds(), best_of(self._log.rounds())
+        served = self._spec.evaluation.serve if best else "last"
+        evaluation = self._judging.test(self._stack_of(served))
+        assert evaluation.accuracy is not None
+        assert evaluation.loss is not None
         peaks: dict[str, int] = {}
         for turn in (turn for record in history for turn in record.turns):
             if turn.peak_bytes is not None:
                 peaks[turn.client_class] = max(turn.peak_bytes, peaks.get(turn.client_class, 0))
         ending = Ending(
-            accuracy=score.accuracy,
-            loss=score.loss,
+            accuracy=evaluation.accuracy,
+            loss=evaluation.loss,
             rounds=len(history),
             peak_bytes=peaks,
+            served=served,
+            best=best,
+            evaluation=evaluation,
             epsilon=self._guarantee.epsilon(history),
             stopped=self._guarantee.stopped(history),
         )
@@ -135,10 +153,24 @@ class Coordinator:
         """The stack as last committed."""
         return self._restore(self._chain(self.open().start_layer), self._log.rounds())[0]
 
-    def model(self) -> SavedStack:
-        """The stack as last committed, with what has to be known to use it."""
+    def models(self) -> dict[str, SavedStack]:
+        """The ``last`` stack and, if it is another, the ``best`` one, with what has to be known to use them."""
         job, spec = self._job, self._spec
-        return SavedStack(self.stack(), job.classes, spec.data.max_length, spec.model.base, job.layers_path)
+        rounds = self._log.rounds()
+        best = best_round(rounds)
+        names: list[Literal["last", "best"]] = ["last"]
+        if best and best.index != rounds[-1].index:
+            names.append("best")
+        return {
+            name: SavedStack(self._stack_of(name), job.classes, spec.data.max_length, spec.model.base, job.layers_path)
+            for name in names
+        }
+
+    def _stack_of(self, which: Literal["last", "best"]) -> AdapterStack:
+        best = best_round(self._log.rounds())
+        if which == "last" or best is None:
+            return self.stack()
+        return AdapterStack.from_tensors(_below(self._log.tensors(best.index), _STACK))
 
     def _chain(self, start: int) -> Chain:
         return Chain(self._job.layers, start, self._job.window)
@@ -180,7 +212,7 @@ class Coordinator:
 
     def _restore(self, chain: Chain, history: Sequence[Round]) -> tuple[AdapterStack, Movement, ServerOptimizer]:
         if not history:
-            bottleneck, classes = self._spec.chain.adapter.bottleneck, len(self._job.classes)
+            bottleneck, classes = self._spec.chain.adapter.bottleneck, self._job.class_count
             seed = derive(self._spec.seed, "stack")
             stack = AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed)
             return stack, Movement(), ServerOptimizer(self._spec.aggregation)
@@ -196,7 +228,7 @@ class Coordinator:
             return None
         if self._spec.chain.schedule == "cyclic":
             window = chain.cyclic(done, total)
-            return _Step(done, window.bottom - chain.start, window, done / total, done + 1 == total)
+            return _Step(done, window.bottom - chain.start, window, done, total)
         stages = chain.staged(total, self._spec.rounds.last_stage_share)
         index = sum(record.ended is not None for record in history)
         if index == len(stages):
@@ -204,7 +236,7 @@ class Coordinator:
         spent = sum(record.stage == index for record in history)
         # What the stages before did not need goes to the last.
         limit = stages[index].rounds if index < len(stages) - 1 else total - (done - spent)
-        return _Step(done, index, stages[index].window, spent / limit, spent + 1 == limit)
+        return _Step(done, index, stages[index].window, spent, limit)
 
     def _round(
         self, step: _Step, stack: AdapterStack, movement: Movement, server: ServerOptimizer, history: Sequence[Round]
@@ -262,6 +294,7 @@ class Coordinator:
         earlier = self._of_stage(history, step)
         losses = [record.held_out_loss for record in earlier if record.held_out_loss is not None]
         ended = self._ended(step, len(earlier) + counted, losses + ([score.loss] if score else []), moved)
+        evaluation = self._evaluation(step, stack, ended) if counted else None
         return (
             Round(
                 index=step.round_index,
@@ -278,6 +311,7 @@ class Coordinator:
                 ended=ended,
                 seconds=perf_counter() - began,
                 head_fit=fit.record if fit else None,
+                evaluation=evaluation,
             ),
             stack,
             Movement() if ended else movement,
@@ -289,7 +323,7 @@ class Coordinator:
             begun = bool(history)
         else:
             begun = any(record.stage == step.stage for record in history)
-        if self._spec.chain.head == "zero" or begun:
+        if self._spec.chain.head != "fitted" or begun:
             return None
         admitted = (candidate for candidate, _ in self._job.admitted)
         clients = everyone(self._planner, admitted, step.window, history)
@@ -317,27 +351,30 @@ class Coordinator:
 
     def _order(self, step: _Step, tensors: Tensors) -> Training:
         rounds = self._spec.rounds
-        # Cosine over the stage; a constant rate with few clients a round was seen to collapse.
-        decay = 0.5 * (1 + math.cos(math.pi * step.progress))
+        rate = rate_at(rounds, step.spent, step.limit)
         return Training(
             tensors=tensors,
             window=step.window,
             epochs=rounds.local_epochs,
             batch_size=rounds.batch_size,
-            learning_rate=rounds.learning_rate * decay,
-            head_learning_rate=rounds.head_learning_rate * decay,
+            learning_rate=rounds.learning_rate * rate,
+            head_learning_rate=rounds.head_learning_rate * rate,
             global_weight=self._spec.chain.global_weight,
             global_trains=self._spec.chain.global_trains,
             seed=derive(self._spec.seed, "round", step.round_index),
             steps=rounds.local_steps,
             proximal=self._spec.aggregation.proximal,
+            clip_norm=rounds.clip_norm,
         )
 
     def _score(self, step: _Step, stack: AdapterStack) -> Score | None:
-        if self._spec.evaluation.every == "stage" and not step.last_of_stage:
-            return None
-        cache = self._job.base.scratch / "(validation)"
-        return evaluate(self._job.validation, self._job.base, cache, stack, step.window)
+        due = is_due(self._spec.evaluation.every, step.round_index, step.last_of_stage)
+        return self._judging.early_exit(stack, step.window) if due else None
+
+    def _evaluation(self, step: _Step, stack: AdapterStack, ended: str | None) -> Evaluation | None:
+        often = self._spec.evaluation.whole_every
+        due = often != "never" and is_due(often, step.round_index, ended is not None)
+        return self._judging.whole(stack) if due else None
 
     def _ended(self, step: _Step, rounds: int, losses: Sequence[float], movement: float | None) -> str | None:
         if step.last_of_stage:

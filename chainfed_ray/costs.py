@@ -50,7 +50,7 @@ def costs_of(blocks: Blocks, bottleneck: int, classes: int | None) -> Costs:
         # oneDNN packs a slice of bfloat16 numbers into a third buffer.
         slices=(3 if blocks.dtype == torch.bfloat16 else 2) * max(SLICE_BYTES, blocks.longest_row_bytes),
         conversion=blocks.conversion_bytes,
-        skeleton=blocks.modules * _MODULE + (_COMPILED if blocks.dtype == torch.bfloat16 else 0),
+        skeleton=blocks.modules * _MODULE + blocks.kept_bytes + (_COMPILED if blocks.dtype == torch.bfloat16 else 0),
         call=polynomial_of(parts.call_bytes),
         adapter=(2 * width * bottleneck + width + bottleneck) * _FLOAT32,
         head=0 if classes is None else (width * classes + classes + 2 * width) * _FLOAT32,
@@ -96,7 +96,8 @@ class _Parts:
         mask = _padded(batch, tokens)
         if self.classes is None:
             slices, ids = _BlankSlices(self.blocks), np.zeros((batch, tokens), dtype=np.int64)
-            return lambda hidden: next_token_loss(self.blocks, hidden, ids, mask, mask.bool(), slices)
+            every = np.ones((batch, tokens), dtype=bool)
+            return lambda hidden: next_token_loss(self.blocks, hidden, ids, mask, every, slices)
         head = with_blank_weights(Head(self.blocks.hidden_size, self.classes), fake)
         labels = torch.zeros(batch, dtype=torch.int64)
         return lambda hidden: cross_entropy(head(hidden, mask), labels, reduction="sum")
@@ -112,16 +113,23 @@ class _Parts:
 
 @dataclass(frozen=True)
 class _BlankSlices:
-    """Slices of a language model's head with no particular value; two of them show all that happens."""
+    """Slices of a language model's head with no particular value; two of them show all that happens.
+
+    They take no bytes here: the buffers of slices are counted by themselves.
+    """
 
     blocks: Blocks
 
     def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """See ``RowSlices``."""
         width = self.blocks.hidden_size
-        rows = max(SLICE_BYTES // (width * self.blocks.dtype.itemsize), 1)
+        rows = min(max(SLICE_BYTES // (width * self.blocks.dtype.itemsize), 1), self.blocks.vocabulary)
         for place in range(2):
-            yield place * rows, torch.empty(rows, width, dtype=self.blocks.dtype)
+            yield place * rows, torch.empty((), dtype=self.blocks.dtype).expand(rows, width)
+
+    def numbers(self, name: str, first: int, count: int) -> Tensor:
+        """See ``RowSlices``."""
+        return torch.empty(count, dtype=self.blocks.dtype)
 
 
 def _padded(batch: int, tokens: int) -> Tensor:

@@ -1,8 +1,7 @@
-"""Labelled texts: where they come from, and how they are split."""
+"""A job's rows: where they come from, and how they are split."""
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pandas as pd
 
 from chainfed_ray import docstrings
 from chainfed_ray.base_model import hub_is_reachable
+from chainfed_ray.chats import chat
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.sections import DataSpec
 
@@ -22,11 +22,17 @@ _FORMS = "builtin:docstrings, path:<file.csv|jsonl|parquet> or hf:<dataset>[@<re
 _FEWEST = 10
 
 
+Text = str | tuple[str, str] | tuple[tuple[str, str], ...]
+"""What is read of a row: a text, a prompt and its response, or a chat of roles and contents."""
+
+
 @dataclass(frozen=True)
 class Split:
-    """Texts and their labels; ``groups`` are each row's value of the column by which rows are dealt, if there is one."""
+    """Texts and their labels, which are empty where nobody asks for a class; ``groups`` are each row's value of the column by
+    which rows are dealt, if there is one.
+    """
 
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     labels: tuple[str, ...]
     groups: tuple[str, ...] = ()
 
@@ -35,16 +41,32 @@ class Split:
 
     def take(self, indices: np.ndarray) -> "Split":
         """Some of the rows."""
-        texts, labels, groups = (
-            tuple(values[index] for index in indices) if values else ()
-            for values in (self.texts, self.labels, self.groups)
+        texts = tuple(self.texts[index] for index in indices)
+        labels, groups = (
+            tuple(values[index] for index in indices) if values else () for values in (self.labels, self.groups)
         )
         return Split(texts, labels, groups)
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What a job wants of its rows: the ``texts`` columns by their keys, and those of its classes and groups, if it asks."""
+
+    texts: tuple[tuple[str, str], ...]
+    label: str | None
+    group: str | None = None
+
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """Every column by its key."""
+        label = [("data.label", self.label)] if self.label is not None else []
+        group = [("fleet.partition.column", self.group)] if self.group is not None else []
+        return [*self.texts, *label, *group]
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """The three splits, and the classes of the first in alphabetical order."""
+    """The three splits, and the classes of the first in alphabetical order; none where nobody asks for them."""
 
     train: Split
     validation: Split
@@ -52,55 +74,87 @@ class Corpus:
     classes: tuple[str, ...]
 
 
-def load(spec: DataSpec, seed: int, column: str | None = None) -> Corpus:
+def load(spec: DataSpec, seed: int, column: str | None = None, classes: bool = True) -> Corpus:
     """Read the job's rows. A validation or test split that is not given is a tenth of ``train``, drawn by ``seed``.
 
-    Training rows are dealt by ``column``, if it is given.
+    Training rows are dealt by ``column``, if it is given; without ``classes`` no label is read.
 
     Raises:
         InvalidJob: a source cannot be read, or its rows cannot be used.
     """
-    train = _read("data.train", spec.train, "train", spec, column)
+    reading = Reading(spec.columns, spec.label if classes else None, column)
+    train = _read("data.train", spec.train, "train", reading)
     if len(train) < _FEWEST:
         raise InvalidJob.at("data.train", spec.train, f"{_FEWEST} rows or more; there are {len(train)}")
     held_out: list[Split] = []
     shuffled = np.random.default_rng(seed).permutation(len(train))
     tenth = max(len(train) // 10, 1)
+    # Held-out rows are dealt to nobody.
+    ungrouped = replace(reading, group=None)
     for field, source in (("validation", spec.validation), ("test", spec.test)):
         if source is None:
             held_out.append(train.take(np.sort(shuffled[:tenth])))
             shuffled = shuffled[tenth:]
         else:
-            held_out.append(_read(f"data.{field}", source, field, spec))
+            held_out.append(_read(f"data.{field}", source, field, ungrouped))
     train = train.take(np.sort(shuffled))
-    classes = tuple(sorted(set(train.labels)))
+    found = tuple(sorted(set(train.labels)))
+    if reading.label is not None:
+        _check_classes(reading.label, found, held_out)
+    return Corpus(train, held_out[0], held_out[1], found)
+
+
+def read_table(field: str, source: str, split: str, label: str | None = None) -> pd.DataFrame:
+    """The rows of ``source``, which the key ``field`` names; of a data set on the hub those of ``split``.
+
+    Raises:
+        InvalidJob: it cannot be read, or there are none.
+    """
+    scheme, _, name = source.partition(":")
+    if source == "builtin:docstrings":
+        frame = pd.DataFrame(docstrings.rows(), columns=["text", "label"])
+    elif scheme == "path" and name:
+        frame = _read_file(field, source, Path(name))
+    elif scheme == "hf" and name:
+        frame = _read_hub(field, source, name, split, label)
+    else:
+        raise InvalidJob.at(field, source, _FORMS)
+    if frame.empty:
+        raise InvalidJob.at(field, source, "one row or more; there are none")
+    return frame
+
+
+def _check_classes(label: str, classes: tuple[str, ...], held_out: list[Split]) -> None:
     if len(classes) < 2:
-        raise InvalidJob.at("data.label", spec.label, f"two classes or more; every training row has {classes[0]!r}")
+        raise InvalidJob.at("data.label", label, f"two classes or more; every training row has {classes[0]!r}")
     for field, split in (("validation", held_out[0]), ("test", held_out[1])):
         if unknown := sorted(set(split.labels) - set(classes)):
             raise InvalidJob.at(f"data.{field}", unknown[0], "only labels that the training rows have")
-    return Corpus(train, held_out[0], held_out[1], classes)
 
 
-def _read(field: str, source: str, split: str, spec: DataSpec, column: str | None = None) -> Split:
-    scheme, _, name = source.partition(":")
-    if source == "builtin:docstrings":
-        return _built_in(source, column)
-    if scheme == "path" and name:
-        frame = _read_file(field, source, Path(name))
-    elif scheme == "hf" and name:
-        frame = _read_hub(field, source, name, split, spec.label)
-    else:
-        raise InvalidJob.at(field, source, _FORMS)
-    return _columns(field, source, frame, spec, column)
+def _read(field: str, source: str, split: str, reading: Reading) -> Split:
+    frame = read_table(field, source, split, reading.label)
+    for key, name in reading.columns:
+        if name not in frame.columns:
+            raise InvalidJob.at(key, name, f"a column of {source}: {', '.join(map(str, frame.columns))}")
+    for key, name in reading.columns:
+        values = frame[name]
+        empty = values.isna() | (values.astype(str).str.strip() == "")
+        if empty.any():
+            raise InvalidJob.at(key, name, f"a value in every row of {source}; row {int(empty.argmax()) + 1} has none")
+    labels, groups = (
+        tuple(frame[column].astype(str)) if column is not None else () for column in (reading.label, reading.group)
+    )
+    return Split(_texts(frame, reading, source), labels, groups)
 
 
-def _built_in(source: str, column: str | None) -> Split:
-    texts, labels = zip(*docstrings.rows(), strict=True)
-    columns = {"text": texts, "label": labels}
-    if column is not None and column not in columns:
-        raise _no_column("fleet.partition.column", column, source, columns)
-    return Split(texts, labels, columns[column] if column else ())
+def _texts(frame: pd.DataFrame, reading: Reading, source: str) -> tuple[Text, ...]:
+    (key, first), *others = reading.texts
+    if key == "data.messages":
+        return tuple(chat(value, first, f"row {row} of {source}") for row, value in enumerate(frame[first], start=1))
+    if others:
+        return tuple(zip(frame[first].astype(str), frame[others[0][1]].astype(str), strict=True))
+    return tuple(frame[first].astype(str))
 
 
 def _read_file(field: str, source: str, path: Path) -> pd.DataFrame:
@@ -115,7 +169,7 @@ def _read_file(field: str, source: str, path: Path) -> pd.DataFrame:
         raise InvalidJob.at(field, source, f"a readable {path.suffix} file ({reason})") from None
 
 
-def _read_hub(field: str, source: str, name: str, split: str, label: str) -> pd.DataFrame:
+def _read_hub(field: str, source: str, name: str, split: str, label: str | None) -> pd.DataFrame:
     import datasets  # takes a second, and only hub sources need it
 
     offline = os.environ.get("HF_DATASETS_OFFLINE") == "1" or os.environ.get("HF_HUB_OFFLINE") == "1"
@@ -128,27 +182,6 @@ def _read_hub(field: str, source: str, name: str, split: str, label: str) -> pd.
     except Exception as error:  # the hub's, the builder's and the file system's
         reason = " ".join(str(error).split())
         raise InvalidJob.at(field, source, f"a data set on the hub with a {split} split ({reason})") from None
-    if isinstance(named := rows.features.get(label), datasets.ClassLabel):
+    if label is not None and isinstance(named := rows.features.get(label), datasets.ClassLabel):
         frame[label] = named.int2str(frame[label].tolist())
     return frame
-
-
-def _columns(field: str, source: str, frame: pd.DataFrame, spec: DataSpec, column: str | None) -> Split:
-    if frame.empty:
-        raise InvalidJob.at(field, source, "one row or more; there are none")
-    wanted = [("data.text", spec.text), ("data.label", spec.label)]
-    if column is not None:
-        wanted.append(("fleet.partition.column", column))
-    for key, name in wanted:
-        if name not in frame.columns:
-            raise _no_column(key, name, source, frame.columns)
-    for key, name in wanted:
-        values = frame[name]
-        empty = values.isna() | (values.astype(str).str.strip() == "")
-        if empty.any():
-            raise InvalidJob.at(key, name, f"a value in every row of {source}; row {int(empty.argmax()) + 1} has none")
-    return Split(*(tuple(frame[name].astype(str)) for _, name in wanted))
-
-
-def _no_column(key: str, name: str, source: str, columns: Iterable[object]) -> InvalidJob:
-    return InvalidJob.at(key, name, f"a column of {source}: {', '.join(map(str, columns))}")

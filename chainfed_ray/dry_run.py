@@ -196,7 +196,7 @@ def _readmit(job: Job, spec: JobSpec) -> Admission:
 def _costs(job: Job, spec: JobSpec) -> Costs:
     blocks = Blocks(job.base.folder, getattr(torch, spec.model.dtype))
     try:
-        return costs_of(blocks, spec.chain.adapter.bottleneck, len(job.classes))
+        return costs_of(blocks, spec.chain.adapter.bottleneck, job.class_count)
     finally:
         blocks.close()
 

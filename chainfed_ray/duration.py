@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Literal
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from chainfed_ray.client import BaseModel, Client, Training
 from chainfed_ray.evaluate import evaluate
 from chainfed_ray.job import Job, as_client
 from chainfed_ray.memory import PREFIX_BATCH, Plan
-from chainfed_ray.sections import RoundsSpec
+from chainfed_ray.sections import Often, RoundsSpec
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_layer import FEWEST
 from chainfed_ray.tokens import Examples
@@ -130,7 +131,7 @@ def _lowest(job: Job) -> Window:
 
 def _new_stack(job: Job) -> AdapterStack:
     adapters = range(job.planner.task.start, job.layers)
-    return AdapterStack.new(adapters, job.hidden, job.spec.chain.adapter.bottleneck, len(job.classes), job.spec.seed)
+    return AdapterStack.new(adapters, job.hidden, job.spec.chain.adapter.bottleneck, job.class_count, job.spec.seed)
 
 
 def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
@@ -159,7 +160,7 @@ def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
 
 def _fits(job: Job) -> int:
     """How often every client runs all its examples through the window, for a head in closed form."""
-    if job.spec.chain.head == "zero":
+    if job.spec.chain.head != "fitted":
         return 0
     cyclic = job.spec.chain.schedule == "cyclic"
     return 1 if cyclic else len(Chain(job.layers, job.planner.task.start, job.window).windows)
@@ -213,9 +214,17 @@ def _evaluations(job: Job) -> float:
         fixed = _evaluation_seconds(job, rows.take(np.arange(1)), Path(scratch, "row"))
     row = max(second - fixed, 0) / len(rows)
     layer = max(first - second, 0) / (len(rows) * (window.bottom + 1))
-    judged = spec.rounds.total if spec.evaluation.every == "round" else job.layers - window.top
-    through_all_layers = len(job.validation) + len(job.test)
+    judged, whole = (_times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
+    through_all_layers = whole * len(job.validation) + len(job.test)
     return judged * (fixed + len(job.validation) * row) + through_all_layers * (row + job.layers * layer)
+
+
+def _times(job: Job, often: Often | Literal["never"]) -> int:
+    """How many times in the job something is done that is done so often."""
+    total = job.spec.rounds.total
+    if isinstance(often, int):
+        return math.ceil(total / often)
+    return {"round": total, "stage": job.layers - _lowest(job).top, "never": 0}[often]
 
 
 def _evaluation_seconds(job: Job, rows: Examples, scratch: Path) -> float:

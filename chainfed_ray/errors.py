@@ -9,6 +9,7 @@
     ├── BudgetExceeded     (MemoryError)   a client's turn that would have taken more memory than it may
     ├── QuorumLost         (RuntimeError)  too few clients answered, several rounds in a row
     ├── EvaluationFailed   (RuntimeError)  the whole model could not be judged; the job goes on
+    ├── OpsNotBuilt        (RuntimeError)  DeepSpeed's libraries could not be compiled
     ├── CorruptCommit      (RuntimeError)  a commit whose bytes are not those that were written
     ├── CoordinatorLost    (RuntimeError)  a coordinator died again and again without finishing a round
     ├── InvalidSetting     (ValueError)    an environment variable or option of the service that is wrong
@@ -167,6 +168,20 @@ class EvaluationFailed(ChainFedError, RuntimeError):
 
     def __str__(self) -> str:
         return f"the evaluation by {self.engine} failed: {self.reason}"
+
+
+class OpsNotBuilt(ChainFedError, RuntimeError):
+    """DeepSpeed's libraries could not be compiled into ``folder``."""
+
+    def __init__(self, folder: str, reason: str) -> None:
+        super().__init__(folder, reason)
+        self.folder, self.reason = folder, reason
+
+    def __str__(self) -> str:
+        return (
+            f"DeepSpeed's libraries could not be compiled into {self.folder}: {self.reason}; `chainfed doctor` says what is "
+            "missing"
+        )
 
 
 class CorruptCommit(ChainFedError, RuntimeError):

@@ -11,11 +11,12 @@ from chainfed_ray.accountant import Ledger
 from chainfed_ray.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.base_model import resolve, tokenizer
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.choices import Choices
 from chainfed_ray.client import BaseModel, Client
 from chainfed_ray.config import JobSpec
 from chainfed_ray.costs import costs_of
-from chainfed_ray.data import load
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
+from chainfed_ray.examples import JobExamples, examples_of
 from chainfed_ray.manifest import Manifest
 from chainfed_ray.memory import Plan, Task
 from chainfed_ray.partition import deal
@@ -23,7 +24,8 @@ from chainfed_ray.quantities import format_bytes
 from chainfed_ray.records import LeftOut, Opening
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_layer import FEWEST
-from chainfed_ray.tokens import Examples, tokenize
+from chainfed_ray.targets import packed
+from chainfed_ray.tokens import Examples
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ class Job:
     admission: Admission
     validation: Examples
     test: Examples
+    choices: Choices | None
+
+    @property
+    def class_count(self) -> int | None:
+        """C, the classes of its head; None for a language model, which has its own."""
+        return None if self.spec.model.task == "causal-lm" else len(self.classes)
 
     @property
     def window(self) -> int:
@@ -103,37 +111,38 @@ def draft(spec: JobSpec, scratch: Path) -> Job:
     """
     folder = resolve(spec.model.base)
     base = BaseModel(folder, getattr(torch, spec.model.dtype), scratch)
+    causal = spec.model.task == "causal-lm"
     words = tokenizer(spec.model.base, folder)
-    corpus = load(spec.data, derive(spec.seed, "split"), spec.fleet.partition.column)
-    number = {name: place for place, name in enumerate(corpus.classes)}
-    train, validation, test = (
-        tokenize(words, split.texts, [number[label] for label in split.labels], spec.data.max_length)
-        for split in (corpus.train, corpus.validation, corpus.test)
-    )
+    examples = examples_of(spec, words)
+    corpus = examples.corpus
     try:
         blocks = Blocks(folder, base.dtype)
     except UnsupportedModel as error:
         raise InvalidJob.at("model.base", spec.model.base, f"a model that can be streamed ({error.reason})") from None
     try:
-        _check_texts(spec, blocks, (train, validation, test))
+        if causal:
+            _check_head(spec, blocks)
+        _check_texts(spec, blocks, examples)
         _check_chain(spec, blocks.num_layers)
-        planner = Planner(costs_of(blocks, spec.chain.adapter.bottleneck, len(corpus.classes)), task_of(spec))
+        classes = None if causal else len(corpus.classes)
+        planner = Planner(costs_of(blocks, spec.chain.adapter.bottleneck, classes), task_of(spec))
     finally:
         blocks.close()
     members, seed = spec.fleet.members, derive(spec.seed, "partition")
-    shares = deal(spec.fleet.partition, train.labels, corpus.train.groups, len(members), seed)
+    shares = deal(spec.fleet.partition, examples.train.labels, corpus.train.groups, len(members), seed)
     return Job(
         spec=spec,
         base=base,
         layers=blocks.num_layers,
-        layers_path=blocks.layers_path,
+        layers_path=blocks.causal_layers_path if causal else blocks.layers_path,
         hidden=blocks.hidden_size,
-        classes=corpus.classes,
+        classes=() if causal else corpus.classes,
         manifest=Manifest.of(spec, corpus, shares),
         planner=planner,
-        admission=admit(planner, candidates(spec, train, shares), spec.chain.window),
-        validation=validation,
-        test=test,
+        admission=admit(planner, candidates(spec, examples, shares), spec.chain.window),
+        validation=examples.validation,
+        test=examples.test,
+        choices=examples.choices,
     )
 
 
@@ -151,17 +160,27 @@ def task_of(spec: JobSpec) -> Task:
     )
 
 
-def candidates(spec: JobSpec, train: Examples, shares: Sequence[np.ndarray]) -> list[Candidate]:
+def candidates(spec: JobSpec, examples: JobExamples, shares: Sequence[np.ndarray]) -> list[Candidate]:
     """The clients of a job's fleet, with the examples that are dealt to each."""
     return [
-        Candidate(name, group.name, train.take(share), group.memory, group.disk, group.availability, group.speed)
+        Candidate(
+            name, group.name, examples.of_client(share), group.memory, group.disk, group.availability, group.speed
+        )
         for (name, group), share in zip(spec.fleet.members, shares, strict=True)
     ]
 
 
-def _check_texts(spec: JobSpec, blocks: Blocks, splits: tuple[Examples, ...]) -> None:
+def _check_head(spec: JobSpec, blocks: Blocks) -> None:
+    try:
+        blocks.language_head  # noqa: B018  it says itself what is wrong with it
+    except UnsupportedModel as error:
+        raise InvalidJob.at("model.base", spec.model.base, f"a language model ({error.reason})") from None
+
+
+def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
     """Every token has an embedding, and the longest text can be embedded: not every model has a table of positions."""
-    for examples in splits:
+    train = rows.train if rows.packs is None else packed(rows.train, rows.packs)
+    for examples in (train, *rows.held_out):
         if (highest := int(examples.ids.max())) >= blocks.vocabulary:
             expected = (
                 f"a tokenizer made for the model, which has {blocks.vocabulary} token ids; this one gives {highest}"

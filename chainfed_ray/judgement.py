@@ -33,6 +33,10 @@ class Judgement:
         for own, given in zip(self._tensors(), other._tensors(), strict=True):
             own[indices] = given
 
+    def take(self, indices: Tensor) -> "Judgement":
+        """That of some of the examples, in the order of ``indices``."""
+        return Judgement(*(tensor[indices] for tensor in self._tensors()))
+
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.losses, self.counts, self.right, self.classes
 
@@ -49,5 +53,6 @@ def judge(
         return Judgement(losses, torch.ones_like(classes), (classes == batch.labels).long(), classes)
     assert matrices is not None, "a language model's head is streamed"
     assert batch.targets is not None, "and its examples say what it is to predict"
-    losses, right = next_token_scores(blocks, hidden, batch.ids.numpy(), batch.mask, batch.targets, matrices)
+    ids, targets = batch.ids.numpy(), batch.targets.numpy()
+    losses, right = next_token_scores(blocks, hidden, ids, batch.mask, targets, matrices)
     return Judgement(losses, batch.targets.sum(1), right, torch.full_like(right, -1))

@@ -2,9 +2,11 @@
 
 One pass over the matrix gives both the loss and its gradient. For each slice of rows the logits of some vocabulary are made,
 and folded into a running log-sum-exp and a running mean of the rows, weighted by their probability (the online softmax of
-Milakov and Gimelshein, 2018, carried over to the gradient).
+Milakov and Gimelshein, 2018, carried over to the gradient). What a family does with the products to make them logits
+(``LogitForm``) is done to each slice, and its slope is folded into the probabilities before they meet the rows.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,47 +14,48 @@ import torch
 from torch import Tensor
 
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.logit_form import LogitForm
 from chainfed_ray.stream import RowSlices
 
 
 def next_token_loss(
-    blocks: Blocks, hidden: Tensor, ids: np.ndarray, mask: Tensor, targets: Tensor, source: RowSlices
+    blocks: Blocks, hidden: Tensor, ids: np.ndarray, mask: Tensor, targets: np.ndarray, source: RowSlices
 ) -> Tensor:
     """The cross-entropy in nats of the ``targets`` [B, T] among the tokens ``ids`` [B, T], given the last layer's output
     ``hidden`` [B, T, D]: each of them by what comes before it.
 
     It is the mean over an example's targets, summed over the examples: a scalar. One without targets counts for nothing.
     """
-    finished = blocks.finish(hidden, mask)
     following = _following(targets)
-    weights = following / following.sum(1, keepdim=True).clamp(min=1)
+    places = np.flatnonzero(following)
+    weights = (following / following.sum(1, keepdims=True).clip(min=1)).reshape(-1)[places]
+    # What is not to be predicted, such as a prompt, costs nothing here: its states never meet the head.
+    states = blocks.finish(hidden, mask).reshape(-1, hidden.shape[-1]).index_select(0, torch.from_numpy(places))
     return streamed_cross_entropy(
-        finished.reshape(-1, finished.shape[-1]), _next(ids), weights.reshape(-1), source, blocks.language_head
+        states, _next(ids)[places], torch.from_numpy(weights), source, blocks.language_head, blocks.logit_form
     )
 
 
 @torch.no_grad()
 def next_token_scores(
-    blocks: Blocks, hidden: Tensor, ids: np.ndarray, mask: Tensor, targets: Tensor, source: RowSlices
+    blocks: Blocks, hidden: Tensor, ids: np.ndarray, mask: Tensor, targets: np.ndarray, source: RowSlices
 ) -> tuple[Tensor, Tensor]:
     """By example, as ``next_token_loss`` has them: the cross-entropy in nats of its targets, summed, [B] in float64; and how
     many of them the model holds for the likeliest token, [B].
     """
-    following = _following(targets)
-    places = following.reshape(-1).nonzero().squeeze(1)
+    places = torch.from_numpy(np.flatnonzero(_following(targets)))
     finished = blocks.finish(hidden, mask)
     states, wanted = finished.reshape(-1, finished.shape[-1])[places], torch.from_numpy(_next(ids))[places]
     exact = torch.promote_types(states.dtype, torch.float32)
     total = torch.full((len(states),), -torch.inf, dtype=exact)  # log Σ exp(logit)
     highest, likeliest = total.clone(), torch.zeros_like(wanted)
     right = torch.zeros_like(total)  # the logit of the target
-    for first, rows in source.slices(blocks.language_head):
-        logits = (states @ rows.T).to(exact)
+    for first, logits in logits_by_slices(blocks, states, source):
         total = torch.logaddexp(total, logits.logsumexp(1))
         top = logits.max(1)
         likeliest = torch.where(top.values > highest, top.indices + first, likeliest)
         highest = torch.maximum(highest, top.values)
-        here = ((wanted >= first) & (wanted < first + len(rows))).nonzero().squeeze(1)
+        here = ((wanted >= first) & (wanted < first + logits.shape[1])).nonzero().squeeze(1)
         right[here] = logits[here, wanted[here] - first]
     example = places // hidden.shape[1]
     losses = torch.zeros(len(hidden), dtype=torch.float64).index_add_(0, example, (total - right).double())
@@ -60,10 +63,30 @@ def next_token_scores(
     return losses, hits
 
 
-def _following(targets: Tensor) -> Tensor:
+def logits_by_slices(blocks: Blocks, states: Tensor, source: RowSlices) -> Iterator[tuple[int, Tensor]]:
+    """The logits of ``states`` [N, D], which ``Blocks.finish`` gave: the first token and [N, v] of each slice of v tokens.
+
+    They are in float32, or in the dtype of ``states`` if that is wider.
+    """
+    form = blocks.logit_form
+    for first, rows in source.slices(blocks.language_head):
+        yield first, _logits(states, first, rows, source, form)
+
+
+def _logits(states: Tensor, first: int, rows: Tensor, source: RowSlices, form: LogitForm) -> Tensor:
+    """The logits [N, v] of the tokens from ``first`` on, whose ``rows`` of the head these are."""
+    if form.bias is None:
+        products = states @ rows.T
+    else:
+        products = torch.addmm(source.numbers(form.bias, first, len(rows)), states, rows.T)
+    # The product in the dtype of the rows, as the stock operations have it; all that follows in the wider one.
+    return form.apply(products.to(torch.promote_types(states.dtype, torch.float32)))
+
+
+def _following(targets: np.ndarray) -> np.ndarray:
     """At each place of [B, T], whether the token after it is to be predicted there."""
-    following = torch.zeros_like(targets)
-    following[:, :-1] = targets[:, 1:]
+    following = np.roll(targets, -1, axis=1)
+    following[:, -1] = False
     return following
 
 
@@ -73,43 +96,48 @@ def _next(ids: np.ndarray) -> np.ndarray:
 
 
 def streamed_cross_entropy(
-    hidden: Tensor, targets: np.ndarray, weights: Tensor, source: RowSlices, name: str
+    hidden: Tensor, targets: np.ndarray, weights: Tensor, source: RowSlices, name: str, form: LogitForm
 ) -> Tensor:
-    """Σ weight · cross-entropy in nats over N tokens: a scalar. Logits are hidden [N, D] · matrixᵀ [D, V], targets are [N].
+    """Σ weight · cross-entropy in nats over N tokens: a scalar. Targets are [N]; logits are ``form`` of the products
+    hidden [N, D] · matrixᵀ [D, V].
 
     The matrix, called ``name``, is frozen. Sums are kept in float32, or in the dtype of ``hidden`` if that is wider.
     """
-    loss: Tensor = _StreamedCrossEntropy.apply(hidden, targets, weights, source, name)  # type: ignore[no-untyped-call]
+    loss: Tensor = _StreamedCrossEntropy.apply(hidden, targets, weights, source, name, form)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _StreamedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: np.ndarray, weights: Tensor, source: RowSlices, name: str) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: np.ndarray, weights: Tensor, source: RowSlices, name: str, form: LogitForm
+    ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         count, width = hidden.shape
         highest = torch.full((count, 1), -torch.inf, dtype=exact)
         total = torch.zeros(count, 1, dtype=exact)  # Σ exp(logit - highest)
-        mean = torch.zeros(count, width, dtype=exact)  # Σ exp(logit - highest) · row
+        mean = torch.zeros(count, width, dtype=exact)  # Σ exp(logit - highest) · slope · row
         right = torch.zeros(count, 1, dtype=exact)  # the logit of the target
-        wanted = torch.zeros_like(hidden)  # the row of the target
+        wanted = torch.zeros_like(hidden)  # slope · row of the target
         for first, rows in source.slices(name):
-            logits = (hidden @ rows.T).to(exact)
+            logits = _logits(hidden, first, rows, source, form)
+            slope = form.slope(logits)
             found = np.flatnonzero((targets >= first) & (targets < first + len(rows)))
             here, places = torch.from_numpy(found), torch.from_numpy(targets[found] - first)
             right[here] = logits[here, places].unsqueeze(1)
-            wanted[here] = rows[places]
+            wanted[here] = (rows[places] * form.slope(right[here])).to(wanted.dtype)
             before, highest = highest, torch.maximum(highest, logits.amax(1, keepdim=True))
             shrink = (before - highest).exp_()
             likely = logits.sub_(highest).exp_()
             total.mul_(shrink).add_(likely.sum(1, keepdim=True))
             # The product in the dtype of the rows, as the stock operations have it; the sum in the wider one.
-            mean.mul_(shrink).add_(likely.to(rows.dtype) @ rows)
+            mean.mul_(shrink).add_(likely.mul_(slope).to(rows.dtype) @ rows)
+            del logits, likely, slope  # those of two slices are never there at once
         weights = weights.to(exact).unsqueeze(1)
         ctx.save_for_backward(mean.div_(total).sub_(wanted).mul_(weights).to(hidden.dtype))
         return ((highest + total.log() - right) * weights).sum()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (towards,) = ctx.saved_tensors
-        return towards * gradients[0].to(towards.dtype), None, None, None, None
+        return towards * gradients[0].to(towards.dtype), None, None, None, None, None

@@ -20,7 +20,8 @@ from chainfed_ray.records import Record
 class SplitRows(Record):
     """The rows of a split: where they are from, how many there are, and their digest in their order.
 
-    ``sha256`` is of a line for each row: its text, its label and, if rows are dealt by a column, its value there, as JSON.
+    ``sha256`` is of a line for each row: its text, its label if labels are read and, if rows are dealt by a column, its value
+    there, as JSON.
     """
 
     split: Literal["train", "validation", "test"]
@@ -96,7 +97,7 @@ class Manifest(Record):
 
 def _split_rows(name: Literal["train", "validation", "test"], source: str, split: Split) -> SplitRows:
     digest = sha256()
-    columns = (split.texts, split.labels, split.groups) if split.groups else (split.texts, split.labels)
+    columns = [column for column in (split.texts, split.labels, split.groups) if column]
     for row in zip(*columns, strict=True):
         digest.update(_canonical(row).encode() + b"\n")
     return SplitRows(split=name, source=source, rows=len(split), sha256=digest.hexdigest())
@@ -108,7 +109,7 @@ def _share(client: str, client_class: str, rows: np.ndarray, labels: Sequence[st
         client=client,
         client_class=client_class,
         rows=len(indices),
-        rows_per_class=dict(Counter(labels[index] for index in indices)),
+        rows_per_class=dict(Counter(labels[index] for index in indices)) if labels else {},
         sha256=sha256(_canonical(indices).encode()).hexdigest(),
     )
 

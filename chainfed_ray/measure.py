@@ -24,10 +24,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 class PeakMemory:
     """``with PeakMemory() as peak: …`` then ``peak.bytes``: the most above what was resident at the start.
 
-    Pages of files count too. ``bytes`` is None where the kernel does not let a process reset its high-water mark.
+    Pages of files count too. ``bytes`` is None where the kernel does not let a process reset its high-water mark; ``start`` is
+    what was resident at the start.
     """
 
     bytes: int | None = None
+    start: int | None = None
 
     def __enter__(self) -> Self:
         gc.collect()
@@ -35,22 +37,27 @@ class PeakMemory:
         try:
             _CLEAR.write_text("5")
         except OSError:
-            self._start = None
+            self.start = None
         else:
-            self._start = status("VmRSS")
+            self.start = status("VmRSS")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._start is not None:
-            self.bytes = max(status("VmHWM") - self._start, 0)
+        if self.start is not None:
+            self.bytes = max(status("VmHWM") - self.start, 0)
 
 
 def status(field: str) -> int:
     """The bytes that the kernel gives for ``field``, such as VmRSS, in this process's status."""
+    return int(status_line(field).split()[0]) * 1024
+
+
+def status_line(field: str) -> str:
+    """What the kernel gives for ``field`` in this process's status."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    return line.partition(":")[2].strip()
 
 
 def _return_free_memory() -> None:

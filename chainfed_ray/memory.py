@@ -221,6 +221,17 @@ def cache_bytes(costs: Costs, tokens: int) -> int:
     return 4 * tokens * costs.hidden * costs.itemsize
 
 
+def evaluation_bytes(costs: Costs, adapters: int, tokens: int) -> int:
+    """What the streaming evaluator holds at most: two layers and a batch on their way, or the head and its batch."""
+    batch = PREFIX_BATCH
+    held = adapters * costs.adapter + costs.head + costs.skeleton + _RUNTIME
+    layers = 2 * costs.layer + costs.conversion
+    running = max(part.forward_at(batch, tokens) for part in (costs.advance, costs.advance_adapter))
+    embedding = batch * tokens * costs.hidden * _EMBEDDING_STATES * costs.itemsize
+    head = costs.kept.head.forward_at(batch, tokens) + (costs.slices if costs.streamed_head else 0)
+    return held + costs.call.at(batch, tokens) + max(layers + max(running, embedding), head)
+
+
 def _prefixes_that_fit(costs: Costs, task: Task, means: Means) -> Iterator[Prefix]:
     """The ways to come by the prefix, the fastest first."""
     for grain in _GRAINS:

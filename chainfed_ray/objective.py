@@ -35,7 +35,7 @@ def by_class(head: Head, mask: Tensor, labels: Tensor) -> Judge:
 
 def by_next_token(blocks: Blocks, ids: np.ndarray, mask: Tensor, targets: Tensor, source: RowSlices) -> Judge:
     """The cross-entropy of the ``targets`` [B, T], given by the base model's own head, which never learns."""
-    return lambda hidden, head_learns: next_token_loss(blocks, hidden, ids, mask, targets, source)
+    return lambda hidden, head_learns: next_token_loss(blocks, hidden, ids, mask, targets.numpy(), source)
 
 
 def trained_names(

@@ -8,6 +8,11 @@
 
 A layer with an adapter, and the head, are PEFT layers: several stacks can be loaded side by side, each with classes of its
 own, and a batch may name one for each row (``adapter_names=``) where their classes are equally many.
+
+The stack of a language model goes on the causal model itself, whose own head gives the logits [B, T, V] and whose
+``generate`` writes text. ::
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), "jobs/<job>/model")
 """
 
 from collections.abc import Iterator, Sequence
@@ -63,7 +68,10 @@ class SequenceClassifier(nn.Module):
 
 @dataclass
 class ChainFedConfig(PeftConfig):
-    """The sizes of a stack, and its classes; ``target_modules`` are the layers with an adapter, and the head."""
+    """The sizes of a stack, and its classes, of which a language model has none.
+
+    ``target_modules`` are the layers with an adapter, and a classifier's head.
+    """
 
     target_modules: list[str] = field(default_factory=list)
     base: str | None = None

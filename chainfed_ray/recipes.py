@@ -15,13 +15,25 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# A language model brings its head, and its hidden states are those that the head was trained on.
+_CAUSAL: Mapping[str, Mapping[str, Any]] = {
+    "chain": {"head": "model"},
+    "rounds": {"learning_rate": 1e-3, "clip_norm": 1.0},
+}
+
+
 def with_defaults_of(document: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """``document`` with the defaults of the recipe that it names filled in; whatever is wrong with it stays as it is."""
-    if document.get("recipe") != "paper":
-        return document
+    """``document`` with the defaults of its recipe and of its task filled in; whatever is wrong with it stays as it is."""
+    model = document.get("model")
+    causal = isinstance(model, Mapping) and model.get("task") == "causal-lm"
+    filled = _filled(document, _CAUSAL) if causal else document
+    return _filled(filled, _PAPER) if document.get("recipe") == "paper" else filled
+
+
+def _filled(document: Mapping[Any, Any], defaults: Mapping[str, Mapping[str, Any]]) -> Mapping[Any, Any]:
     filled = dict(document)
-    for section, defaults in _PAPER.items():
+    for section, values in defaults.items():
         given = document.get(section, {})
         if isinstance(given, Mapping):
-            filled[section] = {**defaults, **given}
+            filled[section] = {**values, **given}
     return filled

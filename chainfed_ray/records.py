@@ -60,6 +60,7 @@ class Opening(Record):
     """Before the first round: who takes part, and where the chain starts; ``lost`` are turns of profiling.
 
     ``window`` is Q: the widest that the job allows and a client's budget holds. ``partition_hash`` is that of the manifest.
+    ``evaluator`` is the engine that judges the whole model, and why it is another than the job's, if it is.
     """
 
     admitted: tuple[Admitted, ...]
@@ -73,6 +74,7 @@ class Opening(Record):
     total_rounds: int
     partition_hash: str
     profile_cpu_seconds: float = 0.0
+    evaluator: str = "torch"
 
 
 class Turn(Record):
@@ -111,10 +113,44 @@ class HeadFit(Record):
     lost: tuple[Lost, ...]
 
 
-class Round(Record):
-    """One federated round. ``ended`` says why its stage ended with it, if it did; ``head_fit`` how it began, if in that way.
+class Evaluation(Record):
+    """The whole model on held-out rows, judged by ``engine``; or the ``failure`` for which it could not be.
 
-    ``epsilon`` is ε of the rounds so far, at the job's δ; None without privacy, with which each round is ``counted``.
+    ``loss`` is in nats: the mean over examples for a classifier, over tokens to be predicted for a language model, whose
+    ``accuracy`` is that of tokens. ``forward_seconds`` of its ``seconds`` went into forward passes. Bytes are those that a
+    process of the evaluator takes above itself when idle. A ``failure`` beside a loss is another engine's, in whose place this
+    one judged.
+    """
+
+    engine: str
+    loss: float | None = None
+    accuracy: float | None = None
+    macro_f1: float | None = None
+    perplexity: float | None = None
+    choice_accuracy: float | None = None
+    seconds: float = 0.0
+    forward_seconds: float = 0.0
+    planned_bytes: int | None = None
+    peak_bytes: int | None = None
+    failure: str | None = None
+
+
+class Best(Record):
+    """The round after which the whole model was at its best on held-out rows, and ``why`` that one."""
+
+    round: int
+    stage: int
+    loss: float
+    accuracy: float | None
+    why: str
+
+
+class Round(Record):
+    """One federated round. ``held_out_loss`` and ``accuracy`` are those of the chain cut at the window's top: an early exit.
+
+    ``evaluation`` is that of the whole model, where it was due. ``ended`` says why its stage ended with it, if it did;
+    ``head_fit`` how it began, if in that way. ``epsilon`` is ε of the rounds so far, at the job's δ; None without privacy, with
+    which each round is ``counted``.
     """
 
     index: int
@@ -131,14 +167,15 @@ class Round(Record):
     ended: str | None
     seconds: float
     head_fit: HeadFit | None = None
+    evaluation: Evaluation | None = None
     epsilon: float | None = None
 
 
 class Ending(Record):
-    """After the last round: the test accuracy of the whole chain.
+    """After the last round: what the whole model is worth on the test rows, with the stack that is ``served``.
 
-    ``epsilon`` is ε of all rounds, at the job's δ; None without privacy. ``stopped`` says which limit of the job ended it
-    early, if one did.
+    ``best`` is the round whose stack is the best one, if the whole model was ever judged. ``epsilon`` is ε of all rounds, at
+    the job's δ; None without privacy. ``stopped`` says which limit of the job ended it early, if one did.
     """
 
     status: Literal["succeeded"] = "succeeded"
@@ -146,12 +183,15 @@ class Ending(Record):
     loss: float
     rounds: int
     peak_bytes: dict[str, int]
+    served: Literal["last", "best"] = "last"
+    best: Best | None = None
+    evaluation: Evaluation | None = None
     epsilon: float | None = None
     stopped: str | None = None
 
 
 class StageResult(Record):
-    """A stage that ended, and why."""
+    """A stage that ended, and why. ``accuracy`` is that of the chain cut at its top, ``evaluation`` the whole model's."""
 
     stage: int
     bottom: int
@@ -159,6 +199,7 @@ class StageResult(Record):
     rounds: int
     accuracy: float | None
     ended: str
+    evaluation: Evaluation | None = None
 
 
 class StageMemory(Record):
@@ -214,7 +255,7 @@ class StageMemory(Record):
 
 
 class Result(Record):
-    """What a finished job comes to. ``epsilon`` and ``stopped`` are those of its ``Ending``."""
+    """What a finished job comes to. What follows its ``partition_hash`` is that of its ``Ending``."""
 
     job: str
     status: Literal["succeeded"] = "succeeded"
@@ -229,6 +270,9 @@ class Result(Record):
     peak_bytes: dict[str, int]
     memory: tuple[StageMemory, ...]
     partition_hash: str
+    served: Literal["last", "best"] = "last"
+    best: Best | None = None
+    evaluation: Evaluation | None = None
     epsilon: float | None = None
     stopped: str | None = None
 
@@ -253,6 +297,7 @@ class Result(Record):
                     rounds=sum(record.stage == last.stage for record in rounds),
                     accuracy=last.accuracy,
                     ended=last.ended,
+                    evaluation=last.evaluation,
                 )
                 for last in rounds
                 if last.ended
@@ -261,6 +306,9 @@ class Result(Record):
             peak_bytes=ending.peak_bytes,
             memory=StageMemory.of(rounds),
             partition_hash=opening.partition_hash,
+            served=ending.served,
+            best=ending.best,
+            evaluation=ending.evaluation,
             epsilon=ending.epsilon,
             stopped=ending.stopped,
         )

@@ -1,6 +1,7 @@
 """A finished stack as a folder: in PEFT's own form, so that ``PeftModel.from_pretrained`` loads it (see peft_method).
 
-Written and read here without PEFT, whose import takes seconds, and without the base model. ::
+Written and read here without PEFT, whose import takes seconds, and without the base model. A stack with a head of its own
+is for a ``SequenceClassifier``; one without is for the causal language model itself, whose head it uses. ::
 
     adapter_config.json           the method, its sizes, the modules that have an adapter
     adapter_model.safetensors     base_model.model.<module>.chainfed_…
@@ -9,6 +10,7 @@ Written and read here without PEFT, whose import takes seconds, and without the 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.errors import CorruptCommit
 
 PEFT_TYPE = "CHAINFED"
+CAUSAL_LM = "CAUSAL_LM"  # PEFT's name for what a language model does
 # Where a SequenceClassifier has its base model and its head, and where PEFT's layers keep what is trained.
 BASE, HEAD = "base", "head"
 ADAPTERS, HEADS = "chainfed_adapters", "chainfed_heads"
@@ -29,7 +32,11 @@ _ROOT = "base_model.model"
 
 @dataclass(frozen=True)
 class SavedStack:
-    """A stack, and what has to be known to use it: its base model, and where that has its layers."""
+    """A stack, and what has to be known to use it: its base model, and where that has its layers.
+
+    ``layers_path`` is a path in the base model, or for a language model's stack in the causal model, such as
+    ``model.layers``; such a stack has no ``classes``.
+    """
 
     stack: AdapterStack
     classes: tuple[str, ...]
@@ -39,14 +46,16 @@ class SavedStack:
 
     @property
     def modules(self) -> list[str]:
-        """The modules of a ``SequenceClassifier`` that have an adapter, and its head."""
-        return [*(f"{BASE}.{self.layers_path}.{layer}" for layer in self.stack.layers), HEAD]
+        """The modules that have an adapter, and a ``SequenceClassifier``'s head."""
+        layers = [f"{self._layers}.{layer}" for layer in self.stack.layers]
+        return layers if self.stack.head is None else [*layers, HEAD]
 
     def config(self) -> dict[str, Any]:
         """What PEFT keeps in ``adapter_config.json``."""
         down = self.stack.adapter(self.stack.layers[0]).down
         return {
             "peft_type": PEFT_TYPE,
+            **({"task_type": CAUSAL_LM} if self.stack.head is None else {}),
             "base_model_name_or_path": self._base_for_others(),
             "base": self.base,
             "inference_mode": True,
@@ -61,6 +70,11 @@ class SavedStack:
         """Every tensor by PEFT's name."""
         return {self._name(name): tensor for name, tensor in self.stack.tensors().items()}
 
+    @property
+    def _layers(self) -> str:
+        """Where the model that the stack is put on has its layers."""
+        return self.layers_path if self.stack.head is None else f"{BASE}.{self.layers_path}"
+
     def _base_for_others(self) -> str | None:
         """The base model as the Hugging Face world names it; what comes with a package has no name there."""
         scheme, _, name = self.base.partition(":")
@@ -71,7 +85,7 @@ class SavedStack:
         if kind == "head":
             return f"{_ROOT}.{HEAD}.{HEADS}.{rest}"
         layer, _, parameter = rest.partition(".")
-        return f"{_ROOT}.{BASE}.{self.layers_path}.{layer}.{ADAPTERS}.{parameter}"
+        return f"{_ROOT}.{self._layers}.{layer}.{ADAPTERS}.{parameter}"
 
 
 def save_stack(saved: SavedStack, folder: Path) -> None:
@@ -86,6 +100,12 @@ def save_stack(saved: SavedStack, folder: Path) -> None:
     aside.rename(folder)
 
 
+def save_models(models: Mapping[str, SavedStack], served: str, folder: Path) -> None:
+    """Write the stack called ``served`` as the model in ``folder``, and others there by their own names."""
+    for name, saved in models.items():
+        save_stack(saved, folder / ("model" if name == served else name))
+
+
 def load_stack(folder: Path) -> SavedStack:
     """Read what ``save_stack`` or PEFT's ``save_pretrained`` wrote.
 
@@ -96,11 +116,16 @@ def load_stack(folder: Path) -> SavedStack:
         config = json.loads((folder / _CONFIG).read_bytes())
         tensors = load((folder / _WEIGHTS).read_bytes())
         layers = [module for module in config["target_modules"] if module != HEAD]
-        path = layers[0].removeprefix(f"{BASE}.").rpartition(".")[0]
+        path = layers[0].rpartition(".")[0]
+        causal = config.get("task_type") == CAUSAL_LM
+        if not causal:
+            path = path.removeprefix(f"{BASE}.")
         stack = AdapterStack.from_tensors({_plain(name): tensor for name, tensor in tensors.items()})
         saved = SavedStack(stack, tuple(config["classes"]), config["max_length"], config["base"], path)
         complete = (
-            sorted(saved.modules) == sorted(config["target_modules"]) and saved.tensors().keys() == tensors.keys()
+            causal == (stack.head is None)
+            and sorted(saved.modules) == sorted(config["target_modules"])
+            and saved.tensors().keys() == tensors.keys()
         )
     except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise CorruptCommit(

@@ -14,6 +14,7 @@ def _exact_bytes(count: int) -> str | int:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(_exact_bytes), Field(gt=0)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, allow_inf_nan=False)]
+Often = Literal["round", "stage"] | Annotated[int, Field(ge=1)]  # or so many rounds
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 
 
@@ -27,8 +28,8 @@ class ModelSpec(Section):
     """Which base model is tuned, and for what."""
 
     base: str = Field(description="`builtin:minilm`, `hf:<org>/<name>[@<revision>]` or `path:<folder>`")
-    task: Literal["sequence-classification"] = Field(
-        "sequence-classification", description="what the model is tuned for"
+    task: Literal["sequence-classification", "causal-lm"] = Field(
+        "sequence-classification", description="what the model is tuned for: to classify texts, or to go on with them"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights and activations")
 
@@ -39,9 +40,30 @@ class DataSpec(Section):
     train: str = Field(description="`builtin:docstrings`, `hf:<dataset>` or `path:<file.csv|jsonl|parquet>`")
     validation: str | None = Field(None, description="rows for the progress report; by default a tenth of `train`")
     test: str | None = Field(None, description="rows for the final accuracy; by default a tenth of `train`")
-    text: str = Field("text", description="the column that holds the text")
-    label: str = Field("label", description="the column that holds the class")
+    text: str = Field(
+        "text", description="the column that holds the text; for `causal-lm` texts are joined, and cut evenly"
+    )
+    label: str = Field(
+        "label", description="the column that holds the class; for `causal-lm` only `dirichlet` reads it"
+    )
+    prompt: str | None = Field(None, description="for `causal-lm`: the column that holds the prompt of `data.response`")
+    response: str | None = Field(
+        None, description="for `causal-lm`: the column of what is to be learnt, after a prompt"
+    )
+    messages: str | None = Field(
+        None,
+        description="for `causal-lm`: the column of chats, lists of `role` and `content`; what assistants say is learnt",
+    )
     max_length: int = Field(128, ge=2, le=32768, description="tokens kept of a text")
+
+    @property
+    def columns(self) -> tuple[tuple[str, str], ...]:
+        """What is read of a row by a language model: the keys, and the columns that they name."""
+        if self.messages is not None:
+            return (("data.messages", self.messages),)
+        if self.prompt is not None and self.response is not None:
+            return (("data.prompt", self.prompt), ("data.response", self.response))
+        return (("data.text", self.text),)
 
 
 class PartitionSpec(Section):
@@ -106,8 +128,9 @@ class ChainSpec(Section):
     cka_threshold: float = Field(0.5, ge=0, le=1, description="`auto` starts at the first layer whose CKA is below it")
     profile_examples: int = Field(64, ge=4, le=4096, description="a client's examples in its CKA profile")
     global_weight: float = Field(0.1, ge=0, le=10, description="λ: loss = local + λ · global")
-    head: Literal["zero", "fitted"] = Field(
-        "fitted", description="`fitted` in closed form to the window's output as each stage begins, or at `zero` once"
+    head: Literal["zero", "fitted", "model"] = Field(
+        "fitted",
+        description="`fitted` in closed form as each stage begins, or at `zero` once; `model`: a language model's own",
     )
     global_trains: Literal["window", "head", "upper"] = Field(
         "head",
@@ -144,8 +167,17 @@ class RoundsSpec(Section):
         None, ge=1, le=100_000, description="optimizer steps of a client's turn, in place of `local_epochs`"
     )
     batch_size: int = Field(16, ge=1, le=4096, description="examples in an optimizer step")
-    learning_rate: float = Field(1e-2, gt=0, lt=10, description="of the adapters (AdamW, cosine over a stage)")
+    learning_rate: float = Field(1e-2, gt=0, lt=10, description="of the adapters (AdamW)")
     head_learning_rate: float = Field(1e-2, gt=0, lt=10, description="of the head")
+    warmup: int = Field(
+        0, ge=0, le=100_000, description="rounds of a stage over which the rates rise to their full value"
+    )
+    decay: Literal["cosine", "linear", "none"] = Field(
+        "cosine", description="how the rates then fall to 0 over the stage"
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="L2 norm to which the gradient of an optimizer step is clipped"
+    )
     convergence: ConvergenceSpec = Field(
         default_factory=lambda: ConvergenceSpec(), description="when a stage ends early"
     )
@@ -201,5 +233,17 @@ class PrivacySpec(Section):
 class EvaluationSpec(Section):
     """The server's judgement on held-out rows."""
 
-    every: Literal["round", "stage"] = Field("round", description="how often validation accuracy is measured")
-    engine: Literal["torch"] = Field("torch", description="the streaming evaluator, one layer in memory at a time")
+    every: Often = Field("round", description="how often the chain cut at the window's top is judged, as an early exit")
+    whole_every: Often | Literal["never"] = Field(
+        "stage", description="how often the whole model with the present stack is judged"
+    )
+    engine: Literal["torch", "deepspeed"] = Field(
+        "torch", description="what judges the whole model: layer by layer, or ZeRO-3 with its parameters on disk"
+    )
+    workers: int = Field(1, ge=1, le=64, description="of `deepspeed`: processes that share the examples and the model")
+    choices: str | None = Field(
+        None, description="for `causal-lm`: a test of `prompt`, `choices` and `answer`, in the forms of `data.train`"
+    )
+    serve: Literal["last", "best"] = Field(
+        "last", description="which stack becomes the model: the last, or that with the least loss of the whole model"
+    )

@@ -34,6 +34,10 @@ class RowSlices(Protocol):
         """The first row and the rows [n, K] of each slice, from the top; each is overwritten after the next was asked for."""
         ...
 
+    def numbers(self, name: str, first: int, count: int) -> Tensor:
+        """Some of a vector's numbers, [count] from ``first``: the bias that goes with a slice."""
+        ...
+
 
 class SliceReader:
     """The slices of a checkpoint's matrices in ``dtype``, each of at most ``slice_bytes``, or of one row if that is more.
@@ -64,6 +68,11 @@ class SliceReader:
             elif successor := self._followed.get((self._before, name)):
                 self._load_ahead(self._pieces(successor)[0])
             yield piece.first, rows
+
+    def numbers(self, name: str, first: int, count: int) -> Tensor:
+        """See ``RowSlices``. They are read into memory of their own."""
+        room = torch.empty(count * self._checkpoint.row_bytes(name), dtype=torch.uint8)
+        return self._checkpoint.slice(name, first, count, room, self._dtype)
 
     def close(self) -> None:
         """End the thread, and let the buffers go."""

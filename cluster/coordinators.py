@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from cluster.controller import Controller
+from cluster.evaluation import judging
 from cluster.job_run import run_job
 from cluster.job_store import JobStore
 from cluster.ray_pool import RayPool
@@ -33,7 +34,7 @@ class CoordinatorActor:
 
     def _run(self, job: str, settings: Settings) -> None:
         try:
-            run_job(job, settings.storage, lambda made: RayPool(made.base, settings.client_slots))
+            run_job(job, settings.storage, lambda made: RayPool(made.base, settings.client_slots), judging)
         except Exception:
             _log.exception("the coordinator of %s ends without a verdict; Ray starts it again", job)
             os._exit(1)

@@ -3,6 +3,7 @@
 import logging
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from time import sleep
 
 from sqlalchemy.exc import OperationalError
@@ -12,9 +13,10 @@ from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import ChainFedError, CoordinatorLost
 from chainfed_ray.job import Job, prepare
+from chainfed_ray.judging import Judging, streamed
 from chainfed_ray.pool import ClientPool
 from chainfed_ray.records import Record, Result
-from chainfed_ray.saved_stack import save_stack
+from chainfed_ray.saved_stack import save_models
 from cluster.job_store import JobStore
 from cluster.storage import Storage
 
@@ -24,7 +26,12 @@ _PATIENCE_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
-def run_job(job: str, storage: Storage, make_pool: Callable[[Job], ClientPool]) -> None:
+def run_job(
+    job: str,
+    storage: Storage,
+    make_pool: Callable[[Job], ClientPool],
+    make_judging: Callable[[Job], Judging] = streamed,
+) -> None:
     """Run the rest of a job, and put how it ended on record; what was committed before is told again, once.
 
     A database that does not answer costs time, never the job: it goes on from the commit log when the database is back.
@@ -33,7 +40,7 @@ def run_job(job: str, storage: Storage, make_pool: Callable[[Job], ClientPool]) 
         try:
             store = JobStore(storage.database)
             try:
-                _run(job, store, storage, make_pool)
+                _run(job, store, storage, make_pool, make_judging)
             finally:
                 store.close()
             return
@@ -42,7 +49,13 @@ def run_job(job: str, storage: Storage, make_pool: Callable[[Job], ClientPool]) 
             sleep(_PATIENCE_SECONDS)
 
 
-def _run(job: str, store: JobStore, storage: Storage, make_pool: Callable[[Job], ClientPool]) -> None:
+def _run(
+    job: str,
+    store: JobStore,
+    storage: Storage,
+    make_pool: Callable[[Job], ClientPool],
+    make_judging: Callable[[Job], Judging],
+) -> None:
     record = store.get(job)
     if record.status != "running":
         return
@@ -50,7 +63,7 @@ def _run(job: str, store: JobStore, storage: Storage, make_pool: Callable[[Job],
     try:
         if deaths >= _DEATHS:
             raise CoordinatorLost(job, deaths)
-        result = _train(job, JobSpec.parse(record.spec), store, storage, make_pool)
+        result = _train(job, JobSpec.parse(record.spec), store, storage, make_pool, make_judging)
     except OperationalError:
         raise
     except Exception as error:  # whatever it is, it is the job's first cause and belongs on its record
@@ -70,13 +83,20 @@ def _run(job: str, store: JobStore, storage: Storage, make_pool: Callable[[Job],
 
 
 def _train(
-    job: str, spec: JobSpec, store: JobStore, storage: Storage, make_pool: Callable[[Job], ClientPool]
+    job: str,
+    spec: JobSpec,
+    store: JobStore,
+    storage: Storage,
+    make_pool: Callable[[Job], ClientPool],
+    make_judging: Callable[[Job], Judging],
 ) -> Result:
     prepared = prepare(spec, storage.scratch(job))
     log = CommitLog(storage.job(job))
-    pool = make_pool(prepared)
-    try:
-        coordinator = Coordinator(prepared, pool, log)
+    with ExitStack() as resources:
+        pool, judging = make_pool(prepared), make_judging(prepared)
+        for resource in (pool, judging):
+            resources.callback(resource.close)
+        coordinator = Coordinator(prepared, pool, log, judging)
         opening = coordinator.open()
         _publish(store, job, "opening", "opening", opening)
         for record in log.rounds():
@@ -86,10 +106,8 @@ def _train(
         ending = coordinator.finish()
         _publish(store, job, "ending", "ending", ending)
         result = Result.of(spec.name, prepared.classes, opening, log.rounds(), ending)
-        save_stack(coordinator.model(), storage.model(job))
+        save_models(coordinator.models(), ending.served, storage.job(job))
         return result
-    finally:
-        pool.close()
 
 
 def _publish(store: JobStore, job: str, key: str, kind: str, record: Record) -> None:

@@ -15,6 +15,9 @@ COORDINATOR_SLOT = "coordinator_slot"
 # What an actor's process takes before any client uses it: Python, torch and Ray.
 IDLE_BYTES = 400 * 2**20
 
+# The same, with DeepSpeed and Ray Train.
+OFFLOAD_IDLE_BYTES = 550 * 2**20
+
 # Work that is light, but has to run where a coordinator could.
 _BESIDE_COORDINATORS = 0.001
 
@@ -37,6 +40,14 @@ def of_coordinator() -> dict[str, Any]:
 def of_controller() -> dict[str, Any]:
     """The options of the controller, and of the checks before a job is accepted."""
     return {"num_cpus": 0, "resources": {COORDINATOR_SLOT: _BESIDE_COORDINATORS}}
+
+
+def of_evaluation(planned_bytes: int) -> dict[str, float]:
+    """The resources of a process that judges the whole model: memory, and a machine that may coordinate jobs.
+
+    No core is asked for: it has to find room beside clients that train, and waits for disks most of its time.
+    """
+    return {"CPU": 0, "memory": OFFLOAD_IDLE_BYTES + planned_bytes, COORDINATOR_SLOT: _BESIDE_COORDINATORS}
 
 
 def of_one_machine(client_slots: int, parallel_jobs: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ Neither lives in Ray: any process may be killed at any time, the head included. 
     chainfed.db                    the database, unless a URL says otherwise
     jobs/<job>/                    a job's commits (see commit_log)
     jobs/<job>/model/              its finished stack, as PEFT keeps it
+    jobs/<job>/best/               the stack that was best on held-out rows, if it is another; last/ where that one is served
     scratch/<job>/                 prefix caches, unless another folder is given for them: fast, and may be lost at any time
 """
 

@@ -1,21 +1,25 @@
 """A process that takes turns of many shapes, each under the cap of its plan: ``python -m tests.measured FOLDER FAMILY``.
 
+A family with ``-lm`` is a language model with its own head, of 32,000 tokens; one with ``-bf16`` is in bfloat16.
+
 It prints a JSON object for each: the shape, the bytes planned and the bytes measured.
 """
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.admission import Candidate, Planner
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
-from chainfed_ray.client import BaseModel, Fitting, Training, Update
+from chainfed_ray.client import BaseModel, Fitting, Order, Training
 from chainfed_ray.costs import costs_of
 from chainfed_ray.job import as_client
 from chainfed_ray.memory import Task
@@ -47,32 +51,39 @@ _GRID = (  # examples of a batch, tokens, Q, budget
 def main(folder: Path, family: str) -> None:
     """Measure the grid for one family and dtype."""
     dtype = torch.bfloat16 if family.endswith("-bf16") else torch.float32
-    name = family.removesuffix("-bf16")
+    name, is_lm = family.removesuffix("-bf16").removesuffix("-lm"), "-lm" in family
     sizes = _OTHERWISE.get(name, _SIZES | ({"num_key_value_heads": 4} if name not in ("bert", "roberta") else {}))
+    if is_lm:
+        sizes = sizes | {"vocab_size": 32_000}
     config = AutoConfig.for_model(name, pad_token_id=0, **sizes)
-    AutoModel.from_config(config, dtype=dtype).save_pretrained(folder / "model")
+    kind = AutoModelForCausalLM if is_lm else AutoModel
+    kind.from_config(config, dtype=dtype).save_pretrained(folder / "model")
     base = BaseModel(folder / "model", dtype, folder / "scratch")
     warm_up(base)
     for batch, tokens, width, budget in _GRID:
-        print(json.dumps(measure(base, batch, tokens, width, budget)), flush=True)
+        print(json.dumps(measure(base, batch, tokens, width, budget, classes=None if is_lm else 8)), flush=True)
 
 
-def measure(base: BaseModel, batch: int, tokens: int, width: int, budget: int) -> dict[str, object]:
+def measure(
+    base: BaseModel, batch: int, tokens: int, width: int, budget: int, classes: int | None
+) -> dict[str, object]:
     """One turn of two steps, of the second window: two layers below it are run."""
     blocks = Blocks(base.folder, base.dtype)
-    costs, hidden, layers = costs_of(blocks, bottleneck=64, classes=8), blocks.hidden_size, blocks.num_layers
+    costs, hidden, layers = costs_of(blocks, bottleneck=64, classes=classes), blocks.hidden_size, blocks.num_layers
     blocks.close()
     generator = np.random.default_rng(0)
     ids = generator.integers(3, 1000, 2 * batch * tokens).astype(np.int32)
     examples = Examples(ids, np.arange(2 * batch + 1) * tokens, generator.integers(0, 8, 2 * batch))
-    task = Task(start=0, batch_size=batch, epochs=1, looks_ahead=True, trains_above=False, profiles=0, fits_head=True)
+    examples = replace(examples, targets=examples.every_token)
+    fits = classes is not None
+    task = Task(start=0, batch_size=batch, epochs=1, looks_ahead=True, trains_above=False, profiles=0, fits_head=fits)
     planner = Planner(costs, task)
     candidate = Candidate(f"{batch}-{tokens}-{width}-{budget}", "any", examples, budget, None)
     stage = Window(1, width)
     plan = planner.plan(candidate, stage)
     assert plan is not None
     order = Training(
-        AdapterStack.new(range(layers), hidden, 64, 8, seed=0).tensors(),
+        AdapterStack.new(range(layers), hidden, 64, classes, seed=0).tensors(),
         stage,
         epochs=1,
         batch_size=batch,
@@ -91,16 +102,13 @@ def measure(base: BaseModel, batch: int, tokens: int, width: int, budget: int) -
 
     client = as_client(candidate, plan, plan.planned_bytes)
     # The first turn makes the prefix, and the plan holds for whichever needs more.
-    sums = take_turn(client, base, lambda: Fitting(fetch().tensors, stage), capped=True)
-    update = take_turn(client, base, fetch, capped=True)
-    assert isinstance(update, Update)
-    assert sums.peak_bytes is not None
-    assert update.peak_bytes is not None
+    orders: list[Callable[[], Order]] = [lambda: Fitting(fetch().tensors, stage), fetch] if fits else [fetch]
+    peaks = [take_turn(client, base, order, capped=True).peak_bytes for order in orders]
     return {
         "shape": [batch, tokens, width, budget // MIB],
         "way": [len(plan.window), plan.micro_batch, plan.grain, plan.spilled, plan.prefix.batch, plan.prefix.grain],
         "planned": plan.planned_bytes,
-        "measured": max(sums.peak_bytes, update.peak_bytes),
+        "measured": max(peak for peak in peaks if peak is not None),
     }
 
 

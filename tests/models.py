@@ -8,11 +8,25 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama", "qwen2")
 
-_WIDTH = {
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+_GROUPED = {"num_key_value_heads": 2}
+_GEMMA = {**_GROUPED, "head_dim": 8, **_ENDS}
+_SCALES = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 6.0}
+_WIDTH: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_heads": 4, "n_layers": 4},
-    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
-    "llama": {"num_key_value_heads": 2},
-    "qwen2": {"num_key_value_heads": 2},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 4, "n_positions": 64, **_ENDS},
+    "llama": _GROUPED,
+    "mistral": _GROUPED | {"sliding_window": 4},
+    "qwen2": _GROUPED,
+    "qwen3": _GROUPED | {"head_dim": 8},
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA | {"sliding_window": 4, "attn_logit_softcapping": 0.1, "final_logit_softcapping": 3.0},
+    "gemma3_text": _GEMMA | {"sliding_window": 4, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0},
+    "phi": _GROUPED | _ENDS,
+    "phi3": _GROUPED | _ENDS | {"sliding_window": 4},
+    "gptj": {"rotary_dim": 4, **_ENDS},
+    "cohere": _GROUPED | _ENDS | {"logit_scale": 0.3},
+    "granite": _GROUPED | _ENDS | _SCALES,
 }
 
 
@@ -27,20 +41,23 @@ def tiny_model(family: str, layers: int = 4, vocabulary: int = 128, seed: int = 
     return _with_noise(AutoModel.from_config(_config(family, layers, vocabulary, **options)), seed)
 
 
-def tiny_causal_model(family: str, tied: bool, vocabulary: int = 128) -> PreTrainedModel:
+def tiny_causal_model(
+    family: str, tied: bool, vocabulary: int = 128, layers: int = 2, **options: Any
+) -> PreTrainedModel:
     """A random language model; its head is its word embeddings themselves if it is ``tied``."""
-    config = _config(family, 2, vocabulary, tie_word_embeddings=tied)
+    config = _config(family, layers, vocabulary, tie_word_embeddings=tied, **options)
     return _with_noise(AutoModelForCausalLM.from_config(config), seed=0)
 
 
 def _config(family: str, layers: int, vocabulary: int, **options: Any) -> PreTrainedConfig:
     common = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": layers}
-    sizes = _WIDTH[family] if family in ("distilbert", "gpt2") else {**common, **_WIDTH.get(family, {})}
+    own = _WIDTH.get(family, {})
+    sizes = own if family in ("distilbert", "gpt2") else {**common, **own}
     if family == "gpt2":
         sizes = {**sizes, "n_layer": layers}
     if family == "distilbert":
         sizes = {**sizes, "n_layers": layers}
-    return AutoConfig.for_model(family, vocab_size=vocabulary, pad_token_id=0, **sizes, **options)
+    return AutoConfig.for_model(family, **{"vocab_size": vocabulary, "pad_token_id": 0, **sizes, **options})
 
 
 def _with_noise(model: PreTrainedModel, seed: int) -> PreTrainedModel:

@@ -4,7 +4,7 @@ The application is the real one, over a real database, real checks and a real cl
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from chainfed_ray.classifier import Classifier
 from chainfed_ray.config import JobSpec
 from chainfed_ray.dry_run import dry_run
 from chainfed_ray.forecast import Forecast
+from chainfed_ray.generator import Piece, Sampling
 from chainfed_ray.job import prepare
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.saved_stack import load_stack
@@ -51,13 +52,16 @@ def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
         answers: list[list[float]] = classifier.probabilities(load_stack(storage.model(job.id)), texts).tolist()
         return answers
 
+    def write(job: JobRecord, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        raise NotImplementedError
+
     async def broken() -> None:
         raise OSError("out of order")
 
     async def works() -> None:
         store.check()
 
-    app = create_app(Service(store, check, plan, classify, {"database": works, "inference": broken}))
+    app = create_app(Service(store, check, plan, classify, write, {"database": works, "inference": broken}))
     with TestClient(app, raise_server_exceptions=False) as made:
         yield made
 

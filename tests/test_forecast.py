@@ -257,7 +257,9 @@ def client(untimed: None) -> Iterator[TestClient]:
         return dry_run(spec, at_once=1)
 
     unused = cast("Any", None)
-    with TestClient(create_app(Service(unused, unused, plan, unused, {})), raise_server_exceptions=False) as made:
+    with TestClient(
+        create_app(Service(unused, unused, plan, unused, unused, {})), raise_server_exceptions=False
+    ) as made:
         yield made
 
 

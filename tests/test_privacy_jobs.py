@@ -366,7 +366,7 @@ def test_a_job_with_a_limit_is_one_of_as_many_rounds_as_it_allows(plain: Job, tm
     assert ending.stopped.startswith("privacy limit: one more round could take ε to ")
     assert Result.of("tiny", job.classes, coordinator.open(), rounds, ending).stopped == ending.stopped
     assert ran["short"][0].finish().stopped is None
-    assert_same(coordinator.model().stack.tensors(), stack)
+    assert_same(coordinator.models()["last"].stack.tensors(), stack)
     assert list(Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "limited")).rounds()) == []
 
 

@@ -1,0 +1,42 @@
+"""Scores as words: the accuracy of a classifier, the perplexity of a language model."""
+
+import math
+
+from chainfed_ray.config import JobSpec
+from chainfed_ray.quantities import format_bytes, format_seconds
+from chainfed_ray.records import Evaluation
+
+
+def is_causal(spec: JobSpec) -> bool:
+    """Whether the job tunes a language model."""
+    return spec.model.task == "causal-lm"
+
+
+def short_score(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:
+    """Such as "72.8%" or, of a language model, "14.2"; a dash where nothing was measured."""
+    if loss is None or accuracy is None:
+        return "–"
+    return f"{_perplexity(loss):.4g}" if is_causal(spec) else f"{accuracy:.1%}"
+
+
+def evaluation_line(spec: JobSpec, found: Evaluation) -> str:
+    """A judgement of the whole model in a sentence."""
+    if found.loss is None:
+        return f"The whole model could not be judged by {found.engine}: {found.failure}"
+    if is_causal(spec):
+        scores = f"perplexity {_perplexity(found.loss):.4g}, {found.accuracy:.1%} of the tokens right"
+    else:
+        scores = f"{found.accuracy:.1%} right, macro-F1 {found.macro_f1:.3f}"
+    if found.choice_accuracy is not None:
+        scores += f", {found.choice_accuracy:.1%} of the questions right"
+    return f"The whole model: {scores} ({found.engine}, {format_seconds(found.seconds)}{_memory(found)})."
+
+
+def _memory(found: Evaluation) -> str:
+    if found.peak_bytes is None or found.planned_bytes is None:
+        return ""
+    return f", peak {format_bytes(found.peak_bytes)} of {format_bytes(found.planned_bytes)} planned"
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

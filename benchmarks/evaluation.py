@@ -1,0 +1,106 @@
+"""``python -m benchmarks evaluation``: the server's memory while it judges the whole model, one process a cell."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.shapes import EVALUATED, Shape, written
+from chainfed_ray.measure import ENVIRONMENT
+from chainfed_ray.quantities import format_bytes
+
+# The whole model in memory; layer after layer (engine: torch); on the disk (engine: deepspeed), by itself and in a run of Ray
+# Train, which is what a job has.
+_ENGINES = ("resident", "torch", "deepspeed", "deepspeed-run")
+_progress = Console(stderr=True, highlight=False)
+
+Row = dict[str, Any]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    names = [shape.name for shape in EVALUATED]
+    parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="all by default")
+    parser.add_argument("--engines", nargs="+", choices=_ENGINES, default=_ENGINES, help="all by default")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="for the weights, meanwhile")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into this file")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure the rows that were asked for, and print them; each is written as soon as it is there."""
+    rows: list[Row] = []
+    for shape in EVALUATED:
+        if shape.name not in options.shapes:
+            continue
+        with written(shape, options.scratch) as folder:
+            if isinstance(folder, str):
+                _progress.print(f"{shape.name} is left out: {folder}.")
+                continue
+            for row in _rows(shape, folder, options):
+                rows.append(row)
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1))
+    Console(highlight=False).print(_table(rows))
+    print(f"{platform.machine()}, {os.cpu_count()} cores, one thread a process; {date.today()}")
+
+
+def _rows(shape: Shape, folder: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """The rows of a shape, each with its ratio to the model in memory."""
+    resident: Row = {}
+    for engine in options.engines:
+        row = _measure(shape, folder, options.scratch, engine)
+        if engine == "resident":
+            resident = row
+        if "peak_bytes" in resident and "peak_bytes" in row:
+            row["ratio"] = resident["peak_bytes"] / row["peak_bytes"]
+        _progress.print(f"{shape.name}  {engine}  {row.get('failed') or format_bytes(row['peak_bytes'])}")
+        yield row
+
+
+def _measure(shape: Shape, folder: Path, scratch: Path, engine: str) -> Row:
+    cell = {"shape": shape.name, "engine": engine, "folder": str(folder), "scratch": str(scratch)}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.evaluation_cell", json.dumps(cell)],
+        env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    found: Row = {"shape": shape.name, "dtype": shape.dtype, "batch": shape.batch, "tokens": shape.tokens}
+    found |= {"engine": engine, "planned_bytes": None, "ratio": None}
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        return {**found, "failed": reason}
+    return {**found, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table("shape", "engine", box=None, header_style="bold", pad_edge=False)
+    for name in ("peak", "ratio", "planned", "process", "to load", "s a batch", "beyond"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if "failed" in row:
+            table.add_row(row["shape"], row["engine"], row["failed"])
+            continue
+        table.add_row(
+            row["shape"],
+            row["engine"],
+            format_bytes(row["peak_bytes"]),
+            f"{row['ratio']:.1f}×" if row["ratio"] else "",
+            format_bytes(row["planned_bytes"]) if row["planned_bytes"] else "",
+            format_bytes(row["process_bytes"]) if row["process_bytes"] else "",
+            f"{row['load_seconds']:.1f} s",
+            f"{row['seconds']:.2f}",
+            f"{row['beyond']:.1%}" if row["beyond"] is not None else "",
+        )
+    return table

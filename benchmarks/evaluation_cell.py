@@ -1,0 +1,221 @@
+"""One cell of the evaluation benchmark, in a process of its own: ``python -m benchmarks.evaluation_cell CELL-AS-JSON``.
+
+It prints one JSON object: the peak above the idle process, that of the whole process, the seconds of a batch, and how much
+longer an evaluation takes than its forward passes.
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.shapes import EVALUATED, Shape
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.client import BaseModel
+from chainfed_ray.costs import costs_of
+from chainfed_ray.evaluator import Evaluated, Evaluator
+from chainfed_ray.judgement import Judgement, judge
+from chainfed_ray.measure import PeakMemory, status
+from chainfed_ray.memory import Costs
+from chainfed_ray.offload_footprint import offload_footprint
+from chainfed_ray.offloaded import OffloadedModel
+from chainfed_ray.stream_evaluator import StreamEvaluator
+from chainfed_ray.tokens import Examples
+from chainfed_ray.turn import warm_up
+from cluster.ops import ops_folder
+
+_BOTTLENECK, _CLASSES = 64, 4
+_BATCHES, _EVALUATIONS = 2, 3  # the first of the evaluations loads the model, and is not counted
+_SET = "held-out"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured."""
+
+    shape: str
+    engine: str
+    folder: str
+    scratch: str
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """The cell's row."""
+    torch.set_num_threads(1)
+    shape = next(shape for shape in EVALUATED if shape.name == cell.shape)
+    base = BaseModel(Path(cell.folder), getattr(torch, shape.dtype), Path(cell.scratch))
+    classes = None if shape.language_model else _CLASSES
+    blocks = Blocks(base.folder, base.dtype)
+    stacks = [
+        AdapterStack.new(range(blocks.num_layers), blocks.hidden_size, _BOTTLENECK, classes, seed)
+        for seed in range(_EVALUATIONS)
+    ]
+    examples = _examples(shape)
+    engines: dict[str, Callable[[], Evaluator]] = {
+        "resident": lambda: _Resident(base, examples, shape.batch),
+        "torch": lambda: StreamEvaluator(base, _costs(base, classes), {_SET: examples}),
+        "deepspeed": lambda: _Offloaded(base, _costs(base, classes), examples, shape),
+        "deepspeed-run": lambda: _run(base, _costs(base, classes), examples, shape.batch),
+    }
+    make = engines[cell.engine]
+    if cell.engine != "deepspeed":
+        warm_up(base)  # it does so by itself
+    with _ray() if cell.engine == "deepspeed-run" else nullcontext():
+        evaluator = make()
+        try:
+            started = perf_counter()
+            first = evaluator.judge(stacks[0], _SET)
+            first_seconds = perf_counter() - started
+            later = [evaluator.judge(stack, _SET) for stack in stacks[1:]]
+        finally:
+            evaluator.close()
+    seconds = sum(found.forward_seconds for found in later) / len(later)
+    whole = sum(found.seconds for found in later) / len(later)
+    peaks = [found.peak_bytes for found in (first, *later) if found.peak_bytes is not None]
+    return {
+        "peak_bytes": max(peaks),
+        "planned_bytes": first.planned_bytes,
+        "process_bytes": None if cell.engine == "deepspeed-run" else _PROCESS.most,
+        "load_seconds": first_seconds - seconds,
+        "seconds": seconds / _BATCHES,
+        "beyond": None if cell.engine in ("torch", "resident") else whole / seconds - 1,
+    }
+
+
+class _Process:
+    """The most that this process held, libraries and all: read after each measurement, which begins by forgetting it."""
+
+    most = 0
+
+    def look(self) -> None:
+        self.most = max(self.most, status("VmHWM"))
+
+
+_PROCESS = _Process()
+
+
+class _Resident:
+    """Every layer in memory; rows of the embeddings and slices of a language model's head are read as elsewhere."""
+
+    engine = "resident"
+
+    def __init__(self, base: BaseModel, examples: Examples, batch: int) -> None:
+        self._examples, self._batch = examples, batch
+        with PeakMemory() as self._loading:
+            self._blocks = Blocks(base.folder, base.dtype)
+            self._layers = [self._blocks.load_layer(index) for index in range(self._blocks.num_layers)]
+        _PROCESS.look()
+
+    @torch.no_grad()
+    def judge(self, stack: AdapterStack, examples: str) -> Evaluated:
+        blocks, matrices = self._blocks, self._blocks.reader()
+        judgement = Judgement.blank(len(self._examples))
+        started = perf_counter()
+        with PeakMemory() as peak:
+            for indices in self._examples.by_length(self._batch):
+                batch = self._examples.batch(indices)
+                hidden, calls = blocks.embed(batch.ids, batch.mask)
+                for index, layer in enumerate(self._layers):
+                    hidden = stack.adapter(index)(blocks.run(layer, hidden, calls[index]))
+                judgement.put(torch.from_numpy(indices), judge(blocks, stack, hidden, batch, matrices))
+        seconds = perf_counter() - started
+        _PROCESS.look()
+        matrices.close()
+        held = 0 if None in (peak.start, self._loading.start) else (peak.start or 0) - (self._loading.start or 0)
+        return Evaluated(judgement, seconds, seconds, None, held + (peak.bytes or 0))
+
+    def close(self) -> None:
+        self._blocks.close()
+
+
+class _Offloaded:
+    """The model of one process, without Ray."""
+
+    engine = "deepspeed"
+
+    def __init__(self, base: BaseModel, costs: Costs, examples: Examples, shape: Shape) -> None:
+        blocks = Blocks(base.folder, base.dtype)
+        self._planned = offload_footprint(blocks, costs, 1, shape.batch, shape.tokens).total
+        self._examples, self._batch = examples, shape.batch
+        self._make: Callable[[], OffloadedModel] = lambda: OffloadedModel(
+            base, base.scratch / "nvme", ops_folder(), _PROCESS.look
+        )
+        self._model: OffloadedModel | None = None
+
+    def judge(self, stack: AdapterStack, examples: str) -> Evaluated:
+        started = perf_counter()
+        if self._model is None:
+            self._model = self._make()
+        share = self._model.judge(stack, self._examples, self._batch)
+        _PROCESS.look()
+        return Evaluated(
+            share.judgement, perf_counter() - started, share.forward_seconds, self._planned, share.peak_bytes
+        )
+
+    def close(self) -> None:
+        if self._model:
+            self._model.close()
+
+
+def _run(base: BaseModel, costs: Costs, examples: Examples, batch: int) -> Evaluator:
+    from cluster.offload import make_evaluator
+
+    made = make_evaluator(base, costs, {_SET: examples}, batch_size=batch)
+    if isinstance(made, str):
+        raise SystemExit(made)
+    return made
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    import ray
+
+    from cluster.resources import of_one_machine
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(
+        num_cpus=2,
+        resources=of_one_machine(2, 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _costs(base: BaseModel, classes: int | None) -> Costs:
+    blocks = Blocks(base.folder, base.dtype)
+    try:
+        return costs_of(blocks, _BOTTLENECK, classes)
+    finally:
+        blocks.close()
+
+
+def _examples(shape: Shape) -> Examples:
+    """Two batches of random tokens, none of them padding."""
+    generator = np.random.default_rng(0)
+    count = _BATCHES * shape.batch
+    ids = generator.integers(3, 1000, count * shape.tokens).astype(np.int32)
+    offsets = np.arange(count + 1, dtype=np.int64) * shape.tokens
+    examples = Examples(ids, offsets, generator.integers(0, _CLASSES, count))
+    return replace(examples, targets=examples.every_token) if shape.language_model else examples
+
+
+if __name__ == "__main__":
+    described = json.loads(sys.argv[1])
+    with tempfile.TemporaryDirectory(dir=described.pop("scratch")) as scratch:
+        print(json.dumps(measure(Cell(**described, scratch=scratch))))

@@ -1,0 +1,224 @@
+"""The whole model in a DeepSpeed engine (ZeRO-3), with the weights of its layers on disk.
+
+A parameter is read into a locked buffer when the module that it belongs to runs, and forgotten after that: the
+server that judges a model may be far smaller than the model (Rajbhandari et al., *ZeRO-Infinity*, 2021). With n processes each
+keeps an n-th of every parameter; they run the same modules at the same time, on batches of their own.
+
+Embeddings, head and adapters stay outside the engine: rows of tables and slices of the head's matrix are read as elsewhere, and
+another stack is another argument. This is the one file of the folder that imports DeepSpeed, and only when it is used.
+"""
+
+import logging
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.client import BaseModel
+from chainfed_ray.judgement import Judgement, judge
+from chainfed_ray.measure import PeakMemory
+from chainfed_ray.offload_footprint import SWAPPED_BYTES, buffer_numbers, buffers
+from chainfed_ray.offload_ops import OPS, load_op
+from chainfed_ray.quantities import format_bytes
+from chainfed_ray.tokens import Batch, Examples
+from chainfed_ray.turn import warm_up
+
+
+class OffloadedModel:
+    """The model in ``base``, its layers in ``nvme``: a folder of this process's own, which is emptied first. One for a process.
+
+    In several processes that torch.distributed has joined, each makes one at the same time. ``alive`` is called whenever
+    something was done: after each layer, and each batch.
+
+    Raises:
+        OSError: the disk has no room for the layers, before anything is lost on it.
+    """
+
+    def __init__(self, base: BaseModel, nvme: Path, ops: Path, alive: Callable[[], None]) -> None:
+        shutil.rmtree(nvme, ignore_errors=True)
+        nvme.mkdir(parents=True)
+        self._nvme, self._alive = nvme, alive
+        remove_when_this_process_ends(nvme)
+        deepspeed = _deepspeed(ops)
+        warm_up(base)
+        with PeakMemory() as self._loading:
+            self._blocks = Blocks(base.folder, base.dtype)
+            self._rank = torch.distributed.get_rank()
+            self._workers = torch.distributed.get_world_size()
+            config = _config(self._blocks, nvme, self._workers)
+            self._swapper = _swapper(config, self._blocks)
+            layers = nn.ModuleList()
+            for index in range(self._blocks.num_layers):
+                layers.append(self._blocks.place_layer(index, lambda module: self._place(deepspeed, module, config)))
+                alive()
+            self._engine = deepspeed.initialize(model=_Chain(self._blocks, layers), config=config)[0]
+            self._engine.eval()
+
+    @torch.no_grad()
+    def judge(self, stack: AdapterStack, examples: Examples, batch_size: int) -> "Share":
+        """Judge this process's share of ``examples`` with ``stack``, ``batch_size`` of like length at a time."""
+        matrices = self._blocks.reader()
+        whole, mine, seconds = Judgement.blank(len(examples)), [torch.zeros(0, dtype=torch.int64)], 0.0
+        try:
+            with PeakMemory() as peak:
+                for indices, counted in shares(examples, batch_size, self._rank, self._workers):
+                    started = perf_counter()
+                    batch = examples.batch(indices)
+                    found = judge(self._blocks, stack, self._engine(batch, stack), batch, matrices)
+                    seconds += perf_counter() - started
+                    if counted:
+                        mine.append(torch.from_numpy(indices))
+                        whole.put(mine[-1], found)
+                    self._alive()
+        finally:
+            matrices.close()
+        return Share(torch.cat(mine), whole, seconds, self._highest_with(peak))
+
+    def close(self) -> None:
+        """Let go of the engine, the locked buffers and the files."""
+        self._engine.destroy()
+        self._swapper.aio_read_handle.free_cpu_locked_tensor(self._swapper.buffers)
+        self._blocks.close()
+        shutil.rmtree(self._nvme, ignore_errors=True)
+
+    def _place(self, deepspeed: Any, module: nn.Module, config: dict[str, Any]) -> None:
+        """Put a module's parameters on the disk, in shares of all processes."""
+        deepspeed.zero.Init(module=module, config_dict_or_path=config, param_swapper=self._swapper)
+
+    def _highest_with(self, peak: PeakMemory) -> int | None:
+        """The most above this process when idle, while the model was loaded or now."""
+        if peak.bytes is None or peak.start is None or self._loading.bytes is None or self._loading.start is None:
+            return None
+        return max(self._loading.bytes, peak.start - self._loading.start + peak.bytes)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of an evaluation: of ``judgement`` only ``indices`` are its own."""
+
+    indices: Tensor  # [m] int64
+    judgement: Judgement  # of all n examples
+    forward_seconds: float
+    peak_bytes: int | None
+
+
+def shares(examples: Examples, batch_size: int, rank: int, workers: int) -> list[tuple[np.ndarray, bool]]:
+    """The batches of one process, and whether each counts.
+
+    Every process has as many, since all must run the same modules: where batches are missing the first is run again.
+    """
+    batches = list(examples.by_length(batch_size))
+    places = range(rank, -(-len(batches) // workers) * workers, workers)
+    return [(batches[place], True) if place < len(batches) else (batches[0], False) for place in places]
+
+
+class _Chain(nn.Module):
+    """The layers, each followed by its adapter, if the stack has one."""
+
+    def __init__(self, blocks: Blocks, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self._blocks, self.layers = blocks, layers
+
+    def forward(self, batch: Batch, stack: AdapterStack) -> Tensor:
+        """Tokens [B, T] → the output of the last layer [B, T, D]."""
+        adapted = set(stack.layers)
+        hidden, calls = self._blocks.embed(batch.ids, batch.mask)
+        for index, (layer, call) in enumerate(zip(self.layers, calls, strict=True)):
+            hidden = self._blocks.run(layer, hidden, call)
+            if index in adapted:
+                hidden = stack.adapter(index)(hidden)
+        return hidden
+
+
+def _deepspeed(ops: Path) -> Any:
+    """DeepSpeed for a machine without GPUs, with the libraries in ``ops``; nothing is compiled."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")
+    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    import deepspeed
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its loader would look for a compiler, and wait for ever for the lock of one that was killed.
+    OpBuilder._loaded_ops |= {name: load_op(name, ops) for name in OPS}
+    # A faster sum over processes of one machine, which nothing here needs: without it they may be on several.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    return deepspeed
+
+
+def _config(blocks: Blocks, nvme: Path, workers: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # it is asked for, and means nothing here
+        "bf16": {"enabled": blocks.dtype == torch.bfloat16},
+        "aio": {"block_size": SWAPPED_BYTES, "queue_depth": 8, "overlap_events": True},
+        "zero_optimization": {
+            "stage": 3,
+            # Nothing stays for longer than it is used, and nothing is read ahead.
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+            "memory_efficient_linear": False,  # it would replace torch's own for the whole process
+            "offload_param": {
+                "device": "nvme",
+                "nvme_path": str(nvme),
+                "pin_memory": False,
+                "buffer_count": buffers(blocks),
+                "buffer_size": buffer_numbers(blocks, workers),
+            },
+        },
+    }
+
+
+def _swapper(config: dict[str, Any], blocks: Blocks) -> Any:
+    """What moves parameters to the disk and back. Before one is written its place on the disk is made sure of.
+
+    DeepSpeed does not look whether a write succeeded: a disk that is full would be noticed when the file is read, by an abort.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
+
+    class Swapper(AsyncPartitionedParameterSwapper):  # type: ignore[misc]
+        def swap_out_and_release(self, params: list[Any], *options: Any, **more: Any) -> None:
+            for param in params:
+                _reserve(
+                    Path(self.get_path(param)), self._io_aligned_numel(param.ds_tensor.ds_numel) * param.element_size()
+                )
+            super().swap_out_and_release(params, *options, **more)
+
+    return Swapper(DeepSpeedConfig(config), blocks.dtype)
+
+
+def _reserve(path: Path, size: int) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        words = f"the disk of {path.parent} has no room for {format_bytes(size)} more ({error.strerror})"
+        raise OSError(error.errno, words) from None
+    finally:
+        os.close(file)
+
+
+def remove_when_this_process_ends(folder: Path) -> None:
+    """However it ends, also by SIGKILL: a shell of nobody's reads from a pipe until there is nobody left to write into it."""
+    reading, _ = os.pipe()  # the other end is closed by the kernel, when this process is gone
+    words = 'exec 3<&0; (cat <&3; rm -rf -- "$0") >/dev/null 2>&1 &'
+    subprocess.run(["sh", "-c", words, str(folder)], stdin=reading, check=True, start_new_session=True)
+    os.close(reading)

@@ -1,0 +1,46 @@
+"""What a judgement comes to."""
+
+import math
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chainfed_ray.judgement import Judgement
+
+_LARGEST = math.log(sys.float_info.max)
+
+
+class Score(NamedTuple):
+    """``loss`` is the mean cross-entropy in nats, ``accuracy`` the share that is right: of the examples for a classifier, of
+    the tokens to be predicted for a language model. Its perplexity is exp(loss).
+    """
+
+    loss: float
+    accuracy: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where no number is large enough."""
+        return math.exp(self.loss) if self.loss < _LARGEST else math.inf
+
+    @classmethod
+    def of(cls, judgement: Judgement) -> "Score":
+        """The score of everything that was predicted."""
+        count = int(judgement.counts.sum())
+        return cls(float(judgement.losses.sum()) / count, int(judgement.right.sum()) / count)
+
+
+def macro_f1(judgement: Judgement, labels: np.ndarray) -> float:
+    """The mean of the F1 of each class that occurs, among the ``labels`` [n] or in what was predicted."""
+    truth, found = torch.from_numpy(labels), judgement.classes
+    classes = int(max(truth.max(), found.max())) + 1
+    hits = _counts(truth[truth == found], classes)
+    occurs = _counts(truth, classes) + _counts(found, classes)
+    return float((2 * hits[occurs > 0] / occurs[occurs > 0]).mean())
+
+
+def _counts(values: Tensor, classes: int) -> Tensor:
+    return torch.bincount(values, minlength=classes).double()

@@ -1,0 +1,36 @@
+"""The evaluator that streams: layer after layer over all examples, so that no more than two layers are ever in memory."""
+
+from time import perf_counter
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.chain import Window
+from chainfed_ray.client import BaseModel
+from chainfed_ray.evaluate import evaluate
+from chainfed_ray.evaluator import Evaluated, Sets
+from chainfed_ray.measure import PeakMemory
+from chainfed_ray.memory import Costs, evaluation_bytes
+from chainfed_ray.threads import one_thread
+
+
+class StreamEvaluator:
+    """An ``Evaluator`` in this process. What is below the lowest adapter runs once, and is kept in ``base.scratch``."""
+
+    engine = "torch"
+
+    def __init__(self, base: BaseModel, costs: Costs, sets: Sets) -> None:
+        self._base, self._costs, self._sets = base, costs, sets
+
+    def judge(self, stack: AdapterStack, examples: str) -> Evaluated:
+        """See ``Evaluator``. Whatever goes wrong, such as a disk that is full, is raised as it is."""
+        chosen, last = self._sets[examples], self._costs.layers - 1
+        started = perf_counter()
+        with PeakMemory() as peak, one_thread():
+            # The output of the last layer, and nothing of the model after it: the whole model is a cut at its end.
+            cache = self._base.scratch / f"({examples})"
+            judgement = evaluate(chosen, self._base, cache, stack, Window(last, last))
+        seconds = perf_counter() - started
+        planned = evaluation_bytes(self._costs, len(stack.layers), int(chosen.lengths.max()))
+        return Evaluated(judgement, seconds, seconds, planned, peak.bytes)
+
+    def close(self) -> None:
+        """Nothing is held between evaluations; the caches go with the job's scratch folder."""

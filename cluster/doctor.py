@@ -1,0 +1,202 @@
+"""What this machine can do: whether evaluation by DeepSpeed is possible here, and how to get what it lacks.
+
+It is asked beforehand, since DeepSpeed ends the process where memory may not be locked, or a file is shorter than it should be.
+"""
+
+import ctypes
+import os
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from chainfed_ray.measure import status_line
+from chainfed_ray.quantities import format_bytes
+from cluster.ops import are_built, ops_folder, stale_locks
+
+_INCLUDE = (Path("/usr/include"), Path("/usr/local/include"))
+_IPC_LOCK = 14  # the bit of the capability, in linux/capability.h
+# Of a model that is not known yet: RoBERTa-large locks 33 MiB, and takes 1.2 GiB of disk.
+_USUAL_LOCK, _USUAL_DISK = 64 * 2**20, 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What matters of a machine, as it was found; None is what is not there."""
+
+    compiler: str | None
+    ninja: str | None
+    header: str | None  # of libaio
+    library: bool  # libaio itself
+    ops: Path  # the folder of DeepSpeed's compiled libraries
+    built: bool
+    stale_locks: tuple[Path, ...]
+    lockable: int | None  # bytes of memory that a process may lock; None: as many as it likes
+    scratch: Path
+    direct: bool  # whether files there may be read and written past the page cache
+    free_disk: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for: whether it is as it should be, or is not needed here, and else how to get it."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str | None = None
+    needed: bool = True
+
+    def document(self) -> dict[str, object]:
+        """The finding as JSON."""
+        return {
+            "name": self.name,
+            "ok": self.ok,
+            "needed": self.needed,
+            "found": self.found,
+            "remedy": self.remedy,
+        }
+
+
+def look(
+    scratch: Path,
+    environment: Mapping[str, str] = os.environ,
+    include: Sequence[Path] = _INCLUDE,
+    library: str = "libaio.so.1",
+) -> Machine:
+    """Look at this machine; ``scratch`` is where a model's layers would be kept.
+
+    Raises:
+        InvalidSetting: ``CHAINFED_EXTENSIONS`` is wrong.
+    """
+    ops = ops_folder(environment)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    named = [Path(folder) for folder in environment.get("CPATH", "").split(os.pathsep) if folder]
+    headers = [folder / "libaio.h" for folder in (*named, *include)]
+    return Machine(
+        compiler=shutil.which(environment.get("CXX") or "c++", path=environment.get("PATH", "")),
+        ninja=shutil.which("ninja", path=path),
+        header=next((str(header) for header in headers if header.exists()), None),
+        library=_loads(library),
+        ops=ops,
+        built=are_built(ops),
+        stale_locks=tuple(stale_locks(ops)),
+        lockable=_lockable(),
+        scratch=scratch,
+        direct=_is_direct(_existing(scratch)),
+        free_disk=shutil.disk_usage(_existing(scratch)).free,
+    )
+
+
+def findings(machine: Machine, lock: int = _USUAL_LOCK, disk: int = _USUAL_DISK) -> list[Finding]:
+    """What an evaluation by DeepSpeed needs that locks ``lock`` bytes of memory and keeps ``disk`` bytes on a disk."""
+    lockable, built = machine.lockable, machine.built
+    locks = ", ".join(str(lock) for lock in machine.stale_locks)
+    return [
+        Finding(
+            "libaio",
+            machine.library,
+            "it can be loaded" if machine.library else "it cannot be loaded",
+            "apt-get install -y libaio1 (libaio1t64 on newer systems)",
+        ),
+        Finding(
+            "compiled libraries",
+            built,
+            str(machine.ops) if built else f"they are not in {machine.ops}",
+            "chainfed doctor --build",
+        ),
+        Finding(
+            "locked memory",
+            lockable is None or lockable >= lock,
+            "without limit" if lockable is None else f"{format_bytes(lockable)} of the {format_bytes(lock)} needed",
+            "ulimit -l unlimited; in a container the capability IPC_LOCK (docker run --cap-add IPC_LOCK)",
+        ),
+        Finding(
+            "disk",
+            machine.free_disk >= disk,
+            f"{format_bytes(machine.free_disk)} free in {machine.scratch}, {format_bytes(disk)} needed",
+            "set CHAINFED_SCRATCH to a folder on a larger disk",
+        ),
+        Finding(
+            "direct file access",
+            machine.direct,
+            f"{'possible' if machine.direct else 'not possible'} in {machine.scratch}",
+            "set CHAINFED_SCRATCH to a folder on a disk, and not in memory",
+        ),
+        Finding(
+            "C++ compiler",
+            machine.compiler is not None,
+            machine.compiler or "no c++ in PATH",
+            "apt-get install -y g++",
+            needed=not built,
+        ),
+        Finding(
+            "ninja",
+            machine.ninja is not None,
+            machine.ninja or "no ninja in PATH",
+            "pip install ninja",
+            needed=not built,
+        ),
+        Finding(
+            "libaio's header",
+            machine.header is not None,
+            machine.header or "no libaio.h",
+            "apt-get install -y libaio-dev",
+            needed=not built,
+        ),
+        Finding(
+            "stale locks",
+            not locks,
+            locks or "none",
+            "chainfed doctor --build (it removes them)",
+            needed=not built,
+        ),
+    ]
+
+
+def is_possible(found: Sequence[Finding]) -> bool:
+    """Whether DeepSpeed can evaluate here as things are."""
+    return all(finding.ok or not finding.needed for finding in found)
+
+
+def why_not(machine: Machine, lock: int, disk: int) -> str | None:
+    """One sentence on why DeepSpeed cannot evaluate here, or None if it can."""
+    for finding in findings(machine, lock, disk):
+        if finding.needed and not finding.ok:
+            return f"{finding.name}: {finding.found}; {finding.remedy}"
+    return None
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _lockable() -> int | None:
+    """The soft limit does not matter: a process may raise it to the hard one."""
+    if int(status_line("CapEff"), 16) >> _IPC_LOCK & 1:
+        return None
+    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if most == resource.RLIM_INFINITY else most
+
+
+def _is_direct(folder: Path) -> bool:
+    """Whether a file may be opened with O_DIRECT, as DeepSpeed does."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            os.close(os.open(file.name, os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder

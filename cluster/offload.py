@@ -1,0 +1,153 @@
+"""The evaluator whose model lies on a disk: what the coordinator has of a run of Ray Train and DeepSpeed."""
+
+from contextlib import suppress
+from secrets import token_hex
+from threading import Event, Thread
+from time import monotonic, perf_counter
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.client import BaseModel
+from chainfed_ray.errors import EvaluationFailed, InvalidSetting
+from chainfed_ray.evaluator import Evaluated, Evaluator, Sets
+from chainfed_ray.judgement import Judgement
+from chainfed_ray.memory import Costs
+from chainfed_ray.offload_footprint import disk_bytes, offload_footprint, swap_bytes
+from chainfed_ray.offloaded import Share
+from chainfed_ray.quantities import format_bytes
+from cluster.doctor import look, why_not
+from cluster.offload_run import OFFLOAD, RUN_ENVIRONMENT, START_SECONDS, EvaluationRun, Order, State, Work, sent
+from cluster.resources import OFFLOAD_IDLE_BYTES, of_controller
+
+_SILENCE_SECONDS = 600.0  # between two layers that are loaded, or two batches
+_POLL_SECONDS = 1.0
+_ANSWER_SECONDS = 60.0  # of an actor that only notes things down
+_LIFE_SECONDS = 2.0  # between two signs of life
+_NAMESPACE = "chainfed"
+
+
+def make_evaluator(
+    base: BaseModel, costs: Costs, sets: Sets, *, workers: int = 1, batch_size: int = 4
+) -> Evaluator | str:
+    """The evaluator of a job whose held-out examples are ``sets``; or, in a sentence, why there can be none here.
+
+    Call it where Ray is connected. Nothing is loaded before the first stack is judged.
+    """
+    blocks = Blocks(base.folder, base.dtype)
+    try:
+        tokens = max(int(examples.lengths.max()) for examples in sets.values())
+        memory = offload_footprint(blocks, costs, workers, batch_size, tokens).total
+        reason = why_not(look(base.scratch / OFFLOAD), swap_bytes(blocks, workers), disk_bytes(blocks))
+    except InvalidSetting as error:
+        return str(error)
+    finally:
+        blocks.close()
+    return reason or OffloadedEvaluator(base, sets, memory, workers, batch_size)
+
+
+class OffloadedEvaluator:
+    """Judges stacks in ``workers`` processes; each is planned to take ``memory`` bytes above itself when idle."""
+
+    engine = "deepspeed"
+
+    def __init__(self, base: BaseModel, sets: Sets, memory: int, workers: int, batch_size: int) -> None:
+        self._base, self._memory, self._workers, self._batch_size = base, memory, workers, batch_size
+        self._counts = {name: len(examples) for name, examples in sets.items()}
+        self._sets = [ray.put(dict(sets))]
+        self._run: Any = None
+        self._over = Event()
+        self._number = 0
+
+    def judge(self, stack: AdapterStack, examples: str) -> Evaluated:
+        """See ``Evaluator``. The first time, and after a failure, the model is loaded."""
+        started = perf_counter()
+        if self._run is None:
+            self._start()
+        self._number += 1
+        try:
+            ray.get(self._run.ask.remote(Order(self._number, sent(stack), examples)), timeout=START_SECONDS)
+            shares = self._answered()
+        except RayError as error:
+            self.close()
+            raise EvaluationFailed(self.engine, f"its run ended ({type(error).__name__})") from None
+        except BaseException:
+            self.close()
+            raise
+        judgement = Judgement.blank(self._counts[examples])
+        for share in shares:
+            judgement.put(share.indices, share.judgement.take(share.indices))
+        peaks = [share.peak_bytes for share in shares if share.peak_bytes is not None]
+        return Evaluated(
+            judgement,
+            seconds=perf_counter() - started,
+            forward_seconds=max(share.forward_seconds for share in shares),
+            planned_bytes=self._memory,
+            peak_bytes=max(peaks, default=None),
+        )
+
+    def close(self) -> None:
+        """See ``Evaluator``: the workers remove their files and end, or are ended."""
+        run, self._run = self._run, None
+        if run is not None:
+            self._over.set()
+            _end(run)
+
+    def _start(self) -> None:
+        work = Work(self._base, self._sets, self._workers, self._batch_size, self._memory, f"run-{token_hex(4)}")
+        name = f"evaluation of {self._base.scratch}"
+        with suppress(ValueError):  # there is none
+            _end(ray.get_actor(name, _NAMESPACE))  # of an owner that was killed
+        run: Any = EvaluationRun  # ray.remote gives it `options`, which its type does not show
+        self._run = run.options(
+            **of_controller(),
+            name=name,
+            namespace=_NAMESPACE,
+            lifetime="detached",
+            max_concurrency=2 * self._workers
+            + 4,  # each worker waits in one call, and tells that it is alive in others
+            runtime_env={"env_vars": RUN_ENVIRONMENT},
+        ).remote(work)
+        self._number, self._over = 0, Event()
+        Thread(target=_signs_of_life, args=(self._run, self._over), daemon=True).start()
+
+    def _answered(self) -> list[Share]:
+        """The shares of all workers.
+
+        Raises:
+            EvaluationFailed: the run is over, or nothing is heard of it.
+        """
+        starts = monotonic() + START_SECONDS
+        while True:
+            state = self._state()
+            if len(state.shares) == self._workers:
+                return list(state.shares.values())
+            if state.over:
+                raise EvaluationFailed(self.engine, state.over)
+            if not state.started and monotonic() > starts:
+                needed = format_bytes(OFFLOAD_IDLE_BYTES + self._memory)
+                many = f"for each of {self._workers} processes" if self._workers > 1 else "for it"
+                raise EvaluationFailed(
+                    self.engine, f"no machine with {needed} was free {many} within {START_SECONDS:g} s"
+                )
+            if state.started and state.silent_seconds > _SILENCE_SECONDS:
+                raise EvaluationFailed(self.engine, f"nothing was heard of its workers for {_SILENCE_SECONDS:g} s")
+
+    def _state(self) -> State:
+        state: State = ray.get(self._run.wait.remote(_POLL_SECONDS), timeout=_ANSWER_SECONDS)
+        return state
+
+
+def _signs_of_life(run: Any, over: Event) -> None:
+    while not over.wait(_LIFE_SECONDS) and ray.is_initialized():
+        run.owner_lives.remote()
+
+
+def _end(run: Any) -> None:
+    """End a run, and then its actor. One that does not answer ends by itself, since nobody tells it that there is an owner."""
+    with suppress(RayError):
+        ray.get(run.end.remote(), timeout=_ANSWER_SECONDS)
+        ray.kill(run)

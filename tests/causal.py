@@ -1,0 +1,65 @@
+"""Tiny language models with a tokenizer of bytes, a stack for them, and the plain computation of their logits."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.saved_stack import SavedStack
+from tests.models import tiny_causal_model
+
+FAMILIES = ("llama", "gpt2", "qwen2")
+CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
+
+
+def causal_folder(family: str, folder: Path, chat: bool = False) -> Path:
+    """A random two-layer language model of ``family``, and a tokenizer with a token for each byte."""
+    tiny_causal_model(family, tied=family == "gpt2", vocabulary=260).save_pretrained(folder)
+    byte_tokenizer(chat).save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer(chat: bool) -> PreTrainedTokenizerFast:
+    """Tokens 0, 1 and 2 stand for padding, the beginning and the end; each other one is a byte."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {byte: 3 + place for place, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=64
+    )
+    made.chat_template = CHAT if chat else None
+    return made
+
+
+def a_causal_stack(folder: Path, layers: tuple[int, ...] = (0, 1), seed: int = 0) -> SavedStack:
+    """A stack in which no value is one that could hide a mistake."""
+    stack = AdapterStack.new(layers, 32, 8, None, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return SavedStack(stack, (), 64, f"path:{folder}", Blocks(folder, torch.float32).causal_layers_path)
+
+
+@torch.no_grad()
+def streamed_logits(folder: Path, stack: AdapterStack, ids: Tensor, mask: Tensor) -> Tensor:
+    """The logits [B, T, V] of token ids and their mask [B, T], a layer and a slice of the head in memory at a time."""
+    blocks = Blocks(folder, torch.float32)
+    hidden, calls = blocks.embed(ids, mask)
+    for index in range(blocks.num_layers):
+        hidden = blocks.run(blocks.load_layer(index), hidden, calls[index])
+        if index in stack.layers:
+            hidden = stack.adapter(index)(hidden)
+    finished = blocks.finish(hidden, mask)
+    reader = blocks.reader()
+    try:
+        return torch.cat([finished @ rows.T for _, rows in reader.slices(blocks.language_head)], dim=-1)
+    finally:
+        reader.close()
+        blocks.close()

@@ -1,0 +1,247 @@
+"""Promises of the routes in OpenAI's form: its resources, whole and as a stream, from the model that was asked for.
+
+The application is the real one over a real database and the real deployment's class; only Ray is not there.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from api.app import create_app
+from api.inference import Inference
+from api.service import Service
+from chainfed_ray.config import JobSpec
+from chainfed_ray.forecast import Forecast
+from chainfed_ray.generator import Generator, Message, Piece, Sampling
+from chainfed_ray.saved_stack import save_stack
+from cluster.job_store import JobRecord, JobStore
+from cluster.storage import Storage
+from tests.causal import a_causal_stack, causal_folder
+from tests.test_generator import written
+
+WRITER, CHATTER, CLASSIFIER = "tiny:writer", "tiny:chatter", "tiny:classifier"
+ASKED = {"model": WRITER, "prompt": "tide and ", "max_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base models of the two language models."""
+    return {
+        name: causal_folder("llama", tmp_path_factory.mktemp(name) / "tiny", chat=name == "chatter")
+        for name in ("writer", "chatter")
+    }
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path], tiny_data: Path) -> Storage:
+    """Two language models and a classifier, as finished jobs leave them."""
+    made = Storage.at(tmp_path_factory.mktemp("storage"))
+    store = JobStore(made.database)
+    for name in ("writer", "chatter", "classifier"):
+        base = bases.get(name, bases["writer"])
+        task = "sequence-classification" if name == "classifier" else "causal-lm"
+        document = {
+            "name": name,
+            "model": {"base": f"path:{base}", "task": task},
+            "data": {"train": f"path:{tiny_data}"},
+            "fleet": {"clients": [{"name": "phone", "count": 4, "memory": "64MiB"}]},
+            "chain": {"window": 2, "start": 0},
+            "rounds": {"total": 1, "clients": 2},
+        }
+        job = store.submit(JobSpec.parse(document)).id
+        store.move(job, "running")
+        save_stack(a_causal_stack(base), made.model(job))
+        store.move(job, "succeeded", result={"classes": [], "accuracy": 0.5})
+    store.close()
+    return made
+
+
+@pytest.fixture(scope="module")
+def inference(storage: Storage) -> Any:
+    """The class of the deployment, without Ray around it."""
+    return Inference.func_or_class(storage)
+
+
+@pytest.fixture
+def client(storage: Storage, inference: Any) -> Iterator[TestClient]:
+    async def check(spec: JobSpec) -> None:
+        raise NotImplementedError
+
+    async def plan(spec: JobSpec) -> Forecast:
+        raise NotImplementedError
+
+    async def classify(job: JobRecord, texts: list[str]) -> list[list[float]]:
+        raise NotImplementedError
+
+    def write(job: JobRecord, prompt: str | tuple[Message, ...], sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        model = job.spec["model"]
+        pieces: AsyncGenerator[Piece, None] = inference.write(job.id, model["base"], model["dtype"], prompt, sampling)
+        return pieces
+
+    store = JobStore(storage.database)
+    with TestClient(
+        create_app(Service(store, check, plan, classify, write, {})), raise_server_exceptions=False
+    ) as made:
+        yield made
+    store.close()
+
+
+def chunks(text: str) -> list[dict[str, Any]]:
+    """The chunks of a stream, each one event with nothing but data, and `[DONE]` at the end."""
+    *events, last, after = text.split("\n\n")
+    assert (last, after) == ("data: [DONE]", "")
+    assert all(event.startswith("data: ") and "\n" not in event for event in events)
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def greedy(base: Path, prompt: str) -> str:
+    """What the generator itself writes."""
+    return written(Generator(f"path:{base}", torch.float32), a_causal_stack(base), prompt, Sampling(8, 0))[0]
+
+
+def test_a_completion_has_openais_form(client: TestClient, bases: dict[str, Path]) -> None:
+    answer = client.post("/v1/completions", json=ASKED).json()
+    assert answer["id"].startswith("cmpl-")
+    assert (answer["object"], answer["model"]) == ("text_completion", WRITER)
+    assert answer["choices"] == [{"index": 0, "text": greedy(bases["writer"], "tide and "), "finish_reason": "length"}]
+    assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 8, "total_tokens": 17}
+    two = client.post("/v1/completions", json={**ASKED, "prompt": ["tide and ", "salt"]}).json()
+    assert [choice["index"] for choice in two["choices"]] == [0, 1]
+    assert [choice["text"] for choice in two["choices"]] == [
+        greedy(bases["writer"], prompt) for prompt in ("tide and ", "salt")
+    ]
+    assert two["usage"]["total_tokens"] == 9 + 8 + 4 + 8
+
+
+def test_streamed_it_is_the_same_text(client: TestClient) -> None:
+    asked = {**ASKED, "prompt": ["tide and ", "salt"]}
+    whole = client.post("/v1/completions", json=asked).json()
+    streamed = client.post("/v1/completions", json={**asked, "stream": True, "stream_options": {"include_usage": True}})
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    *parts, last = chunks(streamed.text)
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert len({(part["id"], part["created"], part["model"]) for part in parts}) == 1
+    for index, choice in enumerate(whole["choices"]):
+        mine = [part["choices"][0] for part in parts if part["choices"][0]["index"] == index]
+        assert len(mine) > 2, "it came in pieces"
+        assert "".join(part["text"] for part in mine) == choice["text"]
+        assert [part["finish_reason"] for part in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
+    assert len(chunks(client.post("/v1/completions", json={**ASKED, "stream": True}).text)) < len(parts)
+
+
+def test_a_stop_string_and_a_seed(client: TestClient) -> None:
+    asked = {**ASKED, "temperature": 1.5, "max_tokens": 24, "seed": 3}
+    first, again = (client.post("/v1/completions", json=asked).json()["choices"][0] for _ in range(2))
+    assert first == again
+    stop = first["text"][4:6]
+    for form in (stop, ["no such", stop]):
+        cut = client.post("/v1/completions", json={**asked, "stop": form}).json()["choices"][0]
+        assert (cut["text"], cut["finish_reason"]) == (first["text"][: first["text"].index(stop)], "stop")
+
+
+def test_a_chat(client: TestClient, bases: dict[str, Path]) -> None:
+    asked = {"model": CHATTER, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "temperature": 0}
+    answer = client.post("/v1/chat/completions", json=asked).json()
+    expected = greedy(bases["chatter"], "user: hi\nassistant:")
+    assert (answer["object"], answer["choices"][0]["message"]) == (
+        "chat.completion",
+        {"role": "assistant", "content": expected},
+    )
+    parts = chunks(client.post("/v1/chat/completions", json={**asked, "stream": True}).text)
+    assert {part["object"] for part in parts} == {"chat.completion.chunk"}
+    assert "".join(part["choices"][0]["delta"]["content"] for part in parts) == expected
+    assert parts[-1]["choices"][0]["finish_reason"] == answer["choices"][0]["finish_reason"]
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "status", "field", "expected"),
+    [
+        ("completions", {"model": "x:y"}, 404, None, "served now: tiny:chatter, tiny:classifier, tiny:writer"),
+        ("completions", {"model": CLASSIFIER}, 422, "model", "POST /v1/classify"),
+        ("chat/completions", {"model": CLASSIFIER}, 422, "model", "POST /v1/classify"),
+        ("classify", {"model": WRITER}, 422, "model", "POST /v1/completions"),
+        ("chat/completions", {"model": WRITER}, 422, "messages", "no chat template"),
+        ("completions", {"prompt": "x" * 5000}, 422, "prompt", "fewer than"),
+        ("completions", {"prompt": "x" * 5000, "stream": True}, 422, "prompt", "fewer than"),
+        ("completions", {"max_tokens": 5000}, 422, "max_tokens", "at most"),
+        ("completions", {"prompt": []}, 422, "prompt", "at least 1"),
+        ("completions", {"prompt": ["x"] * 17}, 422, "prompt", "at most 16"),
+        ("completions", {"temperature": 3}, 422, "temperature", "less than or equal to 2"),
+        ("completions", {"top_p": 0}, 422, "top_p", "greater than 0"),
+        ("completions", {"stop": ["a"] * 5}, 422, "stop", "at most 4"),
+        ("completions", {"stop": ""}, 422, "stop.0", "at least 1 character"),
+        ("completions", {"logprobs": 3}, 422, "logprobs", "not permitted"),
+    ],
+)
+def test_what_cannot_be_asked_says_why(
+    client: TestClient, path: str, change: dict[str, Any], status: int, field: str | None, expected: str
+) -> None:
+    asked = {
+        "completions": ASKED,
+        "chat/completions": {"model": CHATTER, "messages": [{"role": "user", "content": "hi"}]},
+        "classify": {"model": CLASSIFIER, "texts": ["x"]},
+    }[path]
+    refused = client.post(f"/v1/{path}", json={**asked, **change})
+    assert refused.status_code == status
+    assert refused.headers["content-type"] == "application/problem+json"
+    problem = refused.json()
+    assert expected in problem["detail"]
+    assert [found["field"] for found in problem["errors"]] == ([field] if field else [])
+
+
+def test_a_stream_that_has_begun_says_what_went_wrong(client: TestClient) -> None:
+    asked = {**ASKED, "prompt": ["salt", "x" * 5000], "stream": True}
+    *_, last, after = client.post("/v1/completions", json=asked).text.split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["problems"][0]["field"] == "prompt"
+    assert after == ""
+
+
+def test_models_say_their_task(client: TestClient) -> None:
+    models = client.get("/v1/models").json()["models"]
+    assert {model["name"]: model["task"] for model in models} == {
+        WRITER: "causal-lm",
+        CHATTER: "causal-lm",
+        CLASSIFIER: "sequence-classification",
+    }
+
+
+def test_a_caller_who_goes_away_ends_the_writing(storage: Storage, inference: Any, bases: dict[str, Path]) -> None:
+    """The worker is free for the next caller at once, though thousands of tokens were asked for."""
+    store = JobStore(storage.database)
+    job = next(record.id for record in store.models() if record.model == WRITER)
+    store.close()
+    base, steps = f"path:{bases['writer']}", list[None]()
+    layer = inference._loaded(Generator, base, "float32")._layers[0]
+    counting = layer.register_forward_hook(lambda *_: steps.append(None))
+
+    async def pieces(sampling: Sampling, at_most: int) -> list[Piece]:
+        asked = inference.write(job, base, "float32", "tide and ", sampling)
+        found: list[Piece] = []
+        async with aclosing(asked):
+            async for piece in asked:
+                found.append(piece)
+                if len(found) == at_most:
+                    break
+        return found
+
+    async def story() -> list[list[Piece]]:
+        endless = Sampling(2000, temperature=1.5, seed=1)
+        left = await pieces(endless, at_most=3)
+        waiting = asyncio.create_task(pieces(endless, at_most=3))
+        cancelled = asyncio.create_task(pieces(endless, at_most=10_000))  # still in the queue when it is given up
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        return [left, await waiting, await pieces(Sampling(8, 0), at_most=100)]
+
+    left, waiting, last = asyncio.run(story())
+    counting.remove()
+    assert left == waiting
+    assert last[-1].tokens == 8
+    assert len(steps) < 500, "of the 6000 that were asked for"

@@ -1,0 +1,145 @@
+"""Promises of a served language model: its text is that of the streamed chain, ends where it is to, and is nobody else's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chainfed_ray.detokenizer import Detokenizer
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.generator import Generator, Piece, Sampling
+from chainfed_ray.saved_stack import SavedStack
+from tests.causal import FAMILIES, a_causal_stack, byte_tokenizer, causal_folder, streamed_logits
+
+BYTES = byte_tokenizer(chat=False)
+GREEDY = Sampling(max_tokens=12, temperature=0)
+PROMPT = "tide and "
+
+
+def written(generator: Generator, saved: SavedStack, prompt: str, sampling: Sampling) -> tuple[str, Piece]:
+    """The text, and its last piece."""
+    pieces: list[Piece] = []
+    generator.write(saved, prompt, sampling, pieces.append)
+    assert [piece.finish_reason is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+    return "".join(piece.text for piece in pieces), pieces[-1]
+
+
+def likeliest(folder: Path, saved: SavedStack, prompt: str, count: int) -> list[int]:
+    """The tokens after ``prompt``, each the likeliest by the streamed chain, without a cache of keys and values."""
+    ids: list[int] = BYTES(prompt)["input_ids"]
+    begun = len(ids)
+    while len(ids) < begun + count and ids[-1] != BYTES.eos_token_id:
+        so_far = torch.tensor([ids])
+        ids.append(int(streamed_logits(folder, saved.stack, so_far, torch.ones_like(so_far))[0, -1].argmax()))
+    return ids[begun:]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return causal_folder("llama", tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture(scope="module")
+def generator(llama: Path) -> Generator:
+    return Generator(f"path:{llama}", torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_that_of_the_streamed_chain(family: str, tmp_path: Path) -> None:
+    folder = causal_folder(family, tmp_path / "base")
+    saved = a_causal_stack(folder)
+    generator, texts = Generator(f"path:{folder}", torch.float32), list[str]()
+    for prompt in (PROMPT, "salt", "0123456789"):
+        tokens = likeliest(folder, saved, prompt, count=12)
+        text, last = written(generator, saved, prompt, GREEDY)
+        assert text == BYTES.decode(tokens, skip_special_tokens=True)
+        reason = "stop" if tokens[-1] == BYTES.eos_token_id else "length"
+        assert last[1:] == (len(prompt), len(tokens), reason)
+        texts.append(text)
+    assert len(set(texts)) == 3
+
+
+def test_stacks_take_turns_and_leave_nothing_behind(llama: Path, generator: Generator) -> None:
+    stacks = [a_causal_stack(llama, seed=0), a_causal_stack(llama, layers=(1,), seed=1)]
+    alone = [written(Generator(f"path:{llama}", torch.float32), saved, PROMPT, GREEDY) for saved in stacks]
+    assert alone[0] != alone[1]
+    for _ in range(2):
+        assert [written(generator, saved, PROMPT, GREEDY) for saved in stacks] == alone
+
+
+def test_a_seed_gives_its_text_again_and_draws_from_no_one(llama: Path, generator: Generator) -> None:
+    saved = a_causal_stack(llama)
+    torch.manual_seed(5)
+    texts = [
+        written(generator, saved, PROMPT, Sampling(24, temperature=1.5, seed=seed))[0] for seed in (1, 2, 1, None, None)
+    ]
+    assert texts[0] == texts[2]
+    assert len(set(texts)) == 4
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+def test_a_narrow_top_p_and_a_low_temperature_leave_the_likeliest(llama: Path, generator: Generator) -> None:
+    saved = a_causal_stack(llama)
+    greedy = written(generator, saved, PROMPT, GREEDY)
+    assert written(generator, saved, PROMPT, Sampling(12, temperature=1.5, top_p=1e-6)) == greedy
+    assert written(generator, saved, PROMPT, Sampling(12, temperature=1e-4)) == greedy
+
+
+def test_a_text_ends_before_a_stop_string(llama: Path, generator: Generator) -> None:
+    saved = a_causal_stack(llama)
+    sampling = Sampling(30, temperature=1.5, seed=3)
+    text, last = written(generator, saved, PROMPT, sampling)
+    stop = text[4:6]
+    cut, stopped = written(generator, saved, PROMPT, Sampling(30, 1.5, stop=("no such", stop), seed=3))
+    assert cut == text[: text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens < last.tokens
+
+
+def test_a_text_ends_with_the_token_after_which_nobody_listens(llama: Path, generator: Generator) -> None:
+    pieces: list[Piece] = []
+    sampling = Sampling(40, temperature=1.5, seed=3)
+    generator.write(a_causal_stack(llama), PROMPT, sampling, pieces.append, gone=lambda: len(pieces) == 2)
+    assert pieces[-1].tokens == pieces[1].tokens < 40
+
+
+def test_what_cannot_be_written_is_refused_by_its_field(llama: Path, generator: Generator) -> None:
+    saved = a_causal_stack(llama)
+    generator_limit = generator._positions
+    assert generator_limit is not None
+    with pytest.raises(InvalidJob, match=r"^prompt is .*; expected fewer than \d+ tokens"):
+        written(generator, saved, "x" * generator_limit, GREEDY)
+    with pytest.raises(InvalidJob, match=r"^max_tokens is .*; expected at most 5: the model has"):
+        written(generator, saved, "x" * (generator_limit - 5), Sampling(6))
+    with pytest.raises(InvalidJob, match=r"^messages is .*no chat template"):
+        generator.write(saved, (("user", "hello"),), GREEDY, print)
+    assert written(generator, saved, "", GREEDY)[1].prompt_tokens == 1, "the token for a beginning"
+
+
+def test_a_chat_is_its_template(tmp_path: Path) -> None:
+    folder = causal_folder("llama", tmp_path / "base", chat=True)
+    generator, saved, pieces = Generator(f"path:{folder}", torch.float32), a_causal_stack(folder), list[Piece]()
+    generator.write(saved, (("system", "be brief"), ("user", "hi")), GREEDY, pieces.append)
+    plain = written(generator, saved, "system: be brief\nuser: hi\nassistant:", GREEDY)
+    assert ("".join(piece.text for piece in pieces), pieces[-1]) == plain
+
+
+@given(text=st.text(min_size=1), prompt=st.text(), stop=st.lists(st.text(min_size=1, max_size=3), max_size=3))
+@settings(deadline=None)
+def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, prompt: str, stop: list[str]) -> None:
+    """Whatever the characters, however many tokens each has, and whatever a stop string begins like."""
+    tokens = Detokenizer(BYTES, BYTES(prompt)["input_ids"], tuple(stop))
+    pieces = [tokens.add(token) for token in BYTES(text)["input_ids"]]
+    said = "".join([*pieces, tokens.end()])
+    found = [place for one in stop if (place := text.find(one)) >= 0]
+    assert tokens.stopped == bool(found)
+    if not found:
+        assert said == text
+    else:
+        # Of stop strings that begin in turn, the one that ends first is found first.
+        first = min((text.find(one) + len(one), text.find(one)) for one in stop if one in text)
+        assert said == text[: first[1]]

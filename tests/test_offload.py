@@ -1,0 +1,308 @@
+"""Promises of offloaded evaluation: it is plain evaluation, its failures cost one evaluation, and nothing of it is left."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.client import BaseModel
+from chainfed_ray.costs import costs_of
+from chainfed_ray.errors import EvaluationFailed
+from chainfed_ray.evaluator import Evaluated
+from chainfed_ray.judgement import Judgement, judge
+from chainfed_ray.offload_footprint import offload_footprint
+from chainfed_ray.offloaded import shares
+from chainfed_ray.tokens import Examples
+from cluster.offload import OffloadedEvaluator, make_evaluator
+from cluster.offload_run import OFFLOAD
+from cluster.ops import are_built, ops_folder
+from cluster.resources import of_one_machine
+
+needs_ops = pytest.mark.skipif(not are_built(ops_folder()), reason="DeepSpeed's libraries are not built; `make ops`")
+_BATCH, _CLASSES = 4, 3
+# A matrix of 512 × 512 numbers in float32 is just large enough for DeepSpeed to keep it on the disk.
+_SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 3}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(
+        num_cpus=2,
+        resources=of_one_machine(2, 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An encoder and a decoder of random weights, with matrices that go to the disk and others that do not."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {
+        "bert": AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=200, **_SIZES)),
+        "llama": AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("llama", vocab_size=200, num_key_value_heads=4, **_SIZES)
+        ),
+    }
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+    return {name: folder / name for name in made}
+
+
+def examples_of(family: str, count: int = 21) -> Examples:
+    generator = np.random.default_rng(0)
+    offsets = np.concatenate([[0], np.cumsum(generator.integers(5, 17, count))])
+    ids = generator.integers(3, 200, int(offsets[-1])).astype(np.int32)
+    made = Examples(ids, offsets, generator.integers(0, _CLASSES, count))
+    return made if family == "bert" else replace(made, targets=made.every_token)
+
+
+def stack_of(family: str, seed: int) -> AdapterStack:
+    """One that does something: fresh adapters are the identity."""
+    stack = AdapterStack.new(range(1, 3), 512, 16, _CLASSES if family == "bert" else None, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return stack
+
+
+@torch.no_grad()
+def plainly(base: BaseModel, stack: AdapterStack, examples: Examples) -> Judgement:
+    """The same with every layer in memory."""
+    blocks = Blocks(base.folder, base.dtype)
+    layers, matrices = [blocks.load_layer(index) for index in range(blocks.num_layers)], blocks.reader()
+    whole = Judgement.blank(len(examples))
+    for indices in examples.by_length(_BATCH):
+        batch = examples.batch(indices)
+        hidden, calls = blocks.embed(batch.ids, batch.mask)
+        for index, layer in enumerate(layers):
+            hidden = blocks.run(layer, hidden, calls[index])
+            if index in stack.layers:
+                hidden = stack.adapter(index)(hidden)
+        whole.put(torch.from_numpy(indices), judge(blocks, stack, hidden, batch, matrices))
+    matrices.close()
+    blocks.close()
+    return whole
+
+
+def assert_equal(found: Judgement, expected: Judgement) -> None:
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-6, atol=1e-6)
+    for name in ("counts", "right", "classes"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@contextmanager
+def evaluator(base: BaseModel, family: str, workers: int = 1) -> Iterator[OffloadedEvaluator]:
+    blocks = Blocks(base.folder, base.dtype)
+    costs = costs_of(blocks, 16, _CLASSES if family == "bert" else None)
+    blocks.close()
+    made = make_evaluator(base, costs, {"test": examples_of(family)}, workers=workers, batch_size=_BATCH)
+    assert isinstance(made, OffloadedEvaluator), made
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def workers() -> list[psutil.Process]:
+    """The processes of Ray Train's workers, and of what brings them orders: children of this process's Ray alone."""
+    names = ("RayTrainWorker", "TrainController", "EvaluationRun", "PlacementGroupCleaner")
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if any(name in " ".join(_command(child)) for name in names)]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it ended meanwhile
+        return []
+
+
+def training(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if "RayTrainWorker" in " ".join(_command(process))]
+
+
+def wait_until(true: Callable[[], Any], seconds: float = 90.0) -> None:
+    ends = monotonic() + seconds
+    while not true():
+        assert monotonic() < ends, "not in time"
+        sleep(0.1)
+
+
+def is_gone(base: BaseModel) -> bool:
+    return not (base.scratch / OFFLOAD).exists() or not list((base.scratch / OFFLOAD).rglob("*.swp"))
+
+
+@needs_ops
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("bert", torch.float32), ("llama", torch.float32), ("llama", torch.bfloat16)]
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_offloaded_is_plain_evaluation(
+    models: dict[str, Path], tmp_path: Path, family: str, dtype: torch.dtype, count: int
+) -> None:
+    base, examples = BaseModel(models[family], dtype, tmp_path), examples_of(family)
+    found: list[Evaluated] = []
+    processes: list[list[int]] = []
+    with evaluator(base, family, count) as offloaded:
+        for seed in (0, 1):
+            found.append(offloaded.judge(stack_of(family, seed), "test"))
+            processes.append(sorted(process.pid for process in training(workers())))
+            assert len(list(tmp_path.rglob("*.swp"))) > 0, "some of the model is on the disk"
+    for seed, evaluated in enumerate(found):
+        assert_equal(evaluated.judgement, plainly(base, stack_of(family, seed), examples))
+        assert evaluated.forward_seconds <= evaluated.seconds
+        assert evaluated.peak_bytes
+        assert evaluated.planned_bytes
+        assert evaluated.peak_bytes <= evaluated.planned_bytes
+    assert not torch.equal(found[0].judgement.losses, found[1].judgement.losses)
+    assert processes[0] == processes[1], "the model was loaded once"
+    assert len(processes[0]) == count
+    assert is_gone(base)
+    wait_until(lambda: not workers())
+
+
+@needs_ops
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_killed_worker_costs_one_evaluation(models: dict[str, Path], tmp_path: Path) -> None:
+    base, examples, stack = BaseModel(models["bert"], torch.float32, tmp_path), examples_of("bert"), stack_of("bert", 0)
+    with evaluator(base, "bert") as offloaded:
+        with ThreadPoolExecutor(1) as thread:
+            judging = thread.submit(offloaded.judge, stack, "test")
+            wait_until(lambda: list(tmp_path.rglob("*.swp")))
+            for process in training(workers()):
+                process.send_signal(signal.SIGKILL)
+            with pytest.raises(EvaluationFailed, match="process of a worker ended"):
+                judging.result(timeout=120)
+        wait_until(lambda: is_gone(base))
+        assert_equal(offloaded.judge(stack, "test").judgement, plainly(base, stack, examples))
+    assert is_gone(base)
+
+
+@ray.remote(num_cpus=0)
+class Owner:
+    """Judges something, as a coordinator does, and is killed."""
+
+    def judge(self, base: BaseModel) -> int:
+        with evaluator(base, "bert") as offloaded:
+            offloaded.judge(stack_of("bert", 0), "test")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+
+@needs_ops
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_nothing_outlives_an_owner_that_was_killed(models: dict[str, Path], tmp_path: Path) -> None:
+    base = BaseModel(models["bert"], torch.float32, tmp_path)
+    available = ray.available_resources()["memory"]  # type: ignore[no-untyped-call]
+    owner: Any = Owner
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(owner.remote().judge.remote(base), timeout=120)
+    wait_until(lambda: not workers() and is_gone(base))
+    wait_until(lambda: ray.available_resources()["memory"] >= available)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """A disk of half a MiB in ``folder``; False where it may not be mounted."""
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    mounted = subprocess.run(["mount", *options], capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+_LOADING = """
+import resource, sys, torch
+from pathlib import Path
+from chainfed_ray.client import BaseModel
+from chainfed_ray.offloaded import OffloadedModel
+from cluster.ops import ops_folder
+model, folder, bound = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+if bound:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bound, bound))
+try:
+    OffloadedModel(BaseModel(model, torch.float32, folder), folder / "nvme", ops_folder(), lambda: None)
+except OSError as error:
+    print(error)
+"""
+
+
+@needs_ops
+@pytest.mark.slow
+def test_a_disk_that_fills_is_an_error_in_words_and_no_abort(models: dict[str, Path], tmp_path: Path) -> None:
+    """As the layers are written. Where nothing may be mounted, the kernel bounds the length of a file instead."""
+    with small_disk(tmp_path / "disk") as mounted:
+        arguments = [str(models["bert"]), str(tmp_path / "disk"), "0" if mounted else str(2**19)]
+        done = subprocess.run([sys.executable, "-c", _LOADING, *arguments], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "has no room for 4MiB more" in done.stdout
+        wait_until(lambda: not (tmp_path / "disk" / "nvme").exists())
+
+
+@needs_ops
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_disk_too_small_fails_the_evaluation_in_words(models: dict[str, Path], tmp_path: Path) -> None:
+    """The workers may be on another machine than their owner, and look for themselves."""
+    with small_disk(tmp_path / "disk") as mounted:
+        if not mounted:
+            pytest.skip("a small disk may not be mounted here")
+        base = BaseModel(models["bert"], torch.float32, tmp_path / "disk")
+        offloaded = OffloadedEvaluator(base, {"test": examples_of("bert")}, 64 * 2**20, 1, _BATCH)
+        with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*needed"):
+            offloaded.judge(stack_of("bert", 0), "test")
+        blocks = Blocks(base.folder, base.dtype)
+        refused = make_evaluator(base, costs_of(blocks, 16, _CLASSES), {"test": examples_of("bert")})
+        blocks.close()
+        assert isinstance(refused, str)
+        assert refused.startswith("disk: ")
+
+
+def test_every_process_runs_as_many_batches_and_each_example_counts_once() -> None:
+    examples = examples_of("bert", 21)  # six batches
+    for count in (1, 2, 4, 7):
+        dealt = [shares(examples, _BATCH, rank, count) for rank in range(count)]
+        assert len({len(share) for share in dealt}) == 1
+        counted = [index for share in dealt for indices, counts in share if counts for index in indices.tolist()]
+        assert sorted(counted) == list(range(21))
+
+
+def test_more_processes_lock_less_memory_each(models: dict[str, Path]) -> None:
+    blocks = Blocks(models["bert"], torch.float32)
+    costs = costs_of(blocks, 16, _CLASSES)
+    alone, shared = (offload_footprint(blocks, costs, count, _BATCH, 16) for count in (1, 2))
+    blocks.close()
+    matrix = 512 * 2048 * 4
+    assert matrix <= alone.buffers < 1.1 * matrix
+    assert shared.buffers < alone.buffers
+    assert alone.gathered == 0
+    assert shared.gathered >= 2 * matrix
