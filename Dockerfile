@@ -3,7 +3,7 @@ ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS packages
 # DeepSpeed's package is built from source; torch comes without CUDA unless another index is given.
-RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ make && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ make libaio-dev && rm -rf /var/lib/apt/lists/*
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python3 -m venv /opt/chainfed
 ENV PATH=/opt/chainfed/bin:$PATH
@@ -13,6 +13,11 @@ COPY pyproject.toml constraints.txt ./
 RUN pip install --no-cache-dir -c constraints.txt --extra-index-url ${TORCH_INDEX} torch \
     && python3 -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" > needed.txt \
     && pip install --no-cache-dir -c constraints.txt -r needed.txt "psycopg[binary]"
+# DeepSpeed's libraries are compiled here, where the compiler is. What that needs of the code is copied by itself, as above.
+COPY chainfed_ray/__init__.py chainfed_ray/errors.py chainfed_ray/quantities.py chainfed_ray/offload_ops.py chainfed_ray/
+COPY cluster/__init__.py cluster/ops.py cluster/
+RUN CHAINFED_EXTENSIONS=/opt/chainfed-ops python3 -c "from cluster.ops import build_ops, ops_folder; build_ops(ops_folder())" \
+    && find /opt/chainfed-ops -name '*.o' -delete
 COPY README.md ./
 COPY chainfed_ray chainfed_ray
 COPY cluster cluster
@@ -20,10 +25,11 @@ COPY api api
 RUN pip install --no-cache-dir --no-deps .
 
 FROM ${BASE}
-# Ray looks at processes with ps, and KubeRay's probes ask with wget.
-RUN apt-get update && apt-get install -y --no-install-recommends procps wget && rm -rf /var/lib/apt/lists/* \
+# Ray looks at processes with ps, KubeRay's probes ask with wget, and DeepSpeed reads with libaio.
+RUN apt-get update && apt-get install -y --no-install-recommends procps wget libaio1 && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home chainfed && mkdir /data && chown chainfed /data
 COPY --from=packages /opt/chainfed /opt/chainfed
+COPY --from=packages /opt/chainfed-ops /opt/chainfed-ops
 # glibc gives freed memory back, so that a client's peak is what it uses; Serve's proxy is HAProxy.
 ENV PATH=/opt/chainfed/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -32,6 +38,7 @@ ENV PATH=/opt/chainfed/bin:$PATH \
     ONEDNN_PRIMITIVE_CACHE_CAPACITY=8 \
     LRU_CACHE_CAPACITY=8 \
     RAY_SERVE_ENABLE_HA_PROXY=1 \
+    CHAINFED_EXTENSIONS=/opt/chainfed-ops \
     CHAINFED_STORAGE=/data
 USER chainfed
 WORKDIR /home/chainfed

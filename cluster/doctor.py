@@ -112,7 +112,7 @@ def findings(machine: Machine, lock: int = _USUAL_LOCK, disk: int = _USUAL_DISK)
             "locked memory",
             lockable is None or lockable >= lock,
             "without limit" if lockable is None else f"{format_bytes(lockable)} of the {format_bytes(lock)} needed",
-            "ulimit -l unlimited; in a container the capability IPC_LOCK (docker run --cap-add IPC_LOCK)",
+            "ulimit -l unlimited; for a container docker run --ulimit memlock=-1",
         ),
         Finding(
             "disk",

@@ -5,19 +5,22 @@ Ray Train would not give back the memory that it reserved: it learns of that fro
 A worker's files are removed when it ends, in any way.
 """
 
+import ctypes
 import os
 import shutil
 import tempfile
 import traceback
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from mmap import PAGESIZE
 from pathlib import Path
 from threading import Condition, Thread
 from time import monotonic, sleep
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
@@ -33,6 +36,7 @@ from cluster.ops import ops_folder
 from cluster.resources import of_evaluation
 
 _POLL_SECONDS = 5.0
+_MADV_DONTNEED = 4  # of Linux: the bytes of a shared mapping stay where they are, and are this process's no more
 _ANSWER_SECONDS = 60.0  # of an actor that only notes things down
 _OWNER_SECONDS = 30.0  # without a word from the owner: it is gone
 _END_SECONDS = 10.0  # for workers to end by themselves
@@ -140,6 +144,8 @@ class EvaluationRun:
         with self._changed:
             if self._order and self._order.number == number:
                 self._shares[rank], self._heard = share, monotonic()
+                if len(self._shares) == self._work.workers:
+                    self._order = replace(self._order, stack=[])  # its shared memory is for the next one
                 self._changed.notify_all()
 
     def failed(self, reason: str) -> None:
@@ -224,7 +230,9 @@ def _serve(work: Work, run: Any, rank: int) -> None:
             if order.stack is None:
                 return
             number = order.number
-            share = model.judge(_received(order.stack[0]), sets[order.examples], work.batch_size)
+            with _received(order.stack[0]) as stack:
+                share = model.judge(stack, sets[order.examples], work.batch_size)
+            del stack, order
             ray.get(run.answer.remote(rank, number, share), timeout=_ANSWER_SECONDS)
     finally:
         model.close()
@@ -259,8 +267,18 @@ def sent(stack: AdapterStack) -> list[Any]:
     return [ray.put({name: tensor.numpy() for name, tensor in stack.tensors().items()})]
 
 
-def _received(reference: Any) -> AdapterStack:
-    arrays = ray.get(reference, timeout=_ANSWER_SECONDS)
+@contextmanager
+def _received(reference: Any) -> Iterator[AdapterStack]:
+    """The stack of an order, read where it lies. Its pages would count as this process's for as long as that lives: they are
+    let go of after use.
+    """
+    arrays: dict[str, np.ndarray] = ray.get(reference, timeout=_ANSWER_SECONDS)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return AdapterStack.from_tensors({name: torch.from_numpy(array) for name, array in arrays.items()})
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    yield AdapterStack.from_tensors(tensors)
+    libc = ctypes.CDLL(None)
+    for array in arrays.values():
+        first, end = -(-array.ctypes.data // PAGESIZE) * PAGESIZE, array.ctypes.data + array.nbytes
+        if end - first >= PAGESIZE:
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t((end - first) // PAGESIZE * PAGESIZE), _MADV_DONTNEED)

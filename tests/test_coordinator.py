@@ -188,6 +188,8 @@ def story(folder: Path) -> list[dict[str, Any]]:
         record["turns"] = [
             {**turn, "seconds": None, "cpu_seconds": None, "peak_bytes": None} for turn in record["turns"]
         ]
+        if record["evaluation"]:
+            record["evaluation"] |= {"seconds": None, "forward_seconds": None, "peak_bytes": None}
     return rounds
 
 

@@ -50,15 +50,13 @@ def generator(llama: Path) -> Generator:
 def test_greedy_text_is_that_of_the_streamed_chain(family: str, tmp_path: Path) -> None:
     folder = causal_folder(family, tmp_path / "base")
     saved = a_causal_stack(folder)
-    generator, texts = Generator(f"path:{folder}", torch.float32), list[str]()
+    generator = Generator(f"path:{folder}", torch.float32)
     for prompt in (PROMPT, "salt", "0123456789"):
         tokens = likeliest(folder, saved, prompt, count=12)
         text, last = written(generator, saved, prompt, GREEDY)
         assert text == BYTES.decode(tokens, skip_special_tokens=True)
         reason = "stop" if tokens[-1] == BYTES.eos_token_id else "length"
         assert last[1:] == (len(prompt), len(tokens), reason)
-        texts.append(text)
-    assert len(set(texts)) == 3
 
 
 def test_stacks_take_turns_and_leave_nothing_behind(llama: Path, generator: Generator) -> None:

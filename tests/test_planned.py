@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 _A_THIRD = 1.35
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama-bf16", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama-bf16", "qwen3", "gemma2", "phi-lm", "gemma2-lm-bf16"])
 def test_planned_is_enough_and_not_much_more(family: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.measured", str(tmp_path), family],

@@ -74,6 +74,20 @@ def test_every_row_once_and_in_order(
     checkpoint.close()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kept", DTYPES, ids=str)
+def test_numbers_of_a_vector_are_read_between_slices(kept: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({"matrix": some(7, 5, dtype=kept), "vector": some(7, dtype=kept, seed=1)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    reader = SliceReader(checkpoint, dtype, slice_bytes=60)
+    matrix, vector = checkpoint.read("matrix", dtype), checkpoint.read("vector", dtype)
+    for first, rows in reader.slices("matrix"):
+        assert torch.equal(reader.numbers("vector", first, len(rows)), vector[first : first + len(rows)])
+        assert torch.equal(rows, matrix[first : first + len(rows)])
+    reader.close()
+    checkpoint.close()
+
+
 class Watched(Checkpoint):
     """Says when a slice has been read."""
 
