@@ -28,8 +28,9 @@ from api.openai_schemas import (
     Usage,
 )
 from api.service import Service, WithService
+from chainfed_ray.chats import Chat
 from chainfed_ray.errors import ChainFedError
-from chainfed_ray.generator import Message, Piece
+from chainfed_ray.generator import Piece
 from cluster.job_store import JobRecord
 
 router = APIRouter(prefix="/v1", tags=["models"])
@@ -106,7 +107,7 @@ class _Chats(_Begun):
 
 
 async def _answer(
-    asked: Asked, prompts: Sequence[str | tuple[Message, ...]], form: _Form, request: Request, service: Service
+    asked: Asked, prompts: Sequence[str | Chat], form: _Form, request: Request, service: Service
 ) -> Response:
     job = await served(service, asked.model, "causal-lm")
     written = _written(service, job, prompts, asked)
@@ -127,9 +128,7 @@ async def _answer(
     return JSONResponse(form.whole(texts, last).model_dump())
 
 
-async def _written(
-    service: Service, job: JobRecord, prompts: Sequence[str | tuple[Message, ...]], asked: Asked
-) -> Written:
+async def _written(service: Service, job: JobRecord, prompts: Sequence[str | Chat], asked: Asked) -> Written:
     """One prompt after the other; closed, it ends the one that is being written."""
     for index, prompt in enumerate(prompts):
         async with aclosing(service.write(job, prompt, asked.sampling)) as pieces:

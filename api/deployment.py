@@ -12,10 +12,11 @@ from ray.serve.handle import DeploymentHandle
 from api.app import create_app
 from api.inference import Inference
 from api.service import Service
+from chainfed_ray.chats import Chat
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.forecast import Forecast
-from chainfed_ray.generator import Message, Piece, Sampling
+from chainfed_ray.generator import Piece, Sampling
 from cluster.coordinators import ensure_controller
 from cluster.job_store import JobRecord, JobStore
 from cluster.preflight import check, plan
@@ -45,9 +46,7 @@ class Api:
         answers: list[list[float]] = await self._inference.classify.remote(job.id, model["base"], model["dtype"], texts)
         return answers
 
-    async def _write(
-        self, job: JobRecord, prompt: str | tuple[Message, ...], sampling: Sampling
-    ) -> AsyncGenerator[Piece, None]:
+    async def _write(self, job: JobRecord, prompt: str | Chat, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         model = job.spec["model"]
         pieces = self._writing.write.remote(job.id, model["base"], model["dtype"], prompt, sampling)
         try:

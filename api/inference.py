@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from ray import serve
 
+from chainfed_ray.chats import Chat
 from chainfed_ray.classifier import Classifier
-from chainfed_ray.generator import Generator, Message, Piece, Sampling
+from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.saved_stack import SavedStack, load_stack
 from cluster.storage import Storage
 
@@ -38,7 +39,7 @@ class Inference:
         return await asyncio.get_running_loop().run_in_executor(self._worker, self._classify, job, base, dtype, texts)
 
     async def write(
-        self, job: str, base: str, dtype: str, prompt: str | tuple[Message, ...], sampling: Sampling
+        self, job: str, base: str, dtype: str, prompt: str | Chat, sampling: Sampling
     ) -> AsyncGenerator[Piece, None]:
         """What the model of ``job`` makes of a prompt or a chat; when the caller goes away, it ends with the next token."""
         loop, said, gone = asyncio.get_running_loop(), asyncio.Queue[Piece | None](), Event()
@@ -69,7 +70,7 @@ class Inference:
         job: str,
         base: str,
         dtype: str,
-        prompt: str | tuple[Message, ...],
+        prompt: str | Chat,
         sampling: Sampling,
         say: Callable[[Piece], None],
         gone: Event,

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from chainfed_ray.generator import MOST_TOKENS, FinishReason, Message, Sampling
+from chainfed_ray.chats import Chat
+from chainfed_ray.generator import MOST_TOKENS, FinishReason, Sampling
 
 
 def _listed(value: Any) -> Any:
@@ -73,7 +74,7 @@ class ChatRequest(Asked):
     messages: list[ChatMessage] = Field(min_length=1, max_length=256)
 
     @property
-    def chat(self) -> tuple[Message, ...]:
+    def chat(self) -> Chat:
         """The same, for the generator."""
         return tuple((message.role, message.content) for message in self.messages)
 

@@ -44,7 +44,8 @@ def _summary(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: E
     table.add_row("partition", f"{_scheme(spec.fleet.partition)}; sha256 {opening.partition_hash[:12]}…")
     if ending.best:
         table.add_row("best stack", f"that of round {ending.best.round + 1}: {ending.best.why}")
-        table.add_row("model", f"has the {ending.served} stack" + ("" if ending.served == "best" else ", the default"))
+        same = ending.best.round == len(rounds) - 1
+        table.add_row("model", f"has the {ending.served} stack" + (", which is the best one" if same else ""))
     if ending.stopped:
         table.add_row("stopped", ending.stopped)
     if ending.epsilon is not None:

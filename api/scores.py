@@ -1,10 +1,9 @@
 """Scores as words: the accuracy of a classifier, the perplexity of a language model."""
 
-import math
-
 from chainfed_ray.config import JobSpec
 from chainfed_ray.quantities import format_bytes, format_seconds
 from chainfed_ray.records import Evaluation
+from chainfed_ray.score import Score
 
 
 def is_causal(spec: JobSpec) -> bool:
@@ -16,7 +15,7 @@ def short_score(spec: JobSpec, loss: float | None, accuracy: float | None) -> st
     """Such as "72.8%" or, of a language model, "14.2"; a dash where nothing was measured."""
     if loss is None or accuracy is None:
         return "–"
-    return f"{_perplexity(loss):.4g}" if is_causal(spec) else f"{accuracy:.1%}"
+    return f"{Score(loss, accuracy).perplexity:.4g}" if is_causal(spec) else f"{accuracy:.1%}"
 
 
 def evaluation_line(spec: JobSpec, found: Evaluation) -> str:
@@ -24,7 +23,7 @@ def evaluation_line(spec: JobSpec, found: Evaluation) -> str:
     if found.loss is None:
         return f"The whole model could not be judged by {found.engine}: {found.failure}"
     if is_causal(spec):
-        scores = f"perplexity {_perplexity(found.loss):.4g}, {found.accuracy:.1%} of the tokens right"
+        scores = f"perplexity {short_score(spec, found.loss, found.accuracy)}, {found.accuracy:.1%} of the tokens right"
     else:
         scores = f"{found.accuracy:.1%} right, macro-F1 {found.macro_f1:.3f}"
     if found.choice_accuracy is not None:
@@ -36,7 +35,3 @@ def _memory(found: Evaluation) -> str:
     if found.peak_bytes is None or found.planned_bytes is None:
         return ""
     return f", peak {format_bytes(found.peak_bytes)} of {format_bytes(found.planned_bytes)} planned"
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf

@@ -6,9 +6,10 @@ from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
+from chainfed_ray.chats import Chat
 from chainfed_ray.config import JobSpec
 from chainfed_ray.forecast import Forecast
-from chainfed_ray.generator import Message, Piece, Sampling
+from chainfed_ray.generator import Piece, Sampling
 from cluster.job_store import JobRecord, JobStore
 
 
@@ -36,9 +37,7 @@ class Write(Protocol):
     Raises ``InvalidJob`` with the first piece, where there is nothing that it can write.
     """
 
-    def __call__(
-        self, job: JobRecord, prompt: str | tuple[Message, ...], sampling: Sampling
-    ) -> AsyncGenerator[Piece, None]: ...
+    def __call__(self, job: JobRecord, prompt: str | Chat, sampling: Sampling) -> AsyncGenerator[Piece, None]: ...
 
 
 class Alive(Protocol):

@@ -4,27 +4,22 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cell_process import Row, in_a_process
 from benchmarks.shapes import EVALUATED, Shape, written
-from chainfed_ray.measure import ENVIRONMENT
 from chainfed_ray.quantities import format_bytes
 
 # The whole model in memory; layer after layer (engine: torch); on the disk (engine: deepspeed), by itself and in a run of Ray
 # Train, which is what a job has.
 _ENGINES = ("resident", "torch", "deepspeed", "deepspeed-run")
 _progress = Console(stderr=True, highlight=False)
-
-Row = dict[str, Any]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -70,18 +65,9 @@ def _rows(shape: Shape, folder: Path, options: argparse.Namespace) -> Iterator[R
 
 def _measure(shape: Shape, folder: Path, scratch: Path, engine: str) -> Row:
     cell = {"shape": shape.name, "engine": engine, "folder": str(folder), "scratch": str(scratch)}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.evaluation_cell", json.dumps(cell)],
-        env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
     found: Row = {"shape": shape.name, "dtype": shape.dtype, "batch": shape.batch, "tokens": shape.tokens}
     found |= {"engine": engine, "planned_bytes": None, "ratio": None}
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-        return {**found, "failed": reason}
-    return {**found, **json.loads(done.stdout.splitlines()[-1])}
+    return found | in_a_process("benchmarks.evaluation_cell", cell)
 
 
 def _table(rows: list[Row]) -> Table:

@@ -4,19 +4,16 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cell_process import Row, in_a_process
 from benchmarks.shapes import SHAPES, Shape, written
-from chainfed_ray.measure import ENVIRONMENT
 from chainfed_ray.quantities import format_bytes
 
 _WINDOWS = [1, 2, 4, 8]
@@ -24,8 +21,6 @@ _BASELINES = ("end-to-end", "checkpointed")
 _COMPARED = 2  # the window for which the ways of the plan are compared
 _BUDGETS = {"llama2-7b-4x256": (512 * 2**20, 256 * 2**20)}
 _progress = Console(stderr=True, highlight=False)
-
-Row = dict[str, Any]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -108,18 +103,9 @@ def _measure(shape: Shape, folder: Path, scratch: Path, method: str, window: int
         "scratch": str(scratch),
         "budget": budget,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory_cell", json.dumps(cell)],
-        env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
     found: Row = {"shape": shape.name, "dtype": shape.dtype, "batch": shape.batch, "tokens": shape.tokens}
     found |= {"method": method, "window": window, "planned_bytes": None, "ratio": None, "breakdown": None}
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-        return {**found, "failed": reason}
-    return {**found, **json.loads(done.stdout.splitlines()[-1])}
+    return found | in_a_process("benchmarks.memory_cell", cell)
 
 
 def _said(row: Row) -> str:

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.logit_form import LogitForm, form_of
+from chainfed_ray.row_table import RowTable, embedding_tables
 from chainfed_ray.stream import RowSlices, SliceReader, is_streamed, stream_matrices
 from chainfed_ray.weights import Checkpoint
 
@@ -57,7 +58,7 @@ class Blocks:
         self._embedded = torch.empty(0)
         self._word_table = _name_of(model, model.get_input_embeddings()) + ".weight"
         model.set_submodule(self.layers_path, nn.ModuleList(self._recorder(index) for index in range(self.num_layers)))
-        self._tables = [self._replace_table(name, module) for name, module in _embedding_tables(model)]
+        self._tables = [self._replace_table(name, module) for name, module in embedding_tables(model)]
         self._materialise_trunk(config)
 
     @property
@@ -249,9 +250,9 @@ class Blocks:
             output = self._last_output
         return (output,) if self._in_tuple else output
 
-    def _replace_table(self, name: str, table: nn.Embedding) -> "_RowTable":
-        _RowTable.take_over(table, self._checkpoint, self._source(f"{name}.weight"))
-        assert isinstance(table, _RowTable)
+    def _replace_table(self, name: str, table: nn.Embedding) -> "RowTable":
+        RowTable.take_over(table, self._checkpoint, self._source(f"{name}.weight"))
+        assert isinstance(table, RowTable)
         return table
 
     def _materialise_trunk(self, config: Any) -> None:
@@ -261,7 +262,7 @@ class Blocks:
         the modules that own some are made again, for real.
         """
         for name, module in list(self._model.named_modules()):
-            if isinstance(module, _Recorder | _RowTable) or name.startswith(f"{self.layers_path}."):
+            if isinstance(module, _Recorder | RowTable) or name.startswith(f"{self.layers_path}."):
                 continue
             buffers = {key: value for key, value in module.named_buffers(recurse=False) if value.is_meta}
             if buffers and not list(module.parameters(recurse=False)) and not list(module.children()):
@@ -365,34 +366,6 @@ def _to_meta(value: Any) -> Any:
     return {key: _to_meta(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-class _RowTable(nn.Embedding):
-    """An embedding table [V, D] of which only the rows in use are read; zeros that take no memory while not ``reads``.
-
-    A table becomes one by a change of its class, behind its own: families that look rows up in their own way, with an offset
-    or a scale, go on to do so.
-    """
-
-    _checkpoint: Checkpoint
-    _source: str
-    reads: bool
-
-    @classmethod
-    def take_over(cls, table: nn.Embedding, checkpoint: Checkpoint, source: str) -> None:
-        """Make ``table`` read its rows from the tensor called ``source``."""
-        own = type(table)
-        table.__class__ = type(own.__name__, (cls,) if own is nn.Embedding else (own, cls), {})
-        for name, value in (("_checkpoint", checkpoint), ("_source", source), ("reads", True)):
-            object.__setattr__(table, name, value)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Ids of any shape → rows [..., D]."""
-        dtype = self.weight.dtype
-        if not self.reads:
-            return torch.zeros((), dtype=dtype).expand(*input.shape, self.embedding_dim)
-        unique, places = input.unique(return_inverse=True)
-        return self._checkpoint.rows(self._source, unique, dtype)[places]
-
-
 def _numbers(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -400,7 +373,3 @@ def _numbers(module: nn.Module) -> int:
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     found: str = next(name for name, module in model.named_modules() if module is wanted)
     return found
-
-
-def _embedding_tables(model: nn.Module) -> list[tuple[str, nn.Embedding]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]

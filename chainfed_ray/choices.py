@@ -4,8 +4,6 @@ A row has a ``prompt``, a list of ``choices`` (in a file without lists, such as 
 counted from 0, or the choice itself. A model's choice is the one of which all tokens together are the likeliest.
 """
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from chainfed_ray.cells import as_list
 from chainfed_ray.data import read_table
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.targets import Row, choice_examples
@@ -65,17 +64,10 @@ def read_choices(source: str, tokenizer: PreTrainedTokenizerBase, max_length: in
     return Choices(ragged(ids, np.zeros(len(ids), dtype=np.int64), targets), tuple(begins), tuple(answers))
 
 
-def _choices(given: Any) -> list[str]:
+def _choices(cell: Any) -> list[str]:
     """The choices in a cell; none if they are not two or more texts."""
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError:
-            return []
-    if hasattr(given, "tolist"):  # as parquet gives a list
-        given = given.tolist()
-    whole = isinstance(given, Sequence) and len(given) > 1 and all(isinstance(item, str) and item for item in given)
-    return list(given) if whole else []
+    given = as_list(cell) or []
+    return given if len(given) > 1 and all(isinstance(item, str) and item for item in given) else []
 
 
 def _place(answer: Any, choices: list[str]) -> int | None:

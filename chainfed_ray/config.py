@@ -199,7 +199,7 @@ def _of_task(spec: JobSpec) -> Iterator[Problem]:
     if (data.prompt is None) != (data.response is None):
         missing = "data.prompt" if data.prompt is None else "data.response"
         yield Problem(
-            missing, MISSING, "the column that goes with " + ("response" if data.prompt is None else "prompt")
+            missing, MISSING, "the column that goes with " + ("data.response" if data.prompt is None else "data.prompt")
         )
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.admission import Candidate
@@ -125,9 +125,10 @@ class Coordinator:
         if ending := self._log.ending():
             self._log.erase_secret()
             return ending
-        history, best = self._log.rounds(), best_of(self._log.rounds())
-        served = self._spec.evaluation.serve if best else "last"
-        evaluation = self._judging.test(self._stack_of(served))
+        history = self._log.rounds()
+        best, stacks = best_of(history), self._stacks(history)
+        served = self._spec.evaluation.serve if self._spec.evaluation.serve in stacks else "last"
+        evaluation = self._judging.test(stacks[served])
         assert evaluation.accuracy is not None
         assert evaluation.loss is not None
         peaks: dict[str, int] = {}
@@ -156,21 +157,17 @@ class Coordinator:
     def models(self) -> dict[str, SavedStack]:
         """The ``last`` stack and, if it is another, the ``best`` one, with what has to be known to use them."""
         job, spec = self._job, self._spec
-        rounds = self._log.rounds()
-        best = best_round(rounds)
-        names: list[Literal["last", "best"]] = ["last"]
-        if best and best.index != rounds[-1].index:
-            names.append("best")
         return {
-            name: SavedStack(self._stack_of(name), job.classes, spec.data.max_length, spec.model.base, job.layers_path)
-            for name in names
+            name: SavedStack(stack, job.classes, spec.data.max_length, spec.model.base, job.layers_path)
+            for name, stack in self._stacks(self._log.rounds()).items()
         }
 
-    def _stack_of(self, which: Literal["last", "best"]) -> AdapterStack:
-        best = best_round(self._log.rounds())
-        if which == "last" or best is None:
-            return self.stack()
-        return AdapterStack.from_tensors(_below(self._log.tensors(best.index), _STACK))
+    def _stacks(self, history: Sequence[Round]) -> dict[str, AdapterStack]:
+        """The last stack, and the best one if that is of another round."""
+        stacks, best = {"last": self.stack()}, best_round(history)
+        if best and best.index != history[-1].index:
+            stacks["best"] = AdapterStack.from_tensors(_below(self._log.tensors(best.index), _STACK))
+        return stacks
 
     def _chain(self, start: int) -> Chain:
         return Chain(self._job.layers, start, self._job.window)

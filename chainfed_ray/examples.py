@@ -1,7 +1,7 @@
 """A job's rows as tokens, each split by its task: classes, or what a language model is to predict."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> JobExampl
     train, validation, test = splits
     if corpus.classes:
         number = {name: place for place, name in enumerate(corpus.classes)}
-        train = train.with_labels(np.array([number[label] for label in corpus.train.labels]))
+        train = replace(train, labels=np.array([number[label] for label in corpus.train.labels]))
     source = spec.evaluation.choices
     choices = read_choices(source, tokenizer, length) if source is not None else None
     return JobExamples(corpus, train, validation, test, choices, packs=length if running else None)

@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteri
 from chainfed_ray.adapter import Adapter, AdapterStack
 from chainfed_ray.base_model import resolve, tokenizer
 from chainfed_ray.blocks import find_layers
+from chainfed_ray.chats import Chat
 from chainfed_ray.detokenizer import Detokenizer
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.saved_stack import SavedStack
+from chainfed_ray.targets import chat_ids, prompt_ids
 
 MOST_TOKENS = 256  # of a text, where nobody says how many
 
 FinishReason = Literal["stop", "length"]
-Message = tuple[str, str]
-"""A role and a content."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Generator:
     def write(
         self,
         saved: SavedStack,
-        prompt: str | tuple[Message, ...],
+        prompt: str | Chat,
         sampling: Sampling,
         say: Callable[[Piece], None],
         gone: Callable[[], bool] = lambda: False,
@@ -89,35 +89,22 @@ class Generator:
             )
         writing.finish()
 
-    def _prompt(self, prompt: str | tuple[Message, ...]) -> list[int]:
+    def _prompt(self, prompt: str | Chat) -> list[int]:
         """The tokens of a prompt, as a job of this task has them in training."""
-        ids = self._text(prompt) if isinstance(prompt, str) else self._chat(prompt)
+        ids = prompt_ids(self._tokenizer, prompt) if isinstance(prompt, str) else self._chat(prompt)
         if not ids and self._tokenizer.bos_token_id is not None:
             return [int(self._tokenizer.bos_token_id)]
         if not ids:
             raise InvalidJob.at("prompt", prompt, "one with a token or more: this model has none for a beginning")
         return ids
 
-    def _text(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
-        while ids and ids[-1] == self._tokenizer.eos_token_id:  # some tokenizers end every text
-            ids = ids[:-1]
-        return ids
-
-    def _chat(self, messages: tuple[Message, ...]) -> list[int]:
-        said = [{"role": role, "content": content} for role, content in messages]
+    def _chat(self, messages: Chat) -> list[int]:
         if not self._tokenizer.chat_template:
             expected = "a prompt for POST /v1/completions: the tokenizer of this model has no chat template"
-            raise InvalidJob.at("messages", said[-1], expected)
-        try:
-            encoded: Any = self._tokenizer.apply_chat_template(
-                said, tokenize=True, add_generation_prompt=True, return_dict=True
-            )
-        except Exception as error:  # a template raises what it likes, such as for roles that do not take turns
-            raise InvalidJob.at("messages", said[-1], f"a chat that the model's template accepts ({error})") from None
-        return list(encoded["input_ids"])
+            raise InvalidJob.at("messages", dict(zip(("role", "content"), messages[-1], strict=True)), expected)
+        return chat_ids(self._tokenizer, messages, opened=True, field="messages")
 
-    def _most(self, prompt: str | tuple[Message, ...], length: int, asked: int | None) -> int:
+    def _most(self, prompt: str | Chat, length: int, asked: int | None) -> int:
         """The tokens that may follow a prompt of ``length`` tokens."""
         if self._positions is None:
             return asked or MOST_TOKENS

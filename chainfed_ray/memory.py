@@ -226,10 +226,25 @@ def evaluation_bytes(costs: Costs, adapters: int, tokens: int) -> int:
     batch = PREFIX_BATCH
     held = adapters * costs.adapter + costs.head + costs.skeleton + _RUNTIME
     layers = 2 * costs.layer + costs.conversion
-    running = max(part.forward_at(batch, tokens) for part in (costs.advance, costs.advance_adapter))
-    embedding = batch * tokens * costs.hidden * _EMBEDDING_STATES * costs.itemsize
-    head = costs.kept.head.forward_at(batch, tokens) + (costs.slices if costs.streamed_head else 0)
-    return held + costs.call.at(batch, tokens) + max(layers + max(running, embedding), head)
+    running, embedding = running_bytes(costs, batch, tokens), embedding_bytes(costs, batch, tokens)
+    return (
+        held + costs.call.at(batch, tokens) + max(layers + max(running, embedding), scoring_bytes(costs, batch, tokens))
+    )
+
+
+def running_bytes(costs: Costs, batch: int, tokens: int) -> int:
+    """What a layer or an adapter holds besides its weights, without gradients."""
+    return max(part.forward_at(batch, tokens) for part in (costs.advance, costs.advance_adapter))
+
+
+def embedding_bytes(costs: Costs, batch: int, tokens: int) -> int:
+    """What is held as a batch is embedded."""
+    return batch * tokens * costs.hidden * _EMBEDDING_STATES * costs.itemsize
+
+
+def scoring_bytes(costs: Costs, batch: int, tokens: int) -> int:
+    """What the head holds, and the slices of a language model's."""
+    return costs.kept.head.forward_at(batch, tokens) + (costs.slices if costs.streamed_head else 0)
 
 
 def _prefixes_that_fit(costs: Costs, task: Task, means: Means) -> Iterator[Prefix]:
@@ -350,7 +365,7 @@ def _plan(
 def _fitting(costs: Costs, task: Task, parts: Footprint, micro_batch: int, prefix: Prefix, means: Means) -> int:
     """The most that a turn of fitting the head holds: the window without gradients, and sums as large as D² and the head."""
     rows = micro_batch * means.longest * costs.hidden
-    running = max(part.forward_at(micro_batch, means.longest) for part in (costs.advance, costs.advance_adapter))
+    running = running_bytes(costs, micro_batch, means.longest)
     running += costs.call.at(micro_batch, means.longest)
     if not prefix.cached:
         running = max(running, prefix.planned_bytes - _held(costs, task) + rows * costs.itemsize)
@@ -363,8 +378,7 @@ def _prefix(costs: Costs, task: Task, means: Means, batch: int, grain: Grain) ->
     states = batch * means.longest * costs.hidden
     # Layer by layer, with the next one loaded ahead; the embeddings are made when there is a layer already.
     weights = 2 * costs.layer + costs.conversion if grain == "layer" else costs.unstreamed + costs.slices
-    running = max(part.forward_at(batch, means.longest) for part in (costs.advance, costs.advance_adapter))
-    embedding = states * _EMBEDDING_STATES * costs.itemsize
+    running, embedding = running_bytes(costs, batch, means.longest), embedding_bytes(costs, batch, means.longest)
     needed = weights + max(running + costs.call.at(batch, means.longest), embedding) + _held(costs, task)
     # A profile's means of the tokens are taken when no layer is there.
     pooling = states * (costs.itemsize + _POOLING_STATES * _FLOAT64)

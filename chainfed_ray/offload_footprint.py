@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.memory import Costs
+from chainfed_ray.memory import Costs, embedding_bytes, running_bytes, scoring_bytes
 
 SWAPPED_BYTES = 2**20  # what is smaller stays in memory: DeepSpeed has it so
 
 _PADDING = 1024  # numbers by which a buffer is longer: a disk is read in whole blocks
 _RUNTIME = 20 * 2**20  # what DeepSpeed and the interpreter keep, as it was measured
-_EMBEDDING_STATES = 6  # rows, rows by place, sums with positions and types, and their norm
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,13 @@ def offload_footprint(blocks: Blocks, costs: Costs, workers: int, batch: int, to
     layers = [list(layer.parameters()) for layer in blocks.blank_layers]
     small = sum(p.numel() for layer in layers for p in layer if -(-p.numel() // workers) * size < SWAPPED_BYTES)
     widest = _largest_module(blocks) * size
-    states = batch * tokens * costs.hidden * size
-    running = max(part.forward_at(batch, tokens) for part in (costs.advance, costs.advance_adapter))
-    scoring = costs.kept.head.forward_at(batch, tokens) + (costs.slices if costs.streamed_head else 0)
+    running = running_bytes(costs, batch, tokens) + costs.call.at(batch, tokens)
     return OffloadFootprint(
         buffers=swap_bytes(blocks, workers),
         kept=-(-small // workers) * size,
         loading=widest + blocks.conversion_bytes,
         gathered=0 if workers == 1 else 2 * widest,
-        activations=max(running + costs.call.at(batch, tokens), states * _EMBEDDING_STATES, scoring),
+        activations=max(running, embedding_bytes(costs, batch, tokens), scoring_bytes(costs, batch, tokens)),
         stack=costs.layers * costs.adapter + costs.head,
         runtime=costs.skeleton + _RUNTIME,
     )

@@ -56,21 +56,47 @@ def choice_examples(
     tokenizer: PreTrainedTokenizerBase, prompt: str, choices: Sequence[str], max_length: int
 ) -> list[Row]:
     """A question with each of its answers, of which the answer's tokens are to be predicted; a long prompt loses its begin."""
-    begun = _ids(tokenizer, prompt, special=True)
+    begun = prompt_ids(tokenizer, prompt)
     rows = []
     for choice in choices:
-        answer = _ids(tokenizer, choice, special=False)[: max_length - 1]
+        answer = _ids(tokenizer, choice)[: max_length - 1]
         kept = begun[-(max_length - len(answer)) :]
         rows.append((kept + answer, [False] * len(kept) + [True] * len(answer)))
     return rows
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that goes on: with what the tokenizer puts before it, and without an end."""
+    encoded: Any = tokenizer(text, verbose=False)
+    ids: list[int] = encoded["input_ids"]
+    while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        ids = ids[:-1]
+    return ids
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, opened: bool, field: str) -> list[int]:
+    """The tokens of a chat by the tokenizer's template, which there has to be; ``opened`` for the assistant's turn.
+
+    Raises:
+        InvalidJob: the template does not accept the chat, which ``field`` names.
+    """
+    messages = [{"role": role, "content": content} for role, content in chat]
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=opened, return_dict=True
+        )
+    except Exception as error:  # a template raises what it likes, such as for roles that do not take turns
+        newest = messages[-1] if messages else None
+        raise InvalidJob.at(field, newest, f"a chat that the model's template accepts ({error})") from None
+    return list(encoded["input_ids"])
+
+
 def _row(tokenizer: PreTrainedTokenizerBase, text: Text, max_length: int) -> Row:
     if isinstance(text, str):
-        ids = _ids(tokenizer, text, special=True) + _end(tokenizer)
+        ids = prompt_ids(tokenizer, text) + _end(tokenizer)
         return ids, [True] * len(ids)
     if isinstance(text[0], str):
-        prompt, response = _ids(tokenizer, text[0], special=True), _ids(tokenizer, str(text[1]), special=False)
+        prompt, response = prompt_ids(tokenizer, text[0]), _ids(tokenizer, str(text[1]))
         response += _end(tokenizer)
         ids, targets = prompt + response, [False] * len(prompt) + [True] * len(response)
     else:
@@ -78,13 +104,9 @@ def _row(tokenizer: PreTrainedTokenizerBase, text: Text, max_length: int) -> Row
     return ids[:max_length], targets[:max_length]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    encoded: Any = tokenizer(text, add_special_tokens=special, verbose=False)
-    ids: list[int] = encoded["input_ids"]
-    # The end comes where we put it; some tokenizers have put one after every text.
-    while special and ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
-    return ids
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False)
+    return list(encoded["input_ids"])
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -93,28 +115,16 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Row:
     """What an assistant says is what the template adds to the chat before it, once it is the assistant's turn."""
-    messages = [{"role": role, "content": content} for role, content in chat]
-    whole = _templated(tokenizer, messages, opened=False)
-    targets = [False] * len(whole)
-    for place, (role, _) in enumerate(chat):
-        if role == "assistant":
-            before = _templated(tokenizer, messages[:place], opened=True)
-            after = _templated(tokenizer, messages[: place + 1], opened=False)
-            if after[: len(before)] != before or whole[: len(after)] != after:
-                expected = "chats for whose tokenizer each message only adds to those before it; its template does more"
-                raise InvalidJob.at("data.messages", f"{role}: {chat[place][1][:40]}", expected)
-            targets[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return whole, targets
-
-
-def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], opened: bool) -> list[int]:
     if not tokenizer.chat_template:
         raise InvalidJob.at("data.messages", None, "a model whose tokenizer has a chat template; this one has none")
-    try:
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=opened, return_dict=True
-        )
-    except Exception as error:  # a template raises what it likes, such as for roles that do not take turns
-        raise InvalidJob.at("data.messages", messages[-1], f"a chat that its template accepts ({error})") from None
-    ids: list[int] = encoded["input_ids"]
-    return ids
+    whole = chat_ids(tokenizer, chat, opened=False, field="data.messages")
+    targets = [False] * len(whole)
+    for place, (role, content) in enumerate(chat):
+        if role == "assistant":
+            before = chat_ids(tokenizer, chat[:place], opened=True, field="data.messages")
+            after = chat_ids(tokenizer, chat[: place + 1], opened=False, field="data.messages")
+            if after[: len(before)] != before or whole[: len(after)] != after:
+                expected = "chats for whose tokenizer each message only adds to those before it; its template does more"
+                raise InvalidJob.at("data.messages", f"{role}: {content[:40]}", expected)
+            targets[len(before) : len(after)] = [True] * (len(after) - len(before))
+    return whole, targets

@@ -1,7 +1,7 @@
 """Tokenised examples, ragged: no padding is kept, sent or cached."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -47,10 +47,6 @@ class Examples:
         targets = np.ones(len(self.ids), dtype=bool)
         targets[self.offsets[:-1]] = False
         return targets
-
-    def with_labels(self, labels: np.ndarray) -> "Examples":
-        """The same tokens with other classes [n]."""
-        return replace(self, labels=labels)
 
     def take(self, indices: np.ndarray) -> "Examples":
         """Some of the examples, in the order of ``indices``."""

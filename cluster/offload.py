@@ -107,8 +107,8 @@ class OffloadedEvaluator:
             name=name,
             namespace=_NAMESPACE,
             lifetime="detached",
-            max_concurrency=2 * self._workers
-            + 4,  # each worker waits in one call, and tells that it is alive in others
+            # Each worker waits in one call, and tells that it is alive in others.
+            max_concurrency=2 * self._workers + 4,
             runtime_env={"env_vars": RUN_ENVIRONMENT},
         ).remote(work)
         self._number, self._over = 0, Event()

@@ -4,7 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.blocks import Blocks
 
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama", "qwen2")
 
@@ -66,3 +70,14 @@ def _with_noise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model.eval()
+
+
+@torch.no_grad()
+def chain_output(blocks: Blocks, stack: AdapterStack, ids: Tensor, mask: Tensor) -> Tensor:
+    """What the chain makes of token ids and their mask [B, T], [B, T, D]: a layer in memory at a time."""
+    hidden, calls = blocks.embed(ids, mask)
+    for index in range(blocks.num_layers):
+        hidden = blocks.run(blocks.load_layer(index), hidden, calls[index])
+        if index in stack.layers:
+            hidden = stack.adapter(index)(hidden)
+    return hidden

@@ -259,11 +259,15 @@ def test_a_test_that_is_none_is_refused(row: dict[str, Any], said: str, tmp_path
 @pytest.mark.parametrize(
     ("section", "changes", "said"),
     [
-        ("data", {"messages": "question"}, r"data\.messages is 'question'; expected a list of messages .* in row 1 of"),
+        (
+            "data",
+            {"messages": "question"},
+            r"data\.messages is 'question'; expected a list .* row 1 of path:.* has none",
+        ),
         ("data", {"messages": "label"}, r"data\.messages is 'label'; .* row 1 of path:.* has none"),
         ("data", {"prompt": "no", "response": "answer"}, r"data\.prompt is 'no'; expected a column of"),
         ("data", {"prompt": "text", "response": "answer", "max_length": 2}, r"data\.max_length is 2; expected more"),
-        ("data", {"prompt": "text"}, r"data\.response is missing; expected the column that goes with prompt"),
+        ("data", {"prompt": "text"}, r"data\.response is missing; expected the column that goes with data.prompt"),
         (
             "data",
             {"messages": "chat", "prompt": "a", "response": "b"},

@@ -17,9 +17,10 @@ from fastapi.testclient import TestClient
 from api.app import create_app
 from api.inference import Inference
 from api.service import Service
+from chainfed_ray.chats import Chat
 from chainfed_ray.config import JobSpec
 from chainfed_ray.forecast import Forecast
-from chainfed_ray.generator import Generator, Message, Piece, Sampling
+from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.saved_stack import save_stack
 from cluster.job_store import JobRecord, JobStore
 from cluster.storage import Storage
@@ -80,7 +81,7 @@ def client(storage: Storage, inference: Any) -> Iterator[TestClient]:
     async def classify(job: JobRecord, texts: list[str]) -> list[list[float]]:
         raise NotImplementedError
 
-    def write(job: JobRecord, prompt: str | tuple[Message, ...], sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    def write(job: JobRecord, prompt: str | Chat, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         model = job.spec["model"]
         pieces: AsyncGenerator[Piece, None] = inference.write(job.id, model["base"], model["dtype"], prompt, sampling)
         return pieces

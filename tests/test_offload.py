@@ -32,7 +32,7 @@ from chainfed_ray.tokens import Examples
 from cluster.offload import OffloadedEvaluator, make_evaluator
 from cluster.offload_run import OFFLOAD
 from cluster.ops import are_built, ops_folder
-from cluster.resources import of_one_machine
+from tests.cluster import one_machine
 
 needs_ops = pytest.mark.skipif(not are_built(ops_folder()), reason="DeepSpeed's libraries are not built; `make ops`")
 _BATCH, _CLASSES = 4, 3
@@ -42,16 +42,8 @@ _SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(
-        num_cpus=2,
-        resources=of_one_machine(2, 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    yield
-    ray.shutdown()
+    with one_machine():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.peft_method import ChainFedLayer, SequenceClassifier
 from chainfed_ray.saved_stack import SavedStack, load_stack, save_stack
 from chainfed_ray.tokens import Examples
-from tests.models import FAMILIES, tiny
+from tests.models import FAMILIES, chain_output, tiny
 
 
 def a_stack(folder: Path, layers: tuple[int, ...] = (1, 2, 3), classes: int = 3, seed: int = 0) -> SavedStack:
@@ -41,12 +41,7 @@ def examples() -> Examples:
 def streamed(folder: Path, stack: AdapterStack, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The logits [B, C] of token ids and their mask [B, T], a layer in memory at a time."""
     blocks = Blocks(folder, torch.float32)
-    hidden, calls = blocks.embed(ids, mask)
-    for index in range(blocks.num_layers):
-        hidden = blocks.run(blocks.load_layer(index), hidden, calls[index])
-        if index in stack.layers:
-            hidden = stack.adapter(index)(hidden)
-    logits: torch.Tensor = stack.head(hidden, mask)
+    logits: torch.Tensor = stack.head(chain_output(blocks, stack, ids, mask), mask)
     return logits
 
 

@@ -1,6 +1,5 @@
 """Promises of the Ray pool: it is the local pool, bit for bit, and a client that dies costs its turn."""
 
-import os
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +10,6 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 import yaml
 
 from chainfed_ray.admission import Planner, admit
@@ -21,7 +19,7 @@ from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.pool import Failure, LocalPool
 from chainfed_ray.records import Opening
 from cluster.ray_pool import RayPool
-from cluster.resources import of_one_machine
+from tests.cluster import one_machine
 from tests.conftest import a_job
 from tests.test_architecture import ROOT
 from tests.test_coordinator import assert_same, run
@@ -31,16 +29,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(
-        num_cpus=2,
-        resources=of_one_machine(2, 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    yield
-    ray.shutdown()
+    with one_machine():
+        yield
 
 
 def _untimed(opening: Opening) -> Opening:

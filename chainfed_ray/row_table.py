@@ -1,0 +1,39 @@
+"""Embedding tables of which only the rows in use are read."""
+
+import torch
+from torch import Tensor, nn
+
+from chainfed_ray.weights import Checkpoint
+
+
+class RowTable(nn.Embedding):
+    """An embedding table [V, D] of which only the rows in use are read; zeros that take no memory while not ``reads``.
+
+    A table becomes one by a change of its class, behind its own: families that look rows up in their own way, with an offset
+    or a scale, go on to do so.
+    """
+
+    _checkpoint: Checkpoint
+    _source: str
+    reads: bool
+
+    @classmethod
+    def take_over(cls, table: nn.Embedding, checkpoint: Checkpoint, source: str) -> None:
+        """Make ``table`` read its rows from the tensor called ``source``."""
+        own = type(table)
+        table.__class__ = type(own.__name__, (cls,) if own is nn.Embedding else (own, cls), {})
+        for name, value in (("_checkpoint", checkpoint), ("_source", source), ("reads", True)):
+            object.__setattr__(table, name, value)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids of any shape → rows [..., D]."""
+        dtype = self.weight.dtype
+        if not self.reads:
+            return torch.zeros((), dtype=dtype).expand(*input.shape, self.embedding_dim)
+        unique, places = input.unique(return_inverse=True)
+        return self._checkpoint.rows(self._source, unique, dtype)[places]
+
+
+def embedding_tables(model: nn.Module) -> list[tuple[str, nn.Embedding]]:
+    """Every table of a model, by its name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
