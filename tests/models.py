@@ -42,7 +42,7 @@ def tiny(family: str, folder: Path, layers: int = 4, vocabulary: int = 128, seed
 
 def tiny_model(family: str, layers: int = 4, vocabulary: int = 128, seed: int = 0, **options: Any) -> PreTrainedModel:
     """A random model in evaluation mode; no weight keeps a value (0 or 1) that could hide a mistake."""
-    return _with_noise(AutoModel.from_config(_config(family, layers, vocabulary, **options)), seed)
+    return _made(AutoModel, _config(family, layers, vocabulary, **options), seed)
 
 
 def tiny_causal_model(
@@ -50,7 +50,7 @@ def tiny_causal_model(
 ) -> PreTrainedModel:
     """A random language model; its head is its word embeddings themselves if it is ``tied``."""
     config = _config(family, layers, vocabulary, tie_word_embeddings=tied, **options)
-    return _with_noise(AutoModelForCausalLM.from_config(config), seed=0)
+    return _made(AutoModelForCausalLM, config, seed=0)
 
 
 def _config(family: str, layers: int, vocabulary: int, **options: Any) -> PreTrainedConfig:
@@ -64,7 +64,11 @@ def _config(family: str, layers: int, vocabulary: int, **options: Any) -> PreTra
     return AutoConfig.for_model(family, **{"vocab_size": vocabulary, "pad_token_id": 0, **sizes, **options})
 
 
-def _with_noise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+def _made(kind: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """The same weights in every process, whatever it drew before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = kind.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

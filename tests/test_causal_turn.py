@@ -179,9 +179,12 @@ def test_the_global_branch_is_part_of_what_is_compared(folder: Path) -> None:
 
 
 def test_the_gradient_of_a_whole_step_is_clipped(folder: Path, tmp_path: Path) -> None:
-    """Of five examples that are held two at a time. AdamW hardly minds a factor, but for its ε: it shows where all is short."""
-    order = replace(an_order(MIDDLE, 0.3), clip_norm=1e-6)
-    found, expected = a_turn(folder, tmp_path, a_client(MIDDLE), order), plainly(folder, MIDDLE, 0.3, clip_norm=1e-6)
-    assert_alike(found, expected)
-    name, unclipped = "adapters.2.down.weight", plainly(folder, MIDDLE, 0.3)
-    assert (unclipped[0][name] - expected[0][name]).abs().max() > RATE / 10
+    """Of five examples that are held two at a time. A factor matters little to AdamW, unless it makes all as short as its ε."""
+    order = replace(an_order(MIDDLE, 0.3), clip_norm=1e-8)
+    found, _ = a_turn(folder, tmp_path, a_client(MIDDLE), order)
+    expected, _ = plainly(folder, MIDDLE, 0.3, clip_norm=1e-8)
+    unclipped, _ = plainly(folder, MIDDLE, 0.3)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=RATE / 1000)
+    name = "adapters.2.down.weight"
+    assert (unclipped[name] - expected[name]).abs().max() > RATE
