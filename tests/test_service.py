@@ -4,6 +4,7 @@ One service for the file: a Ray cluster, Ray Serve with HAProxy, SQLite, in a pr
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,13 +17,16 @@ from typing import Any, Self
 import httpx
 import psutil
 import pytest
+import torch
 import yaml
 
 from api.client import ServiceClient
 from api.local_service import free_port
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.errors import InvalidJob, JobConflict, JobNotFound, ModelNotFound
+from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.saved_stack import load_stack
+from tests.causal import causal_folder
 from tests.conftest import a_job
 from tests.test_coordinator import assert_same, run
 
@@ -127,6 +131,39 @@ def test_a_job_over_the_command_line(service: Running, document: dict[str, Any],
     assert (code, refused["error"]["message"]) == (1, "no model 'tiny:none'; served now: tiny:first")
     code, refused = service.chainfed("cancel", done["id"])
     assert (code, refused["error"]["type"]) == (1, "JobConflict")
+
+
+def test_a_language_model_from_its_chats_to_its_words(service: Running, storage: Path, tmp_path: Path) -> None:
+    base = causal_folder("llama", tmp_path / "teller", chat=True)
+    chats = [[{"role": "user", "content": f"{place}?"}, {"role": "assistant", "content": "tide"}] for place in range(60)]
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text("\n".join(json.dumps({"chat": chat}) for chat in chats))
+    job = service.client.submit(
+        {
+            "name": "chats",
+            "model": {"base": f"path:{base}", "task": "causal-lm"},
+            "data": {"train": f"path:{rows}", "messages": "chat", "max_length": 64},
+            "fleet": {"clients": [{"name": "phone", "count": 3, "memory": "64MiB"}]},
+            "chain": {"window": 1, "start": 0, "adapter": {"bottleneck": 8}},
+            "rounds": {"total": 4, "clients": 2, "batch_size": 8, "learning_rate": 0.02},
+        }
+    )["id"]
+    events = list(service.client.follow(job))
+    assert events[-1]["kind"] == "succeeded"
+    judged = [found for event in events if (found := event["data"].get("evaluation"))]
+    assert len(judged) == 3, "after each of two stages, and at the end on the test rows"
+    for evaluation in judged:
+        assert evaluation["perplexity"] == pytest.approx(math.exp(evaluation["loss"]))
+        assert 0 < evaluation["peak_bytes"] <= evaluation["planned_bytes"]
+    assert judged[1]["loss"] < judged[0]["loss"]
+    greedy = {"max_tokens": 8, "temperature": 0}
+    answer = service.chainfed("complete", "teller:chats", "7?", "--max-tokens", "8", "--temperature", "0")[1]
+    told: list[str] = [choice["text"] for choice in answer["choices"]]
+    assert told == ["".join(piece["text"] for piece in service.client.stream("teller:chats", ["7?"], **greedy))]
+    pieces: list[Piece] = []
+    saved = load_stack(storage / "jobs" / job / "model")
+    Generator(f"path:{base}", torch.float32).write(saved, "7?", Sampling(**greedy), pieces.append)
+    assert told == ["".join(piece.text for piece in pieces)]
 
 
 @pytest.mark.parametrize("killed", ["CoordinatorActor", "ControllerActor", "ClientActor"])
