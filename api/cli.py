@@ -47,7 +47,7 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
     from api.results import results
     from api.training import folder_of, train
 
-    spec = _spec(job)
+    spec = read_job(job)
     folder = folder_of(out, spec)
     goes_on = _if_interrupted("Interrupted. The same command goes on where it was.")
     with goes_on, Progress(_progress, spec.name, spec) as progress:
@@ -68,7 +68,7 @@ def plan(
     from api.forecast_table import forecast_table
     from chainfed_ray.dry_run import dry_run
 
-    spec = _spec(job)
+    spec = read_job(job)
     _progress.print(f"Reading the data of {spec.name}, planning its clients and timing a few steps.")
     with _if_interrupted("Interrupted."):
         found = dry_run(spec, at_once=min(Settings.client_slots, os.cpu_count() or 1))  # a turn takes one core
@@ -108,7 +108,7 @@ def submit(
 ) -> None:
     """Send a job to the service."""
     client = ServiceClient(address)
-    record = client.submit(_spec(job).document())
+    record = client.submit(read_job(job).document())
     queued = f"Job {record['id']} is queued; `chainfed watch {record['id']}` follows it."
     if watch:
         _progress.print(queued)
@@ -223,7 +223,7 @@ def demo(out: Out = Path("chainfed-demo"), as_json: Json = False) -> None:
 
     story = _progress if as_json else Console(file=sys.__stdout__, highlight=False)
     with _if_interrupted("Interrupted."):
-        _answer(as_json, tell(_spec(_DEMO), _DEMO, out, story))
+        _answer(as_json, tell(read_job(_DEMO), _DEMO, out, story))
 
 
 def main() -> None:
@@ -237,7 +237,7 @@ def main() -> None:
         _fail(error, [str(error)], 1)
 
 
-def _spec(path: Path) -> JobSpec:
+def read_job(path: Path) -> JobSpec:
     """The job in a file; files that it names are meant from where the command is run, wherever the service runs."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -247,6 +247,7 @@ def _spec(path: Path) -> JobSpec:
     document["model"]["base"] = _absolute(document["model"]["base"])
     for split in ("train", "validation", "test"):
         document["data"][split] = _absolute(document["data"][split])
+    document["evaluation"]["choices"] = _absolute(document["evaluation"]["choices"])
     return JobSpec.parse(document)
 
 

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
+from typing import Any
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
@@ -19,6 +20,7 @@ from chainfed_ray.errors import ChainFedError, InvalidJob, JobConflict, JobNotFo
 MEDIA_TYPE = "application/problem+json"
 REQUEST_ID = "x-request-id"
 _RETRY_SECONDS = "5"
+_PREAMBLE = re.compile(r"^Value error, |^\w+ should (be|have) ")
 _FIT = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 Handler = Callable[[Request, Exception], Awaitable[JSONResponse]]
@@ -102,11 +104,23 @@ async def _of_validation(request: Request, error: Exception) -> JSONResponse:
     for found in error.errors() if isinstance(error, RequestValidationError) else ():
         where = [str(part) for part in found["loc"] if part != "body"]
         value = None if found["type"] == "missing" else repr(found["input"])[:120]
-        message = found["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        expected = "a value" if found["type"] == "missing" else message
-        errors.append(FieldProblem(field=".".join(where) or "(body)", value=value, expected=expected))
+        if found["type"] == "json_invalid":
+            return problem(
+                request, HTTPStatus.BAD_REQUEST, "bad-request", f"the body is no JSON: {found['ctx']['error']}"
+            )
+        errors.append(FieldProblem(field=".".join(where) or "(body)", value=value, expected=_expected(found)))
     said = "; ".join(f"{one.field} is {one.value or 'missing'}; expected {one.expected}" for one in errors)
     return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-request", said, errors)
+
+
+def _expected(found: Any) -> str:
+    """What pydantic says of a field, as what was expected."""
+    match found["type"]:
+        case "missing":
+            return "a value"
+        case "extra_forbidden":
+            return "no field of this name"
+    return _PREAMBLE.sub("", found["msg"]).replace(" after validation", "")
 
 
 async def _of_http(request: Request, error: Exception) -> JSONResponse:

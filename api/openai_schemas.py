@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from chainfed_ray.chats import Chat
 from chainfed_ray.generator import MOST_TOKENS, FinishReason, Sampling
@@ -12,6 +12,7 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+_MAX_TOKENS = f"by default as many as the model has positions for, up to {MOST_TOKENS}"
 Strings = BeforeValidator(_listed, json_schema_input_type=str | list[str])
 Text = Annotated[str, Field(max_length=100_000)]
 
@@ -30,14 +31,14 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str = Field(description="a name from `GET /v1/models` whose task is `causal-lm`")
-    max_tokens: int | None = Field(
-        None, ge=1, description=f"by default as many as the model has positions for, up to {MOST_TOKENS}"
-    )
+    max_tokens: int | None = Field(None, ge=1, description=_MAX_TOKENS)
     temperature: float = Field(1.0, ge=0, le=2, description="0: always the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="of the likeliest tokens, those with this much probability")
     stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Strings] | None = Field(
         None, max_length=4, description="the text ends before any of these"
     )
+    n: Literal[1] | None = Field(None, description="texts for a prompt: there is one")
+    user: str | None = Field(None, description="taken, and kept nowhere")
     seed: int | None = Field(None, ge=0, lt=2**63, description="the same seed gives the same text again")
     stream: bool = Field(False, description="as server-sent events, while it is written")
     stream_options: StreamOptions | None = None
@@ -59,18 +60,37 @@ class CompletionRequest(Asked):
     prompt: Annotated[list[Text], Strings] = Field(min_length=1, max_length=16)
 
 
+class TextPart(BaseModel):
+    """Some of a message, as programs send it that could send pictures too."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+def _joined(value: Any) -> Any:
+    return "".join(part.text for part in _PARTS.validate_python(value)) if isinstance(value, list) else value
+
+
+_PARTS = TypeAdapter(list[TextPart])
+
+
 class ChatMessage(BaseModel):
     """Something said."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: str = Field(description="`system`, `user` or `assistant`, as the model's template has it", max_length=100)
-    content: Text
+    content: Annotated[Text, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
 
 
 class ChatRequest(Asked):
     """A chat to answer."""
 
+    max_tokens: int | None = Field(
+        None, ge=1, description=_MAX_TOKENS, validation_alias=AliasChoices("max_tokens", "max_completion_tokens")
+    )
     messages: list[ChatMessage] = Field(min_length=1, max_length=256)
 
     @property

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from chainfed_ray.errors import InvalidJob
 
 _FORMS = "builtin:minilm, path:<folder> or hf:<org>/<name>[@<revision>]"
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # the last is the template for chats
 
 
 def resolve(base: str) -> Path:

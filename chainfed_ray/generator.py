@@ -19,6 +19,7 @@ from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.targets import chat_ids, prompt_ids
 
 MOST_TOKENS = 256  # of a text, where nobody says how many
+_COLDEST = 1e-5  # below it logits over the temperature may be no numbers any more
 
 FinishReason = Literal["stop", "length"]
 
@@ -124,7 +125,7 @@ class Generator:
             "eos_token_id": sorted(self._ends) or None,
             "pad_token_id": min(self._ends, default=0),  # one text at a time: there is no padding
         }
-        if sampling.temperature == 0:
+        if sampling.temperature < _COLDEST:
             return GenerationConfig(do_sample=False, **common)
         return GenerationConfig(
             do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, **common

@@ -5,6 +5,7 @@ It is asked beforehand, since DeepSpeed ends the process where memory may not be
 
 import ctypes
 import os
+import re
 import resource
 import shutil
 import sys
@@ -18,6 +19,7 @@ from chainfed_ray.quantities import format_bytes
 from cluster.ops import are_built, ops_folder, stale_locks
 
 _INCLUDE = (Path("/usr/include"), Path("/usr/local/include"))
+_IN_MEMORY = ("tmpfs", "ramfs")
 _IPC_LOCK = 14  # the bit of the capability, in linux/capability.h
 # Of a model that is not known yet: RoBERTa-large locks 33 MiB, and takes 1.2 GiB of disk.
 _USUAL_LOCK, _USUAL_DISK = 64 * 2**20, 2 * 2**30
@@ -112,7 +114,7 @@ def findings(machine: Machine, lock: int = _USUAL_LOCK, disk: int = _USUAL_DISK)
             "locked memory",
             lockable is None or lockable >= lock,
             "without limit" if lockable is None else f"{format_bytes(lockable)} of the {format_bytes(lock)} needed",
-            "ulimit -l unlimited; for a container docker run --ulimit memlock=-1",
+            "ulimit -l unlimited, or memlock in /etc/security/limits.conf; docker run --ulimit memlock=-1",
         ),
         Finding(
             "disk",
@@ -187,13 +189,27 @@ def _lockable() -> int | None:
 
 
 def _is_direct(folder: Path) -> bool:
-    """Whether a file may be opened with O_DIRECT, as DeepSpeed does."""
+    """Whether it is on a disk, and a file may be opened there with O_DIRECT, as DeepSpeed does."""
+    if _file_system(folder) in _IN_MEMORY:  # some kernels allow O_DIRECT there
+        return False
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             os.close(os.open(file.name, os.O_WRONLY | os.O_DIRECT))
     except OSError:
         return False
     return True
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of file system that ``folder`` is on: of the one that is mounted the furthest down, and there the last."""
+    mounted = (line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines())
+    within = [(place, kind) for place, kind in mounted if folder.resolve().is_relative_to(_unescaped(place))]
+    return max(reversed(within), key=lambda found: len(found[0]))[1]
+
+
+def _unescaped(place: str) -> str:
+    r"""A path as the kernel lists it, where ``\040`` is a space."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place)
 
 
 def _existing(folder: Path) -> Path:

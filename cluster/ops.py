@@ -6,6 +6,7 @@ They belong to one version of Python, torch and DeepSpeed, and have a folder for
 
 import fcntl
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -44,8 +45,11 @@ def stale_locks(folder: Path) -> list[Path]:
     found = [lock for lock in locks if lock.exists()]
     if not found:
         return []
-    with _alone(folder, wait=False) as alone:
-        return found if alone else []
+    try:
+        with _alone(folder, wait=False) as alone:
+            return found if alone else []
+    except OSError:  # it cannot be written to, so nobody compiles there
+        return found
 
 
 def build_ops(folder: Path) -> None:
@@ -54,7 +58,12 @@ def build_ops(folder: Path) -> None:
     Raises:
         OpsNotBuilt: the compiler failed, or there is none.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _OURS).touch()
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}; CHAINFED_EXTENSIONS may name a folder that can be written to"
+        raise OpsNotBuilt(str(folder), reason) from error
     with _alone(folder, wait=True):
         if are_built(folder):
             return
@@ -73,9 +82,15 @@ def build_ops(folder: Path) -> None:
             text=True,
         )
         if done.returncode:
-            lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            raise OpsNotBuilt(str(folder), (lines or [f"exit code {done.returncode}"])[-1])
+            raise OpsNotBuilt(str(folder), _last_words(done.stderr + done.stdout) or f"exit code {done.returncode}")
         (folder / _BUILT).write_text("")
+
+
+def _last_words(said: str) -> str:
+    """The first line that tells of an error, or the last line: what follows an error tells that there was one."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"\berror\b|not found", line)]
+    return (errors[:1] or lines[-1:] or [""])[0].rstrip(".")
 
 
 def compile_here() -> None:

@@ -305,7 +305,7 @@ def test_a_bad_job_is_refused_with_its_field(
         ("POST", "/v1/classify", {"json": {"model": "x:y", "texts": ["a"]}}, 404, "model-not-found"),
         ("POST", "/v1/classify", {"json": {"model": "x:y", "texts": []}}, 422, "invalid-request"),
         ("POST", "/v1/classify", {"json": {"model": 1}}, 422, "invalid-request"),
-        ("POST", "/v1/classify", {"content": b"{"}, 422, "invalid-request"),
+        ("POST", "/v1/classify", {"content": b"{"}, 400, "bad-request"),
         ("GET", "/nowhere", {}, 404, "not-found"),
         ("DELETE", "/v1/jobs", {}, 405, "method-not-allowed"),
     ],

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from api.cli import read_job
 from chainfed_ray.commit_log import CommitLog
 from tests.conftest import a_job
 from tests.test_architecture import ROOT
@@ -65,6 +66,26 @@ def as_documented(base: str, folder: Path, text: str) -> str:
     with redirect_stdout(io.StringIO()) as said:
         exec(code, {"FOLDER": folder})
     return said.getvalue().strip()
+
+
+def test_files_that_a_job_names_are_meant_from_where_the_command_is_run(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document["model"] = {"base": "path:base", "task": "causal-lm"}
+    document["data"] = {"train": "path:train.csv", "validation": "path:validation.csv", "test": "hf:some/test"}
+    document["chain"]["head"], document["evaluation"] = "model", {"choices": "path:choices.jsonl"}
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(document))
+    monkeypatch.chdir(tmp_path)
+    spec = read_job(job_file)
+    assert spec.model.base == f"path:{tmp_path}/base"
+    sources = (spec.data.train, spec.data.validation, spec.data.test, spec.evaluation.choices)
+    assert sources == (
+        f"path:{tmp_path}/train.csv",
+        f"path:{tmp_path}/validation.csv",
+        "hf:some/test",
+        f"path:{tmp_path}/choices.jsonl",
+    )
 
 
 @pytest.mark.parametrize(("text", "field"), [("name: [", "(file)"), ("name: x\nmodle: {}", "modle")])

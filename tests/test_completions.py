@@ -161,6 +161,23 @@ def test_a_chat(client: TestClient, bases: dict[str, Path]) -> None:
     assert parts[-1]["choices"][0]["finish_reason"] == answer["choices"][0]["finish_reason"]
 
 
+def test_what_programs_for_openai_send_besides(client: TestClient) -> None:
+    asked = {"model": CHATTER, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    also = {**asked, "messages": [{"role": "user", "content": parts}], "n": 1, "user": "me"}
+    also["max_completion_tokens"] = also.pop("max_tokens")
+    answers = [client.post("/v1/chat/completions", json=body).json() for body in (asked, also)]
+    assert answers[0]["usage"]["completion_tokens"] == 4
+    assert answers[0]["choices"] == answers[1]["choices"]
+
+
+def test_next_to_no_temperature_is_none(client: TestClient) -> None:
+    coldest, cold = (
+        client.post("/v1/completions", json={**ASKED, "temperature": heat}).json()["choices"] for heat in (0, 1e-40)
+    )
+    assert coldest == cold
+
+
 @pytest.mark.parametrize(
     ("path", "change", "status", "field", "expected"),
     [
@@ -178,7 +195,9 @@ def test_a_chat(client: TestClient, bases: dict[str, Path]) -> None:
         ("completions", {"top_p": 0}, 422, "top_p", "greater than 0"),
         ("completions", {"stop": ["a"] * 5}, 422, "stop", "at most 4"),
         ("completions", {"stop": ""}, 422, "stop.0", "at least 1 character"),
-        ("completions", {"logprobs": 3}, 422, "logprobs", "not permitted"),
+        ("completions", {"logprobs": 3}, 422, "logprobs", "logprobs is 3; expected no field of this name"),
+        ("completions", {"n": 2}, 422, "n", "n is 2; expected 1"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [1]}]}, 422, "messages.0.content.0", "expected"),
     ],
 )
 def test_what_cannot_be_asked_says_why(

@@ -100,6 +100,13 @@ def test_a_scratch_folder_that_is_not_there_yet_is_looked_at_where_it_would_be(t
     assert not (tmp_path / "some").exists()
 
 
+def test_a_folder_in_memory_is_no_disk() -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir():
+        pytest.skip("this machine has no folder in memory")
+    assert not look(memory / "scratch").direct
+
+
 def test_each_version_has_its_folder(tmp_path: Path) -> None:
     named = ops_folder({"CHAINFED_EXTENSIONS": str(tmp_path)})
     assert named.parent == tmp_path
@@ -123,6 +130,20 @@ def test_a_lock_is_stale_unless_somebody_compiles(tmp_path: Path) -> None:
     assert waiting == [Finding("stale locks", False, str(lock), "chainfed doctor --build (it removes them)")]
 
 
+def test_a_folder_that_cannot_be_made_is_an_error_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OpsNotBuilt, match=r"Not a directory.*; CHAINFED_EXTENSIONS may name a folder"):
+        build_ops(tmp_path / "file" / "ops")
+
+
+def test_a_lock_where_nobody_can_write_is_stale(tmp_path: Path) -> None:
+    lock = tmp_path / OPS[0] / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    (tmp_path / "building").mkdir()  # also for a superuser no file that can be opened to be written
+    assert stale_locks(tmp_path) == [lock]
+
+
 @pytest.mark.slow
 def test_a_compilation_that_fails_says_why_and_removes_stale_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,7 +152,7 @@ def test_a_compilation_that_fails_says_why_and_removes_stale_locks(
     lock.parent.mkdir()
     lock.touch()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(OpsNotBuilt, match="`chainfed doctor` says what is missing"):
+    with pytest.raises(OpsNotBuilt, match=r"no-such-compiler.*; `chainfed doctor` says what is missing"):
         build_ops(tmp_path)
     assert not lock.exists()
     assert not are_built(tmp_path)

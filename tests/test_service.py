@@ -135,7 +135,9 @@ def test_a_job_over_the_command_line(service: Running, document: dict[str, Any],
 
 def test_a_language_model_from_its_chats_to_its_words(service: Running, storage: Path, tmp_path: Path) -> None:
     base = causal_folder("llama", tmp_path / "teller", chat=True)
-    chats = [[{"role": "user", "content": f"{place}?"}, {"role": "assistant", "content": "tide"}] for place in range(60)]
+    chats = [
+        [{"role": "user", "content": f"{place}?"}, {"role": "assistant", "content": "tide"}] for place in range(60)
+    ]
     rows = tmp_path / "chats.jsonl"
     rows.write_text("\n".join(json.dumps({"chat": chat}) for chat in chats))
     job = service.client.submit(
