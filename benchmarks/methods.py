@@ -10,8 +10,9 @@ Part = Literal["budgets", "anyone", "able"]
 END_TO_END = "end-to-end"
 UNTRAINED = ("none", "fitted")  # kinds without rounds or rates
 
-# First guesses; ``--rates`` tries others, the same for everyone.
+# Chosen on validation rows; ``--rates`` tries others, the same for everyone.
 _ADAPTERS, _HEAD, _FITTED, _PROBE, _LORA = 1e-2, 0.1, 1e-2, 0.3, 1e-2
+_WHOLE_HEAD = 0.03  # under adapters after every layer
 
 # The paper's form, whatever the defaults of a job are by now.
 _CHAIN: Document = {
@@ -56,9 +57,9 @@ def methods(layers: int) -> dict[str, Method]:
         Method("none", rates=None, kind="none", changes=_top_layer(layers)),
         Method("fitted", rates=None, kind="fitted", changes=_top_layer(layers)),
         Method("probe", rates=(_ADAPTERS, _PROBE), kind="probe", changes=_top_layer(layers)),
-        Method(END_TO_END, part="anyone", changes=whole),
+        Method(END_TO_END, rates=(_ADAPTERS, _WHOLE_HEAD), part="anyone", changes=whole),
         Method("end-to-end-fitted", rates=(_ADAPTERS, _FITTED), part="anyone", changes=_with_head(whole, "fitted")),
-        Method("end-to-end-able", part="able", changes=whole),
+        Method("end-to-end-able", rates=(_ADAPTERS, _WHOLE_HEAD), part="able", changes=whole),
         Method("lora-able", rates=(_LORA, _HEAD), kind="lora", part="able", changes=whole),
         Method("last-window", changes=_paper(start=top)),
         *(Method(f"start-{start}", changes=_paper(start=start)) for start in starts),
