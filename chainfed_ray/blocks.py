@@ -66,6 +66,12 @@ class Blocks:
         """Where the causal language model of this base model has its layers, such as ``model.layers``."""
         return f"{self._model.base_model_prefix}.{self.layers_path}"
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens of a text the model was made for; None where it does not say."""
+        positions: int | None = getattr(self._model.config, "max_position_embeddings", None)
+        return positions
+
     def embed(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[LayerCall]]:
         """Token ids and mask [B, T] → the hidden states [B, T, D] that enter layer 0, and the call of each layer."""
         self._calls = []

@@ -12,20 +12,28 @@ Chat = tuple[Message, ...]
 
 
 def chat(cell: Any, column: str, where: str) -> Chat:
-    """The chat in a cell of ``column``.
+    """The chat in a cell of ``column``, up to what an assistant says last: after that there is nothing to learn.
+
+    It is empty if no assistant speaks, or if a message has no content, as a call of a tool has none: without that, what
+    follows is no answer to what is left.
 
     Raises:
-        InvalidJob: it is none, or has nothing to learn from.
+        InvalidJob: the cell holds no chat.
     """
-    messages = [_message(item) for item in as_list(cell) or []]
-    whole = tuple(message for message in messages if message)
-    if not messages or len(whole) < len(messages) or whole[-1][0] != "assistant":
-        expected = f"a list of messages such as {{role: user, content: …}}, the last by the assistant; {where} has none"
+    given = as_list(cell)
+    if given is None or not all(map(_is_message, given)):
+        expected = f"a list of messages such as {{role: user, content: …}}; {where} has none"
         raise InvalidJob.at("data.messages", column, expected)
-    return whole
+    if any(message["content"] is None for message in given):
+        return ()
+    last = max((place for place, message in enumerate(given) if message["role"] == "assistant"), default=-1)
+    return tuple((message["role"], message["content"]) for message in given[: last + 1])
 
 
-def _message(item: Any) -> Message | None:
-    if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("role", "content")):
-        return None
-    return item["role"], item["content"]
+def _is_message(item: Any) -> bool:
+    return (
+        isinstance(item, dict)
+        and isinstance(item.get("role"), str)
+        and "content" in item
+        and isinstance(item["content"], str | None)
+    )

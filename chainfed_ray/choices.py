@@ -1,10 +1,13 @@
 """Multiple choice, in the form of MMLU: which of its answers does a model hold for the likeliest after a question?
 
-A row has a ``prompt``, a list of ``choices`` (in a file without lists, such as CSV, as JSON) and the ``answer``: its place,
-counted from 0, or the choice itself. A model's choice is the one of which all tokens together are the likeliest.
+A row has a ``prompt`` (or, where no column is called so, a ``question``), a list of ``choices`` (in a file without lists, such
+as CSV, as JSON) and the ``answer``: the choice itself, its place, counted from 0, or its letter, counted from A. A model's
+choice is the one of which all tokens together are the likeliest.
 """
 
 from dataclasses import dataclass
+from numbers import Integral
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,6 @@ from chainfed_ray.targets import Row, choice_examples
 from chainfed_ray.tokens import Examples, ragged
 
 _KEY = "evaluation.choices"
-_COLUMNS = ("prompt", "choices", "answer")
 
 
 @dataclass(frozen=True)
@@ -43,25 +45,37 @@ def read_choices(source: str, tokenizer: PreTrainedTokenizerBase, max_length: in
         InvalidJob: it cannot be read, or a row is no question with an answer.
     """
     table = read_table(_KEY, source, "test")
-    for name in _COLUMNS:
-        if name not in table.columns:
-            expected = f"a table with the columns {', '.join(_COLUMNS)}; it has {', '.join(map(str, table.columns))}"
-            raise InvalidJob.at(_KEY, source, expected)
+    asked = "prompt" if "prompt" in table.columns else "question"
+    columns = (asked, "choices", "answer")
+    if not set(columns) <= set(table.columns):
+        expected = "a table with the columns prompt (or question), choices and answer; it has "
+        raise InvalidJob.at(_KEY, source, expected + ", ".join(map(str, table.columns)))
     rows: list[Row] = []
     begins, answers = [0], list[int]()
-    columns = (table[name] for name in _COLUMNS)
-    for number, (prompt, given, answer) in enumerate(zip(*columns, strict=True), start=1):
+    for number, (prompt, given, answer) in enumerate(zip(*(table[name] for name in columns), strict=True), start=1):
+        if not isinstance(prompt, str) or not prompt:
+            raise _wrong(source, number, asked, prompt, "a text")
         choices = _choices(given)
-        place = _place(answer, choices) if choices else None
-        if not choices or place is None or not isinstance(prompt, str) or not prompt:
-            expected = "a `prompt`, two or more `choices` and an `answer` that is one of them, or its place from 0"
-            raise InvalidJob.at(_KEY, source, f"{expected}, in every row; not so in row {number}")
-        rows += choice_examples(tokenizer, prompt, choices, max_length)
+        if not choices:
+            raise _wrong(source, number, "choices", given, "a list of two texts or more")
+        place = _place(answer, choices)
+        if place is None:
+            expected = f"one of the {len(choices)} choices, its place from 0, or its letter from A,"
+            raise _wrong(source, number, "answer", answer, expected)
+        examples = choice_examples(tokenizer, prompt, choices, max_length)
+        if examples is None:
+            raise _wrong(source, number, asked, prompt, "a text with a token that none of its choices is joined to")
+        rows += examples
         begins.append(len(rows))
         answers.append(place)
     ids = [np.array(ids, dtype=np.int32) for ids, _ in rows]
     targets = [np.array(wanted, dtype=bool) for _, wanted in rows]
     return Choices(ragged(ids, np.zeros(len(ids), dtype=np.int64), targets), tuple(begins), tuple(answers))
+
+
+def _wrong(source: str, number: int, column: str, value: Any, expected: str) -> InvalidJob:
+    shown = repr(value)[:80]
+    return InvalidJob.at(_KEY, source, f"{expected} as the {column} of every row; that of row {number} is {shown}")
 
 
 def _choices(cell: Any) -> list[str]:
@@ -75,6 +89,13 @@ def _place(answer: Any, choices: list[str]) -> int | None:
     if isinstance(answer, str):
         if answer in choices:
             return choices.index(answer)
-        answer = int(answer) if answer.isdecimal() else -1
-    whole = int(answer) if float(answer).is_integer() else -1
-    return whole if 0 <= whole < len(choices) else None
+        if answer.isdecimal():
+            answer = int(answer)
+        else:
+            answer = ascii_uppercase.index(answer) if len(answer) == 1 and answer in ascii_uppercase else -1
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # a column of a table in which some cells are empty has no whole numbers
+    if isinstance(answer, bool) or not isinstance(answer, Integral):
+        return None
+    place = int(answer)
+    return place if 0 <= place < len(choices) else None

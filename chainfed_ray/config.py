@@ -140,6 +140,7 @@ def _contradictions(spec: JobSpec) -> list[Problem]:
     elif spec.aggregation.fewest > spec.quorum:
         problems.append(Problem("rounds.quorum", spec.quorum, _for_krum(spec.aggregation)))
     problems += _not_robust(spec)
+    problems += _of_evaluation(spec)
     if spec.privacy:
         problems += _without_a_price(spec, spec.privacy, count)
     return problems
@@ -196,11 +197,32 @@ def _of_task(spec: JobSpec) -> Iterator[Problem]:
         yield Problem(
             "data.prompt", data.prompt, "no value beside data.messages: a row is a chat, or a prompt and a response"
         )
+    (form, column), *_ = data.columns
+    # A job's document spells out its defaults, so that only another column than the usual one tells that it was asked for.
+    if causal and form != "data.text" and data.text != DataSpec.model_fields["text"].default:
+        expected = f"no value beside {form}, which is {column!r}: a row is a running text, or has the other form"
+        yield Problem("data.text", data.text, expected)
     if (data.prompt is None) != (data.response is None):
         missing = "data.prompt" if data.prompt is None else "data.response"
         yield Problem(
             missing, MISSING, "the column that goes with " + ("data.response" if data.prompt is None else "data.prompt")
         )
+
+
+def _of_evaluation(spec: JobSpec) -> Iterator[Problem]:
+    """What needs judgements that the job does not have."""
+    wanted, rule = spec.evaluation, spec.rounds.convergence.rule
+    if wanted.every == "never" and rule == "plateau" and spec.chain.schedule == "staged":
+        expected = "'round', 'stage' or a number of rounds while rounds.convergence.rule is plateau, for its losses"
+        yield Problem("evaluation.every", wanted.every, expected)
+    if wanted.whole_every == "never" and wanted.serve == "best":
+        expected = "'last' while evaluation.whole_every is never: no round is judged, so none is the best"
+        yield Problem("evaluation.serve", wanted.serve, expected)
+    if wanted.whole_every == "never" and wanted.choices is not None:
+        yield Problem("evaluation.choices", wanted.choices, "no value while evaluation.whole_every is never")
+    if wanted.engine == "torch" and wanted.workers > 1:
+        expected = "1 while evaluation.engine is torch, which is one process"
+        yield Problem("evaluation.workers", wanted.workers, expected)
 
 
 def _of_partition(partition: PartitionSpec) -> list[Problem]:
@@ -227,8 +249,7 @@ def _problem(error: Any) -> Problem:
     if location[-2:] == ("chain", "start"):
         return Problem(path, error["input"], "'auto' or the index of a layer, 0 or more")
     if location[:1] == ("evaluation",) and location[1:] in (("every",), ("whole_every",)):
-        never = ", 'never'" if location[1] == "whole_every" else ""
-        return Problem(path, error["input"], f"'round', 'stage'{never} or a number of rounds, 1 or more")
+        return Problem(path, error["input"], "'round', 'stage', 'never' or a number of rounds, 1 or more")
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return Problem(path, error["input"], _IN_OUR_WORDS.get(error["type"], message))
 

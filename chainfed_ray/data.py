@@ -138,6 +138,8 @@ def _read(field: str, source: str, split: str, reading: Reading) -> Split:
         if name not in frame.columns:
             raise InvalidJob.at(key, name, f"a column of {source}: {', '.join(map(str, frame.columns))}")
     for key, name in reading.columns:
+        if key == "data.response":
+            continue  # without one there is nothing to learn of a row, which is left out
         values = frame[name]
         empty = values.isna() | (values.astype(str).str.strip() == "")
         if empty.any():
@@ -153,7 +155,9 @@ def _texts(frame: pd.DataFrame, reading: Reading, source: str) -> tuple[Text, ..
     if key == "data.messages":
         return tuple(chat(value, first, f"row {row} of {source}") for row, value in enumerate(frame[first], start=1))
     if others:
-        return tuple(zip(frame[first].astype(str), frame[others[0][1]].astype(str), strict=True))
+        responses = frame[others[0][1]]
+        responses = responses.astype(str).where(responses.notna(), "")
+        return tuple(zip(frame[first].astype(str), responses, strict=True))
     return tuple(frame[first].astype(str))
 
 

@@ -1,5 +1,6 @@
 """A job's rows as tokens, each split by its task: classes, or what a language model is to predict."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,9 +30,18 @@ class JobExamples:
     packs: int | None  # tokens to which running text is cut; None where rows stay what they are
 
     def of_client(self, rows: np.ndarray) -> Examples:
-        """The examples of a client that was dealt ``rows`` of the training rows."""
+        """The examples of a client that was dealt ``rows`` of the training rows.
+
+        Raises:
+            InvalidJob: all that it was dealt is a single token.
+        """
         examples = self.train.take(rows)
-        return examples if self.packs is None else packed(examples, self.packs)
+        if self.packs is None:
+            return examples
+        if len(examples.ids) < 2:
+            expected = "more text, or fewer clients: one of them was dealt a single token"
+            raise InvalidJob.at("data.train", self.corpus.train.texts[rows[0]], expected)
+        return packed(examples, self.packs)
 
     @property
     def held_out(self) -> tuple[Examples, ...]:
@@ -57,17 +67,18 @@ def examples_of(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> JobExample
 
 
 def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> JobExamples:
-    length, running = spec.data.max_length, spec.data.columns[0][0] == "data.text"
+    _check_tokenizer(spec, tokenizer)
+    length, running = spec.data.max_length, _is_running(spec)
     corpus = _load(spec, classes=spec.fleet.partition.scheme == "dirichlet")
     splits = []
     for name, split in (("train", corpus.train), ("validation", corpus.validation), ("test", corpus.test)):
         examples = tokenize_texts(tokenizer, split.texts, length)
         if running and name != "train":
             examples = packed(examples, length)
-        kept = learnable(examples)
-        if len(kept) < (_FEWEST if name == "train" else 1):
-            expected = f"more: of {len(split)} {name} rows, {len(kept)} have something to learn within so many tokens"
-            raise InvalidJob.at("data.max_length", length, expected)
+        # Running text is joined: there every token counts.
+        kept = np.flatnonzero(examples.lengths) if running and name == "train" else learnable(examples)
+        if len(kept) < _fewest(name):
+            raise _too_little(spec, tokenizer, name, split, len(kept))
         if name == "train":
             corpus = Corpus(split.take(kept), corpus.validation, corpus.test, corpus.classes)
         splits.append(examples.take(kept))
@@ -78,6 +89,39 @@ def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> JobExampl
     source = spec.evaluation.choices
     choices = read_choices(source, tokenizer, length) if source is not None else None
     return JobExamples(corpus, train, validation, test, choices, packs=length if running else None)
+
+
+def _is_running(spec: JobSpec) -> bool:
+    return spec.data.columns[0][0] == "data.text"
+
+
+def _check_tokenizer(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Chats need a template, and what is learnt of a row in part needs to know which characters a token stands for."""
+    if spec.data.messages is not None and not tokenizer.chat_template:
+        expected = "a model whose tokenizer has a chat template, for the chats of data.messages; this one has none"
+        raise InvalidJob.at("model.base", spec.model.base, expected)
+    if not tokenizer.is_fast and not (_is_running(spec) and spec.evaluation.choices is None):
+        expected = "a model with a fast tokenizer, which tells where in a text its tokens are; this one does not"
+        raise InvalidJob.at("model.base", spec.model.base, expected)
+
+
+def _fewest(name: str) -> int:
+    return _FEWEST if name == "train" else 1
+
+
+def _too_little(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, name: str, split: Split, kept: int) -> InvalidJob:
+    """Why of a split only ``kept`` rows have something to learn: they are cut too short, or there are no more."""
+    data, whole = spec.data, kept
+    if not _is_running(spec):
+        whole = len(learnable(tokenize_texts(tokenizer, split.texts, max_length=sys.maxsize)))
+    if whole >= _fewest(name):
+        expected = f"more: of {whole} {name} rows that have something to learn, {kept} have some within so many tokens"
+        return InvalidJob.at("data.max_length", data.max_length, expected)
+    own = {"train": data.train, "validation": data.validation, "test": data.test}[name]
+    key, source = ("data.train", data.train) if own is None else (f"data.{name}", own)
+    held_out = ", once others are held out" if key == "data.train" and None in (data.validation, data.test) else ""
+    expected = f"{_fewest(name)} {name} rows or more with something to learn{held_out}; of {len(split)}, {whole} have"
+    return InvalidJob.at(key, source, expected)
 
 
 def _load(spec: JobSpec, classes: bool) -> Corpus:

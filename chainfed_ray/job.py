@@ -187,6 +187,10 @@ def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
             )
             raise InvalidJob.at("model.base", spec.model.base, expected)
         longest = int(examples.lengths.argmax())
+        positions = blocks.positions if spec.model.task == "causal-lm" else None  # an encoder may have relative ones
+        if positions is not None and examples.lengths[longest] > positions:
+            expected = f"at most {positions}, the model's positions; a text has {examples.lengths[longest]} tokens"
+            raise InvalidJob.at("data.max_length", spec.data.max_length, expected)
         batch = examples.batch(np.array([longest]))
         try:
             blocks.embed(batch.ids, batch.mask)

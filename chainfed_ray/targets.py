@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from chainfed_ray.chat_template import spoken, written
 from chainfed_ray.chats import Chat
 from chainfed_ray.data import Text
-from chainfed_ray.errors import InvalidJob
 from chainfed_ray.tokens import Examples, ragged
 
 Row = tuple[list[int], list[bool]]
@@ -17,19 +17,23 @@ Row = tuple[list[int], list[bool]]
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> Examples:
-    """The examples of running texts, of prompts with their responses, or of chats; each ends with the end-of-text token.
+    """The examples of running texts, of prompts with their responses, or of chats.
 
-    Of a response and of what an assistant says every token is to be predicted, and the end after it; of a prompt none. What
-    comes after ``max_length`` tokens is cut off. Running texts stay whole: see ``packed``.
+    Running texts, and responses, end with the end-of-text token. Of a response and of what an assistant says every token is
+    to be predicted, and the end after it; of a prompt none. A prompt and its response are read as one text: a token belongs to
+    where its last character is. Of an empty response, and of a chat in which no assistant speaks, there are no tokens. What
+    comes after ``max_length`` tokens is cut off; running texts stay whole: see ``packed``.
+
+    The tokenizer has to be a fast one, unless all texts are running texts, and for chats it needs a template.
 
     Raises:
-        InvalidJob: the tokenizer has no chat template, or one that cannot be followed from message to message.
+        InvalidJob: the template does not accept a chat, or does not write each turn at one place.
     """
     rows = [_row(tokenizer, text, max_length) for text in texts]
-    ids = [np.array(row or [0], dtype=np.int32) for row, _ in rows]
-    targets = [np.array(wanted or [False], dtype=bool) for _, wanted in rows]
+    ids = [np.array(row, dtype=np.int32) for row, _ in rows]
+    targets = [np.array(wanted, dtype=bool) for _, wanted in rows]
     for wanted in targets:
-        wanted[0] = False  # there is nothing by which it could be predicted
+        wanted[:1] = False  # there is nothing by which it could be predicted
     return ragged(ids, np.zeros(len(ids), dtype=np.int64), targets)
 
 
@@ -54,13 +58,19 @@ def learnable(examples: Examples) -> np.ndarray:
 
 def choice_examples(
     tokenizer: PreTrainedTokenizerBase, prompt: str, choices: Sequence[str], max_length: int
-) -> list[Row]:
-    """A question with each of its answers, of which the answer's tokens are to be predicted; a long prompt loses its begin."""
-    begun = prompt_ids(tokenizer, prompt)
+) -> list[Row] | None:
+    """A question with each of its answers, of which the answer's tokens are to be predicted; a long prompt loses its begin.
+
+    None if the prompt has no token of its own, by which an answer's first one could be predicted.
+    """
     rows = []
     for choice in choices:
-        answer = _ids(tokenizer, choice)[: max_length - 1]
-        kept = begun[-(max_length - len(answer)) :]
+        ids, wanted = _joined(tokenizer, prompt, choice)
+        begin = wanted.index(True) if True in wanted else len(ids)
+        if not 0 < begin < len(ids):
+            return None
+        answer = ids[begin:][: max_length - 1]
+        kept = ids[:begin][-(max_length - len(answer)) :]
         rows.append((kept + answer, [False] * len(kept) + [True] * len(answer)))
     return rows
 
@@ -68,10 +78,7 @@ def choice_examples(
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text that goes on: with what the tokenizer puts before it, and without an end."""
     encoded: Any = tokenizer(text, verbose=False)
-    ids: list[int] = encoded["input_ids"]
-    while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-        ids = ids[:-1]
-    return ids
+    return _without_end(tokenizer, encoded["input_ids"])
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, opened: bool, field: str) -> list[int]:
@@ -80,14 +87,8 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, opened: bool, field
     Raises:
         InvalidJob: the template does not accept the chat, which ``field`` names.
     """
-    messages = [{"role": role, "content": content} for role, content in chat]
-    try:
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=opened, return_dict=True
-        )
-    except Exception as error:  # a template raises what it likes, such as for roles that do not take turns
-        newest = messages[-1] if messages else None
-        raise InvalidJob.at(field, newest, f"a chat that the model's template accepts ({error})") from None
+    text = written(tokenizer, chat, opened, field)
+    encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False)
     return list(encoded["input_ids"])
 
 
@@ -95,36 +96,54 @@ def _row(tokenizer: PreTrainedTokenizerBase, text: Text, max_length: int) -> Row
     if isinstance(text, str):
         ids = prompt_ids(tokenizer, text) + _end(tokenizer)
         return ids, [True] * len(ids)
-    if isinstance(text[0], str):
-        prompt, response = prompt_ids(tokenizer, text[0]), _ids(tokenizer, str(text[1]))
-        response += _end(tokenizer)
-        ids, targets = prompt + response, [False] * len(prompt) + [True] * len(response)
-    else:
-        ids, targets = _chat(tokenizer, text)  # type: ignore[arg-type]
+    if not text:
+        return [], []
+    ids, targets = (
+        _answered(tokenizer, text[0], str(text[1])) if isinstance(text[0], str) else _chat(tokenizer, text)  # type: ignore[arg-type]
+    )
     return ids[:max_length], targets[:max_length]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False)
-    return list(encoded["input_ids"])
+def _answered(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Row:
+    if not response.strip():
+        return [], []
+    ids, targets = _joined(tokenizer, prompt, response)
+    end = _end(tokenizer)
+    return ids + end, targets + [True] * len(end)
+
+
+def _joined(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Row:
+    """The tokens of both, read as one text without an end; those of the response are to be predicted.
+
+    Some tokenizers begin every text with a space: a response read by itself would get one that is not its own.
+    """
+    ids, places = _placed(tokenizer, prompt + response, special=True)
+    ids = _without_end(tokenizer, ids)
+    return ids, [place >= len(prompt) for place in places[: len(ids)]]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Row:
+    text, turns = spoken(tokenizer, chat, field="data.messages")
+    ids, places = _placed(tokenizer, text, special=False)
+    return ids, [any(begin <= place < end for begin, end in turns) for place in places]
+
+
+def _placed(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> tuple[list[int], list[int]]:
+    """Token ids, and where in the text the last character of each is."""
+    encoded: Any = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    places, reached = [], 0
+    for begin, end in encoded["offset_mapping"]:
+        # Of a token that is nothing but a space some tokenizers leave only the end.
+        places.append(end - 1 if begin < end or reached < end else end)
+        reached = max(reached, end)
+    return list(encoded["input_ids"]), places
+
+
+def _without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        ids = ids[:-1]
+    return ids
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Row:
-    """What an assistant says is what the template adds to the chat before it, once it is the assistant's turn."""
-    if not tokenizer.chat_template:
-        raise InvalidJob.at("data.messages", None, "a model whose tokenizer has a chat template; this one has none")
-    whole = chat_ids(tokenizer, chat, opened=False, field="data.messages")
-    targets = [False] * len(whole)
-    for place, (role, content) in enumerate(chat):
-        if role == "assistant":
-            before = chat_ids(tokenizer, chat[:place], opened=True, field="data.messages")
-            after = chat_ids(tokenizer, chat[: place + 1], opened=False, field="data.messages")
-            if after[: len(before)] != before or whole[: len(after)] != after:
-                expected = "chats for whose tokenizer each message only adds to those before it; its template does more"
-                raise InvalidJob.at("data.messages", f"{role}: {content[:40]}", expected)
-            targets[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return whole, targets

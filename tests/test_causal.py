@@ -6,34 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from chainfed_ray import peft_method  # noqa: F401  its import lets PEFT know the method
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
-from chainfed_ray.choices import read_choices
-from chainfed_ray.client import BaseModel
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
-from chainfed_ray.costs import costs_of
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.examples import examples_of
 from chainfed_ray.job import Job, prepare
 from chainfed_ray.judgement import Judgement
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.records import Round
 from chainfed_ray.saved_stack import save_stack
 from chainfed_ray.score import Score
-from chainfed_ray.stream_evaluator import StreamEvaluator
 from chainfed_ray.targets import learnable, packed, tokenize_texts
 from chainfed_ray.tokens import Examples, ragged
-from tests.causal import a_causal_stack, byte_tokenizer, causal_folder
+from tests.causal import byte_tokenizer, causal_folder
+from tests.tokenizing import KINDS
 
 # PEFT asks a model of transformers in a way that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -118,16 +115,35 @@ def test_of_a_response_every_token_is_learnt_and_of_its_prompt_none() -> None:
     assert learnable(examples).tolist() == [0]
 
 
-def test_of_a_chat_what_assistants_say_is_learnt() -> None:
-    chat = (("user", "Hi"), ("assistant", "Ho"), ("user", "And?"), ("assistant", "So"))
-    tokenizer = with_turns()
-    examples = tokenize_texts(tokenizer, [chat], max_length=100)
-    assert tokenizer.decode(examples.ids) == "<user>Hi</s><assistant>Ho</s><user>And?</s><assistant>So</s>"
-    assert tokenizer.decode(targets_of(examples, 0)) == "Ho</s>So</s>"
-    with pytest.raises(InvalidJob, match="each message only adds to those before it; its template does more"):
-        tokenize_texts(byte_tokenizer(chat=True), [chat], max_length=100)
-    with pytest.raises(InvalidJob, match=r"data\.messages .* whose tokenizer has a chat template; this one has none"):
-        tokenize_texts(byte_tokenizer(chat=False), [chat], max_length=100)
+@settings(deadline=None)
+@given(
+    prompt=st.text(alphabet=st.sampled_from("anoyeswr:( )?\n🙂é")).filter(bool),
+    response=st.text(alphabet=st.sampled_from("anoyeswr:( )?\n🙂é")).filter(str.strip),
+    kind=st.sampled_from(list(KINDS)),
+)
+@example(prompt="Answer:(", response="yes)", kind="prepending")
+def test_a_prompt_and_its_response_are_read_as_one_text(prompt: str, response: str, kind: str) -> None:
+    """And a token is learnt if, and only if, the bytes up to and with it are more than the prompt's."""
+    tokenizer = KINDS[kind]()
+    prompt = f"Q{prompt}"  # a text's first space is lost on some
+    examples = tokenize_texts(tokenizer, [(prompt, response)], max_length=1000)
+    ids = examples.ids.tolist()
+    assert tokenizer.decode(ids) == prompt + response + "</s>"
+    spaced = not kind.startswith("byte-level")
+    counts = [_bytes(token) if spaced else len(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+    read = np.cumsum(counts) - spaced
+    assert examples.targets is not None
+    assert examples.targets.tolist() == [False, *(read > len(prompt.encode()))[1:].tolist()]
+
+
+def _bytes(token: str) -> int:
+    return 1 if token.startswith("<0x") else len(token.replace("▁", " ").encode())
+
+
+def test_a_row_without_a_response_has_nothing_to_learn() -> None:
+    examples = tokenize_texts(byte_tokenizer(chat=False), [("What?", ""), ("What?", " "), (), ("What?", "a")], 100)
+    assert examples.lengths.tolist() == [0, 0, 0, 7]
+    assert learnable(examples).tolist() == [3]
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8), length=st.integers(2, 12))
@@ -188,72 +204,15 @@ def test_killed_and_resumed_is_never_killed(causal: dict[str, Any], tmp_path: Pa
 def _lasting(record: Round) -> dict[str, Any]:
     """Of a round, what is no measurement of time or memory."""
     document = record.model_dump(
-        exclude={"seconds": True, "turns": {"__all__": {"seconds", "cpu_seconds", "peak_bytes"}}}
+        exclude={
+            "seconds": True,
+            "turns": {"__all__": {"seconds", "cpu_seconds", "peak_bytes"}},
+            "early_exit": {"seconds", "peak_bytes"},
+        }
     )
-    for key in ("seconds", "forward_seconds", "peak_bytes"):
+    for key in ("seconds", "forward_seconds", "peak_bytes", "process_bytes"):
         document["evaluation"].pop(key)
     return document
-
-
-@pytest.mark.slow
-def test_the_likeliest_choice_is_that_of_hugging_face(llama: Path, tmp_path: Path) -> None:
-    path = tmp_path / "choices.jsonl"
-    made = [
-        {
-            "prompt": f"{place}, so ",
-            "choices": ["abc", "b", f"{place}{place}"],
-            "answer": (place % 3) if place % 2 else "b",
-        }
-        for place in range(8)
-    ]
-    path.write_text("\n".join(map(json.dumps, made)))
-    tokenizer = byte_tokenizer(chat=False)
-    choices = read_choices(f"path:{path}", tokenizer, max_length=32)
-    saved = a_causal_stack(llama)
-    save_stack(saved, tmp_path / "model")
-    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), str(tmp_path / "model")).eval()
-    right, losses = 0, []
-    for row in made:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        likelihoods = []
-        for choice in row["choices"]:
-            answer = tokenizer(choice)["input_ids"]
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            likelihoods.append(-float(cross_entropy(logits, torch.tensor(answer), reduction="sum")))
-        losses += [-value for value in likelihoods]
-        answer = row["answer"] if isinstance(row["answer"], int) else row["choices"].index(row["answer"])
-        right += max(range(3), key=likelihoods.__getitem__) == answer
-    judgement = judged(llama, saved.stack, choices.examples, tmp_path)
-    torch.testing.assert_close(judgement.losses, torch.tensor(losses, dtype=torch.float64), rtol=1e-5, atol=0)
-    assert choices.accuracy(judgement.losses) == right / len(made)
-
-
-def judged(folder: Path, stack: AdapterStack, examples: Examples, scratch: Path) -> Judgement:
-    """Every choice, by the streaming evaluator."""
-    blocks = Blocks(folder, torch.float32)
-    evaluator = StreamEvaluator(
-        BaseModel(folder, torch.float32, scratch), costs_of(blocks, 8, None), {"choices": examples}
-    )
-    blocks.close()
-    return evaluator.judge(stack, "choices").judgement
-
-
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"prompt": "a", "choices": ["b"], "answer": 0}, "not so in row 1"),
-        ({"prompt": "a", "choices": ["b", "c"], "answer": 2}, "not so in row 1"),
-        ({"prompt": "a", "choices": ["b", "c"], "answer": "d"}, "not so in row 1"),
-        ({"prompt": "a", "choices": "b, c", "answer": 0}, "not so in row 1"),
-        ({"prompt": "a", "options": ["b", "c"], "answer": 0}, "it has prompt, options, answer"),
-    ],
-)
-def test_a_test_that_is_none_is_refused(row: dict[str, Any], said: str, tmp_path: Path) -> None:
-    path = tmp_path / "choices.jsonl"
-    path.write_text(json.dumps(row))
-    with pytest.raises(InvalidJob, match=rf"evaluation\.choices .*{said}"):
-        read_choices(f"path:{path}", byte_tokenizer(chat=False), max_length=32)
 
 
 @pytest.mark.parametrize(
@@ -266,15 +225,25 @@ def test_a_test_that_is_none_is_refused(row: dict[str, Any], said: str, tmp_path
         ),
         ("data", {"messages": "label"}, r"data\.messages is 'label'; .* row 1 of path:.* has none"),
         ("data", {"prompt": "no", "response": "answer"}, r"data\.prompt is 'no'; expected a column of"),
-        ("data", {"prompt": "text", "response": "answer", "max_length": 2}, r"data\.max_length is 2; expected more"),
+        (
+            "data",
+            {"prompt": "text", "response": "answer", "max_length": 2},
+            r"data\.max_length is 2; expected more: of 48 train rows .* 0 have",
+        ),
         ("data", {"prompt": "text"}, r"data\.response is missing; expected the column that goes with data.prompt"),
         (
             "data",
             {"messages": "chat", "prompt": "a", "response": "b"},
             r"data\.prompt is 'a'; expected no value beside",
         ),
+        ("data", {"messages": "chat", "text": "body"}, r"data\.text is 'body'; expected no value beside data.messages"),
+        (
+            "data",
+            {"prompt": "question", "response": "answer", "text": "body"},
+            r"data\.text is 'body'; expected no value beside data.prompt, which is 'question'",
+        ),
         ("chain", {"head": "fitted"}, r"chain\.head is 'fitted'; expected 'model'"),
-        ("evaluation", {"every": 0}, r"evaluation\.every is 0; expected 'round', 'stage' or a number of rounds"),
+        ("evaluation", {"every": 0}, r"evaluation\.every is 0; expected 'round', 'stage'.* or a number of rounds"),
         ("model", {"task": "sequence-classification"}, r"chain\.head is 'model'; expected 'fitted' or 'zero'"),
     ],
 )
@@ -285,6 +254,121 @@ def test_what_cannot_be_is_refused(
     causal[section] = {**causal.get(section, {}), **changes}
     with pytest.raises(InvalidJob, match=said):
         a_job(causal, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_text_is_no_longer_than_the_model_has_positions(family: str, causal: dict[str, Any], tmp_path: Path) -> None:
+    path, positions = causal_folder(family, tmp_path / family) / "config.json", 64
+    if family == "llama":  # which has no table of them
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": positions}))
+    causal["model"]["base"] = f"path:{tmp_path / family}"
+    causal["data"]["max_length"] = positions
+    a_job(causal, tmp_path)
+    causal["data"]["max_length"] = positions + 1
+    said = rf"data\.max_length is {positions + 1}; expected at most {positions}, the model's positions"
+    with pytest.raises(InvalidJob, match=said):
+        a_job(causal, tmp_path)
+
+
+def test_chats_need_a_model_with_a_template(causal: dict[str, Any], tmp_path: Path) -> None:
+    causal["model"]["base"] = f"path:{causal_folder('llama', tmp_path / 'silent')}"
+    causal["data"]["messages"] = "chat"
+    with pytest.raises(
+        InvalidJob, match=r"model\.base is 'path:.*silent'; expected a model whose tokenizer has a chat"
+    ):
+        a_job(causal, tmp_path)
+
+
+def test_a_slow_tokenizer_cannot_tell_a_prompt_from_its_response(
+    causal: dict[str, Any], llama: Path, tmp_path: Path
+) -> None:
+    class Slow(PreTrainedTokenizerFast):
+        is_fast = False  # type: ignore[assignment]
+
+    spec = JobSpec.parse(causal | {"data": causal["data"] | FORMS["instructions"]})
+    with pytest.raises(InvalidJob, match=r"model\.base is .*; expected a model with a fast tokenizer"):
+        examples_of(spec, Slow.from_pretrained(llama))
+    assert examples_of(JobSpec.parse(causal), Slow.from_pretrained(llama)).packs == 32
+
+
+HELD_OUT = [{"question": "Q", "answer": "A"}] * 3
+
+
+@pytest.mark.parametrize(
+    ("splits", "said"),
+    [
+        (
+            {"train": [{"question": "Q", "answer": "A"}] * 10},
+            r"data\.train is 'path:.*'; expected 10 train rows or more with something to learn, once others are held out; "
+            "of 8, 8 have",
+        ),
+        (
+            {"train": [{"question": "Q", "answer": ""}] * 20, "validation": HELD_OUT, "test": HELD_OUT},
+            r"data\.train is 'path:.*'; expected 10 train rows or more with something to learn; of 20, 0 have",
+        ),
+        (
+            {"train": [{"question": "Q", "answer": "A"}] * 20, "test": [{"question": "Q", "answer": None}]},
+            r"data\.test is 'path:.*'; expected 1 test rows or more with something to learn; of 1, 0 have",
+        ),
+        (
+            {"train": [{"question": "Q", "answer": "A"}] * 20, "test": [{"question": "Q" * 40, "answer": "A"}]},
+            r"data\.max_length is 32; expected more: of 1 test rows that have something to learn, 0 have",
+        ),
+    ],
+    ids=["few", "no responses", "no response in a split", "cut"],
+)
+def test_too_little_to_learn_is_said_of_what_is_to_blame(
+    splits: dict[str, list[dict[str, Any]]], said: str, causal: dict[str, Any], tmp_path: Path
+) -> None:
+    causal["data"] |= FORMS["instructions"]
+    for name, made in splits.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, made)))
+        causal["data"][name] = f"path:{tmp_path / name}.jsonl"
+    with pytest.raises(InvalidJob, match=said):
+        a_job(causal, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["instructions", "chats"])
+def test_rows_with_nothing_to_learn_are_left_out(
+    form: str, suffix: str, causal: dict[str, Any], rows: Path, tmp_path: Path
+) -> None:
+    """And the others are what they are without them."""
+    good = [json.loads(line) for line in rows.read_text().splitlines()]
+    user, called = {"role": "user", "content": "Q"}, {"role": "assistant", "content": None}
+    bad = [
+        good[0] | {"answer": "", "chat": [user]},
+        good[0] | {"answer": None, "chat": [user, called, *good[0]["chat"]]},
+        good[0] | {"answer": " ", "chat": []},
+    ]
+    for name, made in (("good", good), ("mixed", [*good[:5], *bad, *good[5:]])):
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "jsonl":
+            path.write_text("\n".join(map(json.dumps, made)))
+        else:
+            pd.DataFrame(made).to_parquet(path)
+    causal["data"] |= FORMS[form] | {"validation": f"path:{rows}", "test": f"path:{rows}"}
+    found = []
+    for name in ("good", "mixed"):
+        causal["data"]["train"] = f"path:{tmp_path / name}.{suffix}"
+        found.append(examples_of(JobSpec.parse(causal), with_turns()))
+    assert found[0].corpus == found[1].corpus
+    assert found[0].train.ids.tolist() == found[1].train.ids.tolist()
+    assert len(found[0].train) == len(good)
+
+
+def test_of_running_text_a_row_of_one_token_counts(causal: dict[str, Any], tmp_path: Path) -> None:
+    """Where no end is added to it, as the tokenizer has none."""
+    endless = byte_tokenizer(chat=False)
+    endless.eos_token = None
+    (tmp_path / "letters.jsonl").write_text("\n".join(json.dumps({"text": letter}) for letter in "abcdefgh" * 10))
+    causal["data"]["train"] = f"path:{tmp_path / 'letters.jsonl'}"
+    examples = examples_of(JobSpec.parse(causal), endless)
+    whole = examples.of_client(np.arange(64))
+    assert len(whole.ids) == len(examples.train) == 64
+    assert learnable(whole).tolist() == [0, 1]
+    with pytest.raises(InvalidJob, match=r"data\.train is '[a-h]'; expected more text, or fewer clients"):
+        examples.of_client(np.arange(1))
 
 
 def test_an_encoder_is_no_language_model(causal: dict[str, Any], tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,226 @@
+"""Promises of chats: what is learnt of one is what its assistants say, as it stands in the whole chat."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from chainfed_ray.chats import Chat, chat
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.targets import chat_ids, tokenize_texts
+from tests.causal import byte_tokenizer
+
+Pieces = list[tuple[str, bool]]
+"""What a template writes, piece by piece, and what of that is learnt."""
+
+_EACH = "{% for m in messages %}"
+_ALTERNATE = "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Take turns') }}{% endif %}"
+_CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+_OPENED = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TEMPLATES = {
+    "llama-3": "{{ bos_token }}" + _EACH + "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "llama-2": _EACH + _ALTERNATE + "{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content | trim }} [/INST]"
+    "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "qwen2": "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+    + _EACH + _CHATML + _OPENED,
+    "qwen3": "{% set ns = namespace(last=-1) %}" + _EACH + "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+    "{% endfor %}" + _EACH + "{% if m.role == 'assistant' %}{% set content = m.content %}{% set thought = '' %}"
+    "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}<|im_start|>assistant\n"
+    "{% if loop.index0 > ns.last and (loop.last or thought) %}"
+    "{{ '<think>\n' + thought + '\n</think>\n\n' + content.lstrip('\n') }}{% else %}{{ content }}{% endif %}<|im_end|>\n"
+    "{% else %}" + _CHATML + "{% endif %}" + _OPENED,
+    "gemma": "{{ bos_token }}" + _EACH + _ALTERNATE + "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    "mistral": "{{ bos_token }}" + _EACH + _ALTERNATE + "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ m.content + eos_token + ' ' }}{% endif %}{% endfor %}",
+}  # fmt: skip
+
+
+def by_llama_3(said: str, last: bool) -> Pieces:
+    return [("<|start_header_id|>assistant<|end_header_id|>\n\n", False), (f"{said.strip()}<|eot_id|>", True)]
+
+
+def by_llama_2(said: str, last: bool) -> Pieces:
+    return [(f" {said.strip()} </s>", True)]
+
+
+def by_qwen2(said: str, last: bool) -> Pieces:
+    return [("<|im_start|>assistant\n", False), (f"{said}<|im_end|>\n", True)]
+
+
+def by_qwen3(said: str, last: bool) -> Pieces:
+    thought = "<think>\n\n</think>\n\n" + said.lstrip("\n") if last else said
+    return [("<|im_start|>assistant\n", False), (f"{thought}<|im_end|>\n", True)]
+
+
+def by_gemma(said: str, last: bool) -> Pieces:
+    return [("<start_of_turn>model\n", False), (f"{said.strip()}<end_of_turn>\n", True)]
+
+
+def by_mistral(said: str, last: bool) -> Pieces:
+    return [(f"{said}</s> ", True)]
+
+
+ASKED: dict[str, tuple[str, str, Callable[[str], str], Callable[[str, bool], Pieces]]] = {
+    "llama-3": ("<s>", "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>", str.strip, by_llama_3),
+    "llama-2": ("", "<s>[INST] {} [/INST]", str.strip, by_llama_2),
+    "qwen2": ("<|im_start|>system\nYou help.<|im_end|>\n", "<|im_start|>user\n{}<|im_end|>\n", str, by_qwen2),
+    "qwen3": ("", "<|im_start|>user\n{}<|im_end|>\n", str, by_qwen3),
+    "gemma": ("<s>", "<start_of_turn>user\n{}<end_of_turn>\n", str.strip, by_gemma),
+    "mistral": ("<s>", "[INST] {} [/INST]", str, by_mistral),
+}
+"""Of each form what a chat begins with, how it writes a question, what it makes of one's text, and how it writes an answer."""
+
+words = st.lists(
+    st.sampled_from(["\n", " ", "[INST]", "<|im_end|>", "assistant", "\ue000", "é🙂", "a", "user: "]) | st.text(max_size=3),
+    min_size=1,
+    max_size=4,
+).map("".join).filter(lambda text: not {"<", ">", "/"} & set(text.replace("<|im_end|>", "")))  # fmt: skip
+rounds = st.lists(st.tuples(words, words), min_size=1, max_size=3)
+
+
+@cache
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer(chat=False)
+    tokenizer.add_tokens(
+        ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"], special_tokens=True
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def as_chat(asked: list[tuple[str, str]]) -> Chat:
+    return tuple(message for question, answer in asked for message in (("user", question), ("assistant", answer)))
+
+
+@pytest.mark.parametrize("form", TEMPLATES)
+@settings(deadline=None, max_examples=40)
+@given(asked=rounds)
+def test_what_assistants_say_is_learnt_as_it_stands(form: str, asked: list[tuple[str, str]]) -> None:
+    """Against the chat as it is put together by hand, token by token."""
+    begin, question, cleaned, answered = ASKED[form]
+    pieces: Pieces = [(begin, False)]
+    for place, (words, said) in enumerate(asked, start=1):
+        written = answered(said, place == len(asked))
+        if not said.strip():
+            written = [(piece, False) for piece, _ in written]
+        pieces += [(question.format(cleaned(words)), False), *written]
+    tokenizer = with_template(TEMPLATES[form])
+    ids, targets = list[int](), list[bool]()
+    for piece, wanted in pieces:
+        tokens = tokenizer(piece)["input_ids"]
+        ids += tokens
+        targets += [wanted] * len(tokens)
+    found = tokenize_texts(tokenizer, [as_chat(asked)], max_length=10_000)
+    assert found.ids.tolist() == ids == chat_ids(tokenizer, as_chat(asked), opened=False, field="messages")
+    assert found.targets is not None
+    assert found.targets.tolist() == [False, *targets[1:]]
+
+
+@pytest.mark.parametrize("form", TEMPLATES)
+@settings(deadline=None, max_examples=40)
+@given(asked=rounds.filter(lambda asked: all(said.strip() for _, said in asked)))
+def test_where_messages_only_add_to_a_chat_a_turn_is_what_it_adds(form: str, asked: list[tuple[str, str]]) -> None:
+    tokenizer, messages = with_template(TEMPLATES[form]), as_chat(asked)
+    whole = chat_ids(tokenizer, messages, opened=False, field="messages")
+    added = [False] * len(whole)
+    for place in range(1, len(messages), 2):
+        before = chat_ids(tokenizer, messages[:place], opened=True, field="messages")
+        after = chat_ids(tokenizer, messages[: place + 1], opened=False, field="messages")
+        if after[: len(before)] != before or whole[: len(after)] != after:
+            assert form == "qwen3"
+            assert len(asked) > 1
+            return
+        added[len(before) : len(after)] = [True] * (len(after) - len(before))
+    found = tokenize_texts(tokenizer, [messages], max_length=10_000)
+    assert found.targets is not None
+    assert found.targets.tolist() == added
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (
+            TEMPLATES["qwen3"],
+            as_chat([("A", "<think>\nwhy\n</think>\n\nB"), ("C", "<think>\nso\n</think>\n\nD")]),
+            "B<|im_end|>\n<think>\nso\n</think>\n\nD<|im_end|>\n",
+        ),
+        (  # the opening of the second answer is written after the first as if that were the last
+            TEMPLATES["qwen3"],
+            (("user", "A"), ("assistant", "B"), ("assistant", "C")),
+            "B<|im_end|>\nC<|im_end|>\n",
+        ),
+        (
+            _EACH + _CHATML + _OPENED,
+            (("assistant", "Hello"), ("user", "A"), ("assistant", "B")),
+            "Hello<|im_end|>\nB<|im_end|>\n",
+        ),
+        (_EACH + _CHATML + "{% endfor %}{{ eos_token }}", as_chat([("A", "B"), ("C", "D")]), "B<|im_end|>\nD<|im_end|>\n</s>"),
+        (_EACH + _CHATML + _OPENED.replace("assistant\n", "assistant\n<think>\n"), as_chat([("A", "B")]), "B<|im_end|>\n"),
+        (
+            _EACH + "{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}<|im_end|>"
+            "{% endgeneration %}{{ '\n' }}{% else %}" + _CHATML + "{% endif %}" + _OPENED,
+            as_chat([("A", "B"), ("C", "D")]),
+            "B<|im_end|>\nD<|im_end|>\n",
+        ),
+    ],
+    ids=["thoughts", "two answers", "a greeting", "an end of all", "an opened thought", "marks"],
+)  # fmt: skip
+def test_templates_that_do_more_than_add(template: str, messages: Chat, expected: str) -> None:
+    tokenizer = with_template(template)
+    examples = tokenize_texts(tokenizer, [messages], max_length=10_000)
+    assert examples.ids.tolist() == chat_ids(tokenizer, messages, opened=False, field="messages")
+    assert examples.targets is not None
+    assert tokenizer.decode(examples.ids[examples.targets]) == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        _EACH + "{{ m.content }}\n{% endfor %}Once more: {{ messages[-1].content }}",
+        "{{ messages[-1].content | length }} characters{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}",
+    ],
+)
+def test_a_turn_whose_place_is_not_clear_is_refused(template: str) -> None:
+    with pytest.raises(
+        InvalidJob, match=r"data\.messages is 'assistant: A long one'; .* where it writes this one is not"
+    ):
+        tokenize_texts(with_template(template), [(("user", "Q"), ("assistant", "A long one"))], max_length=100)
+
+
+USER, SAID = {"role": "user", "content": "A"}, {"role": "assistant", "content": "B", "name": "x"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([USER, SAID], (("user", "A"), ("assistant", "B"))),
+        ([USER, SAID, USER], (("user", "A"), ("assistant", "B"))),
+        ([USER], ()),
+        ([], ()),
+        ([USER, CALL, {"role": "tool", "content": "4 degrees"}, SAID], ()),
+    ],
+)
+def test_a_chat_is_kept_up_to_what_an_assistant_says_last(messages: list[dict[str, Any]], expected: Chat) -> None:
+    parquet = pd.Series([messages]).map(pd.Series).map(pd.Series.to_numpy)[0]
+    for cell in (messages, json.dumps(messages), parquet):
+        assert chat(cell, "chat", "row 1") == expected
+
+
+@pytest.mark.parametrize(
+    "cell", [None, "Hello", "{}", 3, ["Hello"], [{"from": "human", "value": "A"}], [{"role": "user"}], [{**USER, "content": 3}]]
+)  # fmt: skip
+def test_what_is_no_chat_is_refused_by_its_row(cell: Any) -> None:
+    with pytest.raises(
+        InvalidJob, match=r"data\.messages is 'chat'; expected a list of messages .* row 7 of x has none"
+    ):
+        chat(cell, "chat", "row 7 of x")
