@@ -1,4 +1,6 @@
-"""What Prometheus scrapes: jobs and clients' memory, read from the database when asked, so that any replica can answer."""
+"""What Prometheus scrapes: jobs, clients' and the server's memory, read from the database when asked, so that any replica can
+answer.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from api.schemas import JobStatus
 from api.service import WithService
-from chainfed_ray.records import Ending, Opening, Round, StageMemory
+from chainfed_ray.records import EarlyExit, Ending, Evaluation, Opening, Round, StageMemory
 from cluster.job_store import FINISHED, Event, JobRecord, JobStore
 
 router = APIRouter(tags=["health"])
@@ -49,6 +51,8 @@ class _JobTotals:
     test: float | None = None
     epsilon: float | None = None
     classes: dict[str, _ClassTotals] = field(default_factory=dict)
+    early_exit: EarlyExit | None = None  # the newest
+    whole: Evaluation | None = None  # the newest that was planned: one that failed took nothing that is known
 
     @classmethod
     def of(cls, store: JobStore, job: str) -> "_JobTotals":
@@ -67,7 +71,9 @@ class _JobTotals:
             case "round":
                 self._add_round(Round.model_validate(event.data))
             case "ending":
-                self.test = Ending.model_validate(event.data).accuracy
+                ending = Ending.model_validate(event.data)
+                self.test = ending.accuracy
+                self._add_evaluation(ending.evaluation)
 
     def _add_opening(self, opening: Opening) -> None:
         self.limit = opening.total_rounds
@@ -79,6 +85,8 @@ class _JobTotals:
         self.rounds = record.index + 1
         self.validation = record.accuracy if record.accuracy is not None else self.validation
         self.epsilon = record.epsilon
+        self.early_exit = record.early_exit or self.early_exit
+        self._add_evaluation(record.evaluation)
         for memory in StageMemory.of([record]):
             totals = self.classes[memory.client_class]
             totals.planned, totals.peak = memory.planned_bytes, memory.peak_bytes
@@ -87,6 +95,10 @@ class _JobTotals:
         for lost in record.lost:
             self.classes[lost.client_class].lost += 1
             self.classes[lost.client_class].over_budget += lost.over_budget
+
+    def _add_evaluation(self, found: Evaluation | None) -> None:
+        if found and found.planned_bytes is not None:
+            self.whole = found
 
 
 class _Metrics:
@@ -105,6 +117,7 @@ class _Metrics:
         totals = {job.id: _JobTotals.of(self._store, job.id) for job in self._shown()}
         yield from _of_jobs(totals)
         yield from _of_classes(totals)
+        yield _of_server(totals)
 
     def _shown(self) -> list[JobRecord]:
         """Jobs at work, and the newest of those that are over."""
@@ -134,6 +147,22 @@ def _of_jobs(totals: dict[str, _JobTotals]) -> Iterator[Metric]:
             if value is not None:
                 accuracy.add_metric([job, rows], value)
     yield from (done, limit, accuracy, epsilon)
+
+
+def _of_server(totals: dict[str, _JobTotals]) -> Metric:
+    memory = GaugeMetricFamily(
+        "chainfed_server_memory_bytes",
+        "What the server was planned to take, and took, as it last judged an early exit, or the whole model in each process.",
+        labels=["job", "judged", "kind"],
+    )
+    for job, of_job in totals.items():
+        for judged, took in (("early exit", of_job.early_exit), ("whole model", of_job.whole)):
+            if took:
+                process = took.process_bytes if isinstance(took, Evaluation) else None
+                for kind, count in (("planned", took.planned_bytes), ("peak", took.peak_bytes), ("process", process)):
+                    if count is not None:
+                        memory.add_metric([job, judged, kind], count)
+    return memory
 
 
 def _of_classes(totals: dict[str, _JobTotals]) -> Iterator[Metric]:

@@ -225,7 +225,7 @@ def _held_out(spec: JobSpec, rounds: Sequence[Round]) -> str:
         return "not measured yet"
     newest = short_score(spec, known[-1].held_out_loss, known[-1].accuracy)
     if is_causal(spec):
-        least = min(record.held_out_loss for record in known if record.held_out_loss is not None)
+        least = min((record.held_out_loss for record in known if record.held_out_loss is not None), default=None)
         return f"perplexity {newest} on the validation rows (best {short_score(spec, least, 0)})"
     return f"{newest} of the validation rows (best {max(record.accuracy or 0 for record in known):.1%})"
 

@@ -58,7 +58,8 @@ def _score(spec: JobSpec, ending: Ending) -> tuple[str, str]:
     if is_causal(spec):
         return "test perplexity", f"{score} ({ending.accuracy:.1%} of the tokens right)"
     f1 = ending.evaluation.macro_f1 if ending.evaluation else None
-    return "test accuracy", f"{score} (loss {ending.loss:.3f}" + ("" if f1 is None else f", macro-F1 {f1:.3f}") + ")"
+    loss = "no number" if ending.loss is None else f"{ending.loss:.3f}"
+    return "test accuracy", f"{score} (loss {loss}" + ("" if f1 is None else f", macro-F1 {f1:.3f}") + ")"
 
 
 def _scheme(partition: PartitionSpec) -> str:

@@ -12,10 +12,10 @@ def is_causal(spec: JobSpec) -> bool:
 
 
 def short_score(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:
-    """Such as "72.8%" or, of a language model, "14.2"; a dash where nothing was measured."""
-    if loss is None or accuracy is None:
-        return "–"
-    return f"{Score(loss, accuracy).perplexity:.4g}" if is_causal(spec) else f"{accuracy:.1%}"
+    """Such as "72.8%" or, of a language model, "14.2"; a dash where nothing was measured, or no number."""
+    if is_causal(spec):
+        return "–" if loss is None or accuracy is None else f"{Score(loss, accuracy).perplexity:.4g}"
+    return "–" if accuracy is None else f"{accuracy:.1%}"
 
 
 def evaluation_line(spec: JobSpec, found: Evaluation) -> str:

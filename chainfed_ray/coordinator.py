@@ -26,7 +26,7 @@ from chainfed_ray.job import Job
 from chainfed_ray.judging import Judging, best_of, best_round, is_due, streamed
 from chainfed_ray.objective import trained_names
 from chainfed_ray.pool import ClientPool, Failure, in_order
-from chainfed_ray.records import Admitted, Ending, Evaluation, Lost, Opening, Round
+from chainfed_ray.records import Admitted, EarlyExit, Ending, Evaluation, Lost, Opening, Round, finite
 from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.schedule import rate_at
 from chainfed_ray.score import Score
@@ -130,7 +130,6 @@ class Coordinator:
         served = self._spec.evaluation.serve if self._spec.evaluation.serve in stacks else "last"
         evaluation = self._judging.test(stacks[served])
         assert evaluation.accuracy is not None
-        assert evaluation.loss is not None
         peaks: dict[str, int] = {}
         for turn in (turn for record in history for turn in record.turns):
             if turn.peak_bytes is not None:
@@ -287,10 +286,11 @@ class Coordinator:
 
         # 5. Judge it on held-out rows, and the stage by its convergence rule.
         moved = movement.value() if counted else None
-        score = self._score(step, stack) if counted else None
+        score, early_exit = self._score(step, stack) if counted else (None, None)
+        held_out = finite(score.loss) if score else None
         earlier = self._of_stage(history, step)
-        losses = [record.held_out_loss for record in earlier if record.held_out_loss is not None]
-        ended = self._ended(step, len(earlier) + counted, losses + ([score.loss] if score else []), moved)
+        losses = [loss for loss in (*(record.held_out_loss for record in earlier), held_out) if loss is not None]
+        ended = self._ended(step, len(earlier) + counted, losses, moved)
         evaluation = self._evaluation(step, stack, ended) if counted else None
         return (
             Round(
@@ -302,12 +302,13 @@ class Coordinator:
                 lost=tuple(fold.lost),
                 counted=counted,
                 train_loss=fold.loss(),
-                held_out_loss=score.loss if score else None,
+                held_out_loss=held_out,
                 accuracy=score.accuracy if score else None,
                 movement=moved,
                 ended=ended,
                 seconds=perf_counter() - began,
                 head_fit=fit.record if fit else None,
+                early_exit=early_exit,
                 evaluation=evaluation,
             ),
             stack,
@@ -364,13 +365,12 @@ class Coordinator:
             clip_norm=rounds.clip_norm,
         )
 
-    def _score(self, step: _Step, stack: AdapterStack) -> Score | None:
+    def _score(self, step: _Step, stack: AdapterStack) -> tuple[Score, EarlyExit] | tuple[None, None]:
         due = is_due(self._spec.evaluation.every, step.round_index, step.last_of_stage)
-        return self._judging.early_exit(stack, step.window) if due else None
+        return self._judging.early_exit(stack, step.window) if due else (None, None)
 
     def _evaluation(self, step: _Step, stack: AdapterStack, ended: str | None) -> Evaluation | None:
-        often = self._spec.evaluation.whole_every
-        due = often != "never" and is_due(often, step.round_index, ended is not None)
+        due = is_due(self._spec.evaluation.whole_every, step.round_index, ended is not None)
         return self._judging.whole(stack) if due else None
 
     def _ended(self, step: _Step, rounds: int, losses: Sequence[float], movement: float | None) -> str | None:

@@ -1,9 +1,12 @@
 """The server's judgement of the chain cut at a window's top, one window in memory at a time: an early exit.
 
-With the window at the last layer it is the whole model (stream_evaluator.py).
+With the window at the last layer it is the whole model (stream_evaluator.py). Layers that are large are never in memory: their
+matrices are streamed by slices, as a small client has it. Which are is settled by their size alone (memory.py), so that
+whoever judges a stack again has the same bits.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,9 @@ from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, window_output
 from chainfed_ray.judgement import Judgement, judge
-from chainfed_ray.memory import PREFIX_BATCH
+from chainfed_ray.memory import PREFIX_BATCH, evaluation_grains
 from chainfed_ray.prefix import PrefixCache, PrefixRunner
+from chainfed_ray.stream import SliceReader
 from chainfed_ray.tokens import Batch, Examples
 
 
@@ -24,15 +28,9 @@ from chainfed_ray.tokens import Batch, Examples
 def evaluate(examples: Examples, base: BaseModel, cache: Path, stack: AdapterStack, window: Window) -> Judgement:
     """Judge ``stack`` on ``examples`` at the top of ``window``; the prefix below the window is cached in ``cache``."""
     judgement = Judgement.blank(len(examples))
-    blocks = Blocks(base.folder, base.dtype)
-    matrices = None if stack.head is not None else blocks.reader()
-    try:
-        for indices, batch, hidden in _outputs(examples, blocks, cache, stack, window):
+    with _opened(base) as (blocks, matrices):
+        for indices, batch, hidden in _outputs(examples, blocks, matrices, cache, stack, window):
             judgement.put(torch.from_numpy(indices), judge(blocks, stack, hidden, batch, matrices))
-    finally:
-        if matrices:
-            matrices.close()
-        blocks.close()
     return judgement
 
 
@@ -42,22 +40,34 @@ def pooled(
 ) -> tuple[Tensor, Tensor]:
     """The mean over the tokens at the top of ``window``, [n, D] in float32, and the classes [n], the shortest texts first."""
     means, labels = [], []
-    blocks = Blocks(base.folder, base.dtype)
-    try:
-        for _, batch, hidden in _outputs(examples, blocks, cache, stack, window):
+    with _opened(base) as (blocks, matrices):
+        for _, batch, hidden in _outputs(examples, blocks, matrices, cache, stack, window):
             means.append(mean_over_tokens(hidden.float(), batch.mask))
             labels.append(batch.labels)
-    finally:
-        blocks.close()
     return torch.cat(means), torch.cat(labels)
 
 
+@contextmanager
+def _opened(base: BaseModel) -> Iterator[tuple[Blocks, SliceReader]]:
+    """The base model, and a reader of its matrices, which takes no memory before it is used."""
+    blocks = Blocks(base.folder, base.dtype)
+    matrices = blocks.reader()
+    try:
+        yield blocks, matrices
+    finally:
+        matrices.close()
+        blocks.close()
+
+
 def _outputs(
-    examples: Examples, blocks: Blocks, cache: Path, stack: AdapterStack, window: Window
+    examples: Examples, blocks: Blocks, matrices: SliceReader, cache: Path, stack: AdapterStack, window: Window
 ) -> Iterator[tuple[np.ndarray, Batch, Tensor]]:
     """Every batch and the places of its examples, with the window's output [B, T, D]."""
-    activations = PrefixCache(cache, PrefixRunner(blocks), examples).at(window.bottom, stack)
-    layers = {layer: blocks.load_layer(layer) for layer in list(window)[1:]}
+    below, inside = evaluation_grains(blocks.layer_bytes, blocks.conversion_bytes, len(window))
+    runner = PrefixRunner(blocks, matrices=matrices if below == "matrix" else None)
+    activations = PrefixCache(cache, runner, examples).at(window.bottom, stack)
+    streamed = matrices if inside == "matrix" else None
+    layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
     for indices in examples.by_length(PREFIX_BATCH):
         batch = examples.batch(indices)
         yield indices, batch, window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)

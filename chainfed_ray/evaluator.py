@@ -16,8 +16,9 @@ Sets = Mapping[str, Examples]
 class Evaluated:
     """The judgement of a set's examples, in their order, and what it took.
 
-    ``seconds`` are from asking to the answer, ``forward_seconds`` those of the forward passes alone. Memory is what a process
-    of the evaluator took above itself when idle: ``planned_bytes`` beforehand, ``peak_bytes`` at most; None if not known.
+    ``seconds`` are from asking to the answer, ``forward_seconds`` those of the forward passes alone. Memory is that of the
+    largest of the evaluator's ``processes``: ``planned_bytes`` and ``peak_bytes`` are what it may take and took above itself
+    when idle, ``process_bytes`` all that it took, libraries included; None if not known.
     """
 
     judgement: Judgement
@@ -25,6 +26,8 @@ class Evaluated:
     forward_seconds: float
     planned_bytes: int | None = None
     peak_bytes: int | None = None
+    process_bytes: int | None = None
+    processes: int = 1
 
 
 class Evaluator(Protocol):

@@ -4,14 +4,18 @@ Each prefix of a chain is a smaller model, so the cut is judged as what it is, a
 ``Evaluator``; whatever goes wrong there is noted, and costs the job nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from time import perf_counter
+from typing import Literal
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
 from chainfed_ray.evaluate import evaluate
-from chainfed_ray.evaluator import Evaluated, Evaluator, Sets
+from chainfed_ray.evaluator import Evaluator, Sets
 from chainfed_ray.job import Job
-from chainfed_ray.records import Best, Evaluation, Round
+from chainfed_ray.measure import PeakMemory
+from chainfed_ray.memory import evaluation_bytes
+from chainfed_ray.records import Best, EarlyExit, Evaluation, Round, finite
 from chainfed_ray.score import Score, macro_f1
 from chainfed_ray.sections import Often
 from chainfed_ray.stream_evaluator import StreamEvaluator
@@ -36,13 +40,18 @@ def streamed(job: Job) -> "Judging":
     return Judging(job, streaming(job))
 
 
-def is_due(often: Often, round_index: int, stage_ends: bool) -> bool:
-    """Whether something that is to be done so often is due after a round; the end of a stage is always one."""
+def is_due(often: Often | Literal["never"], round_index: int, stage_ends: bool) -> bool:
+    """Whether something that is to be done so often is due after a round; the end of a stage is one, unless it is never."""
+    if often == "never":
+        return False
     return stage_ends or often == "round" or (isinstance(often, int) and (round_index + 1) % often == 0)
 
 
 def best_round(rounds: Sequence[Round]) -> Round | None:
-    """The one after which the whole model had the least held-out loss; of equals the newest. None if it was never judged."""
+    """The one after which the whole model had the least held-out loss; of equals the newest.
+
+    None if it was never judged; a loss that is no finite number is on no record.
+    """
     judged = [record for record in rounds if record.evaluation and record.evaluation.loss is not None]
     return min(reversed(judged), key=_loss, default=None)
 
@@ -76,36 +85,41 @@ class Judging:
         """Let go of the evaluator."""
         self._evaluator.close()
 
-    def early_exit(self, stack: AdapterStack, window: Window) -> Score:
-        """Of the chain cut at the top of ``window``, on the validation rows."""
-        with one_thread():
-            cache = self._job.base.scratch / f"({_VALIDATION})"
-            return Score.of(evaluate(self._job.validation, self._job.base, cache, stack, window))
+    def early_exit(self, stack: AdapterStack, window: Window) -> tuple[Score, EarlyExit]:
+        """Of the chain cut at the top of ``window``, on the validation rows; and what it took."""
+        job, rows, started = self._job, self._job.validation, perf_counter()
+        planned = evaluation_bytes(job.planner.costs, len(stack.layers), len(window), int(rows.lengths.max()))
+        with PeakMemory() as peak, one_thread():
+            found = evaluate(rows, job.base, job.base.scratch / f"({_VALIDATION})", stack, window)
+        return Score.of(found), EarlyExit(
+            seconds=perf_counter() - started, planned_bytes=planned, peak_bytes=peak.bytes
+        )
 
     def whole(self, stack: AdapterStack) -> Evaluation:
         """Of the whole model, on the validation rows and a test of multiple choice, if there is one; or why there is none."""
         try:
-            choices = self._evaluator.judge(stack, _CHOICES) if self._job.choices else None
-            return self._record(self._evaluator, self._evaluator.judge(stack, _VALIDATION), _VALIDATION, choices)
+            return self._judged(self._evaluator, stack, _VALIDATION, self._instead)
         except Exception as error:  # whatever goes wrong costs this judgement only, and is on record
             return Evaluation(engine=self._evaluator.engine, failure=f"{type(error).__name__}: {error}")
 
     def test(self, stack: AdapterStack) -> Evaluation:
-        """Of the whole model, on the test rows: by the streaming evaluator where the job's own cannot."""
-        failure = None
+        """Of the whole model, as ``whole`` but on the test rows: by the streaming evaluator where the job's own cannot."""
+        instead = self._instead
         if self._evaluator.engine != StreamEvaluator.engine:
             try:
-                return self._record(self._evaluator, self._evaluator.judge(stack, _TEST), _TEST, None)
+                return self._judged(self._evaluator, stack, _TEST, instead)
             except Exception as error:  # see above
-                failure = f"{type(error).__name__}: {error}"
-        streamer = streaming(self._job)
-        record = self._record(streamer, streamer.judge(stack, _TEST), _TEST, None)
-        return record.model_copy(update={"failure": failure or self._instead})
+                instead = f"{type(error).__name__}: {error}"
+        return self._judged(streaming(self._job), stack, _TEST, instead)
 
-    def _record(self, by: Evaluator, found: Evaluated, name: str, choices: Evaluated | None) -> Evaluation:
-        score, job = Score.of(found.judgement), self._job
-        labels = (job.test if name == _TEST else job.validation).labels
-        peaks = [one.peak_bytes for one in (found, choices) if one and one.peak_bytes is not None]
+    def _judged(self, by: Evaluator, stack: AdapterStack, rows: str, instead: str | None) -> Evaluation:
+        """Of the whole model by one evaluator, on ``rows`` and the multiple choice; ``instead`` as ``Judging`` has it."""
+        job = self._job
+        choices = by.judge(stack, _CHOICES) if job.choices else None
+        found = by.judge(stack, rows)
+        both = (found, choices) if choices else (found,)
+        score = Score.of(found.judgement)
+        labels = (job.test if rows == _TEST else job.validation).labels
         return Evaluation(
             engine=by.engine,
             loss=score.loss,
@@ -113,12 +127,21 @@ class Judging:
             macro_f1=macro_f1(found.judgement, labels) if job.class_count is not None else None,
             perplexity=score.perplexity if job.class_count is None else None,
             choice_accuracy=job.choices.accuracy(choices.judgement.losses) if job.choices and choices else None,
-            seconds=found.seconds + (choices.seconds if choices else 0),
-            forward_seconds=found.forward_seconds + (choices.forward_seconds if choices else 0),
-            planned_bytes=found.planned_bytes,
-            peak_bytes=max(peaks, default=None),
-            failure=self._instead,
+            seconds=sum(one.seconds for one in both),
+            forward_seconds=sum(one.forward_seconds for one in both),
+            processes=found.processes,
+            planned_bytes=_most(one.planned_bytes for one in both),
+            peak_bytes=_most(one.peak_bytes for one in both),
+            process_bytes=_most(one.process_bytes for one in both),
+            failure=instead
+            if finite(score.loss) is not None
+            else f"its loss is {score.loss}, which is no finite number",
         )
+
+
+def _most(counts: Iterable[int | None]) -> int | None:
+    """The largest that is known."""
+    return max((count for count in counts if count is not None), default=None)
 
 
 def _loss(record: Round) -> float:

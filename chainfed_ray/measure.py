@@ -25,10 +25,11 @@ class PeakMemory:
     """``with PeakMemory() as peak: …`` then ``peak.bytes``: the most above what was resident at the start.
 
     Pages of files count too. ``bytes`` is None where the kernel does not let a process reset its high-water mark; ``start`` is
-    what was resident at the start.
+    what was resident at the start, ``highest`` the most in all.
     """
 
     bytes: int | None = None
+    highest: int | None = None
     start: int | None = None
 
     def __enter__(self) -> Self:
@@ -46,7 +47,8 @@ class PeakMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.start is not None:
-            self.bytes = max(status("VmHWM") - self.start, 0)
+            self.highest = status("VmHWM")
+            self.bytes = max(self.highest - self.start, 0)
 
 
 def status(field: str) -> int:

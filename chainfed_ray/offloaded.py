@@ -12,7 +12,6 @@ import logging
 import os
 import resource
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from chainfed_ray.measure import PeakMemory
 from chainfed_ray.offload_footprint import SWAPPED_BYTES, buffer_numbers, buffers
 from chainfed_ray.offload_ops import OPS, load_op
 from chainfed_ray.quantities import format_bytes
+from chainfed_ray.removal import remove_when_this_process_ends
 from chainfed_ray.tokens import Batch, Examples
 from chainfed_ray.turn import warm_up
 
@@ -84,7 +84,8 @@ class OffloadedModel:
                     self._alive()
         finally:
             matrices.close()
-        return Share(torch.cat(mine), whole, seconds, self._highest_with(peak))
+        highest = [one.highest for one in (self._loading, peak) if one.highest is not None]
+        return Share(torch.cat(mine), whole, seconds, self._highest_with(peak), max(highest, default=None))
 
     def close(self) -> None:
         """Let go of the engine, the locked buffers and the files."""
@@ -106,12 +107,16 @@ class OffloadedModel:
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part of an evaluation: of ``judgement`` only ``indices`` are its own."""
+    """One process's part of an evaluation: of ``judgement`` only ``indices`` are its own.
+
+    ``peak_bytes`` are above the process when idle, ``process_bytes`` all that it ever held; None if not known.
+    """
 
     indices: Tensor  # [m] int64
     judgement: Judgement  # of all n examples
     forward_seconds: float
     peak_bytes: int | None
+    process_bytes: int | None
 
 
 def shares(examples: Examples, batch_size: int, rank: int, workers: int) -> list[tuple[np.ndarray, bool]]:
@@ -214,11 +219,3 @@ def _reserve(path: Path, size: int) -> None:
         raise OSError(error.errno, words) from None
     finally:
         os.close(file)
-
-
-def remove_when_this_process_ends(folder: Path) -> None:
-    """However it ends, also by SIGKILL: a shell of nobody's reads from a pipe until there is nobody left to write into it."""
-    reading, _ = os.pipe()  # the other end is closed by the kernel, when this process is gone
-    words = 'exec 3<&0; (cat <&3; rm -rf -- "$0") >/dev/null 2>&1 &'
-    subprocess.run(["sh", "-c", words, str(folder)], stdin=reading, check=True, start_new_session=True)
-    os.close(reading)

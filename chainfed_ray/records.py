@@ -3,12 +3,22 @@
 They are what the commit log keeps, what the service reports and what the command line prints. All JSON.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from chainfed_ray.memory import Grain
+
+
+def finite(value: float | None) -> float | None:
+    """The number, or None if it is infinite or none at all: JSON has no word for it, and it is better than nothing never."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+Measured = Annotated[float | None, BeforeValidator(finite)]
+"""What a model comes to, which may be anything: a number that is not finite is kept as None."""
 
 
 class Record(BaseModel):
@@ -117,22 +127,33 @@ class Evaluation(Record):
     """The whole model on held-out rows, judged by ``engine``; or the ``failure`` for which it could not be.
 
     ``loss`` is in nats: the mean over examples for a classifier, over tokens to be predicted for a language model, whose
-    ``accuracy`` is that of tokens. ``forward_seconds`` of its ``seconds`` went into forward passes. Bytes are those that a
-    process of the evaluator takes above itself when idle. A ``failure`` beside a loss is another engine's, in whose place this
-    one judged.
+    ``accuracy`` is that of tokens. ``forward_seconds`` of its ``seconds`` went into forward passes. Bytes are those of the
+    evaluator's largest process: ``planned_bytes`` and ``peak_bytes`` above itself when idle, ``process_bytes`` with all that
+    it is. ``processes`` are as many, each as large at most. A ``failure`` beside a loss is another engine's, in whose place
+    this one judged.
     """
 
     engine: str
-    loss: float | None = None
+    loss: Measured = None
     accuracy: float | None = None
     macro_f1: float | None = None
-    perplexity: float | None = None
+    perplexity: Measured = None
     choice_accuracy: float | None = None
     seconds: float = 0.0
     forward_seconds: float = 0.0
+    processes: int = 1
     planned_bytes: int | None = None
     peak_bytes: int | None = None
+    process_bytes: int | None = None
     failure: str | None = None
+
+
+class EarlyExit(Record):
+    """What it took to judge the chain cut at the window's top: bytes above the coordinator's process when idle."""
+
+    seconds: float
+    planned_bytes: int
+    peak_bytes: int | None
 
 
 class Best(Record):
@@ -148,9 +169,9 @@ class Best(Record):
 class Round(Record):
     """One federated round. ``held_out_loss`` and ``accuracy`` are those of the chain cut at the window's top: an early exit.
 
-    ``evaluation`` is that of the whole model, where it was due. ``ended`` says why its stage ended with it, if it did;
-    ``head_fit`` how it began, if in that way. ``epsilon`` is ε of the rounds so far, at the job's δ; None without privacy, with
-    which each round is ``counted``.
+    ``early_exit`` is what that took. ``evaluation`` is that of the whole model. Either is None where it was not due. ``ended``
+    says why its stage ended with it, if it did; ``head_fit`` how it began, if in that way. ``epsilon`` is ε of the rounds so
+    far, at the job's δ; None without privacy, with which each round is ``counted``.
     """
 
     index: int
@@ -161,12 +182,13 @@ class Round(Record):
     lost: tuple[Lost, ...]
     counted: bool
     train_loss: float | None
-    held_out_loss: float | None
+    held_out_loss: Measured
     accuracy: float | None
     movement: float | None
     ended: str | None
     seconds: float
     head_fit: HeadFit | None = None
+    early_exit: EarlyExit | None = None
     evaluation: Evaluation | None = None
     epsilon: float | None = None
 
@@ -174,13 +196,14 @@ class Round(Record):
 class Ending(Record):
     """After the last round: what the whole model is worth on the test rows, with the stack that is ``served``.
 
-    ``best`` is the round whose stack is the best one, if the whole model was ever judged. ``epsilon`` is ε of all rounds, at
-    the job's δ; None without privacy. ``stopped`` says which limit of the job ended it early, if one did.
+    ``loss`` is None where it is no finite number. ``best`` is the round whose stack is the best one, if the whole model was
+    ever judged. ``epsilon`` is ε of all rounds, at the job's δ; None without privacy. ``stopped`` says which limit of the job
+    ended it early, if one did.
     """
 
     status: Literal["succeeded"] = "succeeded"
     accuracy: float
-    loss: float
+    loss: Measured
     rounds: int
     peak_bytes: dict[str, int]
     served: Literal["last", "best"] = "last"
@@ -260,7 +283,7 @@ class Result(Record):
     job: str
     status: Literal["succeeded"] = "succeeded"
     accuracy: float
-    loss: float
+    loss: Measured
     rounds: int
     start_layer: int
     layers: int

@@ -233,7 +233,9 @@ class PrivacySpec(Section):
 class EvaluationSpec(Section):
     """The server's judgement on held-out rows."""
 
-    every: Often = Field("round", description="how often the chain cut at the window's top is judged, as an early exit")
+    every: Often | Literal["never"] = Field(
+        "round", description="how often the chain cut at the window's top is judged, as an early exit"
+    )
     whole_every: Often | Literal["never"] = Field(
         "stage", description="how often the whole model with the present stack is judged"
     )

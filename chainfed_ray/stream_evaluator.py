@@ -1,4 +1,4 @@
-"""The evaluator that streams: layer after layer over all examples, so that no more than two layers are ever in memory."""
+"""The evaluator that streams: layer after layer over all examples, two layers in memory or, if they are large, slices."""
 
 from time import perf_counter
 
@@ -29,8 +29,8 @@ class StreamEvaluator:
             cache = self._base.scratch / f"({examples})"
             judgement = evaluate(chosen, self._base, cache, stack, Window(last, last))
         seconds = perf_counter() - started
-        planned = evaluation_bytes(self._costs, len(stack.layers), int(chosen.lengths.max()))
-        return Evaluated(judgement, seconds, seconds, planned, peak.bytes)
+        planned = evaluation_bytes(self._costs, len(stack.layers), 1, int(chosen.lengths.max()))
+        return Evaluated(judgement, seconds, seconds, planned, peak.bytes, peak.highest)
 
     def close(self) -> None:
         """Nothing is held between evaluations; the caches go with the job's scratch folder."""

@@ -1,5 +1,6 @@
 """The evaluator whose model lies on a disk: what the coordinator has of a run of Ray Train and DeepSpeed."""
 
+import pickle
 from contextlib import suppress
 from secrets import token_hex
 from threading import Event, Thread
@@ -20,7 +21,8 @@ from chainfed_ray.offload_footprint import disk_bytes, offload_footprint, swap_b
 from chainfed_ray.offloaded import Share
 from chainfed_ray.quantities import format_bytes
 from cluster.doctor import look, why_not
-from cluster.offload_run import OFFLOAD, RUN_ENVIRONMENT, START_SECONDS, EvaluationRun, Order, State, Work, sent
+from cluster.offload_run import OFFLOAD, RUN_ENVIRONMENT, START_SECONDS, EvaluationRun, Order, Run, State
+from cluster.offload_worker import Work, sent
 from cluster.resources import OFFLOAD_IDLE_BYTES, of_controller
 
 _SILENCE_SECONDS = 600.0  # between two layers that are loaded, or two batches
@@ -44,6 +46,10 @@ def make_evaluator(
         reason = why_not(look(base.scratch / OFFLOAD), swap_bytes(blocks, workers), disk_bytes(blocks))
     except InvalidSetting as error:
         return str(error)
+    except OSError as error:  # such as a folder that may not be read or written
+        return f"this machine could not be looked at: {error.strerror or error}" + (
+            f" ({error.filename})" if error.filename else ""
+        )
     finally:
         blocks.close()
     return reason or OffloadedEvaluator(base, sets, memory, workers, batch_size)
@@ -55,9 +61,9 @@ class OffloadedEvaluator:
     engine = "deepspeed"
 
     def __init__(self, base: BaseModel, sets: Sets, memory: int, workers: int, batch_size: int) -> None:
-        self._base, self._memory, self._workers, self._batch_size = base, memory, workers, batch_size
+        self._base, self._memory, self._workers = base, memory, workers
         self._counts = {name: len(examples) for name, examples in sets.items()}
-        self._sets = [ray.put(dict(sets))]
+        self._work = [ray.put(Work(base, dict(sets), batch_size))]
         self._run: Any = None
         self._over = Event()
         self._number = 0
@@ -81,12 +87,15 @@ class OffloadedEvaluator:
         for share in shares:
             judgement.put(share.indices, share.judgement.take(share.indices))
         peaks = [share.peak_bytes for share in shares if share.peak_bytes is not None]
+        wholes = [share.process_bytes for share in shares if share.process_bytes is not None]
         return Evaluated(
             judgement,
             seconds=perf_counter() - started,
             forward_seconds=max(share.forward_seconds for share in shares),
             planned_bytes=self._memory,
             peak_bytes=max(peaks, default=None),
+            process_bytes=max(wholes, default=None),
+            processes=self._workers,
         )
 
     def close(self) -> None:
@@ -97,7 +106,7 @@ class OffloadedEvaluator:
             _end(run)
 
     def _start(self) -> None:
-        work = Work(self._base, self._sets, self._workers, self._batch_size, self._memory, f"run-{token_hex(4)}")
+        made = Run(f"run-{token_hex(4)}", self._workers, self._memory, self._work)
         name = f"evaluation of {self._base.scratch}"
         with suppress(ValueError):  # there is none
             _end(ray.get_actor(name, _NAMESPACE))  # of an owner that was killed
@@ -110,7 +119,7 @@ class OffloadedEvaluator:
             # Each worker waits in one call, and tells that it is alive in others.
             max_concurrency=2 * self._workers + 4,
             runtime_env={"env_vars": RUN_ENVIRONMENT},
-        ).remote(work)
+        ).remote(made)
         self._number, self._over = 0, Event()
         Thread(target=_signs_of_life, args=(self._run, self._over), daemon=True).start()
 
@@ -124,7 +133,7 @@ class OffloadedEvaluator:
         while True:
             state = self._state()
             if len(state.shares) == self._workers:
-                return list(state.shares.values())
+                return [pickle.loads(share) for share in state.shares.values()]
             if state.over:
                 raise EvaluationFailed(self.engine, state.over)
             if not state.started and monotonic() > starts:

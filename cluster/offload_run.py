@@ -2,64 +2,49 @@
 
 The actor outlives its owner by half a minute, in which it ends the run as Ray Train ends one. (Were it killed with its owner,
 Ray Train would not give back the memory that it reserved: it learns of that from Ray's dashboard, which need not be there.)
-A worker's files are removed when it ends, in any way.
+
+Neither this actor nor Ray Train's own computes anything, so nothing here loads torch, which would take 150 MiB of each: what
+is of torch passes through as bytes, or behind a reference. The work itself is in offload_worker.py.
 """
 
-import ctypes
 import os
-import shutil
 import tempfile
-import traceback
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from mmap import PAGESIZE
 from pathlib import Path
 from threading import Condition, Thread
 from time import monotonic, sleep
 from typing import Any
 
-import numpy as np
 import ray
-import torch
 
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
-from chainfed_ray.client import BaseModel
-from chainfed_ray.evaluator import Sets
 from chainfed_ray.measure import ENVIRONMENT
-from chainfed_ray.offload_footprint import disk_bytes, swap_bytes
-from chainfed_ray.offloaded import OffloadedModel, Share, remove_when_this_process_ends
-from cluster.doctor import look, why_not
-from cluster.ops import ops_folder
+from chainfed_ray.removal import remove_when_this_process_ends
 from cluster.resources import of_evaluation
 
-_POLL_SECONDS = 5.0
-_MADV_DONTNEED = 4  # of Linux: the bytes of a shared mapping stay where they are, and are this process's no more
-_ANSWER_SECONDS = 60.0  # of an actor that only notes things down
+OFFLOAD = "(offload)"  # in a job's scratch folder
 _OWNER_SECONDS = 30.0  # without a word from the owner: it is gone
 _END_SECONDS = 10.0  # for workers to end by themselves
 START_SECONDS = 180.0  # until the workers are there: a machine may have to be made for them
-# Of Ray Train: a worker stays in its folder, publishes no figures, and is missed soon when it is gone.
+# Of Ray Train: a worker stays in its folder, publishes no figures, and is missed soon when it is gone. Nothing watches for
+# machines that are about to be taken away: it would take a process, and a run that is lost is made again.
 RUN_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_SECONDS),
 }
 
 
 @dataclass(frozen=True)
-class Work:
-    """What every worker of a run is told: ``sets`` is a reference in a list, which Ray leaves as it is."""
+class Run:
+    """What a run is made of."""
 
-    base: BaseModel
-    sets: list[Any]
+    name: str  # of it, and of its folder
     workers: int
-    batch_size: int
     memory: int  # bytes that a worker is planned to take
-    name: str  # of the run, and of its folder
+    work: list[Any]  # a reference to what the workers are told; in a list Ray leaves it as it is
 
 
 @dataclass(frozen=True)
@@ -73,26 +58,35 @@ class Order:
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is: ``shares`` of the present order, by worker; ``over`` is why it ended, if it has."""
+    """How far a run is: ``shares`` of the present order, by worker, pickled; ``over`` is why it ended, if it has."""
 
-    shares: dict[int, Share]
+    shares: dict[int, bytes]
     over: str | None
     started: bool
     silent_seconds: float
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a worker ended; ``lost_another`` if it noticed no more than that another one was gone."""
+
+    words: str
+    lost_another: bool
 
 
 @ray.remote
 class EvaluationRun:
     """Runs Ray Train in a thread, and passes on what owner and workers have for one another."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
+    def __init__(self, run: Run) -> None:
+        self._of = run
         self._changed = Condition()
         self._order: Order | None = None
-        self._shares: dict[int, Share] = {}
-        self._reasons: list[str] = []
+        self._shares: dict[int, bytes] = {}
+        self._reasons: list[Reason] = []
         self._over: str | None = None
         self._workers: dict[int, Any] = {}
+        self._meeting: tuple[str, int] | None = None
         self._heard = self._owner_heard = monotonic()
         itself = ray.get_runtime_context().current_actor
         Thread(target=self._run, args=(itself,), daemon=True).start()
@@ -122,7 +116,7 @@ class EvaluationRun:
     def wait(self, seconds: float) -> State:
         """The run's state as soon as an order was carried out, or the run is over, or after some time."""
         with self._changed:
-            self._changed.wait_for(lambda: self._over or len(self._shares) == self._work.workers, seconds)
+            self._changed.wait_for(lambda: self._over or len(self._shares) == self._of.workers, seconds)
             return State(dict(self._shares), self._over, bool(self._workers), monotonic() - self._heard)
 
     def next(self, after: int, seconds: float) -> Order | None:
@@ -139,47 +133,57 @@ class EvaluationRun:
         """For a worker: it has done something."""
         self._heard = monotonic()
 
-    def answer(self, rank: int, number: int, share: Share) -> None:
-        """For a worker: its share of an order."""
+    def meet(self, host: str, port: int) -> None:
+        """For the worker of rank 0: where the others find it."""
+        with self._changed:
+            self._meeting = host, port
+            self._changed.notify_all()
+
+    def meeting(self, seconds: float) -> tuple[str, int] | None:
+        """For the others: where that is; None if it is not known yet."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._meeting, seconds)
+            return self._meeting
+
+    def answer(self, rank: int, number: int, share: bytes) -> None:
+        """For a worker: its share of an order, pickled."""
         with self._changed:
             if self._order and self._order.number == number:
                 self._shares[rank], self._heard = share, monotonic()
-                if len(self._shares) == self._work.workers:
+                if len(self._shares) == self._of.workers:
                     self._order = replace(self._order, stack=[])  # its shared memory is for the next one
                 self._changed.notify_all()
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: Reason) -> None:
         """For a worker: why it ends."""
         self._reasons.append(reason)
 
     def _run(self, itself: Any) -> None:
         from ray import train
-        from ray.train.torch import TorchConfig, TorchTrainer
 
         configs: Any = train  # whose types are those of an older version
-        work = self._work
+        run = self._of
         folder = tempfile.mkdtemp(prefix="chainfed-train-")  # Ray Train wants one, and keeps nothing in it here
         remove_when_this_process_ends(Path(folder))
         try:
-            TorchTrainer(
+            _trainer()(
                 _worker,
-                train_loop_config={"work": work, "run": itself},
-                torch_config=TorchConfig(backend="gloo"),
+                train_loop_config={"run": run, "actor": itself},
                 scaling_config=configs.ScalingConfig(
-                    num_workers=work.workers, resources_per_worker=of_evaluation(work.memory), use_gpu=False
+                    num_workers=run.workers, resources_per_worker=of_evaluation(run.memory), use_gpu=False
                 ),
                 run_config=configs.RunConfig(
-                    name=work.name,
+                    name=run.name,
                     storage_path=folder,
                     failure_config=configs.FailureConfig(max_failures=0, controller_failure_limit=0),
                     worker_runtime_env={"env_vars": {**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}},
                 ),
             ).fit()
-            over = "the run ended"
+            over = why_over(self._reasons, None)
         except Exception as error:  # of whatever part of Ray Train, or of a worker
-            over = _in_words(error)
+            over = why_over(self._reasons, error)
         with self._changed:
-            self._over = self._reasons[0] if self._reasons else over
+            self._over = over
             self._changed.notify_all()
 
     def _watch(self) -> None:
@@ -190,95 +194,39 @@ class EvaluationRun:
         os._exit(0)
 
 
-def _in_words(error: Exception) -> str:
+def why_over(reasons: list[Reason], error: Exception | None) -> str:
+    """Why a run is over whose workers gave ``reasons``, and which Ray Train ended with ``error``: the first cause of it all.
+
+    What a worker says of itself comes first, then that one ended without a word, and last what others noticed of that.
+    """
+    for reason in reasons:
+        if not reason.lost_another:
+            return reason.words
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        return f"the process of a worker ended ({type(failure).__name__}); often the machine has too little memory"
+    died = [failure for failure in failures.values() if type(failure).__name__ != "UserExceptionWithTraceback"]
+    if died or reasons:
+        kind = f" ({type(died[0]).__name__})" if died else ""
+        return f"the process of a worker ended{kind}; often the machine has too little memory"
+    if error is None:
+        return "the run ended"
     return f"Ray Train could not go on: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 
+def _trainer() -> Any:
+    """Ray Train's trainer without what it makes for training data and for torch: workers find one another by themselves."""
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    class Trainer(DataParallelTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            # An actor for datasets, of which there are none.
+            made: list[Any] = super()._create_default_callbacks()
+            return [callback for callback in made if type(callback).__name__ != "DatasetsCallback"]
+
+    return Trainer
+
+
 def _worker(config: dict[str, Any]) -> None:
-    """What each worker does, from its first order to the last."""
-    from ray import train
+    """What each worker does. Torch is loaded here, and so in its process alone."""
+    from cluster.offload_worker import serve
 
-    run, rank = config["run"], train.get_context().get_world_rank()
-    try:
-        _serve(config["work"], run, rank)
-    except Exception as error:
-        traceback.print_exc()
-        words = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
-        with suppress(Exception):
-            ray.get(run.failed.remote(words), timeout=_ANSWER_SECONDS)
-        raise
-
-
-def _serve(work: Work, run: Any, rank: int) -> None:
-    os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", str(work.workers))
-    ray.get(run.join.remote(rank, ray.get_runtime_context().current_actor), timeout=_ANSWER_SECONDS)
-    torch.set_num_threads(1)
-    folder = work.base.scratch / OFFLOAD
-    _clear(folder, keep=work.name)
-    _check(work, folder)
-    model = OffloadedModel(work.base, folder / work.name / f"rank{rank}", ops_folder(), lambda: run.alive.remote())
-    try:
-        sets: Sets = ray.get(work.sets[0], timeout=_ANSWER_SECONDS)
-        number = 0
-        while True:
-            order: Order | None = ray.get(run.next.remote(number, _POLL_SECONDS), timeout=_ANSWER_SECONDS)
-            if order is None:
-                continue
-            if order.stack is None:
-                return
-            number = order.number
-            with _received(order.stack[0]) as stack:
-                share = model.judge(stack, sets[order.examples], work.batch_size)
-            del stack, order
-            ray.get(run.answer.remote(rank, number, share), timeout=_ANSWER_SECONDS)
-    finally:
-        model.close()
-        with suppress(OSError):  # of the worker that is last
-            (folder / work.name).rmdir()
-            folder.rmdir()
-
-
-OFFLOAD = "(offload)"  # in a job's scratch folder
-
-
-def _clear(folder: Path, keep: str) -> None:
-    """Remove what other runs left behind; there is one run of a job at a time."""
-    for path in folder.glob("*"):
-        if path.name != keep:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _check(work: Work, folder: Path) -> None:
-    """This may be another machine than the owner's."""
-    blocks = Blocks(work.base.folder, work.base.dtype)
-    try:
-        reason = why_not(look(folder), swap_bytes(blocks, work.workers), disk_bytes(blocks) // work.workers)
-    finally:
-        blocks.close()
-    if reason:
-        raise RuntimeError(reason)
-
-
-def sent(stack: AdapterStack) -> list[Any]:
-    """A stack as an order has it: as arrays, which Ray hands on without a copy."""
-    return [ray.put({name: tensor.numpy() for name, tensor in stack.tensors().items()})]
-
-
-@contextmanager
-def _received(reference: Any) -> Iterator[AdapterStack]:
-    """The stack of an order, read where it lies. Its pages would count as this process's for as long as that lives: they are
-    let go of after use.
-    """
-    arrays: dict[str, np.ndarray] = ray.get(reference, timeout=_ANSWER_SECONDS)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    yield AdapterStack.from_tensors(tensors)
-    libc = ctypes.CDLL(None)
-    for array in arrays.values():
-        first, end = -(-array.ctypes.data // PAGESIZE) * PAGESIZE, array.ctypes.data + array.nbytes
-        if end - first >= PAGESIZE:
-            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t((end - first) // PAGESIZE * PAGESIZE), _MADV_DONTNEED)
+    serve(config["run"], config["actor"])

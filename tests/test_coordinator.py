@@ -189,7 +189,14 @@ def story(folder: Path) -> list[dict[str, Any]]:
             {**turn, "seconds": None, "cpu_seconds": None, "peak_bytes": None} for turn in record["turns"]
         ]
         if record["evaluation"]:
-            record["evaluation"] |= {"seconds": None, "forward_seconds": None, "peak_bytes": None}
+            record["evaluation"] |= {
+                "seconds": None,
+                "forward_seconds": None,
+                "peak_bytes": None,
+                "process_bytes": None,
+            }
+        if record["early_exit"]:
+            record["early_exit"] |= {"seconds": None, "peak_bytes": None}
     return rounds
 
 

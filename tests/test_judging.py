@@ -1,5 +1,9 @@
 """Promises of what the server judges: when, by whom, which stack was the best, and that a failure costs nothing else."""
 
+import json
+import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chainfed_ray import memory
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
-from chainfed_ray.errors import EvaluationFailed
+from chainfed_ray.errors import EvaluationFailed, InvalidJob
 from chainfed_ray.evaluator import Evaluated, Evaluator
 from chainfed_ray.job import Job
 from chainfed_ray.judgement import Judgement
@@ -21,14 +27,18 @@ from chainfed_ray.pool import LocalPool
 from chainfed_ray.records import Ending, Result, Round
 from chainfed_ray.saved_stack import load_stack, save_models
 from chainfed_ray.schedule import rate_at
-from chainfed_ray.score import macro_f1
+from chainfed_ray.score import Score, macro_f1
 from chainfed_ray.sections import RoundsSpec
+from tests.causal import a_causal_stack, causal_folder
 from tests.conftest import a_job
 from tests.test_coordinator import assert_same
 
 
 class Moody:
-    """The streaming evaluator under another name: it adds to each loss what ``moods`` has next, or fails where that is None."""
+    """The streaming evaluator under another name: it adds to each loss what ``moods`` has next, or fails where that is None.
+
+    Where it is NaN, the stack itself is blown up, so that the model's own loss is none.
+    """
 
     engine = "moody"
 
@@ -39,11 +49,18 @@ class Moody:
         mood = self._moods.pop(0)
         if mood is None:
             raise EvaluationFailed(self.engine, "it is not in the mood")
+        if math.isnan(mood):
+            return self._evaluator.judge(blown_up(stack), examples)
         found = self._evaluator.judge(stack, examples)
         return replace(found, judgement=replace(found.judgement, losses=found.judgement.losses + mood))
 
     def close(self) -> None:
         self._evaluator.close()
+
+
+def blown_up(stack: AdapterStack) -> AdapterStack:
+    """The stack with weights so large that what comes out is no number."""
+    return AdapterStack.from_tensors({name: torch.full_like(old, 1e38) for name, old in stack.tensors().items()})
 
 
 def trained(
@@ -105,6 +122,155 @@ def test_failures_are_noted_and_cost_nothing_else(document: dict[str, Any], tmp_
     assert (ending.evaluation.engine, ending.evaluation.failure, ending.best) == ("torch", said, None)
     assert ending.accuracy == plain.finish().accuracy
     assert Result.of("tiny", job.classes, coordinator.open(), rounds, ending).evaluation == ending.evaluation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [0.0, math.nan])
+def test_a_loss_that_is_no_number_is_never_the_best_and_can_be_read_again(
+    last: float, document: dict[str, Any], tmp_path: Path
+) -> None:
+    document["evaluation"] = {"whole_every": "round", "serve": "best"}
+    job = a_job(document, tmp_path)
+    found = streaming(job).judge(blown_up(AdapterStack.new(range(1, 4), job.hidden, 8, 3, seed=0)), "test").judgement
+    assert not math.isfinite(float(found.losses.sum())), "as the model itself has it"
+    _, rounds, _, ending = trained(job, tmp_path, [math.nan, 10, 20, math.nan, last])
+    assert ending.best is not None
+    assert (ending.best.round, ending.served) == (1, "best")
+    log = CommitLog(tmp_path / "log")
+    assert log.rounds() == rounds
+    assert log.ending() == ending
+    assert [record.evaluation.loss is None for record in rounds if record.evaluation] == [True, False, False, True]
+    assert rounds[0].evaluation is not None
+    assert "no finite number" in (rounds[0].evaluation.failure or "")
+    assert (ending.loss is None) == math.isnan(last)
+    result = Result.of("tiny", job.classes, Coordinator(job, LocalPool(job.base), log).open(), rounds, ending)
+    strict = json.dumps(result.model_dump(mode="json"), allow_nan=False)
+    assert Result.model_validate_json(strict) == result
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_end_has_the_multiple_choice_too(fails: bool, document: dict[str, Any], tmp_path: Path) -> None:
+    folder, data, questions = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "choices.jsonl"
+    causal_folder("llama", folder)
+    data.write_text("\n".join(json.dumps({"text": f"row {row} of many"}) for row in range(40)))
+    rows = [{"prompt": f"{row}? ", "choices": ["ab", "c", "def"], "answer": row % 3} for row in range(9)]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    document |= {"model": {"base": f"path:{folder}", "task": "causal-lm"}, "data": {"train": f"path:{data}"}}
+    document["data"]["max_length"] = 32
+    document["chain"] = {"window": 1, "start": 0, "adapter": {"bottleneck": 8}}
+    document["evaluation"] = {"choices": f"path:{questions}"}
+    job = a_job(document, tmp_path)
+    assert job.choices is not None
+    stack = a_causal_stack(folder).stack
+    plain = streaming(job)
+    expected = job.choices.accuracy(plain.judge(stack, "choices").judgement.losses)
+    # The first thing that is asked of it is the multiple choice, and then come the rows.
+    found = Judging(job, Moody(plain, [0, None] if fails else [0, 0])).test(stack)
+    assert (found.engine, found.failure is None) == (("torch", False) if fails else ("moody", True))
+    assert found.choice_accuracy == expected
+    assert 0 < expected < 1
+    assert found.loss == pytest.approx(Score.of(plain.judge(stack, "test").judgement).loss)
+
+
+@pytest.mark.slow
+def test_an_early_exit_that_is_no_number_ends_no_stage(document: dict[str, Any], tmp_path: Path) -> None:
+    """Nor does it differ from one that was read from the log."""
+    document["rounds"]["convergence"] = {"span": 1, "minimum": 1, "threshold": 0}
+
+    class Blown(Judging):
+        def early_exit(self, stack: AdapterStack, window: Any) -> Any:
+            return super().early_exit(blown_up(stack), window)
+
+    job = a_job(document, tmp_path)
+    coordinator = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log"), Blown(job, streaming(job)))
+    rounds = list(coordinator.rounds())
+    assert rounds
+    assert all(record.held_out_loss is None for record in rounds)
+    assert CommitLog(tmp_path / "log").rounds() == rounds
+
+
+@pytest.mark.slow
+def test_without_an_early_exit_a_job_is_trained_all_the_same(document: dict[str, Any], tmp_path: Path) -> None:
+    document["rounds"]["convergence"] = {"rule": "none"}
+    finished = []
+    for every in ("round", "never"):
+        document["evaluation"] = {"every": every, "whole_every": "never"}
+        job = a_job(document, tmp_path / every)
+        coordinator = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / every / "log"))
+        rounds = list(coordinator.rounds())
+        for record in rounds:
+            assert (record.held_out_loss is None) == (record.early_exit is None) == (every == "never")
+            if record.early_exit and record.early_exit.peak_bytes is not None:
+                assert record.early_exit.planned_bytes > 0
+        finished.append(coordinator.stack().tensors())
+        assert coordinator.finish().best is None
+    assert_same(*finished)
+
+
+@pytest.mark.parametrize(
+    ("convergence", "evaluation", "said"),
+    [
+        (
+            {},
+            {"every": "never"},
+            r"evaluation\.every is 'never'; expected .* while rounds\.convergence\.rule is plateau",
+        ),
+        ({"rule": "movement"}, {"every": "never"}, None),
+        ({"rule": "none"}, {"every": "never"}, None),
+        (
+            {},
+            {"whole_every": "never", "serve": "best"},
+            r"evaluation\.serve is 'best'; expected 'last' while evaluation\.whole_every is never",
+        ),
+        (
+            {},
+            {"whole_every": "never", "choices": "path:some.jsonl"},
+            r"evaluation\.choices is 'path:some\.jsonl'; expected no value while evaluation\.whole_every is never",
+        ),
+        ({}, {"workers": 2}, r"evaluation\.workers is 2; expected 1 while evaluation\.engine is torch"),
+        ({}, {"workers": 2, "engine": "deepspeed"}, None),
+        ({}, {"workers": 1, "whole_every": "never"}, None),
+    ],
+)
+def test_what_is_asked_for_in_vain_is_refused(
+    convergence: dict[str, Any], evaluation: dict[str, Any], said: str | None, document: dict[str, Any]
+) -> None:
+    document["rounds"]["convergence"] = convergence
+    document["evaluation"] = evaluation
+    if said is None:
+        assert JobSpec.parse(document).evaluation.workers == evaluation.get("workers", 1)
+        return
+    with pytest.raises(InvalidJob, match=said):
+        JobSpec.parse(document)
+
+
+def test_a_server_streams_layers_that_are_large() -> None:
+    most, mib = memory.SERVER_LAYERS, 2**20
+    assert memory.evaluation_grains(most // 2, 0, 3) == ("layer", "layer")
+    assert memory.evaluation_grains(most // 2, 1, 2) == ("matrix", "layer")
+    assert memory.evaluation_grains(most // 2, 0, 4) == ("layer", "matrix")
+    assert memory.evaluation_grains(386 * mib, 0, 1)[0] == "matrix", "LLaMA2-7B"
+    assert memory.evaluation_grains(49 * mib, 0, 3) == ("layer", "layer"), "RoBERTa-large"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_server_keeps_to_its_plan_with_layers_and_without(family: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.judged", str(tmp_path), family]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    resident, streamed = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    for found in (resident, streamed):
+        for key in ("early_exit", "whole"):
+            planned, peak = found[key]
+            assert peak is None or peak <= planned <= peak * 4 / 3
+        assert found["process"] is None or found["process"] > found["whole"][1]
+    layer = 12 * 1024**2 * 4  # about: four matrices [1024, 1024], and more of [1024, 4096]
+    for key in ("early_exit", "whole"):
+        assert resident[key][0] > 2 * layer
+        assert streamed[key][0] < resident[key][0] - 1.5 * layer
+    assert streamed["losses"] == pytest.approx(resident["losses"], rel=1e-5)
+    assert streamed["losses"][0] != pytest.approx(0)
 
 
 @given(often=st.integers(1, 9), rounds=st.integers(1, 40))

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from api.app import create_app
 from api.metrics import _FINISHED_JOBS
 from api.service import Service
-from chainfed_ray.records import Lost, Opening, Record
+from chainfed_ray.records import EarlyExit, Evaluation, Lost, Opening, Record
 from cluster.job_store import JobStore
 from tests.test_job_store import SPEC
 from tests.test_progress import ENDING, MIB, a_round, an_opening
@@ -104,6 +104,28 @@ def memory(samples: Samples, job: str, name: str) -> tuple[float | None, ...]:
     """Budget, planned and peak."""
     kinds = ("budget", "planned", "peak")
     return tuple(value(samples, "chainfed_client_memory_bytes", job=job, class_=name, kind=kind) for kind in kinds)
+
+
+def test_the_servers_memory_is_that_of_its_newest_judgements(store: JobStore) -> None:
+    opening = an_opening()
+    job = a_running_job(store, opening)
+    assert server(scraped(store), job, "early exit") == (None, None, None)
+    early_exit = EarlyExit(seconds=1.0, planned_bytes=30 * MIB, peak_bytes=20 * MIB)
+    whole = Evaluation(engine="deepspeed", loss=1.0, planned_bytes=80, peak_bytes=70, process_bytes=500, processes=2)
+    publish(store, job, "round-0", a_round(0, opening, early_exit=early_exit, evaluation=whole))
+    failed = Evaluation(engine="deepspeed", failure="the process of a worker ended")
+    publish(store, job, "round-1", a_round(1, opening, accuracy=None, evaluation=failed))
+    samples = scraped(store)
+    assert server(samples, job, "early exit") == (30 * MIB, 20 * MIB, None)
+    assert server(samples, job, "whole model") == (80, 70, 500)
+    publish(store, job, "ending", ENDING.model_copy(update={"evaluation": whole.model_copy(update={"peak_bytes": 75})}))
+    assert server(scraped(store), job, "whole model") == (80, 75, 500)
+
+
+def server(samples: Samples, job: str, judged: str) -> tuple[float | None, ...]:
+    """Planned, peak, and the whole process."""
+    kinds = ("planned", "peak", "process")
+    return tuple(value(samples, "chainfed_server_memory_bytes", job=job, judged=judged, kind=kind) for kind in kinds)
 
 
 def test_a_job_that_is_over_is_among_the_newest_for_a_while(store: JobStore) -> None:

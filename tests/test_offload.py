@@ -29,10 +29,13 @@ from chainfed_ray.judgement import Judgement, judge
 from chainfed_ray.offload_footprint import offload_footprint
 from chainfed_ray.offloaded import shares
 from chainfed_ray.tokens import Examples
+from cluster.evaluation import judging
 from cluster.offload import OffloadedEvaluator, make_evaluator
-from cluster.offload_run import OFFLOAD
+from cluster.offload_run import OFFLOAD, Reason, why_over
+from cluster.offload_worker import why
 from cluster.ops import are_built, ops_folder
 from tests.cluster import one_machine
+from tests.conftest import a_job
 
 needs_ops = pytest.mark.skipif(not are_built(ops_folder()), reason="DeepSpeed's libraries are not built; `make ops`")
 _BATCH, _CLASSES = 4, 3
@@ -170,6 +173,9 @@ def test_offloaded_is_plain_evaluation(
         assert evaluated.peak_bytes
         assert evaluated.planned_bytes
         assert evaluated.peak_bytes <= evaluated.planned_bytes
+        assert evaluated.processes == count
+        assert evaluated.process_bytes
+        assert evaluated.process_bytes > 100 * 2**20, "with its libraries"
     assert not torch.equal(found[0].judgement.losses, found[1].judgement.losses)
     assert processes[0] == processes[1], "the model was loaded once"
     assert len(processes[0]) == count
@@ -184,15 +190,78 @@ def test_a_killed_worker_costs_one_evaluation(models: dict[str, Path], tmp_path:
     base, examples, stack = BaseModel(models["bert"], torch.float32, tmp_path), examples_of("bert"), stack_of("bert", 0)
     with evaluator(base, "bert") as offloaded:
         with ThreadPoolExecutor(1) as thread:
-            judging = thread.submit(offloaded.judge, stack, "test")
+            answer = thread.submit(offloaded.judge, stack, "test")
             wait_until(lambda: list(tmp_path.rglob("*.swp")))
             for process in training(workers()):
                 process.send_signal(signal.SIGKILL)
             with pytest.raises(EvaluationFailed, match="process of a worker ended"):
-                judging.result(timeout=120)
+                answer.result(timeout=120)
         wait_until(lambda: is_gone(base))
         assert_equal(offloaded.judge(stack, "test").judgement, plainly(base, stack, examples))
     assert is_gone(base)
+
+
+@needs_ops
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_of_several_workers_the_one_that_was_killed_is_the_reason(models: dict[str, Path], tmp_path: Path) -> None:
+    base = BaseModel(models["bert"], torch.float32, tmp_path)
+    with evaluator(base, "bert", workers=2) as offloaded:
+        offloaded.judge(stack_of("bert", 0), "test")
+        with ThreadPoolExecutor(1) as thread:
+            training(workers())[0].send_signal(signal.SIGKILL)
+            answer = thread.submit(offloaded.judge, stack_of("bert", 1), "test")
+            with pytest.raises(EvaluationFailed, match="failed: the process of a worker ended") as failed:
+                answer.result(timeout=120)
+        assert len(str(failed.value).splitlines()) == 1
+    assert is_gone(base)
+
+
+_COMPLAINT = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:24223: Connection reset by peer\n"
+    "This may indicate a possible application crash on rank 0 or a network set up issue."
+)
+
+
+class GroupError(Exception):
+    """As Ray Train's error of a group of workers."""
+
+    def __init__(self, *failures: Exception) -> None:
+        super().__init__("the group failed\nand so on")
+        self.worker_failures = dict(enumerate(failures))
+
+
+def test_the_first_cause_is_the_reason() -> None:
+    complaint, own = why(RuntimeError(_COMPLAINT)), why(OSError(28, "the disk is full"))
+    assert complaint.lost_another
+    assert own == Reason("the disk is full", lost_another=False)
+    assert why(RuntimeError("[some/file.cpp:12] it is wrong\nsecond line")).words == "it is wrong"
+    assert why(ValueError()).words == "ValueError"
+    UserExceptionWithTraceback = type("UserExceptionWithTraceback", (Exception,), {})
+    died = GroupError(UserExceptionWithTraceback(), ValueError())
+    assert why_over([complaint, own], died) == "the disk is full"
+    assert why_over([complaint], died).startswith("the process of a worker ended (ValueError)")
+    assert why_over([complaint], GroupError(UserExceptionWithTraceback())).startswith("the process of a worker ended;")
+    assert why_over([], ValueError("a\nb")) == "Ray Train could not go on: a"
+    assert why_over([], None) == "the run ended"
+
+
+def test_what_only_passes_work_on_loads_no_torch() -> None:
+    words = "import sys, cluster.offload_run; print([name for name in ('torch', 'deepspeed') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_machine_that_cannot_be_looked_at_is_judged_by_torch(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(scratch: Path) -> Any:
+        raise OSError(30, "Read-only file system", str(scratch))
+
+    monkeypatch.setattr("cluster.offload.look", unreadable)
+    document["evaluation"] = {"engine": "deepspeed"}
+    made = judging(a_job(document, tmp_path))
+    assert made.evaluator.startswith("torch (in place of deepspeed: this machine could not be looked at: Read-only")
 
 
 @ray.remote(num_cpus=0)
@@ -272,6 +341,9 @@ def test_a_disk_too_small_fails_the_evaluation_in_words(models: dict[str, Path],
         offloaded = OffloadedEvaluator(base, {"test": examples_of("bert")}, 64 * 2**20, 1, _BATCH)
         with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*needed"):
             offloaded.judge(stack_of("bert", 0), "test")
+        both = OffloadedEvaluator(base, {"test": examples_of("bert")}, 64 * 2**20, 2, _BATCH)
+        with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*, 36\.\dMiB needed"):
+            both.judge(stack_of("bert", 0), "test")  # the disk of one machine is for both
         blocks = Blocks(base.folder, base.dtype)
         refused = make_evaluator(base, costs_of(blocks, 16, _CLASSES), {"test": examples_of("bert")})
         blocks.close()

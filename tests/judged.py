@@ -1,0 +1,74 @@
+"""A server that judges a chain with whole layers and with streamed matrices: ``python -m tests.judged FOLDER FAMILY``.
+
+It prints a JSON object for each: the bytes planned and the bytes measured, of an early exit and of the whole model, and losses.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from chainfed_ray import memory
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.blocks import Blocks
+from chainfed_ray.chain import Window
+from chainfed_ray.client import BaseModel
+from chainfed_ray.costs import costs_of
+from chainfed_ray.job import Job
+from chainfed_ray.judging import Judging
+from chainfed_ray.stream_evaluator import StreamEvaluator
+from chainfed_ray.tokens import Examples
+from chainfed_ray.turn import warm_up
+
+_SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 4,
+    "vocab_size": 1000,
+}
+
+
+def main(folder: Path, family: str) -> None:
+    """Judge the same chain twice, in as many ways."""
+    causal = family == "llama"
+    kind = AutoModelForCausalLM if causal else AutoModel
+    kind.from_config(AutoConfig.for_model(family, pad_token_id=0, **_SIZES)).save_pretrained(folder / "model")
+    blocks = Blocks(folder / "model", torch.float32)
+    costs = costs_of(blocks, bottleneck=64, classes=None if causal else 8)
+    blocks.close()
+    generator = np.random.default_rng(0)
+    examples = Examples(
+        generator.integers(3, 1000, 16 * 64).astype(np.int32), np.arange(17) * 64, generator.integers(0, 8, 16)
+    )
+    examples = replace(examples, targets=examples.every_token)
+    stack = AdapterStack.new(range(1, 4), 1024, 64, None if causal else 8, seed=0)
+    with torch.no_grad():
+        for parameter in stack.parameters():  # fresh ones do nothing
+            parameter.add_(torch.randn(parameter.shape) * 0.02)
+    warm_up(BaseModel(folder / "model", torch.float32, folder / "warm"))
+    for way, most in (("layer", memory.SERVER_LAYERS), ("matrix", 0)):
+        memory.SERVER_LAYERS = most
+        base = BaseModel(folder / "model", torch.float32, folder / way)
+        job = SimpleNamespace(base=base, validation=examples, planner=SimpleNamespace(costs=costs))
+        evaluator = StreamEvaluator(base, costs, {"validation": examples})
+        # Of the third layer with the two above it, which are resident all at once where layers are whole.
+        score, exit_took = Judging(cast("Job", job), evaluator).early_exit(stack, Window(1, 3))
+        whole = evaluator.judge(stack, "validation")
+        document = {
+            "early_exit": [exit_took.planned_bytes, exit_took.peak_bytes],
+            "whole": [whole.planned_bytes, whole.peak_bytes],
+            "losses": [score.loss, float(whole.judgement.losses.sum() / whole.judgement.counts.sum())],
+            "process": whole.process_bytes,
+        }
+        print(json.dumps(document), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
