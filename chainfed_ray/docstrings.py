@@ -59,8 +59,8 @@ def _gather(library: str, names: tuple[str, ...]) -> dict[str, str]:
     """Distinct sentences by their folded form."""
     given_away = re.compile(r"\b(?:" + "|".join(map(re.escape, names)) + r")\w*\b", re.IGNORECASE)
     found: dict[str, str] = {}
-    for path in _sources(library):
-        for docstring in _docstrings(path):
+    for path in sources(library):
+        for docstring in docstrings(path):
             sentence = given_away.sub(_MASK, _first_sentence(docstring))
             if len(sentence.split()) in _WORDS:
                 found.setdefault(sentence.casefold(), sentence)
@@ -69,8 +69,12 @@ def _gather(library: str, names: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _sources(library: str) -> list[Path]:
-    """The library's files in an order of no meaning, so that a few of them are a fair sample."""
+def sources(library: str) -> list[Path]:
+    """The library's files in an order of no meaning, so that a few of them are a fair sample.
+
+    Raises:
+        InvalidJob: it is not installed.
+    """
     spec = find_spec(library)
     if spec is None or not spec.submodule_search_locations:
         raise InvalidJob.at("data.train", "builtin:docstrings", f"the package {library} to be installed")
@@ -79,7 +83,8 @@ def _sources(library: str) -> list[Path]:
     return [root / name for name in sorted((name for name in names if "test" not in name), key=_order)]
 
 
-def _docstrings(path: Path) -> Iterator[str]:
+def docstrings(path: Path) -> Iterator[str]:
+    """Those of the functions and classes in a file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # odd escapes in other people's strings
         tree = ast.parse(path.read_bytes())

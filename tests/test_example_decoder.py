@@ -1,0 +1,43 @@
+"""The example of a language model, as its users run it, only shorter: it learns, and the chain lowers its perplexity."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.config import JobSpec
+from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.job import prepare
+from chainfed_ray.judging import streamed
+from chainfed_ray.pool import LocalPool
+from examples.decoder import make
+from tests.test_architecture import ROOT
+
+
+@pytest.mark.slow
+def test_held_out_perplexity_falls_along_the_chain(tmp_path: Path) -> None:
+    told = make(tmp_path, libraries=("networkx",), steps=100, rows=500)
+    document = yaml.safe_load(
+        (ROOT / "examples" / "decoder.yaml").read_text().replace("path:decoder", f"path:{tmp_path}")
+    )
+    document["rounds"] |= {"total": 6, "clients": 3, "local_steps": 6}
+    job = prepare(JobSpec.parse(document), tmp_path / "scratch")
+    assert {left_out.client_class for left_out in job.left_out} == {"watch"}
+
+    # A new adapter changes nothing, so this is the base model; the script has told the same of it.
+    untuned = streamed(job).whole(AdapterStack.new([job.layers - 1], job.hidden, 64, None, seed=0))
+    assert untuned.perplexity == pytest.approx(told["validation"], rel=1e-4)
+
+    coordinator = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log"))
+    ends = [record for record in coordinator.rounds() if record.ended]
+    cut = [record.held_out_loss for record in ends]
+    whole = [record.evaluation.perplexity for record in ends if record.evaluation]
+    assert len(cut) == len(whole) == 3
+    assert cut == sorted(cut, reverse=True)  # type: ignore[type-var]
+    assert whole == sorted(whole, reverse=True)  # type: ignore[type-var]
+    assert whole[-1] < 0.9 * untuned.perplexity  # type: ignore[operator]
+    ending = coordinator.finish().evaluation
+    assert ending is not None
+    assert ending.perplexity < 0.9 * told["test"]  # type: ignore[operator]
