@@ -47,18 +47,21 @@ def next_token_scores(
     finished = blocks.finish(hidden, mask)
     states, wanted = finished.reshape(-1, finished.shape[-1])[places], torch.from_numpy(_next(ids))[places]
     exact = torch.promote_types(states.dtype, torch.float32)
-    total = torch.full((len(states),), -torch.inf, dtype=exact)  # log Σ exp(logit)
-    highest, likeliest = total.clone(), torch.zeros_like(wanted)
-    right = torch.zeros_like(total)  # the logit of the target
+    highest = torch.full((len(states),), -torch.inf, dtype=exact)
+    total = torch.zeros_like(highest)  # Σ exp(logit - highest)
+    right = torch.zeros_like(highest)  # the logit of the target
+    likeliest = torch.zeros_like(wanted)
     for first, logits in logits_by_slices(blocks, states, source):
-        total = torch.logaddexp(total, logits.logsumexp(1))
-        top = logits.max(1)
-        likeliest = torch.where(top.values > highest, top.indices + first, likeliest)
-        highest = torch.maximum(highest, top.values)
         here = ((wanted >= first) & (wanted < first + logits.shape[1])).nonzero().squeeze(1)
         right[here] = logits[here, wanted[here] - first]
+        top = logits.max(1)
+        likeliest = torch.where(top.values > highest, top.indices + first, likeliest)
+        before, highest = highest, torch.maximum(highest, top.values)
+        total = total * (before - highest).exp_() + logits.sub_(highest.unsqueeze(1)).exp_().sum(1)
+        del logits  # those of two slices are never there at once
     example = places // hidden.shape[1]
-    losses = torch.zeros(len(hidden), dtype=torch.float64).index_add_(0, example, (total - right).double())
+    missed = (highest + total.log() - right).double()
+    losses = torch.zeros(len(hidden), dtype=torch.float64).index_add_(0, example, missed)
     hits = torch.zeros(len(hidden), dtype=torch.int64).index_add_(0, example, (likeliest == wanted).long())
     return losses, hits
 

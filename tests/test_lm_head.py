@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from chainfed_ray.blocks import Blocks
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.lm_head import next_token_scores, streamed_cross_entropy
 from chainfed_ray.logit_form import LogitForm
+from chainfed_ray.measure import PeakMemory
 from tests.models import tiny
 
 VOCABULARY, WIDTH = 23, 6
@@ -171,3 +173,24 @@ def test_a_model_without_a_language_head_is_refused(family: str, tmp_path: Path)
     blocks = Blocks(tiny(family, tmp_path), torch.float32)
     with pytest.raises(UnsupportedModel, match="no head of a language model"):
         assert blocks.language_head
+
+
+class _NoFamily:
+    """As much of ``Blocks`` as scores ask for: a head that does nothing first, and is called ``head``."""
+
+    language_head, logit_form = "head", LogitForm()
+
+    def finish(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        return hidden
+
+
+def test_scores_hold_the_logits_of_one_slice_and_once() -> None:
+    rows, step = 1024, 8192
+    hidden = some(2, rows // 2, 16, seed=0, dtype=torch.float32)
+    source = Rows(some(3 * step, 16, seed=1, dtype=torch.float32), step)
+    ids = np.zeros((2, rows // 2), dtype=np.int64)
+    targets = np.ones_like(ids, dtype=np.bool_)
+    mask = torch.ones(2, rows // 2)
+    with PeakMemory() as peak:
+        next_token_scores(cast("Blocks", _NoFamily()), hidden, ids, mask, targets, source)
+    assert peak.bytes is None or peak.bytes < 1.5 * rows * step * 4
