@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 
 from api.client import ServiceClient
 from chainfed_ray.config import JobSpec
@@ -126,7 +126,9 @@ def list_jobs(
     """Show the service's jobs and models."""
     client = ServiceClient(address)
     jobs = client.jobs(limit)
-    table = Table("job", "status", "submitted (UTC)", "accuracy", "model", box=None, header_style="bold")
+    # What is too long for the terminal goes on in the next line: a name that is cut is of no use.
+    job_column, model_column = (Column(name, overflow="fold") for name in ("job", "model"))
+    table = Table(job_column, "status", "submitted (UTC)", "accuracy", model_column, box=None, header_style="bold")
     for job in jobs:
         accuracy = "" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
         submitted = job["submitted_at"][:19].replace("T", " ")

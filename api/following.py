@@ -24,9 +24,8 @@ def follow(client: ServiceClient, job: str, spec: JobSpec, console: Console) -> 
                 case "queued":
                     progress.say("In the queue.")
                 case "running":
-                    progress.say(
-                        "Its turn has come: reading the data, and asking the clients where the chain should start."
-                    )
+                    asking = ", and asking the clients where the chain should start"
+                    progress.say(f"Its turn has come: reading the data{asking if spec.chain.start == 'auto' else ''}.")
                 case "opening":
                     opening = Opening.model_validate(event["data"])
                     progress.opening(opening)
