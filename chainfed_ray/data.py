@@ -18,7 +18,7 @@ _READERS = {
     ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
     ".parquet": pd.read_parquet,
 }
-_FORMS = "builtin:docstrings, path:<file.csv|jsonl|parquet> or hf:<dataset>[@<revision>]"
+_FORMS = "builtin:docstrings, path:<file.csv|jsonl|parquet> or hf:<dataset>[:<configuration>][@<revision>]"
 _FEWEST = 10
 
 
@@ -179,9 +179,10 @@ def _read_hub(field: str, source: str, name: str, split: str, label: str | None)
     offline = os.environ.get("HF_DATASETS_OFFLINE") == "1" or os.environ.get("HF_HUB_OFFLINE") == "1"
     if not offline and not hub_is_reachable():
         raise InvalidJob.at(field, source, "a network, or HF_HUB_OFFLINE=1 and a data set that was downloaded before")
-    repository, _, revision = name.partition("@")
+    address, _, revision = name.partition("@")
+    repository, _, configuration = address.partition(":")
     try:
-        rows = datasets.load_dataset(repository, split=split, revision=revision or None)
+        rows = datasets.load_dataset(repository, configuration or None, split=split, revision=revision or None)
         frame: pd.DataFrame = rows.to_pandas()
     except Exception as error:  # the hub's, the builder's and the file system's
         reason = " ".join(str(error).split())

@@ -54,6 +54,22 @@ def test_every_form_gives_the_same_rows(form: str, tmp_path: Path, monkeypatch: 
     assert sorted(found, key=lambda row: row["text"]) == sorted(ROWS, key=lambda row: row["text"])
 
 
+def test_a_configuration_of_a_data_set_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    configurations = [
+        f"- config_name: {name}\n  data_files: [{{split: train, path: {name}.csv}}]" for name in ("some", "all")
+    ]
+    (tmp_path / "README.md").write_text("\n".join(["---", "configs:", *configurations, "---"]))
+    pd.DataFrame(ROWS[:20]).to_csv(tmp_path / "some.csv", index=False)
+    pd.DataFrame(ROWS).to_csv(tmp_path / "all.csv", index=False)
+    for name, count in (("some", 20), ("all", 40)):
+        corpus = load(DataSpec(train=f"hf:{tmp_path}:{name}"), seed=5)
+        assert sum(len(split) for split in (corpus.train, corpus.validation, corpus.test)) == count
+    with pytest.raises(InvalidJob, match=r"a data set on the hub with a train split \(.*some"):
+        load(DataSpec(train=f"hf:{tmp_path}:none"), seed=5)
+
+
 def test_splits_of_their_own(tmp_path: Path) -> None:
     source = written(tmp_path, "csv")
     corpus = load(DataSpec(train=source, validation=source, test=source), seed=5)
