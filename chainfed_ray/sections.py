@@ -37,7 +37,9 @@ class ModelSpec(Section):
 class DataSpec(Section):
     """The examples: where they are and which columns to read."""
 
-    train: str = Field(description="`builtin:docstrings`, `hf:<dataset>[:<configuration>]` or `path:<file.csv|jsonl|parquet>`")
+    train: str = Field(
+        description="`builtin:docstrings`, `hf:<dataset>[:<configuration>]` or `path:<file.csv|jsonl|parquet>`"
+    )
     validation: str | None = Field(None, description="rows for the progress report; by default a tenth of `train`")
     test: str | None = Field(None, description="rows for the final accuracy; by default a tenth of `train`")
     text: str = Field(
