@@ -46,14 +46,18 @@ _GRID = (  # examples of a batch, tokens, Q, budget
     (8, 256, 3, 1024 * MIB),
     (2, 384, 2, 80 * MIB),
 )
-WHOLE = ("bert", "gpt2")
-_HALF = _GRID[
-    1::2
-]  # of families that are like another one, and where bfloat16 takes minutes: not all processors compute in it
+_WHOLE = ("bert", "gpt2")
+
+
+def grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
+    """What is measured of a family: of those that are like another one half. Not all processors compute in bfloat16, and then
+    it takes minutes.
+    """
+    return _GRID if family in _WHOLE else _GRID[1::2]
 
 
 def main(folder: Path, family: str) -> None:
-    """Measure the grid for one family and dtype, or half of it."""
+    """Measure the ``grid`` of one family and dtype."""
     dtype = torch.bfloat16 if family.endswith("-bf16") else torch.float32
     name, is_lm = family.removesuffix("-bf16").removesuffix("-lm"), "-lm" in family
     sizes = _OTHERWISE.get(name, _SIZES | ({"num_key_value_heads": 4} if name not in ("bert", "roberta") else {}))
@@ -64,7 +68,7 @@ def main(folder: Path, family: str) -> None:
     kind.from_config(config, dtype=dtype).save_pretrained(folder / "model")
     base = BaseModel(folder / "model", dtype, folder / "scratch")
     warm_up(base)
-    for batch, tokens, width, budget in _GRID if family in WHOLE else _HALF:
+    for batch, tokens, width, budget in grid(family):
         print(json.dumps(measure(base, batch, tokens, width, budget, classes=None if is_lm else 8)), flush=True)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from chainfed_ray.measure import ENVIRONMENT
-from tests.measured import WHOLE
+from tests.measured import grid
 from tests.test_architecture import ROOT
 
 pytestmark = pytest.mark.slow
@@ -35,6 +35,6 @@ def test_planned_is_enough_and_not_much_more(family: str, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == (6 if family in WHOLE else 3)
+    assert len(rows) == len(grid(family))
     for row in rows:
         assert row["measured"] <= row["planned"] <= _A_THIRD * row["measured"], row
