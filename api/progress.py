@@ -125,6 +125,10 @@ class Progress:
             self.say(evaluation_line(self._spec, record.evaluation))
         if record.ended:
             self.say(f"Stage {record.stage + 1} (layers {record.bottom}–{record.top}) ends: {record.ended}.")
+        if back := record.restored:
+            what = "what it began with" if back.round is None else f"its stack after round {back.round + 1}"
+            score = _scored(self._spec, back.loss, back.accuracy)
+            self.say(f"  It goes back to {what}, where held-out rows had less loss: {score}.")
         self._draw()
 
     def _say_why(self, lost: Sequence[Lost]) -> None:
@@ -148,9 +152,8 @@ class Progress:
     def _line(self, record: Round, resumed: bool) -> str:
         assert self._opening is not None
         clients = f"{len(record.turns)} clients" + (f", {len(record.lost)} lost" if record.lost else "")
-        score = short_score(self._spec, record.held_out_loss, record.accuracy)
-        words = f"  perplexity {score}" if is_causal(self._spec) else f"  {score} right"
-        accuracy = "" if record.accuracy is None else words
+        score = _scored(self._spec, record.held_out_loss, record.accuracy)
+        accuracy = "" if record.accuracy is None else f"  {score}"
         peaks = [turn.peak_bytes for turn in record.turns if turn.peak_bytes is not None]
         peak = f"  peak {format_bytes(max(peaks))}" if peaks else ""
         left = time_left(self._rounds, self._opening.total_rounds) or 0.0
@@ -185,6 +188,11 @@ class Progress:
             facts.add_row("privacy", price(self._spec, newest.epsilon))
         facts.add_row("memory", _memory(opening, self._rounds))
         return Panel(Group(facts, ProgressBar(total=total, completed=done)), title=self._name, title_align="left")
+
+
+def _scored(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:
+    score = short_score(spec, loss, accuracy)
+    return f"perplexity {score}" if is_causal(spec) else f"{score} right"
 
 
 def _chain(opening: Opening, newest: Round | None) -> Text:

@@ -23,19 +23,18 @@ from chainfed_ray.fold import Fold, as_lost
 from chainfed_ray.guarantee import Guarantee
 from chainfed_ray.head_fit import FittedHead, fit_head
 from chainfed_ray.job import Job
-from chainfed_ray.judging import Judging, best_of, best_round, is_due, streamed
+from chainfed_ray.judging import Judging, best_exit, best_of, best_round, exits, is_due, streamed
 from chainfed_ray.objective import trained_names
 from chainfed_ray.pool import ClientPool, Failure, in_order
-from chainfed_ray.records import Admitted, EarlyExit, Ending, Evaluation, Lost, Opening, Round, finite
+from chainfed_ray.records import Admitted, EarlyExit, Ending, Evaluation, Lost, Opening, Restored, Round, finite
 from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.schedule import rate_at
 from chainfed_ray.score import Score
 from chainfed_ray.seeds import derive
-from chainfed_ray.server_optimizer import ServerOptimizer
 from chainfed_ray.start_layer import FEWEST, average
+from chainfed_ray.state import State, stack_of
 
 _FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the reasons
-_STACK, _MOVEMENT, _SERVER = "stack/", "movement/", "server/"
 
 
 class _Step(NamedTuple):
@@ -107,16 +106,13 @@ class Coordinator:
         opening = self.open()
         chain = self._chain(opening.start_layer)
         history = self._log.rounds()
-        stack, movement, server = self._restore(chain, history)
+        state = self._state(chain, history)
         while (step := self._next(chain, history)) is not None:
-            record, stack, movement = self._round(step, stack, movement, server, history)
+            record, state = self._round(step, state, history)
             record = self._guarantee.priced(record, history)
-            tensors = {_STACK + name: tensor for name, tensor in stack.tensors().items()}
-            tensors |= {_MOVEMENT + name: tensor for name, tensor in movement.tensors.items()}
-            tensors |= {_SERVER + name: tensor for name, tensor in server.tensors.items()}
             history.append(record)
             best = best_round(history)
-            self._log.commit_round(record, tensors, keep=best.index if best else None)
+            self._log.commit_round(record, state.tensors(), keep=best.index if best else None)
             yield record
             self._stop_if_fruitless(history)
 
@@ -151,7 +147,7 @@ class Coordinator:
 
     def stack(self) -> AdapterStack:
         """The stack as last committed."""
-        return self._restore(self._chain(self.open().start_layer), self._log.rounds())[0]
+        return self._state(self._chain(self.open().start_layer), self._log.rounds()).stack
 
     def models(self) -> dict[str, SavedStack]:
         """The ``last`` stack and, if it is another, the ``best`` one, with what has to be known to use them."""
@@ -165,7 +161,7 @@ class Coordinator:
         """The last stack, and the best one if that is of another round."""
         stacks, best = {"last": self.stack()}, best_round(history)
         if best and best.index != history[-1].index:
-            stacks["best"] = AdapterStack.from_tensors(_below(self._log.tensors(best.index), _STACK))
+            stacks["best"] = stack_of(self._log.tensors(best.index))
         return stacks
 
     def _chain(self, start: int) -> Chain:
@@ -206,16 +202,14 @@ class Coordinator:
         cpu_seconds = sum(profile.cpu_seconds for profile in profiles)
         return average([(profile.similarities, profile.examples) for profile in profiles]), lost, cpu_seconds
 
-    def _restore(self, chain: Chain, history: Sequence[Round]) -> tuple[AdapterStack, Movement, ServerOptimizer]:
-        if not history:
-            bottleneck, classes = self._spec.chain.adapter.bottleneck, self._job.class_count
-            seed = derive(self._spec.seed, "stack")
-            stack = AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed)
-            return stack, Movement(), ServerOptimizer(self._spec.aggregation)
-        tensors = self._log.tensors(history[-1].index)
-        stack = AdapterStack.from_tensors(_below(tensors, _STACK))
-        server = ServerOptimizer(self._spec.aggregation, _below(tensors, _SERVER))
-        return stack, Movement(_below(tensors, _MOVEMENT)), server
+    def _state(self, chain: Chain, history: Sequence[Round]) -> State:
+        """After the last round of ``history``, as it was committed."""
+        if history:
+            return State.of(self._log.tensors(history[-1].index), self._spec.aggregation)
+        bottleneck, classes = self._spec.chain.adapter.bottleneck, self._job.class_count
+        seed = derive(self._spec.seed, "stack")
+        stack = AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed)
+        return State.new(stack, self._spec.aggregation)
 
     def _next(self, chain: Chain, history: Sequence[Round]) -> _Step | None:
         """What follows from the rounds so far, whoever ran them."""
@@ -234,11 +228,9 @@ class Coordinator:
         limit = stages[index].rounds if index < len(stages) - 1 else total - (done - spent)
         return _Step(done, index, stages[index].window, spent, limit)
 
-    def _round(
-        self, step: _Step, stack: AdapterStack, movement: Movement, server: ServerOptimizer, history: Sequence[Round]
-    ) -> tuple[Round, AdapterStack, Movement]:
+    def _round(self, step: _Step, state: State, history: Sequence[Round]) -> tuple[Round, State]:
         began = perf_counter()
-        before = stack.tensors()
+        before, movement, server = state.stack.tensors(), state.movement, state.server
         fit = self._fit_head(step, before, history)
         if fit:
             before |= fit.tensors
@@ -291,29 +283,57 @@ class Coordinator:
         earlier = self._of_stage(history, step)
         losses = [loss for loss in (*(record.held_out_loss for record in earlier), held_out) if loss is not None]
         ended = self._ended(step, len(earlier) + counted, losses, moved)
-        evaluation = self._evaluation(step, stack, ended) if counted else None
-        return (
-            Round(
-                index=step.round_index,
-                stage=step.stage,
-                bottom=step.window.bottom,
-                top=step.window.top,
-                turns=tuple(fold.turns),
-                lost=tuple(fold.lost),
-                counted=counted,
-                train_loss=fold.loss(),
-                held_out_loss=held_out,
-                accuracy=score.accuracy if score else None,
-                movement=moved,
-                ended=ended,
-                seconds=perf_counter() - began,
-                head_fit=fit.record if fit else None,
-                early_exit=early_exit,
-                evaluation=evaluation,
-            ),
-            stack,
-            Movement() if ended else movement,
+        record = Round(
+            index=step.round_index,
+            stage=step.stage,
+            bottom=step.window.bottom,
+            top=step.window.top,
+            turns=tuple(fold.turns),
+            lost=tuple(fold.lost),
+            counted=counted,
+            train_loss=fold.loss(),
+            held_out_loss=held_out,
+            accuracy=score.accuracy if score else None,
+            movement=moved,
+            ended=ended,
+            seconds=0.0,
+            head_fit=fit.record if fit else None,
+            early_exit=early_exit,
         )
+
+        # 6. A stage that ends goes back to its best stack, if that is not the last. What is kept then is judged.
+        judged = exits([*(each for each in history if each.stage == step.stage), record])
+        best = self._best(state.best, record, judged, expected, {name: after[name] for name in expected})
+        restored = self._restored(judged) if ended else None
+        if restored:
+            stack = AdapterStack.from_tensors(after | best)
+            server.forget(best)
+        evaluation = self._evaluation(step, stack, ended) if counted or restored else None
+        changes = {"restored": restored, "evaluation": evaluation, "seconds": perf_counter() - began}
+        handed_on = State(stack, Movement(), server, {}) if ended else State(stack, movement, server, best)
+        return record.model_copy(update=changes), handed_on
+
+    def _best(
+        self, best: Tensors, record: Round, judged: Sequence[Restored], before: Tensors, after: Tensors
+    ) -> Tensors:
+        """What the stage trains as it was at its best exit, of which ``best`` were the tensors until this round."""
+        found = best_exit(judged)
+        if not self._goes_back or found is None:
+            return {}
+        if found.round == record.index:
+            return after
+        begun = found.round is None and record.head_fit is not None
+        return before if begun else best
+
+    def _restored(self, judged: Sequence[Restored]) -> Restored | None:
+        """What a stage goes back to as it ends; None if its last stack is its best."""
+        best = best_exit(judged) if self._goes_back else None
+        return None if best is None or best is judged[-1] else best
+
+    @property
+    def _goes_back(self) -> bool:
+        """Whether stages go back to their best. Where windows take turns, exits at different tops are no rivals."""
+        return self._spec.rounds.restore_best and self._spec.chain.schedule == "staged"
 
     def _fit_head(self, step: _Step, tensors: Tensors, history: Sequence[Round]) -> FittedHead | None:
         """The head in closed form, as a stage begins; once only where windows take turns, since they share one head."""
@@ -386,11 +406,6 @@ class Coordinator:
         if len(newest) == _FRUITLESS_ROUNDS and all(len(record.turns) < self._spec.quorum for record in newest):
             rounds = f"rounds {newest[0].index + 1} to {newest[-1].index + 1}"
             raise QuorumLost(rounds, self._spec.quorum, _reasons(newest[-1].lost))
-
-
-def _below(tensors: Tensors, prefix: str) -> Tensors:
-    """Those whose names begin with ``prefix``, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _reasons(lost: Iterable[Lost]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import layer_norm
+from torch.nn.functional import cross_entropy, layer_norm, linear
 
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.aggregate import check_update
@@ -17,12 +17,13 @@ from chainfed_ray.evaluate import pooled
 from chainfed_ray.fold import as_lost
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import HeadFit, Lost
+from chainfed_ray.score import Score
 from chainfed_ray.threads import one_thread
 from chainfed_ray.tokens import Examples
 
 
 class FittedHead(NamedTuple):
-    """The head's tensors by their names in the stack; empty if nobody sent sums."""
+    """The head's tensors by their names in the stack; empty if nobody sent sums, or no classifier follows from them."""
 
     tensors: Tensors
     record: HeadFit
@@ -56,30 +57,39 @@ def fit_head(
             else:
                 total.add(ClassSums(**sums.tensors))
                 counted.append(sums)
+    head, score = _head(total, stack, order.window, held_out, base) if counted else ({}, None)
     record = HeadFit(
         clients=len(counted),
         examples=int(total.counts.sum()),
         cpu_seconds=sum(sums.cpu_seconds for sums in counted),
         sent_bytes=sum(tensor.nbytes for sums in counted for tensor in sums.tensors.values()),
         lost=tuple(lost),
+        held_out_loss=score.loss if score else None,
+        accuracy=score.accuracy if score else None,
     )
-    return FittedHead(_head(total, stack, order.window, held_out, base) if counted else {}, record)
+    return FittedHead(head, record)
 
 
-def _head(total: ClassSums, stack: AdapterStack, window: Window, held_out: Examples, base: BaseModel) -> Tensors:
-    """The head's tensors; none if the sums are such that no classifier follows from them."""
+def _head(
+    total: ClassSums, stack: AdapterStack, window: Window, held_out: Examples, base: BaseModel
+) -> tuple[Tensors, Score | None]:
+    """The head's tensors, and its score on ``held_out`` examples; none if no classifier follows from the sums."""
     with one_thread():
         means, labels = pooled(held_out, base, base.scratch / "(validation)", stack, window)
-        found = fitted(total, layer_norm(means, means.shape[1:]), labels)
-    if found is None:
-        return {}
-    weight, bias = found
-    return {
+        features = layer_norm(means, means.shape[1:])
+        found = fitted(total, features, labels)
+        if found is None:
+            return {}, None
+        weight, bias = found
+        logits = linear(features, weight, bias)
+        score = Score(float(cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean()))
+    head = {
         "head.norm.weight": torch.ones(means.shape[1]),
         "head.norm.bias": torch.zeros(means.shape[1]),
         "head.linear.weight": weight,
         "head.linear.bias": bias,
     }
+    return head, score
 
 
 def _checked(client: Client, result: Result | Failure, expected: Tensors) -> HeadSums | Failure:

@@ -15,7 +15,7 @@ from chainfed_ray.evaluator import Evaluator, Sets
 from chainfed_ray.job import Job
 from chainfed_ray.measure import PeakMemory
 from chainfed_ray.memory import evaluation_bytes
-from chainfed_ray.records import Best, EarlyExit, Evaluation, Round, finite
+from chainfed_ray.records import Best, EarlyExit, Evaluation, Restored, Round, finite
 from chainfed_ray.score import Score, macro_f1
 from chainfed_ray.sections import Often
 from chainfed_ray.stream_evaluator import StreamEvaluator
@@ -68,6 +68,28 @@ def best_of(rounds: Sequence[Round]) -> Best | None:
     return Best(
         round=record.index, stage=record.stage, loss=_loss(record), accuracy=record.evaluation.accuracy, why=why
     )
+
+
+def exits(rounds: Iterable[Round]) -> list[Restored]:
+    """The early exits that were judged in a stage of these ``rounds``, in order: what it may go back to as it ends.
+
+    The first is the stack that it began with, if its head was fitted. A loss that is no finite number is left out.
+    """
+    judged = list[tuple[int | None, float | None, float | None]]()
+    for record in rounds:
+        if fit := record.head_fit:
+            judged.append((None, fit.held_out_loss, fit.accuracy))
+        judged.append((record.index, record.held_out_loss, record.accuracy))
+    return [
+        Restored(round=index, loss=loss, accuracy=accuracy)
+        for index, loss, accuracy in judged
+        if loss is not None and accuracy is not None
+    ]
+
+
+def best_exit(judged: Sequence[Restored]) -> Restored | None:
+    """The one with the least loss, of equals the newest; None if there is none."""
+    return min(reversed(judged), key=lambda one: one.loss, default=None)
 
 
 class Judging:

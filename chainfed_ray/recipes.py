@@ -11,7 +11,7 @@ Recipe = Literal["chainfed-ray", "paper"]
 # ChainFed (Wu et al., 2026): a head that is trained from zero, both losses, the start where CKA falls below 0.8.
 _PAPER: Mapping[str, Mapping[str, Any]] = {
     "chain": {"head": "zero", "cka_threshold": 0.8, "global_weight": 0.1, "global_trains": "head"},
-    "rounds": {"learning_rate": 3e-3, "head_learning_rate": 0.1},
+    "rounds": {"learning_rate": 3e-3, "head_learning_rate": 0.1, "restore_best": False},
 }
 
 

@@ -114,13 +114,19 @@ class Turn(Record):
 
 
 class HeadFit(Record):
-    """A head in closed form, before a stage's first round: whose sums it is made of, and what they took."""
+    """A head in closed form, before a stage's first round: whose sums it is made of, and what they took.
+
+    ``held_out_loss`` and ``accuracy`` are those of the stage before it is trained: the chain cut at the window's top, with
+    that head. Both are None if nobody sent sums.
+    """
 
     clients: int
     examples: int
     cpu_seconds: float
     sent_bytes: int
     lost: tuple[Lost, ...]
+    held_out_loss: Measured = None
+    accuracy: float | None = None
 
 
 class Evaluation(Record):
@@ -166,12 +172,24 @@ class Best(Record):
     why: str
 
 
+class Restored(Record):
+    """The stack that a stage went back to as it ended: that after ``round``, or, None, the one that it began with.
+
+    ``loss`` and ``accuracy`` are those of its early exit.
+    """
+
+    round: int | None
+    loss: float
+    accuracy: float
+
+
 class Round(Record):
     """One federated round. ``held_out_loss`` and ``accuracy`` are those of the chain cut at the window's top: an early exit.
 
     ``early_exit`` is what that took. ``evaluation`` is that of the whole model. Either is None where it was not due. ``ended``
-    says why its stage ended with it, if it did; ``head_fit`` how it began, if in that way. ``epsilon`` is ε of the rounds so
-    far, at the job's δ; None without privacy, with which each round is ``counted``.
+    says why its stage ended with it, if it did, and ``restored`` which stack it went back to then, if to another than the
+    last; ``head_fit`` how it began, if in that way. ``epsilon`` is ε of the rounds so far, at the job's δ; None without
+    privacy, with which each round is ``counted``.
     """
 
     index: int
@@ -187,6 +205,7 @@ class Round(Record):
     movement: float | None
     ended: str | None
     seconds: float
+    restored: Restored | None = None
     head_fit: HeadFit | None = None
     early_exit: EarlyExit | None = None
     evaluation: Evaluation | None = None
@@ -214,7 +233,10 @@ class Ending(Record):
 
 
 class StageResult(Record):
-    """A stage that ended, and why. ``accuracy`` is that of the chain cut at its top, ``evaluation`` the whole model's."""
+    """A stage that ended, and why. ``accuracy`` is that of the chain cut at its top, ``evaluation`` the whole model's.
+
+    Both are those of the stack that it went back to, if it was ``restored``.
+    """
 
     stage: int
     bottom: int
@@ -222,6 +244,7 @@ class StageResult(Record):
     rounds: int
     accuracy: float | None
     ended: str
+    restored: Restored | None = None
     evaluation: Evaluation | None = None
 
 
@@ -318,8 +341,9 @@ class Result(Record):
                     bottom=last.bottom,
                     top=last.top,
                     rounds=sum(record.stage == last.stage for record in rounds),
-                    accuracy=last.accuracy,
+                    accuracy=last.restored.accuracy if last.restored else last.accuracy,
                     ended=last.ended,
+                    restored=last.restored,
                     evaluation=last.evaluation,
                 )
                 for last in rounds

@@ -183,6 +183,10 @@ class RoundsSpec(Section):
     convergence: ConvergenceSpec = Field(
         default_factory=lambda: ConvergenceSpec(), description="when a stage ends early"
     )
+    restore_best: bool = Field(
+        True,
+        description="whether a stage (`staged`) that ends goes back to its best stack, by the held-out loss of its exits",
+    )
 
 
 class AggregationSpec(Section):

@@ -1,0 +1,121 @@
+"""Promises of how a stage ends: with its best stack by the held-out loss of its exits, whoever was killed on the way."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chainfed_ray.adapter import AdapterStack, Tensors
+from chainfed_ray.chain import Window
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.config import JobSpec
+from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.job import Job
+from chainfed_ray.judging import Judging, best_exit, exits, streaming
+from chainfed_ray.pool import LocalPool
+from chainfed_ray.records import EarlyExit, Opening, Result, Round
+from chainfed_ray.score import Score
+from tests.conftest import a_job
+from tests.test_coordinator import assert_same
+from tests.test_progress import a_round, an_opening
+
+STAGES = 2
+ROUNDS = 3  # of each stage
+
+
+class Foretold(Judging):
+    """The judgements of a job, but that the early exits have the losses that were foretold, round by round."""
+
+    def __init__(self, job: Job, losses: list[float]) -> None:
+        super().__init__(job, streaming(job))
+        self._losses = losses
+
+    def early_exit(self, stack: AdapterStack, window: Window) -> tuple[Score, EarlyExit]:
+        score, took = super().early_exit(stack, window)
+        return score._replace(loss=self._losses.pop(0)), took
+
+
+def run(document: dict[str, Any], folder: Path, losses: list[float]) -> tuple[Job, list[Round], list[Tensors]]:
+    """The job, killed after each round: its records, and the stack after each."""
+    document["rounds"] |= {"total": STAGES * ROUNDS, "convergence": {"rule": "none"}}
+    job, left = a_job(document, folder), list(losses)
+    rounds, stacks = list[Round](), list[Tensors]()
+    while True:
+        coordinator = Coordinator(job, LocalPool(job.base), CommitLog(folder / "log"), Foretold(job, left))
+        record = next(coordinator.rounds(), None)
+        if record is None:
+            assert not left
+            return job, rounds, stacks
+        rounds.append(record)
+        stacks.append(coordinator.stack().tensors())
+
+
+@pytest.mark.slow
+def test_a_stage_ends_with_its_best_stack(document: dict[str, Any], tmp_path: Path) -> None:
+    _, rounds, stacks = run(document, tmp_path, [3.0, 1.0, 2.0, 3.0, 2.0, 1.0])
+    restored = [record.restored and (record.restored.round, record.restored.loss) for record in rounds]
+    assert restored == [None, None, (1, 1.0), None, None, None]
+    assert_same(stacks[2], stacks[1])
+    assert any(not torch.equal(stacks[5][name], stacks[4][name]) for name in stacks[5])
+    assert rounds[2].evaluation is not None
+    assert rounds[2].held_out_loss == 2.0, "what was judged after the round stays on record"
+
+
+@pytest.mark.slow
+def test_a_stage_that_only_lost_ends_as_it_began(document: dict[str, Any], tmp_path: Path) -> None:
+    document["chain"]["head"] = "fitted"
+    job, rounds, stacks = run(document, tmp_path, [90.0, 80.0, math.nan, -1.0, 80.0, math.inf])
+    first = rounds[0].head_fit
+    assert first is not None
+    assert first.held_out_loss is not None
+    back = rounds[2].restored
+    assert back is not None
+    assert (back.round, back.loss, back.accuracy) == (None, first.held_out_loss, first.accuracy)
+    judged, _ = Judging(job, streaming(job)).early_exit(AdapterStack.from_tensors(stacks[2]), Window(1, 2))
+    assert judged.loss == pytest.approx(first.held_out_loss, rel=1e-5)
+    assert judged.accuracy == first.accuracy
+    assert rounds[5].restored is not None
+    assert rounds[5].restored.round == 3
+    assert_same(stacks[5], stacks[3])
+    ending = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).finish()
+    opening = CommitLog(tmp_path / "log").opening()
+    assert isinstance(opening, Opening)
+    result = Result.of("tiny", job.classes, opening, rounds, ending)
+    assert [stage.accuracy for stage in result.stages] == [first.accuracy, rounds[3].accuracy]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{"rounds": {"restore_best": False}}, {"chain": {"schedule": "cyclic"}}], ids=["no", "cyclic"]
+)
+def test_windows_that_take_turns_keep_their_last_stack_and_so_does_who_asks(
+    changes: dict[str, Any], document: dict[str, Any], tmp_path: Path
+) -> None:
+    for section, keys in changes.items():
+        document[section] |= keys
+    _, rounds, stacks = run(document, tmp_path, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert all(record.restored is None for record in rounds)
+    assert any(not torch.equal(stacks[5][name], stacks[4][name]) for name in stacks[5])
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(0, 10)), min_size=1, max_size=8))
+def test_the_best_exit_has_the_least_loss_and_is_the_newest_of_equals(losses: list[float | None]) -> None:
+    rounds = [a_round(index, an_opening(), held_out_loss=loss) for index, loss in enumerate(losses)]
+    best, known = best_exit(exits(rounds)), [loss for loss in losses if loss is not None]
+    if not known:
+        assert best is None
+        return
+    assert best is not None
+    assert best.loss == min(known)
+    assert best.round is not None
+    assert losses[best.round] == best.loss
+    assert all(loss != best.loss for loss in losses[best.round + 1 :])
+
+
+def test_the_paper_keeps_its_last_stack(document: dict[str, Any]) -> None:
+    assert JobSpec.parse(document).rounds.restore_best
+    assert not JobSpec.parse(document | {"recipe": "paper"}).rounds.restore_best
