@@ -1,5 +1,7 @@
 """Two sets of defaults for a job: ours, which are the schema's own, and the paper's. What a job says itself always counts.
 
+A few of ours follow from what a job says elsewhere: a language model's, and the rate of a head that has everything to learn.
+
 What each of them learns is measured by ``python -m benchmarks accuracy``.
 """
 
@@ -15,6 +17,9 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# A fitted head is held near to where it began; one from zero has a long way to go.
+_FROM_ZERO: Mapping[str, Mapping[str, Any]] = {"rounds": {"head_learning_rate": 0.1}}
+
 # A language model brings its head, and its hidden states are those that the head was trained on.
 _CAUSAL: Mapping[str, Mapping[str, Any]] = {
     "chain": {"head": "model"},
@@ -27,7 +32,11 @@ def with_defaults_of(document: Mapping[Any, Any]) -> Mapping[Any, Any]:
     model = document.get("model")
     causal = isinstance(model, Mapping) and model.get("task") == "causal-lm"
     filled = _filled(document, _CAUSAL) if causal else document
-    return _filled(filled, _PAPER) if document.get("recipe") == "paper" else filled
+    if document.get("recipe") == "paper":
+        return _filled(filled, _PAPER)
+    chain = document.get("chain")
+    from_zero = isinstance(chain, Mapping) and chain.get("head") == "zero"
+    return _filled(filled, _FROM_ZERO) if from_zero else filled
 
 
 def _filled(document: Mapping[Any, Any], defaults: Mapping[str, Mapping[str, Any]]) -> Mapping[Any, Any]:

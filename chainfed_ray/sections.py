@@ -169,8 +169,10 @@ class RoundsSpec(Section):
         None, ge=1, le=100_000, description="optimizer steps of a client's turn, in place of `local_epochs`"
     )
     batch_size: int = Field(16, ge=1, le=4096, description="examples in an optimizer step")
-    learning_rate: float = Field(1e-2, gt=0, lt=10, description="of the adapters (AdamW)")
-    head_learning_rate: float = Field(1e-2, gt=0, lt=10, description="of the head")
+    learning_rate: float = Field(5e-3, gt=0, lt=10, description="of the adapters (AdamW)")
+    head_learning_rate: float = Field(
+        1e-3, gt=0, lt=10, description="of the head; 0.1 where it begins at zero (`chain.head: zero`)"
+    )
     warmup: int = Field(
         0, ge=0, le=100_000, description="rounds of a stage over which the rates rise to their full value"
     )

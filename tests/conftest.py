@@ -2,6 +2,7 @@
 
 import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from chainfed_ray import dry_run, job
 from chainfed_ray.base_model import resolve
+from chainfed_ray.blocks import Blocks
 from chainfed_ray.config import JobSpec
+from chainfed_ray.costs import costs_of
 from chainfed_ray.job import Job, prepare
+from chainfed_ray.memory import Costs
 from tests.models import tiny
 
 torch.set_num_threads(1)
@@ -28,6 +33,23 @@ def quick_collections() -> None:
     """A measured turn begins with a garbage collection: it need not look at every library each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_are_rehearsed_once() -> Iterator[None]:
+    """A job begins with seconds of arithmetic on its model; what comes of them is the same for the same model."""
+    known = dict[tuple[object, ...], Costs]()
+
+    def costs_once(blocks: Blocks, bottleneck: int, classes: int | None) -> Costs:
+        key = (blocks._name, (Path(blocks._name) / "config.json").read_bytes(), blocks.dtype, bottleneck, classes)
+        if key not in known:
+            known[key] = costs_of(blocks, bottleneck, classes)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (job, dry_run):
+            patch.setattr(module, "costs_of", costs_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -121,6 +121,15 @@ def test_what_a_job_says_counts_more_than_its_recipe(document: dict[str, Any]) -
     assert (spec.chain.head, spec.chain.global_weight, spec.chain.cka_threshold) == ("fitted", 0.2, 0.8)
 
 
+def test_a_head_from_zero_has_further_to_go_than_a_fitted_one(document: dict[str, Any]) -> None:
+    assert document["chain"]["head"] == "zero"
+    assert JobSpec.parse(document).rounds.head_learning_rate == 0.1
+    document["rounds"]["head_learning_rate"] = 0.02
+    assert JobSpec.parse(document).rounds.head_learning_rate == 0.02
+    del document["chain"]["head"], document["rounds"]["head_learning_rate"]
+    assert JobSpec.parse(document).rounds.head_learning_rate == 1e-3
+
+
 @pytest.mark.parametrize(("key", "value"), [("recipe", "papers"), ("chain", 3)])
 def test_a_recipe_hides_no_mistake(key: str, value: object, document: dict[str, Any]) -> None:
     with pytest.raises(InvalidJob, match=key):
