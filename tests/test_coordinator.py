@@ -132,7 +132,7 @@ class EndToEnd:
 def test_window_of_all_layers_without_global_loss_is_fedavg(document: dict[str, Any], tmp_path: Path) -> None:
     """One stage over the whole model against federated end-to-end adapters, exactly."""
     document["chain"] |= {"window": 4, "start": 0, "global_weight": 0}
-    document["rounds"] |= {"total": 2, "clients": 4, "quorum": 4}
+    document["rounds"] |= {"total": 2, "clients": 4, "quorum": 4, "head_learning_rate": 0.01}
     document["fleet"]["partition"] = {"scheme": "dirichlet", "alpha": 0.5}
     job = a_job(document, tmp_path)
     assert len({len(client.examples) for client in job.clients}) > 1, "weights that matter"

@@ -137,7 +137,8 @@ def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> No
     for pid in highest.keys() & idle.keys():
         assert highest[pid] - idle[pid] <= planned + 2**20, "as others see it"
     assert [record.bottom for record in records] == [2, 3, 4]
-    kept = [after[pid] - idle[pid] for pid in idle.keys() & after.keys()]
+    # Where starting takes long, a process makes room for one of another class: that is compared with those before.
+    kept = [after[pid] - idle.get(pid, max(idle.values())) for pid in after]
     assert kept
     # The allocator keeps a few MiB, not always as many; that no tensor is kept is tests/test_client.py's to show.
     assert max(kept) < 16 * 2**20, "a client's memory is given back when its lease ends"
