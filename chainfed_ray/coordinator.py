@@ -23,7 +23,7 @@ from chainfed_ray.fold import Fold, as_lost
 from chainfed_ray.guarantee import Guarantee
 from chainfed_ray.head_fit import FittedHead, fit_head
 from chainfed_ray.job import Job
-from chainfed_ray.judging import Judging, best_exit, best_of, best_round, exits, is_due, streamed
+from chainfed_ray.judging import Judging, best_exit, best_of, best_round, exits, fallback, is_due, streamed
 from chainfed_ray.objective import trained_names
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import Admitted, EarlyExit, Ending, Evaluation, Lost, Opening, Restored, Round, finite
@@ -304,7 +304,7 @@ class Coordinator:
         # 6. A stage that ends goes back to its best stack, if that is not the last. What is kept then is judged.
         judged = exits([*(each for each in history if each.stage == step.stage), record])
         best = self._best(state.best, record, judged, expected, {name: after[name] for name in expected})
-        restored = self._restored(judged) if ended else None
+        restored = fallback(judged) if ended and self._goes_back else None
         if restored:
             stack = AdapterStack.from_tensors(after | best)
             server.forget(best)
@@ -324,11 +324,6 @@ class Coordinator:
             return after
         begun = found.round is None and record.head_fit is not None
         return before if begun else best
-
-    def _restored(self, judged: Sequence[Restored]) -> Restored | None:
-        """What a stage goes back to as it ends; None if its last stack is its best."""
-        best = best_exit(judged) if self._goes_back else None
-        return None if best is None or best is judged[-1] else best
 
     @property
     def _goes_back(self) -> bool:

@@ -92,6 +92,12 @@ def best_exit(judged: Sequence[Restored]) -> Restored | None:
     return min(reversed(judged), key=lambda one: one.loss, default=None)
 
 
+def fallback(judged: Sequence[Restored]) -> Restored | None:
+    """What a stage with these exits goes back to as it ends; None if its newest exit is its best."""
+    best = best_exit(judged)
+    return None if best is None or best is judged[-1] else best
+
+
 class Judging:
     """The judgements of one job. ``instead`` says why the evaluator is another than the job asks for, if it is."""
 
