@@ -78,9 +78,7 @@ def _chain(run: Run, job: Job, log: Path, meter: Meter) -> dict[str, Any]:
         if record.index + 1 in due:
             window = Window(record.bottom, record.top)
             cache = job.base.scratch / "(validation)"
-            accuracy = (
-                record.restored.accuracy if record.restored else record.accuracy
-            )  # there is one when a stage ends
+            accuracy = record.kept_accuracy  # there is one when a stage ends
             if accuracy is None:
                 judgement = evaluate(job.validation, job.base, cache, coordinator.stack(), window)
                 accuracy = Score.of(judgement).accuracy

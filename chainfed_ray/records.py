@@ -211,6 +211,11 @@ class Round(Record):
     evaluation: Evaluation | None = None
     epsilon: float | None = None
 
+    @property
+    def kept_accuracy(self) -> float | None:
+        """That of the early exit of the stack that is handed on: what the stage went back to, if it did."""
+        return self.restored.accuracy if self.restored else self.accuracy
+
 
 class Ending(Record):
     """After the last round: what the whole model is worth on the test rows, with the stack that is ``served``.
@@ -341,7 +346,7 @@ class Result(Record):
                     bottom=last.bottom,
                     top=last.top,
                     rounds=sum(record.stage == last.stage for record in rounds),
-                    accuracy=last.restored.accuracy if last.restored else last.accuracy,
+                    accuracy=last.kept_accuracy,
                     ended=last.ended,
                     restored=last.restored,
                     evaluation=last.evaluation,

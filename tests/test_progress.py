@@ -14,7 +14,19 @@ from api.plots import draw
 from api.progress import Progress, time_left
 from api.results import results
 from api.schemas import Progress as Resource
-from chainfed_ray.records import Admitted, Ending, HeadFit, LeftOut, Lost, Opening, Result, Round, StageMemory, Turn
+from chainfed_ray.records import (
+    Admitted,
+    Ending,
+    HeadFit,
+    LeftOut,
+    Lost,
+    Opening,
+    Restored,
+    Result,
+    Round,
+    StageMemory,
+    Turn,
+)
 from tests.test_job_store import SPEC
 
 MIB = 2**20
@@ -95,6 +107,16 @@ def test_a_line_for_each_round_where_there_is_no_terminal() -> None:
     assert "and 2 more turns were lost" in text
     assert "Stage 1 (layers 2–3) ends: round limit." in text
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(("after", "what"), [(None, "what it began with"), (1, "its stack after round 2")])
+def test_a_stage_that_goes_back_says_to_what(after: int | None, what: str) -> None:
+    opening, console = an_opening(), a_console()
+    back = Restored(round=after, loss=0.5, accuracy=0.625)
+    with Progress(console, "tiny", SPEC) as progress:
+        told(progress, opening, [a_round(2, opening, ended="round limit", restored=back)])
+    said = " ".join(console.export_text().split())
+    assert f"It goes back to {what}, where held-out rows had less loss: 62.5% right." in said
 
 
 def test_the_panel_of_a_terminal() -> None:
