@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from chainfed_ray.chain import Window
-from chainfed_ray.memory import Costs, Means, Plan, Task, cache_bytes, lacking, leaner, plan
+from chainfed_ray.demand import Costs
+from chainfed_ray.memory import Means, Plan, Task, cache_bytes, lacking, leaner, plan
 from chainfed_ray.tokens import Examples
 
 

@@ -8,8 +8,8 @@ killed and made again goes on as if nothing had happened. To cancel a job, cease
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
-from typing import NamedTuple
 
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.admission import Candidate
@@ -17,9 +17,11 @@ from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client import Fitting, Profile, Profiling, Training
 from chainfed_ray.cohort import Cohort, everyone
 from chainfed_ray.commit_log import CommitLog
-from chainfed_ray.convergence import Movement, verdict
+from chainfed_ray.convergence import Movement
+from chainfed_ray.course import Course, Step
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.fold import Fold, as_lost
+from chainfed_ray.gather import gather
 from chainfed_ray.guarantee import Guarantee
 from chainfed_ray.head_fit import FittedHead, fit_head
 from chainfed_ray.job import Job
@@ -35,24 +37,6 @@ from chainfed_ray.start_layer import FEWEST, average
 from chainfed_ray.state import State, stack_of
 
 _FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the reasons
-
-
-class _Step(NamedTuple):
-    """What the next round is: its window, and how many rounds its stage had of those that it may have.
-
-    Where windows take turns, that is the whole job's.
-    """
-
-    round_index: int
-    stage: int
-    window: Window
-    spent: int
-    limit: int
-
-    @property
-    def last_of_stage(self) -> bool:
-        """Whether there are no more rounds for the stage after this one."""
-        return self.spent + 1 == self.limit
 
 
 class Coordinator:
@@ -105,10 +89,11 @@ class Coordinator:
         """
         opening = self.open()
         chain = self._chain(opening.start_layer)
+        course = Course(self._spec, chain, self._guarantee.total)
         history = self._log.rounds()
         state = self._state(chain, history)
-        while (step := self._next(chain, history)) is not None:
-            record, state = self._round(step, state, history)
+        while (step := course.next(history)) is not None:
+            record, state = self._round(course, step, state, history)
             record = self._guarantee.priced(record, history)
             history.append(record)
             best = best_round(history)
@@ -211,78 +196,41 @@ class Coordinator:
         stack = AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed)
         return State.new(stack, self._spec.aggregation)
 
-    def _next(self, chain: Chain, history: Sequence[Round]) -> _Step | None:
-        """What follows from the rounds so far, whoever ran them."""
-        total, done = self._guarantee.total, len(history)
-        if done == total:
-            return None
-        if self._spec.chain.schedule == "cyclic":
-            window = chain.cyclic(done, total)
-            return _Step(done, window.bottom - chain.start, window, done, total)
-        stages = chain.staged(total, self._spec.rounds.last_stage_share)
-        index = sum(record.ended is not None for record in history)
-        if index == len(stages):
-            return None
-        spent = sum(record.stage == index for record in history)
-        # What the stages before did not need goes to the last.
-        limit = stages[index].rounds if index < len(stages) - 1 else total - (done - spent)
-        return _Step(done, index, stages[index].window, spent, limit)
-
-    def _round(self, step: _Step, state: State, history: Sequence[Round]) -> tuple[Round, State]:
+    def _round(self, course: Course, step: Step, state: State, history: Sequence[Round]) -> tuple[Round, State]:
         began = perf_counter()
         before, movement, server = state.stack.tensors(), state.movement, state.server
-        fit = self._fit_head(step, before, history)
+        fit = self._fit_head(step, before, history) if course.opens(step, history) else None
         if fit:
             before |= fit.tensors
             server.forget(fit.tensors)
-        started = perf_counter()
-        expected = self._trained(before, step.window)
+        trained = self._trained(before, step.window)
 
-        # 1. Sample clients, and let them train the window, or as much of its top as their budgets hold.
-        cohort = self._cohort(step, history)
-        clients = self._guarantee.prepared(cohort.clients, step.round_index)
-        order = self._order(step, before)
-        outcomes = self._pool.run(clients, order, self._spec.rounds.deadline)
-
-        # 2. Fold their updates, in client order.
-        aggregate = self._guarantee.aggregate(step.round_index, expected)
-        fold = Fold(lambda window: self._trained(before, self._guarantee.sent(window, step.window)), aggregate)
-        for client, silence in cohort.absent:
-            fold.add(client, silence)
-        exceeded: dict[str, Failure] = {}
-        for outcome in in_order(outcomes, len(clients)):
-            client, result = clients[outcome.place], outcome.result
-            if isinstance(result, Failure) and result.exceeded and client.name not in cohort.lean:
-                exceeded[client.name] = result
-            else:
-                fold.add(client, result)
-
-        # 3. Those that exceeded their plan have a second turn, leaner or with their whole budget, before they are left out.
-        able = self._guarantee.prepared(cohort.second_turns(exceeded), step.round_index)
-        left = max(self._spec.rounds.deadline - (perf_counter() - started), 0.0)
-        outcomes = self._pool.run(able, order, left) if able else iter(())
-        for outcome in in_order(outcomes, len(able)):
-            first = exceeded.pop(able[outcome.place].name).reason
-            fold.add(able[outcome.place], outcome.result, first)
-        for client in clients:
-            if failure := exceeded.get(client.name):
-                fold.add(client, replace(failure, reason=f"{failure.reason}; there is no leaner plan"))
+        # 1. Sampled clients train the window, or as much of its top as their budgets hold; their updates are folded.
+        fold = self._fold(step, before, trained)
+        gather(
+            self._pool,
+            self._cohort(step, history),
+            self._order(step, before),
+            self._spec.rounds.deadline,
+            partial(self._guarantee.prepared, index=step.round_index),
+            fold,
+        )
         counted = self._guarantee.counts(len(fold.turns))
 
-        # 4. The new stack, and how far the window moved.
+        # 2. The new stack, and how far the window moved.
         after = server.step(before, fold.aggregate()) if counted else before
         if counted:
-            movement = movement if len(self._of_stage(history, step)) % self._span else Movement()
-            movement.add(expected, {name: after[name] for name in expected})
+            movement = Movement() if course.opens_span(step, history) else movement
+            movement.add(trained, {name: after[name] for name in trained})
         stack = AdapterStack.from_tensors(after)
 
-        # 5. Judge it on held-out rows, and the stage by its convergence rule.
+        # 3. Judge it on held-out rows, and the stage by its convergence rule.
         moved = movement.value() if counted else None
         score, early_exit = self._score(step, stack) if counted else (None, None)
         held_out = finite(score.loss) if score else None
-        earlier = self._of_stage(history, step)
+        earlier = course.counted(step, history)
         losses = [loss for loss in (*(record.held_out_loss for record in earlier), held_out) if loss is not None]
-        ended = self._ended(step, len(earlier) + counted, losses, moved)
+        ended = course.ended(step, len(earlier) + counted, losses, moved)
         record = Round(
             index=step.round_index,
             stage=step.stage,
@@ -301,10 +249,11 @@ class Coordinator:
             early_exit=early_exit,
         )
 
-        # 6. A stage that ends goes back to its best stack, if that is not the last. What is kept then is judged.
+        # 4. A stage that ends goes back to its best stack, if that is not the last. What is kept then is judged.
         judged = exits([*(each for each in history if each.stage == step.stage), record])
-        best = self._best(state.best, record, judged, expected, {name: after[name] for name in expected})
-        restored = fallback(judged) if ended and self._goes_back else None
+        kept = {name: after[name] for name in trained}
+        best = _best(state.best, record, judged, trained, kept) if course.goes_back else {}
+        restored = fallback(judged) if ended and course.goes_back else None
         if restored:
             stack = AdapterStack.from_tensors(after | best)
             server.forget(best)
@@ -313,30 +262,9 @@ class Coordinator:
         handed_on = State(stack, Movement(), server, {}) if ended else State(stack, movement, server, best)
         return record.model_copy(update=changes), handed_on
 
-    def _best(
-        self, best: Tensors, record: Round, judged: Sequence[Restored], before: Tensors, after: Tensors
-    ) -> Tensors:
-        """What the stage trains as it was at its best exit, of which ``best`` were the tensors until this round."""
-        found = best_exit(judged)
-        if not self._goes_back or found is None:
-            return {}
-        if found.round == record.index:
-            return after
-        begun = found.round is None and record.head_fit is not None
-        return before if begun else best
-
-    @property
-    def _goes_back(self) -> bool:
-        """Whether stages go back to their best. Where windows take turns, exits at different tops are no rivals."""
-        return self._spec.rounds.restore_best and self._spec.chain.schedule == "staged"
-
-    def _fit_head(self, step: _Step, tensors: Tensors, history: Sequence[Round]) -> FittedHead | None:
-        """The head in closed form, as a stage begins; once only where windows take turns, since they share one head."""
-        if self._spec.chain.schedule == "cyclic":
-            begun = bool(history)
-        else:
-            begun = any(record.stage == step.stage for record in history)
-        if self._spec.chain.head != "fitted" or begun:
+    def _fit_head(self, step: Step, tensors: Tensors, history: Sequence[Round]) -> FittedHead | None:
+        """The head in closed form, if the job has one."""
+        if self._spec.chain.head != "fitted":
             return None
         admitted = (candidate for candidate, _ in self._job.admitted)
         clients = everyone(self._planner, admitted, step.window, history)
@@ -345,14 +273,11 @@ class Coordinator:
         order = Fitting(tensors, step.window)
         return fit_head(self._pool, clients, order, deadline, self._job.validation, self._job.base)
 
-    @property
-    def _span(self) -> int:
-        return self._spec.rounds.convergence.span
+    def _fold(self, step: Step, before: Tensors, trained: Tensors) -> Fold:
+        aggregate = self._guarantee.aggregate(step.round_index, trained)
+        return Fold(lambda window: self._trained(before, self._guarantee.sent(window, step.window)), aggregate)
 
-    def _of_stage(self, history: Sequence[Round], step: _Step) -> list[Round]:
-        return [record for record in history if record.stage == step.stage and record.counted]
-
-    def _cohort(self, step: _Step, history: Sequence[Round]) -> Cohort:
+    def _cohort(self, step: Step, history: Sequence[Round]) -> Cohort:
         admitted = (candidate for candidate, _ in self._job.admitted)
         seed = self._guarantee.sampling_seed
         return Cohort.of(self._spec, self._planner, admitted, step.round_index, step.window, history, seed)
@@ -362,7 +287,7 @@ class Coordinator:
         names = trained_names(tensors, window, self._spec.chain.global_weight, self._spec.chain.global_trains)
         return {name: tensors[name] for name in sorted(names)}
 
-    def _order(self, step: _Step, tensors: Tensors) -> Training:
+    def _order(self, step: Step, tensors: Tensors) -> Training:
         rounds = self._spec.rounds
         rate = rate_at(rounds, step.spent, step.limit)
         return Training(
@@ -380,21 +305,13 @@ class Coordinator:
             clip_norm=rounds.clip_norm,
         )
 
-    def _score(self, step: _Step, stack: AdapterStack) -> tuple[Score, EarlyExit] | tuple[None, None]:
+    def _score(self, step: Step, stack: AdapterStack) -> tuple[Score, EarlyExit] | tuple[None, None]:
         due = is_due(self._spec.evaluation.every, step.round_index, step.last_of_stage)
         return self._judging.early_exit(stack, step.window) if due else (None, None)
 
-    def _evaluation(self, step: _Step, stack: AdapterStack, ended: str | None) -> Evaluation | None:
+    def _evaluation(self, step: Step, stack: AdapterStack, ended: str | None) -> Evaluation | None:
         due = is_due(self._spec.evaluation.whole_every, step.round_index, ended is not None)
         return self._judging.whole(stack) if due else None
-
-    def _ended(self, step: _Step, rounds: int, losses: Sequence[float], movement: float | None) -> str | None:
-        if step.last_of_stage:
-            return "round limit"
-        if self._spec.chain.schedule == "cyclic":
-            return None
-        whole_span = rounds % self._span == 0
-        return verdict(self._spec.rounds.convergence, rounds, losses, movement if whole_span else None)
 
     def _stop_if_fruitless(self, history: Sequence[Round]) -> None:
         newest = history[-_FRUITLESS_ROUNDS:]
@@ -405,3 +322,14 @@ class Coordinator:
 
 def _reasons(lost: Iterable[Lost]) -> dict[str, str]:
     return {turn.client: turn.reason for turn in lost}
+
+
+def _best(best: Tensors, record: Round, judged: Sequence[Restored], before: Tensors, after: Tensors) -> Tensors:
+    """What the stage trains as it was at its best exit, of which ``best`` were the tensors until this round."""
+    found = best_exit(judged)
+    if found is None:
+        return {}
+    if found.round == record.index:
+        return after
+    begun = found.round is None and record.head_fit is not None
+    return before if begun else best

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from chainfed_ray.adapter import Adapter, Head
 from chainfed_ray.blocks import Blocks, LayerCall
+from chainfed_ray.demand import Costs, StepDemands
 from chainfed_ray.lm_head import next_token_loss
-from chainfed_ray.memory import Costs, StepDemands
 from chainfed_ray.rehearsal import Prepare, polynomial_of, rehearse, with_blank_weights
 from chainfed_ray.spill import overwrite_activations
 from chainfed_ray.stream import SLICE_BYTES

@@ -16,11 +16,12 @@ from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Chain
 from chainfed_ray.config import JobSpec
 from chainfed_ray.costs import costs_of
+from chainfed_ray.demand import Costs
 from chainfed_ray.duration import duration
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.forecast import PREFIX, Change, ClassForecast, Forecast
 from chainfed_ray.job import Job, check_fleet, draft, task_of
-from chainfed_ray.memory import Costs, Plan
+from chainfed_ray.memory import Plan
 from chainfed_ray.sections import ClientClass
 from chainfed_ray.tokens import Examples
 

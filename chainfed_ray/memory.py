@@ -2,7 +2,7 @@
 
 A turn advances the prefix cache and then takes training steps; it needs the larger of the two. What a step holds follows
 from the order of its parts (adapters, layers, head, stand-ins): on the way forward each part leaves behind what it saved for
-the way back. ``Costs`` says what each part takes; it is rehearsed once for a base model (rehearsal.py).
+the way back. ``Costs`` (demand.py) says what each part takes.
 
 A client gets the widest window that fits its budget; then layers that stay resident, or else matrices that are streamed, or
 else saved activations on disk as well; then the largest micro-batch. Gradients of micro-batches add up to the batch's, so
@@ -15,6 +15,7 @@ from itertools import product
 from typing import Literal
 
 from chainfed_ray.chain import Window
+from chainfed_ray.demand import Costs, Demand, StepDemands
 
 # What is loaded at once: whole layers, kept for as long as they are used; or slices of one matrix at a time.
 Grain = Literal["layer", "matrix"]
@@ -28,73 +29,6 @@ _FLOAT32, _FLOAT64 = 4, 8
 _EMBEDDING_STATES = 6  # rows, rows by place, sums with positions and types, and their norm
 _POOLING_STATES = 2  # the hidden states and their product with the mask
 _COMPARED, _GRAMS = 6, 5  # representations [n, D] and Gram matrices [n, n] of a CKA, with their products
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """Bytes for B examples of T tokens: a sum of terms BⁱTʲ, with ``terms[i][j]`` their factors."""
-
-    terms: tuple[tuple[int, ...], ...]
-
-    def at(self, batch: int, tokens: int) -> int:
-        """The bytes for a batch."""
-        return sum(factor * batch**i * tokens**j for i, row in enumerate(self.terms) for j, factor in enumerate(row))
-
-
-NOTHING = Bytes(())
-
-
-@dataclass(frozen=True)
-class Demand:
-    """The bytes of one part of a step: alive during its forward and its backward pass, and saved from one to the other.
-
-    Forward counts the part's input and output; backward the gradients of both and what was saved. Each is the largest of
-    several sums, since which moment is the highest depends on the shape.
-    """
-
-    saved: Bytes
-    forward: tuple[Bytes, ...]
-    backward: tuple[Bytes, ...]
-
-    def forward_at(self, batch: int, tokens: int) -> int:
-        """The most that is alive on the way forward."""
-        return max((moment.at(batch, tokens) for moment in self.forward), default=0)
-
-    def backward_at(self, batch: int, tokens: int) -> int:
-        """The most that is alive on the way back."""
-        return max((moment.at(batch, tokens) for moment in self.backward), default=0)
-
-
-@dataclass(frozen=True)
-class StepDemands:
-    """The parts of a training step."""
-
-    adapter: Demand  # one that is trained
-    layer: Demand
-    head: Demand  # with the loss
-    stand_in: Demand  # an adapter above the window, on the global branch
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What the arithmetic needs to know of a base model and its stack. Bytes, unless said otherwise."""
-
-    layers: int  # L, a count
-    hidden: int  # D, a count
-    itemsize: int  # of an activation's element
-    layer: int  # the largest layer's weights
-    unstreamed: int  # of those, what is no matrix: norms and biases
-    slices: int  # the buffers of streamed matrices
-    conversion: int  # a tensor as it is kept, while it becomes one of another dtype
-    skeleton: int  # the model without its weights, and compiled operations
-    call: Bytes  # masks and rotary tables
-    adapter: int
-    head: int
-    streamed_head: bool  # the language model's own head: never resident, and not trained
-    kept: StepDemands  # saved activations in memory
-    spilled: StepDemands  # … on disk
-    advance: Demand  # a layer without gradients
-    advance_adapter: Demand
 
 
 @dataclass(frozen=True)

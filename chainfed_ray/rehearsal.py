@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chainfed_ray.memory import NOTHING, Bytes, Demand
+from chainfed_ray.demand import NOTHING, Bytes, Demand
 from chainfed_ray.spill import is_spilled
 
 # Two batches and three lengths determine terms up to B·T². None is 1: what has one row is sometimes a view of another tensor.

@@ -5,10 +5,11 @@ from time import perf_counter
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel
+from chainfed_ray.demand import Costs
 from chainfed_ray.evaluate import evaluate
 from chainfed_ray.evaluator import Evaluated, Sets
 from chainfed_ray.measure import PeakMemory
-from chainfed_ray.memory import Costs, evaluation_bytes
+from chainfed_ray.memory import evaluation_bytes
 from chainfed_ray.threads import one_thread
 
 

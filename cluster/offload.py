@@ -13,10 +13,10 @@ from ray.exceptions import RayError
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import BaseModel
+from chainfed_ray.demand import Costs
 from chainfed_ray.errors import EvaluationFailed, InvalidSetting
 from chainfed_ray.evaluator import Evaluated, Evaluator, Sets
 from chainfed_ray.judgement import Judgement
-from chainfed_ray.memory import Costs
 from chainfed_ray.offload_footprint import disk_bytes, offload_footprint, swap_bytes
 from chainfed_ray.offloaded import Share
 from chainfed_ray.quantities import format_bytes

@@ -15,8 +15,8 @@ from chainfed_ray.base_model import resolve
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.config import JobSpec
 from chainfed_ray.costs import costs_of
+from chainfed_ray.demand import Costs
 from chainfed_ray.job import Job, prepare
-from chainfed_ray.memory import Costs
 from tests.models import tiny
 
 torch.set_num_threads(1)

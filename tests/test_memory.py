@@ -3,28 +3,16 @@
 import ast
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from chainfed_ray import memory
 from chainfed_ray.chain import Window
-from chainfed_ray.memory import (
-    NOTHING,
-    Bytes,
-    Costs,
-    Demand,
-    Means,
-    StepDemands,
-    Task,
-    footprint,
-    lacking,
-    leaner,
-    plan,
-)
+from chainfed_ray.demand import NOTHING, Bytes, Costs, Demand, StepDemands
+from chainfed_ray.memory import Grain, Means, Task, footprint, lacking, leaner, plan
+from tests.test_architecture import ROOT
 
 LAYERS, HIDDEN, ITEMSIZE = 6, 16, 4
 ROW = HIDDEN * ITEMSIZE
@@ -183,7 +171,7 @@ def test_longer_texts_never_need_less(costs: Costs, job: tuple[Task, Window], me
 @given(all_costs(), all_tasks(), all_means, st.sampled_from(["layer", "matrix"]))
 @planned
 def test_a_step_with_more_in_it_never_needs_less(
-    costs: Costs, job: tuple[Task, Window], means: Means, grain: memory.Grain
+    costs: Costs, job: tuple[Task, Window], means: Means, grain: Grain
 ) -> None:
     """A wider window, another example, a longer chain, a global branch, and one that is trained."""
     task, stage = job
@@ -216,7 +204,7 @@ def test_a_leaner_plan_needs_two_thirds(costs: Costs, job: tuple[Task, Window], 
         assert found.window.top == best.window.top
 
 
-WAYS: tuple[tuple[memory.Grain, bool], ...] = (("layer", False), ("matrix", False), ("matrix", True))
+WAYS: tuple[tuple[Grain, bool], ...] = (("layer", False), ("matrix", False), ("matrix", True))
 
 
 @given(all_costs(), all_tasks(), all_means, st.data())
@@ -338,10 +326,12 @@ def test_no_part_is_negative_when_the_first_moment_is_the_highest() -> None:
     assert found.cache_pages + found.transients == 500 + 3
 
 
-def test_the_planner_knows_no_tensors() -> None:
-    """Of what is not Python's own, it imports the window alone."""
-    tree = ast.parse(Path(memory.__file__).read_text())
+@pytest.mark.parametrize(
+    ("module", "imports"), [("memory", {"chainfed_ray.chain", "chainfed_ray.demand"}), ("demand", set())]
+)
+def test_the_planner_knows_no_tensors(module: str, imports: set[str]) -> None:
+    """Of what is not Python's own, it imports the window and what its parts take, which needs nothing itself."""
+    tree = ast.parse((ROOT / "chainfed_ray" / f"{module}.py").read_text())
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    foreign = {module for module in modules if module.partition(".")[0] not in sys.stdlib_module_names}
-    assert foreign == {"chainfed_ray.chain"}
+    assert {module for module in modules if module.partition(".")[0] not in sys.stdlib_module_names} == imports

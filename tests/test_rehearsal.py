@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from chainfed_ray.adapter import Adapter, Head
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.costs import _padded, _Parts
+from chainfed_ray.demand import Bytes, Demand
 from chainfed_ray.measure import PeakMemory
-from chainfed_ray.memory import Bytes, Demand
 from chainfed_ray.rehearsal import (
     _SHAPES,
     Prepare,

@@ -19,6 +19,7 @@ from chainfed_ray.judging import Judging, best_exit, exits, streaming
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.records import EarlyExit, Opening, Result, Round
 from chainfed_ray.score import Score
+from chainfed_ray.state import State
 from tests.conftest import a_job
 from tests.test_coordinator import assert_same
 from tests.test_progress import a_round, an_opening
@@ -86,6 +87,21 @@ def test_a_stage_that_only_lost_ends_as_it_began(document: dict[str, Any], tmp_p
     assert isinstance(opening, Opening)
     result = Result.of("tiny", job.classes, opening, rounds, ending)
     assert [stage.accuracy for stage in result.stages] == [first.accuracy, rounds[3].accuracy]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", [[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]], ids=["goes back", "stays"])
+def test_the_server_forgets_what_its_stage_went_back_from(
+    losses: list[float], document: dict[str, Any], tmp_path: Path
+) -> None:
+    document["aggregation"] = {"optimizer": "adam"}
+    document["rounds"] |= {"total": STAGES * ROUNDS, "convergence": {"rule": "none"}}
+    job, log = a_job(document, tmp_path), CommitLog(tmp_path / "log")
+    rounds = Coordinator(job, LocalPool(job.base), log, Foretold(job, list(losses))).rounds()
+    end = next(record for record in rounds if record.ended)
+    assert (end.restored is None) == (losses[-1] == min(losses))
+    server = State.of(log.tensors(end.index), job.spec.aggregation).server
+    assert bool(server.tensors) == (end.restored is None)
 
 
 @pytest.mark.slow
