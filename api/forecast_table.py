@@ -34,11 +34,16 @@ def _summary(forecast: Forecast) -> Table:
     start = "layer 0; its start is found later" if forecast.start == "auto" else f"layer {forecast.start} up"
     table.add_row("chain", f"{forecast.window} layers at a time, planned from {start}")
     table.add_row("rounds", f"{forecast.rounds} at most, {forecast.clients_per_round} clients in each")
+    if forecast.stopped:
+        table.add_row("", forecast.stopped)
     if forecast.estimated_seconds is not None:
         took = format_seconds(forecast.estimated_seconds)
         table.add_row("time", f"about {took} at most: an estimate, from steps timed on this machine")
     sent, received = format_bytes(forecast.sent_bytes_per_round), format_bytes(forecast.received_bytes)
     table.add_row("network", f"about {sent} sent in a round; each client receives {received}")
+    if forecast.head_sums_bytes:
+        sums = format_bytes(forecast.head_sums_bytes)
+        table.add_row("", f"and sends {sums} of sums as a stage begins, for the fitted head")
     return table
 
 

@@ -41,6 +41,9 @@ def _summary(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: E
     table.add_row("chain", f"layers {opening.start_layer}–{opening.layers - 1}, {opening.window} at a time")
     took = format_seconds(sum(record.seconds for record in rounds))
     table.add_row("rounds", f"{len(rounds)} in {took}, {spec.rounds.clients} clients in each")
+    if fits := [record.head_fit for record in rounds if record.head_fit]:
+        sent, asked = format_bytes(sum(fit.sent_bytes for fit in fits)), max(fit.clients for fit in fits)
+        table.add_row("head", f"fitted to sums of {asked} clients, who sent {sent} for it")
     table.add_row("partition", f"{_scheme(spec.fleet.partition)}; sha256 {opening.partition_hash[:12]}…")
     if ending.best:
         table.add_row("best stack", f"that of round {ending.best.round + 1}: {ending.best.why}")
@@ -79,11 +82,17 @@ def _stages(spec: JobSpec, rounds: Sequence[Round]) -> Table:
     for record in rounds:
         if record.ended:
             count = sum(other.stage == record.stage for other in rounds)
-            cut, found = short_score(spec, record.held_out_loss, record.accuracy), record.evaluation
+            cut, found = short_score(spec, record.kept_loss, record.kept_accuracy), record.evaluation
             whole = short_score(spec, found.loss, found.accuracy) if found else "–"
             layers = f"{record.bottom}–{record.top}"
-            table.add_row(str(record.stage + 1), layers, str(count), cut, whole, record.ended)
+            table.add_row(str(record.stage + 1), layers, str(count), cut, whole, record.ended + _went_back(record))
     return table
+
+
+def _went_back(record: Round) -> str:
+    if (back := record.restored) is None:
+        return ""
+    return "; back to " + ("its beginning" if back.round is None else f"round {back.round + 1}")
 
 
 def _fleet(classes: Sequence[FleetClass]) -> Table:

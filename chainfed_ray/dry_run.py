@@ -7,16 +7,19 @@ planner again, asked about the changed job. Only the time is measured (duration.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 
+from chainfed_ray.accountant import Ledger
 from chainfed_ray.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Chain
 from chainfed_ray.config import JobSpec
 from chainfed_ray.costs import costs_of
 from chainfed_ray.demand import Costs
+from chainfed_ray.discriminant import ClassSums
 from chainfed_ray.duration import duration
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.forecast import PREFIX, Change, ClassForecast, Forecast
@@ -35,10 +38,10 @@ def dry_run(spec: JobSpec, at_once: int) -> Forecast:
         InvalidJob: the job cannot run with any clients.
     """
     job = draft(spec, Path())  # nothing of it is written: what is measured has a folder of its own
-    measured = duration(job, at_once) if job.admitted else None
-    plans = [plan for _, plan in job.admitted]
-    cohort = min(spec.rounds.clients, len(plans))
-    sent = sum(map(_sent_bytes, plans)) * cohort // len(plans) if plans else 0
+    ledger = Ledger(spec, len(job.admitted)) if spec.privacy and job.admitted else None
+    rounds = ledger.total if ledger else spec.rounds.total
+    measured = duration(_of_rounds(job, rounds), at_once) if job.admitted and rounds else None
+    cohort = min(spec.rounds.clients, len(job.admitted))
     costs, start = job.planner.costs, job.planner.task.start
     return Forecast(
         job=spec.name,
@@ -50,9 +53,11 @@ def dry_run(spec: JobSpec, at_once: int) -> Forecast:
         joins=len(job.admitted),
         quorum=spec.quorum,
         refused=_refused(job),
-        rounds=spec.rounds.total,
+        rounds=rounds,
+        stopped=ledger.stopped() if ledger else None,
         clients_per_round=cohort,
-        sent_bytes_per_round=sent,
+        sent_bytes_per_round=_sent_in_a_round(job, cohort),
+        head_sums_bytes=_head_sums_bytes(job),
         received_bytes=(job.layers - start) * costs.adapter + costs.head,
         estimated_seconds=measured.seconds if measured else None,
         classes=_classes(job, measured.micro_steps if measured else {}),
@@ -73,9 +78,29 @@ def _planned_bytes(plan: Plan) -> int:
     return max(plan.planned_bytes, plan.prefix.profile_bytes)
 
 
-def _sent_bytes(plan: Plan) -> int:
-    """What has gradients is what is trained, and what is trained is what is sent."""
-    return plan.footprint.gradients
+def _of_rounds(job: Job, total: int) -> Job:
+    """The job with so many rounds, which may be fewer than its other keys make sense with."""
+    rounds = job.spec.rounds.model_copy(update={"total": total})
+    return replace(job, spec=job.spec.model_copy(update={"rounds": rounds}))
+
+
+def _sent_bytes(job: Job, plan: Plan) -> int:
+    """What has gradients is what is trained, and what is trained is what is sent; with noise of its own, all of the stage's."""
+    noisy = job.spec.privacy is not None and job.spec.privacy.where == "client"
+    not_trained = (job.window - len(plan.window)) * job.planner.costs.adapter if noisy else 0
+    return plan.footprint.gradients + not_trained
+
+
+def _sent_in_a_round(job: Job, cohort: int) -> int:
+    """By a cohort drawn from everyone, of which some do not answer: on average."""
+    answers = [candidate.availability * _sent_bytes(job, plan) for candidate, plan in job.admitted]
+    return int(cohort * fmean(answers)) if answers else 0
+
+
+def _head_sums_bytes(job: Job) -> int:
+    if job.spec.chain.head != "fitted" or job.class_count is None:
+        return 0
+    return sum(tensor.nbytes for tensor in ClassSums.zeros(job.class_count, job.hidden).tensors().values())
 
 
 def _classes(job: Job, micro_steps: Mapping[str, float]) -> tuple[ClassForecast, ...]:
@@ -118,7 +143,7 @@ def _class(
         spilled=sum(plan.spilled for _, plan in joining),
         cached=sum(plan.prefix.cached for _, plan in joining),
         disk_bytes=max(job.planner.disk_bytes(candidate, plan) for candidate, plan in planned),
-        sent_bytes=max(map(_sent_bytes, plans)),
+        sent_bytes=max(_sent_bytes(job, plan) for plan in plans),
         micro_step_seconds=micro_step,
     )
 

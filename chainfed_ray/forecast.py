@@ -60,9 +60,15 @@ class Forecast(Record):
     joins: int
     quorum: int
     refused: str | None
-    rounds: int
+    rounds: int = Field(
+        description="at most: as many as the job asks for or, if those are fewer, as its limit of ε allows"
+    )
+    stopped: str | None = Field(description="why there are fewer rounds than the job asks for; null if there are not")
     clients_per_round: int
-    sent_bytes_per_round: int = Field(description="by all clients of a round together, on average")
+    sent_bytes_per_round: int = Field(description="by the clients of a round that answer, on average")
+    head_sums_bytes: int = Field(
+        description="by each client as a stage begins, once, for a head in closed form; 0 without one"
+    )
     received_bytes: int = Field(description="by a client in a turn: the whole stack")
     estimated_seconds: float | None = Field(
         description="at most, on this machine: an estimate from steps that were measured; null if nobody joins"

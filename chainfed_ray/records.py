@@ -212,8 +212,13 @@ class Round(Record):
     epsilon: float | None = None
 
     @property
+    def kept_loss(self) -> float | None:
+        """The held-out loss of the stack that is handed on: what the stage went back to, if it did."""
+        return self.restored.loss if self.restored else self.held_out_loss
+
+    @property
     def kept_accuracy(self) -> float | None:
-        """That of the early exit of the stack that is handed on: what the stage went back to, if it did."""
+        """Its accuracy."""
         return self.restored.accuracy if self.restored else self.accuracy
 
 

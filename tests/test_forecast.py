@@ -143,6 +143,61 @@ def test_bytes_sent_are_those_of_a_real_turn(document: dict[str, Any], tmp_path:
     assert sum(tensor.nbytes for tensor in stack.values()) == told.received_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["server", "client"])
+@pytest.mark.usefixtures("untimed")
+def test_bytes_sent_by_who_trains_less_of_a_window(streamed: dict[str, Any], tmp_path: Path, where: str) -> None:
+    """With noise of its own a client sends all of the window, so that nobody sees what it trained."""
+    streamed["chain"]["head"] = "zero"
+    streamed["rounds"]["clients"] = 4
+    streamed["fleet"] = classes(("small", 2, needed(streamed)), ("large", 2, 2**30))
+    streamed["privacy"] = {"clip": 1.0, "noise_multiplier": 4.0, "where": where}
+    told = dry_run(JobSpec.parse(streamed), at_once=1)
+    assert [row.window for row in told.classes] == [(1, 1), (2, 2)]
+    job = a_job(streamed, tmp_path)
+    turns = next(Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).rounds()).turns
+    said = {row.name: row.sent_bytes for row in told.classes}
+    assert {turn.client_class: turn.sent_bytes for turn in turns} == said
+    assert (said["small"] == said["large"]) == (where == "client")
+
+
+@pytest.mark.usefixtures("untimed")
+def test_who_does_not_answer_sends_nothing(document: dict[str, Any]) -> None:
+    always = dry_run(JobSpec.parse(document), at_once=1).sent_bytes_per_round
+    document["fleet"]["clients"][0]["availability"] = 0.5
+    assert dry_run(JobSpec.parse(document), at_once=1).sent_bytes_per_round == always // 2
+
+
+@pytest.mark.usefixtures("untimed")
+def test_the_sums_of_a_fitted_head_are_those_of_a_real_one(document: dict[str, Any], tmp_path: Path) -> None:
+    assert dry_run(JobSpec.parse(document), at_once=1).head_sums_bytes == 0
+    document["chain"]["head"] = "fitted"
+    told = dry_run(JobSpec.parse(document), at_once=1)
+    job = a_job(document, tmp_path)
+    fit = next(Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).rounds()).head_fit
+    assert fit is not None
+    assert fit.sent_bytes == told.head_sums_bytes * fit.clients
+    assert "of sums as a stage begins" in words(told)
+
+
+def test_rounds_are_those_that_the_privacy_limit_allows(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document["rounds"]["total"] = 20
+    document["privacy"] = {"clip": 1.0, "noise_multiplier": 4.0, "epsilon": 8.0}
+    timed = list[int]()
+    monkeypatch.setattr(
+        chainfed_ray.dry_run, "duration", lambda job, _: timed.append(job.spec.rounds.total) or Duration(1.0, {})
+    )
+    told = dry_run(JobSpec.parse(document), at_once=1)
+    job = a_job(document, tmp_path)
+    opening = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).open()
+    assert 0 < told.rounds < 20
+    assert timed == [told.rounds] == [opening.total_rounds]
+    assert told.stopped is not None
+    assert "one more round could take ε to" in " ".join(words(told).split())
+
+
 def test_the_time_is_that_of_turns_one_after_the_other(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,14 +109,22 @@ def test_a_line_for_each_round_where_there_is_no_terminal() -> None:
     assert "\x1b" not in text
 
 
-@pytest.mark.parametrize(("after", "what"), [(None, "what it began with"), (1, "its stack after round 2")])
-def test_a_stage_that_goes_back_says_to_what(after: int | None, what: str) -> None:
+@pytest.mark.parametrize(
+    ("after", "what", "place"),
+    [(None, "what it began with", "its beginning"), (1, "its stack after round 2", "round 2")],
+)
+def test_a_stage_that_goes_back_says_to_what(after: int | None, what: str, place: str) -> None:
     opening, console = an_opening(), a_console()
-    back = Restored(round=after, loss=0.5, accuracy=0.625)
+    rounds = [
+        a_round(2, opening, ended="round limit", restored=Restored(round=after, loss=0.5, accuracy=0.625)),
+    ]
     with Progress(console, "tiny", SPEC) as progress:
-        told(progress, opening, [a_round(2, opening, ended="round limit", restored=back)])
+        told(progress, opening, rounds)
     said = " ".join(console.export_text().split())
     assert f"It goes back to {what}, where held-out rows had less loss: 62.5% right." in said
+    console.print(results(SPEC, opening, rounds, ENDING))
+    row = next(line for line in console.export_text().splitlines() if line.endswith(f"round limit; back to {place}"))
+    assert "62.5%" in row
 
 
 def test_the_panel_of_a_terminal() -> None:
