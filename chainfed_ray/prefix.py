@@ -12,6 +12,7 @@ prefix of each step anew, example by example; those are the bits of a cache that
 
 import os
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -159,6 +160,7 @@ class CachedActivations:
 
     def __init__(self, path: Path, blocks: Blocks, examples: Examples) -> None:
         self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
         self._width, self._dtype, self._examples = blocks.hidden_size, blocks.dtype, examples
 
     def batch(self, indices: np.ndarray) -> Tensor:
@@ -171,9 +173,6 @@ class CachedActivations:
             if os.preadv(self._file, [view], int(self._examples.offsets[index]) * stride) != len(view):
                 raise OSError(f"the prefix cache ends within example {index}")
         return hidden
-
-    def __del__(self) -> None:
-        os.close(self._file)
 
 
 @dataclass(frozen=True)

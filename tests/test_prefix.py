@@ -1,5 +1,6 @@
 """Promise: cached activations are those of a plain run through the layers, exactly, whatever came before."""
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.memory import PREFIX_BATCH
-from chainfed_ray.prefix import PrefixCache, PrefixRunner
+from chainfed_ray.prefix import CachedActivations, PrefixCache, PrefixRunner
 from chainfed_ray.tokens import Examples
 from tests.models import tiny
 
@@ -114,3 +115,10 @@ def test_a_cache_that_is_too_short_is_an_error(blocks: Blocks, tmp_path: Path) -
         file.truncate(whole.stat().st_size - 1)
     with pytest.raises(OSError, match="ends within example"):
         activations.batch(np.arange(len(examples)))
+
+
+def test_a_cache_that_is_gone_is_one_error(blocks: Blocks, tmp_path: Path) -> None:
+    """And no second one from what was half made: that would be a warning, and so an error here."""
+    with pytest.raises(FileNotFoundError):
+        CachedActivations(tmp_path / "gone", blocks, some_examples())
+    gc.collect()
