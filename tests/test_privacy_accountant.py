@@ -148,6 +148,21 @@ def test_the_price_holds_whoever_does_not_answer(
             assert divergence <= price[list(_ORDERS).index(order)] + 1e-9
 
 
+@pytest.mark.parametrize(("rate", "multiplier"), [(0.1, 4.0), (0.5, 8.0), (0.02, 2.0)])
+@pytest.mark.parametrize("order", [1.5, 2.0, 7.0])
+def test_a_sample_of_fixed_size_costs_twice_the_excess_of_sampling_one_by_one(
+    rate: float, multiplier: float, order: float
+) -> None:
+    """Step 3 of the bound, with the moment A integrated here."""
+    deviation = multiplier / 2
+    grid, step = np.linspace(-40 * deviation, 40 * deviation, 80_001, retstep=True)
+    alone = norm.logpdf(grid, 0, deviation)
+    mixture = np.logaddexp(math.log1p(-rate) + alone, math.log(rate) + norm.logpdf(grid, 1, deviation))
+    moment = math.exp(logsumexp(order * mixture - (order - 1) * alone) + math.log(step))
+    expected = min(math.log1p(2 * (moment - 1)) / (order - 1), order / (2 * deviation**2))
+    assert _rdp(Release(rate, multiplier))[list(_ORDERS).index(order)] == pytest.approx(expected, rel=1e-6)
+
+
 def test_to_release_a_round_only_if_enough_answer_would_cost_more() -> None:
     """Why each is released: of two clients one answers, a round samples one of them, and N(0, 1.2²) is added."""
     order, deviation = 20.0, 1.2
