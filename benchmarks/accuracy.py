@@ -62,6 +62,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="ADAPTERS:HEAD",
         help="tune: try these learning rates at equal steps, and judge on validation rows alone",
     )
+    parser.add_argument(
+        "--recipe-rates",
+        type=_rates,
+        metavar="ADAPTERS:HEAD",
+        help="of the recommended recipe, if --rates found others for your base model; by default JobSpec's own",
+    )
     parser.add_argument("--base", default="builtin:minilm", help="the base model, as in a job")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, one thread each")
     parser.add_argument(
@@ -119,7 +125,7 @@ def _study(options: argparse.Namespace) -> Study:
     blocks = Blocks(resolve(options.base), torch.float32)
     layers = blocks.num_layers
     blocks.close()
-    every = methods(layers)
+    every = methods(layers, options.recipe_rates)
     return Study(
         corpora={corpus.name: corpus for corpus in found},
         methods=every,

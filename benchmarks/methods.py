@@ -48,8 +48,8 @@ class Method:
         return "aggregation" not in self.changes
 
 
-def methods(layers: int) -> dict[str, Method]:
-    """Every method by name, for a base model of so many layers."""
+def methods(layers: int, recipe_rates: tuple[float, float] | None = None) -> dict[str, Method]:
+    """Every method by name, for a base model of so many layers; the recommended recipe with its own rates unless given."""
     whole = _paper(window=layers, start=0, global_weight=0.0)
     top = layers - _CHAIN["window"]
     starts = range(top + 1)
@@ -68,8 +68,11 @@ def methods(layers: int) -> dict[str, Method]:
         Method("no-dlct", changes=_paper(window=1)),
         Method("no-gpo", changes=_paper(global_weight=0.0)),
         Method("no-foat", changes=_paper(start=0)),
-        Method("recommended", rates=None),
-        *(Method(f"recommended-start-{start}", rates=None, changes={"chain": {"start": start}}) for start in starts),
+        Method("recommended", rates=recipe_rates),
+        *(
+            Method(f"recommended-start-{start}", rates=recipe_rates, changes={"chain": {"start": start}})
+            for start in starts
+        ),
     ]
     return {method.name: method for method in made}
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -68,6 +68,16 @@ def test_the_recommended_method_is_a_job_s_own_defaults() -> None:
     assert spec.chain == defaults.chain
     assert spec.aggregation == defaults.aggregation
     assert spec.rounds.learning_rate == defaults.rounds.learning_rate
+
+
+def test_the_recipe_may_have_other_rates_for_another_base_model() -> None:
+    others = {name: method.rates for name, method in methods(6, (0.03, 0.002)).items()}
+    own = {name: method.rates for name, method in methods(6).items()}
+    for name, rates in others.items():
+        assert rates == ((0.03, 0.002) if name.startswith("recommended") else own[name])
+    study = replace(a_study(), methods=methods(6, (0.03, 0.002)))
+    rounds = document(study, "recommended-start-1")["rounds"]
+    assert (rounds["learning_rate"], rounds["head_learning_rate"]) == (0.03, 0.002)
 
 
 def test_what_a_cell_needs_comes_before_it() -> None:
