@@ -29,7 +29,7 @@ def _summary(forecast: Forecast) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     joins = f"[bold]{forecast.joins} of {forecast.clients}[/bold] clients can join"
-    table.add_row("job", f"{forecast.job}: {joins}" + (", too few" if forecast.refused else ""))
+    table.add_row("job", f"{forecast.job}: {joins}" + (", and it is refused" if forecast.refused else ""))
     table.add_row("base model", f"{forecast.base}, {forecast.layers} layers, frozen")
     start = "layer 0; its start is found later" if forecast.start == "auto" else f"layer {forecast.start} up"
     table.add_row("chain", f"{forecast.window} layers at a time, planned from {start}")
@@ -43,7 +43,7 @@ def _summary(forecast: Forecast) -> Table:
     table.add_row("network", f"about {sent} sent in a round; each client receives {received}")
     if forecast.head_sums_bytes:
         sums = format_bytes(forecast.head_sums_bytes)
-        table.add_row("", f"and sends {sums} of sums as a stage begins, for the fitted head")
+        table.add_row("", f"and sends {sums} of sums each time that a head is fitted")
     return table
 
 

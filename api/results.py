@@ -41,9 +41,9 @@ def _summary(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: E
     table.add_row("chain", f"layers {opening.start_layer}–{opening.layers - 1}, {opening.window} at a time")
     took = format_seconds(sum(record.seconds for record in rounds))
     table.add_row("rounds", f"{len(rounds)} in {took}, {spec.rounds.clients} clients in each")
-    if fits := [record.head_fit for record in rounds if record.head_fit]:
-        sent, asked = format_bytes(sum(fit.sent_bytes for fit in fits)), max(fit.clients for fit in fits)
-        table.add_row("head", f"fitted to sums of {asked} clients, who sent {sent} for it")
+    if fits := [record.head_fit for record in rounds if record.head_fit and record.head_fit.accuracy is not None]:
+        sent, clients = format_bytes(sum(fit.sent_bytes for fit in fits)), max(fit.clients for fit in fits)
+        table.add_row("head", f"fitted to sums of {clients} clients, who sent {sent} for it")
     table.add_row("partition", f"{_scheme(spec.fleet.partition)}; sha256 {opening.partition_hash[:12]}…")
     if ending.best:
         table.add_row("best stack", f"that of round {ending.best.round + 1}: {ending.best.why}")

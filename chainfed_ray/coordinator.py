@@ -18,7 +18,7 @@ from chainfed_ray.client import Fitting, Profile, Profiling, Training
 from chainfed_ray.cohort import Cohort, everyone
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.convergence import Movement
-from chainfed_ray.course import Course, Step
+from chainfed_ray.course import Course, NextRound
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.fold import Fold, as_lost
 from chainfed_ray.gather import gather
@@ -92,8 +92,8 @@ class Coordinator:
         course = Course(self._spec, chain, self._guarantee.total)
         history = self._log.rounds()
         state = self._state(chain, history)
-        while (step := course.next(history)) is not None:
-            record, state = self._round(course, step, state, history)
+        while (upcoming := course.next(history)) is not None:
+            record, state = self._round(course, upcoming, state, history)
             record = self._guarantee.priced(record, history)
             history.append(record)
             best = best_round(history)
@@ -196,23 +196,25 @@ class Coordinator:
         stack = AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed)
         return State.new(stack, self._spec.aggregation)
 
-    def _round(self, course: Course, step: Step, state: State, history: Sequence[Round]) -> tuple[Round, State]:
+    def _round(
+        self, course: Course, upcoming: NextRound, state: State, history: Sequence[Round]
+    ) -> tuple[Round, State]:
         began = perf_counter()
         before, movement, server = state.stack.tensors(), state.movement, state.server
-        fit = self._fit_head(step, before, history) if course.opens(step, history) else None
+        fit = self._fit_head(upcoming, before, history) if course.opens(upcoming, history) else None
         if fit:
             before |= fit.tensors
             server.forget(fit.tensors)
-        trained = self._trained(before, step.window)
+        trained = self._trained(before, upcoming.window)
 
         # 1. Sampled clients train the window, or as much of its top as their budgets hold; their updates are folded.
-        fold = self._fold(step, before, trained)
+        fold = self._fold(upcoming, before, trained)
         gather(
             self._pool,
-            self._cohort(step, history),
-            self._order(step, before),
+            self._cohort(upcoming, history),
+            self._order(upcoming, before),
             self._spec.rounds.deadline,
-            partial(self._guarantee.prepared, index=step.round_index),
+            partial(self._guarantee.prepared, index=upcoming.round_index),
             fold,
         )
         counted = self._guarantee.counts(len(fold.turns))
@@ -220,22 +222,22 @@ class Coordinator:
         # 2. The new stack, and how far the window moved.
         after = server.step(before, fold.aggregate()) if counted else before
         if counted:
-            movement = Movement() if course.opens_span(step, history) else movement
+            movement = Movement() if course.opens_span(upcoming, history) else movement
             movement.add(trained, {name: after[name] for name in trained})
         stack = AdapterStack.from_tensors(after)
 
         # 3. Judge it on held-out rows, and the stage by its convergence rule.
         moved = movement.value() if counted else None
-        score, early_exit = self._score(step, stack) if counted else (None, None)
+        score, early_exit = self._score(upcoming, stack) if counted else (None, None)
         held_out = finite(score.loss) if score else None
-        earlier = course.counted(step, history)
+        earlier = course.counted_rounds(upcoming, history)
         losses = [loss for loss in (*(record.held_out_loss for record in earlier), held_out) if loss is not None]
-        ended = course.ended(step, len(earlier) + counted, losses, moved)
+        ended = course.ended(upcoming, len(earlier) + counted, losses, moved)
         record = Round(
-            index=step.round_index,
-            stage=step.stage,
-            bottom=step.window.bottom,
-            top=step.window.top,
+            index=upcoming.round_index,
+            stage=upcoming.stage,
+            bottom=upcoming.window.bottom,
+            top=upcoming.window.top,
             turns=tuple(fold.turns),
             lost=tuple(fold.lost),
             counted=counted,
@@ -250,67 +252,67 @@ class Coordinator:
         )
 
         # 4. A stage that ends goes back to its best stack, if that is not the last. What is kept then is judged.
-        judged = exits([*(each for each in history if each.stage == step.stage), record])
+        judged = exits([*(each for each in history if each.stage == upcoming.stage), record])
         kept = {name: after[name] for name in trained}
         best = _best(state.best, record, judged, trained, kept) if course.goes_back else {}
         restored = fallback(judged) if ended and course.goes_back else None
         if restored:
             stack = AdapterStack.from_tensors(after | best)
             server.forget(best)
-        evaluation = self._evaluation(step, stack, ended) if counted or restored else None
+        evaluation = self._evaluation(upcoming, stack, ended) if counted or restored else None
         changes = {"restored": restored, "evaluation": evaluation, "seconds": perf_counter() - began}
         handed_on = State(stack, Movement(), server, {}) if ended else State(stack, movement, server, best)
         return record.model_copy(update=changes), handed_on
 
-    def _fit_head(self, step: Step, tensors: Tensors, history: Sequence[Round]) -> FittedHead | None:
+    def _fit_head(self, upcoming: NextRound, tensors: Tensors, history: Sequence[Round]) -> FittedHead | None:
         """The head in closed form, if the job has one."""
         if self._spec.chain.head != "fitted":
             return None
         admitted = (candidate for candidate, _ in self._job.admitted)
-        clients = everyone(self._planner, admitted, step.window, history)
+        clients = everyone(self._planner, admitted, upcoming.window, history)
         # The deadline is for a round's clients, and here everyone is asked.
         deadline = self._spec.rounds.deadline * math.ceil(len(clients) / self._spec.rounds.clients)
-        order = Fitting(tensors, step.window)
+        order = Fitting(tensors, upcoming.window)
         return fit_head(self._pool, clients, order, deadline, self._job.validation, self._job.base)
 
-    def _fold(self, step: Step, before: Tensors, trained: Tensors) -> Fold:
-        aggregate = self._guarantee.aggregate(step.round_index, trained)
-        return Fold(lambda window: self._trained(before, self._guarantee.sent(window, step.window)), aggregate)
+    def _fold(self, upcoming: NextRound, before: Tensors, trained: Tensors) -> Fold:
+        aggregate = self._guarantee.aggregate(upcoming.round_index, trained)
+        return Fold(lambda window: self._trained(before, self._guarantee.sent(window, upcoming.window)), aggregate)
 
-    def _cohort(self, step: Step, history: Sequence[Round]) -> Cohort:
+    def _cohort(self, upcoming: NextRound, history: Sequence[Round]) -> Cohort:
         admitted = (candidate for candidate, _ in self._job.admitted)
         seed = self._guarantee.sampling_seed
-        return Cohort.of(self._spec, self._planner, admitted, step.round_index, step.window, history, seed)
+        return Cohort.of(self._spec, self._planner, admitted, upcoming.round_index, upcoming.window, history, seed)
 
     def _trained(self, tensors: Tensors, window: Window) -> Tensors:
         """Those that a client trains in ``window``."""
         names = trained_names(tensors, window, self._spec.chain.global_weight, self._spec.chain.global_trains)
         return {name: tensors[name] for name in sorted(names)}
 
-    def _order(self, step: Step, tensors: Tensors) -> Training:
+    def _order(self, upcoming: NextRound, tensors: Tensors) -> Training:
         rounds = self._spec.rounds
-        rate = rate_at(rounds, step.spent, step.limit)
+        rate = rate_at(rounds, upcoming.spent, upcoming.limit)
         return Training(
             tensors=tensors,
-            window=step.window,
+            window=upcoming.window,
             epochs=rounds.local_epochs,
             batch_size=rounds.batch_size,
             learning_rate=rounds.learning_rate * rate,
             head_learning_rate=rounds.head_learning_rate * rate,
             global_weight=self._spec.chain.global_weight,
             global_trains=self._spec.chain.global_trains,
-            seed=derive(self._spec.seed, "round", step.round_index),
+            seed=derive(self._spec.seed, "round", upcoming.round_index),
             steps=rounds.local_steps,
             proximal=self._spec.aggregation.proximal,
             clip_norm=rounds.clip_norm,
         )
 
-    def _score(self, step: Step, stack: AdapterStack) -> tuple[Score, EarlyExit] | tuple[None, None]:
-        due = is_due(self._spec.evaluation.every, step.round_index, step.last_of_stage)
-        return self._judging.early_exit(stack, step.window) if due else (None, None)
+    def _score(self, upcoming: NextRound, stack: AdapterStack) -> tuple[Score, EarlyExit] | tuple[None, None]:
+        due = is_due(self._spec.evaluation.every, upcoming.round_index, upcoming.last_of_stage)
+        return self._judging.early_exit(stack, upcoming.window) if due else (None, None)
 
-    def _evaluation(self, step: Step, stack: AdapterStack, ended: str | None) -> Evaluation | None:
-        due = is_due(self._spec.evaluation.whole_every, step.round_index, ended is not None)
+    def _evaluation(self, upcoming: NextRound, stack: AdapterStack, ended: str | None) -> Evaluation | None:
+        due = is_due(self._spec.evaluation.whole_every, upcoming.round_index, ended is not None)
         return self._judging.whole(stack) if due else None
 
     def _stop_if_fruitless(self, history: Sequence[Round]) -> None:

@@ -9,8 +9,8 @@ from chainfed_ray.convergence import verdict
 from chainfed_ray.records import Round
 
 
-class Step(NamedTuple):
-    """What the next round is: its window, and how many rounds its stage had of those that it may have.
+class NextRound(NamedTuple):
+    """The window of the next round, and how many rounds its stage had of those that it may have.
 
     Where windows take turns, that is the whole job's.
     """
@@ -39,14 +39,14 @@ class Course:
         """Whether stages go back to their best. Where windows take turns, exits at different tops are no rivals."""
         return self._rounds.restore_best and not self._in_turns
 
-    def next(self, history: Sequence[Round]) -> Step | None:
-        """The step after the rounds of ``history``; None if they are all."""
+    def next(self, history: Sequence[Round]) -> NextRound | None:
+        """The round after those of ``history``; None if they are all."""
         done = len(history)
         if done == self._total:
             return None
         if self._in_turns:
             window = self._chain.cyclic(done, self._total)
-            return Step(done, window.bottom - self._chain.start, window, done, self._total)
+            return NextRound(done, window.bottom - self._chain.start, window, done, self._total)
         stages = self._chain.staged(self._total, self._rounds.last_stage_share)
         index = sum(record.ended is not None for record in history)
         if index == len(stages):
@@ -54,25 +54,25 @@ class Course:
         spent = sum(record.stage == index for record in history)
         # What the stages before did not need goes to the last.
         limit = stages[index].rounds if index < len(stages) - 1 else self._total - (done - spent)
-        return Step(done, index, stages[index].window, spent, limit)
+        return NextRound(done, index, stages[index].window, spent, limit)
 
-    def opens(self, step: Step, history: Sequence[Round]) -> bool:
-        """Whether a stage begins with ``step``. Windows that take turns share one head: to them there is one beginning."""
-        return not (history if self._in_turns else any(record.stage == step.stage for record in history))
+    def opens(self, upcoming: NextRound, history: Sequence[Round]) -> bool:
+        """Whether a stage begins with it. Windows that take turns share one head: to them there is one beginning."""
+        return not (history if self._in_turns else any(record.stage == upcoming.stage for record in history))
 
-    def counted(self, step: Step, history: Sequence[Round]) -> list[Round]:
-        """The rounds of the step's stage so far that had a quorum."""
-        return [record for record in history if record.stage == step.stage and record.counted]
+    def counted_rounds(self, upcoming: NextRound, history: Sequence[Round]) -> list[Round]:
+        """Those of its stage so far that had a quorum."""
+        return [record for record in history if record.stage == upcoming.stage and record.counted]
 
-    def opens_span(self, step: Step, history: Sequence[Round]) -> bool:
-        """Whether a span of rounds begins with ``step``, over which the window's movement is measured."""
-        return len(self.counted(step, history)) % self._rounds.convergence.span == 0
+    def opens_span(self, upcoming: NextRound, history: Sequence[Round]) -> bool:
+        """Whether a span of rounds begins with it, over which the window's movement is measured."""
+        return len(self.counted_rounds(upcoming, history)) % self._rounds.convergence.span == 0
 
-    def ended(self, step: Step, rounds: int, losses: Sequence[float], movement: float | None) -> str | None:
-        """Why the stage ends with ``step``, if it does: it then has so many counted ``rounds``, these held-out ``losses``
-        and this ``movement`` in its span.
+    def ended(self, upcoming: NextRound, rounds: int, losses: Sequence[float], movement: float | None) -> str | None:
+        """Why the stage ends with it, if it does: it then has so many counted ``rounds``, these held-out ``losses`` and this
+        ``movement`` in its span.
         """
-        if step.last_of_stage:
+        if upcoming.last_of_stage:
             return "round limit"
         if self._in_turns:
             return None

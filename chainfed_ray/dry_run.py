@@ -7,7 +7,6 @@ planner again, asked about the changed job. Only the time is measured (duration.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
@@ -79,7 +78,7 @@ def _planned_bytes(plan: Plan) -> int:
 
 
 def _of_rounds(job: Job, total: int) -> Job:
-    """The job with so many rounds, which may be fewer than its other keys make sense with."""
+    """The job with so many rounds. It is not checked again: a rise of rates, say, may be longer than that."""
     rounds = job.spec.rounds.model_copy(update={"total": total})
     return replace(job, spec=job.spec.model_copy(update={"rounds": rounds}))
 
@@ -93,12 +92,12 @@ def _sent_bytes(job: Job, plan: Plan) -> int:
 
 def _sent_in_a_round(job: Job, cohort: int) -> int:
     """By a cohort drawn from everyone, of which some do not answer: on average."""
-    answers = [candidate.availability * _sent_bytes(job, plan) for candidate, plan in job.admitted]
-    return int(cohort * fmean(answers)) if answers else 0
+    answers = sum(candidate.availability * _sent_bytes(job, plan) for candidate, plan in job.admitted)
+    return int(answers * cohort / len(job.admitted)) if job.admitted else 0
 
 
 def _head_sums_bytes(job: Job) -> int:
-    if job.spec.chain.head != "fitted" or job.class_count is None:
+    if job.spec.chain.head != "fitted" or job.class_count is None or not job.admitted:
         return 0
     return sum(tensor.nbytes for tensor in ClassSums.zeros(job.class_count, job.hidden).tensors().values())
 

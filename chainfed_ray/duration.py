@@ -162,8 +162,14 @@ def _fits(job: Job) -> int:
     """How often every client runs all its examples through the window, for a head in closed form."""
     if job.spec.chain.head != "fitted":
         return 0
-    cyclic = job.spec.chain.schedule == "cyclic"
-    return 1 if cyclic else len(Chain(job.layers, job.planner.task.start, job.window).windows)
+    return _stages(job)
+
+
+def _stages(job: Job) -> int:
+    """How many stages the job has: no more than rounds, and where windows take turns one."""
+    if job.spec.chain.schedule == "cyclic":
+        return 1
+    return min(len(Chain(job.layers, job.planner.task.start, job.window).windows), job.spec.rounds.total)
 
 
 def _longest(turns: Sequence[float], cohort: int) -> float:
@@ -224,7 +230,7 @@ def _times(job: Job, often: Often | Literal["never"]) -> int:
     total = job.spec.rounds.total
     if isinstance(often, int):
         return math.ceil(total / often)
-    return {"round": total, "stage": job.layers - _lowest(job).top, "never": 0}[often]
+    return {"round": total, "stage": _stages(job), "never": 0}[often]
 
 
 def _evaluation_seconds(job: Job, rows: Examples, scratch: Path) -> float:

@@ -33,7 +33,9 @@ class ClassForecast(Record):
     cached: int = Field(description="how many of those who join keep their prefix on disk")
     disk_bytes: int
     sent_bytes: int = Field(description="in a turn of the first stage")
-    micro_step_seconds: float | None = Field(description="of one micro-batch, as it was measured; null if nobody joins")
+    micro_step_seconds: float | None = Field(
+        description="of one micro-batch, as it was measured; null if nothing would be trained"
+    )
 
 
 class Change(Record):
@@ -67,11 +69,12 @@ class Forecast(Record):
     clients_per_round: int
     sent_bytes_per_round: int = Field(description="by the clients of a round that answer, on average")
     head_sums_bytes: int = Field(
-        description="by each client as a stage begins, once, for a head in closed form; 0 without one"
+        description="by each client each time that a head is fitted in closed form: for each stage, or, where windows take "
+        "turns, once; 0 without one"
     )
     received_bytes: int = Field(description="by a client in a turn: the whole stack")
     estimated_seconds: float | None = Field(
-        description="at most, on this machine: an estimate from steps that were measured; null if nobody joins"
+        description="at most, on this machine: an estimate from steps that were measured; null if nothing would be trained"
     )
     classes: tuple[ClassForecast, ...] = Field(description="the smallest budget first")
     changes: tuple[Change, ...]

@@ -35,7 +35,7 @@ def gather(
         else:
             fold.add(client, result)
 
-    # A second turn, leaner or with the client's whole budget, before it is left out.
+    # A client is left out only after a turn with a leaner plan, or its whole budget: the first plan may have been wrong.
     able = prepared(cohort.second_turns(exceeded))
     left = max(deadline - (perf_counter() - started), 0.0)
     outcomes = pool.run(able, order, left) if able else iter(())

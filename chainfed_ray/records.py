@@ -218,7 +218,7 @@ class Round(Record):
 
     @property
     def kept_accuracy(self) -> float | None:
-        """Its accuracy."""
+        """The accuracy of that stack's early exit."""
         return self.restored.accuracy if self.restored else self.accuracy
 
 

@@ -119,9 +119,10 @@ def test_a_change_does_what_is_said_of_it(streamed: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("untimed")
 def test_a_job_without_a_quorum_is_told_as_well(document: dict[str, Any]) -> None:
     document["fleet"] = classes(("watch", 4, 2**20))
+    document["chain"]["head"] = "fitted"
     document["chain"]["adapter"]["bottleneck"] = 1  # which no change could halve
     told = dry_run(JobSpec.parse(document), at_once=1)
-    assert (told.joins, told.estimated_seconds, told.sent_bytes_per_round) == (0, None, 0)
+    assert (told.joins, told.estimated_seconds, told.sent_bytes_per_round, told.head_sums_bytes) == (0, None, 0, 0)
     assert told.refused is not None
     assert told.refused.startswith("fleet.clients")
     assert told.classes[0].lacking_bytes > 0
@@ -177,7 +178,7 @@ def test_the_sums_of_a_fitted_head_are_those_of_a_real_one(document: dict[str, A
     fit = next(Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).rounds()).head_fit
     assert fit is not None
     assert fit.sent_bytes == told.head_sums_bytes * fit.clients
-    assert "of sums as a stage begins" in words(told)
+    assert "of sums each time that a head is fitted" in words(told)
 
 
 def test_rounds_are_those_that_the_privacy_limit_allows(
@@ -196,6 +197,24 @@ def test_rounds_are_those_that_the_privacy_limit_allows(
     assert timed == [told.rounds] == [opening.total_rounds]
     assert told.stopped is not None
     assert "one more round could take ε to" in " ".join(words(told).split())
+
+
+@pytest.mark.usefixtures("untimed")
+def test_a_limit_that_allows_no_round_is_told_as_well(document: dict[str, Any]) -> None:
+    document["privacy"] = {"clip": 1.0, "noise_multiplier": 0.5, "epsilon": 0.1}
+    told = dry_run(JobSpec.parse(document), at_once=1)
+    assert (told.rounds, told.estimated_seconds) == (0, None)
+    assert told.refused is not None
+    assert told.refused.startswith("privacy.epsilon")
+    assert "4 of 4 clients can join, and it is refused" in words(told)
+
+
+@pytest.mark.parametrize(("schedule", "total", "judged"), [("staged", 1, 1), ("staged", 9, 2), ("cyclic", 9, 1)])
+def test_there_are_no_more_stages_than_rounds(document: dict[str, Any], schedule: str, total: int, judged: int) -> None:
+    """The whole model is judged as a stage ends; two windows have two stages, if there are rounds for them."""
+    document["chain"]["schedule"] = schedule
+    document["rounds"]["total"] = total
+    assert duration._times(a_draft(document), "stage") == judged
 
 
 def test_the_time_is_that_of_turns_one_after_the_other(

@@ -127,6 +127,21 @@ def test_a_stage_that_goes_back_says_to_what(after: int | None, what: str, place
     assert "62.5%" in row
 
 
+def test_the_results_say_whose_sums_made_the_head() -> None:
+    """If any did."""
+    opening, console = an_opening(), a_console()
+    fit = HeadFit(
+        clients=11, examples=900, cpu_seconds=1.0, sent_bytes=3 * MIB, lost=(), held_out_loss=0.7, accuracy=0.6
+    )
+    nobody = fit.model_copy(update={"clients": 0, "sent_bytes": 0, "held_out_loss": None, "accuracy": None})
+    told = list[str]()
+    for head_fit in (fit, nobody):
+        console.print(results(SPEC, opening, [a_round(0, opening, head_fit=head_fit)], ENDING))
+        told.append(console.export_text())
+    assert "fitted to sums of 11 clients, who sent 3MiB for it" in told[0]
+    assert "fitted to" not in told[1]
+
+
 def test_the_panel_of_a_terminal() -> None:
     opening = an_opening()
     progress = Progress(a_console(terminal=True), "tiny", SPEC)

@@ -76,6 +76,8 @@ def test_a_stage_that_only_lost_ends_as_it_began(document: dict[str, Any], tmp_p
     back = rounds[2].restored
     assert back is not None
     assert (back.round, back.loss, back.accuracy) == (None, first.held_out_loss, first.accuracy)
+    assert (rounds[2].kept_loss, rounds[2].kept_accuracy) == (back.loss, back.accuracy)
+    assert (rounds[1].kept_loss, rounds[1].kept_accuracy) == (80.0, rounds[1].accuracy)
     judged, _ = Judging(job, streaming(job)).early_exit(AdapterStack.from_tensors(stacks[2]), Window(1, 2))
     assert judged.loss == pytest.approx(first.held_out_loss, rel=1e-5)
     assert judged.accuracy == first.accuracy

@@ -1,0 +1,83 @@
+"""The course of rounds follows from the rounds so far: every window has its turn, and no round is lost or too many."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chainfed_ray.chain import Chain
+from chainfed_ray.config import JobSpec
+from chainfed_ray.course import Course, NextRound
+from chainfed_ray.records import Round
+from tests.test_job_store import SPEC
+from tests.test_progress import a_round, an_opening
+
+LAYERS, WIDTH = 6, 2
+OPENING = an_opening()
+
+
+def a_course(start: int, total: int, **rounds: Any) -> Course:
+    document = SPEC.document()
+    document["chain"] |= {"start": start, "schedule": rounds.pop("schedule", "staged")}
+    document["rounds"] |= {"total": total, **rounds}
+    return Course(JobSpec.parse(document), Chain(LAYERS, start, WIDTH), total)
+
+
+def ran(upcoming: NextRound, ended: str | None, counted: bool = True) -> Round:
+    window = upcoming.window
+    return a_round(
+        upcoming.round_index,
+        OPENING,
+        stage=upcoming.stage,
+        bottom=window.bottom,
+        top=window.top,
+        ended=ended,
+        counted=counted,
+    )
+
+
+@given(st.integers(0, 4), st.integers(1, 30), st.sets(st.integers(0, 29)))
+def test_each_window_has_its_stage_and_all_rounds_are_used(start: int, total: int, converges: set[int]) -> None:
+    """Whichever stages converge early, before the last: what they did not need is the last one's."""
+    course = a_course(start, total)
+    history = list[Round]()
+    opened = list[int]()
+    while (upcoming := course.next(history)) is not None:
+        if course.opens(upcoming, history):
+            opened.append(upcoming.window.top)
+        last = upcoming.window.top == LAYERS - 1
+        early = "converged" if len(history) in converges and not last else None
+        history.append(ran(upcoming, early or course.ended(upcoming, 0, [], None)))
+    stages = min(total, LAYERS - WIDTH - start + 1)
+    assert len(history) == total
+    assert opened == list(range(LAYERS - stages, LAYERS))
+    assert sum(record.ended is not None for record in history) == stages
+    assert history[-1].ended == "round limit"
+
+
+@given(st.integers(0, 4), st.integers(1, 30))
+def test_windows_that_take_turns_begin_once_and_end_at_the_top(start: int, total: int) -> None:
+    course = a_course(start, total, schedule="cyclic")
+    history = list[Round]()
+    opened = 0
+    while (upcoming := course.next(history)) is not None:
+        opened += course.opens(upcoming, history)
+        history.append(ran(upcoming, course.ended(upcoming, 99, [1.0] * 99, 0.0)))
+    assert (len(history), opened) == (total, 1)
+    assert history[-1].top == LAYERS - 1
+    assert [record.ended for record in history] == [None] * (total - 1) + ["round limit"]
+    assert not course.goes_back
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_span_counts_the_rounds_that_had_a_quorum(lost: int) -> None:
+    course = a_course(4, 20, convergence={"rule": "movement", "span": 3})
+    history = list[Round]()
+    opens = list[bool]()
+    for index in range(7):
+        upcoming = course.next(history)
+        assert upcoming is not None
+        opens.append(course.opens_span(upcoming, history))
+        history.append(ran(upcoming, None, counted=index >= lost))
+    assert opens == [index == 0 or (index - lost) % 3 == 0 for index in range(7)]
