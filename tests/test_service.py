@@ -156,7 +156,9 @@ def test_a_language_model_from_its_chats_to_its_words(service: Running, storage:
     assert len(judged) == 3, "after each of two stages, and at the end on the test rows"
     for evaluation in judged:
         assert evaluation["perplexity"] == pytest.approx(math.exp(evaluation["loss"]))
-        assert 0 < evaluation["peak_bytes"] <= evaluation["planned_bytes"]
+        # A model as small as this may find all the room it needs in what its process holds already.
+        assert evaluation["peak_bytes"] <= evaluation["planned_bytes"]
+        assert evaluation["peak_bytes"] < evaluation["process_bytes"]
     assert judged[1]["loss"] < judged[0]["loss"]
     greedy = {"max_tokens": 8, "temperature": 0}
     answer = service.chainfed("complete", "teller:chats", "7?", "--max-tokens", "8", "--temperature", "0")[1]
