@@ -99,7 +99,9 @@ def _sent_in_a_round(job: Job, cohort: int) -> int:
 def _head_sums_bytes(job: Job) -> int:
     if job.spec.chain.head != "fitted" or job.class_count is None or not job.admitted:
         return 0
-    return sum(tensor.nbytes for tensor in ClassSums.zeros(job.class_count, job.hidden).tensors().values())
+    with torch.device("meta"):  # their shapes, without their bytes
+        sums = ClassSums.zeros(job.class_count, job.hidden).tensors()
+    return sum(tensor.nbytes for tensor in sums.values())
 
 
 def _classes(job: Job, micro_steps: Mapping[str, float]) -> tuple[ClassForecast, ...]:

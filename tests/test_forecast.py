@@ -3,14 +3,12 @@
 import asyncio
 import io
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import ray
 import yaml
 from fastapi.testclient import TestClient
 from rich.console import Console
@@ -33,7 +31,7 @@ from chainfed_ray.job import Job, draft
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.prefix import PrefixRunner
 from cluster.preflight import plan
-from cluster.resources import of_one_machine
+from tests.cluster import one_machine
 from tests.conftest import a_job
 from tests.test_cli import COMMAND
 
@@ -297,16 +295,8 @@ def test_the_command_tells_it_in_json_and_draws_it(document: dict[str, Any], tmp
 
 @pytest.fixture
 def cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(
-        num_cpus=1,
-        resources=of_one_machine(1, 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    yield
-    ray.shutdown()
+    with one_machine():
+        yield
 
 
 @pytest.mark.slow
