@@ -43,7 +43,7 @@ def _summary(forecast: Forecast) -> Table:
     table.add_row("network", f"about {sent} sent in a round; each client receives {received}")
     if forecast.head_sums_bytes:
         sums = format_bytes(forecast.head_sums_bytes)
-        table.add_row("", f"and sends {sums} of sums each time that a head is fitted")
+        table.add_row("", f"and sends {sums} of sums at most each time that a head is fitted")
     return table
 
 

@@ -100,7 +100,7 @@ def _baseline(run: Run, job: Job, meter: Meter) -> dict[str, Any]:
         return _trained(run, job, Lora(job.base.folder, len(job.classes), job.spec.seed), meter)
     blocks = Blocks(job.base.folder, job.base.dtype)
     try:
-        features = Features(blocks)
+        features = Features(blocks, job.reads)
         if run.kind == "probe":
             return _trained(run, job, Probe(features, len(job.classes)), meter)
         judge = (class_means if run.kind == "none" else discriminant_head)(job, features, meter)

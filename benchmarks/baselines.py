@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from benchmarks.accuracy_protocols import Spent
 from benchmarks.metering import Meter
-from chainfed_ray.adapter import Head, Tensors, mean_over_tokens
+from chainfed_ray.adapter import Head, Tensors
 from chainfed_ray.aggregate import RunningMean
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
@@ -26,6 +26,7 @@ from chainfed_ray.cohort import Cohort
 from chainfed_ray.discriminant import ClassSums, fitted
 from chainfed_ray.job import Job
 from chainfed_ray.measure import PeakMemory
+from chainfed_ray.reading import States, read_on
 from chainfed_ray.seeds import derive
 from chainfed_ray.tokens import Examples
 
@@ -159,7 +160,7 @@ class Probe:
     def train(self, client: str, examples: Examples, steps: Steps) -> None:
         """See ``Model``."""
         if client not in self._of_client:
-            self._of_client[client] = self._features.of(examples)
+            self._of_client[client] = self._features.of(examples)[:, -1]
         features, labels = self._of_client[client], torch.from_numpy(examples.labels)
         optimizer = _adamw((list(self._trained.values()), steps.head_learning_rate))
         for indices in batches(len(examples), steps):
@@ -171,7 +172,7 @@ class Probe:
     def accuracy(self, examples: Examples) -> float:
         """See ``Model``."""
         if id(examples) not in self._judged:
-            self._judged[id(examples)] = self._features.of(examples)
+            self._judged[id(examples)] = self._features.of(examples)[:, -1]
         predicted = self._logits(self._judged[id(examples)]).argmax(-1)
         return float((predicted == torch.from_numpy(examples.labels)).double().mean())
 
@@ -181,23 +182,25 @@ class Probe:
 
 
 class Features:
-    """The frozen model's output, mean over tokens: [n, D]."""
+    """What a head reads of the frozen model: means over tokens of its last layers, [n, r, D]."""
 
-    def __init__(self, blocks: Blocks) -> None:
-        self._blocks = blocks
+    def __init__(self, blocks: Blocks, reads: int) -> None:
+        self._blocks, self.reads = blocks, reads
         self._layers = [blocks.load_layer(index) for index in range(blocks.num_layers)]
         self.hidden_size = blocks.hidden_size
 
     @torch.no_grad()
     def of(self, examples: Examples) -> Tensor:
-        """[n, D], in the order of ``examples``."""
-        means = torch.empty(len(examples), self.hidden_size)
+        """[n, r, D], in the order of ``examples``."""
+        means = torch.empty(len(examples), self.reads, self.hidden_size)
         for indices in examples.by_length(_BATCH):
             batch = examples.batch(indices)
             hidden, calls = self._blocks.embed(batch.ids, batch.mask)
+            read = States.embedded(hidden).read
             for index, layer in enumerate(self._layers):
                 hidden = self._blocks.run(layer, hidden, calls[index])
-            means[torch.from_numpy(indices)] = mean_over_tokens(hidden.float(), batch.mask)
+                read = read_on(read, hidden, batch.mask, self.reads)
+            means[torch.from_numpy(indices)] = read
         return means
 
 
@@ -210,7 +213,7 @@ def class_means(job: Job, features: Features, meter: Meter) -> Callable[[Example
         labels = torch.from_numpy(candidate.examples.labels)
         count = torch.bincount(labels, minlength=len(job.classes)).float()
         of_class = torch.zeros(len(job.classes), features.hidden_size).index_add_(
-            0, labels, features.of(candidate.examples)
+            0, labels, features.of(candidate.examples)[:, -1]
         )
         meter.seconds += perf_counter() - started
         meter.turns.append(Spent(candidate.name, None, 0, process_time() - cpu, count.nbytes + of_class.nbytes))
@@ -219,31 +222,34 @@ def class_means(job: Job, features: Features, meter: Meter) -> Callable[[Example
     means = (sums / counts.unsqueeze(1)).float()  # a class that nobody has is nowhere: NaN
 
     def accuracy(examples: Examples) -> float:
-        distances = torch.cdist(features.of(examples), means).nan_to_num(torch.inf)
+        distances = torch.cdist(features.of(examples)[:, -1], means).nan_to_num(torch.inf)
         return float((distances.argmin(1) == torch.from_numpy(examples.labels)).double().mean())
 
     return accuracy
 
 
 def discriminant_head(job: Job, features: Features, meter: Meter) -> Callable[[Examples], float]:
-    """No training: the head in closed form, from every client's sums over the frozen model's output (discriminant.py)."""
-    normal = (features.hidden_size,)
-    total = ClassSums.zeros(len(job.classes), features.hidden_size, torch.float64)
+    """No training: the head in closed form, from every client's sums over the frozen model's features (discriminant.py)."""
+    shape = len(job.classes), features.reads * features.hidden_size
+    total = ClassSums.zeros(*shape, torch.float64)
+
+    def normed(examples: Examples) -> Tensor:
+        return layer_norm(features.of(examples), (features.hidden_size,)).flatten(1)
+
     for candidate, _ in job.admitted:
         started, cpu = perf_counter(), process_time()
-        sums = ClassSums.zeros(len(job.classes), features.hidden_size)
-        sums.count(layer_norm(features.of(candidate.examples), normal), torch.from_numpy(candidate.examples.labels))
+        sums = ClassSums.zeros(*shape)
+        sums.count(normed(candidate.examples), torch.from_numpy(candidate.examples.labels))
         meter.seconds += perf_counter() - started
         size = sum(tensor.nbytes for tensor in sums.tensors().values())
         meter.turns.append(Spent(candidate.name, None, 0, process_time() - cpu, size))
         total.add(sums)
-    held_out = layer_norm(features.of(job.validation), normal)
-    found = fitted(total, held_out, torch.from_numpy(job.validation.labels))
+    found = fitted(total, normed(job.validation), torch.from_numpy(job.validation.labels))
     assert found, "these are sums of examples"
     weight, bias = found
 
     def accuracy(examples: Examples) -> float:
-        logits = layer_norm(features.of(examples), normal) @ weight.T + bias
+        logits = normed(examples) @ weight.T + bias
         return float((logits.argmax(1) == torch.from_numpy(examples.labels)).double().mean())
 
     return accuracy

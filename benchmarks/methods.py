@@ -55,7 +55,7 @@ def methods(layers: int, recipe_rates: tuple[float, float] | None = None) -> dic
     starts = range(top + 1)
     made = [
         Method("none", rates=None, kind="none", changes=_top_layer(layers)),
-        Method("fitted", rates=None, kind="fitted", changes=_top_layer(layers)),
+        Method("fitted", rates=None, kind="fitted", changes=_with_head(_top_layer(layers), "fitted")),
         Method("probe", rates=(_ADAPTERS, _PROBE), kind="probe", changes=_top_layer(layers)),
         Method(END_TO_END, rates=(_ADAPTERS, _WHOLE_HEAD), part="anyone", changes=whole),
         Method("end-to-end-fitted", rates=(_ADAPTERS, _FITTED), part="anyone", changes=_with_head(whole, "fitted")),
@@ -69,6 +69,7 @@ def methods(layers: int, recipe_rates: tuple[float, float] | None = None) -> dic
         Method("no-gpo", changes=_paper(global_weight=0.0)),
         Method("no-foat", changes=_paper(start=0)),
         Method("recommended", rates=recipe_rates),
+        Method("recommended-reads-1", rates=recipe_rates, changes={"chain": {"head_layers": 1}}),
         *(
             Method(f"recommended-start-{start}", rates=recipe_rates, changes={"chain": {"start": start}})
             for start in starts

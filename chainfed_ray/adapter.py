@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from chainfed_ray.reading import States, read_on
 from chainfed_ray.seeds import derive
 
 Tensors = dict[str, Tensor]
@@ -40,25 +41,40 @@ class Adapter(nn.Module):
 
 
 class Head(nn.Module):
-    """A linear classifier over LayerNorm of the mean of the real tokens; it starts at zero: all classes alike."""
+    """A linear classifier over LayerNorm of the means of the real tokens, of as many ``layers``, the highest last.
 
-    def __init__(self, hidden: int, classes: int) -> None:
+    It starts at zero: all classes alike.
+    """
+
+    def __init__(self, hidden: int, classes: int, layers: int = 1) -> None:
         super().__init__()
+        self.layers = layers
         self.norm = nn.LayerNorm(hidden)
-        self.linear = _linear(hidden, classes)
+        self.linear = _linear(layers * hidden, classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Hidden [B, T, D] and mask [B, T] → logits [B, C]."""
-        logits: Tensor = self.linear(self.norm(mean_over_tokens(hidden.float(), mask)))
-        return logits
+    def features(self, top: int) -> int:
+        """How many numbers it reads of an example above the layer ``top``."""
+        return min(self.layers, top + 1) * self.norm.weight.shape[0]
+
+    def forward(self, hidden: Tensor, mask: Tensor, below: Tensor | None = None) -> Tensor:
+        """Hidden [B, T, D], mask [B, T] and what was read ``below``, [B, r, D] or nothing → logits [B, C].
+
+        Where there are fewer layers than it could read, it is as if the lower ones were zero.
+        """
+        below = States.embedded(hidden).read if below is None else below
+        features = self.norm(read_on(below, hidden, mask, self.layers)).flatten(1)
+        return nn.functional.linear(features, self.linear.weight[:, -features.shape[1] :], self.linear.bias)
 
 
-def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """[B, T, D] and [B, T] → [B, D], padding left out."""
-    weights = mask.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+def _head_for(tensors: Tensors) -> Head | None:
+    if "head.linear.weight" not in tensors:
+        return None
+    (classes, features), (hidden,) = tensors["head.linear.weight"].shape, tensors["head.norm.weight"].shape
+    if not hidden or not features or features % hidden:
+        raise ValueError(f"a head of {features} features reads no number of layers of {hidden}")
+    return Head(hidden, classes, features // hidden)
 
 
 def _linear(inputs: int, outputs: int, blank: bool = False) -> nn.Linear:
@@ -76,15 +92,25 @@ class AdapterStack(nn.Module):
         self.head = head
 
     @classmethod
-    def new(cls, layers: Iterable[int], hidden: int, bottleneck: int, classes: int | None, seed: int) -> "AdapterStack":
-        """Identity adapters after ``layers`` of width D = ``hidden``, and a zero head for C = ``classes``, if there are any."""
+    def new(
+        cls, layers: Iterable[int], hidden: int, bottleneck: int, classes: int | None, seed: int, reads: int = 1
+    ) -> "AdapterStack":
+        """Identity adapters after ``layers`` of width D = ``hidden``, and a zero head for C = ``classes``, if there are any.
+
+        The head reads so many layers.
+        """
         made = {layer: Adapter(hidden, bottleneck, derive(seed, "adapter", layer)) for layer in layers}
-        return cls(made, None if classes is None else Head(hidden, classes))
+        return cls(made, None if classes is None else Head(hidden, classes, reads))
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that have an adapter, upwards."""
         return tuple(int(layer) for layer in self.adapters)
+
+    @property
+    def reads(self) -> int:
+        """How many layers its head reads; a language model's own reads one."""
+        return 1 if self.head is None else self.head.layers
 
     def adapter(self, layer: int) -> Adapter:
         """The adapter that follows ``layer``."""
@@ -100,7 +126,6 @@ class AdapterStack(nn.Module):
         """The stack that ``tensors()`` was called on. It is made of these very tensors: nothing is copied."""
         downs = {name.split(".")[1]: tensor for name, tensor in tensors.items() if name.endswith(".down.weight")}
         adapters = {int(layer): Adapter(down.shape[1], down.shape[0]) for layer, down in downs.items()}
-        linear = tensors.get("head.linear.weight")
-        stack = cls(adapters, None if linear is None else Head(linear.shape[1], linear.shape[0]))
+        stack = cls(adapters, _head_for(tensors))
         stack.load_state_dict(tensors, assign=True)
         return stack

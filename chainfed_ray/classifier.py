@@ -6,6 +6,7 @@ from torch import Tensor
 
 from chainfed_ray.base_model import resolve, tokenizer
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.reading import States, read_on
 from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.tokens import Examples, tokenize
 
@@ -36,11 +37,15 @@ class Classifier:
     @torch.no_grad()
     def _logits(self, saved: SavedStack, examples: Examples, indices: np.ndarray) -> Tensor:
         batch = examples.batch(indices)
+        stack = saved.stack
         hidden, calls = self._blocks.embed(batch.ids, batch.mask)
+        read = States.embedded(hidden).read
         for index, layer in enumerate(self._layers):
+            if index:
+                read = read_on(read, hidden, batch.mask, stack.reads - 1)
             hidden = self._blocks.run(layer, hidden, calls[index])
-            if index in saved.stack.layers:
-                hidden = saved.stack.adapter(index)(hidden)
-        assert saved.stack.head is not None, "a classifier's stack has a head"
-        logits: Tensor = saved.stack.head(hidden, batch.mask)
+            if index in stack.layers:
+                hidden = stack.adapter(index)(hidden)
+        assert stack.head is not None, "a classifier's stack has a head"
+        logits: Tensor = stack.head(hidden, batch.mask, read)
         return logits

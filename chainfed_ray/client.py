@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chainfed_ray.adapter import AdapterStack, Tensors, mean_over_tokens
+from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.cap import now
 from chainfed_ray.chain import Window
@@ -19,6 +19,7 @@ from chainfed_ray.memory import Plan
 from chainfed_ray.objective import GlobalTrains, Judge, by_class, by_next_token, chain_loss, trained_names
 from chainfed_ray.prefix import Activations, PrefixCache, PrefixRunner, RecomputedActivations
 from chainfed_ray.privacy import NoiseShare
+from chainfed_ray.reading import States, mean_over_tokens, read_on
 from chainfed_ray.seeds import derive
 from chainfed_ray.spill import Spill, overwrite_activations
 from chainfed_ray.start_layer import debiased_cka
@@ -151,7 +152,7 @@ def profile(client: Client, blocks: Blocks, scratch: Path, order: Profiling) -> 
             means = []
             for indices in examples.by_length(runner.batch):
                 batch = examples.batch(indices)
-                hidden = activations.batch(indices) if activations else blocks.embed(batch.ids, batch.mask)[0]
+                hidden = activations.batch(indices).hidden if activations else blocks.embed(batch.ids, batch.mask)[0]
                 means.append(mean_over_tokens(hidden.double(), batch.mask))
             return torch.cat(means)
 
@@ -259,18 +260,19 @@ class _Step:
         """The gradients of a micro-batch, added to those there are; its loss, summed over its examples."""
         batch, order = examples.batch(indices), self.order
         with self.saving:
-            hidden = window_output(
+            states = window_output(
                 self.blocks, self.stack, self.window, self.layers, self.activations.batch(indices), batch.mask
             )
             loss = chain_loss(
                 self.stack,
                 self.window,
-                hidden,
+                states,
+                batch.mask,
                 self._judge(batch),
                 global_weight=order.global_weight,
                 head_follows_global=order.global_trains != "window",
             )
-            del hidden
+            del states
         (loss / batch_size).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
@@ -287,16 +289,19 @@ def window_output(
     stack: AdapterStack,
     window: Window,
     layers: dict[int, nn.Module],
-    hidden: Tensor,
+    states: States,
     mask: Tensor,
-) -> Tensor:
-    """The window: from its bottom layer's output u [B, T, D] to its top adapter's output h [B, T, D]."""
+) -> States:
+    """The window: from its bottom layer's output u to its top adapter's output h, each [B, T, D]."""
+    hidden, read = states
+    del states  # the bottom layer's output goes with its adapter
     hidden = stack.adapter(window.bottom)(hidden)
     if layers:
         calls = blocks.calls(mask)
         for index, layer in layers.items():
+            read = read_on(read, hidden, mask, stack.reads - 1)
             hidden = stack.adapter(index)(blocks.run(layer, hidden, calls[index]))
-    return hidden
+    return States(hidden, read)
 
 
 def entering(

@@ -188,6 +188,8 @@ def _of_task(spec: JobSpec) -> Iterator[Problem]:
         )
     if not causal and spec.chain.head == "model":
         yield Problem("chain.head", spec.chain.head, "'fitted' or 'zero', unless model.task is causal-lm")
+    if causal and spec.chain.head_layers not in (None, 1):
+        yield Problem("chain.head_layers", spec.chain.head_layers, "1 for model.task causal-lm: its own head reads one")
     given = [("data.prompt", data.prompt), ("data.response", data.response), ("data.messages", data.messages)]
     given.append(("evaluation.choices", spec.evaluation.choices))
     for key, value in given:

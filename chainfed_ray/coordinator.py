@@ -193,7 +193,7 @@ class Coordinator:
             return State.of(self._log.tensors(history[-1].index), self._spec.aggregation)
         bottleneck, classes = self._spec.chain.adapter.bottleneck, self._job.class_count
         seed = derive(self._spec.seed, "stack")
-        stack = AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed)
+        stack = AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed, self._job.reads)
         return State.new(stack, self._spec.aggregation)
 
     def _round(

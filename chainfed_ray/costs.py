@@ -25,12 +25,12 @@ _MODULE = 9 * 2**10
 _COMPILED = 2**20
 
 
-def costs_of(blocks: Blocks, bottleneck: int, classes: int | None) -> Costs:
+def costs_of(blocks: Blocks, bottleneck: int, classes: int | None, reads: int = 1) -> Costs:
     """The costs of tuning ``blocks`` with adapters of R = ``bottleneck`` and a classifier of C = ``classes``.
 
-    ``classes`` is None for a language model, whose own head is used and not trained.
+    The classifier reads so many layers. ``classes`` is None for a language model, whose own head is used and not trained.
     """
-    parts = _Parts(blocks, bottleneck, classes)
+    parts = _Parts(blocks, bottleneck, classes, reads)
     width = blocks.hidden_size
 
     def demands(spilled: bool) -> StepDemands:
@@ -53,7 +53,8 @@ def costs_of(blocks: Blocks, bottleneck: int, classes: int | None) -> Costs:
         skeleton=blocks.modules * _MODULE + blocks.kept_bytes + (_COMPILED if blocks.dtype == torch.bfloat16 else 0),
         call=polynomial_of(parts.call_bytes),
         adapter=(2 * width * bottleneck + width + bottleneck) * _FLOAT32,
-        head=0 if classes is None else (width * classes + classes + 2 * width) * _FLOAT32,
+        head=0 if classes is None else (reads * width * classes + classes + 2 * width) * _FLOAT32,
+        reads=reads,
         streamed_head=classes is None,
         kept=demands(spilled=False),
         spilled=demands(spilled=True),
@@ -69,6 +70,7 @@ class _Parts:
     blocks: Blocks
     bottleneck: int
     classes: int | None
+    reads: int
 
     def layer(self, spilled: bool) -> Prepare:
         """A layer of the base model."""
@@ -98,9 +100,10 @@ class _Parts:
             slices, ids = _BlankSlices(self.blocks), np.zeros((batch, tokens), dtype=np.int64)
             every = np.ones((batch, tokens), dtype=bool)
             return lambda hidden: next_token_loss(self.blocks, hidden, ids, mask, every, slices)
-        head = with_blank_weights(Head(self.blocks.hidden_size, self.classes), fake)
+        head = with_blank_weights(Head(self.blocks.hidden_size, self.classes, self.reads), fake)
         labels = torch.zeros(batch, dtype=torch.int64)
-        return lambda hidden: cross_entropy(head(hidden, mask), labels, reduction="sum")
+        below = torch.zeros(batch, self.reads - 1, self.blocks.hidden_size)
+        return lambda hidden: cross_entropy(head(hidden, mask, below), labels, reduction="sum")
 
     def call_bytes(self, batch: int, tokens: int) -> int:
         """What the model hands to its layers besides hidden states; all layers share most of it."""

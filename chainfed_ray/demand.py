@@ -66,6 +66,7 @@ class Costs:
     call: Bytes  # masks and rotary tables
     adapter: int
     head: int
+    reads: int  # layers that the head reads, a count
     streamed_head: bool  # the language model's own head: never resident, and not trained
     kept: StepDemands  # saved activations in memory
     spilled: StepDemands  # … on disk

@@ -11,6 +11,7 @@ All classes share one covariance Σ, and with the means μ_c and the frequencies
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,23 +30,23 @@ _SLACK = 1.01  # for rounding in float32
 
 @dataclass(frozen=True)
 class ClassSums:
-    """Over features f [D] of examples of C classes: how many there are, Σ f by class, and Σ f fᵀ. Float32, or float64."""
+    """Over features f [F] of examples of C classes: how many there are, Σ f by class, and Σ f fᵀ. Float32, or float64."""
 
     counts: Tensor  # [C]
-    sums: Tensor  # [C, D]
-    products: Tensor  # [D, D]
+    sums: Tensor  # [C, F]
+    products: Tensor  # [F, F]
 
     @classmethod
-    def zeros(cls, classes: int, hidden: int, dtype: torch.dtype = torch.float32) -> "ClassSums":
+    def zeros(cls, classes: int, features: int, dtype: torch.dtype = torch.float32) -> "ClassSums":
         """Of no examples."""
         return cls(
             torch.zeros(classes, dtype=dtype),
-            torch.zeros(classes, hidden, dtype=dtype),
-            torch.zeros(hidden, hidden, dtype=dtype),
+            torch.zeros(classes, features, dtype=dtype),
+            torch.zeros(features, features, dtype=dtype),
         )
 
     def count(self, features: Tensor, labels: Tensor) -> None:
-        """Add examples: features [B, D] and classes [B]."""
+        """Add examples: features [B, F] and classes [B]."""
         self.counts.index_add_(0, labels, torch.ones(len(labels), dtype=self.counts.dtype))
         self.sums.index_add_(0, labels, features)
         self.products.addmm_(features.T, features)
@@ -57,37 +58,57 @@ class ClassSums:
         self.products.add_(other.products)
 
     def impossible(self, examples: int) -> str | None:
-        """Why these are no sums over so many examples of features from a LayerNorm, whose squares add up to D at most."""
-        hidden = self.sums.shape[1]
+        """Why these are no sums over so many examples of features from LayerNorms, whose squares add up to F at most."""
+        size = self.sums.shape[1]
         if (self.counts < 0).any() or self.counts.sum() != examples:
             return f"it counts {self.counts.sum():g} examples, not {examples}"
-        if (self.sums.norm(dim=1) > _SLACK * hidden**0.5 * self.counts + _SLACK - 1).any():
+        if (self.sums.norm(dim=1) > _SLACK * size**0.5 * self.counts + _SLACK - 1).any():
             return "its features are larger than any that a LayerNorm gives"
-        if not 0 <= self.products.trace() <= _SLACK * hidden * examples:
+        if not 0 <= self.products.trace() <= _SLACK * size * examples:
             return "its products are larger than any of features from a LayerNorm"
         return None
 
     def tensors(self) -> Tensors:
-        """By name."""
-        return {"counts": self.counts, "sums": self.sums, "products": self.products}
+        """By name, as they are sent: of the products, which are symmetric, one half, [F (F + 1) / 2]."""
+        size = len(self.products)
+        half = self.products.new_empty(size * (size + 1) // 2)
+        for row, (start, end) in enumerate(_rows_of_half(size)):
+            half[start:end] = self.products[row, : row + 1]  # one by one: thousands of views take megabytes
+        return {"counts": self.counts, "sums": self.sums, "products": half}
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> "ClassSums":
+        """Those that ``tensors()`` was called on."""
+        counts, sums, half = (tensors[name] for name in ("counts", "sums", "products"))
+        size = sums.shape[1]
+        products = half.new_empty(size, size)
+        for row, (start, end) in enumerate(_rows_of_half(size)):
+            products[row, : row + 1] = products[: row + 1, row] = half[start:end]
+        return cls(counts, sums, products)
+
+
+def _rows_of_half(size: int) -> Iterator[tuple[int, int]]:
+    """Where the rows of a triangle, each one longer than the one before, begin and end when they are put end to end."""
+    return ((row * (row + 1) // 2, (row + 1) * (row + 2) // 2) for row in range(size))
 
 
 def discriminant(sums: ClassSums, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """The weight [C, D] and the bias [C] at temperature 1, in float64; ``shrinkage`` in (0, 1] is the identity's share."""
+    """The weight [C, F] and the bias [C] at temperature 1, in float64; ``shrinkage`` in (0, 1] is the identity's share."""
     counts, total = sums.counts.double(), sums.counts.double().sum()
     means = sums.sums.double() / counts.clamp(min=1).unsqueeze(1)
-    covariance = (sums.products.double() - (means * counts.unsqueeze(1)).T @ means) / total
+    # In place: where a head reads several layers, this is the largest thing that the server has.
+    covariance = sums.products.double().sub_((means * counts.unsqueeze(1)).T @ means).div_(total)
     # Where the features of a class hardly vary, what is left of Σ is rounding.
-    least = _LEAST_VARIANCE * float(sums.products.double().diagonal().mean() / total)
+    least = _LEAST_VARIANCE * float(sums.products.diagonal().double().mean() / total)
     scale = covariance.diagonal().mean().clamp(min=max(least, torch.finfo(torch.float32).tiny))
-    identity = torch.eye(len(covariance), dtype=torch.float64)
-    weight = torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * scale * identity, means.T).T
+    covariance.mul_(1 - shrinkage).diagonal().add_(shrinkage * scale)
+    weight = torch.linalg.solve(covariance, means.T).T
     bias = counts.clamp(min=_NO_EXAMPLE).log() - total.log() - (weight * means).sum(1) / 2
     return weight, bias
 
 
 def fitted(sums: ClassSums, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The discriminant with the least loss on held-out features [n, D] of classes [n]: weight [C, D], bias [C], float32.
+    """The discriminant with the least loss on held-out features [n, F] of classes [n]: weight [C, F], bias [C], float32.
 
     None if there is none: sums that are not those of any examples can have no inverse.
     """

@@ -100,7 +100,7 @@ def _head_sums_bytes(job: Job) -> int:
     if job.spec.chain.head != "fitted" or job.class_count is None or not job.admitted:
         return 0
     with torch.device("meta"):  # their shapes, without their bytes
-        sums = ClassSums.zeros(job.class_count, job.hidden).tensors()
+        sums = ClassSums.zeros(job.class_count, job.reads * job.hidden).tensors()
     return sum(tensor.nbytes for tensor in sums.values())
 
 
@@ -166,6 +166,7 @@ def _changes(job: Job) -> Iterator[Change]:
     if job.admission.left_out:
         spec = job.spec
         yield from _joining(job, "chain.adapter.bottleneck", _halvings(spec.chain.adapter.bottleneck, 1))
+        yield from _joining(job, "chain.head_layers", _halvings(job.reads, 1))
         yield from _joining(job, "data.max_length", _halvings(spec.data.max_length, 2))
         yield from _joining(job, "rounds.batch_size", [2 * spec.rounds.batch_size])
         yield from _joining(job, "model.dtype", ["bfloat16"])
@@ -216,6 +217,7 @@ def _readmit(job: Job, spec: JobSpec) -> Admission:
     if spec.data.max_length < job.spec.data.max_length:
         everybody = [replace(one, examples=_cut(one.examples, spec.data.max_length)) for one in everybody]
     same_parts = (spec.chain.adapter, spec.model) == (job.spec.chain.adapter, job.spec.model)
+    same_parts = same_parts and spec.chain.head_layers in (job.spec.chain.head_layers, job.reads)
     costs = job.planner.costs if same_parts else _costs(job, spec)
     return admit(Planner(costs, task_of(spec)), everybody, spec.chain.window)
 
@@ -223,7 +225,8 @@ def _readmit(job: Job, spec: JobSpec) -> Admission:
 def _costs(job: Job, spec: JobSpec) -> Costs:
     blocks = Blocks(job.base.folder, getattr(torch, spec.model.dtype))
     try:
-        return costs_of(blocks, spec.chain.adapter.bottleneck, job.class_count)
+        reads = spec.chain.head_layers or job.reads
+        return costs_of(blocks, spec.chain.adapter.bottleneck, job.class_count, reads)
     finally:
         blocks.close()
 

@@ -131,7 +131,8 @@ def _lowest(job: Job) -> Window:
 
 def _new_stack(job: Job) -> AdapterStack:
     adapters = range(job.planner.task.start, job.layers)
-    return AdapterStack.new(adapters, job.hidden, job.spec.chain.adapter.bottleneck, job.class_count, job.spec.seed)
+    bottleneck, classes, seed = job.spec.chain.adapter.bottleneck, job.class_count, job.spec.seed
+    return AdapterStack.new(adapters, job.hidden, bottleneck, classes, seed, job.reads)
 
 
 def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:

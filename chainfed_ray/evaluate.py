@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_ray.adapter import AdapterStack, mean_over_tokens
+from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, window_output
 from chainfed_ray.judgement import Judgement, judge
 from chainfed_ray.memory import PREFIX_BATCH, evaluation_grains
 from chainfed_ray.prefix import PrefixCache, PrefixRunner
+from chainfed_ray.reading import States, read_on
 from chainfed_ray.stream import SliceReader
 from chainfed_ray.tokens import Batch, Examples
 
@@ -29,8 +30,8 @@ def evaluate(examples: Examples, base: BaseModel, cache: Path, stack: AdapterSta
     """Judge ``stack`` on ``examples`` at the top of ``window``; the prefix below the window is cached in ``cache``."""
     judgement = Judgement.blank(len(examples))
     with _opened(base) as (blocks, matrices):
-        for indices, batch, hidden in _outputs(examples, blocks, matrices, cache, stack, window):
-            judgement.put(torch.from_numpy(indices), judge(blocks, stack, hidden, batch, matrices))
+        for indices, batch, states in _outputs(examples, blocks, matrices, cache, stack, window):
+            judgement.put(torch.from_numpy(indices), judge(blocks, stack, states, batch, matrices))
     return judgement
 
 
@@ -38,11 +39,11 @@ def evaluate(examples: Examples, base: BaseModel, cache: Path, stack: AdapterSta
 def pooled(
     examples: Examples, base: BaseModel, cache: Path, stack: AdapterStack, window: Window
 ) -> tuple[Tensor, Tensor]:
-    """The mean over the tokens at the top of ``window``, [n, D] in float32, and the classes [n], the shortest texts first."""
+    """What the head reads at the top of ``window``, [n, r, D] in float32, and the classes [n], the shortest texts first."""
     means, labels = [], []
     with _opened(base) as (blocks, matrices):
-        for _, batch, hidden in _outputs(examples, blocks, matrices, cache, stack, window):
-            means.append(mean_over_tokens(hidden.float(), batch.mask))
+        for _, batch, states in _outputs(examples, blocks, matrices, cache, stack, window):
+            means.append(read_on(states.read, states.hidden, batch.mask, stack.reads))
             labels.append(batch.labels)
     return torch.cat(means), torch.cat(labels)
 
@@ -61,8 +62,8 @@ def _opened(base: BaseModel) -> Iterator[tuple[Blocks, SliceReader]]:
 
 def _outputs(
     examples: Examples, blocks: Blocks, matrices: SliceReader, cache: Path, stack: AdapterStack, window: Window
-) -> Iterator[tuple[np.ndarray, Batch, Tensor]]:
-    """Every batch and the places of its examples, with the window's output [B, T, D]."""
+) -> Iterator[tuple[np.ndarray, Batch, States]]:
+    """Every batch and the places of its examples, with the window's output."""
     below, inside = evaluation_grains(blocks.layer_bytes, blocks.conversion_bytes, len(window))
     runner = PrefixRunner(blocks, matrices=matrices if below == "matrix" else None)
     activations = PrefixCache(cache, runner, examples).at(window.bottom, stack)

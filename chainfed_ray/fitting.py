@@ -6,11 +6,12 @@ from time import process_time
 import torch
 from torch.nn.functional import layer_norm
 
-from chainfed_ray.adapter import AdapterStack, mean_over_tokens
+from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.cap import now
 from chainfed_ray.client import Client, Fitting, HeadSums, entering, reader, window_output
 from chainfed_ray.discriminant import ClassSums
+from chainfed_ray.reading import read_on
 
 
 @torch.no_grad()
@@ -20,18 +21,17 @@ def add_up(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> Hea
     plan, examples, window = client.plan, client.examples, client.plan.window
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
-    classes, hidden_size = stack.head.linear.weight.shape
     with reader(blocks, plan) as matrices:
         now(f"running the layers below layer {window.bottom}")
         activations = entering(client, blocks, scratch, stack, matrices, order.window)
         now("fitting the head")
         streamed = matrices if plan.grain == "matrix" else None
         layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
-        total = ClassSums.zeros(classes, hidden_size)
+        total = ClassSums.zeros(stack.head.linear.out_features, stack.head.features(window.top))
         for indices in examples.by_length(plan.micro_batch):
             batch = examples.batch(indices)
-            hidden = window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)
-            means = mean_over_tokens(hidden.float(), batch.mask)
-            total.count(layer_norm(means, (hidden_size,)), batch.labels)
-            del hidden  # before the next batch is run
+            states = window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)
+            means = read_on(states.read, states.hidden, batch.mask, stack.reads)
+            total.count(layer_norm(means, means.shape[-1:]).flatten(1), batch.labels)
+            del states  # before the next batch is run
     return HeadSums(total.tensors(), len(examples), process_time() - started)

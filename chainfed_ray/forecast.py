@@ -69,8 +69,8 @@ class Forecast(Record):
     clients_per_round: int
     sent_bytes_per_round: int = Field(description="by the clients of a round that answer, on average")
     head_sums_bytes: int = Field(
-        description="by each client each time that a head is fitted in closed form: for each stage, or, where windows take "
-        "turns, once; 0 without one"
+        description="by each client each time that a head is fitted in closed form, at most: for each stage, or, where "
+        "windows take turns, once; 0 without one"
     )
     received_bytes: int = Field(description="by a client in a turn: the whole stack")
     estimated_seconds: float | None = Field(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import cross_entropy, layer_norm, linear
+from torch.nn.functional import cross_entropy, layer_norm, linear, pad
 
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.aggregate import check_update
@@ -40,29 +40,32 @@ def fit_head(
     """Ask ``clients`` for their sums, add them up in client order, and settle the rest on ``held_out`` examples."""
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
-    classes, hidden = stack.head.linear.weight.shape
-    total, expected = ClassSums.zeros(classes, hidden, torch.float64), ClassSums.zeros(classes, hidden).tensors()
-    counted: list[HeadSums] = []
+    shape = stack.head.linear.out_features, stack.head.features(order.window.top)
+    total = ClassSums.zeros(*shape, torch.float64)
+    with torch.device("meta"):  # their shapes, without their bytes
+        expected = ClassSums.zeros(*shape).tensors()
+    cpu_seconds: list[float] = []  # of each client whose sums count; the sums themselves are not kept
     lost: list[Lost] = []
     for place, result in in_order(pool.run(clients, order, deadline), len(clients)):
         client = clients[place]
         try:
-            sums = _checked(client, result, expected)
+            found = _checked(client, result, expected)
         except InvalidUpdate as error:
             lost.append(as_lost(client, Failure(error.reason)))
         else:
-            if isinstance(sums, Failure):
+            if isinstance(found, Failure):
                 # A client that exceeds its plan here is not left out: in a round it may have a second turn.
-                lost.append(as_lost(client, replace(sums, exceeded=False)))
+                lost.append(as_lost(client, replace(found, exceeded=False)))
             else:
-                total.add(ClassSums(**sums.tensors))
-                counted.append(sums)
-    head, score = _head(total, stack, order.window, held_out, base) if counted else ({}, None)
+                sums, seconds = found
+                total.add(sums)
+                cpu_seconds.append(seconds)
+    head, score = _head(total, stack, order.window, held_out, base) if cpu_seconds else ({}, None)
     record = HeadFit(
-        clients=len(counted),
+        clients=len(cpu_seconds),
         examples=int(total.counts.sum()),
-        cpu_seconds=sum(sums.cpu_seconds for sums in counted),
-        sent_bytes=sum(tensor.nbytes for sums in counted for tensor in sums.tensors.values()),
+        cpu_seconds=sum(cpu_seconds),
+        sent_bytes=len(cpu_seconds) * sum(tensor.nbytes for tensor in expected.values()),
         lost=tuple(lost),
         held_out_loss=score.loss if score else None,
         accuracy=score.accuracy if score else None,
@@ -76,28 +79,33 @@ def _head(
     """The head's tensors, and its score on ``held_out`` examples; none if no classifier follows from the sums."""
     with one_thread():
         means, labels = pooled(held_out, base, base.scratch / "(validation)", stack, window)
-        features = layer_norm(means, means.shape[1:])
+        hidden = means.shape[-1]
+        features = layer_norm(means, (hidden,)).flatten(1)
         found = fitted(total, features, labels)
         if found is None:
             return {}, None
         weight, bias = found
         logits = linear(features, weight, bias)
         score = Score(float(cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean()))
+    # Below the first layer there is nothing to read.
+    unread = stack.reads * hidden - weight.shape[1]
     head = {
-        "head.norm.weight": torch.ones(means.shape[1]),
-        "head.norm.bias": torch.zeros(means.shape[1]),
-        "head.linear.weight": weight,
+        "head.norm.weight": torch.ones(hidden),
+        "head.norm.bias": torch.zeros(hidden),
+        "head.linear.weight": pad(weight, (unread, 0)),
         "head.linear.bias": bias,
     }
     return head, score
 
 
-def _checked(client: Client, result: Result | Failure, expected: Tensors) -> HeadSums | Failure:
+def _checked(client: Client, result: Result | Failure, expected: Tensors) -> tuple[ClassSums, float] | Failure:
+    """The sums, and the seconds of CPU that they took."""
     if isinstance(result, Failure):
         return result
     if not isinstance(result, HeadSums):
         raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
     check_update(client.name, result.tensors, expected, len(client.examples))
-    if impossible := ClassSums(**result.tensors).impossible(len(client.examples)):
+    sums = ClassSums.of(result.tensors)
+    if impossible := sums.impossible(len(client.examples)):
         raise InvalidUpdate(client.name, impossible)
-    return result
+    return sums, result.cpu_seconds

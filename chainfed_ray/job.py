@@ -27,6 +27,8 @@ from chainfed_ray.start_layer import FEWEST
 from chainfed_ray.targets import packed
 from chainfed_ray.tokens import Examples
 
+FEATURES = 1536  # that a fitted head reads at most by default, if a layer has no more
+
 
 @dataclass(frozen=True)
 class Job:
@@ -49,6 +51,11 @@ class Job:
     def class_count(self) -> int | None:
         """C, the classes of its head; None for a language model, which has its own."""
         return None if self.spec.model.task == "causal-lm" else len(self.classes)
+
+    @property
+    def reads(self) -> int:
+        """How many layers its head reads."""
+        return self.planner.costs.reads
 
     @property
     def window(self) -> int:
@@ -125,7 +132,8 @@ def draft(spec: JobSpec, scratch: Path) -> Job:
         _check_texts(spec, blocks, examples)
         _check_chain(spec, blocks.num_layers)
         classes = None if causal else len(corpus.classes)
-        planner = Planner(costs_of(blocks, spec.chain.adapter.bottleneck, classes), task_of(spec))
+        costs = costs_of(blocks, spec.chain.adapter.bottleneck, classes, _reads(spec, blocks))
+        planner = Planner(costs, task_of(spec))
     finally:
         blocks.close()
     members, seed = spec.fleet.members, derive(spec.seed, "partition")
@@ -215,6 +223,19 @@ def _check_chain(spec: JobSpec, layers: int) -> None:
         raise InvalidJob.at(
             "chain.start", spec.chain.start, f"at most {layers - spec.chain.window}, where a window fits"
         )
+    if spec.chain.head_layers is not None and spec.chain.head_layers > layers:
+        raise InvalidJob.at("chain.head_layers", spec.chain.head_layers, f"at most {layers}, the model's layers")
+
+
+def _reads(spec: JobSpec, blocks: Blocks) -> int:
+    """How many layers the head reads. One that is fitted takes sums as large as the square of what it reads.
+
+    One that goes on from window to window would find other layers where those were that it learnt to read.
+    """
+    if spec.chain.head_layers is not None:
+        return spec.chain.head_layers
+    anew = spec.chain.head == "fitted" and spec.chain.schedule == "staged"
+    return max(1, min(blocks.num_layers, FEATURES // blocks.hidden_size)) if anew else 1
 
 
 def check_fleet(job: Job) -> None:

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.lm_head import next_token_scores
+from chainfed_ray.reading import States
 from chainfed_ray.stream import RowSlices
 from chainfed_ray.tokens import Batch
 
@@ -43,16 +44,16 @@ class Judgement:
 
 @torch.no_grad()
 def judge(
-    blocks: Blocks, stack: AdapterStack, hidden: Tensor, batch: Batch, matrices: RowSlices | None = None
+    blocks: Blocks, stack: AdapterStack, states: States, batch: Batch, matrices: RowSlices | None = None
 ) -> Judgement:
-    """Judge a batch by the chain's output ``hidden`` [B, T, D]; ``matrices`` are for the head of a language model."""
+    """Judge a batch by the chain's output ``states``; ``matrices`` are for the head of a language model."""
     if stack.head is not None:
-        logits = stack.head(hidden, batch.mask)
+        logits = stack.head(states.hidden, batch.mask, states.read)
         classes = logits.argmax(-1)
         losses = cross_entropy(logits, batch.labels, reduction="none").double()
         return Judgement(losses, torch.ones_like(classes), (classes == batch.labels).long(), classes)
     assert matrices is not None, "a language model's head is streamed"
     assert batch.targets is not None, "and its examples say what it is to predict"
     ids, targets = batch.ids.numpy(), batch.targets.numpy()
-    losses, right = next_token_scores(blocks, hidden, ids, batch.mask, targets, matrices)
+    losses, right = next_token_scores(blocks, states.hidden, ids, batch.mask, targets, matrices)
     return Judgement(losses, batch.targets.sum(1), right, torch.full_like(right, -1))

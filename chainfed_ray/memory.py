@@ -151,9 +151,12 @@ def lacking(costs: Costs, task: Task, stage: Window, means: Means) -> int:
     return min(needs) - means.memory
 
 
-def cache_bytes(costs: Costs, tokens: int) -> int:
-    """Disk for a prefix cache of ``tokens`` tokens: the lowest layer of the chain and of the stage, and two as one is made."""
-    return 4 * tokens * costs.hidden * costs.itemsize
+def cache_bytes(costs: Costs, examples: int, tokens: int) -> int:
+    """Disk for a prefix cache of so many ``tokens`` in all, and what the head reads of each example below them.
+
+    It has the lowest layer of the chain and of the stage, and two as one is made.
+    """
+    return 4 * costs.hidden * (tokens * costs.itemsize + examples * (costs.reads - 1) * _FLOAT32)
 
 
 def evaluation_grains(layer: int, conversion: int, window: int) -> tuple[Grain, Grain]:
@@ -226,7 +229,7 @@ def footprint(
         optimizer=_ADAM_STATES * (trained + trained_head),
         cache_pages=rows,
         saved_activations=saved,
-        transients=peak - rows - saved + costs.call.at(micro_batch, tokens),
+        transients=peak - rows - saved + costs.call.at(micro_batch, tokens) + _read_bytes(costs, micro_batch),
         runtime=costs.skeleton + _RUNTIME,
     )
 
@@ -311,15 +314,17 @@ def _plan(
 
 
 def _fitting(costs: Costs, task: Task, parts: Footprint, micro_batch: int, prefix: Prefix, means: Means) -> int:
-    """The most that a turn of fitting the head holds: the window without gradients, and sums as large as D² and the head."""
+    """The most that a turn of fitting the head holds: the window without gradients, and sums as large as F² and the head."""
     rows = micro_batch * means.longest * costs.hidden
     running = running_bytes(costs, micro_batch, means.longest)
     running += costs.call.at(micro_batch, means.longest)
     if not prefix.cached:
         running = max(running, prefix.planned_bytes - _held(costs, task) + rows * costs.itemsize)
     pooling = rows * (costs.itemsize + _POOLING_STATES * _FLOAT32)
-    sums = costs.hidden**2 * _FLOAT32 + costs.head
-    return _held(costs, task) + parts.layer_weights + parts.buffers + max(running, pooling) + sums
+    features = min(costs.reads, costs.layers) * costs.hidden
+    sums = features**2 * _FLOAT32 + costs.head
+    sent = sums // 2 + features * _FLOAT32  # half of the products, when the last batch is gone
+    return _held(costs, task) + parts.layer_weights + parts.buffers + max(running, pooling, sent) + sums
 
 
 def _prefix(costs: Costs, task: Task, means: Means, batch: int, grain: Grain) -> Prefix:
@@ -327,12 +332,18 @@ def _prefix(costs: Costs, task: Task, means: Means, batch: int, grain: Grain) ->
     # Layer by layer, with the next one loaded ahead; the embeddings are made when there is a layer already.
     weights = 2 * costs.layer + costs.conversion if grain == "layer" else costs.unstreamed + costs.slices
     running, embedding = running_bytes(costs, batch, means.longest), embedding_bytes(costs, batch, means.longest)
-    needed = weights + max(running + costs.call.at(batch, means.longest), embedding) + _held(costs, task)
+    running += costs.call.at(batch, means.longest) + 2 * _read_bytes(costs, batch)
+    needed = weights + max(running, embedding) + _held(costs, task)
     # A profile's means of the tokens are taken when no layer is there.
     pooling = states * (costs.itemsize + _POOLING_STATES * _FLOAT64)
     compared = task.profiles * (_COMPARED * costs.hidden + _GRAMS * task.profiles) * _FLOAT64
     profile = max(needed, pooling + _held(costs, task)) + compared if task.profiles else 0
     return Prefix(batch, grain, means.cached, needed, profile)
+
+
+def _read_bytes(costs: Costs, batch: int) -> int:
+    """What comes with the hidden states of a batch of the layers below."""
+    return batch * (costs.reads - 1) * costs.hidden * _FLOAT32
 
 
 def _has_room(made: Plan, means: Means) -> bool:

@@ -12,22 +12,24 @@ from chainfed_ray.adapter import AdapterStack, Head
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
 from chainfed_ray.lm_head import next_token_loss
+from chainfed_ray.reading import States, read_on
 from chainfed_ray.stream import RowSlices
 
 GlobalTrains = Literal["window", "head", "upper"]
 
 
 class Judge(Protocol):
-    """The loss of hidden states [B, T, D] in nats, summed over the examples: a scalar; the head learns from it or not."""
+    """The loss of a layer's states in nats, summed over the examples: a scalar; the head learns from it or not."""
 
-    def __call__(self, hidden: Tensor, head_learns: bool) -> Tensor: ...
+    def __call__(self, states: States, head_learns: bool) -> Tensor: ...
 
 
 def by_class(head: Head, mask: Tensor, labels: Tensor) -> Judge:
     """The cross-entropy of ``labels`` [B], given by a classifier over the tokens of ``mask`` [B, T]."""
 
-    def judge(hidden: Tensor, head_learns: bool) -> Tensor:
-        logits = head(hidden, mask) if head_learns else _held_still(head, hidden, mask)
+    def judge(states: States, head_learns: bool) -> Tensor:
+        inputs = states.hidden, mask, states.read
+        logits = head(*inputs) if head_learns else _held_still(head, *inputs)
         return cross_entropy(logits, labels, reduction="sum")
 
     return judge
@@ -35,7 +37,7 @@ def by_class(head: Head, mask: Tensor, labels: Tensor) -> Judge:
 
 def by_next_token(blocks: Blocks, ids: np.ndarray, mask: Tensor, targets: Tensor, source: RowSlices) -> Judge:
     """The cross-entropy of the ``targets`` [B, T], given by the base model's own head, which never learns."""
-    return lambda hidden, head_learns: next_token_loss(blocks, hidden, ids, mask, targets.numpy(), source)
+    return lambda states, head_learns: next_token_loss(blocks, states.hidden, ids, mask, targets.numpy(), source)
 
 
 def trained_names(
@@ -57,33 +59,36 @@ def trained_names(
 def chain_loss(
     stack: AdapterStack,
     window: Window,
-    hidden: Tensor,
+    states: States,
+    mask: Tensor,
     judge: Judge,
     *,
     global_weight: float,
     head_follows_global: bool,
 ) -> Tensor:
-    """The loss of a window whose output is ``hidden`` [B, T, D], summed over the batch: a scalar.
+    """The loss of a window whose output is ``states``, with their ``mask`` [B, T], summed over the batch: a scalar.
 
-    The global branch carries the same hidden states through the adapters above the window, each the stand-in of its
-    layer, and then the head. With the window at the top there is nothing above: the local loss is the end-to-end loss.
+    The global branch carries the same states through the adapters above the window, each the stand-in of its layer, and
+    then the head. With the window at the top there is nothing above: the local loss is the end-to-end loss.
     """
-    local = judge(hidden, True)
+    local = judge(states, True)
     upper = [layer for layer in stack.layers if layer > window.top]
     if not upper or global_weight == 0:
         return local
-    return local + global_weight * judge(carry(stack, upper, hidden), head_follows_global)
+    return local + global_weight * judge(carry(stack, upper, states, mask), head_follows_global)
 
 
-def carry(stack: AdapterStack, layers: Sequence[int], hidden: Tensor) -> Tensor:
-    """[B, T, D] → [B, T, D] through the adapters of ``layers`` alone."""
+def carry(stack: AdapterStack, layers: Sequence[int], states: States, mask: Tensor) -> States:
+    """The states that come out of the adapters of ``layers`` alone; what they give is read as if it were their layers'."""
+    hidden, read = states
     for layer in layers:
+        read = read_on(read, hidden, mask, stack.reads - 1)
         hidden = stack.adapter(layer)(hidden)
-    return hidden
+    return States(hidden, read)
 
 
-def _held_still(head: Head, hidden: Tensor, mask: Tensor) -> Tensor:
+def _held_still(head: Head, *inputs: Tensor) -> Tensor:
     """The head's logits with no gradient for the head itself."""
     still = {name: parameter.detach() for name, parameter in head.named_parameters()}
-    logits: Tensor = functional_call(head, still, (hidden, mask))
+    logits: Tensor = functional_call(head, still, inputs)
     return logits

@@ -30,6 +30,7 @@ from transformers import AutoModel
 
 from chainfed_ray.adapter import Adapter, Head
 from chainfed_ray.blocks import find_layers
+from chainfed_ray.reading import States, read_on
 from chainfed_ray.saved_stack import ADAPTERS, HEAD, HEADS, PEFT_TYPE
 
 _PREFIX = "chainfed_"
@@ -54,21 +55,31 @@ class SequenceClassifier(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Token ids and mask [B, T] → logits [B, C]."""
         layers: Any = self.base.get_submodule(self._layers_path)
-        outputs: list[Any] = []
-        # Some families end with a norm of their own: the chain's head takes the last layer's output as it is.
-        kept = layers[-1].register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        passed: list[States] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            read = States.embedded(hidden).read
+            if passed:
+                below = passed.pop()
+                read = read_on(below.read, below.hidden, attention_mask, len(layers))
+            passed.append(States(hidden, read))
+
+        # Some families end with a norm of their own: the chain's head takes the layers' outputs as they are.
+        hooks = [layer.register_forward_hook(keep) for layer in layers]
         try:
             self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         finally:
-            kept.remove()
-        hidden = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
-        logits: Tensor = self.head(hidden, attention_mask)
+            for hook in hooks:
+                hook.remove()
+        (states,) = passed
+        logits: Tensor = self.head(states.hidden, attention_mask, states.read)
         return logits
 
 
 @dataclass
 class ChainFedConfig(PeftConfig):
-    """The sizes of a stack, and its classes, of which a language model has none.
+    """The sizes of a stack, its classes, of which a language model has none, and how many layers its head ``reads``.
 
     ``target_modules`` are the layers with an adapter, and a classifier's head.
     """
@@ -78,6 +89,7 @@ class ChainFedConfig(PeftConfig):
     hidden: int = 0
     bottleneck: int = 0
     classes: list[str] = field(default_factory=list)
+    reads: int = 1
     max_length: int = 128
 
     def __post_init__(self) -> None:
@@ -167,10 +179,10 @@ class ChainFedHead(_ChainFedModule):
 
     adapter_layer_names = (HEADS,)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Hidden [B, T, D] and mask [B, T] → logits [B, C], by the head of each row."""
+    def forward(self, hidden: Tensor, mask: Tensor, below: Tensor) -> Tensor:
+        """Hidden [B, T, D], mask [B, T] and what was read ``below``, [B, r, D] → logits [B, C], by the head of each row."""
         parts = [(part or self.base_layer, rows) for part, rows in self._by_part(hidden)]
-        logits = [part(hidden[rows], mask[rows]) for part, rows in parts]
+        logits = [part(hidden[rows], mask[rows], below[rows]) for part, rows in parts]
         return torch.cat(logits)[torch.cat([rows for _, rows in parts]).argsort()]
 
 
@@ -203,7 +215,7 @@ class ChainFedModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, ChainFedConfig)
         if current_key == HEAD:
-            part: nn.Module = Head(peft_config.hidden, len(peft_config.classes))
+            part: nn.Module = Head(peft_config.hidden, len(peft_config.classes), peft_config.reads)
             wrapper: type[_ChainFedModule] = ChainFedHead
         else:
             part, wrapper = Adapter(peft_config.hidden, peft_config.bottleneck, seed=0), ChainFedLayer
@@ -232,7 +244,7 @@ class ChainFedModel(BaseTuner):
 class _NoHead(nn.Module):
     """Where a head will be."""
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor, below: Tensor) -> Tensor:
         """There is nothing to compute yet."""
         raise RuntimeError("no stack is active on this SequenceClassifier: load one with PeftModel.from_pretrained")
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.memory import PREFIX_BATCH, Grain
+from chainfed_ray.reading import States, read_on
 from chainfed_ray.stream import RowSlices
 from chainfed_ray.tokens import Examples
 
@@ -34,8 +35,8 @@ from chainfed_ray.tokens import Examples
 class Activations(Protocol):
     """The output of one layer for every example of a client."""
 
-    def batch(self, indices: np.ndarray) -> Tensor:
-        """The activations [B, T, D] of some examples, zero where they are padded."""
+    def batch(self, indices: np.ndarray) -> States:
+        """Those of some examples, zero where they are padded, with what the head reads of the layers below."""
         ...
 
 
@@ -77,27 +78,30 @@ class PrefixRunner:
         stack: AdapterStack,
         examples: Examples,
         indices: np.ndarray,
-        below: Tensor | None,
-    ) -> Tensor:
-        """u [B, T, D] of layer ``index``: from u of the layer ``below`` through its adapter, or from the embeddings."""
+        below: States | None,
+    ) -> States:
+        """u of layer ``index``: from u of the layer ``below`` through its adapter, or from the embeddings."""
         # No decorator: that would hold on to the arguments for as long as the layer runs.
         with torch.no_grad():
             batch = examples.batch(indices)
             if below is None:
                 hidden, calls = self.blocks.embed(batch.ids, batch.mask)
+                read = States.embedded(hidden).read
             else:
-                hidden, calls = below, self.blocks.calls(batch.mask)
+                (hidden, read), calls = below, self.blocks.calls(batch.mask)
                 del below  # nobody else has it: it may go as soon as the adapter is through with it
                 if index - 1 in stack.layers:
                     hidden = stack.adapter(index - 1)(hidden)
-            return self.blocks.run(layer, hidden, calls[index])
+                read = read_on(read, hidden, batch.mask, stack.reads - 1)
+            return States(self.blocks.run(layer, hidden, calls[index]), read)
 
 
 class PrefixCache:
     """The activations of ``examples`` at the output of one layer at a time, in files in ``folder``.
 
-    Each is named for its layer, for the adapters below it and for the way it was made: a stack that differs there finds no
-    file, never a wrong one.
+    Each is named for its layer, for the adapters below it, for how much its head reads and for the way it was made: a stack
+    that differs there finds no file, never a wrong one. A file has every token's row, and then what is read of the layers
+    below of each example.
     """
 
     def __init__(self, folder: Path, runner: PrefixRunner, examples: Examples) -> None:
@@ -118,19 +122,22 @@ class PrefixCache:
             self._write(index, module, stack)
             del module  # before the next but one is loaded
             self._forget_all_but({index, *lasting}, stack)
-        return CachedActivations(self._path(layer, stack), self._runner.blocks, self._examples)
+        return self._open(layer, stack)
 
     def clear(self) -> None:
         """Give the disk back."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, layer: int, stack: AdapterStack) -> Path:
-        return self._folder / f"{layer:04d}-{_digest(stack, layer)}-{self._runner.way}.activations"
+        return self._folder / f"{layer:04d}-{_digest(stack, layer)}-{stack.reads}-{self._runner.way}.activations"
+
+    def _open(self, layer: int, stack: AdapterStack) -> "CachedActivations":
+        rows = min(layer, stack.reads - 1)
+        return CachedActivations(self._path(layer, stack), self._runner.blocks, self._examples, rows)
 
     def _write(self, layer: int, module: nn.Module, stack: AdapterStack) -> None:
-        path = self._path(layer, stack)
-        blocks, examples = self._runner.blocks, self._examples
-        below = CachedActivations(self._path(layer - 1, stack), blocks, examples) if layer else None
+        path, examples = self._path(layer, stack), self._examples
+        below = self._open(layer - 1, stack) if layer else None
         # A name of its own: a process that was given up may still be writing the same activations.
         aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
         with aside.open("wb") as file:
@@ -143,10 +150,12 @@ class PrefixCache:
                 )
         aside.replace(path)
 
-    def _store(self, file: BinaryIO, indices: np.ndarray, hidden: Tensor) -> None:
-        for index, row in zip(indices.tolist(), hidden, strict=True):
+    def _store(self, file: BinaryIO, indices: np.ndarray, states: States) -> None:
+        for index, row, read in zip(indices.tolist(), *states, strict=True):
             file.seek(int(self._examples.offsets[index]) * self._row_bytes)
             file.write(row[: self._examples.lengths[index]].contiguous().view(torch.uint8).numpy())
+            file.seek(int(self._examples.offsets[-1]) * self._row_bytes + index * read.nbytes)
+            file.write(read.contiguous().view(torch.uint8).numpy())
 
     def _forget_all_but(self, layers: set[int | None], stack: AdapterStack) -> None:
         kept = {self._path(layer, stack) for layer in layers if layer is not None and layer >= 0}
@@ -156,23 +165,32 @@ class PrefixCache:
 
 
 class CachedActivations:
-    """The output of one layer for each real token of each example, read row by row: never mapped, so never resident."""
+    """The output of one layer for each real token of each example, read row by row: never mapped, so never resident.
 
-    def __init__(self, path: Path, blocks: Blocks, examples: Examples) -> None:
+    Of each example there are ``read`` layers below to be read as well.
+    """
+
+    def __init__(self, path: Path, blocks: Blocks, examples: Examples, read: int) -> None:
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        self._width, self._dtype, self._examples = blocks.hidden_size, blocks.dtype, examples
+        self._width, self._dtype, self._examples, self._read = blocks.hidden_size, blocks.dtype, examples, read
 
-    def batch(self, indices: np.ndarray) -> Tensor:
+    def batch(self, indices: np.ndarray) -> States:
         """See ``Activations``."""
-        lengths = self._examples.lengths[indices]
+        offsets, lengths = self._examples.offsets, self._examples.lengths[indices]
         hidden = torch.zeros(len(indices), int(lengths.max()), self._width, dtype=self._dtype)
+        read = torch.empty(len(indices), self._read, self._width)
         stride = self._width * self._dtype.itemsize
-        for row, index, length in zip(hidden, indices.tolist(), lengths.tolist(), strict=True):
-            view = memoryview(row[:length].view(-1).view(torch.uint8).numpy())
-            if os.preadv(self._file, [view], int(self._examples.offsets[index]) * stride) != len(view):
-                raise OSError(f"the prefix cache ends within example {index}")
-        return hidden
+        for place, (index, length) in enumerate(zip(indices.tolist(), lengths.tolist(), strict=True)):
+            self._fill(hidden[place, :length], int(offsets[index]) * stride, index)
+            self._fill(read[place], int(offsets[-1]) * stride + index * read[place].nbytes, index)
+        return States(hidden, read)
+
+    def _fill(self, rows: Tensor, position: int, index: int) -> None:
+        data: Any = rows.view(-1).view(torch.uint8).numpy()
+        view = memoryview(data)
+        if os.preadv(self._file, [view], position) != len(view):
+            raise OSError(f"the prefix cache ends within example {index}")
 
 
 @dataclass(frozen=True)
@@ -184,9 +202,9 @@ class RecomputedActivations:
     runner: PrefixRunner
     examples: Examples
 
-    def batch(self, indices: np.ndarray) -> Tensor:
+    def batch(self, indices: np.ndarray) -> States:
         """See ``Activations``."""
-        states: dict[int, Tensor] = {}
+        states: dict[int, States] = {}
         for layer, module in self.runner.layers(range(self.layer + 1)):
             for index in indices.tolist():
                 states[index] = self.runner.run(
@@ -195,10 +213,11 @@ class RecomputedActivations:
             del module  # before the next but one is loaded
         lengths = self.examples.lengths[indices]
         width, dtype = self.runner.blocks.hidden_size, self.runner.blocks.dtype
+        read = torch.cat([states[index].read for index in indices.tolist()])
         hidden = torch.zeros(len(indices), int(lengths.max()), width, dtype=dtype)
         for row, index, length in zip(hidden, indices.tolist(), lengths.tolist(), strict=True):
-            row[:length] = states.pop(index)[0]
-        return hidden
+            row[:length] = states.pop(index).hidden[0]
+        return States(hidden, read)
 
 
 def _digest(stack: AdapterStack, layer: int) -> str:

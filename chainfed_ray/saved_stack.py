@@ -63,6 +63,7 @@ class SavedStack:
             "hidden": down.in_features,
             "bottleneck": down.out_features,
             "classes": list(self.classes),
+            "reads": self.stack.reads,
             "max_length": self.max_length,
         }
 
@@ -124,6 +125,7 @@ def load_stack(folder: Path) -> SavedStack:
         saved = SavedStack(stack, tuple(config["classes"]), config["max_length"], config["base"], path)
         complete = (
             causal == (stack.head is None)
+            and config.get("reads", 1) == stack.reads
             and sorted(saved.modules) == sorted(config["target_modules"])
             and saved.tensors().keys() == tensors.keys()
         )

@@ -134,6 +134,12 @@ class ChainSpec(Section):
         "fitted",
         description="`fitted` in closed form as each stage begins, or at `zero` once; `model`: a language model's own",
     )
+    head_layers: int | None = Field(
+        None,
+        ge=1,
+        description="layers that the head reads, up to the window's top: by default as many as have 1,536 features "
+        "together if it is `fitted` for each stage, and else one",
+    )
     global_trains: Literal["window", "head", "upper"] = Field(
         "head",
         description="what the global loss may move besides the window: nothing, the head, head and upper adapters",

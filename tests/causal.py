@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.saved_stack import SavedStack
-from tests.models import chain_output, tiny_causal_model
+from tests.models import chain_outputs, tiny_causal_model
 
 FAMILIES = ("llama", "gpt2", "qwen2")
 CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
@@ -51,7 +51,7 @@ def a_causal_stack(folder: Path, layers: tuple[int, ...] = (0, 1), seed: int = 0
 def streamed_logits(folder: Path, stack: AdapterStack, ids: Tensor, mask: Tensor) -> Tensor:
     """The logits [B, T, V] of token ids and their mask [B, T], a layer and a slice of the head in memory at a time."""
     blocks = Blocks(folder, torch.float32)
-    finished = blocks.finish(chain_output(blocks, stack, ids, mask), mask)
+    finished = blocks.finish(chain_outputs(blocks, stack, ids, mask)[-1], mask)
     reader = blocks.reader()
     try:
         return torch.cat([finished @ rows.T for _, rows in reader.slices(blocks.language_head)], dim=-1)

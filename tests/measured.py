@@ -77,7 +77,8 @@ def measure(
 ) -> dict[str, object]:
     """One turn of two steps, of the second window: two layers below it are run."""
     blocks = Blocks(base.folder, base.dtype)
-    costs, hidden, layers = costs_of(blocks, bottleneck=64, classes=classes), blocks.hidden_size, blocks.num_layers
+    reads = 1 if classes is None else 2
+    costs, hidden, layers = costs_of(blocks, 64, classes, reads), blocks.hidden_size, blocks.num_layers
     blocks.close()
     generator = np.random.default_rng(0)
     ids = generator.integers(3, 1000, 2 * batch * tokens).astype(np.int32)
@@ -91,7 +92,7 @@ def measure(
     plan = planner.plan(candidate, stage)
     assert plan is not None
     order = Training(
-        AdapterStack.new(range(layers), hidden, 64, classes, seed=0).tensors(),
+        AdapterStack.new(range(layers), hidden, 64, classes, seed=0, reads=reads).tensors(),
         stage,
         epochs=1,
         batch_size=batch,

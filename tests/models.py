@@ -77,11 +77,13 @@ def _made(kind: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def chain_output(blocks: Blocks, stack: AdapterStack, ids: Tensor, mask: Tensor) -> Tensor:
-    """What the chain makes of token ids and their mask [B, T], [B, T, D]: a layer in memory at a time."""
+def chain_outputs(blocks: Blocks, stack: AdapterStack, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    """What each layer of the chain makes of token ids and their mask [B, T], [B, T, D]: a layer in memory at a time."""
     hidden, calls = blocks.embed(ids, mask)
+    outputs = []
     for index in range(blocks.num_layers):
         hidden = blocks.run(blocks.load_layer(index), hidden, calls[index])
         if index in stack.layers:
             hidden = stack.adapter(index)(hidden)
-    return hidden
+        outputs.append(hidden)
+    return outputs

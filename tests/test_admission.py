@@ -68,7 +68,8 @@ def test_what_the_planner_knows_of_a_client(costs: Costs, job: tuple[Task, Windo
     """Its disk holds the cache first: the layer at hand, the next, and the stage's lowest; what is left is for spilling."""
     planner = Planner(costs, job[0])
     candidate = a_candidate("one", 2**24, disk)
-    cache = 4 * 17 * HIDDEN * costs.itemsize
+    examples = len(candidate.examples)
+    cache = 4 * HIDDEN * (17 * costs.itemsize + examples * (costs.reads - 1) * 4)
     expected = Means(
         memory=2**24,
         longest=9,

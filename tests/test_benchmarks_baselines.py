@@ -29,7 +29,7 @@ from benchmarks.baselines import (
 from benchmarks.corpora import Corpus
 from benchmarks.metering import Meter, MeteredPool, TurnFailed
 from benchmarks.methods import methods
-from chainfed_ray.adapter import Head, Tensors, mean_over_tokens
+from chainfed_ray.adapter import Head, Tensors
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import Client, Order, Training, _batches
 from chainfed_ray.cohort import Cohort
@@ -37,6 +37,7 @@ from chainfed_ray.config import JobSpec
 from chainfed_ray.discriminant import ClassSums, fitted
 from chainfed_ray.job import Job, prepare
 from chainfed_ray.pool import Failure, LocalPool, Outcome
+from chainfed_ray.reading import mean_over_tokens
 from chainfed_ray.seeds import derive
 from chainfed_ray.tokens import Examples
 from tests.conftest import a_job
@@ -50,22 +51,27 @@ def job(document: dict[str, Any], tmp_path: Path) -> Job:
     return a_job(document, tmp_path)
 
 
-def pooled(job: Job, examples: Examples) -> torch.Tensor:
-    """The mean of the Hugging Face model's output over each text's tokens, text by text."""
+def pooled(job: Job, examples: Examples, layer: int = -1) -> torch.Tensor:
+    """The mean of a Hugging Face model's layer over each text's tokens, text by text."""
     model = AutoModel.from_pretrained(job.base.folder)
     means = []
     for index in range(len(examples)):
         batch = examples.batch(np.array([index]))
         with torch.no_grad():
-            hidden = model.eval()(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
-        means.append(mean_over_tokens(hidden, batch.mask))
+            outputs = model.eval()(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True)
+        means.append(mean_over_tokens(outputs.hidden_states[layer], batch.mask))
     return torch.cat(means)
+
+
+def normed(job: Job, examples: Examples) -> torch.Tensor:
+    """What a head of two layers has of each text."""
+    return torch.cat([layer_norm(pooled(job, examples, layer), (32,)) for layer in (-2, -1)], 1)
 
 
 @pytest.fixture
 def features(job: Job) -> Iterator[Features]:
     blocks = Blocks(job.base.folder, job.base.dtype)
-    yield Features(blocks)
+    yield Features(blocks, reads=2)
     blocks.close()
 
 
@@ -95,14 +101,13 @@ def test_the_head_in_closed_form(job: Job, features: Features) -> None:
     meter = Meter()
     accuracy = discriminant_head(job, features, meter)(job.test)
     everyone = [candidate.examples for candidate, _ in job.admitted]
-    sums = ClassSums.zeros(len(job.classes), 32, torch.float64)
+    sums = ClassSums.zeros(len(job.classes), 64, torch.float64)
     for examples in everyone:
-        sums.count(layer_norm(pooled(job, examples), (32,)).double(), torch.from_numpy(examples.labels))
-    held_out = layer_norm(pooled(job, job.validation), (32,))
-    weight, bias = fitted(sums, held_out, torch.from_numpy(job.validation.labels))
-    logits = layer_norm(pooled(job, job.test), (32,)) @ weight.T + bias
+        sums.count(normed(job, examples).double(), torch.from_numpy(examples.labels))
+    weight, bias = fitted(sums, normed(job, job.validation), torch.from_numpy(job.validation.labels))
+    logits = normed(job, job.test) @ weight.T + bias
     assert accuracy == (logits.argmax(1).numpy() == job.test.labels).mean()
-    assert meter.sent_bytes == len(everyone) * 4 * (len(job.classes) * 33 + 32 * 32)
+    assert meter.sent_bytes == len(everyone) * 4 * (len(job.classes) * 65 + 64 * 65 // 2)
 
 
 def by_hand(job: Job, start: Tensors, forward: Any, rates: dict[str, float]) -> Tensors:
@@ -140,7 +145,7 @@ def test_a_probe_is_fedavg_of_a_head_on_features(job: Job, features: Features) -
 
     def forward(leaves: Tensors, examples: Examples, indices: np.ndarray) -> torch.Tensor:
         head = Head(32, len(job.classes))
-        means = features.of(examples)[indices].unsqueeze(1)
+        means = features.of(examples)[indices, -1:]
         logits: torch.Tensor = torch.func.functional_call(head, leaves, (means, torch.ones(len(indices), 1)))
         return logits
 
@@ -154,7 +159,7 @@ def test_a_probe_is_fedavg_of_a_head_on_features(job: Job, features: Features) -
 
 
 def test_features_are_the_model_s(job: Job, features: Features) -> None:
-    torch.testing.assert_close(features.of(job.test), pooled(job, job.test), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features.of(job.test)[:, -1], pooled(job, job.test), atol=1e-5, rtol=1e-5)
 
 
 def test_lora_is_fedavg_of_low_rank_changes_to_the_hugging_face_model(job: Job) -> None:

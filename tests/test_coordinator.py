@@ -21,6 +21,7 @@ from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.job import Job
 from chainfed_ray.memory import PREFIX_BATCH
 from chainfed_ray.pool import ClientPool, Failure, LocalPool, Outcome
+from chainfed_ray.reading import mean_over_tokens
 from chainfed_ray.seeds import derive
 from chainfed_ray.tokens import Examples
 from tests.conftest import a_job
@@ -108,11 +109,16 @@ class EndToEnd:
     def loss(self, stack: AdapterStack, indices: np.ndarray) -> Tensor:
         """The sum of the cross-entropies of some examples."""
         lowest = torch.nn.utils.rnn.pad_sequence([self._lowest[index] for index in indices.tolist()], batch_first=True)
-        outputs: list[Tensor] = []
+        batch = self._examples.batch(indices)
+        means: list[Tensor] = []
+        last = lowest
 
         def follow(place: int, output: Tensor) -> Tensor:
-            outputs.append(stack.adapter(place)(lowest if place == 0 else output))
-            return outputs[-1]
+            nonlocal last
+            last = stack.adapter(place)(lowest if place == 0 else output)
+            if place + 1 < len(self._layers):  # here, so that gradients are added up in the same order
+                means.append(mean_over_tokens(last, batch.mask))
+            return last
 
         hooks = [
             layer.register_forward_hook(lambda _, __, output, at=place: follow(at, output))
@@ -121,24 +127,26 @@ class EndToEnd:
         self._run(indices)
         for hook in hooks:
             hook.remove()
-        batch = self._examples.batch(indices)
-        return cross_entropy(stack.head(outputs[-1], batch.mask), batch.labels, reduction="sum")
+        return cross_entropy(stack.head(last, batch.mask, torch.stack(means, 1)), batch.labels, reduction="sum")
 
     def _run(self, indices: np.ndarray) -> None:
         batch = self._examples.batch(indices)
         self._model(input_ids=batch.ids, attention_mask=batch.mask)
 
 
-def test_window_of_all_layers_without_global_loss_is_fedavg(document: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("reads", [1, 3])
+def test_window_of_all_layers_without_global_loss_is_fedavg(
+    reads: int, document: dict[str, Any], tmp_path: Path
+) -> None:
     """One stage over the whole model against federated end-to-end adapters, exactly."""
-    document["chain"] |= {"window": 4, "start": 0, "global_weight": 0}
+    document["chain"] |= {"window": 4, "start": 0, "global_weight": 0, "head_layers": reads}
     document["rounds"] |= {"total": 2, "clients": 4, "quorum": 4, "head_learning_rate": 0.01}
     document["fleet"]["partition"] = {"scheme": "dirichlet", "alpha": 0.5}
     job = a_job(document, tmp_path)
     assert len({len(client.examples) for client in job.clients}) > 1, "weights that matter"
     _, ours = run(job, tmp_path / "log")
 
-    stack = AdapterStack.new(range(4), 32, 8, 3, derive(3, "stack"))
+    stack = AdapterStack.new(range(4), 32, 8, 3, derive(3, "stack"), reads)
     for index in range(2):
         rate = 0.01 * 0.5 * (1 + np.cos(np.pi * index / 2))
         sums: Tensors = {}

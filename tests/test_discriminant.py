@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import cross_entropy, layer_norm
 
-from chainfed_ray.adapter import AdapterStack, mean_over_tokens
+from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client, Fitting, HeadSums, Result
@@ -19,6 +19,7 @@ from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.discriminant import ClassSums, discriminant, fitted
 from chainfed_ray.pool import LocalPool
+from chainfed_ray.reading import mean_over_tokens
 from chainfed_ray.turn import take_turn
 from tests.conftest import a_job
 
@@ -104,25 +105,28 @@ def test_sums_without_an_inverse_give_no_head() -> None:
     assert fitted(nothing, features, labels) is None
 
 
-def test_a_client_adds_up_what_comes_out_of_its_window(document: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("reads", [1, 2, 4])
+def test_a_client_adds_up_what_comes_out_of_its_window(reads: int, document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"]["head"] = "fitted"
     job = a_job(document, tmp_path)
     client = job.clients[0]
-    stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0)
+    stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0, reads=reads)
     for layer in stack.layers:
         torch.nn.init.normal_(stack.adapter(layer).up.weight, std=0.1, generator=torch.Generator().manual_seed(layer))
     sums = take_turn(client, job.base, lambda: Fitting(stack.tensors(), Window(1, 2)), capped=False)
     assert isinstance(sums, HeadSums)
     blocks = Blocks(job.base.folder, job.base.dtype)
-    features = []
+    features = []  # of the lowest layer as of those of the window: the head reads all three
     with torch.no_grad():
         for index in range(len(client.examples)):
             batch = client.examples.batch(torch.tensor([index]).numpy())
             hidden, calls = blocks.embed(batch.ids, batch.mask)
+            means = []
             for layer in range(3):
                 hidden = blocks.run(blocks.load_layer(layer), hidden, calls[layer])
                 hidden = stack.adapter(layer)(hidden) if layer else hidden
-            features.append(layer_norm(mean_over_tokens(hidden, batch.mask), (job.hidden,)))
+                means.append(layer_norm(mean_over_tokens(hidden, batch.mask), (job.hidden,)))
+            features.append(torch.cat(means[-min(reads, 3) :], 1))
     blocks.close()
     expected = sums_of(torch.cat(features), torch.from_numpy(client.examples.labels), 3)
     for name, tensor in expected.tensors().items():
@@ -140,7 +144,8 @@ def test_each_stage_begins_with_a_head_for_its_window(document: dict[str, Any], 
         if record.head_fit:
             assert record.head_fit.clients == 4
             assert record.head_fit.examples == sum(len(client.examples) for client in job.clients)
-            assert record.head_fit.sent_bytes == 4 * 4 * (3 + 3 * 32 + 32 * 32)
+            features = 32 * (record.top + 1)  # of four layers that it may read, those that there are
+            assert record.head_fit.sent_bytes == 4 * 4 * (3 + 3 * features + features * (features + 1) // 2)
     assert coordinator.finish().accuracy > 0.9
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
 from chainfed_ray.objective import by_class, chain_loss, trained_names
+from chainfed_ray.reading import States
 from tests.test_prefix import a_stack
 
 LAMBDA = 0.3
@@ -21,31 +22,42 @@ def hidden() -> Tensor:
     return torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(7))
 
 
+def read() -> Tensor:
+    """Of two layers below the window's top."""
+    return torch.randn(2, 2, 32, generator=torch.Generator().manual_seed(8))
+
+
 def logits(stack: AdapterStack, layers: list[int]) -> Tensor:
     """The head's, after the adapters of ``layers``, written down again from the formulas."""
     state = hidden()
+    pooled = [*read().unbind(1), torch.stack([state[0].mean(0), state[1, :2].mean(0)])]
     for layer in layers:
         adapter = stack.adapter(layer)
         inner = torch.nn.functional.gelu(state @ adapter.down.weight.T + adapter.down.bias)
         state = state + inner @ adapter.up.weight.T + adapter.up.bias
-    pooled = torch.stack([state[0].mean(0), state[1, :2].mean(0)])
-    centred = pooled - pooled.mean(-1, keepdim=True)
-    norm = stack.head.norm
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
-    return scaled @ stack.head.linear.weight.T + stack.head.linear.bias
+        pooled.append(torch.stack([state[0].mean(0), state[1, :2].mean(0)]))
+    norm, found = stack.head.norm, stack.head.linear.bias
+    for place, one in enumerate(reversed(pooled[-stack.reads :]), start=1):
+        centred = one - one.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+        columns = stack.head.linear.weight[:, (stack.reads - place) * 32 : (stack.reads - place + 1) * 32]
+        found = found + scaled @ columns.T
+    return found
 
 
 def ours(stack: AdapterStack, window: Window, head_follows_global: bool = True, weight: float = LAMBDA) -> Tensor:
     options: dict[str, Any] = {"global_weight": weight, "head_follows_global": head_follows_global}
-    return chain_loss(stack, window, hidden(), by_class(stack.head, MASK, LABELS), **options)
+    states = States(hidden(), read()[:, 3 - stack.reads :])
+    return chain_loss(stack, window, states, MASK, by_class(stack.head, MASK, LABELS), **options)
 
 
 def total(found: Tensor) -> Tensor:
     return cross_entropy(found, LABELS, reduction="sum")
 
 
-def test_the_formula() -> None:
-    stack = a_stack(range(1, 5))
+@pytest.mark.parametrize("reads", [1, 2, 3])
+def test_the_formula(reads: int) -> None:
+    stack = a_stack(range(1, 5), reads=reads)
     local, ahead = total(logits(stack, [])), total(logits(stack, [3, 4]))
     assert abs(local - ahead) > 0.1
     torch.testing.assert_close(ours(stack, Window(1, 2)), local + LAMBDA * ahead)
@@ -71,7 +83,8 @@ def test_the_window_always_follows_the_global_loss(follows: bool) -> None:
     stack = a_stack(range(1, 5))
     state = hidden().requires_grad_()
     judge = by_class(stack.head, MASK, LABELS)
-    loss = chain_loss(stack, Window(1, 2), state, judge, global_weight=LAMBDA, head_follows_global=follows)
+    states = States.embedded(state)
+    loss = chain_loss(stack, Window(1, 2), states, MASK, judge, global_weight=LAMBDA, head_follows_global=follows)
     (found,) = torch.autograd.grad(loss, [state])
     (local,) = torch.autograd.grad(total(stack.head(state, MASK)), [state])
     assert (found - local).abs().max() > 1e-3

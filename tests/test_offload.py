@@ -28,6 +28,7 @@ from chainfed_ray.evaluator import Evaluated
 from chainfed_ray.judgement import Judgement, judge
 from chainfed_ray.offload_footprint import offload_footprint
 from chainfed_ray.offloaded import shares
+from chainfed_ray.reading import States, mean_over_tokens
 from chainfed_ray.tokens import Examples
 from cluster.evaluation import judging
 from cluster.offload import OffloadedEvaluator, make_evaluator
@@ -74,7 +75,8 @@ def examples_of(family: str, count: int = 21) -> Examples:
 
 def stack_of(family: str, seed: int) -> AdapterStack:
     """One that does something: fresh adapters are the identity."""
-    stack = AdapterStack.new(range(1, 3), 512, 16, _CLASSES if family == "bert" else None, seed)
+    classes = _CLASSES if family == "bert" else None
+    stack = AdapterStack.new(range(1, 3), 512, 16, classes, seed, reads=2)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in stack.parameters():
@@ -91,11 +93,14 @@ def plainly(base: BaseModel, stack: AdapterStack, examples: Examples) -> Judgeme
     for indices in examples.by_length(_BATCH):
         batch = examples.batch(indices)
         hidden, calls = blocks.embed(batch.ids, batch.mask)
+        means = []
         for index, layer in enumerate(layers):
             hidden = blocks.run(layer, hidden, calls[index])
             if index in stack.layers:
                 hidden = stack.adapter(index)(hidden)
-        whole.put(torch.from_numpy(indices), judge(blocks, stack, hidden, batch, matrices))
+            means.append(mean_over_tokens(hidden, batch.mask))
+        states = States(hidden, torch.stack(means[:-1], 1))
+        whole.put(torch.from_numpy(indices), judge(blocks, stack, states, batch, matrices))
     matrices.close()
     blocks.close()
     return whole

@@ -13,14 +13,15 @@ from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.peft_method import ChainFedLayer, SequenceClassifier
+from chainfed_ray.reading import mean_over_tokens
 from chainfed_ray.saved_stack import SavedStack, load_stack, save_stack
 from chainfed_ray.tokens import Examples
-from tests.models import FAMILIES, chain_output, tiny
+from tests.models import FAMILIES, chain_outputs, tiny
 
 
 def a_stack(folder: Path, layers: tuple[int, ...] = (1, 2, 3), classes: int = 3, seed: int = 0) -> SavedStack:
-    """A stack in which no value is one that could hide a mistake."""
-    stack = AdapterStack.new(layers, 32, 8, classes, seed)
+    """A stack in which no value is one that could hide a mistake; another seed's head reads another number of layers."""
+    stack = AdapterStack.new(layers, 32, 8, classes, seed, reads=3 - seed % 3)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in stack.parameters():
@@ -41,7 +42,9 @@ def examples() -> Examples:
 def streamed(folder: Path, stack: AdapterStack, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The logits [B, C] of token ids and their mask [B, T], a layer in memory at a time."""
     blocks = Blocks(folder, torch.float32)
-    logits: torch.Tensor = stack.head(chain_output(blocks, stack, ids, mask), mask)
+    *below, last = chain_outputs(blocks, stack, ids, mask)
+    means = torch.stack([mean_over_tokens(hidden, mask) for hidden in below], 1)
+    logits: torch.Tensor = stack.head(last, mask, means)
     return logits
 
 

@@ -18,9 +18,9 @@ from chainfed_ray.tokens import Examples
 from tests.models import tiny
 
 
-def a_stack(layers: range, seed: int = 0) -> AdapterStack:
+def a_stack(layers: range, seed: int = 0, reads: int = 1) -> AdapterStack:
     """Adapters that are far from the identity."""
-    stack = AdapterStack.new(layers, 32, 4, 2, seed)
+    stack = AdapterStack.new(layers, 32, 4, 2, seed, reads)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in stack.parameters():
@@ -37,36 +37,47 @@ def some_examples(count: int = 11) -> Examples:
 
 
 @torch.no_grad()
-def plain(blocks: Blocks, examples: Examples, stack: AdapterStack, layer: int) -> dict[int, Tensor]:
-    """The output of ``layer`` for the real tokens of each example, with nothing kept on the way."""
-    found = {}
+def plain(
+    blocks: Blocks, examples: Examples, stack: AdapterStack, layer: int
+) -> tuple[dict[int, Tensor], dict[int, list[Tensor]]]:
+    """The output of ``layer`` for the real tokens of each example, with nothing kept on the way; means of those below it."""
+    found, means = dict[int, Tensor](), {index: list[Tensor]() for index in range(len(examples))}
     for indices in examples.by_length(PREFIX_BATCH):
         batch = examples.batch(indices)
         hidden, calls = blocks.embed(batch.ids, batch.mask)
         for index in range(layer + 1):
             if index - 1 in stack.layers:
                 hidden = stack.adapter(index - 1)(hidden)
+            if index:
+                for row, example in enumerate(indices.tolist()):
+                    means[example].append(hidden[row, : int(examples.lengths[example])].float().mean(0))
             hidden = blocks.run(blocks.load_layer(index), hidden, calls[index])
         for row, index in enumerate(indices.tolist()):
             found[index] = hidden[row, : int(examples.lengths[index])]
-    return found
+    return found, means
 
 
 def assert_plain(cache: PrefixCache, blocks: Blocks, examples: Examples, stack: AdapterStack, layer: int) -> None:
-    cached = cache.at(layer, stack).batch(np.arange(len(examples)))
+    cached, read = cache.at(layer, stack).batch(np.arange(len(examples)))
     assert torch.isfinite(cached).all()
-    for index, expected in plain(blocks, examples, stack, layer).items():
+    outputs, means = plain(blocks, examples, stack, layer)
+    assert read.shape == (len(examples), min(layer, stack.reads - 1), 32)
+    for index, of_layers in means.items():
+        for place in range(1, read.shape[1] + 1):
+            torch.testing.assert_close(read[index, -place], of_layers[-place])
+    for index, expected in outputs.items():
         assert torch.equal(cached[index, : len(expected)], expected), f"layer {layer}, example {index}"
         assert not cached[index, len(expected) :].any(), "padding"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_advanced_layer_by_layer_is_plain(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reads", [1, 3])
+def test_advanced_layer_by_layer_is_plain(reads: int, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     blocks, examples = Blocks(tiny(family, tmp_path / "model"), dtype), some_examples()
     cache = PrefixCache(tmp_path / "cache", PrefixRunner(blocks), examples)
     for layer in range(1, 4):
-        assert_plain(cache, blocks, examples, a_stack(range(1, 4)), layer)
+        assert_plain(cache, blocks, examples, a_stack(range(1, 4), reads=reads), layer)
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +85,22 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Blocks:
     return Blocks(tiny("bert", tmp_path_factory.mktemp("model")), torch.float32)
 
 
-@given(visits=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.booleans()), min_size=1, max_size=6))
+@given(
+    visits=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 4), st.booleans()), min_size=1, max_size=6
+    )
+)
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_history_is_plain(blocks: Blocks, tmp_path: Path, visits: list[tuple[int, int, bool]]) -> None:
+def test_any_history_is_plain(blocks: Blocks, tmp_path: Path, visits: list[tuple[int, int, int, bool]]) -> None:
     """Windows up and down, stacks that differ, a cache that was lost on the way: never another stack's activations."""
     examples = some_examples()
     cache = PrefixCache(tmp_path / "cache", PrefixRunner(blocks), examples)
     cache.clear()
-    for layer, seed, lost in visits:
+    for layer, seed, reads, lost in visits:
         if lost:
             cache.clear()
         cache = PrefixCache(tmp_path / "cache", PrefixRunner(blocks), examples)
-        assert_plain(cache, blocks, examples, a_stack(range(0, 4), seed), layer)
+        assert_plain(cache, blocks, examples, a_stack(range(0, 4), seed, reads), layer)
 
 
 def test_only_what_lies_below_counts(blocks: Blocks, tmp_path: Path) -> None:
@@ -120,5 +135,5 @@ def test_a_cache_that_is_too_short_is_an_error(blocks: Blocks, tmp_path: Path) -
 def test_a_cache_that_is_gone_is_one_error(blocks: Blocks, tmp_path: Path) -> None:
     """And no second one from what was half made: that would be a warning, and so an error here."""
     with pytest.raises(FileNotFoundError):
-        CachedActivations(tmp_path / "gone", blocks, some_examples())
+        CachedActivations(tmp_path / "gone", blocks, some_examples(), read=0)
     gc.collect()

@@ -83,7 +83,7 @@ CASES += [(family, *way) for family in ("bert", "llama") for way in (KEPT_16, SP
 @pytest.mark.parametrize(("family", "dtype", "spilled"), CASES, ids=str)
 def test_a_layer_holds_what_was_told(family: str, dtype: torch.dtype, spilled: bool, tmp_path: Path) -> None:
     blocks = Blocks(tiny(family, tmp_path), dtype)
-    assert_told(_Parts(blocks, 8, 3).layer(spilled), a_real_layer(blocks, spilled), dtype, spilled)
+    assert_told(_Parts(blocks, 8, 3, 1).layer(spilled), a_real_layer(blocks, spilled), dtype, spilled)
 
 
 def a_real_layer(blocks: Blocks, spilled: bool) -> Real:
@@ -102,25 +102,29 @@ def a_real_layer(blocks: Blocks, spilled: bool) -> Real:
 def test_attention_that_makes_its_scores_has_a_square_term(family: str, tmp_path: Path) -> None:
     """Every pair of tokens for each of 4 heads, of which some are saved; the ordinary attention saves none."""
     folder = tiny(family, tmp_path)
-    ordinary = rehearse(_Parts(Blocks(folder, torch.float32), 8, 3).layer(False), WIDTH, torch.float32)
+    ordinary = rehearse(_Parts(Blocks(folder, torch.float32), 8, 3, 1).layer(False), WIDTH, torch.float32)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
     blocks = Blocks(folder, torch.float32)
-    eager = rehearse(_Parts(blocks, 8, 3).layer(False), WIDTH, torch.float32)
+    eager = rehearse(_Parts(blocks, 8, 3, 1).layer(False), WIDTH, torch.float32)
     assert ordinary.saved.terms[1][2] < 4 * 4 <= eager.saved.terms[1][2]
     assert max(moment.terms[1][2] for moment in eager.backward) > eager.saved.terms[1][2]
-    assert_told(_Parts(blocks, 8, 3).layer(False), a_real_layer(blocks, False), torch.float32, False)
+    assert_told(_Parts(blocks, 8, 3, 1).layer(False), a_real_layer(blocks, False), torch.float32, False)
 
 
 @pytest.mark.parametrize("spilled", [False, True], ids=["kept", "spilled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_adapters_and_the_head_hold_what_was_told(dtype: torch.dtype, spilled: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reads", [1, 3])
+def test_adapters_and_the_head_hold_what_was_told(
+    reads: int, dtype: torch.dtype, spilled: bool, tmp_path: Path
+) -> None:
     """With the gradients of those that are trained."""
-    parts = _Parts(Blocks(tiny("bert", tmp_path), dtype), 8, 3)
+    parts = _Parts(Blocks(tiny("bert", tmp_path), dtype), 8, 3, reads)
 
     def head(batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
-        labels, mask, it = torch.zeros(batch, dtype=torch.int64), _padded(batch, tokens), Head(WIDTH, 3)
-        return lambda hidden: nn.functional.cross_entropy(it(hidden, mask), labels, reduction="sum")
+        labels, mask, it = torch.zeros(batch, dtype=torch.int64), _padded(batch, tokens), Head(WIDTH, 3, reads)
+        below = torch.randn(batch, reads - 1, WIDTH)
+        return lambda hidden: nn.functional.cross_entropy(it(hidden, mask, below), labels, reduction="sum")
 
     assert_told(parts.head, head, dtype, spilled)
     for trained in (True, False):
@@ -130,7 +134,7 @@ def test_adapters_and_the_head_hold_what_was_told(dtype: torch.dtype, spilled: b
 
 
 def test_what_runs_without_gradients_saves_nothing(tmp_path: Path) -> None:
-    parts = _Parts(Blocks(tiny("gpt2", tmp_path), torch.float32), 8, 3)
+    parts = _Parts(Blocks(tiny("gpt2", tmp_path), torch.float32), 8, 3, 1)
     training = rehearse(parts.layer(False), WIDTH, torch.float32)
     advance = rehearse(parts.layer(False), WIDTH, torch.float32, gradients=False)
     assert (advance.saved.at(2, 16), advance.backward_at(2, 16)) == (0, 0)
