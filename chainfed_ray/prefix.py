@@ -154,8 +154,9 @@ class PrefixCache:
         for index, row, read in zip(indices.tolist(), *states, strict=True):
             file.seek(int(self._examples.offsets[index]) * self._row_bytes)
             file.write(row[: self._examples.lengths[index]].contiguous().view(torch.uint8).numpy())
-            file.seek(int(self._examples.offsets[-1]) * self._row_bytes + index * read.nbytes)
-            file.write(read.contiguous().view(torch.uint8).numpy())
+            if len(read):
+                file.seek(int(self._examples.offsets[-1]) * self._row_bytes + index * read.nbytes)
+                file.write(read.contiguous().view(torch.uint8).numpy())
 
     def _forget_all_but(self, layers: set[int | None], stack: AdapterStack) -> None:
         kept = {self._path(layer, stack) for layer in layers if layer is not None and layer >= 0}
@@ -183,7 +184,8 @@ class CachedActivations:
         stride = self._width * self._dtype.itemsize
         for place, (index, length) in enumerate(zip(indices.tolist(), lengths.tolist(), strict=True)):
             self._fill(hidden[place, :length], int(offsets[index]) * stride, index)
-            self._fill(read[place], int(offsets[-1]) * stride + index * read[place].nbytes, index)
+            if self._read:
+                self._fill(read[place], int(offsets[-1]) * stride + index * read[place].nbytes, index)
         return States(hidden, read)
 
     def _fill(self, rows: Tensor, position: int, index: int) -> None:
