@@ -26,7 +26,7 @@ from chainfed_ray.cohort import Cohort
 from chainfed_ray.discriminant import ClassSums, fitted
 from chainfed_ray.job import Job
 from chainfed_ray.measure import PeakMemory
-from chainfed_ray.reading import States, read_on
+from chainfed_ray.reading import nothing_read, read_on
 from chainfed_ray.seeds import derive
 from chainfed_ray.tokens import Examples
 
@@ -196,7 +196,7 @@ class Features:
         for indices in examples.by_length(_BATCH):
             batch = examples.batch(indices)
             hidden, calls = self._blocks.embed(batch.ids, batch.mask)
-            read = States.embedded(hidden).read
+            read = nothing_read(hidden)
             for index, layer in enumerate(self._layers):
                 hidden = self._blocks.run(layer, hidden, calls[index])
                 read = read_on(read, hidden, batch.mask, self.reads)

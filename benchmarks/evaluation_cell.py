@@ -30,7 +30,7 @@ from chainfed_ray.judgement import Judgement, judge
 from chainfed_ray.measure import PeakMemory, status
 from chainfed_ray.offload_footprint import offload_footprint
 from chainfed_ray.offloaded import OffloadedModel
-from chainfed_ray.reading import States
+from chainfed_ray.reading import States, nothing_read
 from chainfed_ray.stream_evaluator import StreamEvaluator
 from chainfed_ray.tokens import Examples
 from chainfed_ray.turn import warm_up
@@ -127,7 +127,7 @@ class _Resident:
             for indices in self._examples.by_length(self._batch):
                 batch = self._examples.batch(indices)
                 hidden, calls = blocks.embed(batch.ids, batch.mask)
-                states = States.embedded(hidden)  # of the layers below, its stacks read nothing
+                states = States(hidden, nothing_read(hidden))  # of the layers below, its stacks read nothing
                 for index, layer in enumerate(self._layers):
                     hidden = stack.adapter(index)(blocks.run(layer, hidden, calls[index]))
                 judgement.put(

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from chainfed_ray.reading import States, read_on
+from chainfed_ray.reading import nothing_read, read_on
 from chainfed_ray.seeds import derive
 
 Tensors = dict[str, Tensor]
@@ -63,7 +63,7 @@ class Head(nn.Module):
 
         Where there are fewer layers than it could read, it is as if the lower ones were zero.
         """
-        below = States.embedded(hidden).read if below is None else below
+        below = nothing_read(hidden) if below is None else below
         features = self.norm(read_on(below, hidden, mask, self.layers)).flatten(1)
         return nn.functional.linear(features, self.linear.weight[:, -features.shape[1] :], self.linear.bias)
 
@@ -111,6 +111,15 @@ class AdapterStack(nn.Module):
     def reads(self) -> int:
         """How many layers its head reads; a language model's own reads one."""
         return 1 if self.head is None else self.head.layers
+
+    @property
+    def reads_below(self) -> int:
+        """How many of them are below the one at whose top it stands."""
+        return self.reads - 1
+
+    def read_past(self, read: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+        """What comes up to the next layer past one that gives ``hidden`` [B, T, D], below which was ``read`` [B, r, D]."""
+        return read_on(read, hidden, mask, self.reads_below)
 
     def adapter(self, layer: int) -> Adapter:
         """The adapter that follows ``layer``."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from chainfed_ray.base_model import resolve, tokenizer
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.reading import States, read_on
+from chainfed_ray.reading import nothing_read
 from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.tokens import Examples, tokenize
 
@@ -39,10 +39,10 @@ class Classifier:
         batch = examples.batch(indices)
         stack = saved.stack
         hidden, calls = self._blocks.embed(batch.ids, batch.mask)
-        read = States.embedded(hidden).read
+        read = nothing_read(hidden)
         for index, layer in enumerate(self._layers):
             if index:
-                read = read_on(read, hidden, batch.mask, stack.reads - 1)
+                read = stack.read_past(read, hidden, batch.mask)
             hidden = self._blocks.run(layer, hidden, calls[index])
             if index in stack.layers:
                 hidden = stack.adapter(index)(hidden)

@@ -19,7 +19,7 @@ from chainfed_ray.memory import Plan
 from chainfed_ray.objective import GlobalTrains, Judge, by_class, by_next_token, chain_loss, trained_names
 from chainfed_ray.prefix import Activations, PrefixCache, PrefixRunner, RecomputedActivations
 from chainfed_ray.privacy import NoiseShare
-from chainfed_ray.reading import States, mean_over_tokens, read_on
+from chainfed_ray.reading import States, mean_over_tokens
 from chainfed_ray.seeds import derive
 from chainfed_ray.spill import Spill, overwrite_activations
 from chainfed_ray.start_layer import debiased_cka
@@ -299,7 +299,7 @@ def window_output(
     if layers:
         calls = blocks.calls(mask)
         for index, layer in layers.items():
-            read = read_on(read, hidden, mask, stack.reads - 1)
+            read = stack.read_past(read, hidden, mask)
             hidden = stack.adapter(index)(blocks.run(layer, hidden, calls[index]))
     return States(hidden, read)
 

@@ -156,7 +156,7 @@ def cache_bytes(costs: Costs, examples: int, tokens: int) -> int:
 
     It has the lowest layer of the chain and of the stage, and two as one is made.
     """
-    return 4 * costs.hidden * (tokens * costs.itemsize + examples * (costs.reads - 1) * _FLOAT32)
+    return 4 * (tokens * costs.hidden * costs.itemsize + _read_bytes(costs, examples))
 
 
 def evaluation_grains(layer: int, conversion: int, window: int) -> tuple[Grain, Grain]:

@@ -12,7 +12,7 @@ from chainfed_ray.adapter import AdapterStack, Head
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
 from chainfed_ray.lm_head import next_token_loss
-from chainfed_ray.reading import States, read_on
+from chainfed_ray.reading import States
 from chainfed_ray.stream import RowSlices
 
 GlobalTrains = Literal["window", "head", "upper"]
@@ -82,7 +82,7 @@ def carry(stack: AdapterStack, layers: Sequence[int], states: States, mask: Tens
     """The states that come out of the adapters of ``layers`` alone; what they give is read as if it were their layers'."""
     hidden, read = states
     for layer in layers:
-        read = read_on(read, hidden, mask, stack.reads - 1)
+        read = stack.read_past(read, hidden, mask)
         hidden = stack.adapter(layer)(hidden)
     return States(hidden, read)
 

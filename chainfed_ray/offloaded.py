@@ -31,7 +31,7 @@ from chainfed_ray.measure import PeakMemory
 from chainfed_ray.offload_footprint import SWAPPED_BYTES, buffer_numbers, buffers
 from chainfed_ray.offload_ops import OPS, load_op
 from chainfed_ray.quantities import format_bytes
-from chainfed_ray.reading import States, read_on
+from chainfed_ray.reading import States, nothing_read
 from chainfed_ray.removal import remove_when_this_process_ends
 from chainfed_ray.tokens import Batch, Examples
 from chainfed_ray.turn import warm_up
@@ -141,10 +141,10 @@ class _Chain(nn.Module):
         """Tokens [B, T] → the output of the last layer."""
         adapted = set(stack.layers)
         hidden, calls = self._blocks.embed(batch.ids, batch.mask)
-        read = States.embedded(hidden).read
+        read = nothing_read(hidden)
         for index, (layer, call) in enumerate(zip(self.layers, calls, strict=True)):
             if index:
-                read = read_on(read, hidden, batch.mask, stack.reads - 1)
+                read = stack.read_past(read, hidden, batch.mask)
             hidden = self._blocks.run(layer, hidden, call)
             if index in adapted:
                 hidden = stack.adapter(index)(hidden)

@@ -30,7 +30,7 @@ from transformers import AutoModel
 
 from chainfed_ray.adapter import Adapter, Head
 from chainfed_ray.blocks import find_layers
-from chainfed_ray.reading import States, read_on
+from chainfed_ray.reading import States, nothing_read, read_on
 from chainfed_ray.saved_stack import ADAPTERS, HEAD, HEADS, PEFT_TYPE
 
 _PREFIX = "chainfed_"
@@ -59,7 +59,7 @@ class SequenceClassifier(nn.Module):
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            read = States.embedded(hidden).read
+            read = nothing_read(hidden)
             if passed:
                 below = passed.pop()
                 read = read_on(below.read, below.hidden, attention_mask, len(layers))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.memory import PREFIX_BATCH, Grain
-from chainfed_ray.reading import States, read_on
+from chainfed_ray.reading import States, nothing_read
 from chainfed_ray.stream import RowSlices
 from chainfed_ray.tokens import Examples
 
@@ -86,13 +86,13 @@ class PrefixRunner:
             batch = examples.batch(indices)
             if below is None:
                 hidden, calls = self.blocks.embed(batch.ids, batch.mask)
-                read = States.embedded(hidden).read
+                read = nothing_read(hidden)
             else:
                 (hidden, read), calls = below, self.blocks.calls(batch.mask)
                 del below  # nobody else has it: it may go as soon as the adapter is through with it
                 if index - 1 in stack.layers:
                     hidden = stack.adapter(index - 1)(hidden)
-                read = read_on(read, hidden, batch.mask, stack.reads - 1)
+                read = stack.read_past(read, hidden, batch.mask)
             return States(self.blocks.run(layer, hidden, calls[index]), read)
 
 
@@ -132,7 +132,7 @@ class PrefixCache:
         return self._folder / f"{layer:04d}-{_digest(stack, layer)}-{stack.reads}-{self._runner.way}.activations"
 
     def _open(self, layer: int, stack: AdapterStack) -> "CachedActivations":
-        rows = min(layer, stack.reads - 1)
+        rows = min(layer, stack.reads_below)
         return CachedActivations(self._path(layer, stack), self._runner.blocks, self._examples, rows)
 
     def _write(self, layer: int, module: nn.Module, stack: AdapterStack) -> None:

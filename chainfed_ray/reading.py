@@ -17,10 +17,10 @@ class States(NamedTuple):
     hidden: Tensor  # [B, T, D]
     read: Tensor  # [B, r, D] float32, the lowest layer first
 
-    @classmethod
-    def embedded(cls, hidden: Tensor) -> "States":
-        """Below the first layer, where nothing has been read."""
-        return cls(hidden, hidden.new_zeros(len(hidden), 0, hidden.shape[-1], dtype=torch.float32))
+
+def nothing_read(hidden: Tensor) -> Tensor:
+    """[B, 0, D]: what is read of the layers below the first one, whose inputs are ``hidden`` [B, T, D]."""
+    return hidden.new_zeros(len(hidden), 0, hidden.shape[-1], dtype=torch.float32)
 
 
 def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:

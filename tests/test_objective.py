@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
 from chainfed_ray.objective import by_class, chain_loss, trained_names
-from chainfed_ray.reading import States
+from chainfed_ray.reading import States, nothing_read
 from tests.test_prefix import a_stack
 
 LAMBDA = 0.3
@@ -83,7 +83,7 @@ def test_the_window_always_follows_the_global_loss(follows: bool) -> None:
     stack = a_stack(range(1, 5))
     state = hidden().requires_grad_()
     judge = by_class(stack.head, MASK, LABELS)
-    states = States.embedded(state)
+    states = States(state, nothing_read(state))
     loss = chain_loss(stack, Window(1, 2), states, MASK, judge, global_weight=LAMBDA, head_follows_global=follows)
     (found,) = torch.autograd.grad(loss, [state])
     (local,) = torch.autograd.grad(total(stack.head(state, MASK)), [state])

@@ -61,7 +61,7 @@ def assert_plain(cache: PrefixCache, blocks: Blocks, examples: Examples, stack: 
     cached, read = cache.at(layer, stack).batch(np.arange(len(examples)))
     assert torch.isfinite(cached).all()
     outputs, means = plain(blocks, examples, stack, layer)
-    assert read.shape == (len(examples), min(layer, stack.reads - 1), 32)
+    assert read.shape == (len(examples), min(layer, stack.reads_below), 32)
     for index, of_layers in means.items():
         for place in range(1, read.shape[1] + 1):
             torch.testing.assert_close(read[index, -place], of_layers[-place])
