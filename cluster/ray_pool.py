@@ -23,7 +23,9 @@ from cluster.resources import IDLE_BYTES, of_client
 
 _POLL_SECONDS = 1.0
 _QUEUE = 3  # turns that wait for an actor of their class, before one of another class makes way
-_PATIENCE_SECONDS = 10.0  # with an actor that has no machine yet, before idle ones make room
+# With an actor that is not there yet, before idle ones make room. On a busy machine one may take ten seconds to start without
+# waiting for anybody; were idle ones ended then, all the rounds to come would start theirs anew.
+_PATIENCE_SECONDS = 30.0
 
 
 @dataclass(eq=False)
