@@ -1,8 +1,10 @@
 """A job of the service, watched: its events turned into records for the display."""
 
+from itertools import dropwhile
+
 from rich.console import Console
 
-from api.client import ServiceClient
+from api.client import Document, ServiceClient
 from api.progress import Progress
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import JobFailed
@@ -22,7 +24,7 @@ def follow(client: ServiceClient, job: str, spec: JobSpec, console: Console) -> 
         for event in client.follow(job):
             match event["kind"]:
                 case "queued":
-                    progress.say("In the queue.")
+                    progress.say("In the queue." + _jobs_before(client, job))
                 case "running":
                     asking = ", and asking the clients where the chain should start"
                     progress.say(f"Its turn has come: reading the data{asking if spec.chain.start == 'auto' else ''}.")
@@ -42,3 +44,14 @@ def follow(client: ServiceClient, job: str, spec: JobSpec, console: Console) -> 
     if opening is None or ending is None:
         raise JobFailed(job, "ended", "its events do not tell how")
     return opening, rounds, ending
+
+
+def _jobs_before(client: ServiceClient, job: str) -> str:
+    """Those that are not over, such as one that an interrupted command left: the service takes jobs as they came."""
+    newest_first = dropwhile(lambda other: other["id"] != job, client.jobs())
+    before = [f"{other['id']} ({other['status']})" for other in newest_first if other["id"] != job and _goes_on(other)]
+    return f" Before it: {', '.join(reversed(before))}." if before else ""
+
+
+def _goes_on(job: Document) -> bool:
+    return job["status"] in ("queued", "running", "cancelling")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Self
@@ -19,11 +20,14 @@ import psutil
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from api.client import ServiceClient
+from api.following import follow
 from api.local_service import free_port
 from chainfed_ray.commit_log import CommitLog
-from chainfed_ray.errors import InvalidJob, JobConflict, JobNotFound, ModelNotFound
+from chainfed_ray.config import JobSpec
+from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound, ModelNotFound
 from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.saved_stack import load_stack
 from tests.causal import causal_folder
@@ -200,6 +204,10 @@ def test_cancelling_ends_the_processes(service: Running, document: dict[str, Any
     next(event for event in service.client.follow(job) if event["kind"] == "round")
     assert service.client.job(waiting)["status"] == "queued"
     assert service.client.cancel(waiting)["status"] == "cancelled"
+    console = Console(record=True, file=StringIO(), width=80)
+    with pytest.raises(JobFailed, match="cancelled"):
+        follow(service.client, waiting, JobSpec.parse(document), console)
+    assert f"In the queue. Before it: {job} (running)." in " ".join(console.export_text().split())
     service.client.cancel(job)
     kinds = [event["kind"] for event in service.client.follow(job)]
     assert "cancelling" in kinds
