@@ -7,8 +7,10 @@ from rich.console import Console
 from api.client import Document, ServiceClient
 from api.progress import Progress
 from chainfed_ray.config import JobSpec
-from chainfed_ray.errors import JobFailed
+from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records import Ending, Opening, Round
+
+_NAMED = 3  # of the jobs before one, those that are named
 
 
 def follow(client: ServiceClient, job: str, spec: JobSpec, console: Console) -> tuple[Opening, list[Round], Ending]:
@@ -48,9 +50,15 @@ def follow(client: ServiceClient, job: str, spec: JobSpec, console: Console) -> 
 
 def _jobs_before(client: ServiceClient, job: str) -> str:
     """Those that are not over, such as one that an interrupted command left: the service takes jobs as they came."""
-    newest_first = dropwhile(lambda other: other["id"] != job, client.jobs())
+    try:
+        jobs = client.jobs()
+    except ServiceUnavailable:  # following goes on when it is back, and this is no reason to end it
+        return ""
+    newest_first = dropwhile(lambda other: other["id"] != job, jobs)
     before = [f"{other['id']} ({other['status']})" for other in newest_first if other["id"] != job and _goes_on(other)]
-    return f" Before it: {', '.join(reversed(before))}." if before else ""
+    before.reverse()
+    more = f" and {len(before) - _NAMED} more" if len(before) > _NAMED else ""
+    return f" Before it: {', '.join(before[:_NAMED])}{more}." if before else ""
 
 
 def _goes_on(job: Document) -> bool:
