@@ -4,7 +4,7 @@ from itertools import dropwhile
 
 from rich.console import Console
 
-from api.client import Document, ServiceClient
+from api.client import ServiceClient
 from api.progress import Progress
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
@@ -55,11 +55,7 @@ def _jobs_before(client: ServiceClient, job: str) -> str:
     except ServiceUnavailable:  # following goes on when it is back, and this is no reason to end it
         return ""
     newest_first = dropwhile(lambda other: other["id"] != job, jobs)
-    before = [f"{other['id']} ({other['status']})" for other in newest_first if other["id"] != job and _goes_on(other)]
-    before.reverse()
+    older = list(newest_first)[1:]
+    before = [f"{other['id']} ({other['status']})" for other in reversed(older) if other["finished_at"] is None]
     more = f" and {len(before) - _NAMED} more" if len(before) > _NAMED else ""
     return f" Before it: {', '.join(before[:_NAMED])}{more}." if before else ""
-
-
-def _goes_on(job: Document) -> bool:
-    return job["status"] in ("queued", "running", "cancelling")

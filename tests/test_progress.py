@@ -1,6 +1,7 @@
 """What a person sees while a job runs and when it is over."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from api.client import Document, ServiceClient
 from api.fleet import by_class
+from api.following import follow
 from api.plots import draw
 from api.progress import Progress, time_left
 from api.results import results
 from api.schemas import Progress as Resource
+from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records import (
     Admitted,
     Ending,
@@ -84,6 +88,43 @@ def told(progress: Progress, opening: Opening, rounds: list[Round]) -> None:
     progress.opening(opening)
     for record in rounds:
         progress.round(record)
+
+
+class Queue(ServiceClient):
+    """A service with so many jobs before ``mine``, none of them over; None: it is away when it is asked."""
+
+    def __init__(self, before: int | None) -> None:
+        super().__init__("http://127.0.0.1:1")
+        self._before = before
+
+    def follow(self, job: str) -> Iterator[Document]:
+        yield from ({"kind": kind, "data": {}} for kind in ("queued", "cancelled"))
+
+    def jobs(self, limit: int = 50) -> list[Document]:
+        if self._before is None:
+            raise ServiceUnavailable("http://127.0.0.1:1", "no answer")
+        states = ["cancelling", "running", *["queued"] * self._before][: self._before]
+        jobs = [("over", "failed", "then"), *((f"job-{place}", state, None) for place, state in enumerate(states))]
+        jobs += [("mine", "queued", None), ("later", "queued", None)]
+        return [{"id": job, "status": status, "finished_at": at} for job, status, at in reversed(jobs)]
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        (0, ""),
+        (None, ""),
+        (1, " Before it: job-0 (cancelling)."),
+        (3, " Before it: job-0 (cancelling), job-1 (running), job-2 (queued)."),
+        (5, " Before it: job-0 (cancelling), job-1 (running), job-2 (queued) and 2 more."),
+    ],
+)
+def test_a_job_that_waits_names_those_before_it(before: int | None, words: str) -> None:
+    console, client = a_console(), Queue(before)
+    with pytest.raises(JobFailed, match="cancelled"):
+        follow(client, "mine", SPEC, console)
+    client.close()
+    assert " ".join(console.export_text().split()) == "In the queue." + words
 
 
 def test_a_line_for_each_round_where_there_is_no_terminal() -> None:
