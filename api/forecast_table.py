@@ -31,7 +31,7 @@ def _summary(forecast: Forecast) -> Table:
     joins = f"[bold]{forecast.joins} of {forecast.clients}[/bold] clients can join"
     table.add_row("job", f"{forecast.job}: {joins}" + (", and it is refused" if forecast.refused else ""))
     table.add_row("base model", f"{forecast.base}, {forecast.layers} layers, frozen")
-    start = "layer 0; its start is found later" if forecast.start == "auto" else f"layer {forecast.start} up"
+    start = f"layer {forecast.start} up" if isinstance(forecast.start, int) else "layer 0; its start is found later"
     table.add_row("chain", f"{forecast.window} layers at a time, planned from {start}")
     table.add_row("rounds", f"{forecast.rounds} at most, {forecast.clients_per_round} clients in each")
     if forecast.stopped:

@@ -1,8 +1,10 @@
 """Pictures of a job: accuracy along the chain, where the chain starts and why, and clients' memory."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -16,7 +18,7 @@ _DPI = 150
 def draw(
     folder: Path, opening: Opening, rounds: Sequence[Round], ending: Ending | None, threshold: float
 ) -> list[Path]:
-    """Write the pictures into ``folder`` and give their paths; without a CKA profile there is none of the start."""
+    """Write the pictures into ``folder`` and give their paths; there is none of a start that the job gives."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "accuracy.png": _accuracy(rounds, ending),
@@ -24,7 +26,9 @@ def draw(
         "memory-by-round.png": memory_by_round(opening, rounds),
     }
     if opening.similarities:
-        figures["start-layer.png"] = _start(opening, threshold)
+        figures["start-layer.png"] = _similarities(opening, threshold)
+    elif opening.exits:
+        figures["start-layer.png"] = _exits(opening)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=_DPI)
     return [folder / name for name in figures]
@@ -51,16 +55,27 @@ def _accuracy(rounds: Sequence[Round], ending: Ending | None) -> Figure:
     return figure
 
 
-def _start(opening: Opening, threshold: float) -> Figure:
-    figure, axes = new_figure(f"The chain starts at layer {opening.start_layer}")
-    layers = range(opening.layers)
-    colours = [BLUE if layer >= opening.start_layer else GREY for layer in layers]
-    axes.bar(layers, opening.similarities, color=colours, width=0.7)
+def _similarities(opening: Opening, threshold: float) -> Figure:
+    figure, axes = _by_layer(opening, opening.similarities)
     axes.axhline(threshold, color=ORANGE, linestyle="--", label=f"threshold {threshold:g}")
     axes.set(xlabel="layer (blue: has an adapter)", ylabel="CKA with the embeddings", ylim=(0, 1.05))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if opening.layers <= 2 * MANY:
-        for layer, value in enumerate(opening.similarities):
-            axes.text(layer, max(value, 0) + 0.015, f"{value:.2f}", ha="center", fontsize=9)
     axes.legend(frameon=False, loc="upper right")
     return figure
+
+
+def _exits(opening: Opening) -> Figure:
+    losses = [math.nan if fit.held_out_loss is None else fit.held_out_loss for fit in opening.exits]
+    figure, axes = _by_layer(opening, losses)
+    axes.set(xlabel="lowest layer of the window (blue: is trained)", ylabel="held-out loss of a fitted head at its top")
+    return figure
+
+
+def _by_layer(opening: Opening, values: Sequence[float]) -> tuple[Figure, Axes]:
+    """A bar for each of the lowest layers, blue from where the chain starts."""
+    figure, axes = new_figure(f"The chain starts at layer {opening.start_layer}")
+    colours = [BLUE if layer >= opening.start_layer else GREY for layer in range(len(values))]
+    bars = axes.bar(range(len(values)), values, color=colours, width=0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(values) <= 2 * MANY:
+        axes.bar_label(bars, fmt="{:.2f}", padding=2, fontsize=9)
+    return figure, axes

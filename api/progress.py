@@ -77,6 +77,11 @@ class Progress:
             self.say("  " + "  ".join(f"{layer}: {value:.2f}" for layer, value in enumerate(opening.similarities)))
             self._say_why(opening.lost)
             self.say(f"The chain starts at layer {opening.start_layer}, {self._why_there(opening)}.")
+        elif opening.exits:
+            self.say("Held-out loss of a fitted head at the top of each window, before training:")
+            self.say("  " + "  ".join(_exits(opening)))
+            self._say_why(opening.lost)
+            self.say(f"The chain starts at layer {opening.start_layer}, where that is least.")
         else:
             self.say(f"The chain starts at layer {opening.start_layer}, as the job asks.")
         if opening.window < (asked := self._spec.chain.window):
@@ -188,6 +193,14 @@ class Progress:
             facts.add_row("privacy", price(self._spec, newest.epsilon))
         facts.add_row("memory", _memory(opening, self._rounds))
         return Panel(Group(facts, ProgressBar(total=total, completed=done)), title=self._name, title_align="left")
+
+
+def _exits(opening: Opening) -> list[str]:
+    losses = [fit.held_out_loss for fit in opening.exits]
+    return [
+        f"{layer}–{layer + opening.window - 1}: {'none' if loss is None else f'{loss:.3f}'}"
+        for layer, loss in enumerate(losses)
+    ]
 
 
 def _scored(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:

@@ -69,6 +69,7 @@ def methods(layers: int, recipe_rates: tuple[float, float] | None = None) -> dic
         Method("no-gpo", changes=_paper(global_weight=0.0)),
         Method("no-foat", changes=_paper(start=0)),
         Method("recommended", rates=recipe_rates),
+        Method("recommended-best-exit", rates=recipe_rates, changes={"chain": {"start": "best-exit"}}),
         Method("recommended-reads-1", rates=recipe_rates, changes={"chain": {"head_layers": 1}}),
         *(
             Method(f"recommended-start-{start}", rates=recipe_rates, changes={"chain": {"start": start}})
@@ -78,7 +79,11 @@ def methods(layers: int, recipe_rates: tuple[float, float] | None = None) -> dic
     return {method.name: method for method in made}
 
 
-AUTOMATIC = {"chain-staged": "start-", "recommended": "recommended-start-"}
+AUTOMATIC = {
+    "chain-staged": "start-",
+    "recommended": "recommended-start-",
+    "recommended-best-exit": "recommended-start-",
+}
 """The methods that find their start themselves, and how the names of the same with a fixed start begin."""
 
 

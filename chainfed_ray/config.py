@@ -150,8 +150,10 @@ def _without_a_price(spec: JobSpec, privacy: PrivacySpec, clients: int) -> Itera
     """What ``privacy`` cannot be promised with."""
     if spec.aggregation.rule != "mean":
         yield Problem("aggregation.rule", spec.aggregation.rule, "'mean', the only rule that privacy has a price for")
-    if spec.chain.start == "auto":
-        expected = "the index of a layer: privacy does not cover the CKA profiles from which 'auto' follows"
+    if not isinstance(spec.chain.start, int):
+        expected = (
+            f"the index of a layer: privacy does not cover what clients send for {spec.chain.start!r} to follow from"
+        )
         yield Problem("chain.start", spec.chain.start, expected)
     if spec.chain.head == "fitted":
         expected = "'zero': privacy does not cover the sums of which a fitted head is made"
@@ -169,8 +171,9 @@ def _not_robust(spec: JobSpec) -> Iterator[Problem]:
             f"'zero' with aggregation.rule {rule}: a fitted head is made of plain sums, which one client can spoil"
         )
         yield Problem("chain.head", spec.chain.head, expected)
-    if rule != "mean" and spec.chain.start == "auto":
-        expected = f"the index of a layer with aggregation.rule {rule}: 'auto' follows from a plain mean of profiles"
+    if rule != "mean" and not isinstance(spec.chain.start, int):
+        sent = "a plain mean of profiles" if spec.chain.start == "auto" else "plain sums"
+        expected = f"the index of a layer with aggregation.rule {rule}: {spec.chain.start!r} follows from {sent}"
         yield Problem("chain.start", spec.chain.start, expected)
     if spec.aggregation.optimizer == "none" and spec.aggregation.server_learning_rate is not None:
         rate = spec.aggregation.server_learning_rate
@@ -188,6 +191,11 @@ def _of_task(spec: JobSpec) -> Iterator[Problem]:
         )
     if not causal and spec.chain.head == "model":
         yield Problem("chain.head", spec.chain.head, "'fitted' or 'zero', unless model.task is causal-lm")
+    if spec.chain.start == "best-exit" and spec.chain.head != "fitted":
+        expected = (
+            f"'auto' or the index of a layer with chain.head {spec.chain.head}: the exits are those of fitted heads"
+        )
+        yield Problem("chain.start", spec.chain.start, expected)
     if causal and spec.chain.head_layers not in (None, 1):
         yield Problem("chain.head_layers", spec.chain.head_layers, "1 for model.task causal-lm: its own head reads one")
     given = [("data.prompt", data.prompt), ("data.response", data.response), ("data.messages", data.messages)]
@@ -249,7 +257,7 @@ def _problem(error: Any) -> Problem:
     if error["type"] == "extra_forbidden":
         return Problem(path, error["input"], _known_keys(location))
     if location[-2:] == ("chain", "start"):
-        return Problem(path, error["input"], "'auto' or the index of a layer, 0 or more")
+        return Problem(path, error["input"], "'auto', 'best-exit' or the index of a layer, 0 or more")
     if location[:1] == ("evaluation",) and location[1:] in (("every",), ("whole_every",)):
         return Problem(path, error["input"], "'round', 'stage', 'never' or a number of rounds, 1 or more")
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -257,7 +265,9 @@ def _problem(error: Any) -> Problem:
 
 
 # Pydantic adds the branch of a union to an error's location: no key of the user's document.
-_UNION_BRANCHES = frozenset({"literal['auto']", "literal['round','stage']", "literal['never']", "constrained-int"})
+_UNION_BRANCHES = frozenset(
+    {"literal['auto','best-exit']", "literal['round','stage']", "literal['never']", "constrained-int"}
+)
 
 _IN_OUR_WORDS = {
     "string_pattern_mismatch": "lower-case letters, digits and dashes, 63 at most, such as my-job-1",

@@ -5,35 +5,33 @@ is yielded, and everything that follows is derived from what was committed and f
 killed and made again goes on as if nothing had happened. To cancel a job, cease to iterate.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from time import perf_counter
 
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.admission import Candidate
-from chainfed_ray.chain import Chain, Window, start_below
-from chainfed_ray.client import Fitting, Profile, Profiling, Training
+from chainfed_ray.chain import Chain, Window
+from chainfed_ray.client import Fitting, Training
 from chainfed_ray.cohort import Cohort, everyone
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.convergence import Movement
 from chainfed_ray.course import Course, NextRound
 from chainfed_ray.errors import QuorumLost
-from chainfed_ray.fold import Fold, as_lost
+from chainfed_ray.fold import Fold
 from chainfed_ray.gather import gather
 from chainfed_ray.guarantee import Guarantee
-from chainfed_ray.head_fit import FittedHead, fit_head
+from chainfed_ray.head_fit import FittedHead, fit_head, time_for_everyone
 from chainfed_ray.job import Job
 from chainfed_ray.judging import Judging, best_exit, best_of, best_round, exits, fallback, is_due, streamed
 from chainfed_ray.objective import trained_names
-from chainfed_ray.pool import ClientPool, Failure, in_order
-from chainfed_ray.records import Admitted, EarlyExit, Ending, Evaluation, Lost, Opening, Restored, Round, finite
+from chainfed_ray.pool import ClientPool
+from chainfed_ray.records import Admitted, EarlyExit, Ending, Evaluation, Opening, Restored, Round, finite
 from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.schedule import rate_at
 from chainfed_ray.score import Score
 from chainfed_ray.seeds import derive
-from chainfed_ray.start_layer import FEWEST, average
+from chainfed_ray.start_search import find_start, reasons
 from chainfed_ray.state import State, stack_of
 
 _FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the reasons
@@ -49,19 +47,17 @@ class Coordinator:
         self._judging = judging or streamed(job)
 
     def open(self) -> Opening:
-        """Decide where the chain starts (FOAT), once: a committed opening is the opening."""
+        """Decide where the chain starts, once: a committed opening is the opening.
+
+        Raises:
+            QuorumLost: no client sent what it takes to find out.
+        """
         if opening := self._log.opening():
             self._job.check_begun_with(opening)
             self._planner = self._job.planner.starting_at(opening.start_layer)
             return opening
-        similarities: tuple[float, ...] = ()
-        lost: tuple[Lost, ...] = ()
-        cpu_seconds = 0.0
-        if isinstance(self._spec.chain.start, int):
-            start = self._spec.chain.start
-        else:
-            similarities, lost, cpu_seconds = self._profile()
-            start = start_below(similarities, self._spec.chain.cka_threshold, self._job.window)
+        found = find_start(self._job, self._pool)
+        start = found.layer
         self._planner = self._job.planner.starting_at(start)
         opening = Opening(
             admitted=tuple(self._admitted(candidate, start) for candidate, _ in self._job.admitted),
@@ -69,12 +65,13 @@ class Coordinator:
             layers=self._job.layers,
             start_layer=start,
             window=self._job.window,
-            similarities=similarities,
-            lost=lost,
+            similarities=found.similarities,
+            exits=found.exits,
+            lost=found.lost,
             stages=len(self._chain(start).windows),
             total_rounds=self._guarantee.total,
             partition_hash=self._job.manifest.hash,
-            profile_cpu_seconds=cpu_seconds,
+            profile_cpu_seconds=found.cpu_seconds,
             evaluator=self._judging.evaluator,
         )
         self._log.commit_partition(self._job.manifest)
@@ -170,23 +167,6 @@ class Coordinator:
             cached=plan.prefix.cached,
         )
 
-    def _profile(self) -> tuple[tuple[float, ...], tuple[Lost, ...], float]:
-        """Every client's CKA profile, averaged by example count, in client order; the turns that were lost; CPU seconds."""
-        able = [
-            replace(client, cap_bytes=client.plan.prefix.profile_bytes)
-            for client in self._job.clients
-            if len(client.examples) >= FEWEST and client.plan.prefix.cached
-        ]
-        order = Profiling(self._spec.chain.profile_examples, derive(self._spec.seed, "profile"))
-        outcomes = list(in_order(self._pool.run(able, order, self._spec.rounds.deadline), len(able)))
-        profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
-        failures = ((able[place], result) for place, result in outcomes if isinstance(result, Failure))
-        lost = tuple(as_lost(client, failure) for client, failure in failures)
-        if not profiles:
-            raise QuorumLost("profiling the layers", 1, _reasons(lost))
-        cpu_seconds = sum(profile.cpu_seconds for profile in profiles)
-        return average([(profile.similarities, profile.examples) for profile in profiles]), lost, cpu_seconds
-
     def _state(self, chain: Chain, history: Sequence[Round]) -> State:
         """After the last round of ``history``, as it was committed."""
         if history:
@@ -270,8 +250,7 @@ class Coordinator:
             return None
         admitted = (candidate for candidate, _ in self._job.admitted)
         clients = everyone(self._planner, admitted, upcoming.window, history)
-        # The deadline is for a round's clients, and here everyone is asked.
-        deadline = self._spec.rounds.deadline * math.ceil(len(clients) / self._spec.rounds.clients)
+        deadline = time_for_everyone(self._spec.rounds, len(clients))
         order = Fitting(tensors, upcoming.window)
         return fit_head(self._pool, clients, order, deadline, self._job.validation, self._job.base)
 
@@ -319,11 +298,7 @@ class Coordinator:
         newest = history[-_FRUITLESS_ROUNDS:]
         if len(newest) == _FRUITLESS_ROUNDS and all(len(record.turns) < self._spec.quorum for record in newest):
             rounds = f"rounds {newest[0].index + 1} to {newest[-1].index + 1}"
-            raise QuorumLost(rounds, self._spec.quorum, _reasons(newest[-1].lost))
-
-
-def _reasons(lost: Iterable[Lost]) -> dict[str, str]:
-    return {turn.client: turn.reason for turn in lost}
+            raise QuorumLost(rounds, self._spec.quorum, reasons(newest[-1].lost))
 
 
 def _best(best: Tensors, record: Round, judged: Sequence[Restored], before: Tensors, after: Tensors) -> Tensors:

@@ -54,8 +54,8 @@ class Forecast(Record):
     job: str
     base: str
     layers: int
-    start: Literal["auto"] | int = Field(
-        description="`auto`: found when the job runs; here the chain is planned from 0"
+    start: Literal["auto", "best-exit"] | int = Field(
+        description="`auto` or `best-exit`: found when the job runs; here the chain is planned from 0"
     )
     window: int = Field(description="the widest that the job allows and a client's budget holds")
     clients: int

@@ -1,5 +1,6 @@
 """The head in closed form: every client's sums, and the classifier that they give (discriminant.py)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from chainfed_ray.fold import as_lost
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import HeadFit, Lost
 from chainfed_ray.score import Score
+from chainfed_ray.sections import RoundsSpec
 from chainfed_ray.threads import one_thread
 from chainfed_ray.tokens import Examples
 
@@ -27,6 +29,11 @@ class FittedHead(NamedTuple):
 
     tensors: Tensors
     record: HeadFit
+
+
+def time_for_everyone(rounds: RoundsSpec, clients: int) -> float:
+    """Seconds that all ``clients`` have for their sums: the deadline is for a round's clients, and here everyone is asked."""
+    return rounds.deadline * math.ceil(clients / rounds.clients)
 
 
 def fit_head(

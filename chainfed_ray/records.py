@@ -66,8 +66,27 @@ class Lost(Record):
     exceeded: str | None = None
 
 
+class HeadFit(Record):
+    """A head in closed form, before a stage's first round: whose sums it is made of, and what they took.
+
+    ``held_out_loss`` and ``accuracy`` are those of the stage before it is trained: the chain cut at the window's top, with
+    that head. Both are None if nobody sent sums.
+    """
+
+    clients: int
+    examples: int
+    cpu_seconds: float
+    sent_bytes: int
+    lost: tuple[Lost, ...]
+    held_out_loss: Measured = None
+    accuracy: float | None = None
+
+
 class Opening(Record):
-    """Before the first round: who takes part, and where the chain starts; ``lost`` are turns of profiling.
+    """Before the first round: who takes part, and where the chain starts; ``lost`` are turns of looking for that.
+
+    ``similarities`` are those of each layer (CKA), where the start follows from them; ``exits`` are heads at the top of each
+    window, from the lowest up, where it follows from those.
 
     ``window`` is Q: the widest that the job allows and a client's budget holds. ``partition_hash`` is that of the manifest.
     ``evaluator`` is the engine that judges the whole model, and why it is another than the job's, if it is.
@@ -79,6 +98,7 @@ class Opening(Record):
     start_layer: int
     window: int
     similarities: tuple[float, ...]
+    exits: tuple[HeadFit, ...] = ()
     lost: tuple[Lost, ...]
     stages: int
     total_rounds: int
@@ -111,22 +131,6 @@ class Turn(Record):
     peak_bytes: int | None
     sent_bytes: int
     exceeded: str | None = None
-
-
-class HeadFit(Record):
-    """A head in closed form, before a stage's first round: whose sums it is made of, and what they took.
-
-    ``held_out_loss`` and ``accuracy`` are those of the stage before it is trained: the chain cut at the window's top, with
-    that head. Both are None if nobody sent sums.
-    """
-
-    clients: int
-    examples: int
-    cpu_seconds: float
-    sent_bytes: int
-    lost: tuple[Lost, ...]
-    held_out_loss: Measured = None
-    accuracy: float | None = None
 
 
 class Evaluation(Record):

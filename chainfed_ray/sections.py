@@ -126,7 +126,10 @@ class ChainSpec(Section):
 
     window: int = Field(2, ge=1, description="Q, adjacent adapters trained together; fewer by clients with less memory")
     schedule: Literal["staged", "cyclic"] = Field("staged", description="slide on convergence, or every round")
-    start: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", description="first layer with an adapter")
+    start: Literal["auto", "best-exit"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="first layer with an adapter; `auto` follows from CKA, `best-exit` from heads fitted at each window",
+    )
     cka_threshold: float = Field(0.5, ge=0, le=1, description="`auto` starts at the first layer whose CKA is below it")
     profile_examples: int = Field(64, ge=4, le=4096, description="a client's examples in its CKA profile")
     global_weight: float = Field(0.1, ge=0, le=10, description="λ: loss = local + λ · global")

@@ -77,6 +77,10 @@ def a_round(index: int, opening: Opening, **changes: Any) -> Round:
     return Round(**fields | changes)
 
 
+EXITS = tuple(
+    HeadFit(clients=2, examples=200, cpu_seconds=1.0, sent_bytes=1000, lost=(), held_out_loss=loss, accuracy=0.5)
+    for loss in (0.437, 0.423, 0.397, None, 0.412)
+)
 ENDING = Ending(accuracy=0.728, loss=0.8, rounds=3, peak_bytes={"phone": 25 * MIB})
 
 
@@ -125,6 +129,17 @@ def test_a_job_that_waits_names_those_before_it(before: int | None, words: str) 
         follow(client, "mine", SPEC, console)
     client.close()
     assert " ".join(console.export_text().split()) == "In the queue." + words
+
+
+def test_where_the_heads_read_best_the_chain_starts() -> None:
+    opening = an_opening().model_copy(update={"similarities": (), "exits": EXITS})
+    console = a_console()
+    with Progress(console, "tiny", SPEC) as progress:
+        told(progress, opening, [])
+    text = console.export_text()
+    assert "\nHeld-out loss of a fitted head at the top of each window, before training:\n" in text
+    assert "\n  0–1: 0.437  1–2: 0.423  2–3: 0.397  3–4: none  4–5: 0.412\n" in text
+    assert "\nThe chain starts at layer 2, where that is least.\n" in text
 
 
 def test_a_line_for_each_round_where_there_is_no_terminal() -> None:
@@ -340,7 +355,7 @@ def many_rounds(opening: Opening) -> list[Round]:
     return [a_round(i, opening, stage=i // 7, bottom=2 + i // 7, top=3 + i // 7, accuracy=0.5) for i in range(200)]
 
 
-CASES = ["usual", "none", "one", "many", "cyclic", "crowded", "no profile", "unmeasured", "again", "unequal"]
+CASES = ["usual", "none", "one", "many", "cyclic", "crowded", "no profile", "exits", "unmeasured", "again", "unequal"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -362,6 +377,8 @@ def test_plots_of_any_job(tmp_path: Path, case: str) -> None:
         rounds = [a_round(0, opening)]
     elif case == "no profile":
         opening = opening.model_copy(update={"similarities": ()})
+    elif case == "exits":
+        opening = opening.model_copy(update={"similarities": (), "exits": EXITS})
     elif case == "unmeasured":
         rounds = [a_round(0, opening, turns=changed(opening, peak_bytes=None))]
     elif case == "again":

@@ -1,0 +1,100 @@
+"""Where a chain starts: where its job says, where layers have moved from the embeddings (FOAT), or where heads read best.
+
+The last is ours, not the paper's. Each window of the untrained model is an exit at which a head can be fitted in closed form:
+where that reads best on held-out rows, the layers above it serve the task less than those below, and have the more to learn.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.chain import Chain, Window, start_below
+from chainfed_ray.client import Fitting, Profile, Profiling
+from chainfed_ray.cohort import everyone
+from chainfed_ray.errors import QuorumLost
+from chainfed_ray.fold import as_lost
+from chainfed_ray.head_fit import fit_head, time_for_everyone
+from chainfed_ray.job import Job
+from chainfed_ray.pool import ClientPool, Failure, in_order
+from chainfed_ray.records import HeadFit, Lost
+from chainfed_ray.seeds import derive
+from chainfed_ray.start_layer import FEWEST, average
+
+
+class Start(NamedTuple):
+    """The lowest layer with an adapter, what was found in looking for it, the turns that were lost, and CPU seconds."""
+
+    layer: int
+    similarities: tuple[float, ...] = ()
+    exits: tuple[HeadFit, ...] = ()
+    lost: tuple[Lost, ...] = ()
+    cpu_seconds: float = 0.0
+
+
+def find_start(job: Job, pool: ClientPool) -> Start:
+    """Where the chain of ``job`` starts, as ``chain.start`` says.
+
+    Raises:
+        QuorumLost: no client sent what it takes to find out.
+    """
+    match job.spec.chain.start:
+        case "auto":
+            return _by_profiles(job, pool)
+        case "best-exit":
+            return _by_exits(job, pool)
+        case layer:
+            return Start(layer)
+
+
+def _by_profiles(job: Job, pool: ClientPool) -> Start:
+    """The clients' CKA profiles, averaged by example count, in client order."""
+    able = [
+        replace(client, cap_bytes=client.plan.prefix.profile_bytes)
+        for client in job.clients
+        if len(client.examples) >= FEWEST and client.plan.prefix.cached
+    ]
+    order = Profiling(job.spec.chain.profile_examples, derive(job.spec.seed, "profile"))
+    outcomes = list(in_order(pool.run(able, order, job.spec.rounds.deadline), len(able)))
+    profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
+    failures = ((able[place], result) for place, result in outcomes if isinstance(result, Failure))
+    lost = tuple(as_lost(client, failure) for client, failure in failures)
+    if not profiles:
+        raise QuorumLost("profiling the layers", 1, reasons(lost))
+    similarities = average([(profile.similarities, profile.examples) for profile in profiles])
+    layer = start_below(similarities, job.spec.chain.cka_threshold, job.window)
+    return Start(layer, similarities, (), lost, sum(profile.cpu_seconds for profile in profiles))
+
+
+def _by_exits(job: Job, pool: ClientPool) -> Start:
+    """A head in closed form at the top of each window, from the lowest up."""
+    fits = [_exit(job, pool, window.top) for window in Chain(job.layers, 0, job.window).windows]
+    lost = tuple(turn for fit in fits for turn in fit.lost)
+    layer = best_exit([fit.held_out_loss for fit in fits])
+    if layer is None:
+        raise QuorumLost("fitting heads to find the chain's start", 1, reasons(lost))
+    return Start(layer, (), tuple(fits), lost, sum(fit.cpu_seconds for fit in fits))
+
+
+def best_exit(losses: Sequence[float | None]) -> int | None:
+    """The place of the least of the held-out ``losses``, of which some may be missing; of two alike, the higher place."""
+    found = [(loss, -place) for place, loss in enumerate(losses) if loss is not None]
+    return -min(found)[1] if found else None
+
+
+def _exit(job: Job, pool: ClientPool, layer: int) -> HeadFit:
+    """A head on the output of ``layer`` of the base model. It reads no other: sums grow with the square of what is read."""
+    # All that is to be run for it is then the prefix, which for the next exit is one layer more.
+    window = Window(layer, layer)
+    admitted = (candidate for candidate, _ in job.admitted)
+    clients = everyone(job.planner.starting_at(layer), admitted, window, ())
+    bottleneck, seed = job.spec.chain.adapter.bottleneck, derive(job.spec.seed, "stack")
+    stack = AdapterStack.new(window, job.hidden, bottleneck, job.class_count, seed)
+    order = Fitting(stack.tensors(), window)
+    deadline = time_for_everyone(job.spec.rounds, len(clients))
+    return fit_head(pool, clients, order, deadline, job.validation, job.base).record
+
+
+def reasons(lost: Iterable[Lost]) -> dict[str, str]:
+    """Why each client's turn was lost."""
+    return {turn.client: turn.reason for turn in lost}
