@@ -28,8 +28,9 @@ def follow(client: ServiceClient, job: str, spec: JobSpec, console: Console) -> 
                 case "queued":
                     progress.say("In the queue." + _jobs_before(client, job))
                 case "running":
-                    asking = ", and asking the clients where the chain should start"
-                    progress.say(f"Its turn has come: reading the data{asking if spec.chain.start == 'auto' else ''}.")
+                    given = isinstance(spec.chain.start, int)
+                    asking = "" if given else ", and asking the clients where the chain should start"
+                    progress.say(f"Its turn has come: reading the data{asking}.")
                 case "opening":
                     opening = Opening.model_validate(event["data"])
                     progress.opening(opening)
@@ -54,8 +55,10 @@ def _jobs_before(client: ServiceClient, job: str) -> str:
         jobs = client.jobs()
     except ServiceUnavailable:  # following goes on when it is back, and this is no reason to end it
         return ""
-    newest_first = dropwhile(lambda other: other["id"] != job, jobs)
-    older = list(newest_first)[1:]
+    found = list(dropwhile(lambda other: other["id"] != job, jobs))
+    if not found or found[0]["status"] != "queued":  # what is followed may have been over long ago
+        return ""
+    older = found[1:]
     before = [f"{other['id']} ({other['status']})" for other in reversed(older) if other["finished_at"] is None]
     more = f" and {len(before) - _NAMED} more" if len(before) > _NAMED else ""
     return f" Before it: {', '.join(before[:_NAMED])}{more}." if before else ""

@@ -40,6 +40,23 @@ def test_how_many_layers_a_head_reads(
     assert job.reads == coordinator.stack().reads == reads
 
 
+@pytest.mark.parametrize(
+    "chain", [{"head": "zero"}, {"head": "zero", "schedule": "cyclic"}, {"schedule": "cyclic"}], ids=str
+)
+def test_a_head_that_goes_on_from_window_to_window_may_read_several(
+    chain: dict[str, Any], document: dict[str, Any], tmp_path: Path
+) -> None:
+    document["chain"] |= {"head": "fitted", "head_layers": 3, "global_weight": 0.1} | chain
+    job = a_job(document, tmp_path)
+    coordinator = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log"))
+    rounds = list(coordinator.rounds())
+    assert all(record.counted and not record.lost for record in rounds)
+    assert coordinator.stack().reads == 3
+    ending = coordinator.finish()
+    assert ending.evaluation
+    assert ending.accuracy > 0.8
+
+
 def test_features_of_a_real_model_are_as_many_as_may_be(document: dict[str, Any], tmp_path: Path) -> None:
     document["model"]["base"] = "builtin:minilm"
     document["chain"] = {"start": 4, "head": "fitted"}

@@ -97,9 +97,9 @@ def told(progress: Progress, opening: Opening, rounds: list[Round]) -> None:
 class Queue(ServiceClient):
     """A service with so many jobs before ``mine``, none of them over; None: it is away when it is asked."""
 
-    def __init__(self, before: int | None) -> None:
+    def __init__(self, before: int | None, mine: str = "queued") -> None:
         super().__init__("http://127.0.0.1:1")
-        self._before = before
+        self._before, self._mine = before, mine
 
     def follow(self, job: str) -> Iterator[Document]:
         yield from ({"kind": kind, "data": {}} for kind in ("queued", "cancelled"))
@@ -109,7 +109,7 @@ class Queue(ServiceClient):
             raise ServiceUnavailable("http://127.0.0.1:1", "no answer")
         states = ["cancelling", "running", *["queued"] * self._before][: self._before]
         jobs = [("over", "failed", "then"), *((f"job-{place}", state, None) for place, state in enumerate(states))]
-        jobs += [("mine", "queued", None), ("later", "queued", None)]
+        jobs += [("mine", self._mine, None), ("later", "queued", None)]
         return [{"id": job, "status": status, "finished_at": at} for job, status, at in reversed(jobs)]
 
 
@@ -129,6 +129,15 @@ def test_a_job_that_waits_names_those_before_it(before: int | None, words: str) 
         follow(client, "mine", SPEC, console)
     client.close()
     assert " ".join(console.export_text().split()) == "In the queue." + words
+
+
+@pytest.mark.parametrize(("job", "status"), [("mine", "running"), ("mine", "cancelled"), ("of long ago", "queued")])
+def test_only_a_job_that_waits_has_any_before_it(job: str, status: str) -> None:
+    console, client = a_console(), Queue(3, status)
+    with pytest.raises(JobFailed, match="cancelled"):
+        follow(client, job, SPEC, console)
+    client.close()
+    assert console.export_text().split() == ["In", "the", "queue."]
 
 
 def test_where_the_heads_read_best_the_chain_starts() -> None:
