@@ -56,7 +56,7 @@ def _accuracy(rounds: Sequence[Round], ending: Ending | None) -> Figure:
 
 
 def _similarities(opening: Opening, threshold: float) -> Figure:
-    figure, axes = _by_layer(opening, opening.similarities)
+    figure, axes = _by_layer(opening, opening.similarities, places=2)
     axes.axhline(threshold, color=ORANGE, linestyle="--", label=f"threshold {threshold:g}")
     axes.set(xlabel="layer (blue: has an adapter)", ylabel="CKA with the embeddings", ylim=(0, 1.05))
     axes.legend(frameon=False, loc="upper right")
@@ -65,17 +65,21 @@ def _similarities(opening: Opening, threshold: float) -> Figure:
 
 def _exits(opening: Opening) -> Figure:
     losses = [math.nan if fit.held_out_loss is None else fit.held_out_loss for fit in opening.exits]
-    figure, axes = _by_layer(opening, losses)
-    axes.set(xlabel="lowest layer of the window (blue: is trained)", ylabel="held-out loss of a fitted head at its top")
+    figure, axes = _by_layer(opening, losses, places=3)
+    axes.set(
+        xlabel="lowest layer of the window (blue: has an adapter)", ylabel="held-out loss of a head fitted to its top"
+    )
     return figure
 
 
-def _by_layer(opening: Opening, values: Sequence[float]) -> tuple[Figure, Axes]:
-    """A bar for each of the lowest layers, blue from where the chain starts."""
+def _by_layer(opening: Opening, values: Sequence[float], places: int) -> tuple[Figure, Axes]:
+    """A bar for each of the lowest layers, with so many decimal ``places``, blue from where the chain starts."""
     figure, axes = new_figure(f"The chain starts at layer {opening.start_layer}")
     colours = [BLUE if layer >= opening.start_layer else GREY for layer in range(len(values))]
-    bars = axes.bar(range(len(values)), values, color=colours, width=0.7)
+    axes.bar(range(len(values)), values, color=colours, width=0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(values) <= 2 * MANY:
-        axes.bar_label(bars, fmt="{:.2f}", padding=2, fontsize=9)
+        for place, value in enumerate(values):
+            label, height = ("none", 0.0) if math.isnan(value) else (f"{value:.{places}f}", max(value, 0.0))
+            axes.annotate(label, (place, height), (0, 2), textcoords="offset points", ha="center", fontsize=9)
     return figure, axes

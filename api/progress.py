@@ -78,7 +78,7 @@ class Progress:
             self._say_why(opening.lost)
             self.say(f"The chain starts at layer {opening.start_layer}, {self._why_there(opening)}.")
         elif opening.exits:
-            self.say("Held-out loss of a fitted head at the top of each window, before training:")
+            self.say("Held-out loss of a head fitted to the output of each window's top layer, before training:")
             self.say("  " + "  ".join(_exits(opening)))
             self._say_why(opening.lost)
             self.say(f"The chain starts at layer {opening.start_layer}, where that is least.")
@@ -197,10 +197,9 @@ class Progress:
 
 def _exits(opening: Opening) -> list[str]:
     losses = [fit.held_out_loss for fit in opening.exits]
-    return [
-        f"{layer}–{layer + opening.window - 1}: {'none' if loss is None else f'{loss:.3f}'}"
-        for layer, loss in enumerate(losses)
-    ]
+    windows = [span((bottom, bottom + opening.window - 1)) for bottom in range(len(losses))]
+    known = ["none" if loss is None else f"{loss:.3f}" for loss in losses]
+    return [f"{window}: {loss}" for window, loss in zip(windows, known, strict=True)]
 
 
 def _scored(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:

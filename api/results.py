@@ -10,7 +10,7 @@ from api.progress import price
 from api.scores import is_causal, short_score
 from chainfed_ray.config import JobSpec
 from chainfed_ray.quantities import format_bytes, format_seconds
-from chainfed_ray.records import Ending, Opening, Round, StageMemory
+from chainfed_ray.records import Ending, HeadFit, Opening, Round, StageMemory
 from chainfed_ray.sections import PartitionSpec
 
 _MIB = 2**20
@@ -41,9 +41,10 @@ def _summary(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: E
     table.add_row("chain", f"layers {opening.start_layer}–{opening.layers - 1}, {opening.window} at a time")
     took = format_seconds(sum(record.seconds for record in rounds))
     table.add_row("rounds", f"{len(rounds)} in {took}, {spec.rounds.clients} clients in each")
+    if opening.exits:
+        table.add_row("start", f"found by {_sums(opening.exits)}")
     if fits := [record.head_fit for record in rounds if record.head_fit and record.head_fit.accuracy is not None]:
-        sent, clients = format_bytes(sum(fit.sent_bytes for fit in fits)), max(fit.clients for fit in fits)
-        table.add_row("head", f"fitted to sums of {clients} clients, who sent {sent} for it")
+        table.add_row("head", f"fitted to {_sums(fits)}")
     table.add_row("partition", f"{_scheme(spec.fleet.partition)}; sha256 {opening.partition_hash[:12]}…")
     if ending.best:
         table.add_row("best stack", f"that of round {ending.best.round + 1}: {ending.best.why}")
@@ -54,6 +55,11 @@ def _summary(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: E
     if ending.epsilon is not None:
         table.add_row("privacy", f"{price(spec, ending.epsilon)}, client by client")
     return table
+
+
+def _sums(fits: Sequence[HeadFit]) -> str:
+    sent, clients = format_bytes(sum(fit.sent_bytes for fit in fits)), max(fit.clients for fit in fits)
+    return f"sums of {clients} clients, who sent {sent} for it"
 
 
 def _score(spec: JobSpec, ending: Ending) -> tuple[str, str]:

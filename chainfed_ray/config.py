@@ -140,6 +140,7 @@ def _contradictions(spec: JobSpec) -> list[Problem]:
     elif spec.aggregation.fewest > spec.quorum:
         problems.append(Problem("rounds.quorum", spec.quorum, _for_krum(spec.aggregation)))
     problems += _not_robust(spec)
+    problems += _of_start(spec)
     problems += _of_evaluation(spec)
     if spec.privacy:
         problems += _without_a_price(spec, spec.privacy, count)
@@ -150,11 +151,6 @@ def _without_a_price(spec: JobSpec, privacy: PrivacySpec, clients: int) -> Itera
     """What ``privacy`` cannot be promised with."""
     if spec.aggregation.rule != "mean":
         yield Problem("aggregation.rule", spec.aggregation.rule, "'mean', the only rule that privacy has a price for")
-    if not isinstance(spec.chain.start, int):
-        expected = (
-            f"the index of a layer: privacy does not cover what clients send for {spec.chain.start!r} to follow from"
-        )
-        yield Problem("chain.start", spec.chain.start, expected)
     if spec.chain.head == "fitted":
         expected = "'zero': privacy does not cover the sums of which a fitted head is made"
         yield Problem("chain.head", spec.chain.head, expected)
@@ -171,10 +167,6 @@ def _not_robust(spec: JobSpec) -> Iterator[Problem]:
             f"'zero' with aggregation.rule {rule}: a fitted head is made of plain sums, which one client can spoil"
         )
         yield Problem("chain.head", spec.chain.head, expected)
-    if rule != "mean" and not isinstance(spec.chain.start, int):
-        sent = "a plain mean of profiles" if spec.chain.start == "auto" else "plain sums"
-        expected = f"the index of a layer with aggregation.rule {rule}: {spec.chain.start!r} follows from {sent}"
-        yield Problem("chain.start", spec.chain.start, expected)
     if spec.aggregation.optimizer == "none" and spec.aggregation.server_learning_rate is not None:
         rate = spec.aggregation.server_learning_rate
         yield Problem(
@@ -191,11 +183,6 @@ def _of_task(spec: JobSpec) -> Iterator[Problem]:
         )
     if not causal and spec.chain.head == "model":
         yield Problem("chain.head", spec.chain.head, "'fitted' or 'zero', unless model.task is causal-lm")
-    if spec.chain.start == "best-exit" and spec.chain.head != "fitted":
-        expected = (
-            f"'auto' or the index of a layer with chain.head {spec.chain.head}: the exits are those of fitted heads"
-        )
-        yield Problem("chain.start", spec.chain.start, expected)
     if causal and spec.chain.head_layers not in (None, 1):
         yield Problem("chain.head_layers", spec.chain.head_layers, "1 for model.task causal-lm: its own head reads one")
     given = [("data.prompt", data.prompt), ("data.response", data.response), ("data.messages", data.messages)]
@@ -217,6 +204,24 @@ def _of_task(spec: JobSpec) -> Iterator[Problem]:
         yield Problem(
             missing, MISSING, "the column that goes with " + ("data.response" if data.prompt is None else "data.prompt")
         )
+
+
+def _of_start(spec: JobSpec) -> Iterator[Problem]:
+    """A start that does not follow from what it could follow from."""
+    start, rule, head = spec.chain.start, spec.aggregation.rule, spec.chain.head
+    if isinstance(start, int):
+        return
+    if spec.privacy:
+        expected = f"the index of a layer: privacy does not cover what clients send for {start!r} to follow from"
+        yield Problem("chain.start", start, expected)
+    elif rule != "mean":
+        sent = "a plain mean of profiles" if start == "auto" else "plain sums"
+        yield Problem(
+            "chain.start", start, f"the index of a layer with aggregation.rule {rule}: {start!r} follows from {sent}"
+        )
+    elif start == "best-exit" and head != "fitted":
+        expected = f"'auto' or the index of a layer with chain.head {head}: the exits are those of fitted heads"
+        yield Problem("chain.start", start, expected)
 
 
 def _of_evaluation(spec: JobSpec) -> Iterator[Problem]:

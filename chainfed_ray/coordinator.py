@@ -18,10 +18,10 @@ from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.convergence import Movement
 from chainfed_ray.course import Course, NextRound
 from chainfed_ray.errors import QuorumLost
-from chainfed_ray.fold import Fold
+from chainfed_ray.fold import Fold, reasons
 from chainfed_ray.gather import gather
 from chainfed_ray.guarantee import Guarantee
-from chainfed_ray.head_fit import FittedHead, fit_head, time_for_everyone
+from chainfed_ray.head_fit import FittedHead, fit_head
 from chainfed_ray.job import Job
 from chainfed_ray.judging import Judging, best_exit, best_of, best_round, exits, fallback, is_due, streamed
 from chainfed_ray.objective import trained_names
@@ -31,7 +31,7 @@ from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.schedule import rate_at
 from chainfed_ray.score import Score
 from chainfed_ray.seeds import derive
-from chainfed_ray.start_search import find_start, reasons
+from chainfed_ray.start_search import find_start
 from chainfed_ray.state import State, stack_of
 
 _FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the reasons
@@ -250,9 +250,7 @@ class Coordinator:
             return None
         admitted = (candidate for candidate, _ in self._job.admitted)
         clients = everyone(self._planner, admitted, upcoming.window, history)
-        deadline = time_for_everyone(self._spec.rounds, len(clients))
-        order = Fitting(tensors, upcoming.window)
-        return fit_head(self._pool, clients, order, deadline, self._job.validation, self._job.base)
+        return fit_head(self._job, self._pool, clients, Fitting(tensors, upcoming.window))
 
     def _fold(self, upcoming: NextRound, before: Tensors, trained: Tensors) -> Fold:
         aggregate = self._guarantee.aggregate(upcoming.round_index, trained)

@@ -153,7 +153,7 @@ def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
         if job.spec.chain.start == "auto" and plan.prefix.cached and examples >= FEWEST:
             once += min(examples, job.spec.chain.profile_examples) * job.layers * pace.layer / candidate.speed
         once += _fits(job) * examples * pace.step / _PASSES / candidate.speed
-        once += _looked_at(job) * examples * pace.layer / candidate.speed
+        once += _layers_of_exits(job, plan.prefix.cached) * examples * pace.layer / candidate.speed
     # The share of clients that are ever asked; for a fitted head, everyone is.
     seen = 1 if _fits(job) else min(1, rounds.total * cohort / clients)
     in_turn = math.ceil(cohort / at_once) * sum(turns) / clients
@@ -167,9 +167,13 @@ def _fits(job: Job) -> int:
     return _stages(job)
 
 
-def _looked_at(job: Job) -> int:
-    """Layers that are run once more for the heads from which the chain's start follows."""
-    return job.layers if job.spec.chain.start == "best-exit" else 0
+def _layers_of_exits(job: Job, cached: bool) -> int:
+    """Layers that a client runs its examples through for the heads from which the chain's start follows."""
+    if job.spec.chain.start != "best-exit":
+        return 0
+    if cached:
+        return job.layers
+    return sum(window.top + 1 for window in Chain(job.layers, 0, job.window).windows)
 
 
 def _stages(job: Job) -> int:

@@ -16,7 +16,7 @@ from chainfed_ray.reading import read_on
 
 @torch.no_grad()
 def add_up(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> HeadSums:
-    """One forward pass of the client's examples through its window. The prefix cache that it fills is that of training."""
+    """One forward pass of the client's examples through its window. The prefix cache that it fills is for training as well."""
     started = process_time()
     plan, examples, window = client.plan, client.examples, client.plan.window
     stack = AdapterStack.from_tensors(order.tensors)

@@ -1,7 +1,7 @@
 """What comes back in a round: updates that may be aggregated, folded into one, and a record of every turn."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from chainfed_ray.adapter import Tensors
 from chainfed_ray.aggregate import Aggregate, check_update
@@ -64,6 +64,11 @@ def as_lost(client: Client, failure: Failure, exceeded: str | None = None) -> Lo
         over_budget=failure.exceeded,
         exceeded=exceeded,
     )
+
+
+def reasons(lost: Iterable[Lost]) -> dict[str, str]:
+    """Why each client's turn does not count."""
+    return {turn.client: turn.reason for turn in lost}
 
 
 def _as_turn(client: Client, update: Update, exceeded: str | None) -> Turn:

@@ -16,10 +16,10 @@ from chainfed_ray.discriminant import ClassSums, fitted
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.evaluate import pooled
 from chainfed_ray.fold import as_lost
+from chainfed_ray.job import Job
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import HeadFit, Lost
 from chainfed_ray.score import Score
-from chainfed_ray.sections import RoundsSpec
 from chainfed_ray.threads import one_thread
 from chainfed_ray.tokens import Examples
 
@@ -31,20 +31,10 @@ class FittedHead(NamedTuple):
     record: HeadFit
 
 
-def time_for_everyone(rounds: RoundsSpec, clients: int) -> float:
-    """Seconds that all ``clients`` have for their sums: the deadline is for a round's clients, and here everyone is asked."""
-    return rounds.deadline * math.ceil(clients / rounds.clients)
-
-
-def fit_head(
-    pool: ClientPool,
-    clients: Sequence[Client],
-    order: Fitting,
-    deadline: float,
-    held_out: Examples,
-    base: BaseModel,
-) -> FittedHead:
-    """Ask ``clients`` for their sums, add them up in client order, and settle the rest on ``held_out`` examples."""
+def fit_head(job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitting) -> FittedHead:
+    """Ask ``clients`` for their sums, add them up in client order, and settle the rest on the job's validation rows."""
+    # The deadline is for a round's clients, and here everyone is asked.
+    deadline = job.spec.rounds.deadline * math.ceil(len(clients) / job.spec.rounds.clients)
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
     shape = stack.head.linear.out_features, stack.head.features(order.window.top)
@@ -67,7 +57,7 @@ def fit_head(
                 sums, seconds = found
                 total.add(sums)
                 cpu_seconds.append(seconds)
-    head, score = _head(total, stack, order.window, held_out, base) if cpu_seconds else ({}, None)
+    head, score = _head(total, stack, order.window, job.validation, job.base) if cpu_seconds else ({}, None)
     record = HeadFit(
         clients=len(cpu_seconds),
         examples=int(total.counts.sum()),

@@ -86,7 +86,7 @@ class Opening(Record):
     """Before the first round: who takes part, and where the chain starts; ``lost`` are turns of looking for that.
 
     ``similarities`` are those of each layer (CKA), where the start follows from them; ``exits`` are heads at the top of each
-    window, from the lowest up, where it follows from those.
+    window, from the lowest up, where it follows from those. ``profile_cpu_seconds`` are what the clients spent on either.
 
     ``window`` is Q: the widest that the job allows and a client's budget holds. ``partition_hash`` is that of the manifest.
     ``evaluator`` is the engine that judges the whole model, and why it is another than the job's, if it is.

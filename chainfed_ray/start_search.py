@@ -1,10 +1,10 @@
 """Where a chain starts: where its job says, where layers have moved from the embeddings (FOAT), or where heads read best.
 
-The last is ours, not the paper's. Each window of the untrained model is an exit at which a head can be fitted in closed form:
-where that reads best on held-out rows, the layers above it serve the task less than those below, and have the more to learn.
+The last is ours, not the paper's. The top of each window of the untrained model is an exit, at which a head can be fitted in
+closed form. If that reads best below the last window, the layers above read worse, and training has something to win there.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client import Fitting, Profile, Profiling
 from chainfed_ray.cohort import everyone
 from chainfed_ray.errors import QuorumLost
-from chainfed_ray.fold import as_lost
-from chainfed_ray.head_fit import fit_head, time_for_everyone
+from chainfed_ray.fold import as_lost, reasons
+from chainfed_ray.head_fit import fit_head
 from chainfed_ray.job import Job
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import HeadFit, Lost
@@ -23,7 +23,9 @@ from chainfed_ray.start_layer import FEWEST, average
 
 
 class Start(NamedTuple):
-    """The lowest layer with an adapter, what was found in looking for it, the turns that were lost, and CPU seconds."""
+    """The lowest layer with an adapter, what was found in looking for it, a lost turn of each client that lost any, and CPU
+    seconds.
+    """
 
     layer: int
     similarities: tuple[float, ...] = ()
@@ -67,34 +69,31 @@ def _by_profiles(job: Job, pool: ClientPool) -> Start:
 
 
 def _by_exits(job: Job, pool: ClientPool) -> Start:
-    """A head in closed form at the top of each window, from the lowest up."""
-    fits = [_exit(job, pool, window.top) for window in Chain(job.layers, 0, job.window).windows]
-    lost = tuple(turn for fit in fits for turn in fit.lost)
-    layer = best_exit([fit.held_out_loss for fit in fits])
-    if layer is None:
+    """The window at whose top a head in closed form has the least held-out loss; the last, if none can be fitted."""
+    windows = Chain(job.layers, 0, job.window).windows
+    fits = tuple(_exit(job, pool, window.top) for window in windows)
+    lost = tuple({turn.client: turn for fit in fits for turn in fit.lost}.values())  # each client once
+    most = max(fit.examples for fit in fits)
+    if not most:
         raise QuorumLost("fitting heads to find the chain's start", 1, reasons(lost))
-    return Start(layer, (), tuple(fits), lost, sum(fit.cpu_seconds for fit in fits))
+    # A head without some of the clients may be without their classes: that is no reason to start elsewhere.
+    layer = where_least([fit.held_out_loss if fit.examples == most else None for fit in fits])
+    found = windows[-1].bottom if layer is None else layer
+    return Start(found, (), fits, lost, sum(fit.cpu_seconds for fit in fits))
 
 
-def best_exit(losses: Sequence[float | None]) -> int | None:
-    """The place of the least of the held-out ``losses``, of which some may be missing; of two alike, the higher place."""
+def where_least(losses: Sequence[float | None]) -> int | None:
+    """The place of the least of ``losses``, of which some may be missing; of equals the highest, with the fewest stages."""
     found = [(loss, -place) for place, loss in enumerate(losses) if loss is not None]
     return -min(found)[1] if found else None
 
 
 def _exit(job: Job, pool: ClientPool, layer: int) -> HeadFit:
     """A head on the output of ``layer`` of the base model. It reads no other: sums grow with the square of what is read."""
-    # All that is to be run for it is then the prefix, which for the next exit is one layer more.
+    # With nothing above its bottom layer a window is all prefix, which for the next exit is one layer more. The planner is that
+    # of the whole chain, so that every exit makes it in the same way.
     window = Window(layer, layer)
-    admitted = (candidate for candidate, _ in job.admitted)
-    clients = everyone(job.planner.starting_at(layer), admitted, window, ())
+    clients = everyone(job.planner, (candidate for candidate, _ in job.admitted), window, ())
     bottleneck, seed = job.spec.chain.adapter.bottleneck, derive(job.spec.seed, "stack")
     stack = AdapterStack.new(window, job.hidden, bottleneck, job.class_count, seed)
-    order = Fitting(stack.tensors(), window)
-    deadline = time_for_everyone(job.spec.rounds, len(clients))
-    return fit_head(pool, clients, order, deadline, job.validation, job.base).record
-
-
-def reasons(lost: Iterable[Lost]) -> dict[str, str]:
-    """Why each client's turn was lost."""
-    return {turn.client: turn.reason for turn in lost}
+    return fit_head(job, pool, clients, Fitting(stack.tensors(), window)).record

@@ -19,6 +19,7 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.partition import dirichlet, iid
 from chainfed_ray.sections import ConvergenceSpec
 from chainfed_ray.start_layer import debiased_cka
+from chainfed_ray.start_search import where_least
 from chainfed_ray.tokens import Examples
 
 chains = st.integers(1, 40).flatmap(
@@ -143,3 +144,14 @@ def test_docstrings_are_balanced_distinct_and_masked() -> None:
     rows = docstrings.rows()
     assert len({text.casefold() for text, _ in rows}) == len(rows) == 8 * docstrings.ROWS_PER_CLASS
     assert all(label not in text.casefold().split() for text, label in rows)
+
+
+@given(st.lists(st.none() | st.sampled_from([0.25, 0.5, 0.75]), min_size=1))
+def test_the_start_is_where_the_loss_is_least_and_the_highest_of_equals(losses: list[float | None]) -> None:
+    found = [loss for loss in losses if loss is not None]
+    best = where_least(losses)
+    if best is None:
+        assert not found
+        return
+    assert losses[best] == min(found)
+    assert min(found) not in losses[best + 1 :]

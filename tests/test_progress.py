@@ -146,7 +146,7 @@ def test_where_the_heads_read_best_the_chain_starts() -> None:
     with Progress(console, "tiny", SPEC) as progress:
         told(progress, opening, [])
     text = console.export_text()
-    assert "\nHeld-out loss of a fitted head at the top of each window, before training:\n" in text
+    assert "Held-out loss of a head fitted to the output of each window's top layer" in text
     assert "\n  0–1: 0.437  1–2: 0.423  2–3: 0.397  3–4: none  4–5: 0.412\n" in text
     assert "\nThe chain starts at layer 2, where that is least.\n" in text
 
@@ -205,6 +205,9 @@ def test_the_results_say_whose_sums_made_the_head() -> None:
         told.append(console.export_text())
     assert "fitted to sums of 11 clients, who sent 3MiB for it" in told[0]
     assert "fitted to" not in told[1]
+    assert "found by" not in told[0] + told[1]
+    console.print(results(SPEC, opening.model_copy(update={"exits": EXITS}), [a_round(0, opening)], ENDING))
+    assert "found by sums of 2 clients, who sent 4.9KiB for it" in console.export_text()
 
 
 def test_the_panel_of_a_terminal() -> None:

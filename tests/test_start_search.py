@@ -2,22 +2,39 @@
 
 import json
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from chainfed_ray.client import Client, Fitting, Order
 from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
-from chainfed_ray.errors import QuorumLost
-from chainfed_ray.pool import LocalPool
+from chainfed_ray.errors import InvalidJob, QuorumLost
+from chainfed_ray.pool import ClientPool, LocalPool, Outcome
+from chainfed_ray.prefix import PrefixRunner
+from chainfed_ray.reading import States
 from chainfed_ray.records import HeadFit, Opening
-from chainfed_ray.start_search import best_exit
 from tests.conftest import a_job
 from tests.test_coordinator import Silent
+
+pytestmark = pytest.mark.slow
+
+
+class SilentOnce:
+    """A pool in which ``client`` does not answer at the exit of ``layer``."""
+
+    def __init__(self, pool: ClientPool, client: str, layer: int) -> None:
+        self._pool, self._silent, self._layer = pool, Silent(pool, {client}), layer
+
+    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+        silent = isinstance(order, Fitting) and order.window.top == self._layer
+        yield from (self._silent if silent else self._pool).run(clients, order, deadline)
+
+    def close(self) -> None:
+        self._pool.close()
 
 
 @pytest.fixture
@@ -67,8 +84,68 @@ def test_a_client_that_is_silent_is_on_record_and_the_others_are_enough(
     document: dict[str, Any], tmp_path: Path
 ) -> None:
     opening = opened(document, tmp_path, {"phone-2"})
-    assert [(lost.client, lost.reason) for lost in opening.lost] == [("phone-2", "missed the deadline")] * 3
+    assert [(lost.client, lost.reason) for lost in opening.lost] == [("phone-2", "missed the deadline")]
     assert [fit.clients for fit in opening.exits] == [3, 3, 3]
+
+
+def test_an_exit_without_some_of_the_clients_is_passed_over(document: dict[str, Any], tmp_path: Path) -> None:
+    best = opened(document, tmp_path / "all").start_layer
+    job = a_job(document, tmp_path / "one")
+    pool = SilentOnce(LocalPool(job.base), "phone-1", best + 1)
+    opening = Coordinator(job, pool, CommitLog(tmp_path / "one" / "log")).open()
+    assert [fit.clients for fit in opening.exits] == [3 if start == best else 4 for start in range(3)]
+    assert opening.start_layer != best
+
+
+@pytest.mark.parametrize(("disk", "layers"), [(None, 4), ("1KiB", 2 + 3 + 4)])
+def test_each_layer_is_run_once_where_there_is_disk(
+    disk: str | None, layers: int, document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if disk:
+        document["fleet"]["clients"][0]["disk"] = disk
+    document["evaluation"] = {"every": "never"}
+    document["rounds"]["convergence"] = {"rule": "none"}
+    job = a_job(document, tmp_path)
+    counted, run = list[int](), PrefixRunner.run
+
+    def counting(self: PrefixRunner, index: int, *arguments: Any) -> States:
+        _, _, examples, indices, _ = arguments
+        if len(examples) != len(job.validation):  # those of the server are no client's
+            counted.append(len(indices))
+        return run(self, index, *arguments)
+
+    monkeypatch.setattr(PrefixRunner, "run", counting)
+    Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).open()
+    rows = sum(len(client.examples) for client in job.clients)
+    assert len(job.validation) not in {len(client.examples) for client in job.clients}
+    assert sum(counted) == layers * rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"chain": {"head": "zero"}}, "'auto' or the index of a layer with chain.head zero"),
+        (
+            {"aggregation": {"rule": "median"}},
+            "the index of a layer with aggregation.rule median: 'best-exit' follows from",
+        ),
+        ({"privacy": {"clip": 1.0, "noise_multiplier": 1.0}}, "the index of a layer: privacy does not cover what"),
+        (
+            {"model": {"task": "causal-lm"}, "chain": {"head": "model"}},
+            "'auto' or the index of a layer with chain.head model",
+        ),
+    ],
+    ids=str,
+)
+def test_a_start_that_cannot_follow_from_heads_is_refused_once(
+    changes: dict[str, Any], words: str, document: dict[str, Any]
+) -> None:
+    for section, keys in changes.items():
+        document[section] = {**document.get(section, {}), **keys}
+    with pytest.raises(InvalidJob) as caught:
+        JobSpec.parse(document)
+    (problem,) = [problem for problem in caught.value.problems if problem.field == "chain.start"]
+    assert problem.expected.startswith(words)
 
 
 def test_without_anybody_s_sums_the_job_ends_and_says_why(document: dict[str, Any], tmp_path: Path) -> None:
@@ -91,14 +168,3 @@ def test_the_chain_is_trained_from_there(document: dict[str, Any], tmp_path: Pat
     assert (rounds[0].bottom, rounds[-1].top) == (start, 3)
     assert coordinator.stack().layers == tuple(range(start, 4))
     assert coordinator.finish().rounds == len(rounds)
-
-
-@given(st.lists(st.none() | st.sampled_from([0.25, 0.5, 0.75]), min_size=1))
-def test_the_best_exit_has_the_least_loss_and_is_the_highest_of_them(losses: list[float | None]) -> None:
-    found = [loss for loss in losses if loss is not None]
-    best = best_exit(losses)
-    if best is None:
-        assert not found
-        return
-    assert losses[best] == min(found)
-    assert min(found) not in losses[best + 1 :]
