@@ -55,6 +55,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--target", type=float, help="validation accuracy, in [0, 1]; by default what end-to-end reaches"
     )
     parser.add_argument(
+        "--judge-every",
+        type=_count,
+        metavar="ROUNDS",
+        help="judge a stage in between as well, for it to go back to its best; by default as it begins and ends",
+    )
+    parser.add_argument(
         "--rates",
         nargs="+",
         type=_rates,
@@ -86,6 +92,12 @@ def _alpha(text: str) -> float | None:
     if alpha <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0, or iid")
     return alpha
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return count
 
 
 def _rates(text: str) -> Rates:
@@ -137,6 +149,7 @@ def _study(options: argparse.Namespace) -> Study:
         rates=tuple(options.rates),
         client_steps=options.client_steps,
         target=options.target,
+        judge_every=options.judge_every,
     )
 
 

@@ -51,7 +51,8 @@ class Run:
 class Study:
     """What was asked for. ``client_steps`` is that of end-to-end training, None for each data set's own.
 
-    ``target`` is a validation accuracy, None for what end-to-end training of the same seed reaches.
+    ``target`` is a validation accuracy, None for what end-to-end training of the same seed reaches. A stage is judged as it
+    begins and ends, and after every ``judge_every`` rounds, if that is given: of those it keeps the best.
     """
 
     corpora: dict[str, Corpus]
@@ -64,6 +65,7 @@ class Study:
     rates: tuple[Rates, ...] = ()
     client_steps: int | None = None
     target: float | None = None
+    judge_every: int | None = None
 
     def cells(self) -> list[Cell]:
         """Those that were asked for; a seed is finished before the next begins."""
@@ -211,7 +213,7 @@ class Study:
             "data": {"max_length": self.corpora[cell.dataset].max_length},
             "fleet": {"clients": classes},
             "rounds": rounds,
-            "evaluation": {"every": "stage"},
+            "evaluation": {"every": self.judge_every or "stage"},
         }
         return merged(document, method.changes)
 
