@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
 from time import monotonic, sleep
@@ -203,11 +204,18 @@ def test_cancelling_ends_the_processes(service: Running, document: dict[str, Any
     job, waiting = (service.client.submit(document)["id"] for _ in range(2))
     next(event for event in service.client.follow(job) if event["kind"] == "round")
     assert service.client.job(waiting)["status"] == "queued"
-    assert service.client.cancel(waiting)["status"] == "cancelled"
-    console = Console(record=True, file=StringIO(), width=80)
-    with pytest.raises(JobFailed, match="cancelled"):
-        follow(service.client, waiting, JobSpec.parse(document), console)
-    assert f"In the queue. Before it: {job} (running)." in " ".join(console.export_text().split())
+    shown = StringIO()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        watching = thread.submit(
+            follow, service.client, waiting, JobSpec.parse(document), Console(file=shown, width=80)
+        )
+        try:
+            words = f"In the queue. Before it: {job} (running)."
+            wait_for(lambda: words in " ".join(shown.getvalue().split()), "word of the job before it")
+        finally:
+            assert service.client.cancel(waiting)["status"] == "cancelled"
+        with pytest.raises(JobFailed, match="cancelled"):
+            watching.result()
     service.client.cancel(job)
     kinds = [event["kind"] for event in service.client.follow(job)]
     assert "cancelling" in kinds
