@@ -196,10 +196,13 @@ class Progress:
 
 
 def _exits(opening: Opening) -> list[str]:
-    losses = [fit.held_out_loss for fit in opening.exits]
-    windows = [span((bottom, bottom + opening.window - 1)) for bottom in range(len(losses))]
-    known = ["none" if loss is None else f"{loss:.3f}" for loss in losses]
-    return [f"{window}: {loss}" for window, loss in zip(windows, known, strict=True)]
+    most = max(fit.examples for fit in opening.exits)
+    told = []
+    for bottom, fit in enumerate(opening.exits):
+        loss = "none" if fit.held_out_loss is None else f"{fit.held_out_loss:.3f}"
+        passed_over = "" if fit.examples == most else " (without some clients)"
+        told.append(f"{span((bottom, bottom + opening.window - 1))}: {loss}{passed_over}")
+    return told
 
 
 def _scored(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:

@@ -207,7 +207,7 @@ def _of_task(spec: JobSpec) -> Iterator[Problem]:
 
 
 def _of_start(spec: JobSpec) -> Iterator[Problem]:
-    """A start that does not follow from what it could follow from."""
+    """A start that would follow from what clients do not send, or what should not be asked of them."""
     start, rule, head = spec.chain.start, spec.aggregation.rule, spec.chain.head
     if isinstance(start, int):
         return

@@ -67,10 +67,11 @@ class Lost(Record):
 
 
 class HeadFit(Record):
-    """A head in closed form, before a stage's first round: whose sums it is made of, and what they took.
+    """A head in closed form, before a stage's first round or to find the chain's start: whose sums it is made of, and what
+    they took.
 
-    ``held_out_loss`` and ``accuracy`` are those of the stage before it is trained: the chain cut at the window's top, with
-    that head. Both are None if nobody sent sums.
+    ``held_out_loss`` and ``accuracy`` are those of the chain cut at the window's top, with that head, before the window is
+    trained. Both are None if nobody sent sums.
     """
 
     clients: int

@@ -78,8 +78,8 @@ def a_round(index: int, opening: Opening, **changes: Any) -> Round:
 
 
 EXITS = tuple(
-    HeadFit(clients=2, examples=200, cpu_seconds=1.0, sent_bytes=1000, lost=(), held_out_loss=loss, accuracy=0.5)
-    for loss in (0.437, 0.423, 0.397, None, 0.412)
+    HeadFit(clients=2, examples=rows, cpu_seconds=1.0, sent_bytes=1000, lost=(), held_out_loss=loss, accuracy=0.5)
+    for loss, rows in ((0.437, 200), (0.423, 200), (0.397, 200), (None, 200), (0.312, 150))
 )
 ENDING = Ending(accuracy=0.728, loss=0.8, rounds=3, peak_bytes={"phone": 25 * MIB})
 
@@ -147,7 +147,8 @@ def test_where_the_heads_read_best_the_chain_starts() -> None:
         told(progress, opening, [])
     text = console.export_text()
     assert "Held-out loss of a head fitted to the output of each window's top layer" in text
-    assert "\n  0–1: 0.437  1–2: 0.423  2–3: 0.397  3–4: none  4–5: 0.412\n" in text
+    exits = "0–1: 0.437 1–2: 0.423 2–3: 0.397 3–4: none 4–5: 0.312 (without some clients)"
+    assert exits in " ".join(text.split())
     assert "\nThe chain starts at layer 2, where that is least.\n" in text
 
 
