@@ -37,7 +37,6 @@ def test_yaml_numbers_are_numbers_and_a_key_twice_is_an_error() -> None:
         ("chain", {"windw": 3}, "chain.windw"),
         ("chain", {"start": "later"}, "chain.start"),
         ("chain", {"start": -1}, "chain.start"),
-        ("chain", {"start": "best-exit", "head": "zero"}, "chain.start"),
         ("rounds", {"clients": "5"}, "rounds.clients"),
         ("rounds", {"clients": 9}, "rounds.clients"),
         ("rounds", {"quorum": 4}, "rounds.quorum"),

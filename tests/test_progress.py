@@ -421,5 +421,15 @@ def test_a_plot_shows_its_data(tmp_path: Path) -> None:
         assert {name for name, data in drawn.items() if data != usual[name]} == names
 
 
+def test_a_bar_below_nothing_keeps_its_number(tmp_path: Path) -> None:
+    """The bar itself is not to be seen: an estimate of CKA may be less than 0."""
+    drawn = []
+    for value in (-0.1, -0.2):
+        opening = an_opening(layers=4).model_copy(update={"similarities": (1.0, 0.5, 0.2, value)})
+        (start,) = [path for path in draw(tmp_path, opening, [], None, 0.8) if path.name == "start-layer.png"]
+        drawn.append(start.read_bytes())
+    assert drawn[0] != drawn[1]
+
+
 def pictures(folder: Path, rounds: list[Round], threshold: float) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in draw(folder, an_opening(), rounds, ENDING, threshold)}

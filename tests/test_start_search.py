@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from chainfed_ray import duration, head_fit
 from chainfed_ray.client import Client, Fitting, Order
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
@@ -103,22 +104,20 @@ def test_each_layer_is_run_once_where_there_is_disk(
 ) -> None:
     if disk:
         document["fleet"]["clients"][0]["disk"] = disk
-    document["evaluation"] = {"every": "never"}
-    document["rounds"]["convergence"] = {"rule": "none"}
     job = a_job(document, tmp_path)
     counted, run = list[int](), PrefixRunner.run
 
     def counting(self: PrefixRunner, index: int, *arguments: Any) -> States:
         _, _, examples, indices, _ = arguments
-        if len(examples) != len(job.validation):  # those of the server are no client's
+        if examples is not job.validation:  # those are the server's
             counted.append(len(indices))
         return run(self, index, *arguments)
 
     monkeypatch.setattr(PrefixRunner, "run", counting)
     Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).open()
     rows = sum(len(client.examples) for client in job.clients)
-    assert len(job.validation) not in {len(client.examples) for client in job.clients}
     assert sum(counted) == layers * rows
+    assert duration._layers_of_exits(job, cached=disk is None) == layers
 
 
 @pytest.mark.parametrize(
@@ -153,6 +152,15 @@ def test_without_anybody_s_sums_the_job_ends_and_says_why(document: dict[str, An
     words = r"fitting heads to find the chain's start: .* \(phone-0: missed the deadline; "
     with pytest.raises(QuorumLost, match=words):
         opened(document, tmp_path, everybody)
+
+
+def test_where_no_head_can_be_fitted_the_chain_is_its_last_window(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_fit, "fitted", lambda *_: None)  # as of sums that have no inverse
+    opening = opened(document, tmp_path)
+    assert [(fit.clients, fit.held_out_loss) for fit in opening.exits] == [(4, None)] * 3
+    assert (opening.start_layer, opening.stages) == (2, 1)
 
 
 def test_a_start_that_was_found_is_not_looked_for_again(document: dict[str, Any], tmp_path: Path) -> None:
