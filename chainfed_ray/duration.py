@@ -169,11 +169,12 @@ def _fits(job: Job) -> int:
 
 def _layers_of_exits(job: Job, cached: bool) -> int:
     """Layers that a client runs its examples through for the heads from which the chain's start follows."""
-    if job.spec.chain.start != "best-exit":
+    windows = Chain(job.layers, 0, job.window).windows
+    if job.spec.chain.start != "best-exit" or len(windows) == 1:
         return 0
     if cached:
         return job.layers
-    return sum(window.top + 1 for window in Chain(job.layers, 0, job.window).windows)
+    return sum(window.top + 1 for window in windows)
 
 
 def _stages(job: Job) -> int:

@@ -71,6 +71,8 @@ def _by_profiles(job: Job, pool: ClientPool) -> Start:
 def _by_exits(job: Job, pool: ClientPool) -> Start:
     """The window at whose top a head in closed form has the least held-out loss; the last, if none can be fitted."""
     windows = Chain(job.layers, 0, job.window).windows
+    if len(windows) == 1:
+        return Start(0)  # the chain can start nowhere else
     fits = tuple(_exit(job, pool, window.top) for window in windows)
     lost = tuple({turn.client: turn for fit in fits for turn in fit.lost}.values())  # each client once
     most = max(fit.examples for fit in fits)

@@ -154,6 +154,14 @@ def test_without_anybody_s_sums_the_job_ends_and_says_why(document: dict[str, An
         opened(document, tmp_path, everybody)
 
 
+def test_where_the_chain_is_one_window_nobody_is_asked(document: dict[str, Any], tmp_path: Path) -> None:
+    document["chain"]["window"] = 4
+    document["fleet"]["clients"][0]["memory"] = "1GiB"
+    opening = opened(document, tmp_path, {f"phone-{index}" for index in range(4)})
+    assert (opening.start_layer, opening.stages, opening.exits) == (0, 1, ())
+    assert duration._layers_of_exits(a_job(document, tmp_path), cached=True) == 0
+
+
 def test_where_no_head_can_be_fitted_the_chain_is_its_last_window(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
