@@ -16,7 +16,7 @@ from api.fleet import Way, by_class, in_words, span
 from api.scores import evaluation_line, is_causal, short_score
 from chainfed_ray.config import JobSpec
 from chainfed_ray.quantities import format_bytes, format_seconds
-from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round
+from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round, with_everybody
 
 _RECENT = 5
 _REASONS = 3
@@ -196,11 +196,10 @@ class Progress:
 
 
 def _exits(opening: Opening) -> list[str]:
-    most = max(fit.examples for fit in opening.exits)
     told = []
-    for bottom, fit in enumerate(opening.exits):
+    for bottom, (fit, counts) in enumerate(zip(opening.exits, with_everybody(opening.exits), strict=True)):
         loss = "none" if fit.held_out_loss is None else f"{fit.held_out_loss:.3f}"
-        passed_over = "" if fit.examples == most else " (without some clients)"
+        passed_over = "" if counts else " (without some clients)"
         told.append(f"{span((bottom, bottom + opening.window - 1))}: {loss}{passed_over}")
     return told
 

@@ -83,6 +83,12 @@ class HeadFit(Record):
     accuracy: float | None = None
 
 
+def with_everybody(fits: Sequence[HeadFit]) -> list[bool]:
+    """Which of some heads have as many examples as any: one without some of the clients may be without their classes."""
+    most = max(fit.examples for fit in fits)
+    return [fit.examples == most for fit in fits]
+
+
 class Opening(Record):
     """Before the first round: who takes part, and where the chain starts; ``lost`` are turns of looking for that.
 

@@ -17,7 +17,7 @@ from chainfed_ray.fold import as_lost, reasons
 from chainfed_ray.head_fit import fit_head
 from chainfed_ray.job import Job
 from chainfed_ray.pool import ClientPool, Failure, in_order
-from chainfed_ray.records import HeadFit, Lost
+from chainfed_ray.records import HeadFit, Lost, with_everybody
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_layer import FEWEST, average
 
@@ -75,11 +75,11 @@ def _by_exits(job: Job, pool: ClientPool) -> Start:
         return Start(0)  # the chain can start nowhere else
     fits = tuple(_exit(job, pool, window.top) for window in windows)
     lost = tuple({turn.client: turn for fit in fits for turn in fit.lost}.values())  # each client once
-    most = max(fit.examples for fit in fits)
-    if not most:
+    if not any(fit.examples for fit in fits):
         raise QuorumLost("fitting heads to find the chain's start", 1, reasons(lost))
-    # A head without some of the clients may be without their classes: that is no reason to start elsewhere.
-    layer = where_least([fit.held_out_loss if fit.examples == most else None for fit in fits])
+    # A head that lacks clients is no reason to start elsewhere.
+    whole = with_everybody(fits)
+    layer = where_least([fit.held_out_loss if counts else None for fit, counts in zip(fits, whole, strict=True)])
     found = windows[-1].bottom if layer is None else layer
     return Start(found, (), fits, lost, sum(fit.cpu_seconds for fit in fits))
 
