@@ -83,7 +83,9 @@ class Progress:
             self._say_why(opening.lost)
             self.say(f"The chain starts at layer {opening.start_layer}, where that is least.")
         else:
-            self.say(f"The chain starts at layer {opening.start_layer}, as the job asks.")
+            asked_for = isinstance(self._spec.chain.start, int)
+            why = "as the job asks" if asked_for else "with its only window"
+            self.say(f"The chain starts at layer {opening.start_layer}, {why}.")
         if opening.window < (asked := self._spec.chain.window):
             self.say(f"No client's budget holds windows of {asked} layers, as the job asks.")
         self.say(

@@ -152,6 +152,16 @@ def test_where_the_heads_read_best_the_chain_starts() -> None:
     assert "\nThe chain starts at layer 2, where that is least.\n" in text
 
 
+@pytest.mark.parametrize(("asked", "why"), [(0, "as the job asks"), ("best-exit", "with its only window")])
+def test_a_start_that_was_not_looked_for_has_its_reason(asked: int | str, why: str) -> None:
+    opening = an_opening(start=0).model_copy(update={"similarities": ()})
+    spec = SPEC.model_copy(update={"chain": SPEC.chain.model_copy(update={"start": asked})})
+    console = a_console()
+    with Progress(console, "tiny", spec) as progress:
+        told(progress, opening, [])
+    assert f"\nThe chain starts at layer 0, {why}.\n" in console.export_text()
+
+
 def test_a_line_for_each_round_where_there_is_no_terminal() -> None:
     opening = an_opening()
     lost = tuple(Lost(client=f"phone-{i}", client_class="phone", reason=f"phone-{i} died") for i in range(5))
