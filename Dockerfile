@@ -15,10 +15,11 @@ RUN pip install --no-cache-dir -c constraints.txt --extra-index-url ${TORCH_INDE
     && pip install --no-cache-dir -c constraints.txt -r needed.txt "psycopg[binary]"
 # DeepSpeed's libraries are compiled here, where the compiler is. What that needs of the code is copied by itself, as above.
 COPY chainfed_ray/__init__.py chainfed_ray/errors.py chainfed_ray/quantities.py chainfed_ray/offload_ops.py chainfed_ray/
-COPY cluster/__init__.py cluster/ops.py cluster/
-RUN CHAINFED_EXTENSIONS=/opt/chainfed-ops python3 -c "from cluster.ops import build_ops, ops_folder; build_ops(ops_folder())" \
+COPY cluster/__init__.py cluster/ops.py chainfed_ray/cluster/
+RUN CHAINFED_EXTENSIONS=/opt/chainfed-ops python3 -c "from chainfed_ray.cluster.ops import build_ops, ops_folder; build_ops(ops_folder())" \
     && find /opt/chainfed-ops -name '*.o' -delete
 COPY README.md ./
+RUN rm -r chainfed_ray
 COPY chainfed_ray chainfed_ray
 COPY cluster cluster
 COPY api api

@@ -5,10 +5,10 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from api import completions, events, health, jobs, metrics, models, plans
-from api.errors import RequestIds, handle_errors
-from api.schemas import ProblemDetails
-from api.service import Service
+from chainfed_ray.api import completions, events, health, jobs, metrics, models, plans
+from chainfed_ray.api.errors import RequestIds, handle_errors
+from chainfed_ray.api.schemas import ProblemDetails
+from chainfed_ray.api.service import Service
 from chainfed_ray.config import JobSpec
 
 _LARGEST_BODY = 32 * 2**20

@@ -16,10 +16,10 @@ import typer
 from rich.console import Console, RenderableType
 from rich.table import Column, Table
 
-from api.client import ServiceClient
+from chainfed_ray.api.client import ServiceClient
+from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import ChainFedError, InvalidJob
-from cluster.storage import Settings, Storage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,10 +42,10 @@ _ADDRESS = "http://127.0.0.1:8000"
 @app.command()
 def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -> None:
     """Train a job without a service, on a Ray of its own. Run again with the same folder, it goes on where it was."""
-    from api.plots import draw
-    from api.progress import Progress
-    from api.results import results
-    from api.training import folder_of, train
+    from chainfed_ray.api.plots import draw
+    from chainfed_ray.api.progress import Progress
+    from chainfed_ray.api.results import results
+    from chainfed_ray.api.training import folder_of, train
 
     spec = read_job(job)
     folder = folder_of(out, spec)
@@ -64,8 +64,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Tell what a job would be like, without training it: who can join, bytes, about how long, what changes would buy."""
-    from api.forecast_picture import png
-    from api.forecast_table import forecast_table
+    from chainfed_ray.api.forecast_picture import png
+    from chainfed_ray.api.forecast_table import forecast_table
     from chainfed_ray.dry_run import dry_run
 
     spec = read_job(job)
@@ -86,7 +86,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run the service on this machine until it is interrupted. Jobs that were running go on when it starts again."""
-    from api.local_service import local_service
+    from chainfed_ray.api.local_service import local_service
 
     settings = Settings.from_environment()
     _progress.print(f"Starting Ray and the REST API; jobs and models are kept in {settings.storage.root}.")
@@ -200,9 +200,9 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Tell what this machine can do, and how to get the rest. It fails if DeepSpeed cannot evaluate here."""
-    from api.doctor_table import doctor_table, verdict
-    from cluster.doctor import findings, is_possible, look
-    from cluster.ops import build_ops, ops_folder
+    from chainfed_ray.api.doctor_table import doctor_table, verdict
+    from chainfed_ray.cluster.doctor import findings, is_possible, look
+    from chainfed_ray.cluster.ops import build_ops, ops_folder
 
     storage = os.environ.get("CHAINFED_STORAGE") or "chainfed-data"
     scratch = Path(os.environ.get("CHAINFED_SCRATCH") or f"{storage}/scratch").absolute()
@@ -221,7 +221,7 @@ def doctor(
 @app.command()
 def demo(out: Out = Path("chainfed-demo"), as_json: Json = False) -> None:
     """The whole story in a few minutes, from a checkout: start the service, train a chain, call the model, stop it all."""
-    from api.demo import demo as tell
+    from chainfed_ray.api.demo import demo as tell
 
     story = _progress if as_json else Console(file=sys.__stdout__, highlight=False)
     with _if_interrupted("Interrupted."):
@@ -259,8 +259,8 @@ def _absolute(source: str | None) -> str | None:
 
 
 def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> None:
-    from api.following import follow
-    from api.results import results
+    from chainfed_ray.api.following import follow
+    from chainfed_ray.api.results import results
 
     spec = JobSpec.parse(record["spec"])
     with _if_interrupted(f"The job goes on without you; `chainfed watch {record['id']}` follows it again."):

@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
-from api.models import served
-from api.openai_schemas import (
+from chainfed_ray.api.models import served
+from chainfed_ray.api.openai_schemas import (
     Asked,
     ChatChoice,
     ChatChunk,
@@ -27,11 +27,11 @@ from api.openai_schemas import (
     Delta,
     Usage,
 )
-from api.service import Service, WithService
+from chainfed_ray.api.service import Service, WithService
 from chainfed_ray.chats import Chat
+from chainfed_ray.cluster.job_store import JobRecord
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.generator import Piece
-from cluster.job_store import JobRecord
 
 router = APIRouter(prefix="/v1", tags=["models"])
 

@@ -5,14 +5,14 @@ from typing import Any
 
 from rich.console import Console
 
-from api.client import ServiceClient
-from api.following import follow
-from api.local_service import free_port, local_service
-from api.plots import draw
-from api.results import results
+from chainfed_ray.api.client import ServiceClient
+from chainfed_ray.api.following import follow
+from chainfed_ray.api.local_service import free_port, local_service
+from chainfed_ray.api.plots import draw
+from chainfed_ray.api.results import results
+from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.config import JobSpec
 from chainfed_ray.quantities import format_bytes
-from cluster.storage import Settings, Storage
 
 _HOST = "127.0.0.1"
 _QUESTIONS = (

@@ -9,18 +9,18 @@ from ray import serve
 from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from api.app import create_app
-from api.inference import Inference
-from api.service import Service
+from chainfed_ray.api.app import create_app
+from chainfed_ray.api.inference import Inference
+from chainfed_ray.api.service import Service
 from chainfed_ray.chats import Chat
+from chainfed_ray.cluster.coordinators import ensure_controller
+from chainfed_ray.cluster.job_store import JobRecord, JobStore
+from chainfed_ray.cluster.preflight import check, plan
+from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.forecast import Forecast
 from chainfed_ray.generator import Piece, Sampling
-from cluster.coordinators import ensure_controller
-from cluster.job_store import JobRecord, JobStore
-from cluster.preflight import check, plan
-from cluster.storage import Settings
 
 
 @serve.deployment(name="Api", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
@@ -69,7 +69,7 @@ class Api:
 
 
 def build(arguments: Mapping[str, str]) -> serve.Application:
-    """The Serve application, for ``import_path: api.deployment:build``; its settings come from the environment."""
+    """The Serve application, for ``import_path: chainfed_ray.api.deployment:build``; its settings come from the environment."""
     settings = Settings.from_environment()
     api: Any = Api  # serve.deployment gives them `bind`, which their types do not show
     inference: Any = Inference

@@ -10,9 +10,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
-from api.schemas import EventPage, EventResource
-from api.service import WithService
-from cluster.job_store import FINISHED, Event, JobStore
+from chainfed_ray.api.schemas import EventPage, EventResource
+from chainfed_ray.api.service import WithService
+from chainfed_ray.cluster.job_store import FINISHED, Event, JobStore
 
 router = APIRouter(prefix="/v1/jobs/{job}/events", tags=["jobs"])
 

@@ -4,8 +4,8 @@ from itertools import dropwhile
 
 from rich.console import Console
 
-from api.client import ServiceClient
-from api.progress import Progress
+from chainfed_ray.api.client import ServiceClient
+from chainfed_ray.api.progress import Progress
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records import Ending, Opening, Round

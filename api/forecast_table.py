@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from api.fleet import short
+from chainfed_ray.api.fleet import short
 from chainfed_ray.forecast import ClassForecast, Forecast
 from chainfed_ray.quantities import format_bytes, format_seconds
 

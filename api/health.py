@@ -4,8 +4,8 @@ import asyncio
 
 from fastapi import APIRouter, Response
 
-from api.schemas import Health
-from api.service import WithService
+from chainfed_ray.api.schemas import Health
+from chainfed_ray.api.service import WithService
 
 router = APIRouter(tags=["health"])
 

@@ -12,9 +12,9 @@ from ray import serve
 
 from chainfed_ray.chats import Chat
 from chainfed_ray.classifier import Classifier
+from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.saved_stack import SavedStack, load_stack
-from cluster.storage import Storage
 
 _MODELS_IN_MEMORY = 2
 _STACKS_IN_MEMORY = 256

@@ -5,12 +5,12 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
 
-from api.job_file import BODY, JobFile
-from api.schemas import Job, JobPage, JobStatus, JobSummary, Progress
-from api.service import WithService
+from chainfed_ray.api.job_file import BODY, JobFile
+from chainfed_ray.api.schemas import Job, JobPage, JobStatus, JobSummary, Progress
+from chainfed_ray.api.service import WithService
+from chainfed_ray.cluster.job_store import JobRecord, JobStore
 from chainfed_ray.errors import JobConflict
 from chainfed_ray.records import Opening, Round
-from cluster.job_store import JobRecord, JobStore
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 
-from cluster.resources import of_one_machine
-from cluster.storage import Settings
+from chainfed_ray.cluster.resources import of_one_machine
+from chainfed_ray.cluster.storage import Settings
 
 
 @contextmanager

@@ -11,11 +11,11 @@ import psutil
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
-from api.client import ServiceClient
-from api.local_ray import local_ray
+from chainfed_ray.api.client import ServiceClient
+from chainfed_ray.api.local_ray import local_ray
+from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
-from cluster.job_store import JobStore
-from cluster.storage import Settings
 
 _READY_SECONDS = 120.0
 _POLL_SECONDS = 0.2
@@ -63,7 +63,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 def _start(host: str, port: int, address: str) -> None:
     from ray import serve
 
-    from api.deployment import build
+    from chainfed_ray.api.deployment import build
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:

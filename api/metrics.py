@@ -10,10 +10,10 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from api.schemas import JobStatus
-from api.service import WithService
+from chainfed_ray.api.schemas import JobStatus
+from chainfed_ray.api.service import WithService
+from chainfed_ray.cluster.job_store import FINISHED, Event, JobRecord, JobStore
 from chainfed_ray.records import EarlyExit, Ending, Evaluation, Opening, Round, StageMemory
-from cluster.job_store import FINISHED, Event, JobRecord, JobStore
 
 router = APIRouter(tags=["health"])
 

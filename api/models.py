@@ -3,10 +3,10 @@
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 
-from api.schemas import ClassifyRequest, ClassifyResponse, Label, ModelList, ModelTask, ServedModel
-from api.service import Service, WithService
+from chainfed_ray.api.schemas import ClassifyRequest, ClassifyResponse, Label, ModelList, ModelTask, ServedModel
+from chainfed_ray.api.service import Service, WithService
+from chainfed_ray.cluster.job_store import JobRecord
 from chainfed_ray.errors import InvalidJob, ModelNotFound
-from cluster.job_store import JobRecord
 
 router = APIRouter(prefix="/v1", tags=["models"])
 

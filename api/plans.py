@@ -3,8 +3,8 @@
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from api.job_file import BODY, JobFile
-from api.service import WithService
+from chainfed_ray.api.job_file import BODY, JobFile
+from chainfed_ray.api.service import WithService
 from chainfed_ray.forecast import Forecast
 
 router = APIRouter(prefix="/v1/plan", tags=["jobs"])
@@ -17,7 +17,7 @@ async def plan(spec: JobFile, request: Request, service: WithService) -> Forecas
     """What a job would be like, without training: who joins and how, what others lack, bytes, time, and what changes buy."""
     forecast = await service.plan(spec)
     if _PNG in request.headers.get("accept", ""):
-        from api.forecast_picture import png  # matplotlib: for those who ask for a picture
+        from chainfed_ray.api.forecast_picture import png  # matplotlib: for those who ask for a picture
 
         return Response(await run_in_threadpool(png, forecast), media_type=_PNG)
     return forecast

@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from api.fleet import Way, by_class, in_words, span
-from api.scores import evaluation_line, is_causal, short_score
+from chainfed_ray.api.fleet import Way, by_class, in_words, span
+from chainfed_ray.api.scores import evaluation_line, is_causal, short_score
 from chainfed_ray.config import JobSpec
 from chainfed_ray.quantities import format_bytes, format_seconds
 from chainfed_ray.records import Admitted, Ending, Lost, Opening, Round, with_everybody

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from api.fleet import FleetClass, by_class, in_words, short
-from api.progress import price
-from api.scores import is_causal, short_score
+from chainfed_ray.api.fleet import FleetClass, by_class, in_words, short
+from chainfed_ray.api.progress import price
+from chainfed_ray.api.scores import is_causal, short_score
 from chainfed_ray.config import JobSpec
 from chainfed_ray.quantities import format_bytes, format_seconds
 from chainfed_ray.records import Ending, HeadFit, Opening, Round, StageMemory

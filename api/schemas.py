@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from chainfed_ray.cluster.job_store import JobRecord
 from chainfed_ray.memory import Grain
 from chainfed_ray.records import Admitted, Opening, Round, Turn
-from cluster.job_store import JobRecord
 
 ModelTask = Literal["sequence-classification", "causal-lm"]
 JobStatus = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]

@@ -7,10 +7,10 @@ from typing import Annotated, Protocol
 from fastapi import Depends, Request
 
 from chainfed_ray.chats import Chat
+from chainfed_ray.cluster.job_store import JobRecord, JobStore
 from chainfed_ray.config import JobSpec
 from chainfed_ray.forecast import Forecast
 from chainfed_ray.generator import Piece, Sampling
-from cluster.job_store import JobRecord, JobStore
 
 
 class Check(Protocol):

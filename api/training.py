@@ -5,8 +5,9 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from api.local_ray import local_ray
-from api.progress import Progress
+from chainfed_ray.api.local_ray import local_ray
+from chainfed_ray.api.progress import Progress
+from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
@@ -14,7 +15,6 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.job import prepare
 from chainfed_ray.records import Ending, Opening, Result, Round
 from chainfed_ray.saved_stack import save_models
-from cluster.storage import Settings
 
 
 def folder_of(out: Path, spec: JobSpec) -> Path:
@@ -45,8 +45,8 @@ def train(
         log = CommitLog(folder)
         progress.say("Starting Ray on this machine.")
         with local_ray(settings, {}):
-            from cluster.evaluation import judging  # not before: see local_ray
-            from cluster.ray_pool import RayPool
+            from chainfed_ray.cluster.evaluation import judging  # not before: see local_ray
+            from chainfed_ray.cluster.ray_pool import RayPool
 
             with closing(RayPool(job.base, settings.client_slots)) as pool, closing(judging(job)) as judge:
                 coordinator = Coordinator(job, pool, log, judge)

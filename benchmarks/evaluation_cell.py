@@ -23,6 +23,7 @@ from benchmarks.shapes import EVALUATED, Shape
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import BaseModel
+from chainfed_ray.cluster.ops import ops_folder
 from chainfed_ray.costs import costs_of
 from chainfed_ray.demand import Costs
 from chainfed_ray.evaluator import Evaluated, Evaluator
@@ -34,7 +35,6 @@ from chainfed_ray.reading import States, nothing_read
 from chainfed_ray.stream_evaluator import StreamEvaluator
 from chainfed_ray.tokens import Examples
 from chainfed_ray.turn import warm_up
-from cluster.ops import ops_folder
 
 _BOTTLENECK, _CLASSES = 64, 4
 _BATCHES, _EVALUATIONS = 2, 3  # the first of the evaluations loads the model, and is not counted
@@ -173,7 +173,7 @@ class _Offloaded:
 
 
 def _run(base: BaseModel, costs: Costs, examples: Examples, batch: int) -> Evaluator:
-    from cluster.offload import make_evaluator
+    from chainfed_ray.cluster.offload import make_evaluator
 
     made = make_evaluator(base, costs, {_SET: examples}, batch_size=batch)
     if isinstance(made, str):
@@ -185,7 +185,7 @@ def _run(base: BaseModel, costs: Costs, examples: Examples, batch: int) -> Evalu
 def _ray() -> Iterator[None]:
     import ray
 
-    from cluster.resources import of_one_machine
+    from chainfed_ray.cluster.resources import of_one_machine
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(

@@ -5,8 +5,8 @@ from typing import Any
 import ray
 
 from chainfed_ray.client import BaseModel, Client, Result
+from chainfed_ray.cluster.orders import receive
 from chainfed_ray.turn import slowed, take_turn, warm_up
-from cluster.orders import receive
 
 
 @ray.remote

@@ -10,9 +10,9 @@ from typing import Protocol
 
 from sqlalchemy.exc import OperationalError
 
+from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.commit_log import CommitLog
-from cluster.job_store import JobStore
-from cluster.storage import Settings
 
 _INTERVAL_SECONDS = 0.5
 _PATIENCE_SECONDS = 5.0

@@ -7,13 +7,13 @@ from typing import Any
 
 import ray
 
-from cluster.controller import Controller
-from cluster.evaluation import judging
-from cluster.job_run import run_job
-from cluster.job_store import JobStore
-from cluster.ray_pool import RayPool
-from cluster.resources import of_controller, of_coordinator
-from cluster.storage import Settings
+from chainfed_ray.cluster.controller import Controller
+from chainfed_ray.cluster.evaluation import judging
+from chainfed_ray.cluster.job_run import run_job
+from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.ray_pool import RayPool
+from chainfed_ray.cluster.resources import of_controller, of_coordinator
+from chainfed_ray.cluster.storage import Settings
 
 NAMESPACE = "chainfed"
 _CONTROLLER, _COORDINATOR = "controller", "coordinator-"

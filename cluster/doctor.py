@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from chainfed_ray.cluster.ops import are_built, ops_folder, stale_locks
 from chainfed_ray.measure import status_line
 from chainfed_ray.quantities import format_bytes
-from cluster.ops import are_built, ops_folder, stale_locks
 
 _INCLUDE = (Path("/usr/include"), Path("/usr/local/include"))
 _IN_MEMORY = ("tmpfs", "ramfs")

@@ -20,6 +20,6 @@ def judging(job: Job) -> Judging:
 
 
 def _offloaded(job: Job) -> Evaluator | str:
-    from cluster.offload import make_evaluator  # Ray Train takes seconds to import, and only this needs it
+    from chainfed_ray.cluster.offload import make_evaluator  # Ray Train takes seconds to import, and only this needs it
 
     return make_evaluator(job.base, job.planner.costs, sets_of(job), workers=job.spec.evaluation.workers)

@@ -8,6 +8,8 @@ from time import sleep
 
 from sqlalchemy.exc import OperationalError
 
+from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
@@ -17,8 +19,6 @@ from chainfed_ray.judging import Judging, streamed
 from chainfed_ray.pool import ClientPool
 from chainfed_ray.records import Record, Result
 from chainfed_ray.saved_stack import save_models
-from cluster.job_store import JobStore
-from cluster.storage import Storage
 
 _DEATHS = 5  # of coordinators, without a round in between: then the job is to blame
 _PATIENCE_SECONDS = 5.0

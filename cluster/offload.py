@@ -13,6 +13,10 @@ from ray.exceptions import RayError
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import BaseModel
+from chainfed_ray.cluster.doctor import look, why_not
+from chainfed_ray.cluster.offload_run import OFFLOAD, RUN_ENVIRONMENT, START_SECONDS, EvaluationRun, Order, Run, State
+from chainfed_ray.cluster.offload_worker import Work, sent
+from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller
 from chainfed_ray.demand import Costs
 from chainfed_ray.errors import EvaluationFailed, InvalidSetting
 from chainfed_ray.evaluator import Evaluated, Evaluator, Sets
@@ -20,10 +24,6 @@ from chainfed_ray.judgement import Judgement
 from chainfed_ray.offload_footprint import disk_bytes, offload_footprint, swap_bytes
 from chainfed_ray.offloaded import Share
 from chainfed_ray.quantities import format_bytes
-from cluster.doctor import look, why_not
-from cluster.offload_run import OFFLOAD, RUN_ENVIRONMENT, START_SECONDS, EvaluationRun, Order, Run, State
-from cluster.offload_worker import Work, sent
-from cluster.resources import OFFLOAD_IDLE_BYTES, of_controller
 
 _SILENCE_SECONDS = 600.0  # between two layers that are loaded, or two batches
 _POLL_SECONDS = 1.0

@@ -18,9 +18,9 @@ from typing import Any
 
 import ray
 
+from chainfed_ray.cluster.resources import of_evaluation
 from chainfed_ray.measure import ENVIRONMENT
 from chainfed_ray.removal import remove_when_this_process_ends
-from cluster.resources import of_evaluation
 
 OFFLOAD = "(offload)"  # in a job's scratch folder
 _OWNER_SECONDS = 30.0  # without a word from the owner: it is gone
@@ -227,6 +227,6 @@ def _trainer() -> Any:
 
 def _worker(config: dict[str, Any]) -> None:
     """What each worker does. Torch is loaded here, and so in its process alone."""
-    from cluster.offload_worker import serve
+    from chainfed_ray.cluster.offload_worker import serve
 
     serve(config["run"], config["actor"])

@@ -70,7 +70,7 @@ def build_ops(folder: Path) -> None:
         for lock in (folder / name / "lock" for name in OPS):
             lock.unlink(missing_ok=True)
         done = subprocess.run(
-            [sys.executable, "-c", "from cluster.ops import compile_here; compile_here()"],
+            [sys.executable, "-c", "from chainfed_ray.cluster.ops import compile_here; compile_here()"],
             env={
                 **os.environ,
                 "DS_ACCELERATOR": "cpu",

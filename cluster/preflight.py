@@ -5,10 +5,10 @@ from typing import Any
 
 import ray
 
+from chainfed_ray.cluster.resources import of_controller
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidJob, Problem
 from chainfed_ray.forecast import Forecast
-from cluster.resources import of_controller
 
 
 @ray.remote(max_retries=1)

@@ -15,11 +15,11 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from chainfed_ray.client import BaseModel, Client, Order
+from chainfed_ray.cluster.actors import ClientActor
+from chainfed_ray.cluster.orders import send
+from chainfed_ray.cluster.resources import IDLE_BYTES, of_client
 from chainfed_ray.pool import Failure, Outcome
 from chainfed_ray.quantities import format_bytes
-from cluster.actors import ClientActor
-from cluster.orders import send
-from cluster.resources import IDLE_BYTES, of_client
 
 _POLL_SECONDS = 1.0
 _QUEUE = 3  # turns that wait for an actor of their class, before one of another class makes way

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import ray
 
-from cluster.resources import of_one_machine
+from chainfed_ray.cluster.resources import of_one_machine
 
 
 @contextmanager

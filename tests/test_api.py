@@ -12,9 +12,12 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from api.app import create_app
-from api.service import Service
+from chainfed_ray.api.app import create_app
+from chainfed_ray.api.service import Service
 from chainfed_ray.classifier import Classifier
+from chainfed_ray.cluster.job_run import run_job
+from chainfed_ray.cluster.job_store import JobRecord, JobStore
+from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.config import JobSpec
 from chainfed_ray.dry_run import dry_run
 from chainfed_ray.forecast import Forecast
@@ -22,9 +25,6 @@ from chainfed_ray.generator import Piece, Sampling
 from chainfed_ray.job import prepare
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.saved_stack import load_stack
-from cluster.job_run import run_job
-from cluster.job_store import JobRecord, JobStore
-from cluster.storage import Storage
 
 
 @pytest.fixture

@@ -12,14 +12,15 @@ from chainfed_ray.sections import Section
 
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
-    "chainfed_ray": {"ray", "fastapi", "deepspeed", "cluster", "api"},
-    "cluster": {"fastapi", "api"},
+    "chainfed_ray": {"ray", "fastapi", "deepspeed", "chainfed_ray.cluster", "chainfed_ray.api"},
+    "cluster": {"fastapi", "chainfed_ray.api"},
     "api": set[str](),
 }
+GENERIC = {"api", "cluster", "tests", "benchmarks", "examples"}
 
 
 def imported(path: Path) -> set[str]:
-    """The top-level packages that a file imports, anywhere in it."""
+    """The packages that a file imports, anywhere in it: the first part of their names, or which of our three folders."""
     return imported_by(ast.parse(path.read_text()))
 
 
@@ -28,25 +29,37 @@ def imported_by(tree: ast.Module) -> set[str]:
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {package(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
+            found |= {package(f"{node.module}.{alias.name}") for alias in node.names}
     return found
+
+
+def package(name: str) -> str:
+    """``chainfed_ray.api`` and ``chainfed_ray.cluster`` are the folders ``api`` and ``cluster``."""
+    first, second = (*name.split("."), "")[:2]
+    return f"{first}.{second}" if first == "chainfed_ray" and second in ("api", "cluster") else first
+
+
+def files_of(folder: str) -> list[Path]:
+    """Its Python files; those of the folders that ``chainfed_ray`` has links to are theirs."""
+    return [path for path in (ROOT / folder).rglob("*.py") if path.resolve().relative_to(ROOT).parts[0] == folder]
 
 
 @pytest.mark.parametrize("folder", FORBIDDEN)
 def test_arrows(folder: str) -> None:
-    files = list((ROOT / folder).rglob("*.py"))
+    files = files_of(folder)
     assert files
     for path in files:
         allowed = {"deepspeed"} if path == ROOT / "chainfed_ray" / "offloaded.py" else set[str]()
         assert imported(path) & FORBIDDEN[folder] == allowed, path.name
+        assert not imported(path) & GENERIC, f"{path.name}: an installation has no such package, or somebody else's"
 
 
 def test_deepspeed_is_imported_only_when_it_is_used() -> None:
     """It takes seconds, and looks for a compiler."""
     for folder in FORBIDDEN:
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in files_of(folder):
             top = ast.Module(
                 [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)], []
             )
@@ -56,7 +69,7 @@ def test_deepspeed_is_imported_only_when_it_is_used() -> None:
 def test_readme_gives_every_file_a_duty() -> None:
     readme = (ROOT / "README.md").read_text()
     for folder in FORBIDDEN:
-        for path in (ROOT / folder).glob("*.py"):
+        for path in files_of(folder):
             assert path.stem == "__init__" or f"{path.name} " in readme, path.name
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-from api.cli import read_job
+from chainfed_ray.api.cli import read_job
 from chainfed_ray.commit_log import CommitLog
 from tests.conftest import a_job
 from tests.test_architecture import ROOT
 from tests.test_coordinator import run
 
-COMMAND = [sys.executable, "-c", "from api.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from chainfed_ray.api.cli import main; main()"]
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from chainfed_ray.client import Profile, Profiling
+from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
-from cluster.ray_pool import RayPool
 from tests.conftest import a_job
 from tests.test_coordinator import assert_same, run, story
 from tests.test_ray_pool import cluster as cluster

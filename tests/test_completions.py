@@ -14,16 +14,16 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from api.app import create_app
-from api.inference import Inference
-from api.service import Service
+from chainfed_ray.api.app import create_app
+from chainfed_ray.api.inference import Inference
+from chainfed_ray.api.service import Service
 from chainfed_ray.chats import Chat
+from chainfed_ray.cluster.job_store import JobRecord, JobStore
+from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.config import JobSpec
 from chainfed_ray.forecast import Forecast
 from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.saved_stack import save_stack
-from cluster.job_store import JobRecord, JobStore
-from cluster.storage import Storage
 from tests.causal import a_causal_stack, causal_folder
 from tests.test_generator import written
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chainfed_ray.cluster.controller import Controller
+from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.commit_log import CommitLog
-from cluster.controller import Controller
-from cluster.job_store import JobStore
-from cluster.storage import Settings, Storage
 from tests.test_job_store import SPEC
 
 

@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 from typer.main import get_command
 
-from api.app import create_app
-from api.cli import app
-from api.service import Service
 from chainfed_ray import errors
-from cluster.storage import Settings, Storage
+from chainfed_ray.api.app import create_app
+from chainfed_ray.api.cli import app
+from chainfed_ray.api.service import Service
+from chainfed_ray.cluster.storage import Settings, Storage
 from tests.test_architecture import ROOT
 
 README = (ROOT / "README.md").read_text()

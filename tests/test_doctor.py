@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from chainfed_ray.cluster.doctor import Finding, Machine, findings, is_possible, look, why_not
+from chainfed_ray.cluster.ops import are_built, build_ops, ops_folder, stale_locks
 from chainfed_ray.errors import InvalidSetting, OpsNotBuilt
 from chainfed_ray.offload_ops import OPS
-from cluster.doctor import Finding, Machine, findings, is_possible, look, why_not
-from cluster.ops import are_built, build_ops, ops_folder, stale_locks
 from tests.models import tiny
 from tests.test_cli import COMMAND
 from tests.test_offload import needs_ops
@@ -176,7 +176,7 @@ import sys, torch
 from pathlib import Path
 from chainfed_ray.client import BaseModel
 from chainfed_ray.offloaded import OffloadedModel
-from cluster.ops import ops_folder
+from chainfed_ray.cluster.ops import ops_folder
 base = BaseModel(Path(sys.argv[1]), torch.float32, Path(sys.argv[2]))
 OffloadedModel(base, base.scratch / "nvme", ops_folder(), lambda: None).close()
 """

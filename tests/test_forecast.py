@@ -15,11 +15,12 @@ from rich.console import Console
 from torch import Tensor
 
 import chainfed_ray.dry_run
-from api.app import create_app
-from api.forecast_picture import png
-from api.forecast_table import forecast_table
-from api.service import Service
 from chainfed_ray import duration
+from chainfed_ray.api.app import create_app
+from chainfed_ray.api.forecast_picture import png
+from chainfed_ray.api.forecast_table import forecast_table
+from chainfed_ray.api.service import Service
+from chainfed_ray.cluster.preflight import plan
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
@@ -30,7 +31,6 @@ from chainfed_ray.forecast import Forecast
 from chainfed_ray.job import Job, draft
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.prefix import PrefixRunner
-from cluster.preflight import plan
 from tests.cluster import one_machine
 from tests.conftest import a_job
 from tests.test_cli import COMMAND

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
 
+from chainfed_ray.cluster.job_store import FINISHED, JobStore, Status
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
-from cluster.job_store import FINISHED, JobStore, Status
 from tests import postgres
 
 SPEC = JobSpec.parse(

@@ -9,11 +9,11 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from api.app import create_app
-from api.metrics import _FINISHED_JOBS
-from api.service import Service
+from chainfed_ray.api.app import create_app
+from chainfed_ray.api.metrics import _FINISHED_JOBS
+from chainfed_ray.api.service import Service
+from chainfed_ray.cluster.job_store import JobStore
 from chainfed_ray.records import EarlyExit, Evaluation, Lost, Opening, Record
-from cluster.job_store import JobStore
 from tests.test_job_store import SPEC
 from tests.test_progress import ENDING, MIB, a_round, an_opening
 
@@ -144,7 +144,7 @@ def test_a_job_that_is_over_is_among_the_newest_for_a_while(store: JobStore) -> 
 
 
 def test_more_events_than_a_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.metrics._PAGE", 2)
+    monkeypatch.setattr("chainfed_ray.api.metrics._PAGE", 2)
     opening = an_opening()
     job = a_running_job(store, opening)
     for index in range(5):

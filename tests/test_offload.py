@@ -22,6 +22,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import BaseModel
+from chainfed_ray.cluster.evaluation import judging
+from chainfed_ray.cluster.offload import OffloadedEvaluator, make_evaluator
+from chainfed_ray.cluster.offload_run import OFFLOAD, Reason, why_over
+from chainfed_ray.cluster.offload_worker import why
+from chainfed_ray.cluster.ops import are_built, ops_folder
 from chainfed_ray.costs import costs_of
 from chainfed_ray.errors import EvaluationFailed
 from chainfed_ray.evaluator import Evaluated
@@ -30,11 +35,6 @@ from chainfed_ray.offload_footprint import offload_footprint
 from chainfed_ray.offloaded import shares
 from chainfed_ray.reading import States, mean_over_tokens
 from chainfed_ray.tokens import Examples
-from cluster.evaluation import judging
-from cluster.offload import OffloadedEvaluator, make_evaluator
-from cluster.offload_run import OFFLOAD, Reason, why_over
-from cluster.offload_worker import why
-from cluster.ops import are_built, ops_folder
 from tests.cluster import one_machine
 from tests.conftest import a_job
 
@@ -252,7 +252,10 @@ def test_the_first_cause_is_the_reason() -> None:
 
 
 def test_what_only_passes_work_on_loads_no_torch() -> None:
-    words = "import sys, cluster.offload_run; print([name for name in ('torch', 'deepspeed') if name in sys.modules])"
+    words = (
+        "import sys, chainfed_ray.cluster.offload_run;"
+        "print([name for name in ('torch', 'deepspeed') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -263,7 +266,7 @@ def test_a_machine_that_cannot_be_looked_at_is_judged_by_torch(
     def unreadable(scratch: Path) -> Any:
         raise OSError(30, "Read-only file system", str(scratch))
 
-    monkeypatch.setattr("cluster.offload.look", unreadable)
+    monkeypatch.setattr("chainfed_ray.cluster.offload.look", unreadable)
     document["evaluation"] = {"engine": "deepspeed"}
     made = judging(a_job(document, tmp_path))
     assert made.evaluator.startswith("torch (in place of deepspeed: this machine could not be looked at: Read-only")
@@ -311,7 +314,7 @@ import resource, sys, torch
 from pathlib import Path
 from chainfed_ray.client import BaseModel
 from chainfed_ray.offloaded import OffloadedModel
-from cluster.ops import ops_folder
+from chainfed_ray.cluster.ops import ops_folder
 model, folder, bound = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 if bound:
     resource.setrlimit(resource.RLIMIT_FSIZE, (bound, bound))

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from api.progress import Progress
-from api.results import results
 from chainfed_ray.adapter import Tensors
+from chainfed_ray.api.progress import Progress
+from chainfed_ray.api.results import results
 from chainfed_ray.chain import Window
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec

@@ -16,12 +16,15 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from api.app import create_app
-from api.service import Service
 from chainfed_ray.accountant import Release, epsilon
 from chainfed_ray.adapter import Tensors
+from chainfed_ray.api.app import create_app
+from chainfed_ray.api.service import Service
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client, Order, Training, Update
+from chainfed_ray.cluster.job_run import run_job
+from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cohort import Cohort
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
@@ -31,9 +34,6 @@ from chainfed_ray.job import Job, check_fleet
 from chainfed_ray.pool import ClientPool, Failure, LocalPool, Outcome
 from chainfed_ray.privacy import Noise, _key, sampling_seed
 from chainfed_ray.records import Lost, Record, Result
-from cluster.job_run import run_job
-from cluster.job_store import JobStore
-from cluster.storage import Storage
 from tests.conftest import a_document, a_job
 from tests.test_budgets import mixed as mixed
 from tests.test_coordinator import Silent, assert_same, run, story

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.job import Job
-from cluster.ray_pool import RayPool
 from tests.conftest import a_job
 from tests.test_budgets import mixed as mixed
 from tests.test_coordinator import assert_same, run

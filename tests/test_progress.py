@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from api.client import Document, ServiceClient
-from api.fleet import by_class
-from api.following import follow
-from api.plots import draw
-from api.progress import Progress, time_left
-from api.results import results
-from api.schemas import Progress as Resource
+from chainfed_ray.api.client import Document, ServiceClient
+from chainfed_ray.api.fleet import by_class
+from chainfed_ray.api.following import follow
+from chainfed_ray.api.plots import draw
+from chainfed_ray.api.progress import Progress, time_left
+from chainfed_ray.api.results import results
+from chainfed_ray.api.schemas import Progress as Resource
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records import (
     Admitted,

@@ -14,11 +14,11 @@ import yaml
 
 from chainfed_ray.admission import Planner, admit
 from chainfed_ray.client import Profile, Profiling
+from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.pool import Failure, LocalPool
 from chainfed_ray.records import Opening
-from cluster.ray_pool import RayPool
 from tests.cluster import one_machine
 from tests.conftest import a_job
 from tests.test_architecture import ROOT

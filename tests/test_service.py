@@ -23,9 +23,9 @@ import torch
 import yaml
 from rich.console import Console
 
-from api.client import ServiceClient
-from api.following import follow
-from api.local_service import free_port
+from chainfed_ray.api.client import ServiceClient
+from chainfed_ray.api.following import follow
+from chainfed_ray.api.local_service import free_port
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound, ModelNotFound
@@ -36,7 +36,7 @@ from tests.conftest import a_job
 from tests.test_coordinator import assert_same, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-COMMAND = [sys.executable, "-c", "from api.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from chainfed_ray.api.cli import main; main()"]
 DEADLINE = 120.0
 
 
