@@ -38,7 +38,7 @@ class Planner:
 
     def means(self, candidate: Candidate) -> Means:
         """What the planner needs to know of a client."""
-        disk, needed = candidate.disk, cache_bytes(self.costs, len(candidate.examples), len(candidate.examples.ids))
+        disk, needed = candidate.disk, self._cache_bytes(candidate)
         cached = disk is None or needed <= disk
         few = len(candidate.examples) <= self.task.batch_size
         return Means(
@@ -68,10 +68,10 @@ class Planner:
 
     def disk_bytes(self, candidate: Candidate, plan: Plan) -> int:
         """The disk that a client's turns use."""
-        cache = (
-            cache_bytes(self.costs, len(candidate.examples), len(candidate.examples.ids)) if plan.prefix.cached else 0
-        )
-        return cache + plan.spill_bytes
+        return (self._cache_bytes(candidate) if plan.prefix.cached else 0) + plan.spill_bytes
+
+    def _cache_bytes(self, candidate: Candidate) -> int:
+        return cache_bytes(self.costs, self.task, len(candidate.examples), len(candidate.examples.ids))
 
 
 @dataclass(frozen=True)

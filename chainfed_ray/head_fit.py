@@ -33,8 +33,7 @@ class FittedHead(NamedTuple):
 
 def fit_head(job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitting) -> FittedHead:
     """Ask ``clients`` for their sums, add them up in client order, and settle the rest on the job's validation rows."""
-    # The deadline is for a round's clients, and here everyone is asked.
-    deadline = job.spec.rounds.deadline * math.ceil(len(clients) / job.spec.rounds.clients)
+    deadline = deadline_of_all(job, len(clients))
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
     shape = stack.head.linear.out_features, stack.head.features(order.window.top)
@@ -68,6 +67,11 @@ def fit_head(job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitti
         accuracy=score.accuracy if score else None,
     )
     return FittedHead(head, record)
+
+
+def deadline_of_all(job: Job, clients: int) -> float:
+    """The deadline (seconds) where all the job's ``clients`` are asked: ``rounds.deadline`` is for those of a round."""
+    return job.spec.rounds.deadline * math.ceil(clients / job.spec.rounds.clients)
 
 
 def _head(

@@ -13,8 +13,9 @@ from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client import Fitting, Profile, Profiling
 from chainfed_ray.cohort import everyone
 from chainfed_ray.errors import QuorumLost
+from chainfed_ray.first_pass import StartGuess
 from chainfed_ray.fold import as_lost, reasons
-from chainfed_ray.head_fit import fit_head
+from chainfed_ray.head_fit import deadline_of_all, fit_head
 from chainfed_ray.job import Job
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import HeadFit, Lost, with_everybody
@@ -50,21 +51,28 @@ def find_start(job: Job, pool: ClientPool) -> Start:
 
 
 def _by_profiles(job: Job, pool: ClientPool) -> Start:
-    """The clients' CKA profiles, averaged by example count, in client order."""
+    """The clients' CKA profiles, averaged by example count, in client order.
+
+    Where every client's sums are needed next, for a fitted head, all its examples take part in this one pass.
+    """
     able = [
         replace(client, cap_bytes=client.plan.prefix.profile_bytes)
         for client in job.clients
         if len(client.examples) >= FEWEST and client.plan.prefix.cached
     ]
-    order = Profiling(job.spec.chain.profile_examples, derive(job.spec.seed, "profile"))
-    outcomes = list(in_order(pool.run(able, order, job.spec.rounds.deadline), len(able)))
+    chain = job.spec.chain
+    fits = chain.head == "fitted"
+    guess = StartGuess(chain.cka_threshold, job.window, job.reads) if fits else None
+    order = Profiling(chain.profile_examples, derive(job.spec.seed, "profile"), guess)
+    deadline = deadline_of_all(job, len(able)) if fits else job.spec.rounds.deadline
+    outcomes = list(in_order(pool.run(able, order, deadline), len(able)))
     profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
     failures = ((able[place], result) for place, result in outcomes if isinstance(result, Failure))
     lost = tuple(as_lost(client, failure) for client, failure in failures)
     if not profiles:
         raise QuorumLost("profiling the layers", 1, reasons(lost))
     similarities = average([(profile.similarities, profile.examples) for profile in profiles])
-    layer = start_below(similarities, job.spec.chain.cka_threshold, job.window)
+    layer = start_below(similarities, chain.cka_threshold, job.window)
     return Start(layer, similarities, (), lost, sum(profile.cpu_seconds for profile in profiles))
 
 
