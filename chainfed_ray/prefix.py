@@ -176,15 +176,16 @@ class PrefixCache:
         aside.replace(path)
 
     def _store(self, file: BinaryIO, indices: np.ndarray, states: States, features: FeatureWriter | None) -> None:
-        lengths = self._examples.lengths[indices].tolist()
-        for index, length, row, read in zip(indices.tolist(), lengths, *states, strict=True):
+        lengths = self._examples.lengths[indices]
+        for index, length, row, read in zip(indices.tolist(), lengths.tolist(), *states, strict=True):
             file.seek(int(self._examples.offsets[index]) * self._row_bytes)
             file.write(row[:length].contiguous().view(torch.uint8).numpy())
             if len(read):
                 file.seek(int(self._examples.offsets[-1]) * self._row_bytes + index * read.nbytes)
                 file.write(read.contiguous().view(torch.uint8).numpy())
         if features:
-            features.put(indices, mean_over_tokens(states.hidden.float(), self._examples.batch(indices).mask))
+            mask = torch.arange(states.hidden.shape[1]) < torch.from_numpy(lengths)[:, None]
+            features.put(indices, mean_over_tokens(states.hidden.float(), mask))
 
 
 class CachedActivations:
