@@ -25,6 +25,7 @@ from chainfed_ray.generator import Piece, Sampling
 from chainfed_ray.job import prepare
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.saved_stack import load_stack
+from tests.pools import Killed, dying
 
 
 @pytest.fixture
@@ -139,22 +140,9 @@ def test_a_run_that_was_killed_tells_its_story_once(
     whole, halved = store.submit(spec).id, store.submit(spec).id
     run(whole, storage, store)
 
-    class Killed(BaseException):
-        pass
-
-    class Mortal(LocalPool):
-        turns = 0
-
-        def run(self, *arguments: Any) -> Any:
-            for outcome in super().run(*arguments):
-                Mortal.turns += 1
-                if Mortal.turns == 4:
-                    raise Killed
-                yield outcome
-
     store.move(halved, "running")
     with pytest.raises(Killed):
-        run_job(halved, storage, lambda made: Mortal(made.base))
+        run_job(halved, storage, lambda made: dying(LocalPool(made.base), turns=3))
     assert store.get(halved).status == "running"
     run_job(halved, storage, lambda made: LocalPool(made.base))
     told = {job: [event.kind for event in store.events(job)] for job in (whole, halved)}

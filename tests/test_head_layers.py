@@ -17,7 +17,7 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.job import FEATURES
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.turn import take_turn
-from tests.conftest import a_job
+from tests.builders import a_job
 
 
 @pytest.mark.parametrize(
