@@ -113,6 +113,7 @@ def test_a_job_from_submission_to_an_answer(
         assert sum(found["scores"].values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_served_model_is_the_judged_one(
     client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ def test_the_served_model_is_the_judged_one(
     assert alone["scores"] == pytest.approx(answers[3]["scores"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_tells_its_story_once(
     small: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path
 ) -> None:

@@ -201,6 +201,7 @@ def test_lora_starts_the_same_for_a_seed_and_leaves_the_generator_alone(job: Job
     assert any(not first[name].equal(other[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_weighed(job: Job) -> None:
     examples = job.admitted[0][0].examples
     steps = Steps(1, 8, 1e-3, 1e-3, seed=0)

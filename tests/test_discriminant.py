@@ -134,6 +134,7 @@ def test_a_client_adds_up_what_comes_out_of_its_window(reads: int, document: dic
         torch.testing.assert_close(sums.tensors[name], tensor, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_each_stage_begins_with_a_head_for_its_window(document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"]["head"] = "fitted"
     document["rounds"] |= {"total": 4, "last_stage_share": 0.5, "convergence": {"rule": "none"}}
@@ -150,6 +151,7 @@ def test_each_stage_begins_with_a_head_for_its_window(document: dict[str, Any], 
     assert coordinator.finish().accuracy > 0.9
 
 
+@pytest.mark.slow
 def test_killed_between_the_fit_and_the_round_it_goes_on_as_if_never(document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"]["head"] = "fitted"
     job = a_job(document, tmp_path)

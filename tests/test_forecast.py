@@ -117,6 +117,7 @@ def test_a_change_does_what_is_said_of_it(streamed: dict[str, Any]) -> None:
             assert f"; {whole} of {change.joins} train " in change.words
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untimed")
 def test_a_job_without_a_quorum_is_told_as_well(document: dict[str, Any]) -> None:
     document["fleet"] = classes(("watch", 4, 2**20))
@@ -170,6 +171,7 @@ def test_who_does_not_answer_sends_nothing(document: dict[str, Any]) -> None:
     assert dry_run(JobSpec.parse(document), at_once=1).sent_bytes_per_round == always // 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untimed")
 def test_the_sums_of_a_fitted_head_are_those_of_a_real_one(document: dict[str, Any], tmp_path: Path) -> None:
     assert dry_run(JobSpec.parse(document), at_once=1).head_sums_bytes == 0

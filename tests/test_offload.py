@@ -344,6 +344,7 @@ def test_every_process_runs_as_many_batches_and_each_example_counts_once() -> No
         assert sorted(counted) == list(range(21))
 
 
+@pytest.mark.slow
 def test_more_processes_lock_less_memory_each(models: dict[str, Path]) -> None:
     blocks = Blocks(models["bert"], torch.float32)
     costs = costs_of(blocks, 16, _CLASSES)
