@@ -1,4 +1,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# A file is run by one process, and those that start Ray by the same one; the order is that of tests/conftest.py.
+PYTEST = .venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve ops test check format clean
@@ -21,14 +23,14 @@ serve: .venv/.installed  ## the service on this machine, until Ctrl-C
 ops: .venv/.installed  ## compile DeepSpeed's libraries for evaluation with offloading, once
 	.venv/bin/chainfed doctor --build
 
-test: .venv/.installed  ## every test
-	.venv/bin/pytest
+test: .venv/.installed  ## every test, in two processes
+	$(PYTEST) --durations=10
 
 check: .venv/.installed  ## lint, types and the fast tests
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	.venv/bin/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 format: .venv/.installed  ## put the code into its form
 	.venv/bin/ruff check --fix

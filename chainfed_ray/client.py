@@ -180,7 +180,7 @@ def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training)
     """Every optimizer step; the mean loss of an example, and how many steps there were."""
     optimizer = _optimizer(step.stack, order)
     total_loss, seen, steps = 0.0, 0, 0
-    for batch in _batches(len(examples), order):
+    for batch in step_batches(len(examples), order):
         for start in range(0, len(batch), micro_batch):
             total_loss += step.backward(examples, batch[start : start + micro_batch], len(batch))
         if order.proximal:
@@ -206,7 +206,7 @@ def _hold_back(stack: AdapterStack, order: Training) -> None:
             parameter.grad.add_(parameter.detach() - order.tensors[name], alpha=order.proximal)
 
 
-def _batches(count: int, order: Training) -> Iterator[np.ndarray]:
+def step_batches(count: int, order: Training) -> Iterator[np.ndarray]:
     """The indices of each optimizer step's examples, shuffled anew in each epoch."""
     a_pass = math.ceil(count / order.batch_size)
     steps = order.steps if order.steps is not None else order.epochs * a_pass

@@ -52,7 +52,9 @@ class Duration:
 
 def duration(job: Job, at_once: int) -> Duration:
     """About how long ``job`` takes where ``at_once`` clients train at a time; somebody has to take part."""
-    evaluations = _evaluations(job)  # first: turns make this process give freed memory back at once, which takes time
+    evaluations = judging_seconds(
+        job
+    )  # first: turns make this process give freed memory back at once, which takes time
     warm_up(job.base)
     typical = {name: _median(members) for name, members in _by_class(job).items()}
     paces = _paces(job, typical)
@@ -82,12 +84,12 @@ def _paces(job: Job, typical: Mapping[str, tuple[Candidate, Plan]]) -> dict[str,
     for name, (candidate, plan) in typical.items():
         way = (plan.window, plan.micro_batch, plan.grain, plan.spilled, plan.prefix.batch, plan.prefix.grain)
         if way not in measured:
-            measured[way] = _pace(job, as_client(candidate, plan, plan.planned_bytes))
+            measured[way] = pace_of(job, as_client(candidate, plan, plan.planned_bytes))
         paces[name] = measured[way]
     return paces
 
 
-def _pace(job: Job, client: Client) -> Pace:
+def pace_of(job: Job, client: Client) -> Pace:
     """Three turns in the lowest window: with a prefix that is still to be made, with one that is there, and of more epochs.
 
     The prefix is cached even for a client that has no disk for it, so that the two can be told apart.
@@ -153,7 +155,7 @@ def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
         if job.spec.chain.start == "auto" and plan.prefix.cached and examples >= FEWEST:
             once += min(examples, job.spec.chain.profile_examples) * job.layers * pace.layer / candidate.speed
         once += _fits(job) * examples * pace.step / _PASSES / candidate.speed
-        once += _layers_of_exits(job, plan.prefix.cached) * examples * pace.layer / candidate.speed
+        once += layers_of_exits(job, plan.prefix.cached) * examples * pace.layer / candidate.speed
     # The share of clients that are ever asked; for a fitted head, everyone is.
     seen = 1 if _fits(job) else min(1, rounds.total * cohort / clients)
     in_turn = math.ceil(cohort / at_once) * sum(turns) / clients
@@ -167,7 +169,7 @@ def _fits(job: Job) -> int:
     return _stages(job)
 
 
-def _layers_of_exits(job: Job, cached: bool) -> int:
+def layers_of_exits(job: Job, cached: bool) -> int:
     """Layers that a client runs its examples through for the heads from which the chain's start follows."""
     windows = Chain(job.layers, 0, job.window).windows
     if job.spec.chain.start != "best-exit" or len(windows) == 1:
@@ -221,7 +223,7 @@ def _layers_below(job: Job, plan: Plan, examples: int) -> tuple[float, int]:
     return narrower + slides, highest + 1
 
 
-def _evaluations(job: Job) -> float:
+def judging_seconds(job: Job) -> float:
     """The server's part: the validation rows as often as they are judged, and the test rows through the whole model."""
     spec = job.spec
     window = _lowest(job)
@@ -232,12 +234,12 @@ def _evaluations(job: Job) -> float:
         fixed = _evaluation_seconds(job, rows.take(np.arange(1)), Path(scratch, "row"))
     row = max(second - fixed, 0) / len(rows)
     layer = max(first - second, 0) / (len(rows) * (window.bottom + 1))
-    judged, whole = (_times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
+    judged, whole = (times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
     through_all_layers = whole * len(job.validation) + len(job.test)
     return judged * (fixed + len(job.validation) * row) + through_all_layers * (row + job.layers * layer)
 
 
-def _times(job: Job, often: Often | Literal["never"]) -> int:
+def times(job: Job, often: Often | Literal["never"]) -> int:
     """How many times in the job something is done that is done so often."""
     total = job.spec.rounds.total
     if isinstance(often, int):

@@ -48,7 +48,7 @@ class RayPool:
     """Runs turns on the Ray cluster that this process is connected to, ``slots`` at a time."""
 
     def __init__(self, base: BaseModel, slots: int) -> None:
-        self._base, self._slots = base, slots
+        self.base, self._slots = base, slots
         self._idle: list[_Lease] = []
         self._made: Counter[str] = Counter()
 
@@ -110,7 +110,7 @@ class RayPool:
             self._give_up(spare)
         self._made[client.client_class] += 1
         actor_class: Any = ClientActor  # ray.remote gives it `options`, which its type does not show
-        actor = actor_class.options(**of_client(client.budget_bytes)).remote(self._base)
+        actor = actor_class.options(**of_client(client.budget_bytes)).remote(self.base)
         return _Lease(actor, client.client_class, IDLE_BYTES + client.budget_bytes, actor.__ray_ready__.remote())
 
     def _make_room(self, running: Sequence[_Lease]) -> None:

@@ -1,7 +1,8 @@
-"""Small real jobs for every test that needs one."""
+"""What many tests share: a tiny model, rows, a job, and one Ray cluster."""
 
 import gc
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from transformers import AutoTokenizer
 from chainfed_ray import dry_run, job
 from chainfed_ray.base_model import resolve
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.config import JobSpec
+from chainfed_ray.client import BaseModel
+from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.costs import costs_of
 from chainfed_ray.demand import Costs
-from chainfed_ray.job import Job, prepare
+from chainfed_ray.job import Job
+from tests.builders import a_document, a_job, smallest_budget
+from tests.cluster import a_pool, one_machine
 from tests.models import tiny
 
 torch.set_num_threads(1)
@@ -41,8 +45,9 @@ def models_are_rehearsed_once() -> Iterator[None]:
     known = dict[tuple[object, ...], Costs]()
 
     def costs_once(blocks: Blocks, bottleneck: int, classes: int | None, reads: int) -> Costs:
-        model = (Path(blocks._name) / "config.json").read_bytes()
-        key = (blocks._name, model, blocks.dtype, bottleneck, classes, reads)
+        weights = tuple(header_of(path) for path in sorted(blocks.folder.glob("*.safetensors")))
+        config = (blocks.folder / "config.json").read_bytes()
+        key = (config, weights, blocks.dtype, bottleneck, classes, reads)
         if key not in known:
             known[key] = costs_of(blocks, bottleneck, classes, reads)
         return known[key]
@@ -51,6 +56,12 @@ def models_are_rehearsed_once() -> Iterator[None]:
         for module in (job, dry_run):
             patch.setattr(module, "costs_of", costs_once)
         yield
+
+
+def header_of(weights: Path) -> bytes:
+    """The names, shapes and dtypes in a safetensors file."""
+    with weights.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
 
 
 @pytest.fixture(scope="session")
@@ -80,19 +91,56 @@ def document(tiny_model_folder: Path, tiny_data: Path) -> dict[str, Any]:
     return a_document(tiny_model_folder, tiny_data)
 
 
-def a_document(model: Path, data: Path) -> dict[str, Any]:
-    """The job of the fixture ``document``, for fixtures that many tests share."""
-    return {
-        "name": "tiny",
-        "model": {"base": f"path:{model}"},
-        "data": {"train": f"path:{data}", "max_length": 16},
-        "fleet": {"clients": [{"name": "phone", "count": 4, "memory": "64MiB"}]},
-        "chain": {"window": 2, "start": 1, "head": "zero", "adapter": {"bottleneck": 8}},
-        "rounds": {"total": 4, "clients": 3, "batch_size": 8, "learning_rate": 0.01, "convergence": {"span": 1}},
-        "seed": 3,
+@pytest.fixture
+def mixed(document: dict[str, Any], tmp_path: Path) -> Job:
+    """Two clients that can hold a window of 3, and two that can hold one adapter of it."""
+    document["chain"] |= {"window": 3, "start": 1, "adapter": {"bottleneck": 4096}}
+    document["rounds"] |= {"total": 1, "clients": 4, "quorum": 4}
+    small = smallest_budget(document, tmp_path / "any", 2) - 1
+    document["fleet"] = {
+        "clients": [{"name": "large", "count": 2, "memory": "1GiB"}, {"name": "small", "count": 2, "memory": small}]
     }
+    job = a_job(document, tmp_path / "mixed")
+    assert [len(client.plan.window) for client in job.clients] == [3, 3, 1, 1]
+    return job
 
 
-def a_job(document: dict[str, Any], folder: Path) -> Job:
-    """The prepared job of ``document``."""
-    return prepare(JobSpec.parse(document), folder / "scratch")
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """The one Ray cluster of this process."""
+    with one_machine():
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_pool(cluster: None, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayPool]:
+    """A pool of two processes for jobs on the tiny model: a process takes ten seconds to start."""
+    with a_pool(BaseModel(tiny_model_folder, torch.float32, tmp_path_factory.mktemp("shared")), slots=2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def ray_pool(shared_pool: RayPool) -> RayPool:
+    """The shared pool, for one job: clients of jobs before it had other rows, of which nothing is kept."""
+    shutil.rmtree(shared_pool.base.scratch, ignore_errors=True)
+    return shared_pool
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes run tests, a file is run by one; and all that start Ray are, so that they share its cluster.
+
+    Files that take long come first, so that no process is left alone with one at the end.
+    """
+
+    def place(item: pytest.Item) -> int:
+        return 0 if with_ray[item.path] else 1 if slow[item.path] else 2
+
+    with_ray, slow = dict[Path, bool](), dict[Path, bool]()
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        with_ray[item.path] = with_ray.get(item.path, False) or "cluster" in names or "service" in names
+        slow[item.path] = slow.get(item.path, False) or item.get_closest_marker("slow") is not None
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("ray" if with_ray[item.path] else item.path.stem))
+        items.sort(key=place)

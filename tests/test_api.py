@@ -25,6 +25,7 @@ from chainfed_ray.generator import Piece, Sampling
 from chainfed_ray.job import prepare
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.saved_stack import load_stack
+from tests.pools import Killed, dying
 
 
 @pytest.fixture
@@ -112,6 +113,7 @@ def test_a_job_from_submission_to_an_answer(
         assert sum(found["scores"].values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_served_model_is_the_judged_one(
     client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path
 ) -> None:
@@ -131,6 +133,7 @@ def test_the_served_model_is_the_judged_one(
     assert alone["scores"] == pytest.approx(answers[3]["scores"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_tells_its_story_once(
     small: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path
 ) -> None:
@@ -139,22 +142,9 @@ def test_a_run_that_was_killed_tells_its_story_once(
     whole, halved = store.submit(spec).id, store.submit(spec).id
     run(whole, storage, store)
 
-    class Killed(BaseException):
-        pass
-
-    class Mortal(LocalPool):
-        turns = 0
-
-        def run(self, *arguments: Any) -> Any:
-            for outcome in super().run(*arguments):
-                Mortal.turns += 1
-                if Mortal.turns == 4:
-                    raise Killed
-                yield outcome
-
     store.move(halved, "running")
     with pytest.raises(Killed):
-        run_job(halved, storage, lambda made: Mortal(made.base))
+        run_job(halved, storage, lambda made: dying(LocalPool(made.base), turns=3))
     assert store.get(halved).status == "running"
     run_job(halved, storage, lambda made: LocalPool(made.base))
     told = {job: [event.kind for event in store.events(job)] for job in (whole, halved)}

@@ -5,7 +5,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from textwrap import dedent
@@ -16,11 +15,8 @@ import yaml
 
 from chainfed_ray.api.cli import read_job
 from chainfed_ray.commit_log import CommitLog
-from tests.conftest import a_job
-from tests.test_architecture import ROOT
-from tests.test_coordinator import run
-
-COMMAND = [sys.executable, "-c", "from chainfed_ray.api.cli import main; main()"]
+from tests.builders import a_job, run
+from tests.project import COMMAND, ROOT
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from chainfed_ray.client import BaseModel, Client, Fitting, HeadSums, Order, Pro
 from chainfed_ray.first_pass import StartGuess
 from chainfed_ray.job import Job
 from chainfed_ray.turn import take_turn
-from tests.conftest import a_job
+from tests.builders import a_job
 
 READS = 2
 START = 1  # of the chain, whose windows have two of the model's four layers

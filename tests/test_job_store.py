@@ -13,15 +13,7 @@ from chainfed_ray.cluster.job_store import FINISHED, JobStore, Status
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
 from tests import postgres
-
-SPEC = JobSpec.parse(
-    {
-        "name": "tiny",
-        "model": {"base": "builtin:minilm"},
-        "data": {"train": "builtin:docstrings"},
-        "fleet": {"clients": [{"name": "phone", "count": 8, "memory": "64MiB"}]},
-    }
-)
+from tests.builders import SPEC
 
 
 @pytest.fixture(scope="module")
