@@ -12,8 +12,9 @@ from chainfed_ray.measure import ENVIRONMENT
 CLIENT_SLOT = "client_slot"
 COORDINATOR_SLOT = "coordinator_slot"
 
-# What an actor's process takes before any client uses it: Python, torch and Ray.
-IDLE_BYTES = 400 * 2**20
+# What a client's process holds before any client uses it, with a margin: 450 MiB (`python -m benchmarks idle`). Of that 157 MiB
+# are pages of libraries' files, which the processes of a machine share.
+IDLE_BYTES = 460 * 2**20
 
 # The same, with DeepSpeed and Ray Train.
 OFFLOAD_IDLE_BYTES = 550 * 2**20
