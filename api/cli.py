@@ -42,12 +42,13 @@ _ADDRESS = "http://127.0.0.1:8000"
 @app.command()
 def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -> None:
     """Train a job without a service, on a Ray of its own. Run again with the same folder, it goes on where it was."""
+    spec = read_job(job)  # what is wrong with it is said at once: the imports take seconds
+
     from chainfed_ray.api.plots import draw
     from chainfed_ray.api.progress import Progress
     from chainfed_ray.api.results import results
     from chainfed_ray.api.training import folder_of, train
 
-    spec = read_job(job)
     folder = folder_of(out, spec)
     goes_on = _if_interrupted("Interrupted. The same command goes on where it was.")
     with goes_on, Progress(_progress, spec.name, spec) as progress:
@@ -64,11 +65,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Tell what a job would be like, without training it: who can join, bytes, about how long, what changes would buy."""
+    spec = read_job(job)
+
     from chainfed_ray.api.forecast_picture import png
     from chainfed_ray.api.forecast_table import forecast_table
     from chainfed_ray.dry_run import dry_run
 
-    spec = read_job(job)
     _progress.print(f"Reading the data of {spec.name}, planning its clients and timing a few steps.")
     with _if_interrupted("Interrupted."):
         found = dry_run(spec, at_once=min(Settings.client_slots, os.cpu_count() or 1))  # a turn takes one core
@@ -221,11 +223,13 @@ def doctor(
 @app.command()
 def demo(out: Out = Path("chainfed-demo"), as_json: Json = False) -> None:
     """The whole story in a few minutes, from a checkout: start the service, train a chain, call the model, stop it all."""
+    spec = read_job(_DEMO)
+
     from chainfed_ray.api.demo import demo as tell
 
     story = _progress if as_json else Console(file=sys.__stdout__, highlight=False)
     with _if_interrupted("Interrupted."):
-        _answer(as_json, tell(read_job(_DEMO), _DEMO, out, story))
+        _answer(as_json, tell(spec, _DEMO, out, story))
 
 
 def main() -> None:
