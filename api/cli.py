@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,6 +18,7 @@ from rich.console import Console, RenderableType
 from rich.table import Column, Table
 
 from chainfed_ray.api.client import ServiceClient
+from chainfed_ray.api.pictures import NOT_DRAWN, check_drawing, draw_if_possible
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import ChainFedError, InvalidJob
@@ -39,12 +41,24 @@ _DEMO = Path("examples/demo.yaml")
 _ADDRESS = "http://127.0.0.1:8000"
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"chainfed-ray {version('chainfed-ray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def chainfed(
+    _: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print it")] = False,
+) -> None:
+    """What every command has in common; its words for `--help` are those of `app`."""
+
+
 @app.command()
 def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -> None:
     """Train a job without a service, on a Ray of its own. Run again with the same folder, it goes on where it was."""
     spec = read_job(job)  # what is wrong with it is said at once: the imports take seconds
 
-    from chainfed_ray.api.plots import draw
     from chainfed_ray.api.progress import Progress
     from chainfed_ray.api.results import results
     from chainfed_ray.api.training import folder_of, train
@@ -53,9 +67,10 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
     goes_on = _if_interrupted("Interrupted. The same command goes on where it was.")
     with goes_on, Progress(_progress, spec.name, spec) as progress:
         opening, rounds, ending, result = train(spec, folder, Settings(Storage.at(out)), progress)
-    plots = draw(folder / "plots", opening, rounds, ending, spec.chain.cka_threshold)
-    made = f"The model is in {folder / 'model'}, {len(plots)} plots are in {folder / 'plots'}."
-    _answer(as_json, result.model_dump(mode="json"), results(spec, opening, rounds, ending), made)
+    plots = draw_if_possible(folder / "plots", opening, rounds, ending, spec.chain.cka_threshold)
+    made = f"The model is in {folder / 'model'}."
+    drawn = f"{len(plots)} plots are in {folder / 'plots'}." if plots else NOT_DRAWN
+    _answer(as_json, result.model_dump(mode="json"), results(spec, opening, rounds, ending), made, drawn)
 
 
 @app.command()
@@ -66,8 +81,9 @@ def plan(
 ) -> None:
     """Tell what a job would be like, without training it: who can join, bytes, about how long, what changes would buy."""
     spec = read_job(job)
+    if picture:
+        check_drawing()
 
-    from chainfed_ray.api.forecast_picture import png
     from chainfed_ray.api.forecast_table import forecast_table
     from chainfed_ray.dry_run import dry_run
 
@@ -76,6 +92,8 @@ def plan(
         found = dry_run(spec, at_once=min(Settings.client_slots, os.cpu_count() or 1))  # a turn takes one core
     words: list[RenderableType] = [forecast_table(found)]
     if picture:
+        from chainfed_ray.api.forecast_picture import png
+
         picture.write_bytes(png(found))
         words.append(f"The picture is in {picture}.")
     _answer(as_json, found.model_dump(mode="json"), *words)

@@ -5,6 +5,9 @@ machine may serve at a time, and ``coordinator_slot``, one for each job that a m
 has neither, so nothing of ours lands on it.
 """
 
+import shlex
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from chainfed_ray.measure import ENVIRONMENT
@@ -29,8 +32,18 @@ def of_client(budget_bytes: int) -> dict[str, Any]:
         "num_cpus": 0,
         "memory": IDLE_BYTES + budget_bytes,
         "resources": {CLIENT_SLOT: 1},
-        "runtime_env": {"env_vars": ENVIRONMENT},
+        "runtime_env": runtime_env(ENVIRONMENT),
     }
+
+
+def runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What gives a process of Ray these variables.
+
+    Ray starts such a process through a shell, with the path of its Python unquoted: a path with a space has to come quoted.
+    """
+    quoted = shlex.quote(sys.executable)
+    python = {} if quoted == sys.executable else {"py_executable": quoted}
+    return {"env_vars": dict(environment), **python}
 
 
 def of_coordinator() -> dict[str, Any]:
