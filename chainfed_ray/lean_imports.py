@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import utils
 
@@ -13,9 +14,10 @@ def without_scipy() -> Iterator[None]:
     The code of every model imports the losses of object detection, and these import SciPy wherever it is installed (Opacus
     brings it): 33 MiB that no client uses. So the code of a client's model has to be imported in this block for the first time.
     """
-    told = utils.is_scipy_available
-    utils.is_scipy_available = lambda: False
+    asked: Any = utils  # the losses ask it for `is_scipy_available`
+    told = asked.is_scipy_available
+    asked.is_scipy_available = lambda: False
     try:
         yield
     finally:
-        utils.is_scipy_available = told
+        asked.is_scipy_available = told
