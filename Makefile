@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST = .venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve ops test check format clean
+.PHONY: help demo serve ops test check lowest format clean
 
 help:  ## what there is to do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -32,9 +32,17 @@ check: .venv/.installed  ## lint, types and the fast tests
 	.venv/bin/mypy
 	$(PYTEST) -m 'not slow'
 
+lowest:  ## the fast tests with the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet uv
+	.venv-lowest/bin/pip install --quiet --no-deps -c constraints.txt torch
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct -e '.[demo,plots,postgresql]'
+	.venv-lowest/bin/pip install --quiet -e '.[dev]'
+	.venv-lowest/bin/pytest -m 'not slow'
+
 format: .venv/.installed  ## put the code into its form
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
 clean:  ## remove the environment and the caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -8,7 +8,7 @@ from rich.console import Console
 from chainfed_ray.api.client import ServiceClient
 from chainfed_ray.api.following import follow
 from chainfed_ray.api.local_service import free_port, local_service
-from chainfed_ray.api.plots import draw
+from chainfed_ray.api.pictures import NOT_DRAWN, draw_if_possible
 from chainfed_ray.api.results import results
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.config import JobSpec
@@ -67,9 +67,11 @@ def _story(
     opening, rounds, ending = follow(client, job, spec, console)
     console.print("[bold]4.[/bold] The result.")
     console.print(results(spec, opening, rounds, ending))
-    plots = draw(out / "plots", opening, rounds, ending, spec.chain.cka_threshold)
+    plots = draw_if_possible(out / "plots", opening, rounds, ending, spec.chain.cka_threshold)
     for plot in plots:
         console.print(f"   plot: {plot}")
+    if not plots:
+        console.print(f"   {NOT_DRAWN}", markup=False)
     record = client.job(job)
     console.print(f"[bold]5.[/bold] POST /v1/classify: three sentences for the model {record['model']}.")
     answers = client.classify(record["model"], list(_QUESTIONS))["results"]

@@ -16,7 +16,7 @@ from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.doctor import look, why_not
 from chainfed_ray.cluster.offload_run import OFFLOAD, RUN_ENVIRONMENT, START_SECONDS, EvaluationRun, Order, Run, State
 from chainfed_ray.cluster.offload_worker import Work, sent
-from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller
+from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller, runtime_env
 from chainfed_ray.demand import Costs
 from chainfed_ray.errors import EvaluationFailed, InvalidSetting
 from chainfed_ray.evaluator import Evaluated, Evaluator, Sets
@@ -118,7 +118,7 @@ class OffloadedEvaluator:
             lifetime="detached",
             # Each worker waits in one call, and tells that it is alive in others.
             max_concurrency=2 * self._workers + 4,
-            runtime_env={"env_vars": RUN_ENVIRONMENT},
+            runtime_env=runtime_env(RUN_ENVIRONMENT),
         ).remote(made)
         self._number, self._over = 0, Event()
         Thread(target=_signs_of_life, args=(self._run, self._over), daemon=True).start()

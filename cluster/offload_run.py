@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from chainfed_ray.cluster.resources import of_evaluation
+from chainfed_ray.cluster.resources import of_evaluation, runtime_env
 from chainfed_ray.measure import ENVIRONMENT
 from chainfed_ray.removal import remove_when_this_process_ends
 
@@ -176,7 +176,7 @@ class EvaluationRun:
                     name=run.name,
                     storage_path=folder,
                     failure_config=configs.FailureConfig(max_failures=0, controller_failure_limit=0),
-                    worker_runtime_env={"env_vars": {**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}},
+                    worker_runtime_env=runtime_env({**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}),
                 ),
             ).fit()
             over = why_over(self._reasons, None)

@@ -9,7 +9,7 @@ import pytest
 
 from chainfed_ray.config import JobSpec
 from chainfed_ray.sections import Section
-from tests.project import ROOT
+from tests.project import ROOT, files_of
 
 FORBIDDEN = {
     "chainfed_ray": {"ray", "fastapi", "deepspeed", "chainfed_ray.cluster", "chainfed_ray.api"},
@@ -39,11 +39,6 @@ def package(name: str) -> str:
     """``chainfed_ray.api`` and ``chainfed_ray.cluster`` are the folders ``api`` and ``cluster``."""
     first, second = (*name.split("."), "")[:2]
     return f"{first}.{second}" if first == "chainfed_ray" and second in ("api", "cluster") else first
-
-
-def files_of(folder: str) -> list[Path]:
-    """Its Python files; those of the folders that ``chainfed_ray`` has links to are theirs."""
-    return [path for path in (ROOT / folder).rglob("*.py") if path.resolve().relative_to(ROOT).parts[0] == folder]
 
 
 @pytest.mark.parametrize("folder", FORBIDDEN)
