@@ -18,14 +18,12 @@ import yaml
 from chainfed_ray.commit_log import CommitLog
 from tests.project import FOLDERS, ROOT, files_of
 
-_FOLDERS = tuple(FOLDERS)
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built of a copy: building leaves files in the folder."""
     source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for folder in _FOLDERS:
+    for folder in FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
