@@ -25,6 +25,15 @@ from tests.models import tiny
 
 torch.set_num_threads(1)
 
+# Files of tests that start Ray: here, or in the service.
+WITH_RAY = (
+    "test_cohort_ray.py",
+    "test_forecast.py",
+    "test_offload.py",
+    "test_privacy_ray.py",
+    "test_ray_pool.py",
+    "test_service.py",
+)
 _WORDS = {
     "sea": ("wave", "salt", "ship", "tide"),
     "sky": ("cloud", "star", "wind", "bird"),
@@ -126,21 +135,23 @@ def ray_pool(shared_pool: RayPool) -> RayPool:
     return shared_pool
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes run tests, a file is run by one; and all that start Ray are, so that they share its cluster.
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes run tests, a file is run by one, and all files that start Ray are, so that they share it."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    Files that take long come first, so that no process is left alone with one at the end.
-    """
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if Path(file).name in WITH_RAY else file
 
-    def place(item: pytest.Item) -> int:
-        return 0 if with_ray[item.path] else 1 if slow[item.path] else 2
+    return ByFile(config, log)
 
-    with_ray, slow = dict[Path, bool](), dict[Path, bool]()
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that at the end no process is left alone with one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
     for item in items:
-        names = getattr(item, "fixturenames", ())
-        with_ray[item.path] = with_ray.get(item.path, False) or "cluster" in names or "service" in names
-        slow[item.path] = slow.get(item.path, False) or item.get_closest_marker("slow") is not None
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group("ray" if with_ray[item.path] else item.path.stem))
-        items.sort(key=place)
+        starts_ray = {"cluster", "service"} & set(getattr(item, "fixturenames", ()))
+        assert item.path.name in WITH_RAY or not starts_ray, f"{item.path.name} is missing in WITH_RAY of conftest.py"
+    items.sort(key=lambda item: (item.path.name not in WITH_RAY, item.path not in slow))
