@@ -77,13 +77,16 @@ def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path) ->
     document["chain"] |= {"start": "auto", "cka_threshold": 0.8, "head": "fitted"}
     job = a_job(document, tmp_path)
     local, expected = run(job, tmp_path / "local")
-    pool = RayPool(job.base, slots=2)
+    notes: list[str | None] = []
+    pool = RayPool(job.base, 2, notes.append)
     try:
         distributed, found = run(job, tmp_path / "ray", pool)
     finally:
         pool.close()
     assert _untimed(local.open()) == _untimed(distributed.open())
     assert_same(found, expected)
+    assert notes[0] == "waiting for 2 of 2 processes"
+    assert notes[-1] is None
 
 
 def test_a_killed_client_costs_its_turn_and_the_job_goes_on(document: dict[str, Any], tmp_path: Path) -> None:
