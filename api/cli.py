@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -17,6 +17,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.table import Column, Table
 
+from chainfed_ray.activity import Reporter
 from chainfed_ray.api.client import ServiceClient
 from chainfed_ray.api.pictures import NOT_DRAWN, check_drawing, draw_if_possible
 from chainfed_ray.cluster.storage import Settings, Storage
@@ -67,7 +68,8 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
     goes_on = _if_interrupted("Interrupted. The same command goes on where it was.")
     with goes_on, Progress(_progress, spec.name, spec) as progress:
         opening, rounds, ending, result = train(spec, folder, Settings(Storage.at(out)), progress)
-    plots = draw_if_possible(folder / "plots", opening, rounds, ending, spec.chain.cka_threshold)
+        Reporter("drawing the plots", progress.listen).begin()
+        plots = draw_if_possible(folder / "plots", opening, rounds, ending, spec.chain.cka_threshold)
     made = f"The model is in {folder / 'model'}."
     drawn = f"{len(plots)} plots are in {folder / 'plots'}." if plots else NOT_DRAWN
     _answer(as_json, result.model_dump(mode="json"), results(spec, opening, rounds, ending), made, drawn)
@@ -84,12 +86,12 @@ def plan(
     if picture:
         check_drawing()
 
+    from chainfed_ray.api.activity_display import ActivityDisplay
     from chainfed_ray.api.forecast_table import forecast_table
     from chainfed_ray.dry_run import dry_run
 
-    _progress.print(f"Reading the data of {spec.name}, planning its clients and timing a few steps.")
-    with _if_interrupted("Interrupted."):
-        found = dry_run(spec, at_once=min(Settings.client_slots, os.cpu_count() or 1))  # a turn takes one core
+    with _if_interrupted("Interrupted."), ActivityDisplay(_progress) as listen:
+        found = dry_run(spec, min(Settings.client_slots, os.cpu_count() or 1), listen)  # a turn takes one core
     words: list[RenderableType] = [forecast_table(found)]
     if picture:
         from chainfed_ray.api.forecast_picture import png
@@ -106,11 +108,14 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run the service on this machine until it is interrupted. Jobs that were running go on when it starts again."""
+    from chainfed_ray.api.activity_display import ActivityDisplay
     from chainfed_ray.api.local_service import local_service
 
     settings = Settings.from_environment()
-    _progress.print(f"Starting Ray and the REST API; jobs and models are kept in {settings.storage.root}.")
-    with local_service(settings, host, port) as address:
+    _progress.print(f"Jobs and models are kept in {settings.storage.root}.")
+    with ExitStack() as until_interrupted:
+        with ActivityDisplay(_progress) as listen:
+            address = until_interrupted.enter_context(local_service(settings, host, port, listen))
         ready = {"status": "ready", "address": address, "storage": str(settings.storage.root)}
         _answer(as_json, ready, f"The service answers at {address} (routes: {address}/docs). Ctrl-C ends it.")
         with suppress(KeyboardInterrupt):
@@ -127,8 +132,11 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Send a job to the service."""
-    client = ServiceClient(address)
-    record = client.submit(read_job(job).document())
+    from chainfed_ray.api.activity_display import ActivityDisplay
+
+    client, document = ServiceClient(address), read_job(job).document()
+    with ActivityDisplay(_progress) as listen:
+        record = client.submit(document, listen)
     queued = f"Job {record['id']} is queued; `chainfed watch {record['id']}` follows it."
     if watch:
         _progress.print(queued)
@@ -220,6 +228,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Tell what this machine can do, and how to get the rest. It fails if DeepSpeed cannot evaluate here."""
+    from chainfed_ray.api.activity_display import ActivityDisplay
     from chainfed_ray.api.doctor_table import doctor_table, verdict
     from chainfed_ray.cluster.doctor import findings, is_possible, look
     from chainfed_ray.cluster.ops import build_ops, ops_folder
@@ -227,8 +236,9 @@ def doctor(
     storage = os.environ.get("CHAINFED_STORAGE") or "chainfed-data"
     scratch = Path(os.environ.get("CHAINFED_SCRATCH") or f"{storage}/scratch").absolute()
     if build:
-        _progress.print(f"Compiling DeepSpeed's libraries into {ops_folder()}; this takes minutes, once.")
-        with _if_interrupted("Interrupted. The same command begins again."):
+        _progress.print(f"DeepSpeed's libraries are compiled into {ops_folder()}; this takes minutes, once.")
+        with _if_interrupted("Interrupted. The same command begins again."), ActivityDisplay(_progress) as listen:
+            Reporter("compiling DeepSpeed's libraries", listen).begin()
             build_ops(ops_folder())
     found = findings(look(scratch))
     possible = is_possible(found)

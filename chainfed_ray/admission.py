@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.chain import Window
 from chainfed_ray.demand import Costs
 from chainfed_ray.memory import Means, Plan, Task, cache_bytes, lacking, leaner, plan
@@ -83,7 +84,7 @@ class Admission:
     width: int
 
 
-def admit(planner: Planner, candidates: Iterable[Candidate], width: int) -> Admission:
+def admit(planner: Planner, candidates: Iterable[Candidate], width: int, listen: Listener = nobody) -> Admission:
     """Plan for the chain's lowest window, which has the most adapters above it and so needs the most memory of all.
 
     Q is ``width``, or as many adapters as the client with the most memory can train together.
@@ -91,7 +92,9 @@ def admit(planner: Planner, candidates: Iterable[Candidate], width: int) -> Admi
     candidates = tuple(candidates)
     for narrower in range(width, 0, -1):
         stage = Window(planner.task.start, planner.task.start + narrower - 1)
-        plans = [(candidate, planner.plan(candidate, stage)) for candidate in candidates]
+        reporter = Reporter(f"planning the clients with windows of {narrower}", listen)
+        each = reporter.each(candidates, len(candidates), "clients")
+        plans = [(candidate, planner.plan(candidate, stage)) for candidate in each]
         admitted = tuple((candidate, plan) for candidate, plan in plans if plan)
         if narrower == 1 or any(len(plan.window) == narrower for _, plan in admitted):
             left_out = tuple((candidate, planner.lacking(candidate, stage)) for candidate, plan in plans if not plan)

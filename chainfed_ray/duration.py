@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.admission import Candidate
 from chainfed_ray.chain import Chain, Window
@@ -50,14 +51,14 @@ class Duration:
     micro_steps: Mapping[str, float]
 
 
-def duration(job: Job, at_once: int) -> Duration:
+def duration(job: Job, at_once: int, listen: Listener = nobody) -> Duration:
     """About how long ``job`` takes where ``at_once`` clients train at a time; somebody has to take part."""
-    evaluations = judging_seconds(
-        job
-    )  # first: turns make this process give freed memory back at once, which takes time
+    Reporter("timing an evaluation", listen).begin()
+    # First: turns make this process give freed memory back at once, which takes time.
+    evaluations = judging_seconds(job)
     warm_up(job.base)
     typical = {name: _median(members) for name, members in _by_class(job).items()}
-    paces = _paces(job, typical)
+    paces = _paces(job, typical, Reporter("timing turns of each class", listen))
     micro_steps = {
         name: paces[name].step * min(plan.micro_batch, len(candidate.examples)) / candidate.speed
         for name, (candidate, plan) in typical.items()
@@ -77,11 +78,11 @@ def _median(members: list[tuple[Candidate, Plan]]) -> tuple[Candidate, Plan]:
     return sorted(members, key=lambda member: len(member[0].examples))[len(members) // 2]
 
 
-def _paces(job: Job, typical: Mapping[str, tuple[Candidate, Plan]]) -> dict[str, Pace]:
+def _paces(job: Job, typical: Mapping[str, tuple[Candidate, Plan]], reporter: Reporter) -> dict[str, Pace]:
     """The pace of each class; classes that are planned alike share a measurement."""
     measured: dict[tuple[object, ...], Pace] = {}
     paces = {}
-    for name, (candidate, plan) in typical.items():
+    for name, (candidate, plan) in reporter.each(typical.items(), len(typical), "classes"):
         way = (plan.window, plan.micro_batch, plan.grain, plan.spilled, plan.prefix.batch, plan.prefix.grain)
         if way not in measured:
             measured[way] = pace_of(job, as_client(candidate, plan, plan.planned_bytes))

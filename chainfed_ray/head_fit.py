@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import cross_entropy, layer_norm, linear, pad
 
+from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.aggregate import check_update
 from chainfed_ray.chain import Window
@@ -31,7 +32,9 @@ class FittedHead(NamedTuple):
     record: HeadFit
 
 
-def fit_head(job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitting) -> FittedHead:
+def fit_head(
+    job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitting, reporter: Reporter = SILENT
+) -> FittedHead:
     """Ask ``clients`` for their sums, add them up in client order, and settle the rest on the job's validation rows."""
     deadline = deadline_of_all(job, len(clients))
     stack = AdapterStack.from_tensors(order.tensors)
@@ -42,7 +45,8 @@ def fit_head(job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitti
         expected = ClassSums.zeros(*shape).tensors()
     cpu_seconds: list[float] = []  # of each client whose sums count; the sums themselves are not kept
     lost: list[Lost] = []
-    for place, result in in_order(pool.run(clients, order, deadline), len(clients)):
+    outcomes = reporter.each(pool.run(clients, order, deadline), len(clients), "clients")
+    for place, result in in_order(outcomes, len(clients)):
         client = clients[place]
         try:
             found = _checked(client, result, expected)
@@ -56,7 +60,7 @@ def fit_head(job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitti
                 sums, seconds = found
                 total.add(sums)
                 cpu_seconds.append(seconds)
-    head, score = _head(total, stack, order.window, job.validation, job.base) if cpu_seconds else ({}, None)
+    head, score = _head(total, stack, order.window, job.validation, job.base, reporter) if cpu_seconds else ({}, None)
     record = HeadFit(
         clients=len(cpu_seconds),
         examples=int(total.counts.sum()),
@@ -75,11 +79,11 @@ def deadline_of_all(job: Job, clients: int) -> float:
 
 
 def _head(
-    total: ClassSums, stack: AdapterStack, window: Window, held_out: Examples, base: BaseModel
+    total: ClassSums, stack: AdapterStack, window: Window, held_out: Examples, base: BaseModel, reporter: Reporter
 ) -> tuple[Tensors, Score | None]:
     """The head's tensors, and its score on ``held_out`` examples; none if no classifier follows from the sums."""
     with one_thread():
-        means, labels = pooled(held_out, base, base.scratch / "(validation)", stack, window)
+        means, labels = pooled(held_out, base, base.scratch / "(validation)", stack, window, reporter)
         hidden = means.shape[-1]
         features = layer_norm(means, (hidden,)).flatten(1)
         found = fitted(total, features, labels)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.features import FeatureWriter, PooledFeatures
@@ -112,14 +113,17 @@ class PrefixCache:
         self._row_bytes = self.width * runner.blocks.dtype.itemsize
         folder.mkdir(parents=True, exist_ok=True)
 
-    def at(self, layer: int, stack: AdapterStack, keep: int | None = None) -> "CachedActivations":
+    def at(
+        self, layer: int, stack: AdapterStack, keep: int | None = None, reporter: Reporter = SILENT
+    ) -> "CachedActivations":
         """u of ``layer``: made from the highest layer at hand below it. Others are forgotten, but for those that come again:
         of the layer ``keep`` and of the chain's lowest, below which nothing ever changes.
         """
         have = self._highest_at_hand(layer, stack)
         lasting = {keep, min(stack.layers, default=layer)}
         self.forget_all_but({have, *lasting}, stack)
-        for index, module in self._runner.layers(range(have + 1, layer + 1)):
+        missing = range(have + 1, layer + 1)
+        for index, module in reporter.each(self._runner.layers(missing), len(missing), "layers"):
             self._write(index, module, stack)
             del module  # before the next but one is loaded
             self.forget_all_but({index, *lasting}, stack)

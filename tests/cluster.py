@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import ray
 
+from chainfed_ray.activity import Note
 from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.ops import are_built, ops_folder
 from chainfed_ray.cluster.ray_pool import RayPool
@@ -33,9 +34,9 @@ def one_machine() -> Iterator[None]:
 
 
 @contextmanager
-def a_pool(base: BaseModel, slots: int) -> Iterator[RayPool]:
+def a_pool(base: BaseModel, slots: int, note: Note = lambda words: None) -> Iterator[RayPool]:
     """A pool with processes of its own."""
-    pool = RayPool(base, slots)
+    pool = RayPool(base, slots, note)
     try:
         yield pool
     finally:

@@ -18,6 +18,7 @@ import ray
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from chainfed_ray.activity import Activity, Listener, nobody
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import BaseModel
@@ -105,11 +106,14 @@ def assert_equal(found: Judgement, expected: Judgement) -> None:
 
 
 @contextmanager
-def evaluator(base: BaseModel, family: str, workers: int = 1) -> Iterator[OffloadedEvaluator]:
+def evaluator(
+    base: BaseModel, family: str, workers: int = 1, listen: Listener = nobody
+) -> Iterator[OffloadedEvaluator]:
     blocks = Blocks(base.folder, base.dtype)
     costs = costs_of(blocks, 16, _CLASSES if family == "bert" else None)
     blocks.close()
-    made = make_evaluator(base, costs, {"test": examples_of(family)}, workers=workers, batch_size=_BATCH)
+    sets = {"test": examples_of(family)}
+    made = make_evaluator(base, costs, sets, workers=workers, batch_size=_BATCH, listen=listen)
     assert isinstance(made, OffloadedEvaluator), made
     try:
         yield made
@@ -143,7 +147,8 @@ def test_offloaded_is_plain_evaluation(
     base, examples = BaseModel(models[family], dtype, tmp_path), examples_of(family)
     found: list[Evaluated] = []
     processes: list[list[int]] = []
-    with evaluator(base, family, count) as offloaded:
+    heard: list[Activity] = []
+    with evaluator(base, family, count, heard.append) as offloaded:
         for seed in (0, 1):
             found.append(offloaded.judge(stack_of(family, seed), "test"))
             processes.append(sorted(process.pid for process in training(workers())))
@@ -159,6 +164,9 @@ def test_offloaded_is_plain_evaluation(
         assert evaluated.process_bytes > 100 * 2**20, "with its libraries"
     assert not torch.equal(found[0].judgement.losses, found[1].judgement.losses)
     assert processes[0] == processes[1], "the model was loaded once"
+    whats = list(dict.fromkeys(activity.what for activity in heard))
+    assert (whats[0], whats[-1]) == ("starting the processes of DeepSpeed", "evaluating the whole model (test)")
+    assert all(activity.total is None or 0 <= activity.done <= activity.total for activity in heard)
     assert len(processes[0]) == count
     assert is_gone(base)
     wait_for(lambda: not workers(), "end of the workers")
@@ -322,10 +330,14 @@ def test_a_disk_too_small_fails_the_evaluation_in_words(models: dict[str, Path],
         if not mounted:
             pytest.skip("a small disk may not be mounted here")
         base = BaseModel(models["bert"], torch.float32, tmp_path / "disk")
-        offloaded = OffloadedEvaluator(base, {"test": examples_of("bert")}, 64 * 2**20, 1, _BATCH)
+        offloaded = OffloadedEvaluator(
+            base, _SIZES["num_hidden_layers"], {"test": examples_of("bert")}, 64 * 2**20, 1, _BATCH
+        )
         with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*needed"):
             offloaded.judge(stack_of("bert", 0), "test")
-        both = OffloadedEvaluator(base, {"test": examples_of("bert")}, 64 * 2**20, 2, _BATCH)
+        both = OffloadedEvaluator(
+            base, _SIZES["num_hidden_layers"], {"test": examples_of("bert")}, 64 * 2**20, 2, _BATCH
+        )
         with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*, 36\.\dMiB needed"):
             both.judge(stack_of("bert", 0), "test")  # the disk of one machine is for both
         blocks = Blocks(base.folder, base.dtype)

@@ -346,7 +346,7 @@ def test_a_job_that_failed_in_the_service_keeps_no_secret(plain: Job, tmp_path: 
         job = store.submit(JobSpec.parse(document)).id
         store.move(job, "running")
         with_secret(bytes(32), storage.job(job))
-        run_job(job, storage, lambda made: LocalPool(made.base))
+        run_job(job, storage, lambda made, note: LocalPool(made.base))
         assert store.get(job).status == "failed"
     finally:
         store.close()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chainfed_ray.activity import Activity, Listener, nobody
 from chainfed_ray.api.client import Document, ServiceClient
 from chainfed_ray.api.fleet import by_class
 from chainfed_ray.api.following import follow
@@ -41,7 +42,7 @@ class Queue(ServiceClient):
         super().__init__("http://127.0.0.1:1")
         self._before, self._mine = before, mine
 
-    def follow(self, job: str) -> Iterator[Document]:
+    def follow(self, job: str, listen: Listener = nobody) -> Iterator[Document]:
         yield from ({"kind": kind, "data": {}} for kind in ("queued", "cancelled"))
 
     def jobs(self, limit: int = 50) -> list[Document]:
@@ -173,6 +174,24 @@ def test_the_panel_of_a_terminal() -> None:
     for cells in ("0 1 [2][3] 4  5", "phone"):
         assert cells in text
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_a_terminal_shows_what_goes_on_in_one_line_above_the_panel() -> None:
+    opening, paper = an_opening(), a_console()
+    progress = Progress(a_console(terminal=True), "tiny", SPEC)
+    told(progress, opening, [a_round(0, opening)])
+    for what in ("round 2 of 20: training", "a long story " * 20):
+        progress.listen(Activity(what=what, done=2, total=4, unit="clients", seconds_left=7.9))
+        paper.print(progress.drawn())
+        line, title, *panel = paper.export_text().splitlines()
+        assert line.lower().startswith(what[:60])
+        assert title.startswith("╭─ tiny")
+        assert all(len(shown) <= 80 for shown in (line, title, *panel))
+        if "round" in what:
+            assert line == "Round 2 of 20: training: 2 of 4 clients, 0s so far, about 8s left"
+    progress.round(a_round(1, opening))
+    paper.print(progress.drawn())
+    assert not paper.export_text().splitlines()[0].strip(), "a round ends what went on"
 
 
 def test_time_left_is_that_of_the_rounds_still_possible() -> None:

@@ -27,13 +27,17 @@ def _untimed(opening: Opening) -> Opening:
     return opening.model_copy(update={"profile_cpu_seconds": 0.0})
 
 
-def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path, ray_pool: RayPool) -> None:
+def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"] |= {"start": "auto", "cka_threshold": 0.8, "head": "fitted"}
     job = a_job(document, tmp_path)
     local, expected = run(job, tmp_path / "local")
-    distributed, found = run(job, tmp_path / "ray", ray_pool)
+    notes: list[str | None] = []
+    with a_pool(job.base, 2, notes.append) as pool:
+        distributed, found = run(job, tmp_path / "ray", pool)
     assert _untimed(local.open()) == _untimed(distributed.open())
     assert_same(found, expected)
+    assert notes[0] == "waiting for 2 of 2 processes"
+    assert notes[-1] is None
 
 
 def test_a_turn_that_exceeds_its_plan_is_stopped_and_its_process_goes_on(

@@ -21,6 +21,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from chainfed_ray.activity import Activity
 from chainfed_ray.api.client import ServiceClient
 from chainfed_ray.api.following import follow
 from chainfed_ray.api.local_service import free_port
@@ -136,7 +137,11 @@ def test_a_language_model_from_its_chats_to_its_words(service: Running, storage:
             "rounds": {"total": 4, "clients": 2, "batch_size": 8, "learning_rate": 0.02},
         }
     )["id"]
-    events = list(service.client.follow(job))
+    heard: list[Activity] = []
+    events = list(service.client.follow(job, heard.append))
+    assert {activity.what for activity in heard} >= {"starting the process of the coordinator"}
+    assert any(activity.total and 0 <= activity.done <= activity.total for activity in heard)
+    assert service.client.job(job)["activity"] is None
     assert events[-1]["kind"] == "succeeded"
     judged = [found for event in events if (found := event["data"].get("evaluation"))]
     assert len(judged) == 3, "after each of two stages, and at the end on the test rows"
