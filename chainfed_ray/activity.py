@@ -27,7 +27,7 @@ class Activity(BaseModel):
     note: str | None = Field(None, description="what it waits for, in words; null if nothing is to be said")
     since: datetime = Field(default_factory=lambda: datetime.now(UTC), description="when it began: ISO 8601, UTC")
     seconds_left: float | None = Field(
-        None, description="an estimate, from what the parts took that are done; null where none is"
+        None, description="an estimate, from what the parts took that are done; null until some are"
     )
 
 
@@ -59,10 +59,15 @@ class Reporter:
     def count(self, total: int, unit: str) -> Callable[[int], None]:
         """Tell of work of ``total`` parts, of which none is done. Call what is given with the number of those that are."""
         begun, started = Activity(what=self.what, total=total, unit=unit), perf_counter()
+        first = 0
 
         def tell(done: int) -> None:
+            nonlocal first
             done = min(done, total)
-            left = (perf_counter() - started) / done * (total - done) if done else None
+            first = first or done
+            # Until the first part is done processes may have to start: it says little of the others.
+            known = first < done or done == total
+            left = (perf_counter() - started) / done * (total - done) if known else None
             self.listen(begun.model_copy(update={"done": done, "seconds_left": left}))
 
         self.listen(begun)

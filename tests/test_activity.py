@@ -45,6 +45,19 @@ def test_no_more_is_done_than_there_is_and_in_the_end_all_of_it(sizes: list[int]
         assert (done[0], done[-1], heard[0].seconds_left, heard[-1].seconds_left) == (0, total, None, 0.0)
 
 
+def test_what_is_left_is_estimated_by_what_is_done() -> None:
+    """Once more than the first part is: until then processes may have to start."""
+    heard: list[Activity] = []
+    tell = Reporter("counting", heard.append).count(4, "rows")
+    for done in range(5):
+        tell(done)
+    first, *none, third, fourth, last = [activity.seconds_left for activity in heard]
+    assert (first, none, last) == (None, [None, None], 0.0)
+    assert third is not None
+    assert fourth is not None
+    assert third > 0 < fourth
+
+
 def test_what_is_counted_wrongly_is_not_told_wrongly() -> None:
     heard: list[Activity] = []
     assert list(Reporter("counting", heard.append).each("abc", 2, "rows")) == ["a", "b", "c"]
