@@ -1,0 +1,84 @@
+"""``python -m benchmarks first-round``: how long a job takes from its command to its first round, and with what."""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from datetime import date
+from pathlib import Path
+from time import time
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cell_process import Row
+from benchmarks.corpora import NAMES, named
+from chainfed_ray.activity import Activity
+from chainfed_ray.api.progress import Progress
+from chainfed_ray.api.training import folder_of, train
+from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.config import JobSpec
+
+
+class _FirstRound(Exception):
+    """It begins."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("--dataset", choices=NAMES, default="banking77")
+    parser.add_argument("--base", default="builtin:minilm", metavar="MODEL", help="as model.base of a job")
+    parser.add_argument("--clients", type=int, default=20, help="each with 64MiB")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into this file")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run a job with the defaults on a Ray of its own until its first round begins; print what it was busy with until then."""
+    corpus = named(options.dataset)
+    spec = JobSpec.parse(
+        {
+            "name": corpus.name.replace("_", "-"),
+            "model": {"base": options.base},
+            "data": {**corpus.sources, "max_length": corpus.max_length},
+            "fleet": {"clients": [{"name": "phone", "count": options.clients, "memory": "64MiB"}]},
+        }
+    )
+    rows = _rows(spec)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    Console(highlight=False).print(_table(rows))
+    print(f"{platform.machine()}, {os.cpu_count()} cores; {date.today()}")
+
+
+def _rows(spec: JobSpec) -> list[Row]:
+    """Each activity, and how many seconds after the command it began."""
+    command = psutil.Process().create_time()
+    began: dict[str, float] = {}
+
+    class Watch(Progress):
+        """Notes when each activity begins, and ends the job with its first round."""
+
+        def listen(self, activity: Activity) -> None:
+            began.setdefault(activity.what, time() - command)
+            if activity.what.startswith("round 1 "):
+                raise _FirstRound
+
+    with tempfile.TemporaryDirectory(prefix="chainfed-") as folder:
+        out = Path(folder)
+        try:
+            with Watch(Console(stderr=True, quiet=True), spec.name, spec) as watch:
+                train(spec, folder_of(out, spec), Settings(Storage.at(out)), watch)
+        except _FirstRound:
+            pass
+    return [{"activity": what, "began_seconds": round(seconds, 1)} for what, seconds in began.items()]
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table("activity", box=None, header_style="bold", pad_edge=False)
+    table.add_column("began after", justify="right")
+    for row in rows:
+        table.add_row(row["activity"], f"{row['began_seconds']:.1f} s")
+    return table
