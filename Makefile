@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST = .venv/bin/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve ops test check lowest format clean
+.PHONY: help demo serve ops image test check lowest format clean
 
 help:  ## what there is to do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -22,6 +22,13 @@ serve: .venv/.installed  ## the service on this machine, until Ctrl-C
 
 ops: .venv/.installed  ## compile DeepSpeed's libraries for evaluation with offloading, once
 	.venv/bin/chainfed doctor --build
+
+IMAGE ?= chainfed-ray:0.1.0
+ENGINE ?= $(shell docker info > /dev/null 2>&1 && echo docker || command -v buildah)
+
+image:  ## the image for Kubernetes, by docker or buildah; BUILD='--build-arg …' adds options
+	@test -n "$(ENGINE)" || { echo "An image is built by docker or buildah, and neither is here: apt-get install -y buildah." >&2; exit 1; }
+	BUILDAH_LAYERS=$${BUILDAH_LAYERS:-true} $(ENGINE) build --tag $(IMAGE) $(BUILD) .
 
 test: .venv/.installed  ## every test, in two processes
 	$(PYTEST) --durations=10

@@ -223,7 +223,7 @@ def complete(
 @app.command()
 def doctor(
     build: Annotated[
-        bool, typer.Option("--build", help="compile DeepSpeed's libraries, once; it takes minutes")
+        bool, typer.Option("--build", help="compile DeepSpeed's libraries, once; it takes a minute or two")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -236,7 +236,7 @@ def doctor(
     storage = os.environ.get("CHAINFED_STORAGE") or "chainfed-data"
     scratch = Path(os.environ.get("CHAINFED_SCRATCH") or f"{storage}/scratch").absolute()
     if build:
-        _progress.print(f"DeepSpeed's libraries are compiled into {ops_folder()}; this takes minutes, once.")
+        _progress.print(f"Compiling DeepSpeed's libraries into {ops_folder()}; this takes a minute or two, once.")
         with _if_interrupted("Interrupted. The same command begins again."), ActivityDisplay(_progress) as listen:
             Reporter("compiling DeepSpeed's libraries", listen).begin()
             build_ops(ops_folder())

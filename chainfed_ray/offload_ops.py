@@ -10,11 +10,16 @@ from types import ModuleType
 OPS = ("pin_memory", "async_io")
 
 
+def library(name: str, folder: Path) -> Path:
+    """Where the library called ``name`` is, of those that were compiled into ``folder``."""
+    return folder / f"{name}.so"
+
+
 def load_op(name: str, folder: Path) -> ModuleType:
     """The library called ``name``, which was compiled into ``folder``; loaded once in a process."""
     if name in sys.modules:
         return sys.modules[name]
-    path = folder / name / f"{name}.so"
+    path = library(name, folder)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec
     assert spec.loader

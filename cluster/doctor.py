@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chainfed_ray.cluster.ops import are_built, ops_folder, stale_locks
+from chainfed_ray.cluster.ops import are_built, ops_folder
 from chainfed_ray.measure import status_line
 from chainfed_ray.quantities import format_bytes
 
@@ -35,7 +35,6 @@ class Machine:
     library: bool  # libaio itself
     ops: Path  # the folder of DeepSpeed's compiled libraries
     built: bool
-    stale_locks: tuple[Path, ...]
     lockable: int | None  # bytes of memory that a process may lock; None: as many as it likes
     scratch: Path
     direct: bool  # whether files there may be read and written past the page cache
@@ -85,7 +84,6 @@ def look(
         library=_loads(library),
         ops=ops,
         built=are_built(ops),
-        stale_locks=tuple(stale_locks(ops)),
         lockable=_lockable(),
         scratch=scratch,
         direct=_is_direct(_existing(scratch)),
@@ -96,7 +94,6 @@ def look(
 def findings(machine: Machine, lock: int = _USUAL_LOCK, disk: int = _USUAL_DISK) -> list[Finding]:
     """What an evaluation by DeepSpeed needs that locks ``lock`` bytes of memory and keeps ``disk`` bytes on a disk."""
     lockable, built = machine.lockable, machine.built
-    locks = ", ".join(str(lock) for lock in machine.stale_locks)
     return [
         Finding(
             "libaio",
@@ -147,13 +144,6 @@ def findings(machine: Machine, lock: int = _USUAL_LOCK, disk: int = _USUAL_DISK)
             machine.header is not None,
             machine.header or "no libaio.h",
             "apt-get install -y libaio-dev",
-            needed=not built,
-        ),
-        Finding(
-            "stale locks",
-            not locks,
-            locks or "none",
-            "chainfed doctor --build (it removes them)",
             needed=not built,
         ),
     ]

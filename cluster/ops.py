@@ -1,23 +1,26 @@
 """DeepSpeed's libraries for reading and writing disks, compiled in a step of their own: never while a job waits.
 
-They belong to one version of Python, torch and DeepSpeed, and have a folder for each. A compilation that was killed leaves a
-``lock`` for which DeepSpeed would wait for ever. Whoever holds our own lock, which the kernel takes back, knows it is stale.
+They belong to one version of Python, torch and DeepSpeed, and have a folder for each. They are compiled in a temporary folder
+and moved to their place when they are whole: nothing that a killed compilation left is taken for a library, or waited for.
 """
 
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from chainfed_ray.errors import InvalidSetting, OpsNotBuilt
-from chainfed_ray.offload_ops import OPS
+from chainfed_ray.offload_ops import OPS, library
 
-_BUILT, _OURS = "built", "building"
+_TEMPORARY = "compiling-"
 
 
 def ops_folder(environment: Mapping[str, str] = os.environ) -> Path:
@@ -35,55 +38,50 @@ def ops_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def are_built(folder: Path) -> bool:
-    """Whether all of them are there, whole."""
-    return (folder / _BUILT).exists() and all((folder / name / f"{name}.so").exists() for name in OPS)
-
-
-def stale_locks(folder: Path) -> list[Path]:
-    """The locks of compilations that are over, and did not end well."""
-    locks = [folder / name / "lock" for name in OPS]
-    found = [lock for lock in locks if lock.exists()]
-    if not found:
-        return []
-    try:
-        with _alone(folder, wait=False) as alone:
-            return found if alone else []
-    except OSError:  # it cannot be written to, so nobody compiles there
-        return found
+    """Whether all of them are there."""
+    return all(library(name, folder).exists() for name in OPS)
 
 
 def build_ops(folder: Path) -> None:
-    """Compile them, unless they are there; it takes minutes. One process at a time, another waits for it.
+    """Compile them, unless they are there; it takes a minute or two. One process at a time, another waits for it.
 
     Raises:
         OpsNotBuilt: the compiler failed, or there is none.
     """
+    if are_built(folder):  # perhaps where nothing can be written, as in the image
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _OURS).touch()
+        with _alone(folder):
+            if are_built(folder):  # by the one that had the lock before
+                return
+            for left in folder.glob(f"{_TEMPORARY}*"):  # by one that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with TemporaryDirectory(prefix=_TEMPORARY, dir=folder, ignore_cleanup_errors=True) as temporary:
+                _compile(Path(temporary), folder)
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}; CHAINFED_EXTENSIONS may name a folder that can be written to"
         raise OpsNotBuilt(str(folder), reason) from error
-    with _alone(folder, wait=True):
-        if are_built(folder):
-            return
-        for lock in (folder / name / "lock" for name in OPS):
-            lock.unlink(missing_ok=True)
-        done = subprocess.run(
-            [sys.executable, "-c", "from chainfed_ray.cluster.ops import compile_here; compile_here()"],
-            env={
-                **os.environ,
-                "DS_ACCELERATOR": "cpu",
-                "TORCH_EXTENSIONS_DIR": str(folder),
-                # Where pip puts ninja, also if nobody activated the environment.
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-            },
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise OpsNotBuilt(str(folder), _last_words(done.stderr + done.stdout) or f"exit code {done.returncode}")
-        (folder / _BUILT).write_text("")
+
+
+def _compile(temporary: Path, folder: Path) -> None:
+    """Compile them in ``temporary``, in a process of their own, and move them into ``folder``."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from chainfed_ray.cluster.ops import compile_here; compile_here()"],
+        env={
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "TORCH_EXTENSIONS_DIR": str(temporary),
+            # Where pip puts ninja, also if nobody activated the environment.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        },
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise OpsNotBuilt(str(folder), _last_words(done.stderr + done.stdout) or f"exit code {done.returncode}")
+    for name in OPS:
+        (temporary / name / f"{name}.so").replace(library(name, folder))
 
 
 def _last_words(said: str) -> str:
@@ -94,26 +92,47 @@ def _last_words(said: str) -> str:
 
 
 def compile_here() -> None:
-    """Compile and load them in this process, which is made for it.
+    """Compile and load them in this process, which is made for it, in the folder that ``TORCH_EXTENSIONS_DIR`` names.
 
     For any machine of this kind, not only for one with this processor: an image is built elsewhere, and what they do is wait
-    for disks.
+    for disks. Without what a debugger needs, which would take as long again.
     """
     from deepspeed.ops.op_builder.builder import OpBuilder
-    from deepspeed.ops.op_builder.cpu import AsyncIOBuilder
+    from deepspeed.ops.op_builder.cpu import AsyncIOBuilder, PinMemoryBuilder
+    from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
-    OpBuilder.cpu_arch = lambda builder: ""
-    OpBuilder.simd_width = lambda builder: "-D__SCALAR__"
-    AsyncIOBuilder().load(verbose=False)
+    builders = PinMemoryBuilder(), AsyncIOBuilder()  # in the order of OPS
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    _copy_sources(Path(builders[0].deepspeed_src_path("csrc")), folder / "csrc")
+    OpBuilder.deepspeed_src_path = lambda builder, path: str(folder / path)
+    CPUOpBuilder.cxx_args = lambda builder: ["-fopenmp", "-D__SCALAR__"]
+    for builder in builders:
+        _join_sources(builder, folder)
+        builder.load(verbose=False)
+
+
+def _copy_sources(theirs: Path, ours: Path) -> None:
+    """Copy DeepSpeed's sources, and let each header be read once in a compilation: theirs do not see to that."""
+    shutil.copytree(theirs, ours)
+    for header in ours.rglob("*.h"):
+        header.write_text(f"#pragma once\n{header.read_text()}")
+
+
+def _join_sources(builder: Any, folder: Path) -> None:
+    """Let ``builder`` compile one source that includes its others: each reads torch's headers, which takes half a minute.
+
+    Those in ``common`` stay apart. They read nothing of torch's, and have names of their own that are also names elsewhere.
+    """
+    apart = [source for source in builder.sources() if "/common/" in source]
+    included = [f'#include "{source}"\n' for source in builder.sources() if source not in apart]
+    joined = folder / f"{builder.name}.cpp"
+    joined.write_text("".join(included))
+    builder.sources = lambda: [*apart, joined.name]
 
 
 @contextmanager
-def _alone(folder: Path, wait: bool) -> Iterator[bool]:
-    """Whether nobody else compiles into ``folder`` for as long as the block runs."""
-    with (folder / _OURS).open("w") as ours:
-        try:
-            fcntl.flock(ours, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else compiles into ``folder`` for as long as the block runs. The kernel takes the lock back from whoever dies."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

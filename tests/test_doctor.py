@@ -1,9 +1,9 @@
 """The doctor says what a machine lacks and how to get it; what was compiled needs no compiler."""
 
-import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from chainfed_ray.cluster.doctor import Finding, Machine, findings, is_possible, look, why_not
-from chainfed_ray.cluster.ops import are_built, build_ops, ops_folder, stale_locks
+from chainfed_ray.cluster.doctor import Machine, findings, is_possible, look, why_not
+from chainfed_ray.cluster.ops import are_built, build_ops, ops_folder
 from chainfed_ray.errors import InvalidSetting, OpsNotBuilt
-from chainfed_ray.offload_ops import OPS
+from chainfed_ray.offload_ops import OPS, library
 from tests.cluster import needs_ops
 from tests.models import tiny
 from tests.project import COMMAND
+from tests.watching import wait_for
 
 ABLE = Machine(
     compiler="/usr/bin/c++",
@@ -26,7 +27,6 @@ ABLE = Machine(
     library=True,
     ops=Path("/ops"),
     built=True,
-    stale_locks=(),
     lockable=None,
     scratch=Path("/scratch"),
     direct=True,
@@ -117,45 +117,54 @@ def test_each_version_has_its_folder(tmp_path: Path) -> None:
         ops_folder({"CHAINFED_EXTENSIONS": "here"})
 
 
-def test_a_lock_is_stale_unless_somebody_compiles(tmp_path: Path) -> None:
-    lock = tmp_path / OPS[1] / "lock"
-    lock.parent.mkdir()
-    assert stale_locks(tmp_path) == []
-    lock.touch()
-    assert stale_locks(tmp_path) == [lock]
-    with (tmp_path / "building").open("w") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)
-        assert stale_locks(tmp_path) == []
-    waiting = [item for item in findings(replace(ABLE, built=False, stale_locks=(lock,))) if item.name == "stale locks"]
-    assert waiting == [Finding("stale locks", False, str(lock), "chainfed doctor --build (it removes them)")]
-
-
 def test_a_folder_that_cannot_be_made_is_an_error_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OpsNotBuilt, match=r"Not a directory.*; CHAINFED_EXTENSIONS may name a folder"):
         build_ops(tmp_path / "file" / "ops")
 
 
-def test_a_lock_where_nobody_can_write_is_stale(tmp_path: Path) -> None:
-    lock = tmp_path / OPS[0] / "lock"
-    lock.parent.mkdir()
-    lock.touch()
-    (tmp_path / "building").mkdir()  # also for a superuser no file that can be opened to be written
-    assert stale_locks(tmp_path) == [lock]
+def test_what_is_compiled_is_not_compiled_again(tmp_path: Path) -> None:
+    """Nothing is written either: an image's folder belongs to another user."""
+    for name in OPS:
+        library(name, tmp_path).touch()
+    before = set(tmp_path.iterdir())
+    build_ops(tmp_path)
+    assert set(tmp_path.iterdir()) == before
 
 
 @pytest.mark.slow
-def test_a_compilation_that_fails_says_why_and_removes_stale_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lock = tmp_path / OPS[0] / "lock"
-    lock.parent.mkdir()
-    lock.touch()
+def test_a_compilation_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(OpsNotBuilt, match=r"no-such-compiler.*; `chainfed doctor` says what is missing"):
         build_ops(tmp_path)
-    assert not lock.exists()
     assert not are_built(tmp_path)
+
+
+_BUILDING = (
+    "import sys; from pathlib import Path; from chainfed_ray.cluster.ops import build_ops; build_ops(Path(sys.argv[1]))"
+)
+
+
+@pytest.mark.slow
+def test_a_compilation_that_was_killed_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds up nobody, and what it left behind goes with the next one."""
+    tools, ops = tmp_path / "bin", tmp_path / "ops"
+    tools.mkdir()
+    compiler = tools / "c++"
+    compiler.write_text("#!/bin/sh\nexec tail -f /dev/null\n")  # one that never ends
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CXX": str(compiler)}
+    building = subprocess.Popen([sys.executable, "-c", _BUILDING, str(ops)], env=environment, start_new_session=True)
+    try:
+        # DeepSpeed's own, for which another DeepSpeed would wait.
+        wait_for(lambda: any(ops.glob("*/*/lock")), "lock")
+    finally:
+        os.killpg(building.pid, signal.SIGKILL)
+        building.wait()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(OpsNotBuilt, match="no-such-compiler"):
+        build_ops(ops)
+    assert [path.name for path in ops.iterdir()] == ["lock"]
 
 
 @pytest.mark.slow

@@ -132,6 +132,7 @@ def test_the_image_has_every_package() -> None:
     packages = ["chainfed_ray", "api", "cluster"]  # the last two stand in the first as links
     for package in packages:
         assert f"COPY {package} {package}" in dockerfile
+    assert ".py " not in dockerfile  # a file that is named is one to be forgotten
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".*", "chainfed-data"} <= set(ignored)
     assert not set(ignored) & {*packages, "examples"}
