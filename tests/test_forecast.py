@@ -191,7 +191,7 @@ def test_rounds_are_those_that_the_privacy_limit_allows(
     document["privacy"] = {"clip": 1.0, "noise_multiplier": 4.0, "epsilon": 8.0}
     timed = list[int]()
     monkeypatch.setattr(
-        chainfed_ray.dry_run, "duration", lambda job, _: timed.append(job.spec.rounds.total) or Duration(1.0, {})
+        chainfed_ray.dry_run, "duration", lambda job, *_: timed.append(job.spec.rounds.total) or Duration(1.0, {})
     )
     told = dry_run(JobSpec.parse(document), at_once=1)
     job = a_job(document, tmp_path)
