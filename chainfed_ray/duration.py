@@ -5,41 +5,22 @@ Rounds that a stage does not need, and clients who do not answer, are not forese
 """
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from time import perf_counter
 from typing import Literal
-
-import numpy as np
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.admission import Candidate
 from chainfed_ray.chain import Chain, Window
-from chainfed_ray.client import BaseModel, Client, Training
-from chainfed_ray.evaluate import evaluate
+from chainfed_ray.client import Client, Training
 from chainfed_ray.job import Job, as_client
-from chainfed_ray.memory import PREFIX_BATCH, Plan
+from chainfed_ray.memory import Plan
+from chainfed_ray.pace import Pace, judge_pace, training_pace
 from chainfed_ray.sections import Often, RoundsSpec
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_layer import FEWEST
-from chainfed_ray.tokens import Examples
-from chainfed_ray.turn import take_turn, warm_up
 
 _PASSES = 3  # of a training step, as long as one forward pass: forward, and the gradients of inputs and of weights
-_ENOUGH_SECONDS = 0.5  # of repeated steps: a clock's noise is small beside it
-_MOST_REPEATS = 16
-_EVALUATED = 64  # examples that an evaluation is measured on
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Measured seconds of one core."""
-
-    turn: float  # of a turn, however many examples it has
-    step: float  # of an example in a training step
-    layer: float  # of an example in a layer below the window
 
 
 @dataclass(frozen=True)
@@ -52,8 +33,7 @@ class Duration:
 
 def duration(job: Job, at_once: int) -> Duration:
     """About how long ``job`` takes where ``at_once`` clients train at a time; somebody has to take part."""
-    evaluations = _evaluations(job)  # first: turns make this process give freed memory back at once, which takes time
-    warm_up(job.base)
+    evaluations = _evaluations(job)
     typical = {name: _median(members) for name, members in _by_class(job).items()}
     paces = _paces(job, typical)
     micro_steps = {
@@ -88,31 +68,13 @@ def _paces(job: Job, typical: Mapping[str, tuple[Candidate, Plan]]) -> dict[str,
 
 
 def _pace(job: Job, client: Client) -> Pace:
-    """Three turns in the lowest window: with a prefix that is still to be made, with one that is there, and of more epochs.
-
-    The prefix is cached even for a client that has no disk for it, so that the two can be told apart.
-    """
-    count = min(max(PREFIX_BATCH, client.plan.micro_batch), len(client.examples))
-    chosen = np.random.default_rng(derive(job.spec.seed, "pace")).choice(len(client.examples), count, replace=False)
-    plan = replace(client.plan, prefix=replace(client.plan.prefix, cached=True))
-    sample = replace(client, examples=client.examples.take(chosen), plan=plan)
-    with tempfile.TemporaryDirectory(prefix="chainfed-") as scratch:
-        base = replace(job.base, scratch=Path(scratch))
-        first = _turn_seconds(job, sample, base, epochs=1)
-        second = _turn_seconds(job, sample, base, epochs=1)
-        repeats = max(1, min(_MOST_REPEATS, round(_ENOUGH_SECONDS / second)))
-        third = _turn_seconds(job, sample, base, epochs=1 + repeats)
-    step = max(third - second, 0) / repeats
-    layers = plan.window.bottom + 1
-    return Pace(turn=max(second - step, 0), step=step / count, layer=max(first - second, 0) / (count * layers))
-
-
-def _turn_seconds(job: Job, client: Client, base: BaseModel, epochs: int) -> float:
-    spec = job.spec
+    """The pace of a client, timed with its window at the bottom of the model: so there is nothing below that has to be run."""
+    spec, plan = job.spec, client.plan
+    window = Window(0, len(plan.window) - 1)
     order = Training(
-        _new_stack(job).tensors(),
-        _lowest(job),
-        epochs=epochs,
+        _new_stack(job, job.layers - plan.window.bottom).tensors(),
+        window,
+        epochs=1,
         batch_size=spec.rounds.batch_size,
         learning_rate=spec.rounds.learning_rate,
         head_learning_rate=spec.rounds.head_learning_rate,
@@ -120,19 +82,17 @@ def _turn_seconds(job: Job, client: Client, base: BaseModel, epochs: int) -> flo
         global_trains=spec.chain.global_trains,
         seed=derive(spec.seed, "pace"),
     )
-    started = perf_counter()
-    take_turn(client, base, lambda: order, capped=False)
-    return perf_counter() - started
+    return training_pace(job.base, replace(client, plan=replace(plan, window=window)), order)
 
 
 def _lowest(job: Job) -> Window:
     return Chain(job.layers, job.planner.task.start, job.window).windows[0]
 
 
-def _new_stack(job: Job) -> AdapterStack:
-    adapters = range(job.planner.task.start, job.layers)
+def _new_stack(job: Job, layers: int) -> AdapterStack:
+    """A stack with adapters after the lowest ``layers``."""
     bottleneck, classes, seed = job.spec.chain.adapter.bottleneck, job.class_count, job.spec.seed
-    return AdapterStack.new(adapters, job.hidden, bottleneck, classes, seed, job.reads)
+    return AdapterStack.new(range(layers), job.hidden, bottleneck, classes, seed, job.reads)
 
 
 def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
@@ -147,17 +107,24 @@ def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
     for candidate, plan in job.admitted:
         pace, examples = paces[candidate.client_class], len(candidate.examples)
         again, at_first = _layers_below(job, plan, examples)
-        turn = pace.turn + _trained_on(rounds, examples) * pace.step + examples * again * pace.layer
+        turn = pace.turn + _trained_on(rounds, examples) * pace.step + _through(again, examples, plan, pace)
         turns.append(min(turn / candidate.speed, rounds.deadline))
-        once += examples * at_first * pace.layer / candidate.speed
+        once += _through(at_first, examples, plan, pace) / candidate.speed
         if job.spec.chain.start == "auto" and plan.prefix.cached and examples >= FEWEST:
-            once += min(examples, job.spec.chain.profile_examples) * job.layers * pace.layer / candidate.speed
-        once += _fits(job) * examples * pace.step / _PASSES / candidate.speed
-        once += _layers_of_exits(job, plan.prefix.cached) * examples * pace.layer / candidate.speed
+            profiled = min(examples, job.spec.chain.profile_examples)
+            once += (pace.turn + _through(job.layers, profiled, plan, pace)) / candidate.speed
+        once += _fits(job) * (pace.turn + examples * pace.step / _PASSES) / candidate.speed
+        once += _through(_layers_of_exits(job, plan.prefix.cached), examples, plan, pace) / candidate.speed
     # The share of clients that are ever asked; for a fitted head, everyone is.
     seen = 1 if _fits(job) else min(1, rounds.total * cohort / clients)
     in_turn = math.ceil(cohort / at_once) * sum(turns) / clients
     return rounds.total * max(in_turn, _longest(turns, cohort)) + seen * once / min(at_once, clients)
+
+
+def _through(layers: float, examples: int, plan: Plan, pace: Pace) -> float:
+    """Seconds of so many examples through so many layers. Without a cache each micro-batch reads every layer anew."""
+    reads = 1 if plan.prefix.cached else math.ceil(examples / plan.micro_batch)
+    return layers * (reads * pace.load + examples * pace.layer)
 
 
 def _fits(job: Job) -> int:
@@ -223,18 +190,13 @@ def _layers_below(job: Job, plan: Plan, examples: int) -> tuple[float, int]:
 
 def _evaluations(job: Job) -> float:
     """The server's part: the validation rows as often as they are judged, and the test rows through the whole model."""
-    spec = job.spec
-    window = _lowest(job)
-    rows = job.validation.take(np.arange(min(_EVALUATED, len(job.validation))))
-    with tempfile.TemporaryDirectory(prefix="chainfed-") as scratch:
-        _evaluation_seconds(job, rows, Path(scratch, "libraries"))  # what is loaded the first time is no part of it
-        first, second = (_evaluation_seconds(job, rows, Path(scratch, "rows")) for _ in range(2))
-        fixed = _evaluation_seconds(job, rows.take(np.arange(1)), Path(scratch, "row"))
-    row = max(second - fixed, 0) / len(rows)
-    layer = max(first - second, 0) / (len(rows) * (window.bottom + 1))
+    spec, inside = job.spec, job.window - 1
+    pace = judge_pace(job.base, job.validation, _new_stack(job, job.layers), job.window)
+    early = pace.opening + inside * pace.load + len(job.validation) * (inside * pace.layer + pace.row)
     judged, whole = (_times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
     through_all_layers = whole * len(job.validation) + len(job.test)
-    return judged * (fixed + len(job.validation) * row) + through_all_layers * (row + job.layers * layer)
+    passes = (whole + 1) * (pace.opening + job.layers * pace.load)
+    return judged * early + passes + through_all_layers * (job.layers * pace.layer + pace.row)
 
 
 def _times(job: Job, often: Often | Literal["never"]) -> int:
@@ -243,9 +205,3 @@ def _times(job: Job, often: Often | Literal["never"]) -> int:
     if isinstance(often, int):
         return math.ceil(total / often)
     return {"round": total, "stage": _stages(job), "never": 0}[often]
-
-
-def _evaluation_seconds(job: Job, rows: Examples, scratch: Path) -> float:
-    started = perf_counter()
-    evaluate(rows, job.base, scratch, _new_stack(job), _lowest(job))
-    return perf_counter() - started

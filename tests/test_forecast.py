@@ -25,10 +25,11 @@ from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.dry_run import changed, dry_run
-from chainfed_ray.duration import Duration, Pace
+from chainfed_ray.duration import Duration
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.forecast import Forecast
 from chainfed_ray.job import Job, draft
+from chainfed_ray.pace import Pace
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.prefix import PrefixRunner
 from tests.cluster import one_machine
@@ -224,7 +225,7 @@ def test_the_time_is_that_of_turns_one_after_the_other(
     job = a_job(document, tmp_path)
     monkeypatch.setattr(duration, "_evaluations", lambda _: 0.0)
     mean = sum(len(client.examples) for client in job.clients) / len(job.clients)
-    for pace, turn in ((Pace(turn=1, step=0, layer=0), 1.0), (Pace(turn=0, step=1, layer=0), 2 * mean)):
+    for pace, turn in ((Pace(turn=1, step=0, layer=0, load=0), 1.0), (Pace(turn=0, step=1, layer=0, load=0), 2 * mean)):
         monkeypatch.setattr(duration, "_pace", lambda *_, found=pace: found)
         assert duration.duration(job, at_once=3).seconds == pytest.approx(6 * turn)
         assert duration.duration(job, at_once=2).seconds == pytest.approx(2 * 6 * turn)
@@ -241,7 +242,7 @@ def test_layers_below_the_window_are_counted_as_they_are_run(
     document["fleet"]["clients"][0] |= {"disk": disk} if disk else {}
     job = a_job(document, tmp_path)
     monkeypatch.setattr(duration, "_evaluations", lambda _: 0.0)
-    monkeypatch.setattr(duration, "_pace", lambda *_: Pace(turn=0, step=0, layer=1))
+    monkeypatch.setattr(duration, "_pace", lambda *_: Pace(turn=0, step=0, layer=1, load=0))
     told = duration.duration(job, at_once=1).seconds
     run, counted = PrefixRunner.run, 0
 
