@@ -329,7 +329,8 @@ class _LiteralsAreReal(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
-        if function in (torch.tensor, torch.arange):
+        # An empty tensor is no literal: transformers asks by it whether there is memory, and weights to be initialised.
+        if function is torch.arange or (function is torch.tensor and args != ([],)):
             options.setdefault("device", "cpu")
         return function(*args, **options)
 
