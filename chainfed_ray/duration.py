@@ -1,6 +1,6 @@
-"""About how long a job takes on this machine: from turns of a few real examples, taken as they are planned.
+"""About how long a job takes on this machine: arithmetic on what was measured of a few examples (pace.py).
 
-What a turn takes is told apart into what grows with its examples and what does not; sums over rounds are then arithmetic.
+What a turn takes is told apart into what grows with its examples and what does not; both are added up over all rounds.
 Rounds that a stage does not need, and clients who do not answer, are not foreseen.
 """
 

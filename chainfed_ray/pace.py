@@ -52,14 +52,14 @@ class JudgePace:
     load: float  # of reading a layer
 
 
-class _Taken(NamedTuple):
+class Taken(NamedTuple):
     """What some work took. A machine that is busy with other things takes longer, and no more CPU."""
 
     seconds: float
     cpu_seconds: float
 
 
-_Timed = Callable[[Examples], _Taken]
+_Timed = Callable[[Examples], Taken]
 
 
 def training_pace(base: BaseModel, client: Client, order: Training) -> Pace:
@@ -68,8 +68,8 @@ def training_pace(base: BaseModel, client: Client, order: Training) -> Pace:
     with _opened(base) as (blocks, opening), reader(blocks, plan) as matrices:
         runner = PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.grain == "matrix" else None)
         layer, load = _layer_pace(runner, AdapterStack.from_tensors(order.tensors), examples)
-        batch = _usual(examples, _random_batches(len(examples), plan.micro_batch, order.seed))
-        step = _seconds(batch, lambda part: _time_step(blocks, replace(client, examples=part), order))
+        batch = usual_batch(examples, _random_batches(len(examples), plan.micro_batch, order.seed))
+        step = seconds_of(batch, lambda part: _time_step(blocks, replace(client, examples=part), order))
     # A step was timed together with reading the window.
     window = (len(plan.window) - 1) * load if plan.grain == "layer" else 0.0
     return Pace(opening + window, max(step - window, 0) / len(batch), layer, load)
@@ -84,12 +84,12 @@ def judge_pace(base: BaseModel, rows: Examples, stack: AdapterStack, window: int
             runner = PrefixRunner(blocks, matrices=matrices if below == "matrix" else None)
             layer, load = _layer_pace(runner, stack, rows)
 
-            def head(part: Examples) -> _Taken:
+            def head(part: Examples) -> Taken:
                 batch, states = part.batch(np.arange(len(part))), _some_states(blocks, stack, part)
                 return _time(lambda: judge(blocks, stack, states, batch, matrices))
 
-            batch = _usual(rows, rows.by_length(PREFIX_BATCH))
-            return JudgePace(opening, _seconds(batch, head) / len(batch), layer, load)
+            batch = usual_batch(rows, rows.by_length(PREFIX_BATCH))
+            return JudgePace(opening, seconds_of(batch, head) / len(batch), layer, load)
         finally:
             matrices.close()
 
@@ -118,12 +118,12 @@ def _layer_pace(runner: PrefixRunner, stack: AdapterStack, examples: Examples) -
     layer = blocks.load_layer(index, runner.matrices)
     load = perf_counter() - started
 
-    def through(part: Examples) -> _Taken:
+    def through(part: Examples) -> Taken:
         every, below = np.arange(len(part)), _some_states(blocks, stack, part) if index else None
         return _time(lambda: runner.run(index, layer, stack, part, every, below))
 
-    batch = _usual(examples, examples.by_length(runner.batch))
-    return _seconds(batch, through) / len(batch), load
+    batch = usual_batch(examples, examples.by_length(runner.batch))
+    return seconds_of(batch, through) / len(batch), load
 
 
 def _some_states(blocks: Blocks, stack: AdapterStack, part: Examples) -> States:
@@ -134,7 +134,7 @@ def _some_states(blocks: Blocks, stack: AdapterStack, part: Examples) -> States:
     return States(hidden, read)
 
 
-def _time_step(blocks: Blocks, client: Client, order: Training) -> _Taken:
+def _time_step(blocks: Blocks, client: Client, order: Training) -> Taken:
     """One optimizer step on all examples of ``client``, with reading its window; what enters that is made before."""
     plan = replace(client.plan, micro_batch=len(client.examples), prefix=replace(client.plan.prefix, cached=True))
     client = replace(client, plan=plan)
@@ -152,30 +152,30 @@ def _random_batches(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
     return (generator.permutation(count)[:size] for _ in range(_DRAWN))
 
 
-def _usual(examples: Examples, batches: Iterable[np.ndarray]) -> Examples:
+def usual_batch(examples: Examples, batches: Iterable[np.ndarray]) -> Examples:
     """The batch that has nearest to as many tokens, with padding, as ``batches`` have on average."""
     found = list(batches)
     tokens = np.array([len(batch) * examples.lengths[batch].max() for batch in found])
     return examples.take(found[int(np.abs(tokens - tokens.mean()).argmin())])
 
 
-def _seconds(batch: Examples, timed: _Timed) -> float:
+def seconds_of(batch: Examples, timed: _Timed) -> float:
     """Seconds of the work that is ``timed``, for ``batch``: of larger and larger parts of it, and then in proportion."""
-    whole = _tokens(batch)
+    whole = tokens_of(batch)
     tokens = min(_FEWEST_TOKENS, whole)
-    shorter, part, taken = (0, 0.0), _part(batch, tokens), timed(_part(batch, tokens))
+    shorter, part, taken = (0, 0.0), part_of(batch, tokens), timed(part_of(batch, tokens))
     if taken.cpu_seconds < _LONG_SECONDS:  # what is loaded the first time is no part of it
         taken = timed(part)
-    while _tokens(part) < whole and taken.cpu_seconds < _ENOUGH_SECONDS:
-        shorter = _tokens(part), taken.seconds
+    while tokens_of(part) < whole and taken.cpu_seconds < _ENOUGH_SECONDS:
+        shorter = tokens_of(part), taken.seconds
         tokens = min(tokens * _MORE, whole)
-        part = _part(batch, tokens)
+        part = part_of(batch, tokens)
         taken = timed(part)
-    slope = max(taken.seconds - shorter[1], 0) / (_tokens(part) - shorter[0])
-    return taken.seconds + (whole - _tokens(part)) * slope
+    slope = max(taken.seconds - shorter[1], 0) / (tokens_of(part) - shorter[0])
+    return taken.seconds + (whole - tokens_of(part)) * slope
 
 
-def _part(batch: Examples, tokens: int) -> Examples:
+def part_of(batch: Examples, tokens: int) -> Examples:
     """As many of the longest examples of a batch as have so many tokens; or of one so many, from its beginning to its end."""
     longest = int(batch.lengths.max())
     if tokens >= longest:
@@ -186,12 +186,12 @@ def _part(batch: Examples, tokens: int) -> Examples:
     return ragged([example.ids[places]], example.labels, targets)
 
 
-def _tokens(batch: Examples) -> int:
+def tokens_of(batch: Examples) -> int:
     """How many there are in a batch, with padding."""
     return len(batch) * int(batch.lengths.max())
 
 
-def _time(work: Callable[[], object]) -> _Taken:
+def _time(work: Callable[[], object]) -> Taken:
     started, cpu_started = perf_counter(), process_time()
     work()
-    return _Taken(perf_counter() - started, process_time() - cpu_started)
+    return Taken(perf_counter() - started, process_time() - cpu_started)
