@@ -11,8 +11,10 @@ WORKDIR /build
 # The packages depend on these two files alone: a change of the code does not install them again.
 COPY pyproject.toml constraints.txt ./
 RUN pip install --no-cache-dir -c constraints.txt --extra-index-url ${TORCH_INDEX} torch \
-    && python3 -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" > needed.txt \
-    && pip install --no-cache-dir -c constraints.txt -r needed.txt "psycopg[binary]"
+    && python3 -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        extras = project['optional-dependencies']; needed = project['dependencies'] + extras['demo'] + extras['plots']; \
+        print('\n'.join(needed + extras['postgresql']))" > needed.txt \
+    && pip install --no-cache-dir -c constraints.txt -r needed.txt
 # DeepSpeed's libraries are compiled here, where the compiler is. What that needs of the code is copied by itself, as above.
 COPY chainfed_ray/__init__.py chainfed_ray/errors.py chainfed_ray/quantities.py chainfed_ray/offload_ops.py chainfed_ray/
 COPY cluster/__init__.py cluster/ops.py chainfed_ray/cluster/

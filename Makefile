@@ -1,7 +1,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# A file is run by one process, and those that start Ray by the same one, in the order of tests/conftest.py.
+PYTEST = .venv/bin/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve ops test check format clean
+.PHONY: help demo serve ops test check lowest format clean
 
 help:  ## what there is to do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -21,18 +23,26 @@ serve: .venv/.installed  ## the service on this machine, until Ctrl-C
 ops: .venv/.installed  ## compile DeepSpeed's libraries for evaluation with offloading, once
 	.venv/bin/chainfed doctor --build
 
-test: .venv/.installed  ## every test
-	.venv/bin/pytest
+test: .venv/.installed  ## every test, in two processes
+	$(PYTEST) --durations=10
 
 check: .venv/.installed  ## lint, types and the fast tests
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	.venv/bin/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
+
+lowest:  ## the fast tests with the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet uv
+	.venv-lowest/bin/pip install --quiet --no-deps -c constraints.txt torch
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct -e '.[demo,plots,postgresql]'
+	.venv-lowest/bin/pip install --quiet -e '.[dev]'
+	.venv-lowest/bin/pytest -m 'not slow'
 
 format: .venv/.installed  ## put the code into its form
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
 clean:  ## remove the environment and the caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,7 +17,9 @@ import typer
 from rich.console import Console, RenderableType
 from rich.table import Column, Table
 
+from chainfed_ray.activity import Reporter
 from chainfed_ray.api.client import ServiceClient
+from chainfed_ray.api.pictures import NOT_DRAWN, check_drawing, draw_if_possible
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import ChainFedError, InvalidJob
@@ -39,22 +42,37 @@ _DEMO = Path("examples/demo.yaml")
 _ADDRESS = "http://127.0.0.1:8000"
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"chainfed-ray {version('chainfed-ray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def chainfed(
+    _: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print it")] = False,
+) -> None:
+    """What every command has in common; its words for `--help` are those of `app`."""
+
+
 @app.command()
 def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -> None:
     """Train a job without a service, on a Ray of its own. Run again with the same folder, it goes on where it was."""
-    from chainfed_ray.api.plots import draw
+    spec = read_job(job)  # what is wrong with it is said at once: the imports take seconds
+
     from chainfed_ray.api.progress import Progress
     from chainfed_ray.api.results import results
     from chainfed_ray.api.training import folder_of, train
 
-    spec = read_job(job)
     folder = folder_of(out, spec)
     goes_on = _if_interrupted("Interrupted. The same command goes on where it was.")
     with goes_on, Progress(_progress, spec.name, spec) as progress:
         opening, rounds, ending, result = train(spec, folder, Settings(Storage.at(out)), progress)
-    plots = draw(folder / "plots", opening, rounds, ending, spec.chain.cka_threshold)
-    made = f"The model is in {folder / 'model'}, {len(plots)} plots are in {folder / 'plots'}."
-    _answer(as_json, result.model_dump(mode="json"), results(spec, opening, rounds, ending), made)
+        Reporter("drawing the plots", progress.listen).begin()
+        plots = draw_if_possible(folder / "plots", opening, rounds, ending, spec.chain.cka_threshold)
+    made = f"The model is in {folder / 'model'}."
+    drawn = f"{len(plots)} plots are in {folder / 'plots'}." if plots else NOT_DRAWN
+    _answer(as_json, result.model_dump(mode="json"), results(spec, opening, rounds, ending), made, drawn)
 
 
 @app.command()
@@ -64,16 +82,20 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Tell what a job would be like, without training it: who can join, bytes, about how long, what changes would buy."""
-    from chainfed_ray.api.forecast_picture import png
+    spec = read_job(job)
+    if picture:
+        check_drawing()
+
+    from chainfed_ray.api.activity_display import ActivityDisplay
     from chainfed_ray.api.forecast_table import forecast_table
     from chainfed_ray.dry_run import dry_run
 
-    spec = read_job(job)
-    _progress.print(f"Reading the data of {spec.name}, planning its clients and timing a few steps.")
-    with _if_interrupted("Interrupted."):
-        found = dry_run(spec, at_once=min(Settings.client_slots, os.cpu_count() or 1))  # a turn takes one core
+    with _if_interrupted("Interrupted."), ActivityDisplay(_progress) as listen:
+        found = dry_run(spec, min(Settings.client_slots, os.cpu_count() or 1), listen)  # a turn takes one core
     words: list[RenderableType] = [forecast_table(found)]
     if picture:
+        from chainfed_ray.api.forecast_picture import png
+
         picture.write_bytes(png(found))
         words.append(f"The picture is in {picture}.")
     _answer(as_json, found.model_dump(mode="json"), *words)
@@ -86,11 +108,14 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run the service on this machine until it is interrupted. Jobs that were running go on when it starts again."""
+    from chainfed_ray.api.activity_display import ActivityDisplay
     from chainfed_ray.api.local_service import local_service
 
     settings = Settings.from_environment()
-    _progress.print(f"Starting Ray and the REST API; jobs and models are kept in {settings.storage.root}.")
-    with local_service(settings, host, port) as address:
+    _progress.print(f"Jobs and models are kept in {settings.storage.root}.")
+    with ExitStack() as until_interrupted:
+        with ActivityDisplay(_progress) as listen:
+            address = until_interrupted.enter_context(local_service(settings, host, port, listen))
         ready = {"status": "ready", "address": address, "storage": str(settings.storage.root)}
         _answer(as_json, ready, f"The service answers at {address} (routes: {address}/docs). Ctrl-C ends it.")
         with suppress(KeyboardInterrupt):
@@ -107,8 +132,11 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Send a job to the service."""
-    client = ServiceClient(address)
-    record = client.submit(read_job(job).document())
+    from chainfed_ray.api.activity_display import ActivityDisplay
+
+    client, document = ServiceClient(address), read_job(job).document()
+    with ActivityDisplay(_progress) as listen:
+        record = client.submit(document, listen)
     queued = f"Job {record['id']} is queued; `chainfed watch {record['id']}` follows it."
     if watch:
         _progress.print(queued)
@@ -200,6 +228,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Tell what this machine can do, and how to get the rest. It fails if DeepSpeed cannot evaluate here."""
+    from chainfed_ray.api.activity_display import ActivityDisplay
     from chainfed_ray.api.doctor_table import doctor_table, verdict
     from chainfed_ray.cluster.doctor import findings, is_possible, look
     from chainfed_ray.cluster.ops import build_ops, ops_folder
@@ -207,8 +236,9 @@ def doctor(
     storage = os.environ.get("CHAINFED_STORAGE") or "chainfed-data"
     scratch = Path(os.environ.get("CHAINFED_SCRATCH") or f"{storage}/scratch").absolute()
     if build:
-        _progress.print(f"Compiling DeepSpeed's libraries into {ops_folder()}; this takes minutes, once.")
-        with _if_interrupted("Interrupted. The same command begins again."):
+        _progress.print(f"DeepSpeed's libraries are compiled into {ops_folder()}; this takes minutes, once.")
+        with _if_interrupted("Interrupted. The same command begins again."), ActivityDisplay(_progress) as listen:
+            Reporter("compiling DeepSpeed's libraries", listen).begin()
             build_ops(ops_folder())
     found = findings(look(scratch))
     possible = is_possible(found)
@@ -221,11 +251,13 @@ def doctor(
 @app.command()
 def demo(out: Out = Path("chainfed-demo"), as_json: Json = False) -> None:
     """The whole story in a few minutes, from a checkout: start the service, train a chain, call the model, stop it all."""
+    spec = read_job(_DEMO)
+
     from chainfed_ray.api.demo import demo as tell
 
     story = _progress if as_json else Console(file=sys.__stdout__, highlight=False)
     with _if_interrupted("Interrupted."):
-        _answer(as_json, tell(read_job(_DEMO), _DEMO, out, story))
+        _answer(as_json, tell(spec, _DEMO, out, story))
 
 
 def main() -> None:

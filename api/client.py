@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import httpx
 
+from chainfed_ray.activity import Activity, Listener, Reporter, nobody
 from chainfed_ray.errors import (
     InvalidJob,
     JobConflict,
@@ -16,8 +17,10 @@ from chainfed_ray.errors import (
     ServiceFailed,
     ServiceUnavailable,
 )
+from chainfed_ray.quantities import format_seconds
 
-_TIMEOUT = httpx.Timeout(150.0, connect=5.0)  # the checks before a job is accepted read its data
+_CHECK_SECONDS = 150.0  # the checks before a job is accepted read its data
+_TIMEOUT = httpx.Timeout(_CHECK_SECONDS, connect=5.0)
 _TEXTS_PER_REQUEST = 128  # of the 256 that the service takes
 _WRITING = httpx.Timeout(None, connect=5.0)  # a text takes the time that it takes
 _RECONNECT_SECONDS = 60.0
@@ -46,12 +49,13 @@ class ServiceClient:
         """The health of every part of a service that works."""
         return self._ask("GET", "/readyz")
 
-    def submit(self, document: Document) -> Document:
-        """Queue a job.
+    def submit(self, document: Document, listen: Listener = nobody) -> Document:
+        """Queue a job, once the service has checked it.
 
         Raises:
             InvalidJob: it cannot run.
         """
+        Reporter(f"waiting for the service to check the job (at most {format_seconds(_CHECK_SECONDS)})", listen).begin()
         return self._ask("POST", "/v1/jobs", json=document)
 
     def plan(self, document: Document) -> Document:
@@ -137,8 +141,10 @@ class ServiceClient:
         except httpx.TransportError as error:
             raise ServiceUnavailable(self._address, _words(error)) from None
 
-    def follow(self, job: str) -> Iterator[Document]:
+    def follow(self, job: str, listen: Listener = nobody) -> Iterator[Document]:
         """Every event of a job from its first to its last, as they happen; a broken connection is taken up again.
+
+        In between ``listen`` is told what the job is busy with.
 
         Raises:
             JobNotFound: there is no such job.
@@ -157,6 +163,9 @@ class ServiceClient:
                         heard = monotonic()
                         if line.startswith("data: "):
                             event = json.loads(line.removeprefix("data: "))
+                            if event["kind"] == "activity":
+                                listen(Activity.model_validate(event["data"]))
+                                continue
                             last = event["seq"]
                             yield event
             except httpx.TransportError as error:

@@ -1,14 +1,17 @@
 """``chainfed demo``: the whole story, from a job file to a model that answers, through the same door as everybody's."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from chainfed_ray.activity import Reporter
+from chainfed_ray.api.activity_display import ActivityDisplay
 from chainfed_ray.api.client import ServiceClient
 from chainfed_ray.api.following import follow
 from chainfed_ray.api.local_service import free_port, local_service
-from chainfed_ray.api.plots import draw
+from chainfed_ray.api.pictures import NOT_DRAWN, draw_if_possible
 from chainfed_ray.api.results import results
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.config import JobSpec
@@ -48,7 +51,9 @@ def demo(spec: JobSpec, job_file: Path, out: Path, console: Console) -> dict[str
     )
     settings = Settings(Storage.at(out))
     console.print("[bold]1.[/bold] Starting the service on this machine: Ray, and the REST API on Ray Serve.")
-    with local_service(settings, _HOST, free_port(_HOST)) as address:
+    with ExitStack() as to_the_end:
+        with ActivityDisplay(console) as listen:
+            address = to_the_end.enter_context(local_service(settings, _HOST, free_port(_HOST), listen))
         client = ServiceClient(address)
         try:
             return _story(client, address, spec, job_file, out, console)
@@ -62,14 +67,19 @@ def _story(
 ) -> dict[str, Any]:
     console.print(f"   It answers at {address}.")
     console.print(f"[bold]2.[/bold] POST /v1/jobs with {job_file}. The job is checked before it is accepted.")
-    job = client.submit(spec.document())["id"]
+    with ActivityDisplay(console) as listen:
+        job = client.submit(spec.document(), listen)["id"]
     console.print(f"[bold]3.[/bold] The chain trains: job {job}.")
     opening, rounds, ending = follow(client, job, spec, console)
     console.print("[bold]4.[/bold] The result.")
     console.print(results(spec, opening, rounds, ending))
-    plots = draw(out / "plots", opening, rounds, ending, spec.chain.cka_threshold)
+    with ActivityDisplay(console) as listen:
+        Reporter("drawing the plots", listen).begin()
+        plots = draw_if_possible(out / "plots", opening, rounds, ending, spec.chain.cka_threshold)
     for plot in plots:
         console.print(f"   plot: {plot}")
+    if not plots:
+        console.print(f"   {NOT_DRAWN}", markup=False)
     record = client.job(job)
     console.print(f"[bold]5.[/bold] POST /v1/classify: three sentences for the model {record['model']}.")
     answers = client.classify(record["model"], list(_QUESTIONS))["results"]

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chainfed_ray.api.schemas import FieldProblem, ProblemDetails
-from chainfed_ray.errors import ChainFedError, InvalidJob, JobConflict, JobNotFound, ModelNotFound
+from chainfed_ray.errors import ChainFedError, InvalidJob, JobConflict, JobNotFound, ModelNotFound, PackageMissing
 
 MEDIA_TYPE = "application/problem+json"
 REQUEST_ID = "x-request-id"
@@ -30,6 +30,7 @@ _STATUS: Mapping[type[ChainFedError], HTTPStatus] = {
     JobNotFound: HTTPStatus.NOT_FOUND,
     ModelNotFound: HTTPStatus.NOT_FOUND,
     JobConflict: HTTPStatus.CONFLICT,
+    PackageMissing: HTTPStatus.NOT_IMPLEMENTED,
 }
 _log = logging.getLogger(__name__)
 

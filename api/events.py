@@ -30,7 +30,10 @@ async def events(
     limit: Annotated[int, Query(ge=1, le=1000, description="of a page")] = 1000,
     last_event_id: Annotated[int | None, Header(ge=0, description="where a stream was broken off")] = None,
 ) -> Response:
-    """A page of events; with `Accept: text/event-stream` a stream, which ends with the job."""
+    """A page of events; with `Accept: text/event-stream` a stream, which ends with the job.
+
+    A stream also tells what the job is busy with, by events of the kind `activity`: without a number, and never again.
+    """
     after = last_event_id if last_event_id is not None else after
     found = await run_in_threadpool(service.store.events, job, after, limit)
     over = not found and (await run_in_threadpool(service.store.get, job)).status in FINISHED
@@ -46,7 +49,7 @@ async def events(
 
 
 async def _stream(store: JobStore, job: str, after: int) -> AsyncIterator[bytes]:
-    looks = 0
+    looks, told = 0, None
     while True:
         found = await run_in_threadpool(store.events, job, after)
         for event in found:
@@ -54,6 +57,10 @@ async def _stream(store: JobStore, job: str, after: int) -> AsyncIterator[bytes]
             if event.kind in FINISHED:
                 return
             after = event.seq
+        activity = await run_in_threadpool(store.activity, job)
+        if activity is not None and activity != told:
+            yield format_sse_event(event="activity", data_str=json.dumps({"kind": "activity", "data": activity}))
+        told = activity
         if found:
             looks = 0
             continue

@@ -4,6 +4,7 @@ from itertools import dropwhile
 
 from rich.console import Console
 
+from chainfed_ray.activity import Activity
 from chainfed_ray.api.client import ServiceClient
 from chainfed_ray.api.progress import Progress
 from chainfed_ray.config import JobSpec
@@ -23,14 +24,14 @@ def follow(client: ServiceClient, job: str, spec: JobSpec, console: Console) -> 
     ending: Ending | None = None
     rounds: list[Round] = []
     with Progress(console, job, spec) as progress:
-        for event in client.follow(job):
+        for event in client.follow(job, progress.listen):
             match event["kind"]:
                 case "queued":
                     progress.say("In the queue." + _jobs_before(client, job))
+                    progress.listen(Activity(what="waiting in the queue"))
                 case "running":
-                    given = isinstance(spec.chain.start, int)
-                    asking = "" if given else ", and asking the clients where the chain should start"
-                    progress.say(f"Its turn has come: reading the data{asking}.")
+                    progress.idle()
+                    progress.say("Its turn has come.")
                 case "opening":
                     opening = Opening.model_validate(event["data"])
                     progress.opening(opening)

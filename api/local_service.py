@@ -11,6 +11,7 @@ import psutil
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.api.client import ServiceClient
 from chainfed_ray.api.local_ray import local_ray
 from chainfed_ray.cluster.job_store import JobStore
@@ -23,7 +24,7 @@ _OWNER = "CHAINFED_SERVICE_OF"  # in the environment of each process of a servic
 
 
 @contextmanager
-def local_service(settings: Settings, host: str, port: int) -> Iterator[str]:
+def local_service(settings: Settings, host: str, port: int, listen: Listener = nobody) -> Iterator[str]:
     """Start the service and give its address once every part of it answers; end it with the block.
 
     Raises:
@@ -35,12 +36,12 @@ def local_service(settings: Settings, host: str, port: int) -> Iterator[str]:
         _end_orphans(settings)
         _check_port(host, port)
         _check_database(settings.storage.database)
-        with local_ray(settings, _environment(settings)):
+        with local_ray(settings, _environment(settings), listen):
             from ray import serve
 
             address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
             try:
-                _start(host, port, address)
+                _start(host, port, address, listen)
                 yield address
             finally:
                 serve.shutdown()  # type: ignore[no-untyped-call]
@@ -60,7 +61,8 @@ def _environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def _start(host: str, port: int, address: str) -> None:
+def _start(host: str, port: int, address: str, listen: Listener) -> None:
+    Reporter("starting the REST API on Ray Serve", listen).begin()
     from ray import serve
 
     from chainfed_ray.api.deployment import build
@@ -71,6 +73,7 @@ def _start(host: str, port: int, address: str) -> None:
         serve.run(build({}), name="chainfed", route_prefix="/")
     except RuntimeError as error:  # Serve's own kind, and Ray's for what went wrong in another process
         raise ServiceNotStarted(address, str(error)) from error
+    Reporter("waiting for every part of the service", listen).begin()
     _wait_until_ready(address)
 
 

@@ -18,8 +18,8 @@ from chainfed_ray.records import EarlyExit, Ending, Evaluation, Opening, Round, 
 router = APIRouter(tags=["health"])
 
 _RUNNING_JOBS = 100
-_FINISHED_JOBS = 10
-_PAGE = 1000
+FINISHED_JOBS = 10
+PAGE = 1000
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
@@ -58,7 +58,7 @@ class _JobTotals:
     def of(cls, store: JobStore, job: str) -> "_JobTotals":
         """The totals of a job."""
         totals, after = cls(), 0
-        while found := store.events(job, after, _PAGE):
+        while found := store.events(job, after, PAGE):
             for event in found:
                 totals._add(event)
             after = found[-1].seq
@@ -125,9 +125,9 @@ class _Metrics:
             *self._store.page(_RUNNING_JOBS, status="running"),
             *self._store.page(_RUNNING_JOBS, status="cancelling"),
         ]
-        over = [job for status in FINISHED for job in self._store.page(_FINISHED_JOBS, status=status)]
+        over = [job for status in FINISHED for job in self._store.page(FINISHED_JOBS, status=status)]
         newest = sorted(over, key=lambda job: job.finished_at or "", reverse=True)
-        return at_work + newest[:_FINISHED_JOBS]
+        return at_work + newest[:FINISHED_JOBS]
 
 
 def _of_jobs(totals: dict[str, _JobTotals]) -> Iterator[Metric]:

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.job_file import BODY, JobFile
+from chainfed_ray.api.pictures import check_drawing
 from chainfed_ray.api.service import WithService
 from chainfed_ray.forecast import Forecast
 
@@ -15,8 +16,11 @@ _PNG = "image/png"
 @router.post("", response_model=Forecast, openapi_extra=BODY, responses={200: {"content": {_PNG: {}}}})
 async def plan(spec: JobFile, request: Request, service: WithService) -> Forecast | Response:
     """What a job would be like, without training: who joins and how, what others lack, bytes, time, and what changes buy."""
+    with_picture = _PNG in request.headers.get("accept", "")
+    if with_picture:
+        check_drawing()
     forecast = await service.plan(spec)
-    if _PNG in request.headers.get("accept", ""):
+    if with_picture:
         from chainfed_ray.api.forecast_picture import png  # matplotlib: for those who ask for a picture
 
         return Response(await run_in_threadpool(png, forecast), media_type=_PNG)

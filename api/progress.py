@@ -1,4 +1,4 @@
-"""A job while it runs, as a person sees it: a live panel on a terminal, a line for each round elsewhere."""
+"""A job while it runs, as a person sees it: a live panel on a terminal, a line for each round and long activity elsewhere."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -6,12 +6,13 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from chainfed_ray.activity import Activity
+from chainfed_ray.api.activity_display import ActivityDisplay
 from chainfed_ray.api.fleet import Way, by_class, in_words, span
 from chainfed_ray.api.scores import evaluation_line, is_causal, short_score
 from chainfed_ray.config import JobSpec
@@ -36,31 +37,41 @@ def price(spec: JobSpec, epsilon: float) -> str:
 
 
 class Progress:
-    """Shows the job ``name``; give it every record as it comes. A context manager: the live panel lasts as long."""
+    """Shows the job ``name``; give it every record as it comes. A context manager: the live panel lasts as long.
+
+    A record ends what went on before it.
+    """
 
     def __init__(self, console: Console, name: str, spec: JobSpec) -> None:
         self._console, self._name, self._spec = console, name, spec
         self._opening: Opening | None = None
         self._rounds: list[Round] = []
-        self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+        self._display = ActivityDisplay(console)
 
     def __enter__(self) -> Self:
-        if self._live:
-            self._live.start()
+        self._display.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live:
-            self._live.stop()
+        self._display.__exit__(kind, error, trace)
+
+    def listen(self, activity: Activity) -> None:
+        """See ``Listener``."""
+        self._display(activity)
 
     def say(self, words: str) -> None:
         """A sentence above the panel."""
         self._console.print(words)
 
+    def idle(self) -> None:
+        """What went on is over."""
+        self._display.end()
+
     def opening(self, opening: Opening) -> None:
         """Who takes part, and where the chain starts."""
+        self._display.end()
         self._opening = opening
         self.say(f"{len(opening.admitted)} clients take part, {len(opening.left_out)} are left out.")
         for fleet in by_class(opening, ()):
@@ -116,11 +127,12 @@ class Progress:
 
     def round(self, record: Round, resumed: bool = False) -> None:
         """A round is over; ``resumed`` if it was over before this process began."""
+        self._display.end()
         self._rounds.append(record)
         if fit := record.head_fit:
             self.say(f"The head is fitted to {fit.examples} examples of {fit.clients} clients.")
             self._say_why(fit.lost)
-        if not self._live:
+        if not self._display.is_live:
             self.say(self._line(record, resumed))
         for turn in record.turns:
             if turn.exceeded:
@@ -146,6 +158,7 @@ class Progress:
 
     def ending(self, ending: Ending) -> None:
         """The job is over."""
+        self._display.end()
         if ending.stopped:
             self.say(f"No more rounds ({ending.stopped}).")
         score = short_score(self._spec, ending.loss, ending.accuracy)
@@ -169,9 +182,13 @@ class Progress:
         spent = "" if record.epsilon is None else f"  {price(self._spec, record.epsilon)}"
         return f"{place:<12}  layers {record.bottom}–{record.top}  {clients}{accuracy}{spent}{peak}  {when}"
 
+    def drawn(self) -> RenderableType:
+        """What a terminal shows now: what goes on, above the panel."""
+        return self._display.drawn()
+
     def _draw(self) -> None:
-        if self._live:
-            self._live.update(self.panel(), refresh=True)
+        if self._display.is_live:
+            self._display.show(self.panel())
 
     def panel(self) -> RenderableType:
         """The present state, for a terminal of 80 columns or more."""

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.job_store import JobRecord
 from chainfed_ray.memory import Grain
 from chainfed_ray.records import Admitted, Opening, Round, Turn
@@ -98,6 +99,7 @@ class JobSummary(BaseModel):
 class Job(JobSummary):
     """A job in full."""
 
+    activity: Activity | None = Field(description="what it is busy with; null unless it is running")
     progress: Progress | None = Field(description="from the moment at which the chain's start is known")
     result: dict[str, Any] | None
     error: dict[str, Any] | None = Field(description="why the job failed: type, message and, where known, the fields")
@@ -106,7 +108,14 @@ class Job(JobSummary):
     @classmethod
     def full(cls, record: JobRecord, progress: Progress | None) -> "Job":
         """The whole of a record."""
-        return cls(**_summary(record), progress=progress, result=record.result, error=record.error, spec=record.spec)
+        return cls(
+            **_summary(record),
+            activity=Activity.model_validate(record.activity) if record.activity else None,
+            progress=progress,
+            result=record.result,
+            error=record.error,
+            spec=record.spec,
+        )
 
 
 class JobPage(BaseModel):

@@ -5,6 +5,7 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
+from chainfed_ray.activity import Notes, Reporter
 from chainfed_ray.api.local_ray import local_ray
 from chainfed_ray.api.progress import Progress
 from chainfed_ray.cluster.storage import Settings
@@ -40,17 +41,18 @@ def train(
 ) -> tuple[Opening, list[Round], Ending, Result]:
     """Train a job, or the rest of it, and save its model in ``folder``."""
     with tempfile.TemporaryDirectory(prefix="chainfed-") as scratch:
-        progress.say(f"Reading the data of {spec.name} and planning its clients.")
-        job = prepare(spec, Path(scratch))
+        job = prepare(spec, Path(scratch), progress.listen)
         log = CommitLog(folder)
-        progress.say("Starting Ray on this machine.")
-        with local_ray(settings, {}):
+        with local_ray(settings, {}, progress.listen):
             from chainfed_ray.cluster.evaluation import judging  # not before: see local_ray
             from chainfed_ray.cluster.ray_pool import RayPool
 
-            with closing(RayPool(job.base, settings.client_slots)) as pool, closing(judging(job)) as judge:
-                coordinator = Coordinator(job, pool, log, judge)
+            notes = Notes(progress.listen)
+            made = RayPool(job.base, settings.client_slots, notes.note)
+            with closing(made) as pool, closing(judging(job, notes)) as judge:
+                coordinator = Coordinator(job, pool, log, judge, notes)
                 opening, ending = _rounds(coordinator, log, progress)
+        Reporter("saving the model", progress.listen).begin()
         save_models(coordinator.models(), ending.served, folder)
     rounds = log.rounds()
     return opening, rounds, ending, Result.of(spec.name, job.classes, opening, rounds, ending)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import accuracy, evaluation, film_reviews, memory, plan
+from benchmarks import accuracy, evaluation, film_reviews, idle, memory, plan
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What is published, measured.")
 names = parser.add_subparsers(metavar="NAME", required=True)
@@ -10,6 +10,7 @@ memory.add_options(names.add_parser("memory", help="the memory of a client's ste
 accuracy.add_options(
     names.add_parser("accuracy", help="what a fleet learns by each method, at equal steps, compute or bytes")
 )
+idle.add_options(names.add_parser("idle", help="what a client's process holds before any client uses it"))
 evaluation.add_options(names.add_parser("evaluation", help="the server's memory while it judges the whole model"))
 plan.add_options(names.add_parser("plan", help="the CPU that a dry run takes, and the check of a job"))
 film_reviews.add_options(names.add_parser("film-reviews", help="data for accuracy --data, from a package of others"))

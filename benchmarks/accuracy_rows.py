@@ -72,8 +72,8 @@ class Rows:
     """
 
     def __init__(self, file: Path | None) -> None:
+        self.all: list[Row] = []
         self._file = file
-        self._rows: list[Row] = []
         self._named = defaultdict[Names, list[Row]](list)
         for row in _read(file) if file and file.exists() else []:
             self._keep(row)
@@ -84,7 +84,7 @@ class Rows:
 
     def same_run(self, key: Key, rounds: int) -> Row | None:
         """A row of the same run by whatever name: same data, seed, options and rounds."""
-        for row in self._rows:
+        for row in self.all:
             alike = (row.dataset, row.alpha, row.seed) == (key.names.dataset, key.names.alpha, key.names.seed)
             if alike and row.options == key.options and row.rounds == rounds and row.protocol != "target":
                 return row
@@ -95,11 +95,11 @@ class Rows:
         self._keep(row)
         if self._file:
             aside = self._file.with_name(self._file.name + ".partial")
-            aside.write_text("[\n" + ",\n".join(json.dumps(asdict(each)) for each in self._rows) + "\n]\n")
+            aside.write_text("[\n" + ",\n".join(json.dumps(asdict(each)) for each in self.all) + "\n]\n")
             aside.replace(self._file)
 
     def _keep(self, row: Row) -> None:
-        self._rows.append(row)
+        self.all.append(row)
         self._named[Names(row.dataset, row.alpha, row.method, row.seed, row.protocol)].append(row)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from chainfed_ray.config import JobSpec
 
-_ORDERS = np.array([1 + tenth / 10 for tenth in range(1, 100)] + [*range(11, 64), 80, 96, 128, 256, 512])
+ORDERS = np.array([1 + tenth / 10 for tenth in range(1, 100)] + [*range(11, 64), 80, 96, 128, 256, 512])
 _REPLACED = 2  # the sensitivity of the sum, in units of C: one contribution goes, another one comes
 
 
@@ -46,25 +46,25 @@ def epsilon(releases: Iterable[Release], delta: float) -> float:
         return 0.0
     from opacus.accountants.analysis.rdp import get_privacy_spent  # takes seconds
 
-    rdp = sum(count * _rdp(release) for release, count in counts.items())
+    rdp = sum(count * rdp_of(release) for release, count in counts.items())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Optimal order is the (smallest|largest) alpha")  # any order gives a bound
-        spent, _ = get_privacy_spent(orders=_ORDERS, rdp=rdp, delta=delta)
+        spent, _ = get_privacy_spent(orders=ORDERS, rdp=rdp, delta=delta)
     return max(float(spent), 0.0)
 
 
 @lru_cache(maxsize=4096)
-def _rdp(release: Release) -> np.ndarray:
+def rdp_of(release: Release) -> np.ndarray:
     """Rényi differential privacy of one release, at each order."""
     from opacus.accountants.analysis.rdp import compute_rdp  # takes seconds
 
     deviation = release.multiplier / _REPLACED
-    whole = _ORDERS / (2 * deviation**2)
-    one_by_one = compute_rdp(q=release.rate, noise_multiplier=deviation, steps=1, orders=list(_ORDERS))
-    log_a = np.maximum(one_by_one, 0) * (_ORDERS - 1)
+    whole = ORDERS / (2 * deviation**2)
+    one_by_one = compute_rdp(q=release.rate, noise_multiplier=deviation, steps=1, orders=list(ORDERS))
+    log_a = np.maximum(one_by_one, 0) * (ORDERS - 1)
     # log(1 + 2·(A − 1)); where A would be too large a number, 2·A is as good.
     log_bound = np.where(log_a < 30, np.log1p(2 * np.expm1(np.minimum(log_a, 30))), log_a + math.log(2))
-    bound: np.ndarray = np.minimum(log_bound / (_ORDERS - 1), whole)
+    bound: np.ndarray = np.minimum(log_bound / (ORDERS - 1), whole)
     return bound
 
 

@@ -121,6 +121,11 @@ class AdapterStack(nn.Module):
         """What comes up to the next layer past one that gives ``hidden`` [B, T, D], below which was ``read`` [B, r, D]."""
         return read_on(read, hidden, mask, self.reads_below)
 
+    def is_new(self, top: int) -> bool:
+        """Whether its adapters up to the layer ``top`` are the identity, as they are before they have been trained."""
+        adapters = (self.adapter(layer) for layer in self.layers if layer <= top)
+        return not any(adapter.up.weight.any() or adapter.up.bias.any() for adapter in adapters)
+
     def adapter(self, layer: int) -> Adapter:
         """The adapter that follows ``layer``."""
         adapter: Adapter = self.adapters[str(layer)]  # type: ignore[assignment]

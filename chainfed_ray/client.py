@@ -1,4 +1,4 @@
-"""A client's turn: profile its layers (FOAT), or train a window on its own examples."""
+"""A client, what it can be asked for, and its turn of training: a window, on its own examples."""
 
 import math
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.cap import now
 from chainfed_ray.chain import Window
+from chainfed_ray.first_pass import StartGuess
 from chainfed_ray.memory import Plan
 from chainfed_ray.objective import GlobalTrains, Judge, by_class, by_next_token, chain_loss, trained_names
 from chainfed_ray.prefix import Activations, PrefixCache, PrefixRunner, RecomputedActivations
 from chainfed_ray.privacy import NoiseShare
-from chainfed_ray.reading import States, mean_over_tokens
+from chainfed_ray.reading import States
 from chainfed_ray.seeds import derive
 from chainfed_ray.spill import Spill, overwrite_activations
-from chainfed_ray.start_layer import debiased_cka
 from chainfed_ray.stream import SliceReader
 from chainfed_ray.tokens import Batch, Examples
 
@@ -57,10 +57,14 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Profiling:
-    """The order to profile the layers on at most ``examples`` examples."""
+    """The order to profile the layers on at most ``examples`` examples.
+
+    With ``guess`` all the client's examples pass through the layers, for the head that is fitted to them next (first_pass.py).
+    """
 
     examples: int
     seed: int
+    guess: StartGuess | None = None
 
 
 @dataclass(frozen=True)
@@ -135,36 +139,6 @@ Order = Profiling | Training | Fitting
 Result = Profile | Update | HeadSums
 
 
-@torch.no_grad()
-def profile(client: Client, blocks: Blocks, scratch: Path, order: Profiling) -> Profile:
-    """One forward pass, a layer and a micro-batch in memory at a time; mean-pooled tokens [n, D] are kept of each layer."""
-    now("profiling the layers")
-    started = process_time()
-    chosen = _shuffled(len(client.examples), order.seed)[: order.examples]
-    examples = client.examples.take(chosen)
-    bare = AdapterStack.new((), blocks.hidden_size, bottleneck=1, classes=1, seed=0)
-    with reader(blocks, client.plan) as matrices:
-        runner = _prefix_runner(blocks, client.plan, matrices)
-        cache = PrefixCache(scratch / "profile", runner, examples)
-
-        def pooled(activations: Activations | None) -> Tensor:
-            """Of the layer whose output these are, or of the embeddings, [n, D]."""
-            means = []
-            for indices in examples.by_length(runner.batch):
-                batch = examples.batch(indices)
-                hidden = activations.batch(indices).hidden if activations else blocks.embed(batch.ids, batch.mask)[0]
-                means.append(mean_over_tokens(hidden.double(), batch.mask))
-            return torch.cat(means)
-
-        try:
-            embedded = pooled(None)
-            layers = range(blocks.num_layers)
-            similarities = tuple(debiased_cka(embedded, pooled(cache.at(layer, bare))) for layer in layers)
-        finally:
-            cache.clear()
-    return Profile(similarities, len(chosen), process_time() - started)
-
-
 def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Update:
     """Local epochs of AdamW on the window, from the output of its bottom layer.
 
@@ -206,7 +180,7 @@ def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training)
     """Every optimizer step; the mean loss of an example, and how many steps there were."""
     optimizer = _optimizer(step.stack, order)
     total_loss, seen, steps = 0.0, 0, 0
-    for batch in _batches(len(examples), order):
+    for batch in step_batches(len(examples), order):
         for start in range(0, len(batch), micro_batch):
             total_loss += step.backward(examples, batch[start : start + micro_batch], len(batch))
         if order.proximal:
@@ -232,15 +206,15 @@ def _hold_back(stack: AdapterStack, order: Training) -> None:
             parameter.grad.add_(parameter.detach() - order.tensors[name], alpha=order.proximal)
 
 
-def _batches(count: int, order: Training) -> Iterator[np.ndarray]:
+def step_batches(count: int, order: Training) -> Iterator[np.ndarray]:
     """The indices of each optimizer step's examples, shuffled anew in each epoch."""
     a_pass = math.ceil(count / order.batch_size)
     steps = order.steps if order.steps is not None else order.epochs * a_pass
     for step in range(steps):
         epoch, place = divmod(step, a_pass)
         if place == 0:
-            shuffled = _shuffled(count, derive(order.seed, "epoch", epoch))
-        yield shuffled[place * order.batch_size : (place + 1) * order.batch_size]
+            places = shuffled(count, derive(order.seed, "epoch", epoch))
+        yield places[place * order.batch_size : (place + 1) * order.batch_size]
 
 
 @dataclass(frozen=True)
@@ -309,13 +283,14 @@ def entering(
 ) -> Activations:
     """What enters the window of the client's plan, in a turn of ``stage``: cached or, without the disk, made when asked for."""
     plan = client.plan
-    runner = _prefix_runner(blocks, plan, matrices)
+    runner = prefix_runner(blocks, plan, matrices)
     if not plan.prefix.cached:
         return RecomputedActivations(plan.window.bottom, stack, runner, client.examples)
     return PrefixCache(scratch, runner, client.examples).at(plan.window.bottom, stack, keep=stage.bottom)
 
 
-def _prefix_runner(blocks: Blocks, plan: Plan, matrices: SliceReader | None) -> PrefixRunner:
+def prefix_runner(blocks: Blocks, plan: Plan, matrices: SliceReader | None) -> PrefixRunner:
+    """How a client with this plan runs the layers below its window."""
     return PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.grain == "matrix" else None)
 
 
@@ -354,5 +329,6 @@ def _optimizer(stack: AdapterStack, order: Training) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, weight_decay=0.0, foreach=False)
 
 
-def _shuffled(count: int, seed: int) -> np.ndarray:
+def shuffled(count: int, seed: int) -> np.ndarray:
+    """The indices of ``count`` examples, in an order that follows from ``seed``."""
     return np.random.default_rng(seed).permutation(count)

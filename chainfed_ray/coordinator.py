@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from time import perf_counter
 
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.admission import Candidate
 from chainfed_ray.chain import Chain, Window
@@ -40,11 +41,19 @@ _FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the
 class Coordinator:
     """Runs one job over ``pool``, with ``log`` as its memory; ``judging`` is by the streaming evaluator unless given."""
 
-    def __init__(self, job: Job, pool: ClientPool, log: CommitLog, judging: Judging | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        pool: ClientPool,
+        log: CommitLog,
+        judging: Judging | None = None,
+        listen: Listener = nobody,
+    ) -> None:
         self._job, self._spec, self._pool, self._log = job, job.spec, pool, log
         self._planner = job.planner
         self._guarantee = Guarantee(job.spec, log, len(job.admitted))
-        self._judging = judging or streamed(job)
+        self._judging = judging or streamed(job, listen)
+        self._listen = listen
 
     def open(self) -> Opening:
         """Decide where the chain starts, once: a committed opening is the opening.
@@ -56,7 +65,7 @@ class Coordinator:
             self._job.check_begun_with(opening)
             self._planner = self._job.planner.starting_at(opening.start_layer)
             return opening
-        found = find_start(self._job, self._pool)
+        found = find_start(self._job, self._pool, self._listen)
         start = found.layer
         self._planner = self._job.planner.starting_at(start)
         opening = Opening(
@@ -196,6 +205,7 @@ class Coordinator:
             self._spec.rounds.deadline,
             partial(self._guarantee.prepared, index=upcoming.round_index),
             fold,
+            Reporter(f"round {upcoming.round_index + 1} of {self._guarantee.total}: training", self._listen),
         )
         counted = self._guarantee.counts(len(fold.turns))
 
@@ -250,7 +260,8 @@ class Coordinator:
             return None
         admitted = (candidate for candidate, _ in self._job.admitted)
         clients = everyone(self._planner, admitted, upcoming.window, history)
-        return fit_head(self._job, self._pool, clients, Fitting(tensors, upcoming.window))
+        reporter = Reporter(f"fitting the head of stage {upcoming.stage + 1}", self._listen)
+        return fit_head(self._job, self._pool, clients, Fitting(tensors, upcoming.window), reporter)
 
     def _fold(self, upcoming: NextRound, before: Tensors, trained: Tensors) -> Fold:
         aggregate = self._guarantee.aggregate(upcoming.round_index, trained)

@@ -30,7 +30,7 @@ def costs_of(blocks: Blocks, bottleneck: int, classes: int | None, reads: int = 
 
     The classifier reads so many layers. ``classes`` is None for a language model, whose own head is used and not trained.
     """
-    parts = _Parts(blocks, classes, reads)
+    parts = Parts(blocks, classes, reads)
     width = blocks.hidden_size
 
     def demands(spilled: bool) -> StepDemands:
@@ -80,16 +80,18 @@ def _adapter_bytes(width: int, bottleneck: int) -> int:
 def _of_adapters(width: int, dtype: torch.dtype, bottleneck: int, spilled: bool) -> dict[str, Demand]:
     """The demands of a step that are of adapters, by their names in ``StepDemands``."""
     return {
-        name: rehearse(_adapter(width, bottleneck, trained), width, dtype, spilled=spilled)
+        name: rehearse(new_adapter(width, bottleneck, trained), width, dtype, spilled=spilled)
         for name, trained in (("adapter", True), ("stand_in", False))
     }
 
 
 def _advancing(width: int, dtype: torch.dtype, bottleneck: int) -> Demand:
-    return rehearse(_adapter(width, bottleneck, trained=False), width, dtype, gradients=False)
+    return rehearse(new_adapter(width, bottleneck, trained=False), width, dtype, gradients=False)
 
 
-def _adapter(width: int, bottleneck: int, trained: bool) -> Prepare:
+def new_adapter(width: int, bottleneck: int, trained: bool) -> Prepare:
+    """How an adapter is made for a rehearsal."""
+
     def prepare(fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
         return with_blank_weights(Adapter(width, bottleneck).requires_grad_(trained), fake)
 
@@ -97,7 +99,7 @@ def _adapter(width: int, bottleneck: int, trained: bool) -> Prepare:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """How each part is made for a rehearsal."""
 
     blocks: Blocks
@@ -109,7 +111,7 @@ class _Parts:
         return lambda fake, batch, tokens: self._layer(fake, batch, tokens, spilled)
 
     def _layer(self, fake: FakeTensorMode, batch: int, tokens: int, spilled: bool) -> Callable[[Tensor], Tensor]:
-        real = self.blocks.calls(_padded(batch, tokens))[0]
+        real = self.blocks.calls(padded(batch, tokens))[0]
         call = LayerCall(*tree_map(lambda it: fake.from_tensor(it) if isinstance(it, Tensor) else it, tuple(real)))
         layer = with_blank_weights(self.blocks.largest_layer, fake)
         if spilled:
@@ -118,7 +120,7 @@ class _Parts:
 
     def head(self, fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
         """The head, and the loss on it."""
-        mask = _padded(batch, tokens)
+        mask = padded(batch, tokens)
         if self.classes is None:
             slices, ids = _BlankSlices(self.blocks), np.zeros((batch, tokens), dtype=np.int64)
             every = np.ones((batch, tokens), dtype=bool)
@@ -130,7 +132,7 @@ class _Parts:
 
     def call_bytes(self, batch: int, tokens: int) -> int:
         """What the model hands to its layers besides hidden states; all layers share most of it."""
-        leaves = tree_leaves(tuple(self.blocks.calls(_padded(batch, tokens))))
+        leaves = tree_leaves(tuple(self.blocks.calls(padded(batch, tokens))))
         storages = {
             leaf.untyped_storage()._cdata: leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)
         }
@@ -158,7 +160,7 @@ class _BlankSlices:
         return torch.empty(count, dtype=self.blocks.dtype)
 
 
-def _padded(batch: int, tokens: int) -> Tensor:
+def padded(batch: int, tokens: int) -> Tensor:
     """A mask [B, T] of examples of which the first is shorter: with no padding at all, some models need no mask."""
     mask = torch.ones(batch, tokens, dtype=torch.int64)
     mask[0, tokens // 2 :] = 0

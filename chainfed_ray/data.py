@@ -73,6 +73,11 @@ class Corpus:
     test: Split
     classes: tuple[str, ...]
 
+    @property
+    def splits(self) -> tuple[tuple[str, Split], ...]:
+        """The three by their names."""
+        return ("train", self.train), ("validation", self.validation), ("test", self.test)
+
 
 def load(spec: DataSpec, seed: int, column: str | None = None, classes: bool = True) -> Corpus:
     """Read the job's rows. A validation or test split that is not given is a tenth of ``train``, drawn by ``seed``.

@@ -1,7 +1,8 @@
 """``builtin:docstrings``: a real text classification set, made on the spot. Which library is this sentence from?
 
-The sentences open the docstrings of libraries that are installed anyway, and their source is parsed, never imported. Names that
-would give the answer away are masked. The same versions of the libraries give the same rows, in the same order.
+The sentences open the docstrings of libraries that are installed anyway, or with the extras. Their source is parsed, never
+imported. Names that would give the answer away are masked. The same versions of the libraries give the same rows, in the same
+order.
 """
 
 import ast
@@ -13,7 +14,7 @@ from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
 
-from chainfed_ray.errors import InvalidJob
+from chainfed_ray.errors import InvalidJob, how_to_get
 
 ROWS_PER_CLASS = 400
 # Enough sentences are gathered for those to be replaced that turn out to be another library's, too.
@@ -77,7 +78,9 @@ def sources(library: str) -> list[Path]:
     """
     spec = find_spec(library)
     if spec is None or not spec.submodule_search_locations:
-        raise InvalidJob.at("data.train", "builtin:docstrings", f"the package {library} to be installed")
+        raise InvalidJob.at(
+            "data.train", "builtin:docstrings", f"{library} to be installed: {how_to_get('demo,plots')}"
+        )
     root = Path(spec.submodule_search_locations[0])
     names = (path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     return [root / name for name in sorted((name for name in names if "test" not in name), key=_order)]

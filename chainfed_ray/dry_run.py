@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from chainfed_ray.accountant import Ledger
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Chain
@@ -30,18 +31,19 @@ from chainfed_ray.tokens import Examples
 _HALVINGS = 3  # of a number, in search of one that lets more clients join
 
 
-def dry_run(spec: JobSpec, at_once: int) -> Forecast:
+def dry_run(spec: JobSpec, at_once: int, listen: Listener = nobody) -> Forecast:
     """The dry run of a job, of which ``at_once`` clients train at a time.
 
     Raises:
         InvalidJob: the job cannot run with any clients.
     """
-    job = draft(spec, Path())  # nothing of it is written: what is measured has a folder of its own
+    job = draft(spec, Path(), listen)  # nothing of it is written: what is measured has a folder of its own
     ledger = Ledger(spec, len(job.admitted)) if spec.privacy and job.admitted else None
     rounds = ledger.total if ledger else spec.rounds.total
-    measured = duration(_of_rounds(job, rounds), at_once) if job.admitted and rounds else None
+    measured = duration(_of_rounds(job, rounds), at_once, listen) if job.admitted and rounds else None
     cohort = min(spec.rounds.clients, len(job.admitted))
     costs, start = job.planner.costs, job.planner.task.start
+    Reporter("looking for changes that would let more clients join", listen).begin()
     return Forecast(
         job=spec.name,
         base=spec.model.base,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.admission import Candidate
 from chainfed_ray.chain import Chain, Window
@@ -31,11 +32,12 @@ class Duration:
     micro_steps: Mapping[str, float]
 
 
-def duration(job: Job, at_once: int) -> Duration:
+def duration(job: Job, at_once: int, listen: Listener = nobody) -> Duration:
     """About how long ``job`` takes where ``at_once`` clients train at a time; somebody has to take part."""
-    evaluations = _evaluations(job)
+    Reporter("timing an evaluation", listen).begin()
+    evaluations = judging_seconds(job)
     typical = {name: _median(members) for name, members in _by_class(job).items()}
-    paces = _paces(job, typical)
+    paces = _paces(job, typical, Reporter("timing turns of each class", listen))
     micro_steps = {
         name: paces[name].step * min(plan.micro_batch, len(candidate.examples)) / candidate.speed
         for name, (candidate, plan) in typical.items()
@@ -55,19 +57,19 @@ def _median(members: list[tuple[Candidate, Plan]]) -> tuple[Candidate, Plan]:
     return sorted(members, key=lambda member: len(member[0].examples))[len(members) // 2]
 
 
-def _paces(job: Job, typical: Mapping[str, tuple[Candidate, Plan]]) -> dict[str, Pace]:
+def _paces(job: Job, typical: Mapping[str, tuple[Candidate, Plan]], reporter: Reporter) -> dict[str, Pace]:
     """The pace of each class; classes that are planned alike share a measurement."""
     measured: dict[tuple[object, ...], Pace] = {}
     paces = {}
-    for name, (candidate, plan) in typical.items():
+    for name, (candidate, plan) in reporter.each(typical.items(), len(typical), "classes"):
         way = (plan.window, plan.micro_batch, plan.grain, plan.spilled, plan.prefix.batch, plan.prefix.grain)
         if way not in measured:
-            measured[way] = _pace(job, as_client(candidate, plan, plan.planned_bytes))
+            measured[way] = pace_of(job, as_client(candidate, plan, plan.planned_bytes))
         paces[name] = measured[way]
     return paces
 
 
-def _pace(job: Job, client: Client) -> Pace:
+def pace_of(job: Job, client: Client) -> Pace:
     """The pace of a client, timed with its window at the bottom of the model: so there is nothing below that has to be run."""
     spec, plan = job.spec, client.plan
     window = Window(0, len(plan.window) - 1)
@@ -114,7 +116,7 @@ def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
             profiled = min(examples, job.spec.chain.profile_examples)
             once += (pace.turn + _through(job.layers, profiled, plan, pace)) / candidate.speed
         once += _fits(job) * (pace.turn + examples * pace.step / _PASSES) / candidate.speed
-        once += _through(_layers_of_exits(job, plan.prefix.cached), examples, plan, pace) / candidate.speed
+        once += _through(layers_of_exits(job, plan.prefix.cached), examples, plan, pace) / candidate.speed
     # The share of clients that are ever asked; for a fitted head, everyone is.
     seen = 1 if _fits(job) else min(1, rounds.total * cohort / clients)
     in_turn = math.ceil(cohort / at_once) * sum(turns) / clients
@@ -134,7 +136,7 @@ def _fits(job: Job) -> int:
     return _stages(job)
 
 
-def _layers_of_exits(job: Job, cached: bool) -> int:
+def layers_of_exits(job: Job, cached: bool) -> int:
     """Layers that a client runs its examples through for the heads from which the chain's start follows."""
     windows = Chain(job.layers, 0, job.window).windows
     if job.spec.chain.start != "best-exit" or len(windows) == 1:
@@ -188,18 +190,18 @@ def _layers_below(job: Job, plan: Plan, examples: int) -> tuple[float, int]:
     return narrower + slides, highest + 1
 
 
-def _evaluations(job: Job) -> float:
+def judging_seconds(job: Job) -> float:
     """The server's part: the validation rows as often as they are judged, and the test rows through the whole model."""
     spec, inside = job.spec, job.window - 1
     pace = judge_pace(job.base, job.validation, _new_stack(job, job.layers), job.window)
     early = pace.opening + inside * pace.load + len(job.validation) * (inside * pace.layer + pace.row)
-    judged, whole = (_times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
+    judged, whole = (times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
     through_all_layers = whole * len(job.validation) + len(job.test)
     passes = (whole + 1) * (pace.opening + job.layers * pace.load)
     return judged * early + passes + through_all_layers * (job.layers * pace.layer + pace.row)
 
 
-def _times(job: Job, often: Often | Literal["never"]) -> int:
+def times(job: Job, often: Often | Literal["never"]) -> int:
     """How many times in the job something is done that is done so often."""
     total = job.spec.rounds.total
     if isinstance(often, int):

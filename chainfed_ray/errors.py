@@ -12,6 +12,7 @@
     ├── OpsNotBuilt        (RuntimeError)  DeepSpeed's libraries could not be compiled
     ├── CorruptCommit      (RuntimeError)  a commit whose bytes are not those that were written
     ├── CoordinatorLost    (RuntimeError)  a coordinator died again and again without finishing a round
+    ├── PackageMissing     (ImportError)   a package is not installed that an extra would bring
     ├── InvalidSetting     (ValueError)    an environment variable or option of the service that is wrong
     ├── StorageInUse       (RuntimeError)  another service works on the same storage
     ├── ServiceNotStarted  (RuntimeError)  a service did not come up
@@ -207,6 +208,22 @@ class CoordinatorLost(ChainFedError, RuntimeError):
             f"the coordinator of {self.job} died {self.deaths} times without finishing a round in between; Ray's log of its "
             "actor says why (often: the machine has too little memory)"
         )
+
+
+class PackageMissing(ChainFedError, ImportError):
+    """What was asked for needs a package that is not installed; ``extra`` is that of ours which brings it."""
+
+    def __init__(self, wanted: str, package: str, extra: str) -> None:
+        super().__init__(wanted, package, extra)
+        self.wanted, self.package, self.extra = wanted, package, extra
+
+    def __str__(self) -> str:
+        return f"{self.wanted} needs {self.package}, which is not installed: {how_to_get(self.extra)}"
+
+
+def how_to_get(extra: str) -> str:
+    """The command that installs the packages of one of our extras."""
+    return f"pip install 'chainfed-ray[{extra}]'"
 
 
 class InvalidSetting(ChainFedError, ValueError):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
@@ -26,23 +27,35 @@ from chainfed_ray.tokens import Batch, Examples
 
 
 @torch.no_grad()
-def evaluate(examples: Examples, base: BaseModel, cache: Path, stack: AdapterStack, window: Window) -> Judgement:
+def evaluate(
+    examples: Examples,
+    base: BaseModel,
+    cache: Path,
+    stack: AdapterStack,
+    window: Window,
+    reporter: Reporter = SILENT,
+) -> Judgement:
     """Judge ``stack`` on ``examples`` at the top of ``window``; the prefix below the window is cached in ``cache``."""
     judgement = Judgement.blank(len(examples))
     with _opened(base) as (blocks, matrices):
-        for indices, batch, states in _outputs(examples, blocks, matrices, cache, stack, window):
+        for indices, batch, states in _outputs(examples, blocks, matrices, cache, stack, window, reporter):
             judgement.put(torch.from_numpy(indices), judge(blocks, stack, states, batch, matrices))
     return judgement
 
 
 @torch.no_grad()
 def pooled(
-    examples: Examples, base: BaseModel, cache: Path, stack: AdapterStack, window: Window
+    examples: Examples,
+    base: BaseModel,
+    cache: Path,
+    stack: AdapterStack,
+    window: Window,
+    reporter: Reporter = SILENT,
 ) -> tuple[Tensor, Tensor]:
     """What the head reads at the top of ``window``, [n, r, D] in float32, and the classes [n], the shortest texts first."""
     means, labels = [], []
     with _opened(base) as (blocks, matrices):
-        for _, batch, states in _outputs(examples, blocks, matrices, cache, stack, window):
+        for _, batch, states in _outputs(examples, blocks, matrices, cache, stack, window, reporter):
             means.append(read_on(states.read, states.hidden, batch.mask, stack.reads))
             labels.append(batch.labels)
     return torch.cat(means), torch.cat(labels)
@@ -61,14 +74,20 @@ def _opened(base: BaseModel) -> Iterator[tuple[Blocks, SliceReader]]:
 
 
 def _outputs(
-    examples: Examples, blocks: Blocks, matrices: SliceReader, cache: Path, stack: AdapterStack, window: Window
+    examples: Examples,
+    blocks: Blocks,
+    matrices: SliceReader,
+    cache: Path,
+    stack: AdapterStack,
+    window: Window,
+    reporter: Reporter,
 ) -> Iterator[tuple[np.ndarray, Batch, States]]:
     """Every batch and the places of its examples, with the window's output."""
     below, inside = evaluation_grains(blocks.layer_bytes, blocks.conversion_bytes, len(window))
     runner = PrefixRunner(blocks, matrices=matrices if below == "matrix" else None)
-    activations = PrefixCache(cache, runner, examples).at(window.bottom, stack)
+    activations = PrefixCache(cache, runner, examples).at(window.bottom, stack, reporter=reporter)
     streamed = matrices if inside == "matrix" else None
     layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
-    for indices in examples.by_length(PREFIX_BATCH):
+    for indices in reporter.each(examples.by_length(PREFIX_BATCH), len(examples), "rows", len):
         batch = examples.batch(indices)
         yield indices, batch, window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)

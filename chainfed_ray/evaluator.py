@@ -12,6 +12,11 @@ Sets = Mapping[str, Examples]
 """What an evaluator judges stacks on, by name."""
 
 
+def whole_model(examples: str) -> str:
+    """What goes on while an evaluator judges a stack on the set called ``examples``, in words."""
+    return f"evaluating the whole model ({examples})"
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """The judgement of a set's examples, in their order, and what it took.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.choices import Choices, read_choices
 from chainfed_ray.config import JobSpec
 from chainfed_ray.data import Corpus, Split, load
@@ -49,30 +50,37 @@ class JobExamples:
         return (self.validation, self.test, *([self.choices.examples] if self.choices else []))
 
 
-def examples_of(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> JobExamples:
+def examples_of(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Listener = nobody) -> JobExamples:
     """Read a job's rows and make tokens of them.
 
     Raises:
         InvalidJob: they cannot be read, or there is too little to learn from.
     """
+    Reporter("reading the data", listen).begin()
     if spec.model.task == "causal-lm":
-        return _of_language(spec, tokenizer)
+        return _of_language(spec, tokenizer, listen)
     corpus = _load(spec, classes=True)
     number = {name: place for place, name in enumerate(corpus.classes)}
     train, validation, test = (
-        tokenize(tokenizer, _texts(split), [number[label] for label in split.labels], spec.data.max_length)
-        for split in (corpus.train, corpus.validation, corpus.test)
+        tokenize(
+            tokenizer,
+            _texts(split),
+            [number[label] for label in split.labels],
+            spec.data.max_length,
+            _tokenizing(name, listen),
+        )
+        for name, split in corpus.splits
     )
     return JobExamples(corpus, train, validation, test, choices=None, packs=None)
 
 
-def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> JobExamples:
+def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Listener) -> JobExamples:
     _check_tokenizer(spec, tokenizer)
     length, running = spec.data.max_length, _is_running(spec)
     corpus = _load(spec, classes=spec.fleet.partition.scheme == "dirichlet")
     splits = []
-    for name, split in (("train", corpus.train), ("validation", corpus.validation), ("test", corpus.test)):
-        examples = tokenize_texts(tokenizer, split.texts, length)
+    for name, split in corpus.splits:
+        examples = tokenize_texts(tokenizer, split.texts, length, _tokenizing(name, listen))
         if running and name != "train":
             examples = packed(examples, length)
         # Running text is joined: there every token counts.
@@ -89,6 +97,10 @@ def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> JobExampl
     source = spec.evaluation.choices
     choices = read_choices(source, tokenizer, length) if source is not None else None
     return JobExamples(corpus, train, validation, test, choices, packs=length if running else None)
+
+
+def _tokenizing(name: str, listen: Listener) -> Reporter:
+    return Reporter(f"making tokens of the {name} rows", listen)
 
 
 def _is_running(spec: JobSpec) -> bool:

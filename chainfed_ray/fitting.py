@@ -1,37 +1,82 @@
 """A client's part in a head in closed form: sums over its examples, at its window's output."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from time import process_time
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.cap import now
-from chainfed_ray.client import Client, Fitting, HeadSums, entering, reader, window_output
+from chainfed_ray.chain import Window
+from chainfed_ray.client import Client, Fitting, HeadSums, entering, prefix_runner, reader, window_output
 from chainfed_ray.discriminant import ClassSums
+from chainfed_ray.first_pass import FirstPass
+from chainfed_ray.prefix import PrefixCache
 from chainfed_ray.reading import read_on
+from chainfed_ray.stream import SliceReader
+
+Features = Iterator[tuple[Tensor, Tensor]]  # of each micro-batch: what the head reads [B, r, D], and the classes [B]
 
 
 @torch.no_grad()
 def add_up(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> HeadSums:
-    """One forward pass of the client's examples through its window. The prefix cache that it fills is for training as well."""
+    """The sums of all the client's examples.
+
+    Up to a window that was never trained they are made of what the first pass left (first_pass.py), if the client has the disk
+    for that; else the examples run through the window. Either fills the prefix cache that training needs.
+    """
     started = process_time()
-    plan, examples, window = client.plan, client.examples, client.plan.window
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
-    with reader(blocks, plan) as matrices:
-        now(f"running the layers below layer {window.bottom}")
-        activations = entering(client, blocks, scratch, stack, matrices, order.window)
-        now("fitting the head")
-        streamed = matrices if plan.grain == "matrix" else None
-        layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
-        total = ClassSums.zeros(stack.head.linear.out_features, stack.head.features(window.top))
-        for indices in examples.by_length(plan.micro_batch):
-            batch = examples.batch(indices)
-            states = window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)
-            means = read_on(states.read, states.hidden, batch.mask, stack.reads)
-            total.count(layer_norm(means, means.shape[-1:]).flatten(1), batch.labels)
-            del states  # before the next batch is run
-    return HeadSums(total.tensors(), len(examples), process_time() - started)
+    with reader(blocks, client.plan) as matrices:
+        if client.plan.prefix.cached and stack.is_new(order.window.top):
+            features = _of_first_pass(client, blocks, scratch, stack, matrices, order.window)
+        else:
+            features = _of_window(client, blocks, scratch, stack, matrices, order.window)
+        # Made when the layers below are gone: with both at once a turn would need more than its plan.
+        total = ClassSums.zeros(stack.head.linear.out_features, stack.head.features(order.window.top))
+        for means, classes in features:
+            total.count(layer_norm(means, means.shape[-1:]).flatten(1), classes)
+    return HeadSums(total.tensors(), len(client.examples), process_time() - started)
+
+
+def _of_first_pass(
+    client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, stage: Window
+) -> Features:
+    """Those of the base model's layers: what of them is not there yet is made, and the activations below ``stage`` stay."""
+    examples = client.examples
+    first_pass = FirstPass(PrefixCache(scratch, prefix_runner(blocks, client.plan, matrices), examples), stack.reads)
+    now(f"running the layers up to layer {stage.top}")
+    first_pass.keep(stage.bottom)
+    for _ in first_pass.up_to(stage.top):
+        pass
+    now("fitting the head")
+    read = range(max(stage.top - stack.reads + 1, 0), stage.top + 1)
+    return (
+        (first_pass.features.of(read, indices), torch.from_numpy(examples.labels[indices]))
+        for indices in examples.by_length(client.plan.micro_batch)
+    )
+
+
+def _of_window(
+    client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, stage: Window
+) -> Features:
+    """Those of the output of the client's own window, which may be narrower than ``stage``."""
+    plan, examples, window = client.plan, client.examples, client.plan.window
+    now(f"running the layers below layer {window.bottom}")
+    activations = entering(client, blocks, scratch, stack, matrices, stage)
+    now("fitting the head")
+    streamed = matrices if plan.grain == "matrix" else None
+    layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
+
+    def means(indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        batch = examples.batch(indices)
+        states = window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)
+        return read_on(states.read, states.hidden, batch.mask, stack.reads), batch.labels
+
+    return map(means, examples.by_length(plan.micro_batch))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter
 
+from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.client import Client, Order
 from chainfed_ray.cohort import Cohort
 from chainfed_ray.fold import Fold
@@ -17,6 +18,7 @@ def gather(
     deadline: float,
     prepared: Callable[[Sequence[Client]], list[Client]],
     fold: Fold,
+    reporter: Reporter = SILENT,
 ) -> None:
     """Hand ``order`` to the clients of ``cohort``, and fold what comes of it in client order.
 
@@ -24,7 +26,7 @@ def gather(
     """
     started = perf_counter()
     clients = prepared(cohort.clients)
-    outcomes = pool.run(clients, order, deadline)
+    outcomes = reporter.each(pool.run(clients, order, deadline), len(clients), "clients")
     for client, silence in cohort.absent:
         fold.add(client, silence)
     exceeded: dict[str, Failure] = {}
@@ -38,7 +40,7 @@ def gather(
     # A client is left out only after a turn with a leaner plan, or its whole budget: the first plan may have been wrong.
     able = prepared(cohort.second_turns(exceeded))
     left = max(deadline - (perf_counter() - started), 0.0)
-    outcomes = pool.run(able, order, left) if able else iter(())
+    outcomes = reporter.each(pool.run(able, order, left) if able else (), len(able), "clients")
     for outcome in in_order(outcomes, len(able)):
         first = exceeded.pop(able[outcome.place].name).reason
         fold.add(able[outcome.place], outcome.result, first)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import cross_entropy, layer_norm, linear, pad
 
+from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.aggregate import check_update
 from chainfed_ray.chain import Window
@@ -31,10 +32,11 @@ class FittedHead(NamedTuple):
     record: HeadFit
 
 
-def fit_head(job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitting) -> FittedHead:
+def fit_head(
+    job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitting, reporter: Reporter = SILENT
+) -> FittedHead:
     """Ask ``clients`` for their sums, add them up in client order, and settle the rest on the job's validation rows."""
-    # The deadline is for a round's clients, and here everyone is asked.
-    deadline = job.spec.rounds.deadline * math.ceil(len(clients) / job.spec.rounds.clients)
+    deadline = deadline_of_all(job, len(clients))
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
     shape = stack.head.linear.out_features, stack.head.features(order.window.top)
@@ -43,7 +45,8 @@ def fit_head(job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitti
         expected = ClassSums.zeros(*shape).tensors()
     cpu_seconds: list[float] = []  # of each client whose sums count; the sums themselves are not kept
     lost: list[Lost] = []
-    for place, result in in_order(pool.run(clients, order, deadline), len(clients)):
+    outcomes = reporter.each(pool.run(clients, order, deadline), len(clients), "clients")
+    for place, result in in_order(outcomes, len(clients)):
         client = clients[place]
         try:
             found = _checked(client, result, expected)
@@ -57,7 +60,7 @@ def fit_head(job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitti
                 sums, seconds = found
                 total.add(sums)
                 cpu_seconds.append(seconds)
-    head, score = _head(total, stack, order.window, job.validation, job.base) if cpu_seconds else ({}, None)
+    head, score = _head(total, stack, order.window, job.validation, job.base, reporter) if cpu_seconds else ({}, None)
     record = HeadFit(
         clients=len(cpu_seconds),
         examples=int(total.counts.sum()),
@@ -70,12 +73,17 @@ def fit_head(job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitti
     return FittedHead(head, record)
 
 
+def deadline_of_all(job: Job, clients: int) -> float:
+    """The deadline (seconds) where all the job's ``clients`` are asked: ``rounds.deadline`` is for those of a round."""
+    return job.spec.rounds.deadline * math.ceil(clients / job.spec.rounds.clients)
+
+
 def _head(
-    total: ClassSums, stack: AdapterStack, window: Window, held_out: Examples, base: BaseModel
+    total: ClassSums, stack: AdapterStack, window: Window, held_out: Examples, base: BaseModel, reporter: Reporter
 ) -> tuple[Tensors, Score | None]:
     """The head's tensors, and its score on ``held_out`` examples; none if no classifier follows from the sums."""
     with one_thread():
-        means, labels = pooled(held_out, base, base.scratch / "(validation)", stack, window)
+        means, labels = pooled(held_out, base, base.scratch / "(validation)", stack, window, reporter)
         hidden = means.shape[-1]
         features = layer_norm(means, (hidden,)).flatten(1)
         found = fitted(total, features, labels)

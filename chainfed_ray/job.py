@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from chainfed_ray.accountant import Ledger
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.base_model import resolve, tokenizer
 from chainfed_ray.blocks import Blocks
@@ -99,28 +100,29 @@ def as_client(candidate: Candidate, plan: Plan, cap_bytes: int) -> Client:
     return Client(name, group, examples, memory, plan, cap_bytes, speed=candidate.speed)
 
 
-def prepare(spec: JobSpec, scratch: Path) -> Job:
+def prepare(spec: JobSpec, scratch: Path, listen: Listener = nobody) -> Job:
     """A job that can run; ``scratch`` is for its clients' prefix caches.
 
     Raises:
         InvalidJob: the job cannot run; each problem names the field, its value and what would do.
     """
-    job = draft(spec, scratch)
+    job = draft(spec, scratch, listen)
     check_fleet(job)
     return job
 
 
-def draft(spec: JobSpec, scratch: Path) -> Job:
+def draft(spec: JobSpec, scratch: Path, listen: Listener = nobody) -> Job:
     """Read the data, deal it to the clients and plan their turns, whether or not enough of them can take part.
 
     Raises:
         InvalidJob: the job cannot run with any clients.
     """
+    Reporter("finding the base model", listen).begin()
     folder = resolve(spec.model.base)
     base = BaseModel(folder, getattr(torch, spec.model.dtype), scratch)
     causal = spec.model.task == "causal-lm"
     words = tokenizer(spec.model.base, folder)
-    examples = examples_of(spec, words)
+    examples = examples_of(spec, words, listen)
     corpus = examples.corpus
     try:
         blocks = Blocks(folder, base.dtype)
@@ -132,6 +134,7 @@ def draft(spec: JobSpec, scratch: Path) -> Job:
         _check_texts(spec, blocks, examples)
         _check_chain(spec, blocks.num_layers)
         classes = None if causal else len(corpus.classes)
+        Reporter("tracing the memory of the model's parts", listen).begin()
         costs = costs_of(blocks, spec.chain.adapter.bottleneck, classes, _reads(spec, blocks))
         planner = Planner(costs, task_of(spec))
     finally:
@@ -147,7 +150,7 @@ def draft(spec: JobSpec, scratch: Path) -> Job:
         classes=() if causal else corpus.classes,
         manifest=Manifest.of(spec, corpus, shares),
         planner=planner,
-        admission=admit(planner, candidates(spec, examples, shares), spec.chain.window),
+        admission=admit(planner, candidates(spec, examples, shares), spec.chain.window, listen),
         validation=examples.validation,
         test=examples.test,
         choices=examples.choices,

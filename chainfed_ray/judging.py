@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Literal
 
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
 from chainfed_ray.evaluate import evaluate
@@ -30,14 +31,14 @@ def sets_of(job: Job) -> Sets:
     return {_VALIDATION: job.validation, _TEST: job.test, **choices}
 
 
-def streaming(job: Job) -> StreamEvaluator:
+def streaming(job: Job, listen: Listener = nobody) -> StreamEvaluator:
     """The evaluator that needs nothing but torch."""
-    return StreamEvaluator(job.base, job.planner.costs, sets_of(job))
+    return StreamEvaluator(job.base, job.planner.costs, sets_of(job), listen)
 
 
-def streamed(job: Job) -> "Judging":
+def streamed(job: Job, listen: Listener = nobody) -> "Judging":
     """The judgements of ``job`` by that evaluator."""
-    return Judging(job, streaming(job))
+    return Judging(job, streaming(job, listen), listen=listen)
 
 
 def is_due(often: Often | Literal["never"], round_index: int, stage_ends: bool) -> bool:
@@ -101,8 +102,8 @@ def fallback(judged: Sequence[Restored]) -> Restored | None:
 class Judging:
     """The judgements of one job. ``instead`` says why the evaluator is another than the job asks for, if it is."""
 
-    def __init__(self, job: Job, evaluator: Evaluator, instead: str | None = None) -> None:
-        self._job, self._evaluator, self._instead = job, evaluator, instead
+    def __init__(self, job: Job, evaluator: Evaluator, instead: str | None = None, listen: Listener = nobody) -> None:
+        self._job, self._evaluator, self._instead, self._listen = job, evaluator, instead, listen
 
     @property
     def evaluator(self) -> str:
@@ -118,7 +119,8 @@ class Judging:
         job, rows, started = self._job, self._job.validation, perf_counter()
         planned = evaluation_bytes(job.planner.costs, len(stack.layers), len(window), int(rows.lengths.max()))
         with PeakMemory() as peak, one_thread():
-            found = evaluate(rows, job.base, job.base.scratch / f"({_VALIDATION})", stack, window)
+            reporter = Reporter(f"evaluating the chain up to layer {window.top}", self._listen)
+            found = evaluate(rows, job.base, job.base.scratch / f"({_VALIDATION})", stack, window, reporter)
         return Score.of(found), EarlyExit(
             seconds=perf_counter() - started, planned_bytes=planned, peak_bytes=peak.bytes
         )
@@ -138,7 +140,7 @@ class Judging:
                 return self._judged(self._evaluator, stack, _TEST, instead)
             except Exception as error:  # see above
                 instead = f"{type(error).__name__}: {error}"
-        return self._judged(streaming(self._job), stack, _TEST, instead)
+        return self._judged(streaming(self._job, self._listen), stack, _TEST, instead)
 
     def _judged(self, by: Evaluator, stack: AdapterStack, rows: str, instead: str | None) -> Evaluation:
         """Of the whole model by one evaluator, on ``rows`` and the multiple choice; ``instead`` as ``Judging`` has it."""

@@ -151,12 +151,14 @@ def lacking(costs: Costs, task: Task, stage: Window, means: Means) -> int:
     return min(needs) - means.memory
 
 
-def cache_bytes(costs: Costs, examples: int, tokens: int) -> int:
+def cache_bytes(costs: Costs, task: Task, examples: int, tokens: int) -> int:
     """Disk for a prefix cache of so many ``tokens`` in all, and what the head reads of each example below them.
 
-    It has the lowest layer of the chain and of the stage, and two as one is made.
+    It has the lowest layer of the chain and of the stage, and two as one is made. For a fitted head there are the features of
+    every layer besides.
     """
-    return 4 * (tokens * costs.hidden * costs.itemsize + _read_bytes(costs, examples))
+    features = examples * costs.layers * costs.hidden * _FLOAT32 if task.fits_head else 0
+    return 4 * (tokens * costs.hidden * costs.itemsize + _read_bytes(costs, examples)) + features
 
 
 def evaluation_grains(layer: int, conversion: int, window: int) -> tuple[Grain, Grain]:

@@ -13,7 +13,7 @@ prefix of each step anew, example by example; those are the bits of a cache that
 import os
 import shutil
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,10 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.features import FeatureWriter, PooledFeatures
 from chainfed_ray.memory import PREFIX_BATCH, Grain
-from chainfed_ray.reading import States, nothing_read
+from chainfed_ray.reading import States, mean_over_tokens, nothing_read
 from chainfed_ray.stream import RowSlices
 from chainfed_ray.tokens import Examples
 
@@ -106,23 +108,38 @@ class PrefixCache:
 
     def __init__(self, folder: Path, runner: PrefixRunner, examples: Examples) -> None:
         self._folder, self._runner, self._examples = folder, runner, examples
-        self._row_bytes = runner.blocks.hidden_size * runner.blocks.dtype.itemsize
+        self.width = runner.blocks.hidden_size  # D
+        self.features = PooledFeatures(folder, runner.way, self.width)
+        self._row_bytes = self.width * runner.blocks.dtype.itemsize
         folder.mkdir(parents=True, exist_ok=True)
 
-    def at(self, layer: int, stack: AdapterStack, keep: int | None = None) -> "CachedActivations":
+    def at(
+        self, layer: int, stack: AdapterStack, keep: int | None = None, reporter: Reporter = SILENT
+    ) -> "CachedActivations":
         """u of ``layer``: made from the highest layer at hand below it. Others are forgotten, but for those that come again:
         of the layer ``keep`` and of the chain's lowest, below which nothing ever changes.
         """
-        have = layer
-        while have >= 0 and not self._path(have, stack).exists():
-            have -= 1
+        have = self._highest_at_hand(layer, stack)
         lasting = {keep, min(stack.layers, default=layer)}
-        self._forget_all_but({have, *lasting}, stack)
-        for index, module in self._runner.layers(range(have + 1, layer + 1)):
+        self.forget_all_but({have, *lasting}, stack)
+        missing = range(have + 1, layer + 1)
+        for index, module in reporter.each(self._runner.layers(missing), len(missing), "layers"):
             self._write(index, module, stack)
             del module  # before the next but one is loaded
-            self._forget_all_but({index, *lasting}, stack)
+            self.forget_all_but({index, *lasting}, stack)
         return self._open(layer, stack)
+
+    def first_pass(self, below: int, top: int, bare: AdapterStack) -> Iterator[int]:
+        """Run layers of the base model from the highest at hand up to ``below``, and up to ``top``; give each as it is there.
+
+        The features of each are put beside its activations. ``bare`` is a stack without adapters.
+        """
+        have = self._highest_at_hand(below, bare)
+        for index, module in self._runner.layers(range(have + 1, top + 1)):
+            with self.features.written(index) as writer:
+                self._write(index, module, bare, writer)
+            del module  # before the next but one is loaded
+            yield index
 
     def clear(self) -> None:
         """Give the disk back."""
@@ -135,7 +152,18 @@ class PrefixCache:
         rows = min(layer, stack.reads_below)
         return CachedActivations(self._path(layer, stack), self._runner.blocks, self._examples, rows)
 
-    def _write(self, layer: int, module: nn.Module, stack: AdapterStack) -> None:
+    def forget_all_but(self, layers: Collection[int | None], stack: AdapterStack) -> None:
+        """Give the disk of the activations of other layers and other stacks back."""
+        kept = {self._path(layer, stack) for layer in layers if layer is not None and layer >= 0}
+        for path in self._folder.glob("*.activations"):
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def _highest_at_hand(self, layer: int, stack: AdapterStack) -> int:
+        """The highest layer up to ``layer`` whose activations are there; −1 if none are."""
+        return next((have for have in range(layer, -1, -1) if self._path(have, stack).exists()), -1)
+
+    def _write(self, layer: int, module: nn.Module, stack: AdapterStack, features: FeatureWriter | None = None) -> None:
         path, examples = self._path(layer, stack), self._examples
         below = self._open(layer - 1, stack) if layer else None
         # A name of its own: a process that was given up may still be writing the same activations.
@@ -147,22 +175,21 @@ class PrefixCache:
                     file,
                     indices,
                     self._runner.run(layer, module, stack, examples, indices, below.batch(indices) if below else None),
+                    features,
                 )
         aside.replace(path)
 
-    def _store(self, file: BinaryIO, indices: np.ndarray, states: States) -> None:
-        for index, row, read in zip(indices.tolist(), *states, strict=True):
+    def _store(self, file: BinaryIO, indices: np.ndarray, states: States, features: FeatureWriter | None) -> None:
+        lengths = self._examples.lengths[indices]
+        for index, length, row, read in zip(indices.tolist(), lengths.tolist(), *states, strict=True):
             file.seek(int(self._examples.offsets[index]) * self._row_bytes)
-            file.write(row[: self._examples.lengths[index]].contiguous().view(torch.uint8).numpy())
+            file.write(row[:length].contiguous().view(torch.uint8).numpy())
             if len(read):
                 file.seek(int(self._examples.offsets[-1]) * self._row_bytes + index * read.nbytes)
                 file.write(read.contiguous().view(torch.uint8).numpy())
-
-    def _forget_all_but(self, layers: set[int | None], stack: AdapterStack) -> None:
-        kept = {self._path(layer, stack) for layer in layers if layer is not None and layer >= 0}
-        for path in self._folder.glob("*.activations"):
-            if path not in kept:
-                path.unlink(missing_ok=True)
+        if features:
+            mask = torch.arange(states.hidden.shape[1]) < torch.from_numpy(lengths)[:, None]
+            features.put(indices, mean_over_tokens(states.hidden.float(), mask))
 
 
 class CachedActivations:

@@ -27,7 +27,7 @@ from chainfed_ray.adapter import Tensors
 from chainfed_ray.chain import Window
 from chainfed_ray.sections import PrivacySpec
 
-_CHUNK = 4096  # values whose noise is drawn at once: in all they take about 56 bytes each
+CHUNK = 4096  # values whose noise is drawn at once: in all they take about 56 bytes each
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Noise:
 
     def add_to(self, name: str, value: Tensor) -> None:
         """Add the noise of the tensor called ``name`` to its ``value`` (float64, contiguous), in place."""
-        for place, chunk in enumerate(value.view(-1).split(_CHUNK)):
+        for place, chunk in enumerate(value.view(-1).split(CHUNK)):
             chunk.add_(torch.from_numpy(self._drawn(f"{name}/{place}", len(chunk))))
 
     def _drawn(self, name: str, count: int) -> np.ndarray:
@@ -78,7 +78,8 @@ class PrivateMean:
     """
 
     def __init__(self, start: Tensors, clients: int, clip: float | None, noise: Noise) -> None:
-        self._start, self._clients, self._clip, self._noise = start, clients, clip, noise
+        self.noise = noise
+        self._start, self._clients, self._clip = start, clients, clip
         self._sums: Tensors = {name: _zeros(tensor) for name, tensor in start.items()}
         self._answered = 0
 
@@ -91,20 +92,21 @@ class PrivateMean:
 
     def result(self) -> Tensors:
         """The new tensors, in float32."""
-        return {name: self._moved(name, tensor).float() for name, tensor in self._start.items()}
+        return {name: self.moved(name).float() for name in self._start}
 
-    def _moved(self, name: str, tensor: Tensor) -> Tensor:
+    def moved(self, name: str) -> Tensor:
+        """The new value of a tensor, in float64."""
         noised = self._sums[name].clone()
         if missing := self._missing():
             missing.add_to(name, noised)
-        return noised.div_(self._clients).add_(tensor)
+        return noised.div_(self._clients).add_(self._start[name])
 
     def _missing(self) -> Noise | None:
         """The noise that no client has added."""
         if self._clip is not None:
-            return self._noise
+            return self.noise
         share = 1 - self._answered / self._clients
-        return replace(self._noise, deviation=self._noise.deviation * math.sqrt(share)) if share else None
+        return replace(self.noise, deviation=self.noise.deviation * math.sqrt(share)) if share else None
 
 
 def clip_factor(start: Mapping[str, Tensor], trained: Mapping[str, Tensor], bound: float) -> float:
@@ -116,7 +118,7 @@ def clip_factor(start: Mapping[str, Tensor], trained: Mapping[str, Tensor], boun
 
 def private_mean(spec: PrivacySpec, secret: bytes, index: int, start: Tensors, clients: int) -> PrivateMean:
     """What the server makes of the updates of round ``index``: its own clipping and noise, or those of its clients."""
-    noise = Noise(spec.noise_multiplier * spec.clip, _key(secret, "server", index))
+    noise = Noise(spec.noise_multiplier * spec.clip, key_of(secret, "server", index))
     return PrivateMean(start, clients, spec.clip if spec.where == "server" else None, noise)
 
 
@@ -126,12 +128,12 @@ def share_of(spec: PrivacySpec, secret: bytes, index: int, client: str, window: 
     Another window gives another update, and so has other noise: the difference of two that had the same would have none.
     """
     deviation = spec.noise_multiplier * spec.clip / math.sqrt(clients)
-    return NoiseShare(spec.clip, Noise(deviation, _key(secret, "client", index, client, window.bottom)))
+    return NoiseShare(spec.clip, Noise(deviation, key_of(secret, "client", index, client, window.bottom)))
 
 
 def sampling_seed(secret: bytes) -> int:
     """From which it follows who is sampled. ε counts on that being unknown, so it is not the job's seed."""
-    return int.from_bytes(_key(secret, "sample"))
+    return int.from_bytes(key_of(secret, "sample"))
 
 
 def _change(start: Tensor, trained: Tensor) -> Tensor:
@@ -143,5 +145,6 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=torch.float64)
 
 
-def _key(secret: bytes, *names: str | int) -> bytes:
+def key_of(secret: bytes, *names: str | int) -> bytes:
+    """The key of whatever ``names`` name, such as a client in a round."""
     return blake2b("/".join(map(str, names)).encode(), key=secret, digest_size=32).digest()

@@ -27,7 +27,7 @@ from chainfed_ray.spill import is_spilled
 
 # Two batches and three lengths determine terms up to B·T². None is 1: what has one row is sometimes a view of another tensor.
 _BATCHES, _TOKENS = (2, 3), (16, 32, 48)
-_SHAPES = tuple((batch, tokens) for batch in _BATCHES for tokens in _TOKENS)
+SHAPES = tuple((batch, tokens) for batch in _BATCHES for tokens in _TOKENS)
 
 
 class Prepare(Protocol):
@@ -40,7 +40,7 @@ def rehearse(
     prepare: Prepare, width: int, dtype: torch.dtype, *, gradients: bool = True, spilled: bool = False
 ) -> Demand:
     """The bytes of a part for any B and T; with ``spilled``, saved activations count while they are read, and no longer."""
-    runs = [_run(prepare, batch, tokens, width, dtype, gradients, spilled) for batch, tokens in _SHAPES]
+    runs = [_run(prepare, batch, tokens, width, dtype, gradients, spilled) for batch, tokens in SHAPES]
     return Demand(
         saved=_polynomial([run.saved for run in runs]) if gradients else NOTHING,
         forward=_moments([run.forward for run in runs]),
@@ -73,18 +73,18 @@ def _run(
 ) -> _Run:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     compute = prepare(fake, batch, tokens)
-    with fake, _Ledger() as ledger, torch.set_grad_enabled(gradients):
+    with fake, Ledger() as ledger, torch.set_grad_enabled(gradients):
         # Not a leaf: the graph would keep that alive by itself.
         seed = torch.zeros((), dtype=dtype, requires_grad=gradients)
         hidden = seed.expand(batch, tokens, width).clone()
         ledger.history()
-        with _Forgetful() if spilled else nullcontext():
+        with Forgetful() if spilled else nullcontext():
             output = compute(hidden)
         del hidden
         forward = ledger.history()
         if not gradients:
             return _Run(forward, 0, [])
-        rest: Tensor = _Rest.apply(output)  # type: ignore[no-untyped-call]
+        rest: Tensor = Rest.apply(output)  # type: ignore[no-untyped-call]
         del output
         saved = ledger.alive
         ledger.history()
@@ -92,7 +92,7 @@ def _run(
         return _Run(forward, saved, ledger.history())
 
 
-class _Rest(torch.autograd.Function):
+class Rest(torch.autograd.Function):
     """The rest of a step: keeps nothing of a part's output, and gives a gradient that nobody else holds."""
 
     @staticmethod
@@ -105,7 +105,7 @@ class _Rest(torch.autograd.Function):
         return torch.empty(ctx.shape, dtype=ctx.dtype)
 
 
-class _Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):
     """Counts the bytes of every tensor that is made, until the last that shares them is gone."""
 
     def __init__(self) -> None:
@@ -149,7 +149,7 @@ def _identity(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class _Forgetful(saved_tensors_hooks):
+class Forgetful(saved_tensors_hooks):
     """What ``Spill`` does, without a file."""
 
     def __init__(self) -> None:
@@ -184,11 +184,11 @@ def _dominates(first: Bytes, second: Bytes) -> bool:
 
 def polynomial_of(count: Callable[[int, int], int]) -> Bytes:
     """The polynomial of what ``count`` gives for B and T."""
-    return _polynomial([count(batch, tokens) for batch, tokens in _SHAPES])
+    return _polynomial([count(batch, tokens) for batch, tokens in SHAPES])
 
 
 def _polynomial(values: Sequence[int]) -> Bytes:
-    """The factors of BⁱTʲ, i ≤ 1 and j ≤ 2, from the values at ``_SHAPES``; a fraction is rounded up."""
+    """The factors of BⁱTʲ, i ≤ 1 and j ≤ 2, from the values at ``SHAPES``; a fraction is rounded up."""
     lower, higher = (_quadratic(values[start : start + len(_TOKENS)]) for start in (0, len(_TOKENS)))
     slope = [(high - low) / (_BATCHES[1] - _BATCHES[0]) for low, high in zip(lower, higher, strict=True)]
     constant = [low - _BATCHES[0] * rise for low, rise in zip(lower, slope, strict=True)]

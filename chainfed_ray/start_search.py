@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client import Fitting, Profile, Profiling
 from chainfed_ray.cohort import everyone
 from chainfed_ray.errors import QuorumLost
+from chainfed_ray.first_pass import StartGuess
 from chainfed_ray.fold import as_lost, reasons
-from chainfed_ray.head_fit import fit_head
+from chainfed_ray.head_fit import deadline_of_all, fit_head
 from chainfed_ray.job import Job
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import HeadFit, Lost, with_everybody
@@ -34,7 +36,7 @@ class Start(NamedTuple):
     cpu_seconds: float = 0.0
 
 
-def find_start(job: Job, pool: ClientPool) -> Start:
+def find_start(job: Job, pool: ClientPool, listen: Listener = nobody) -> Start:
     """Where the chain of ``job`` starts, as ``chain.start`` says.
 
     Raises:
@@ -42,38 +44,51 @@ def find_start(job: Job, pool: ClientPool) -> Start:
     """
     match job.spec.chain.start:
         case "auto":
-            return _by_profiles(job, pool)
+            return _by_profiles(job, pool, listen)
         case "best-exit":
-            return _by_exits(job, pool)
+            return _by_exits(job, pool, listen)
         case layer:
             return Start(layer)
 
 
-def _by_profiles(job: Job, pool: ClientPool) -> Start:
-    """The clients' CKA profiles, averaged by example count, in client order."""
+def _by_profiles(job: Job, pool: ClientPool, listen: Listener) -> Start:
+    """The clients' CKA profiles, averaged by example count, in client order.
+
+    Where every client's sums are needed next, for a fitted head, all its examples take part in this one pass.
+    """
     able = [
         replace(client, cap_bytes=client.plan.prefix.profile_bytes)
         for client in job.clients
         if len(client.examples) >= FEWEST and client.plan.prefix.cached
     ]
-    order = Profiling(job.spec.chain.profile_examples, derive(job.spec.seed, "profile"))
-    outcomes = list(in_order(pool.run(able, order, job.spec.rounds.deadline), len(able)))
+    chain = job.spec.chain
+    fits = chain.head == "fitted"
+    guess = StartGuess(chain.cka_threshold, job.window, job.reads) if fits else None
+    order = Profiling(chain.profile_examples, derive(job.spec.seed, "profile"), guess)
+    deadline = deadline_of_all(job, len(able)) if fits else job.spec.rounds.deadline
+    turns = pool.run(able, order, deadline)
+    turns = Reporter("profiling the layers", listen).each(turns, len(able), "clients")
+    outcomes = list(in_order(turns, len(able)))
     profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
     failures = ((able[place], result) for place, result in outcomes if isinstance(result, Failure))
     lost = tuple(as_lost(client, failure) for client, failure in failures)
     if not profiles:
         raise QuorumLost("profiling the layers", 1, reasons(lost))
     similarities = average([(profile.similarities, profile.examples) for profile in profiles])
-    layer = start_below(similarities, job.spec.chain.cka_threshold, job.window)
+    layer = start_below(similarities, chain.cka_threshold, job.window)
     return Start(layer, similarities, (), lost, sum(profile.cpu_seconds for profile in profiles))
 
 
-def _by_exits(job: Job, pool: ClientPool) -> Start:
+def _by_exits(job: Job, pool: ClientPool, listen: Listener) -> Start:
     """The window at whose top a head in closed form has the least held-out loss; the last, if none can be fitted."""
     windows = Chain(job.layers, 0, job.window).windows
     if len(windows) == 1:
         return Start(0)  # the chain can start nowhere else
-    fits = tuple(_exit(job, pool, window.top) for window in windows)
+    of = f"of {len(windows)}"
+    fits = tuple(
+        _exit(job, pool, window.top, Reporter(f"fitting a head to exit {place} {of}", listen))
+        for place, window in enumerate(windows, start=1)
+    )
     lost = tuple({turn.client: turn for fit in fits for turn in fit.lost}.values())  # each client once
     if not any(fit.examples for fit in fits):
         raise QuorumLost("fitting heads to find the chain's start", 1, reasons(lost))
@@ -90,7 +105,7 @@ def where_least(losses: Sequence[float | None]) -> int | None:
     return -min(found)[1] if found else None
 
 
-def _exit(job: Job, pool: ClientPool, layer: int) -> HeadFit:
+def _exit(job: Job, pool: ClientPool, layer: int, reporter: Reporter) -> HeadFit:
     """A head on the output of ``layer`` of the base model. It reads no other: sums grow with the square of what is read."""
     # With nothing above its bottom layer a window is all prefix, which for the next exit is one layer more. The planner is that
     # of the whole chain, so that every exit makes it in the same way.
@@ -98,4 +113,4 @@ def _exit(job: Job, pool: ClientPool, layer: int) -> HeadFit:
     clients = everyone(job.planner, (candidate for candidate, _ in job.admitted), window, ())
     bottleneck, seed = job.spec.chain.adapter.bottleneck, derive(job.spec.seed, "stack")
     stack = AdapterStack.new(window, job.hidden, bottleneck, job.class_count, seed)
-    return fit_head(job, pool, clients, Fitting(stack.tensors(), window)).record
+    return fit_head(job, pool, clients, Fitting(stack.tensors(), window), reporter).record

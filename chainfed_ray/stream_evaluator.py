@@ -2,12 +2,13 @@
 
 from time import perf_counter
 
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel
 from chainfed_ray.demand import Costs
 from chainfed_ray.evaluate import evaluate
-from chainfed_ray.evaluator import Evaluated, Sets
+from chainfed_ray.evaluator import Evaluated, Sets, whole_model
 from chainfed_ray.measure import PeakMemory
 from chainfed_ray.memory import evaluation_bytes
 from chainfed_ray.threads import one_thread
@@ -18,8 +19,8 @@ class StreamEvaluator:
 
     engine = "torch"
 
-    def __init__(self, base: BaseModel, costs: Costs, sets: Sets) -> None:
-        self._base, self._costs, self._sets = base, costs, sets
+    def __init__(self, base: BaseModel, costs: Costs, sets: Sets, listen: Listener = nobody) -> None:
+        self._base, self._costs, self._sets, self._listen = base, costs, sets, listen
 
     def judge(self, stack: AdapterStack, examples: str) -> Evaluated:
         """See ``Evaluator``. Whatever goes wrong, such as a disk that is full, is raised as it is."""
@@ -28,7 +29,8 @@ class StreamEvaluator:
         with PeakMemory() as peak, one_thread():
             # The output of the last layer, and nothing of the model after it: the whole model is a cut at its end.
             cache = self._base.scratch / f"({examples})"
-            judgement = evaluate(chosen, self._base, cache, stack, Window(last, last))
+            reporter = Reporter(whole_model(examples), self._listen)
+            judgement = evaluate(chosen, self._base, cache, stack, Window(last, last), reporter)
         seconds = perf_counter() - started
         planned = evaluation_bytes(self._costs, len(stack.layers), 1, int(chosen.lengths.max()))
         return Evaluated(judgement, seconds, seconds, planned, peak.bytes, peak.highest)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.chat_template import spoken, written
 from chainfed_ray.chats import Chat
 from chainfed_ray.data import Text
@@ -16,7 +17,9 @@ Row = tuple[list[int], list[bool]]
 """Token ids, and which of them are to be predicted."""
 
 
-def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> Examples:
+def tokenize_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int, reporter: Reporter = SILENT
+) -> Examples:
     """The examples of running texts, of prompts with their responses, or of chats.
 
     Running texts, and responses, end with the end-of-text token. Of a response and of what an assistant says every token is
@@ -29,7 +32,7 @@ def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], ma
     Raises:
         InvalidJob: the template does not accept a chat, or does not write each turn at one place.
     """
-    rows = [_row(tokenizer, text, max_length) for text in texts]
+    rows = [_row(tokenizer, text, max_length) for text in reporter.each(texts, len(texts), "rows")]
     ids = [np.array(row, dtype=np.int32) for row, _ in rows]
     targets = [np.array(wanted, dtype=bool) for _, wanted in rows]
     for wanted in targets:

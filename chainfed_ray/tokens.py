@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from chainfed_ray.activity import SILENT, Reporter
+
+TOLD_ROWS = 500  # of which are made tokens, between two reports
+
 
 class Batch(NamedTuple):
     """Examples padded on the right to the longest of them."""
@@ -76,11 +80,19 @@ class Examples:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], labels: Sequence[int], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    max_length: int,
+    reporter: Reporter = SILENT,
 ) -> Examples:
     """The examples of ``texts``, cut at ``max_length`` tokens; a text without tokens keeps one padding token."""
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    return ragged([np.array(row or [0], dtype=np.int32) for row in encoded], np.array(labels, dtype=np.int64))
+    rows = list[np.ndarray]()
+    parts = (texts[first : first + TOLD_ROWS] for first in range(0, len(texts), TOLD_ROWS))
+    for part in reporter.each(parts, len(texts), "rows", len):
+        encoded = tokenizer(list(part), truncation=True, max_length=max_length)["input_ids"]
+        rows += [np.array(row or [0], dtype=np.int32) for row in encoded]
+    return ragged(rows, np.array(labels, dtype=np.int64))
 
 
 def ragged(rows: list[np.ndarray], labels: np.ndarray, targets: list[np.ndarray] | None = None) -> Examples:

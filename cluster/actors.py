@@ -6,7 +6,14 @@ import ray
 
 from chainfed_ray.client import BaseModel, Client, Result
 from chainfed_ray.cluster.orders import receive
+from chainfed_ray.lean_imports import without_scipy
 from chainfed_ray.turn import slowed, take_turn, warm_up
+
+
+def ready(base: BaseModel) -> None:
+    """Load what clients' turns need, and nothing that they do not: the process stays as it is from then on."""
+    with without_scipy():
+        warm_up(base)
 
 
 @ray.remote
@@ -15,7 +22,7 @@ class ClientActor:
 
     def __init__(self, base: BaseModel) -> None:
         self._base = base
-        warm_up(base)
+        ready(base)
 
     def take_turn(self, client: Client, order: list[Any]) -> Result:
         """Carry out an order for the client that holds the lease, held to its budget, at the speed of its machine.

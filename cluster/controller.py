@@ -10,6 +10,7 @@ from typing import Protocol
 
 from sqlalchemy.exc import OperationalError
 
+from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.job_store import JobStore
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.commit_log import CommitLog
@@ -71,9 +72,14 @@ class Controller:
 
         # 3. A running job has a coordinator, also after the loss of the whole cluster.
         for job_id in running - alive:
-            self._coordinators.ensure(job_id)
+            self._start(job_id)
 
         # 4. What waits longest takes the free places.
         for waiting in self._store.queue(limit=max(self._settings.parallel_jobs - len(running), 0)):
             if self._store.move(waiting.id, "running"):
-                self._coordinators.ensure(waiting.id)
+                self._start(waiting.id)
+
+    def _start(self, job: str) -> None:
+        """Give a job its coordinator, which takes seconds to start."""
+        self._store.note_activity(job, Activity(what="starting the process of the coordinator"))
+        self._coordinators.ensure(job)

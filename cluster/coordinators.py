@@ -34,7 +34,7 @@ class CoordinatorActor:
 
     def _run(self, job: str, settings: Settings) -> None:
         try:
-            run_job(job, settings.storage, lambda made: RayPool(made.base, settings.client_slots), judging)
+            run_job(job, settings.storage, lambda made, note: RayPool(made.base, settings.client_slots, note), judging)
         except Exception:
             _log.exception("the coordinator of %s ends without a verdict; Ray starts it again", job)
             os._exit(1)

@@ -1,25 +1,28 @@
 """Which engine judges the whole model of a job: the one that it asks for, where this machine has what that needs."""
 
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.evaluator import Evaluator
 from chainfed_ray.job import Job
 from chainfed_ray.judging import Judging, sets_of, streaming
 from chainfed_ray.turn import warm_up
 
 
-def judging(job: Job) -> Judging:
+def judging(job: Job, listen: Listener = nobody) -> Judging:
     """The judgements of ``job``, in a process that is connected to Ray. Where offloading cannot work, layers are streamed."""
     # The early exit is judged here in any case, and its peak counts: what libraries keep the first time comes before it.
+    Reporter("warming up for evaluations", listen).begin()
     warm_up(job.base)
     wanted = job.spec.evaluation
     if wanted.engine == "torch":
-        return Judging(job, streaming(job))
-    made = _offloaded(job)
+        return Judging(job, streaming(job, listen), listen=listen)
+    made = _offloaded(job, listen)
     if isinstance(made, str):
-        return Judging(job, streaming(job), f"in place of {wanted.engine}: {made}")
-    return Judging(job, made)
+        return Judging(job, streaming(job, listen), f"in place of {wanted.engine}: {made}", listen)
+    return Judging(job, made, listen=listen)
 
 
-def _offloaded(job: Job) -> Evaluator | str:
+def _offloaded(job: Job, listen: Listener) -> Evaluator | str:
     from chainfed_ray.cluster.offload import make_evaluator  # Ray Train takes seconds to import, and only this needs it
 
-    return make_evaluator(job.base, job.planner.costs, sets_of(job), workers=job.spec.evaluation.workers)
+    workers = job.spec.evaluation.workers
+    return make_evaluator(job.base, job.planner.costs, sets_of(job), workers=workers, listen=listen)

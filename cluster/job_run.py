@@ -8,6 +8,8 @@ from time import sleep
 
 from sqlalchemy.exc import OperationalError
 
+from chainfed_ray.activity import Listener, Note, Notes, Reporter
+from chainfed_ray.cluster.activity_record import ActivityRecord
 from chainfed_ray.cluster.job_store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.commit_log import CommitLog
@@ -29,8 +31,8 @@ _log = logging.getLogger(__name__)
 def run_job(
     job: str,
     storage: Storage,
-    make_pool: Callable[[Job], ClientPool],
-    make_judging: Callable[[Job], Judging] = streamed,
+    make_pool: Callable[[Job, Note], ClientPool],
+    make_judging: Callable[[Job, Listener], Judging] = streamed,
 ) -> None:
     """Run the rest of a job, and put how it ended on record; what was committed before is told again, once.
 
@@ -53,8 +55,8 @@ def _run(
     job: str,
     store: JobStore,
     storage: Storage,
-    make_pool: Callable[[Job], ClientPool],
-    make_judging: Callable[[Job], Judging],
+    make_pool: Callable[[Job, Note], ClientPool],
+    make_judging: Callable[[Job, Listener], Judging],
 ) -> None:
     record = store.get(job)
     if record.status != "running":
@@ -63,7 +65,8 @@ def _run(
     try:
         if deaths >= _DEATHS:
             raise CoordinatorLost(job, deaths)
-        result = _train(job, JobSpec.parse(record.spec), store, storage, make_pool, make_judging)
+        with ActivityRecord(store, job) as listen:
+            result = _train(job, JobSpec.parse(record.spec), store, storage, make_pool, make_judging, listen)
     except OperationalError:
         raise
     except Exception as error:  # whatever it is, it is the job's first cause and belongs on its record
@@ -87,16 +90,18 @@ def _train(
     spec: JobSpec,
     store: JobStore,
     storage: Storage,
-    make_pool: Callable[[Job], ClientPool],
-    make_judging: Callable[[Job], Judging],
+    make_pool: Callable[[Job, Note], ClientPool],
+    make_judging: Callable[[Job, Listener], Judging],
+    listen: Listener,
 ) -> Result:
-    prepared = prepare(spec, storage.scratch(job))
+    prepared = prepare(spec, storage.scratch(job), listen)
     log = CommitLog(storage.job(job))
+    listen = notes = Notes(listen)
     with ExitStack() as resources:
-        pool, judging = make_pool(prepared), make_judging(prepared)
+        pool, judging = make_pool(prepared, notes.note), make_judging(prepared, listen)
         for resource in (pool, judging):
             resources.callback(resource.close)
-        coordinator = Coordinator(prepared, pool, log, judging)
+        coordinator = Coordinator(prepared, pool, log, judging, listen)
         opening = coordinator.open()
         _publish(store, job, "opening", "opening", opening)
         for record in log.rounds():
@@ -106,6 +111,7 @@ def _train(
         ending = coordinator.finish()
         _publish(store, job, "ending", "ending", ending)
         result = Result.of(spec.name, prepared.classes, opening, log.rounds(), ending)
+        Reporter("saving the model", listen).begin()
         save_models(coordinator.models(), ending.served, storage.job(job))
         return result
 

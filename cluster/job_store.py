@@ -14,11 +14,12 @@ from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, Literal, cast
 
-from sqlalchemy import JSON, ForeignKey, UniqueConstraint, create_engine, event, func, select, text, update
+from sqlalchemy import JSON, ForeignKey, UniqueConstraint, create_engine, event, func, inspect, select, text, update
 from sqlalchemy.engine import CursorResult, Engine, make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from chainfed_ray.activity import Activity
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
 
@@ -35,7 +36,10 @@ _BEFORE: dict[Status, tuple[Status, ...]] = {
 
 @dataclass(frozen=True)
 class JobRecord:
-    """A job as the database has it; times are ISO 8601 in UTC, ``starts`` counts coordinators since the last round."""
+    """A job as the database has it; times are ISO 8601 in UTC, ``starts`` counts coordinators since the last round.
+
+    ``activity`` is what it is busy with, as JSON; None unless it is running.
+    """
 
     id: str
     name: str
@@ -46,6 +50,7 @@ class JobRecord:
     submitted_at: str
     started_at: str | None
     finished_at: str | None
+    activity: dict[str, Any] | None
     result: dict[str, Any] | None
     error: dict[str, Any] | None
 
@@ -73,6 +78,7 @@ class JobStore:
             _Base.metadata.create_all(self._engine)
         except IntegrityError:  # two processes made the tables at the same moment; PostgreSQL says so
             _Base.metadata.create_all(self._engine)
+        _add_activity(self._engine)
 
     def close(self) -> None:
         """Close every connection."""
@@ -176,13 +182,25 @@ class JobStore:
         if to == "running":
             values["started_at"] = now
         if to in FINISHED:
-            values |= {"finished_at": now, "result": result, "error": error}
+            values |= {"finished_at": now, "activity": None, "result": result, "error": error}
         with Session(self._engine) as session, session.begin():
             changed = session.execute(update(_Job).where(_Job.id == job, _Job.status.in_(_BEFORE[to])).values(**values))
             if cast("CursorResult[Any]", changed).rowcount == 0:
                 return False
             _append(session, job, key=to, kind=to, at=now, data=error or {})
         return True
+
+    def note_activity(self, job: str, activity: Activity) -> None:
+        """Put what a job is busy with on its record, in place of what was there; unless it is over, or about to be."""
+        values = {"activity": activity.model_dump(mode="json")}
+        with Session(self._engine) as session, session.begin():
+            session.execute(update(_Job).where(_Job.id == job, _Job.status == "running").values(**values))
+
+    def activity(self, job: str) -> dict[str, Any] | None:
+        """What a job is busy with, as JSON; None unless it is running."""
+        query = select(_Job.activity).where(_Job.id == job, _Job.status == "running")
+        with Session(self._engine) as session:
+            return session.scalar(query)
 
     def count_start(self, job: str) -> int:
         """Note that a coordinator starts on a job: how many did since the last round that was finished."""
@@ -237,6 +255,7 @@ class _Job(_Base):
     submitted_at: Mapped[str]
     started_at: Mapped[str | None] = mapped_column(default=None)
     finished_at: Mapped[str | None] = mapped_column(default=None)
+    activity: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
     request_key: Mapped[str | None] = mapped_column(unique=True, default=None)
@@ -252,6 +271,7 @@ class _Job(_Base):
             submitted_at=self.submitted_at,
             started_at=self.started_at,
             finished_at=self.finished_at,
+            activity=self.activity if self.status == "running" else None,
             result=self.result,
             error=self.error,
         )
@@ -267,6 +287,22 @@ class _Event(_Base):
     kind: Mapped[str]
     at: Mapped[str]
     data: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+def _add_activity(engine: Engine) -> None:
+    """Give a table of jobs that was made before there were activities a column for them."""
+    if _has_activity(engine):
+        return
+    try:
+        with engine.begin() as connection:
+            connection.execute(text("alter table jobs add column activity json"))
+    except DBAPIError:  # another process may have added it at the same moment
+        if not _has_activity(engine):
+            raise
+
+
+def _has_activity(engine: Engine) -> bool:
+    return any(column["name"] == "activity" for column in inspect(engine).get_columns(_Job.__tablename__))
 
 
 def _append(session: Session, job: str, key: str, kind: str, at: str, data: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The evaluator whose model lies on a disk: what the coordinator has of a run of Ray Train and DeepSpeed."""
 
 import pickle
+from collections.abc import Callable
 from contextlib import suppress
 from secrets import token_hex
 from threading import Event, Thread
@@ -10,16 +11,17 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.doctor import look, why_not
 from chainfed_ray.cluster.offload_run import OFFLOAD, RUN_ENVIRONMENT, START_SECONDS, EvaluationRun, Order, Run, State
 from chainfed_ray.cluster.offload_worker import Work, sent
-from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller
+from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller, runtime_env
 from chainfed_ray.demand import Costs
 from chainfed_ray.errors import EvaluationFailed, InvalidSetting
-from chainfed_ray.evaluator import Evaluated, Evaluator, Sets
+from chainfed_ray.evaluator import Evaluated, Evaluator, Sets, whole_model
 from chainfed_ray.judgement import Judgement
 from chainfed_ray.offload_footprint import disk_bytes, offload_footprint, swap_bytes
 from chainfed_ray.offloaded import Share
@@ -33,7 +35,13 @@ _NAMESPACE = "chainfed"
 
 
 def make_evaluator(
-    base: BaseModel, costs: Costs, sets: Sets, *, workers: int = 1, batch_size: int = 4
+    base: BaseModel,
+    costs: Costs,
+    sets: Sets,
+    *,
+    workers: int = 1,
+    batch_size: int = 4,
+    listen: Listener = nobody,
 ) -> Evaluator | str:
     """The evaluator of a job whose held-out examples are ``sets``; or, in a sentence, why there can be none here.
 
@@ -52,16 +60,29 @@ def make_evaluator(
         )
     finally:
         blocks.close()
-    return reason or OffloadedEvaluator(base, sets, memory, workers, batch_size)
+    return reason or OffloadedEvaluator(base, costs.layers, sets, memory, workers, batch_size, listen)
 
 
 class OffloadedEvaluator:
-    """Judges stacks in ``workers`` processes; each is planned to take ``memory`` bytes above itself when idle."""
+    """Judges stacks on a model of ``layers`` layers in ``workers`` processes.
+
+    Each process is planned to take ``memory`` bytes above itself when idle.
+    """
 
     engine = "deepspeed"
 
-    def __init__(self, base: BaseModel, sets: Sets, memory: int, workers: int, batch_size: int) -> None:
-        self._base, self._memory, self._workers = base, memory, workers
+    def __init__(
+        self,
+        base: BaseModel,
+        layers: int,
+        sets: Sets,
+        memory: int,
+        workers: int,
+        batch_size: int,
+        listen: Listener = nobody,
+    ) -> None:
+        self._base, self._layers, self._memory, self._workers = base, layers, memory, workers
+        self._batch_size, self._listen = batch_size, listen
         self._counts = {name: len(examples) for name, examples in sets.items()}
         self._work = [ray.put(Work(base, dict(sets), batch_size))]
         self._run: Any = None
@@ -76,7 +97,7 @@ class OffloadedEvaluator:
         self._number += 1
         try:
             ray.get(self._run.ask.remote(Order(self._number, sent(stack), examples)), timeout=START_SECONDS)
-            shares = self._answered()
+            shares = self._answered(examples)
         except RayError as error:
             self.close()
             raise EvaluationFailed(self.engine, f"its run ended ({type(error).__name__})") from None
@@ -106,6 +127,7 @@ class OffloadedEvaluator:
             _end(run)
 
     def _start(self) -> None:
+        Reporter("starting the processes of DeepSpeed", self._listen).begin()
         made = Run(f"run-{token_hex(4)}", self._workers, self._memory, self._work)
         name = f"evaluation of {self._base.scratch}"
         with suppress(ValueError):  # there is none
@@ -118,20 +140,30 @@ class OffloadedEvaluator:
             lifetime="detached",
             # Each worker waits in one call, and tells that it is alive in others.
             max_concurrency=2 * self._workers + 4,
-            runtime_env={"env_vars": RUN_ENVIRONMENT},
+            runtime_env=runtime_env(RUN_ENVIRONMENT),
         ).remote(made)
         self._number, self._over = 0, Event()
         Thread(target=_signs_of_life, args=(self._run, self._over), daemon=True).start()
 
-    def _answered(self) -> list[Share]:
-        """The shares of all workers.
+    def _answered(self, examples: str) -> list[Share]:
+        """The shares of all workers, once they have judged the set called ``examples``.
 
         Raises:
             EvaluationFailed: the run is over, or nothing is heard of it.
         """
         starts = monotonic() + START_SECONDS
+        loading = Reporter("loading the model into DeepSpeed", self._listen)
+        evaluating = Reporter(whole_model(examples), self._listen)
+        tell_layers: Callable[[int], None] | None = None
+        tell_rows: Callable[[int], None] | None = None
         while True:
             state = self._state()
+            if state.loaded:
+                tell_rows = tell_rows or evaluating.count(self._counts[examples], "rows")
+                tell_rows(state.done * self._batch_size)
+            elif state.started:
+                tell_layers = tell_layers or loading.count(self._layers, "layers")
+                tell_layers(state.done // self._workers)
             if len(state.shares) == self._workers:
                 return [pickle.loads(share) for share in state.shares.values()]
             if state.over:

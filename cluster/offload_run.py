@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from chainfed_ray.cluster.resources import of_evaluation
+from chainfed_ray.cluster.resources import of_evaluation, runtime_env
 from chainfed_ray.measure import ENVIRONMENT
 from chainfed_ray.removal import remove_when_this_process_ends
 
@@ -58,11 +58,16 @@ class Order:
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is: ``shares`` of the present order, by worker, pickled; ``over`` is why it ended, if it has."""
+    """How far a run is: ``shares`` of the present order, by worker, pickled; ``over`` is why it ended, if it has.
+
+    ``done`` is what the workers did together: layers that they loaded, until the model is ``loaded``; then an order's batches.
+    """
 
     shares: dict[int, bytes]
     over: str | None
     started: bool
+    loaded: bool
+    done: int
     silent_seconds: float
 
 
@@ -87,6 +92,7 @@ class EvaluationRun:
         self._over: str | None = None
         self._workers: dict[int, Any] = {}
         self._meeting: tuple[str, int] | None = None
+        self._loaded, self._done = False, 0
         self._heard = self._owner_heard = monotonic()
         itself = ray.get_runtime_context().current_actor
         Thread(target=self._run, args=(itself,), daemon=True).start()
@@ -111,17 +117,22 @@ class EvaluationRun:
         """Give the workers an order."""
         with self._changed:
             self._order, self._shares, self._heard = order, {}, monotonic()
+            if self._loaded:
+                self._done = 0
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> State:
         """The run's state as soon as an order was carried out, or the run is over, or after some time."""
         with self._changed:
             self._changed.wait_for(lambda: self._over or len(self._shares) == self._of.workers, seconds)
-            return State(dict(self._shares), self._over, bool(self._workers), monotonic() - self._heard)
+            silent = monotonic() - self._heard
+            return State(dict(self._shares), self._over, bool(self._workers), self._loaded, self._done, silent)
 
     def next(self, after: int, seconds: float) -> Order | None:
         """For a worker: the order that comes after the one numbered ``after``; None if there is none yet."""
         with self._changed:
+            if not self._loaded:  # it asks as soon as it has the model
+                self._loaded, self._done = True, 0
             self._changed.wait_for(lambda: self._order and self._order.number > after, seconds)
             return self._order if self._order and self._order.number > after else None
 
@@ -130,8 +141,10 @@ class EvaluationRun:
         self._workers[rank], self._heard = worker, monotonic()
 
     def alive(self) -> None:
-        """For a worker: it has done something."""
-        self._heard = monotonic()
+        """For a worker: it has loaded a layer, or judged a batch."""
+        with self._changed:
+            self._heard = monotonic()
+            self._done += 1
 
     def meet(self, host: str, port: int) -> None:
         """For the worker of rank 0: where the others find it."""
@@ -176,7 +189,7 @@ class EvaluationRun:
                     name=run.name,
                     storage_path=folder,
                     failure_config=configs.FailureConfig(max_failures=0, controller_failure_limit=0),
-                    worker_runtime_env={"env_vars": {**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}},
+                    worker_runtime_env=runtime_env({**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}),
                 ),
             ).fit()
             over = why_over(self._reasons, None)

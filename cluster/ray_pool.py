@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from chainfed_ray.activity import Note
 from chainfed_ray.client import BaseModel, Client, Order
 from chainfed_ray.cluster.actors import ClientActor
 from chainfed_ray.cluster.orders import send
@@ -37,18 +38,24 @@ class _Lease:
     memory: int
     ready: Any
     made_at: float = field(default_factory=monotonic)
+    placed: bool = False
 
     def is_placed(self) -> bool:
-        """Whether a machine was found for the actor."""
-        ready, _ = ray.wait([self.ready], timeout=0)
-        return bool(ready)
+        """Whether a machine was found for the actor, and its process has started."""
+        if not self.placed:
+            ready, _ = ray.wait([self.ready], timeout=0)
+            self.placed = bool(ready)
+        return self.placed
 
 
 class RayPool:
-    """Runs turns on the Ray cluster that this process is connected to, ``slots`` at a time."""
+    """Runs turns on the Ray cluster that this process is connected to, ``slots`` at a time.
 
-    def __init__(self, base: BaseModel, slots: int) -> None:
-        self._base, self._slots = base, slots
+    It notes that turns wait for processes, which take seconds to start, and more where there is no machine for them yet.
+    """
+
+    def __init__(self, base: BaseModel, slots: int, note: Note = lambda words: None) -> None:
+        self.base, self._slots, self._note = base, slots, note
         self._idle: list[_Lease] = []
         self._made: Counter[str] = Counter()
 
@@ -80,6 +87,7 @@ class RayPool:
             # The round was abandoned in the middle: nobody will ask for what is still running.
             for _, lease in running.values():
                 self._give_up(lease)
+            self._note(None)
 
     def close(self) -> None:
         """End every idle actor."""
@@ -110,14 +118,15 @@ class RayPool:
             self._give_up(spare)
         self._made[client.client_class] += 1
         actor_class: Any = ClientActor  # ray.remote gives it `options`, which its type does not show
-        actor = actor_class.options(**of_client(client.budget_bytes)).remote(self._base)
+        actor = actor_class.options(**of_client(client.budget_bytes)).remote(self.base)
         return _Lease(actor, client.client_class, IDLE_BYTES + client.budget_bytes, actor.__ray_ready__.remote())
 
     def _make_room(self, running: Sequence[_Lease]) -> None:
         """Where an actor waits for a machine, idle ones may hold the memory that it needs."""
-        now = monotonic()
-        waits = any(now - lease.made_at > _PATIENCE_SECONDS and not lease.is_placed() for lease in running)
-        if waits:
+        now, waiting = monotonic(), [lease for lease in running if not lease.is_placed()]
+        late = [lease for lease in waiting if now - lease.made_at > _PATIENCE_SECONDS]
+        self._note(_in_words(len(running), len(waiting), max((lease.memory for lease in late), default=None)))
+        if late:
             self.close()
 
     def _outcome(self, reference: Any, place: int, lease: _Lease) -> Outcome:
@@ -138,3 +147,11 @@ class RayPool:
     def _give_up(self, lease: _Lease) -> None:
         ray.kill(lease.actor)
         self._made[lease.client_class] -= 1
+
+
+def _in_words(running: int, waiting: int, memory: int | None) -> str | None:
+    """That some of the ``running`` turns are ``waiting`` for their processes; for one with ``memory``, if that takes long."""
+    if not waiting:
+        return None
+    machine = "" if memory is None else f", with {format_bytes(memory)}"
+    return f"waiting for {waiting} of {running} processes{machine}"

@@ -5,6 +5,9 @@ machine may serve at a time, and ``coordinator_slot``, one for each job that a m
 has neither, so nothing of ours lands on it.
 """
 
+import shlex
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from chainfed_ray.measure import ENVIRONMENT
@@ -12,8 +15,9 @@ from chainfed_ray.measure import ENVIRONMENT
 CLIENT_SLOT = "client_slot"
 COORDINATOR_SLOT = "coordinator_slot"
 
-# What an actor's process takes before any client uses it: Python, torch and Ray.
-IDLE_BYTES = 400 * 2**20
+# What a client's process holds before any client uses it, with a margin: 450 MiB (`python -m benchmarks idle`). Of that 157 MiB
+# are pages of libraries' files, which the processes of a machine share.
+IDLE_BYTES = 460 * 2**20
 
 # The same, with DeepSpeed and Ray Train.
 OFFLOAD_IDLE_BYTES = 550 * 2**20
@@ -28,8 +32,18 @@ def of_client(budget_bytes: int) -> dict[str, Any]:
         "num_cpus": 0,
         "memory": IDLE_BYTES + budget_bytes,
         "resources": {CLIENT_SLOT: 1},
-        "runtime_env": {"env_vars": ENVIRONMENT},
+        "runtime_env": runtime_env(ENVIRONMENT),
     }
+
+
+def runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What gives a process of Ray these variables.
+
+    Ray starts such a process through a shell, with the path of its Python unquoted: a path with a space has to come quoted.
+    """
+    quoted = shlex.quote(sys.executable)
+    python = {} if quoted == sys.executable else {"py_executable": quoted}
+    return {"env_vars": dict(environment), **python}
 
 
 def of_coordinator() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.saved_stack import SavedStack
 from tests.models import chain_outputs, tiny_causal_model
 
@@ -58,3 +59,11 @@ def streamed_logits(folder: Path, stack: AdapterStack, ids: Tensor, mask: Tensor
     finally:
         reader.close()
         blocks.close()
+
+
+def written(generator: Generator, saved: SavedStack, prompt: str, sampling: Sampling) -> tuple[str, Piece]:
+    """The text, and its last piece."""
+    pieces: list[Piece] = []
+    generator.write(saved, prompt, sampling, pieces.append)
+    assert [piece.finish_reason is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+    return "".join(piece.text for piece in pieces), pieces[-1]

@@ -1,21 +1,28 @@
-"""A Ray cluster of this process, for the tests of a module."""
+"""A Ray cluster of this process, pools on it, and whether this machine has what DeepSpeed needs."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import ray
 
+from chainfed_ray.activity import Note
+from chainfed_ray.client import BaseModel
+from chainfed_ray.cluster.ops import are_built, ops_folder
+from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.cluster.resources import of_one_machine
+
+needs_ops = pytest.mark.skipif(not are_built(ops_folder()), reason="DeepSpeed's libraries are not built; `make ops`")
 
 
 @contextmanager
 def one_machine() -> Iterator[None]:
-    """Two cores, two clients and a coordinator at a time."""
+    """Two cores, and room for the clients of several pools."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(
         num_cpus=2,
-        resources=of_one_machine(2, 1),
+        resources=of_one_machine(8, 1),
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
@@ -24,3 +31,13 @@ def one_machine() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def a_pool(base: BaseModel, slots: int, note: Note = lambda words: None) -> Iterator[RayPool]:
+    """A pool with processes of its own."""
+    pool = RayPool(base, slots, note)
+    try:
+        yield pool
+    finally:
+        pool.close()

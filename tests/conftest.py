@@ -1,7 +1,8 @@
-"""Small real jobs for every test that needs one."""
+"""What many tests share: a tiny model, rows, a job, and one Ray cluster."""
 
 import gc
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,26 @@ from transformers import AutoTokenizer
 from chainfed_ray import dry_run, job
 from chainfed_ray.base_model import resolve
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.config import JobSpec
+from chainfed_ray.client import BaseModel
+from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.costs import costs_of
 from chainfed_ray.demand import Costs
-from chainfed_ray.job import Job, prepare
+from chainfed_ray.job import Job
+from tests.builders import a_document, a_job, smallest_budget
+from tests.cluster import a_pool, one_machine
 from tests.models import tiny
 
 torch.set_num_threads(1)
 
+# Files of tests that start Ray: here, or in the service.
+WITH_RAY = (
+    "test_cohort_ray.py",
+    "test_forecast.py",
+    "test_offload.py",
+    "test_privacy_ray.py",
+    "test_ray_pool.py",
+    "test_service.py",
+)
 _WORDS = {
     "sea": ("wave", "salt", "ship", "tide"),
     "sky": ("cloud", "star", "wind", "bird"),
@@ -41,8 +54,9 @@ def models_are_rehearsed_once() -> Iterator[None]:
     known = dict[tuple[object, ...], Costs]()
 
     def costs_once(blocks: Blocks, bottleneck: int, classes: int | None, reads: int) -> Costs:
-        model = (Path(blocks._name) / "config.json").read_bytes()
-        key = (blocks._name, model, blocks.dtype, bottleneck, classes, reads)
+        weights = tuple(header_of(path) for path in sorted(blocks.folder.glob("*.safetensors")))
+        config = (blocks.folder / "config.json").read_bytes()
+        key = (config, weights, blocks.dtype, bottleneck, classes, reads)
         if key not in known:
             known[key] = costs_of(blocks, bottleneck, classes, reads)
         return known[key]
@@ -51,6 +65,12 @@ def models_are_rehearsed_once() -> Iterator[None]:
         for module in (job, dry_run):
             patch.setattr(module, "costs_of", costs_once)
         yield
+
+
+def header_of(weights: Path) -> bytes:
+    """The names, shapes and dtypes in a safetensors file."""
+    with weights.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
 
 
 @pytest.fixture(scope="session")
@@ -80,19 +100,58 @@ def document(tiny_model_folder: Path, tiny_data: Path) -> dict[str, Any]:
     return a_document(tiny_model_folder, tiny_data)
 
 
-def a_document(model: Path, data: Path) -> dict[str, Any]:
-    """The job of the fixture ``document``, for fixtures that many tests share."""
-    return {
-        "name": "tiny",
-        "model": {"base": f"path:{model}"},
-        "data": {"train": f"path:{data}", "max_length": 16},
-        "fleet": {"clients": [{"name": "phone", "count": 4, "memory": "64MiB"}]},
-        "chain": {"window": 2, "start": 1, "head": "zero", "adapter": {"bottleneck": 8}},
-        "rounds": {"total": 4, "clients": 3, "batch_size": 8, "learning_rate": 0.01, "convergence": {"span": 1}},
-        "seed": 3,
+@pytest.fixture
+def mixed(document: dict[str, Any], tmp_path: Path) -> Job:
+    """Two clients that can hold a window of 3, and two that can hold one adapter of it."""
+    document["chain"] |= {"window": 3, "start": 1, "adapter": {"bottleneck": 4096}}
+    document["rounds"] |= {"total": 1, "clients": 4, "quorum": 4}
+    small = smallest_budget(document, tmp_path / "any", 2) - 1
+    document["fleet"] = {
+        "clients": [{"name": "large", "count": 2, "memory": "1GiB"}, {"name": "small", "count": 2, "memory": small}]
     }
+    job = a_job(document, tmp_path / "mixed")
+    assert [len(client.plan.window) for client in job.clients] == [3, 3, 1, 1]
+    return job
 
 
-def a_job(document: dict[str, Any], folder: Path) -> Job:
-    """The prepared job of ``document``."""
-    return prepare(JobSpec.parse(document), folder / "scratch")
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """The one Ray cluster of this process."""
+    with one_machine():
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_pool(cluster: None, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayPool]:
+    """A pool of two processes for jobs on the tiny model: a process takes ten seconds to start."""
+    with a_pool(BaseModel(tiny_model_folder, torch.float32, tmp_path_factory.mktemp("shared")), slots=2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def ray_pool(shared_pool: RayPool) -> RayPool:
+    """The shared pool, for one job: clients of jobs before it had other rows, of which nothing is kept."""
+    shutil.rmtree(shared_pool.base.scratch, ignore_errors=True)
+    return shared_pool
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes run tests, a file is run by one, and all files that start Ray are, so that they share it."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if Path(file).name in WITH_RAY else file
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that at the end no process is left alone with one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    for item in items:
+        starts_ray = {"cluster", "service"} & set(getattr(item, "fixturenames", ()))
+        assert item.path.name in WITH_RAY or not starts_ray, f"{item.path.name} is missing in WITH_RAY of conftest.py"
+    items.sort(key=lambda item: (item.path.name not in WITH_RAY, item.path not in slow))

@@ -21,6 +21,7 @@ from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, Fitting, Order, Training
 from chainfed_ray.costs import costs_of
+from chainfed_ray.demand import Costs
 from chainfed_ray.job import as_client
 from chainfed_ray.memory import Task
 from chainfed_ray.tokens import Examples
@@ -46,13 +47,14 @@ _GRID = (  # examples of a batch, tokens, Q, budget
     (8, 256, 3, 1024 * MIB),
     (2, 384, 2, 80 * MIB),
 )
+_GRID_16 = ((4, 128, 2, 96 * MIB), *_GRID[3::2])  # not all processors compute in bfloat16, and then it takes minutes
 _WHOLE = ("bert", "gpt2")
 
 
 def grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
-    """What is measured of a family: of those that are like another one half. Not all processors compute in bfloat16, and then
-    it takes minutes.
-    """
+    """What is measured of a family: of those that are like another one half, and of bfloat16 less at a time."""
+    if family.endswith("-bf16"):
+        return _GRID_16
     return _GRID if family in _WHOLE else _GRID[1::2]
 
 
@@ -67,19 +69,19 @@ def main(folder: Path, family: str) -> None:
     kind = AutoModelForCausalLM if is_lm else AutoModel
     kind.from_config(config, dtype=dtype).save_pretrained(folder / "model")
     base = BaseModel(folder / "model", dtype, folder / "scratch")
+    classes = None if is_lm else 8
+    blocks = Blocks(base.folder, base.dtype)
+    costs = costs_of(blocks, 64, classes, reads=1 if is_lm else 2)
+    blocks.close()
     warm_up(base)
-    for batch, tokens, width, budget in grid(family):
-        print(json.dumps(measure(base, batch, tokens, width, budget, classes=None if is_lm else 8)), flush=True)
+    for shape in grid(family):
+        print(json.dumps(measure(base, costs, *shape, classes)), flush=True)
 
 
 def measure(
-    base: BaseModel, batch: int, tokens: int, width: int, budget: int, classes: int | None
+    base: BaseModel, costs: Costs, batch: int, tokens: int, width: int, budget: int, classes: int | None
 ) -> dict[str, object]:
     """One turn of two steps, of the second window: two layers below it are run."""
-    blocks = Blocks(base.folder, base.dtype)
-    reads = 1 if classes is None else 2
-    costs, hidden, layers = costs_of(blocks, 64, classes, reads), blocks.hidden_size, blocks.num_layers
-    blocks.close()
     generator = np.random.default_rng(0)
     ids = generator.integers(3, 1000, 2 * batch * tokens).astype(np.int32)
     examples = Examples(ids, np.arange(2 * batch + 1) * tokens, generator.integers(0, 8, 2 * batch))
@@ -92,7 +94,7 @@ def measure(
     plan = planner.plan(candidate, stage)
     assert plan is not None
     order = Training(
-        AdapterStack.new(range(layers), hidden, 64, classes, seed=0, reads=reads).tensors(),
+        AdapterStack.new(range(costs.layers), costs.hidden, 64, classes, seed=0, reads=costs.reads).tensors(),
         stage,
         epochs=1,
         batch_size=batch,

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, made in memory and saved as a user's would be."""
+"""Tiny models with random weights, made in memory and saved as a user's would be; and stacks that are no identity."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.reading import mean_over_tokens
+from chainfed_ray.saved_stack import SavedStack
 
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama", "qwen2")
 
@@ -87,3 +89,34 @@ def chain_outputs(blocks: Blocks, stack: AdapterStack, ids: Tensor, mask: Tensor
             hidden = stack.adapter(index)(hidden)
         outputs.append(hidden)
     return outputs
+
+
+def a_stack(layers: range, seed: int = 0, reads: int = 1) -> AdapterStack:
+    """Adapters that are far from the identity."""
+    stack = AdapterStack.new(layers, 32, 4, 2, seed, reads)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return stack
+
+
+def a_saved_stack(folder: Path, layers: tuple[int, ...] = (1, 2, 3), classes: int = 3, seed: int = 0) -> SavedStack:
+    """A stack in which no value is one that could hide a mistake; another seed's head reads another number of layers."""
+    stack = AdapterStack.new(layers, 32, 8, classes, seed, reads=3 - seed % 3)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    names = tuple(f"class-{index}" for index in range(classes))
+    return SavedStack(stack, names, 16, f"path:{folder}", Blocks(folder, torch.float32).layers_path)
+
+
+@torch.no_grad()
+def class_logits(folder: Path, stack: AdapterStack, ids: Tensor, mask: Tensor) -> Tensor:
+    """The logits [B, C] of token ids and their mask [B, T], a layer in memory at a time."""
+    blocks = Blocks(folder, torch.float32)
+    *below, last = chain_outputs(blocks, stack, ids, mask)
+    means = torch.stack([mean_over_tokens(hidden, mask) for hidden in below], 1)
+    logits: Tensor = stack.head(last, mask, means)
+    return logits

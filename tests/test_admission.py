@@ -11,7 +11,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.demand import Costs
 from chainfed_ray.memory import Means, Task, footprint, plan
 from chainfed_ray.tokens import Examples
-from tests.test_memory import HIDDEN, LAYERS, WAYS, all_costs, all_tasks, needed, planned
+from tests.plans import HIDDEN, LAYERS, WAYS, all_costs, all_tasks, needed, planned
 
 PLENTY = 2**50
 

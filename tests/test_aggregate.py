@@ -16,7 +16,7 @@ from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.robust import Weighed, krum, median, trimmed_mean
 from chainfed_ray.sections import AggregationSpec
-from tests.test_architecture import ROOT
+from tests.project import ROOT
 
 _SHAPES = {"adapters.1.up": (3, 2), "adapters.2.up": (4,), "adapters.3.up": (2, 2), "head": (5,)}
 

@@ -1,6 +1,5 @@
 """Promises of aggregation in whole jobs: FedProx, poisoned clients, a server's optimizer that resumes bit for bit."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,16 @@ import torch
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
-from chainfed_ray.client import Client, Order, Training, Update
+from chainfed_ray.client import Training, Update
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import QuorumLost
-from chainfed_ray.pool import ClientPool, LocalPool, Outcome
+from chainfed_ray.pool import LocalPool
 from chainfed_ray.seeds import derive
 from chainfed_ray.turn import take_turn
-from tests.conftest import a_job
-from tests.test_coordinator import EndToEnd, Spoilt, assert_same, run, story
+from tests.builders import a_job, assert_same, run, run_some, story
+from tests.end_to_end import EndToEnd
+from tests.pools import poisoned, spoilt
 
 pytestmark = pytest.mark.slow
 
@@ -67,43 +67,21 @@ def test_the_defaults_are_fedavg_to_the_bit(document: dict[str, Any], tmp_path: 
     assert_same(silent, explicit)
 
 
-@pytest.mark.parametrize("killed_after", [1, 3])
-def test_a_server_optimizer_resumes_where_it_was(document: dict[str, Any], tmp_path: Path, killed_after: int) -> None:
+def test_a_server_optimizer_resumes_where_it_was(document: dict[str, Any], tmp_path: Path) -> None:
     """Killed in the first stage and in the second: the same bits, of the stack and of the optimizer's state."""
     document["aggregation"] = {"optimizer": "adam", "proximal": 0.1}
     _, expected = run(a_job(document, tmp_path / "a"), tmp_path / "a" / "log")
 
-    job = a_job(document, tmp_path / "b")
-    rounds = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "b" / "log")).rounds()
-    for _ in range(killed_after):
-        next(rounds)
-    rounds.close()
-    _, resumed = run(a_job(document, tmp_path / "c"), tmp_path / "b" / "log")
+    log = tmp_path / "b" / "log"
+    for process, rounds in (("b", 1), ("c", 2)):
+        run_some(a_job(document, tmp_path / process), log, rounds)
+    _, resumed = run(a_job(document, tmp_path / "d"), log)
     assert_same(resumed, expected)
-    assert story(tmp_path / "b" / "log") == story(tmp_path / "a" / "log")
+    assert story(log) == story(tmp_path / "a" / "log")
     committed, again = (CommitLog(tmp_path / run / "log").tensors(3) for run in ("a", "b"))
     assert_same(committed, again)
     kept = {name.removeprefix("server/") for name in committed if name.startswith("server/")}
     assert {f"{kind}.adapters.{layer}.up.weight" for kind in "mv" for layer in (1, 2, 3)} < kept
-
-
-class Poisoned:
-    """A pool in which some clients send the opposite of what they learned, a hundred times as strong."""
-
-    def __init__(self, pool: ClientPool, poisoned: set[str]) -> None:
-        self._pool, self._poisoned = pool, poisoned
-
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
-        assert isinstance(order, Training)
-        for place, result in self._pool.run(clients, order, deadline):
-            if clients[place].name in self._poisoned and isinstance(result, Update):
-                start = order.tensors
-                turned = {name: 101 * start[name] - 100 * tensor for name, tensor in result.tensors.items()}
-                result = replace(result, tensors=turned)
-            yield Outcome(place, result)
-
-    def close(self) -> None:
-        self._pool.close()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +93,7 @@ def test_a_poisoned_client(document: dict[str, Any], tmp_path: Path, rule: str, 
     document["rounds"] |= {"total": 8, "clients": 5}
     document["aggregation"] = {"rule": rule}
     job = a_job(document, tmp_path)
-    coordinator, _ = run(job, tmp_path / "log", Poisoned(LocalPool(job.base), {"phone-2"}))
+    coordinator, _ = run(job, tmp_path / "log", poisoned(LocalPool(job.base), {"phone-2"}))
     assert all(record.counted and not record.lost for record in CommitLog(tmp_path / "log").rounds())
     assert (coordinator.finish().accuracy > 0.8) == withstands
 
@@ -126,5 +104,5 @@ def test_a_round_with_too_few_for_krum_does_not_count(document: dict[str, Any], 
     document["aggregation"] = {"rule": "krum"}
     job, log = a_job(document, tmp_path), CommitLog(tmp_path / "log")
     with pytest.raises(QuorumLost, match=r"fewer than 5 clients answered \(phone-1: "):
-        list(Coordinator(job, Spoilt(LocalPool(job.base), {"phone-1"}), log).rounds())
+        list(Coordinator(job, spoilt(LocalPool(job.base), {"phone-1"}), log).rounds())
     assert [record.counted for record in log.rounds()] == [False, False, False]

@@ -4,14 +4,18 @@ The application is the real one, over a real database, real checks and a real cl
 """
 
 import json
+import re
 from collections.abc import AsyncGenerator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from sqlalchemy.exc import OperationalError
 
+from chainfed_ray.activity import Activity
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.service import Service
 from chainfed_ray.classifier import Classifier
@@ -25,6 +29,8 @@ from chainfed_ray.generator import Piece, Sampling
 from chainfed_ray.job import prepare
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.saved_stack import load_stack
+from tests.pools import Killed, dying
+from tests.watching import wait_for
 
 
 @pytest.fixture
@@ -76,7 +82,7 @@ def small(document: dict[str, Any]) -> dict[str, Any]:
 def run(job: str, storage: Storage, store: JobStore) -> None:
     """What the controller and a coordinator do, here."""
     assert store.move(job, "running")
-    run_job(job, storage, lambda made: LocalPool(made.base))
+    run_job(job, storage, lambda made, note: LocalPool(made.base))
 
 
 def test_a_job_from_submission_to_an_answer(
@@ -112,6 +118,7 @@ def test_a_job_from_submission_to_an_answer(
         assert sum(found["scores"].values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_served_model_is_the_judged_one(
     client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path
 ) -> None:
@@ -131,6 +138,7 @@ def test_the_served_model_is_the_judged_one(
     assert alone["scores"] == pytest.approx(answers[3]["scores"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_tells_its_story_once(
     small: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path
 ) -> None:
@@ -139,29 +147,91 @@ def test_a_run_that_was_killed_tells_its_story_once(
     whole, halved = store.submit(spec).id, store.submit(spec).id
     run(whole, storage, store)
 
-    class Killed(BaseException):
-        pass
-
-    class Mortal(LocalPool):
-        turns = 0
-
-        def run(self, *arguments: Any) -> Any:
-            for outcome in super().run(*arguments):
-                Mortal.turns += 1
-                if Mortal.turns == 4:
-                    raise Killed
-                yield outcome
-
     store.move(halved, "running")
     with pytest.raises(Killed):
-        run_job(halved, storage, lambda made: Mortal(made.base))
+        run_job(halved, storage, lambda made, note: dying(LocalPool(made.base), turns=3))
     assert store.get(halved).status == "running"
-    run_job(halved, storage, lambda made: LocalPool(made.base))
+    run_job(halved, storage, lambda made, note: LocalPool(made.base))
     told = {job: [event.kind for event in store.events(job)] for job in (whole, halved)}
     assert told[whole] == told[halved]
     assert told[whole].count("round") == 3
     stacks = [load_stack(storage.model(job)).stack.tensors() for job in (whole, halved)]
     assert all(torch.equal(tensor, stacks[1][name]) for name, tensor in stacks[0].items())
+
+
+def test_a_job_shows_what_it_is_busy_with_while_it_runs(
+    client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore
+) -> None:
+    job = client.post("/v1/jobs", json=small).json()["id"]
+    assert client.get(f"/v1/jobs/{job}").json()["activity"] is None
+    seen: list[dict[str, Any]] = []
+
+    class Watched(LocalPool):
+        """Its second turn begins when the first one is on record as done."""
+
+        def run(self, *arguments: Any) -> Any:
+            for outcome in super().run(*arguments):
+                yield outcome
+                seen.append(wait_for(partial(self._training, outcome.place + 1), "activity"))
+
+        @staticmethod
+        def _training(done: int) -> dict[str, Any] | None:
+            found: dict[str, Any] | None = client.get(f"/v1/jobs/{job}").json()["activity"]
+            return found if found and found["done"] == done and "training" in found["what"] else None
+
+    store.move(job, "running")
+    run_job(job, storage, lambda made, note: Watched(made.base))
+    assert [activity["done"] for activity in seen] == [1, 2]
+    assert [(activity["what"], activity["total"], activity["unit"]) for activity in seen] == [
+        ("round 1 of 1: training", 2, "clients")
+    ] * 2
+    assert seen[0]["since"].endswith("Z")
+    assert seen[0]["seconds_left"] > seen[1]["seconds_left"] == 0
+    done = client.get(f"/v1/jobs/{job}").json()
+    assert (done["status"], done["activity"]) == ("succeeded", None)
+    assert {event.kind for event in store.events(job)} == {
+        "queued", "running", "opening", "round", "ending", "succeeded",
+    }  # fmt: skip
+
+
+def test_a_stream_of_events_tells_what_goes_on_without_a_number(
+    client: TestClient, small: dict[str, Any], store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: the job ends as the stream looks again."""
+    job, activity = store.submit(JobSpec.parse(small)).id, Activity(what="fitting the head", done=3, total=12)
+    store.move(job, "running")
+    store.note_activity(job, activity)
+    look, looks = store.activity, [0]
+
+    def looked(asked: str) -> dict[str, Any] | None:
+        found = look(asked)
+        looks[0] += 1
+        if looks[0] == 2:
+            store.move(job, "failed", error={"message": "enough"})
+        return found
+
+    monkeypatch.setattr(store, "activity", looked)
+    text = client.get(f"/v1/jobs/{job}/events", headers={"Accept": "text/event-stream"}).text
+    told = events_of(text)
+    assert [event["kind"] for event in told] == ["queued", "running", "activity", "failed"]
+    assert told[2] == {"kind": "activity", "data": activity.model_dump(mode="json")}
+    assert re.findall("^id: (.*)$", text, re.MULTILINE) == ["1", "2", "3"]
+
+
+def test_a_database_that_is_away_costs_a_job_its_activity_and_no_more(
+    small: dict[str, Any], storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[Activity] = []
+
+    def away(self: JobStore, job: str, activity: Activity) -> None:
+        refused.append(activity)
+        raise OperationalError("update jobs", {}, ConnectionError("no answer"))
+
+    monkeypatch.setattr(JobStore, "note_activity", away)
+    job = store.submit(JobSpec.parse(small)).id
+    run(job, storage, store)
+    assert refused
+    assert store.get(job).status == "succeeded"
 
 
 def test_a_coordinator_that_dies_again_and_again_ends_its_job(
@@ -171,7 +241,7 @@ def test_a_coordinator_that_dies_again_and_again_ends_its_job(
     store.move(job, "running")
     for _ in range(5):
         store.count_start(job)
-    run_job(job, storage, lambda made: LocalPool(made.base))
+    run_job(job, storage, lambda made, note: LocalPool(made.base))
     failed = store.get(job)
     assert failed.status == "failed"
     assert failed.error is not None

@@ -9,8 +9,8 @@ import pytest
 
 from chainfed_ray.config import JobSpec
 from chainfed_ray.sections import Section
+from tests.project import ROOT, files_of
 
-ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "chainfed_ray": {"ray", "fastapi", "deepspeed", "chainfed_ray.cluster", "chainfed_ray.api"},
     "cluster": {"fastapi", "chainfed_ray.api"},
@@ -41,11 +41,6 @@ def package(name: str) -> str:
     return f"{first}.{second}" if first == "chainfed_ray" and second in ("api", "cluster") else first
 
 
-def files_of(folder: str) -> list[Path]:
-    """Its Python files; those of the folders that ``chainfed_ray`` has links to are theirs."""
-    return [path for path in (ROOT / folder).rglob("*.py") if path.resolve().relative_to(ROOT).parts[0] == folder]
-
-
 @pytest.mark.parametrize("folder", FORBIDDEN)
 def test_arrows(folder: str) -> None:
     files = files_of(folder)
@@ -54,6 +49,39 @@ def test_arrows(folder: str) -> None:
         allowed = {"deepspeed"} if path == ROOT / "chainfed_ray" / "offloaded.py" else set[str]()
         assert imported(path) & FORBIDDEN[folder] == allowed, path.name
         assert not imported(path) & GENERIC, f"{path.name}: an installation has no such package, or somebody else's"
+
+
+def test_no_test_file_imports_another() -> None:
+    """Each can be moved, and run in any process, by itself; what several need is in files that hold no tests."""
+    for path in (ROOT / "tests").glob("*.py"):
+        modules = {f"{node.module}.{alias.name}" for node in froms(path) for alias in node.names}
+        assert not {name for name in modules if name.startswith("tests.test_")}, path.name
+
+
+def test_tests_reach_for_no_private_names() -> None:
+    """What they prove is what the code promises; how it does that may change without them."""
+    for path in (ROOT / "tests").glob("*.py"):
+        ours = [node for node in froms(path) if (node.module or "").split(".")[0] in ("chainfed_ray", "benchmarks")]
+        assert not {alias.name for node in ours for alias in node.names if alias.name.startswith("_")}, path.name
+        of_others = [node for node in attributes(path) if is_private(node)]
+        assert not {f"line {node.lineno}: {ast.unparse(node)}" for node in of_others}, path.name
+
+
+def froms(path: Path) -> list[ast.ImportFrom]:
+    """The ``from … import …`` of a file."""
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+
+
+def attributes(path: Path) -> list[ast.Attribute]:
+    """The names that a file asks objects for."""
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+
+
+def is_private(node: ast.Attribute) -> bool:
+    """Whether that is a private name of something else than the object itself."""
+    itself = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "super")
+    special = not node.attr.startswith("_") or node.attr.startswith("__") or node.attr in ("_replace", "_asdict")
+    return not itself and not special
 
 
 def test_deepspeed_is_imported_only_when_it_is_used() -> None:

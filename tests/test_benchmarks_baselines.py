@@ -33,16 +33,17 @@ from benchmarks.metering import Meter, MeteredPool, TurnFailed
 from benchmarks.methods import methods
 from chainfed_ray.adapter import Head, Tensors
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.client import Client, Order, Training, _batches
+from chainfed_ray.client import Client, Training, step_batches
 from chainfed_ray.cohort import Cohort
 from chainfed_ray.config import JobSpec
 from chainfed_ray.discriminant import ClassSums, fitted
 from chainfed_ray.job import Job, prepare
-from chainfed_ray.pool import Failure, LocalPool, Outcome
+from chainfed_ray.pool import LocalPool
 from chainfed_ray.reading import mean_over_tokens
 from chainfed_ray.seeds import derive
 from chainfed_ray.tokens import Examples
-from tests.conftest import a_job
+from tests.builders import a_job
+from tests.pools import failing
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_batches_are_those_of_a_job_s_own_turn() -> None:
     for count, steps in ((5, 7), (16, 3), (33, 5)):
         order = Training({}, None, 1, 8, 0, 0, 0, "head", seed=11, steps=steps)  # type: ignore[arg-type]
         ours = batches(count, Steps(steps, 8, 0, 0, seed=11))
-        for found, expected in zip(ours, _batches(count, order), strict=True):
+        for found, expected in zip(ours, step_batches(count, order), strict=True):
             assert found.tolist() == expected.tolist()
 
 
@@ -200,6 +201,7 @@ def test_lora_starts_the_same_for_a_seed_and_leaves_the_generator_alone(job: Job
     assert any(not first[name].equal(other[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_weighed(job: Job) -> None:
     examples = job.admitted[0][0].examples
     steps = Steps(1, 8, 1e-3, 1e-3, seed=0)
@@ -209,16 +211,9 @@ def test_the_whole_model_is_weighed(job: Job) -> None:
     assert peak is None or peak > (job.base.folder / "model.safetensors").stat().st_size / 2
 
 
-class BrokenPool(LocalPool):
-    """A pool whose turns all fail."""
-
-    def run(self, clients: Any, order: Order, deadline: float) -> Iterator[Outcome]:
-        yield Outcome(0, Failure("no power"))
-
-
 def test_a_turn_that_fails_ends_the_run(job: Job) -> None:
     client: Client = job.clients[0]
-    pool = MeteredPool(BrokenPool(job.base), Meter())
+    pool = MeteredPool(failing(LocalPool(job.base), "no power"), Meter())
     with pytest.raises(TurnFailed, match="phone-0 failed: no power"):
         list(pool.run([client], None, 1.0))  # type: ignore[arg-type]
 

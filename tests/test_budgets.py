@@ -1,7 +1,5 @@
 """The budget as a contract, in the algorithm: windows as wide as each client can hold, and a second turn for who exceeded."""
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,44 +9,18 @@ import torch
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
-from chainfed_ray.client import Client, Order, Training, Update
+from chainfed_ray.client import Training, Update
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
-from chainfed_ray.errors import BudgetExceeded, QuorumLost
+from chainfed_ray.errors import QuorumLost
 from chainfed_ray.job import Job
-from chainfed_ray.pool import ClientPool, Failure, LocalPool, Outcome
+from chainfed_ray.pool import LocalPool
 from chainfed_ray.seeds import derive
 from chainfed_ray.turn import take_turn
-from tests.conftest import a_job
+from tests.builders import a_job, smallest_budget
+from tests.pools import Greedy
 
 pytestmark = pytest.mark.slow
-
-
-def smallest_budget(document: dict[str, Any], folder: Path, width: int) -> int:
-    """The fewest bytes with which every client of a job has a plan for a window of ``width``."""
-    job = a_job(document, folder)
-    start = job.planner.task.start
-
-    def holds(memory: int) -> bool:
-        candidates = (replace(candidate, memory=memory) for candidate, _ in job.admitted)
-        plans = [job.planner.plan(candidate, Window(start, start + 2)) for candidate in candidates]
-        return all(plan and len(plan.window) >= width for plan in plans)
-
-    return bisect_left(range(2**30), True, key=holds)
-
-
-@pytest.fixture
-def mixed(document: dict[str, Any], tmp_path: Path) -> Job:
-    """Two clients that can hold a window of 3, and two that can hold one adapter of it."""
-    document["chain"] |= {"window": 3, "start": 1, "adapter": {"bottleneck": 4096}}
-    document["rounds"] |= {"total": 1, "clients": 4, "quorum": 4}
-    small = smallest_budget(document, tmp_path / "any", 2) - 1
-    document["fleet"] = {
-        "clients": [{"name": "large", "count": 2, "memory": "1GiB"}, {"name": "small", "count": 2, "memory": small}]
-    }
-    job = a_job(document, tmp_path / "mixed")
-    assert [len(client.plan.window) for client in job.clients] == [3, 3, 1, 1]
-    return job
 
 
 def test_an_adapter_is_averaged_over_those_that_trained_it(mixed: Job, tmp_path: Path) -> None:
@@ -99,29 +71,6 @@ def test_q_is_what_the_largest_client_holds(document: dict[str, Any], tmp_path: 
     assert (opening.window, opening.stages) == (2, 2)
     document["fleet"]["clients"][0]["memory"] = budget + 1
     assert a_job(document, tmp_path).window == 3
-
-
-class Greedy:
-    """A pool whose clients of some names exceed every plan above ``enough`` bytes."""
-
-    def __init__(self, pool: ClientPool, greedy: set[str], enough: int) -> None:
-        self._pool, self._greedy, self._enough = pool, greedy, enough
-        self.tried: list[tuple[str, int, int]] = []
-
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
-        for place, result in self._pool.run(clients, order, deadline):
-            client = clients[place]
-            needed = client.plan.planned_bytes
-            if client.name in self._greedy:
-                self.tried.append((client.name, needed, client.cap_bytes))
-                if needed > self._enough:
-                    error = BudgetExceeded(needed, client.cap_bytes, None, "training")
-                    yield Outcome(place, Failure.of(error))
-                    continue
-            yield Outcome(place, result)
-
-    def close(self) -> None:
-        self._pool.close()
 
 
 @pytest.fixture
@@ -215,23 +164,10 @@ def test_a_wrong_plan_costs_a_turn_and_is_on_record(greedy_job: Job, tmp_path: P
         assert turn.peak_bytes is not None
 
 
-class Strict(Greedy):
-    """A pool whose clients of some names exceed every plan, but not all that they declared."""
-
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
-        for place, result in self._pool.run(clients, order, deadline):
-            client = clients[place]
-            if client.name in self._greedy and client.cap_bytes < client.budget_bytes:
-                error = BudgetExceeded(client.plan.planned_bytes, client.cap_bytes, None, "training")
-                yield Outcome(place, Failure.of(error))
-            else:
-                yield Outcome(place, result)
-
-
 def test_where_no_plan_is_leaner_the_second_turn_has_the_whole_budget(document: dict[str, Any], tmp_path: Path) -> None:
     job = a_job(document, tmp_path)
     assert job.planner.leaner(job.admitted[0][0], Window(1, 2)) is None
-    pool = Strict(LocalPool(job.base), {client.name for client in job.clients}, enough=0)
+    pool = Greedy(LocalPool(job.base), {client.name for client in job.clients}, modest=True)
     records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
     assert all(record.counted and not record.lost for record in records)
     assert all(turn.exceeded for turn in records[0].turns)

@@ -256,6 +256,7 @@ def test_what_cannot_be_is_refused(
         a_job(causal, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_text_is_no_longer_than_the_model_has_positions(family: str, causal: dict[str, Any], tmp_path: Path) -> None:
     path, positions = causal_folder(family, tmp_path / family) / "config.json", 64

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from chainfed_ray.classifier import Classifier
-from tests.test_peft_method import a_stack, streamed
+from tests.models import a_saved_stack, class_logits
 
 TEXTS = [
     "salt tide wave",
@@ -17,7 +17,7 @@ TEXTS = [
 
 
 def test_alone_and_in_company_and_as_peft_says(tiny_model_folder: Path) -> None:
-    saved = a_stack(tiny_model_folder)
+    saved = a_saved_stack(tiny_model_folder)
     classifier = Classifier(f"path:{tiny_model_folder}", torch.float32)
     together = classifier.probabilities(saved, TEXTS)
     torch.testing.assert_close(together.sum(-1), torch.ones(len(TEXTS)))
@@ -26,13 +26,13 @@ def test_alone_and_in_company_and_as_peft_says(tiny_model_folder: Path) -> None:
 
     words = AutoTokenizer.from_pretrained(tiny_model_folder)
     batch = words(TEXTS, return_tensors="pt", padding=True, truncation=True, max_length=saved.max_length)
-    logits = streamed(tiny_model_folder, saved.stack, batch["input_ids"], batch["attention_mask"])
+    logits = class_logits(tiny_model_folder, saved.stack, batch["input_ids"], batch["attention_mask"])
     torch.testing.assert_close(together, logits.softmax(-1), rtol=0, atol=1e-6)
     assert (together[0] - together[1]).abs().max() > 1e-3
 
 
 def test_stacks_do_not_disturb_each_other(tiny_model_folder: Path) -> None:
-    first, second = a_stack(tiny_model_folder), a_stack(tiny_model_folder, layers=(0, 3), classes=5, seed=1)
+    first, second = a_saved_stack(tiny_model_folder), a_saved_stack(tiny_model_folder, layers=(0, 3), classes=5, seed=1)
     classifier = Classifier(f"path:{tiny_model_folder}", torch.float32)
     before = classifier.probabilities(first, TEXTS)
     assert classifier.probabilities(second, TEXTS).shape == (len(TEXTS), 5)

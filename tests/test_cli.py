@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,11 +17,8 @@ import yaml
 
 from chainfed_ray.api.cli import read_job
 from chainfed_ray.commit_log import CommitLog
-from tests.conftest import a_job
-from tests.test_architecture import ROOT
-from tests.test_coordinator import run
-
-COMMAND = [sys.executable, "-c", "from chainfed_ray.api.cli import main; main()"]
+from tests.builders import a_job, run
+from tests.project import COMMAND, ROOT
 
 
 @pytest.mark.slow
@@ -86,6 +84,24 @@ def test_files_that_a_job_names_are_meant_from_where_the_command_is_run(
         "hf:some/test",
         f"path:{tmp_path}/choices.jsonl",
     )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("submit", f"{ROOT}/examples/demo.yaml", "--address", "http://127.0.0.1:9"),  # nobody answers there
+        ("run", os.devnull),
+        ("plan", os.devnull),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_help_and_the_check_of_a_job_file_load_neither_torch_nor_ray(arguments: tuple[str, ...]) -> None:
+    code = "import sys\nfrom chainfed_ray.api.cli import main\ntry: main()\nfinally: print('loaded:', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    loaded = set(done.stdout.partition("loaded:")[2].split())
+    assert "chainfed_ray.config" in loaded, done.stderr
+    assert not loaded & {"torch", "ray", "transformers", "pandas", "matplotlib", "numpy"}
 
 
 @pytest.mark.parametrize(("text", "field"), [("name: [", "(file)"), ("name: x\nmodle: {}", "modle")])

@@ -1,26 +1,18 @@
 """Promises of a client's turn, in the process that takes it."""
 
-import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Profiling, Training, Update
 from chainfed_ray.turn import take_turn
-from tests.conftest import a_job
-
-
-def tensors_alive() -> list[Tensor]:
-    """Every tensor that somebody still holds."""
-    gc.collect()
-    # By type, not isinstance: that would ask lazy proxies of libraries for their class, and make them load it.
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+from tests.builders import a_job
+from tests.watching import tensors_alive
 
 
 def test_a_turn_leaves_no_tensor_behind(document: dict[str, Any], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Promises of an unreliable fleet: who does not answer, or is late, costs its own turn, and the job goes on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 from chainfed_ray import duration
 from chainfed_ray.admission import Candidate
 from chainfed_ray.chain import Window
-from chainfed_ray.client import Client, Order, Profile, Profiling
+from chainfed_ray.client import Profile, Profiling
 from chainfed_ray.cohort import Cohort
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
@@ -19,10 +19,10 @@ from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.job import Job
 from chainfed_ray.pace import Pace
-from chainfed_ray.pool import ClientPool, Failure, LocalPool, Outcome
+from chainfed_ray.pool import Failure, LocalPool
 from chainfed_ray.seeds import derive
-from tests.conftest import a_job
-from tests.test_coordinator import assert_same, run, story
+from tests.builders import a_job, assert_same, run, run_some, story
+from tests.pools import Heard
 
 
 @pytest.fixture
@@ -38,25 +38,10 @@ def answers(index: int, client: int, seed: int = 3) -> bool:
     return np.random.default_rng(derive(seed, "available", index, f"phone-{client}")).random() < 0.5
 
 
-class Watched:
-    """A pool that remembers whom it was asked to run in each round."""
-
-    def __init__(self, pool: ClientPool) -> None:
-        self._pool = pool
-        self.asked: list[list[str]] = []
-
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
-        self.asked.append([client.name for client in clients])
-        yield from self._pool.run(clients, order, deadline)
-
-    def close(self) -> None:
-        self._pool.close()
-
-
 @pytest.mark.slow
 def test_who_does_not_answer_is_lost_and_the_job_goes_on(unreliable: dict[str, Any], tmp_path: Path) -> None:
     job, log = a_job(unreliable, tmp_path), CommitLog(tmp_path / "log")
-    pool = Watched(LocalPool(job.base))
+    pool = Heard(LocalPool(job.base))
     records = list(Coordinator(job, pool, log).rounds())
     for record in records:
         there = [f"phone-{client}" for client in range(4) if answers(record.index, client)]
@@ -70,17 +55,15 @@ def test_who_does_not_answer_is_lost_and_the_job_goes_on(unreliable: dict[str, A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed_after", [1, 4])
-def test_resumed_is_never_interrupted(unreliable: dict[str, Any], tmp_path: Path, killed_after: int) -> None:
+def test_resumed_is_never_interrupted(unreliable: dict[str, Any], tmp_path: Path) -> None:
+    """Interrupted after a round without a quorum, and before one."""
     _, expected = run(a_job(unreliable, tmp_path / "a"), tmp_path / "a" / "log")
-    job = a_job(unreliable, tmp_path / "b")
-    rounds = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "b" / "log")).rounds()
-    for _ in range(killed_after):
-        next(rounds)
-    rounds.close()
-    _, resumed = run(a_job(unreliable, tmp_path / "c"), tmp_path / "b" / "log")
+    log = tmp_path / "b" / "log"
+    for process, rounds in (("b", 1), ("c", 2)):
+        run_some(a_job(unreliable, tmp_path / process), log, rounds)
+    _, resumed = run(a_job(unreliable, tmp_path / "d"), log)
     assert_same(resumed, expected)
-    assert story(tmp_path / "b" / "log") == story(tmp_path / "a" / "log")
+    assert story(log) == story(tmp_path / "a" / "log")
 
 
 @pytest.mark.slow
@@ -187,14 +170,14 @@ def test_the_dry_run_waits_for_the_slow(
         {"name": "snail", "count": 2, "memory": "64MiB", "speed": 0.1},
     ]
     document["rounds"] |= {"total": 6, "clients": 2, "deadline": "20s"}
-    monkeypatch.setattr(duration, "_evaluations", lambda _: 0.0)
+    monkeypatch.setattr(duration, "judging_seconds", lambda _: 0.0)
     for turn, slow in ((1.0, 10.0), (3.0, 20.0)):  # where 30 s would be too late
         pace = Pace(turn=turn, step=0, layer=0, load=0)
-        monkeypatch.setattr(duration, "_pace", lambda *_, found=pace: found)
+        monkeypatch.setattr(duration, "pace_of", lambda *_, found=pace: found)
         told = duration.duration(a_job(document, tmp_path), at_once=2)
         assert told.seconds == pytest.approx(6 * (5 / 6 * slow + 1 / 6 * turn))
         alone = duration.duration(a_job(document, tmp_path), at_once=1)
         assert alone.seconds == pytest.approx(6 * (turn + slow))
-    monkeypatch.setattr(duration, "_pace", lambda *_: Pace(turn=0, step=1, layer=0, load=0))
+    monkeypatch.setattr(duration, "pace_of", lambda *_: Pace(turn=0, step=1, layer=0, load=0))
     steps = duration.duration(a_job(document, tmp_path), at_once=2).micro_steps
     assert steps["snail"] == pytest.approx(10 * steps["phone"])

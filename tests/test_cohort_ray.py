@@ -1,44 +1,29 @@
 """An unreliable fleet on Ray: who does not answer is never given a process, and who is slow is cut off in the middle."""
 
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import psutil
 import pytest
 
 from chainfed_ray.client import Profile, Profiling
 from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
-from tests.conftest import a_job
-from tests.test_coordinator import assert_same, run, story
-from tests.test_ray_pool import cluster as cluster
+from tests.builders import a_job, assert_same, run, story
+from tests.cluster import a_pool
+from tests.watching import client_processes, wait_for
 
-pytestmark = pytest.mark.slow
-
-
-def client_processes() -> list[psutil.Process]:
-    """The processes of our client actors: children of this process's Ray alone."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # it may end at any time
-            found += [child] if "ClientActor" in " ".join(child.cmdline()) else []
-    return found
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 
-def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path) -> None:
+def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path, ray_pool: RayPool) -> None:
     document["fleet"]["clients"][0] |= {"availability": 0.5}
-    document["rounds"] |= {"total": 5, "clients": 4, "quorum": 2}
+    document["rounds"] |= {"total": 3, "clients": 4, "quorum": 2}
     job = a_job(document, tmp_path)
     _, expected = run(job, tmp_path / "local")
-    pool = RayPool(job.base, slots=2)
-    try:
-        _, found = run(job, tmp_path / "ray", pool)
-    finally:
-        pool.close()
+    _, found = run(job, tmp_path / "ray", ray_pool)
     assert_same(found, expected)
     assert story(tmp_path / "ray") == story(tmp_path / "local")
     assert any(record.lost for record in CommitLog(tmp_path / "ray").rounds())
@@ -53,10 +38,14 @@ def test_a_slow_client_misses_the_deadline_and_the_round_goes_on(document: dict[
     document["rounds"] |= {"total": 1, "clients": 3, "quorum": 2, "deadline": "10s"}
     job = a_job(document, tmp_path)
     quick = [replace(client, speed=1.0) for client in job.clients]
-    pool = RayPool(job.base, slots=2)
-    try:
+    others = {process.pid for process in client_processes()}
+
+    def processes() -> int:
+        return len({process.pid for process in client_processes()} - others)
+
+    with a_pool(job.base, slots=2) as pool:
         patience = monotonic() + 300
-        while len(client_processes()) < 2:  # one of each class; the first makes room if the other is slow to start
+        while processes() < 2:  # one of each class; the first makes room if the other is slow to start
             assert monotonic() < patience
             assert all(isinstance(result, Profile) for _, result in pool.run(quick[1:], Profiling(8, 0), 300.0))
         started = monotonic()
@@ -66,10 +55,6 @@ def test_a_slow_client_misses_the_deadline_and_the_round_goes_on(document: dict[
         assert [turn.client for turn in record.turns] == ["phone-0", "phone-1"]
         assert [(lost.client, lost.reason) for lost in record.lost] == [("snail-0", "missed the deadline of 10 s")]
         # Its process sleeps for hours, and is ended all the same: a moment later, since Ray is only told to.
-        patience = monotonic() + 60
-        while len(client_processes()) > 1:
-            assert monotonic() < patience
+        wait_for(lambda: processes() == 1, "end of the process of the slow client")
         (outcome,) = pool.run(quick[2:], Profiling(8, 0), 300.0)
         assert isinstance(outcome.result, Profile), "its place is free again"
-    finally:
-        pool.close()

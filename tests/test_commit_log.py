@@ -9,13 +9,10 @@ import torch
 
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.errors import CorruptCommit
-from tests.test_progress import ENDING, a_round, an_opening
+from tests.builders import ENDING, a_round, an_opening
+from tests.pools import Killed
 
 ROUNDS = 3
-
-
-class Killed(BaseException):
-    """Nothing in the code may catch this."""
 
 
 def whole(log: CommitLog) -> None:

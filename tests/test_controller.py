@@ -11,7 +11,7 @@ from chainfed_ray.cluster.controller import Controller
 from chainfed_ray.cluster.job_store import JobStore
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.commit_log import CommitLog
-from tests.test_job_store import SPEC
+from tests.builders import SPEC
 
 
 class Processes:

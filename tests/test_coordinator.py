@@ -1,137 +1,25 @@
 """Promises of the algorithm: plain FedAvg as a special case, exact resumption, arrival order without effect."""
 
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModel
 
 from chainfed_ray.adapter import AdapterStack, Tensors
-from chainfed_ray.client import Client, Order, Update
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob, QuorumLost
-from chainfed_ray.job import Job
-from chainfed_ray.memory import PREFIX_BATCH
-from chainfed_ray.pool import ClientPool, Failure, LocalPool, Outcome
-from chainfed_ray.reading import mean_over_tokens
+from chainfed_ray.pool import LocalPool
 from chainfed_ray.seeds import derive
-from chainfed_ray.tokens import Examples
-from tests.conftest import a_job
+from tests.builders import a_job, assert_same, run, run_some, story
+from tests.end_to_end import EndToEnd
+from tests.pools import Backwards, rough, silent, spoilt
 
 pytestmark = pytest.mark.slow
-
-
-class Rough:
-    """A pool whose updates add up to something else in another order; last first, if they are to be ``reversed``."""
-
-    def __init__(self, pool: ClientPool, reversed: bool) -> None:
-        self._pool, self._reversed = pool, reversed
-
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
-        outcomes = [
-            Outcome(place, self._rough(place, result)) for place, result in self._pool.run(clients, order, deadline)
-        ]
-        return iter(outcomes[::-1] if self._reversed else outcomes)
-
-    def close(self) -> None:
-        self._pool.close()
-
-    @staticmethod
-    def _rough(place: int, result: Any) -> Any:
-        """The first two cancel out, and in between anything that is not enormous is lost."""
-        if not isinstance(result, Update) or place > 1:
-            return result
-        bias = result.tensors["head.linear.bias"]
-        return replace(
-            result, tensors={**result.tensors, "head.linear.bias": torch.full_like(bias, (-1) ** place * 1e30)}
-        )
-
-
-class Spoilt:
-    """A pool in which some clients' updates hold a value that is no number, or the wrong shape."""
-
-    def __init__(self, pool: ClientPool, spoilt: set[str], shape: bool = False) -> None:
-        self._pool, self._spoilt, self._shape = pool, spoilt, shape
-
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
-        for place, result in self._pool.run(clients, order, deadline):
-            if clients[place].name in self._spoilt and isinstance(result, Update):
-                tensors = dict(result.tensors)
-                bias = tensors["head.linear.bias"]
-                tensors["head.linear.bias"] = bias[:-1] if self._shape else torch.full_like(bias, torch.nan)
-                result = replace(result, tensors=tensors)
-            yield Outcome(place, result)
-
-    def close(self) -> None:
-        self._pool.close()
-
-
-def run(job: Job, folder: Path, pool: ClientPool | None = None) -> tuple[Coordinator, Tensors]:
-    coordinator = Coordinator(job, pool or LocalPool(job.base), CommitLog(folder))
-    list(coordinator.rounds())
-    coordinator.finish()
-    return coordinator, coordinator.stack().tensors()
-
-
-def assert_same(first: Tensors, second: Tensors) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-
-
-class EndToEnd:
-    """The whole Hugging Face model, frozen, with an adapter after each layer: hooks, and nothing of our chain."""
-
-    def __init__(self, folder: Path, examples: Examples) -> None:
-        self._model = AutoModel.from_pretrained(folder).eval().requires_grad_(False)
-        self._layers = self._model.encoder.layer
-        self._examples = examples
-        # What is below the lowest adapter is always run in the same micro-batches, as the cache promises.
-        self._lowest: dict[int, Tensor] = {}
-        for indices in examples.by_length(PREFIX_BATCH):
-            outputs: list[Tensor] = []
-            hook = self._layers[0].register_forward_hook(lambda _, __, output, to=outputs: to.append(output))
-            self._run(indices)
-            hook.remove()
-            self._lowest |= {
-                index: row[: examples.lengths[index]]
-                for index, row in zip(indices.tolist(), outputs[0], strict=True)
-            }  # fmt: skip
-
-    def loss(self, stack: AdapterStack, indices: np.ndarray) -> Tensor:
-        """The sum of the cross-entropies of some examples."""
-        lowest = torch.nn.utils.rnn.pad_sequence([self._lowest[index] for index in indices.tolist()], batch_first=True)
-        batch = self._examples.batch(indices)
-        means: list[Tensor] = []
-        last = lowest
-
-        def follow(place: int, output: Tensor) -> Tensor:
-            nonlocal last
-            last = stack.adapter(place)(lowest if place == 0 else output)
-            if place + 1 < len(self._layers):  # here, so that gradients are added up in the same order
-                means.append(mean_over_tokens(last, batch.mask))
-            return last
-
-        hooks = [
-            layer.register_forward_hook(lambda _, __, output, at=place: follow(at, output))
-            for place, layer in enumerate(self._layers)
-        ]
-        self._run(indices)
-        for hook in hooks:
-            hook.remove()
-        return cross_entropy(stack.head(last, batch.mask, torch.stack(means, 1)), batch.labels, reduction="sum")
-
-    def _run(self, indices: np.ndarray) -> None:
-        batch = self._examples.batch(indices)
-        self._model(input_ids=batch.ids, attention_mask=batch.mask)
 
 
 @pytest.mark.parametrize("reads", [1, 3])
@@ -169,79 +57,41 @@ def test_window_of_all_layers_without_global_loss_is_fedavg(
 
 
 @pytest.mark.parametrize("schedule", ["staged", "cyclic"])
-@pytest.mark.parametrize("killed_after", [0, 1, 3])
-def test_stopped_and_resumed_is_never_stopped(
-    document: dict[str, Any], tmp_path: Path, schedule: str, killed_after: int
-) -> None:
+def test_stopped_and_resumed_is_never_stopped(document: dict[str, Any], tmp_path: Path, schedule: str) -> None:
+    """Stopped in the first stage and at the start of the second: the same job, which began three times."""
     document["chain"] |= {"schedule": schedule}
     document["rounds"]["convergence"] = {"rule": "movement", "span": 2, "threshold": 0}
     _, expected = run(a_job(document, tmp_path / "a"), tmp_path / "a" / "log")
 
-    job = a_job(document, tmp_path / "b")
-    log = CommitLog(tmp_path / "b" / "log")
-    rounds = Coordinator(job, LocalPool(job.base), log).rounds()
-    for _ in range(killed_after):
-        assert next(rounds) == log.rounds()[-1], "durable before it is reported"
-    rounds.close()
-    again, resumed = run(a_job(document, tmp_path / "c"), tmp_path / "b" / "log")
+    log = tmp_path / "b" / "log"
+    for process, rounds in (("b", 1), ("c", 2)):
+        run_some(a_job(document, tmp_path / process), log, rounds)
+    again, resumed = run(a_job(document, tmp_path / "d"), log)
     assert_same(resumed, expected)
     assert again.finish() == again.finish()
-    assert story(tmp_path / "b" / "log") == story(tmp_path / "a" / "log")
-
-
-def story(folder: Path) -> list[dict[str, Any]]:
-    """The rounds on record, without what time and the machine put there."""
-    rounds = [record.model_dump(exclude={"seconds"}) for record in CommitLog(folder).rounds()]
-    for record in rounds:
-        record["turns"] = [
-            {**turn, "seconds": None, "cpu_seconds": None, "peak_bytes": None} for turn in record["turns"]
-        ]
-        if record["evaluation"]:
-            record["evaluation"] |= {
-                "seconds": None,
-                "forward_seconds": None,
-                "peak_bytes": None,
-                "process_bytes": None,
-            }
-        if record["early_exit"]:
-            record["early_exit"] |= {"seconds": None, "peak_bytes": None}
-    return rounds
+    assert story(log) == story(tmp_path / "a" / "log")
 
 
 def test_order_of_arrival_changes_nothing(document: dict[str, Any], tmp_path: Path) -> None:
     document["rounds"] |= {"total": 1, "clients": 4}
     job = a_job(document, tmp_path)
-    _, forwards = run(job, tmp_path / "forwards", Rough(LocalPool(job.base), reversed=False))
-    _, backwards = run(job, tmp_path / "backwards", Rough(LocalPool(job.base), reversed=True))
+    _, forwards = run(job, tmp_path / "forwards", rough(LocalPool(job.base)))
+    _, backwards = run(job, tmp_path / "backwards", Backwards(rough(LocalPool(job.base))))
     assert 0 < forwards["head.linear.bias"].abs().max() < 1
     assert_same(forwards, backwards)
     (record,) = CommitLog(tmp_path / "backwards").rounds()
     assert [turn.client for turn in record.turns] == ["phone-0", "phone-1", "phone-2", "phone-3"]
 
 
-class Silent:
-    """A pool in which some clients never answer."""
-
-    def __init__(self, pool: ClientPool, silent: set[str]) -> None:
-        self._pool, self._silent = pool, silent
-
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
-        for place, result in self._pool.run(clients, order, deadline):
-            yield Outcome(place, Failure("missed the deadline") if clients[place].name in self._silent else result)
-
-    def close(self) -> None:
-        self._pool.close()
-
-
 def test_a_profile_that_never_came_is_on_record(document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"] |= {"start": "auto"}
     job = a_job(document, tmp_path)
-    opening = Coordinator(job, Silent(LocalPool(job.base), {"phone-2"}), CommitLog(tmp_path / "log")).open()
+    opening = Coordinator(job, silent(LocalPool(job.base), {"phone-2"}), CommitLog(tmp_path / "log")).open()
     assert [(lost.client, lost.reason) for lost in opening.lost] == [("phone-2", "missed the deadline")]
     assert len(opening.similarities) == 4
     everybody = {client.name for client in job.clients}
     with pytest.raises(QuorumLost, match=r"profiling the layers: .* \(phone-0: missed the deadline; "):
-        Coordinator(job, Silent(LocalPool(job.base), everybody), CommitLog(tmp_path / "other")).open()
+        Coordinator(job, silent(LocalPool(job.base), everybody), CommitLog(tmp_path / "other")).open()
 
 
 def test_a_profile_needs_rows(document: dict[str, Any], tmp_path: Path) -> None:
@@ -265,7 +115,7 @@ def test_a_family_that_cannot_be_streamed_is_refused(document: dict[str, Any], t
 def test_nonsense_costs_a_turn_and_is_on_record(document: dict[str, Any], tmp_path: Path, shape: bool) -> None:
     document["rounds"] |= {"clients": 4, "quorum": 2}
     job = a_job(document, tmp_path)
-    pool = Spoilt(LocalPool(job.base), {"phone-1"}, shape)
+    pool = spoilt(LocalPool(job.base), {"phone-1"}, shape)
     records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
     for record in records:
         assert record.counted
@@ -279,7 +129,7 @@ def test_without_a_quorum_the_job_ends_and_says_why(document: dict[str, Any], tm
     job = a_job(document, tmp_path)
     log = CommitLog(tmp_path / "log")
     with pytest.raises(QuorumLost, match=r"phone-1.*not finite"):
-        list(Coordinator(job, Spoilt(LocalPool(job.base), {"phone-0", "phone-1"}), log).rounds())
+        list(Coordinator(job, spoilt(LocalPool(job.base), {"phone-0", "phone-1"}), log).rounds())
     assert [record.counted for record in log.rounds()] == [False, False, False]
 
 

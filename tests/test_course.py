@@ -10,8 +10,7 @@ from chainfed_ray.chain import Chain
 from chainfed_ray.config import JobSpec
 from chainfed_ray.course import Course, NextRound
 from chainfed_ray.records import Round
-from tests.test_job_store import SPEC
-from tests.test_progress import a_round, an_opening
+from tests.builders import SPEC, a_round, an_opening
 
 LAYERS, WIDTH = 6, 2
 OPENING = an_opening()

@@ -14,14 +14,15 @@ from torch.nn.functional import cross_entropy, layer_norm
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
-from chainfed_ray.client import Client, Fitting, HeadSums, Result
+from chainfed_ray.client import Fitting, HeadSums
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.discriminant import ClassSums, discriminant, fitted
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.reading import mean_over_tokens
 from chainfed_ray.turn import take_turn
-from tests.conftest import a_job
+from tests.builders import a_job, assert_same, run
+from tests.pools import Killed, dying, lying
 
 
 def examples(count: int, classes: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -133,6 +134,7 @@ def test_a_client_adds_up_what_comes_out_of_its_window(reads: int, document: dic
         torch.testing.assert_close(sums.tensors[name], tensor, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_each_stage_begins_with_a_head_for_its_window(document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"]["head"] = "fitted"
     document["rounds"] |= {"total": 4, "last_stage_share": 0.5, "convergence": {"rule": "none"}}
@@ -149,53 +151,25 @@ def test_each_stage_begins_with_a_head_for_its_window(document: dict[str, Any], 
     assert coordinator.finish().accuracy > 0.9
 
 
+@pytest.mark.slow
 def test_killed_between_the_fit_and_the_round_it_goes_on_as_if_never(document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"]["head"] = "fitted"
     job = a_job(document, tmp_path)
 
-    class Killed(Exception):
-        pass
-
-    class DiesWhileTraining(LocalPool):
-        def run(self, clients: Any, order: Any, deadline: float) -> Any:
-            if not isinstance(order, Fitting):
-                raise Killed
-            return super().run(clients, order, deadline)
-
-    def run(log: Path) -> dict[str, Tensor]:
-        coordinator = Coordinator(job, LocalPool(job.base), CommitLog(log))
-        list(coordinator.rounds())
-        return coordinator.stack().tensors()
-
-    whole = run(tmp_path / "whole")
+    _, whole = run(job, tmp_path / "whole")
     with pytest.raises(Killed):
-        list(Coordinator(job, DiesWhileTraining(job.base), CommitLog(tmp_path / "killed")).rounds())
-    resumed = run(tmp_path / "killed")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        list(Coordinator(job, dying(LocalPool(job.base), turns=0), CommitLog(tmp_path / "killed")).rounds())
+    _, resumed = run(job, tmp_path / "killed")
+    assert_same(resumed, whole)
 
 
-@pytest.mark.parametrize("lie", ["counts", "sums", "products", "kind"])
-def test_sums_that_cannot_be_are_refused(lie: str, document: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("lies", [{"counts": 2}, {"sums": 1e4}, {"products": 1e4}, {}], ids=str)
+def test_sums_that_cannot_be_are_refused(lies: dict[str, float], document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"]["head"] = "fitted"
     document["rounds"] |= {"total": 1}
     job = a_job(document, tmp_path)
-
-    class OneLies(LocalPool):
-        def run(self, clients: Any, order: Any, deadline: float) -> Any:
-            for outcome in super().run(clients, order, deadline):
-                yield outcome._replace(result=_lie(lie, outcome.result)) if outcome.place == 0 else outcome
-
-    record = next(Coordinator(job, OneLies(job.base), CommitLog(tmp_path / "log")).rounds())
+    pool = lying(LocalPool(job.base), "phone-0", lies)
+    record = next(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
     assert record.head_fit
     assert [lost.client for lost in record.head_fit.lost] == ["phone-0"]
     assert record.head_fit.clients == 3
-
-
-def _lie(lie: str, result: Result) -> Any:
-    if not isinstance(result, HeadSums):
-        return result
-    if lie == "kind":
-        return Client
-    changed = dict(result.tensors)
-    changed[lie] = changed[lie] * (2 if lie == "counts" else 1e4)
-    return HeadSums(changed, result.examples, result.cpu_seconds)

@@ -13,7 +13,7 @@ from chainfed_ray.api.app import create_app
 from chainfed_ray.api.cli import app
 from chainfed_ray.api.service import Service
 from chainfed_ray.cluster.storage import Settings, Storage
-from tests.test_architecture import ROOT
+from tests.project import ROOT
 
 README = (ROOT / "README.md").read_text()
 API, CLI, ERRORS = ((ROOT / "docs" / name).read_text() for name in ("api.md", "cli.md", "errors.md"))

@@ -15,9 +15,9 @@ from chainfed_ray.cluster.doctor import Finding, Machine, findings, is_possible,
 from chainfed_ray.cluster.ops import are_built, build_ops, ops_folder, stale_locks
 from chainfed_ray.errors import InvalidSetting, OpsNotBuilt
 from chainfed_ray.offload_ops import OPS
+from tests.cluster import needs_ops
 from tests.models import tiny
-from tests.test_cli import COMMAND
-from tests.test_offload import needs_ops
+from tests.project import COMMAND
 
 ABLE = Machine(
     compiler="/usr/bin/c++",

@@ -13,10 +13,12 @@ import yaml
 from fastapi.testclient import TestClient
 from rich.console import Console
 from torch import Tensor
+from typer.testing import CliRunner
 
 import chainfed_ray.dry_run
 from chainfed_ray import duration
 from chainfed_ray.api.app import create_app
+from chainfed_ray.api.cli import app
 from chainfed_ray.api.forecast_picture import png
 from chainfed_ray.api.forecast_table import forecast_table
 from chainfed_ray.api.service import Service
@@ -32,9 +34,8 @@ from chainfed_ray.job import Job, draft
 from chainfed_ray.pace import Pace
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.prefix import PrefixRunner
-from tests.cluster import one_machine
-from tests.conftest import a_job
-from tests.test_cli import COMMAND
+from tests.builders import a_job
+from tests.project import COMMAND
 
 _PNG = b"\x89PNG\r\n"
 
@@ -117,6 +118,7 @@ def test_a_change_does_what_is_said_of_it(streamed: dict[str, Any]) -> None:
             assert f"; {whole} of {change.joins} train " in change.words
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untimed")
 def test_a_job_without_a_quorum_is_told_as_well(document: dict[str, Any]) -> None:
     document["fleet"] = classes(("watch", 4, 2**20))
@@ -170,6 +172,7 @@ def test_who_does_not_answer_sends_nothing(document: dict[str, Any]) -> None:
     assert dry_run(JobSpec.parse(document), at_once=1).sent_bytes_per_round == always // 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untimed")
 def test_the_sums_of_a_fitted_head_are_those_of_a_real_one(document: dict[str, Any], tmp_path: Path) -> None:
     assert dry_run(JobSpec.parse(document), at_once=1).head_sums_bytes == 0
@@ -215,7 +218,7 @@ def test_there_are_no_more_stages_than_rounds(document: dict[str, Any], schedule
     """The whole model is judged as a stage ends; two windows have two stages, if there are rounds for them."""
     document["chain"]["schedule"] = schedule
     document["rounds"]["total"] = total
-    assert duration._times(a_draft(document), "stage") == judged
+    assert duration.times(a_draft(document), "stage") == judged
 
 
 def test_the_time_is_that_of_turns_one_after_the_other(
@@ -223,10 +226,10 @@ def test_the_time_is_that_of_turns_one_after_the_other(
 ) -> None:
     document["rounds"] |= {"total": 6, "clients": 3, "local_epochs": 2}
     job = a_job(document, tmp_path)
-    monkeypatch.setattr(duration, "_evaluations", lambda _: 0.0)
+    monkeypatch.setattr(duration, "judging_seconds", lambda _: 0.0)
     mean = sum(len(client.examples) for client in job.clients) / len(job.clients)
     for pace, turn in ((Pace(turn=1, step=0, layer=0, load=0), 1.0), (Pace(turn=0, step=1, layer=0, load=0), 2 * mean)):
-        monkeypatch.setattr(duration, "_pace", lambda *_, found=pace: found)
+        monkeypatch.setattr(duration, "pace_of", lambda *_, found=pace: found)
         assert duration.duration(job, at_once=3).seconds == pytest.approx(6 * turn)
         assert duration.duration(job, at_once=2).seconds == pytest.approx(2 * 6 * turn)
         assert duration.duration(job, at_once=1).seconds == pytest.approx(3 * 6 * turn)
@@ -241,8 +244,8 @@ def test_layers_below_the_window_are_counted_as_they_are_run(
     document["rounds"] |= {"total": 4, "clients": 4, "local_epochs": 2, "convergence": {"rule": "none"}}
     document["fleet"]["clients"][0] |= {"disk": disk} if disk else {}
     job = a_job(document, tmp_path)
-    monkeypatch.setattr(duration, "_evaluations", lambda _: 0.0)
-    monkeypatch.setattr(duration, "_pace", lambda *_: Pace(turn=0, step=0, layer=1, load=0))
+    monkeypatch.setattr(duration, "judging_seconds", lambda _: 0.0)
+    monkeypatch.setattr(duration, "pace_of", lambda *_: Pace(turn=0, step=0, layer=1, load=0))
     told = duration.duration(job, at_once=1).seconds
     run, counted = PrefixRunner.run, 0
 
@@ -279,11 +282,13 @@ def test_words_fit_a_terminal_and_a_picture_holds_many_classes(fleet_of_many: Fo
 
 
 @pytest.mark.slow
-def test_the_command_tells_it_in_json_and_draws_it(document: dict[str, Any], tmp_path: Path) -> None:
+def test_the_command_tells_it_in_json_and_in_words_and_draws_it(
+    document: dict[str, Any], tmp_path: Path, untimed: None
+) -> None:
     job_file, picture = tmp_path / "job.yaml", tmp_path / "plan.png"
     job_file.write_text(yaml.safe_dump(document))
-    command = [*COMMAND, "plan", str(job_file), "--picture", str(picture)]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=True)
+    command = ["plan", str(job_file), "--picture", str(picture)]
+    done = subprocess.run([*COMMAND, *command, "--json"], capture_output=True, text=True, timeout=120, check=True)
     told = Forecast.model_validate_json(done.stdout)
     assert (told.joins, told.clients) == (4, 4)
     assert told.estimated_seconds is not None
@@ -291,15 +296,9 @@ def test_the_command_tells_it_in_json_and_draws_it(document: dict[str, Any], tmp
     assert told.classes[0].micro_step_seconds is not None
     assert picture.read_bytes().startswith(_PNG)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
-    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    said = CliRunner().invoke(app, command).stdout
     assert "4 of 4 clients can join" in said
-    assert f"The picture is in {picture}." in said
-
-
-@pytest.fixture
-def cluster() -> Iterator[None]:
-    with one_machine():
-        yield
+    assert f"The picture is in {picture}." in " ".join(said.split())
 
 
 @pytest.mark.slow

@@ -7,23 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chainfed_ray.blocks import Blocks
 from chainfed_ray.detokenizer import Detokenizer
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.saved_stack import SavedStack
-from tests.causal import FAMILIES, a_causal_stack, byte_tokenizer, causal_folder, streamed_logits
+from tests.causal import FAMILIES, a_causal_stack, byte_tokenizer, causal_folder, streamed_logits, written
 
 BYTES = byte_tokenizer(chat=False)
 GREEDY = Sampling(max_tokens=12, temperature=0)
 PROMPT = "tide and "
-
-
-def written(generator: Generator, saved: SavedStack, prompt: str, sampling: Sampling) -> tuple[str, Piece]:
-    """The text, and its last piece."""
-    pieces: list[Piece] = []
-    generator.write(saved, prompt, sampling, pieces.append)
-    assert [piece.finish_reason is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
-    return "".join(piece.text for piece in pieces), pieces[-1]
 
 
 def likeliest(folder: Path, saved: SavedStack, prompt: str, count: int) -> list[int]:
@@ -107,12 +100,12 @@ def test_a_text_ends_with_the_token_after_which_nobody_listens(llama: Path, gene
 
 def test_what_cannot_be_written_is_refused_by_its_field(llama: Path, generator: Generator) -> None:
     saved = a_causal_stack(llama)
-    generator_limit = generator._positions
-    assert generator_limit is not None
+    limit = Blocks(llama, torch.float32).positions
+    assert limit is not None
     with pytest.raises(InvalidJob, match=r"^prompt is .*; expected fewer than \d+ tokens"):
-        written(generator, saved, "x" * generator_limit, GREEDY)
+        written(generator, saved, "x" * limit, GREEDY)
     with pytest.raises(InvalidJob, match=r"^max_tokens is .*; expected at most 5: the model has"):
-        written(generator, saved, "x" * (generator_limit - 5), Sampling(6))
+        written(generator, saved, "x" * (limit - 5), Sampling(6))
     with pytest.raises(InvalidJob, match=r"^messages is .*no chat template"):
         generator.write(saved, (("user", "hello"),), GREEDY, print)
     assert written(generator, saved, "", GREEDY)[1].prompt_tokens == 1, "the token for a beginning"

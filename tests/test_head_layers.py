@@ -17,7 +17,7 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.job import FEATURES
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.turn import take_turn
-from tests.conftest import a_job
+from tests.builders import a_job
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,7 @@ def test_how_many_layers_a_head_reads(
     assert job.reads == coordinator.stack().reads == reads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chain", [{"head": "zero"}, {"head": "zero", "schedule": "cyclic"}, {"schedule": "cyclic"}], ids=str
 )
@@ -57,6 +58,7 @@ def test_a_head_that_goes_on_from_window_to_window_may_read_several(
     assert ending.accuracy > 0.8
 
 
+@pytest.mark.slow
 def test_features_of_a_real_model_are_as_many_as_may_be(document: dict[str, Any], tmp_path: Path) -> None:
     document["model"]["base"] = "builtin:minilm"
     document["chain"] = {"start": 4, "head": "fitted"}

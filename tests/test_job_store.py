@@ -9,19 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
 
+from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.job_store import FINISHED, JobStore, Status
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
 from tests import postgres
-
-SPEC = JobSpec.parse(
-    {
-        "name": "tiny",
-        "model": {"base": "builtin:minilm"},
-        "data": {"train": "builtin:docstrings"},
-        "fleet": {"clients": [{"name": "phone", "count": 8, "memory": "64MiB"}]},
-    }
-)
+from tests.builders import SPEC
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +79,47 @@ def test_a_finished_job_stays_as_it_is(tmp_path_factory: pytest.TempPathFactory,
     assert kinds[-1] == store.get(job).status
     assert [event.seq for event in store.events(job)] == list(range(1, len(kinds) + 1))
     store.close()
+
+
+def test_what_a_job_is_busy_with_is_on_its_record_while_it_runs(store: JobStore) -> None:
+    job, activity = store.submit(SPEC).id, Activity(what="fitting the head", done=3, total=12, unit="clients")
+    store.note_activity(job, activity)
+    assert store.get(job).activity is None, "it waits"
+    store.move(job, "running")
+    for done in (3, 4):
+        store.note_activity(job, activity.model_copy(update={"done": done}))
+        found = store.get(job).activity
+        assert found is not None
+        assert found == store.activity(job)
+        assert Activity.model_validate(found) == activity.model_copy(update={"done": done})
+    store.move(job, "cancelling")
+    assert (store.get(job).activity, store.activity(job)) == (None, None)
+    store.move(job, "cancelled")
+    store.note_activity(job, activity)  # by a process that has not heard of it yet
+    assert (store.get(job).activity, store.activity(job)) == (None, None)
+    assert [event.kind for event in store.events(job)] == ["queued", "running", "cancelling", "cancelled"]
+
+
+def test_a_database_of_before_there_were_activities_is_used_on(store: JobStore, database: str) -> None:
+    """By several processes at once, as a service is started."""
+    job = store.submit(SPEC).id
+    engine = create_engine(database)
+    with engine.begin() as connection:
+        connection.execute(text("alter table jobs drop column activity"))
+    engine.dispose()
+
+    def use(_: int) -> None:
+        again = JobStore(database)
+        assert again.get(job).activity is None
+        again.close()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(use, range(4)))
+    store.move(job, "running")
+    store.note_activity(job, Activity(what="fitting the head"))
+    found = store.get(job)
+    assert found.activity is not None
+    assert (found.activity["what"], found.spec) == ("fitting the head", SPEC.document())
 
 
 def test_an_event_is_told_once_whoever_tells_it(store: JobStore, database: str) -> None:

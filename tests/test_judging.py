@@ -29,9 +29,8 @@ from chainfed_ray.saved_stack import load_stack, save_models
 from chainfed_ray.schedule import rate_at
 from chainfed_ray.score import Score, macro_f1
 from chainfed_ray.sections import RoundsSpec
+from tests.builders import a_job, assert_same
 from tests.causal import a_causal_stack, causal_folder
-from tests.conftest import a_job
-from tests.test_coordinator import assert_same
 
 
 class Moody:

@@ -11,7 +11,7 @@ import yaml
 
 from chainfed_ray.cluster.resources import CLIENT_SLOT, COORDINATOR_SLOT, IDLE_BYTES
 from chainfed_ray.cluster.storage import Settings, Storage
-from tests.test_architecture import ROOT
+from tests.project import ROOT
 
 DOCUMENTS = list(yaml.safe_load_all((ROOT / "ray_cluster.yaml").read_text()))
 SERVICE = next(document for document in DOCUMENTS if document["kind"] == "RayService")

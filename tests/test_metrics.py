@@ -10,12 +10,11 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from chainfed_ray.api.app import create_app
-from chainfed_ray.api.metrics import _FINISHED_JOBS
+from chainfed_ray.api.metrics import FINISHED_JOBS
 from chainfed_ray.api.service import Service
 from chainfed_ray.cluster.job_store import JobStore
 from chainfed_ray.records import EarlyExit, Evaluation, Lost, Opening, Record
-from tests.test_job_store import SPEC
-from tests.test_progress import ENDING, MIB, a_round, an_opening
+from tests.builders import ENDING, MIB, SPEC, a_round, an_opening
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -130,21 +129,21 @@ def server(samples: Samples, job: str, judged: str) -> tuple[float | None, ...]:
 
 def test_a_job_that_is_over_is_among_the_newest_for_a_while(store: JobStore) -> None:
     jobs = []
-    for _ in range(_FINISHED_JOBS + 2):
+    for _ in range(FINISHED_JOBS + 2):
         jobs.append(a_running_job(store))
         publish(store, jobs[-1], "ending", ENDING)
         store.move(jobs[-1], "succeeded", result={})
     running = a_running_job(store)
     samples = scraped(store)
     shown = {dict(labels)["job"] for name, labels in samples if name == "chainfed_rounds_limit"}
-    assert len(shown) == _FINISHED_JOBS + 1
+    assert len(shown) == FINISHED_JOBS + 1
     assert {running, jobs[-1]} <= shown
     assert value(samples, "chainfed_accuracy", job=jobs[-1], rows="test") == ENDING.accuracy
     assert value(samples, "chainfed_jobs", status="succeeded") == len(jobs)
 
 
 def test_more_events_than_a_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chainfed_ray.api.metrics._PAGE", 2)
+    monkeypatch.setattr("chainfed_ray.api.metrics.PAGE", 2)
     opening = an_opening()
     job = a_running_job(store, opening)
     for index in range(5):

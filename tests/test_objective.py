@@ -11,7 +11,7 @@ from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
 from chainfed_ray.objective import by_class, chain_loss, trained_names
 from chainfed_ray.reading import States, nothing_read
-from tests.test_prefix import a_stack
+from tests.models import a_stack
 
 LAMBDA = 0.3
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])

@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import ray
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from chainfed_ray.activity import Activity, Listener, nobody
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import BaseModel
@@ -26,7 +26,6 @@ from chainfed_ray.cluster.evaluation import judging
 from chainfed_ray.cluster.offload import OffloadedEvaluator, make_evaluator
 from chainfed_ray.cluster.offload_run import OFFLOAD, Reason, why_over
 from chainfed_ray.cluster.offload_worker import why
-from chainfed_ray.cluster.ops import are_built, ops_folder
 from chainfed_ray.costs import costs_of
 from chainfed_ray.errors import EvaluationFailed
 from chainfed_ray.evaluator import Evaluated
@@ -35,19 +34,13 @@ from chainfed_ray.offload_footprint import offload_footprint
 from chainfed_ray.offloaded import shares
 from chainfed_ray.reading import States, mean_over_tokens
 from chainfed_ray.tokens import Examples
-from tests.cluster import one_machine
-from tests.conftest import a_job
+from tests.builders import a_job
+from tests.cluster import needs_ops
+from tests.watching import command_of, processes_below, wait_for
 
-needs_ops = pytest.mark.skipif(not are_built(ops_folder()), reason="DeepSpeed's libraries are not built; `make ops`")
 _BATCH, _CLASSES = 4, 3
 # A matrix of 512 × 512 numbers in float32 is just large enough for DeepSpeed to keep it on the disk.
 _SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 3}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with one_machine():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +106,14 @@ def assert_equal(found: Judgement, expected: Judgement) -> None:
 
 
 @contextmanager
-def evaluator(base: BaseModel, family: str, workers: int = 1) -> Iterator[OffloadedEvaluator]:
+def evaluator(
+    base: BaseModel, family: str, workers: int = 1, listen: Listener = nobody
+) -> Iterator[OffloadedEvaluator]:
     blocks = Blocks(base.folder, base.dtype)
     costs = costs_of(blocks, 16, _CLASSES if family == "bert" else None)
     blocks.close()
-    made = make_evaluator(base, costs, {"test": examples_of(family)}, workers=workers, batch_size=_BATCH)
+    sets = {"test": examples_of(family)}
+    made = make_evaluator(base, costs, sets, workers=workers, batch_size=_BATCH, listen=listen)
     assert isinstance(made, OffloadedEvaluator), made
     try:
         yield made
@@ -126,28 +122,12 @@ def evaluator(base: BaseModel, family: str, workers: int = 1) -> Iterator[Offloa
 
 
 def workers() -> list[psutil.Process]:
-    """The processes of Ray Train's workers, and of what brings them orders: children of this process's Ray alone."""
-    names = ("RayTrainWorker", "TrainController", "EvaluationRun", "PlacementGroupCleaner")
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if any(name in " ".join(_command(child)) for name in names)]
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:  # it ended meanwhile
-        return []
+    """The processes of Ray Train's workers, and of what brings them orders."""
+    return processes_below("RayTrainWorker", "TrainController", "EvaluationRun", "PlacementGroupCleaner")
 
 
 def training(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [process for process in processes if "RayTrainWorker" in " ".join(_command(process))]
-
-
-def wait_until(true: Callable[[], Any], seconds: float = 90.0) -> None:
-    ends = monotonic() + seconds
-    while not true():
-        assert monotonic() < ends, "not in time"
-        sleep(0.1)
+    return [process for process in processes if "RayTrainWorker" in command_of(process)]
 
 
 def is_gone(base: BaseModel) -> bool:
@@ -167,7 +147,8 @@ def test_offloaded_is_plain_evaluation(
     base, examples = BaseModel(models[family], dtype, tmp_path), examples_of(family)
     found: list[Evaluated] = []
     processes: list[list[int]] = []
-    with evaluator(base, family, count) as offloaded:
+    heard: list[Activity] = []
+    with evaluator(base, family, count, heard.append) as offloaded:
         for seed in (0, 1):
             found.append(offloaded.judge(stack_of(family, seed), "test"))
             processes.append(sorted(process.pid for process in training(workers())))
@@ -183,9 +164,12 @@ def test_offloaded_is_plain_evaluation(
         assert evaluated.process_bytes > 100 * 2**20, "with its libraries"
     assert not torch.equal(found[0].judgement.losses, found[1].judgement.losses)
     assert processes[0] == processes[1], "the model was loaded once"
+    whats = list(dict.fromkeys(activity.what for activity in heard))
+    assert (whats[0], whats[-1]) == ("starting the processes of DeepSpeed", "evaluating the whole model (test)")
+    assert all(activity.total is None or 0 <= activity.done <= activity.total for activity in heard)
     assert len(processes[0]) == count
     assert is_gone(base)
-    wait_until(lambda: not workers())
+    wait_for(lambda: not workers(), "end of the workers")
 
 
 @needs_ops
@@ -196,12 +180,12 @@ def test_a_killed_worker_costs_one_evaluation(models: dict[str, Path], tmp_path:
     with evaluator(base, "bert") as offloaded:
         with ThreadPoolExecutor(1) as thread:
             answer = thread.submit(offloaded.judge, stack, "test")
-            wait_until(lambda: list(tmp_path.rglob("*.swp")))
+            wait_for(lambda: list(tmp_path.rglob("*.swp")), "model on the disk")
             for process in training(workers()):
                 process.send_signal(signal.SIGKILL)
             with pytest.raises(EvaluationFailed, match="process of a worker ended"):
                 answer.result(timeout=120)
-        wait_until(lambda: is_gone(base))
+        wait_for(lambda: is_gone(base), "free disk")
         assert_equal(offloaded.judge(stack, "test").judgement, plainly(base, stack, examples))
     assert is_gone(base)
 
@@ -292,8 +276,8 @@ def test_nothing_outlives_an_owner_that_was_killed(models: dict[str, Path], tmp_
     owner: Any = Owner
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(owner.remote().judge.remote(base), timeout=120)
-    wait_until(lambda: not workers() and is_gone(base))
-    wait_until(lambda: ray.available_resources()["memory"] >= available)  # type: ignore[no-untyped-call]
+    wait_for(lambda: not workers() and is_gone(base), "end of the workers")
+    wait_for(lambda: ray.available_resources()["memory"] >= available, "free memory")  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -334,7 +318,7 @@ def test_a_disk_that_fills_is_an_error_in_words_and_no_abort(models: dict[str, P
         done = subprocess.run([sys.executable, "-c", _LOADING, *arguments], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert "has no room for 4MiB more" in done.stdout
-        wait_until(lambda: not (tmp_path / "disk" / "nvme").exists())
+        wait_for(lambda: not (tmp_path / "disk" / "nvme").exists(), "free disk")
 
 
 @needs_ops
@@ -346,10 +330,14 @@ def test_a_disk_too_small_fails_the_evaluation_in_words(models: dict[str, Path],
         if not mounted:
             pytest.skip("a small disk may not be mounted here")
         base = BaseModel(models["bert"], torch.float32, tmp_path / "disk")
-        offloaded = OffloadedEvaluator(base, {"test": examples_of("bert")}, 64 * 2**20, 1, _BATCH)
+        offloaded = OffloadedEvaluator(
+            base, _SIZES["num_hidden_layers"], {"test": examples_of("bert")}, 64 * 2**20, 1, _BATCH
+        )
         with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*needed"):
             offloaded.judge(stack_of("bert", 0), "test")
-        both = OffloadedEvaluator(base, {"test": examples_of("bert")}, 64 * 2**20, 2, _BATCH)
+        both = OffloadedEvaluator(
+            base, _SIZES["num_hidden_layers"], {"test": examples_of("bert")}, 64 * 2**20, 2, _BATCH
+        )
         with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*, 36\.\dMiB needed"):
             both.judge(stack_of("bert", 0), "test")  # the disk of one machine is for both
         blocks = Blocks(base.folder, base.dtype)
@@ -368,6 +356,7 @@ def test_every_process_runs_as_many_batches_and_each_example_counts_once() -> No
         assert sorted(counted) == list(range(21))
 
 
+@pytest.mark.slow
 def test_more_processes_lock_less_memory_each(models: dict[str, Path]) -> None:
     blocks = Blocks(models["bert"], torch.float32)
     costs = costs_of(blocks, 16, _CLASSES)

@@ -1,6 +1,5 @@
 """Promises of what is timed for a dry run: one layer stands for all, a part of a batch for the whole."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from chainfed_ray import duration, pace
 from chainfed_ray.job import as_client
 from chainfed_ray.pace import Taken, part_of, seconds_of, tokens_of, usual_batch
 from chainfed_ray.tokens import Examples, ragged
-from tests.conftest import a_job
+from tests.builders import a_job
 
 
 def a_batch(*lengths: int) -> Examples:
@@ -68,8 +67,8 @@ def test_one_layer_is_run_for_all(
         pace.Blocks, "load_layer", lambda self, index, *more: loaded.add(index) or load(self, index, *more)
     )
     candidate, plan = job.admitted[0]
-    found = duration._pace(job, as_client(candidate, plan, plan.planned_bytes))
+    found = duration.pace_of(job, as_client(candidate, plan, plan.planned_bytes))
     assert loaded == {0, 1}
     assert min(found.turn, found.step, found.layer, found.load) > 0
-    assert duration._evaluations(replace(job)) > 0
+    assert duration.judging_seconds(job) > 0
     assert loaded == {0, 1}

@@ -16,8 +16,7 @@ from chainfed_ray.data import load
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.partition import by_column, deal, dirichlet, quantity
 from chainfed_ray.sections import DataSpec, PartitionSpec
-from tests.conftest import a_job
-from tests.test_data import ROWS, written
+from tests.builders import ROWS, a_job, rows_in
 
 SPECS = st.one_of(
     st.just(PartitionSpec(scheme="iid")),
@@ -107,7 +106,7 @@ def test_fewer_values_than_clients_is_refused() -> None:
 def test_a_column_comes_with_its_rows(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text is a column as any other: its values stay beside their rows when the splits are drawn."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    train = load(DataSpec(train=written(tmp_path, form)), seed=5, column="text").train
+    train = load(DataSpec(train=rows_in(tmp_path, form)), seed=5, column="text").train
     assert len(train) == 32
     assert train.groups == train.texts
 

@@ -19,7 +19,7 @@ from chainfed_ray.manifest import Manifest
 from chainfed_ray.partition import deal
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.records import Result
-from tests.conftest import a_job
+from tests.builders import a_job
 
 JOB: dict[str, Any] = {
     "name": "wards",

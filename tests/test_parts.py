@@ -140,6 +140,7 @@ def test_a_new_adapter_is_the_identity() -> None:
     assert torch.equal(Adapter(16, 4, seed=1)(hidden), hidden)
 
 
+@pytest.mark.slow
 def test_docstrings_are_balanced_distinct_and_masked() -> None:
     rows = docstrings.rows()
     assert len({text.casefold() for text, _ in rows}) == len(rows) == 8 * docstrings.ROWS_PER_CLASS

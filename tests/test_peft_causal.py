@@ -18,7 +18,7 @@ from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.peft_method import ChainFedLayer
 from chainfed_ray.saved_stack import load_stack, save_stack
 from tests.causal import FAMILIES, a_causal_stack, causal_folder, streamed_logits
-from tests.test_architecture import ROOT
+from tests.project import ROOT
 
 # PEFT itself asks a model for it by this name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -9,25 +9,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.peft_method import ChainFedLayer, SequenceClassifier
-from chainfed_ray.reading import mean_over_tokens
-from chainfed_ray.saved_stack import SavedStack, load_stack, save_stack
+from chainfed_ray.saved_stack import load_stack, save_stack
 from chainfed_ray.tokens import Examples
-from tests.models import FAMILIES, chain_outputs, tiny
-
-
-def a_stack(folder: Path, layers: tuple[int, ...] = (1, 2, 3), classes: int = 3, seed: int = 0) -> SavedStack:
-    """A stack in which no value is one that could hide a mistake; another seed's head reads another number of layers."""
-    stack = AdapterStack.new(layers, 32, 8, classes, seed, reads=3 - seed % 3)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in stack.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    names = tuple(f"class-{index}" for index in range(classes))
-    return SavedStack(stack, names, 16, f"path:{folder}", Blocks(folder, torch.float32).layers_path)
+from tests.models import FAMILIES, a_saved_stack, class_logits, tiny
 
 
 def examples() -> Examples:
@@ -36,16 +22,6 @@ def examples() -> Examples:
     lengths = np.array([3, 9, 1, 6, 4])
     ids = generator.integers(3, 128, lengths.sum()).astype(np.int32)
     return Examples(ids, np.concatenate([[0], lengths.cumsum()]), np.zeros(5, dtype=np.int64))
-
-
-@torch.no_grad()
-def streamed(folder: Path, stack: AdapterStack, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The logits [B, C] of token ids and their mask [B, T], a layer in memory at a time."""
-    blocks = Blocks(folder, torch.float32)
-    *below, last = chain_outputs(blocks, stack, ids, mask)
-    means = torch.stack([mean_over_tokens(hidden, mask) for hidden in below], 1)
-    logits: torch.Tensor = stack.head(last, mask, means)
-    return logits
 
 
 def loaded(folder: Path, saved: Path) -> PeftModel:
@@ -70,33 +46,33 @@ def bert(tmp_path: Path) -> Path:
 
 
 def test_loaded_by_peft_is_the_streamed_model(folder: Path, tmp_path: Path) -> None:
-    saved = a_stack(folder)
+    saved = a_saved_stack(folder)
     save_stack(saved, tmp_path / "model")
     batch = examples().batch(np.arange(5))
-    expected = streamed(folder, saved.stack, batch.ids, batch.mask)
+    expected = class_logits(folder, saved.stack, batch.ids, batch.mask)
     torch.testing.assert_close(ask(loaded(folder, tmp_path / "model")), expected, rtol=0, atol=1e-6)
 
 
 def test_saved_by_peft_is_what_we_save(folder: Path, tmp_path: Path) -> None:
-    save_stack(a_stack(folder), tmp_path / "ours")
+    save_stack(a_saved_stack(folder), tmp_path / "ours")
     loaded(folder, tmp_path / "ours").save_pretrained(str(tmp_path / "theirs"))
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     again = load_stack(tmp_path / "theirs")
-    assert again.config() == a_stack(folder).config()
+    assert again.config() == a_saved_stack(folder).config()
 
 
 def test_only_the_chain_has_adapters(bert: Path, tmp_path: Path) -> None:
-    save_stack(a_stack(bert, layers=(2, 3)), tmp_path / "model")
+    save_stack(a_saved_stack(bert, layers=(2, 3)), tmp_path / "model")
     model = loaded(bert, tmp_path / "model")
     found = [name for name, module in model.named_modules() if isinstance(module, ChainFedLayer)]
     assert [name.rpartition(".")[2] for name in found] == ["2", "3"]
 
 
 def test_several_stacks_each_with_classes_of_its_own(bert: Path, tmp_path: Path) -> None:
-    save_stack(a_stack(bert), tmp_path / "a")
-    save_stack(a_stack(bert, layers=(0, 3), classes=5, seed=1), tmp_path / "b")
+    save_stack(a_saved_stack(bert), tmp_path / "a")
+    save_stack(a_saved_stack(bert, layers=(0, 3), classes=5, seed=1), tmp_path / "b")
     alone = {name: ask(loaded(bert, tmp_path / name)) for name in ("a", "b")}
     model = loaded(bert, tmp_path / "a")
     model.load_adapter(str(tmp_path / "b"), "b")
@@ -106,8 +82,8 @@ def test_several_stacks_each_with_classes_of_its_own(bert: Path, tmp_path: Path)
 
 
 def test_a_batch_with_a_stack_for_each_row(bert: Path, tmp_path: Path) -> None:
-    save_stack(a_stack(bert), tmp_path / "a")
-    save_stack(a_stack(bert, layers=(0, 3), seed=1), tmp_path / "b")
+    save_stack(a_saved_stack(bert), tmp_path / "a")
+    save_stack(a_saved_stack(bert, layers=(0, 3), seed=1), tmp_path / "b")
     model = loaded(bert, tmp_path / "a")
     model.load_adapter(str(tmp_path / "b"), "b")
     names = ["default", "b", "b", "default", "b"]
@@ -120,7 +96,7 @@ def test_a_batch_with_a_stack_for_each_row(bert: Path, tmp_path: Path) -> None:
 
 
 def test_a_stack_cannot_be_merged_and_without_one_there_are_no_logits(bert: Path, tmp_path: Path) -> None:
-    save_stack(a_stack(bert), tmp_path / "model")
+    save_stack(a_saved_stack(bert), tmp_path / "model")
     model = loaded(bert, tmp_path / "model")
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         model.merge_adapter()
@@ -129,7 +105,7 @@ def test_a_stack_cannot_be_merged_and_without_one_there_are_no_logits(bert: Path
 
 
 def test_saved_and_loaded_is_the_same_stack(bert: Path, tmp_path: Path) -> None:
-    saved = a_stack(bert)
+    saved = a_saved_stack(bert)
     save_stack(saved, tmp_path / "model")
     save_stack(saved, tmp_path / "model")  # as after a kill between the model and its record
     again = load_stack(tmp_path / "model")
@@ -140,7 +116,7 @@ def test_saved_and_loaded_is_the_same_stack(bert: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("lost", ["adapter", "tensor", "named", "folder"])
 def test_no_adapter_is_lost_silently(bert: Path, tmp_path: Path, lost: str) -> None:
     model = tmp_path / "model"
-    save_stack(a_stack(bert), model)
+    save_stack(a_saved_stack(bert), model)
     weights, config = model / "adapter_model.safetensors", model / "adapter_config.json"
     tensors = load_file(weights)
     if lost == "adapter":
@@ -160,7 +136,7 @@ def test_a_configuration_says_what_its_head_reads(tiny_model_folder: Path, tmp_p
     """One that says nothing, as they were written once, is of a head that reads one layer."""
     for seed, reads in ((2, 1), (0, 3)):
         folder = tmp_path / str(seed)
-        save_stack(a_stack(tiny_model_folder, seed=seed), folder)
+        save_stack(a_saved_stack(tiny_model_folder, seed=seed), folder)
         config = folder / "adapter_config.json"
         said = json.loads(config.read_text())
         assert said.pop("reads") == load_stack(folder).stack.reads == reads

@@ -15,7 +15,7 @@ import torch
 
 from chainfed_ray.measure import ENVIRONMENT
 from tests.measured import grid
-from tests.test_architecture import ROOT
+from tests.project import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -15,17 +15,7 @@ from chainfed_ray.blocks import Blocks
 from chainfed_ray.memory import PREFIX_BATCH
 from chainfed_ray.prefix import CachedActivations, PrefixCache, PrefixRunner
 from chainfed_ray.tokens import Examples
-from tests.models import tiny
-
-
-def a_stack(layers: range, seed: int = 0, reads: int = 1) -> AdapterStack:
-    """Adapters that are far from the identity."""
-    stack = AdapterStack.new(layers, 32, 4, 2, seed, reads)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in stack.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return stack
+from tests.models import a_stack, tiny
 
 
 def some_examples(count: int = 11) -> Examples:

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from torch import Tensor
 
 from chainfed_ray.adapter import Tensors
 from chainfed_ray.api.progress import Progress
@@ -23,7 +22,7 @@ from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import CorruptCommit, InvalidJob
 from chainfed_ray.privacy import (
-    _CHUNK,
+    CHUNK,
     Noise,
     NoiseShare,
     PrivateMean,
@@ -33,8 +32,7 @@ from chainfed_ray.privacy import (
     share_of,
 )
 from chainfed_ray.sections import PrivacySpec
-from tests.test_job_store import SPEC
-from tests.test_progress import ENDING, a_console, a_round, an_opening, told
+from tests.builders import ENDING, SPEC, a_console, a_round, an_opening, noise_of, told
 
 SECRET = bytes(range(32))
 SERVER, CLIENT = (
@@ -50,13 +48,6 @@ updates = st.lists(values, min_size=5, max_size=5).map(
 )
 bounds = st.floats(1e-3, 1e3)
 START = {"a": torch.tensor([1.0, -2.0, 0.5]), "b": torch.tensor([0.25, 4.0])}
-
-
-def noise_of(noise: Noise, name: str, shape: torch.Size) -> Tensor:
-    """The noise of a tensor by itself, in float64."""
-    drawn = torch.zeros(shape, dtype=torch.float64)
-    noise.add_to(name, drawn)
-    return drawn
 
 
 def flat(tensors: Tensors) -> np.ndarray:
@@ -84,7 +75,7 @@ def test_a_client_moves_the_sum_by_c_and_one_that_is_replaced_by_2c(
         mean = PrivateMean({name: tensor.double() for name, tensor in START.items()}, clients, bound, NONE)
         for update in found:
             mean.fold(update, examples)
-        moved = {name: mean._moved(name, tensor.double()) for name, tensor in START.items()}
+        moved = {name: mean.moved(name) for name in START}
         return (flat(moved) - flat(START)) * clients
 
     slack = 1e-9 * (1 + bound)
@@ -124,12 +115,12 @@ def test_noise_is_gaussian_and_its_values_are_independent() -> None:
     assert abs(drawn.mean()) < far / math.sqrt(count)
     assert abs(drawn.var() - 1) < far * math.sqrt(2 / count)
     assert stats.kstest(drawn, "norm").pvalue > 1e-6
-    half = _CHUNK // 2
-    pairs = drawn[: count // _CHUNK * _CHUNK].reshape(-1, 2, half)  # the two of a pair are half a chunk apart
+    half = CHUNK // 2
+    pairs = drawn[: count // CHUNK * CHUNK].reshape(-1, 2, half)  # the two of a pair are half a chunk apart
     first_of_two, second_of_two = pairs[:, 0].ravel(), pairs[:, 1].ravel()
     for first, second in (
         (drawn[:-1], drawn[1:]),
-        (drawn[:-_CHUNK], drawn[_CHUNK:]),  # of two chunks
+        (drawn[:-CHUNK], drawn[CHUNK:]),  # of two chunks
         (first_of_two, second_of_two),
         (first_of_two**2 - 1, second_of_two**2 - 1),
     ):
@@ -149,7 +140,7 @@ def test_noise_takes_little_memory_however_large_the_tensor() -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 64 * _CHUNK
+    assert peak < 64 * CHUNK
     assert value.all()
 
 
@@ -180,7 +171,7 @@ def test_every_key_is_its_own() -> None:
         for client in ("phone-0", "phone-1")
         for window in (Window(1, 2), Window(2, 2))
     ]
-    servers = [private_mean(SERVER, SECRET, index, START, 5)._noise for index in (0, 1)]
+    servers = [private_mean(SERVER, SECRET, index, START, 5).noise for index in (0, 1)]
     keys = [share.noise.key for share in shares] + [noise.key for noise in servers] + [SECRET]
     assert len(set(keys)) == 8 + 2 + 1
     assert sampling_seed(SECRET) not in {int.from_bytes(key) for key in keys}

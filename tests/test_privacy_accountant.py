@@ -12,9 +12,9 @@ from scipy.optimize import brentq
 from scipy.special import logsumexp
 from scipy.stats import norm
 
-from chainfed_ray.accountant import _ORDERS, Ledger, Release, _rdp, epsilon
+from chainfed_ray.accountant import ORDERS, Ledger, Release, epsilon, rdp_of
 from chainfed_ray.config import JobSpec
-from tests.test_job_store import SPEC
+from tests.builders import SPEC
 
 
 def exact_gaussian(mu: float, delta: float) -> float:
@@ -35,8 +35,8 @@ def test_without_sampling_it_is_the_gaussian_mechanism(rounds: int, multiplier: 
     mu = 2 * math.sqrt(rounds) / multiplier
     rho = mu**2 / 2
     assert exact_gaussian(mu, delta) <= ours <= rho + 2 * math.sqrt(rho * math.log(1 / delta))
-    rdp = compute_rdp(q=1.0, noise_multiplier=multiplier / 2, steps=rounds, orders=list(_ORDERS))
-    assert ours == pytest.approx(get_privacy_spent(orders=_ORDERS, rdp=rdp, delta=delta)[0])
+    rdp = compute_rdp(q=1.0, noise_multiplier=multiplier / 2, steps=rounds, orders=list(ORDERS))
+    assert ours == pytest.approx(get_privacy_spent(orders=ORDERS, rdp=rdp, delta=delta)[0])
 
 
 # ε at δ = 1e-5 by Google's dp-accounting 0.6.0: RdpAccountant(neighboring_relation=REPLACE_ONE), SampledWithoutReplacement of
@@ -57,8 +57,8 @@ def test_between_sampling_one_by_one_and_the_published_bound(
 ) -> None:
     ours = epsilon([Release(sampled / clients, multiplier)] * rounds, 1e-5)
     rate = sampled / clients
-    rdp = compute_rdp(q=rate, noise_multiplier=multiplier / 2, steps=rounds, orders=list(_ORDERS))
-    one_by_one, _ = get_privacy_spent(orders=_ORDERS, rdp=rdp, delta=1e-5)
+    rdp = compute_rdp(q=rate, noise_multiplier=multiplier / 2, steps=rounds, orders=list(ORDERS))
+    one_by_one, _ = get_privacy_spent(orders=ORDERS, rdp=rdp, delta=1e-5)
     assert one_by_one - 1e-9 <= ours <= google + 1e-9
 
 
@@ -87,11 +87,11 @@ def test_no_two_neighbours_are_further_apart_than_the_price(
         return found
 
     first, second = log_mixture(contributions), log_mixture(neighbour)
-    price = _rdp(Release(1 / len(contributions), deviation))
+    price = rdp_of(Release(1 / len(contributions), deviation))
     for order in (1.5, 2.0, 4.0, 9.0):
         for p, q in ((first, second), (second, first)):
             divergence = (logsumexp(order * p - (order - 1) * q) + math.log(step)) / (order - 1)
-            assert divergence <= price[list(_ORDERS).index(order)] + 1e-9
+            assert divergence <= price[list(ORDERS).index(order)] + 1e-9
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_more_rounds_cost_more_and_more_noise_costs_less(
 @pytest.mark.parametrize("rate", [1e-6, 0.01, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("multiplier", [0.0001, 0.01, 1.0, 10_000.0])
 def test_every_noise_that_a_job_may_ask_for_has_a_finite_price(rate: float, multiplier: float) -> None:
-    price = _rdp(Release(rate, multiplier))
+    price = rdp_of(Release(rate, multiplier))
     assert np.isfinite(price).all()
     assert (price >= 0).all()
     assert math.isfinite(epsilon([Release(rate, multiplier)], 1e-6))
@@ -141,11 +141,11 @@ def test_the_price_holds_whoever_does_not_answer(
         return found
 
     first, second = log_mixture(here), log_mixture(neighbour)
-    price = _rdp(Release(sampled / len(here), deviation))
+    price = rdp_of(Release(sampled / len(here), deviation))
     for order in (1.5, 3.0, 7.0):
         for p, q in ((first, second), (second, first)):
             divergence = (logsumexp(order * p - (order - 1) * q) + math.log(step)) / (order - 1)
-            assert divergence <= price[list(_ORDERS).index(order)] + 1e-9
+            assert divergence <= price[list(ORDERS).index(order)] + 1e-9
 
 
 @pytest.mark.parametrize(("rate", "multiplier"), [(0.1, 4.0), (0.5, 8.0), (0.02, 2.0)])
@@ -160,7 +160,7 @@ def test_a_sample_of_fixed_size_costs_twice_the_excess_of_sampling_one_by_one(
     mixture = np.logaddexp(math.log1p(-rate) + alone, math.log(rate) + norm.logpdf(grid, 1, deviation))
     moment = math.exp(logsumexp(order * mixture - (order - 1) * alone) + math.log(step))
     expected = min(math.log1p(2 * (moment - 1)) / (order - 1), order / (2 * deviation**2))
-    assert _rdp(Release(rate, multiplier))[list(_ORDERS).index(order)] == pytest.approx(expected, rel=1e-6)
+    assert rdp_of(Release(rate, multiplier))[list(ORDERS).index(order)] == pytest.approx(expected, rel=1e-6)
 
 
 def test_to_release_a_round_only_if_enough_answer_would_cost_more() -> None:
@@ -170,7 +170,7 @@ def test_to_release_a_round_only_if_enough_answer_would_cost_more() -> None:
     told = math.log(1 / 2 + moment / 2) / (
         order - 1
     )  # nothing comes out in one half of cases, and tells which half it is
-    price = _rdp(Release(1 / 2, deviation))[list(_ORDERS).index(order)]
+    price = rdp_of(Release(1 / 2, deviation))[list(ORDERS).index(order)]
     assert told > price
 
 

@@ -4,7 +4,6 @@ Rows are read and dealt once for the file, and one finished job of each kind is 
 """
 
 import base64
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,6 @@ from chainfed_ray.adapter import Tensors
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.service import Service
 from chainfed_ray.chain import Window
-from chainfed_ray.client import Client, Order, Training, Update
 from chainfed_ray.cluster.job_run import run_job
 from chainfed_ray.cluster.job_store import JobStore
 from chainfed_ray.cluster.storage import Storage
@@ -31,76 +29,28 @@ from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.job import Job, check_fleet
-from chainfed_ray.pool import ClientPool, Failure, LocalPool, Outcome
-from chainfed_ray.privacy import Noise, _key, sampling_seed
+from chainfed_ray.pool import LocalPool
+from chainfed_ray.privacy import Noise, key_of, sampling_seed
 from chainfed_ray.records import Lost, Record, Result
-from tests.conftest import a_document, a_job
-from tests.test_budgets import mixed as mixed
-from tests.test_coordinator import Silent, assert_same, run, story
-from tests.test_privacy import noise_of
-from tests.test_progress import a_round, an_opening
+from tests.builders import (
+    PRIVACY,
+    a_document,
+    a_job,
+    a_round,
+    an_opening,
+    assert_same,
+    like,
+    noise_of,
+    run,
+    story,
+    with_secret,
+)
+from tests.pools import Heard, Killed, Nobody, dying, silent
 
 pytestmark = pytest.mark.slow
 
-PRIVACY = {"clip": 0.5, "noise_multiplier": 0.8}
 ROUNDS = 3  # one of the lower window, two of the upper
 BOTH = pytest.mark.parametrize("where", ["server", "client"])
-
-
-class Heard:
-    """A pool that lets everything pass, and keeps it: what a reader of the messages sees."""
-
-    def __init__(self, pool: ClientPool) -> None:
-        self._pool = pool
-        self.heard: list[tuple[Client, Training, Update]] = []
-
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
-        for place, result in self._pool.run(clients, order, deadline):
-            if isinstance(result, Update) and isinstance(order, Training):
-                self.heard.append((clients[place], order, result))
-            yield Outcome(place, result)
-
-    def close(self) -> None:
-        self._pool.close()
-
-
-class Killed(BaseException):
-    """The end of a process, as far as it can be had within one."""
-
-
-class Dying:
-    """A pool whose coordinator dies once ``turns`` turns are taken."""
-
-    def __init__(self, pool: ClientPool, turns: int) -> None:
-        self._pool, self._left = pool, turns
-
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
-        for outcome in self._pool.run(clients, order, deadline):
-            if self._left == 0:
-                raise Killed
-            self._left -= 1
-            yield outcome
-
-    def close(self) -> None:
-        self._pool.close()
-
-
-class Nobody:
-    """A pool that no client answers."""
-
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
-        return iter([Outcome(place, Failure("missed the deadline")) for place in range(len(clients))])
-
-    def close(self) -> None:
-        pass
-
-
-def like(job: Job, folder: Path, **sections: Any) -> Job:
-    """The same rows with other keys, and disk of its own; only for keys that no plan follows from."""
-    document = job.spec.document()
-    for section, keys in sections.items():
-        document[section] = {**(document[section] or {}), **keys}
-    return replace(job, spec=JobSpec.parse(document), base=replace(job.base, scratch=folder / "scratch"))
 
 
 @pytest.fixture(scope="module")
@@ -131,19 +81,6 @@ def finished(request: pytest.FixtureRequest, plain: Job, tmp_path_factory: pytes
     return Finished(job, folder / "log", coordinator, tensors, secret)
 
 
-def with_secret(secret: bytes, folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "privacy.key").write_bytes(secret)
-    return folder
-
-
-def with_secret_of(source: Path, folder: Path) -> Path:
-    """A folder for a job that has the secret of another: what else would be the same two times?"""
-    folder.mkdir(parents=True)
-    (folder / "privacy.key").write_bytes(CommitLog(source).secret())
-    return folder
-
-
 def moved(job: Job, folder: Path, window: range) -> tuple[Tensors, Tensors, Heard]:
     """The stack before and after a job of one round, and what was heard."""
     coordinator = Coordinator(job, pool := Heard(LocalPool(job.base)), CommitLog(folder))
@@ -166,17 +103,17 @@ def test_noise_of_the_server_is_what_the_definition_says(document: dict[str, Any
     assert len({len(client.examples) for client in job.clients}) > 1, "counts that must not matter"
     secret = CommitLog(tmp_path / "log").secret()
     before, after, pool = moved(job, tmp_path / "log", range(2, 4))
-    assert len(pool.heard) == 4
-    names = sorted(pool.heard[0][2].tensors)
+    assert len(pool.updates) == 4
+    names = sorted(pool.updates[0][2].tensors)
     sums = {name: np.zeros(before[name].shape) for name in names}
     norms = []
-    for _, _, update in pool.heard:
+    for _, _, update in pool.updates:
         changes = {name: (update.tensors[name].double() - before[name].double()).numpy() for name in names}
         norms.append(np.sqrt(sum((change**2).sum() for change in changes.values())))
         for name, change in changes.items():
             sums[name] += change * min(1.0, 0.5 / norms[-1])
     assert max(norms) > 0.5, "something is clipped"
-    noise = Noise(0.8 * 0.5, _key(secret, "server", 0))
+    noise = Noise(0.8 * 0.5, key_of(secret, "server", 0))
     for name in names:
         expected = before[name].double().numpy() + (sums[name] + noise_of(noise, name, before[name].shape).numpy()) / 4
         np.testing.assert_allclose(after[name].numpy(), expected, rtol=0, atol=1e-6, err_msg=name)
@@ -189,18 +126,18 @@ def test_what_clients_send_is_clipped_and_noised(plain: Job, tmp_path: Path) -> 
     job = like(plain, tmp_path, **changes, privacy={**PRIVACY, "where": "client"})
     secret = CommitLog(tmp_path / "log").secret()
     before, after, pool = moved(job, tmp_path / "log", range(2, 4))
-    for (client, _, sent), (same, _, trained) in zip(pool.heard, bare.heard, strict=True):
+    for (client, _, sent), (same, _, trained) in zip(pool.updates, bare.updates, strict=True):
         assert client.name == same.name
         assert client.share
-        assert client.share.noise.key == _key(secret, "client", 0, client.name, 2) != secret
+        assert client.share.noise.key == key_of(secret, "client", 0, client.name, 2) != secret
         norm = np.sqrt(sum(((tensor - before[name]) ** 2).sum().item() for name, tensor in trained.tensors.items()))
         assert sent.tensors.keys() == trained.tensors.keys()
         for name, tensor in sent.tensors.items():
             clipped = (trained.tensors[name] - before[name]) * min(1.0, 0.5 / norm)
             noise = noise_of(Noise(0.8 * 0.5 / 2, client.share.noise.key), name, tensor.shape)
             torch.testing.assert_close(tensor, before[name] + clipped + noise.float(), rtol=0, atol=1e-5)
-    for name in pool.heard[0][2].tensors:
-        mean = torch.stack([update.tensors[name] for _, _, update in pool.heard]).mean(0)
+    for name in pool.updates[0][2].tensors:
+        mean = torch.stack([update.tensors[name] for _, _, update in pool.updates]).mean(0)
         torch.testing.assert_close(after[name], mean, rtol=0, atol=1e-5)
 
 
@@ -209,7 +146,7 @@ def test_killed_and_resumed_is_never_killed(finished: Finished, tmp_path: Path) 
     resumed = with_secret(finished.secret, tmp_path / "log")
     job = like(finished.job, tmp_path / "a")
     with pytest.raises(Killed):
-        run(job, resumed, Dying(LocalPool(job.base), turns=4))
+        run(job, resumed, dying(LocalPool(job.base), turns=4))
     assert len(CommitLog(resumed).rounds()) == 1
     rounds = Coordinator(job, LocalPool(job.base), CommitLog(resumed)).rounds()
     next(rounds)
@@ -277,11 +214,11 @@ def test_clients_that_do_not_answer_add_zero(plain: Job, tmp_path: Path, where: 
     before = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).stack().tensors()
     secret = CommitLog(tmp_path / "log").secret()
     pool = Heard(LocalPool(job.base))
-    _, after = run(job, tmp_path / "log", Silent(pool, {"phone-0", "phone-1", "phone-3"}))
+    _, after = run(job, tmp_path / "log", silent(pool, {"phone-0", "phone-1", "phone-3"}))
     (record,) = CommitLog(tmp_path / "log").rounds()
     assert (len(record.turns), len(record.lost)) == (1, 3)
     assert record.counted, "that a round was not released would tell who was sampled"
-    (_, _, update), name = pool.heard[2], "head.linear.bias"
+    (_, _, update), name = pool.updates[2], "head.linear.bias"
     change = update.tensors[name].double() - before[name].double()
     missing = 0.8 * 0.5
     if where == "server":
@@ -291,7 +228,7 @@ def test_clients_that_do_not_answer_add_zero(plain: Job, tmp_path: Path, where: 
         change = change * min(1.0, 0.5 / norm**0.5)
     else:
         missing *= (3 / 4) ** 0.5
-    change = change + noise_of(Noise(missing, _key(secret, "server", 0)), name, change.shape)
+    change = change + noise_of(Noise(missing, key_of(secret, "server", 0)), name, change.shape)
     torch.testing.assert_close(after[name].double(), before[name].double() + change / 4, rtol=0, atol=1e-6)
     assert record.epsilon == epsilon([Release(1.0, 0.8)], 1e-5)
 
@@ -326,7 +263,7 @@ def test_narrower_windows_add_zero_to_the_rest(mixed: Job, tmp_path: Path) -> No
         (record,) = coordinator.rounds()
         assert [turn.bottom for turn in record.turns] == [1, 1, 3, 3]
         lowest = "adapters.1.up.weight"
-        assert [lowest in update.tensors for _, _, update in pool.heard] == [
+        assert [lowest in update.tensors for _, _, update in pool.updates] == [
             True,
             True,
             where == "client",
@@ -334,7 +271,7 @@ def test_narrower_windows_add_zero_to_the_rest(mixed: Job, tmp_path: Path) -> No
         ]
         noise = [
             (update.tensors[lowest] - before[lowest]).norm().item()
-            for _, _, update in pool.heard
+            for _, _, update in pool.updates
             if lowest in update.tensors
         ]
         if where == "client":
@@ -409,7 +346,7 @@ def test_a_job_that_failed_in_the_service_keeps_no_secret(plain: Job, tmp_path: 
         job = store.submit(JobSpec.parse(document)).id
         store.move(job, "running")
         with_secret(bytes(32), storage.job(job))
-        run_job(job, storage, lambda made: LocalPool(made.base))
+        run_job(job, storage, lambda made, note: LocalPool(made.base))
         assert store.get(job).status == "failed"
     finally:
         store.close()
@@ -440,6 +377,6 @@ def test_no_record_and_no_route_shows_the_secret(finished: Finished, tmp_path: P
     assert f'chainfed_epsilon{{job="{name}"}}' in answers[3].text
     kept = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     for data in [answer.content for answer in answers] + kept:
-        for key in (secret, *(_key(secret, "client", 0, f"phone-{place}", 1) for place in range(4))):
+        for key in (secret, *(key_of(secret, "client", 0, f"phone-{place}", 1) for place in range(4))):
             for form in (key, key.hex().encode(), base64.b64encode(key), str(int.from_bytes(key)).encode()):
                 assert form not in data

@@ -1,6 +1,5 @@
 """What a person sees while a job runs and when it is over."""
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
+from chainfed_ray.activity import Activity, Listener, nobody
 from chainfed_ray.api.client import Document, ServiceClient
 from chainfed_ray.api.fleet import by_class
 from chainfed_ray.api.following import follow
@@ -19,10 +18,7 @@ from chainfed_ray.api.results import results
 from chainfed_ray.api.schemas import Progress as Resource
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records import (
-    Admitted,
-    Ending,
     HeadFit,
-    LeftOut,
     Lost,
     Opening,
     Restored,
@@ -31,67 +27,12 @@ from chainfed_ray.records import (
     StageMemory,
     Turn,
 )
-from tests.test_job_store import SPEC
-
-MIB = 2**20
-FLEET = (("watch", 24, 2), ("phone", 64, 8), ("laptop", 256, 3), ("silo", 1024, 1))
-
-
-def an_opening(layers: int = 6, start: int = 2, fleet: tuple[tuple[str, int, int], ...] = FLEET) -> Opening:
-    """Everybody with 32 MiB or more takes part."""
-    clients = [(f"{name}-{index}", name, memory * MIB) for name, memory, count in fleet for index in range(count)]
-    return Opening(
-        admitted=tuple(
-            Admitted(
-                client=client, client_class=name, examples=100, budget_bytes=budget,
-                planned_bytes=30 * MIB, disk_bytes=3 * MIB, window=2, micro_batch=16, grain="layer", spilled=False,
-                cached=True,
-            )
-            for client, name, budget in clients if budget >= 32 * MIB
-        ),
-        left_out=tuple(
-            LeftOut(client=client, client_class=name, budget_bytes=budget, lacking_bytes=8 * MIB, reason="too small")
-            for client, name, budget in clients if budget < 32 * MIB
-        ),
-        layers=layers, start_layer=start, window=2, similarities=tuple(1 - 0.12 * layer for layer in range(layers)), lost=(),
-        stages=layers - start - 1, total_rounds=20, partition_hash="0" * 64,
-    )  # fmt: skip
-
-
-def a_round(index: int, opening: Opening, **changes: Any) -> Round:
-    """A round of the first stage, if ``changes`` do not say otherwise, in which the first three clients took part."""
-    bottom = changes.get("bottom", 2)
-    turns = tuple(
-        Turn(
-            client=client.client, client_class=client.client_class, examples=100, loss=1.0, steps=7, seconds=2.0,
-            cpu_seconds=1.5, bottom=bottom, micro_batch=client.micro_batch, grain=client.grain, spilled=client.spilled,
-            budget_bytes=client.budget_bytes, planned_bytes=client.planned_bytes, peak_bytes=25 * MIB, sent_bytes=1000,
-        )
-        for client in opening.admitted[:3]
-    )  # fmt: skip
-    fields: dict[str, Any] = {
-        "index": index, "stage": 0, "bottom": 2, "top": 3, "turns": turns, "lost": (), "counted": True,
-        "train_loss": 1.0, "held_out_loss": 1.0, "accuracy": 0.5 + index / 100, "movement": None, "ended": None,
-        "seconds": 4.0,
-    }  # fmt: skip
-    return Round(**fields | changes)
-
+from tests.builders import ENDING, MIB, SPEC, a_console, a_round, an_opening, told
 
 EXITS = tuple(
     HeadFit(clients=2, examples=rows, cpu_seconds=1.0, sent_bytes=1000, lost=(), held_out_loss=loss, accuracy=0.5)
     for loss, rows in ((0.437, 200), (0.423, 200), (0.397, 200), (None, 200), (0.312, 150))
 )
-ENDING = Ending(accuracy=0.728, loss=0.8, rounds=3, peak_bytes={"phone": 25 * MIB})
-
-
-def a_console(terminal: bool = False) -> Console:
-    return Console(width=80, force_terminal=terminal, record=True, file=io.StringIO(), highlight=False)
-
-
-def told(progress: Progress, opening: Opening, rounds: list[Round]) -> None:
-    progress.opening(opening)
-    for record in rounds:
-        progress.round(record)
 
 
 class Queue(ServiceClient):
@@ -101,7 +42,7 @@ class Queue(ServiceClient):
         super().__init__("http://127.0.0.1:1")
         self._before, self._mine = before, mine
 
-    def follow(self, job: str) -> Iterator[Document]:
+    def follow(self, job: str, listen: Listener = nobody) -> Iterator[Document]:
         yield from ({"kind": kind, "data": {}} for kind in ("queued", "cancelled"))
 
     def jobs(self, limit: int = 50) -> list[Document]:
@@ -233,6 +174,24 @@ def test_the_panel_of_a_terminal() -> None:
     for cells in ("0 1 [2][3] 4  5", "phone"):
         assert cells in text
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_a_terminal_shows_what_goes_on_in_one_line_above_the_panel() -> None:
+    opening, paper = an_opening(), a_console()
+    progress = Progress(a_console(terminal=True), "tiny", SPEC)
+    told(progress, opening, [a_round(0, opening)])
+    for what in ("round 2 of 20: training", "a long story " * 20):
+        progress.listen(Activity(what=what, done=2, total=4, unit="clients", seconds_left=7.9))
+        paper.print(progress.drawn())
+        line, title, *panel = paper.export_text().splitlines()
+        assert line.lower().startswith(what[:60])
+        assert title.startswith("╭─ tiny")
+        assert all(len(shown) <= 80 for shown in (line, title, *panel))
+        if "round" in what:
+            assert line == "Round 2 of 20: training: 2 of 4 clients, 0s so far, about 8s left"
+    progress.round(a_round(1, opening))
+    paper.print(progress.drawn())
+    assert not paper.export_text().splitlines()[0].strip(), "a round ends what went on"
 
 
 def test_time_left_is_that_of_the_rounds_still_possible() -> None:

@@ -1,14 +1,10 @@
 """Promises of the Ray pool: it is the local pool, bit for bit, and a client that dies costs its turn."""
 
 import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -19,99 +15,91 @@ from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.pool import Failure, LocalPool
 from chainfed_ray.records import Opening
-from tests.cluster import one_machine
-from tests.conftest import a_job
-from tests.test_architecture import ROOT
-from tests.test_coordinator import assert_same, run
+from tests.builders import a_job, assert_same, run
+from tests.cluster import a_pool
+from tests.project import ROOT
+from tests.watching import client_processes, private_bytes, watched_from_outside
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with one_machine():
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 
 def _untimed(opening: Opening) -> Opening:
     return opening.model_copy(update={"profile_cpu_seconds": 0.0})
 
 
-def client_processes() -> list[psutil.Process]:
-    """The processes of our client actors: children of this process's Ray alone."""
-    return [child for child in psutil.Process().children(recursive=True) if "ClientActor" in " ".join(child.cmdline())]
-
-
-def private_bytes() -> dict[int, int]:
-    """What each client's process holds of its own: not the pages of libraries, nor of the store that it shares."""
-    return {process.pid: private_bytes_of(process.pid) for process in client_processes()}
-
-
-def private_bytes_of(pid: int) -> int:
-    """One process's share of ``private_bytes``."""
-    return int(Path(f"/proc/{pid}/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-
-
-@contextmanager
-def watched_from_outside(pids: Iterable[int]) -> Iterator[dict[int, int]]:
-    """The most of their own that some processes held meanwhile, as this process sees it in /proc."""
-    highest: dict[int, int] = {}
-    over = Event()
-
-    def look() -> None:
-        while not over.wait(0.005):
-            for pid in pids:
-                with suppress(OSError, IndexError):  # it may end at any time
-                    highest[pid] = max(private_bytes_of(pid), highest.get(pid, 0))
-
-    watcher = Thread(target=look)
-    watcher.start()
-    try:
-        yield highest
-    finally:
-        over.set()
-        watcher.join()
-
-
 def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"] |= {"start": "auto", "cka_threshold": 0.8, "head": "fitted"}
     job = a_job(document, tmp_path)
     local, expected = run(job, tmp_path / "local")
-    pool = RayPool(job.base, slots=2)
-    try:
+    notes: list[str | None] = []
+    with a_pool(job.base, 2, notes.append) as pool:
         distributed, found = run(job, tmp_path / "ray", pool)
-    finally:
-        pool.close()
     assert _untimed(local.open()) == _untimed(distributed.open())
     assert_same(found, expected)
+    assert notes[0] == "waiting for 2 of 2 processes"
+    assert notes[-1] is None
+
+
+def test_a_turn_that_exceeds_its_plan_is_stopped_and_its_process_goes_on(
+    document: dict[str, Any], tmp_path: Path, ray_pool: RayPool
+) -> None:
+    document["chain"] |= {"adapter": {"bottleneck": 8192}}
+    job = a_job(document, tmp_path)
+    order = Profiling(8, 0)
+    tight = replace(job.clients[0], cap_bytes=2**16)
+    (stopped,) = ray_pool.run([tight], order, 120.0)
+    before = [process.pid for process in client_processes()]
+    (taken,) = ray_pool.run([job.clients[0]], order, 120.0)
+    assert [process.pid for process in client_processes()] == before
+    assert isinstance(stopped.result, Failure)
+    assert stopped.result.exceeded
+    assert "was allowed 64KiB" in stopped.result.reason
+    assert isinstance(taken.result, Profile)
+
+
+def test_plans_that_are_too_small_cost_a_turn_each_and_the_job_goes_on(
+    document: dict[str, Any], tmp_path: Path, ray_pool: RayPool
+) -> None:
+    """A planner that knows nothing of what the process itself takes: each client exceeds its plan, once."""
+    document["chain"] |= {"adapter": {"bottleneck": 8192}}
+    job = a_job(document, tmp_path)
+    wrong = replace(job.planner.costs, skeleton=-16 * 2**20)
+    planner = Planner(wrong, job.planner.task)
+    job = replace(job, planner=planner, admission=admit(planner, [candidate for candidate, _ in job.admitted], 2))
+    records = list(Coordinator(job, ray_pool, CommitLog(tmp_path / "log")).rounds())
+    assert all(record.counted and not record.lost for record in records)
+    turns = [turn for record in records for turn in record.turns]
+    again = [turn for turn in turns if turn.exceeded]
+    assert again, "what a process takes itself is more than nothing"
+    for turn in again:
+        assert turn.exceeded is not None
+        assert "it was planned to take" in turn.exceeded
+        assert turn.peak_bytes is not None
+        assert turn.peak_bytes < turn.budget_bytes
 
 
 def test_a_killed_client_costs_its_turn_and_the_job_goes_on(document: dict[str, Any], tmp_path: Path) -> None:
     document["rounds"] |= {"clients": 4, "quorum": 3}
     job = a_job(document, tmp_path)
-    pool = RayPool(job.base, slots=1)
-    try:
+    others = {process.pid for process in client_processes()}
+    with a_pool(job.base, slots=1) as pool:
         outcomes = pool.run(job.clients, Profiling(8, 0), 120.0)
         assert isinstance(next(outcomes).result, Profile)
         for process in client_processes():
-            process.send_signal(signal.SIGKILL)
+            if process.pid not in others:
+                process.send_signal(signal.SIGKILL)
         rest = [outcome.result for outcome in outcomes]
         assert [type(result) for result in rest].count(Failure) == 1
         died = next(result for result in rest if isinstance(result, Failure))
         assert "died" in died.reason
         records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
         assert all(record.counted and not record.lost for record in records)
-    finally:
-        pool.close()
 
 
 def test_a_missed_deadline_is_a_failure_and_nothing_hangs(document: dict[str, Any], tmp_path: Path) -> None:
     job = a_job(document, tmp_path)
-    pool = RayPool(job.base, slots=1)
-    try:
+    with a_pool(job.base, slots=1) as pool:
         outcomes = list(pool.run(job.clients, Profiling(8, 0), 0.01))
-    finally:
-        pool.close()
     assert sorted(outcome.place for outcome in outcomes) == [0, 1, 2, 3]
     assert all(isinstance(outcome.result, Failure) and "deadline" in outcome.result.reason for outcome in outcomes)
 
@@ -123,15 +111,17 @@ def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> No
     demo["chain"] |= {"start": 2, "head": "zero"}
     demo["rounds"] |= {"total": 3, "clients": 3}
     job = a_job(demo, tmp_path)
-    pool = RayPool(job.base, slots=2)
-    try:
+    others = {process.pid for process in client_processes()}
+
+    def held() -> dict[int, int]:
+        return {process.pid: private_bytes(process.pid) for process in client_processes() if process.pid not in others}
+
+    with a_pool(job.base, slots=2) as pool:
         list(pool.run(job.clients[:2], Profiling(8, 0), 120.0))
-        idle = private_bytes()
+        idle = held()
         with watched_from_outside(idle) as highest:
             records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
-        after = private_bytes()
-    finally:
-        pool.close()
+        after = held()
     planned = max(turn.planned_bytes for record in records for turn in record.turns)
     assert highest
     for pid in highest.keys() & idle.keys():
@@ -145,52 +135,6 @@ def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> No
     for turn in (turn for record in records for turn in record.turns):
         assert turn.peak_bytes is not None
         assert turn.peak_bytes <= turn.planned_bytes <= 1.35 * turn.peak_bytes, turn.client
-
-
-def test_a_turn_that_exceeds_its_plan_is_stopped_and_its_process_goes_on(
-    document: dict[str, Any], tmp_path: Path
-) -> None:
-    document["chain"] |= {"adapter": {"bottleneck": 8192}}
-    job = a_job(document, tmp_path)
-    order = Profiling(8, 0)
-    tight = replace(job.clients[0], cap_bytes=2**16)
-    pool = RayPool(job.base, slots=1)
-    try:
-        (stopped,) = pool.run([tight], order, 120.0)
-        before = [process.pid for process in client_processes()]
-        (taken,) = pool.run([job.clients[0]], order, 120.0)
-        assert [process.pid for process in client_processes()] == before
-    finally:
-        pool.close()
-    assert isinstance(stopped.result, Failure)
-    assert stopped.result.exceeded
-    assert "was allowed 64KiB" in stopped.result.reason
-    assert isinstance(taken.result, Profile)
-
-
-def test_plans_that_are_too_small_cost_a_turn_each_and_the_job_goes_on(
-    document: dict[str, Any], tmp_path: Path
-) -> None:
-    """A planner that knows nothing of what the process itself takes: each client exceeds its plan, once."""
-    document["chain"] |= {"adapter": {"bottleneck": 8192}}
-    job = a_job(document, tmp_path)
-    wrong = replace(job.planner.costs, skeleton=-16 * 2**20)
-    planner = Planner(wrong, job.planner.task)
-    job = replace(job, planner=planner, admission=admit(planner, [candidate for candidate, _ in job.admitted], 2))
-    pool = RayPool(job.base, slots=2)
-    try:
-        records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
-    finally:
-        pool.close()
-    assert all(record.counted and not record.lost for record in records)
-    turns = [turn for record in records for turn in record.turns]
-    again = [turn for turn in turns if turn.exceeded]
-    assert again, "what a process takes itself is more than nothing"
-    for turn in again:
-        assert turn.exceeded is not None
-        assert "it was planned to take" in turn.exceeded
-        assert turn.peak_bytes is not None
-        assert turn.peak_bytes < turn.budget_bytes
 
 
 def test_a_local_pool_puts_an_error_on_record(document: dict[str, Any], tmp_path: Path) -> None:

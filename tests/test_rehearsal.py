@@ -14,15 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from chainfed_ray.adapter import Adapter, Head
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.costs import _adapter, _padded, _Parts, costs_of, with_bottleneck
+from chainfed_ray.costs import Parts, costs_of, new_adapter, padded, with_bottleneck
 from chainfed_ray.demand import Bytes, Demand
 from chainfed_ray.measure import PeakMemory
 from chainfed_ray.rehearsal import (
-    _SHAPES,
+    SHAPES,
+    Forgetful,
+    Ledger,
     Prepare,
-    _Forgetful,
-    _Ledger,
-    _Rest,
+    Rest,
     polynomial_of,
     rehearse,
     with_blank_weights,
@@ -40,15 +40,15 @@ Real = Callable[[int, int], Callable[[Tensor], Tensor]]  # a part of real tensor
 
 def held(compute: Callable[[Tensor], Tensor], batch: int, tokens: int, dtype: torch.dtype, spilled: bool) -> Demand:
     """What a part holds of real tensors: constants, for one shape."""
-    with _Ledger() as ledger:
+    with Ledger() as ledger:
         # The rest of a step is the rehearsal's: whoever holds the part's input and output is not the part.
         hidden = torch.zeros((), dtype=dtype, requires_grad=True).expand(batch, tokens, WIDTH).clone()
         ledger.history()
-        with _Forgetful() if spilled else nullcontext():
+        with Forgetful() if spilled else nullcontext():
             output = compute(hidden)
         del hidden
         forward = max(ledger.history())
-        rest = _Rest.apply(output)
+        rest = Rest.apply(output)
         del output
         saved = ledger.alive
         ledger.history()
@@ -65,7 +65,7 @@ def assert_told(prepare: Prepare, real: Real, dtype: torch.dtype, spilled: bool)
     """At shapes at which no rehearsal was held."""
     told = rehearse(prepare, WIDTH, dtype, spilled=spilled)
     for batch, tokens in ELSEWHERE:
-        assert (batch, tokens) not in _SHAPES
+        assert (batch, tokens) not in SHAPES
         found = held(real(batch, tokens), batch, tokens, dtype, spilled)
         shape = batch, tokens
         assert told.forward_at(*shape) == found.forward_at(*shape), shape
@@ -84,7 +84,7 @@ CASES += [(family, *way) for family in ("bert", "llama") for way in (KEPT_16, SP
 @pytest.mark.parametrize(("family", "dtype", "spilled"), CASES, ids=str)
 def test_a_layer_holds_what_was_told(family: str, dtype: torch.dtype, spilled: bool, tmp_path: Path) -> None:
     blocks = Blocks(tiny(family, tmp_path), dtype)
-    assert_told(_Parts(blocks, 3, 1).layer(spilled), a_real_layer(blocks, spilled), dtype, spilled)
+    assert_told(Parts(blocks, 3, 1).layer(spilled), a_real_layer(blocks, spilled), dtype, spilled)
 
 
 def a_real_layer(blocks: Blocks, spilled: bool) -> Real:
@@ -93,7 +93,7 @@ def a_real_layer(blocks: Blocks, spilled: bool) -> Real:
         overwrite_activations(layer)
 
     def real(batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
-        call = blocks.calls(_padded(batch, tokens))[0]
+        call = blocks.calls(padded(batch, tokens))[0]
         return lambda hidden: blocks.run(layer, hidden, call)
 
     return real
@@ -103,14 +103,14 @@ def a_real_layer(blocks: Blocks, spilled: bool) -> Real:
 def test_attention_that_makes_its_scores_has_a_square_term(family: str, tmp_path: Path) -> None:
     """Every pair of tokens for each of 4 heads, of which some are saved; the ordinary attention saves none."""
     folder = tiny(family, tmp_path)
-    ordinary = rehearse(_Parts(Blocks(folder, torch.float32), 3, 1).layer(False), WIDTH, torch.float32)
+    ordinary = rehearse(Parts(Blocks(folder, torch.float32), 3, 1).layer(False), WIDTH, torch.float32)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
     blocks = Blocks(folder, torch.float32)
-    eager = rehearse(_Parts(blocks, 3, 1).layer(False), WIDTH, torch.float32)
+    eager = rehearse(Parts(blocks, 3, 1).layer(False), WIDTH, torch.float32)
     assert ordinary.saved.terms[1][2] < 4 * 4 <= eager.saved.terms[1][2]
     assert max(moment.terms[1][2] for moment in eager.backward) > eager.saved.terms[1][2]
-    assert_told(_Parts(blocks, 3, 1).layer(False), a_real_layer(blocks, False), torch.float32, False)
+    assert_told(Parts(blocks, 3, 1).layer(False), a_real_layer(blocks, False), torch.float32, False)
 
 
 @pytest.mark.parametrize("spilled", [False, True], ids=["kept", "spilled"])
@@ -120,17 +120,17 @@ def test_adapters_and_the_head_hold_what_was_told(
     reads: int, dtype: torch.dtype, spilled: bool, tmp_path: Path
 ) -> None:
     """With the gradients of those that are trained."""
-    parts = _Parts(Blocks(tiny("bert", tmp_path), dtype), 3, reads)
+    parts = Parts(Blocks(tiny("bert", tmp_path), dtype), 3, reads)
 
     def head(batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
-        labels, mask, it = torch.zeros(batch, dtype=torch.int64), _padded(batch, tokens), Head(WIDTH, 3, reads)
+        labels, mask, it = torch.zeros(batch, dtype=torch.int64), padded(batch, tokens), Head(WIDTH, 3, reads)
         below = torch.randn(batch, reads - 1, WIDTH)
         return lambda hidden: nn.functional.cross_entropy(it(hidden, mask, below), labels, reduction="sum")
 
     assert_told(parts.head, head, dtype, spilled)
     for trained in (True, False):
         assert_told(
-            _adapter(WIDTH, 8, trained),
+            new_adapter(WIDTH, 8, trained),
             lambda *_, on=trained: Adapter(WIDTH, 8, seed=0).requires_grad_(on),
             dtype,
             spilled,
@@ -144,7 +144,7 @@ def test_adapters_of_another_width_change_nothing_else(dtype: torch.dtype, class
 
 
 def test_what_runs_without_gradients_saves_nothing(tmp_path: Path) -> None:
-    parts = _Parts(Blocks(tiny("gpt2", tmp_path), torch.float32), 3, 1)
+    parts = Parts(Blocks(tiny("gpt2", tmp_path), torch.float32), 3, 1)
     training = rehearse(parts.layer(False), WIDTH, torch.float32)
     advance = rehearse(parts.layer(False), WIDTH, torch.float32, gradients=False)
     assert (advance.saved.at(2, 16), advance.backward_at(2, 16)) == (0, 0)

@@ -20,9 +20,7 @@ from chainfed_ray.pool import LocalPool
 from chainfed_ray.records import EarlyExit, Opening, Result, Round
 from chainfed_ray.score import Score
 from chainfed_ray.state import State
-from tests.conftest import a_job
-from tests.test_coordinator import assert_same
-from tests.test_progress import a_round, an_opening
+from tests.builders import a_job, a_round, an_opening, assert_same
 
 STAGES = 2
 ROUNDS = 3  # of each stage

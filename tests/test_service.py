@@ -8,12 +8,10 @@ import math
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any, Self
 
 import httpx
@@ -23,6 +21,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from chainfed_ray.activity import Activity
 from chainfed_ray.api.client import ServiceClient
 from chainfed_ray.api.following import follow
 from chainfed_ray.api.local_service import free_port
@@ -31,22 +30,13 @@ from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound, ModelNotFound
 from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.saved_stack import load_stack
+from tests.builders import a_job, assert_same, run
 from tests.causal import causal_folder
-from tests.conftest import a_job
-from tests.test_coordinator import assert_same, run
+from tests.project import COMMAND, ROOT
+from tests.watching import command_of, processes_below, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-COMMAND = [sys.executable, "-c", "from chainfed_ray.api.cli import main; main()"]
 DEADLINE = 120.0
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    """The first true value of ``condition``."""
-    ends = monotonic() + DEADLINE
-    while not (found := condition()):
-        assert monotonic() < ends, f"no {what} within {DEADLINE:g} s"
-        sleep(0.05)
-    return found
 
 
 class Running:
@@ -55,7 +45,7 @@ class Running:
     def __init__(self, storage: Path, port: int | None = None) -> None:
         self.port = port or free_port("127.0.0.1")
         environment = {**os.environ, "CHAINFED_STORAGE": str(storage), "CHAINFED_CLIENT_SLOTS": "2"}
-        environment |= {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        environment |= {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             [*COMMAND, "serve", "--port", str(self.port), "--json"],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
@@ -67,8 +57,7 @@ class Running:
 
     def processes(self, name: str) -> list[psutil.Process]:
         """The processes below the service whose command line has ``name``."""
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in below if name in _command(process)]
+        return processes_below(name, pid=self.process.pid)
 
     def __enter__(self) -> Self:
         return self
@@ -101,13 +90,6 @@ class Running:
         assert "Traceback" not in done.stderr
         answer: dict[str, Any] = json.loads(done.stdout)
         return done.returncode, answer
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +137,11 @@ def test_a_language_model_from_its_chats_to_its_words(service: Running, storage:
             "rounds": {"total": 4, "clients": 2, "batch_size": 8, "learning_rate": 0.02},
         }
     )["id"]
-    events = list(service.client.follow(job))
+    heard: list[Activity] = []
+    events = list(service.client.follow(job, heard.append))
+    assert {activity.what for activity in heard} >= {"starting the process of the coordinator"}
+    assert any(activity.total and 0 <= activity.done <= activity.total for activity in heard)
+    assert service.client.job(job)["activity"] is None
     assert events[-1]["kind"] == "succeeded"
     judged = [found for event in events if (found := event["data"].get("evaluation"))]
     assert len(judged) == 3, "after each of two stages, and at the end on the test rows"
@@ -175,22 +161,23 @@ def test_a_language_model_from_its_chats_to_its_words(service: Running, storage:
     assert told == ["".join(piece.text for piece in pieces)]
 
 
-@pytest.mark.parametrize("killed", ["CoordinatorActor", "ControllerActor", "ClientActor"])
+@pytest.mark.parametrize("killed", [("CoordinatorActor", "ControllerActor"), ("ClientActor",)], ids=str)
 def test_killed_in_the_middle_and_it_ends_where_it_would_have(
-    service: Running, storage: Path, document: dict[str, Any], tmp_path: Path, killed: str
+    service: Running, storage: Path, document: dict[str, Any], tmp_path: Path, killed: tuple[str, ...]
 ) -> None:
-    document["name"] = name = killed.removesuffix("Actor").lower()
+    """One process after the other, each after a round."""
+    document["name"] = name = "-".join(process.removesuffix("Actor").lower() for process in killed)
     document["rounds"] |= {"total": 6, "quorum": 1}
     job = service.client.submit(document)["id"]
     events = service.client.follow(job)
-    assert next(event for event in events if event["kind"] == "round")
-    victim = wait_for(lambda: service.processes(killed), killed)[0]
-    victim.kill()
+    for process in killed:
+        assert next(event for event in events if event["kind"] == "round")
+        wait_for(lambda process=process: service.processes(process), process)[0].kill()
     kinds = [event["kind"] for event in service.client.follow(job)]
     assert kinds[:3] == ["queued", "running", "opening"]
     assert kinds[3:] == ["round"] * 6 + ["ending", "succeeded"]
     assert service.client.job(job)["model"] == f"tiny:{name}"
-    if killed != "ClientActor":
+    if "ClientActor" not in killed:
         local = a_job(document, tmp_path)
         _, expected = run(local, tmp_path / "log")
         assert_same(load_stack(storage / "jobs" / job / "model").stack.tensors(), expected)
@@ -223,9 +210,15 @@ def test_cancelling_ends_the_processes(service: Running, document: dict[str, Any
     wait_for(lambda: not service.processes("ClientActor"), "end of the clients")
 
 
-def test_the_whole_service_killed_and_started_again(document: dict[str, Any], tmp_path: Path) -> None:
+def test_the_whole_service_killed_and_started_again(service: Running, document: dict[str, Any], tmp_path: Path) -> None:
+    """A second one on this machine: listening twice on one port is allowed to those who ask for it, and then either is given
+    the other's requests.
+    """
     document["rounds"] |= {"total": 8}
     with Running(tmp_path / "storage") as first:
+        ports = [_listening(running) for running in (service, first)]
+        assert all(ports), "each listens somewhere"
+        assert not ports[0] & ports[1]
         job = first.client.submit(document)["id"]
         next(event for event in first.client.follow(job) if event["kind"] == "round")
         orphans = psutil.Process(first.process.pid).children(recursive=True)
@@ -233,7 +226,7 @@ def test_the_whole_service_killed_and_started_again(document: dict[str, Any], tm
         first.close()
     assert len(CommitLog(tmp_path / "storage" / "jobs" / job).rounds()) < 8
     with Running(tmp_path / "storage", first.port) as second:  # at once, where the first one was
-        assert not [process for process in orphans if process.is_running() and "Agent" not in _command(process)]
+        assert not [process for process in orphans if process.is_running() and "Agent" not in command_of(process)]
         kinds = [event["kind"] for event in second.client.follow(job)]
         assert kinds == ["queued", "running", "opening", *["round"] * 8, "ending", "succeeded"]
 
@@ -254,14 +247,6 @@ def test_the_client_raises_what_the_service_means(service: Running, document: di
     answer = httpx.get(f"{service.address}/v1/jobs/none", headers={"X-Request-ID": "mine"})
     assert (answer.headers["x-request-id"], answer.json()["request_id"]) == ("mine", "mine")
     assert httpx.get(f"{service.address}/healthz").headers["x-request-id"]
-
-
-def test_two_services_of_one_machine_share_no_port(service: Running, tmp_path: Path) -> None:
-    """Listening twice on one port is allowed to those who ask for it, and then either is given the other's requests."""
-    with Running(tmp_path / "storage") as other:
-        ports = [_listening(running) for running in (service, other)]
-    assert all(ports), "each listens somewhere"
-    assert not ports[0] & ports[1]
 
 
 def _listening(running: Running) -> set[int]:

@@ -13,7 +13,7 @@ from transformers.activations import ACT2CLS, ACT2FN
 
 from chainfed_ray.adapter import Adapter
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.rehearsal import _Ledger
+from chainfed_ray.rehearsal import Ledger
 from chainfed_ray.spill import OverwritingActivation, Spill, is_spilled, overwrite_activations
 from tests.models import FAMILIES, tiny
 
@@ -136,7 +136,7 @@ def test_nothing_that_was_saved_stays_in_memory(family: str, spill: Spill, tmp_p
     alive = {}
     for name, saving in (("plain", nullcontext()), ("spilled", spill)):
         hidden = some(2, 5, 32).requires_grad_()
-        with _Ledger() as ledger:
+        with Ledger() as ledger:
             with saving:
                 output = compute(hidden)
             alive[name] = ledger.alive - output.untyped_storage().nbytes()

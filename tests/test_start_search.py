@@ -2,40 +2,25 @@
 
 import json
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chainfed_ray import duration, head_fit
-from chainfed_ray.client import Client, Fitting, Order
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob, QuorumLost
-from chainfed_ray.pool import ClientPool, LocalPool, Outcome
+from chainfed_ray.pool import LocalPool
 from chainfed_ray.prefix import PrefixRunner
 from chainfed_ray.reading import States
 from chainfed_ray.records import HeadFit, Opening
-from tests.conftest import a_job
-from tests.test_coordinator import Silent
+from tests.builders import a_job
+from tests.pools import silent
 
 pytestmark = pytest.mark.slow
-
-
-class SilentOnce:
-    """A pool in which ``client`` does not answer at the exit of ``layer``."""
-
-    def __init__(self, pool: ClientPool, client: str, layer: int) -> None:
-        self._pool, self._silent, self._layer = pool, Silent(pool, {client}), layer
-
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
-        silent = isinstance(order, Fitting) and order.window.top == self._layer
-        yield from (self._silent if silent else self._pool).run(clients, order, deadline)
-
-    def close(self) -> None:
-        self._pool.close()
 
 
 @pytest.fixture
@@ -51,9 +36,9 @@ def document(document: dict[str, Any], tiny_data: Path, tmp_path: Path) -> dict[
     return document
 
 
-def opened(document: dict[str, Any], folder: Path, silent: Collection[str] = ()) -> Opening:
+def opened(document: dict[str, Any], folder: Path, nobody: Collection[str] = ()) -> Opening:
     job = a_job(document, folder)
-    return Coordinator(job, Silent(LocalPool(job.base), set(silent)), CommitLog(folder / "log")).open()
+    return Coordinator(job, silent(LocalPool(job.base), nobody), CommitLog(folder / "log")).open()
 
 
 def untrained(document: dict[str, Any], folder: Path) -> HeadFit:
@@ -92,7 +77,7 @@ def test_a_client_that_is_silent_is_on_record_and_the_others_are_enough(
 def test_an_exit_without_some_of_the_clients_is_passed_over(document: dict[str, Any], tmp_path: Path) -> None:
     best = opened(document, tmp_path / "all").start_layer
     job = a_job(document, tmp_path / "one")
-    pool = SilentOnce(LocalPool(job.base), "phone-1", best + 1)
+    pool = silent(LocalPool(job.base), {"phone-1"}, exit_of=best + 1)
     opening = Coordinator(job, pool, CommitLog(tmp_path / "one" / "log")).open()
     assert [fit.clients for fit in opening.exits] == [3 if start == best else 4 for start in range(3)]
     assert opening.start_layer != best
@@ -117,7 +102,7 @@ def test_each_layer_is_run_once_where_there_is_disk(
     Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).open()
     rows = sum(len(client.examples) for client in job.clients)
     assert sum(counted) == layers * rows
-    assert duration._layers_of_exits(job, cached=disk is None) == layers
+    assert duration.layers_of_exits(job, cached=disk is None) == layers
 
 
 @pytest.mark.parametrize(
@@ -159,7 +144,7 @@ def test_where_the_chain_is_one_window_nobody_is_asked(document: dict[str, Any],
     document["fleet"]["clients"][0]["memory"] = "1GiB"
     opening = opened(document, tmp_path, {f"phone-{index}" for index in range(4)})
     assert (opening.start_layer, opening.stages, opening.exits) == (0, 1, ())
-    assert duration._layers_of_exits(a_job(document, tmp_path), cached=True) == 0
+    assert duration.layers_of_exits(a_job(document, tmp_path), cached=True) == 0
 
 
 def test_where_no_head_can_be_fitted_the_chain_is_its_last_window(

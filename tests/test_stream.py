@@ -20,7 +20,7 @@ from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.stream import SliceReader, StreamedLinear
 from chainfed_ray.weights import Checkpoint
 from tests.models import FAMILIES, tiny
-from tests.test_client import tensors_alive
+from tests.watching import tensors_alive
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 SHAPES = {"a": (7, 5), "b": (1, 3), "c": (12, 16), "d": (9, 1)}
@@ -124,13 +124,13 @@ def test_a_reader_takes_two_slices_of_memory(
 ) -> None:
     """With the slice that is being read and the one that is being used, and what a conversion takes."""
     reader = SliceReader(Checkpoint(folders[kept]), dtype, slice_bytes=260)
-    before = {tensor.untyped_storage()._cdata for tensor in tensors_alive()}
+    before = {tensor.untyped_storage().data_ptr() for tensor in tensors_alive()}
     for name in "acda":
         for place, (_, rows) in enumerate(reader.slices(name)):
             assert rows.dtype == dtype
             if place != 1:
                 continue
-            storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors_alive()}
+            storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors_alive()}
             assert sum(storage.nbytes() for identity, storage in storages.items() if identity not in before) <= 520
     reader.close()
 

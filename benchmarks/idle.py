@@ -1,0 +1,132 @@
+"""``python -m benchmarks idle``: what a client's process holds before any client uses it, and what of it is whose."""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cell_process import Row
+from chainfed_ray.measure import status
+from chainfed_ray.quantities import format_bytes
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("--base", default="builtin:minilm", metavar="MODEL", help="as model.base of a job")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into this file")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure the process of a client and, in a process beside it, what it is made of; print both."""
+    with tempfile.TemporaryDirectory() as scratch, _ray():
+        rows = list(_rows(options.base, Path(scratch)))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    Console(highlight=False).print(_table(rows))
+    print(f"{platform.machine()}, {os.cpu_count()} cores; {date.today()}")
+
+
+def _rows(name: str, scratch: Path) -> Iterator[Row]:
+    import ray
+    import torch
+
+    from chainfed_ray.base_model import resolve
+    from chainfed_ray.client import BaseModel
+    from chainfed_ray.cluster.actors import ClientActor
+    from chainfed_ray.cluster.resources import of_client
+
+    base = BaseModel(resolve(name), torch.float32, scratch)
+    loads: dict[str, Callable[[], None]] = {
+        "a worker of Ray": _load_nothing,
+        "with torch": _load_torch,
+        "with the model's code": partial(_load_model, base.folder),
+    }
+    worker: Any = ray.remote(_Worker).options(**of_client(0)).remote()
+    for process, load in loads.items():
+        ray.get(worker.__ray_call__.remote(_call, load))
+        yield {"process": process, **ray.get(worker.__ray_call__.remote(_held))}
+    ray.kill(worker)
+    client_actor: Any = ClientActor
+    client = client_actor.options(**of_client(0)).remote(base)
+    yield {"process": "a client, idle", **ray.get(client.__ray_call__.remote(_held))}
+
+
+class _Worker:
+    """A process of which nothing else is known."""
+
+
+def _call(_worker: _Worker, load: Callable[[], None]) -> None:
+    load()
+
+
+def _held(_actor: object) -> dict[str, int]:
+    """What the process has resident: all of it, what is its own, and pages of files, which processes of a machine share."""
+    return {
+        "resident_bytes": status("VmRSS"),
+        "own_bytes": status("RssAnon"),
+        "file_bytes": status("RssFile"),
+        "modules": len(sys.modules),
+    }
+
+
+def _load_nothing() -> None:
+    """A worker's first calls load a few packages, such as pyarrow, whatever they do."""
+
+
+def _load_torch() -> None:
+    import torch
+
+    assert torch.get_num_threads()
+
+
+def _load_model(folder: Path) -> None:
+    import torch
+
+    from chainfed_ray.blocks import Blocks
+    from chainfed_ray.lean_imports import without_scipy
+
+    with without_scipy():
+        Blocks(folder, torch.float32).close()
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    import ray
+
+    from chainfed_ray.cluster.resources import of_one_machine
+
+    ray.init(
+        num_cpus=2,
+        resources=of_one_machine(2, 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table("process", box=None, header_style="bold", pad_edge=False)
+    for name in ("resident", "its own", "pages of files", "modules"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        held = (format_bytes(row[name]) for name in ("resident_bytes", "own_bytes", "file_bytes"))
+        table.add_row(row["process"], *held, f"{row['modules']:,}")
+    return table

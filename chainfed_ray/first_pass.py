@@ -1,0 +1,61 @@
+"""The first pass: every example of a client once through the base model, for all that is needed before the first round.
+
+An adapter that was never trained is the identity (adapter.py), so a new chain is the base model. One pass through that gives
+the CKA profile from which the chain's start follows (start_layer.py), the features to which the first stage's head is fitted in
+closed form (discriminant.py), and the activations at the bottom of its window, from which training goes on (prefix.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.chain import start_below
+from chainfed_ray.features import PooledFeatures
+from chainfed_ray.prefix import PrefixCache
+
+
+class FirstPass:
+    """Runs the layers of the base model whose features are not there yet; the head of the chain will read ``reads`` layers."""
+
+    def __init__(self, cache: PrefixCache, reads: int) -> None:
+        self._cache, self._kept = cache, frozenset[int]()
+        self._bare = AdapterStack.new((), cache.width, bottleneck=1, classes=1, seed=0, reads=reads)
+        self.features: PooledFeatures = cache.features
+
+    def keep(self, *layers: int) -> None:
+        """Keep the activations of these layers, and of no others once the next ones are made."""
+        self._kept = frozenset(layers)
+
+    def up_to(self, top: int) -> Iterator[int]:
+        """Each layer up to ``top``, as soon as its features are there."""
+        missing = next((layer for layer in range(top + 1) if not self.features.has(layer)), top + 1)
+        yield from range(missing)
+        if missing > top:
+            return
+        for layer in self._cache.first_pass(missing - 1, top, self._bare):
+            if layer >= missing:
+                yield layer
+            self._cache.forget_all_but({layer, *self._kept}, self._bare)
+        self._cache.forget_all_but(self._kept, self._bare)
+
+
+@dataclass(frozen=True)
+class StartGuess:
+    """How a client guesses from its own profile where the chain will start: it keeps the activations there.
+
+    The start follows from the mean of all clients' profiles, which no client knows. One whose guess is wrong runs its examples
+    from the nearest layer that it kept.
+    """
+
+    cka_threshold: float
+    window: int  # Q, layers
+    reads: int  # layers that the head will read
+
+    def kept(self, similarities: tuple[float, ...], layers: int) -> tuple[int, ...]:
+        """The layers whose activations are worth keeping after the first ``len(similarities)`` of ``layers``: the guess, and
+        the one below it; before there is a guess, the last.
+        """
+        unseen = (1.0,) * (layers - len(similarities))
+        guess = start_below(similarities + unseen, self.cka_threshold, self.window)
+        last = len(similarities) - 1
+        return (max(guess - 1, 0), guess) if guess <= last else (last,)

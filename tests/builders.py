@@ -1,0 +1,223 @@
+"""Small real jobs and their records: what more than one file of tests builds, runs and compares.
+
+Models are built in ``models.py``, language models in ``causal.py``, and pools that alter what clients send in ``pools.py``.
+"""
+
+import io
+import json
+from bisect import bisect_left
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from chainfed_ray.adapter import Tensors
+from chainfed_ray.api.progress import Progress
+from chainfed_ray.chain import Window
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.config import JobSpec
+from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.job import Job, prepare
+from chainfed_ray.pool import ClientPool, LocalPool
+from chainfed_ray.privacy import Noise
+from chainfed_ray.records import Admitted, Ending, LeftOut, Opening, Round, Turn
+
+MIB = 2**20
+
+# --- jobs ----------------------------------------------------------------------------------------------------------------
+
+
+def a_document(model: Path, data: Path) -> dict[str, Any]:
+    """A job that takes seconds: the fixture ``document``, for fixtures that many tests share."""
+    return {
+        "name": "tiny",
+        "model": {"base": f"path:{model}"},
+        "data": {"train": f"path:{data}", "max_length": 16},
+        "fleet": {"clients": [{"name": "phone", "count": 4, "memory": "64MiB"}]},
+        "chain": {"window": 2, "start": 1, "head": "zero", "adapter": {"bottleneck": 8}},
+        "rounds": {"total": 4, "clients": 3, "batch_size": 8, "learning_rate": 0.01, "convergence": {"span": 1}},
+        "seed": 3,
+    }
+
+
+# A job that is submitted, and never run.
+SPEC = JobSpec.parse(
+    {
+        "name": "tiny",
+        "model": {"base": "builtin:minilm"},
+        "data": {"train": "builtin:docstrings"},
+        "fleet": {"clients": [{"name": "phone", "count": 8, "memory": "64MiB"}]},
+    }
+)
+PRIVACY = {"clip": 0.5, "noise_multiplier": 0.8}
+
+
+def a_job(document: dict[str, Any], folder: Path) -> Job:
+    """The prepared job of ``document``."""
+    return prepare(JobSpec.parse(document), folder / "scratch")
+
+
+def like(job: Job, folder: Path, **sections: Any) -> Job:
+    """The same rows with other keys, and disk of its own; only for keys that no plan follows from."""
+    document = job.spec.document()
+    for section, keys in sections.items():
+        document[section] = {**(document[section] or {}), **keys}
+    return replace(job, spec=JobSpec.parse(document), base=replace(job.base, scratch=folder / "scratch"))
+
+
+def smallest_budget(document: dict[str, Any], folder: Path, width: int) -> int:
+    """The fewest bytes with which every client of a job has a plan for a window of ``width``."""
+    job = a_job(document, folder)
+    start = job.planner.task.start
+
+    def holds(memory: int) -> bool:
+        candidates = (replace(candidate, memory=memory) for candidate, _ in job.admitted)
+        plans = [job.planner.plan(candidate, Window(start, start + 2)) for candidate in candidates]
+        return all(plan and len(plan.window) >= width for plan in plans)
+
+    return bisect_left(range(2**30), True, key=holds)
+
+
+def with_secret(secret: bytes, folder: Path) -> Path:
+    """A folder for the log of a private job whose secret is known: what else would be the same two times?"""
+    folder.mkdir(parents=True)
+    (folder / "privacy.key").write_bytes(secret)
+    return folder
+
+
+def noise_of(noise: Noise, name: str, shape: torch.Size) -> Tensor:
+    """The noise of a tensor by itself, in float64."""
+    drawn = torch.zeros(shape, dtype=torch.float64)
+    noise.add_to(name, drawn)
+    return drawn
+
+
+ROWS = [{"text": f'sentence, "{index}"\nof «{"ab"[index % 2]}»', "label": "ab"[index % 2]} for index in range(40)]
+
+
+def rows_in(folder: Path, form: str) -> str:
+    """The source of ``ROWS`` as a file or, for ``hub``, as a data set with named classes as `datasets` loads it."""
+    frame, path = pd.DataFrame(ROWS), folder / f"rows.{form}"
+    if form == "csv":
+        frame.to_csv(path, index=False)
+    elif form == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    elif form == "parquet":
+        frame.to_parquet(path)
+    else:
+        from datasets import ClassLabel, Dataset, Features, Value
+
+        features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+        (folder / "hub").mkdir()
+        Dataset.from_list([{**row, "label": int(row["label"] == "b")} for row in ROWS], features=features).to_parquet(
+            folder / "hub" / "train.parquet"
+        )
+        return f"hf:{folder / 'hub'}"
+    return f"path:{path}"
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------------
+
+
+def run(job: Job, folder: Path, pool: ClientPool | None = None) -> tuple[Coordinator, Tensors]:
+    """The job from its first round to its end: its coordinator, and the stack that it came to."""
+    coordinator = Coordinator(job, pool or LocalPool(job.base), CommitLog(folder))
+    list(coordinator.rounds())
+    coordinator.finish()
+    return coordinator, coordinator.stack().tensors()
+
+
+def run_some(job: Job, folder: Path, rounds: int) -> None:
+    """The first ``rounds`` of a job whose coordinator is then no more."""
+    records = Coordinator(job, LocalPool(job.base), log := CommitLog(folder)).rounds()
+    for _ in range(rounds):
+        assert next(records) == log.rounds()[-1], "durable before it is reported"
+    records.close()
+
+
+def assert_same(first: Tensors, second: Tensors) -> None:
+    """The same tensors, bit for bit."""
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def story(folder: Path) -> list[dict[str, Any]]:
+    """The rounds on record, without what time and the machine put there."""
+    rounds = [record.model_dump(exclude={"seconds"}) for record in CommitLog(folder).rounds()]
+    for record in rounds:
+        record["turns"] = [
+            {**turn, "seconds": None, "cpu_seconds": None, "peak_bytes": None} for turn in record["turns"]
+        ]
+        if record["evaluation"]:
+            record["evaluation"] |= {
+                "seconds": None,
+                "forward_seconds": None,
+                "peak_bytes": None,
+                "process_bytes": None,
+            }
+        if record["early_exit"]:
+            record["early_exit"] |= {"seconds": None, "peak_bytes": None}
+    return rounds
+
+
+# --- records -------------------------------------------------------------------------------------------------------------
+
+FLEET = (("watch", 24, 2), ("phone", 64, 8), ("laptop", 256, 3), ("silo", 1024, 1))
+ENDING = Ending(accuracy=0.728, loss=0.8, rounds=3, peak_bytes={"phone": 25 * MIB})
+
+
+def an_opening(layers: int = 6, start: int = 2, fleet: tuple[tuple[str, int, int], ...] = FLEET) -> Opening:
+    """Everybody with 32 MiB or more takes part."""
+    clients = [(f"{name}-{index}", name, memory * MIB) for name, memory, count in fleet for index in range(count)]
+    return Opening(
+        admitted=tuple(
+            Admitted(
+                client=client, client_class=name, examples=100, budget_bytes=budget,
+                planned_bytes=30 * MIB, disk_bytes=3 * MIB, window=2, micro_batch=16, grain="layer", spilled=False,
+                cached=True,
+            )
+            for client, name, budget in clients if budget >= 32 * MIB
+        ),
+        left_out=tuple(
+            LeftOut(client=client, client_class=name, budget_bytes=budget, lacking_bytes=8 * MIB, reason="too small")
+            for client, name, budget in clients if budget < 32 * MIB
+        ),
+        layers=layers, start_layer=start, window=2, similarities=tuple(1 - 0.12 * layer for layer in range(layers)), lost=(),
+        stages=layers - start - 1, total_rounds=20, partition_hash="0" * 64,
+    )  # fmt: skip
+
+
+def a_round(index: int, opening: Opening, **changes: Any) -> Round:
+    """A round of the first stage, if ``changes`` do not say otherwise, in which the first three clients took part."""
+    bottom = changes.get("bottom", 2)
+    turns = tuple(
+        Turn(
+            client=client.client, client_class=client.client_class, examples=100, loss=1.0, steps=7, seconds=2.0,
+            cpu_seconds=1.5, bottom=bottom, micro_batch=client.micro_batch, grain=client.grain, spilled=client.spilled,
+            budget_bytes=client.budget_bytes, planned_bytes=client.planned_bytes, peak_bytes=25 * MIB, sent_bytes=1000,
+        )
+        for client in opening.admitted[:3]
+    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "index": index, "stage": 0, "bottom": 2, "top": 3, "turns": turns, "lost": (), "counted": True,
+        "train_loss": 1.0, "held_out_loss": 1.0, "accuracy": 0.5 + index / 100, "movement": None, "ended": None,
+        "seconds": 4.0,
+    }  # fmt: skip
+    return Round(**fields | changes)
+
+
+def a_console(terminal: bool = False) -> Console:
+    """A console of 80 columns whose text can be had."""
+    return Console(width=80, force_terminal=terminal, record=True, file=io.StringIO(), highlight=False)
+
+
+def told(progress: Progress, opening: Opening, rounds: list[Round]) -> None:
+    """Show a job's opening, and then its rounds."""
+    progress.opening(opening)
+    for record in rounds:
+        progress.round(record)

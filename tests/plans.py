@@ -1,0 +1,103 @@
+"""What a planner may be asked, as Hypothesis draws it: base models large and small, jobs, and the means of clients."""
+
+from dataclasses import replace
+
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from chainfed_ray.chain import Window
+from chainfed_ray.demand import NOTHING, Bytes, Costs, Demand, StepDemands
+from chainfed_ray.memory import Grain, Means, Task, lacking
+
+LAYERS, HIDDEN, ITEMSIZE = 6, 16, 4
+ROW = HIDDEN * ITEMSIZE
+WAYS: tuple[tuple[Grain, bool], ...] = (("layer", False), ("matrix", False), ("matrix", True))
+
+
+def demand(saved: int, constant: int, forward: int, backward: int, squares: int) -> Demand:
+    """A part that keeps ``saved`` bytes of a token, and has so many more in its hands meanwhile, beside input and output."""
+
+    def terms(*, per_token: int, own: int, per_pair: int) -> Bytes:
+        return Bytes(((own, 0, 0), (0, per_token, per_pair)))
+
+    return Demand(
+        saved=terms(per_token=saved, own=constant, per_pair=squares),
+        forward=(
+            terms(per_token=2 * ROW + saved + forward, own=constant, per_pair=squares),
+            terms(per_token=2 * ROW + saved, own=constant, per_pair=2 * squares),
+        ),
+        backward=(terms(per_token=2 * ROW + saved + backward, own=constant, per_pair=squares),),
+    )
+
+
+def on_disk(part: Demand) -> Demand:
+    """The same part with what it saved on disk: read again in the backward pass, half of it at a time at the most."""
+    per_token = 2 * ROW + part.saved.terms[1][1] // 2
+    return replace(part, saved=NOTHING, backward=(Bytes(((0, 0, 0), (0, per_token, part.saved.terms[1][2]))),))
+
+
+def few(most: int) -> st.SearchStrategy[int]:
+    return st.integers(0, most)
+
+
+demands = st.builds(demand, few(12 * ROW), few(200), few(4 * ROW), few(4 * ROW), few(16))
+
+
+@st.composite
+def all_costs(draw: st.DrawFn) -> Costs:
+    """Of base models large and small beside their activations and the buffers of streamed matrices."""
+    layer = draw(st.integers(1, 10**7))
+    kept = StepDemands(draw(demands), draw(demands), draw(demands), draw(demands))
+    return Costs(
+        layers=LAYERS,
+        hidden=HIDDEN,
+        itemsize=draw(st.sampled_from([2, ITEMSIZE])),
+        layer=layer,
+        unstreamed=draw(few(layer)),
+        slices=draw(few(10**6)),
+        conversion=draw(few(10**5)),
+        skeleton=draw(few(10**5)),
+        call=Bytes(((0, draw(few(64)), 0), (0, 0, draw(few(4))))),
+        adapter=draw(st.integers(1, 10**6)),
+        head=draw(few(10**4)),
+        reads=draw(st.integers(1, LAYERS)),
+        streamed_head=draw(st.booleans()),
+        kept=kept,
+        spilled=StepDemands(*map(on_disk, (kept.adapter, kept.layer, kept.head, kept.stand_in))),
+        advance=replace(kept.layer, saved=NOTHING, backward=()),
+        advance_adapter=replace(kept.adapter, saved=NOTHING, backward=()),
+    )
+
+
+@st.composite
+def all_tasks(draw: st.DrawFn) -> tuple[Task, Window]:
+    """A job, and one of its stages."""
+    start = draw(st.integers(0, LAYERS - 1))
+    bottom = draw(st.integers(start, LAYERS - 1))
+    looks_ahead = draw(st.booleans())
+    task = Task(
+        start=start,
+        batch_size=draw(st.integers(1, 32)),
+        epochs=draw(st.integers(1, 3)),
+        looks_ahead=looks_ahead,
+        trains_above=looks_ahead and draw(st.booleans()),
+        profiles=draw(st.sampled_from([0, 8, 64])),
+    )
+    return task, Window(bottom, draw(st.integers(bottom, LAYERS - 1)))
+
+
+all_means = st.builds(
+    Means,
+    memory=st.integers(2**22, 2**26),
+    longest=st.integers(1, 512),
+    cached=st.booleans(),
+    spill=st.none() | st.integers(0, 2**24),
+    batch=st.integers(1, 32),
+    one_step=st.booleans(),
+)
+planned = settings(deadline=None, max_examples=100)
+
+
+def needed(costs: Costs, task: Task, stage: Window, means: Means) -> int:
+    """The least memory with which there is a plan."""
+    return lacking(costs, task, stage, replace(means, memory=0))

@@ -1,0 +1,13 @@
+"""Where the project is, what is in its folders, and how its command is run from it."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-c", "from chainfed_ray.api.cli import main; main()"]
+FOLDERS = ("chainfed_ray", "cluster", "api")
+
+
+def files_of(folder: str) -> list[Path]:
+    """Its Python files; those of the folders that ``chainfed_ray`` has links to are theirs."""
+    return [path for path in (ROOT / folder).rglob("*.py") if path.resolve().relative_to(ROOT).parts[0] == folder]

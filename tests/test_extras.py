@@ -1,0 +1,59 @@
+"""What is asked for without its extra says how to install it; what nobody asked for is left out, and the job goes on."""
+
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fastapi.testclient import TestClient
+
+from chainfed_ray import base_model, docstrings
+from chainfed_ray.api import cli, pictures
+from chainfed_ray.api.app import create_app
+from chainfed_ray.api.service import Service
+from chainfed_ray.errors import InvalidJob, PackageMissing
+
+_NOTHING: Any = None
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+
+
+def test_the_packaged_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_there(_: str) -> None:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(base_model, "distribution", not_there)
+    with pytest.raises(InvalidJob, match=r"model\.base is 'builtin:minilm'.*pip install 'chainfed-ray\[demo\]'"):
+        base_model.resolve("builtin:minilm")
+
+
+def test_the_packaged_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docstrings, "find_spec", lambda name: None)
+    with pytest.raises(InvalidJob, match=r"data\.train.*networkx.*pip install 'chainfed-ray\[demo,plots\]'"):
+        docstrings.sources("networkx")
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_a_picture_of_a_plan_is_refused_before_anything_is_planned(document: dict[str, Any], tmp_path: Path) -> None:
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(document))
+    with pytest.raises(PackageMissing, match=r"matplotlib.*pip install 'chainfed-ray\[plots\]'"):
+        cli.plan(job_file, picture=tmp_path / "plan.png")
+
+    service = Service(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, {})
+    with TestClient(create_app(service)) as client:
+        refused = client.post("/v1/plan", json=document, headers={"Accept": "image/png"})
+    assert refused.status_code == 501
+    assert refused.json()["type"] == "urn:chainfed:problem:package-missing"
+    assert "matplotlib" in refused.json()["detail"]
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_a_job_is_not_drawn_and_costs_nothing_else(tmp_path: Path) -> None:
+    assert pictures.draw_if_possible(tmp_path / "plots", _NOTHING, [], None, 0.8) == []
+    assert not (tmp_path / "plots").exists()
+    assert "chainfed-ray[plots]" in pictures.NOT_DRAWN

@@ -1,0 +1,36 @@
+"""What a client's process loads: no more than its turns need, since each client of a machine has one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+# Those of the server, of tools, of other ways to run a model; and what others would load along with Hugging Face's code.
+NOT_LOADED = {
+    "chainfed_ray.api", "chainfed_ray.coordinator", "chainfed_ray.data", "chainfed_ray.job", "chainfed_ray.rehearsal",
+    "datasets", "deepspeed", "fastapi", "gguf", "httpx", "matplotlib", "networkx", "opacus", "pandas", "peft", "ray.data",
+    "ray.serve", "ray.train", "scipy", "sentence_transformers", "sklearn", "sqlalchemy", "torch.utils.tensorboard",
+    "torchvision", "transformers.trainer", "typer",
+}  # fmt: skip
+
+_IDLE = """
+import sys
+from pathlib import Path
+
+import torch
+
+from chainfed_ray.client import BaseModel
+from chainfed_ray.cluster.actors import ready
+
+ready(BaseModel(Path(sys.argv[1]), torch.float32, Path(sys.argv[2])))
+print(*sys.modules)
+"""
+
+
+def test_an_idle_client_has_loaded_only_what_its_turns_need(tiny_model_folder: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _IDLE, str(tiny_model_folder), str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert {"ray", "torch", "transformers.models.bert.modeling_bert"} <= loaded
+    assert not loaded & NOT_LOADED
