@@ -60,6 +60,15 @@ _LLAMA2_7B = {
     "num_hidden_layers": 32,
     "vocab_size": 32000,
 }
+_SMOLLM2_135M = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 30,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -72,6 +81,13 @@ SHAPES = {
 EVALUATED = (
     Shape("roberta-large-4x128", "roberta", _ROBERTA_LARGE, "float32", 4, 128, language_model=False),
     Shape("llama2-7b-4x128", "llama", _LLAMA2_7B, "bfloat16", 4, 128, language_model=True),
+)
+# Those of a dry run, with the batch of an optimizer step.
+PLANNED = (
+    Shape("smollm2-135m-16x32", "llama", _SMOLLM2_135M, "float32", 16, 32, language_model=True),
+    Shape("smollm2-135m-16x96", "llama", _SMOLLM2_135M, "float32", 16, 96, language_model=True),
+    Shape("roberta-large-16x128", "roberta", _ROBERTA_LARGE, "float32", 16, 128, language_model=False),
+    Shape("llama2-7b-16x128", "llama", _LLAMA2_7B, "bfloat16", 16, 128, language_model=True),
 )
 
 

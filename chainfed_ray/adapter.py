@@ -34,6 +34,11 @@ class Adapter(nn.Module):
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing, as it does before it is trained."""
+        return not (self.up.weight.any() or self.up.bias.any())
+
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D], in the dtype of ``hidden``."""
         change: Tensor = self.up(nn.functional.gelu(self.down(hidden.to(self.down.weight.dtype))))
@@ -123,8 +128,7 @@ class AdapterStack(nn.Module):
 
     def is_new(self, top: int) -> bool:
         """Whether its adapters up to the layer ``top`` are the identity, as they are before they have been trained."""
-        adapters = (self.adapter(layer) for layer in self.layers if layer <= top)
-        return not any(adapter.up.weight.any() or adapter.up.bias.any() for adapter in adapters)
+        return all(self.adapter(layer).is_identity for layer in self.layers if layer <= top)
 
     def adapter(self, layer: int) -> Adapter:
         """The adapter that follows ``layer``."""

@@ -1,7 +1,7 @@
 """What each part of a client's turn takes, for one base model and one form of stack: the facts that the planner adds up."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from chainfed_ray.adapter import Adapter, Head
 from chainfed_ray.blocks import Blocks, LayerCall
-from chainfed_ray.demand import Costs, StepDemands
+from chainfed_ray.demand import Costs, Demand, StepDemands
 from chainfed_ray.lm_head import next_token_loss
 from chainfed_ray.rehearsal import Prepare, polynomial_of, rehearse, with_blank_weights
 from chainfed_ray.spill import overwrite_activations
@@ -30,15 +30,14 @@ def costs_of(blocks: Blocks, bottleneck: int, classes: int | None, reads: int = 
 
     The classifier reads so many layers. ``classes`` is None for a language model, whose own head is used and not trained.
     """
-    parts = Parts(blocks, bottleneck, classes, reads)
+    parts = Parts(blocks, classes, reads)
     width = blocks.hidden_size
 
     def demands(spilled: bool) -> StepDemands:
         return StepDemands(
-            adapter=rehearse(parts.adapter(trained=True), width, blocks.dtype, spilled=spilled),
             layer=rehearse(parts.layer(spilled), width, blocks.dtype, spilled=spilled),
             head=rehearse(parts.head, width, blocks.dtype, spilled=spilled),
-            stand_in=rehearse(parts.adapter(trained=False), width, blocks.dtype, spilled=spilled),
+            **_of_adapters(width, blocks.dtype, bottleneck, spilled),
         )
 
     return Costs(
@@ -52,15 +51,51 @@ def costs_of(blocks: Blocks, bottleneck: int, classes: int | None, reads: int = 
         conversion=blocks.conversion_bytes,
         skeleton=blocks.modules * _MODULE + blocks.kept_bytes + (_COMPILED if blocks.dtype == torch.bfloat16 else 0),
         call=polynomial_of(parts.call_bytes),
-        adapter=(2 * width * bottleneck + width + bottleneck) * _FLOAT32,
+        adapter=_adapter_bytes(width, bottleneck),
         head=0 if classes is None else (reads * width * classes + classes + 2 * width) * _FLOAT32,
         reads=reads,
         streamed_head=classes is None,
         kept=demands(spilled=False),
         spilled=demands(spilled=True),
         advance=rehearse(parts.layer(spilled=False), width, blocks.dtype, gradients=False),
-        advance_adapter=rehearse(parts.adapter(trained=False), width, blocks.dtype, gradients=False),
+        advance_adapter=_advancing(width, blocks.dtype, bottleneck),
     )
+
+
+def with_bottleneck(costs: Costs, dtype: torch.dtype, bottleneck: int) -> Costs:
+    """``costs``, which are of a base model in ``dtype``, with adapters of another R: no layer and no head is run again."""
+    return replace(
+        costs,
+        adapter=_adapter_bytes(costs.hidden, bottleneck),
+        kept=replace(costs.kept, **_of_adapters(costs.hidden, dtype, bottleneck, spilled=False)),
+        spilled=replace(costs.spilled, **_of_adapters(costs.hidden, dtype, bottleneck, spilled=True)),
+        advance_adapter=_advancing(costs.hidden, dtype, bottleneck),
+    )
+
+
+def _adapter_bytes(width: int, bottleneck: int) -> int:
+    return (2 * width * bottleneck + width + bottleneck) * _FLOAT32
+
+
+def _of_adapters(width: int, dtype: torch.dtype, bottleneck: int, spilled: bool) -> dict[str, Demand]:
+    """The demands of a step that are of adapters, by their names in ``StepDemands``."""
+    return {
+        name: rehearse(new_adapter(width, bottleneck, trained), width, dtype, spilled=spilled)
+        for name, trained in (("adapter", True), ("stand_in", False))
+    }
+
+
+def _advancing(width: int, dtype: torch.dtype, bottleneck: int) -> Demand:
+    return rehearse(new_adapter(width, bottleneck, trained=False), width, dtype, gradients=False)
+
+
+def new_adapter(width: int, bottleneck: int, trained: bool) -> Prepare:
+    """How an adapter is made for a rehearsal."""
+
+    def prepare(fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
+        return with_blank_weights(Adapter(width, bottleneck).requires_grad_(trained), fake)
+
+    return prepare
 
 
 @dataclass(frozen=True)
@@ -68,7 +103,6 @@ class Parts:
     """How each part is made for a rehearsal."""
 
     blocks: Blocks
-    bottleneck: int
     classes: int | None
     reads: int
 
@@ -83,15 +117,6 @@ class Parts:
         if spilled:
             overwrite_activations(layer)
         return lambda hidden: self.blocks.run(layer, hidden, call)
-
-    def adapter(self, trained: bool) -> Prepare:
-        """An adapter."""
-
-        def prepare(fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
-            adapter = Adapter(self.blocks.hidden_size, self.bottleneck).requires_grad_(trained)
-            return with_blank_weights(adapter, fake)
-
-        return prepare
 
     def head(self, fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
         """The head, and the loss on it."""

@@ -4,7 +4,7 @@ Who takes part and how follows from the planner alone, as it does for the job it
 planner again, asked about the changed job. Only the time is measured (duration.py).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from chainfed_ray.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Chain
 from chainfed_ray.config import JobSpec
-from chainfed_ray.costs import costs_of
+from chainfed_ray.costs import costs_of, with_bottleneck
 from chainfed_ray.demand import Costs
 from chainfed_ray.discriminant import ClassSums
 from chainfed_ray.duration import duration
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.forecast import PREFIX, Change, ClassForecast, Forecast
 from chainfed_ray.job import Job, check_fleet, draft, task_of
-from chainfed_ray.memory import Plan
+from chainfed_ray.memory import Plan, held_bytes
 from chainfed_ray.sections import ClientClass
 from chainfed_ray.tokens import Examples
 
@@ -171,7 +171,13 @@ def _changes(job: Job) -> Iterator[Change]:
         yield from _joining(job, "chain.head_layers", _halvings(job.reads, 1))
         yield from _joining(job, "data.max_length", _halvings(spec.data.max_length, 2))
         yield from _joining(job, "rounds.batch_size", [2 * spec.rounds.batch_size])
-        yield from _joining(job, "model.dtype", ["bfloat16"])
+        yield from _joining(job, "model.dtype", ["bfloat16"] if _could_hold_the_stack(job) else [])
+
+
+def _could_hold_the_stack(job: Job) -> bool:
+    """Whether anybody who is left out could. It is in float32 whatever the dtype: only then is it worth running every part."""
+    held = held_bytes(job.planner.costs, job.planner.task)
+    return any(candidate.memory > held for candidate, _ in job.admission.left_out)
 
 
 def _halvings(value: int, least: int) -> list[int]:
@@ -189,17 +195,23 @@ def _window_change(job: Job, width: int) -> Iterator[Change]:
         yield Change(field="chain.window", value=width, joins=joins, joins_delta=delta, words=words)
 
 
-def _joining(job: Job, field: str, values: Iterable[int | str]) -> Iterator[Change]:
-    """Each of ``values`` with which more clients join than now, and than with those before it."""
+def _joining(job: Job, field: str, values: Sequence[int | str]) -> Iterator[Change]:
+    """Each of ``values`` with which more clients join than now, and than with those before it. The last asks least of them."""
     most = len(job.admission.admitted)
+    if not values or _joins(job, field, values[-1]) <= most:
+        return
     for value in values:
-        joins = len(_readmit(job, changed(job.spec, field, value)).admitted)
+        joins = _joins(job, field, value)
         if joins > most:
             delta = joins - len(job.admission.admitted)
             yield Change(
                 field=field, value=value, joins=joins, joins_delta=delta, words=_words(job, field, value, delta)
             )
             most = joins
+
+
+def _joins(job: Job, field: str, value: int | str) -> int:
+    return len(_readmit(job, changed(job.spec, field, value)).admitted)
 
 
 def changed(spec: JobSpec, field: str, value: int | str) -> JobSpec:
@@ -218,17 +230,18 @@ def _readmit(job: Job, spec: JobSpec) -> Admission:
     everybody = [candidate for candidate, _ in (*job.admission.admitted, *job.admission.left_out)]
     if spec.data.max_length < job.spec.data.max_length:
         everybody = [replace(one, examples=_cut(one.examples, spec.data.max_length)) for one in everybody]
-    same_parts = (spec.chain.adapter, spec.model) == (job.spec.chain.adapter, job.spec.model)
-    same_parts = same_parts and spec.chain.head_layers in (job.spec.chain.head_layers, job.reads)
-    costs = job.planner.costs if same_parts else _costs(job, spec)
-    return admit(Planner(costs, task_of(spec)), everybody, spec.chain.window)
+    return admit(Planner(_costs(job, spec), task_of(spec)), everybody, spec.chain.window)
 
 
 def _costs(job: Job, spec: JobSpec) -> Costs:
+    """Those of ``spec``; of what does not change, nothing is run again."""
+    reads, bottleneck = spec.chain.head_layers or job.reads, spec.chain.adapter.bottleneck
+    if spec.model == job.spec.model and reads == job.reads:
+        same = bottleneck == job.spec.chain.adapter.bottleneck
+        return job.planner.costs if same else with_bottleneck(job.planner.costs, job.base.dtype, bottleneck)
     blocks = Blocks(job.base.folder, getattr(torch, spec.model.dtype))
     try:
-        reads = spec.chain.head_layers or job.reads
-        return costs_of(blocks, spec.chain.adapter.bottleneck, job.class_count, reads)
+        return costs_of(blocks, bottleneck, job.class_count, reads)
     finally:
         blocks.close()
 

@@ -1,46 +1,27 @@
-"""About how long a job takes on this machine: from turns of a few real examples, taken as they are planned.
+"""About how long a job takes on this machine: arithmetic on what was measured of a few examples (pace.py).
 
-What a turn takes is told apart into what grows with its examples and what does not; sums over rounds are then arithmetic.
+What a turn takes is told apart into what grows with its examples and what does not; both are added up over all rounds.
 Rounds that a stage does not need, and clients who do not answer, are not foreseen.
 """
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from time import perf_counter
 from typing import Literal
-
-import numpy as np
 
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.admission import Candidate
 from chainfed_ray.chain import Chain, Window
-from chainfed_ray.client import BaseModel, Client, Training
-from chainfed_ray.evaluate import evaluate
+from chainfed_ray.client import Client, Training
 from chainfed_ray.job import Job, as_client
-from chainfed_ray.memory import PREFIX_BATCH, Plan
+from chainfed_ray.memory import Plan
+from chainfed_ray.pace import Pace, judge_pace, training_pace
 from chainfed_ray.sections import Often, RoundsSpec
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_layer import FEWEST
-from chainfed_ray.tokens import Examples
-from chainfed_ray.turn import take_turn, warm_up
 
 _PASSES = 3  # of a training step, as long as one forward pass: forward, and the gradients of inputs and of weights
-_ENOUGH_SECONDS = 0.5  # of repeated steps: a clock's noise is small beside it
-_MOST_REPEATS = 16
-_EVALUATED = 64  # examples that an evaluation is measured on
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Measured seconds of one core."""
-
-    turn: float  # of a turn, however many examples it has
-    step: float  # of an example in a training step
-    layer: float  # of an example in a layer below the window
 
 
 @dataclass(frozen=True)
@@ -54,9 +35,7 @@ class Duration:
 def duration(job: Job, at_once: int, listen: Listener = nobody) -> Duration:
     """About how long ``job`` takes where ``at_once`` clients train at a time; somebody has to take part."""
     Reporter("timing an evaluation", listen).begin()
-    # First: turns make this process give freed memory back at once, which takes time.
     evaluations = judging_seconds(job)
-    warm_up(job.base)
     typical = {name: _median(members) for name, members in _by_class(job).items()}
     paces = _paces(job, typical, Reporter("timing turns of each class", listen))
     micro_steps = {
@@ -91,31 +70,13 @@ def _paces(job: Job, typical: Mapping[str, tuple[Candidate, Plan]], reporter: Re
 
 
 def pace_of(job: Job, client: Client) -> Pace:
-    """Three turns in the lowest window: with a prefix that is still to be made, with one that is there, and of more epochs.
-
-    The prefix is cached even for a client that has no disk for it, so that the two can be told apart.
-    """
-    count = min(max(PREFIX_BATCH, client.plan.micro_batch), len(client.examples))
-    chosen = np.random.default_rng(derive(job.spec.seed, "pace")).choice(len(client.examples), count, replace=False)
-    plan = replace(client.plan, prefix=replace(client.plan.prefix, cached=True))
-    sample = replace(client, examples=client.examples.take(chosen), plan=plan)
-    with tempfile.TemporaryDirectory(prefix="chainfed-") as scratch:
-        base = replace(job.base, scratch=Path(scratch))
-        first = _turn_seconds(job, sample, base, epochs=1)
-        second = _turn_seconds(job, sample, base, epochs=1)
-        repeats = max(1, min(_MOST_REPEATS, round(_ENOUGH_SECONDS / second)))
-        third = _turn_seconds(job, sample, base, epochs=1 + repeats)
-    step = max(third - second, 0) / repeats
-    layers = plan.window.bottom + 1
-    return Pace(turn=max(second - step, 0), step=step / count, layer=max(first - second, 0) / (count * layers))
-
-
-def _turn_seconds(job: Job, client: Client, base: BaseModel, epochs: int) -> float:
-    spec = job.spec
+    """The pace of a client, timed with its window at the bottom of the model: so there is nothing below that has to be run."""
+    spec, plan = job.spec, client.plan
+    window = Window(0, len(plan.window) - 1)
     order = Training(
-        _new_stack(job).tensors(),
-        _lowest(job),
-        epochs=epochs,
+        _new_stack(job, job.layers - plan.window.bottom).tensors(),
+        window,
+        epochs=1,
         batch_size=spec.rounds.batch_size,
         learning_rate=spec.rounds.learning_rate,
         head_learning_rate=spec.rounds.head_learning_rate,
@@ -123,19 +84,17 @@ def _turn_seconds(job: Job, client: Client, base: BaseModel, epochs: int) -> flo
         global_trains=spec.chain.global_trains,
         seed=derive(spec.seed, "pace"),
     )
-    started = perf_counter()
-    take_turn(client, base, lambda: order, capped=False)
-    return perf_counter() - started
+    return training_pace(job.base, replace(client, plan=replace(plan, window=window)), order)
 
 
 def _lowest(job: Job) -> Window:
     return Chain(job.layers, job.planner.task.start, job.window).windows[0]
 
 
-def _new_stack(job: Job) -> AdapterStack:
-    adapters = range(job.planner.task.start, job.layers)
+def _new_stack(job: Job, layers: int) -> AdapterStack:
+    """A stack with adapters after the lowest ``layers``."""
     bottleneck, classes, seed = job.spec.chain.adapter.bottleneck, job.class_count, job.spec.seed
-    return AdapterStack.new(adapters, job.hidden, bottleneck, classes, seed, job.reads)
+    return AdapterStack.new(range(layers), job.hidden, bottleneck, classes, seed, job.reads)
 
 
 def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
@@ -149,22 +108,52 @@ def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
     once = 0.0
     for candidate, plan in job.admitted:
         pace, examples = paces[candidate.client_class], len(candidate.examples)
-        again, at_first = _layers_below(job, plan, examples)
-        turn = pace.turn + _trained_on(rounds, examples) * pace.step + examples * again * pace.layer
+        again, _ = _layers_below(job, plan, examples)
+        turn = pace.turn + _trained_on(rounds, examples) * pace.step + _through(again, examples, plan, pace)
         turns.append(min(turn / candidate.speed, rounds.deadline))
-        once += examples * at_first * pace.layer / candidate.speed
-        if job.spec.chain.start == "auto" and plan.prefix.cached and examples >= FEWEST:
-            once += min(examples, job.spec.chain.profile_examples) * job.layers * pace.layer / candidate.speed
-        once += _fits(job) * examples * pace.step / _PASSES / candidate.speed
-        once += layers_of_exits(job, plan.prefix.cached) * examples * pace.layer / candidate.speed
+        once += _once(job, plan, pace, examples) / candidate.speed
     # The share of clients that are ever asked; for a fitted head, everyone is.
     seen = 1 if _fits(job) else min(1, rounds.total * cohort / clients)
     in_turn = math.ceil(cohort / at_once) * sum(turns) / clients
     return rounds.total * max(in_turn, _longest(turns, cohort)) + seen * once / min(at_once, clients)
 
 
+def _once(job: Job, plan: Plan, pace: Pace, examples: int) -> float:
+    """What a client does once in the job: its profile, the head of each stage, and the prefix as it is first made."""
+    fits, cached = _fits(job), plan.prefix.cached
+    profiles = job.spec.chain.start == "auto" and cached and examples >= FEWEST
+    turns = (fits + profiles) * pace.turn
+    _, prefix = _layers_below(job, plan, examples)
+    window = examples * pace.step / _PASSES
+    if not fits:
+        profiled = min(examples, job.spec.chain.profile_examples) if profiles else 0
+        return turns + _through(job.layers, profiled, plan, pace) + _through(prefix, examples, plan, pace)
+    exits = layers_of_exits(job, cached)
+    if not cached:
+        return turns + fits * window + _through(exits + _below_all_stages(job, plan), examples, plan, pace)
+    # One pass gives the profile, the head of the first stage, and its prefix, unless exits are searched (first_pass.py).
+    start = job.planner.task.start
+    first = job.layers if profiles or exits else start + job.window
+    further = prefix if exits else prefix - (start + 1)
+    return turns + (fits - 1) * window + _through(first + further, examples, plan, pace)
+
+
+def _below_all_stages(job: Job, plan: Plan) -> int:
+    """How many layers a client without a cache runs its examples through, for the heads of all stages."""
+    start = job.planner.task.start
+    windows = Chain(job.layers, start, job.window).windows[-job.spec.rounds.total :]
+    narrower = plan.window.bottom - start
+    return sum(window.bottom + narrower + 1 for window in windows[: _fits(job)])
+
+
+def _through(layers: float, examples: int, plan: Plan, pace: Pace) -> float:
+    """Seconds of so many examples through so many layers. Without a cache each micro-batch reads every layer anew."""
+    reads = 1 if plan.prefix.cached else math.ceil(examples / plan.micro_batch)
+    return layers * (reads * pace.load + examples * pace.layer)
+
+
 def _fits(job: Job) -> int:
-    """How often every client runs all its examples through the window, for a head in closed form."""
+    """How many heads in closed form the job has; each of all clients' examples."""
     if job.spec.chain.head != "fitted":
         return 0
     return _stages(job)
@@ -226,18 +215,13 @@ def _layers_below(job: Job, plan: Plan, examples: int) -> tuple[float, int]:
 
 def judging_seconds(job: Job) -> float:
     """The server's part: the validation rows as often as they are judged, and the test rows through the whole model."""
-    spec = job.spec
-    window = _lowest(job)
-    rows = job.validation.take(np.arange(min(_EVALUATED, len(job.validation))))
-    with tempfile.TemporaryDirectory(prefix="chainfed-") as scratch:
-        _evaluation_seconds(job, rows, Path(scratch, "libraries"))  # what is loaded the first time is no part of it
-        first, second = (_evaluation_seconds(job, rows, Path(scratch, "rows")) for _ in range(2))
-        fixed = _evaluation_seconds(job, rows.take(np.arange(1)), Path(scratch, "row"))
-    row = max(second - fixed, 0) / len(rows)
-    layer = max(first - second, 0) / (len(rows) * (window.bottom + 1))
+    spec, inside = job.spec, job.window - 1
+    pace = judge_pace(job.base, job.validation, _new_stack(job, job.layers), job.window)
+    early = pace.opening + inside * pace.load + len(job.validation) * (inside * pace.layer + pace.row)
     judged, whole = (times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
     through_all_layers = whole * len(job.validation) + len(job.test)
-    return judged * (fixed + len(job.validation) * row) + through_all_layers * (row + job.layers * layer)
+    passes = (whole + 1) * (pace.opening + job.layers * pace.load)
+    return judged * early + passes + through_all_layers * (job.layers * pace.layer + pace.row)
 
 
 def times(job: Job, often: Often | Literal["never"]) -> int:
@@ -246,9 +230,3 @@ def times(job: Job, often: Often | Literal["never"]) -> int:
     if isinstance(often, int):
         return math.ceil(total / often)
     return {"round": total, "stage": _stages(job), "never": 0}[often]
-
-
-def _evaluation_seconds(job: Job, rows: Examples, scratch: Path) -> float:
-    started = perf_counter()
-    evaluate(rows, job.base, scratch, _new_stack(job), _lowest(job))
-    return perf_counter() - started

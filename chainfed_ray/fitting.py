@@ -48,11 +48,14 @@ def add_up(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> Hea
 def _of_first_pass(
     client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, stage: Window
 ) -> Features:
-    """Those of the base model's layers: what of them is not there yet is made, and the activations below ``stage`` stay."""
+    """Those of the base model's layers: what of them is not there yet is made.
+
+    The activations at the bottom of ``stage`` stay, and those at the chain's lowest layer, below which nothing ever changes.
+    """
     examples = client.examples
     first_pass = FirstPass(PrefixCache(scratch, prefix_runner(blocks, client.plan, matrices), examples), stack.reads)
     now(f"running the layers up to layer {stage.top}")
-    first_pass.keep(stage.bottom)
+    first_pass.keep(min(stack.layers), stage.bottom)
     for _ in first_pass.up_to(stage.top):
         pass
     now("fitting the head")

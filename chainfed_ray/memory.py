@@ -303,7 +303,7 @@ def _plan(
     if not prefix.cached:
         # The prefix of a micro-batch is made between two steps: what the step itself holds is not there then.
         others = micro_batch * means.longest * costs.hidden * costs.itemsize
-        beside = prefix.planned_bytes - _held(costs, task) + others
+        beside = prefix.planned_bytes - held_bytes(costs, task) + others
         step = parts.cache_pages + parts.saved_activations + parts.transients
         parts = replace(parts, transients=parts.transients + max(beside - step, 0))
     if means.one_step:
@@ -321,12 +321,12 @@ def _fitting(costs: Costs, task: Task, parts: Footprint, micro_batch: int, prefi
     running = running_bytes(costs, micro_batch, means.longest)
     running += costs.call.at(micro_batch, means.longest)
     if not prefix.cached:
-        running = max(running, prefix.planned_bytes - _held(costs, task) + rows * costs.itemsize)
+        running = max(running, prefix.planned_bytes - held_bytes(costs, task) + rows * costs.itemsize)
     pooling = rows * (costs.itemsize + _POOLING_STATES * _FLOAT32)
     features = min(costs.reads, costs.layers) * costs.hidden
     sums = features**2 * _FLOAT32 + costs.head
     sent = sums // 2 + features * _FLOAT32  # half of the products, when the last batch is gone
-    return _held(costs, task) + parts.layer_weights + parts.buffers + max(running, pooling, sent) + sums
+    return held_bytes(costs, task) + parts.layer_weights + parts.buffers + max(running, pooling, sent) + sums
 
 
 def _prefix(costs: Costs, task: Task, means: Means, batch: int, grain: Grain) -> Prefix:
@@ -335,11 +335,11 @@ def _prefix(costs: Costs, task: Task, means: Means, batch: int, grain: Grain) ->
     weights = 2 * costs.layer + costs.conversion if grain == "layer" else costs.unstreamed + costs.slices
     running, embedding = running_bytes(costs, batch, means.longest), embedding_bytes(costs, batch, means.longest)
     running += costs.call.at(batch, means.longest) + 2 * _read_bytes(costs, batch)
-    needed = weights + max(running, embedding) + _held(costs, task)
+    needed = weights + max(running, embedding) + held_bytes(costs, task)
     # A profile's means of the tokens are taken when no layer is there.
     pooling = states * (costs.itemsize + _POOLING_STATES * _FLOAT64)
     compared = task.profiles * (_COMPARED * costs.hidden + _GRAMS * task.profiles) * _FLOAT64
-    profile = max(needed, pooling + _held(costs, task)) + compared if task.profiles else 0
+    profile = max(needed, pooling + held_bytes(costs, task)) + compared if task.profiles else 0
     return Prefix(batch, grain, means.cached, needed, profile)
 
 
@@ -352,7 +352,7 @@ def _has_room(made: Plan, means: Means) -> bool:
     return means.spill is None or made.spill_bytes <= means.spill
 
 
-def _held(costs: Costs, task: Task) -> int:
+def held_bytes(costs: Costs, task: Task) -> int:
     """What is there in any case: the stack that came, and the process's own."""
     return (costs.layers - task.start) * costs.adapter + costs.head + costs.skeleton + _RUNTIME
 

@@ -92,7 +92,8 @@ class PrefixRunner:
             else:
                 (hidden, read), calls = below, self.blocks.calls(batch.mask)
                 del below  # nobody else has it: it may go as soon as the adapter is through with it
-                if index - 1 in stack.layers:
+                # An adapter that is the identity is passed by, to the bit: without it the file has the same name.
+                if index - 1 in stack.layers and not stack.adapter(index - 1).is_identity:
                     hidden = stack.adapter(index - 1)(hidden)
                 read = stack.read_past(read, hidden, batch.mask)
             return States(self.blocks.run(layer, hidden, calls[index]), read)
@@ -101,7 +102,7 @@ class PrefixRunner:
 class PrefixCache:
     """The activations of ``examples`` at the output of one layer at a time, in files in ``folder``.
 
-    Each is named for its layer, for the adapters below it, for how much its head reads and for the way it was made: a stack
+    Each is named for its layer, for the trained adapters below, for how much its head reads and for how it was made: a stack
     that differs there finds no file, never a wrong one. A file has every token's row, and then what is read of the layers
     below of each example.
     """
@@ -250,10 +251,11 @@ class RecomputedActivations:
 
 
 def _digest(stack: AdapterStack, layer: int) -> str:
-    """Of the adapters below ``layer``: what u of ``layer`` depends on besides the base model and the examples."""
+    """Of the trained adapters below ``layer``: what u of ``layer`` depends on besides the base model and the examples."""
     digest = blake2b(digest_size=16)
-    for name, tensor in stack.state_dict().items():
-        if name.startswith("adapters.") and int(name.split(".")[1]) < layer:
-            digest.update(name.encode())
+    below = (index for index in stack.layers if index < layer)
+    for index in (index for index in below if not stack.adapter(index).is_identity):
+        for name, tensor in stack.adapter(index).state_dict().items():
+            digest.update(f"{index}.{name}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

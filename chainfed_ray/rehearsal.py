@@ -114,7 +114,14 @@ class Ledger(TorchDispatchMode):
         self._known: set[int] = set()
         self._history: list[int] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; torch would look whether it is, at every operation."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.prim.device.default:  # no operation, and asked more often than all of them
+            return args[0].fake_device
         given = {_identity(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -165,7 +172,7 @@ def _moments(histories: Sequence[list[int]]) -> tuple[Bytes, ...]:
     if len({len(history) for history in histories}) > 1:
         # The part takes another path for another shape: what is left to compare is the peak.
         histories = [[max(history)] for history in histories]
-    found = {_polynomial(moment) for moment in zip(*histories, strict=True)}
+    found = {_polynomial(moment) for moment in set(zip(*histories, strict=True))}
     return tuple(one for one in found if not any(_dominates(other, one) for other in found - {one}))
 
 

@@ -16,9 +16,9 @@ from chainfed_ray.cohort import Cohort
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
-from chainfed_ray.duration import Pace
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.job import Job
+from chainfed_ray.pace import Pace
 from chainfed_ray.pool import Failure, LocalPool
 from chainfed_ray.seeds import derive
 from tests.builders import a_job, assert_same, run, run_some, story
@@ -172,12 +172,12 @@ def test_the_dry_run_waits_for_the_slow(
     document["rounds"] |= {"total": 6, "clients": 2, "deadline": "20s"}
     monkeypatch.setattr(duration, "judging_seconds", lambda _: 0.0)
     for turn, slow in ((1.0, 10.0), (3.0, 20.0)):  # where 30 s would be too late
-        pace = Pace(turn=turn, step=0, layer=0)
+        pace = Pace(turn=turn, step=0, layer=0, load=0)
         monkeypatch.setattr(duration, "pace_of", lambda *_, found=pace: found)
         told = duration.duration(a_job(document, tmp_path), at_once=2)
         assert told.seconds == pytest.approx(6 * (5 / 6 * slow + 1 / 6 * turn))
         alone = duration.duration(a_job(document, tmp_path), at_once=1)
         assert alone.seconds == pytest.approx(6 * (turn + slow))
-    monkeypatch.setattr(duration, "pace_of", lambda *_: Pace(turn=0, step=1, layer=0))
+    monkeypatch.setattr(duration, "pace_of", lambda *_: Pace(turn=0, step=1, layer=0, load=0))
     steps = duration.duration(a_job(document, tmp_path), at_once=2).micro_steps
     assert steps["snail"] == pytest.approx(10 * steps["phone"])

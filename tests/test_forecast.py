@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import yaml
 from fastapi.testclient import TestClient
@@ -27,10 +28,11 @@ from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.dry_run import changed, dry_run
-from chainfed_ray.duration import Duration, Pace
+from chainfed_ray.duration import Duration
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.forecast import Forecast
 from chainfed_ray.job import Job, draft
+from chainfed_ray.pace import Pace
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.prefix import PrefixRunner
 from tests.builders import a_job
@@ -227,24 +229,33 @@ def test_the_time_is_that_of_turns_one_after_the_other(
     job = a_job(document, tmp_path)
     monkeypatch.setattr(duration, "judging_seconds", lambda _: 0.0)
     mean = sum(len(client.examples) for client in job.clients) / len(job.clients)
-    for pace, turn in ((Pace(turn=1, step=0, layer=0), 1.0), (Pace(turn=0, step=1, layer=0), 2 * mean)):
+    for pace, turn in ((Pace(turn=1, step=0, layer=0, load=0), 1.0), (Pace(turn=0, step=1, layer=0, load=0), 2 * mean)):
         monkeypatch.setattr(duration, "pace_of", lambda *_, found=pace: found)
         assert duration.duration(job, at_once=3).seconds == pytest.approx(6 * turn)
         assert duration.duration(job, at_once=2).seconds == pytest.approx(2 * 6 * turn)
         assert duration.duration(job, at_once=1).seconds == pytest.approx(3 * 6 * turn)
 
 
+@pytest.mark.parametrize("head", ["zero", "fitted"])
 @pytest.mark.parametrize("disk", [None, "1KiB"])
 @pytest.mark.slow
 def test_layers_below_the_window_are_counted_as_they_are_run(
-    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: str | None
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: str | None, head: str
 ) -> None:
     """Where every client is in every round, an example's way through one layer is counted exactly."""
+    document["chain"] |= {"head": head}
     document["rounds"] |= {"total": 4, "clients": 4, "local_epochs": 2, "convergence": {"rule": "none"}}
+    document["rounds"] |= {"restore_best": False}  # a stage that goes back to its beginning is cheaper
+    rows = [json.loads(row) for row in Path(document["data"]["train"].removeprefix("path:")).read_text().splitlines()]
+    labels = [row["label"] for row in rows]
+    shuffled = np.random.default_rng(0).permutation(labels).tolist()  # there is something left to be learnt
+    noisy = tmp_path / "noisy.jsonl"
+    noisy.write_text("\n".join(json.dumps(row | {"label": label}) for row, label in zip(rows, shuffled, strict=True)))
+    document["data"]["train"] = f"path:{noisy}"
     document["fleet"]["clients"][0] |= {"disk": disk} if disk else {}
     job = a_job(document, tmp_path)
     monkeypatch.setattr(duration, "judging_seconds", lambda _: 0.0)
-    monkeypatch.setattr(duration, "pace_of", lambda *_: Pace(turn=0, step=0, layer=1))
+    monkeypatch.setattr(duration, "pace_of", lambda *_: Pace(turn=0, step=0, layer=1, load=0))
     told = duration.duration(job, at_once=1).seconds
     run, counted = PrefixRunner.run, 0
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from chainfed_ray.adapter import Adapter, Head
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.costs import Parts, padded
+from chainfed_ray.costs import Parts, costs_of, new_adapter, padded, with_bottleneck
 from chainfed_ray.demand import Bytes, Demand
 from chainfed_ray.measure import PeakMemory
 from chainfed_ray.rehearsal import (
@@ -28,6 +28,7 @@ from chainfed_ray.rehearsal import (
     with_blank_weights,
 )
 from chainfed_ray.spill import overwrite_activations
+from tests.causal import causal_folder
 from tests.models import FAMILIES, tiny
 
 ELSEWHERE = ((4, 20), (7, 9), (1, 40))  # shapes that no rehearsal is made with
@@ -83,7 +84,7 @@ CASES += [(family, *way) for family in ("bert", "llama") for way in (KEPT_16, SP
 @pytest.mark.parametrize(("family", "dtype", "spilled"), CASES, ids=str)
 def test_a_layer_holds_what_was_told(family: str, dtype: torch.dtype, spilled: bool, tmp_path: Path) -> None:
     blocks = Blocks(tiny(family, tmp_path), dtype)
-    assert_told(Parts(blocks, 8, 3, 1).layer(spilled), a_real_layer(blocks, spilled), dtype, spilled)
+    assert_told(Parts(blocks, 3, 1).layer(spilled), a_real_layer(blocks, spilled), dtype, spilled)
 
 
 def a_real_layer(blocks: Blocks, spilled: bool) -> Real:
@@ -102,14 +103,14 @@ def a_real_layer(blocks: Blocks, spilled: bool) -> Real:
 def test_attention_that_makes_its_scores_has_a_square_term(family: str, tmp_path: Path) -> None:
     """Every pair of tokens for each of 4 heads, of which some are saved; the ordinary attention saves none."""
     folder = tiny(family, tmp_path)
-    ordinary = rehearse(Parts(Blocks(folder, torch.float32), 8, 3, 1).layer(False), WIDTH, torch.float32)
+    ordinary = rehearse(Parts(Blocks(folder, torch.float32), 3, 1).layer(False), WIDTH, torch.float32)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
     blocks = Blocks(folder, torch.float32)
-    eager = rehearse(Parts(blocks, 8, 3, 1).layer(False), WIDTH, torch.float32)
+    eager = rehearse(Parts(blocks, 3, 1).layer(False), WIDTH, torch.float32)
     assert ordinary.saved.terms[1][2] < 4 * 4 <= eager.saved.terms[1][2]
     assert max(moment.terms[1][2] for moment in eager.backward) > eager.saved.terms[1][2]
-    assert_told(Parts(blocks, 8, 3, 1).layer(False), a_real_layer(blocks, False), torch.float32, False)
+    assert_told(Parts(blocks, 3, 1).layer(False), a_real_layer(blocks, False), torch.float32, False)
 
 
 @pytest.mark.parametrize("spilled", [False, True], ids=["kept", "spilled"])
@@ -119,7 +120,7 @@ def test_adapters_and_the_head_hold_what_was_told(
     reads: int, dtype: torch.dtype, spilled: bool, tmp_path: Path
 ) -> None:
     """With the gradients of those that are trained."""
-    parts = Parts(Blocks(tiny("bert", tmp_path), dtype), 8, 3, reads)
+    parts = Parts(Blocks(tiny("bert", tmp_path), dtype), 3, reads)
 
     def head(batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
         labels, mask, it = torch.zeros(batch, dtype=torch.int64), padded(batch, tokens), Head(WIDTH, 3, reads)
@@ -129,12 +130,21 @@ def test_adapters_and_the_head_hold_what_was_told(
     assert_told(parts.head, head, dtype, spilled)
     for trained in (True, False):
         assert_told(
-            parts.adapter(trained), lambda *_, on=trained: Adapter(WIDTH, 8, seed=0).requires_grad_(on), dtype, spilled
+            new_adapter(WIDTH, 8, trained),
+            lambda *_, on=trained: Adapter(WIDTH, 8, seed=0).requires_grad_(on),
+            dtype,
+            spilled,
         )
 
 
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 3), (torch.bfloat16, None)], ids=str)
+def test_adapters_of_another_width_change_nothing_else(dtype: torch.dtype, classes: int | None, tmp_path: Path) -> None:
+    blocks = Blocks(causal_folder("llama", tmp_path), dtype)
+    assert with_bottleneck(costs_of(blocks, 8, classes), dtype, 4) == costs_of(blocks, 4, classes)
+
+
 def test_what_runs_without_gradients_saves_nothing(tmp_path: Path) -> None:
-    parts = Parts(Blocks(tiny("gpt2", tmp_path), torch.float32), 8, 3, 1)
+    parts = Parts(Blocks(tiny("gpt2", tmp_path), torch.float32), 3, 1)
     training = rehearse(parts.layer(False), WIDTH, torch.float32)
     advance = rehearse(parts.layer(False), WIDTH, torch.float32, gradients=False)
     assert (advance.saved.at(2, 16), advance.backward_at(2, 16)) == (0, 0)
