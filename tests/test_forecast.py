@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,6 @@ import yaml
 from fastapi.testclient import TestClient
 from rich.console import Console
 from torch import Tensor
-from typer.testing import CliRunner
 
 import chainfed_ray.dry_run
 from chainfed_ray import duration
@@ -282,7 +282,7 @@ def test_words_fit_a_terminal_and_a_picture_holds_many_classes(fleet_of_many: Fo
 
 @pytest.mark.slow
 def test_the_command_tells_it_in_json_and_in_words_and_draws_it(
-    document: dict[str, Any], tmp_path: Path, untimed: None
+    document: dict[str, Any], tmp_path: Path, untimed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_file, picture = tmp_path / "job.yaml", tmp_path / "plan.png"
     job_file.write_text(yaml.safe_dump(document))
@@ -295,7 +295,9 @@ def test_the_command_tells_it_in_json_and_in_words_and_draws_it(
     assert told.classes[0].micro_step_seconds is not None
     assert picture.read_bytes().startswith(_PNG)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
-    said = CliRunner().invoke(app, command).stdout
+    monkeypatch.setattr(sys, "__stdout__", told_in_words := io.StringIO())  # where a command answers
+    app(command, standalone_mode=False)
+    said = told_in_words.getvalue()
     assert "4 of 4 clients can join" in said
     assert f"The picture is in {picture}." in " ".join(said.split())
 
