@@ -49,7 +49,7 @@ class PooledFeatures:
         with self._path(layer).open("rb", buffering=0) as file:
             for row, index in zip(rows, indices.tolist(), strict=True):
                 file.seek(index * row.nbytes)
-                if file.readinto(row) != row.nbytes:
+                if file.readinto(row.data) != row.nbytes:
                     raise OSError(f"the features of layer {layer} end within example {index}")
         return torch.from_numpy(rows)
 

@@ -25,15 +25,15 @@ from tests.models import tiny
 
 torch.set_num_threads(1)
 
-# Files of tests that start Ray: here, or in the service.
+# Files whose tests share the Ray cluster of one process, and a file that starts clusters of its own.
 WITH_RAY = (
     "test_cohort_ray.py",
-    "test_forecast.py",
     "test_offload.py",
+    "test_preflight_ray.py",
     "test_privacy_ray.py",
     "test_ray_pool.py",
-    "test_service.py",
 )
+WITH_SERVICE = "test_service.py"
 _WORDS = {
     "sea": ("wave", "salt", "ship", "tide"),
     "sky": ("cloud", "star", "wind", "bird"),
@@ -137,7 +137,7 @@ def ray_pool(shared_pool: RayPool) -> RayPool:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where several processes run tests, a file is run by one, and all files that start Ray are, so that they share it."""
+    """Where several processes run tests, a file is run by one, and all files that share a Ray cluster by the same one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
@@ -149,9 +149,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first, so that at the end no process is left alone with one."""
+    """What takes long comes first, so that at the end no process is left alone with it."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     for item in items:
-        starts_ray = {"cluster", "service"} & set(getattr(item, "fixturenames", ()))
-        assert item.path.name in WITH_RAY or not starts_ray, f"{item.path.name} is missing in WITH_RAY of conftest.py"
-    items.sort(key=lambda item: (item.path.name not in WITH_RAY, item.path not in slow))
+        shares = "cluster" in getattr(item, "fixturenames", ())
+        assert item.path.name in WITH_RAY or not shares, f"{item.path.name} is missing in WITH_RAY of conftest.py"
+    items.sort(key=lambda item: (item.path.name not in WITH_RAY, item.path.name != WITH_SERVICE, item.path not in slow))

@@ -1,9 +1,9 @@
 """Promises of the dry run: what it says of a job is what becomes of it, and of a change, what the change does."""
 
-import asyncio
 import io
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,6 @@ import yaml
 from fastapi.testclient import TestClient
 from rich.console import Console
 from torch import Tensor
-from typer.testing import CliRunner
 
 import chainfed_ray.dry_run
 from chainfed_ray import duration
@@ -23,13 +22,11 @@ from chainfed_ray.api.cli import app
 from chainfed_ray.api.forecast_picture import png
 from chainfed_ray.api.forecast_table import forecast_table
 from chainfed_ray.api.service import Service
-from chainfed_ray.cluster.preflight import plan
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.dry_run import changed, dry_run
 from chainfed_ray.duration import Duration
-from chainfed_ray.errors import InvalidJob
 from chainfed_ray.forecast import Forecast
 from chainfed_ray.job import Job, draft
 from chainfed_ray.pace import Pace
@@ -293,7 +290,7 @@ def test_words_fit_a_terminal_and_a_picture_holds_many_classes(fleet_of_many: Fo
 
 @pytest.mark.slow
 def test_the_command_tells_it_in_json_and_in_words_and_draws_it(
-    document: dict[str, Any], tmp_path: Path, untimed: None
+    document: dict[str, Any], tmp_path: Path, untimed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_file, picture = tmp_path / "job.yaml", tmp_path / "plan.png"
     job_file.write_text(yaml.safe_dump(document))
@@ -306,25 +303,11 @@ def test_the_command_tells_it_in_json_and_in_words_and_draws_it(
     assert told.classes[0].micro_step_seconds is not None
     assert picture.read_bytes().startswith(_PNG)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
-    said = CliRunner().invoke(app, command).stdout
+    monkeypatch.setattr(sys, "__stdout__", told_in_words := io.StringIO())  # where a command answers
+    app(command, standalone_mode=False)
+    said = told_in_words.getvalue()
     assert "4 of 4 clients can join" in said
     assert f"The picture is in {picture}." in " ".join(said.split())
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_a_process_of_its_own_tells_the_same(document: dict[str, Any]) -> None:
-    here = dry_run(JobSpec.parse(document), at_once=1)
-    there = asyncio.run(plan(JobSpec.parse(document), client_slots=4))
-    assert without_times(there) == without_times(here)
-    document["data"]["label"] = "class"
-    with pytest.raises(InvalidJob, match="a column"):
-        asyncio.run(plan(JobSpec.parse(document), client_slots=4))
-
-
-def without_times(told: Forecast) -> Forecast:
-    rows = tuple(row.model_copy(update={"micro_step_seconds": None}) for row in told.classes)
-    return told.model_copy(update={"estimated_seconds": None, "classes": rows})
 
 
 @pytest.fixture
