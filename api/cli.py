@@ -19,6 +19,7 @@ from rich.table import Column, Table
 
 from chainfed_ray.activity import Reporter
 from chainfed_ray.api.client import ServiceClient
+from chainfed_ray.api.interruption import Interruption
 from chainfed_ray.api.pictures import NOT_DRAWN, check_drawing, draw_if_possible
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.config import JobSpec
@@ -66,7 +67,7 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
 
     folder = folder_of(out, spec)
     goes_on = _if_interrupted("Interrupted. The same command goes on where it was.")
-    with goes_on, Progress(_progress, spec.name, spec) as progress:
+    with goes_on as interruption, Progress(_progress, spec.name, spec, interruption.check) as progress:
         opening, rounds, ending, result = train(spec, folder, Settings(Storage.at(out)), progress)
         Reporter("drawing the plots", progress.listen).begin()
         plots = draw_if_possible(folder / "plots", opening, rounds, ending, spec.chain.cka_threshold)
@@ -303,9 +304,10 @@ def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> Non
 
 
 @contextmanager
-def _if_interrupted(words: str) -> Iterator[None]:
+def _if_interrupted(words: str) -> Iterator[Interruption]:
     try:
-        yield
+        with Interruption() as interruption:
+            yield interruption
     except KeyboardInterrupt:
         _progress.print(words)
         raise typer.Exit(_INTERRUPTED) from None

@@ -1,6 +1,6 @@
 """A job while it runs, as a person sees it: a live panel on a terminal, a line for each round and long activity elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from types import TracebackType
 from typing import Self
@@ -39,11 +39,11 @@ def price(spec: JobSpec, epsilon: float) -> str:
 class Progress:
     """Shows the job ``name``; give it every record as it comes. A context manager: the live panel lasts as long.
 
-    A record ends what went on before it.
+    A record ends what went on before it. ``check`` is called whenever something is told: it may raise, to end the work.
     """
 
-    def __init__(self, console: Console, name: str, spec: JobSpec) -> None:
-        self._console, self._name, self._spec = console, name, spec
+    def __init__(self, console: Console, name: str, spec: JobSpec, check: Callable[[], None] = lambda: None) -> None:
+        self._console, self._name, self._spec, self._check = console, name, spec, check
         self._opening: Opening | None = None
         self._rounds: list[Round] = []
         self._display = ActivityDisplay(console)
@@ -59,6 +59,7 @@ class Progress:
 
     def listen(self, activity: Activity) -> None:
         """See ``Listener``."""
+        self._check()
         self._display(activity)
 
     def say(self, words: str) -> None:

@@ -1,0 +1,34 @@
+"""Ctrl-C, also where Python loses it: an interruption that is raised in a destructor or a callback is only printed."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+
+class Interruption:
+    """For as long as the block runs, Ctrl-C raises ``KeyboardInterrupt``, and so does every ``check`` after it."""
+
+    def __init__(self) -> None:
+        self._asked_for = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def check(self) -> None:
+        """To be called by work that goes on.
+
+        Raises:
+            KeyboardInterrupt: it was asked to end, and has not.
+        """
+        if self._asked_for:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._asked_for = True
+        raise KeyboardInterrupt
