@@ -1,6 +1,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # A file is run by one process, and those that start Ray by the same one, in the order of tests/conftest.py.
-PYTEST = .venv/bin/pytest -n 3 --dist loadscope --no-loadscope-reorder
+PYTEST = .venv/bin/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve ops image test check lowest format clean
