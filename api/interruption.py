@@ -6,13 +6,18 @@ from typing import Self
 
 
 class Interruption:
-    """For as long as the block runs, Ctrl-C raises ``KeyboardInterrupt``, and so does every ``check`` after it."""
+    """For as long as the block runs, Ctrl-C raises ``KeyboardInterrupt``, and so does every ``check`` after it.
+
+    A process that was started to ignore Ctrl-C, as a shell's background jobs are, goes on ignoring it.
+    """
 
     def __init__(self) -> None:
         self._asked_for = False
+        self._before = signal.getsignal(signal.SIGINT)
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._interrupt)
+        if self._before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(

@@ -18,7 +18,7 @@ from chainfed_ray.cluster.job_store import JobStore
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
 
-_READY_SECONDS = 120.0
+_READY_SECONDS = 240.0  # of a machine that is busy with other things; an idle one takes 20
 _POLL_SECONDS = 0.2
 _OWNER = "CHAINFED_SERVICE_OF"  # in the environment of each process of a service: its storage
 

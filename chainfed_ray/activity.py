@@ -66,7 +66,7 @@ class Reporter:
             done = min(done, total)
             first = first or done
             # Until the first part is done processes may have to start: it says little of the others.
-            known = first < done or done == total
+            known = done > 0 and (first < done or done == total)
             left = (perf_counter() - started) / done * (total - done) if known else None
             self.listen(begun.model_copy(update={"done": done, "seconds_left": left}))
 
@@ -110,7 +110,7 @@ class Notes:
         if words != self._note:
             self._note = words
             if self._activity is not None:
-                self(self._activity)
+                self(self._activity.model_copy(update={"seconds_left": None}))  # the estimate was of another moment
 
 
 SILENT = Reporter()

@@ -122,13 +122,14 @@ def _once(job: Job, plan: Plan, pace: Pace, examples: int) -> float:
     """What a client does once in the job: its profile, the head of each stage, and the prefix as it is first made."""
     fits, cached = _fits(job), plan.prefix.cached
     profiles = job.spec.chain.start == "auto" and cached and examples >= FEWEST
-    turns = (fits + profiles) * pace.turn
+    exits = layers_of_exits(job, cached)
+    searched = len(Chain(job.layers, 0, job.window).windows) if exits else 0
+    turns = (fits + profiles + searched) * pace.turn
     _, prefix = _layers_below(job, plan, examples)
     window = examples * pace.step / _PASSES
     if not fits:
         profiled = min(examples, job.spec.chain.profile_examples) if profiles else 0
         return turns + _through(job.layers, profiled, plan, pace) + _through(prefix, examples, plan, pace)
-    exits = layers_of_exits(job, cached)
     if not cached:
         return turns + fits * window + _through(exits + _below_all_stages(job, plan), examples, plan, pace)
     # One pass gives the profile, the head of the first stage, and its prefix, unless exits are searched (first_pass.py).

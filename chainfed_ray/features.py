@@ -26,6 +26,16 @@ class PooledFeatures:
     def __init__(self, folder: Path, way: str, width: int) -> None:
         self._folder, self._way, self._width = folder, way, width
 
+    def forget_other_ways(self) -> None:
+        """Give the disk of features back that were made in another way: a client whose plan has changed has no use for them."""
+        for path in self._folder.glob("*.features"):
+            if not path.name.endswith(f"-{self._way}.features"):
+                path.unlink(missing_ok=True)
+
+    def forget(self, layer: int) -> None:
+        """Give the disk of those of ``layer`` back."""
+        self._path(layer).unlink(missing_ok=True)
+
     def has(self, layer: int) -> bool:
         """Whether those of ``layer`` are there."""
         return self._path(layer).exists()

@@ -28,7 +28,7 @@ def add_up(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> Hea
     """The sums of all the client's examples.
 
     Up to a window that was never trained they are made of what the first pass left (first_pass.py), if the client has the disk
-    for that; else the examples run through the window. Either fills the prefix cache that training needs.
+    for that; what is missing of it is made now. Else the examples run through the window.
     """
     started = process_time()
     stack = AdapterStack.from_tensors(order.tensors)

@@ -92,7 +92,7 @@ class PrefixRunner:
             else:
                 (hidden, read), calls = below, self.blocks.calls(batch.mask)
                 del below  # nobody else has it: it may go as soon as the adapter is through with it
-                # An adapter that is the identity is passed by, to the bit: without it the file has the same name.
+                # An adapter that is the identity is skipped: the file's name leaves it out as well.
                 if index - 1 in stack.layers and not stack.adapter(index - 1).is_identity:
                     hidden = stack.adapter(index - 1)(hidden)
                 read = stack.read_past(read, hidden, batch.mask)

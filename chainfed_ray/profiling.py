@@ -54,8 +54,11 @@ def _compared_pass(cache: PrefixCache, runner: PrefixRunner, examples: Examples)
     """The CKA of each layer; only the examples that are compared pass."""
     first_pass, every = FirstPass(cache, reads=1), np.arange(len(examples))
     embedded = _embedded(runner, examples)
-    layers = first_pass.up_to(runner.blocks.num_layers - 1)
-    return tuple(_cka(embedded, first_pass, layer, every) for layer in layers)
+    similarities: tuple[float, ...] = ()
+    for layer in first_pass.up_to(runner.blocks.num_layers - 1):
+        similarities += (_cka(embedded, first_pass, layer, every),)
+        first_pass.features.forget(layer)  # no head is fitted to them
+    return similarities
 
 
 def _cka(embedded: Tensor, first_pass: FirstPass, layer: int, indices: np.ndarray) -> float:

@@ -51,7 +51,11 @@ class Running:
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
         assert self.process.stdout is not None
-        said = json.loads(self.process.stdout.readline())
+        said = json.loads(self.process.stdout.readline() or "{}")
+        if "address" not in said:  # it ends, and this is why
+            self.process.wait(DEADLINE)
+            self.process.stdout.close()
+            pytest.fail(f"the service did not start: {said}")
         self.address: str = said["address"]
         self.client = ServiceClient(self.address)
 
