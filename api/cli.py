@@ -90,8 +90,9 @@ def plan(
     from chainfed_ray.api.activity_display import ActivityDisplay
     from chainfed_ray.api.forecast_table import forecast_table
     from chainfed_ray.dry_run import dry_run
+    from chainfed_ray.lean_imports import without_scipy
 
-    with _if_interrupted("Interrupted."), ActivityDisplay(_progress) as listen:
+    with _if_interrupted("Interrupted."), ActivityDisplay(_progress) as listen, without_scipy():
         found = dry_run(spec, min(Settings.client_slots, os.cpu_count() or 1), listen)  # a turn takes one core
     words: list[RenderableType] = [forecast_table(found)]
     if picture:
