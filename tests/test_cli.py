@@ -29,7 +29,9 @@ def test_an_interrupted_and_a_killed_run_go_on_where_they_were(document: dict[st
     command = [*COMMAND, "run", str(job_file), "--out", str(tmp_path / "out"), "--json"]
     log = CommitLog(tmp_path / "out" / "tiny")
     for number, end in ((1, signal.SIGINT), (2, signal.SIGKILL)):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_interruptions
+        ) as process:
             assert process.stderr is not None
             assert any(f"round {number}/6" in line for line in process.stderr)
             process.send_signal(end)
@@ -49,6 +51,11 @@ def test_an_interrupted_and_a_killed_run_go_on_where_they_were(document: dict[st
     for name, tensor in expected.items():
         assert (found[f"stack/{name}"] == tensor).all(), name
     assert as_documented(document["model"]["base"], tmp_path / "out" / "tiny" / "model", "salt tide wave") == "sea"
+
+
+def heeds_interruptions() -> None:
+    """A shell's background job, such as these tests may be, is started to ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def as_documented(base: str, folder: Path, text: str) -> str:
