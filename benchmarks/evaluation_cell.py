@@ -5,12 +5,10 @@ longer an evaluation takes than its forward passes.
 """
 
 import json
-import logging
-import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.cluster import one_machine
 from benchmarks.shapes import EVALUATED, Shape
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
@@ -72,7 +71,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     make = engines[cell.engine]
     if cell.engine != "deepspeed":
         warm_up(base)  # it does so by itself
-    with _ray() if cell.engine == "deepspeed-run" else nullcontext():
+    with one_machine() if cell.engine == "deepspeed-run" else nullcontext():
         evaluator = make()
         try:
             started = perf_counter()
@@ -179,26 +178,6 @@ def _run(base: BaseModel, costs: Costs, examples: Examples, batch: int) -> Evalu
     if isinstance(made, str):
         raise SystemExit(made)
     return made
-
-
-@contextmanager
-def _ray() -> Iterator[None]:
-    import ray
-
-    from chainfed_ray.cluster.resources import of_one_machine
-
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(
-        num_cpus=2,
-        resources=of_one_machine(2, 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _costs(base: BaseModel, classes: int | None) -> Costs:

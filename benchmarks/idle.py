@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import logging
 import os
 import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cell_process import Row
+from benchmarks.cluster import one_machine
 from chainfed_ray.measure import status
 from chainfed_ray.quantities import format_bytes
 
@@ -31,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure the process of a client and, in a process beside it, what it is made of; print both."""
-    with tempfile.TemporaryDirectory() as scratch, _ray():
+    with tempfile.TemporaryDirectory() as scratch, one_machine():
         rows = list(_rows(options.base, Path(scratch)))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
@@ -100,26 +99,6 @@ def _load_model(folder: Path) -> None:
 
     with without_scipy():
         Blocks(folder, torch.float32).close()
-
-
-@contextmanager
-def _ray() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    import ray
-
-    from chainfed_ray.cluster.resources import of_one_machine
-
-    ray.init(
-        num_cpus=2,
-        resources=of_one_machine(2, 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _table(rows: list[Row]) -> Table:

@@ -16,7 +16,7 @@ from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client import Client, Training
 from chainfed_ray.job import Job, as_client
 from chainfed_ray.memory import Plan
-from chainfed_ray.pace import Pace, judge_pace, training_pace
+from chainfed_ray.pace import Pace, evaluation_pace, training_pace
 from chainfed_ray.sections import Often, RoundsSpec
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_layer import FEWEST
@@ -35,7 +35,7 @@ class Duration:
 def duration(job: Job, at_once: int, listen: Listener = nobody) -> Duration:
     """About how long ``job`` takes where ``at_once`` clients train at a time; somebody has to take part."""
     Reporter("timing an evaluation", listen).begin()
-    evaluations = judging_seconds(job)
+    evaluations = evaluation_seconds(job)
     typical = {name: _median(members) for name, members in _by_class(job).items()}
     paces = _paces(job, typical, Reporter("timing turns of each class", listen))
     micro_steps = {
@@ -214,10 +214,10 @@ def _layers_below(job: Job, plan: Plan, examples: int) -> tuple[float, int]:
     return narrower + slides, highest + 1
 
 
-def judging_seconds(job: Job) -> float:
+def evaluation_seconds(job: Job) -> float:
     """The server's part: the validation rows as often as they are judged, and the test rows through the whole model."""
     spec, inside = job.spec, job.window - 1
-    pace = judge_pace(job.base, job.validation, _new_stack(job, job.layers), job.window)
+    pace = evaluation_pace(job.base, job.validation, _new_stack(job, job.layers), job.window)
     early = pace.opening + inside * pace.load + len(job.validation) * (inside * pace.layer + pace.row)
     judged, whole = (times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
     through_all_layers = whole * len(job.validation) + len(job.test)

@@ -52,9 +52,10 @@ class PooledFeatures:
 
     def of(self, layers: Iterable[int], indices: np.ndarray) -> Tensor:
         """Those of some examples at some layers, [n, r, D] in float32."""
-        return torch.stack([self._layer(layer, indices) for layer in layers], 1)
+        return torch.stack([self.at(layer, indices) for layer in layers], 1)
 
-    def _layer(self, layer: int, indices: np.ndarray) -> Tensor:
+    def at(self, layer: int, indices: np.ndarray) -> Tensor:
+        """Those of some examples at one layer, [n, D] in float32."""
         rows = np.empty((len(indices), self._width), dtype=np.float32)
         with self._path(layer).open("rb", buffering=0) as file:
             for row, index in zip(rows, indices.tolist(), strict=True):

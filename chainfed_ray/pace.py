@@ -43,7 +43,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class JudgePace:
+class EvaluationPace:
     """The server's, as it judges a stack."""
 
     opening: float  # of an evaluation, however many rows it has
@@ -75,7 +75,7 @@ def training_pace(base: BaseModel, client: Client, order: Training) -> Pace:
     return Pace(opening + window, max(step - window, 0) / len(batch), layer, load)
 
 
-def judge_pace(base: BaseModel, rows: Examples, stack: AdapterStack, window: int) -> JudgePace:
+def evaluation_pace(base: BaseModel, rows: Examples, stack: AdapterStack, window: int) -> EvaluationPace:
     """The pace of the server as it judges ``stack`` on ``rows``, at the top of a window of so many layers."""
     with _opened(base) as (blocks, opening):
         matrices = blocks.reader()
@@ -89,7 +89,7 @@ def judge_pace(base: BaseModel, rows: Examples, stack: AdapterStack, window: int
                 return _time(lambda: judge(blocks, stack, states, batch, matrices))
 
             batch = usual_batch(rows, rows.by_length(PREFIX_BATCH))
-            return JudgePace(opening, seconds_of(batch, head) / len(batch), layer, load)
+            return EvaluationPace(opening, seconds_of(batch, head) / len(batch), layer, load)
         finally:
             matrices.close()
 

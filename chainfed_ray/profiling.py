@@ -23,46 +23,41 @@ def profile(client: Client, blocks: Blocks, scratch: Path, order: Profiling) -> 
     now("profiling the layers")
     started = process_time()
     compared = np.sort(shuffled(len(client.examples), order.seed)[: order.examples])
+    examples = client.examples.take(compared)
     with reader(blocks, client.plan) as matrices:
         runner = prefix_runner(blocks, client.plan, matrices)
+        embedded = _embedded(runner, examples)
         if order.guess:
-            cache = PrefixCache(scratch, runner, client.examples)
-            similarities = _all_pass(cache, runner, client.examples, compared, order.guess)
+            first_pass = FirstPass(PrefixCache(scratch, runner, client.examples), order.guess.reads)
+            similarities = _all_pass(first_pass, embedded, compared, order.guess, blocks.num_layers)
         else:
-            cache = PrefixCache(scratch / "profile", runner, client.examples.take(compared))
+            cache = PrefixCache(scratch / "profile", runner, examples)
             try:
-                similarities = _compared_pass(cache, runner, client.examples.take(compared))
+                similarities = _compared_pass(FirstPass(cache, reads=1), embedded, blocks.num_layers)
             finally:
                 cache.clear()
     return Profile(similarities, len(compared), process_time() - started)
 
 
 def _all_pass(
-    cache: PrefixCache, runner: PrefixRunner, examples: Examples, compared: np.ndarray, guess: StartGuess
+    first_pass: FirstPass, embedded: Tensor, compared: np.ndarray, guess: StartGuess, layers: int
 ) -> tuple[float, ...]:
     """The CKA of each layer; all examples pass, and the activations stay where the chain seems to start."""
-    first_pass = FirstPass(cache, guess.reads)
-    embedded = _embedded(runner, examples.take(compared))
     similarities: tuple[float, ...] = ()
-    for layer in first_pass.up_to(runner.blocks.num_layers - 1):
-        similarities += (_cka(embedded, first_pass, layer, compared),)
-        first_pass.keep(*guess.kept(similarities, runner.blocks.num_layers))
+    for layer in first_pass.up_to(layers - 1):
+        similarities += (debiased_cka(embedded, first_pass.features.at(layer, compared)),)
+        first_pass.keep(*guess.kept(similarities, layers))
     return similarities
 
 
-def _compared_pass(cache: PrefixCache, runner: PrefixRunner, examples: Examples) -> tuple[float, ...]:
+def _compared_pass(first_pass: FirstPass, embedded: Tensor, layers: int) -> tuple[float, ...]:
     """The CKA of each layer; only the examples that are compared pass."""
-    first_pass, every = FirstPass(cache, reads=1), np.arange(len(examples))
-    embedded = _embedded(runner, examples)
+    every = np.arange(len(embedded))
     similarities: tuple[float, ...] = ()
-    for layer in first_pass.up_to(runner.blocks.num_layers - 1):
-        similarities += (_cka(embedded, first_pass, layer, every),)
+    for layer in first_pass.up_to(layers - 1):
+        similarities += (debiased_cka(embedded, first_pass.features.at(layer, every)),)
         first_pass.features.forget(layer)  # no head is fitted to them
     return similarities
-
-
-def _cka(embedded: Tensor, first_pass: FirstPass, layer: int, indices: np.ndarray) -> float:
-    return debiased_cka(embedded, first_pass.features.of([layer], indices)[:, 0])
 
 
 def _embedded(runner: PrefixRunner, examples: Examples) -> Tensor:

@@ -162,6 +162,22 @@ def test_what_was_lost_is_made_again_bit_for_bit(job: Job) -> None:
     assert same(kept, sums(client, job.base, fitting))
 
 
+def test_features_that_nobody_will_read_are_given_back(job: Job) -> None:
+    client = job.clients[0]
+    folder = job.base.scratch / client.name
+    done(client, job.base, profiling(NEVER))
+    made = {path.name for path in folder.glob("*.features")}
+    assert len(made) == 4
+    other = replace(client, plan=replace(client.plan, prefix=replace(client.plan.prefix, batch=2)))
+    done(other, job.base, profiling(NEVER))
+    assert len(list(folder.glob("*.features"))) == 4
+    assert not made & {path.name for path in folder.glob("*.features")}, "those of another way to run the layers"
+
+    done(job.clients[1], job.base, Profiling(16, seed=0))
+    left = [path for path in (job.base.scratch / job.clients[1].name).rglob("*") if path.is_file()]
+    assert left == [], "no head is fitted after a profile of some examples"
+
+
 def test_a_trained_window_and_a_client_without_a_disk_run_through_the_window(job: Job, passes: Counter[int]) -> None:
     client, window = job.clients[0], Window(START, START + 1)
     done(client, job.base, profiling(NEVER))

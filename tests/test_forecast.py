@@ -224,7 +224,7 @@ def test_the_time_is_that_of_turns_one_after_the_other(
 ) -> None:
     document["rounds"] |= {"total": 6, "clients": 3, "local_epochs": 2}
     job = a_job(document, tmp_path)
-    monkeypatch.setattr(duration, "judging_seconds", lambda _: 0.0)
+    monkeypatch.setattr(duration, "evaluation_seconds", lambda _: 0.0)
     mean = sum(len(client.examples) for client in job.clients) / len(job.clients)
     for pace, turn in ((Pace(turn=1, step=0, layer=0, load=0), 1.0), (Pace(turn=0, step=1, layer=0, load=0), 2 * mean)):
         monkeypatch.setattr(duration, "pace_of", lambda *_, found=pace: found)
@@ -251,7 +251,7 @@ def test_layers_below_the_window_are_counted_as_they_are_run(
     document["data"]["train"] = f"path:{noisy}"
     document["fleet"]["clients"][0] |= {"disk": disk} if disk else {}
     job = a_job(document, tmp_path)
-    monkeypatch.setattr(duration, "judging_seconds", lambda _: 0.0)
+    monkeypatch.setattr(duration, "evaluation_seconds", lambda _: 0.0)
     monkeypatch.setattr(duration, "pace_of", lambda *_: Pace(turn=0, step=0, layer=1, load=0))
     told = duration.duration(job, at_once=1).seconds
     run, counted = PrefixRunner.run, 0
