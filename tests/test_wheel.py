@@ -57,9 +57,9 @@ def folder(tmp_path: Path, document: dict[str, Any]) -> Path:
 
 def test_the_wheel_has_every_file_under_one_name(wheel: Path) -> None:
     names = ZipFile(wheel).namelist()
-    expected = {f"chainfed_ray/{path.name}" for path in files_of("chainfed_ray")}
+    expected = {str(path.relative_to(ROOT)) for path in files_of("chainfed_ray")}
     for part in ("api", "cluster"):
-        expected |= {f"chainfed_ray/{part}/{path.name}" for path in files_of(part)}
+        expected |= {f"chainfed_ray/{path.relative_to(ROOT)}" for path in files_of(part)}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
