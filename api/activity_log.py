@@ -5,7 +5,7 @@ from threading import Lock
 from time import time
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.quantities import format_seconds
+from chainfed_ray.units import format_seconds
 
 _QUIET_SECONDS = 3.0  # what is over by then is not worth a line
 _LONG_SECONDS = 10.0  # what took as long has a line when it is over

@@ -17,7 +17,7 @@ from chainfed_ray.errors import (
     ServiceFailed,
     ServiceUnavailable,
 )
-from chainfed_ray.quantities import format_seconds
+from chainfed_ray.units import format_seconds
 
 _CHECK_SECONDS = 150.0  # the checks before a job is accepted read its data
 _TIMEOUT = httpx.Timeout(_CHECK_SECONDS, connect=5.0)

@@ -15,7 +15,7 @@ from chainfed_ray.api.pictures import NOT_DRAWN, draw_if_possible
 from chainfed_ray.api.results import results
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.config import JobSpec
-from chainfed_ray.quantities import format_bytes
+from chainfed_ray.units import format_bytes
 
 _HOST = "127.0.0.1"
 _QUESTIONS = (

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from chainfed_ray.api.fleet import short
 from chainfed_ray.forecast import ClassForecast, Forecast
-from chainfed_ray.quantities import format_bytes, format_seconds
+from chainfed_ray.units import format_bytes, format_seconds
 
 _LOADED = {
     ("layer",): "whole layers in memory",

@@ -10,8 +10,8 @@ from matplotlib.patches import Patch
 
 from chainfed_ray.api.figures import BLUE, GREEN, GREY, MANY, SEVERAL, by_round, new_figure
 from chainfed_ray.api.fleet import FleetClass, by_class, short
-from chainfed_ray.quantities import format_bytes
 from chainfed_ray.records import Opening, Round, StageMemory
+from chainfed_ray.units import format_bytes
 
 _MIB = 2**20
 _WIDE = 8  # times the smallest: what is larger is drawn on a scale of powers of two

@@ -9,9 +9,9 @@ from chainfed_ray.api.fleet import FleetClass, by_class, in_words, short
 from chainfed_ray.api.progress import price
 from chainfed_ray.api.scores import is_causal, short_score
 from chainfed_ray.config import JobSpec
-from chainfed_ray.quantities import format_bytes, format_seconds
 from chainfed_ray.records import Ending, HeadFit, Opening, Round, StageMemory
 from chainfed_ray.sections import PartitionSpec
+from chainfed_ray.units import format_bytes, format_seconds
 
 _MIB = 2**20
 _CLASSES_ACROSS = 4

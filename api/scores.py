@@ -1,9 +1,9 @@
 """Scores as words: the accuracy of a classifier, the perplexity of a language model."""
 
 from chainfed_ray.config import JobSpec
-from chainfed_ray.quantities import format_bytes, format_seconds
 from chainfed_ray.records import Evaluation
 from chainfed_ray.score import Score
+from chainfed_ray.units import format_bytes, format_seconds
 
 
 def is_causal(spec: JobSpec) -> bool:

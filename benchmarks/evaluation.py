@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.cell_process import Row, in_a_process
 from benchmarks.shapes import EVALUATED, Shape, written
-from chainfed_ray.quantities import format_bytes
+from chainfed_ray.units import format_bytes
 
 # The whole model in memory; layer after layer (engine: torch); on the disk (engine: deepspeed), by itself and in a run of Ray
 # Train, which is what a job has.

@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.cell_process import Row
 from benchmarks.cluster import one_machine
 from chainfed_ray.measure import status
-from chainfed_ray.quantities import format_bytes
+from chainfed_ray.units import format_bytes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +42,10 @@ def _rows(name: str, scratch: Path) -> Iterator[Row]:
     import ray
     import torch
 
-    from chainfed_ray.base_model import resolve
     from chainfed_ray.client import BaseModel
     from chainfed_ray.cluster.actors import ClientActor
     from chainfed_ray.cluster.resources import of_client
+    from chainfed_ray.hub import resolve
 
     base = BaseModel(resolve(name), torch.float32, scratch)
     loads: dict[str, Callable[[], None]] = {

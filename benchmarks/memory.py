@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.cell_process import Row, in_a_process
 from benchmarks.shapes import SHAPES, Shape, written
-from chainfed_ray.quantities import format_bytes
+from chainfed_ray.units import format_bytes
 
 _WINDOWS = [1, 2, 4, 8]
 _BASELINES = ("end-to-end", "checkpointed")

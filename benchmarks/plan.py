@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.cell_process import Row
 from benchmarks.shapes import PLANNED, Shape, written
-from chainfed_ray.quantities import format_seconds
+from chainfed_ray.units import format_seconds
 
 _WORDS, _ROWS, _CLASSES = 1000, 1000, 4
 # The smallest is left out: so the dry run also looks for the changes with which it would join.

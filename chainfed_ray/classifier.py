@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_ray.base_model import resolve, tokenizer
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.reading import nothing_read
 from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.tokens import Examples, tokenize

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from chainfed_ray import docstrings
-from chainfed_ray.base_model import hub_is_reachable
 from chainfed_ray.chats import chat
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.hub import hub_is_reachable
 from chainfed_ray.sections import DataSpec
 
 _READERS = {

@@ -29,7 +29,7 @@ carries errors between processes: the arguments of the constructor are the argum
 
 from typing import Any, NamedTuple
 
-from chainfed_ray.quantities import format_bytes
+from chainfed_ray.units import format_bytes
 
 
 class ChainFedError(Exception):

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from chainfed_ray.adapter import Adapter, AdapterStack
-from chainfed_ray.base_model import resolve, tokenizer
 from chainfed_ray.blocks import find_layers
 from chainfed_ray.chats import Chat
 from chainfed_ray.detokenizer import Detokenizer
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.targets import chat_ids, prompt_ids
 

@@ -30,11 +30,11 @@ from chainfed_ray.judgement import Judgement, judge
 from chainfed_ray.measure import PeakMemory
 from chainfed_ray.offload_footprint import SWAPPED_BYTES, buffer_numbers, buffers
 from chainfed_ray.offload_ops import OPS, load_op
-from chainfed_ray.quantities import format_bytes
 from chainfed_ray.reading import States, nothing_read
 from chainfed_ray.removal import remove_when_this_process_ends
 from chainfed_ray.tokens import Batch, Examples
 from chainfed_ray.turn import warm_up
+from chainfed_ray.units import format_bytes
 
 
 class OffloadedModel:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from chainfed_ray.quantities import format_bytes, parse_bytes, parse_seconds
+from chainfed_ray.units import format_bytes, parse_bytes, parse_seconds
 
 
 def _exact_bytes(count: int) -> str | int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from chainfed_ray.cluster.ops import are_built, ops_folder
 from chainfed_ray.measure import status_line
-from chainfed_ray.quantities import format_bytes
+from chainfed_ray.units import format_bytes
 
 _INCLUDE = (Path("/usr/include"), Path("/usr/local/include"))
 _IN_MEMORY = ("tmpfs", "ramfs")

@@ -25,7 +25,7 @@ from chainfed_ray.evaluator import Evaluated, Evaluator, Sets, whole_model
 from chainfed_ray.judgement import Judgement
 from chainfed_ray.offload_footprint import disk_bytes, offload_footprint, swap_bytes
 from chainfed_ray.offloaded import Share
-from chainfed_ray.quantities import format_bytes
+from chainfed_ray.units import format_bytes
 
 _SILENCE_SECONDS = 600.0  # between two layers that are loaded, or two batches
 _POLL_SECONDS = 1.0

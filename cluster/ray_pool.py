@@ -20,7 +20,7 @@ from chainfed_ray.cluster.actors import ClientActor
 from chainfed_ray.cluster.orders import send
 from chainfed_ray.cluster.resources import IDLE_BYTES, of_client
 from chainfed_ray.pool import Failure, Outcome
-from chainfed_ray.quantities import format_bytes
+from chainfed_ray.units import format_bytes
 
 _POLL_SECONDS = 1.0
 _QUEUE = 3  # turns that wait for an actor of their class, before one of another class makes way

@@ -96,7 +96,7 @@ def _classes(folder: Path) -> dict[str, Any]:
     """Sentences of three classes, for a BERT that has its tokenizer from the package of MiniLM."""
     from transformers import AutoTokenizer
 
-    from chainfed_ray.base_model import resolve
+    from chainfed_ray.hub import resolve
 
     base = tiny("bert", folder / "bert", vocabulary=30522)
     AutoTokenizer.from_pretrained(resolve("builtin:minilm")).save_pretrained(base)

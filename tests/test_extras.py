@@ -8,7 +8,8 @@ import pytest
 import yaml
 from fastapi.testclient import TestClient
 
-from chainfed_ray import base_model, docstrings
+from chainfed_ray import docstrings
+from chainfed_ray import hub as base_model
 from chainfed_ray.api import cli, pictures
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.service import Service
