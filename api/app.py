@@ -9,7 +9,7 @@ from chainfed_ray.api import completions, events, health, jobs, metrics, models,
 from chainfed_ray.api.errors import RequestIds, handle_errors
 from chainfed_ray.api.schemas import ProblemDetails
 from chainfed_ray.api.service import Service
-from chainfed_ray.config import JobSpec
+from chainfed_ray.spec.job import JobSpec
 
 _LARGEST_BODY = 32 * 2**20
 

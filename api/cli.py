@@ -22,8 +22,8 @@ from chainfed_ray.api.client import ServiceClient
 from chainfed_ray.api.interruption import Interruption
 from chainfed_ray.api.pictures import NOT_DRAWN, check_drawing, draw_if_possible
 from chainfed_ray.cluster.storage import Settings, Storage
-from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import ChainFedError, InvalidJob
+from chainfed_ray.spec.job import JobSpec
 
 app = typer.Typer(
     no_args_is_help=True,

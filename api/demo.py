@@ -14,7 +14,7 @@ from chainfed_ray.api.local_service import free_port, local_service
 from chainfed_ray.api.pictures import NOT_DRAWN, draw_if_possible
 from chainfed_ray.api.results import results
 from chainfed_ray.cluster.storage import Settings, Storage
-from chainfed_ray.config import JobSpec
+from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes
 
 _HOST = "127.0.0.1"

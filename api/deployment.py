@@ -17,10 +17,10 @@ from chainfed_ray.cluster.coordinators import ensure_controller
 from chainfed_ray.cluster.job_store import JobRecord, JobStore
 from chainfed_ray.cluster.preflight import check, plan
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.forecast import Forecast
 from chainfed_ray.generator import Piece, Sampling
+from chainfed_ray.spec.job import JobSpec
 
 
 @serve.deployment(name="Api", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)

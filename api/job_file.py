@@ -6,8 +6,8 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from starlette.exceptions import HTTPException
 
-from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.spec.job import JobSpec
 
 # For the description of a route; app.py puts the schema where this refers to it.
 BODY = {

@@ -7,7 +7,7 @@ from benchmarks.accuracy_protocols import reached, rounds_for, rounds_for_steps
 from benchmarks.accuracy_rows import Key, Names, Row, Rows
 from benchmarks.corpora import Corpus
 from benchmarks.methods import END_TO_END, UNTRAINED, Document, Kind, Method, merged
-from chainfed_ray.config import JobSpec
+from chainfed_ray.spec.job import JobSpec
 
 _CLIENTS, _LOCAL_STEPS = 10, 3  # of a round; of a client's turn
 PHONE, SILO = {"name": "phone", "count": 14, "memory": "64MiB"}, {"name": "silo", "count": 6, "memory": "1GiB"}

@@ -19,7 +19,7 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.api.progress import Progress
 from chainfed_ray.api.training import folder_of, train
 from chainfed_ray.cluster.storage import Settings, Storage
-from chainfed_ray.config import JobSpec
+from chainfed_ray.spec.job import JobSpec
 
 
 class _FirstRound(Exception):

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chainfed_ray.config import JobSpec
+from chainfed_ray.spec.job import JobSpec
 
 ORDERS = np.array([1 + tenth / 10 for tenth in range(1, 100)] + [*range(11, 64), 80, 96, 128, 256, 512])
 _REPLACED = 2  # the sensitivity of the sum, in units of C: one contribution goes, another one comes

@@ -16,7 +16,7 @@ from torch import Tensor
 from chainfed_ray.adapter import Tensors
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.robust import Rule, Weighed, krum, median, trimmed_mean
-from chainfed_ray.sections import AggregationSpec
+from chainfed_ray.spec.sections import AggregationSpec
 
 
 def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], examples: int) -> None:

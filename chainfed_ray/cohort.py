@@ -11,12 +11,12 @@ import numpy as np
 from chainfed_ray.admission import Candidate, Planner
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client
-from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.job import as_client
 from chainfed_ray.pool import Failure
 from chainfed_ray.records import Round
 from chainfed_ray.seeds import derive
+from chainfed_ray.spec.job import JobSpec
 
 
 @dataclass(frozen=True)

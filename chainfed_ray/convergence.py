@@ -6,7 +6,7 @@ from statistics import fmean
 from torch import Tensor
 
 from chainfed_ray.adapter import Tensors
-from chainfed_ray.sections import ConvergenceSpec
+from chainfed_ray.spec.sections import ConvergenceSpec
 
 
 class Movement:

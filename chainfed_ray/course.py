@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from chainfed_ray.chain import Chain, Window
-from chainfed_ray.config import JobSpec
 from chainfed_ray.convergence import verdict
 from chainfed_ray.records import Round
+from chainfed_ray.spec.job import JobSpec
 
 
 class NextRound(NamedTuple):

@@ -11,7 +11,7 @@ from chainfed_ray import docstrings
 from chainfed_ray.chats import chat
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import hub_is_reachable
-from chainfed_ray.sections import DataSpec
+from chainfed_ray.spec.sections import DataSpec
 
 _READERS = {
     ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),

@@ -16,7 +16,6 @@ from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Chain
-from chainfed_ray.config import JobSpec
 from chainfed_ray.costs import costs_of, with_bottleneck
 from chainfed_ray.demand import Costs
 from chainfed_ray.discriminant import ClassSums
@@ -25,7 +24,8 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.forecast import PREFIX, Change, ClassForecast, Forecast
 from chainfed_ray.job import Job, check_fleet, draft, task_of
 from chainfed_ray.memory import Plan, held_bytes
-from chainfed_ray.sections import ClientClass
+from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import ClientClass
 from chainfed_ray.tokens import Examples
 
 _HALVINGS = 3  # of a number, in search of one that lets more clients join

@@ -9,9 +9,9 @@ from chainfed_ray.aggregate import Aggregate, aggregate_by
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client
 from chainfed_ray.commit_log import CommitLog
-from chainfed_ray.config import JobSpec
 from chainfed_ray.privacy import private_mean, sampling_seed, share_of
 from chainfed_ray.records import Round
+from chainfed_ray.spec.job import JobSpec
 
 
 class Guarantee:

@@ -13,7 +13,6 @@ from chainfed_ray.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.choices import Choices
 from chainfed_ray.client import BaseModel, Client
-from chainfed_ray.config import JobSpec
 from chainfed_ray.costs import costs_of
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
 from chainfed_ray.examples import JobExamples, examples_of
@@ -23,6 +22,7 @@ from chainfed_ray.memory import Plan, Task
 from chainfed_ray.partition import deal
 from chainfed_ray.records import LeftOut, Opening
 from chainfed_ray.seeds import derive
+from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.start_layer import FEWEST
 from chainfed_ray.targets import packed
 from chainfed_ray.tokens import Examples

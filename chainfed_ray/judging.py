@@ -18,7 +18,7 @@ from chainfed_ray.measure import PeakMemory
 from chainfed_ray.memory import evaluation_bytes
 from chainfed_ray.records import Best, EarlyExit, Evaluation, Restored, Round, finite
 from chainfed_ray.score import Score, macro_f1
-from chainfed_ray.sections import Often
+from chainfed_ray.spec.sections import Often
 from chainfed_ray.stream_evaluator import StreamEvaluator
 from chainfed_ray.threads import one_thread
 

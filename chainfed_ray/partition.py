@@ -10,7 +10,7 @@ from heapq import heapify, heapreplace
 import numpy as np
 
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.sections import PartitionSpec
+from chainfed_ray.spec.sections import PartitionSpec
 
 
 def deal(spec: PartitionSpec, labels: np.ndarray, values: Sequence[str], clients: int, seed: int) -> list[np.ndarray]:

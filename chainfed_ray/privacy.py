@@ -25,7 +25,7 @@ from torch import Tensor
 
 from chainfed_ray.adapter import Tensors
 from chainfed_ray.chain import Window
-from chainfed_ray.sections import PrivacySpec
+from chainfed_ray.spec.sections import PrivacySpec
 
 CHUNK = 4096  # values whose noise is drawn at once: in all they take about 56 bytes each
 

@@ -2,7 +2,7 @@
 
 import math
 
-from chainfed_ray.sections import RoundsSpec
+from chainfed_ray.spec.sections import RoundsSpec
 
 
 def rate_at(rounds: RoundsSpec, spent: int, limit: int) -> float:

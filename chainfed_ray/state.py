@@ -4,8 +4,8 @@ from typing import NamedTuple, Self
 
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.convergence import Movement
-from chainfed_ray.sections import AggregationSpec
 from chainfed_ray.server_optimizer import ServerOptimizer
+from chainfed_ray.spec.sections import AggregationSpec
 
 _STACK, _MOVEMENT, _SERVER, _BEST = "stack/", "movement/", "server/", "best/"
 

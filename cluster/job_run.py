@@ -13,7 +13,6 @@ from chainfed_ray.cluster.activity_record import ActivityRecord
 from chainfed_ray.cluster.job_store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.commit_log import CommitLog
-from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import ChainFedError, CoordinatorLost
 from chainfed_ray.job import Job, prepare
@@ -21,6 +20,7 @@ from chainfed_ray.judging import Judging, streamed
 from chainfed_ray.pool import ClientPool
 from chainfed_ray.records import Record, Result
 from chainfed_ray.saved_stack import save_models
+from chainfed_ray.spec.job import JobSpec
 
 _DEATHS = 5  # of coordinators, without a round in between: then the job is to blame
 _PATIENCE_SECONDS = 5.0

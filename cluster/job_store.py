@@ -20,8 +20,8 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModu
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
+from chainfed_ray.spec.job import JobSpec
 
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 FINISHED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})

@@ -6,9 +6,9 @@ from typing import Any
 import ray
 
 from chainfed_ray.cluster.resources import of_controller
-from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidJob, Problem
 from chainfed_ray.forecast import Forecast
+from chainfed_ray.spec.job import JobSpec
 
 
 @ray.remote(max_retries=1)

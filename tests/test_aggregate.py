@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from chainfed_ray.adapter import Tensors
 from chainfed_ray.aggregate import Aggregate, KeptUpdates, RunningMean, aggregate_by
-from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.robust import Weighed, krum, median, trimmed_mean
-from chainfed_ray.sections import AggregationSpec
+from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import AggregationSpec
 from tests.project import ROOT
 
 _SHAPES = {"adapters.1.up": (3, 2), "adapters.2.up": (4,), "adapters.3.up": (2, 2), "head": (5,)}

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from chainfed_ray.adapter import Tensors
-from chainfed_ray.sections import AggregationSpec
 from chainfed_ray.server_optimizer import ServerOptimizer
+from chainfed_ray.spec.sections import AggregationSpec
 
 _ROUNDS = ({"low", "head"}, {"low", "head"}, {"high", "head"})  # what each of them trains
 

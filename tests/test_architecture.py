@@ -7,8 +7,8 @@ from typing import get_args, get_origin
 
 import pytest
 
-from chainfed_ray.config import JobSpec
-from chainfed_ray.sections import Section
+from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import Section
 from tests.project import ROOT, files_of
 
 FORBIDDEN = {

@@ -22,7 +22,7 @@ from benchmarks.accuracy_runs import RunFailed
 from benchmarks.accuracy_schedule import complete
 from benchmarks.accuracy_table import regrets, results, tuning
 from benchmarks.methods import END_TO_END, UNTRAINED, methods
-from chainfed_ray.config import JobSpec
+from chainfed_ray.spec.job import JobSpec
 
 # --- cells ---------------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from chainfed_ray import peft_method  # noqa: F401  its import lets PEFT know the method
 from chainfed_ray.commit_log import CommitLog
-from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.examples import examples_of
@@ -27,6 +26,7 @@ from chainfed_ray.pool import LocalPool
 from chainfed_ray.records import Round
 from chainfed_ray.saved_stack import save_stack
 from chainfed_ray.score import Score
+from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.targets import learnable, packed, tokenize_texts
 from chainfed_ray.tokens import Examples, ragged
 from tests.causal import byte_tokenizer, causal_folder

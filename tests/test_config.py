@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes, parse_bytes, parse_seconds
 from tests.builders import a_job
 from tests.models import tiny

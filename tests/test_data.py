@@ -16,7 +16,7 @@ from chainfed_ray import docstrings
 from chainfed_ray.data import load
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import resolve
-from chainfed_ray.sections import DataSpec
+from chainfed_ray.spec.sections import DataSpec
 from tests.builders import ROWS, rows_in
 
 

@@ -23,7 +23,6 @@ from chainfed_ray.api.forecast_picture import png
 from chainfed_ray.api.forecast_table import forecast_table
 from chainfed_ray.api.service import Service
 from chainfed_ray.commit_log import CommitLog
-from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.dry_run import changed, dry_run
 from chainfed_ray.duration import Duration
@@ -32,6 +31,7 @@ from chainfed_ray.job import Job, draft
 from chainfed_ray.pace import Pace
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.prefix import PrefixRunner
+from chainfed_ray.spec.job import JobSpec
 from tests.builders import a_job
 from tests.project import COMMAND
 

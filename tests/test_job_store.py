@@ -11,8 +11,8 @@ from sqlalchemy import create_engine, text
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.job_store import FINISHED, JobStore, Status
-from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
+from chainfed_ray.spec.job import JobSpec
 from tests import postgres
 from tests.builders import SPEC
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from chainfed_ray import memory
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.commit_log import CommitLog
-from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import EvaluationFailed, InvalidJob
 from chainfed_ray.evaluator import Evaluated, Evaluator
@@ -28,7 +27,8 @@ from chainfed_ray.records import Ending, Result, Round
 from chainfed_ray.saved_stack import load_stack, save_models
 from chainfed_ray.schedule import rate_at
 from chainfed_ray.score import Score, macro_f1
-from chainfed_ray.sections import RoundsSpec
+from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import RoundsSpec
 from tests.builders import a_job, assert_same
 from tests.causal import a_causal_stack, causal_folder
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from chainfed_ray.commit_log import CommitLog
-from chainfed_ray.config import JobSpec
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.data import load
 from chainfed_ray.errors import InvalidJob
@@ -19,6 +18,7 @@ from chainfed_ray.manifest import Manifest
 from chainfed_ray.partition import deal
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.records import Result
+from chainfed_ray.spec.job import JobSpec
 from tests.builders import a_job
 
 JOB: dict[str, Any] = {

@@ -17,7 +17,7 @@ from chainfed_ray.chain import Chain, start_below
 from chainfed_ray.convergence import Movement, verdict
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.partition import dirichlet, iid
-from chainfed_ray.sections import ConvergenceSpec
+from chainfed_ray.spec.sections import ConvergenceSpec
 from chainfed_ray.start_layer import debiased_cka
 from chainfed_ray.start_search import where_least
 from chainfed_ray.tokens import Examples

@@ -19,7 +19,6 @@ from chainfed_ray.api.progress import Progress
 from chainfed_ray.api.results import results
 from chainfed_ray.chain import Window
 from chainfed_ray.commit_log import CommitLog
-from chainfed_ray.config import JobSpec
 from chainfed_ray.errors import CorruptCommit, InvalidJob
 from chainfed_ray.privacy import (
     CHUNK,
@@ -31,7 +30,8 @@ from chainfed_ray.privacy import (
     sampling_seed,
     share_of,
 )
-from chainfed_ray.sections import PrivacySpec
+from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import PrivacySpec
 from tests.builders import ENDING, SPEC, a_console, a_round, an_opening, noise_of, told
 
 SECRET = bytes(range(32))

@@ -13,8 +13,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from chainfed_ray.errors import MISSING, InvalidJob, Problem
-from chainfed_ray.recipes import Recipe, with_defaults_of
-from chainfed_ray.sections import (
+from chainfed_ray.spec.recipes import Recipe, with_defaults_of
+from chainfed_ray.spec.sections import (
     AggregationSpec,
     ChainSpec,
     DataSpec,

@@ -1,0 +1,1 @@
+"""What a job says: its document, section by section, and what contradicts what."""
