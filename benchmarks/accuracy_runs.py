@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any, Protocol
 
 from benchmarks.accuracy_cells import Run
-from chainfed_ray.measure import ENVIRONMENT
+from chainfed_ray.device.peak import ENVIRONMENT
 
 
 class RunFailed(RuntimeError):

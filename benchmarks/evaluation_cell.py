@@ -25,9 +25,9 @@ from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.ops import ops_folder
 from chainfed_ray.costs import costs_of
 from chainfed_ray.demand import Costs
+from chainfed_ray.device.peak import PeakMemory, status
 from chainfed_ray.evaluator import Evaluated, Evaluator
 from chainfed_ray.judgement import Judgement, judge
-from chainfed_ray.measure import PeakMemory, status
 from chainfed_ray.offload_footprint import offload_footprint
 from chainfed_ray.offloaded import OffloadedModel
 from chainfed_ray.reading import States, nothing_read

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.cell_process import Row
 from benchmarks.cluster import one_machine
-from chainfed_ray.measure import status
+from chainfed_ray.device.peak import status
 from chainfed_ray.units import format_bytes
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.cap import now
 from chainfed_ray.chain import Window
+from chainfed_ray.device.cap import now
 from chainfed_ray.first_pass import StartGuess
 from chainfed_ray.memory import Plan
 from chainfed_ray.objective import GlobalTrains, Judge, by_class, by_next_token, chain_loss, trained_names

@@ -11,9 +11,9 @@ from torch.nn.functional import layer_norm
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.cap import now
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client, Fitting, HeadSums, entering, prefix_runner, reader, window_output
+from chainfed_ray.device.cap import now
 from chainfed_ray.discriminant import ClassSums
 from chainfed_ray.first_pass import FirstPass
 from chainfed_ray.prefix import PrefixCache

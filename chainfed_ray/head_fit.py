@@ -13,6 +13,7 @@ from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.aggregate import check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, Client, Fitting, HeadSums, Result
+from chainfed_ray.device.threads import one_thread
 from chainfed_ray.discriminant import ClassSums, fitted
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.evaluate import pooled
@@ -21,7 +22,6 @@ from chainfed_ray.job import Job
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import HeadFit, Lost
 from chainfed_ray.score import Score
-from chainfed_ray.threads import one_thread
 from chainfed_ray.tokens import Examples
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.cap import now
 from chainfed_ray.client import Client, Profile, Profiling, prefix_runner, reader, shuffled
+from chainfed_ray.device.cap import now
 from chainfed_ray.first_pass import FirstPass, StartGuess
 from chainfed_ray.prefix import PrefixCache, PrefixRunner
 from chainfed_ray.reading import mean_over_tokens

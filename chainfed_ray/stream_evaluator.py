@@ -7,11 +7,11 @@ from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel
 from chainfed_ray.demand import Costs
+from chainfed_ray.device.peak import PeakMemory
+from chainfed_ray.device.threads import one_thread
 from chainfed_ray.evaluate import evaluate
 from chainfed_ray.evaluator import Evaluated, Sets, whole_model
-from chainfed_ray.measure import PeakMemory
 from chainfed_ray.memory import evaluation_bytes
-from chainfed_ray.threads import one_thread
 
 
 class StreamEvaluator:

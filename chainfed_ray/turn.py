@@ -13,15 +13,15 @@ import torch
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.cap import MemoryCap
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, Client, Fitting, Order, Profiling, Result, Training, train
+from chainfed_ray.device.cap import MemoryCap
+from chainfed_ray.device.peak import PeakMemory
+from chainfed_ray.device.threads import one_thread
 from chainfed_ray.fitting import add_up
-from chainfed_ray.measure import PeakMemory
 from chainfed_ray.memory import Footprint, Plan, Prefix
 from chainfed_ray.profiling import profile
 from chainfed_ray.stream import SLICE_BYTES
-from chainfed_ray.threads import one_thread
 from chainfed_ray.tokens import Examples
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chainfed_ray.cluster.ops import are_built, ops_folder
-from chainfed_ray.measure import status_line
+from chainfed_ray.device.peak import status_line
 from chainfed_ray.units import format_bytes
 
 _INCLUDE = (Path("/usr/include"), Path("/usr/local/include"))

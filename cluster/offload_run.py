@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from chainfed_ray.cluster.resources import of_evaluation, runtime_env
-from chainfed_ray.measure import ENVIRONMENT
+from chainfed_ray.device.peak import ENVIRONMENT
 from chainfed_ray.removal import remove_when_this_process_ends
 
 OFFLOAD = "(offload)"  # in a job's scratch folder

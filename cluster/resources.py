@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from chainfed_ray.measure import ENVIRONMENT
+from chainfed_ray.device.peak import ENVIRONMENT
 
 CLIENT_SLOT = "client_slot"
 COORDINATOR_SLOT = "coordinator_slot"

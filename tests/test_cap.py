@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from chainfed_ray.device.peak import ENVIRONMENT
 from chainfed_ray.errors import BudgetExceeded, ChainFedError
-from chainfed_ray.measure import ENVIRONMENT
 
 MIB = 2**20
 PLANNED, CAP = 48 * MIB, 64 * MIB
@@ -38,9 +38,9 @@ import json, mmap, os, resource, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
-from chainfed_ray.cap import MemoryCap, now
+from chainfed_ray.device.cap import MemoryCap, now
 from chainfed_ray.errors import BudgetExceeded
-from chainfed_ray.measure import status
+from chainfed_ray.device.peak import status
 
 MIB = 2**20
 gate = threading.Event()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from chainfed_ray.measure import ENVIRONMENT
+from chainfed_ray.device.peak import ENVIRONMENT
 from tests.measured import grid
 from tests.project import ROOT
 

@@ -16,7 +16,7 @@ from chainfed_ray.adapter import Adapter, Head
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.costs import Parts, costs_of, new_adapter, padded, with_bottleneck
 from chainfed_ray.demand import Bytes, Demand
-from chainfed_ray.measure import PeakMemory
+from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.rehearsal import (
     SHAPES,
     Forgetful,

@@ -10,8 +10,8 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Self
 
+from chainfed_ray.device.peak import PeakMemory, status
 from chainfed_ray.errors import BudgetExceeded
-from chainfed_ray.measure import PeakMemory, status
 
 # Address space that a turn maps and does not use: the stack of a thread is 8 MiB of it. What is in use is measured as well.
 _UNUSED = 16 * 2**20

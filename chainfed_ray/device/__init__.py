@@ -1,0 +1,1 @@
+"""What is computed on: memory held to a cap, its peak, and threads."""
