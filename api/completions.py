@@ -28,8 +28,8 @@ from chainfed_ray.api.openai_schemas import (
     Usage,
 )
 from chainfed_ray.api.service import Service, WithService
-from chainfed_ray.chats import Chat
 from chainfed_ray.cluster.job_store import JobRecord
+from chainfed_ray.data.chats import Chat
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.generator import Piece
 

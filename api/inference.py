@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from ray import serve
 
-from chainfed_ray.chats import Chat
 from chainfed_ray.classifier import Classifier
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.data.chats import Chat
 from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.saved_stack import SavedStack, load_stack
 

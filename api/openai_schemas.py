@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
-from chainfed_ray.chats import Chat
+from chainfed_ray.data.chats import Chat
 from chainfed_ray.generator import MOST_TOKENS, FinishReason, Sampling
 
 

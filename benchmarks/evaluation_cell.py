@@ -24,6 +24,7 @@ from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.ops import ops_folder
 from chainfed_ray.costs import costs_of
+from chainfed_ray.data.tokens import Examples
 from chainfed_ray.demand import Costs
 from chainfed_ray.device.peak import PeakMemory, status
 from chainfed_ray.evaluator import Evaluated, Evaluator
@@ -32,7 +33,6 @@ from chainfed_ray.offload_footprint import offload_footprint
 from chainfed_ray.offloaded import OffloadedModel
 from chainfed_ray.reading import States, nothing_read
 from chainfed_ray.stream_evaluator import StreamEvaluator
-from chainfed_ray.tokens import Examples
 from chainfed_ray.turn import warm_up
 
 _BOTTLENECK, _CLASSES = 64, 4

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.chain import Window
+from chainfed_ray.data.tokens import Examples
 from chainfed_ray.demand import Costs
 from chainfed_ray.memory import Means, Plan, Task, cache_bytes, lacking, leaner, plan
-from chainfed_ray.tokens import Examples
 
 
 @dataclass(frozen=True)

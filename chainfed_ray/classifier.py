@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.data.tokens import Examples, tokenize
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.reading import nothing_read
 from chainfed_ray.saved_stack import SavedStack
-from chainfed_ray.tokens import Examples, tokenize
 
 _BATCH = 32
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
+from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.device.cap import now
 from chainfed_ray.first_pass import StartGuess
 from chainfed_ray.memory import Plan
@@ -24,7 +25,6 @@ from chainfed_ray.reading import States
 from chainfed_ray.seeds import derive
 from chainfed_ray.spill import Spill, overwrite_activations
 from chainfed_ray.stream import SliceReader
-from chainfed_ray.tokens import Batch, Examples
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from chainfed_ray.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Chain
 from chainfed_ray.costs import costs_of, with_bottleneck
+from chainfed_ray.data.tokens import Examples
 from chainfed_ray.demand import Costs
 from chainfed_ray.discriminant import ClassSums
 from chainfed_ray.duration import duration
@@ -26,7 +27,6 @@ from chainfed_ray.job import Job, check_fleet, draft, task_of
 from chainfed_ray.memory import Plan, held_bytes
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import ClientClass
-from chainfed_ray.tokens import Examples
 
 _HALVINGS = 3  # of a number, in search of one that lets more clients join
 

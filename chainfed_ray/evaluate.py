@@ -18,12 +18,12 @@ from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, window_output
+from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.judgement import Judgement, judge
 from chainfed_ray.memory import PREFIX_BATCH, evaluation_grains
 from chainfed_ray.prefix import PrefixCache, PrefixRunner
 from chainfed_ray.reading import States, read_on
 from chainfed_ray.stream import SliceReader
-from chainfed_ray.tokens import Batch, Examples
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.data.tokens import Examples
 from chainfed_ray.judgement import Judgement
-from chainfed_ray.tokens import Examples
 
 Sets = Mapping[str, Examples]
 """What an evaluator judges stacks on, by name."""

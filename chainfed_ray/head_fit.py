@@ -13,6 +13,7 @@ from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.aggregate import check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, Client, Fitting, HeadSums, Result
+from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.discriminant import ClassSums, fitted
 from chainfed_ray.errors import InvalidUpdate
@@ -22,7 +23,6 @@ from chainfed_ray.job import Job
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import HeadFit, Lost
 from chainfed_ray.score import Score
-from chainfed_ray.tokens import Examples
 
 
 class FittedHead(NamedTuple):

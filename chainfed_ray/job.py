@@ -11,21 +11,21 @@ from chainfed_ray.accountant import Ledger
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.blocks import Blocks
-from chainfed_ray.choices import Choices
 from chainfed_ray.client import BaseModel, Client
 from chainfed_ray.costs import costs_of
+from chainfed_ray.data.choices import Choices
+from chainfed_ray.data.examples import JobExamples, examples_of
+from chainfed_ray.data.partition import deal
+from chainfed_ray.data.targets import packed
+from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
-from chainfed_ray.examples import JobExamples, examples_of
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.manifest import Manifest
 from chainfed_ray.memory import Plan, Task
-from chainfed_ray.partition import deal
 from chainfed_ray.records import LeftOut, Opening
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.start_layer import FEWEST
-from chainfed_ray.targets import packed
-from chainfed_ray.tokens import Examples
 from chainfed_ray.units import format_bytes
 
 FEATURES = 1536  # that a fitted head reads at most by default, if a layer has no more

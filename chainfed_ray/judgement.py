@@ -8,10 +8,10 @@ from torch.nn.functional import cross_entropy
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.data.tokens import Batch
 from chainfed_ray.lm_head import next_token_scores
 from chainfed_ray.reading import States
 from chainfed_ray.stream import RowSlices
-from chainfed_ray.tokens import Batch
 
 
 @dataclass(frozen=True)

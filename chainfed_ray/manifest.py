@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from chainfed_ray.data import Corpus, Split
+from chainfed_ray.data.sources import Corpus, Split
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.records import Record
 from chainfed_ray.spec.job import JobSpec

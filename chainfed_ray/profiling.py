@@ -9,12 +9,12 @@ from torch import Tensor
 
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import Client, Profile, Profiling, prefix_runner, reader, shuffled
+from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.cap import now
 from chainfed_ray.first_pass import FirstPass, StartGuess
 from chainfed_ray.prefix import PrefixCache, PrefixRunner
 from chainfed_ray.reading import mean_over_tokens
 from chainfed_ray.start_layer import debiased_cka
-from chainfed_ray.tokens import Examples
 
 
 @torch.no_grad()

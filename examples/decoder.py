@@ -23,10 +23,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from chainfed_ray.data.docstrings import docstrings, sources
+from chainfed_ray.data.targets import packed, tokenize_texts
+from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
-from chainfed_ray.docstrings import docstrings, sources
-from chainfed_ray.targets import packed, tokenize_texts
-from chainfed_ray.tokens import Examples
 
 LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sqlalchemy")
 FIELD = "sympy"  # symbolic mathematics

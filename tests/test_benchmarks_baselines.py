@@ -35,13 +35,13 @@ from chainfed_ray.adapter import Head, Tensors
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import Client, Training, step_batches
 from chainfed_ray.cohort import Cohort
+from chainfed_ray.data.tokens import Examples
 from chainfed_ray.discriminant import ClassSums, fitted
 from chainfed_ray.job import Job, prepare
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.reading import mean_over_tokens
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.tokens import Examples
 from tests.builders import a_job
 from tests.pools import failing
 

@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from chainfed_ray import peft_method  # noqa: F401  its import lets PEFT know the method
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.data.examples import examples_of
+from chainfed_ray.data.targets import learnable, packed, tokenize_texts
+from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.examples import examples_of
 from chainfed_ray.job import Job, prepare
 from chainfed_ray.judgement import Judgement
 from chainfed_ray.pool import LocalPool
@@ -27,8 +29,6 @@ from chainfed_ray.records import Round
 from chainfed_ray.saved_stack import save_stack
 from chainfed_ray.score import Score
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.targets import learnable, packed, tokenize_texts
-from chainfed_ray.tokens import Examples, ragged
 from tests.causal import byte_tokenizer, causal_folder
 from tests.tokenizing import KINDS
 

@@ -15,9 +15,9 @@ from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client, Training, train
+from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.memory import Footprint, Grain, Plan, Prefix
 from chainfed_ray.stream import SLICE_BYTES
-from chainfed_ray.tokens import Examples, ragged
 from tests.models import tiny_causal_model
 
 LAYERS, START, EPOCHS, RATE = 5, 1, 3, 1e-3

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from chainfed_ray.chats import Chat, chat
+from chainfed_ray.data.chats import Chat, chat
+from chainfed_ray.data.targets import chat_ids, tokenize_texts
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.targets import chat_ids, tokenize_texts
 from tests.causal import byte_tokenizer
 
 Pieces = list[tuple[str, bool]]

@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from chainfed_ray import docstrings
-from chainfed_ray.data import load
+from chainfed_ray.data import docstrings
+from chainfed_ray.data.sources import load
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import resolve
 from chainfed_ray.spec.sections import DataSpec
@@ -132,7 +132,7 @@ def test_models_that_cannot_be_used(files: list[str] | None, complaint: str, tmp
 @pytest.mark.slow
 def test_the_built_in_rows_are_the_same_in_every_process() -> None:
     """Whatever the order in which that has its sets: a process with another seed for hashes than this one."""
-    program = "import hashlib; from chainfed_ray.docstrings import rows; "
+    program = "import hashlib; from chainfed_ray.data.docstrings import rows; "
     program += "print(hashlib.sha256(repr(rows()).encode()).hexdigest())"
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     there = subprocess.run(

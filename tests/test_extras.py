@@ -8,11 +8,11 @@ import pytest
 import yaml
 from fastapi.testclient import TestClient
 
-from chainfed_ray import docstrings
 from chainfed_ray import hub as base_model
 from chainfed_ray.api import cli, pictures
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.service import Service
+from chainfed_ray.data import docstrings
 from chainfed_ray.errors import InvalidJob, PackageMissing
 
 _NOTHING: Any = None

@@ -27,13 +27,13 @@ from chainfed_ray.cluster.offload import OffloadedEvaluator, make_evaluator
 from chainfed_ray.cluster.offload_run import OFFLOAD, Reason, why_over
 from chainfed_ray.cluster.offload_worker import why
 from chainfed_ray.costs import costs_of
+from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import EvaluationFailed
 from chainfed_ray.evaluator import Evaluated
 from chainfed_ray.judgement import Judgement, judge
 from chainfed_ray.offload_footprint import offload_footprint
 from chainfed_ray.offloaded import shares
 from chainfed_ray.reading import States, mean_over_tokens
-from chainfed_ray.tokens import Examples
 from tests.builders import a_job
 from tests.cluster import needs_ops
 from tests.watching import command_of, processes_below, wait_for

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from chainfed_ray import duration, pace
+from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.job import as_client
 from chainfed_ray.pace import Taken, part_of, seconds_of, tokens_of, usual_batch
-from chainfed_ray.tokens import Examples, ragged
 from tests.builders import a_job
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainfed_ray import docstrings
-from chainfed_ray.data import load
+from chainfed_ray.data import docstrings
+from chainfed_ray.data.partition import by_column, deal, dirichlet, quantity
+from chainfed_ray.data.sources import load
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.partition import by_column, deal, dirichlet, quantity
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import DataSpec, PartitionSpec
 from tests.builders import ROWS, a_job, rows_in

@@ -9,10 +9,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.peft_method import ChainFedLayer, SequenceClassifier
 from chainfed_ray.saved_stack import load_stack, save_stack
-from chainfed_ray.tokens import Examples
 from tests.models import FAMILIES, a_saved_stack, class_logits, tiny
 
 

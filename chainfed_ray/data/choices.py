@@ -14,11 +14,11 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from chainfed_ray.cells import as_list
-from chainfed_ray.data import read_table
+from chainfed_ray.data.cells import as_list
+from chainfed_ray.data.sources import read_table
+from chainfed_ray.data.targets import Row, choice_examples
+from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.targets import Row, choice_examples
-from chainfed_ray.tokens import Examples, ragged
 
 _KEY = "evaluation.choices"
 

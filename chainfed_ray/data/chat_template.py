@@ -8,7 +8,7 @@ from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
-from chainfed_ray.chats import Chat
+from chainfed_ray.data.chats import Chat
 from chainfed_ray.errors import InvalidJob
 
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that stand for nothing

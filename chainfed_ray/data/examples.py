@@ -8,13 +8,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.choices import Choices, read_choices
-from chainfed_ray.data import Corpus, Split, load
+from chainfed_ray.data.choices import Choices, read_choices
+from chainfed_ray.data.sources import Corpus, Split, load
+from chainfed_ray.data.targets import learnable, packed, tokenize_texts
+from chainfed_ray.data.tokens import Examples, tokenize
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.targets import learnable, packed, tokenize_texts
-from chainfed_ray.tokens import Examples, tokenize
 
 _FEWEST = 10
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from chainfed_ray import docstrings
-from chainfed_ray.chats import chat
+from chainfed_ray.data import docstrings
+from chainfed_ray.data.chats import chat
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import hub_is_reachable
 from chainfed_ray.spec.sections import DataSpec

@@ -8,10 +8,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.chat_template import spoken, written
-from chainfed_ray.chats import Chat
-from chainfed_ray.data import Text
-from chainfed_ray.tokens import Examples, ragged
+from chainfed_ray.data.chat_template import spoken, written
+from chainfed_ray.data.chats import Chat
+from chainfed_ray.data.sources import Text
+from chainfed_ray.data.tokens import Examples, ragged
 
 Row = tuple[list[int], list[bool]]
 """Token ids, and which of them are to be predicted."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from chainfed_ray.cells import as_list
+from chainfed_ray.data.cells import as_list
 from chainfed_ray.errors import InvalidJob
 
 Message = tuple[str, str]
