@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from chainfed_ray.memory import Grain
+from chainfed_ray.budget.planner import Grain
 from chainfed_ray.records import Admitted, Opening, Round, Turn
 
 _NAME_LENGTH = 14

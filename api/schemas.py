@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from chainfed_ray.activity import Activity
+from chainfed_ray.budget.planner import Grain
 from chainfed_ray.cluster.job_store import JobRecord
-from chainfed_ray.memory import Grain
 from chainfed_ray.records import Admitted, Opening, Round, Turn
 
 ModelTask = Literal["sequence-classification", "causal-lm"]

@@ -26,8 +26,8 @@ from benchmarks.baselines import (
     whole_model_bytes,
 )
 from benchmarks.metering import Meter, MeteredPool
-from chainfed_ray.admission import Admission
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.budget.admission import Admission
 from chainfed_ray.chain import Window
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator

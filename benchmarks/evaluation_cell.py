@@ -21,11 +21,11 @@ from benchmarks.cluster import one_machine
 from benchmarks.shapes import EVALUATED, Shape
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.budget.demand import Costs
 from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.ops import ops_folder
 from chainfed_ray.costs import costs_of
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.demand import Costs
 from chainfed_ray.device.peak import PeakMemory, status
 from chainfed_ray.evaluator import Evaluated, Evaluator
 from chainfed_ray.judgement import Judgement, judge

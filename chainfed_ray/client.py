@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.budget.planner import Plan
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.device.cap import now
 from chainfed_ray.first_pass import StartGuess
-from chainfed_ray.memory import Plan
 from chainfed_ray.objective import GlobalTrains, Judge, by_class, by_next_token, chain_loss, trained_names
 from chainfed_ray.prefix import Activations, PrefixCache, PrefixRunner, RecomputedActivations
 from chainfed_ray.privacy import NoiseShare

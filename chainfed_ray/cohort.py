@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chainfed_ray.admission import Candidate, Planner
+from chainfed_ray.budget.admission import Candidate, Planner
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client
 from chainfed_ray.errors import QuorumLost

@@ -11,7 +11,7 @@ from time import perf_counter
 
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.adapter import AdapterStack, Tensors
-from chainfed_ray.admission import Candidate
+from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client import Fitting, Training
 from chainfed_ray.cohort import Cohort, everyone

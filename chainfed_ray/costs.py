@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from chainfed_ray.adapter import Adapter, Head
 from chainfed_ray.blocks import Blocks, LayerCall
-from chainfed_ray.demand import Costs, Demand, StepDemands
+from chainfed_ray.budget.demand import Costs, Demand, StepDemands
 from chainfed_ray.lm_head import next_token_loss
 from chainfed_ray.rehearsal import Prepare, polynomial_of, rehearse, with_blank_weights
 from chainfed_ray.spill import overwrite_activations

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from chainfed_ray.memory import Grain
+from chainfed_ray.budget.planner import Grain
 from chainfed_ray.records import Record
 
 PREFIX = "prefix"  # a part beside those of the footprint

@@ -9,8 +9,9 @@ import torch
 
 from chainfed_ray.accountant import Ledger
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.budget.admission import Admission, Candidate, Planner, admit
+from chainfed_ray.budget.planner import Plan, Task
 from chainfed_ray.client import BaseModel, Client
 from chainfed_ray.costs import costs_of
 from chainfed_ray.data.choices import Choices
@@ -21,7 +22,6 @@ from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.manifest import Manifest
-from chainfed_ray.memory import Plan, Task
 from chainfed_ray.records import LeftOut, Opening
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec

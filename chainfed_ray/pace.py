@@ -16,12 +16,12 @@ import numpy as np
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.budget.planner import PREFIX_BATCH, evaluation_grains
 from chainfed_ray.client import BaseModel, Client, Training, entering, reader, train
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.judgement import judge
-from chainfed_ray.memory import PREFIX_BATCH, evaluation_grains
 from chainfed_ray.prefix import PrefixRunner
 from chainfed_ray.reading import States
 

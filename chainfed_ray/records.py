@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from chainfed_ray.memory import Grain
+from chainfed_ray.budget.planner import Grain
 
 
 def finite(value: float | None) -> float | None:

@@ -3,7 +3,7 @@
 What a Hugging Face layer allocates is known to its own code alone. So that code is run, forward and backward, with fake
 tensors, for which the operations are chosen that real ones on a CPU would have; a ledger keeps the bytes alive after each.
 They are polynomials in the batch B and the tokens T, and a few small shapes determine them: from then on the planner
-(memory.py) needs integers only.
+(planner.py) needs integers only.
 """
 
 import copy
@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chainfed_ray.demand import NOTHING, Bytes, Demand
+from chainfed_ray.budget.demand import NOTHING, Bytes, Demand
 from chainfed_ray.spill import is_spilled
 
 # Two batches and three lengths determine terms up to B·T². None is 1: what has one row is sometimes a view of another tensor.

@@ -4,14 +4,14 @@ from time import perf_counter
 
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.budget.demand import Costs
+from chainfed_ray.budget.planner import evaluation_bytes
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel
-from chainfed_ray.demand import Costs
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.evaluate import evaluate
 from chainfed_ray.evaluator import Evaluated, Sets, whole_model
-from chainfed_ray.memory import evaluation_bytes
 
 
 class StreamEvaluator:

@@ -13,6 +13,7 @@ import torch
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.budget.planner import Footprint, Plan, Prefix
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, Client, Fitting, Order, Profiling, Result, Training, train
 from chainfed_ray.data.tokens import Examples
@@ -20,7 +21,6 @@ from chainfed_ray.device.cap import MemoryCap
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.fitting import add_up
-from chainfed_ray.memory import Footprint, Plan, Prefix
 from chainfed_ray.profiling import profile
 from chainfed_ray.stream import SLICE_BYTES
 

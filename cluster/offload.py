@@ -14,12 +14,12 @@ from ray.exceptions import RayError
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.budget.demand import Costs
 from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.doctor import look, why_not
 from chainfed_ray.cluster.offload_run import OFFLOAD, RUN_ENVIRONMENT, START_SECONDS, EvaluationRun, Order, Run, State
 from chainfed_ray.cluster.offload_worker import Work, sent
 from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller, runtime_env
-from chainfed_ray.demand import Costs
 from chainfed_ray.errors import EvaluationFailed, InvalidSetting
 from chainfed_ray.evaluator import Evaluated, Evaluator, Sets, whole_model
 from chainfed_ray.judgement import Judgement

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from chainfed_ray import dry_run, job
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.budget.demand import Costs
 from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.costs import costs_of
-from chainfed_ray.demand import Costs
 from chainfed_ray.hub import resolve
 from chainfed_ray.job import Job
 from tests.builders import a_document, a_job, smallest_budget

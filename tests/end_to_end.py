@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel
 
 from chainfed_ray.adapter import AdapterStack
+from chainfed_ray.budget.planner import PREFIX_BATCH
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.memory import PREFIX_BATCH
 from chainfed_ray.reading import mean_over_tokens
 
 

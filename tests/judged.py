@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from chainfed_ray import memory
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.budget import planner as memory
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel
 from chainfed_ray.costs import costs_of

@@ -5,9 +5,9 @@ from dataclasses import replace
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from chainfed_ray.budget.demand import NOTHING, Bytes, Costs, Demand, StepDemands
+from chainfed_ray.budget.planner import Grain, Means, Task, lacking
 from chainfed_ray.chain import Window
-from chainfed_ray.demand import NOTHING, Bytes, Costs, Demand, StepDemands
-from chainfed_ray.memory import Grain, Means, Task, lacking
 
 LAYERS, HIDDEN, ITEMSIZE = 6, 16, 4
 ROW = HIDDEN * ITEMSIZE

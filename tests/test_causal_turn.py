@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.budget.planner import Footprint, Grain, Plan, Prefix
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client, Training, train
 from chainfed_ray.data.tokens import Examples, ragged
-from chainfed_ray.memory import Footprint, Grain, Plan, Prefix
 from chainfed_ray.stream import SLICE_BYTES
 from tests.models import tiny_causal_model
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from chainfed_ray import duration
-from chainfed_ray.admission import Candidate
+from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Profile, Profiling
 from chainfed_ray.cohort import Cohort

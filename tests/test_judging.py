@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainfed_ray import memory
 from chainfed_ray.adapter import AdapterStack, Tensors
+from chainfed_ray.budget import planner as memory
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import EvaluationFailed, InvalidJob

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from chainfed_ray.budget.demand import NOTHING, Bytes, Costs, Demand, StepDemands
+from chainfed_ray.budget.planner import Grain, Means, Task, footprint, lacking, leaner, plan
 from chainfed_ray.chain import Window
-from chainfed_ray.demand import NOTHING, Bytes, Costs, Demand, StepDemands
-from chainfed_ray.memory import Grain, Means, Task, footprint, lacking, leaner, plan
 from tests.plans import HIDDEN, ITEMSIZE, LAYERS, ROW, WAYS, all_costs, all_means, all_tasks, demand, needed, planned
 from tests.project import ROOT
 
@@ -235,7 +235,7 @@ def test_no_part_is_negative_when_the_first_moment_is_the_highest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "imports"), [("memory", {"chainfed_ray.chain", "chainfed_ray.demand"}), ("demand", set())]
+    ("module", "imports"), [("memory", {"chainfed_ray.chain", "chainfed_ray.budget.demand"}), ("demand", set())]
 )
 def test_the_planner_knows_no_tensors(module: str, imports: set[str]) -> None:
     """Of what is not Python's own, it imports the window and what its parts take, which needs nothing itself."""

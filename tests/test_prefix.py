@@ -12,8 +12,8 @@ from torch import Tensor
 
 from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.budget.planner import PREFIX_BATCH
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.memory import PREFIX_BATCH
 from chainfed_ray.prefix import CachedActivations, PrefixCache, PrefixRunner
 from tests.models import a_stack, tiny
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from chainfed_ray.admission import Planner, admit
+from chainfed_ray.budget.admission import Planner, admit
 from chainfed_ray.client import Profile, Profiling
 from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.commit_log import CommitLog

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from chainfed_ray.adapter import Adapter, Head
 from chainfed_ray.blocks import Blocks
+from chainfed_ray.budget.demand import Bytes, Demand
 from chainfed_ray.costs import Parts, costs_of, new_adapter, padded, with_bottleneck
-from chainfed_ray.demand import Bytes, Demand
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.rehearsal import (
     SHAPES,

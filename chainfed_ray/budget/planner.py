@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Literal
 
+from chainfed_ray.budget.demand import Costs, Demand, StepDemands
 from chainfed_ray.chain import Window
-from chainfed_ray.demand import Costs, Demand, StepDemands
 
 # What is loaded at once: whole layers, kept for as long as they are used; or slices of one matrix at a time.
 Grain = Literal["layer", "matrix"]

@@ -1,13 +1,13 @@
-"""Who of a fleet takes part, and with which plan: the planner (memory.py) asked for each client and stage."""
+"""Who of a fleet takes part, and with which plan: the planner (planner.py) asked for each client and stage."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.budget.demand import Costs
+from chainfed_ray.budget.planner import Means, Plan, Task, cache_bytes, lacking, leaner, plan
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.demand import Costs
-from chainfed_ray.memory import Means, Plan, Task, cache_bytes, lacking, leaner, plan
 
 
 @dataclass(frozen=True)
