@@ -23,8 +23,8 @@ from chainfed_ray.prefix import Activations, PrefixCache, PrefixRunner, Recomput
 from chainfed_ray.privacy import NoiseShare
 from chainfed_ray.reading import States
 from chainfed_ray.seeds import derive
-from chainfed_ray.spill import Spill, overwrite_activations
-from chainfed_ray.stream import SliceReader
+from chainfed_ray.streaming.activations import Spill, overwrite_activations
+from chainfed_ray.streaming.matrices import SliceReader
 
 
 @dataclass(frozen=True)

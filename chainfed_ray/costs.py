@@ -15,8 +15,8 @@ from chainfed_ray.blocks import Blocks, LayerCall
 from chainfed_ray.budget.demand import Costs, Demand, StepDemands
 from chainfed_ray.lm_head import next_token_loss
 from chainfed_ray.rehearsal import Prepare, polynomial_of, rehearse, with_blank_weights
-from chainfed_ray.spill import overwrite_activations
-from chainfed_ray.stream import SLICE_BYTES
+from chainfed_ray.streaming.activations import overwrite_activations
+from chainfed_ray.streaming.matrices import SLICE_BYTES
 
 _FLOAT32 = 4
 # As they were measured: a module of a model without weights, as Python keeps it; and oneDNN's programs, which products of

@@ -23,7 +23,7 @@ from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.judgement import Judgement, judge
 from chainfed_ray.prefix import PrefixCache, PrefixRunner
 from chainfed_ray.reading import States, read_on
-from chainfed_ray.stream import SliceReader
+from chainfed_ray.streaming.matrices import SliceReader
 
 
 @torch.no_grad()

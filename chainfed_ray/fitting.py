@@ -18,7 +18,7 @@ from chainfed_ray.discriminant import ClassSums
 from chainfed_ray.first_pass import FirstPass
 from chainfed_ray.prefix import PrefixCache
 from chainfed_ray.reading import read_on
-from chainfed_ray.stream import SliceReader
+from chainfed_ray.streaming.matrices import SliceReader
 
 Features = Iterator[tuple[Tensor, Tensor]]  # of each micro-batch: what the head reads [B, r, D], and the classes [B]
 

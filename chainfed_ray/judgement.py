@@ -11,7 +11,7 @@ from chainfed_ray.blocks import Blocks
 from chainfed_ray.data.tokens import Batch
 from chainfed_ray.lm_head import next_token_scores
 from chainfed_ray.reading import States
-from chainfed_ray.stream import RowSlices
+from chainfed_ray.streaming.matrices import RowSlices
 
 
 @dataclass(frozen=True)

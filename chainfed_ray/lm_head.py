@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.logit_form import LogitForm
-from chainfed_ray.stream import RowSlices
+from chainfed_ray.streaming.matrices import RowSlices
 
 
 def next_token_loss(

@@ -13,7 +13,7 @@ from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
 from chainfed_ray.lm_head import next_token_loss
 from chainfed_ray.reading import States
-from chainfed_ray.stream import RowSlices
+from chainfed_ray.streaming.matrices import RowSlices
 
 GlobalTrains = Literal["window", "head", "upper"]
 

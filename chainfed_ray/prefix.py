@@ -31,7 +31,7 @@ from chainfed_ray.budget.planner import PREFIX_BATCH, Grain
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.features import FeatureWriter, PooledFeatures
 from chainfed_ray.reading import States, mean_over_tokens, nothing_read
-from chainfed_ray.stream import RowSlices
+from chainfed_ray.streaming.matrices import RowSlices
 
 
 class Activations(Protocol):

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chainfed_ray.budget.demand import NOTHING, Bytes, Demand
-from chainfed_ray.spill import is_spilled
+from chainfed_ray.streaming.activations import is_spilled
 
 # Two batches and three lengths determine terms up to B·T². None is 1: what has one row is sometimes a view of another tensor.
 _BATCHES, _TOKENS = (2, 3), (16, 32, 48)

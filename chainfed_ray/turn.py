@@ -22,7 +22,7 @@ from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.fitting import add_up
 from chainfed_ray.profiling import profile
-from chainfed_ray.stream import SLICE_BYTES
+from chainfed_ray.streaming.matrices import SLICE_BYTES
 
 
 def take_turn(client: Client, base: BaseModel, fetch: Callable[[], Order], capped: bool) -> Result:

@@ -17,7 +17,7 @@ from chainfed_ray.budget.planner import Footprint, Grain, Plan, Prefix
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client, Training, train
 from chainfed_ray.data.tokens import Examples, ragged
-from chainfed_ray.stream import SLICE_BYTES
+from chainfed_ray.streaming.matrices import SLICE_BYTES
 from tests.models import tiny_causal_model
 
 LAYERS, START, EPOCHS, RATE = 5, 1, 3, 1e-3

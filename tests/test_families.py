@@ -21,8 +21,8 @@ from transformers import (
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.lm_head import logits_by_slices, next_token_loss, next_token_scores
-from chainfed_ray.stream import SliceReader
-from chainfed_ray.weights import Checkpoint
+from chainfed_ray.streaming.checkpoint import Checkpoint
+from chainfed_ray.streaming.matrices import SliceReader
 from tests.models import tiny_causal_model
 
 TIED = ("llama", "gpt2", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "granite")

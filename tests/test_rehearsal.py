@@ -27,7 +27,7 @@ from chainfed_ray.rehearsal import (
     rehearse,
     with_blank_weights,
 )
-from chainfed_ray.spill import overwrite_activations
+from chainfed_ray.streaming.activations import overwrite_activations
 from tests.causal import causal_folder
 from tests.models import FAMILIES, tiny
 

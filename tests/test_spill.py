@@ -14,7 +14,7 @@ from transformers.activations import ACT2CLS, ACT2FN
 from chainfed_ray.adapter import Adapter
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.rehearsal import Ledger
-from chainfed_ray.spill import OverwritingActivation, Spill, is_spilled, overwrite_activations
+from chainfed_ray.streaming.activations import OverwritingActivation, Spill, is_spilled, overwrite_activations
 from tests.models import FAMILIES, tiny
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from chainfed_ray.blocks import Blocks
 from chainfed_ray.errors import UnsupportedModel
-from chainfed_ray.stream import SliceReader, StreamedLinear
-from chainfed_ray.weights import Checkpoint
+from chainfed_ray.streaming.checkpoint import Checkpoint
+from chainfed_ray.streaming.matrices import SliceReader, StreamedLinear
 from tests.models import FAMILIES, tiny
 from tests.watching import tensors_alive
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from chainfed_ray.weights import Checkpoint
+from chainfed_ray.streaming.checkpoint import Checkpoint
 
 SLICE_BYTES = 4 * 2**20
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from chainfed_ray.weights import Checkpoint
+from chainfed_ray.streaming.checkpoint import Checkpoint
 
 
 class RowTable(nn.Embedding):
