@@ -14,7 +14,7 @@ from chainfed_ray.classifier import Classifier
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.data.chats import Chat
 from chainfed_ray.generator import Generator, Piece, Sampling
-from chainfed_ray.saved_stack import SavedStack, load_stack
+from chainfed_ray.model.saved_stack import SavedStack, load_stack
 
 _MODELS_IN_MEMORY = 2
 _STACKS_IN_MEMORY = 256

@@ -13,8 +13,8 @@ from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.job import prepare
+from chainfed_ray.model.saved_stack import save_models
 from chainfed_ray.records import Ending, Opening, Result, Round
-from chainfed_ray.saved_stack import save_models
 from chainfed_ray.spec.job import JobSpec
 
 

@@ -20,9 +20,9 @@ from benchmarks.accuracy_runs import Processes
 from benchmarks.accuracy_schedule import complete
 from benchmarks.accuracy_table import References, regrets, results, tuning
 from benchmarks.methods import END_TO_END, methods
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import resolve
+from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.units import format_bytes, parse_bytes
 
 _WIDE = 160  # columns of a table that is not printed on a terminal

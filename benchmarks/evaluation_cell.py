@@ -19,19 +19,19 @@ import torch
 
 from benchmarks.cluster import one_machine
 from benchmarks.shapes import EVALUATED, Shape
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.ops import ops_folder
-from chainfed_ray.costs import costs_of
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory, status
 from chainfed_ray.evaluator import Evaluated, Evaluator
 from chainfed_ray.judgement import Judgement, judge
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.costs import costs_of
+from chainfed_ray.model.pooling import States, nothing_read
 from chainfed_ray.offload_footprint import offload_footprint
 from chainfed_ray.offloaded import OffloadedModel
-from chainfed_ray.reading import States, nothing_read
 from chainfed_ray.stream_evaluator import StreamEvaluator
 from chainfed_ray.turn import warm_up
 

@@ -94,8 +94,8 @@ def _load_torch() -> None:
 def _load_model(folder: Path) -> None:
     import torch
 
-    from chainfed_ray.blocks import Blocks
     from chainfed_ray.lean_imports import without_scipy
+    from chainfed_ray.model.blocks import Blocks
 
     with without_scipy():
         Blocks(folder, torch.float32).close()

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.data.tokens import Examples, tokenize
 from chainfed_ray.hub import resolve, tokenizer
-from chainfed_ray.reading import nothing_read
-from chainfed_ray.saved_stack import SavedStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.pooling import nothing_read
+from chainfed_ray.model.saved_stack import SavedStack
 
 _BATCH = 32
 

@@ -18,9 +18,9 @@ from typing import TypeVar
 
 from safetensors.torch import load, save
 
-from chainfed_ray.adapter import Tensors
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.manifest import Manifest
+from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records import Ending, Opening, Record, Round
 
 _SECRET_BYTES = 32

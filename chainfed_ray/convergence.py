@@ -5,7 +5,7 @@ from statistics import fmean
 
 from torch import Tensor
 
-from chainfed_ray.adapter import Tensors
+from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.spec.sections import ConvergenceSpec
 
 

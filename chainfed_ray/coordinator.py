@@ -10,7 +10,6 @@ from functools import partial
 from time import perf_counter
 
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client import Fitting, Training
@@ -25,10 +24,11 @@ from chainfed_ray.guarantee import Guarantee
 from chainfed_ray.head_fit import FittedHead, fit_head
 from chainfed_ray.job import Job
 from chainfed_ray.judging import Judging, best_exit, best_of, best_round, exits, fallback, is_due, streamed
+from chainfed_ray.model.adapters import AdapterStack, Tensors
+from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.objective import trained_names
 from chainfed_ray.pool import ClientPool
 from chainfed_ray.records import Admitted, EarlyExit, Ending, Evaluation, Opening, Restored, Round, finite
-from chainfed_ray.saved_stack import SavedStack
 from chainfed_ray.schedule import rate_at
 from chainfed_ray.score import Score
 from chainfed_ray.seeds import derive

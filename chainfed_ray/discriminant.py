@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from chainfed_ray.adapter import Tensors
+from chainfed_ray.model.adapters import Tensors
 
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 0.6)
 _LOWEST, _HIGHEST = 0.05, 100.0  # temperatures

@@ -13,18 +13,18 @@ import torch
 
 from chainfed_ray.accountant import Ledger
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.budget.planner import Plan, held_bytes
 from chainfed_ray.chain import Chain
-from chainfed_ray.costs import costs_of, with_bottleneck
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.discriminant import ClassSums
 from chainfed_ray.duration import duration
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.forecast import PREFIX, Change, ClassForecast, Forecast
 from chainfed_ray.job import Job, check_fleet, draft, task_of
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.costs import costs_of, with_bottleneck
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import ClientClass
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.budget.planner import Plan
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client import Client, Training
 from chainfed_ray.job import Job, as_client
+from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.pace import Pace, evaluation_pace, training_pace
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.sections import Often, RoundsSpec

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget.planner import PREFIX_BATCH, evaluation_grains
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, window_output
 from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.judgement import Judgement, judge
-from chainfed_ray.prefix import PrefixCache, PrefixRunner
-from chainfed_ray.reading import States, read_on
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.pooling import States, read_on
+from chainfed_ray.model.prefix import PrefixCache, PrefixRunner
 from chainfed_ray.streaming.matrices import SliceReader
 
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.judgement import Judgement
+from chainfed_ray.model.adapters import AdapterStack
 
 Sets = Mapping[str, Examples]
 """What an evaluator judges stacks on, by name."""

@@ -1,6 +1,6 @@
 """The first pass: every example of a client once through the base model, for all that is needed before the first round.
 
-An adapter that was never trained is the identity (adapter.py), so a new chain is the base model. One pass through that gives
+An adapter that was never trained is the identity (adapters.py), so a new chain is the base model. One pass through that gives
 the CKA profile from which the chain's start follows (start_layer.py), the features to which the first stage's head is fitted in
 closed form (discriminant.py), and the activations at the bottom of its window, from which training goes on (prefix.py).
 """
@@ -8,10 +8,10 @@ closed form (discriminant.py), and the activations at the bottom of its window, 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import start_below
-from chainfed_ray.features import PooledFeatures
-from chainfed_ray.prefix import PrefixCache
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.features import PooledFeatures
+from chainfed_ray.model.prefix import PrefixCache
 
 
 class FirstPass:

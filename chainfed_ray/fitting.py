@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client, Fitting, HeadSums, entering, prefix_runner, reader, window_output
 from chainfed_ray.device.cap import now
 from chainfed_ray.discriminant import ClassSums
 from chainfed_ray.first_pass import FirstPass
-from chainfed_ray.prefix import PrefixCache
-from chainfed_ray.reading import read_on
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.pooling import read_on
+from chainfed_ray.model.prefix import PrefixCache
 from chainfed_ray.streaming.matrices import SliceReader
 
 Features = Iterator[tuple[Tensor, Tensor]]  # of each micro-batch: what the head reads [B, r, D], and the classes [B]

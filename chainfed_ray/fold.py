@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Iterable
 
-from chainfed_ray.adapter import Tensors
 from chainfed_ray.aggregate import Aggregate, check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client, Result, Update
 from chainfed_ray.errors import InvalidUpdate
+from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.pool import Failure
 from chainfed_ray.records import Lost, Turn
 

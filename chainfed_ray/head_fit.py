@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import cross_entropy, layer_norm, linear, pad
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.aggregate import check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, Client, Fitting, HeadSums, Result
@@ -20,6 +19,7 @@ from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.evaluate import pooled
 from chainfed_ray.fold import as_lost
 from chainfed_ray.job import Job
+from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import HeadFit, Lost
 from chainfed_ray.score import Score

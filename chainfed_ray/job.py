@@ -9,11 +9,9 @@ import torch
 
 from chainfed_ray.accountant import Ledger
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.budget.planner import Plan, Task
 from chainfed_ray.client import BaseModel, Client
-from chainfed_ray.costs import costs_of
 from chainfed_ray.data.choices import Choices
 from chainfed_ray.data.examples import JobExamples, examples_of
 from chainfed_ray.data.partition import deal
@@ -22,6 +20,8 @@ from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.manifest import Manifest
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.costs import costs_of
 from chainfed_ray.records import LeftOut, Opening
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec

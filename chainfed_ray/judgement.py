@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.data.tokens import Batch
-from chainfed_ray.lm_head import next_token_scores
-from chainfed_ray.reading import States
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.lm_head import next_token_scores
+from chainfed_ray.model.pooling import States
 from chainfed_ray.streaming.matrices import RowSlices
 
 

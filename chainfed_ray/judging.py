@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import Literal
 
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.budget.planner import evaluation_bytes
 from chainfed_ray.chain import Window
 from chainfed_ray.device.peak import PeakMemory
@@ -17,6 +16,7 @@ from chainfed_ray.device.threads import one_thread
 from chainfed_ray.evaluate import evaluate
 from chainfed_ray.evaluator import Evaluator, Sets
 from chainfed_ray.job import Job
+from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.records import Best, EarlyExit, Evaluation, Restored, Round, finite
 from chainfed_ray.score import Score, macro_f1
 from chainfed_ray.spec.sections import Often

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from chainfed_ray.adapter import AdapterStack, Head
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window
-from chainfed_ray.lm_head import next_token_loss
-from chainfed_ray.reading import States
+from chainfed_ray.model.adapters import AdapterStack, Head
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.lm_head import next_token_loss
+from chainfed_ray.model.pooling import States
 from chainfed_ray.streaming.matrices import RowSlices
 
 GlobalTrains = Literal["window", "head", "upper"]

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.budget.planner import embedding_bytes, running_bytes, scoring_bytes
+from chainfed_ray.model.blocks import Blocks
 
 SWAPPED_BYTES = 2**20  # what is smaller stays in memory: DeepSpeed has it so
 

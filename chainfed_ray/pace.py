@@ -14,16 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget.planner import PREFIX_BATCH, evaluation_grains
 from chainfed_ray.client import BaseModel, Client, Training, entering, reader, train
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.judgement import judge
-from chainfed_ray.prefix import PrefixRunner
-from chainfed_ray.reading import States
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.pooling import States
+from chainfed_ray.model.prefix import PrefixRunner
 
 _ENOUGH_SECONDS = 0.4  # of CPU, of one measurement: what a clock and other processes add is small beside it
 _LONG_SECONDS = 2.0  # of a first measurement, which is not repeated then

@@ -28,10 +28,10 @@ from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from chainfed_ray.adapter import Adapter, Head
-from chainfed_ray.blocks import find_layers
-from chainfed_ray.reading import States, nothing_read, read_on
-from chainfed_ray.saved_stack import ADAPTERS, HEAD, HEADS, PEFT_TYPE
+from chainfed_ray.model.adapters import Adapter, Head
+from chainfed_ray.model.blocks import find_layers
+from chainfed_ray.model.pooling import States, nothing_read, read_on
+from chainfed_ray.model.saved_stack import ADAPTERS, HEAD, HEADS, PEFT_TYPE
 
 _PREFIX = "chainfed_"
 _NO_ADAPTER = "__base__"  # PEFT's name for a row that no adapter is to touch

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_ray.adapter import Tensors
 from chainfed_ray.chain import Window
+from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.spec.sections import PrivacySpec
 
 CHUNK = 4096  # values whose noise is drawn at once: in all they take about 56 bytes each

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from chainfed_ray.adapter import Tensors
+from chainfed_ray.model.adapters import Tensors
 
 Weighed = tuple[Mapping[str, Tensor], int]  # an update's tensors, and the examples that they were trained on
 Rule = Callable[[Sequence[Weighed]], Tensors]

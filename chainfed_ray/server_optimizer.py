@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, full_like, zeros_like
 
-from chainfed_ray.adapter import Tensors
+from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.spec.sections import AggregationSpec
 
 _MOMENTUM_RATE, _ADAPTIVE_RATE = 1.0, 0.01

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client import Fitting, Profile, Profiling
 from chainfed_ray.cohort import everyone
@@ -18,6 +17,7 @@ from chainfed_ray.first_pass import StartGuess
 from chainfed_ray.fold import as_lost, reasons
 from chainfed_ray.head_fit import deadline_of_all, fit_head
 from chainfed_ray.job import Job
+from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import HeadFit, Lost, with_everybody
 from chainfed_ray.seeds import derive

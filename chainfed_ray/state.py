@@ -2,8 +2,8 @@
 
 from typing import NamedTuple, Self
 
-from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.convergence import Movement
+from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.server_optimizer import ServerOptimizer
 from chainfed_ray.spec.sections import AggregationSpec
 

@@ -3,7 +3,6 @@
 from time import perf_counter
 
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.budget.planner import evaluation_bytes
 from chainfed_ray.chain import Window
@@ -12,6 +11,7 @@ from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.evaluate import evaluate
 from chainfed_ray.evaluator import Evaluated, Sets, whole_model
+from chainfed_ray.model.adapters import AdapterStack
 
 
 class StreamEvaluator:

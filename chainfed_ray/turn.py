@@ -11,8 +11,6 @@ from time import perf_counter, sleep
 import numpy as np
 import torch
 
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget.planner import Footprint, Plan, Prefix
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, Client, Fitting, Order, Profiling, Result, Training, train
@@ -21,6 +19,8 @@ from chainfed_ray.device.cap import MemoryCap
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.fitting import add_up
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.profiling import profile
 from chainfed_ray.streaming.matrices import SLICE_BYTES
 

@@ -17,9 +17,9 @@ from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import ChainFedError, CoordinatorLost
 from chainfed_ray.job import Job, prepare
 from chainfed_ray.judging import Judging, streamed
+from chainfed_ray.model.saved_stack import save_models
 from chainfed_ray.pool import ClientPool
 from chainfed_ray.records import Record, Result
-from chainfed_ray.saved_stack import save_models
 from chainfed_ray.spec.job import JobSpec
 
 _DEATHS = 5  # of coordinators, without a round in between: then the job is to blame

@@ -12,8 +12,6 @@ import ray
 from ray.exceptions import RayError
 
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.doctor import look, why_not
@@ -23,6 +21,8 @@ from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller, ru
 from chainfed_ray.errors import EvaluationFailed, InvalidSetting
 from chainfed_ray.evaluator import Evaluated, Evaluator, Sets, whole_model
 from chainfed_ray.judgement import Judgement
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.offload_footprint import disk_bytes, offload_footprint, swap_bytes
 from chainfed_ray.offloaded import Share
 from chainfed_ray.units import format_bytes

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel
 
-from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.budget.planner import PREFIX_BATCH
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.reading import mean_over_tokens
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.pooling import mean_over_tokens
 
 
 class EndToEnd:

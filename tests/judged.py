@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget import planner as memory
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel
-from chainfed_ray.costs import costs_of
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.job import Job
 from chainfed_ray.judging import Judging
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.costs import costs_of
 from chainfed_ray.stream_evaluator import StreamEvaluator
 from chainfed_ray.turn import warm_up
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
-from chainfed_ray.reading import mean_over_tokens
-from chainfed_ray.saved_stack import SavedStack
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.pooling import mean_over_tokens
+from chainfed_ray.model.saved_stack import SavedStack
 
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama", "qwen2")
 

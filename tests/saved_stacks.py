@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from chainfed_ray.adapter import Tensors
+from chainfed_ray.model.adapters import Tensors
 from tests.builders import PRIVACY, a_document, a_job, run, with_secret
 from tests.causal import causal_folder
 from tests.models import tiny

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from chainfed_ray.adapter import Tensors
+from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.server_optimizer import ServerOptimizer
 from chainfed_ray.spec.sections import AggregationSpec
 

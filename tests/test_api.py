@@ -26,8 +26,8 @@ from chainfed_ray.dry_run import dry_run
 from chainfed_ray.forecast import Forecast
 from chainfed_ray.generator import Piece, Sampling
 from chainfed_ray.job import prepare
+from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.pool import LocalPool
-from chainfed_ray.saved_stack import load_stack
 from chainfed_ray.spec.job import JobSpec
 from tests.pools import Killed, dying
 from tests.watching import wait_for

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.errors import UnsupportedModel
+from chainfed_ray.model.blocks import Blocks
 from tests.models import FAMILIES, tiny
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from chainfed_ray.adapter import AdapterStack, Tensors
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget.planner import Footprint, Grain, Plan, Prefix
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client, Training, train
 from chainfed_ray.data.tokens import Examples, ragged
+from chainfed_ray.model.adapters import AdapterStack, Tensors
+from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.streaming.matrices import SLICE_BYTES
 from tests.models import tiny_causal_model
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Profiling, Training, Update
+from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.turn import take_turn
 from tests.builders import a_job
 from tests.watching import tensors_alive

@@ -23,7 +23,7 @@ from chainfed_ray.data.chats import Chat
 from chainfed_ray.detokenizer import Detokenizer
 from chainfed_ray.forecast import Forecast
 from chainfed_ray.generator import Generator, Piece, Sampling
-from chainfed_ray.saved_stack import save_stack
+from chainfed_ray.model.saved_stack import save_stack
 from chainfed_ray.spec.job import JobSpec
 from tests.causal import a_causal_stack, causal_folder, written
 

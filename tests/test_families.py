@@ -18,9 +18,9 @@ from transformers import (
     RobertaForCausalLM,
 )
 
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.errors import UnsupportedModel
-from chainfed_ray.lm_head import logits_by_slices, next_token_loss, next_token_scores
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.lm_head import logits_by_slices, next_token_loss, next_token_scores
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.matrices import SliceReader
 from tests.models import tiny_causal_model

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.chain import Window, start_below
 from chainfed_ray.client import BaseModel, Client, Fitting, HeadSums, Order, Profile, Profiling, Result, Training
 from chainfed_ray.first_pass import StartGuess
 from chainfed_ray.job import Job
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.turn import take_turn
 from tests.builders import a_job
 

@@ -28,9 +28,9 @@ from chainfed_ray.dry_run import changed, dry_run
 from chainfed_ray.duration import Duration
 from chainfed_ray.forecast import Forecast
 from chainfed_ray.job import Job, draft
+from chainfed_ray.model.prefix import PrefixRunner
 from chainfed_ray.pace import Pace
 from chainfed_ray.pool import LocalPool
-from chainfed_ray.prefix import PrefixRunner
 from chainfed_ray.spec.job import JobSpec
 from tests.builders import a_job
 from tests.project import COMMAND

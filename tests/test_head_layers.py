@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from chainfed_ray.adapter import AdapterStack, Head
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Fitting, HeadSums
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.job import FEATURES
+from chainfed_ray.model.adapters import AdapterStack, Head
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.turn import take_turn

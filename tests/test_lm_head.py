@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.errors import UnsupportedModel
-from chainfed_ray.lm_head import next_token_scores, streamed_cross_entropy
-from chainfed_ray.logit_form import LogitForm
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.lm_head import next_token_scores, streamed_cross_entropy
+from chainfed_ray.model.logit_form import LogitForm
 from tests.models import tiny
 
 VOCABULARY, WIDTH = 23, 6

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from chainfed_ray.adapter import AdapterStack
 from chainfed_ray.chain import Window
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.pooling import States, nothing_read
 from chainfed_ray.objective import by_class, chain_loss, trained_names
-from chainfed_ray.reading import States, nothing_read
 from tests.models import a_stack
 
 LAMBDA = 0.3

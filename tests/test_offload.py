@@ -19,21 +19,21 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chainfed_ray.activity import Activity, Listener, nobody
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.evaluation import judging
 from chainfed_ray.cluster.offload import OffloadedEvaluator, make_evaluator
 from chainfed_ray.cluster.offload_run import OFFLOAD, Reason, why_over
 from chainfed_ray.cluster.offload_worker import why
-from chainfed_ray.costs import costs_of
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import EvaluationFailed
 from chainfed_ray.evaluator import Evaluated
 from chainfed_ray.judgement import Judgement, judge
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.costs import costs_of
+from chainfed_ray.model.pooling import States, mean_over_tokens
 from chainfed_ray.offload_footprint import offload_footprint
 from chainfed_ray.offloaded import shares
-from chainfed_ray.reading import States, mean_over_tokens
 from tests.builders import a_job
 from tests.cluster import needs_ops
 from tests.watching import command_of, processes_below, wait_for

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainfed_ray.adapter import Adapter
 from chainfed_ray.aggregate import RunningMean
 from chainfed_ray.chain import Chain, start_below
 from chainfed_ray.convergence import Movement, verdict
@@ -18,6 +17,7 @@ from chainfed_ray.data import docstrings
 from chainfed_ray.data.partition import dirichlet, iid
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.model.adapters import Adapter
 from chainfed_ray.spec.sections import ConvergenceSpec
 from chainfed_ray.start_layer import debiased_cka
 from chainfed_ray.start_search import where_least

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from chainfed_ray.errors import CorruptCommit
+from chainfed_ray.model.saved_stack import load_stack, save_stack
 from chainfed_ray.peft_method import ChainFedLayer
-from chainfed_ray.saved_stack import load_stack, save_stack
 from tests.causal import FAMILIES, a_causal_stack, causal_folder, streamed_logits
 from tests.project import ROOT
 

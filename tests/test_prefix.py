@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget.planner import PREFIX_BATCH
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.prefix import CachedActivations, PrefixCache, PrefixRunner
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.prefix import CachedActivations, PrefixCache, PrefixRunner
 from tests.models import a_stack, tiny
 
 

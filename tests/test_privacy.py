@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from chainfed_ray.adapter import Tensors
 from chainfed_ray.api.progress import Progress
 from chainfed_ray.api.results import results
 from chainfed_ray.chain import Window
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.errors import CorruptCommit, InvalidJob
+from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.privacy import (
     CHUNK,
     Noise,

@@ -16,7 +16,6 @@ import torch
 from fastapi.testclient import TestClient
 
 from chainfed_ray.accountant import Release, epsilon
-from chainfed_ray.adapter import Tensors
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.service import Service
 from chainfed_ray.chain import Window
@@ -28,6 +27,7 @@ from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.job import Job, check_fleet
+from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.privacy import Noise, key_of, sampling_seed
 from chainfed_ray.records import Lost, Record, Result

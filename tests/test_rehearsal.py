@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from chainfed_ray.adapter import Adapter, Head
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget.demand import Bytes, Demand
-from chainfed_ray.costs import Parts, costs_of, new_adapter, padded, with_bottleneck
 from chainfed_ray.device.peak import PeakMemory
-from chainfed_ray.rehearsal import (
+from chainfed_ray.model.adapters import Adapter, Head
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.costs import Parts, costs_of, new_adapter, padded, with_bottleneck
+from chainfed_ray.model.trace import (
     SHAPES,
     Forgetful,
     Ledger,

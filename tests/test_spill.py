@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS, ACT2FN
 
-from chainfed_ray.adapter import Adapter
-from chainfed_ray.blocks import Blocks
-from chainfed_ray.rehearsal import Ledger
+from chainfed_ray.model.adapters import Adapter
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.trace import Ledger
 from chainfed_ray.streaming.activations import OverwritingActivation, Spill, is_spilled, overwrite_activations
 from tests.models import FAMILIES, tiny
 

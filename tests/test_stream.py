@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.errors import UnsupportedModel
+from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.matrices import SliceReader, StreamedLinear
 from tests.models import FAMILIES, tiny

@@ -1,6 +1,6 @@
 """What each part of a turn takes, as the planner adds it up: bytes that depend on examples and tokens, for one base model.
 
-They are rehearsed once (costs.py, rehearsal.py); from then on there is integer arithmetic only (planner.py).
+They are rehearsed once (costs.py, trace.py); from then on there is integer arithmetic only (planner.py).
 """
 
 from dataclasses import dataclass

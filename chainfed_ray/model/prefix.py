@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.adapter import AdapterStack
-from chainfed_ray.blocks import Blocks
 from chainfed_ray.budget.planner import PREFIX_BATCH, Grain
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.features import FeatureWriter, PooledFeatures
-from chainfed_ray.reading import States, mean_over_tokens, nothing_read
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.features import FeatureWriter, PooledFeatures
+from chainfed_ray.model.pooling import States, mean_over_tokens, nothing_read
 from chainfed_ray.streaming.matrices import RowSlices
 
 

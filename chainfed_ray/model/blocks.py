@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from chainfed_ray.errors import UnsupportedModel
-from chainfed_ray.logit_form import LogitForm, form_of
+from chainfed_ray.model.logit_form import LogitForm, form_of
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.embeddings import RowTable, embedding_tables
 from chainfed_ray.streaming.matrices import RowSlices, SliceReader, is_streamed, stream_matrices

@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # it has no public nam
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from chainfed_ray.adapter import Adapter, Head
-from chainfed_ray.blocks import Blocks, LayerCall
 from chainfed_ray.budget.demand import Costs, Demand, StepDemands
-from chainfed_ray.lm_head import next_token_loss
-from chainfed_ray.rehearsal import Prepare, polynomial_of, rehearse, with_blank_weights
+from chainfed_ray.model.adapters import Adapter, Head
+from chainfed_ray.model.blocks import Blocks, LayerCall
+from chainfed_ray.model.lm_head import next_token_loss
+from chainfed_ray.model.trace import Prepare, polynomial_of, rehearse, with_blank_weights
 from chainfed_ray.streaming.activations import overwrite_activations
 from chainfed_ray.streaming.matrices import SLICE_BYTES
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_ray.blocks import Blocks
-from chainfed_ray.logit_form import LogitForm
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.logit_form import LogitForm
 from chainfed_ray.streaming.matrices import RowSlices
 
 

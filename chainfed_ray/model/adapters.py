@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from chainfed_ray.reading import nothing_read, read_on
+from chainfed_ray.model.pooling import nothing_read, read_on
 from chainfed_ray.seeds import derive
 
 Tensors = dict[str, Tensor]

@@ -17,8 +17,8 @@ from typing import Any
 
 from safetensors.torch import load, save
 
-from chainfed_ray.adapter import AdapterStack, Tensors
 from chainfed_ray.errors import CorruptCommit
+from chainfed_ray.model.adapters import AdapterStack, Tensors
 
 PEFT_TYPE = "CHAINFED"
 CAUSAL_LM = "CAUSAL_LM"  # PEFT's name for what a language model does
