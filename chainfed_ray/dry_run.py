@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from chainfed_ray.accountant import Ledger
 from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.aggregation.accountant import Ledger
+from chainfed_ray.aggregation.discriminant import ClassSums
 from chainfed_ray.budget.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.budget.planner import Plan, held_bytes
 from chainfed_ray.chain import Chain
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.discriminant import ClassSums
 from chainfed_ray.duration import duration
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.forecast import PREFIX, Change, ClassForecast, Forecast

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 
-from chainfed_ray.aggregate import Aggregate, check_update
+from chainfed_ray.aggregation.mean import Aggregate, check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client, Result, Update
 from chainfed_ray.errors import InvalidUpdate

@@ -9,12 +9,12 @@ import torch
 from torch.nn.functional import cross_entropy, layer_norm, linear, pad
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.aggregate import check_update
+from chainfed_ray.aggregation.discriminant import ClassSums, fitted
+from chainfed_ray.aggregation.mean import check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, Client, Fitting, HeadSums, Result
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
-from chainfed_ray.discriminant import ClassSums, fitted
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.evaluate import pooled
 from chainfed_ray.fold import as_lost

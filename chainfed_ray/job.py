@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from chainfed_ray.accountant import Ledger
 from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.budget.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.budget.planner import Plan, Task
 from chainfed_ray.client import BaseModel, Client

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple, Self
 
+from chainfed_ray.aggregation.server_optimizer import ServerOptimizer
 from chainfed_ray.convergence import Movement
 from chainfed_ray.model.adapters import AdapterStack, Tensors
-from chainfed_ray.server_optimizer import ServerOptimizer
 from chainfed_ray.spec.sections import AggregationSpec
 
 _STACK, _MOVEMENT, _SERVER, _BEST = "stack/", "movement/", "server/", "best/"

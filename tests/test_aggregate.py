@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainfed_ray.aggregate import Aggregate, KeptUpdates, RunningMean, aggregate_by
+from chainfed_ray.aggregation.mean import Aggregate, KeptUpdates, RunningMean, aggregate_by
+from chainfed_ray.aggregation.robust import Weighed, krum, median, trimmed_mean
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.robust import Weighed, krum, median, trimmed_mean
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import AggregationSpec
 from tests.project import ROOT

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from chainfed_ray.aggregation.server_optimizer import ServerOptimizer
 from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.server_optimizer import ServerOptimizer
 from chainfed_ray.spec.sections import AggregationSpec
 
 _ROUNDS = ({"low", "head"}, {"low", "head"}, {"high", "head"})  # what each of them trains

@@ -31,10 +31,10 @@ from benchmarks.baselines import (
 from benchmarks.corpora import Corpus
 from benchmarks.metering import Meter, MeteredPool, TurnFailed
 from benchmarks.methods import methods
+from chainfed_ray.aggregation.discriminant import ClassSums, fitted
 from chainfed_ray.client import Client, Training, step_batches
 from chainfed_ray.cohort import Cohort
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.discriminant import ClassSums, fitted
 from chainfed_ray.job import Job, prepare
 from chainfed_ray.model.adapters import Head, Tensors
 from chainfed_ray.model.blocks import Blocks

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import cross_entropy, layer_norm
 
+from chainfed_ray.aggregation.discriminant import ClassSums, discriminant, fitted
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Fitting, HeadSums
 from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
-from chainfed_ray.discriminant import ClassSums, discriminant, fitted
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainfed_ray.aggregate import RunningMean
+from chainfed_ray.aggregation.mean import RunningMean
 from chainfed_ray.chain import Chain, start_below
 from chainfed_ray.convergence import Movement, verdict
 from chainfed_ray.data import docstrings

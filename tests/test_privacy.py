@@ -14,13 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from chainfed_ray.api.progress import Progress
-from chainfed_ray.api.results import results
-from chainfed_ray.chain import Window
-from chainfed_ray.commit_log import CommitLog
-from chainfed_ray.errors import CorruptCommit, InvalidJob
-from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.privacy import (
+from chainfed_ray.aggregation.privacy import (
     CHUNK,
     Noise,
     NoiseShare,
@@ -30,6 +24,12 @@ from chainfed_ray.privacy import (
     sampling_seed,
     share_of,
 )
+from chainfed_ray.api.progress import Progress
+from chainfed_ray.api.results import results
+from chainfed_ray.chain import Window
+from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.errors import CorruptCommit, InvalidJob
+from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import PrivacySpec
 from tests.builders import ENDING, SPEC, a_console, a_round, an_opening, noise_of, told

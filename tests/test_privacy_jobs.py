@@ -15,7 +15,8 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from chainfed_ray.accountant import Release, epsilon
+from chainfed_ray.aggregation.accountant import Release, epsilon
+from chainfed_ray.aggregation.privacy import Noise, key_of, sampling_seed
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.service import Service
 from chainfed_ray.chain import Window
@@ -29,7 +30,6 @@ from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.job import Job, check_fleet
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.pool import LocalPool
-from chainfed_ray.privacy import Noise, key_of, sampling_seed
 from chainfed_ray.records import Lost, Record, Result
 from chainfed_ray.spec.job import JobSpec
 from tests.builders import (

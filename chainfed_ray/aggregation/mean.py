@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from chainfed_ray.aggregation.robust import Rule, Weighed, krum, median, trimmed_mean
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.robust import Rule, Weighed, krum, median, trimmed_mean
 from chainfed_ray.spec.sections import AggregationSpec
 
 
