@@ -24,15 +24,15 @@ from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.ops import ops_folder
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory, status
-from chainfed_ray.evaluator import Evaluated, Evaluator
-from chainfed_ray.judgement import Judgement, judge
+from chainfed_ray.evaluation.evaluator import Evaluated, Evaluator
+from chainfed_ray.evaluation.predictions import Judgement, judge
+from chainfed_ray.evaluation.streaming_evaluator import StreamEvaluator
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
 from chainfed_ray.model.pooling import States, nothing_read
 from chainfed_ray.offload_footprint import offload_footprint
 from chainfed_ray.offloaded import OffloadedModel
-from chainfed_ray.stream_evaluator import StreamEvaluator
 from chainfed_ray.turn import warm_up
 
 _BOTTLENECK, _CLASSES = 64, 4

@@ -18,6 +18,7 @@ from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.convergence import Movement
 from chainfed_ray.course import Course, NextRound
 from chainfed_ray.errors import QuorumLost
+from chainfed_ray.evaluation.score import Score
 from chainfed_ray.fold import Fold, reasons
 from chainfed_ray.gather import gather
 from chainfed_ray.guarantee import Guarantee
@@ -30,7 +31,6 @@ from chainfed_ray.objective import trained_names
 from chainfed_ray.pool import ClientPool
 from chainfed_ray.records import Admitted, EarlyExit, Ending, Evaluation, Opening, Restored, Round, finite
 from chainfed_ray.schedule import rate_at
-from chainfed_ray.score import Score
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_search import find_start
 from chainfed_ray.state import State, stack_of

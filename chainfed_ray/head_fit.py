@@ -16,13 +16,13 @@ from chainfed_ray.client import BaseModel, Client, Fitting, HeadSums, Result
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.errors import InvalidUpdate
-from chainfed_ray.evaluate import pooled
+from chainfed_ray.evaluation.early_exit import pooled
+from chainfed_ray.evaluation.score import Score
 from chainfed_ray.fold import as_lost
 from chainfed_ray.job import Job
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records import HeadFit, Lost
-from chainfed_ray.score import Score
 
 
 class FittedHead(NamedTuple):

@@ -13,14 +13,14 @@ from chainfed_ray.budget.planner import evaluation_bytes
 from chainfed_ray.chain import Window
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
-from chainfed_ray.evaluate import evaluate
-from chainfed_ray.evaluator import Evaluator, Sets
+from chainfed_ray.evaluation.early_exit import evaluate
+from chainfed_ray.evaluation.evaluator import Evaluator, Sets
+from chainfed_ray.evaluation.score import Score, macro_f1
+from chainfed_ray.evaluation.streaming_evaluator import StreamEvaluator
 from chainfed_ray.job import Job
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.records import Best, EarlyExit, Evaluation, Restored, Round, finite
-from chainfed_ray.score import Score, macro_f1
 from chainfed_ray.spec.sections import Often
-from chainfed_ray.stream_evaluator import StreamEvaluator
 
 _VALIDATION, _TEST, _CHOICES = "validation", "test", "choices"
 

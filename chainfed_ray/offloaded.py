@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import HashStore
 from chainfed_ray.client import BaseModel
 from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.device.peak import PeakMemory
-from chainfed_ray.judgement import Judgement, judge
+from chainfed_ray.evaluation.predictions import Judgement, judge
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import States, nothing_read

@@ -19,7 +19,7 @@ from chainfed_ray.client import BaseModel, Client, Training, entering, reader, t
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
-from chainfed_ray.judgement import judge
+from chainfed_ray.evaluation.predictions import judge
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import States

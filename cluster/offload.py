@@ -19,8 +19,8 @@ from chainfed_ray.cluster.offload_run import OFFLOAD, RUN_ENVIRONMENT, START_SEC
 from chainfed_ray.cluster.offload_worker import Work, sent
 from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller, runtime_env
 from chainfed_ray.errors import EvaluationFailed, InvalidSetting
-from chainfed_ray.evaluator import Evaluated, Evaluator, Sets, whole_model
-from chainfed_ray.judgement import Judgement
+from chainfed_ray.evaluation.evaluator import Evaluated, Evaluator, Sets, whole_model
+from chainfed_ray.evaluation.predictions import Judgement
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.offload_footprint import disk_bytes, offload_footprint, swap_bytes

@@ -26,7 +26,7 @@ from chainfed_ray.client import BaseModel
 from chainfed_ray.cluster.doctor import look, why_not
 from chainfed_ray.cluster.offload_run import OFFLOAD, START_SECONDS, Order, Reason, Run
 from chainfed_ray.cluster.ops import ops_folder
-from chainfed_ray.evaluator import Sets
+from chainfed_ray.evaluation.evaluator import Sets
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.offload_footprint import disk_bytes, swap_bytes

@@ -22,12 +22,12 @@ from chainfed_ray.data.examples import examples_of
 from chainfed_ray.data.targets import learnable, packed, tokenize_texts
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.evaluation.predictions import Judgement
+from chainfed_ray.evaluation.score import Score
 from chainfed_ray.job import Job, prepare
-from chainfed_ray.judgement import Judgement
 from chainfed_ray.model.saved_stack import save_stack
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.records import Round
-from chainfed_ray.score import Score
 from chainfed_ray.spec.job import JobSpec
 from tests.causal import byte_tokenizer, causal_folder
 from tests.tokenizing import KINDS

@@ -17,12 +17,12 @@ from chainfed_ray.client import BaseModel
 from chainfed_ray.data.choices import Choices, read_choices
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.judgement import Judgement
+from chainfed_ray.evaluation.predictions import Judgement
+from chainfed_ray.evaluation.streaming_evaluator import StreamEvaluator
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
 from chainfed_ray.model.saved_stack import save_stack
-from chainfed_ray.stream_evaluator import StreamEvaluator
 from tests.causal import a_causal_stack, byte_tokenizer, causal_folder
 from tests.tokenizing import KINDS
 

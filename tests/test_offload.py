@@ -26,8 +26,8 @@ from chainfed_ray.cluster.offload_run import OFFLOAD, Reason, why_over
 from chainfed_ray.cluster.offload_worker import why
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import EvaluationFailed
-from chainfed_ray.evaluator import Evaluated
-from chainfed_ray.judgement import Judgement, judge
+from chainfed_ray.evaluation.evaluator import Evaluated
+from chainfed_ray.evaluation.predictions import Judgement, judge
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.judgement import Judgement
+from chainfed_ray.evaluation.predictions import Judgement
 from chainfed_ray.model.adapters import AdapterStack
 
 Sets = Mapping[str, Examples]

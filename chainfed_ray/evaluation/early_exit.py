@@ -1,6 +1,6 @@
 """The server's judgement of the chain cut at a window's top, one window in memory at a time: an early exit.
 
-With the window at the last layer it is the whole model (stream_evaluator.py). Layers that are large are never in memory: their
+With the window at the last layer it is the whole model (streaming_evaluator.py). Layers that are large are never in memory: their
 matrices are streamed by slices, as a small client has it. Which are is settled by their size alone (planner.py), so that
 whoever judges a stack again has the same bits.
 """
@@ -18,7 +18,7 @@ from chainfed_ray.budget.planner import PREFIX_BATCH, evaluation_grains
 from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel, window_output
 from chainfed_ray.data.tokens import Batch, Examples
-from chainfed_ray.judgement import Judgement, judge
+from chainfed_ray.evaluation.predictions import Judgement, judge
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import States, read_on

@@ -9,8 +9,8 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client import BaseModel
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
-from chainfed_ray.evaluate import evaluate
-from chainfed_ray.evaluator import Evaluated, Sets, whole_model
+from chainfed_ray.evaluation.early_exit import evaluate
+from chainfed_ray.evaluation.evaluator import Evaluated, Sets, whole_model
 from chainfed_ray.model.adapters import AdapterStack
 
 

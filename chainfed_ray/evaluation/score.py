@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_ray.judgement import Judgement
+from chainfed_ray.evaluation.predictions import Judgement
 
 _LARGEST = math.log(sys.float_info.max)
 
