@@ -31,7 +31,7 @@ from chainfed_ray.api.service import Service, WithService
 from chainfed_ray.cluster.job_store import JobRecord
 from chainfed_ray.data.chats import Chat
 from chainfed_ray.errors import ChainFedError
-from chainfed_ray.generator import Piece
+from chainfed_ray.serving.generator import Piece
 
 router = APIRouter(prefix="/v1", tags=["models"])
 

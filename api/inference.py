@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from ray import serve
 
-from chainfed_ray.classifier import Classifier
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.data.chats import Chat
-from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.model.saved_stack import SavedStack, load_stack
+from chainfed_ray.serving.classifier import Classifier
+from chainfed_ray.serving.generator import Generator, Piece, Sampling
 
 _MODELS_IN_MEMORY = 2
 _STACKS_IN_MEMORY = 256

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from chainfed_ray.data.chats import Chat
-from chainfed_ray.generator import MOST_TOKENS, FinishReason, Sampling
+from chainfed_ray.serving.generator import MOST_TOKENS, FinishReason, Sampling
 
 
 def _listed(value: Any) -> Any:

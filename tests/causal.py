@@ -7,10 +7,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.saved_stack import SavedStack
+from chainfed_ray.serving.generator import Generator, Piece, Sampling
 from tests.models import chain_outputs, tiny_causal_model
 
 FAMILIES = ("llama", "gpt2", "qwen2")

@@ -18,16 +18,16 @@ from sqlalchemy.exc import OperationalError
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.service import Service
-from chainfed_ray.classifier import Classifier
 from chainfed_ray.cluster.job_run import run_job
 from chainfed_ray.cluster.job_store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.dry_run import dry_run
 from chainfed_ray.forecast import Forecast
-from chainfed_ray.generator import Piece, Sampling
 from chainfed_ray.job import prepare
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.pool import LocalPool
+from chainfed_ray.serving.classifier import Classifier
+from chainfed_ray.serving.generator import Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 from tests.pools import Killed, dying
 from tests.watching import wait_for

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from chainfed_ray.classifier import Classifier
+from chainfed_ray.serving.classifier import Classifier
 from tests.models import a_saved_stack, class_logits
 
 TEXTS = [

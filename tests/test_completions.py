@@ -20,10 +20,10 @@ from chainfed_ray.api.service import Service
 from chainfed_ray.cluster.job_store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.data.chats import Chat
-from chainfed_ray.detokenizer import Detokenizer
 from chainfed_ray.forecast import Forecast
-from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.model.saved_stack import save_stack
+from chainfed_ray.serving.detokenizer import Detokenizer
+from chainfed_ray.serving.generator import Generator, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 from tests.causal import a_causal_stack, causal_folder, written
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chainfed_ray.detokenizer import Detokenizer
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.generator import Generator, Piece, Sampling
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.saved_stack import SavedStack
+from chainfed_ray.serving.detokenizer import Detokenizer
+from chainfed_ray.serving.generator import Generator, Piece, Sampling
 from tests.causal import FAMILIES, a_causal_stack, byte_tokenizer, causal_folder, streamed_logits, written
 
 BYTES = byte_tokenizer(chat=False)

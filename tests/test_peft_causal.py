@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.model.saved_stack import load_stack, save_stack
-from chainfed_ray.peft_method import ChainFedLayer
+from chainfed_ray.serving.peft_method import ChainFedLayer
 from tests.causal import FAMILIES, a_causal_stack, causal_folder, streamed_logits
 from tests.project import ROOT
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.model.saved_stack import load_stack, save_stack
-from chainfed_ray.peft_method import ChainFedLayer, SequenceClassifier
+from chainfed_ray.serving.peft_method import ChainFedLayer, SequenceClassifier
 from tests.models import FAMILIES, a_saved_stack, class_logits, tiny
 
 

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteri
 
 from chainfed_ray.data.chats import Chat
 from chainfed_ray.data.targets import chat_ids, prompt_ids
-from chainfed_ray.detokenizer import Detokenizer
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.adapters import Adapter, AdapterStack
 from chainfed_ray.model.blocks import find_layers
 from chainfed_ray.model.saved_stack import SavedStack
+from chainfed_ray.serving.detokenizer import Detokenizer
 
 MOST_TOKENS = 256  # of a text, where nobody says how many
 _COLDEST = 1e-5  # below it logits over the temperature may be no numbers any more

@@ -1,7 +1,7 @@
 """Our adapters as a PEFT method, for whoever lives in that world. Importing this file registers the method. ::
 
     from peft import PeftModel
-    from chainfed_ray.peft_method import SequenceClassifier
+    from chainfed_ray.serving.peft_method import SequenceClassifier
 
     model = PeftModel.from_pretrained(SequenceClassifier.from_folder(base_folder), "jobs/<job>/model")
     logits = model(input_ids=ids, attention_mask=mask)  # [B, C]

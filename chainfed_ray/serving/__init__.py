@@ -1,0 +1,1 @@
+"""Finished stacks, held in memory to answer."""
