@@ -18,7 +18,7 @@ from chainfed_ray.cluster.preflight import check, plan
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.data.chats import Chat
 from chainfed_ray.errors import ChainFedError
-from chainfed_ray.forecast import Forecast
+from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.generator import Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 

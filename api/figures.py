@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from chainfed_ray.records import Round
+from chainfed_ray.records.rounds import Round
 
 _SIZE = (8.0, 5.0)
 # Safe for colour-blind readers (Okabe and Ito, 2008).

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from chainfed_ray.budget.planner import Grain
-from chainfed_ray.records import Admitted, Opening, Round, Turn
+from chainfed_ray.records.rounds import Admitted, Opening, Round, Turn
 
 _NAME_LENGTH = 14
 

@@ -8,7 +8,7 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.api.client import ServiceClient
 from chainfed_ray.api.progress import Progress
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
-from chainfed_ray.records import Ending, Opening, Round
+from chainfed_ray.records.rounds import Ending, Opening, Round
 from chainfed_ray.spec.job import JobSpec
 
 _NAMED = 3  # of the jobs before one, those that are named

@@ -8,7 +8,7 @@ from matplotlib.patches import Patch
 
 from chainfed_ray.api.figures import BLUE, GREEN, GREY, MANY, ORANGE, new_figure
 from chainfed_ray.api.fleet import short
-from chainfed_ray.forecast import PREFIX, ClassForecast, Forecast
+from chainfed_ray.records.forecast import PREFIX, ClassForecast, Forecast
 from chainfed_ray.units import format_bytes
 
 _DPI = 150

@@ -10,7 +10,7 @@ from chainfed_ray.api.schemas import Job, JobPage, JobStatus, JobSummary, Progre
 from chainfed_ray.api.service import WithService
 from chainfed_ray.cluster.job_store import JobRecord, JobStore
 from chainfed_ray.errors import JobConflict
-from chainfed_ray.records import Opening, Round
+from chainfed_ray.records.rounds import Opening, Round
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 

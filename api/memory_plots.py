@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from chainfed_ray.api.figures import BLUE, GREEN, GREY, MANY, SEVERAL, by_round, new_figure
 from chainfed_ray.api.fleet import FleetClass, by_class, short
-from chainfed_ray.records import Opening, Round, StageMemory
+from chainfed_ray.records.rounds import Opening, Round, StageMemory
 from chainfed_ray.units import format_bytes
 
 _MIB = 2**20

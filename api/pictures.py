@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from chainfed_ray.errors import PackageMissing
-from chainfed_ray.records import Ending, Opening, Round
+from chainfed_ray.records.rounds import Ending, Opening, Round
 
 _NEEDED = PackageMissing("a picture", "matplotlib", "plots")
 NOT_DRAWN = f"No plots were drawn: {_NEEDED}"

@@ -6,7 +6,7 @@ from fastapi.concurrency import run_in_threadpool
 from chainfed_ray.api.job_file import BODY, JobFile
 from chainfed_ray.api.pictures import check_drawing
 from chainfed_ray.api.service import WithService
-from chainfed_ray.forecast import Forecast
+from chainfed_ray.records.forecast import Forecast
 
 router = APIRouter(prefix="/v1/plan", tags=["jobs"])
 

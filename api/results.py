@@ -8,7 +8,7 @@ from rich.table import Table
 from chainfed_ray.api.fleet import FleetClass, by_class, in_words, short
 from chainfed_ray.api.progress import price
 from chainfed_ray.api.scores import is_causal, short_score
-from chainfed_ray.records import Ending, HeadFit, Opening, Round, StageMemory
+from chainfed_ray.records.rounds import Ending, HeadFit, Opening, Round, StageMemory
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import PartitionSpec
 from chainfed_ray.units import format_bytes, format_seconds

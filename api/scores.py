@@ -1,7 +1,7 @@
 """Scores as words: the accuracy of a classifier, the perplexity of a language model."""
 
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.records import Evaluation
+from chainfed_ray.records.rounds import Evaluation
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes, format_seconds
 

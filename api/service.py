@@ -8,7 +8,7 @@ from fastapi import Depends, Request
 
 from chainfed_ray.cluster.job_store import JobRecord, JobStore
 from chainfed_ray.data.chats import Chat
-from chainfed_ray.forecast import Forecast
+from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.generator import Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 

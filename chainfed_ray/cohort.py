@@ -14,7 +14,7 @@ from chainfed_ray.client import Client
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.job import as_client
 from chainfed_ray.pool import Failure
-from chainfed_ray.records import Round
+from chainfed_ray.records.rounds import Round
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
 

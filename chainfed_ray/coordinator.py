@@ -14,7 +14,6 @@ from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client import Fitting, Training
 from chainfed_ray.cohort import Cohort, everyone
-from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.convergence import Movement
 from chainfed_ray.course import Course, NextRound
 from chainfed_ray.errors import QuorumLost
@@ -29,7 +28,8 @@ from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.objective import trained_names
 from chainfed_ray.pool import ClientPool
-from chainfed_ray.records import Admitted, EarlyExit, Ending, Evaluation, Opening, Restored, Round, finite
+from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.rounds import Admitted, EarlyExit, Ending, Evaluation, Opening, Restored, Round, finite
 from chainfed_ray.schedule import rate_at
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_search import find_start

@@ -9,7 +9,7 @@ from chainfed_ray.client import Client, Result, Update
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.pool import Failure
-from chainfed_ray.records import Lost, Turn
+from chainfed_ray.records.rounds import Lost, Turn
 
 
 class Fold:

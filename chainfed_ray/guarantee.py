@@ -8,9 +8,9 @@ from chainfed_ray.aggregation.mean import Aggregate, aggregate_by
 from chainfed_ray.aggregation.privacy import private_mean, sampling_seed, share_of
 from chainfed_ray.chain import Window
 from chainfed_ray.client import Client
-from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.records import Round
+from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.rounds import Round
 from chainfed_ray.spec.job import JobSpec
 
 

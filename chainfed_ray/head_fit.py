@@ -22,7 +22,7 @@ from chainfed_ray.fold import as_lost
 from chainfed_ray.job import Job
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.pool import ClientPool, Failure, in_order
-from chainfed_ray.records import HeadFit, Lost
+from chainfed_ray.records.rounds import HeadFit, Lost
 
 
 class FittedHead(NamedTuple):

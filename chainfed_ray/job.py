@@ -19,10 +19,10 @@ from chainfed_ray.data.targets import packed
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
 from chainfed_ray.hub import resolve, tokenizer
-from chainfed_ray.manifest import Manifest
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
-from chainfed_ray.records import LeftOut, Opening
+from chainfed_ray.records.manifest import Manifest
+from chainfed_ray.records.rounds import LeftOut, Opening
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.start_layer import FEWEST

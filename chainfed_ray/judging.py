@@ -19,7 +19,7 @@ from chainfed_ray.evaluation.score import Score, macro_f1
 from chainfed_ray.evaluation.streaming_evaluator import StreamEvaluator
 from chainfed_ray.job import Job
 from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.records import Best, EarlyExit, Evaluation, Restored, Round, finite
+from chainfed_ray.records.rounds import Best, EarlyExit, Evaluation, Restored, Round, finite
 from chainfed_ray.spec.sections import Often
 
 _VALIDATION, _TEST, _CHOICES = "validation", "test", "choices"

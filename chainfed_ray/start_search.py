@@ -19,7 +19,7 @@ from chainfed_ray.head_fit import deadline_of_all, fit_head
 from chainfed_ray.job import Job
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.pool import ClientPool, Failure, in_order
-from chainfed_ray.records import HeadFit, Lost, with_everybody
+from chainfed_ray.records.rounds import HeadFit, Lost, with_everybody
 from chainfed_ray.seeds import derive
 from chainfed_ray.start_layer import FEWEST, average
 

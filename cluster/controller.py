@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.job_store import JobStore
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.records.commit_log import CommitLog
 
 _INTERVAL_SECONDS = 0.5
 _PATIENCE_SECONDS = 5.0

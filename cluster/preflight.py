@@ -7,7 +7,7 @@ import ray
 
 from chainfed_ray.cluster.resources import of_controller
 from chainfed_ray.errors import InvalidJob, Problem
-from chainfed_ray.forecast import Forecast
+from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from chainfed_ray.api.cli import read_job
-from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, run
 from tests.project import COMMAND, ROOT
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.errors import CorruptCommit
+from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import ENDING, a_round, an_opening
 from tests.pools import Killed
 

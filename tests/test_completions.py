@@ -20,8 +20,8 @@ from chainfed_ray.api.service import Service
 from chainfed_ray.cluster.job_store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.data.chats import Chat
-from chainfed_ray.forecast import Forecast
 from chainfed_ray.model.saved_stack import save_stack
+from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.generator import Generator, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec

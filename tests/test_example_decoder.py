@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.job import prepare
 from chainfed_ray.judging import streamed
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.pool import LocalPool
+from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.job import JobSpec
 from examples.decoder import make
 from tests.project import ROOT

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.budget import planner as memory
-from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import EvaluationFailed, InvalidJob
 from chainfed_ray.evaluation.evaluator import Evaluated, Evaluator
@@ -25,7 +24,8 @@ from chainfed_ray.judging import Judging, is_due, streaming
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import load_stack, save_models
 from chainfed_ray.pool import LocalPool
-from chainfed_ray.records import Ending, Result, Round
+from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.rounds import Ending, Result, Round
 from chainfed_ray.schedule import rate_at
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import RoundsSpec

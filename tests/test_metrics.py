@@ -13,7 +13,7 @@ from chainfed_ray.api.app import create_app
 from chainfed_ray.api.metrics import FINISHED_JOBS
 from chainfed_ray.api.service import Service
 from chainfed_ray.cluster.job_store import JobStore
-from chainfed_ray.records import EarlyExit, Evaluation, Lost, Opening, Record
+from chainfed_ray.records.rounds import EarlyExit, Evaluation, Lost, Opening, Record
 from tests.builders import ENDING, MIB, SPEC, a_round, an_opening
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

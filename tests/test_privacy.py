@@ -27,9 +27,9 @@ from chainfed_ray.aggregation.privacy import (
 from chainfed_ray.api.progress import Progress
 from chainfed_ray.api.results import results
 from chainfed_ray.chain import Window
-from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.errors import CorruptCommit, InvalidJob
 from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import PrivacySpec
 from tests.builders import ENDING, SPEC, a_console, a_round, an_opening, noise_of, told

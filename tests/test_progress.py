@@ -17,7 +17,7 @@ from chainfed_ray.api.progress import Progress, time_left
 from chainfed_ray.api.results import results
 from chainfed_ray.api.schemas import Progress as Resource
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
-from chainfed_ray.records import (
+from chainfed_ray.records.rounds import (
     HeadFit,
     Lost,
     Opening,

@@ -11,10 +11,10 @@ import yaml
 from chainfed_ray.budget.admission import Planner, admit
 from chainfed_ray.client import Profile, Profiling
 from chainfed_ray.cluster.ray_pool import RayPool
-from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.pool import Failure, LocalPool
-from chainfed_ray.records import Opening
+from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.rounds import Opening
 from tests.builders import a_job, assert_same, run
 from tests.cluster import a_pool
 from tests.project import ROOT

@@ -25,9 +25,9 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.api.client import ServiceClient
 from chainfed_ray.api.following import follow
 from chainfed_ray.api.local_service import free_port
-from chainfed_ray.commit_log import CommitLog
 from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound, ModelNotFound
 from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.serving.generator import Generator, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 from tests.builders import a_job, assert_same, run

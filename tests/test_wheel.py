@@ -15,7 +15,7 @@ from zipfile import ZipFile
 import pytest
 import yaml
 
-from chainfed_ray.commit_log import CommitLog
+from chainfed_ray.records.commit_log import CommitLog
 from tests.project import FOLDERS, ROOT, files_of
 
 

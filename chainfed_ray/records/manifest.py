@@ -13,7 +13,7 @@ import numpy as np
 
 from chainfed_ray.data.sources import Corpus, Split
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.records import Record
+from chainfed_ray.records.rounds import Record
 from chainfed_ray.spec.job import JobSpec
 
 

@@ -19,9 +19,9 @@ from typing import TypeVar
 from safetensors.torch import load, save
 
 from chainfed_ray.errors import CorruptCommit
-from chainfed_ray.manifest import Manifest
 from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.records import Ending, Opening, Record, Round
+from chainfed_ray.records.manifest import Manifest
+from chainfed_ray.records.rounds import Ending, Opening, Record, Round
 
 _SECRET_BYTES = 32
 _Kind = TypeVar("_Kind", bound=Record)

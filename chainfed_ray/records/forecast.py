@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from chainfed_ray.budget.planner import Grain
-from chainfed_ray.records import Record
+from chainfed_ray.records.rounds import Record
 
 PREFIX = "prefix"  # a part beside those of the footprint
 
