@@ -28,6 +28,7 @@ from benchmarks.baselines import (
 from benchmarks.metering import Meter, MeteredPool
 from chainfed_ray.budget.admission import Admission
 from chainfed_ray.chain import Window
+from chainfed_ray.client.turn import warm_up
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.evaluation.early_exit import evaluate
 from chainfed_ray.evaluation.score import Score
@@ -36,7 +37,6 @@ from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.turn import warm_up
 
 
 def measure(run: Run, folder: Path) -> dict[str, Any]:

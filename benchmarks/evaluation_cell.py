@@ -20,7 +20,8 @@ import torch
 from benchmarks.cluster import one_machine
 from benchmarks.shapes import EVALUATED, Shape
 from chainfed_ray.budget.demand import Costs
-from chainfed_ray.client import BaseModel
+from chainfed_ray.client.training import BaseModel
+from chainfed_ray.client.turn import warm_up
 from chainfed_ray.cluster.ops import ops_folder
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory, status
@@ -33,7 +34,6 @@ from chainfed_ray.model.costs import costs_of
 from chainfed_ray.model.pooling import States, nothing_read
 from chainfed_ray.offload_footprint import offload_footprint
 from chainfed_ray.offloaded import OffloadedModel
-from chainfed_ray.turn import warm_up
 
 _BOTTLENECK, _CLASSES = 64, 4
 _BATCHES, _EVALUATIONS = 2, 3  # the first of the evaluations loads the model, and is not counted

@@ -12,7 +12,8 @@ from time import perf_counter
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.chain import Chain, Window
-from chainfed_ray.client import Fitting, Training
+from chainfed_ray.client.objective import trained_names
+from chainfed_ray.client.training import Fitting, Training
 from chainfed_ray.cohort import Cohort, everyone
 from chainfed_ray.convergence import Movement
 from chainfed_ray.course import Course, NextRound
@@ -26,7 +27,6 @@ from chainfed_ray.job import Job
 from chainfed_ray.judging import Judging, best_exit, best_of, best_round, exits, fallback, is_due, streamed
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import SavedStack
-from chainfed_ray.objective import trained_names
 from chainfed_ray.pool import ClientPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Admitted, EarlyExit, Ending, Evaluation, Opening, Restored, Round, finite

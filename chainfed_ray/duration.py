@@ -13,13 +13,13 @@ from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.budget.planner import Plan
 from chainfed_ray.chain import Chain, Window
-from chainfed_ray.client import Client, Training
+from chainfed_ray.client.cka import FEWEST
+from chainfed_ray.client.training import Client, Training
 from chainfed_ray.job import Job, as_client
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.pace import Pace, evaluation_pace, training_pace
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.sections import Often, RoundsSpec
-from chainfed_ray.start_layer import FEWEST
 
 _PASSES = 3  # of a training step, as long as one forward pass: forward, and the gradients of inputs and of weights
 

@@ -11,7 +11,8 @@ from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.budget.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.budget.planner import Plan, Task
-from chainfed_ray.client import BaseModel, Client
+from chainfed_ray.client.cka import FEWEST
+from chainfed_ray.client.training import BaseModel, Client
 from chainfed_ray.data.choices import Choices
 from chainfed_ray.data.examples import JobExamples, examples_of
 from chainfed_ray.data.partition import deal
@@ -25,7 +26,6 @@ from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.rounds import LeftOut, Opening
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.start_layer import FEWEST
 from chainfed_ray.units import format_bytes
 
 FEATURES = 1536  # that a fitted head reads at most by default, if a layer has no more

@@ -4,10 +4,10 @@ from typing import Any
 
 import ray
 
-from chainfed_ray.client import BaseModel, Client, Result
+from chainfed_ray.client.training import BaseModel, Client, Result
+from chainfed_ray.client.turn import slowed, take_turn, warm_up
 from chainfed_ray.cluster.orders import receive
 from chainfed_ray.lean_imports import without_scipy
-from chainfed_ray.turn import slowed, take_turn, warm_up
 
 
 def ready(base: BaseModel) -> None:

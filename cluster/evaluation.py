@@ -1,10 +1,10 @@
 """Which engine judges the whole model of a job: the one that it asks for, where this machine has what that needs."""
 
 from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.client.turn import warm_up
 from chainfed_ray.evaluation.evaluator import Evaluator
 from chainfed_ray.job import Job
 from chainfed_ray.judging import Judging, sets_of, streaming
-from chainfed_ray.turn import warm_up
 
 
 def judging(job: Job, listen: Listener = nobody) -> Judging:

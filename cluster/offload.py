@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.budget.demand import Costs
-from chainfed_ray.client import BaseModel
+from chainfed_ray.client.training import BaseModel
 from chainfed_ray.cluster.doctor import look, why_not
 from chainfed_ray.cluster.offload_run import OFFLOAD, RUN_ENVIRONMENT, START_SECONDS, EvaluationRun, Order, Run, State
 from chainfed_ray.cluster.offload_worker import Work, sent

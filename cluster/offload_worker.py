@@ -22,7 +22,7 @@ import ray
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from chainfed_ray.client import BaseModel
+from chainfed_ray.client.training import BaseModel
 from chainfed_ray.cluster.doctor import look, why_not
 from chainfed_ray.cluster.offload_run import OFFLOAD, START_SECONDS, Order, Reason, Run
 from chainfed_ray.cluster.ops import ops_folder

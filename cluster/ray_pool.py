@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from chainfed_ray.activity import Note
-from chainfed_ray.client import BaseModel, Client, Order
+from chainfed_ray.client.training import BaseModel, Client, Order
 from chainfed_ray.cluster.actors import ClientActor
 from chainfed_ray.cluster.orders import send
 from chainfed_ray.cluster.resources import IDLE_BYTES, of_client

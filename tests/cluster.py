@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from chainfed_ray.activity import Note
-from chainfed_ray.client import BaseModel
+from chainfed_ray.client.training import BaseModel
 from chainfed_ray.cluster.ops import are_built, ops_folder
 from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.cluster.resources import of_one_machine

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from chainfed_ray import dry_run, job
 from chainfed_ray.budget.demand import Costs
-from chainfed_ray.client import BaseModel
+from chainfed_ray.client.training import BaseModel
 from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.hub import resolve
 from chainfed_ray.job import Job

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from chainfed_ray.chain import Window
-from chainfed_ray.client import Training, Update
+from chainfed_ray.client.training import Training, Update
+from chainfed_ray.client.turn import take_turn
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive
-from chainfed_ray.turn import take_turn
 from tests.builders import a_job, assert_same, run, run_some, story
 from tests.end_to_end import EndToEnd
 from tests.pools import poisoned, spoilt

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from chainfed_ray.client import BaseModel
+from chainfed_ray.client.training import BaseModel
 from chainfed_ray.data.choices import Choices, read_choices
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob

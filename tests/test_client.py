@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from chainfed_ray.chain import Window
-from chainfed_ray.client import Profiling, Training, Update
+from chainfed_ray.client.training import Profiling, Training, Update
+from chainfed_ray.client.turn import take_turn
 from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.turn import take_turn
 from tests.builders import a_job
 from tests.watching import tensors_alive
 

@@ -11,7 +11,7 @@ import pytest
 from chainfed_ray import duration
 from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.chain import Window
-from chainfed_ray.client import Profile, Profiling
+from chainfed_ray.client.training import Profile, Profiling
 from chainfed_ray.cohort import Cohort
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob, QuorumLost

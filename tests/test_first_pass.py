@@ -13,12 +13,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chainfed_ray.chain import Window, start_below
-from chainfed_ray.client import BaseModel, Client, Fitting, HeadSums, Order, Profile, Profiling, Result, Training
-from chainfed_ray.first_pass import StartGuess
+from chainfed_ray.client.first_pass import StartGuess
+from chainfed_ray.client.training import (
+    BaseModel,
+    Client,
+    Fitting,
+    HeadSums,
+    Order,
+    Profile,
+    Profiling,
+    Result,
+    Training,
+)
+from chainfed_ray.client.turn import take_turn
 from chainfed_ray.job import Job
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.turn import take_turn
 from tests.builders import a_job
 
 READS = 2

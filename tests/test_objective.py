@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from chainfed_ray.chain import Window
+from chainfed_ray.client.objective import by_class, chain_loss, trained_names
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.pooling import States, nothing_read
-from chainfed_ray.objective import by_class, chain_loss, trained_names
 from tests.models import a_stack
 
 LAMBDA = 0.3

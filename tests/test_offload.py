@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chainfed_ray.activity import Activity, Listener, nobody
-from chainfed_ray.client import BaseModel
+from chainfed_ray.client.training import BaseModel
 from chainfed_ray.cluster.evaluation import judging
 from chainfed_ray.cluster.offload import OffloadedEvaluator, make_evaluator
 from chainfed_ray.cluster.offload_run import OFFLOAD, Reason, why_over
@@ -297,7 +297,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 _LOADING = """
 import resource, sys, torch
 from pathlib import Path
-from chainfed_ray.client import BaseModel
+from chainfed_ray.client.training import BaseModel
 from chainfed_ray.offloaded import OffloadedModel
 from chainfed_ray.cluster.ops import ops_folder
 model, folder, bound = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from chainfed_ray.budget.admission import Planner, admit
-from chainfed_ray.client import Profile, Profiling
+from chainfed_ray.client.training import Profile, Profiling
 from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.pool import Failure, LocalPool

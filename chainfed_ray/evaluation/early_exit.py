@@ -16,7 +16,7 @@ from torch import Tensor
 from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.budget.planner import PREFIX_BATCH, evaluation_grains
 from chainfed_ray.chain import Window
-from chainfed_ray.client import BaseModel, window_output
+from chainfed_ray.client.training import BaseModel, window_output
 from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.evaluation.predictions import Judgement, judge
 from chainfed_ray.model.adapters import AdapterStack

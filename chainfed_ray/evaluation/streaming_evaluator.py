@@ -6,7 +6,7 @@ from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.budget.planner import evaluation_bytes
 from chainfed_ray.chain import Window
-from chainfed_ray.client import BaseModel
+from chainfed_ray.client.training import BaseModel
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.evaluation.early_exit import evaluate

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_ray.client import Client, Profile, Profiling, prefix_runner, reader, shuffled
+from chainfed_ray.client.cka import debiased_cka
+from chainfed_ray.client.first_pass import FirstPass, StartGuess
+from chainfed_ray.client.training import Client, Profile, Profiling, prefix_runner, reader, shuffled
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.cap import now
-from chainfed_ray.first_pass import FirstPass, StartGuess
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens
 from chainfed_ray.model.prefix import PrefixCache, PrefixRunner
-from chainfed_ray.start_layer import debiased_cka
 
 
 @torch.no_grad()

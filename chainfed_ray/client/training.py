@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from chainfed_ray.aggregation.privacy import NoiseShare
 from chainfed_ray.budget.planner import Plan
 from chainfed_ray.chain import Window
+from chainfed_ray.client.first_pass import StartGuess
+from chainfed_ray.client.objective import GlobalTrains, Judge, by_class, by_next_token, chain_loss, trained_names
 from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.device.cap import now
-from chainfed_ray.first_pass import StartGuess
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import States
 from chainfed_ray.model.prefix import Activations, PrefixCache, PrefixRunner, RecomputedActivations
-from chainfed_ray.objective import GlobalTrains, Judge, by_class, by_next_token, chain_loss, trained_names
 from chainfed_ray.seeds import derive
 from chainfed_ray.streaming.activations import Spill, overwrite_activations
 from chainfed_ray.streaming.matrices import SliceReader

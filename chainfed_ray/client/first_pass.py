@@ -1,7 +1,7 @@
 """The first pass: every example of a client once through the base model, for all that is needed before the first round.
 
 An adapter that was never trained is the identity (adapters.py), so a new chain is the base model. One pass through that gives
-the CKA profile from which the chain's start follows (start_layer.py), the features to which the first stage's head is fitted in
+the CKA profile from which the chain's start follows (cka.py), the features to which the first stage's head is fitted in
 closed form (discriminant.py), and the activations at the bottom of its window, from which training goes on (prefix.py).
 """
 

@@ -11,9 +11,9 @@ from torch.nn.functional import layer_norm
 
 from chainfed_ray.aggregation.discriminant import ClassSums
 from chainfed_ray.chain import Window
-from chainfed_ray.client import Client, Fitting, HeadSums, entering, prefix_runner, reader, window_output
+from chainfed_ray.client.first_pass import FirstPass
+from chainfed_ray.client.training import Client, Fitting, HeadSums, entering, prefix_runner, reader, window_output
 from chainfed_ray.device.cap import now
-from chainfed_ray.first_pass import FirstPass
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import read_on

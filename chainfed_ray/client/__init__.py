@@ -1,0 +1,1 @@
+"""A client's turn: profiling, sums for a head, training."""
