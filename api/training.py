@@ -9,9 +9,9 @@ from chainfed_ray.activity import Notes, Reporter
 from chainfed_ray.api.local_ray import local_ray
 from chainfed_ray.api.progress import Progress
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.job import prepare
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.prepare import prepare
 from chainfed_ray.model.saved_stack import save_models
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Ending, Opening, Result, Round

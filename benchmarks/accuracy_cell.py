@@ -29,12 +29,12 @@ from benchmarks.metering import Meter, MeteredPool
 from chainfed_ray.budget.admission import Admission
 from chainfed_ray.chain import Window
 from chainfed_ray.client.turn import warm_up
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.evaluation.early_exit import evaluate
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.job import Job, draft, prepare
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.pool import LocalPool
+from chainfed_ray.federation.prepare import Job, draft, prepare
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.job import JobSpec
 

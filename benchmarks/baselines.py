@@ -21,10 +21,10 @@ from benchmarks.metering import Meter
 from chainfed_ray.aggregation.discriminant import ClassSums, fitted
 from chainfed_ray.aggregation.mean import RunningMean
 from chainfed_ray.chain import Window
-from chainfed_ray.cohort import Cohort
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory
-from chainfed_ray.job import Job
+from chainfed_ray.federation.cohort import Cohort
+from chainfed_ray.federation.prepare import Job
 from chainfed_ray.model.adapters import Head, Tensors
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import nothing_read, read_on

@@ -5,7 +5,7 @@ from time import perf_counter
 
 from benchmarks.accuracy_protocols import Point, Spent
 from chainfed_ray.client.training import Client, Order, Profile, Result, Training, Update
-from chainfed_ray.pool import ClientPool, Failure, Outcome
+from chainfed_ray.federation.pool import ClientPool, Failure, Outcome
 
 
 class TurnFailed(RuntimeError):

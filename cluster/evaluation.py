@@ -3,8 +3,8 @@
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.evaluation.evaluator import Evaluator
-from chainfed_ray.job import Job
-from chainfed_ray.judging import Judging, sets_of, streaming
+from chainfed_ray.federation.evaluation import Judging, sets_of, streaming
+from chainfed_ray.federation.prepare import Job
 
 
 def judging(job: Job, listen: Listener = nobody) -> Judging:

@@ -12,12 +12,12 @@ from chainfed_ray.activity import Listener, Note, Notes, Reporter
 from chainfed_ray.cluster.activity_record import ActivityRecord
 from chainfed_ray.cluster.job_store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import ChainFedError, CoordinatorLost
-from chainfed_ray.job import Job, prepare
-from chainfed_ray.judging import Judging, streamed
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.evaluation import Judging, streamed
+from chainfed_ray.federation.pool import ClientPool
+from chainfed_ray.federation.prepare import Job, prepare
 from chainfed_ray.model.saved_stack import save_models
-from chainfed_ray.pool import ClientPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Record, Result
 from chainfed_ray.spec.job import JobSpec

@@ -13,7 +13,9 @@ from chainfed_ray.spec.job import JobSpec
 
 @ray.remote(max_retries=1)
 def _problems(spec: JobSpec) -> list[Problem]:
-    from chainfed_ray.job import prepare  # torch and transformers: whoever asks for the check need not load them
+    from chainfed_ray.federation.prepare import (
+        prepare,  # torch and transformers: whoever asks for the check need not load them
+    )
 
     try:
         prepare(spec, Path())  # nothing is written before the first turn

@@ -19,7 +19,7 @@ from chainfed_ray.client.training import BaseModel, Client, Order
 from chainfed_ray.cluster.actors import ClientActor
 from chainfed_ray.cluster.orders import send
 from chainfed_ray.cluster.resources import IDLE_BYTES, of_client
-from chainfed_ray.pool import Failure, Outcome
+from chainfed_ray.federation.pool import Failure, Outcome
 from chainfed_ray.units import format_bytes
 
 _POLL_SECONDS = 1.0

@@ -18,10 +18,10 @@ from torch import Tensor
 from chainfed_ray.aggregation.privacy import Noise
 from chainfed_ray.api.progress import Progress
 from chainfed_ray.chain import Window
-from chainfed_ray.coordinator import Coordinator
-from chainfed_ray.job import Job, prepare
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.pool import ClientPool, LocalPool
+from chainfed_ray.federation.prepare import Job, prepare
 from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.pool import ClientPool, LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Admitted, Ending, LeftOut, Opening, Round, Turn
 from chainfed_ray.spec.job import JobSpec

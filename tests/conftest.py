@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from chainfed_ray import dry_run, job
+from chainfed_ray import dry_run
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.client.training import BaseModel
 from chainfed_ray.cluster.ray_pool import RayPool
+from chainfed_ray.federation import prepare as job
+from chainfed_ray.federation.prepare import Job
 from chainfed_ray.hub import resolve
-from chainfed_ray.job import Job
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
 from tests.builders import a_document, a_job, smallest_budget

@@ -20,8 +20,8 @@ from chainfed_ray.client.training import BaseModel
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.evaluation.streaming_evaluator import StreamEvaluator
-from chainfed_ray.job import Job
-from chainfed_ray.judging import Judging
+from chainfed_ray.federation.evaluation import Judging
+from chainfed_ray.federation.prepare import Job
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of

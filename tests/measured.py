@@ -22,7 +22,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.training import BaseModel, Fitting, Order, Training
 from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.job import as_client
+from chainfed_ray.federation.prepare import as_client
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from chainfed_ray.client.training import Client, Fitting, HeadSums, Order, Result, Training, Update
 from chainfed_ray.errors import BudgetExceeded
-from chainfed_ray.pool import ClientPool, Failure, Outcome
+from chainfed_ray.federation.pool import ClientPool, Failure, Outcome
 
 Answer = Result | Failure
 Alter = Callable[[Client, Order, Answer], Answer]

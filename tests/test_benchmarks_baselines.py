@@ -33,13 +33,13 @@ from benchmarks.metering import Meter, MeteredPool, TurnFailed
 from benchmarks.methods import methods
 from chainfed_ray.aggregation.discriminant import ClassSums, fitted
 from chainfed_ray.client.training import Client, Training, step_batches
-from chainfed_ray.cohort import Cohort
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.job import Job, prepare
+from chainfed_ray.federation.cohort import Cohort
+from chainfed_ray.federation.pool import LocalPool
+from chainfed_ray.federation.prepare import Job, prepare
 from chainfed_ray.model.adapters import Head, Tensors
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens
-from chainfed_ray.pool import LocalPool
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
 from tests.builders import a_job

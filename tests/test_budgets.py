@@ -10,11 +10,11 @@ import torch
 from chainfed_ray.chain import Window
 from chainfed_ray.client.training import Training, Update
 from chainfed_ray.client.turn import take_turn
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import QuorumLost
-from chainfed_ray.job import Job
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.pool import LocalPool
+from chainfed_ray.federation.prepare import Job
 from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive
 from tests.builders import a_job, smallest_budget

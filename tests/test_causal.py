@@ -15,16 +15,16 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.data.examples import examples_of
 from chainfed_ray.data.targets import learnable, packed, tokenize_texts
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.evaluation.predictions import Judgement
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.job import Job, prepare
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.pool import LocalPool
+from chainfed_ray.federation.prepare import Job, prepare
 from chainfed_ray.model.saved_stack import save_stack
-from chainfed_ray.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.serving import peft_method  # noqa: F401  its import lets PEFT know the method

@@ -12,12 +12,12 @@ from chainfed_ray import duration
 from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.chain import Window
 from chainfed_ray.client.training import Profile, Profiling
-from chainfed_ray.cohort import Cohort
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob, QuorumLost
-from chainfed_ray.job import Job
+from chainfed_ray.federation.cohort import Cohort
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.pool import Failure, LocalPool
+from chainfed_ray.federation.prepare import Job
 from chainfed_ray.pace import Pace
-from chainfed_ray.pool import Failure, LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.chain import Chain
-from chainfed_ray.course import Course, NextRound
+from chainfed_ray.federation.stages import Course, NextRound
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.spec.job import JobSpec
 from tests.builders import SPEC, a_round, an_opening

@@ -15,11 +15,11 @@ from chainfed_ray.aggregation.discriminant import ClassSums, discriminant, fitte
 from chainfed_ray.chain import Window
 from chainfed_ray.client.training import Fitting, HeadSums
 from chainfed_ray.client.turn import take_turn
-from chainfed_ray.coordinator import Coordinator
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens
-from chainfed_ray.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, assert_same, run
 from tests.pools import Killed, dying, lying

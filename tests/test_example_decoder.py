@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from chainfed_ray.coordinator import Coordinator
-from chainfed_ray.job import prepare
-from chainfed_ray.judging import streamed
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.evaluation import streamed
+from chainfed_ray.federation.pool import LocalPool
+from chainfed_ray.federation.prepare import prepare
 from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.job import JobSpec
 from examples.decoder import make

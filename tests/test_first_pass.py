@@ -26,7 +26,7 @@ from chainfed_ray.client.training import (
     Training,
 )
 from chainfed_ray.client.turn import take_turn
-from chainfed_ray.job import Job
+from chainfed_ray.federation.prepare import Job
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from tests.builders import a_job

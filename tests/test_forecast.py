@@ -22,13 +22,13 @@ from chainfed_ray.api.cli import app
 from chainfed_ray.api.forecast_picture import png
 from chainfed_ray.api.forecast_table import forecast_table
 from chainfed_ray.api.service import Service
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.dry_run import changed, dry_run
 from chainfed_ray.duration import Duration
-from chainfed_ray.job import Job, draft
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.pool import LocalPool
+from chainfed_ray.federation.prepare import Job, draft
 from chainfed_ray.model.prefix import PrefixRunner
 from chainfed_ray.pace import Pace
-from chainfed_ray.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec

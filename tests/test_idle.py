@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Those of the server, of tools, of other ways to run a model; and what others would load along with Hugging Face's code.
 NOT_LOADED = {
-    "chainfed_ray.api", "chainfed_ray.coordinator", "chainfed_ray.data.sources", "chainfed_ray.job", "chainfed_ray.model.trace",
+    "chainfed_ray.api", "chainfed_ray.federation.coordinator", "chainfed_ray.data.sources", "chainfed_ray.federation.prepare", "chainfed_ray.model.trace",
     "datasets", "deepspeed", "fastapi", "gguf", "httpx", "matplotlib", "networkx", "opacus", "pandas", "peft", "ray.data",
     "ray.serve", "ray.train", "scipy", "sentence_transformers", "sklearn", "sqlalchemy", "torch.utils.tensorboard",
     "torchvision", "transformers.trainer", "typer",

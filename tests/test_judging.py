@@ -14,19 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.budget import planner as memory
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import EvaluationFailed, InvalidJob
 from chainfed_ray.evaluation.evaluator import Evaluated, Evaluator
 from chainfed_ray.evaluation.predictions import Judgement
 from chainfed_ray.evaluation.score import Score, macro_f1
-from chainfed_ray.job import Job
-from chainfed_ray.judging import Judging, is_due, streaming
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.evaluation import Judging, is_due, streaming
+from chainfed_ray.federation.pool import LocalPool
+from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.schedule import rate_at
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import load_stack, save_models
-from chainfed_ray.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Ending, Result, Round
-from chainfed_ray.schedule import rate_at
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import RoundsSpec
 from tests.builders import a_job, assert_same

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.data.partition import deal
 from chainfed_ray.data.sources import load
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.pool import LocalPool
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.rounds import Result

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from chainfed_ray.aggregation.mean import RunningMean
 from chainfed_ray.chain import Chain, start_below
 from chainfed_ray.client.cka import debiased_cka
-from chainfed_ray.convergence import Movement, verdict
 from chainfed_ray.data import docstrings
 from chainfed_ray.data.partition import dirichlet, iid
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.federation.convergence import Movement, verdict
+from chainfed_ray.federation.start import where_least
 from chainfed_ray.model.adapters import Adapter
 from chainfed_ray.spec.sections import ConvergenceSpec
-from chainfed_ray.start_search import where_least
 
 chains = st.integers(1, 40).flatmap(
     lambda layers: st.integers(0, layers - 1).flatmap(

@@ -23,12 +23,12 @@ from chainfed_ray.chain import Window
 from chainfed_ray.cluster.job_run import run_job
 from chainfed_ray.cluster.job_store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cohort import Cohort
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.errors import InvalidJob, QuorumLost
-from chainfed_ray.job import Job, check_fleet
+from chainfed_ray.federation.cohort import Cohort
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.pool import LocalPool
+from chainfed_ray.federation.prepare import Job, check_fleet
 from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Lost, Record, Result
 from chainfed_ray.spec.job import JobSpec

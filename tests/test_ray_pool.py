@@ -11,8 +11,8 @@ import yaml
 from chainfed_ray.budget.admission import Planner, admit
 from chainfed_ray.client.training import Profile, Profiling
 from chainfed_ray.cluster.ray_pool import RayPool
-from chainfed_ray.coordinator import Coordinator
-from chainfed_ray.pool import Failure, LocalPool
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.pool import Failure, LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Opening
 from tests.builders import a_job, assert_same, run

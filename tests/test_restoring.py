@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.chain import Window
-from chainfed_ray.coordinator import Coordinator
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.job import Job
-from chainfed_ray.judging import Judging, best_exit, exits, streaming
+from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.federation.evaluation import Judging, best_exit, exits, streaming
+from chainfed_ray.federation.pool import LocalPool
+from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.state import State
 from chainfed_ray.model.adapters import AdapterStack, Tensors
-from chainfed_ray.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import EarlyExit, Opening, Result, Round
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.state import State
 from tests.builders import a_job, a_round, an_opening, assert_same
 
 STAGES = 2

@@ -1,7 +1,7 @@
 """``JobSpec``: the one definition of a job.
 
 It is the YAML file, the body of ``POST /v1/jobs`` and the object that the coordinator reads. Unknown keys and wrong
-types are errors which name the key's path; what depends on the data or the model is checked in ``job.py``.
+types are errors which name the key's path; what depends on the data or the model is checked in ``prepare.py``.
 """
 
 import difflib

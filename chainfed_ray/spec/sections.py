@@ -1,4 +1,4 @@
-"""The sections of a job's document, and what each of their keys may be. ``job.py`` puts them together."""
+"""The sections of a job's document, and what each of their keys may be. ``prepare.py`` puts them together."""
 
 from typing import Annotated, Literal
 

@@ -7,8 +7,8 @@ from chainfed_ray.aggregation.mean import Aggregate, check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client.training import Client, Result, Update
 from chainfed_ray.errors import InvalidUpdate
+from chainfed_ray.federation.pool import Failure
 from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.pool import Failure
 from chainfed_ray.records.rounds import Lost, Turn
 
 

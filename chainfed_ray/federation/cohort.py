@@ -12,8 +12,8 @@ from chainfed_ray.budget.admission import Candidate, Planner
 from chainfed_ray.chain import Window
 from chainfed_ray.client.training import Client
 from chainfed_ray.errors import QuorumLost
-from chainfed_ray.job import as_client
-from chainfed_ray.pool import Failure
+from chainfed_ray.federation.pool import Failure
+from chainfed_ray.federation.prepare import as_client
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from chainfed_ray.chain import Chain, Window
-from chainfed_ray.convergence import verdict
+from chainfed_ray.federation.convergence import verdict
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.spec.job import JobSpec
 

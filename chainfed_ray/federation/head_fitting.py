@@ -18,10 +18,10 @@ from chainfed_ray.device.threads import one_thread
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.evaluation.early_exit import pooled
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.fold import as_lost
-from chainfed_ray.job import Job
+from chainfed_ray.federation.fold import as_lost
+from chainfed_ray.federation.pool import ClientPool, Failure, in_order
+from chainfed_ray.federation.prepare import Job
 from chainfed_ray.model.adapters import AdapterStack, Tensors
-from chainfed_ray.pool import ClientPool, Failure, in_order
 from chainfed_ray.records.rounds import HeadFit, Lost
 
 

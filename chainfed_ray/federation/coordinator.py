@@ -14,26 +14,35 @@ from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.objective import trained_names
 from chainfed_ray.client.training import Fitting, Training
-from chainfed_ray.cohort import Cohort, everyone
-from chainfed_ray.convergence import Movement
-from chainfed_ray.course import Course, NextRound
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.fold import Fold, reasons
-from chainfed_ray.gather import gather
-from chainfed_ray.guarantee import Guarantee
-from chainfed_ray.head_fit import FittedHead, fit_head
-from chainfed_ray.job import Job
-from chainfed_ray.judging import Judging, best_exit, best_of, best_round, exits, fallback, is_due, streamed
+from chainfed_ray.federation.cohort import Cohort, everyone
+from chainfed_ray.federation.convergence import Movement
+from chainfed_ray.federation.evaluation import (
+    Judging,
+    best_exit,
+    best_of,
+    best_round,
+    exits,
+    fallback,
+    is_due,
+    streamed,
+)
+from chainfed_ray.federation.fold import Fold, reasons
+from chainfed_ray.federation.gather import gather
+from chainfed_ray.federation.head_fitting import FittedHead, fit_head
+from chainfed_ray.federation.pool import ClientPool
+from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.privacy_policy import Guarantee
+from chainfed_ray.federation.schedule import rate_at
+from chainfed_ray.federation.stages import Course, NextRound
+from chainfed_ray.federation.start import find_start
+from chainfed_ray.federation.state import State, stack_of
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import SavedStack
-from chainfed_ray.pool import ClientPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Admitted, EarlyExit, Ending, Evaluation, Opening, Restored, Round, finite
-from chainfed_ray.schedule import rate_at
 from chainfed_ray.seeds import derive
-from chainfed_ray.start_search import find_start
-from chainfed_ray.state import State, stack_of
 
 _FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the reasons
 

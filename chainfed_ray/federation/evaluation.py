@@ -17,7 +17,7 @@ from chainfed_ray.evaluation.early_exit import evaluate
 from chainfed_ray.evaluation.evaluator import Evaluator, Sets
 from chainfed_ray.evaluation.score import Score, macro_f1
 from chainfed_ray.evaluation.streaming_evaluator import StreamEvaluator
-from chainfed_ray.job import Job
+from chainfed_ray.federation.prepare import Job
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.records.rounds import Best, EarlyExit, Evaluation, Restored, Round, finite
 from chainfed_ray.spec.sections import Often

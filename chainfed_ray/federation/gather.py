@@ -6,9 +6,9 @@ from time import perf_counter
 
 from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.client.training import Client, Order
-from chainfed_ray.cohort import Cohort
-from chainfed_ray.fold import Fold
-from chainfed_ray.pool import ClientPool, Failure, in_order
+from chainfed_ray.federation.cohort import Cohort
+from chainfed_ray.federation.fold import Fold
+from chainfed_ray.federation.pool import ClientPool, Failure, in_order
 
 
 def gather(
