@@ -89,7 +89,7 @@ def plan(
 
     from chainfed_ray.api.activity_display import ActivityDisplay
     from chainfed_ray.api.forecast_table import forecast_table
-    from chainfed_ray.dry_run import dry_run
+    from chainfed_ray.forecast.dry_run import dry_run
     from chainfed_ray.lean_imports import without_scipy
 
     with _if_interrupted("Interrupted."), ActivityDisplay(_progress) as listen, without_scipy():

@@ -26,7 +26,7 @@ def _problems(spec: JobSpec) -> list[Problem]:
 
 @ray.remote(max_retries=1, max_calls=1)  # a process that has taken turns is no good for anything else
 def _forecast(spec: JobSpec, client_slots: int) -> Forecast | list[Problem]:
-    from chainfed_ray.dry_run import dry_run
+    from chainfed_ray.forecast.dry_run import dry_run
 
     cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     try:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from chainfed_ray import dry_run
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.client.training import BaseModel
 from chainfed_ray.cluster.ray_pool import RayPool
 from chainfed_ray.federation import prepare as job
 from chainfed_ray.federation.prepare import Job
+from chainfed_ray.forecast import dry_run
 from chainfed_ray.hub import resolve
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of

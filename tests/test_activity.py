@@ -18,10 +18,10 @@ from rich.console import Console
 from chainfed_ray.activity import Activity, Listener, Notes, Reporter, nobody
 from chainfed_ray.api.activity_display import ActivityDisplay
 from chainfed_ray.api.activity_log import ActivityLog, in_words
-from chainfed_ray.dry_run import dry_run
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import prepare
+from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.job import JobSpec

@@ -21,9 +21,9 @@ from chainfed_ray.api.service import Service
 from chainfed_ray.cluster.job_run import run_job
 from chainfed_ray.cluster.job_store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.dry_run import dry_run
 from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import prepare
+from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.classifier import Classifier

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chainfed_ray import duration
 from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.chain import Window
 from chainfed_ray.client.training import Profile, Profiling
@@ -17,7 +16,8 @@ from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import Failure, LocalPool
 from chainfed_ray.federation.prepare import Job
-from chainfed_ray.pace import Pace
+from chainfed_ray.forecast import duration
+from chainfed_ray.forecast.pace import Pace
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec

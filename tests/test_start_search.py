@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from chainfed_ray import duration
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation import head_fitting as head_fit
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
+from chainfed_ray.forecast import duration
 from chainfed_ray.model.pooling import States
 from chainfed_ray.model.prefix import PrefixRunner
 from chainfed_ray.records.commit_log import CommitLog

@@ -19,9 +19,9 @@ from chainfed_ray.budget.demand import Costs
 from chainfed_ray.budget.planner import Plan, held_bytes
 from chainfed_ray.chain import Chain
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.duration import duration
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.prepare import Job, check_fleet, draft, task_of
+from chainfed_ray.forecast.duration import duration
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of, with_bottleneck
 from chainfed_ray.records.forecast import PREFIX, Change, ClassForecast, Forecast

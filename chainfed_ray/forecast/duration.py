@@ -16,8 +16,8 @@ from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.training import Client, Training
 from chainfed_ray.federation.prepare import Job, as_client
+from chainfed_ray.forecast.pace import Pace, evaluation_pace, training_pace
 from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.pace import Pace, evaluation_pace, training_pace
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.sections import Often, RoundsSpec
 

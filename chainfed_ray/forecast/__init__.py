@@ -1,0 +1,1 @@
+"""Before anything runs: what a job would be like."""
