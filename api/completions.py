@@ -28,7 +28,7 @@ from chainfed_ray.api.openai_schemas import (
     Usage,
 )
 from chainfed_ray.api.service import Service, WithService
-from chainfed_ray.cluster.job_store import JobRecord
+from chainfed_ray.cluster.jobs.store import JobRecord
 from chainfed_ray.data.chats import Chat
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.serving.generator import Piece

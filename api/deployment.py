@@ -12,9 +12,9 @@ from ray.serve.handle import DeploymentHandle
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.inference import Inference
 from chainfed_ray.api.service import Service
-from chainfed_ray.cluster.coordinators import ensure_controller
-from chainfed_ray.cluster.job_store import JobRecord, JobStore
-from chainfed_ray.cluster.preflight import check, plan
+from chainfed_ray.cluster.jobs.coordinators import ensure_controller
+from chainfed_ray.cluster.jobs.preflight import check, plan
+from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.data.chats import Chat
 from chainfed_ray.errors import ChainFedError

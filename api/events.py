@@ -12,7 +12,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from chainfed_ray.api.schemas import EventPage, EventResource
 from chainfed_ray.api.service import WithService
-from chainfed_ray.cluster.job_store import FINISHED, Event, JobStore
+from chainfed_ray.cluster.jobs.store import FINISHED, Event, JobStore
 
 router = APIRouter(prefix="/v1/jobs/{job}/events", tags=["jobs"])
 

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from chainfed_ray.api.schemas import JobStatus
 from chainfed_ray.api.service import WithService
-from chainfed_ray.cluster.job_store import FINISHED, Event, JobRecord, JobStore
+from chainfed_ray.cluster.jobs.store import FINISHED, Event, JobRecord, JobStore
 from chainfed_ray.records.rounds import EarlyExit, Ending, Evaluation, Opening, Round, StageMemory
 
 router = APIRouter(tags=["health"])

@@ -5,7 +5,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.schemas import ClassifyRequest, ClassifyResponse, Label, ModelList, ModelTask, ServedModel
 from chainfed_ray.api.service import Service, WithService
-from chainfed_ray.cluster.job_store import JobRecord
+from chainfed_ray.cluster.jobs.store import JobRecord
 from chainfed_ray.errors import InvalidJob, ModelNotFound
 
 router = APIRouter(prefix="/v1", tags=["models"])

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.budget.planner import Grain
-from chainfed_ray.cluster.job_store import JobRecord
+from chainfed_ray.cluster.jobs.store import JobRecord
 from chainfed_ray.records.rounds import Admitted, Opening, Round, Turn
 
 ModelTask = Literal["sequence-classification", "causal-lm"]

@@ -6,7 +6,7 @@ from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
-from chainfed_ray.cluster.job_store import JobRecord, JobStore
+from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.data.chats import Chat
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.generator import Piece, Sampling

@@ -7,8 +7,8 @@ from threading import Event
 import pytest
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.activity_record import ActivityRecord
-from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
+from chainfed_ray.cluster.jobs.store import JobStore
 from tests.builders import SPEC
 from tests.watching import wait_for
 

@@ -18,8 +18,8 @@ from sqlalchemy.exc import OperationalError
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.service import Service
-from chainfed_ray.cluster.job_run import run_job
-from chainfed_ray.cluster.job_store import JobRecord, JobStore
+from chainfed_ray.cluster.jobs.run import run_job
+from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import prepare

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.inference import Inference
 from chainfed_ray.api.service import Service
-from chainfed_ray.cluster.job_store import JobRecord, JobStore
+from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.data.chats import Chat
 from chainfed_ray.model.saved_stack import save_stack

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chainfed_ray.cluster.controller import Controller
-from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.jobs.controller import Controller
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import SPEC

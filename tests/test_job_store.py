@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.job_store import FINISHED, JobStore, Status
+from chainfed_ray.cluster.jobs.store import FINISHED, JobStore, Status
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
 from tests import postgres

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.metrics import FINISHED_JOBS
 from chainfed_ray.api.service import Service
-from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.records.rounds import EarlyExit, Evaluation, Lost, Opening, Record
 from tests.builders import ENDING, MIB, SPEC, a_round, an_opening
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from chainfed_ray.cluster.preflight import plan
+from chainfed_ray.cluster.jobs.preflight import plan
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.records.forecast import Forecast

@@ -20,8 +20,8 @@ from chainfed_ray.aggregation.privacy import Noise, key_of, sampling_seed
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.service import Service
 from chainfed_ray.chain import Window
-from chainfed_ray.cluster.job_run import run_job
-from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.jobs.run import run_job
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation.cohort import Cohort

@@ -9,8 +9,8 @@ from time import sleep
 from sqlalchemy.exc import OperationalError
 
 from chainfed_ray.activity import Listener, Note, Notes, Reporter
-from chainfed_ray.cluster.activity_record import ActivityRecord
-from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import ChainFedError, CoordinatorLost
 from chainfed_ray.federation.coordinator import Coordinator

@@ -11,7 +11,7 @@ from typing import Protocol
 from sqlalchemy.exc import OperationalError
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.records.commit_log import CommitLog
 

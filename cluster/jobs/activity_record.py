@@ -8,7 +8,7 @@ from typing import Self
 from sqlalchemy.exc import SQLAlchemyError
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.job_store import JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
 
 _INTERVAL_SECONDS = 2.0  # between two that are written
 

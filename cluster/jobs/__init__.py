@@ -1,0 +1,1 @@
+"""Jobs on a cluster: their records, and the actors that run them."""
