@@ -45,7 +45,7 @@ def train(
         log = CommitLog(folder)
         with local_ray(settings, {}, progress.listen):
             from chainfed_ray.cluster.evaluation import judging  # not before: see local_ray
-            from chainfed_ray.cluster.ray_pool import RayPool
+            from chainfed_ray.cluster.pool.ray_pool import RayPool
 
             notes = Notes(progress.listen)
             made = RayPool(job.base, settings.client_slots, notes.note)

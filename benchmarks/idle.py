@@ -43,7 +43,7 @@ def _rows(name: str, scratch: Path) -> Iterator[Row]:
     import torch
 
     from chainfed_ray.client.training import BaseModel
-    from chainfed_ray.cluster.actors import ClientActor
+    from chainfed_ray.cluster.pool.actors import ClientActor
     from chainfed_ray.cluster.resources import of_client
     from chainfed_ray.hub import resolve
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.client.training import BaseModel
-from chainfed_ray.cluster.ray_pool import RayPool
+from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.federation import prepare as job
 from chainfed_ray.federation.prepare import Job
 from chainfed_ray.forecast import dry_run

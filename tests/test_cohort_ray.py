@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chainfed_ray.client.training import Profile, Profiling
-from chainfed_ray.cluster.ray_pool import RayPool
+from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, assert_same, run, story

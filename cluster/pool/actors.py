@@ -6,7 +6,7 @@ import ray
 
 from chainfed_ray.client.training import BaseModel, Client, Result
 from chainfed_ray.client.turn import slowed, take_turn, warm_up
-from chainfed_ray.cluster.orders import receive
+from chainfed_ray.cluster.pool.orders import receive
 from chainfed_ray.lean_imports import without_scipy
 
 

@@ -1,0 +1,1 @@
+"""The clients' turns as calls of Ray actors."""
