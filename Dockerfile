@@ -19,7 +19,7 @@ COPY api api
 RUN pip install --no-cache-dir --no-deps .
 # DeepSpeed's libraries are compiled where the compiler is, and kept for the next build: they change with the packages and the C library.
 RUN --mount=type=cache,target=/var/cache/chainfed CHAINFED_EXTENSIONS="/var/cache/chainfed/$(ldd --version | awk 'NR == 1 {print $NF}')" python3 -c "\
-from pathlib import Path; from shutil import copytree; from chainfed_ray.cluster.ops import build_ops, ops_folder; \
+from pathlib import Path; from shutil import copytree; from chainfed_ray.cluster.offload.build import build_ops, ops_folder; \
 folder = ops_folder(); build_ops(folder); copytree(folder, Path('/opt/chainfed-ops', folder.name))"
 
 FROM ${BASE}

@@ -232,8 +232,8 @@ def doctor(
     """Tell what this machine can do, and how to get the rest. It fails if DeepSpeed cannot evaluate here."""
     from chainfed_ray.api.activity_display import ActivityDisplay
     from chainfed_ray.api.doctor_table import doctor_table, verdict
-    from chainfed_ray.cluster.doctor import findings, is_possible, look
-    from chainfed_ray.cluster.ops import build_ops, ops_folder
+    from chainfed_ray.cluster.offload.build import build_ops, ops_folder
+    from chainfed_ray.cluster.offload.doctor import findings, is_possible, look
 
     storage = os.environ.get("CHAINFED_STORAGE") or "chainfed-data"
     scratch = Path(os.environ.get("CHAINFED_SCRATCH") or f"{storage}/scratch").absolute()

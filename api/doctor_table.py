@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from chainfed_ray.cluster.doctor import Finding, is_possible
+from chainfed_ray.cluster.offload.doctor import Finding, is_possible
 
 
 def doctor_table(found: Sequence[Finding]) -> Table:

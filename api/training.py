@@ -44,7 +44,7 @@ def train(
         job = prepare(spec, Path(scratch), progress.listen)
         log = CommitLog(folder)
         with local_ray(settings, {}, progress.listen):
-            from chainfed_ray.cluster.evaluation import judging  # not before: see local_ray
+            from chainfed_ray.cluster.offload.engine import judging  # not before: see local_ray
             from chainfed_ray.cluster.pool.ray_pool import RayPool
 
             notes = Notes(progress.listen)

@@ -22,7 +22,9 @@ from benchmarks.shapes import EVALUATED, Shape
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.client.training import BaseModel
 from chainfed_ray.client.turn import warm_up
-from chainfed_ray.cluster.ops import ops_folder
+from chainfed_ray.cluster.offload.build import ops_folder
+from chainfed_ray.cluster.offload.footprint import offload_footprint
+from chainfed_ray.cluster.offload.model import OffloadedModel
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory, status
 from chainfed_ray.evaluation.evaluator import Evaluated, Evaluator
@@ -32,8 +34,6 @@ from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
 from chainfed_ray.model.pooling import States, nothing_read
-from chainfed_ray.offload_footprint import offload_footprint
-from chainfed_ray.offloaded import OffloadedModel
 
 _BOTTLENECK, _CLASSES = 64, 4
 _BATCHES, _EVALUATIONS = 2, 3  # the first of the evaluations loads the model, and is not counted
@@ -172,7 +172,7 @@ class _Offloaded:
 
 
 def _run(base: BaseModel, costs: Costs, examples: Examples, batch: int) -> Evaluator:
-    from chainfed_ray.cluster.offload import make_evaluator
+    from chainfed_ray.cluster.offload.evaluator import make_evaluator
 
     made = make_evaluator(base, costs, {_SET: examples}, batch_size=batch)
     if isinstance(made, str):

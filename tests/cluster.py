@@ -9,7 +9,7 @@ import ray
 
 from chainfed_ray.activity import Note
 from chainfed_ray.client.training import BaseModel
-from chainfed_ray.cluster.ops import are_built, ops_folder
+from chainfed_ray.cluster.offload.build import are_built, ops_folder
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.resources import of_one_machine
 

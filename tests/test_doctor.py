@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from chainfed_ray.cluster.doctor import Machine, findings, is_possible, look, why_not
-from chainfed_ray.cluster.ops import are_built, build_ops, ops_folder
+from chainfed_ray.cluster.offload.build import are_built, build_ops, ops_folder
+from chainfed_ray.cluster.offload.doctor import Machine, findings, is_possible, look, why_not
+from chainfed_ray.cluster.offload.libraries import OPS, library
 from chainfed_ray.errors import InvalidSetting, OpsNotBuilt
-from chainfed_ray.offload_ops import OPS, library
 from tests.cluster import needs_ops
 from tests.models import tiny
 from tests.project import COMMAND
@@ -140,9 +140,7 @@ def test_a_compilation_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.M
     assert not are_built(tmp_path)
 
 
-_BUILDING = (
-    "import sys; from pathlib import Path; from chainfed_ray.cluster.ops import build_ops; build_ops(Path(sys.argv[1]))"
-)
+_BUILDING = "import sys; from pathlib import Path; from chainfed_ray.cluster.offload.build import build_ops; build_ops(Path(sys.argv[1]))"
 
 
 @pytest.mark.slow
@@ -184,8 +182,8 @@ _LOADING = """
 import sys, torch
 from pathlib import Path
 from chainfed_ray.client.training import BaseModel
-from chainfed_ray.offloaded import OffloadedModel
-from chainfed_ray.cluster.ops import ops_folder
+from chainfed_ray.cluster.offload.model import OffloadedModel
+from chainfed_ray.cluster.offload.build import ops_folder
 base = BaseModel(Path(sys.argv[1]), torch.float32, Path(sys.argv[2]))
 OffloadedModel(base, base.scratch / "nvme", ops_folder(), lambda: None).close()
 """

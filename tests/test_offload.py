@@ -20,10 +20,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chainfed_ray.activity import Activity, Listener, nobody
 from chainfed_ray.client.training import BaseModel
-from chainfed_ray.cluster.evaluation import judging
-from chainfed_ray.cluster.offload import OffloadedEvaluator, make_evaluator
-from chainfed_ray.cluster.offload_run import OFFLOAD, Reason, why_over
-from chainfed_ray.cluster.offload_worker import why
+from chainfed_ray.cluster.offload.engine import judging
+from chainfed_ray.cluster.offload.evaluator import OffloadedEvaluator, make_evaluator
+from chainfed_ray.cluster.offload.footprint import offload_footprint
+from chainfed_ray.cluster.offload.model import shares
+from chainfed_ray.cluster.offload.run import OFFLOAD, Reason, why_over
+from chainfed_ray.cluster.offload.worker import why
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import EvaluationFailed
 from chainfed_ray.evaluation.evaluator import Evaluated
@@ -32,8 +34,6 @@ from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
 from chainfed_ray.model.pooling import States, mean_over_tokens
-from chainfed_ray.offload_footprint import offload_footprint
-from chainfed_ray.offloaded import shares
 from tests.builders import a_job
 from tests.cluster import needs_ops
 from tests.watching import command_of, processes_below, wait_for
@@ -238,7 +238,7 @@ def test_the_first_cause_is_the_reason() -> None:
 
 def test_what_only_passes_work_on_loads_no_torch() -> None:
     words = (
-        "import sys, chainfed_ray.cluster.offload_run;"
+        "import sys, chainfed_ray.cluster.offload.run;"
         "print([name for name in ('torch', 'deepspeed') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60)
@@ -251,7 +251,7 @@ def test_a_machine_that_cannot_be_looked_at_is_judged_by_torch(
     def unreadable(scratch: Path) -> Any:
         raise OSError(30, "Read-only file system", str(scratch))
 
-    monkeypatch.setattr("chainfed_ray.cluster.offload.look", unreadable)
+    monkeypatch.setattr("chainfed_ray.cluster.offload.evaluator.look", unreadable)
     document["evaluation"] = {"engine": "deepspeed"}
     made = judging(a_job(document, tmp_path))
     assert made.evaluator.startswith("torch (in place of deepspeed: this machine could not be looked at: Read-only")
@@ -298,8 +298,8 @@ _LOADING = """
 import resource, sys, torch
 from pathlib import Path
 from chainfed_ray.client.training import BaseModel
-from chainfed_ray.offloaded import OffloadedModel
-from chainfed_ray.cluster.ops import ops_folder
+from chainfed_ray.cluster.offload.model import OffloadedModel
+from chainfed_ray.cluster.offload.build import ops_folder
 model, folder, bound = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 if bound:
     resource.setrlimit(resource.RLIMIT_FSIZE, (bound, bound))

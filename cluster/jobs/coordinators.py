@@ -7,10 +7,10 @@ from typing import Any
 
 import ray
 
-from chainfed_ray.cluster.evaluation import judging
 from chainfed_ray.cluster.jobs.controller import Controller
 from chainfed_ray.cluster.jobs.run import run_job
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.offload.engine import judging
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.resources import of_controller, of_coordinator
 from chainfed_ray.cluster.storage import Settings

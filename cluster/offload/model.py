@@ -25,15 +25,15 @@ from torch._C._distributed_c10d import HashStore
 
 from chainfed_ray.client.training import BaseModel
 from chainfed_ray.client.turn import warm_up
+from chainfed_ray.cluster.offload.footprint import SWAPPED_BYTES, buffer_numbers, buffers
+from chainfed_ray.cluster.offload.libraries import OPS, load_op
+from chainfed_ray.cluster.offload.removal import remove_when_this_process_ends
 from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.evaluation.predictions import Judgement, judge
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import States, nothing_read
-from chainfed_ray.offload_footprint import SWAPPED_BYTES, buffer_numbers, buffers
-from chainfed_ray.offload_ops import OPS, load_op
-from chainfed_ray.removal import remove_when_this_process_ends
 from chainfed_ray.units import format_bytes
 
 

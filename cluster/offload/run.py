@@ -4,7 +4,7 @@ The actor outlives its owner by half a minute, in which it ends the run as Ray T
 Ray Train would not give back the memory that it reserved: it learns of that from Ray's dashboard, which need not be there.)
 
 Neither this actor nor Ray Train's own computes anything, so nothing here loads torch, which would take 150 MiB of each: what
-is of torch passes through as bytes, or behind a reference. The work itself is in offload_worker.py.
+is of torch passes through as bytes, or behind a reference. The work itself is in worker.py.
 """
 
 import os
@@ -18,9 +18,9 @@ from typing import Any
 
 import ray
 
+from chainfed_ray.cluster.offload.removal import remove_when_this_process_ends
 from chainfed_ray.cluster.resources import of_evaluation, runtime_env
 from chainfed_ray.device.peak import ENVIRONMENT
-from chainfed_ray.removal import remove_when_this_process_ends
 
 OFFLOAD = "(offload)"  # in a job's scratch folder
 _OWNER_SECONDS = 30.0  # without a word from the owner: it is gone
@@ -240,6 +240,6 @@ def _trainer() -> Any:
 
 def _worker(config: dict[str, Any]) -> None:
     """What each worker does. Torch is loaded here, and so in its process alone."""
-    from chainfed_ray.cluster.offload_worker import serve
+    from chainfed_ray.cluster.offload.worker import serve
 
     serve(config["run"], config["actor"])

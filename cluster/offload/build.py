@@ -17,8 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from chainfed_ray.cluster.offload.libraries import OPS, library
 from chainfed_ray.errors import InvalidSetting, OpsNotBuilt
-from chainfed_ray.offload_ops import OPS, library
 
 _TEMPORARY = "compiling-"
 
@@ -67,7 +67,7 @@ def build_ops(folder: Path) -> None:
 def _compile(temporary: Path, folder: Path) -> None:
     """Compile them in ``temporary``, in a process of their own, and move them into ``folder``."""
     done = subprocess.run(
-        [sys.executable, "-c", "from chainfed_ray.cluster.ops import compile_here; compile_here()"],
+        [sys.executable, "-c", "from chainfed_ray.cluster.offload.build import compile_here; compile_here()"],
         env={
             **os.environ,
             "DS_ACCELERATOR": "cpu",

@@ -1,4 +1,4 @@
-"""What a process of an offloaded evaluation does from its first order to the last (offload_run.py).
+"""What a process of an offloaded evaluation does from its first order to the last (run.py).
 
 Its files are removed when it ends, in any way.
 """
@@ -23,14 +23,14 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from chainfed_ray.client.training import BaseModel
-from chainfed_ray.cluster.doctor import look, why_not
-from chainfed_ray.cluster.offload_run import OFFLOAD, START_SECONDS, Order, Reason, Run
-from chainfed_ray.cluster.ops import ops_folder
+from chainfed_ray.cluster.offload.build import ops_folder
+from chainfed_ray.cluster.offload.doctor import look, why_not
+from chainfed_ray.cluster.offload.footprint import disk_bytes, swap_bytes
+from chainfed_ray.cluster.offload.model import OffloadedModel
+from chainfed_ray.cluster.offload.run import OFFLOAD, START_SECONDS, Order, Reason, Run
 from chainfed_ray.evaluation.evaluator import Sets
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.offload_footprint import disk_bytes, swap_bytes
-from chainfed_ray.offloaded import OffloadedModel
 
 _POLL_SECONDS = 5.0
 _ANSWER_SECONDS = 60.0  # of an actor that only notes things down

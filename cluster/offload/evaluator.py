@@ -14,17 +14,17 @@ from ray.exceptions import RayError
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.client.training import BaseModel
-from chainfed_ray.cluster.doctor import look, why_not
-from chainfed_ray.cluster.offload_run import OFFLOAD, RUN_ENVIRONMENT, START_SECONDS, EvaluationRun, Order, Run, State
-from chainfed_ray.cluster.offload_worker import Work, sent
+from chainfed_ray.cluster.offload.doctor import look, why_not
+from chainfed_ray.cluster.offload.footprint import disk_bytes, offload_footprint, swap_bytes
+from chainfed_ray.cluster.offload.model import Share
+from chainfed_ray.cluster.offload.run import OFFLOAD, RUN_ENVIRONMENT, START_SECONDS, EvaluationRun, Order, Run, State
+from chainfed_ray.cluster.offload.worker import Work, sent
 from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller, runtime_env
 from chainfed_ray.errors import EvaluationFailed, InvalidSetting
 from chainfed_ray.evaluation.evaluator import Evaluated, Evaluator, Sets, whole_model
 from chainfed_ray.evaluation.predictions import Judgement
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.offload_footprint import disk_bytes, offload_footprint, swap_bytes
-from chainfed_ray.offloaded import Share
 from chainfed_ray.units import format_bytes
 
 _SILENCE_SECONDS = 600.0  # between two layers that are loaded, or two batches

@@ -22,7 +22,9 @@ def judging(job: Job, listen: Listener = nobody) -> Judging:
 
 
 def _offloaded(job: Job, listen: Listener) -> Evaluator | str:
-    from chainfed_ray.cluster.offload import make_evaluator  # Ray Train takes seconds to import, and only this needs it
+    from chainfed_ray.cluster.offload.evaluator import (
+        make_evaluator,  # Ray Train takes seconds to import, and only this needs it
+    )
 
     workers = job.spec.evaluation.workers
     return make_evaluator(job.base, job.planner.costs, sets_of(job), workers=workers, listen=listen)

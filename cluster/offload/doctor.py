@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chainfed_ray.cluster.ops import are_built, ops_folder
+from chainfed_ray.cluster.offload.build import are_built, ops_folder
 from chainfed_ray.device.peak import status_line
 from chainfed_ray.units import format_bytes
 
