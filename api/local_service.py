@@ -13,8 +13,8 @@ from sqlalchemy.exc import DBAPIError
 
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.api.client import ServiceClient
-from chainfed_ray.api.local_ray import local_ray
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.local_ray import local_ray
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
 
