@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from chainfed_ray.activity import Reporter
 from chainfed_ray.api.client import ServiceClient
 from chainfed_ray.api.interruption import Interruption
-from chainfed_ray.api.pictures import NOT_DRAWN, check_drawing, draw_if_possible
+from chainfed_ray.api.report.pictures import NOT_DRAWN, check_drawing, draw_if_possible
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import ChainFedError, InvalidJob
 from chainfed_ray.spec.job import JobSpec
@@ -61,8 +61,8 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
     """Train a job without a service, on a Ray of its own. Run again with the same folder, it goes on where it was."""
     spec = read_job(job)  # what is wrong with it is said at once: the imports take seconds
 
-    from chainfed_ray.api.progress import Progress
-    from chainfed_ray.api.results import results
+    from chainfed_ray.api.report.progress import Progress
+    from chainfed_ray.api.report.results import results
     from chainfed_ray.api.training import folder_of, train
 
     folder = folder_of(out, spec)
@@ -87,8 +87,8 @@ def plan(
     if picture:
         check_drawing()
 
-    from chainfed_ray.api.activity_display import ActivityDisplay
-    from chainfed_ray.api.forecast_table import forecast_table
+    from chainfed_ray.api.report.activity_display import ActivityDisplay
+    from chainfed_ray.api.report.forecast_table import forecast_table
     from chainfed_ray.forecast.dry_run import dry_run
     from chainfed_ray.lean_imports import without_scipy
 
@@ -96,7 +96,7 @@ def plan(
         found = dry_run(spec, min(Settings.client_slots, os.cpu_count() or 1), listen)  # a turn takes one core
     words: list[RenderableType] = [forecast_table(found)]
     if picture:
-        from chainfed_ray.api.forecast_picture import png
+        from chainfed_ray.api.report.forecast_picture import png
 
         picture.write_bytes(png(found))
         words.append(f"The picture is in {picture}.")
@@ -110,8 +110,8 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run the service on this machine until it is interrupted. Jobs that were running go on when it starts again."""
-    from chainfed_ray.api.activity_display import ActivityDisplay
     from chainfed_ray.api.local_service import local_service
+    from chainfed_ray.api.report.activity_display import ActivityDisplay
 
     settings = Settings.from_environment()
     _progress.print(f"Jobs and models are kept in {settings.storage.root}.")
@@ -134,7 +134,7 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Send a job to the service."""
-    from chainfed_ray.api.activity_display import ActivityDisplay
+    from chainfed_ray.api.report.activity_display import ActivityDisplay
 
     client, document = ServiceClient(address), read_job(job).document()
     with ActivityDisplay(_progress) as listen:
@@ -230,8 +230,8 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Tell what this machine can do, and how to get the rest. It fails if DeepSpeed cannot evaluate here."""
-    from chainfed_ray.api.activity_display import ActivityDisplay
     from chainfed_ray.api.doctor_table import doctor_table, verdict
+    from chainfed_ray.api.report.activity_display import ActivityDisplay
     from chainfed_ray.cluster.offload.build import build_ops, ops_folder
     from chainfed_ray.cluster.offload.doctor import findings, is_possible, look
 
@@ -294,7 +294,7 @@ def _absolute(source: str | None) -> str | None:
 
 def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> None:
     from chainfed_ray.api.following import follow
-    from chainfed_ray.api.results import results
+    from chainfed_ray.api.report.results import results
 
     spec = JobSpec.parse(record["spec"])
     with _if_interrupted(f"The job goes on without you; `chainfed watch {record['id']}` follows it again."):

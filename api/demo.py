@@ -7,12 +7,12 @@ from typing import Any
 from rich.console import Console
 
 from chainfed_ray.activity import Reporter
-from chainfed_ray.api.activity_display import ActivityDisplay
 from chainfed_ray.api.client import ServiceClient
 from chainfed_ray.api.following import follow
 from chainfed_ray.api.local_service import free_port, local_service
-from chainfed_ray.api.pictures import NOT_DRAWN, draw_if_possible
-from chainfed_ray.api.results import results
+from chainfed_ray.api.report.activity_display import ActivityDisplay
+from chainfed_ray.api.report.pictures import NOT_DRAWN, draw_if_possible
+from chainfed_ray.api.report.results import results
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.job_file import BODY, JobFile
-from chainfed_ray.api.pictures import check_drawing
+from chainfed_ray.api.report.pictures import check_drawing
 from chainfed_ray.api.service import WithService
 from chainfed_ray.records.forecast import Forecast
 
@@ -21,7 +21,7 @@ async def plan(spec: JobFile, request: Request, service: WithService) -> Forecas
         check_drawing()
     forecast = await service.plan(spec)
     if with_picture:
-        from chainfed_ray.api.forecast_picture import png  # matplotlib: for those who ask for a picture
+        from chainfed_ray.api.report.forecast_picture import png  # matplotlib: for those who ask for a picture
 
         return Response(await run_in_threadpool(png, forecast), media_type=_PNG)
     return forecast

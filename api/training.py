@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from chainfed_ray.activity import Notes, Reporter
-from chainfed_ray.api.progress import Progress
+from chainfed_ray.api.report.progress import Progress
 from chainfed_ray.cluster.local_ray import local_ray
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import InvalidJob

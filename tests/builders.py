@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from chainfed_ray.aggregation.privacy import Noise
-from chainfed_ray.api.progress import Progress
+from chainfed_ray.api.report.progress import Progress
 from chainfed_ray.chain import Window
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import ClientPool, LocalPool

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from chainfed_ray.activity import Activity, Listener, Notes, Reporter, nobody
-from chainfed_ray.api.activity_display import ActivityDisplay
-from chainfed_ray.api.activity_log import ActivityLog, in_words
+from chainfed_ray.api.report.activity_display import ActivityDisplay
+from chainfed_ray.api.report.activity_log import ActivityLog, in_words
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import prepare

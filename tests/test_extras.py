@@ -9,8 +9,9 @@ import yaml
 from fastapi.testclient import TestClient
 
 from chainfed_ray import hub as base_model
-from chainfed_ray.api import cli, pictures
+from chainfed_ray.api import cli
 from chainfed_ray.api.app import create_app
+from chainfed_ray.api.report import pictures
 from chainfed_ray.api.service import Service
 from chainfed_ray.data import docstrings
 from chainfed_ray.errors import InvalidJob, PackageMissing

@@ -24,8 +24,8 @@ from chainfed_ray.aggregation.privacy import (
     sampling_seed,
     share_of,
 )
-from chainfed_ray.api.progress import Progress
-from chainfed_ray.api.results import results
+from chainfed_ray.api.report.progress import Progress
+from chainfed_ray.api.report.results import results
 from chainfed_ray.chain import Window
 from chainfed_ray.errors import CorruptCommit, InvalidJob
 from chainfed_ray.model.adapters import Tensors

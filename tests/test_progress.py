@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from chainfed_ray.activity import Activity, Listener, nobody
 from chainfed_ray.api.client import Document, ServiceClient
-from chainfed_ray.api.fleet import by_class
 from chainfed_ray.api.following import follow
-from chainfed_ray.api.plots import draw
-from chainfed_ray.api.progress import Progress, time_left
-from chainfed_ray.api.results import results
+from chainfed_ray.api.report.fleet import by_class
+from chainfed_ray.api.report.plots import draw
+from chainfed_ray.api.report.progress import Progress, time_left
+from chainfed_ray.api.report.results import results
 from chainfed_ray.api.schemas import Progress as Resource
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records.rounds import (

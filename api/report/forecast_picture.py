@@ -6,8 +6,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from chainfed_ray.api.figures import BLUE, GREEN, GREY, MANY, ORANGE, new_figure
-from chainfed_ray.api.fleet import short
+from chainfed_ray.api.report.figures import BLUE, GREEN, GREY, MANY, ORANGE, new_figure
+from chainfed_ray.api.report.fleet import short
 from chainfed_ray.records.forecast import PREFIX, ClassForecast, Forecast
 from chainfed_ray.units import format_bytes
 

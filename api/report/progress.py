@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.api.activity_display import ActivityDisplay
-from chainfed_ray.api.fleet import Way, by_class, in_words, span
-from chainfed_ray.api.scores import evaluation_line, is_causal, short_score
+from chainfed_ray.api.report.activity_display import ActivityDisplay
+from chainfed_ray.api.report.fleet import Way, by_class, in_words, span
+from chainfed_ray.api.report.scores import evaluation_line, is_causal, short_score
 from chainfed_ray.records.rounds import Admitted, Ending, Lost, Opening, Round, with_everybody
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes, format_seconds

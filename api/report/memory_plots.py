@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from chainfed_ray.api.figures import BLUE, GREEN, GREY, MANY, SEVERAL, by_round, new_figure
-from chainfed_ray.api.fleet import FleetClass, by_class, short
+from chainfed_ray.api.report.figures import BLUE, GREEN, GREY, MANY, SEVERAL, by_round, new_figure
+from chainfed_ray.api.report.fleet import FleetClass, by_class, short
 from chainfed_ray.records.rounds import Opening, Round, StageMemory
 from chainfed_ray.units import format_bytes
 

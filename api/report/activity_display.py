@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.api.activity_log import ActivityLog, in_words
+from chainfed_ray.api.report.activity_log import ActivityLog, in_words
 
 _TICK_SECONDS = 1.0
 

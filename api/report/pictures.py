@@ -18,7 +18,7 @@ def draw_if_possible(
     if find_spec("matplotlib") is None:
         return []
 
-    from chainfed_ray.api.plots import draw
+    from chainfed_ray.api.report.plots import draw
 
     return draw(folder, opening, rounds, ending, threshold)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from chainfed_ray.api.fleet import short
+from chainfed_ray.api.report.fleet import short
 from chainfed_ray.records.forecast import ClassForecast, Forecast
 from chainfed_ray.units import format_bytes, format_seconds
 

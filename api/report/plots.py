@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from chainfed_ray.api.figures import BLUE, GREY, MANY, ORANGE, by_round, new_figure
-from chainfed_ray.api.memory_plots import memory, memory_by_round
+from chainfed_ray.api.report.figures import BLUE, GREY, MANY, ORANGE, by_round, new_figure
+from chainfed_ray.api.report.memory_plots import memory, memory_by_round
 from chainfed_ray.records.rounds import Ending, Opening, Round
 
 _DPI = 150

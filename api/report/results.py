@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from chainfed_ray.api.fleet import FleetClass, by_class, in_words, short
-from chainfed_ray.api.progress import price
-from chainfed_ray.api.scores import is_causal, short_score
+from chainfed_ray.api.report.fleet import FleetClass, by_class, in_words, short
+from chainfed_ray.api.report.progress import price
+from chainfed_ray.api.report.scores import is_causal, short_score
 from chainfed_ray.records.rounds import Ending, HeadFit, Opening, Round, StageMemory
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import PartitionSpec
