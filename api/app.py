@@ -5,10 +5,10 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from chainfed_ray.api import completions, events, health, jobs, metrics, models, plans
-from chainfed_ray.api.errors import RequestIds, handle_errors
-from chainfed_ray.api.schemas import ProblemDetails
-from chainfed_ray.api.service import Service
+from chainfed_ray.api.rest import completions, events, health, jobs, metrics, models, plans
+from chainfed_ray.api.rest.errors import RequestIds, handle_errors
+from chainfed_ray.api.rest.schemas import ProblemDetails
+from chainfed_ray.api.rest.service import Service
 from chainfed_ray.spec.job import JobSpec
 
 _LARGEST_BODY = 32 * 2**20

@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.inference import Inference
-from chainfed_ray.api.service import Service
+from chainfed_ray.api.rest.service import Service
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import check, plan
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore

@@ -12,7 +12,7 @@ from chainfed_ray import hub as base_model
 from chainfed_ray.api import cli
 from chainfed_ray.api.app import create_app
 from chainfed_ray.api.report import pictures
-from chainfed_ray.api.service import Service
+from chainfed_ray.api.rest.service import Service
 from chainfed_ray.data import docstrings
 from chainfed_ray.errors import InvalidJob, PackageMissing
 

@@ -10,8 +10,8 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from chainfed_ray.api.app import create_app
-from chainfed_ray.api.metrics import FINISHED_JOBS
-from chainfed_ray.api.service import Service
+from chainfed_ray.api.rest.metrics import FINISHED_JOBS
+from chainfed_ray.api.rest.service import Service
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.records.rounds import EarlyExit, Evaluation, Lost, Opening, Record
 from tests.builders import ENDING, MIB, SPEC, a_round, an_opening
@@ -143,7 +143,7 @@ def test_a_job_that_is_over_is_among_the_newest_for_a_while(store: JobStore) -> 
 
 
 def test_more_events_than_a_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chainfed_ray.api.metrics.PAGE", 2)
+    monkeypatch.setattr("chainfed_ray.api.rest.metrics.PAGE", 2)
     opening = an_opening()
     job = a_running_job(store, opening)
     for index in range(5):

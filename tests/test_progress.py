@@ -15,7 +15,7 @@ from chainfed_ray.api.report.fleet import by_class
 from chainfed_ray.api.report.plots import draw
 from chainfed_ray.api.report.progress import Progress, time_left
 from chainfed_ray.api.report.results import results
-from chainfed_ray.api.schemas import Progress as Resource
+from chainfed_ray.api.rest.schemas import Progress as Resource
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records.rounds import (
     HeadFit,

@@ -10,8 +10,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
-from chainfed_ray.api.schemas import EventPage, EventResource
-from chainfed_ray.api.service import WithService
+from chainfed_ray.api.rest.schemas import EventPage, EventResource
+from chainfed_ray.api.rest.service import WithService
 from chainfed_ray.cluster.jobs.store import FINISHED, Event, JobStore
 
 router = APIRouter(prefix="/v1/jobs/{job}/events", tags=["jobs"])

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from chainfed_ray.api.schemas import JobStatus
-from chainfed_ray.api.service import WithService
+from chainfed_ray.api.rest.schemas import JobStatus
+from chainfed_ray.api.rest.service import WithService
 from chainfed_ray.cluster.jobs.store import FINISHED, Event, JobRecord, JobStore
 from chainfed_ray.records.rounds import EarlyExit, Ending, Evaluation, Opening, Round, StageMemory
 

@@ -3,9 +3,9 @@
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from chainfed_ray.api.job_file import BODY, JobFile
 from chainfed_ray.api.report.pictures import check_drawing
-from chainfed_ray.api.service import WithService
+from chainfed_ray.api.rest.job_file import BODY, JobFile
+from chainfed_ray.api.rest.service import WithService
 from chainfed_ray.records.forecast import Forecast
 
 router = APIRouter(prefix="/v1/plan", tags=["jobs"])

@@ -5,9 +5,9 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
 
-from chainfed_ray.api.job_file import BODY, JobFile
-from chainfed_ray.api.schemas import Job, JobPage, JobStatus, JobSummary, Progress
-from chainfed_ray.api.service import WithService
+from chainfed_ray.api.rest.job_file import BODY, JobFile
+from chainfed_ray.api.rest.schemas import Job, JobPage, JobStatus, JobSummary, Progress
+from chainfed_ray.api.rest.service import WithService
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.errors import JobConflict
 from chainfed_ray.records.rounds import Opening, Round

@@ -3,8 +3,8 @@
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 
-from chainfed_ray.api.schemas import ClassifyRequest, ClassifyResponse, Label, ModelList, ModelTask, ServedModel
-from chainfed_ray.api.service import Service, WithService
+from chainfed_ray.api.rest.schemas import ClassifyRequest, ClassifyResponse, Label, ModelList, ModelTask, ServedModel
+from chainfed_ray.api.rest.service import Service, WithService
 from chainfed_ray.cluster.jobs.store import JobRecord
 from chainfed_ray.errors import InvalidJob, ModelNotFound
 

@@ -4,8 +4,8 @@ import asyncio
 
 from fastapi import APIRouter, Response
 
-from chainfed_ray.api.schemas import Health
-from chainfed_ray.api.service import WithService
+from chainfed_ray.api.rest.schemas import Health
+from chainfed_ray.api.rest.service import WithService
 
 router = APIRouter(tags=["health"])
 

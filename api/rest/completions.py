@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
-from chainfed_ray.api.models import served
-from chainfed_ray.api.openai_schemas import (
+from chainfed_ray.api.rest.models import served
+from chainfed_ray.api.rest.openai_schemas import (
     Asked,
     ChatChoice,
     ChatChunk,
@@ -27,7 +27,7 @@ from chainfed_ray.api.openai_schemas import (
     Delta,
     Usage,
 )
-from chainfed_ray.api.service import Service, WithService
+from chainfed_ray.api.rest.service import Service, WithService
 from chainfed_ray.cluster.jobs.store import JobRecord
 from chainfed_ray.data.chats import Chat
 from chainfed_ray.errors import ChainFedError

@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chainfed_ray.api.schemas import FieldProblem, ProblemDetails
+from chainfed_ray.api.rest.schemas import FieldProblem, ProblemDetails
 from chainfed_ray.errors import ChainFedError, InvalidJob, JobConflict, JobNotFound, ModelNotFound, PackageMissing
 
 MEDIA_TYPE = "application/problem+json"

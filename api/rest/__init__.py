@@ -1,0 +1,1 @@
+"""The REST API: routes, resources and errors."""
