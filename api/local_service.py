@@ -65,7 +65,7 @@ def _start(host: str, port: int, address: str, listen: Listener) -> None:
     Reporter("starting the REST API on Ray Serve", listen).begin()
     from ray import serve
 
-    from chainfed_ray.api.deployment import build
+    from chainfed_ray.api.serve.deployment import build
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:

@@ -16,8 +16,8 @@ from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.api.app import create_app
 from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.jobs.run import run_job
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Storage

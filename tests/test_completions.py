@@ -14,9 +14,9 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from chainfed_ray.api.app import create_app
-from chainfed_ray.api.inference import Inference
 from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.serve.app import create_app
+from chainfed_ray.api.serve.inference import Inference
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.data.chats import Chat

@@ -10,9 +10,9 @@ from fastapi.testclient import TestClient
 
 from chainfed_ray import hub as base_model
 from chainfed_ray.api import cli
-from chainfed_ray.api.app import create_app
 from chainfed_ray.api.report import pictures
 from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.data import docstrings
 from chainfed_ray.errors import InvalidJob, PackageMissing
 

@@ -16,11 +16,11 @@ from rich.console import Console
 from torch import Tensor
 
 import chainfed_ray.forecast.dry_run
-from chainfed_ray.api.app import create_app
 from chainfed_ray.api.cli import app
 from chainfed_ray.api.report.forecast_picture import png
 from chainfed_ray.api.report.forecast_table import forecast_table
 from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import Job, draft

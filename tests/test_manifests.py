@@ -118,10 +118,10 @@ def test_serve_accepts_its_configuration() -> None:
 
     config = ServeDeploySchema.model_validate(yaml.safe_load(SERVICE["spec"]["serveConfigV2"]))
     application = config.applications[0]
-    assert application.import_path == "chainfed_ray.api.deployment:build"
+    assert application.import_path == "chainfed_ray.api.serve.deployment:build"
 
-    from chainfed_ray.api.deployment import Api
-    from chainfed_ray.api.inference import Inference
+    from chainfed_ray.api.serve.deployment import Api
+    from chainfed_ray.api.serve.inference import Inference
 
     names = [deployment.name for deployment in application.deployments]
     assert names == [Api.name, Inference.name]  # type: ignore[attr-defined]

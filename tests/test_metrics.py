@@ -9,9 +9,9 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from chainfed_ray.api.app import create_app
 from chainfed_ray.api.rest.metrics import FINISHED_JOBS
 from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.records.rounds import EarlyExit, Evaluation, Lost, Opening, Record
 from tests.builders import ENDING, MIB, SPEC, a_round, an_opening

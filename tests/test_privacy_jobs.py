@@ -17,8 +17,8 @@ from fastapi.testclient import TestClient
 
 from chainfed_ray.aggregation.accountant import Release, epsilon
 from chainfed_ray.aggregation.privacy import Noise, key_of, sampling_seed
-from chainfed_ray.api.app import create_app
 from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.chain import Window
 from chainfed_ray.cluster.jobs.run import run_job
 from chainfed_ray.cluster.jobs.store import JobStore

@@ -9,9 +9,9 @@ from ray import serve
 from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from chainfed_ray.api.app import create_app
-from chainfed_ray.api.inference import Inference
 from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.serve.app import create_app
+from chainfed_ray.api.serve.inference import Inference
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import check, plan
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
@@ -69,7 +69,7 @@ class Api:
 
 
 def build(arguments: Mapping[str, str]) -> serve.Application:
-    """The Serve application, for ``import_path: chainfed_ray.api.deployment:build``; its settings come from the environment."""
+    """The Serve application, for ``import_path: chainfed_ray.api.serve.deployment:build``; its settings come from the environment."""
     settings = Settings.from_environment()
     api: Any = Api  # serve.deployment gives them `bind`, which their types do not show
     inference: Any = Inference
