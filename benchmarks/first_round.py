@@ -16,8 +16,8 @@ from rich.table import Table
 from benchmarks.cell_process import Row
 from benchmarks.corpora import NAMES, named
 from chainfed_ray.activity import Activity
+from chainfed_ray.api.command.training import folder_of, train
 from chainfed_ray.api.report.progress import Progress
-from chainfed_ray.api.training import folder_of, train
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.spec.job import JobSpec
 

@@ -26,8 +26,8 @@ _WORDS, _ROWS, _CLASSES = 1000, 1000, 4
 # The smallest is left out: so the dry run also looks for the changes with which it would join.
 _FLEET = (("watch", 8, "12MiB"), ("phone", 8, "256MiB"), ("silo", 4, "8GiB"))
 _CODE = {
-    "plan": "from chainfed_ray.api.cli import main; main()",
-    "check": "import sys; from pathlib import Path; from chainfed_ray.api.cli import read_job; "
+    "plan": "from chainfed_ray.api.command.cli import main; main()",
+    "check": "import sys; from pathlib import Path; from chainfed_ray.api.command.cli import read_job; "
     "from chainfed_ray.federation.prepare import prepare; prepare(read_job(Path(sys.argv[1])), Path())",
 }
 _progress = Console(stderr=True, highlight=False)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from chainfed_ray.api.cli import read_job
+from chainfed_ray.api.command.cli import read_job
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, run
 from tests.project import COMMAND, ROOT
@@ -104,7 +104,7 @@ def test_files_that_a_job_names_are_meant_from_where_the_command_is_run(
     ids=lambda arguments: arguments[0],
 )
 def test_help_and_the_check_of_a_job_file_load_neither_torch_nor_ray(arguments: tuple[str, ...]) -> None:
-    code = "import sys\nfrom chainfed_ray.api.cli import main\ntry: main()\nfinally: print('loaded:', *sys.modules)"
+    code = "import sys\nfrom chainfed_ray.api.command.cli import main\ntry: main()\nfinally: print('loaded:', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     loaded = set(done.stdout.partition("loaded:")[2].split())
     assert "chainfed_ray.spec.job" in loaded, done.stderr

@@ -9,7 +9,7 @@ import pytest
 from typer.main import get_command
 
 from chainfed_ray import errors
-from chainfed_ray.api.cli import app
+from chainfed_ray.api.command.cli import app
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.storage import Settings, Storage

@@ -9,7 +9,7 @@ import yaml
 from fastapi.testclient import TestClient
 
 from chainfed_ray import hub as base_model
-from chainfed_ray.api import cli
+from chainfed_ray.api.command import cli
 from chainfed_ray.api.report import pictures
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app

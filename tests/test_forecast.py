@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 import chainfed_ray.forecast.dry_run
-from chainfed_ray.api.cli import app
+from chainfed_ray.api.command.cli import app
 from chainfed_ray.api.report.forecast_picture import png
 from chainfed_ray.api.report.forecast_table import forecast_table
 from chainfed_ray.api.rest.service import Service

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from chainfed_ray.api.interruption import Interruption
+from chainfed_ray.api.command.interruption import Interruption
 
 
 def test_an_interruption_that_was_lost_in_a_callback_ends_the_work_all_the_same() -> None:

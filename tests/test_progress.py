@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.activity import Activity, Listener, nobody
-from chainfed_ray.api.client import Document, ServiceClient
-from chainfed_ray.api.following import follow
+from chainfed_ray.api.command.client import Document, ServiceClient
+from chainfed_ray.api.command.following import follow
 from chainfed_ray.api.report.fleet import by_class
 from chainfed_ray.api.report.plots import draw
 from chainfed_ray.api.report.progress import Progress, time_left

@@ -22,9 +22,9 @@ import yaml
 from rich.console import Console
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.api.client import ServiceClient
-from chainfed_ray.api.following import follow
-from chainfed_ray.api.local_service import free_port
+from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.command.following import follow
+from chainfed_ray.api.command.local_service import free_port
 from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound, ModelNotFound
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog

@@ -18,8 +18,8 @@ from rich.console import Console, RenderableType
 from rich.table import Column, Table
 
 from chainfed_ray.activity import Reporter
-from chainfed_ray.api.client import ServiceClient
-from chainfed_ray.api.interruption import Interruption
+from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.command.interruption import Interruption
 from chainfed_ray.api.report.pictures import NOT_DRAWN, check_drawing, draw_if_possible
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import ChainFedError, InvalidJob
@@ -61,9 +61,9 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
     """Train a job without a service, on a Ray of its own. Run again with the same folder, it goes on where it was."""
     spec = read_job(job)  # what is wrong with it is said at once: the imports take seconds
 
+    from chainfed_ray.api.command.training import folder_of, train
     from chainfed_ray.api.report.progress import Progress
     from chainfed_ray.api.report.results import results
-    from chainfed_ray.api.training import folder_of, train
 
     folder = folder_of(out, spec)
     goes_on = _if_interrupted("Interrupted. The same command goes on where it was.")
@@ -110,7 +110,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run the service on this machine until it is interrupted. Jobs that were running go on when it starts again."""
-    from chainfed_ray.api.local_service import local_service
+    from chainfed_ray.api.command.local_service import local_service
     from chainfed_ray.api.report.activity_display import ActivityDisplay
 
     settings = Settings.from_environment()
@@ -230,7 +230,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Tell what this machine can do, and how to get the rest. It fails if DeepSpeed cannot evaluate here."""
-    from chainfed_ray.api.doctor_table import doctor_table, verdict
+    from chainfed_ray.api.command.doctor_table import doctor_table, verdict
     from chainfed_ray.api.report.activity_display import ActivityDisplay
     from chainfed_ray.cluster.offload.build import build_ops, ops_folder
     from chainfed_ray.cluster.offload.doctor import findings, is_possible, look
@@ -255,7 +255,7 @@ def demo(out: Out = Path("chainfed-demo"), as_json: Json = False) -> None:
     """The whole story in a few minutes, from a checkout: start the service, train a chain, call the model, stop it all."""
     spec = read_job(_DEMO)
 
-    from chainfed_ray.api.demo import demo as tell
+    from chainfed_ray.api.command.demo import demo as tell
 
     story = _progress if as_json else Console(file=sys.__stdout__, highlight=False)
     with _if_interrupted("Interrupted."):
@@ -293,7 +293,7 @@ def _absolute(source: str | None) -> str | None:
 
 
 def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> None:
-    from chainfed_ray.api.following import follow
+    from chainfed_ray.api.command.following import follow
     from chainfed_ray.api.report.results import results
 
     spec = JobSpec.parse(record["spec"])

@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.api.client import ServiceClient
+from chainfed_ray.api.command.client import ServiceClient
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.local_ray import local_ray
 from chainfed_ray.cluster.storage import Settings

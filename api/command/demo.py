@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 
 from chainfed_ray.activity import Reporter
-from chainfed_ray.api.client import ServiceClient
-from chainfed_ray.api.following import follow
-from chainfed_ray.api.local_service import free_port, local_service
+from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.command.following import follow
+from chainfed_ray.api.command.local_service import free_port, local_service
 from chainfed_ray.api.report.activity_display import ActivityDisplay
 from chainfed_ray.api.report.pictures import NOT_DRAWN, draw_if_possible
 from chainfed_ray.api.report.results import results
