@@ -20,7 +20,6 @@ import torch
 from benchmarks.cluster import one_machine
 from benchmarks.shapes import EVALUATED, Shape
 from chainfed_ray.budget.demand import Costs
-from chainfed_ray.client.training import BaseModel
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.cluster.offload.build import ops_folder
 from chainfed_ray.cluster.offload.footprint import offload_footprint
@@ -34,6 +33,7 @@ from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
 from chainfed_ray.model.pooling import States, nothing_read
+from chainfed_ray.model.source import BaseModel
 
 _BOTTLENECK, _CLASSES = 64, 4
 _BATCHES, _EVALUATIONS = 2, 3  # the first of the evaluations loads the model, and is not counted

@@ -42,10 +42,10 @@ def _rows(name: str, scratch: Path) -> Iterator[Row]:
     import ray
     import torch
 
-    from chainfed_ray.client.training import BaseModel
     from chainfed_ray.cluster.pool.actors import ClientActor
     from chainfed_ray.cluster.resources import of_client
     from chainfed_ray.hub import resolve
+    from chainfed_ray.model.source import BaseModel
 
     base = BaseModel(resolve(name), torch.float32, scratch)
     loads: dict[str, Callable[[], None]] = {

@@ -22,13 +22,14 @@ from benchmarks.shapes import SHAPES, Shape
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.budget.planner import Footprint, Grain, Means, Plan, Task, footprint, plan
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import BaseModel, Client, Training, Update
+from chainfed_ray.client.training import Client, Training, Update
 from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.model.adapters import Adapter, AdapterStack, Head
 from chainfed_ray.model.blocks import Blocks, find_layers
 from chainfed_ray.model.costs import costs_of
+from chainfed_ray.model.source import BaseModel
 
 _BOTTLENECK, _CLASSES, _LAMBDA = 64, 4, 0.1
 _STEPS = 3  # of a turn that is timed, against a turn of one

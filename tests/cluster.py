@@ -8,10 +8,10 @@ import pytest
 import ray
 
 from chainfed_ray.activity import Note
-from chainfed_ray.client.training import BaseModel
 from chainfed_ray.cluster.offload.build import are_built, ops_folder
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.resources import of_one_machine
+from chainfed_ray.model.source import BaseModel
 
 needs_ops = pytest.mark.skipif(not are_built(ops_folder()), reason="DeepSpeed's libraries are not built; `make ops`")
 

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoTokenizer
 
 from chainfed_ray.budget.demand import Costs
-from chainfed_ray.client.training import BaseModel
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.federation import prepare as job
 from chainfed_ray.federation.prepare import Job
@@ -20,6 +19,7 @@ from chainfed_ray.forecast import dry_run
 from chainfed_ray.hub import resolve
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
+from chainfed_ray.model.source import BaseModel
 from tests.builders import a_document, a_job, smallest_budget
 from tests.cluster import a_pool, one_machine
 from tests.models import tiny

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chainfed_ray.budget import planner as memory
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import BaseModel
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.evaluation.streaming_evaluator import StreamEvaluator
@@ -25,6 +24,7 @@ from chainfed_ray.federation.prepare import Job
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
+from chainfed_ray.model.source import BaseModel
 
 _SIZES = {
     "hidden_size": 1024,

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, models
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from chainfed_ray.client.training import BaseModel
 from chainfed_ray.data.choices import Choices, read_choices
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob
@@ -22,6 +21,7 @@ from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
 from chainfed_ray.model.saved_stack import save_stack
+from chainfed_ray.model.source import BaseModel
 from chainfed_ray.serving import peft_method  # noqa: F401  its import lets PEFT know the method
 from tests.causal import a_causal_stack, byte_tokenizer, causal_folder
 from tests.tokenizing import KINDS

@@ -181,7 +181,7 @@ def test_the_command_fits_80_columns_and_its_exit_code_says_whether(tmp_path: Pa
 _LOADING = """
 import sys, torch
 from pathlib import Path
-from chainfed_ray.client.training import BaseModel
+from chainfed_ray.model.source import BaseModel
 from chainfed_ray.cluster.offload.model import OffloadedModel
 from chainfed_ray.cluster.offload.build import ops_folder
 base = BaseModel(Path(sys.argv[1]), torch.float32, Path(sys.argv[2]))

@@ -14,21 +14,12 @@ from torch import Tensor, nn
 
 from chainfed_ray.chain import Window, start_below
 from chainfed_ray.client.first_pass import StartGuess
-from chainfed_ray.client.training import (
-    BaseModel,
-    Client,
-    Fitting,
-    HeadSums,
-    Order,
-    Profile,
-    Profiling,
-    Result,
-    Training,
-)
+from chainfed_ray.client.training import Client, Fitting, HeadSums, Order, Profile, Profiling, Result, Training
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.federation.prepare import Job
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.source import BaseModel
 from tests.builders import a_job
 
 READS = 2

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from chainfed_ray.client.training import BaseModel
+from chainfed_ray.model.source import BaseModel
 from chainfed_ray.cluster.pool.actors import ready
 
 ready(BaseModel(Path(sys.argv[1]), torch.float32, Path(sys.argv[2])))

@@ -19,7 +19,6 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chainfed_ray.activity import Activity, Listener, nobody
-from chainfed_ray.client.training import BaseModel
 from chainfed_ray.cluster.offload.engine import judging
 from chainfed_ray.cluster.offload.evaluator import OffloadedEvaluator, make_evaluator
 from chainfed_ray.cluster.offload.footprint import offload_footprint
@@ -34,6 +33,7 @@ from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
 from chainfed_ray.model.pooling import States, mean_over_tokens
+from chainfed_ray.model.source import BaseModel
 from tests.builders import a_job
 from tests.cluster import needs_ops
 from tests.watching import command_of, processes_below, wait_for
@@ -297,7 +297,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 _LOADING = """
 import resource, sys, torch
 from pathlib import Path
-from chainfed_ray.client.training import BaseModel
+from chainfed_ray.model.source import BaseModel
 from chainfed_ray.cluster.offload.model import OffloadedModel
 from chainfed_ray.cluster.offload.build import ops_folder
 model, folder, bound = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

@@ -47,15 +47,6 @@ class Client:
 
 
 @dataclass(frozen=True)
-class BaseModel:
-    """Which base model a turn streams, and where it may keep its prefix caches."""
-
-    folder: Path
-    dtype: torch.dtype
-    scratch: Path
-
-
-@dataclass(frozen=True)
 class Profiling:
     """The order to profile the layers on at most ``examples`` examples.
 

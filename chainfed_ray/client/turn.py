@@ -15,13 +15,14 @@ from chainfed_ray.budget.planner import Footprint, Plan, Prefix
 from chainfed_ray.chain import Window
 from chainfed_ray.client.head_sums import add_up
 from chainfed_ray.client.profiling import profile
-from chainfed_ray.client.training import BaseModel, Client, Fitting, Order, Profiling, Result, Training, train
+from chainfed_ray.client.training import Client, Fitting, Order, Profiling, Result, Training, train
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.cap import MemoryCap
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.source import BaseModel
 from chainfed_ray.streaming.matrices import SLICE_BYTES
 
 

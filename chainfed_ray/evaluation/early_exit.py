@@ -1,6 +1,6 @@
 """The server's judgement of the chain cut at a window's top, one window in memory at a time: an early exit.
 
-With the window at the last layer it is the whole model (streaming_evaluator.py). Layers that are large are never in memory: their
+With the window at the last layer it is the whole model (streaming_evaluator.py). Large layers are never in memory: their
 matrices are streamed by slices, as a small client has it. Which are is settled by their size alone (planner.py), so that
 whoever judges a stack again has the same bits.
 """
@@ -16,13 +16,14 @@ from torch import Tensor
 from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.budget.planner import PREFIX_BATCH, evaluation_grains
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import BaseModel, window_output
+from chainfed_ray.client.training import window_output
 from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.evaluation.predictions import Judgement, judge
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import States, read_on
 from chainfed_ray.model.prefix import PrefixCache, PrefixRunner
+from chainfed_ray.model.source import BaseModel
 from chainfed_ray.streaming.matrices import SliceReader
 
 

@@ -6,12 +6,12 @@ from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.budget.planner import evaluation_bytes
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import BaseModel
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.evaluation.early_exit import evaluate
 from chainfed_ray.evaluation.evaluator import Evaluated, Sets, whole_model
 from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.source import BaseModel
 
 
 class StreamEvaluator:

@@ -12,7 +12,7 @@ from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.aggregation.discriminant import ClassSums, fitted
 from chainfed_ray.aggregation.mean import check_update
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import BaseModel, Client, Fitting, HeadSums, Result
+from chainfed_ray.client.training import Client, Fitting, HeadSums, Result
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.errors import InvalidUpdate
@@ -22,6 +22,7 @@ from chainfed_ray.federation.fold import as_lost
 from chainfed_ray.federation.pool import ClientPool, Failure, in_order
 from chainfed_ray.federation.prepare import Job
 from chainfed_ray.model.adapters import AdapterStack, Tensors
+from chainfed_ray.model.source import BaseModel
 from chainfed_ray.records.rounds import HeadFit, Lost
 
 

@@ -12,7 +12,7 @@ from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.budget.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.budget.planner import Plan, Task
 from chainfed_ray.client.cka import FEWEST
-from chainfed_ray.client.training import BaseModel, Client
+from chainfed_ray.client.training import Client
 from chainfed_ray.data.choices import Choices
 from chainfed_ray.data.examples import JobExamples, examples_of
 from chainfed_ray.data.partition import deal
@@ -22,6 +22,7 @@ from chainfed_ray.errors import InvalidJob, UnsupportedModel
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
+from chainfed_ray.model.source import BaseModel
 from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.rounds import LeftOut, Opening
 from chainfed_ray.seeds import derive

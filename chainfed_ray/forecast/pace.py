@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from chainfed_ray.budget.planner import PREFIX_BATCH, evaluation_grains
-from chainfed_ray.client.training import BaseModel, Client, Training, entering, reader, train
+from chainfed_ray.client.training import Client, Training, entering, reader, train
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
@@ -24,6 +24,7 @@ from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import States
 from chainfed_ray.model.prefix import PrefixRunner
+from chainfed_ray.model.source import BaseModel
 
 _ENOUGH_SECONDS = 0.4  # of CPU, of one measurement: what a clock and other processes add is small beside it
 _LONG_SECONDS = 2.0  # of a first measurement, which is not repeated then

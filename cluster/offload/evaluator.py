@@ -13,7 +13,6 @@ from ray.exceptions import RayError
 
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.budget.demand import Costs
-from chainfed_ray.client.training import BaseModel
 from chainfed_ray.cluster.offload.doctor import look, why_not
 from chainfed_ray.cluster.offload.footprint import disk_bytes, offload_footprint, swap_bytes
 from chainfed_ray.cluster.offload.model import Share
@@ -25,6 +24,7 @@ from chainfed_ray.evaluation.evaluator import Evaluated, Evaluator, Sets, whole_
 from chainfed_ray.evaluation.predictions import Judgement
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.source import BaseModel
 from chainfed_ray.units import format_bytes
 
 _SILENCE_SECONDS = 600.0  # between two layers that are loaded, or two batches

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
-from chainfed_ray.client.training import BaseModel
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.cluster.offload.footprint import SWAPPED_BYTES, buffer_numbers, buffers
 from chainfed_ray.cluster.offload.libraries import OPS, load_op
@@ -34,6 +33,7 @@ from chainfed_ray.evaluation.predictions import Judgement, judge
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import States, nothing_read
+from chainfed_ray.model.source import BaseModel
 from chainfed_ray.units import format_bytes
 
 

@@ -22,7 +22,6 @@ import ray
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from chainfed_ray.client.training import BaseModel
 from chainfed_ray.cluster.offload.build import ops_folder
 from chainfed_ray.cluster.offload.doctor import look, why_not
 from chainfed_ray.cluster.offload.footprint import disk_bytes, swap_bytes
@@ -31,6 +30,7 @@ from chainfed_ray.cluster.offload.run import OFFLOAD, START_SECONDS, Order, Reas
 from chainfed_ray.evaluation.evaluator import Sets
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.source import BaseModel
 
 _POLL_SECONDS = 5.0
 _ANSWER_SECONDS = 60.0  # of an actor that only notes things down

@@ -4,10 +4,11 @@ from typing import Any
 
 import ray
 
-from chainfed_ray.client.training import BaseModel, Client, Result
+from chainfed_ray.client.training import Client, Result
 from chainfed_ray.client.turn import slowed, take_turn, warm_up
 from chainfed_ray.cluster.pool.orders import receive
 from chainfed_ray.lean_imports import without_scipy
+from chainfed_ray.model.source import BaseModel
 
 
 def ready(base: BaseModel) -> None:

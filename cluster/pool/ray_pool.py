@@ -15,11 +15,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from chainfed_ray.activity import Note
-from chainfed_ray.client.training import BaseModel, Client, Order
+from chainfed_ray.client.training import Client, Order
 from chainfed_ray.cluster.pool.actors import ClientActor
 from chainfed_ray.cluster.pool.orders import send
 from chainfed_ray.cluster.resources import IDLE_BYTES, of_client
 from chainfed_ray.federation.pool import Failure, Outcome
+from chainfed_ray.model.source import BaseModel
 from chainfed_ray.units import format_bytes
 
 _POLL_SECONDS = 1.0
