@@ -32,7 +32,7 @@ from chainfed_ray.evaluation.streaming_evaluator import StreamEvaluator
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of
-from chainfed_ray.model.pooling import States, nothing_read
+from chainfed_ray.model.forward import embed, through_layers
 from chainfed_ray.model.source import BaseModel
 
 _BOTTLENECK, _CLASSES = 64, 4
@@ -125,13 +125,9 @@ class _Resident:
         with PeakMemory() as peak:
             for indices in self._examples.by_length(self._batch):
                 batch = self._examples.batch(indices)
-                hidden, calls = blocks.embed(batch.ids, batch.mask)
-                states = States(hidden, nothing_read(hidden))  # of the layers below, its stacks read nothing
-                for index, layer in enumerate(self._layers):
-                    hidden = stack.adapter(index)(blocks.run(layer, hidden, calls[index]))
-                judgement.put(
-                    torch.from_numpy(indices), judge(blocks, stack, states._replace(hidden=hidden), batch, matrices)
-                )
+                states, calls = embed(blocks, batch)
+                states = through_layers(blocks, stack, enumerate(self._layers), calls, states, batch.mask)
+                judgement.put(torch.from_numpy(indices), judge(blocks, stack, states, batch, matrices))
         seconds = perf_counter() - started
         _PROCESS.look()
         matrices.close()

@@ -22,7 +22,7 @@ from benchmarks.shapes import SHAPES, Shape
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.budget.planner import Footprint, Grain, Means, Plan, Task, footprint, plan
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import Client, Training, Update
+from chainfed_ray.client.messages import Client, Training, Update
 from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory

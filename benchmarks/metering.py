@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 
 from benchmarks.accuracy_protocols import Point, Spent
-from chainfed_ray.client.training import Client, Order, Profile, Result, Training, Update
+from chainfed_ray.client.messages import Client, Order, Profile, Result, Training, Update
 from chainfed_ray.federation.pool import ClientPool, Failure, Outcome
 
 

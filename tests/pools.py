@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from chainfed_ray.client.training import Client, Fitting, HeadSums, Order, Result, Training, Update
+from chainfed_ray.client.messages import Client, Fitting, HeadSums, Order, Result, Training, Update
 from chainfed_ray.errors import BudgetExceeded
 from chainfed_ray.federation.pool import ClientPool, Failure, Outcome
 

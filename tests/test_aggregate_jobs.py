@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import Training, Update
+from chainfed_ray.client.messages import Training, Update
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.coordinator import Coordinator

@@ -32,7 +32,8 @@ from benchmarks.corpora import Corpus
 from benchmarks.metering import Meter, MeteredPool, TurnFailed
 from benchmarks.methods import methods
 from chainfed_ray.aggregation.discriminant import ClassSums, fitted
-from chainfed_ray.client.training import Client, Training, step_batches
+from chainfed_ray.client.messages import Client, Training
+from chainfed_ray.client.training import step_batches
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.federation.pool import LocalPool

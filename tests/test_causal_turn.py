@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from chainfed_ray.budget.planner import Footprint, Grain, Plan, Prefix
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import Client, Training, train
+from chainfed_ray.client.messages import Client, Training
+from chainfed_ray.client.training import train
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.blocks import Blocks

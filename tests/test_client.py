@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import Profiling, Training, Update
+from chainfed_ray.client.messages import Profiling, Training, Update
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.model.adapters import AdapterStack
 from tests.builders import a_job

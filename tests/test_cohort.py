@@ -10,7 +10,7 @@ import pytest
 
 from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import Profile, Profiling
+from chainfed_ray.client.messages import Profile, Profiling
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.federation.coordinator import Coordinator

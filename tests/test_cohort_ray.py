@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chainfed_ray.client.training import Profile, Profiling
+from chainfed_ray.client.messages import Profile, Profiling
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.records.commit_log import CommitLog

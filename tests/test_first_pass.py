@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from chainfed_ray.chain import Window, start_below
 from chainfed_ray.client.first_pass import StartGuess
-from chainfed_ray.client.training import Client, Fitting, HeadSums, Order, Profile, Profiling, Result, Training
+from chainfed_ray.client.messages import Client, Fitting, HeadSums, Order, Profile, Profiling, Result, Training
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.federation.prepare import Job
 from chainfed_ray.model.adapters import AdapterStack

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import Fitting, HeadSums
+from chainfed_ray.client.messages import Fitting, HeadSums
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator

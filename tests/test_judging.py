@@ -22,7 +22,7 @@ from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import Judging, is_due, streaming
 from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import Job
-from chainfed_ray.federation.schedule import rate_at
+from chainfed_ray.federation.stages import rate_at
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import load_stack, save_models
 from chainfed_ray.records.commit_log import CommitLog

@@ -22,8 +22,9 @@ from chainfed_ray.activity import Activity, Listener, nobody
 from chainfed_ray.cluster.offload.engine import judging
 from chainfed_ray.cluster.offload.evaluator import OffloadedEvaluator, make_evaluator
 from chainfed_ray.cluster.offload.footprint import offload_footprint
+from chainfed_ray.cluster.offload.messages import OFFLOAD, Reason
 from chainfed_ray.cluster.offload.model import shares
-from chainfed_ray.cluster.offload.run import OFFLOAD, Reason, why_over
+from chainfed_ray.cluster.offload.run import why_over
 from chainfed_ray.cluster.offload.worker import why
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import EvaluationFailed

@@ -69,7 +69,10 @@ class Api:
 
 
 def build(arguments: Mapping[str, str]) -> serve.Application:
-    """The Serve application, for ``import_path: chainfed_ray.api.serve.deployment:build``; its settings come from the environment."""
+    """The Serve application, for ``import_path: chainfed_ray.api.serve.deployment:build``.
+
+    Its settings come from the environment.
+    """
     settings = Settings.from_environment()
     api: Any = Api  # serve.deployment gives them `bind`, which their types do not show
     inference: Any = Inference

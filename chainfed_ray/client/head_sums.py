@@ -11,11 +11,13 @@ from torch.nn.functional import layer_norm
 
 from chainfed_ray.aggregation.discriminant import ClassSums
 from chainfed_ray.chain import Window
+from chainfed_ray.client.entrance import entering, prefix_runner, reader
 from chainfed_ray.client.first_pass import FirstPass
-from chainfed_ray.client.training import Client, Fitting, HeadSums, entering, prefix_runner, reader, window_output
+from chainfed_ray.client.messages import Client, Fitting, HeadSums
 from chainfed_ray.device.cap import now
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.forward import through_window
 from chainfed_ray.model.pooling import read_on
 from chainfed_ray.model.prefix import PrefixCache
 from chainfed_ray.streaming.matrices import SliceReader
@@ -79,7 +81,7 @@ def _of_window(
 
     def means(indices: np.ndarray) -> tuple[Tensor, Tensor]:
         batch = examples.batch(indices)
-        states = window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)
+        states = through_window(blocks, stack, window, layers, activations.batch(indices), batch.mask)
         return read_on(states.read, states.hidden, batch.mask, stack.reads), batch.labels
 
     return map(means, examples.by_length(plan.micro_batch))

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from chainfed_ray.client.cka import debiased_cka
+from chainfed_ray.client.entrance import prefix_runner, reader
 from chainfed_ray.client.first_pass import FirstPass, StartGuess
-from chainfed_ray.client.training import Client, Profile, Profiling, prefix_runner, reader, shuffled
+from chainfed_ray.client.messages import Client, Profile, Profiling
+from chainfed_ray.client.training import shuffled
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.cap import now
 from chainfed_ray.model.blocks import Blocks

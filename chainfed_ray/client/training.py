@@ -1,4 +1,4 @@
-"""A client, what it can be asked for, and its turn of training: a window, on its own examples."""
+"""A client's turn of training: a window, on its own examples."""
 
 import math
 from collections.abc import Iterator
@@ -9,125 +9,22 @@ from time import perf_counter, process_time
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from chainfed_ray.aggregation.privacy import NoiseShare
 from chainfed_ray.budget.planner import Plan
 from chainfed_ray.chain import Window
-from chainfed_ray.client.first_pass import StartGuess
-from chainfed_ray.client.objective import GlobalTrains, Judge, by_class, by_next_token, chain_loss, trained_names
+from chainfed_ray.client.entrance import entering, reader
+from chainfed_ray.client.messages import Client, Training, Update
+from chainfed_ray.client.objective import Judge, by_class, by_next_token, chain_loss, trained_names
 from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.device.cap import now
-from chainfed_ray.model.adapters import AdapterStack, Tensors
+from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.pooling import States
-from chainfed_ray.model.prefix import Activations, PrefixCache, PrefixRunner, RecomputedActivations
+from chainfed_ray.model.forward import through_window
+from chainfed_ray.model.prefix import Activations
 from chainfed_ray.seeds import derive
 from chainfed_ray.streaming.activations import Spill, overwrite_activations
 from chainfed_ray.streaming.matrices import SliceReader
-
-
-@dataclass(frozen=True)
-class Client:
-    """One data owner: its examples, the memory that it declared, and how its next turn keeps to that.
-
-    ``cap_bytes`` is what the turn is held to: its plan or, once that was too little, all that the client declared. ``share`` is
-    what it does to its update for privacy, if it is to do anything. ``speed`` is that of its machine, at most 1: at 0.5 a turn
-    is to take twice as long as it does here.
-    """
-
-    name: str
-    client_class: str
-    examples: Examples
-    budget_bytes: int
-    plan: Plan
-    cap_bytes: int
-    share: NoiseShare | None = None
-    speed: float = 1.0
-
-
-@dataclass(frozen=True)
-class Profiling:
-    """The order to profile the layers on at most ``examples`` examples.
-
-    With ``guess`` all the client's examples pass through the layers, for the head that is fitted to them next (first_pass.py).
-    """
-
-    examples: int
-    seed: int
-    guess: StartGuess | None = None
-
-
-@dataclass(frozen=True)
-class Training:
-    """The order to train the stack ``tensors``; rates are those of this round.
-
-    A client makes ``steps`` optimizer steps, if that is given, and else ``epochs`` passes over its examples. ``proximal`` is
-    μ of FedProx, which holds what is trained to ``tensors``. A step's gradient is scaled to the L2 norm ``clip_norm`` if it is
-    longer than that.
-    ``window`` is the stage's. A client trains that of its plan, which may be narrower and has the same top.
-    """
-
-    tensors: Tensors
-    window: Window
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    head_learning_rate: float
-    global_weight: float
-    global_trains: GlobalTrains
-    seed: int
-    steps: int | None = None
-    proximal: float = 0.0
-    clip_norm: float | None = None
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """The order to add up what a head in closed form is made of, at the output of ``window`` of the stack ``tensors``."""
-
-    tensors: Tensors
-    window: Window
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The CKA between each layer's output and the embedding output, and on how many examples."""
-
-    similarities: tuple[float, ...]
-    examples: int
-    cpu_seconds: float
-    peak_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a turn of training sends back, and what it took: optimizer steps, seconds, and seconds of its process's CPU.
-
-    ``seconds`` are those of a machine with the client's speed.
-    """
-
-    tensors: Tensors
-    examples: int
-    loss: float
-    steps: int
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class HeadSums:
-    """What a turn of fitting sends back: the tensors of ``ClassSums``."""
-
-    tensors: Tensors
-    examples: int
-    cpu_seconds: float
-    peak_bytes: int | None = None
-
-
-Order = Profiling | Training | Fitting
-Result = Profile | Update | HeadSums
 
 
 def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Update:
@@ -225,7 +122,7 @@ class _Step:
         """The gradients of a micro-batch, added to those there are; its loss, summed over its examples."""
         batch, order = examples.batch(indices), self.order
         with self.saving:
-            states = window_output(
+            states = through_window(
                 self.blocks, self.stack, self.window, self.layers, self.activations.batch(indices), batch.mask
             )
             loss = chain_loss(
@@ -247,55 +144,6 @@ class _Step:
         assert self.matrices is not None, "a language model's head is streamed"
         assert batch.targets is not None, "and its examples say what it is to predict"
         return by_next_token(self.blocks, batch.ids.numpy(), batch.mask, batch.targets, self.matrices)
-
-
-def window_output(
-    blocks: Blocks,
-    stack: AdapterStack,
-    window: Window,
-    layers: dict[int, nn.Module],
-    states: States,
-    mask: Tensor,
-) -> States:
-    """The window: from its bottom layer's output u to its top adapter's output h, each [B, T, D]."""
-    hidden, read = states
-    del states  # the bottom layer's output goes with its adapter
-    hidden = stack.adapter(window.bottom)(hidden)
-    if layers:
-        calls = blocks.calls(mask)
-        for index, layer in layers.items():
-            read = stack.read_past(read, hidden, mask)
-            hidden = stack.adapter(index)(blocks.run(layer, hidden, calls[index]))
-    return States(hidden, read)
-
-
-def entering(
-    client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, stage: Window
-) -> Activations:
-    """What enters the window of the client's plan, in a turn of ``stage``: cached or, without the disk, made when asked for."""
-    plan = client.plan
-    runner = prefix_runner(blocks, plan, matrices)
-    if not plan.prefix.cached:
-        return RecomputedActivations(plan.window.bottom, stack, runner, client.examples)
-    return PrefixCache(scratch, runner, client.examples).at(plan.window.bottom, stack, keep=stage.bottom)
-
-
-def prefix_runner(blocks: Blocks, plan: Plan, matrices: SliceReader | None) -> PrefixRunner:
-    """How a client with this plan runs the layers below its window."""
-    return PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.grain == "matrix" else None)
-
-
-@contextmanager
-def reader(blocks: Blocks, plan: Plan) -> Iterator[SliceReader | None]:
-    """A reader of matrices, where the plan streams any."""
-    if not plan.footprint.buffers and plan.prefix.grain == "layer":
-        yield None
-        return
-    opened = blocks.reader()
-    try:
-        yield opened
-    finally:
-        opened.close()
 
 
 @contextmanager

@@ -14,8 +14,9 @@ import torch
 from chainfed_ray.budget.planner import Footprint, Plan, Prefix
 from chainfed_ray.chain import Window
 from chainfed_ray.client.head_sums import add_up
+from chainfed_ray.client.messages import Client, Fitting, Order, Profiling, Result, Training
 from chainfed_ray.client.profiling import profile
-from chainfed_ray.client.training import Client, Fitting, Order, Profiling, Result, Training, train
+from chainfed_ray.client.training import train
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.cap import MemoryCap
 from chainfed_ray.device.peak import PeakMemory

@@ -16,11 +16,11 @@ from torch import Tensor
 from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.budget.planner import PREFIX_BATCH, evaluation_grains
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import window_output
 from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.evaluation.predictions import Judgement, judge
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.forward import through_window
 from chainfed_ray.model.pooling import States, read_on
 from chainfed_ray.model.prefix import PrefixCache, PrefixRunner
 from chainfed_ray.model.source import BaseModel
@@ -91,4 +91,4 @@ def _outputs(
     layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
     for indices in reporter.each(examples.by_length(PREFIX_BATCH), len(examples), "rows", len):
         batch = examples.batch(indices)
-        yield indices, batch, window_output(blocks, stack, window, layers, activations.batch(indices), batch.mask)
+        yield indices, batch, through_window(blocks, stack, window, layers, activations.batch(indices), batch.mask)

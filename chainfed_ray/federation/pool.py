@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
-from chainfed_ray.client.training import Client, Order, Result
+from chainfed_ray.client.messages import Client, Order, Result
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import BudgetExceeded
 from chainfed_ray.model.source import BaseModel

@@ -12,7 +12,7 @@ from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.budget.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.budget.planner import Plan, Task
 from chainfed_ray.client.cka import FEWEST
-from chainfed_ray.client.training import Client
+from chainfed_ray.client.messages import Client
 from chainfed_ray.data.choices import Choices
 from chainfed_ray.data.examples import JobExamples, examples_of
 from chainfed_ray.data.partition import deal

@@ -7,7 +7,7 @@ from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.aggregation.mean import Aggregate, aggregate_by
 from chainfed_ray.aggregation.privacy import private_mean, sampling_seed, share_of
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import Client
+from chainfed_ray.client.messages import Client
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Round

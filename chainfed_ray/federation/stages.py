@@ -1,5 +1,9 @@
-"""The course of a job's rounds: which window is trained next, and when its stage ends. It follows from the rounds so far."""
+"""The course of a job's rounds: which window is trained next, at which rates, and when its stage ends.
 
+It follows from the rounds so far.
+"""
+
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,6 +11,7 @@ from chainfed_ray.chain import Chain, Window
 from chainfed_ray.federation.convergence import verdict
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import RoundsSpec
 
 
 class NextRound(NamedTuple):
@@ -78,3 +83,17 @@ class Course:
             return None
         whole_span = rounds % self._rounds.convergence.span == 0
         return verdict(self._rounds.convergence, rounds, losses, movement if whole_span else None)
+
+
+def rate_at(rounds: RoundsSpec, spent: int, limit: int) -> float:
+    """The share of the full rate in a round of a stage that had ``spent`` of its ``limit`` rounds: above 0, at most 1.
+
+    A constant rate with few clients a round was seen to collapse, hence the cosine by default.
+    """
+    warmup = min(rounds.warmup, limit - 1)
+    if spent < warmup:
+        return (spent + 1) / (warmup + 1)
+    progress = (spent - warmup) / (limit - warmup)
+    if rounds.decay == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if rounds.decay == "linear" else 1.0

@@ -12,10 +12,10 @@ from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client.cka import FEWEST, average
 from chainfed_ray.client.first_pass import StartGuess
-from chainfed_ray.client.training import Fitting, Profile, Profiling
+from chainfed_ray.client.messages import Fitting, Profile, Profiling
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.cohort import everyone
-from chainfed_ray.federation.fold import as_lost, reasons
+from chainfed_ray.federation.collect import as_lost, reasons
 from chainfed_ray.federation.head_fitting import deadline_of_all, fit_head
 from chainfed_ray.federation.pool import ClientPool, Failure, in_order
 from chainfed_ray.federation.prepare import Job

@@ -14,7 +14,7 @@ from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.budget.planner import Plan
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.cka import FEWEST
-from chainfed_ray.client.training import Client, Training
+from chainfed_ray.client.messages import Client, Training
 from chainfed_ray.federation.prepare import Job, as_client
 from chainfed_ray.forecast.pace import Pace, evaluation_pace, training_pace
 from chainfed_ray.model.adapters import AdapterStack

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from chainfed_ray.budget.planner import PREFIX_BATCH, evaluation_grains
-from chainfed_ray.client.training import Client, Training, entering, reader, train
+from chainfed_ray.client.entrance import entering, reader
+from chainfed_ray.client.messages import Client, Training
+from chainfed_ray.client.training import train
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread

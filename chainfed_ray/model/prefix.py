@@ -30,7 +30,8 @@ from chainfed_ray.data.tokens import Examples
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.features import FeatureWriter, PooledFeatures
-from chainfed_ray.model.pooling import States, mean_over_tokens, nothing_read
+from chainfed_ray.model.forward import embed, through_adapter, through_layer
+from chainfed_ray.model.pooling import States, mean_over_tokens
 from chainfed_ray.streaming.matrices import RowSlices
 
 
@@ -87,16 +88,14 @@ class PrefixRunner:
         with torch.no_grad():
             batch = examples.batch(indices)
             if below is None:
-                hidden, calls = self.blocks.embed(batch.ids, batch.mask)
-                read = nothing_read(hidden)
+                states, calls = embed(self.blocks, batch)
             else:
-                (hidden, read), calls = below, self.blocks.calls(batch.mask)
+                states, calls = below, self.blocks.calls(batch.mask)
                 del below  # nobody else has it: it may go as soon as the adapter is through with it
                 # An adapter that is the identity is skipped: the file's name leaves it out as well.
                 if index - 1 in stack.layers and not stack.adapter(index - 1).is_identity:
-                    hidden = stack.adapter(index - 1)(hidden)
-                read = stack.read_past(read, hidden, batch.mask)
-            return States(self.blocks.run(layer, hidden, calls[index]), read)
+                    states = through_adapter(stack, index - 1, states)
+            return through_layer(self.blocks, stack, index, layer, calls[index], states, batch.mask)
 
 
 class PrefixCache:

@@ -7,7 +7,7 @@ from torch import Tensor
 from chainfed_ray.data.tokens import Examples, tokenize
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.pooling import nothing_read
+from chainfed_ray.model.forward import embed, through_layers
 from chainfed_ray.model.saved_stack import SavedStack
 
 _BATCH = 32
@@ -36,16 +36,9 @@ class Classifier:
 
     @torch.no_grad()
     def _logits(self, saved: SavedStack, examples: Examples, indices: np.ndarray) -> Tensor:
-        batch = examples.batch(indices)
-        stack = saved.stack
-        hidden, calls = self._blocks.embed(batch.ids, batch.mask)
-        read = nothing_read(hidden)
-        for index, layer in enumerate(self._layers):
-            if index:
-                read = stack.read_past(read, hidden, batch.mask)
-            hidden = self._blocks.run(layer, hidden, calls[index])
-            if index in stack.layers:
-                hidden = stack.adapter(index)(hidden)
+        batch, stack = examples.batch(indices), saved.stack
+        states, calls = embed(self._blocks, batch)
+        states = through_layers(self._blocks, stack, enumerate(self._layers), calls, states, batch.mask)
         assert stack.head is not None, "a classifier's stack has a head"
-        logits: Tensor = stack.head(hidden, batch.mask, read)
+        logits: Tensor = stack.head(states.hidden, batch.mask, states.read)
         return logits

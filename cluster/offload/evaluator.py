@@ -15,8 +15,9 @@ from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.cluster.offload.doctor import look, why_not
 from chainfed_ray.cluster.offload.footprint import disk_bytes, offload_footprint, swap_bytes
+from chainfed_ray.cluster.offload.messages import OFFLOAD, START_SECONDS, Order, Run, State
 from chainfed_ray.cluster.offload.model import Share
-from chainfed_ray.cluster.offload.run import OFFLOAD, RUN_ENVIRONMENT, START_SECONDS, EvaluationRun, Order, Run, State
+from chainfed_ray.cluster.offload.run import RUN_ENVIRONMENT, EvaluationRun
 from chainfed_ray.cluster.offload.worker import Work, sent
 from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller, runtime_env
 from chainfed_ray.errors import EvaluationFailed, InvalidSetting

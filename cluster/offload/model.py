@@ -32,7 +32,8 @@ from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.evaluation.predictions import Judgement, judge
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.pooling import States, nothing_read
+from chainfed_ray.model.forward import embed, through_layers
+from chainfed_ray.model.pooling import States
 from chainfed_ray.model.source import BaseModel
 from chainfed_ray.units import format_bytes
 
@@ -139,16 +140,8 @@ class _Chain(nn.Module):
 
     def forward(self, batch: Batch, stack: AdapterStack) -> States:
         """Tokens [B, T] → the output of the last layer."""
-        adapted = set(stack.layers)
-        hidden, calls = self._blocks.embed(batch.ids, batch.mask)
-        read = nothing_read(hidden)
-        for index, (layer, call) in enumerate(zip(self.layers, calls, strict=True)):
-            if index:
-                read = stack.read_past(read, hidden, batch.mask)
-            hidden = self._blocks.run(layer, hidden, call)
-            if index in adapted:
-                hidden = stack.adapter(index)(hidden)
-        return States(hidden, read)
+        states, calls = embed(self._blocks, batch)
+        return through_layers(self._blocks, stack, enumerate(self.layers), calls, states, batch.mask)
 
 
 def _deepspeed(ops: Path) -> Any:

@@ -10,7 +10,7 @@ is of torch passes through as bytes, or behind a reference. The work itself is i
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Condition, Thread
 from time import monotonic, sleep
@@ -18,14 +18,13 @@ from typing import Any
 
 import ray
 
+from chainfed_ray.cluster.offload.messages import START_SECONDS, Order, Reason, Run, State
 from chainfed_ray.cluster.offload.removal import remove_when_this_process_ends
 from chainfed_ray.cluster.resources import of_evaluation, runtime_env
 from chainfed_ray.device.peak import ENVIRONMENT
 
-OFFLOAD = "(offload)"  # in a job's scratch folder
 _OWNER_SECONDS = 30.0  # without a word from the owner: it is gone
 _END_SECONDS = 10.0  # for workers to end by themselves
-START_SECONDS = 180.0  # until the workers are there: a machine may have to be made for them
 # Of Ray Train: a worker stays in its folder, publishes no figures, and is missed soon when it is gone. Nothing watches for
 # machines that are about to be taken away: it would take a process, and a run that is lost is made again.
 RUN_ENVIRONMENT = {
@@ -35,48 +34,6 @@ RUN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_SECONDS),
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run is made of."""
-
-    name: str  # of it, and of its folder
-    workers: int
-    memory: int  # bytes that a worker is planned to take
-    work: list[Any]  # a reference to what the workers are told; in a list Ray leaves it as it is
-
-
-@dataclass(frozen=True)
-class Order:
-    """A stack to be judged: the ``number``-th of the run, its tensors behind a reference in a list; None ends the run."""
-
-    number: int
-    stack: list[Any] | None
-    examples: str
-
-
-@dataclass(frozen=True)
-class State:
-    """How far a run is: ``shares`` of the present order, by worker, pickled; ``over`` is why it ended, if it has.
-
-    ``done`` is what the workers did together: layers that they loaded, until the model is ``loaded``; then an order's batches.
-    """
-
-    shares: dict[int, bytes]
-    over: str | None
-    started: bool
-    loaded: bool
-    done: int
-    silent_seconds: float
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why a worker ended; ``lost_another`` if it noticed no more than that another one was gone."""
-
-    words: str
-    lost_another: bool
 
 
 @ray.remote

@@ -25,8 +25,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from chainfed_ray.cluster.offload.build import ops_folder
 from chainfed_ray.cluster.offload.doctor import look, why_not
 from chainfed_ray.cluster.offload.footprint import disk_bytes, swap_bytes
+from chainfed_ray.cluster.offload.messages import OFFLOAD, START_SECONDS, Order, Reason, Run
 from chainfed_ray.cluster.offload.model import OffloadedModel
-from chainfed_ray.cluster.offload.run import OFFLOAD, START_SECONDS, Order, Reason, Run
 from chainfed_ray.evaluation.evaluator import Sets
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks

@@ -4,7 +4,7 @@ from typing import Any
 
 import ray
 
-from chainfed_ray.client.training import Client, Result
+from chainfed_ray.client.messages import Client, Result
 from chainfed_ray.client.turn import slowed, take_turn, warm_up
 from chainfed_ray.cluster.pool.orders import receive
 from chainfed_ray.lean_imports import without_scipy

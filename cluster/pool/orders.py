@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import torch
 
-from chainfed_ray.client.training import Fitting, Order, Training
+from chainfed_ray.client.messages import Fitting, Order, Training
 
 
 def send(order: Order) -> Any:

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from chainfed_ray.activity import Note
-from chainfed_ray.client.training import Client, Order
+from chainfed_ray.client.messages import Client, Order
 from chainfed_ray.cluster.pool.actors import ClientActor
 from chainfed_ray.cluster.pool.orders import send
 from chainfed_ray.cluster.resources import IDLE_BYTES, of_client

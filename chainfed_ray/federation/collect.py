@@ -1,13 +1,20 @@
-"""What comes back in a round: updates that may be aggregated, folded into one, and a record of every turn."""
+"""A round among the clients: their updates, collected into one aggregate, and a record of every turn.
+
+Those sampled have their turns, and those that exceeded their plan have one more, with a smaller plan.
+"""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from time import perf_counter
 
+from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.aggregation.mean import Aggregate, check_update
 from chainfed_ray.chain import Window
-from chainfed_ray.client.training import Client, Result, Update
+from chainfed_ray.client.messages import Client, Order, Result, Update
 from chainfed_ray.errors import InvalidUpdate
-from chainfed_ray.federation.pool import Failure
+from chainfed_ray.federation.cohort import Cohort
+from chainfed_ray.federation.pool import ClientPool, Failure, in_order
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.rounds import Lost, Turn
 
@@ -53,6 +60,44 @@ class Fold:
         if not math.isfinite(result.loss):
             raise InvalidUpdate(client.name, f"its loss is {result.loss}")
         return result
+
+
+def gather(
+    pool: ClientPool,
+    cohort: Cohort,
+    order: Order,
+    deadline: float,
+    prepared: Callable[[Sequence[Client]], list[Client]],
+    fold: Fold,
+    reporter: Reporter = SILENT,
+) -> None:
+    """Hand ``order`` to the clients of ``cohort``, and fold what comes of it in client order.
+
+    Clients are ``prepared`` for each turn; ``deadline`` (seconds) is that of both turns together.
+    """
+    started = perf_counter()
+    clients = prepared(cohort.clients)
+    outcomes = reporter.each(pool.run(clients, order, deadline), len(clients), "clients")
+    for client, silence in cohort.absent:
+        fold.add(client, silence)
+    exceeded: dict[str, Failure] = {}
+    for outcome in in_order(outcomes, len(clients)):
+        client, result = clients[outcome.place], outcome.result
+        if isinstance(result, Failure) and result.exceeded and client.name not in cohort.lean:
+            exceeded[client.name] = result
+        else:
+            fold.add(client, result)
+
+    # A client is left out only after a turn with a leaner plan, or its whole budget: the first plan may have been wrong.
+    able = prepared(cohort.second_turns(exceeded))
+    left = max(deadline - (perf_counter() - started), 0.0)
+    outcomes = reporter.each(pool.run(able, order, left) if able else (), len(able), "clients")
+    for outcome in in_order(outcomes, len(able)):
+        first = exceeded.pop(able[outcome.place].name).reason
+        fold.add(able[outcome.place], outcome.result, first)
+    for client in clients:
+        if failure := exceeded.get(client.name):
+            fold.add(client, replace(failure, reason=f"{failure.reason}; there is no leaner plan"))
 
 
 def as_lost(client: Client, failure: Failure, exceeded: str | None = None) -> Lost:

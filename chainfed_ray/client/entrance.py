@@ -1,0 +1,42 @@
+"""What enters a client's window: the output of the frozen layers below it, as the client's plan has it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from chainfed_ray.budget.planner import Plan
+from chainfed_ray.chain import Window
+from chainfed_ray.client.messages import Client
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.prefix import Activations, PrefixCache, PrefixRunner, RecomputedActivations
+from chainfed_ray.streaming.matrices import SliceReader
+
+
+def entering(
+    client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, stage: Window
+) -> Activations:
+    """What enters the window of the client's plan, in a turn of ``stage``: cached or, without the disk, made when asked for."""
+    plan = client.plan
+    runner = prefix_runner(blocks, plan, matrices)
+    if not plan.prefix.cached:
+        return RecomputedActivations(plan.window.bottom, stack, runner, client.examples)
+    return PrefixCache(scratch, runner, client.examples).at(plan.window.bottom, stack, keep=stage.bottom)
+
+
+def prefix_runner(blocks: Blocks, plan: Plan, matrices: SliceReader | None) -> PrefixRunner:
+    """How a client with this plan runs the layers below its window."""
+    return PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.grain == "matrix" else None)
+
+
+@contextmanager
+def reader(blocks: Blocks, plan: Plan) -> Iterator[SliceReader | None]:
+    """A reader of matrices, where the plan streams any."""
+    if not plan.footprint.buffers and plan.prefix.grain == "layer":
+        yield None
+        return
+    opened = blocks.reader()
+    try:
+        yield opened
+    finally:
+        opened.close()
