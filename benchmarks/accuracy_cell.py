@@ -26,17 +26,17 @@ from benchmarks.baselines import (
     whole_model_bytes,
 )
 from benchmarks.metering import Meter, MeteredPool
-from chainfed_ray.budget.admission import Admission
 from chainfed_ray.chain import Window
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.evaluation.early_exit import evaluate
 from chainfed_ray.evaluation.score import Score
+from chainfed_ray.federation.admission import Admission
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import Job, draft, prepare
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 
 
 def measure(run: Run, folder: Path) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _job(run: Run, scratch: Path) -> Job:
-    spec = JobSpec.parse(run.document)
+    spec = parse_job(run.document)
     if run.able is None:
         return prepare(spec, scratch)
     job = draft(spec, scratch)

@@ -7,7 +7,7 @@ from benchmarks.accuracy_protocols import reached, rounds_for, rounds_for_steps
 from benchmarks.accuracy_rows import Key, Names, Row, Rows
 from benchmarks.corpora import Corpus
 from benchmarks.methods import END_TO_END, UNTRAINED, Document, Kind, Method, merged
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 
 _CLIENTS, _LOCAL_STEPS = 10, 3  # of a round; of a client's turn
 PHONE, SILO = {"name": "phone", "count": 14, "memory": "64MiB"}, {"name": "silo", "count": 6, "memory": "1GiB"}
@@ -121,7 +121,7 @@ class Study:
             "job": self._document(cell),
         }
         if method.follows_defaults:
-            options["defaults"] = JobSpec.parse(self._complete(cell, 1)).model_dump(mode="json", exclude=_NAMED)
+            options["defaults"] = parse_job(self._complete(cell, 1)).model_dump(mode="json", exclude=_NAMED)
         if cell.protocol == "target":
             options["target"] = self.target
         return Key(Names(*cell[:5]), options)

@@ -20,6 +20,7 @@ from chainfed_ray.api.command.training import folder_of, train
 from chainfed_ray.api.report.progress import Progress
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 
 
 class _FirstRound(Exception):
@@ -38,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run a job with the defaults on a Ray of its own until its first round begins; print what it was busy with until then."""
     corpus = named(options.dataset)
-    spec = JobSpec.parse(
+    spec = parse_job(
         {
             "name": corpus.name.replace("_", "-"),
             "model": {"base": options.base},

@@ -24,7 +24,7 @@ from chainfed_ray.federation.prepare import Job, prepare
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Admitted, Ending, LeftOut, Opening, Round, Turn
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 
 MIB = 2**20
 
@@ -45,7 +45,7 @@ def a_document(model: Path, data: Path) -> dict[str, Any]:
 
 
 # A job that is submitted, and never run.
-SPEC = JobSpec.parse(
+SPEC = parse_job(
     {
         "name": "tiny",
         "model": {"base": "builtin:minilm"},
@@ -58,7 +58,7 @@ PRIVACY = {"clip": 0.5, "noise_multiplier": 0.8}
 
 def a_job(document: dict[str, Any], folder: Path) -> Job:
     """The prepared job of ``document``."""
-    return prepare(JobSpec.parse(document), folder / "scratch")
+    return prepare(parse_job(document), folder / "scratch")
 
 
 def like(job: Job, folder: Path, **sections: Any) -> Job:
@@ -66,7 +66,7 @@ def like(job: Job, folder: Path, **sections: Any) -> Job:
     document = job.spec.document()
     for section, keys in sections.items():
         document[section] = {**(document[section] or {}), **keys}
-    return replace(job, spec=JobSpec.parse(document), base=replace(job.base, scratch=folder / "scratch"))
+    return replace(job, spec=parse_job(document), base=replace(job.base, scratch=folder / "scratch"))
 
 
 def smallest_budget(document: dict[str, Any], folder: Path, width: int) -> int:

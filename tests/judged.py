@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from chainfed_ray.budget import planner as memory
+from chainfed_ray.budget import server
 from chainfed_ray.chain import Window
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.data.tokens import Examples
@@ -53,8 +53,8 @@ def main(folder: Path, family: str) -> None:
         for parameter in stack.parameters():  # fresh ones do nothing
             parameter.add_(torch.randn(parameter.shape) * 0.02)
     warm_up(BaseModel(folder / "model", torch.float32, folder / "warm"))
-    for way, most in (("layer", memory.SERVER_LAYERS), ("matrix", 0)):
-        memory.SERVER_LAYERS = most
+    for way, most in (("layer", server.SERVER_LAYERS), ("matrix", 0)):
+        server.SERVER_LAYERS = most
         base = BaseModel(folder / "model", torch.float32, folder / way)
         job = SimpleNamespace(base=base, validation=examples, planner=SimpleNamespace(costs=costs))
         evaluator = StreamEvaluator(base, costs, {"validation": examples})

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from chainfed_ray.budget.admission import Candidate, Planner
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.budget.planner import Task
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Fitting, Order, Training
 from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.tokens import Examples
+from chainfed_ray.federation.admission import Candidate, Planner
 from chainfed_ray.federation.prepare import as_client
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks

@@ -24,7 +24,7 @@ from chainfed_ray.federation.prepare import prepare
 from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import assert_same
 from tests.watching import wait_for
 
@@ -174,7 +174,7 @@ def test_an_estimate_that_is_used_up_is_not_told() -> None:
 
 def trained(document: dict[str, Any], folder: Path, listen: Listener) -> tuple[Tensors, list[dict[str, Any]]]:
     """The stack of a job that is run with ``listen``, and its records without their times."""
-    job = prepare(JobSpec.parse(document), folder / "scratch", listen)
+    job = prepare(parse_job(document), folder / "scratch", listen)
     coordinator = Coordinator(job, LocalPool(job.base), CommitLog(folder / "log"), listen=listen)
     rounds = list(coordinator.rounds())
     coordinator.finish()
@@ -225,7 +225,7 @@ def test_a_job_is_the_same_bit_for_bit_whoever_listens(
 @pytest.mark.slow
 def test_a_dry_run_says_what_it_does(document: dict[str, Any]) -> None:
     heard: list[Activity] = []
-    dry_run(JobSpec.parse(document), 1, heard.append)
+    dry_run(parse_job(document), 1, heard.append)
     whats = [activity.what for activity in heard]
     for what in ("reading the data", "timing an evaluation", "timing turns of each class"):
         assert what in whats

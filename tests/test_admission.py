@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from chainfed_ray.budget.admission import Candidate, Planner, admit
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.budget.planner import Means, Task, footprint, plan
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Examples
+from chainfed_ray.federation.admission import Candidate, Planner, admit
 from tests.plans import HIDDEN, LAYERS, WAYS, all_costs, all_tasks, needed, planned
 
 PLENTY = 2**50

@@ -14,7 +14,7 @@ from chainfed_ray.aggregation.mean import Aggregate, KeptUpdates, RunningMean, a
 from chainfed_ray.aggregation.robust import Weighed, krum, median, trimmed_mean
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job, parse_yaml
 from chainfed_ray.spec.sections import AggregationSpec
 from tests.project import ROOT
 
@@ -203,24 +203,24 @@ def test_wrong_aggregation(
     document |= {"aggregation": aggregation}
     document["rounds"] |= rounds
     with pytest.raises(InvalidJob) as caught:
-        JobSpec.parse(document)
+        parse_job(document)
     assert [problem.field for problem in caught.value.problems] == [field]
 
 
 def test_krum_says_how_many_clients_would_do(document: dict[str, Any]) -> None:
     document["aggregation"] = {"rule": "krum", "byzantine": 2}
     with pytest.raises(InvalidJob, match=r"rounds\.clients is 3; expected at least 7: Krum needs 2f \+ 3 .* f is 2"):
-        JobSpec.parse(document)
+        parse_job(document)
     document["fleet"]["clients"][0]["count"] = 9
     document["rounds"]["clients"] = 9
-    assert JobSpec.parse(document).quorum == 7, "half of nine would not do"
+    assert parse_job(document).quorum == 7, "half of nine would not do"
 
 
 def test_every_job_in_the_documentation_is_one() -> None:
     jobs = re.findall(r"```yaml\n(name: .*?)```", (ROOT / "docs" / "aggregation.md").read_text(), re.DOTALL)
     assert jobs
     for job in jobs:
-        JobSpec.from_yaml(job)
+        parse_yaml(job)
 
 
 @pytest.mark.parametrize(("key", "value"), [("head", "fitted"), ("start", "auto")])
@@ -228,7 +228,7 @@ def test_what_one_client_can_spoil_is_refused_with_a_robust_rule(
     key: str, value: str, document: dict[str, Any]
 ) -> None:
     document["aggregation"] = {"rule": "median"}
-    JobSpec.parse(document)
+    parse_job(document)
     document["chain"][key] = value
     with pytest.raises(InvalidJob, match=f"chain.{key}"):
-        JobSpec.parse(document)
+        parse_job(document)

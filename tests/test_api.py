@@ -29,6 +29,7 @@ from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.classifier import Classifier
 from chainfed_ray.serving.generator import Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.pools import Killed, dying
 from tests.watching import wait_for
 
@@ -92,7 +93,7 @@ def test_a_job_from_submission_to_an_answer(
     assert created.status_code == 201
     job = created.json()["id"]
     assert created.headers["location"] == f"/v1/jobs/{job}"
-    assert created.json()["spec"] == JobSpec.parse(small).document()
+    assert created.json()["spec"] == parse_job(small).document()
     assert client.get("/v1/models").json() == {"models": []}
 
     run(job, storage, store)
@@ -143,7 +144,7 @@ def test_a_run_that_was_killed_tells_its_story_once(
     small: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path
 ) -> None:
     small["rounds"]["total"] = 3
-    spec = JobSpec.parse(small)
+    spec = parse_job(small)
     whole, halved = store.submit(spec).id, store.submit(spec).id
     run(whole, storage, store)
 
@@ -198,7 +199,7 @@ def test_a_stream_of_events_tells_what_goes_on_without_a_number(
     client: TestClient, small: dict[str, Any], store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once: the job ends as the stream looks again."""
-    job, activity = store.submit(JobSpec.parse(small)).id, Activity(what="fitting the head", done=3, total=12)
+    job, activity = store.submit(parse_job(small)).id, Activity(what="fitting the head", done=3, total=12)
     store.move(job, "running")
     store.note_activity(job, activity)
     look, looks = store.activity, [0]
@@ -228,7 +229,7 @@ def test_a_database_that_is_away_costs_a_job_its_activity_and_no_more(
         raise OperationalError("update jobs", {}, ConnectionError("no answer"))
 
     monkeypatch.setattr(JobStore, "note_activity", away)
-    job = store.submit(JobSpec.parse(small)).id
+    job = store.submit(parse_job(small)).id
     run(job, storage, store)
     assert refused
     assert store.get(job).status == "succeeded"
@@ -237,7 +238,7 @@ def test_a_database_that_is_away_costs_a_job_its_activity_and_no_more(
 def test_a_coordinator_that_dies_again_and_again_ends_its_job(
     small: dict[str, Any], storage: Storage, store: JobStore
 ) -> None:
-    job = store.submit(JobSpec.parse(small)).id
+    job = store.submit(parse_job(small)).id
     store.move(job, "running")
     for _ in range(5):
         store.count_start(job)

@@ -22,7 +22,7 @@ from benchmarks.accuracy_runs import RunFailed
 from benchmarks.accuracy_schedule import complete
 from benchmarks.accuracy_table import regrets, results, tuning
 from benchmarks.methods import END_TO_END, UNTRAINED, methods
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 
 # --- cells ---------------------------------------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def document(study: Study, method: str) -> dict[str, Any]:
 def test_every_method_has_the_same_job_but_for_itself() -> None:
     study = a_study()
     for name, method in study.methods.items():
-        spec = JobSpec.parse(document(study, name))
+        spec = parse_job(document(study, name))
         assert spec.seed == 0
         assert spec.fleet.partition.alpha == 1
         assert [group.count for group in spec.fleet.clients] == [14, 6]
@@ -57,7 +57,7 @@ def test_every_method_has_the_same_job_but_for_itself() -> None:
 
 
 def test_a_stage_is_judged_as_often_as_asked() -> None:
-    asked = [JobSpec.parse(document(a_study(judge_every=every), "recommended")).evaluation for every in (None, 5)]
+    asked = [parse_job(document(a_study(judge_every=every), "recommended")).evaluation for every in (None, 5)]
     assert [evaluation.every for evaluation in asked] == ["stage", 5]
 
 
@@ -68,8 +68,8 @@ def test_the_recommended_method_is_a_job_s_own_defaults() -> None:
         "data": {"train": "d"},
         "fleet": {"clients": [{"name": "a", "memory": "1MiB"}]},
     }
-    defaults = JobSpec.parse({**plain, "rounds": {"clients": 1}})
-    spec = JobSpec.parse(document(a_study(), "recommended"))
+    defaults = parse_job({**plain, "rounds": {"clients": 1}})
+    spec = parse_job(document(a_study(), "recommended"))
     assert spec.chain == defaults.chain
     assert spec.aggregation == defaults.aggregation
     assert spec.rounds.learning_rate == defaults.rounds.learning_rate

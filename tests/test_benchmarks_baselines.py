@@ -42,7 +42,7 @@ from chainfed_ray.model.adapters import Head, Tensors
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens
 from chainfed_ray.seeds import derive
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
 from tests.pools import failing
 
@@ -275,7 +275,7 @@ def test_a_run_of_tuning_has_no_test_accuracy(study: Study, tmp_path: Path) -> N
 def test_the_same_data_cohorts_and_initial_values_for_every_method(study: Study, tmp_path: Path) -> None:
     dealt = []
     for method in ("end-to-end", "last-window", "probe", "recommended"):
-        job = prepare(JobSpec.parse(a_run(study, method).document), tmp_path / method)
+        job = prepare(parse_job(a_run(study, method).document), tmp_path / method)
         candidates = [candidate for candidate, _ in job.admitted]
         stage = job.admitted[0][1].window
         cohort = Cohort.of(job.spec, job.planner, candidates, 1, stage, (), job.spec.seed)

@@ -28,7 +28,7 @@ from chainfed_ray.model.saved_stack import save_stack
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.serving import peft_method  # noqa: F401  its import lets PEFT know the method
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.causal import byte_tokenizer, causal_folder
 from tests.tokenizing import KINDS
 
@@ -88,7 +88,7 @@ def causal(llama: Path, rows: Path) -> dict[str, Any]:
 
 
 def a_job(document: dict[str, Any], folder: Path) -> Job:
-    return prepare(JobSpec.parse(document), folder / "scratch")
+    return prepare(parse_job(document), folder / "scratch")
 
 
 def trained(job: Job, folder: Path) -> tuple[Coordinator, list[Round]]:
@@ -286,10 +286,10 @@ def test_a_slow_tokenizer_cannot_tell_a_prompt_from_its_response(
     class Slow(PreTrainedTokenizerFast):
         is_fast = False  # type: ignore[assignment]
 
-    spec = JobSpec.parse(causal | {"data": causal["data"] | FORMS["instructions"]})
+    spec = parse_job(causal | {"data": causal["data"] | FORMS["instructions"]})
     with pytest.raises(InvalidJob, match=r"model\.base is .*; expected a model with a fast tokenizer"):
         examples_of(spec, Slow.from_pretrained(llama))
-    assert examples_of(JobSpec.parse(causal), Slow.from_pretrained(llama)).packs == 32
+    assert examples_of(parse_job(causal), Slow.from_pretrained(llama)).packs == 32
 
 
 HELD_OUT = [{"question": "Q", "answer": "A"}] * 3
@@ -352,7 +352,7 @@ def test_rows_with_nothing_to_learn_are_left_out(
     found = []
     for name in ("good", "mixed"):
         causal["data"]["train"] = f"path:{tmp_path / name}.{suffix}"
-        found.append(examples_of(JobSpec.parse(causal), with_turns()))
+        found.append(examples_of(parse_job(causal), with_turns()))
     assert found[0].corpus == found[1].corpus
     assert found[0].train.ids.tolist() == found[1].train.ids.tolist()
     assert len(found[0].train) == len(good)
@@ -364,7 +364,7 @@ def test_of_running_text_a_row_of_one_token_counts(causal: dict[str, Any], tmp_p
     endless.eos_token = None
     (tmp_path / "letters.jsonl").write_text("\n".join(json.dumps({"text": letter}) for letter in "abcdefgh" * 10))
     causal["data"]["train"] = f"path:{tmp_path / 'letters.jsonl'}"
-    examples = examples_of(JobSpec.parse(causal), endless)
+    examples = examples_of(parse_job(causal), endless)
     whole = examples.of_client(np.arange(64))
     assert len(whole.ids) == len(examples.train) == 64
     assert learnable(whole).tolist() == [0, 1]

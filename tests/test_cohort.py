@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Profile, Profiling
 from chainfed_ray.errors import InvalidJob, QuorumLost
+from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import Failure, LocalPool
@@ -20,7 +20,7 @@ from chainfed_ray.forecast import duration
 from chainfed_ray.forecast.pace import Pace
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, assert_same, run, run_some, story
 from tests.pools import Heard
 
@@ -113,7 +113,7 @@ def test_clients_answer_as_often_as_is_said_and_independently(job: Job) -> None:
 def test_what_cannot_be_simulated_is_refused(document: dict[str, Any], key: str, value: float) -> None:
     document["fleet"]["clients"][0][key] = value
     with pytest.raises(InvalidJob, match=rf"fleet\.clients\[0\]\.{key} is {value}; expected (greater|less) than "):
-        JobSpec.parse(document)
+        parse_job(document)
 
 
 @pytest.fixture

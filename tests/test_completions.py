@@ -25,6 +25,7 @@ from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.generator import Generator, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.causal import a_causal_stack, causal_folder, written
 
 WRITER, CHATTER, CLASSIFIER = "tiny:writer", "tiny:chatter", "tiny:classifier"
@@ -56,7 +57,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path], ti
             "chain": {"window": 2, "start": 0},
             "rounds": {"total": 1, "clients": 2},
         }
-        job = store.submit(JobSpec.parse(document)).id
+        job = store.submit(parse_job(document)).id
         store.move(job, "running")
         save_stack(a_causal_stack(base), made.model(job))
         store.move(job, "succeeded", result={"classes": [], "accuracy": 0.5})

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from chainfed_ray.chain import Chain
 from chainfed_ray.federation.stages import Course, NextRound
 from chainfed_ray.records.rounds import Round
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC, a_round, an_opening
 
 LAYERS, WIDTH = 6, 2
@@ -20,7 +20,7 @@ def a_course(start: int, total: int, **rounds: Any) -> Course:
     document = SPEC.document()
     document["chain"] |= {"start": start, "schedule": rounds.pop("schedule", "staged")}
     document["rounds"] |= {"total": total, **rounds}
-    return Course(JobSpec.parse(document), Chain(LAYERS, start, WIDTH), total)
+    return Course(parse_job(document), Chain(LAYERS, start, WIDTH), total)
 
 
 def ran(upcoming: NextRound, ended: str | None, counted: bool = True) -> Round:

@@ -140,7 +140,14 @@ def test_a_compilation_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.M
     assert not are_built(tmp_path)
 
 
-_BUILDING = "import sys; from pathlib import Path; from chainfed_ray.cluster.offload.build import build_ops; build_ops(Path(sys.argv[1]))"
+_BUILDING = """
+import sys
+from pathlib import Path
+
+from chainfed_ray.cluster.offload.build import build_ops
+
+build_ops(Path(sys.argv[1]))
+"""
 
 
 @pytest.mark.slow

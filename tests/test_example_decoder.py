@@ -11,7 +11,7 @@ from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import prepare
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from examples.decoder import make
 from tests.project import ROOT
 
@@ -23,7 +23,7 @@ def test_held_out_perplexity_falls_along_the_chain(tmp_path: Path) -> None:
         (ROOT / "examples" / "decoder.yaml").read_text().replace("path:decoder", f"path:{tmp_path}")
     )
     document["rounds"] |= {"total": 6, "clients": 3, "local_steps": 6}
-    job = prepare(JobSpec.parse(document), tmp_path / "scratch")
+    job = prepare(parse_job(document), tmp_path / "scratch")
     assert {left_out.client_class for left_out in job.left_out} == {"watch"}
 
     # A new adapter changes nothing, so this is the base model; the script has told the same of it.

@@ -32,6 +32,7 @@ from chainfed_ray.model.prefix import PrefixRunner
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
 from tests.project import COMMAND
 
@@ -45,7 +46,7 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_draft(document: dict[str, Any]) -> Job:
-    return draft(JobSpec.parse(document), Path())
+    return draft(parse_job(document), Path())
 
 
 def classes(*budgets: tuple[str, int, int]) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def test_one_byte_decides_who_joins(streamed: dict[str, Any]) -> None:
     enough = needed(streamed)
     streamed["fleet"] = classes(("phone", 2, enough), ("tablet", 2, enough - 1))
     streamed["rounds"]["clients"] = 4
-    told = dry_run(JobSpec.parse(streamed), at_once=1)
+    told = dry_run(parse_job(streamed), at_once=1)
     tablet, phone = told.classes
     assert (tablet.joins, tablet.left_out, tablet.lacking_bytes) == (0, 2, 1)
     assert (phone.joins, phone.left_out, phone.lacking_bytes) == (2, 0, 0)
@@ -84,7 +85,7 @@ def test_one_byte_decides_who_joins(streamed: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("untimed")
 def test_a_change_does_what_is_said_of_it(streamed: dict[str, Any]) -> None:
-    now = JobSpec.parse(streamed)
+    now = parse_job(streamed)
     spec = {
         name: changed(now, field, value).document()
         for name, field, value in (
@@ -96,7 +97,7 @@ def test_a_change_does_what_is_said_of_it(streamed: dict[str, Any]) -> None:
     }
     budgets = [(name, 1, needed(document)) for name, document in spec.items()]
     streamed["fleet"] = classes(("phone", 2, needed(streamed)), ("silo", 1, 2**30), *budgets)
-    told = dry_run(JobSpec.parse(streamed), at_once=1)
+    told = dry_run(parse_job(streamed), at_once=1)
     assert told.joins < told.clients
     joining = {change.field for change in told.changes if change.joins_delta > 0}
     assert joining >= {"chain.adapter.bottleneck", "chain.head_layers"}
@@ -122,7 +123,7 @@ def test_a_job_without_a_quorum_is_told_as_well(document: dict[str, Any]) -> Non
     document["fleet"] = classes(("watch", 4, 2**20))
     document["chain"]["head"] = "fitted"
     document["chain"]["adapter"]["bottleneck"] = 1  # which no change could halve
-    told = dry_run(JobSpec.parse(document), at_once=1)
+    told = dry_run(parse_job(document), at_once=1)
     assert (told.joins, told.estimated_seconds, told.sent_bytes_per_round, told.head_sums_bytes) == (0, None, 0, 0)
     assert told.refused is not None
     assert told.refused.startswith("fleet.clients")
@@ -135,7 +136,7 @@ def test_a_job_without_a_quorum_is_told_as_well(document: dict[str, Any]) -> Non
 @pytest.mark.usefixtures("untimed")
 def test_bytes_sent_are_those_of_a_real_turn(document: dict[str, Any], tmp_path: Path, trains: str) -> None:
     document["chain"]["global_trains"] = trains
-    told = dry_run(JobSpec.parse(document), at_once=1)
+    told = dry_run(parse_job(document), at_once=1)
     job = a_job(document, tmp_path)
     coordinator = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log"))
     stack = coordinator.stack().tensors()
@@ -154,7 +155,7 @@ def test_bytes_sent_by_who_trains_less_of_a_window(streamed: dict[str, Any], tmp
     streamed["rounds"]["clients"] = 4
     streamed["fleet"] = classes(("small", 2, needed(streamed)), ("large", 2, 2**30))
     streamed["privacy"] = {"clip": 1.0, "noise_multiplier": 4.0, "where": where}
-    told = dry_run(JobSpec.parse(streamed), at_once=1)
+    told = dry_run(parse_job(streamed), at_once=1)
     assert [row.window for row in told.classes] == [(1, 1), (2, 2)]
     job = a_job(streamed, tmp_path)
     turns = next(Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).rounds()).turns
@@ -165,17 +166,17 @@ def test_bytes_sent_by_who_trains_less_of_a_window(streamed: dict[str, Any], tmp
 
 @pytest.mark.usefixtures("untimed")
 def test_who_does_not_answer_sends_nothing(document: dict[str, Any]) -> None:
-    always = dry_run(JobSpec.parse(document), at_once=1).sent_bytes_per_round
+    always = dry_run(parse_job(document), at_once=1).sent_bytes_per_round
     document["fleet"]["clients"][0]["availability"] = 0.5
-    assert dry_run(JobSpec.parse(document), at_once=1).sent_bytes_per_round == always // 2
+    assert dry_run(parse_job(document), at_once=1).sent_bytes_per_round == always // 2
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("untimed")
 def test_the_sums_of_a_fitted_head_are_those_of_a_real_one(document: dict[str, Any], tmp_path: Path) -> None:
-    assert dry_run(JobSpec.parse(document), at_once=1).head_sums_bytes == 0
+    assert dry_run(parse_job(document), at_once=1).head_sums_bytes == 0
     document["chain"]["head"] = "fitted"
-    told = dry_run(JobSpec.parse(document), at_once=1)
+    told = dry_run(parse_job(document), at_once=1)
     job = a_job(document, tmp_path)
     rounds = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).rounds()
     fits = [record.head_fit for record in rounds if record.head_fit]
@@ -194,7 +195,7 @@ def test_rounds_are_those_that_the_privacy_limit_allows(
         "duration",
         lambda job, *_: timed.append(job.spec.rounds.total) or Duration(1.0, {}),
     )
-    told = dry_run(JobSpec.parse(document), at_once=1)
+    told = dry_run(parse_job(document), at_once=1)
     job = a_job(document, tmp_path)
     opening = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).open()
     assert 0 < told.rounds < 20
@@ -206,7 +207,7 @@ def test_rounds_are_those_that_the_privacy_limit_allows(
 @pytest.mark.usefixtures("untimed")
 def test_a_limit_that_allows_no_round_is_told_as_well(document: dict[str, Any]) -> None:
     document["privacy"] = {"clip": 1.0, "noise_multiplier": 0.5, "epsilon": 0.1}
-    told = dry_run(JobSpec.parse(document), at_once=1)
+    told = dry_run(parse_job(document), at_once=1)
     assert (told.rounds, told.estimated_seconds) == (0, None)
     assert told.refused is not None
     assert told.refused.startswith("privacy.epsilon")
@@ -273,7 +274,7 @@ def test_layers_below_the_window_are_counted_as_they_are_run(
 def fleet_of_many(document: dict[str, Any], untimed: None) -> Forecast:
     names = [(f"class-{number}-with-a-long-name", 1, (number + 4) * 2**20) for number in range(16)]
     document["chain"]["adapter"]["bottleneck"] = 1
-    return dry_run(JobSpec.parse({**document, "fleet": classes(*names)}), at_once=1)
+    return dry_run(parse_job({**document, "fleet": classes(*names)}), at_once=1)
 
 
 def words(told: Forecast) -> str:
@@ -327,7 +328,7 @@ def client(untimed: None) -> Iterator[TestClient]:
 def test_the_route_answers_with_words_or_a_picture(client: TestClient, document: dict[str, Any]) -> None:
     told = client.post("/v1/plan", json=document)
     assert told.status_code == 200
-    assert Forecast.model_validate(told.json()) == dry_run(JobSpec.parse(document), at_once=1)
+    assert Forecast.model_validate(told.json()) == dry_run(parse_job(document), at_once=1)
     headers = {"Accept": "image/png", "Content-Type": "application/yaml"}
     drawn = client.post("/v1/plan", content=yaml.safe_dump(document), headers=headers)
     assert drawn.headers["content-type"] == "image/png"

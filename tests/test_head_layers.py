@@ -16,7 +16,7 @@ from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import FEATURES
 from chainfed_ray.model.adapters import AdapterStack, Head
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
 
 
@@ -85,7 +85,7 @@ def test_a_language_model_s_own_head_reads_one() -> None:
         "chain": {"head_layers": 2},
     }
     with pytest.raises(InvalidJob, match="its own head reads one"):
-        JobSpec.parse(document)
+        parse_job(document)
 
 
 def test_below_the_first_layer_there_is_nothing_to_read() -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, text
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.store import FINISHED, JobStore, Status
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests import postgres
 from tests.builders import SPEC
 
@@ -158,7 +158,7 @@ def test_a_retry_of_a_submission_makes_no_second_job(store: JobStore) -> None:
     job = store.submit(SPEC, "key")
     assert store.submit(SPEC, "key") == job
     with pytest.raises(JobConflict, match="another specification"):
-        store.submit(JobSpec.parse({**SPEC.document(), "seed": 1}), "key")
+        store.submit(parse_job({**SPEC.document(), "seed": 1}), "key")
     assert len(store.page()) == 1
 
 

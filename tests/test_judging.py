@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainfed_ray.budget import planner as memory
+from chainfed_ray.budget import server
 from chainfed_ray.errors import EvaluationFailed, InvalidJob
 from chainfed_ray.evaluation.evaluator import Evaluated, Evaluator
 from chainfed_ray.evaluation.predictions import Judgement
@@ -27,7 +27,7 @@ from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import load_stack, save_models
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Ending, Result, Round
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from chainfed_ray.spec.sections import RoundsSpec
 from tests.builders import a_job, assert_same
 from tests.causal import a_causal_stack, causal_folder
@@ -237,19 +237,19 @@ def test_what_is_asked_for_in_vain_is_refused(
     document["rounds"]["convergence"] = convergence
     document["evaluation"] = evaluation
     if said is None:
-        assert JobSpec.parse(document).evaluation.workers == evaluation.get("workers", 1)
+        assert parse_job(document).evaluation.workers == evaluation.get("workers", 1)
         return
     with pytest.raises(InvalidJob, match=said):
-        JobSpec.parse(document)
+        parse_job(document)
 
 
 def test_a_server_streams_layers_that_are_large() -> None:
-    most, mib = memory.SERVER_LAYERS, 2**20
-    assert memory.evaluation_grains(most // 2, 0, 3) == ("layer", "layer")
-    assert memory.evaluation_grains(most // 2, 1, 2) == ("matrix", "layer")
-    assert memory.evaluation_grains(most // 2, 0, 4) == ("layer", "matrix")
-    assert memory.evaluation_grains(386 * mib, 0, 1)[0] == "matrix", "LLaMA2-7B"
-    assert memory.evaluation_grains(49 * mib, 0, 3) == ("layer", "layer"), "RoBERTa-large"
+    most, mib = server.SERVER_LAYERS, 2**20
+    assert server.evaluation_grains(most // 2, 0, 3) == ("layer", "layer")
+    assert server.evaluation_grains(most // 2, 1, 2) == ("matrix", "layer")
+    assert server.evaluation_grains(most // 2, 0, 4) == ("layer", "matrix")
+    assert server.evaluation_grains(386 * mib, 0, 1)[0] == "matrix", "LLaMA2-7B"
+    assert server.evaluation_grains(49 * mib, 0, 3) == ("layer", "layer"), "RoBERTa-large"
 
 
 @pytest.mark.slow

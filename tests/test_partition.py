@@ -14,7 +14,7 @@ from chainfed_ray.data import docstrings
 from chainfed_ray.data.partition import by_column, deal, dirichlet, quantity
 from chainfed_ray.data.sources import load
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from chainfed_ray.spec.sections import DataSpec, PartitionSpec
 from tests.builders import ROWS, a_job, rows_in
 
@@ -123,7 +123,7 @@ def test_a_column_comes_with_its_rows(form: str, tmp_path: Path, monkeypatch: py
 def test_contradictions(document: dict[str, Any], partition: dict[str, Any], complaint: str) -> None:
     document["fleet"]["partition"] = partition
     with pytest.raises(InvalidJob, match=complaint):
-        JobSpec.parse(document)
+        parse_job(document)
 
 
 @pytest.mark.parametrize(

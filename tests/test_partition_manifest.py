@@ -18,7 +18,7 @@ from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.rounds import Result
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
 
 JOB: dict[str, Any] = {
@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def manifest(document: dict[str, Any] = JOB, rows: list[dict[str, Any]] = ROWS) -> Manifest:
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    spec = JobSpec.parse(document)
+    spec = parse_job(document)
     corpus = load(spec.data, spec.seed, spec.fleet.partition.column)
     numbers = [corpus.classes.index(label) for label in corpus.train.labels]
     shares = deal(spec.fleet.partition, np.array(numbers), corpus.train.groups, len(spec.fleet.members), spec.seed)
@@ -60,7 +60,7 @@ def test_the_same_job_has_the_same_hash_on_any_machine() -> None:
 
 def test_the_document_by_hand() -> None:
     """Every digest, from the rows and indices themselves."""
-    spec = JobSpec.parse(JOB)
+    spec = parse_job(JOB)
     made, corpus = manifest(), load(spec.data, spec.seed)
     shares = deal(spec.fleet.partition, np.array([ord(label) for label in corpus.train.labels]), (), 3, spec.seed)
     text = json.dumps(

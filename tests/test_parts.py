@@ -17,7 +17,7 @@ from chainfed_ray.data import docstrings
 from chainfed_ray.data.partition import dirichlet, iid
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.federation.convergence import Movement, verdict
+from chainfed_ray.federation.stages import Movement, verdict
 from chainfed_ray.federation.start import where_least
 from chainfed_ray.model.adapters import Adapter
 from chainfed_ray.spec.sections import ConvergenceSpec

@@ -9,18 +9,18 @@ from chainfed_ray.cluster.jobs.preflight import plan
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.records.forecast import Forecast
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_process_of_its_own_tells_the_same(document: dict[str, Any]) -> None:
-    here = dry_run(JobSpec.parse(document), at_once=1)
-    there = asyncio.run(plan(JobSpec.parse(document), client_slots=4))
+    here = dry_run(parse_job(document), at_once=1)
+    there = asyncio.run(plan(parse_job(document), client_slots=4))
     assert without_times(there) == without_times(here)
     document["data"]["label"] = "class"
     with pytest.raises(InvalidJob, match="a column"):
-        asyncio.run(plan(JobSpec.parse(document), client_slots=4))
+        asyncio.run(plan(parse_job(document), client_slots=4))
 
 
 def without_times(told: Forecast) -> Forecast:

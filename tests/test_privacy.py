@@ -30,7 +30,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.errors import CorruptCommit, InvalidJob
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from chainfed_ray.spec.sections import PrivacySpec
 from tests.builders import ENDING, SPEC, a_console, a_round, an_opening, noise_of, told
 
@@ -247,11 +247,11 @@ def test_what_has_no_price_is_refused(changes: dict[str, Any], field: str, words
     document = SPEC.document()
     document["chain"] |= {"start": 1, "head": "zero"}
     document["privacy"] = {"clip": 1.0, "noise_multiplier": 1.0}
-    JobSpec.parse(document)
+    parse_job(document)
     for section, keys in changes.items():
         document[section] = {**document[section], **keys}
     with pytest.raises(InvalidJob) as caught:
-        JobSpec.parse(document)
+        parse_job(document)
     (problem,) = caught.value.problems
     assert problem.field == field
     assert words in problem.expected
@@ -260,7 +260,7 @@ def test_what_has_no_price_is_refused(changes: dict[str, Any], field: str, words
 def test_what_it_costs_is_told_in_every_line_and_at_the_end() -> None:
     document = SPEC.document()
     document["chain"] |= {"start": 1, "head": "zero"}
-    spec = JobSpec.parse({**document, "privacy": {"clip": 1.0, "noise_multiplier": 1.0}})
+    spec = parse_job({**document, "privacy": {"clip": 1.0, "noise_multiplier": 1.0}})
     opening, console = an_opening(), a_console()
     rounds = [a_round(index, opening, epsilon=1.2 + index / 100) for index in range(3)]
     stopped = "privacy limit: one more round could take ε to 1.23, beyond 1.22"
@@ -280,4 +280,4 @@ def test_what_it_costs_is_told_in_every_line_and_at_the_end() -> None:
 def test_without_the_section_there_is_none() -> None:
     assert SPEC.privacy is None
     assert SPEC.document()["privacy"] is None
-    assert JobSpec.parse(SPEC.document()) == SPEC
+    assert parse_job(SPEC.document()) == SPEC

@@ -13,7 +13,7 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 
 from chainfed_ray.aggregation.accountant import ORDERS, Ledger, Release, epsilon, rdp_of
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC
 
 
@@ -179,7 +179,7 @@ def a_ledger(admitted: int, where: str = "server", limit: float | None = None, c
     document["chain"] |= {"start": 1, "head": "zero"}
     document["rounds"] |= {"clients": clients, "total": 50}
     document["privacy"] = {"clip": 1.0, "noise_multiplier": 2.0, "where": where, "epsilon": limit}
-    return Ledger(JobSpec.parse(document), admitted)
+    return Ledger(parse_job(document), admitted)
 
 
 @pytest.mark.parametrize("where", ["server", "client"])

@@ -31,7 +31,7 @@ from chainfed_ray.federation.prepare import Job, check_fleet
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Lost, Record, Result
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import (
     PRIVACY,
     a_document,
@@ -343,7 +343,7 @@ def test_a_job_that_failed_in_the_service_keeps_no_secret(plain: Job, tmp_path: 
     storage = Storage.at(tmp_path)
     store = JobStore(storage.database)
     try:
-        job = store.submit(JobSpec.parse(document)).id
+        job = store.submit(parse_job(document)).id
         store.move(job, "running")
         with_secret(bytes(32), storage.job(job))
         run_job(job, storage, lambda made, note: LocalPool(made.base))

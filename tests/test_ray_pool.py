@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from chainfed_ray.budget.admission import Planner, admit
 from chainfed_ray.client.messages import Profile, Profiling
 from chainfed_ray.cluster.pool.ray_pool import RayPool
+from chainfed_ray.federation.admission import Planner, admit
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import Failure, LocalPool
 from chainfed_ray.records.commit_log import CommitLog

@@ -19,7 +19,7 @@ from chainfed_ray.federation.state import State
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import EarlyExit, Opening, Result, Round
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, a_round, an_opening, assert_same
 
 STAGES = 2
@@ -133,5 +133,5 @@ def test_the_best_exit_has_the_least_loss_and_is_the_newest_of_equals(losses: li
 
 
 def test_the_paper_keeps_its_last_stack(document: dict[str, Any]) -> None:
-    assert JobSpec.parse(document).rounds.restore_best
-    assert not JobSpec.parse(document | {"recipe": "paper"}).rounds.restore_best
+    assert parse_job(document).rounds.restore_best
+    assert not parse_job(document | {"recipe": "paper"}).rounds.restore_best

@@ -29,7 +29,7 @@ from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound,
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.serving.generator import Generator, Piece, Sampling
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, assert_same, run
 from tests.causal import causal_folder
 from tests.project import COMMAND, ROOT
@@ -197,9 +197,7 @@ def test_cancelling_ends_the_processes(service: Running, document: dict[str, Any
     assert service.client.job(waiting)["status"] == "queued"
     shown = StringIO()
     with ThreadPoolExecutor(max_workers=1) as thread:
-        watching = thread.submit(
-            follow, service.client, waiting, JobSpec.parse(document), Console(file=shown, width=80)
-        )
+        watching = thread.submit(follow, service.client, waiting, parse_job(document), Console(file=shown, width=80))
         try:
             words = f"In the queue. Before it: {job} (running)."
             wait_for(lambda: words in " ".join(shown.getvalue().split()), "word of the job before it")

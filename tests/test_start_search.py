@@ -17,7 +17,7 @@ from chainfed_ray.model.pooling import States
 from chainfed_ray.model.prefix import PrefixRunner
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import HeadFit, Opening
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
 from tests.pools import silent
 
@@ -128,7 +128,7 @@ def test_a_start_that_cannot_follow_from_heads_is_refused_once(
     for section, keys in changes.items():
         document[section] = {**document.get(section, {}), **keys}
     with pytest.raises(InvalidJob) as caught:
-        JobSpec.parse(document)
+        parse_job(document)
     (problem,) = [problem for problem in caught.value.problems if problem.field == "chain.start"]
     assert problem.expected.startswith(words)
 

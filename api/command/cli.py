@@ -24,6 +24,7 @@ from chainfed_ray.api.report.pictures import NOT_DRAWN, check_drawing, draw_if_p
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import ChainFedError, InvalidJob
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job, parse_yaml
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -279,12 +280,12 @@ def read_job(path: Path) -> JobSpec:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidJob.at("(file)", str(path), f"a job file that can be read ({error})") from None
-    document = JobSpec.from_yaml(text).document()
+    document = parse_yaml(text).document()
     document["model"]["base"] = _absolute(document["model"]["base"])
     for split in ("train", "validation", "test"):
         document["data"][split] = _absolute(document["data"][split])
     document["evaluation"]["choices"] = _absolute(document["evaluation"]["choices"])
-    return JobSpec.parse(document)
+    return parse_job(document)
 
 
 def _absolute(source: str | None) -> str | None:
@@ -296,7 +297,7 @@ def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> Non
     from chainfed_ray.api.command.following import follow
     from chainfed_ray.api.report.results import results
 
-    spec = JobSpec.parse(record["spec"])
+    spec = parse_job(record["spec"])
     with _if_interrupted(f"The job goes on without you; `chainfed watch {record['id']}` follows it again."):
         opening, rounds, ending = follow(client, record["id"], spec, _progress)
     command = "complete" if spec.model.task == "causal-lm" else "predict"

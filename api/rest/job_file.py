@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job, parse_yaml
 
 # For the description of a route; app.py puts the schema where this refers to it.
 BODY = {
@@ -34,7 +35,7 @@ def _parse(body: bytes, content_type: str) -> JobSpec:
         raise HTTPException(400, "the body is not UTF-8") from None
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type in _YAML:
-        return JobSpec.from_yaml(text)
+        return parse_yaml(text)
     if media_type != "application/json":  # what a page of another site could send without asking first
         raise HTTPException(
             415, f"the body is {content_type or 'of no type'}; send application/json or application/yaml"
@@ -43,7 +44,7 @@ def _parse(body: bytes, content_type: str) -> JobSpec:
         document: Any = json.loads(text, object_pairs_hook=_without_repeats)
     except (json.JSONDecodeError, RecursionError) as error:
         raise HTTPException(400, f"the body is not JSON: {error}") from None
-    return JobSpec.parse(document)
+    return parse_job(document)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -21,9 +21,8 @@ from chainfed_ray.chain import Window
 Grain = Literal["layer", "matrix"]
 
 # What arithmetic cannot know, as it was measured: what libraries allocate on the side, and what the interpreter keeps.
-_RUNTIME = 6 * 2**20
+RUNTIME = 6 * 2**20
 PREFIX_BATCH = 8  # examples that enter the prefix cache together
-SERVER_LAYERS = 256 * 2**20  # of whole layers at once, at most, where the server judges: larger ones are streamed
 _ADAM_STATES = 2
 _FLOAT32, _FLOAT64 = 4, 8
 _EMBEDDING_STATES = 6  # rows, rows by place, sums with positions and types, and their norm
@@ -161,30 +160,6 @@ def cache_bytes(costs: Costs, task: Task, examples: int, tokens: int) -> int:
     return 4 * (tokens * costs.hidden * costs.itemsize + _read_bytes(costs, examples)) + features
 
 
-def evaluation_grains(layer: int, conversion: int, window: int) -> tuple[Grain, Grain]:
-    """How the server runs the layers below a window of so many, and those of the window, when a layer has ``layer`` bytes."""
-    below, inside = 2 * layer + conversion, (window - 1) * layer + conversion
-    return ("layer" if below <= SERVER_LAYERS else "matrix", "layer" if inside <= SERVER_LAYERS else "matrix")
-
-
-def evaluation_bytes(costs: Costs, adapters: int, window: int, tokens: int) -> int:
-    """What the server holds at most as it judges the chain at the top of ``window`` layers, examples of ``tokens`` tokens.
-
-    First the layers below the window's top, two at a time or their matrices by slices, with a batch on its way; then those of
-    the window all at once, or by slices again, with a batch, or with the head and its batch.
-    """
-    batch = PREFIX_BATCH
-    prefix, grain = evaluation_grains(costs.layer, costs.conversion, window)
-    buffers = costs.slices if "matrix" in (prefix, grain) or costs.streamed_head else 0
-    running = max(running_bytes(costs, batch, tokens), embedding_bytes(costs, batch, tokens))
-    below = 2 * costs.layer + costs.conversion if prefix == "layer" else costs.unstreamed + costs.slices
-    inside = (window - 1) * (costs.layer if grain == "layer" else costs.unstreamed) + buffers
-    # A tensor that is converted is there while layers are loaded, before the first batch.
-    working = max(running, costs.kept.head.forward_at(batch, tokens), costs.conversion)
-    held = adapters * costs.adapter + costs.head + costs.skeleton + _RUNTIME
-    return held + costs.call.at(batch, tokens) + max(below + running, inside + working)
-
-
 def running_bytes(costs: Costs, batch: int, tokens: int) -> int:
     """What a layer or an adapter holds besides its weights, without gradients."""
     return max(part.forward_at(batch, tokens) for part in (costs.advance, costs.advance_adapter))
@@ -232,7 +207,7 @@ def footprint(
         cache_pages=rows,
         saved_activations=saved,
         transients=peak - rows - saved + costs.call.at(micro_batch, tokens) + _read_bytes(costs, micro_batch),
-        runtime=costs.skeleton + _RUNTIME,
+        runtime=costs.skeleton + RUNTIME,
     )
 
 
@@ -354,7 +329,7 @@ def _has_room(made: Plan, means: Means) -> bool:
 
 def held_bytes(costs: Costs, task: Task) -> int:
     """What is there in any case: the stack that came, and the process's own."""
-    return (costs.layers - task.start) * costs.adapter + costs.head + costs.skeleton + _RUNTIME
+    return (costs.layers - task.start) * costs.adapter + costs.head + costs.skeleton + RUNTIME
 
 
 def _halvings(count: int) -> Iterator[int]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.budget.planner import PREFIX_BATCH, evaluation_grains
+from chainfed_ray.budget.planner import PREFIX_BATCH
+from chainfed_ray.budget.server import evaluation_grains
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.evaluation.predictions import Judgement, judge

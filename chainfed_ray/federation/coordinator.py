@@ -10,15 +10,14 @@ from functools import partial
 from time import perf_counter
 
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.messages import Fitting, Training
 from chainfed_ray.client.objective import trained_names
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.evaluation.score import Score
+from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.federation.cohort import Cohort, everyone
 from chainfed_ray.federation.collect import Fold, gather, reasons
-from chainfed_ray.federation.convergence import Movement
 from chainfed_ray.federation.evaluation import (
     Judging,
     best_exit,
@@ -33,7 +32,7 @@ from chainfed_ray.federation.head_fitting import FittedHead, fit_head
 from chainfed_ray.federation.pool import ClientPool
 from chainfed_ray.federation.prepare import Job
 from chainfed_ray.federation.privacy_policy import Guarantee
-from chainfed_ray.federation.stages import Course, NextRound, rate_at
+from chainfed_ray.federation.stages import Course, Movement, NextRound, rate_at
 from chainfed_ray.federation.start import find_start
 from chainfed_ray.federation.state import State, stack_of
 from chainfed_ray.model.adapters import AdapterStack, Tensors

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Literal
 
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.budget.planner import evaluation_bytes
+from chainfed_ray.budget.server import evaluation_bytes
 from chainfed_ray.chain import Window
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread

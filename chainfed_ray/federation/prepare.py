@@ -9,7 +9,6 @@ import torch
 
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.aggregation.accountant import Ledger
-from chainfed_ray.budget.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.budget.planner import Plan, Task
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client
@@ -19,6 +18,7 @@ from chainfed_ray.data.partition import deal
 from chainfed_ray.data.targets import packed
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
+from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of

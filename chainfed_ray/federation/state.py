@@ -3,7 +3,7 @@
 from typing import NamedTuple, Self
 
 from chainfed_ray.aggregation.server_optimizer import ServerOptimizer
-from chainfed_ray.federation.convergence import Movement
+from chainfed_ray.federation.stages import Movement
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.spec.sections import AggregationSpec
 

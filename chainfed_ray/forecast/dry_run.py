@@ -14,18 +14,19 @@ import torch
 from chainfed_ray.activity import Listener, Reporter, nobody
 from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.aggregation.discriminant import ClassSums
-from chainfed_ray.budget.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.budget.demand import Costs
 from chainfed_ray.budget.planner import Plan, held_bytes
 from chainfed_ray.chain import Chain
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.federation.prepare import Job, check_fleet, draft, task_of
 from chainfed_ray.forecast.duration import duration
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import costs_of, with_bottleneck
 from chainfed_ray.records.forecast import PREFIX, Change, ClassForecast, Forecast
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 from chainfed_ray.spec.sections import ClientClass
 
 _HALVINGS = 3  # of a number, in search of one that lets more clients join
@@ -222,7 +223,7 @@ def changed(spec: JobSpec, field: str, value: int | str) -> JobSpec:
     for name in sections:
         section = section[name]
     section[key] = value
-    return JobSpec.parse(document)
+    return parse_job(document)
 
 
 def _readmit(job: Job, spec: JobSpec) -> Admission:

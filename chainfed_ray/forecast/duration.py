@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.budget.admission import Candidate
 from chainfed_ray.budget.planner import Plan
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client, Training
+from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.federation.prepare import Job, as_client
 from chainfed_ray.forecast.pace import Pace, evaluation_pace, training_pace
 from chainfed_ray.model.adapters import AdapterStack

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chainfed_ray.budget.planner import PREFIX_BATCH, evaluation_grains
+from chainfed_ray.budget.planner import PREFIX_BATCH
+from chainfed_ray.budget.server import evaluation_grains
 from chainfed_ray.client.entrance import entering, reader
 from chainfed_ray.client.messages import Client, Training
 from chainfed_ray.client.training import train

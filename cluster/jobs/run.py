@@ -21,6 +21,7 @@ from chainfed_ray.model.saved_stack import save_models
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Record, Result
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
 
 _DEATHS = 5  # of coordinators, without a round in between: then the job is to blame
 _PATIENCE_SECONDS = 5.0
@@ -66,7 +67,7 @@ def _run(
         if deaths >= _DEATHS:
             raise CoordinatorLost(job, deaths)
         with ActivityRecord(store, job) as listen:
-            result = _train(job, JobSpec.parse(record.spec), store, storage, make_pool, make_judging, listen)
+            result = _train(job, parse_job(record.spec), store, storage, make_pool, make_judging, listen)
     except OperationalError:
         raise
     except Exception as error:  # whatever it is, it is the job's first cause and belongs on its record

@@ -1,0 +1,141 @@
+"""What contradicts what in a job whose keys are right one by one. Each rule gives the problems that it finds."""
+
+from collections.abc import Iterator
+
+from chainfed_ray.errors import MISSING, Problem
+from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import AggregationSpec, DataSpec, PartitionSpec, PrivacySpec
+
+
+def contradictions(spec: JobSpec) -> list[Problem]:
+    """What is wrong between fields that are right by themselves."""
+    if not spec.fleet.clients:
+        return [Problem("fleet.clients", [], "at least one class of clients")]
+    problems = []
+    names = [group.name for group in spec.fleet.clients]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            problems.append(Problem(f"fleet.clients[{index}].name", name, "a name that no other class has"))
+    problems += _of_partition(spec.fleet.partition)
+    problems += _of_task(spec)
+    count = sum(group.count for group in spec.fleet.clients)
+    if spec.rounds.clients > count:
+        problems.append(Problem("rounds.clients", spec.rounds.clients, f"at most {count}, the clients in the fleet"))
+    elif spec.aggregation.fewest > spec.rounds.clients:
+        problems.append(Problem("rounds.clients", spec.rounds.clients, _for_krum(spec.aggregation)))
+    elif spec.quorum > spec.rounds.clients:
+        problems.append(Problem("rounds.quorum", spec.quorum, f"at most {spec.rounds.clients}, rounds.clients"))
+    elif spec.aggregation.fewest > spec.quorum:
+        problems.append(Problem("rounds.quorum", spec.quorum, _for_krum(spec.aggregation)))
+    problems += _not_robust(spec)
+    problems += _of_start(spec)
+    problems += _of_evaluation(spec)
+    if spec.privacy:
+        problems += _without_a_price(spec, spec.privacy, count)
+    return problems
+
+
+def _without_a_price(spec: JobSpec, privacy: PrivacySpec, clients: int) -> Iterator[Problem]:
+    """What ``privacy`` cannot be promised with."""
+    if spec.aggregation.rule != "mean":
+        yield Problem("aggregation.rule", spec.aggregation.rule, "'mean', the only rule that privacy has a price for")
+    if spec.chain.head == "fitted":
+        expected = "'zero': privacy does not cover the sums of which a fitted head is made"
+        yield Problem("chain.head", spec.chain.head, expected)
+    if privacy.delta >= 1 / clients:
+        expected = f"less than 1/{clients}, one over the clients in the fleet: with more, one of them may be given away"
+        yield Problem("privacy.delta", privacy.delta, expected)
+
+
+def _not_robust(spec: JobSpec) -> Iterator[Problem]:
+    """Rules that withstand poisoned updates would not withstand poisoned sums or profiles, which have plain means."""
+    rule = spec.aggregation.rule
+    if rule != "mean" and spec.chain.head == "fitted":
+        expected = (
+            f"'zero' with aggregation.rule {rule}: a fitted head is made of plain sums, which one client can spoil"
+        )
+        yield Problem("chain.head", spec.chain.head, expected)
+    if spec.aggregation.optimizer == "none" and spec.aggregation.server_learning_rate is not None:
+        rate = spec.aggregation.server_learning_rate
+        yield Problem(
+            "aggregation.server_learning_rate", rate, "no value without aggregation.optimizer, whose rate it is"
+        )
+
+
+def _of_task(spec: JobSpec) -> Iterator[Problem]:
+    """Keys of the one task in a job of the other, and half a pair of columns."""
+    data, causal = spec.data, spec.model.task == "causal-lm"
+    if causal and spec.chain.head != "model":
+        yield Problem(
+            "chain.head", spec.chain.head, "'model' for model.task causal-lm: a language model has its own head"
+        )
+    if not causal and spec.chain.head == "model":
+        yield Problem("chain.head", spec.chain.head, "'fitted' or 'zero', unless model.task is causal-lm")
+    if causal and spec.chain.head_layers not in (None, 1):
+        yield Problem("chain.head_layers", spec.chain.head_layers, "1 for model.task causal-lm: its own head reads one")
+    given = [("data.prompt", data.prompt), ("data.response", data.response), ("data.messages", data.messages)]
+    given.append(("evaluation.choices", spec.evaluation.choices))
+    for key, value in given:
+        if value is not None and not causal:
+            yield Problem(key, value, "no value, unless model.task is causal-lm")
+    if data.messages is not None and data.prompt is not None:
+        yield Problem(
+            "data.prompt", data.prompt, "no value beside data.messages: a row is a chat, or a prompt and a response"
+        )
+    (form, column), *_ = data.columns
+    # A job's document spells out its defaults, so that only another column than the usual one tells that it was asked for.
+    if causal and form != "data.text" and data.text != DataSpec.model_fields["text"].default:
+        expected = f"no value beside {form}, which is {column!r}: a row is a running text, or has the other form"
+        yield Problem("data.text", data.text, expected)
+    if (data.prompt is None) != (data.response is None):
+        missing = "data.prompt" if data.prompt is None else "data.response"
+        yield Problem(
+            missing, MISSING, "the column that goes with " + ("data.response" if data.prompt is None else "data.prompt")
+        )
+
+
+def _of_start(spec: JobSpec) -> Iterator[Problem]:
+    """A start that would follow from what clients do not send, or what should not be asked of them."""
+    start, rule, head = spec.chain.start, spec.aggregation.rule, spec.chain.head
+    if isinstance(start, int):
+        return
+    if spec.privacy:
+        expected = f"the index of a layer: privacy does not cover what clients send for {start!r} to follow from"
+        yield Problem("chain.start", start, expected)
+    elif rule != "mean":
+        sent = "a plain mean of profiles" if start == "auto" else "plain sums"
+        yield Problem(
+            "chain.start", start, f"the index of a layer with aggregation.rule {rule}: {start!r} follows from {sent}"
+        )
+    elif start == "best-exit" and head != "fitted":
+        expected = f"'auto' or the index of a layer with chain.head {head}: the exits are those of fitted heads"
+        yield Problem("chain.start", start, expected)
+
+
+def _of_evaluation(spec: JobSpec) -> Iterator[Problem]:
+    """What needs judgements that the job does not have."""
+    wanted, rule = spec.evaluation, spec.rounds.convergence.rule
+    if wanted.every == "never" and rule == "plateau" and spec.chain.schedule == "staged":
+        expected = "'round', 'stage' or a number of rounds while rounds.convergence.rule is plateau, for its losses"
+        yield Problem("evaluation.every", wanted.every, expected)
+    if wanted.whole_every == "never" and wanted.serve == "best":
+        expected = "'last' while evaluation.whole_every is never: no round is judged, so none is the best"
+        yield Problem("evaluation.serve", wanted.serve, expected)
+    if wanted.whole_every == "never" and wanted.choices is not None:
+        yield Problem("evaluation.choices", wanted.choices, "no value while evaluation.whole_every is never")
+    if wanted.engine == "torch" and wanted.workers > 1:
+        expected = "1 while evaluation.engine is torch, which is one process"
+        yield Problem("evaluation.workers", wanted.workers, expected)
+
+
+def _of_partition(partition: PartitionSpec) -> list[Problem]:
+    if partition.scheme == "column" and partition.column is None:
+        return [Problem("fleet.partition.column", MISSING, "the column of which a client gets whole values")]
+    if partition.scheme != "column" and partition.column is not None:
+        expected = f"column, since fleet.partition.column is {partition.column!r}"
+        return [Problem("fleet.partition.scheme", partition.scheme, expected)]
+    return []
+
+
+def _for_krum(aggregation: AggregationSpec) -> str:
+    return f"at least {aggregation.fewest}: Krum needs 2f + 3 updates, and aggregation.byzantine f is {aggregation.byzantine}"
