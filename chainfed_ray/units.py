@@ -1,6 +1,8 @@
-"""Bytes and seconds as people write them: ``96MiB``, ``2GB``, ``120s``, ``5m``."""
+"""Bytes and seconds as people write them: ``96MiB``, ``2GB``, ``120s``, ``5m``; and a loss as perplexity."""
 
+import math
 import re
+import sys
 
 _BYTES = {
     "B": 1,
@@ -13,6 +15,7 @@ _BYTES = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
+_LARGEST = math.log(sys.float_info.max)
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
 
@@ -65,3 +68,8 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes:02d}m"
     return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def perplexity(loss: float) -> float:
+    """exp(``loss``) of a mean cross-entropy in nats; infinite where no number is large enough."""
+    return math.exp(loss) if loss < _LARGEST else math.inf

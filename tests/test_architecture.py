@@ -1,4 +1,4 @@
-"""The arrows between the folders point one way: api → cluster → chainfed_ray."""
+"""The house: which rooms there are, and that imports go down, from each to those on floors below it."""
 
 import ast
 from collections.abc import Iterator
@@ -9,46 +9,125 @@ import pytest
 
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import Section
-from tests.project import ROOT, files_of
+from tests.project import FOLDERS, ROOT, files_of
 
-FORBIDDEN = {
-    "chainfed_ray": {"ray", "fastapi", "deepspeed", "chainfed_ray.cluster", "chainfed_ray.api"},
-    "cluster": {"fastapi", "chainfed_ray.api"},
-    "api": set[str](),
+# The rooms, floor by floor: files import from their own room, and from rooms on floors below theirs.
+FLOORS = (
+    ("ground",),
+    ("spec", "device", "streaming", "budget"),
+    ("data",),
+    ("model",),
+    ("aggregation", "evaluation", "serving", "records"),
+    ("client",),
+    ("federation",),
+    ("forecast",),
+    ("cluster",),
+    ("cluster.pool", "cluster.offload"),
+    ("cluster.jobs",),
+    ("api.report",),
+    ("api.rest",),
+    ("api.serve",),
+    ("api.command",),
+)
+# Beyond that: what a client's process would load for nothing, and what is drawn from records alone.
+KEPT_APART = {("client", "evaluation"), ("client", "serving"), ("api.report", "cluster"), ("api.report", "federation")}
+# Who may import what is not ours. What is not named here may be imported anywhere.
+ONLY_IN = {
+    "deepspeed": ("cluster.offload",),
+    "fastapi": ("api.rest", "api.serve"),
+    "ray": ("cluster", "cluster.pool", "cluster.offload", "cluster.jobs", "api.serve", "api.command"),
+    "sqlalchemy": ("cluster.jobs", "api.rest", "api.command"),
+    "matplotlib": ("api.report",),
+    "typer": ("api.command",),
 }
+WITHOUT_TORCH = ("ground", "spec", "budget")
+MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 110
 GENERIC = {"api", "cluster", "tests", "benchmarks", "examples"}
 
 
-def imported(path: Path) -> set[str]:
-    """The packages that a file imports, anywhere in it: the first part of their names, or which of our three folders."""
-    return imported_by(ast.parse(path.read_text()))
+def room_of(module: str) -> str:
+    """The room of a module of ours: its folder; ``ground`` for the files of ``chainfed_ray`` itself."""
+    first, *parts = module.split(".")
+    assert first == "chainfed_ray"
+    depth = 2 if parts[0] in ("api", "cluster") else 1
+    return ".".join(parts[:-1][:depth]) or "ground"
 
 
-def imported_by(tree: ast.Module) -> set[str]:
-    """The same of what was parsed."""
+def imports(path: Path, tree: ast.Module | None = None) -> set[str]:
+    """The modules that a file imports, anywhere in it, by their whole names."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(tree or ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {package(alias.name) for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {package(f"{node.module}.{alias.name}") for alias in node.names}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # What is imported from a package may be a module of it, or a name in it.
+            found |= {name if name in MODULES else str(node.module) for name in names}
     return found
 
 
-def package(name: str) -> str:
-    """``chainfed_ray.api`` and ``chainfed_ray.cluster`` are the folders ``api`` and ``cluster``."""
-    first, second = (*name.split("."), "")[:2]
-    return f"{first}.{second}" if first == "chainfed_ray" and second in ("api", "cluster") else first
+def module_of(path: Path) -> str:
+    """The name by which a file of ours is imported."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name if name.startswith("chainfed_ray") else f"chainfed_ray.{name}"
 
 
-@pytest.mark.parametrize("folder", FORBIDDEN)
-def test_arrows(folder: str) -> None:
-    files = files_of(folder)
-    assert files
-    for path in files:
-        allowed = {"deepspeed"} if path == ROOT / "x" else set[str]()
-        assert imported(path) & FORBIDDEN[folder] == allowed, path.name
-        assert not imported(path) & GENERIC, f"{path.name}: an installation has no such package, or somebody else's"
+MODULES = {module_of(path): path for folder in FOLDERS for path in files_of(folder) if path.stem != "__init__"}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def arrow_problem(room: str, target: str) -> str | None:
+    """What is wrong with a file of ``room`` that imports one of the room ``target``, if anything."""
+    if room == target:
+        return None
+    if FLOOR[target] >= FLOOR[room]:
+        return f"{room} is not above {target}"
+    return f"{room} is kept apart from {target}" if (room, target) in KEPT_APART else None
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_file_imports_from_rooms_below_its_own(module: str) -> None:
+    room, found = room_of(module), imports(MODULES[module])
+    for name in found & set(MODULES):
+        assert arrow_problem(room, room_of(name)) is None, name
+    others = {name.split(".")[0] for name in found}
+    assert not others & GENERIC, "an installation has no such package, or somebody else's"
+    assert not {name for name in others & set(ONLY_IN) if room not in ONLY_IN[name]}
+    assert room not in WITHOUT_TORCH or not others & {"torch", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("room", "target"),
+    [
+        ("model", "client"),
+        ("spec", "device"),
+        ("client", "serving"),
+        ("api.report", "cluster"),
+        ("cluster", "api.rest"),
+    ],
+)
+def test_an_arrow_that_climbs_is_noticed(room: str, target: str) -> None:
+    assert arrow_problem(room, target)
+
+
+def test_rooms_stay_small_and_few_arrows_join_them() -> None:
+    """A room is a dozen files at most, a file fits in a head, and what goes in and out of a room can be looked over."""
+    rooms = [room_of(module) for module in MODULES]
+    assert set(rooms) == set(FLOOR)
+    assert not {room: rooms.count(room) for room in rooms if rooms.count(room) > MOST_FILES}
+    lengths = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
+    assert not {module: length for module, length in lengths.items() if length > MOST_LINES}
+    arrows = {
+        (room_of(module), room_of(name)) for module, path in MODULES.items() for name in imports(path) & set(MODULES)
+    }
+    assert len([arrow for arrow in arrows if len(set(arrow)) == 2]) <= MOST_ARROWS
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    below = {module: imports(path) & set(MODULES) - {module} for module, path in MODULES.items()}
+    while leaves := {module for module, found in below.items() if not found}:
+        below = {module: found - leaves for module, found in below.items() if module not in leaves}
+    assert not below
 
 
 def test_no_test_file_imports_another() -> None:
@@ -86,17 +165,14 @@ def is_private(node: ast.Attribute) -> bool:
 
 def test_deepspeed_is_imported_only_when_it_is_used() -> None:
     """It takes seconds, and looks for a compiler."""
-    for folder in FORBIDDEN:
-        for path in files_of(folder):
-            top = ast.Module(
-                [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)], []
-            )
-            assert "deepspeed" not in imported_by(top), path.name
+    for module, path in MODULES.items():
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert "deepspeed" not in {name.split(".")[0] for name in imports(path, ast.Module(top, []))}, module
 
 
 def test_the_map_gives_every_file_a_duty() -> None:
     duties = (ROOT / "ARCHITECTURE.md").read_text()
-    for folder in FORBIDDEN:
+    for folder in FOLDERS:
         for path in files_of(folder):
             name = path.relative_to(ROOT / folder)
             assert path.stem == "__init__" or f" {name} " in duties, name

@@ -24,7 +24,7 @@ from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import Job
 from chainfed_ray.federation.stages import rate_at
 from chainfed_ray.model.adapters import AdapterStack, Tensors
-from chainfed_ray.model.saved_stack import load_stack, save_models
+from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Ending, Result, Round
 from chainfed_ray.spec.parse import parse_job
@@ -86,7 +86,7 @@ def test_the_best_stack_and_the_last_are_both_kept(serve: str, document: dict[st
     assert ending.best is not None
     assert (ending.served, ending.best.round, len(rounds)) == (serve, 1, 4)
     assert "after round 4, the last one judged, it had" in ending.best.why
-    save_models(coordinator.models(), ending.served, tmp_path)
+    coordinator.save(tmp_path)
     for name, stack in (("best", stacks[1]), ("last", stacks[-1])):
         assert_same(load_stack(tmp_path / ("model" if name == serve else name)).stack.tensors(), stack)
     expected = streaming(job).judge(AdapterStack.from_tensors(stacks[1 if serve == "best" else -1]), "test").judgement
@@ -99,7 +99,7 @@ def test_a_last_stack_that_is_the_best_is_the_model(document: dict[str, Any], tm
     coordinator, _, stacks, ending = trained(a_job(document, tmp_path), tmp_path, [30, 20, 10, 0, 0])
     assert ending.best is not None
     assert (ending.served, ending.best.round) == ("last", 3)
-    save_models(coordinator.models(), ending.served, tmp_path)
+    coordinator.save(tmp_path)
     assert_same(load_stack(tmp_path / "model").stack.tensors(), stacks[-1])
     assert not (tmp_path / "best").exists()
 

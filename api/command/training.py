@@ -12,7 +12,6 @@ from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.prepare import prepare
-from chainfed_ray.model.saved_stack import save_models
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Ending, Opening, Result, Round
 from chainfed_ray.spec.job import JobSpec
@@ -53,7 +52,7 @@ def train(
                 coordinator = Coordinator(job, pool, log, judge, notes)
                 opening, ending = _rounds(coordinator, log, progress)
         Reporter("saving the model", progress.listen).begin()
-        save_models(coordinator.models(), ending.served, folder)
+        coordinator.save(folder)
     rounds = log.rounds()
     return opening, rounds, ending, Result.of(spec.name, job.classes, opening, rounds, ending)
 

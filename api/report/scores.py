@@ -1,9 +1,8 @@
 """Scores as words: the accuracy of a classifier, the perplexity of a language model."""
 
-from chainfed_ray.evaluation.score import Score
 from chainfed_ray.records.rounds import Evaluation
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.units import format_bytes, format_seconds
+from chainfed_ray.units import format_bytes, format_seconds, perplexity
 
 
 def is_causal(spec: JobSpec) -> bool:
@@ -14,7 +13,7 @@ def is_causal(spec: JobSpec) -> bool:
 def short_score(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:
     """Such as "72.8%" or, of a language model, "14.2"; a dash where nothing was measured, or no number."""
     if is_causal(spec):
-        return "–" if loss is None or accuracy is None else f"{Score(loss, accuracy).perplexity:.4g}"
+        return "–" if loss is None or accuracy is None else f"{perplexity(loss):.4g}"
     return "–" if accuracy is None else f"{accuracy:.1%}"
 
 

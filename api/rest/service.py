@@ -7,9 +7,8 @@ from typing import Annotated, Protocol
 from fastapi import Depends, Request
 
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
-from chainfed_ray.data.chats import Chat
 from chainfed_ray.records.forecast import Forecast
-from chainfed_ray.serving.generator import Piece, Sampling
+from chainfed_ray.serving.generator import Piece, Prompt, Sampling
 from chainfed_ray.spec.job import JobSpec
 
 
@@ -37,7 +36,7 @@ class Write(Protocol):
     Raises ``InvalidJob`` with the first piece, where there is nothing that it can write.
     """
 
-    def __call__(self, job: JobRecord, prompt: str | Chat, sampling: Sampling) -> AsyncGenerator[Piece, None]: ...
+    def __call__(self, job: JobRecord, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]: ...
 
 
 class Alive(Protocol):

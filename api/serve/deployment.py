@@ -16,10 +16,9 @@ from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import check, plan
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.data.chats import Chat
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.records.forecast import Forecast
-from chainfed_ray.serving.generator import Piece, Sampling
+from chainfed_ray.serving.generator import Piece, Prompt, Sampling
 from chainfed_ray.spec.job import JobSpec
 
 
@@ -46,7 +45,7 @@ class Api:
         answers: list[list[float]] = await self._inference.classify.remote(job.id, model["base"], model["dtype"], texts)
         return answers
 
-    async def _write(self, job: JobRecord, prompt: str | Chat, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    async def _write(self, job: JobRecord, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         model = job.spec["model"]
         pieces = self._writing.write.remote(job.id, model["base"], model["dtype"], prompt, sampling)
         try:

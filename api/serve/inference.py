@@ -11,10 +11,9 @@ import torch
 from ray import serve
 
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.data.chats import Chat
 from chainfed_ray.model.saved_stack import SavedStack, load_stack
 from chainfed_ray.serving.classifier import Classifier
-from chainfed_ray.serving.generator import Generator, Piece, Sampling
+from chainfed_ray.serving.generator import Generator, Piece, Prompt, Sampling
 
 _MODELS_IN_MEMORY = 2
 _STACKS_IN_MEMORY = 256
@@ -39,7 +38,7 @@ class Inference:
         return await asyncio.get_running_loop().run_in_executor(self._worker, self._classify, job, base, dtype, texts)
 
     async def write(
-        self, job: str, base: str, dtype: str, prompt: str | Chat, sampling: Sampling
+        self, job: str, base: str, dtype: str, prompt: Prompt, sampling: Sampling
     ) -> AsyncGenerator[Piece, None]:
         """What the model of ``job`` makes of a prompt or a chat; when the caller goes away, it ends with the next token."""
         loop, said, gone = asyncio.get_running_loop(), asyncio.Queue[Piece | None](), Event()
@@ -70,7 +69,7 @@ class Inference:
         job: str,
         base: str,
         dtype: str,
-        prompt: str | Chat,
+        prompt: Prompt,
         sampling: Sampling,
         say: Callable[[Piece], None],
         gone: Event,

@@ -1,7 +1,5 @@
 """What a judgement comes to."""
 
-import math
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +7,7 @@ import torch
 from torch import Tensor
 
 from chainfed_ray.evaluation.predictions import Judgement
-
-_LARGEST = math.log(sys.float_info.max)
+from chainfed_ray.units import perplexity
 
 
 class Score(NamedTuple):
@@ -23,8 +20,8 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where no number is large enough."""
-        return math.exp(self.loss) if self.loss < _LARGEST else math.inf
+        """See ``units.perplexity``."""
+        return perplexity(self.loss)
 
     @classmethod
     def of(cls, judgement: Judgement) -> "Score":

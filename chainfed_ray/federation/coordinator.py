@@ -7,6 +7,7 @@ killed and made again goes on as if nothing had happened. To cancel a job, cease
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 
 from chainfed_ray.activity import Listener, Reporter, nobody
@@ -36,7 +37,7 @@ from chainfed_ray.federation.stages import Course, Movement, NextRound, rate_at
 from chainfed_ray.federation.start import find_start
 from chainfed_ray.federation.state import State, stack_of
 from chainfed_ray.model.adapters import AdapterStack, Tensors
-from chainfed_ray.model.saved_stack import SavedStack
+from chainfed_ray.model.saved_stack import SavedStack, save_models
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Admitted, EarlyExit, Ending, Evaluation, Opening, Restored, Round, finite
 from chainfed_ray.seeds import derive
@@ -153,6 +154,10 @@ class Coordinator:
             name: SavedStack(stack, job.classes, spec.data.max_length, spec.model.base, job.layers_path)
             for name, stack in self._stacks(self._log.rounds()).items()
         }
+
+    def save(self, folder: Path) -> None:
+        """Write the finished stack that is to be served as ``model`` in ``folder``, and the other one by its name."""
+        save_models(self.models(), self.finish().served, folder)
 
     def _stacks(self, history: Sequence[Round]) -> dict[str, AdapterStack]:
         """The last stack, and the best one if that is of another round."""

@@ -22,6 +22,7 @@ MOST_TOKENS = 256  # of a text, where nobody says how many
 _COLDEST = 1e-5  # below it logits over the temperature may be no numbers any more
 
 FinishReason = Literal["stop", "length"]
+Prompt = str | Chat  # a text to go on with, or messages that wait for an answer
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Generator:
     def write(
         self,
         saved: SavedStack,
-        prompt: str | Chat,
+        prompt: Prompt,
         sampling: Sampling,
         say: Callable[[Piece], None],
         gone: Callable[[], bool] = lambda: False,
@@ -90,7 +91,7 @@ class Generator:
             )
         writing.finish()
 
-    def _prompt(self, prompt: str | Chat) -> list[int]:
+    def _prompt(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt, as a job of this task has them in training."""
         ids = prompt_ids(self._tokenizer, prompt) if isinstance(prompt, str) else self._chat(prompt)
         if not ids and self._tokenizer.bos_token_id is not None:
@@ -105,7 +106,7 @@ class Generator:
             raise InvalidJob.at("messages", dict(zip(("role", "content"), messages[-1], strict=True)), expected)
         return chat_ids(self._tokenizer, messages, opened=True, field="messages")
 
-    def _most(self, prompt: str | Chat, length: int, asked: int | None) -> int:
+    def _most(self, prompt: Prompt, length: int, asked: int | None) -> int:
         """The tokens that may follow a prompt of ``length`` tokens."""
         if self._positions is None:
             return asked or MOST_TOKENS

@@ -1,4 +1,4 @@
-"""What is wrong with a key, in words: Pydantic's errors as problems, each with the key's path, its value and what was expected."""
+"""What is wrong with a key: Pydantic's errors as problems, each with the key's path, its value and what was expected."""
 
 import difflib
 from typing import Any, get_args

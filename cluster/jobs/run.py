@@ -17,7 +17,6 @@ from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import Judging, streamed
 from chainfed_ray.federation.pool import ClientPool
 from chainfed_ray.federation.prepare import Job, prepare
-from chainfed_ray.model.saved_stack import save_models
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Record, Result
 from chainfed_ray.spec.job import JobSpec
@@ -113,7 +112,7 @@ def _train(
         _publish(store, job, "ending", "ending", ending)
         result = Result.of(spec.name, prepared.classes, opening, log.rounds(), ending)
         Reporter("saving the model", listen).begin()
-        save_models(coordinator.models(), ending.served, storage.job(job))
+        coordinator.save(storage.job(job))
         return result
 
 
