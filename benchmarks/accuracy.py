@@ -193,8 +193,8 @@ def _print_memory(rows: list[Row]) -> None:
     """Whether the fleet is what it is said to be, and whether the chain fits it."""
     weighed = [row.whole_model_bytes for row in rows if row.whole_model_bytes is not None]
     for group in (PHONE, SILO) if weighed else ():
-        lacking = max(weighed) - parse_bytes(str(group["memory"]))
-        verdict = f"lacks {format_bytes(lacking)}" if lacking > 0 else "is enough"
+        shortfall = max(weighed) - parse_bytes(str(group["memory"]))
+        verdict = f"lacks {format_bytes(shortfall)}" if shortfall > 0 else "is enough"
         print(
             f"the whole model, trained in plain PyTorch, takes {format_bytes(max(weighed))}; "
             f"the {group['memory']} of a {group['name']} {verdict}"
@@ -205,5 +205,5 @@ def _print_memory(rows: list[Row]) -> None:
             widths[row.method] = min(row.narrowest_window, widths.get(row.method, row.narrowest_window))
     if widths:
         print("narrowest window of a client:", ", ".join(f"{method} {width}" for method, width in widths.items()))
-    if left_out := sorted({row.method for row in rows if row.left_out}):
-        print("clients are left out for want of memory:", ", ".join(left_out))
+    if excluded := sorted({row.method for row in rows if row.excluded}):
+        print("clients are left out for want of memory:", ", ".join(excluded))

@@ -28,12 +28,12 @@ from benchmarks.baselines import (
 from benchmarks.metering import Meter, MeteredPool
 from chainfed_ray.chain import Window
 from chainfed_ray.client.turn import warm_up
-from chainfed_ray.evaluation.early_exit import evaluate
+from chainfed_ray.evaluation.early_exit import predict_early_exit
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.admission import Admission
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
-from chainfed_ray.federation.prepare import Job, draft, prepare
+from chainfed_ray.federation.prepare import PlannedJob, plan_job, prepare_job
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.parse import parse_job
@@ -59,20 +59,20 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
-def _job(run: Run, scratch: Path) -> Job:
+def _job(run: Run, scratch: Path) -> PlannedJob:
     spec = parse_job(run.document)
     if run.able is None:
-        return prepare(spec, scratch)
-    job = draft(spec, scratch)
+        return prepare_job(spec, scratch)
+    job = plan_job(spec, scratch)
     admitted = tuple(pair for pair in job.admitted if pair[0].client_class == run.able)
     return replace(job, admission=Admission(admitted, (), job.admission.width))
 
 
-def _chain(run: Run, job: Job, log: Path, meter: Meter) -> dict[str, Any]:
+def _chain(run: Run, job: PlannedJob, log: Path, meter: Meter) -> dict[str, Any]:
     """A job as it runs anywhere, judged from time to time: each stack at the top of the window that was trained last."""
     pool = MeteredPool(LocalPool(job.base), meter)
     coordinator = Coordinator(job, pool, CommitLog(log))
-    opening = coordinator.open()
+    job_started = coordinator.open()
     due, curve = points(job.spec.rounds.total), list[Point]()
     for record in coordinator.rounds():
         if record.index + 1 in due:
@@ -80,27 +80,27 @@ def _chain(run: Run, job: Job, log: Path, meter: Meter) -> dict[str, Any]:
             cache = job.base.scratch / "(validation)"
             accuracy = record.kept_accuracy  # there is one when a stage ends
             if accuracy is None:
-                judgement = evaluate(job.validation, job.base, cache, coordinator.stack(), window)
+                judgement = predict_early_exit(job.validation, job.base, cache, coordinator.stack(), window)
                 accuracy = Score.of(judgement).accuracy
             curve.append(meter.point(accuracy))
     return {
         "accuracy": coordinator.finish().accuracy if run.tested else None,
         "validation_accuracy": curve[-1][4],
         "rounds": record.index + 1,
-        "start_layer": opening.start_layer,
-        "stages": opening.stages,
+        "start_layer": job_started.start_layer,
+        "stages": job_started.stages,
         "narrowest_window": pool.narrowest_window,
-        "left_out": len(opening.left_out),
+        "excluded": len(job_started.excluded),
         "curve": curve,
     }
 
 
-def _baseline(run: Run, job: Job, meter: Meter) -> dict[str, Any]:
+def _baseline(run: Run, job: PlannedJob, meter: Meter) -> dict[str, Any]:
     if run.kind == "lora":
         return _trained(run, job, Lora(job.base.folder, len(job.classes), job.spec.seed), meter)
     blocks = Blocks(job.base.folder, job.base.dtype)
     try:
-        features = Features(blocks, job.reads)
+        features = Features(blocks, job.head_layers)
         if run.kind == "probe":
             return _trained(run, job, Probe(features, len(job.classes)), meter)
         judge = (class_means if run.kind == "none" else discriminant_head)(job, features, meter)
@@ -109,7 +109,7 @@ def _baseline(run: Run, job: Job, meter: Meter) -> dict[str, Any]:
         blocks.close()
 
 
-def _trained(run: Run, job: Job, model: Model, meter: Meter) -> dict[str, Any]:
+def _trained(run: Run, job: PlannedJob, model: Model, meter: Meter) -> dict[str, Any]:
     due, curve = points(job.spec.rounds.total), list[Point]()
     for index in federated(job, model, meter):
         if index + 1 in due:
@@ -117,12 +117,12 @@ def _trained(run: Run, job: Job, model: Model, meter: Meter) -> dict[str, Any]:
     return _judged(run, job, model.accuracy, index + 1, curve)
 
 
-def _judged(run: Run, job: Job, judge: Callable[..., float], rounds: int, curve: list[Point]) -> dict[str, Any]:
+def _judged(run: Run, job: PlannedJob, judge: Callable[..., float], rounds: int, curve: list[Point]) -> dict[str, Any]:
     accuracy = judge(job.test) if run.tested else None
     return {"accuracy": accuracy, "validation_accuracy": curve[-1][4], "rounds": rounds, "curve": curve}
 
 
-def _whole_model_bytes(job: Job) -> int | None:
+def _whole_model_bytes(job: PlannedJob) -> int | None:
     rounds = job.spec.rounds
     client = max((candidate for candidate, _ in job.admitted), key=lambda candidate: candidate.examples.lengths.max())
     assert rounds.local_steps

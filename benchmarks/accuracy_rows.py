@@ -52,7 +52,7 @@ class Row:
     bytes_per_round: float = 0.0
     whole_model_bytes: int | None = None
     narrowest_window: int | None = None
-    left_out: int = 0
+    excluded: int = 0
     curve: tuple[Point, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 

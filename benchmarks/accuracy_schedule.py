@@ -44,8 +44,8 @@ class _Schedule:
             if len(self.running) == self._jobs:
                 return
             needs = self._study.needs(cell)
-            if lacking := next((need for need in needs if need in self._failed), None):
-                self._fail(cell, f"it needs {described(lacking)}")
+            if shortfall := next((need for need in needs if need in self._failed), None):
+                self._fail(cell, f"it needs {described(shortfall)}")
             elif all(self._rows.find(self._study.key(need)) for need in needs):
                 found = self._study.next(cell, self._rows)
                 if isinstance(found, Row):

@@ -24,10 +24,10 @@ from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.federation.cohort import Cohort
-from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import Head, Tensors
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.pooling import nothing_read, read_on
+from chainfed_ray.model.pooling import append_pooled, no_features
 from chainfed_ray.seeds import derive
 
 _BATCH = 32  # in evaluation, and where features are made
@@ -65,7 +65,7 @@ class Model(Protocol):
         ...
 
 
-def federated(job: Job, model: Model, meter: Meter) -> Iterator[int]:
+def federated(job: PlannedJob, model: Model, meter: Meter) -> Iterator[int]:
     """FedAvg of ``model`` for the rounds of the job; the index of each round when it is over."""
     spec = job.spec
     rounds, window = spec.rounds, Window(job.planner.task.start, job.layers - 1)
@@ -184,27 +184,27 @@ class Probe:
 class Features:
     """What a head reads of the frozen model: means over tokens of its last layers, [n, r, D]."""
 
-    def __init__(self, blocks: Blocks, reads: int) -> None:
-        self._blocks, self.reads = blocks, reads
+    def __init__(self, blocks: Blocks, head_layers: int) -> None:
+        self._blocks, self.head_layers = blocks, head_layers
         self._layers = [blocks.load_layer(index) for index in range(blocks.num_layers)]
         self.hidden_size = blocks.hidden_size
 
     @torch.no_grad()
     def of(self, examples: Examples) -> Tensor:
         """[n, r, D], in the order of ``examples``."""
-        means = torch.empty(len(examples), self.reads, self.hidden_size)
+        means = torch.empty(len(examples), self.head_layers, self.hidden_size)
         for indices in examples.by_length(_BATCH):
             batch = examples.batch(indices)
             hidden, calls = self._blocks.embed(batch.ids, batch.mask)
-            read = nothing_read(hidden)
+            pooled = no_features(hidden)
             for index, layer in enumerate(self._layers):
                 hidden = self._blocks.run(layer, hidden, calls[index])
-                read = read_on(read, hidden, batch.mask, self.reads)
-            means[torch.from_numpy(indices)] = read
+                pooled = append_pooled(pooled, hidden, batch.mask, self.head_layers)
+            means[torch.from_numpy(indices)] = pooled
         return means
 
 
-def class_means(job: Job, features: Features, meter: Meter) -> Callable[[Examples], float]:
+def class_means(job: PlannedJob, features: Features, meter: Meter) -> Callable[[Examples], float]:
     """No training: the mean feature of each class over every client's examples; the accuracy of the nearest mean."""
     counts = torch.zeros(len(job.classes), dtype=torch.float64)
     sums = torch.zeros(len(job.classes), features.hidden_size, dtype=torch.float64)
@@ -228,9 +228,9 @@ def class_means(job: Job, features: Features, meter: Meter) -> Callable[[Example
     return accuracy
 
 
-def discriminant_head(job: Job, features: Features, meter: Meter) -> Callable[[Examples], float]:
+def discriminant_head(job: PlannedJob, features: Features, meter: Meter) -> Callable[[Examples], float]:
     """No training: the head in closed form, from every client's sums over the frozen model's features (discriminant.py)."""
-    shape = len(job.classes), features.reads * features.hidden_size
+    shape = len(job.classes), features.head_layers * features.hidden_size
     total = ClassSums.zeros(*shape, torch.float64)
 
     def normed(examples: Examples) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.cluster import one_machine
 from benchmarks.shapes import EVALUATED, Shape
-from chainfed_ray.budget.demand import Costs
+from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.cluster.offload.build import ops_folder
 from chainfed_ray.cluster.offload.footprint import offload_footprint
@@ -27,13 +27,13 @@ from chainfed_ray.cluster.offload.model import OffloadedModel
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory, status
 from chainfed_ray.evaluation.evaluator import Evaluated, Evaluator
-from chainfed_ray.evaluation.predictions import Judgement, judge
-from chainfed_ray.evaluation.streaming_evaluator import StreamEvaluator
+from chainfed_ray.evaluation.predictions import Predictions, predict
+from chainfed_ray.evaluation.streaming_evaluator import StreamingEvaluator
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import costs_of
+from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.forward import embed, through_layers
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 
 _BOTTLENECK, _CLASSES = 64, 4
 _BATCHES, _EVALUATIONS = 2, 3  # the first of the evaluations loads the model, and is not counted
@@ -54,7 +54,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     """The cell's row."""
     torch.set_num_threads(1)
     shape = next(shape for shape in EVALUATED if shape.name == cell.shape)
-    base = BaseModel(Path(cell.folder), getattr(torch, shape.dtype), Path(cell.scratch))
+    base = ModelSource(Path(cell.folder), getattr(torch, shape.dtype), Path(cell.scratch))
     classes = None if shape.language_model else _CLASSES
     blocks = Blocks(base.folder, base.dtype)
     stacks = [
@@ -64,7 +64,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     examples = _examples(shape)
     engines: dict[str, Callable[[], Evaluator]] = {
         "resident": lambda: _Resident(base, examples, shape.batch),
-        "torch": lambda: StreamEvaluator(base, _costs(base, classes), {_SET: examples}),
+        "torch": lambda: StreamingEvaluator(base, _costs(base, classes), {_SET: examples}),
         "deepspeed": lambda: _Offloaded(base, _costs(base, classes), examples, shape),
         "deepspeed-run": lambda: _run(base, _costs(base, classes), examples, shape.batch),
     }
@@ -75,9 +75,9 @@ def measure(cell: Cell) -> dict[str, Any]:
         evaluator = make()
         try:
             started = perf_counter()
-            first = evaluator.judge(stacks[0], _SET)
+            first = evaluator.evaluate(stacks[0], _SET)
             first_seconds = perf_counter() - started
-            later = [evaluator.judge(stack, _SET) for stack in stacks[1:]]
+            later = [evaluator.evaluate(stack, _SET) for stack in stacks[1:]]
         finally:
             evaluator.close()
     seconds = sum(found.forward_seconds for found in later) / len(later)
@@ -110,7 +110,7 @@ class _Resident:
 
     engine = "resident"
 
-    def __init__(self, base: BaseModel, examples: Examples, batch: int) -> None:
+    def __init__(self, base: ModelSource, examples: Examples, batch: int) -> None:
         self._examples, self._batch = examples, batch
         with PeakMemory() as self._loading:
             self._blocks = Blocks(base.folder, base.dtype)
@@ -118,16 +118,16 @@ class _Resident:
         _PROCESS.look()
 
     @torch.no_grad()
-    def judge(self, stack: AdapterStack, examples: str) -> Evaluated:
+    def evaluate(self, stack: AdapterStack, examples: str) -> Evaluated:
         blocks, matrices = self._blocks, self._blocks.reader()
-        judgement = Judgement.blank(len(self._examples))
+        judgement = Predictions.blank(len(self._examples))
         started = perf_counter()
         with PeakMemory() as peak:
             for indices in self._examples.by_length(self._batch):
                 batch = self._examples.batch(indices)
                 states, calls = embed(blocks, batch)
                 states = through_layers(blocks, stack, enumerate(self._layers), calls, states, batch.mask)
-                judgement.put(torch.from_numpy(indices), judge(blocks, stack, states, batch, matrices))
+                judgement.put(torch.from_numpy(indices), predict(blocks, stack, states, batch, matrices))
         seconds = perf_counter() - started
         _PROCESS.look()
         matrices.close()
@@ -143,7 +143,7 @@ class _Offloaded:
 
     engine = "deepspeed"
 
-    def __init__(self, base: BaseModel, costs: Costs, examples: Examples, shape: Shape) -> None:
+    def __init__(self, base: ModelSource, costs: MemoryProfile, examples: Examples, shape: Shape) -> None:
         blocks = Blocks(base.folder, base.dtype)
         self._planned = offload_footprint(blocks, costs, 1, shape.batch, shape.tokens).total
         self._examples, self._batch = examples, shape.batch
@@ -152,11 +152,11 @@ class _Offloaded:
         )
         self._model: OffloadedModel | None = None
 
-    def judge(self, stack: AdapterStack, examples: str) -> Evaluated:
+    def evaluate(self, stack: AdapterStack, examples: str) -> Evaluated:
         started = perf_counter()
         if self._model is None:
             self._model = self._make()
-        share = self._model.judge(stack, self._examples, self._batch)
+        share = self._model.evaluate(stack, self._examples, self._batch)
         _PROCESS.look()
         return Evaluated(
             share.judgement, perf_counter() - started, share.forward_seconds, self._planned, share.peak_bytes
@@ -167,7 +167,7 @@ class _Offloaded:
             self._model.close()
 
 
-def _run(base: BaseModel, costs: Costs, examples: Examples, batch: int) -> Evaluator:
+def _run(base: ModelSource, costs: MemoryProfile, examples: Examples, batch: int) -> Evaluator:
     from chainfed_ray.cluster.offload.evaluator import make_evaluator
 
     made = make_evaluator(base, costs, {_SET: examples}, batch_size=batch)
@@ -176,10 +176,10 @@ def _run(base: BaseModel, costs: Costs, examples: Examples, batch: int) -> Evalu
     return made
 
 
-def _costs(base: BaseModel, classes: int | None) -> Costs:
+def _costs(base: ModelSource, classes: int | None) -> MemoryProfile:
     blocks = Blocks(base.folder, base.dtype)
     try:
-        return costs_of(blocks, _BOTTLENECK, classes)
+        return memory_profile_of(blocks, _BOTTLENECK, classes)
     finally:
         blocks.close()
 

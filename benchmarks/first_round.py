@@ -17,7 +17,7 @@ from benchmarks.cell_process import Row
 from benchmarks.corpora import NAMES, named
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.command.training import folder_of, train
-from chainfed_ray.api.report.progress import Progress
+from chainfed_ray.api.report.progress import ProgressDisplay
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
@@ -59,7 +59,7 @@ def _rows(spec: JobSpec) -> list[Row]:
     command = psutil.Process().create_time()
     began: dict[str, float] = {}
 
-    class Watch(Progress):
+    class Watch(ProgressDisplay):
         """Notes when each activity begins, and ends the job with its first round."""
 
         def listen(self, activity: Activity) -> None:

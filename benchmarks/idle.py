@@ -45,9 +45,9 @@ def _rows(name: str, scratch: Path) -> Iterator[Row]:
     from chainfed_ray.cluster.pool.actors import ClientActor
     from chainfed_ray.cluster.resources import of_client
     from chainfed_ray.hub import resolve
-    from chainfed_ray.model.source import BaseModel
+    from chainfed_ray.model.source import ModelSource
 
-    base = BaseModel(resolve(name), torch.float32, scratch)
+    base = ModelSource(resolve(name), torch.float32, scratch)
     loads: dict[str, Callable[[], None]] = {
         "a worker of Ray": _load_nothing,
         "with torch": _load_torch,

@@ -19,8 +19,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
 
 from benchmarks.shapes import SHAPES, Shape
-from chainfed_ray.budget.demand import Costs
-from chainfed_ray.budget.planner import Footprint, Grain, Means, Plan, Task, footprint, plan
+from chainfed_ray.budget.demand import MemoryProfile
+from chainfed_ray.budget.planner import (
+    ClientResources,
+    Footprint,
+    TurnPlan,
+    TurnRequirements,
+    WeightPlacement,
+    footprint,
+    plan,
+)
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, Training, Update
 from chainfed_ray.client.turn import take_turn, warm_up
@@ -28,15 +36,15 @@ from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.model.adapters import Adapter, AdapterStack, Head
 from chainfed_ray.model.blocks import Blocks, find_layers
-from chainfed_ray.model.costs import costs_of
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.costs import memory_profile_of
+from chainfed_ray.model.source import ModelSource
 
 _BOTTLENECK, _CLASSES, _LAMBDA = 64, 4, 0.1
 _STEPS = 3  # of a turn that is timed, against a turn of one
-_WAYS: dict[str, tuple[Grain, bool]] = {
-    "chain": ("matrix", True),
-    "chain-streamed": ("matrix", False),
-    "chain-resident": ("layer", False),
+_WAYS: dict[str, tuple[WeightPlacement, bool]] = {
+    "chain": ("streamed", True),
+    "chain-streamed": ("streamed", False),
+    "chain-resident": ("resident", False),
 }
 
 
@@ -56,7 +64,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     """The cell's row."""
     torch.set_num_threads(1)
     shape = SHAPES[cell.shape]
-    base = BaseModel(Path(cell.folder), getattr(torch, shape.dtype), Path(cell.scratch))
+    base = ModelSource(Path(cell.folder), getattr(torch, shape.dtype), Path(cell.scratch))
     warm_up(base)
     if cell.method in ("end-to-end", "checkpointed"):
         return _end_to_end(shape, base.folder, checkpointed=cell.method == "checkpointed")
@@ -107,15 +115,19 @@ def _followed(forward: Callable[..., Any], adapter: Adapter, checkpointed: bool)
     return lambda *args, **kwargs: checkpoint(both, *args, use_reentrant=False, **kwargs)
 
 
-def _chain(shape: Shape, base: BaseModel, width: int, grain: Grain, spilled: bool) -> dict[str, Any]:
+def _chain(
+    shape: Shape, base: ModelSource, width: int, weights: WeightPlacement, activations_offloaded: bool
+) -> dict[str, Any]:
     """A step of the chain's lowest window, above which there are the most adapters; its prefix is in the cache."""
     costs, task, means = _facts(shape, base, memory=2**40)
     window = Window(0, width - 1)
-    parts = footprint(costs, task, window, shape.batch, shape.tokens, grain, spilled)
+    parts = footprint(costs, task, window, shape.batch, shape.tokens, weights, activations_offloaded)
     unbounded = plan(costs, task, window, means)
     assert unbounded
     # The prefix is measured with whole turns: here it is made before, and costs nothing.
-    made = Plan(window, shape.batch, grain, spilled, replace(unbounded.prefix, planned_bytes=0), parts, 0)
+    made = TurnPlan(
+        window, shape.batch, weights, activations_offloaded, replace(unbounded.prefix, planned_bytes=0), parts, 0
+    )
     client = Client("client", "client", _examples(shape), 2**40, made, 2**40)
     _step(client, base, shape, window, epochs=1)
     one = _step(client, base, shape, window, epochs=1)
@@ -130,7 +142,7 @@ def _chain(shape: Shape, base: BaseModel, width: int, grain: Grain, spilled: boo
     }
 
 
-def _turn(shape: Shape, base: BaseModel, width: int, budget: int) -> dict[str, Any]:
+def _turn(shape: Shape, base: ModelSource, width: int, budget: int) -> dict[str, Any]:
     """A whole turn under the cap: the prefix of the second window is made, the window trained, the update sent."""
     costs, task, means = _facts(shape, base, memory=budget)
     window = Window(1, width)
@@ -151,26 +163,26 @@ def _turn(shape: Shape, base: BaseModel, width: int, budget: int) -> dict[str, A
         "plan": {
             "window": [made.window.bottom, made.window.top],
             "micro_batch": made.micro_batch,
-            "grain": made.grain,
-            "spilled": made.spilled,
+            "weights": made.weights,
+            "activations_offloaded": made.activations_offloaded,
             "prefix": asdict(made.prefix),
         },
     }
 
 
-def _facts(shape: Shape, base: BaseModel, memory: int) -> tuple[Costs, Task, Means]:
+def _facts(shape: Shape, base: ModelSource, memory: int) -> tuple[MemoryProfile, TurnRequirements, ClientResources]:
     blocks = Blocks(base.folder, base.dtype)
     try:
-        costs = costs_of(blocks, _BOTTLENECK, None if shape.language_model else _CLASSES)
+        costs = memory_profile_of(blocks, _BOTTLENECK, None if shape.language_model else _CLASSES)
     finally:
         blocks.close()
-    task = Task(start=0, batch_size=shape.batch, epochs=1, looks_ahead=True, trains_above=False, profiles=0)
-    means = Means(memory, shape.tokens, cached=True, spill=None, batch=shape.batch, one_step=False)
+    task = TurnRequirements(start=0, batch_size=shape.batch, epochs=1, looks_ahead=True, trains_above=False, profiles=0)
+    means = ClientResources(memory, shape.tokens, cached=True, spill=None, batch=shape.batch, one_step=False)
     return costs, task, means
 
 
 def _step(
-    client: Client, base: BaseModel, shape: Shape, window: Window, epochs: int, capped: bool = False
+    client: Client, base: ModelSource, shape: Shape, window: Window, epochs: int, capped: bool = False
 ) -> tuple[Update, float]:
     """A turn of so many steps; its update, and its seconds of CPU time."""
     blocks = Blocks(base.folder, base.dtype)
@@ -197,7 +209,7 @@ def _step(
     return update, process_time() - started
 
 
-def _floor(parts: Footprint, costs: Costs, shape: Shape) -> int:
+def _floor(parts: Footprint, costs: MemoryProfile, shape: Shape) -> int:
     """What must be there at this grain, whatever the activations: weights, what is trained, a batch in and a batch out."""
     rows = shape.batch * shape.tokens * costs.hidden * costs.itemsize
     held = parts.layer_weights + parts.buffers + parts.adapters + parts.head + parts.gradients + parts.optimizer

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 
 from benchmarks.accuracy_protocols import Point, Spent
-from chainfed_ray.client.messages import Client, Order, Profile, Result, Training, Update
+from chainfed_ray.client.messages import Client, Profile, Training, TurnOrder, TurnResult, Update
 from chainfed_ray.federation.pool import ClientPool, Failure, Outcome
 
 
@@ -46,7 +46,7 @@ class MeteredPool:
         self._pool, self._meter = pool, meter
         self.narrowest_window: int | None = None
 
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+    def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """As the pool does.
 
         Raises:
@@ -73,11 +73,10 @@ class MeteredPool:
         self._pool.close()
 
 
-def _spent(client: Client, order: Order, result: Result) -> Spent:
-    if isinstance(result, Profile):
-        sent = 8 * len(result.similarities)
-    else:
-        sent = sum(tensor.nbytes for tensor in result.tensors.values())
+def _spent(client: Client, order: TurnOrder, result: TurnResult) -> Spent:
+    sent = (
+        8 * len(result.cka) if isinstance(result, Profile) else sum(tensor.nbytes for tensor in result.tensors.values())
+    )
     stage = order.window.bottom if isinstance(order, Training) else None
     steps = result.steps if isinstance(result, Update) else 0
     return Spent(client.name, stage, steps, result.cpu_seconds, sent)

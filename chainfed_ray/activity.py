@@ -41,7 +41,7 @@ Note = Callable[[str | None], None]
 """Is told what the present activity waits for; None once that is over."""
 
 
-def nobody(_: Activity) -> None:
+def no_listener(_: Activity) -> None:
     """The listener where nobody listens."""
 
 
@@ -50,7 +50,7 @@ class Reporter:
     """Tells ``listen`` how far the work called ``what`` is."""
 
     what: str = ""
-    listen: Listener = nobody
+    listen: Listener = no_listener
 
     def begin(self) -> None:
         """Tell of work of which nobody knows how far it is, until it is over."""
@@ -78,7 +78,7 @@ class Reporter:
 
         An item is done when the next one is asked for. None is held on to while the next one is made: it may be large.
         """
-        if self.listen is nobody or not total:
+        if self.listen is no_listener or not total:
             yield from items
             return
         tell, done = self.count(total, unit), 0

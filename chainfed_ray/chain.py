@@ -81,11 +81,11 @@ class Chain:
         return windows[(round_index - total) % len(windows)]
 
 
-def start_below(similarities: tuple[float, ...], threshold: float, width: int) -> int:
+def start_below(cka: tuple[float, ...], threshold: float, width: int) -> int:
     """The first layer whose similarity to the embedding output is below ``threshold`` (FOAT, paper section 3.4).
 
     Never so high that no window fits; that highest start is also taken where every layer is above the threshold.
     """
-    highest = len(similarities) - width
-    below = (layer for layer, similarity in enumerate(similarities) if similarity < threshold)
+    highest = len(cka) - width
+    below = (layer for layer, similarity in enumerate(cka) if similarity < threshold)
     return min(next(below, highest), highest)

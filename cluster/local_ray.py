@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 
-from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.cluster.resources import of_one_machine
 from chainfed_ray.cluster.storage import Settings
 
 
 @contextmanager
-def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listener = nobody) -> Iterator[None]:
+def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listener = no_listener) -> Iterator[None]:
     """Start Ray with ``environment`` in every process of it. Its ports answer to nobody without its secret.
 
     Ray reads its secret when it is first imported, so nothing may have imported it before. What it has to say stays in its

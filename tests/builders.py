@@ -16,14 +16,14 @@ from rich.console import Console
 from torch import Tensor
 
 from chainfed_ray.aggregation.privacy import Noise
-from chainfed_ray.api.report.progress import Progress
+from chainfed_ray.api.report.progress import ProgressDisplay
 from chainfed_ray.chain import Window
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import ClientPool, LocalPool
-from chainfed_ray.federation.prepare import Job, prepare
+from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import Admitted, Ending, LeftOut, Opening, Round, Turn
+from chainfed_ray.records.rounds import AdmittedClient, ExcludedClient, JobFinished, JobStarted, Round, Turn
 from chainfed_ray.spec.parse import parse_job
 
 MIB = 2**20
@@ -56,12 +56,12 @@ SPEC = parse_job(
 PRIVACY = {"clip": 0.5, "noise_multiplier": 0.8}
 
 
-def a_job(document: dict[str, Any], folder: Path) -> Job:
+def a_job(document: dict[str, Any], folder: Path) -> PlannedJob:
     """The prepared job of ``document``."""
-    return prepare(parse_job(document), folder / "scratch")
+    return prepare_job(parse_job(document), folder / "scratch")
 
 
-def like(job: Job, folder: Path, **sections: Any) -> Job:
+def like(job: PlannedJob, folder: Path, **sections: Any) -> PlannedJob:
     """The same rows with other keys, and disk of its own; only for keys that no plan follows from."""
     document = job.spec.document()
     for section, keys in sections.items():
@@ -123,7 +123,7 @@ def rows_in(folder: Path, form: str) -> str:
 # --- runs ----------------------------------------------------------------------------------------------------------------
 
 
-def run(job: Job, folder: Path, pool: ClientPool | None = None) -> tuple[Coordinator, Tensors]:
+def run(job: PlannedJob, folder: Path, pool: ClientPool | None = None) -> tuple[Coordinator, Tensors]:
     """The job from its first round to its end: its coordinator, and the stack that it came to."""
     coordinator = Coordinator(job, pool or LocalPool(job.base), CommitLog(folder))
     list(coordinator.rounds())
@@ -131,7 +131,7 @@ def run(job: Job, folder: Path, pool: ClientPool | None = None) -> tuple[Coordin
     return coordinator, coordinator.stack().tensors()
 
 
-def run_some(job: Job, folder: Path, rounds: int) -> None:
+def run_some(job: PlannedJob, folder: Path, rounds: int) -> None:
     """The first ``rounds`` of a job whose coordinator is then no more."""
     records = Coordinator(job, LocalPool(job.base), log := CommitLog(folder)).rounds()
     for _ in range(rounds):
@@ -168,43 +168,44 @@ def story(folder: Path) -> list[dict[str, Any]]:
 # --- records -------------------------------------------------------------------------------------------------------------
 
 FLEET = (("watch", 24, 2), ("phone", 64, 8), ("laptop", 256, 3), ("silo", 1024, 1))
-ENDING = Ending(accuracy=0.728, loss=0.8, rounds=3, peak_bytes={"phone": 25 * MIB})
+FINISHED = JobFinished(accuracy=0.728, loss=0.8, rounds=3, peak_bytes={"phone": 25 * MIB})
 
 
-def an_opening(layers: int = 6, start: int = 2, fleet: tuple[tuple[str, int, int], ...] = FLEET) -> Opening:
+def a_start(layers: int = 6, start: int = 2, fleet: tuple[tuple[str, int, int], ...] = FLEET) -> JobStarted:
     """Everybody with 32 MiB or more takes part."""
     clients = [(f"{name}-{index}", name, memory * MIB) for name, memory, count in fleet for index in range(count)]
-    return Opening(
+    return JobStarted(
         admitted=tuple(
-            Admitted(
+            AdmittedClient(
                 client=client, client_class=name, examples=100, budget_bytes=budget,
-                planned_bytes=30 * MIB, disk_bytes=3 * MIB, window=2, micro_batch=16, grain="layer", spilled=False,
-                cached=True,
+                planned_bytes=30 * MIB, disk_bytes=3 * MIB, window=2, micro_batch=16, weights="resident",
+                activations_offloaded=False, cached=True,
             )
             for client, name, budget in clients if budget >= 32 * MIB
         ),
-        left_out=tuple(
-            LeftOut(client=client, client_class=name, budget_bytes=budget, lacking_bytes=8 * MIB, reason="too small")
+        excluded=tuple(
+            ExcludedClient(client=client, client_class=name, budget_bytes=budget, shortfall_bytes=8 * MIB, reason="too small")
             for client, name, budget in clients if budget < 32 * MIB
         ),
-        layers=layers, start_layer=start, window=2, similarities=tuple(1 - 0.12 * layer for layer in range(layers)), lost=(),
+        layers=layers, start_layer=start, window=2, cka=tuple(1 - 0.12 * layer for layer in range(layers)), failed_turns=(),
         stages=layers - start - 1, total_rounds=20, partition_hash="0" * 64,
     )  # fmt: skip
 
 
-def a_round(index: int, opening: Opening, **changes: Any) -> Round:
+def a_round(index: int, job_started: JobStarted, **changes: Any) -> Round:
     """A round of the first stage, if ``changes`` do not say otherwise, in which the first three clients took part."""
     bottom = changes.get("bottom", 2)
     turns = tuple(
         Turn(
             client=client.client, client_class=client.client_class, examples=100, loss=1.0, steps=7, seconds=2.0,
-            cpu_seconds=1.5, bottom=bottom, micro_batch=client.micro_batch, grain=client.grain, spilled=client.spilled,
-            budget_bytes=client.budget_bytes, planned_bytes=client.planned_bytes, peak_bytes=25 * MIB, sent_bytes=1000,
+            cpu_seconds=1.5, bottom=bottom, micro_batch=client.micro_batch, weights=client.weights,
+            activations_offloaded=client.activations_offloaded, budget_bytes=client.budget_bytes, planned_bytes=client.planned_bytes,
+            peak_bytes=25 * MIB, sent_bytes=1000,
         )
-        for client in opening.admitted[:3]
+        for client in job_started.admitted[:3]
     )  # fmt: skip
     fields: dict[str, Any] = {
-        "index": index, "stage": 0, "bottom": 2, "top": 3, "turns": turns, "lost": (), "counted": True,
+        "index": index, "stage": 0, "bottom": 2, "top": 3, "turns": turns, "failed_turns": (), "counted": True,
         "train_loss": 1.0, "held_out_loss": 1.0, "accuracy": 0.5 + index / 100, "movement": None, "ended": None,
         "seconds": 4.0,
     }  # fmt: skip
@@ -216,8 +217,8 @@ def a_console(terminal: bool = False) -> Console:
     return Console(width=80, force_terminal=terminal, record=True, file=io.StringIO(), highlight=False)
 
 
-def told(progress: Progress, opening: Opening, rounds: list[Round]) -> None:
+def told(progress: ProgressDisplay, job_started: JobStarted, rounds: list[Round]) -> None:
     """Show a job's opening, and then its rounds."""
-    progress.opening(opening)
+    progress.job_started(job_started)
     for record in rounds:
         progress.round(record)

@@ -11,7 +11,7 @@ from chainfed_ray.activity import Note
 from chainfed_ray.cluster.offload.build import are_built, ops_folder
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.resources import of_one_machine
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 
 needs_ops = pytest.mark.skipif(not are_built(ops_folder()), reason="DeepSpeed's libraries are not built; `make ops`")
 
@@ -34,7 +34,7 @@ def one_machine() -> Iterator[None]:
 
 
 @contextmanager
-def a_pool(base: BaseModel, slots: int, note: Note = lambda words: None) -> Iterator[RayPool]:
+def a_pool(base: ModelSource, slots: int, note: Note = lambda words: None) -> Iterator[RayPool]:
     """A pool with processes of its own."""
     pool = RayPool(base, slots, note)
     try:

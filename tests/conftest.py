@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from chainfed_ray.budget.demand import Costs
+from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.federation import prepare as job
-from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.forecast import dry_run
 from chainfed_ray.hub import resolve
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import costs_of
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.costs import memory_profile_of
+from chainfed_ray.model.source import ModelSource
 from tests.builders import a_document, a_job, smallest_budget
 from tests.cluster import a_pool, one_machine
 from tests.models import tiny
@@ -52,14 +52,14 @@ def quick_collections() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def models_are_rehearsed_once() -> Iterator[None]:
     """A job begins with seconds of arithmetic on its model; what comes of them is the same for the same model."""
-    known = dict[tuple[object, ...], Costs]()
+    known = dict[tuple[object, ...], MemoryProfile]()
 
-    def costs_once(blocks: Blocks, bottleneck: int, classes: int | None, reads: int) -> Costs:
+    def costs_once(blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int) -> MemoryProfile:
         weights = tuple(header_of(path) for path in sorted(blocks.folder.glob("*.safetensors")))
         config = (blocks.folder / "config.json").read_bytes()
-        key = (config, weights, blocks.dtype, bottleneck, classes, reads)
+        key = (config, weights, blocks.dtype, bottleneck, classes, head_layers)
         if key not in known:
-            known[key] = costs_of(blocks, bottleneck, classes, reads)
+            known[key] = memory_profile_of(blocks, bottleneck, classes, head_layers)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -102,7 +102,7 @@ def document(tiny_model_folder: Path, tiny_data: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def mixed(document: dict[str, Any], tmp_path: Path) -> Job:
+def mixed(document: dict[str, Any], tmp_path: Path) -> PlannedJob:
     """Two clients that can hold a window of 3, and two that can hold one adapter of it."""
     document["chain"] |= {"window": 3, "start": 1, "adapter": {"bottleneck": 4096}}
     document["rounds"] |= {"total": 1, "clients": 4, "quorum": 4}
@@ -125,7 +125,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shared_pool(cluster: None, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayPool]:
     """A pool of two processes for jobs on the tiny model: a process takes ten seconds to start."""
-    with a_pool(BaseModel(tiny_model_folder, torch.float32, tmp_path_factory.mktemp("shared")), slots=2) as pool:
+    with a_pool(ModelSource(tiny_model_folder, torch.float32, tmp_path_factory.mktemp("shared")), slots=2) as pool:
         yield pool
 
 

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,13 +18,12 @@ from chainfed_ray.budget import server
 from chainfed_ray.chain import Window
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.evaluation.streaming_evaluator import StreamEvaluator
-from chainfed_ray.federation.evaluation import Judging
-from chainfed_ray.federation.prepare import Job
+from chainfed_ray.evaluation.streaming_evaluator import StreamingEvaluator
+from chainfed_ray.federation.evaluation import ServerEvaluation
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import costs_of
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.costs import memory_profile_of
+from chainfed_ray.model.source import ModelSource
 
 _SIZES = {
     "hidden_size": 1024,
@@ -41,7 +40,7 @@ def main(folder: Path, family: str) -> None:
     kind = AutoModelForCausalLM if causal else AutoModel
     kind.from_config(AutoConfig.for_model(family, pad_token_id=0, **_SIZES)).save_pretrained(folder / "model")
     blocks = Blocks(folder / "model", torch.float32)
-    costs = costs_of(blocks, bottleneck=64, classes=None if causal else 8)
+    costs = memory_profile_of(blocks, bottleneck=64, classes=None if causal else 8)
     blocks.close()
     generator = np.random.default_rng(0)
     examples = Examples(
@@ -52,15 +51,15 @@ def main(folder: Path, family: str) -> None:
     with torch.no_grad():
         for parameter in stack.parameters():  # fresh ones do nothing
             parameter.add_(torch.randn(parameter.shape) * 0.02)
-    warm_up(BaseModel(folder / "model", torch.float32, folder / "warm"))
-    for way, most in (("layer", server.SERVER_LAYERS), ("matrix", 0)):
+    warm_up(ModelSource(folder / "model", torch.float32, folder / "warm"))
+    for way, most in (("resident", server.SERVER_LAYERS), ("streamed", 0)):
         server.SERVER_LAYERS = most
-        base = BaseModel(folder / "model", torch.float32, folder / way)
+        base = ModelSource(folder / "model", torch.float32, folder / way)
         job = SimpleNamespace(base=base, validation=examples, planner=SimpleNamespace(costs=costs))
-        evaluator = StreamEvaluator(base, costs, {"validation": examples})
+        evaluator = StreamingEvaluator(base, costs, {"validation": examples})
         # Of the third layer with the two above it, which are resident all at once where layers are whole.
-        score, exit_took = Judging(cast("Job", job), evaluator).early_exit(stack, Window(1, 3))
-        whole = evaluator.judge(stack, "validation")
+        score, exit_took = ServerEvaluation(cast("Any", job), evaluator).early_exit(stack, Window(1, 3))
+        whole = evaluator.evaluate(stack, "validation")
         document = {
             "early_exit": [exit_took.planned_bytes, exit_took.peak_bytes],
             "whole": [whole.planned_bytes, whole.peak_bytes],

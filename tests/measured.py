@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from chainfed_ray.budget.demand import Costs
-from chainfed_ray.budget.planner import Task
+from chainfed_ray.budget.demand import MemoryProfile
+from chainfed_ray.budget.planner import TurnRequirements
 from chainfed_ray.chain import Window
-from chainfed_ray.client.messages import Fitting, Order, Training
+from chainfed_ray.client.messages import Fitting, Training, TurnOrder
 from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.federation.admission import Candidate, Planner
 from chainfed_ray.federation.prepare import as_client
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import costs_of
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.costs import memory_profile_of
+from chainfed_ray.model.source import ModelSource
 
 MIB = 2**20
 _SIZES = {
@@ -69,10 +69,10 @@ def main(folder: Path, family: str) -> None:
     config = AutoConfig.for_model(name, pad_token_id=0, **sizes)
     kind = AutoModelForCausalLM if is_lm else AutoModel
     kind.from_config(config, dtype=dtype).save_pretrained(folder / "model")
-    base = BaseModel(folder / "model", dtype, folder / "scratch")
+    base = ModelSource(folder / "model", dtype, folder / "scratch")
     classes = None if is_lm else 8
     blocks = Blocks(base.folder, base.dtype)
-    costs = costs_of(blocks, 64, classes, reads=1 if is_lm else 2)
+    costs = memory_profile_of(blocks, 64, classes, head_layers=1 if is_lm else 2)
     blocks.close()
     warm_up(base)
     for shape in grid(family):
@@ -80,7 +80,7 @@ def main(folder: Path, family: str) -> None:
 
 
 def measure(
-    base: BaseModel, costs: Costs, batch: int, tokens: int, width: int, budget: int, classes: int | None
+    base: ModelSource, costs: MemoryProfile, batch: int, tokens: int, width: int, budget: int, classes: int | None
 ) -> dict[str, object]:
     """One turn of two steps, of the second window: two layers below it are run."""
     generator = np.random.default_rng(0)
@@ -88,14 +88,18 @@ def measure(
     examples = Examples(ids, np.arange(2 * batch + 1) * tokens, generator.integers(0, 8, 2 * batch))
     examples = replace(examples, targets=examples.every_token)
     fits = classes is not None
-    task = Task(start=0, batch_size=batch, epochs=1, looks_ahead=True, trains_above=False, profiles=0, fits_head=fits)
+    task = TurnRequirements(
+        start=0, batch_size=batch, epochs=1, looks_ahead=True, trains_above=False, profiles=0, fits_head=fits
+    )
     planner = Planner(costs, task)
     candidate = Candidate(f"{batch}-{tokens}-{width}-{budget}", "any", examples, budget, None)
     stage = Window(1, width)
     plan = planner.plan(candidate, stage)
     assert plan is not None
     order = Training(
-        AdapterStack.new(range(costs.layers), costs.hidden, 64, classes, seed=0, reads=costs.reads).tensors(),
+        AdapterStack.new(
+            range(costs.layers), costs.hidden, 64, classes, seed=0, head_layers=costs.head_layers
+        ).tensors(),
         stage,
         epochs=1,
         batch_size=batch,
@@ -114,11 +118,18 @@ def measure(
 
     client = as_client(candidate, plan, plan.planned_bytes)
     # The first turn makes the prefix, and the plan holds for whichever needs more.
-    orders: list[Callable[[], Order]] = [lambda: Fitting(fetch().tensors, stage), fetch] if fits else [fetch]
+    orders: list[Callable[[], TurnOrder]] = [lambda: Fitting(fetch().tensors, stage), fetch] if fits else [fetch]
     peaks = [take_turn(client, base, order, capped=True).peak_bytes for order in orders]
     return {
         "shape": [batch, tokens, width, budget // MIB],
-        "way": [len(plan.window), plan.micro_batch, plan.grain, plan.spilled, plan.prefix.batch, plan.prefix.grain],
+        "way": [
+            len(plan.window),
+            plan.micro_batch,
+            plan.weights,
+            plan.activations_offloaded,
+            plan.prefix.batch,
+            plan.prefix.weights,
+        ],
         "planned": plan.planned_bytes,
         "measured": max(peak for peak in peaks if peak is not None),
     }

@@ -91,9 +91,9 @@ def chain_outputs(blocks: Blocks, stack: AdapterStack, ids: Tensor, mask: Tensor
     return outputs
 
 
-def a_stack(layers: range, seed: int = 0, reads: int = 1) -> AdapterStack:
+def a_stack(layers: range, seed: int = 0, head_layers: int = 1) -> AdapterStack:
     """Adapters that are far from the identity."""
-    stack = AdapterStack.new(layers, 32, 4, 2, seed, reads)
+    stack = AdapterStack.new(layers, 32, 4, 2, seed, head_layers)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in stack.parameters():
@@ -103,7 +103,7 @@ def a_stack(layers: range, seed: int = 0, reads: int = 1) -> AdapterStack:
 
 def a_saved_stack(folder: Path, layers: tuple[int, ...] = (1, 2, 3), classes: int = 3, seed: int = 0) -> SavedStack:
     """A stack in which no value is one that could hide a mistake; another seed's head reads another number of layers."""
-    stack = AdapterStack.new(layers, 32, 8, classes, seed, reads=3 - seed % 3)
+    stack = AdapterStack.new(layers, 32, 8, classes, seed, head_layers=3 - seed % 3)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in stack.parameters():

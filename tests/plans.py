@@ -5,22 +5,22 @@ from dataclasses import replace
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from chainfed_ray.budget.demand import NOTHING, Bytes, Costs, Demand, StepDemands
-from chainfed_ray.budget.planner import Grain, Means, Task, lacking
+from chainfed_ray.budget.demand import NOTHING, BytePolynomial, MemoryProfile, PartMemory, StepMemory
+from chainfed_ray.budget.planner import ClientResources, TurnRequirements, WeightPlacement, shortfall
 from chainfed_ray.chain import Window
 
 LAYERS, HIDDEN, ITEMSIZE = 6, 16, 4
 ROW = HIDDEN * ITEMSIZE
-WAYS: tuple[tuple[Grain, bool], ...] = (("layer", False), ("matrix", False), ("matrix", True))
+WAYS: tuple[tuple[WeightPlacement, bool], ...] = (("resident", False), ("streamed", False), ("streamed", True))
 
 
-def demand(saved: int, constant: int, forward: int, backward: int, squares: int) -> Demand:
+def demand(saved: int, constant: int, forward: int, backward: int, squares: int) -> PartMemory:
     """A part that keeps ``saved`` bytes of a token, and has so many more in its hands meanwhile, beside input and output."""
 
-    def terms(*, per_token: int, own: int, per_pair: int) -> Bytes:
-        return Bytes(((own, 0, 0), (0, per_token, per_pair)))
+    def terms(*, per_token: int, own: int, per_pair: int) -> BytePolynomial:
+        return BytePolynomial(((own, 0, 0), (0, per_token, per_pair)))
 
-    return Demand(
+    return PartMemory(
         saved=terms(per_token=saved, own=constant, per_pair=squares),
         forward=(
             terms(per_token=2 * ROW + saved + forward, own=constant, per_pair=squares),
@@ -30,10 +30,10 @@ def demand(saved: int, constant: int, forward: int, backward: int, squares: int)
     )
 
 
-def on_disk(part: Demand) -> Demand:
+def on_disk(part: PartMemory) -> PartMemory:
     """The same part with what it saved on disk: read again in the backward pass, half of it at a time at the most."""
     per_token = 2 * ROW + part.saved.terms[1][1] // 2
-    return replace(part, saved=NOTHING, backward=(Bytes(((0, 0, 0), (0, per_token, part.saved.terms[1][2]))),))
+    return replace(part, saved=NOTHING, backward=(BytePolynomial(((0, 0, 0), (0, per_token, part.saved.terms[1][2]))),))
 
 
 def few(most: int) -> st.SearchStrategy[int]:
@@ -44,11 +44,11 @@ demands = st.builds(demand, few(12 * ROW), few(200), few(4 * ROW), few(4 * ROW),
 
 
 @st.composite
-def all_costs(draw: st.DrawFn) -> Costs:
+def all_costs(draw: st.DrawFn) -> MemoryProfile:
     """Of base models large and small beside their activations and the buffers of streamed matrices."""
     layer = draw(st.integers(1, 10**7))
-    kept = StepDemands(draw(demands), draw(demands), draw(demands), draw(demands))
-    return Costs(
+    kept = StepMemory(draw(demands), draw(demands), draw(demands), draw(demands))
+    return MemoryProfile(
         layers=LAYERS,
         hidden=HIDDEN,
         itemsize=draw(st.sampled_from([2, ITEMSIZE])),
@@ -57,25 +57,25 @@ def all_costs(draw: st.DrawFn) -> Costs:
         slices=draw(few(10**6)),
         conversion=draw(few(10**5)),
         skeleton=draw(few(10**5)),
-        call=Bytes(((0, draw(few(64)), 0), (0, 0, draw(few(4))))),
+        call=BytePolynomial(((0, draw(few(64)), 0), (0, 0, draw(few(4))))),
         adapter=draw(st.integers(1, 10**6)),
         head=draw(few(10**4)),
-        reads=draw(st.integers(1, LAYERS)),
+        head_layers=draw(st.integers(1, LAYERS)),
         streamed_head=draw(st.booleans()),
         kept=kept,
-        spilled=StepDemands(*map(on_disk, (kept.adapter, kept.layer, kept.head, kept.stand_in))),
+        activations_offloaded=StepMemory(*map(on_disk, (kept.adapter, kept.layer, kept.head, kept.stand_in))),
         advance=replace(kept.layer, saved=NOTHING, backward=()),
         advance_adapter=replace(kept.adapter, saved=NOTHING, backward=()),
     )
 
 
 @st.composite
-def all_tasks(draw: st.DrawFn) -> tuple[Task, Window]:
+def all_tasks(draw: st.DrawFn) -> tuple[TurnRequirements, Window]:
     """A job, and one of its stages."""
     start = draw(st.integers(0, LAYERS - 1))
     bottom = draw(st.integers(start, LAYERS - 1))
     looks_ahead = draw(st.booleans())
-    task = Task(
+    task = TurnRequirements(
         start=start,
         batch_size=draw(st.integers(1, 32)),
         epochs=draw(st.integers(1, 3)),
@@ -87,7 +87,7 @@ def all_tasks(draw: st.DrawFn) -> tuple[Task, Window]:
 
 
 all_means = st.builds(
-    Means,
+    ClientResources,
     memory=st.integers(2**22, 2**26),
     longest=st.integers(1, 512),
     cached=st.booleans(),
@@ -98,6 +98,6 @@ all_means = st.builds(
 planned = settings(deadline=None, max_examples=100)
 
 
-def needed(costs: Costs, task: Task, stage: Window, means: Means) -> int:
+def needed(costs: MemoryProfile, task: TurnRequirements, stage: Window, means: ClientResources) -> int:
     """The least memory with which there is a plan."""
-    return lacking(costs, task, stage, replace(means, memory=0))
+    return shortfall(costs, task, stage, replace(means, memory=0))

@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from chainfed_ray.client.messages import Client, Fitting, HeadSums, Order, Result, Training, Update
+from chainfed_ray.client.messages import Client, Fitting, HeadSums, Training, TurnOrder, TurnResult, Update
 from chainfed_ray.errors import BudgetExceeded
 from chainfed_ray.federation.pool import ClientPool, Failure, Outcome
 
-Answer = Result | Failure
-Alter = Callable[[Client, Order, Answer], Answer]
+Answer = TurnResult | Failure
+Alter = Callable[[Client, TurnOrder, Answer], Answer]
 
 _LATE = Failure("missed the deadline")
 
@@ -22,7 +22,7 @@ class Altered:
     def __init__(self, pool: ClientPool, alter: Alter) -> None:
         self._pool, self._alter = pool, alter
 
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+    def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """See ``ClientPool``."""
         for place, answer in self._pool.run(clients, order, deadline):
             yield Outcome(place, self._alter(clients[place], order, answer))
@@ -38,7 +38,7 @@ class Backwards(Altered):
     def __init__(self, pool: ClientPool) -> None:
         super().__init__(pool, lambda client, order, answer: answer)
 
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+    def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """See ``ClientPool``."""
         return iter(list(super().run(clients, order, deadline))[::-1])
 
@@ -51,12 +51,12 @@ class Heard(Altered):
         self.asked: list[list[str]] = []
         self.updates: list[tuple[Client, Training, Update]] = []
 
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+    def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """See ``ClientPool``."""
         self.asked.append([client.name for client in clients])
         yield from super().run(clients, order, deadline)
 
-    def _hear(self, client: Client, order: Order, answer: Answer) -> Answer:
+    def _hear(self, client: Client, order: TurnOrder, answer: Answer) -> Answer:
         if isinstance(answer, Update) and isinstance(order, Training):
             self.updates.append((client, order, answer))
         return answer
@@ -73,7 +73,7 @@ class Greedy(Altered):
         self._greedy, self._enough, self._modest = greedy, enough, modest
         self.tried: list[tuple[str, int, int]] = []
 
-    def _exceed(self, client: Client, order: Order, answer: Answer) -> Answer:
+    def _exceed(self, client: Client, order: TurnOrder, answer: Answer) -> Answer:
         needed, cap = client.plan.planned_bytes, client.cap_bytes
         if client.name not in self._greedy:
             return answer
@@ -90,7 +90,7 @@ class Killed(BaseException):
 class Nobody:
     """A pool that no client answers."""
 
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+    def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """See ``ClientPool``."""
         return iter([Outcome(place, _LATE) for place in range(len(clients))])
 
@@ -101,7 +101,7 @@ class Nobody:
 def silent(pool: ClientPool, names: Collection[str], exit_of: int | None = None) -> Altered:
     """Clients of some names never answer; with ``exit_of``, only where a head is fitted to the output of that layer."""
 
-    def alter(client: Client, order: Order, answer: Answer) -> Answer:
+    def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
         asked = exit_of is None or (isinstance(order, Fitting) and order.window.top == exit_of)
         return _LATE if client.name in names and asked else answer
 
@@ -113,7 +113,7 @@ def rough(pool: ClientPool) -> Altered:
     anything that is not enormous is lost.
     """
 
-    def alter(client: Client, order: Order, answer: Answer) -> Answer:
+    def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
         place = int(client.name.rpartition("-")[2])
         if not isinstance(answer, Update) or place > 1:
             return answer
@@ -125,7 +125,7 @@ def rough(pool: ClientPool) -> Altered:
 def spoilt(pool: ClientPool, names: Collection[str], shape: bool = False) -> Altered:
     """Some clients' updates hold a value that is no number, or with ``shape`` a tensor of the wrong one."""
 
-    def alter(client: Client, order: Order, answer: Answer) -> Answer:
+    def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
         if client.name not in names or not isinstance(answer, Update):
             return answer
         return _with(answer, "head.linear.bias", lambda bias: bias[:-1] if shape else torch.full_like(bias, torch.nan))
@@ -136,7 +136,7 @@ def spoilt(pool: ClientPool, names: Collection[str], shape: bool = False) -> Alt
 def poisoned(pool: ClientPool, names: Collection[str]) -> Altered:
     """Some clients send the opposite of what they learned, a hundred times as strong."""
 
-    def alter(client: Client, order: Order, answer: Answer) -> Answer:
+    def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
         if client.name not in names or not isinstance(answer, Update):
             return answer
         assert isinstance(order, Training)
@@ -149,7 +149,7 @@ def poisoned(pool: ClientPool, names: Collection[str]) -> Altered:
 def lying(pool: ClientPool, name: str, lies: Mapping[str, float]) -> Altered:
     """A client multiplies tensors of its sums for a head by some factor; without ``lies`` it sends no sums at all."""
 
-    def alter(client: Client, order: Order, answer: Answer) -> Answer:
+    def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
         if client.name != name or not isinstance(answer, HeadSums):
             return answer
         if not lies:
@@ -159,11 +159,11 @@ def lying(pool: ClientPool, name: str, lies: Mapping[str, float]) -> Altered:
     return Altered(pool, alter)
 
 
-def dying(pool: ClientPool, turns: int, kind: type[Order] = Training) -> Altered:
+def dying(pool: ClientPool, turns: int, kind: type[TurnOrder] = Training) -> Altered:
     """The process ends once ``turns`` turns of a kind of order were taken."""
     left = turns
 
-    def alter(client: Client, order: Order, answer: Answer) -> Answer:
+    def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
         nonlocal left
         if isinstance(order, kind):
             if not left:

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from chainfed_ray.activity import Activity, Listener, Notes, Reporter, nobody
+from chainfed_ray.activity import Activity, Listener, Notes, Reporter, no_listener
 from chainfed_ray.api.report.activity_display import ActivityDisplay
 from chainfed_ray.api.report.activity_log import ActivityLog, in_words
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
-from chainfed_ray.federation.prepare import prepare
+from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog
@@ -77,7 +77,7 @@ def test_a_note_is_on_whatever_goes_on_until_it_is_taken_off() -> None:
     assert in_words(heard[1], 5.0) == "Counting: 0 of 2 rows, 5s so far; one process has started"
 
 
-@pytest.mark.parametrize("listen", [nobody, lambda activity: None])
+@pytest.mark.parametrize("listen", [no_listener, lambda activity: None])
 def test_no_item_is_held_while_the_next_is_made(listen: Listener) -> None:
     """A layer of a model, say: two of them in memory are planned for, and not three."""
 
@@ -174,7 +174,7 @@ def test_an_estimate_that_is_used_up_is_not_told() -> None:
 
 def trained(document: dict[str, Any], folder: Path, listen: Listener) -> tuple[Tensors, list[dict[str, Any]]]:
     """The stack of a job that is run with ``listen``, and its records without their times."""
-    job = prepare(parse_job(document), folder / "scratch", listen)
+    job = prepare_job(parse_job(document), folder / "scratch", listen)
     coordinator = Coordinator(job, LocalPool(job.base), CommitLog(folder / "log"), listen=listen)
     rounds = list(coordinator.rounds())
     coordinator.finish()
@@ -200,7 +200,7 @@ def test_a_job_is_the_same_bit_for_bit_whoever_listens(
     document["chain"] |= chain
     heard: list[Activity] = []
     told, told_records = trained(document, tmp_path / "told", heard.append)
-    silent, silent_records = trained(document, tmp_path / "silent", nobody)
+    silent, silent_records = trained(document, tmp_path / "silent", no_listener)
     assert_same(told, silent)
     assert told_records == silent_records
     whats = [activity.what for activity in heard]
@@ -234,7 +234,7 @@ def test_a_dry_run_says_what_it_does(document: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_what_a_listener_raises_ends_the_work_and_costs_nothing_else(document: dict[str, Any], tmp_path: Path) -> None:
-    expected, _ = trained(document, tmp_path / "silent", nobody)
+    expected, _ = trained(document, tmp_path / "silent", no_listener)
 
     def closed(activity: Activity) -> None:
         if activity.what.startswith("round 3"):
@@ -243,5 +243,5 @@ def test_what_a_listener_raises_ends_the_work_and_costs_nothing_else(document: d
     with pytest.raises(BrokenPipeError):
         trained(document, tmp_path / "told", closed)
     assert len(CommitLog(tmp_path / "told" / "log").rounds()) == 2
-    found, _ = trained(document, tmp_path / "told", nobody)
+    found, _ = trained(document, tmp_path / "told", no_listener)
     assert_same(found, expected)

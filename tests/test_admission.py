@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from chainfed_ray.budget.demand import Costs
-from chainfed_ray.budget.planner import Means, Task, footprint, plan
+from chainfed_ray.budget.demand import MemoryProfile
+from chainfed_ray.budget.planner import ClientResources, TurnRequirements, footprint, plan
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.federation.admission import Candidate, Planner, admit
@@ -23,7 +23,9 @@ def a_candidate(name: str, memory: int, disk: int | None = None, lengths: tuple[
 
 @given(all_costs(), all_tasks(), st.lists(st.integers(2**22, 2**24), max_size=4), st.data())
 @planned
-def test_who_is_admitted(costs: Costs, job: tuple[Task, Window], memories: list[int], data: st.DataObject) -> None:
+def test_who_is_admitted(
+    costs: MemoryProfile, job: tuple[TurnRequirements, Window], memories: list[int], data: st.DataObject
+) -> None:
     """Q is as many adapters as the client with the most memory can train together; who is left out can train none."""
     task, _ = job
     width = data.draw(st.integers(1, LAYERS - task.start))
@@ -34,7 +36,7 @@ def test_who_is_admitted(costs: Costs, job: tuple[Task, Window], memories: list[
     memories = [*memories, max(widest, needed(costs, task, just, means))]
     candidates = [a_candidate(str(place), size) for place, size in enumerate(memories)]
     found = admit(planner, candidates, width)
-    assert {it.name for it, _ in (*found.admitted, *found.left_out)} == {it.name for it in candidates}
+    assert {it.name for it, _ in (*found.admitted, *found.excluded)} == {it.name for it in candidates}
 
     richest = max(candidates, key=lambda candidate: candidate.memory)
     chances = [planner.plan(richest, Window(task.start, task.start + count - 1)) for count in range(1, width + 1)]
@@ -44,7 +46,7 @@ def test_who_is_admitted(costs: Costs, job: tuple[Task, Window], memories: list[
     stage = Window(task.start, task.start + found.width - 1)
     for candidate, best in found.admitted:
         assert best == plan(costs, task, stage, planner.means(candidate))
-    for candidate, short in found.left_out:
+    for candidate, short in found.excluded:
         assert planner.plan(candidate, stage) is None
         enough = replace(candidate, memory=candidate.memory + short)
         assert planner.plan(enough, stage)
@@ -53,7 +55,7 @@ def test_who_is_admitted(costs: Costs, job: tuple[Task, Window], memories: list[
 
 @given(all_costs(), all_tasks())
 @planned
-def test_clients_that_are_alike_have_the_same_plan(costs: Costs, job: tuple[Task, Window]) -> None:
+def test_clients_that_are_alike_have_the_same_plan(costs: MemoryProfile, job: tuple[TurnRequirements, Window]) -> None:
     """It is made once; other texts of the same number and greatest length change nothing."""
     task, stage = job
     planner = Planner(costs, task)
@@ -64,13 +66,15 @@ def test_clients_that_are_alike_have_the_same_plan(costs: Costs, job: tuple[Task
 
 @given(all_costs(), all_tasks(), st.integers(0, 10**5))
 @planned
-def test_what_the_planner_knows_of_a_client(costs: Costs, job: tuple[Task, Window], disk: int) -> None:
+def test_what_the_planner_knows_of_a_client(
+    costs: MemoryProfile, job: tuple[TurnRequirements, Window], disk: int
+) -> None:
     """Its disk holds the cache first: the layer at hand, the next, and the stage's lowest; what is left is for spilling."""
     planner = Planner(costs, job[0])
     candidate = a_candidate("one", 2**24, disk)
     examples = len(candidate.examples)
-    cache = 4 * HIDDEN * (17 * costs.itemsize + examples * (costs.reads - 1) * 4)
-    expected = Means(
+    cache = 4 * HIDDEN * (17 * costs.itemsize + examples * (costs.head_layers - 1) * 4)
+    expected = ClientResources(
         memory=2**24,
         longest=9,
         cached=cache <= disk,

@@ -22,7 +22,7 @@ from chainfed_ray.cluster.jobs.run import run_job
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.federation.pool import LocalPool
-from chainfed_ray.federation.prepare import prepare
+from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.forecast import Forecast
@@ -49,7 +49,7 @@ def store(storage: Storage) -> Iterator[JobStore]:
 @pytest.fixture
 def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
     async def check(spec: JobSpec) -> None:
-        prepare(spec, Path())
+        prepare_job(spec, Path())
 
     async def plan(spec: JobSpec) -> Forecast:
         return dry_run(spec, at_once=1)
@@ -191,7 +191,7 @@ def test_a_job_shows_what_it_is_busy_with_while_it_runs(
     done = client.get(f"/v1/jobs/{job}").json()
     assert (done["status"], done["activity"]) == ("succeeded", None)
     assert {event.kind for event in store.events(job)} == {
-        "queued", "running", "opening", "round", "ending", "succeeded",
+        "queued", "running", "started", "round", "finished", "succeeded",
     }  # fmt: skip
 
 
@@ -272,7 +272,7 @@ def test_events_as_a_page_and_as_a_stream(
     assert client.get(path).json()["finished"] is False
     run(job, storage, store)
     page = client.get(path).json()
-    kinds = ["queued", "running", "opening", "round", "ending", "succeeded"]
+    kinds = ["queued", "running", "started", "round", "finished", "succeeded"]
     assert [event["kind"] for event in page["events"]] == kinds
     assert (page["last"], page["finished"]) == (6, True)
     part = client.get(path, params={"after": 2, "limit": 2}).json()

@@ -37,7 +37,7 @@ from chainfed_ray.client.training import step_batches
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.federation.pool import LocalPool
-from chainfed_ray.federation.prepare import Job, prepare
+from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.model.adapters import Head, Tensors
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens
@@ -48,14 +48,14 @@ from tests.pools import failing
 
 
 @pytest.fixture
-def job(document: dict[str, Any], tmp_path: Path) -> Job:
+def job(document: dict[str, Any], tmp_path: Path) -> PlannedJob:
     """Four clients, three of them in each of two rounds of two steps."""
     document["rounds"] |= {"total": 2, "local_steps": 2, "head_learning_rate": 0.05}
     document["chain"] = {"window": 4, "start": 0, "adapter": {"bottleneck": 8}}
     return a_job(document, tmp_path)
 
 
-def pooled(job: Job, examples: Examples, layer: int = -1) -> torch.Tensor:
+def pooled(job: PlannedJob, examples: Examples, layer: int = -1) -> torch.Tensor:
     """The mean of a Hugging Face model's layer over each text's tokens, text by text."""
     model = AutoModel.from_pretrained(job.base.folder)
     means = []
@@ -67,15 +67,15 @@ def pooled(job: Job, examples: Examples, layer: int = -1) -> torch.Tensor:
     return torch.cat(means)
 
 
-def normed(job: Job, examples: Examples) -> torch.Tensor:
+def normed(job: PlannedJob, examples: Examples) -> torch.Tensor:
     """What a head of two layers has of each text."""
     return torch.cat([layer_norm(pooled(job, examples, layer), (32,)) for layer in (-2, -1)], 1)
 
 
 @pytest.fixture
-def features(job: Job) -> Iterator[Features]:
+def features(job: PlannedJob) -> Iterator[Features]:
     blocks = Blocks(job.base.folder, job.base.dtype)
-    yield Features(blocks, reads=2)
+    yield Features(blocks, head_layers=2)
     blocks.close()
 
 
@@ -87,7 +87,7 @@ def test_batches_are_those_of_a_job_s_own_turn() -> None:
             assert found.tolist() == expected.tolist()
 
 
-def test_class_means(job: Job, features: Features) -> None:
+def test_class_means(job: PlannedJob, features: Features) -> None:
     meter = Meter()
     accuracy = class_means(job, features, meter)(job.test)
     everyone = [candidate.examples for candidate, _ in job.admitted]
@@ -100,7 +100,7 @@ def test_class_means(job: Job, features: Features) -> None:
     assert meter.sent_bytes == len(everyone) * 4 * (len(job.classes) * 32 + len(job.classes))
 
 
-def test_the_head_in_closed_form(job: Job, features: Features) -> None:
+def test_the_head_in_closed_form(job: PlannedJob, features: Features) -> None:
     """That of all examples in one place, and what each client sends is as large as the table of classes and features."""
     meter = Meter()
     accuracy = discriminant_head(job, features, meter)(job.test)
@@ -114,7 +114,7 @@ def test_the_head_in_closed_form(job: Job, features: Features) -> None:
     assert meter.sent_bytes == len(everyone) * 4 * (len(job.classes) * 65 + 64 * 65 // 2)
 
 
-def by_hand(job: Job, start: Tensors, forward: Any, rates: dict[str, float]) -> Tensors:
+def by_hand(job: PlannedJob, start: Tensors, forward: Any, rates: dict[str, float]) -> Tensors:
     """FedAvg written out: tensors are leaves, and AdamW has a rate for each kind of them."""
     current = {name: tensor.double() for name, tensor in start.items()}
     rounds = job.spec.rounds
@@ -143,7 +143,7 @@ def by_hand(job: Job, start: Tensors, forward: Any, rates: dict[str, float]) -> 
     return {name: tensor.float() for name, tensor in current.items()}
 
 
-def test_a_probe_is_fedavg_of_a_head_on_features(job: Job, features: Features) -> None:
+def test_a_probe_is_fedavg_of_a_head_on_features(job: PlannedJob, features: Features) -> None:
     probe, meter = Probe(features, len(job.classes)), Meter()
     start = probe.tensors()
 
@@ -162,11 +162,11 @@ def test_a_probe_is_fedavg_of_a_head_on_features(job: Job, features: Features) -
     assert meter.sent_bytes == 2 * 3 * sum(tensor.nbytes for tensor in start.values())
 
 
-def test_features_are_the_model_s(job: Job, features: Features) -> None:
+def test_features_are_the_model_s(job: PlannedJob, features: Features) -> None:
     torch.testing.assert_close(features.of(job.test)[:, -1], pooled(job, job.test), atol=1e-5, rtol=1e-5)
 
 
-def test_lora_is_fedavg_of_low_rank_changes_to_the_hugging_face_model(job: Job) -> None:
+def test_lora_is_fedavg_of_low_rank_changes_to_the_hugging_face_model(job: PlannedJob) -> None:
     lora = Lora(job.base.folder, len(job.classes), seed=3)
     start = lora.tensors()
     layers = [name for name in start if "lora_A" in name]
@@ -194,7 +194,7 @@ def test_lora_is_fedavg_of_low_rank_changes_to_the_hugging_face_model(job: Job) 
     assert any(not tensor.equal(start[name]) for name, tensor in lora.tensors().items() if "lora_B" in name)
 
 
-def test_lora_starts_the_same_for_a_seed_and_leaves_the_generator_alone(job: Job) -> None:
+def test_lora_starts_the_same_for_a_seed_and_leaves_the_generator_alone(job: PlannedJob) -> None:
     state = torch.get_rng_state()
     first, same, other = (Lora(job.base.folder, 3, seed).tensors() for seed in (0, 0, 1))
     assert torch.get_rng_state().equal(state)
@@ -203,7 +203,7 @@ def test_lora_starts_the_same_for_a_seed_and_leaves_the_generator_alone(job: Job
 
 
 @pytest.mark.slow
-def test_the_whole_model_is_weighed(job: Job) -> None:
+def test_the_whole_model_is_weighed(job: PlannedJob) -> None:
     examples = job.admitted[0][0].examples
     steps = Steps(1, 8, 1e-3, 1e-3, seed=0)
     # In a process of its own, as a run's is: what other tests freed here would be taken again, and not count.
@@ -212,7 +212,7 @@ def test_the_whole_model_is_weighed(job: Job) -> None:
     assert peak is None or peak > (job.base.folder / "model.safetensors").stat().st_size / 2
 
 
-def test_a_turn_that_fails_ends_the_run(job: Job) -> None:
+def test_a_turn_that_fails_ends_the_run(job: PlannedJob) -> None:
     client: Client = job.clients[0]
     pool = MeteredPool(failing(LocalPool(job.base), "no power"), Meter())
     with pytest.raises(TurnFailed, match="phone-0 failed: no power"):
@@ -275,7 +275,7 @@ def test_a_run_of_tuning_has_no_test_accuracy(study: Study, tmp_path: Path) -> N
 def test_the_same_data_cohorts_and_initial_values_for_every_method(study: Study, tmp_path: Path) -> None:
     dealt = []
     for method in ("end-to-end", "last-window", "probe", "recommended"):
-        job = prepare(parse_job(a_run(study, method).document), tmp_path / method)
+        job = prepare_job(parse_job(a_run(study, method).document), tmp_path / method)
         candidates = [candidate for candidate, _ in job.admitted]
         stage = job.admitted[0][1].window
         cohort = Cohort.of(job.spec, job.planner, candidates, 1, stage, (), job.spec.seed)

@@ -13,7 +13,7 @@ from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
-from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive
@@ -23,7 +23,7 @@ from tests.pools import Greedy
 pytestmark = pytest.mark.slow
 
 
-def test_an_adapter_is_averaged_over_those_that_trained_it(mixed: Job, tmp_path: Path) -> None:
+def test_an_adapter_is_averaged_over_those_that_trained_it(mixed: PlannedJob, tmp_path: Path) -> None:
     """A mixed fleet against the mean, tensor by tensor, of what each client gives by itself."""
     coordinator = Coordinator(mixed, LocalPool(mixed.base), CommitLog(tmp_path / "log"))
     (record,) = coordinator.rounds()
@@ -67,25 +67,25 @@ def test_q_is_what_the_largest_client_holds(document: dict[str, Any], tmp_path: 
     document["fleet"]["clients"][0]["memory"] = budget
     job = a_job(document, tmp_path)
     assert job.window == 2
-    opening = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).open()
-    assert (opening.window, opening.stages) == (2, 2)
+    job_started = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).open()
+    assert (job_started.window, job_started.stages) == (2, 2)
     document["fleet"]["clients"][0]["memory"] = budget + 1
     assert a_job(document, tmp_path).window == 3
 
 
 @pytest.fixture
-def greedy_job(document: dict[str, Any], tmp_path: Path) -> Job:
+def greedy_job(document: dict[str, Any], tmp_path: Path) -> PlannedJob:
     document["chain"] |= {"adapter": {"bottleneck": 4096}}
     document["rounds"] |= {"total": 3, "clients": 4, "quorum": 3}
     return a_job(document, tmp_path)
 
 
-def test_who_exceeds_a_plan_has_a_second_turn_with_a_leaner_one(greedy_job: Job, tmp_path: Path) -> None:
+def test_who_exceeds_a_plan_has_a_second_turn_with_a_leaner_one(greedy_job: PlannedJob, tmp_path: Path) -> None:
     job = greedy_job
     first = job.clients[1].plan.planned_bytes
     pool = Greedy(LocalPool(job.base), {"phone-1"}, enough=first - 1)
     records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
-    assert all(not record.lost for record in records)
+    assert all(not record.failed_turns for record in records)
     turns = [turn for record in records for turn in record.turns if turn.client == "phone-1"]
     assert [turn.exceeded is not None for turn in turns] == [True, False, False], "it remembers"
     assert turns[0].exceeded is not None
@@ -96,20 +96,20 @@ def test_who_exceeds_a_plan_has_a_second_turn_with_a_leaner_one(greedy_job: Job,
     assert lean < first < held_to_budget == job.clients[1].budget_bytes
 
 
-def test_who_exceeds_a_leaner_plan_as_well_is_left_out(greedy_job: Job, tmp_path: Path) -> None:
+def test_who_exceeds_a_leaner_plan_as_well_is_left_out(greedy_job: PlannedJob, tmp_path: Path) -> None:
     job = greedy_job
     pool = Greedy(LocalPool(job.base), {"phone-1"}, enough=0)
     log = CommitLog(tmp_path / "log")
     records = list(Coordinator(job, pool, log).rounds())
-    assert [lost.client for lost in records[0].lost] == ["phone-1"]
-    assert records[0].lost[0].over_budget
+    assert [lost.client for lost in records[0].failed_turns] == ["phone-1"]
+    assert records[0].failed_turns[0].over_budget
     assert all(record.counted for record in records)
-    assert all(not record.lost for record in records[1:]), "it is not asked again"
+    assert all(not record.failed_turns for record in records[1:]), "it is not asked again"
     assert len(pool.tried) == 2
     assert CommitLog(tmp_path / "log").rounds() == records
 
 
-def test_when_all_are_left_out_the_job_says_so(greedy_job: Job, tmp_path: Path) -> None:
+def test_when_all_are_left_out_the_job_says_so(greedy_job: PlannedJob, tmp_path: Path) -> None:
     everybody = {client.name for client in greedy_job.clients}
     coordinator = Coordinator(greedy_job, Greedy(LocalPool(greedy_job.base), everybody, 0), CommitLog(tmp_path / "log"))
     with pytest.raises(QuorumLost, match=r"round 2: fewer than 3 .*BudgetExceeded"):
@@ -129,7 +129,7 @@ def test_a_client_without_disk_makes_the_prefix_anew(document: dict[str, Any], t
     assert (cached.plan.prefix.cached, diskless.plan.prefix.cached) == (True, False)
     coordinator = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log"))
     records = list(coordinator.rounds())
-    assert all(record.counted and not record.lost for record in records)
+    assert all(record.counted and not record.failed_turns for record in records)
 
     order = Training(
         coordinator.stack().tensors(),
@@ -154,7 +154,7 @@ def test_a_client_without_disk_makes_the_prefix_anew(document: dict[str, Any], t
         assert torch.equal(tensor, second.tensors[name]), name
 
 
-def test_a_wrong_plan_costs_a_turn_and_is_on_record(greedy_job: Job, tmp_path: Path) -> None:
+def test_a_wrong_plan_costs_a_turn_and_is_on_record(greedy_job: PlannedJob, tmp_path: Path) -> None:
     """A turn in this process is measured and not capped: the record shows both numbers."""
     pool = LocalPool(greedy_job.base)
     (record, *_) = Coordinator(greedy_job, pool, CommitLog(tmp_path / "log")).rounds()
@@ -166,8 +166,8 @@ def test_a_wrong_plan_costs_a_turn_and_is_on_record(greedy_job: Job, tmp_path: P
 
 def test_where_no_plan_is_leaner_the_second_turn_has_the_whole_budget(document: dict[str, Any], tmp_path: Path) -> None:
     job = a_job(document, tmp_path)
-    assert job.planner.leaner(job.admitted[0][0], Window(1, 2)) is None
+    assert job.planner.fallback_plan(job.admitted[0][0], Window(1, 2)) is None
     pool = Greedy(LocalPool(job.base), {client.name for client in job.clients}, modest=True)
     records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
-    assert all(record.counted and not record.lost for record in records)
+    assert all(record.counted and not record.failed_turns for record in records)
     assert all(turn.exceeded for turn in records[0].turns)

@@ -19,11 +19,11 @@ from chainfed_ray.data.examples import examples_of
 from chainfed_ray.data.targets import learnable, packed, tokenize_texts
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.evaluation.predictions import Judgement
+from chainfed_ray.evaluation.predictions import Predictions
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
-from chainfed_ray.federation.prepare import Job, prepare
+from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.model.saved_stack import save_stack
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Round
@@ -87,11 +87,11 @@ def causal(llama: Path, rows: Path) -> dict[str, Any]:
     }
 
 
-def a_job(document: dict[str, Any], folder: Path) -> Job:
-    return prepare(parse_job(document), folder / "scratch")
+def a_job(document: dict[str, Any], folder: Path) -> PlannedJob:
+    return prepare_job(parse_job(document), folder / "scratch")
 
 
-def trained(job: Job, folder: Path) -> tuple[Coordinator, list[Round]]:
+def trained(job: PlannedJob, folder: Path) -> tuple[Coordinator, list[Round]]:
     coordinator = Coordinator(job, LocalPool(job.base), CommitLog(folder / "log"))
     return coordinator, list(coordinator.rounds())
 
@@ -166,7 +166,7 @@ def test_the_saved_model_has_the_perplexity_that_the_job_tells(
     causal["data"] |= FORMS[form]
     job = a_job(causal, tmp_path)
     coordinator, rounds = trained(job, tmp_path)
-    ending = coordinator.finish()
+    job_finished = coordinator.finish()
     whole = [record.evaluation for record in rounds if record.evaluation]
     assert [found.loss for found in whole] == sorted((found.loss for found in whole), reverse=True)  # type: ignore[type-var]
     save_stack(coordinator.models()["last"], tmp_path / "model")
@@ -183,10 +183,10 @@ def test_the_saved_model_has_the_perplexity_that_the_job_tells(
         loss += float(cross_entropy(logits[wanted], following, reduction="sum"))
         right += int((logits[wanted].argmax(-1) == following).sum())
         count += len(following)
-    assert ending.loss == pytest.approx(loss / count, rel=1e-5)
-    assert ending.accuracy == right / count
-    assert ending.evaluation is not None
-    assert ending.evaluation.perplexity == pytest.approx(math.exp(loss / count), rel=1e-5)
+    assert job_finished.loss == pytest.approx(loss / count, rel=1e-5)
+    assert job_finished.accuracy == right / count
+    assert job_finished.evaluation is not None
+    assert job_finished.evaluation.perplexity == pytest.approx(math.exp(loss / count), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -389,7 +389,7 @@ def test_every_partition_deals_running_text(scheme: str, causal: dict[str, Any],
 
 
 def test_the_score_is_by_token() -> None:
-    judgement = Judgement(
+    judgement = Predictions(
         torch.tensor([2.0, 4.0]).double(), torch.tensor([1, 3]), torch.tensor([1, 1]), torch.tensor([-1, -1])
     )
     assert Score.of(judgement) == (1.5, 0.5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from chainfed_ray.budget.planner import Footprint, Grain, Plan, Prefix
+from chainfed_ray.budget.planner import Footprint, Prefix, TurnPlan, WeightPlacement
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, Training
 from chainfed_ray.client.training import train
@@ -65,11 +65,15 @@ def an_order(window: Window, weight: float, trains: Any = "head") -> Training:
     )
 
 
-def a_client(window: Window, grain: Grain = "layer", spilled: bool = False, cached: bool = True) -> Client:
+def a_client(
+    window: Window, weights: WeightPlacement = "resident", activations_offloaded: bool = False, cached: bool = True
+) -> Client:
     """It takes two examples at a time."""
     buffers = Footprint(0, 2 * SLICE_BYTES, 0, 0, 0, 0, 0, 0, 0, 0)
-    prefix = Prefix(2, grain, cached, planned_bytes=0, profile_bytes=0)
-    return Client("client", "any", instructions(), 0, Plan(window, 2, grain, spilled, prefix, buffers, 0), 0)
+    prefix = Prefix(2, weights, cached, planned_bytes=0, profile_bytes=0)
+    return Client(
+        "client", "any", instructions(), 0, TurnPlan(window, 2, weights, activations_offloaded, prefix, buffers, 0), 0
+    )
 
 
 def a_turn(folder: Path, scratch: Path, client: Client, order: Training) -> tuple[Tensors, float]:
@@ -159,10 +163,13 @@ def test_a_turn_is_the_plain_computation(folder: Path, window: Window, weight: f
 
 
 @pytest.mark.parametrize(
-    ("grain", "spilled", "cached"), [("matrix", False, True), ("matrix", True, True), ("layer", False, False)]
+    ("weights", "activations_offloaded", "cached"),
+    [("streamed", False, True), ("streamed", True, True), ("resident", False, False)],
 )
-def test_so_is_one_in_any_other_way(grain: Grain, spilled: bool, cached: bool, folder: Path, tmp_path: Path) -> None:
-    client = a_client(MIDDLE, grain, spilled, cached)
+def test_so_is_one_in_any_other_way(
+    weights: WeightPlacement, activations_offloaded: bool, cached: bool, folder: Path, tmp_path: Path
+) -> None:
+    client = a_client(MIDDLE, weights, activations_offloaded, cached)
     assert_alike(a_turn(folder, tmp_path, client, an_order(MIDDLE, 0.3)), plainly(folder, MIDDLE, 0.3))
 
 

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from chainfed_ray.data.choices import Choices, read_choices
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.evaluation.predictions import Judgement
-from chainfed_ray.evaluation.streaming_evaluator import StreamEvaluator
+from chainfed_ray.evaluation.predictions import Predictions
+from chainfed_ray.evaluation.streaming_evaluator import StreamingEvaluator
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import costs_of
+from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.saved_stack import save_stack
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.serving import peft_method  # noqa: F401  its import lets PEFT know the method
 from tests.causal import a_causal_stack, byte_tokenizer, causal_folder
 from tests.tokenizing import KINDS
@@ -65,14 +65,14 @@ def test_the_likeliest_choice_is_that_of_hugging_face(tmp_path: Path) -> None:
     assert choices.accuracy(judgement.losses) == right / len(made)
 
 
-def judged(folder: Path, stack: AdapterStack, examples: Examples, scratch: Path) -> Judgement:
+def judged(folder: Path, stack: AdapterStack, examples: Examples, scratch: Path) -> Predictions:
     """Every choice, by the streaming evaluator."""
     blocks = Blocks(folder, torch.float32)
-    evaluator = StreamEvaluator(
-        BaseModel(folder, torch.float32, scratch), costs_of(blocks, 8, None), {"choices": examples}
+    evaluator = StreamingEvaluator(
+        ModelSource(folder, torch.float32, scratch), memory_profile_of(blocks, 8, None), {"choices": examples}
     )
     blocks.close()
-    return evaluator.judge(stack, "choices").judgement
+    return evaluator.evaluate(stack, "choices").judgement
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -46,7 +46,7 @@ def test_an_interrupted_and_a_killed_run_go_on_where_they_were(document: dict[st
     assert "resumed" in done.stderr
     coordinator, expected = run(a_job(document, tmp_path), tmp_path / "never-killed")
     assert result["accuracy"] == coordinator.finish().accuracy
-    assert result.keys() >= {"job", "status", "accuracy", "start_layer", "stages", "left_out", "peak_bytes"}
+    assert result.keys() >= {"job", "status", "accuracy", "start_layer", "stages", "excluded", "peak_bytes"}
     found = log.tensors(5)
     for name, tensor in expected.items():
         assert (found[f"stack/{name}"] == tensor).all(), name

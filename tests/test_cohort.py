@@ -15,7 +15,7 @@ from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import Failure, LocalPool
-from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.forecast import duration
 from chainfed_ray.forecast.pace import Pace
 from chainfed_ray.records.commit_log import CommitLog
@@ -46,9 +46,11 @@ def test_who_does_not_answer_is_lost_and_the_job_goes_on(unreliable: dict[str, A
     for record in records:
         there = [f"phone-{client}" for client in range(4) if answers(record.index, client)]
         assert [turn.client for turn in record.turns] == there == pool.asked[record.index]
-        assert [lost.client for lost in record.lost] == [f"phone-{i}" for i in range(4) if f"phone-{i}" not in there]
-        assert {lost.reason for lost in record.lost} <= {"it did not answer: it does with probability 0.5"}
-        assert not any(lost.over_budget for lost in record.lost), "it is asked again"
+        assert [lost.client for lost in record.failed_turns] == [
+            f"phone-{i}" for i in range(4) if f"phone-{i}" not in there
+        ]
+        assert {lost.reason for lost in record.failed_turns} <= {"it did not answer: it does with probability 0.5"}
+        assert not any(lost.over_budget for lost in record.failed_turns), "it is asked again"
     assert [record.counted for record in records] == [False, True, True, False, True, True]
     assert [record.accuracy is not None for record in records] == [record.counted for record in records]
     assert log.rounds() == records
@@ -75,20 +77,20 @@ def test_a_fleet_that_never_answers_ends_the_job(unreliable: dict[str, Any], tmp
         QuorumLost, match=r"rounds 1 to 3: .*phone-2: it did not answer: it does with probability 1e-09"
     ):
         list(Coordinator(job, LocalPool(job.base), log).rounds())
-    assert [len(record.lost) for record in log.rounds()] == [4, 4, 4]
+    assert [len(record.failed_turns) for record in log.rounds()] == [4, 4, 4]
 
 
 @pytest.fixture
-def job(document: dict[str, Any], tmp_path: Path) -> Job:
+def job(document: dict[str, Any], tmp_path: Path) -> PlannedJob:
     return a_job(document, tmp_path)
 
 
-def cohorts(job: Job, candidates: list[Candidate], rounds: int = 400) -> Iterator[Cohort]:
+def cohorts(job: PlannedJob, candidates: list[Candidate], rounds: int = 400) -> Iterator[Cohort]:
     for index in range(rounds):
         yield Cohort.of(job.spec, job.planner, candidates, index, Window(1, 2), [], job.spec.seed)
 
 
-def test_clients_answer_as_often_as_is_said_and_independently(job: Job) -> None:
+def test_clients_answer_as_often_as_is_said_and_independently(job: PlannedJob) -> None:
     fleet = [candidate for candidate, _ in job.admitted]
     always = list(cohorts(job, fleet))
     half = list(cohorts(job, [replace(candidate, availability=0.5) for candidate in fleet]))
@@ -134,7 +136,9 @@ def test_who_is_too_slow_misses_the_deadline(with_a_snail: dict[str, Any], tmp_p
     for record in records:
         assert record.counted
         assert [turn.client for turn in record.turns] == ["phone-0", "phone-1"]
-        assert [(lost.client, lost.reason) for lost in record.lost] == [("snail-0", "missed the deadline of 3600 s")]
+        assert [(lost.client, lost.reason) for lost in record.failed_turns] == [
+            ("snail-0", "missed the deadline of 3600 s")
+        ]
 
 
 @pytest.mark.slow
@@ -149,7 +153,7 @@ def test_slowness_changes_seconds_and_nothing_else(document: dict[str, Any], tmp
         for name in ("a", "b")
     )
     assert slower > 10 * seconds
-    assert quick.open().partition_hash == CommitLog(tmp_path / "b" / "log").opening().partition_hash
+    assert quick.open().partition_hash == CommitLog(tmp_path / "b" / "log").job_started().partition_hash
 
 
 @pytest.mark.slow

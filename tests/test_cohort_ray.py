@@ -26,7 +26,7 @@ def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path, ra
     _, found = run(job, tmp_path / "ray", ray_pool)
     assert_same(found, expected)
     assert story(tmp_path / "ray") == story(tmp_path / "local")
-    assert any(record.lost for record in CommitLog(tmp_path / "ray").rounds())
+    assert any(record.failed_turns for record in CommitLog(tmp_path / "ray").rounds())
 
 
 def test_a_slow_client_misses_the_deadline_and_the_round_goes_on(document: dict[str, Any], tmp_path: Path) -> None:
@@ -53,7 +53,9 @@ def test_a_slow_client_misses_the_deadline_and_the_round_goes_on(document: dict[
         assert 10 <= monotonic() - started < 60, "it is the deadline that ends the round"
         assert record.counted
         assert [turn.client for turn in record.turns] == ["phone-0", "phone-1"]
-        assert [(lost.client, lost.reason) for lost in record.lost] == [("snail-0", "missed the deadline of 10 s")]
+        assert [(lost.client, lost.reason) for lost in record.failed_turns] == [
+            ("snail-0", "missed the deadline of 10 s")
+        ]
         # Its process sleeps for hours, and is ended all the same: a moment later, since Ray is only told to.
         wait_for(lambda: processes() == 1, "end of the process of the slow client")
         (outcome,) = pool.run(quick[2:], Profiling(8, 0), 300.0)

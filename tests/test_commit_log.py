@@ -9,7 +9,7 @@ import torch
 
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.records.commit_log import CommitLog
-from tests.builders import ENDING, a_round, an_opening
+from tests.builders import FINISHED, a_round, a_start
 from tests.pools import Killed
 
 ROUNDS = 3
@@ -17,11 +17,11 @@ ROUNDS = 3
 
 def whole(log: CommitLog) -> None:
     """Write a short job, from wherever the log is."""
-    opening = log.opening() or an_opening()
-    log.commit_opening(opening)
+    job_started = log.job_started() or a_start()
+    log.commit_started(job_started)
     for index in range(len(log.rounds()), ROUNDS):
-        log.commit_round(a_round(index, opening), {"x": torch.full((2, 3), float(index))})
-    log.commit_ending(ENDING)
+        log.commit_round(a_round(index, job_started), {"x": torch.full((2, 3), float(index))})
+    log.commit_finished(FINISHED)
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "unlink"])
@@ -51,12 +51,12 @@ def test_killed_between_any_two_steps(step: str, tmp_path: Path, monkeypatch: py
             newest = log.tensors(len(done) - 1)
             assert newest["x"].unique().tolist() == [float(len(done) - 1)]
         whole(log)
-        assert log.ending() == ENDING
+        assert log.job_finished() == FINISHED
         assert [record.index for record in log.rounds()] == list(range(ROUNDS))
     assert deaths >= ROUNDS - 1
 
 
-@pytest.mark.parametrize("name", ["opening.json", "ending.json", "rounds/000001.json", "rounds/000002.safetensors"])
+@pytest.mark.parametrize("name", ["started.json", "finished.json", "rounds/000001.json", "rounds/000002.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "emptied"])
 def test_what_was_damaged_is_noticed(name: str, damage: str, tmp_path: Path) -> None:
     whole(CommitLog(tmp_path))
@@ -67,7 +67,7 @@ def test_what_was_damaged_is_noticed(name: str, damage: str, tmp_path: Path) -> 
 
 
 def everything(log: CommitLog) -> object:
-    return log.opening(), log.ending(), log.rounds(), log.tensors(ROUNDS - 1)
+    return log.job_started(), log.job_finished(), log.rounds(), log.tensors(ROUNDS - 1)
 
 
 def test_a_flipped_bit_in_the_tensors_is_noticed(tmp_path: Path) -> None:

@@ -22,19 +22,19 @@ from tests.pools import Backwards, rough, silent, spoilt
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("reads", [1, 3])
+@pytest.mark.parametrize("head_layers", [1, 3])
 def test_window_of_all_layers_without_global_loss_is_fedavg(
-    reads: int, document: dict[str, Any], tmp_path: Path
+    head_layers: int, document: dict[str, Any], tmp_path: Path
 ) -> None:
     """One stage over the whole model against federated end-to-end adapters, exactly."""
-    document["chain"] |= {"window": 4, "start": 0, "global_weight": 0, "head_layers": reads}
+    document["chain"] |= {"window": 4, "start": 0, "global_weight": 0, "head_layers": head_layers}
     document["rounds"] |= {"total": 2, "clients": 4, "quorum": 4, "head_learning_rate": 0.01}
     document["fleet"]["partition"] = {"scheme": "dirichlet", "alpha": 0.5}
     job = a_job(document, tmp_path)
     assert len({len(client.examples) for client in job.clients}) > 1, "weights that matter"
     _, ours = run(job, tmp_path / "log")
 
-    stack = AdapterStack.new(range(4), 32, 8, 3, derive(3, "stack"), reads)
+    stack = AdapterStack.new(range(4), 32, 8, 3, derive(3, "stack"), head_layers)
     for index in range(2):
         rate = 0.01 * 0.5 * (1 + np.cos(np.pi * index / 2))
         sums: Tensors = {}
@@ -86,9 +86,9 @@ def test_order_of_arrival_changes_nothing(document: dict[str, Any], tmp_path: Pa
 def test_a_profile_that_never_came_is_on_record(document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"] |= {"start": "auto"}
     job = a_job(document, tmp_path)
-    opening = Coordinator(job, silent(LocalPool(job.base), {"phone-2"}), CommitLog(tmp_path / "log")).open()
-    assert [(lost.client, lost.reason) for lost in opening.lost] == [("phone-2", "missed the deadline")]
-    assert len(opening.similarities) == 4
+    job_started = Coordinator(job, silent(LocalPool(job.base), {"phone-2"}), CommitLog(tmp_path / "log")).open()
+    assert [(lost.client, lost.reason) for lost in job_started.failed_turns] == [("phone-2", "missed the deadline")]
+    assert len(job_started.cka) == 4
     everybody = {client.name for client in job.clients}
     with pytest.raises(QuorumLost, match=r"profiling the layers: .* \(phone-0: missed the deadline; "):
         Coordinator(job, silent(LocalPool(job.base), everybody), CommitLog(tmp_path / "other")).open()
@@ -120,8 +120,8 @@ def test_nonsense_costs_a_turn_and_is_on_record(document: dict[str, Any], tmp_pa
     for record in records:
         assert record.counted
         assert [turn.client for turn in record.turns] == ["phone-0", "phone-2", "phone-3"]
-        assert [lost.client for lost in record.lost] == ["phone-1"]
-        assert "head.linear.bias" in record.lost[0].reason
+        assert [lost.client for lost in record.failed_turns] == ["phone-1"]
+        assert "head.linear.bias" in record.failed_turns[0].reason
 
 
 def test_without_a_quorum_the_job_ends_and_says_why(document: dict[str, Any], tmp_path: Path) -> None:
@@ -137,9 +137,9 @@ def test_a_chain_learns(document: dict[str, Any], tmp_path: Path) -> None:
     document["rounds"] |= {"total": 8, "clients": 4}
     job = a_job(document, tmp_path)
     coordinator, _ = run(job, tmp_path / "log")
-    ending = coordinator.finish()
-    assert ending.accuracy > 0.9
-    assert ending.peak_bytes["phone"] < job.clients[0].plan.planned_bytes
+    job_finished = coordinator.finish()
+    assert job_finished.accuracy > 0.9
+    assert job_finished.peak_bytes["phone"] < job.clients[0].plan.planned_bytes
 
 
 @pytest.mark.parametrize(
@@ -171,10 +171,10 @@ def test_every_option_trains(section: str, changes: dict[str, Any], document: di
     document["rounds"] |= {"total": 3, "clients": 2}
     job = a_job(document, tmp_path)
     coordinator, trained = run(job, tmp_path / "log")
-    opening, rounds = coordinator.open(), CommitLog(tmp_path / "log").rounds()
+    job_started, rounds = coordinator.open(), CommitLog(tmp_path / "log").rounds()
     assert rounds[-1].top == 3
-    assert all(record.counted and not record.lost for record in rounds)
-    untrained = AdapterStack.new(range(opening.start_layer, 4), 32, 8, 3, derive(3, "stack")).tensors()
+    assert all(record.counted and not record.failed_turns for record in rounds)
+    untrained = AdapterStack.new(range(job_started.start_layer, 4), 32, 8, 3, derive(3, "stack")).tensors()
     assert untrained.keys() == trained.keys()
     assert not torch.equal(trained["adapters.3.up.weight"], untrained["adapters.3.up.weight"])
     assert coordinator.finish().rounds == len(rounds)

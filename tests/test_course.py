@@ -7,23 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.chain import Chain
-from chainfed_ray.federation.stages import Course, NextRound
+from chainfed_ray.federation.stages import RoundSpec, StageSchedule
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.spec.parse import parse_job
-from tests.builders import SPEC, a_round, an_opening
+from tests.builders import SPEC, a_round, a_start
 
 LAYERS, WIDTH = 6, 2
-OPENING = an_opening()
+OPENING = a_start()
 
 
-def a_course(start: int, total: int, **rounds: Any) -> Course:
+def a_course(start: int, total: int, **rounds: Any) -> StageSchedule:
     document = SPEC.document()
     document["chain"] |= {"start": start, "schedule": rounds.pop("schedule", "staged")}
     document["rounds"] |= {"total": total, **rounds}
-    return Course(parse_job(document), Chain(LAYERS, start, WIDTH), total)
+    return StageSchedule(parse_job(document), Chain(LAYERS, start, WIDTH), total)
 
 
-def ran(upcoming: NextRound, ended: str | None, counted: bool = True) -> Round:
+def ran(upcoming: RoundSpec, ended: str | None, counted: bool = True) -> Round:
     window = upcoming.window
     return a_round(
         upcoming.round_index,

@@ -106,12 +106,14 @@ def test_sums_without_an_inverse_give_no_head() -> None:
     assert fitted(nothing, features, labels) is None
 
 
-@pytest.mark.parametrize("reads", [1, 2, 4])
-def test_a_client_adds_up_what_comes_out_of_its_window(reads: int, document: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("head_layers", [1, 2, 4])
+def test_a_client_adds_up_what_comes_out_of_its_window(
+    head_layers: int, document: dict[str, Any], tmp_path: Path
+) -> None:
     document["chain"]["head"] = "fitted"
     job = a_job(document, tmp_path)
     client = job.clients[0]
-    stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0, reads=reads)
+    stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0, head_layers=head_layers)
     for layer in stack.layers:
         torch.nn.init.normal_(stack.adapter(layer).up.weight, std=0.1, generator=torch.Generator().manual_seed(layer))
     sums = take_turn(client, job.base, lambda: Fitting(stack.tensors(), Window(1, 2)), capped=False)
@@ -127,7 +129,7 @@ def test_a_client_adds_up_what_comes_out_of_its_window(reads: int, document: dic
                 hidden = blocks.run(blocks.load_layer(layer), hidden, calls[layer])
                 hidden = stack.adapter(layer)(hidden) if layer else hidden
                 means.append(layer_norm(mean_over_tokens(hidden, batch.mask), (job.hidden,)))
-            features.append(torch.cat(means[-min(reads, 3) :], 1))
+            features.append(torch.cat(means[-min(head_layers, 3) :], 1))
     blocks.close()
     expected = sums_of(torch.cat(features), torch.from_numpy(client.examples.labels), 3)
     for name, tensor in expected.tensors().items():
@@ -171,5 +173,5 @@ def test_sums_that_cannot_be_are_refused(lies: dict[str, float], document: dict[
     pool = lying(LocalPool(job.base), "phone-0", lies)
     record = next(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
     assert record.head_fit
-    assert [lost.client for lost in record.head_fit.lost] == ["phone-0"]
+    assert [lost.client for lost in record.head_fit.failed_turns] == ["phone-0"]
     assert record.head_fit.clients == 3

@@ -8,7 +8,7 @@ import yaml
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.pool import LocalPool
-from chainfed_ray.federation.prepare import prepare
+from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.parse import parse_job
@@ -23,8 +23,8 @@ def test_held_out_perplexity_falls_along_the_chain(tmp_path: Path) -> None:
         (ROOT / "examples" / "decoder.yaml").read_text().replace("path:decoder", f"path:{tmp_path}")
     )
     document["rounds"] |= {"total": 6, "clients": 3, "local_steps": 6}
-    job = prepare(parse_job(document), tmp_path / "scratch")
-    assert {left_out.client_class for left_out in job.left_out} == {"watch"}
+    job = prepare_job(parse_job(document), tmp_path / "scratch")
+    assert {excluded.client_class for excluded in job.excluded} == {"watch"}
 
     # A new adapter changes nothing, so this is the base model; the script has told the same of it.
     untuned = streamed(job).whole(AdapterStack.new([job.layers - 1], job.hidden, 64, None, seed=0))
@@ -38,6 +38,6 @@ def test_held_out_perplexity_falls_along_the_chain(tmp_path: Path) -> None:
     assert cut == sorted(cut, reverse=True)  # type: ignore[type-var]
     assert whole == sorted(whole, reverse=True)  # type: ignore[type-var]
     assert whole[-1] < 0.9 * untuned.perplexity  # type: ignore[operator]
-    ending = coordinator.finish().evaluation
-    assert ending is not None
-    assert ending.perplexity < 0.9 * told["test"]  # type: ignore[operator]
+    job_finished = coordinator.finish().evaluation
+    assert job_finished is not None
+    assert job_finished.perplexity < 0.9 * told["test"]  # type: ignore[operator]

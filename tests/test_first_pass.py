@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from chainfed_ray.chain import Window, start_below
 from chainfed_ray.client.first_pass import StartGuess
-from chainfed_ray.client.messages import Client, Fitting, HeadSums, Order, Profile, Profiling, Result, Training
+from chainfed_ray.client.messages import Client, Fitting, HeadSums, Profile, Profiling, Training, TurnOrder, TurnResult
 from chainfed_ray.client.turn import take_turn
-from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 from tests.builders import a_job
 
 READS = 2
@@ -28,7 +28,7 @@ NEVER, ALWAYS = -2.0, 2.0  # thresholds that no CKA is below, and that each is
 
 
 @pytest.fixture
-def job(document: dict[str, Any], tmp_path: Path) -> Job:
+def job(document: dict[str, Any], tmp_path: Path) -> PlannedJob:
     document["chain"] |= {"head": "fitted", "head_layers": READS}
     return a_job(document, tmp_path)
 
@@ -53,11 +53,11 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
 
 
 def profiling(threshold: float) -> Profiling:
-    return Profiling(16, seed=0, guess=StartGuess(threshold, window=2, reads=READS))
+    return Profiling(16, seed=0, guess=StartGuess(threshold, window=2, head_layers=READS))
 
 
-def tensors_of(job: Job, trained: bool = False, start: int = START) -> dict[str, Tensor]:
-    stack = AdapterStack.new(range(start, 4), job.hidden, bottleneck=8, classes=3, seed=0, reads=READS)
+def tensors_of(job: PlannedJob, trained: bool = False, start: int = START) -> dict[str, Tensor]:
+    stack = AdapterStack.new(range(start, 4), job.hidden, bottleneck=8, classes=3, seed=0, head_layers=READS)
     if trained:
         nn.init.normal_(stack.adapter(start).up.weight, std=0.05, generator=torch.Generator().manual_seed(1))
     return stack.tensors()
@@ -70,11 +70,11 @@ def training(tensors: dict[str, Tensor]) -> Training:
     )  # fmt: skip
 
 
-def done(client: Client, base: BaseModel, order: Order) -> Result:
+def done(client: Client, base: ModelSource, order: TurnOrder) -> TurnResult:
     return take_turn(client, base, lambda: order, capped=False)
 
 
-def sums(client: Client, base: BaseModel, order: Order) -> dict[str, Tensor]:
+def sums(client: Client, base: ModelSource, order: TurnOrder) -> dict[str, Tensor]:
     result = done(client, base, order)
     assert isinstance(result, HeadSums)
     return result.tensors
@@ -84,7 +84,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
 
 
-def test_profile_sums_and_prefix_cache_are_made_in_one_pass(job: Job, passes: Counter[int]) -> None:
+def test_profile_sums_and_prefix_cache_are_made_in_one_pass(job: PlannedJob, passes: Counter[int]) -> None:
     client = job.clients[0]
     every = len(client.examples)
     fitting = Fitting(tensors_of(job), Window(START, START + 1))
@@ -107,7 +107,7 @@ def test_profile_sums_and_prefix_cache_are_made_in_one_pass(job: Job, passes: Co
     ],
 )
 def test_training_goes_on_from_the_activations_where_the_client_guessed(
-    threshold: float, start: int, again: set[int], job: Job, passes: Counter[int]
+    threshold: float, start: int, again: set[int], job: PlannedJob, passes: Counter[int]
 ) -> None:
     client = job.clients[0]
     window = Window(start, start + 1)
@@ -121,7 +121,7 @@ def test_training_goes_on_from_the_activations_where_the_client_guessed(
     assert passes[window.top] <= 8, "and the step runs its own batch through the window"
 
 
-def test_without_a_search_for_the_start_the_sums_are_the_first_pass(job: Job, passes: Counter[int]) -> None:
+def test_without_a_search_for_the_start_the_sums_are_the_first_pass(job: PlannedJob, passes: Counter[int]) -> None:
     client = job.clients[0]
     tensors = tensors_of(job)
     done(client, job.base, Fitting(tensors, Window(START, START + 1)))
@@ -131,7 +131,7 @@ def test_without_a_search_for_the_start_the_sums_are_the_first_pass(job: Job, pa
     assert set(passes) == {START + 1}, "what enters the window is there"
 
 
-def test_the_sums_are_those_of_the_window_itself(job: Job) -> None:
+def test_the_sums_are_those_of_the_window_itself(job: PlannedJob) -> None:
     """A stack whose adapters do next to nothing has to run through the window: a plain computation of the same sums."""
     client, window = job.clients[0], Window(START, START + 1)
     new = tensors_of(job)
@@ -143,7 +143,7 @@ def test_the_sums_are_those_of_the_window_itself(job: Job) -> None:
         torch.testing.assert_close(first[name], through[name], rtol=1e-5, atol=1e-5)
 
 
-def test_what_was_lost_is_made_again_bit_for_bit(job: Job) -> None:
+def test_what_was_lost_is_made_again_bit_for_bit(job: PlannedJob) -> None:
     client, fitting = job.clients[0], Fitting(tensors_of(job), Window(START, START + 1))
     done(client, job.base, profiling(NEVER))
     kept = sums(client, job.base, fitting)
@@ -163,7 +163,7 @@ def test_what_was_lost_is_made_again_bit_for_bit(job: Job) -> None:
     assert same(kept, sums(client, job.base, fitting))
 
 
-def test_features_that_nobody_will_read_are_given_back(job: Job) -> None:
+def test_features_that_nobody_will_read_are_given_back(job: PlannedJob) -> None:
     client = job.clients[0]
     folder = job.base.scratch / client.name
     done(client, job.base, profiling(NEVER))
@@ -179,7 +179,9 @@ def test_features_that_nobody_will_read_are_given_back(job: Job) -> None:
     assert left == [], "no head is fitted after a profile of some examples"
 
 
-def test_a_trained_window_and_a_client_without_a_disk_run_through_the_window(job: Job, passes: Counter[int]) -> None:
+def test_a_trained_window_and_a_client_without_a_disk_run_through_the_window(
+    job: PlannedJob, passes: Counter[int]
+) -> None:
     client, window = job.clients[0], Window(START, START + 1)
     done(client, job.base, profiling(NEVER))
     passes.clear()
@@ -196,8 +198,8 @@ def test_a_trained_window_and_a_client_without_a_disk_run_through_the_window(job
 
 @given(profile=st.lists(st.floats(0, 1), min_size=6, max_size=6), threshold=st.floats(0, 1))
 def test_the_guess_and_the_layer_below_it_are_kept_and_no_other(profile: list[float], threshold: float) -> None:
-    guess, similarities = StartGuess(threshold, window=2, reads=1), tuple(profile)
-    kept = [guess.kept(similarities[: count + 1], 6) for count in range(6)]
-    start = start_below(similarities, threshold, 2)
+    guess, cka = StartGuess(threshold, window=2, head_layers=1), tuple(profile)
+    kept = [guess.kept(cka[: count + 1], 6) for count in range(6)]
+    start = start_below(cka, threshold, 2)
     assert all(layers == (max(start - 1, 0), start) for layers in kept[start:])
     assert all(layers == (layer,) for layer, layers in enumerate(kept[:start]))

@@ -23,7 +23,7 @@ from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
-from chainfed_ray.federation.prepare import Job, draft
+from chainfed_ray.federation.prepare import PlannedJob, plan_job
 from chainfed_ray.forecast import duration
 from chainfed_ray.forecast.dry_run import changed, dry_run
 from chainfed_ray.forecast.duration import Duration
@@ -45,8 +45,8 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chainfed_ray.forecast.dry_run, "duration", lambda *_: Duration(95.0, {"phone": 0.25}))
 
 
-def a_draft(document: dict[str, Any]) -> Job:
-    return draft(parse_job(document), Path())
+def a_draft(document: dict[str, Any]) -> PlannedJob:
+    return plan_job(parse_job(document), Path())
 
 
 def classes(*budgets: tuple[str, int, int]) -> dict[str, Any]:
@@ -56,8 +56,8 @@ def classes(*budgets: tuple[str, int, int]) -> dict[str, Any]:
 
 def needed(document: dict[str, Any]) -> int:
     """The bytes with which every client of ``document`` joins, and with one less does not."""
-    left_out = a_draft({**document, "fleet": classes(("small", 4, 1))}).left_out
-    return 1 + max(client.lacking_bytes for client in left_out)
+    excluded = a_draft({**document, "fleet": classes(("small", 4, 1))}).excluded
+    return 1 + max(client.shortfall_bytes for client in excluded)
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_one_byte_decides_who_joins(streamed: dict[str, Any]) -> None:
     streamed["rounds"]["clients"] = 4
     told = dry_run(parse_job(streamed), at_once=1)
     tablet, phone = told.classes
-    assert (tablet.joins, tablet.left_out, tablet.lacking_bytes) == (0, 2, 1)
-    assert (phone.joins, phone.left_out, phone.lacking_bytes) == (2, 0, 0)
+    assert (tablet.joins, tablet.excluded, tablet.shortfall_bytes) == (0, 2, 1)
+    assert (phone.joins, phone.excluded, phone.shortfall_bytes) == (2, 0, 0)
     assert tablet.planned_bytes == enough
     for row in told.classes:
         assert sum(row.parts.values()) == row.planned_bytes <= enough
@@ -127,7 +127,7 @@ def test_a_job_without_a_quorum_is_told_as_well(document: dict[str, Any]) -> Non
     assert (told.joins, told.estimated_seconds, told.sent_bytes_per_round, told.head_sums_bytes) == (0, None, 0, 0)
     assert told.refused is not None
     assert told.refused.startswith("fleet.clients")
-    assert told.classes[0].lacking_bytes > 0
+    assert told.classes[0].shortfall_bytes > 0
     assert png(told).startswith(_PNG)
     assert "would be refused" in words(told)
 
@@ -197,9 +197,9 @@ def test_rounds_are_those_that_the_privacy_limit_allows(
     )
     told = dry_run(parse_job(document), at_once=1)
     job = a_job(document, tmp_path)
-    opening = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).open()
+    job_started = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).open()
     assert 0 < told.rounds < 20
-    assert timed == [told.rounds] == [opening.total_rounds]
+    assert timed == [told.rounds] == [job_started.total_rounds]
     assert told.stopped is not None
     assert "one more round could take ε to" in " ".join(words(told).split())
 

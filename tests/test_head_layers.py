@@ -21,7 +21,7 @@ from tests.builders import a_job
 
 
 @pytest.mark.parametrize(
-    ("chain", "reads"),
+    ("chain", "head_layers"),
     [
         ({"head": "fitted"}, 4),  # all that the model has: 4 · 32 features are few
         ({"head": "fitted", "schedule": "cyclic"}, 1),
@@ -31,13 +31,13 @@ from tests.builders import a_job
     ],
 )
 def test_how_many_layers_a_head_reads(
-    chain: dict[str, Any], reads: int, document: dict[str, Any], tmp_path: Path
+    chain: dict[str, Any], head_layers: int, document: dict[str, Any], tmp_path: Path
 ) -> None:
     document["chain"] |= chain
     job = a_job(document, tmp_path)
     coordinator = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log"))
     next(coordinator.rounds())
-    assert job.reads == coordinator.stack().reads == reads
+    assert job.head_layers == coordinator.stack().head_layers == head_layers
 
 
 @pytest.mark.slow
@@ -51,18 +51,18 @@ def test_a_head_that_goes_on_from_window_to_window_may_read_several(
     job = a_job(document, tmp_path)
     coordinator = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log"))
     rounds = list(coordinator.rounds())
-    assert all(record.counted and not record.lost for record in rounds)
-    assert coordinator.stack().reads == 3
-    ending = coordinator.finish()
-    assert ending.evaluation
-    assert ending.accuracy > 0.8
+    assert all(record.counted and not record.failed_turns for record in rounds)
+    assert coordinator.stack().head_layers == 3
+    job_finished = coordinator.finish()
+    assert job_finished.evaluation
+    assert job_finished.accuracy > 0.8
 
 
 @pytest.mark.slow
 def test_features_of_a_real_model_are_as_many_as_may_be(document: dict[str, Any], tmp_path: Path) -> None:
     document["model"]["base"] = "builtin:minilm"
     document["chain"] = {"start": 4, "head": "fitted"}
-    assert a_job(document, tmp_path).reads == FEATURES // 384 == 4
+    assert a_job(document, tmp_path).head_layers == FEATURES // 384 == 4
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_below_the_first_layer_there_is_nothing_to_read() -> None:
 def test_who_trains_less_of_a_window_reads_the_same(document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"] |= {"head": "fitted", "head_layers": 3}
     job = a_job(document, tmp_path)
-    stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0, reads=3)
+    stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0, head_layers=3)
     for layer in stack.layers:
         torch.nn.init.normal_(stack.adapter(layer).up.weight, std=0.1, generator=torch.Generator().manual_seed(layer))
     stage, wide = Window(2, 3), job.clients[0]

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from chainfed_ray.budget import server
 from chainfed_ray.errors import EvaluationFailed, InvalidJob
 from chainfed_ray.evaluation.evaluator import Evaluated, Evaluator
-from chainfed_ray.evaluation.predictions import Judgement
+from chainfed_ray.evaluation.predictions import Predictions
 from chainfed_ray.evaluation.score import Score, macro_f1
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.evaluation import Judging, is_due, streaming
+from chainfed_ray.federation.evaluation import ServerEvaluation, is_due, streaming
 from chainfed_ray.federation.pool import LocalPool
-from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.federation.stages import rate_at
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import Ending, Result, Round
+from chainfed_ray.records.rounds import JobFinished, JobResult, Round
 from chainfed_ray.spec.parse import parse_job
 from chainfed_ray.spec.sections import RoundsSpec
 from tests.builders import a_job, assert_same
@@ -44,13 +44,13 @@ class Moody:
     def __init__(self, evaluator: Evaluator, moods: list[float | None]) -> None:
         self._evaluator, self._moods = evaluator, moods
 
-    def judge(self, stack: AdapterStack, examples: str) -> Evaluated:
+    def evaluate(self, stack: AdapterStack, examples: str) -> Evaluated:
         mood = self._moods.pop(0)
         if mood is None:
             raise EvaluationFailed(self.engine, "it is not in the mood")
         if math.isnan(mood):
-            return self._evaluator.judge(blown_up(stack), examples)
-        found = self._evaluator.judge(stack, examples)
+            return self._evaluator.evaluate(blown_up(stack), examples)
+        found = self._evaluator.evaluate(stack, examples)
         return replace(found, judgement=replace(found.judgement, losses=found.judgement.losses + mood))
 
     def close(self) -> None:
@@ -63,13 +63,13 @@ def blown_up(stack: AdapterStack) -> AdapterStack:
 
 
 def trained(
-    job: Job, folder: Path, moods: list[float | None]
-) -> tuple[Coordinator, list[Round], list[Tensors], Ending]:
+    job: PlannedJob, folder: Path, moods: list[float | None]
+) -> tuple[Coordinator, list[Round], list[Tensors], JobFinished]:
     """The job, killed after each round; the stack after each of them."""
     moody = Moody(streaming(job), moods)
     rounds, stacks = list[Round](), list[Tensors]()
     while True:
-        coordinator = Coordinator(job, LocalPool(job.base), CommitLog(folder / "log"), Judging(job, moody))
+        coordinator = Coordinator(job, LocalPool(job.base), CommitLog(folder / "log"), ServerEvaluation(job, moody))
         record = next(coordinator.rounds(), None)
         if record is None:
             return coordinator, rounds, stacks, coordinator.finish()
@@ -82,23 +82,25 @@ def trained(
 def test_the_best_stack_and_the_last_are_both_kept(serve: str, document: dict[str, Any], tmp_path: Path) -> None:
     document["evaluation"] = {"whole_every": "round", "serve": serve}
     job = a_job(document, tmp_path)
-    coordinator, rounds, stacks, ending = trained(job, tmp_path, [30, 10, 20, 20, 0])
-    assert ending.best is not None
-    assert (ending.served, ending.best.round, len(rounds)) == (serve, 1, 4)
-    assert "after round 4, the last one judged, it had" in ending.best.why
+    coordinator, rounds, stacks, job_finished = trained(job, tmp_path, [30, 10, 20, 20, 0])
+    assert job_finished.best is not None
+    assert (job_finished.served, job_finished.best.round, len(rounds)) == (serve, 1, 4)
+    assert "after round 4, the last one judged, it had" in job_finished.best.why
     coordinator.save(tmp_path)
     for name, stack in (("best", stacks[1]), ("last", stacks[-1])):
         assert_same(load_stack(tmp_path / ("model" if name == serve else name)).stack.tensors(), stack)
-    expected = streaming(job).judge(AdapterStack.from_tensors(stacks[1 if serve == "best" else -1]), "test").judgement
-    assert ending.accuracy == int(expected.right.sum()) / len(job.test)
+    expected = (
+        streaming(job).evaluate(AdapterStack.from_tensors(stacks[1 if serve == "best" else -1]), "test").judgement
+    )
+    assert job_finished.accuracy == int(expected.right.sum()) / len(job.test)
 
 
 @pytest.mark.slow
 def test_a_last_stack_that_is_the_best_is_the_model(document: dict[str, Any], tmp_path: Path) -> None:
     document["evaluation"] = {"whole_every": "round", "serve": "best"}
-    coordinator, _, stacks, ending = trained(a_job(document, tmp_path), tmp_path, [30, 20, 10, 0, 0])
-    assert ending.best is not None
-    assert (ending.served, ending.best.round) == ("last", 3)
+    coordinator, _, stacks, job_finished = trained(a_job(document, tmp_path), tmp_path, [30, 20, 10, 0, 0])
+    assert job_finished.best is not None
+    assert (job_finished.served, job_finished.best.round) == ("last", 3)
     coordinator.save(tmp_path)
     assert_same(load_stack(tmp_path / "model").stack.tensors(), stacks[-1])
     assert not (tmp_path / "best").exists()
@@ -111,16 +113,19 @@ def test_failures_are_noted_and_cost_nothing_else(document: dict[str, Any], tmp_
     list(plain.rounds())
     document["evaluation"] = {"whole_every": 3}
     failing = a_job(document, tmp_path)
-    coordinator, rounds, _, ending = trained(failing, tmp_path, [None] * 9)
+    coordinator, rounds, _, job_finished = trained(failing, tmp_path, [None] * 9)
     assert_same(coordinator.stack().tensors(), plain.stack().tensors())
     said = "EvaluationFailed: the evaluation by moody failed: it is not in the mood"
     noted = [(record.index, record.evaluation.failure) for record in rounds if record.evaluation]
     ends = [record.index for record in rounds if record.ended]
     assert noted == [(index, said) for index in sorted({2, *ends})]
-    assert ending.evaluation is not None
-    assert (ending.evaluation.engine, ending.evaluation.failure, ending.best) == ("torch", said, None)
-    assert ending.accuracy == plain.finish().accuracy
-    assert Result.of("tiny", job.classes, coordinator.open(), rounds, ending).evaluation == ending.evaluation
+    assert job_finished.evaluation is not None
+    assert (job_finished.evaluation.engine, job_finished.evaluation.failure, job_finished.best) == ("torch", said, None)
+    assert job_finished.accuracy == plain.finish().accuracy
+    assert (
+        JobResult.of("tiny", job.classes, coordinator.open(), rounds, job_finished).evaluation
+        == job_finished.evaluation
+    )
 
 
 @pytest.mark.slow
@@ -130,21 +135,21 @@ def test_a_loss_that_is_no_number_is_never_the_best_and_can_be_read_again(
 ) -> None:
     document["evaluation"] = {"whole_every": "round", "serve": "best"}
     job = a_job(document, tmp_path)
-    found = streaming(job).judge(blown_up(AdapterStack.new(range(1, 4), job.hidden, 8, 3, seed=0)), "test").judgement
+    found = streaming(job).evaluate(blown_up(AdapterStack.new(range(1, 4), job.hidden, 8, 3, seed=0)), "test").judgement
     assert not math.isfinite(float(found.losses.sum())), "as the model itself has it"
-    _, rounds, _, ending = trained(job, tmp_path, [math.nan, 10, 20, math.nan, last])
-    assert ending.best is not None
-    assert (ending.best.round, ending.served) == (1, "best")
+    _, rounds, _, job_finished = trained(job, tmp_path, [math.nan, 10, 20, math.nan, last])
+    assert job_finished.best is not None
+    assert (job_finished.best.round, job_finished.served) == (1, "best")
     log = CommitLog(tmp_path / "log")
     assert log.rounds() == rounds
-    assert log.ending() == ending
+    assert log.job_finished() == job_finished
     assert [record.evaluation.loss is None for record in rounds if record.evaluation] == [True, False, False, True]
     assert rounds[0].evaluation is not None
     assert "no finite number" in (rounds[0].evaluation.failure or "")
-    assert (ending.loss is None) == math.isnan(last)
-    result = Result.of("tiny", job.classes, Coordinator(job, LocalPool(job.base), log).open(), rounds, ending)
+    assert (job_finished.loss is None) == math.isnan(last)
+    result = JobResult.of("tiny", job.classes, Coordinator(job, LocalPool(job.base), log).open(), rounds, job_finished)
     strict = json.dumps(result.model_dump(mode="json"), allow_nan=False)
-    assert Result.model_validate_json(strict) == result
+    assert JobResult.model_validate_json(strict) == result
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -162,13 +167,13 @@ def test_the_end_has_the_multiple_choice_too(fails: bool, document: dict[str, An
     assert job.choices is not None
     stack = a_causal_stack(folder).stack
     plain = streaming(job)
-    expected = job.choices.accuracy(plain.judge(stack, "choices").judgement.losses)
+    expected = job.choices.accuracy(plain.evaluate(stack, "choices").judgement.losses)
     # The first thing that is asked of it is the multiple choice, and then come the rows.
-    found = Judging(job, Moody(plain, [0, None] if fails else [0, 0])).test(stack)
+    found = ServerEvaluation(job, Moody(plain, [0, None] if fails else [0, 0])).test(stack)
     assert (found.engine, found.failure is None) == (("torch", False) if fails else ("moody", True))
     assert found.choice_accuracy == expected
     assert 0 < expected < 1
-    assert found.loss == pytest.approx(Score.of(plain.judge(stack, "test").judgement).loss)
+    assert found.loss == pytest.approx(Score.of(plain.evaluate(stack, "test").judgement).loss)
 
 
 @pytest.mark.slow
@@ -176,7 +181,7 @@ def test_an_early_exit_that_is_no_number_ends_no_stage(document: dict[str, Any],
     """Nor does it differ from one that was read from the log."""
     document["rounds"]["convergence"] = {"span": 1, "minimum": 1, "threshold": 0}
 
-    class Blown(Judging):
+    class Blown(ServerEvaluation):
         def early_exit(self, stack: AdapterStack, window: Any) -> Any:
             return super().early_exit(blown_up(stack), window)
 
@@ -245,11 +250,11 @@ def test_what_is_asked_for_in_vain_is_refused(
 
 def test_a_server_streams_layers_that_are_large() -> None:
     most, mib = server.SERVER_LAYERS, 2**20
-    assert server.evaluation_grains(most // 2, 0, 3) == ("layer", "layer")
-    assert server.evaluation_grains(most // 2, 1, 2) == ("matrix", "layer")
-    assert server.evaluation_grains(most // 2, 0, 4) == ("layer", "matrix")
-    assert server.evaluation_grains(386 * mib, 0, 1)[0] == "matrix", "LLaMA2-7B"
-    assert server.evaluation_grains(49 * mib, 0, 3) == ("layer", "layer"), "RoBERTa-large"
+    assert server.evaluation_weights(most // 2, 0, 3) == ("resident", "resident")
+    assert server.evaluation_weights(most // 2, 1, 2) == ("streamed", "resident")
+    assert server.evaluation_weights(most // 2, 0, 4) == ("resident", "streamed")
+    assert server.evaluation_weights(386 * mib, 0, 1)[0] == "streamed", "LLaMA2-7B"
+    assert server.evaluation_weights(49 * mib, 0, 3) == ("resident", "resident"), "RoBERTa-large"
 
 
 @pytest.mark.slow
@@ -296,7 +301,7 @@ def test_rates_rise_to_the_full_rate_and_fall_towards_none(warmup: int, limit: i
 @given(pairs=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
 def test_macro_f1_is_the_mean_over_classes_that_occur(pairs: list[tuple[int, int]]) -> None:
     labels, found = (torch.tensor(values) for values in zip(*pairs, strict=True))
-    whole = Judgement.blank(len(pairs))
+    whole = Predictions.blank(len(pairs))
     scores = []
     for name in {value for pair in pairs for value in pair}:
         hits = sum(pair == (name, name) for pair in pairs)

@@ -9,8 +9,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from chainfed_ray.budget.demand import NOTHING, Bytes, Costs, Demand, StepDemands
-from chainfed_ray.budget.planner import Grain, Means, Task, footprint, lacking, leaner, plan
+from chainfed_ray.budget.demand import NOTHING, BytePolynomial, MemoryProfile, PartMemory, StepMemory
+from chainfed_ray.budget.planner import (
+    ClientResources,
+    TurnRequirements,
+    WeightPlacement,
+    fallback_plan,
+    footprint,
+    plan,
+    shortfall,
+)
 from chainfed_ray.chain import Window
 from tests.plans import HIDDEN, ITEMSIZE, LAYERS, ROW, WAYS, all_costs, all_means, all_tasks, demand, needed, planned
 from tests.project import ROOT
@@ -18,7 +26,7 @@ from tests.project import ROOT
 
 @given(all_costs(), all_tasks(), all_means)
 @planned
-def test_a_plan_fits(costs: Costs, job: tuple[Task, Window], means: Means) -> None:
+def test_a_plan_fits(costs: MemoryProfile, job: tuple[TurnRequirements, Window], means: ClientResources) -> None:
     task, stage = job
     found = plan(costs, task, stage, means)
     assume(found)
@@ -28,7 +36,7 @@ def test_a_plan_fits(costs: Costs, job: tuple[Task, Window], means: Means) -> No
     assert found.prefix.profile_bytes <= means.memory
     assert found.prefix.cached == means.cached
     assert means.spill is None or found.spill_bytes <= means.spill
-    assert (found.spill_bytes > 0) <= found.spilled
+    assert (found.spill_bytes > 0) <= found.activations_offloaded
     assert 1 <= found.micro_batch <= means.batch
     assert found.window.top == stage.top
     assert found.window.bottom >= stage.bottom
@@ -38,10 +46,12 @@ def test_a_plan_fits(costs: Costs, job: tuple[Task, Window], means: Means) -> No
 
 @given(all_costs(), all_tasks(), all_means)
 @planned
-def test_what_is_lacking_is_exact(costs: Costs, job: tuple[Task, Window], means: Means) -> None:
+def test_what_is_lacking_is_exact(
+    costs: MemoryProfile, job: tuple[TurnRequirements, Window], means: ClientResources
+) -> None:
     """With that many bytes more there is a plan, and with one byte less than that there is none."""
     task, stage = job
-    short = lacking(costs, task, stage, means)
+    short = shortfall(costs, task, stage, means)
     assert (short == 0) == (plan(costs, task, stage, means) is not None)
     assume(short)
     assert short > 0
@@ -52,8 +62,8 @@ def test_what_is_lacking_is_exact(costs: Costs, job: tuple[Task, Window], means:
 def test_a_client_that_is_asked_for_a_profile_can_make_it() -> None:
     """The means of an example's tokens are float64 numbers: of a long text they take more than a step with a small model."""
     costs = replace(COSTS, itemsize=2, layer=1, unstreamed=0, slices=0, adapter=1, call=NOTHING)
-    task, stage, longest = Task(0, 8, 1, False, False, profiles=8), Window(0, 0), 4000
-    means = Means(memory=0, longest=longest, cached=True, spill=None, batch=1, one_step=False)
+    task, stage, longest = TurnRequirements(0, 8, 1, False, False, profiles=8), Window(0, 0), 4000
+    means = ClientResources(memory=0, longest=longest, cached=True, spill=None, batch=1, one_step=False)
     least = needed(costs, task, stage, means)
     assert least > needed(costs, replace(task, profiles=0), stage, means)
     assert plan(costs, task, stage, replace(means, memory=least))
@@ -62,7 +72,9 @@ def test_a_client_that_is_asked_for_a_profile_can_make_it() -> None:
 
 @given(all_costs(), all_tasks(), all_means, st.integers(1, 2**26))
 @planned
-def test_more_memory_never_trains_less(costs: Costs, job: tuple[Task, Window], means: Means, more: int) -> None:
+def test_more_memory_never_trains_less(
+    costs: MemoryProfile, job: tuple[TurnRequirements, Window], means: ClientResources, more: int
+) -> None:
     task, stage = job
     less, richer = (plan(costs, task, stage, it) for it in (means, replace(means, memory=means.memory + more)))
     assume(less)
@@ -73,22 +85,24 @@ def test_more_memory_never_trains_less(costs: Costs, job: tuple[Task, Window], m
 
 @given(all_costs(), all_tasks(), all_means, st.integers(1, 64))
 @planned
-def test_longer_texts_never_need_less(costs: Costs, job: tuple[Task, Window], means: Means, more: int) -> None:
+def test_longer_texts_never_need_less(
+    costs: MemoryProfile, job: tuple[TurnRequirements, Window], means: ClientResources, more: int
+) -> None:
     task, stage = job
     assert needed(costs, task, stage, replace(means, longest=means.longest + more)) >= needed(costs, task, stage, means)
 
 
-@given(all_costs(), all_tasks(), all_means, st.sampled_from(["layer", "matrix"]))
+@given(all_costs(), all_tasks(), all_means, st.sampled_from(["resident", "streamed"]))
 @planned
 def test_a_step_with_more_in_it_never_needs_less(
-    costs: Costs, job: tuple[Task, Window], means: Means, grain: Grain
+    costs: MemoryProfile, job: tuple[TurnRequirements, Window], means: ClientResources, weights: WeightPlacement
 ) -> None:
     """A wider window, another example, a longer chain, a global branch, and one that is trained."""
     task, stage = job
     task = replace(task, looks_ahead=False, trains_above=False)
 
-    def total(task: Task = task, window: Window = stage, batch: int = 2) -> int:
-        return footprint(costs, task, window, batch, means.longest, grain, spilled=False).total
+    def total(task: TurnRequirements = task, window: Window = stage, batch: int = 2) -> int:
+        return footprint(costs, task, window, batch, means.longest, weights, activations_offloaded=False).total
 
     assert total(batch=3) >= total()
     ahead = replace(task, looks_ahead=True)
@@ -101,12 +115,14 @@ def test_a_step_with_more_in_it_never_needs_less(
 
 @given(all_costs(), all_tasks(), all_means)
 @planned
-def test_a_leaner_plan_needs_two_thirds(costs: Costs, job: tuple[Task, Window], means: Means) -> None:
+def test_a_leaner_plan_needs_two_thirds(
+    costs: MemoryProfile, job: tuple[TurnRequirements, Window], means: ClientResources
+) -> None:
     task, stage = job
     best = plan(costs, task, stage, means)
     assume(best)
     assert best is not None
-    found = leaner(costs, task, stage, means, best)
+    found = fallback_plan(costs, task, stage, means, best)
     possible = needed(costs, task, stage, means) <= best.planned_bytes * 2 // 3
     assert (found is not None) == possible
     if found:
@@ -116,7 +132,9 @@ def test_a_leaner_plan_needs_two_thirds(costs: Costs, job: tuple[Task, Window], 
 
 @given(all_costs(), all_tasks(), all_means, st.data())
 @planned
-def test_nothing_better_fits(costs: Costs, job: tuple[Task, Window], means: Means, data: st.DataObject) -> None:
+def test_nothing_better_fits(
+    costs: MemoryProfile, job: tuple[TurnRequirements, Window], means: ClientResources, data: st.DataObject
+) -> None:
     """The widest window first, then the fastest way, then the largest micro-batch; at a budget that some plan just fits."""
     task, stage = job
     means = replace(means, cached=True, one_step=False, spill=None)
@@ -127,16 +145,16 @@ def test_nothing_better_fits(costs: Costs, job: tuple[Task, Window], means: Mean
     budget = max(data.draw(st.sampled_from(totals)), needed(costs, task, stage, means))
     found = plan(costs, task, stage, replace(means, memory=budget))
     assert found is not None
-    if found.prefix.grain == "matrix":  # its buffers stay for the steps
+    if found.prefix.weights == "streamed":  # its buffers stay for the steps
         totals = [part.total - part.buffers + costs.slices for part in parts]
     first = next(choice for choice, total in zip(choices, totals, strict=True) if total <= budget)
-    assert (found.window, (found.grain, found.spilled), found.micro_batch) == first
+    assert (found.window, (found.weights, found.activations_offloaded), found.micro_batch) == first
 
 
 @given(all_costs(), all_tasks(), all_means)
 @planned
 def test_a_prefix_made_for_each_step_is_made_beside_what_the_turn_keeps(
-    costs: Costs, job: tuple[Task, Window], means: Means
+    costs: MemoryProfile, job: tuple[TurnRequirements, Window], means: ClientResources
 ) -> None:
     task, stage = job
     found = plan(costs, task, stage, replace(means, cached=False, one_step=False))
@@ -148,9 +166,9 @@ def test_a_prefix_made_for_each_step_is_made_beside_what_the_turn_keeps(
     assert found.prefix.planned_bytes - stack - parts.runtime <= activations
 
 
-def flat(saved: int, forward: int, backward: int) -> Demand:
+def flat(saved: int, forward: int, backward: int) -> PartMemory:
     """Of so many bytes, whatever the shape."""
-    return Demand(Bytes(((saved,),)), (Bytes(((forward,),)),), (Bytes(((backward,),)),))
+    return PartMemory(BytePolynomial(((saved,),)), (BytePolynomial(((forward,),)),), (BytePolynomial(((backward,),)),))
 
 
 # A window of two adapters, three stand-ins above: adapter, layer, adapter, head, 3 stand-ins, head.
@@ -164,16 +182,24 @@ def flat(saved: int, forward: int, backward: int) -> Demand:
         ({"stand_in": flat(1, 130, 1800)}, 127 + 1800, 128),  # the last stand-in's
     ],
 )
-def test_the_highest_moment_of_a_step(changed: dict[str, Demand], peak: int, saved: int) -> None:
+def test_the_highest_moment_of_a_step(changed: dict[str, PartMemory], peak: int, saved: int) -> None:
     parts = {"adapter": flat(10, 200, 300), "layer": flat(100, 400, 900), "head": flat(5, 150, 160)}
-    kept = StepDemands(**{**parts, "stand_in": flat(1, 130, 140), **changed})
+    kept = StepMemory(**{**parts, "stand_in": flat(1, 130, 140), **changed})
     costs = replace(COSTS, kept=kept, call=NOTHING)
-    found = footprint(costs, Task(1, 8, 1, True, False, False), Window(1, 2), 1, 1, "layer", spilled=False)
+    found = footprint(
+        costs,
+        TurnRequirements(1, 8, 1, True, False, False),
+        Window(1, 2),
+        1,
+        1,
+        "resident",
+        activations_offloaded=False,
+    )
     assert found.cache_pages + found.saved_activations + found.transients == peak
     assert found.cache_pages + found.saved_activations == saved
 
 
-COSTS = Costs(
+COSTS = MemoryProfile(
     layers=LAYERS,
     hidden=HIDDEN,
     itemsize=ITEMSIZE,
@@ -182,13 +208,13 @@ COSTS = Costs(
     slices=9_000,
     conversion=0,
     skeleton=30,
-    call=Bytes(((0, 0, 0), (0, 0, 3))),
+    call=BytePolynomial(((0, 0, 0), (0, 0, 3))),
     adapter=1000,
     head=80,
-    reads=1,
+    head_layers=1,
     streamed_head=False,
-    kept=StepDemands(*[demand(0, 0, 0, 0, 0)] * 4),
-    spilled=StepDemands(*[demand(0, 0, 0, 0, 0)] * 4),
+    kept=StepMemory(*[demand(0, 0, 0, 0, 0)] * 4),
+    activations_offloaded=StepMemory(*[demand(0, 0, 0, 0, 0)] * 4),
     advance=demand(0, 0, 0, 0, 0),
     advance_adapter=demand(0, 0, 0, 0, 0),
 )
@@ -196,10 +222,12 @@ COSTS = Costs(
 
 def test_the_parts_of_a_step() -> None:
     """Two adapters of a chain of five are trained, with the head, or with the three above; or the head is streamed."""
-    task, window = Task(1, 8, 1, False, False, False), Window(1, 2)
+    task, window = TurnRequirements(1, 8, 1, False, False, False), Window(1, 2)
 
-    def parts(costs: Costs = COSTS, task: Task = task, **way: Any) -> dict[str, int]:
-        found = footprint(costs, task, window, 2, 10, **{"grain": "layer", "spilled": False, **way}).parts()
+    def parts(costs: MemoryProfile = COSTS, task: TurnRequirements = task, **way: Any) -> dict[str, int]:
+        found = footprint(
+            costs, task, window, 2, 10, **{"weights": "resident", "activations_offloaded": False, **way}
+        ).parts()
         assert all(size >= 0 for size in found.values())
         return found
 
@@ -216,19 +244,25 @@ def test_the_parts_of_a_step() -> None:
         "transients": plain["transients"],
         "runtime": plain["runtime"],
     }
-    assert parts(grain="matrix") == {**plain, "layer_weights": 700, "buffers": 9000}
+    assert parts(weights="streamed") == {**plain, "layer_weights": 700, "buffers": 9000}
     above = parts(task=replace(task, looks_ahead=True, trains_above=True))
     assert (above["adapters"], above["gradients"], above["optimizer"]) == (10_000, 5080, 2 * 5080)
     language = parts(replace(COSTS, head=0, streamed_head=True))
     assert (language["head"], language["gradients"], language["buffers"]) == (0, 2000, 9000)
-    spilled = parts(grain="matrix", spilled=True)
-    assert spilled["cache_pages"] == 0
+    activations_offloaded = parts(weights="streamed", activations_offloaded=True)
+    assert activations_offloaded["cache_pages"] == 0
 
 
 def test_no_part_is_negative_when_the_first_moment_is_the_highest() -> None:
     kept = replace(COSTS.kept, adapter=flat(0, 500, 3 * ROW))
     found = footprint(
-        replace(COSTS, kept=kept), Task(5, 8, 1, False, False, False), Window(5, 5), 1, 1, "layer", spilled=False
+        replace(COSTS, kept=kept),
+        TurnRequirements(5, 8, 1, False, False, False),
+        Window(5, 5),
+        1,
+        1,
+        "resident",
+        activations_offloaded=False,
     )
     assert (found.cache_pages, found.saved_activations) == (ROW, 0)
     assert found.cache_pages + found.transients == 500 + 3

@@ -13,8 +13,8 @@ from chainfed_ray.api.rest.metrics import FINISHED_JOBS
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.records.rounds import EarlyExit, Evaluation, Lost, Opening, Record
-from tests.builders import ENDING, MIB, SPEC, a_round, an_opening
+from chainfed_ray.records.rounds import EarlyExit, Evaluation, FailedTurn, JobStarted, Record
+from tests.builders import FINISHED, MIB, SPEC, a_round, a_start
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -48,10 +48,10 @@ def value(samples: Samples, name: str, **labels: str) -> float | None:
     return samples.get((name, tuple(sorted((label.rstrip("_"), text) for label, text in labels.items()))))
 
 
-def a_running_job(store: JobStore, opening: Opening | None = None) -> str:
+def a_running_job(store: JobStore, job_started: JobStarted | None = None) -> str:
     job = store.submit(SPEC).id
     store.move(job, "running")
-    publish(store, job, "opening", opening or an_opening())
+    publish(store, job, "started", job_started or a_start())
     return job
 
 
@@ -68,8 +68,8 @@ def test_without_a_job_every_status_is_zero(store: JobStore) -> None:
 
 
 def test_a_running_job_from_round_to_round(store: JobStore) -> None:
-    opening = an_opening()
-    job = a_running_job(store, opening)
+    job_started = a_start()
+    job = a_running_job(store, job_started)
     store.submit(SPEC)
     samples = scraped(store)
     assert (value(samples, "chainfed_jobs", status="running"), value(samples, "chainfed_jobs", status="queued")) == (
@@ -77,17 +77,17 @@ def test_a_running_job_from_round_to_round(store: JobStore) -> None:
         1,
     )
     assert value(samples, "chainfed_rounds_total", job=job) == 0
-    assert value(samples, "chainfed_rounds_limit", job=job) == opening.total_rounds
+    assert value(samples, "chainfed_rounds_limit", job=job) == job_started.total_rounds
     assert memory(samples, job, "phone") == (64 * MIB, 30 * MIB, None)
 
-    first, *others = a_round(0, opening).turns
+    first, *others = a_round(0, job_started).turns
     again = first.model_copy(update={"exceeded": "BudgetExceeded", "planned_bytes": 20 * MIB, "peak_bytes": 18 * MIB})
     lost = (
-        Lost(client="phone-5", client_class="phone", reason="BudgetExceeded", over_budget=True),
-        Lost(client="silo-0", client_class="silo", reason="died"),
+        FailedTurn(client="phone-5", client_class="phone", reason="BudgetExceeded", over_budget=True),
+        FailedTurn(client="silo-0", client_class="silo", reason="died"),
     )
-    publish(store, job, "round-0", a_round(0, opening, turns=(again, *others), lost=lost))
-    publish(store, job, "round-1", a_round(1, opening, turns=(again,), accuracy=None))
+    publish(store, job, "round-0", a_round(0, job_started, turns=(again, *others), failed_turns=lost))
+    publish(store, job, "round-1", a_round(1, job_started, turns=(again,), accuracy=None))
     samples = scraped(store)
     assert memory(samples, job, "phone") == (64 * MIB, 20 * MIB, 18 * MIB), "of the newest round"
     assert memory(samples, job, "laptop") == (256 * MIB, 30 * MIB, None), "which has not had a turn"
@@ -106,18 +106,20 @@ def memory(samples: Samples, job: str, name: str) -> tuple[float | None, ...]:
 
 
 def test_the_servers_memory_is_that_of_its_newest_judgements(store: JobStore) -> None:
-    opening = an_opening()
-    job = a_running_job(store, opening)
+    job_started = a_start()
+    job = a_running_job(store, job_started)
     assert server(scraped(store), job, "early exit") == (None, None, None)
     early_exit = EarlyExit(seconds=1.0, planned_bytes=30 * MIB, peak_bytes=20 * MIB)
     whole = Evaluation(engine="deepspeed", loss=1.0, planned_bytes=80, peak_bytes=70, process_bytes=500, processes=2)
-    publish(store, job, "round-0", a_round(0, opening, early_exit=early_exit, evaluation=whole))
+    publish(store, job, "round-0", a_round(0, job_started, early_exit=early_exit, evaluation=whole))
     failed = Evaluation(engine="deepspeed", failure="the process of a worker ended")
-    publish(store, job, "round-1", a_round(1, opening, accuracy=None, evaluation=failed))
+    publish(store, job, "round-1", a_round(1, job_started, accuracy=None, evaluation=failed))
     samples = scraped(store)
     assert server(samples, job, "early exit") == (30 * MIB, 20 * MIB, None)
     assert server(samples, job, "whole model") == (80, 70, 500)
-    publish(store, job, "ending", ENDING.model_copy(update={"evaluation": whole.model_copy(update={"peak_bytes": 75})}))
+    publish(
+        store, job, "finished", FINISHED.model_copy(update={"evaluation": whole.model_copy(update={"peak_bytes": 75})})
+    )
     assert server(scraped(store), job, "whole model") == (80, 75, 500)
 
 
@@ -131,23 +133,23 @@ def test_a_job_that_is_over_is_among_the_newest_for_a_while(store: JobStore) -> 
     jobs = []
     for _ in range(FINISHED_JOBS + 2):
         jobs.append(a_running_job(store))
-        publish(store, jobs[-1], "ending", ENDING)
+        publish(store, jobs[-1], "finished", FINISHED)
         store.move(jobs[-1], "succeeded", result={})
     running = a_running_job(store)
     samples = scraped(store)
     shown = {dict(labels)["job"] for name, labels in samples if name == "chainfed_rounds_limit"}
     assert len(shown) == FINISHED_JOBS + 1
     assert {running, jobs[-1]} <= shown
-    assert value(samples, "chainfed_accuracy", job=jobs[-1], rows="test") == ENDING.accuracy
+    assert value(samples, "chainfed_accuracy", job=jobs[-1], rows="test") == FINISHED.accuracy
     assert value(samples, "chainfed_jobs", status="succeeded") == len(jobs)
 
 
 def test_more_events_than_a_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chainfed_ray.api.rest.metrics.PAGE", 2)
-    opening = an_opening()
-    job = a_running_job(store, opening)
+    job_started = a_start()
+    job = a_running_job(store, job_started)
     for index in range(5):
-        publish(store, job, f"round-{index}", a_round(index, opening))
+        publish(store, job, f"round-{index}", a_round(index, job_started))
     samples = scraped(store)
     assert value(samples, "chainfed_rounds_total", job=job) == 5
     assert value(samples, "chainfed_turns_total", job=job, class_="phone") == 15

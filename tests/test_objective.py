@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from chainfed_ray.chain import Window
-from chainfed_ray.client.objective import by_class, chain_loss, trained_names
+from chainfed_ray.client.objective import chain_loss, classification_loss, trained_names
 from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.model.pooling import States, nothing_read
+from chainfed_ray.model.pooling import LayerStates, no_features
 from tests.models import a_stack
 
 LAMBDA = 0.3
@@ -37,27 +37,27 @@ def logits(stack: AdapterStack, layers: list[int]) -> Tensor:
         state = state + inner @ adapter.up.weight.T + adapter.up.bias
         pooled.append(torch.stack([state[0].mean(0), state[1, :2].mean(0)]))
     norm, found = stack.head.norm, stack.head.linear.bias
-    for place, one in enumerate(reversed(pooled[-stack.reads :]), start=1):
+    for place, one in enumerate(reversed(pooled[-stack.head_layers :]), start=1):
         centred = one - one.mean(-1, keepdim=True)
         scaled = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
-        columns = stack.head.linear.weight[:, (stack.reads - place) * 32 : (stack.reads - place + 1) * 32]
+        columns = stack.head.linear.weight[:, (stack.head_layers - place) * 32 : (stack.head_layers - place + 1) * 32]
         found = found + scaled @ columns.T
     return found
 
 
 def ours(stack: AdapterStack, window: Window, head_follows_global: bool = True, weight: float = LAMBDA) -> Tensor:
     options: dict[str, Any] = {"global_weight": weight, "head_follows_global": head_follows_global}
-    states = States(hidden(), read()[:, 3 - stack.reads :])
-    return chain_loss(stack, window, states, MASK, by_class(stack.head, MASK, LABELS), **options)
+    states = LayerStates(hidden(), read()[:, 3 - stack.head_layers :])
+    return chain_loss(stack, window, states, MASK, classification_loss(stack.head, MASK, LABELS), **options)
 
 
 def total(found: Tensor) -> Tensor:
     return cross_entropy(found, LABELS, reduction="sum")
 
 
-@pytest.mark.parametrize("reads", [1, 2, 3])
-def test_the_formula(reads: int) -> None:
-    stack = a_stack(range(1, 5), reads=reads)
+@pytest.mark.parametrize("head_layers", [1, 2, 3])
+def test_the_formula(head_layers: int) -> None:
+    stack = a_stack(range(1, 5), head_layers=head_layers)
     local, ahead = total(logits(stack, [])), total(logits(stack, [3, 4]))
     assert abs(local - ahead) > 0.1
     torch.testing.assert_close(ours(stack, Window(1, 2)), local + LAMBDA * ahead)
@@ -82,8 +82,8 @@ def test_the_head_follows_the_global_loss_or_does_not(follows: bool) -> None:
 def test_the_window_always_follows_the_global_loss(follows: bool) -> None:
     stack = a_stack(range(1, 5))
     state = hidden().requires_grad_()
-    judge = by_class(stack.head, MASK, LABELS)
-    states = States(state, nothing_read(state))
+    judge = classification_loss(stack.head, MASK, LABELS)
+    states = LayerStates(state, no_features(state))
     loss = chain_loss(stack, Window(1, 2), states, MASK, judge, global_weight=LAMBDA, head_follows_global=follows)
     (found,) = torch.autograd.grad(loss, [state])
     (local,) = torch.autograd.grad(total(stack.head(state, MASK)), [state])

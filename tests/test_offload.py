@@ -18,23 +18,23 @@ import ray
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from chainfed_ray.activity import Activity, Listener, nobody
+from chainfed_ray.activity import Activity, Listener, no_listener
 from chainfed_ray.cluster.offload.engine import judging
 from chainfed_ray.cluster.offload.evaluator import OffloadedEvaluator, make_evaluator
 from chainfed_ray.cluster.offload.footprint import offload_footprint
 from chainfed_ray.cluster.offload.messages import OFFLOAD, Reason
-from chainfed_ray.cluster.offload.model import shares
+from chainfed_ray.cluster.offload.model import worker_batches
 from chainfed_ray.cluster.offload.run import why_over
 from chainfed_ray.cluster.offload.worker import why
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import EvaluationFailed
 from chainfed_ray.evaluation.evaluator import Evaluated
-from chainfed_ray.evaluation.predictions import Judgement, judge
+from chainfed_ray.evaluation.predictions import Predictions, predict
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import costs_of
-from chainfed_ray.model.pooling import States, mean_over_tokens
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.costs import memory_profile_of
+from chainfed_ray.model.pooling import LayerStates, mean_over_tokens
+from chainfed_ray.model.source import ModelSource
 from tests.builders import a_job
 from tests.cluster import needs_ops
 from tests.watching import command_of, processes_below, wait_for
@@ -70,7 +70,7 @@ def examples_of(family: str, count: int = 21) -> Examples:
 def stack_of(family: str, seed: int) -> AdapterStack:
     """One that does something: fresh adapters are the identity."""
     classes = _CLASSES if family == "bert" else None
-    stack = AdapterStack.new(range(1, 3), 512, 16, classes, seed, reads=2)
+    stack = AdapterStack.new(range(1, 3), 512, 16, classes, seed, head_layers=2)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in stack.parameters():
@@ -79,11 +79,11 @@ def stack_of(family: str, seed: int) -> AdapterStack:
 
 
 @torch.no_grad()
-def plainly(base: BaseModel, stack: AdapterStack, examples: Examples) -> Judgement:
+def plainly(base: ModelSource, stack: AdapterStack, examples: Examples) -> Predictions:
     """The same with every layer in memory."""
     blocks = Blocks(base.folder, base.dtype)
     layers, matrices = [blocks.load_layer(index) for index in range(blocks.num_layers)], blocks.reader()
-    whole = Judgement.blank(len(examples))
+    whole = Predictions.blank(len(examples))
     for indices in examples.by_length(_BATCH):
         batch = examples.batch(indices)
         hidden, calls = blocks.embed(batch.ids, batch.mask)
@@ -93,14 +93,14 @@ def plainly(base: BaseModel, stack: AdapterStack, examples: Examples) -> Judgeme
             if index in stack.layers:
                 hidden = stack.adapter(index)(hidden)
             means.append(mean_over_tokens(hidden, batch.mask))
-        states = States(hidden, torch.stack(means[:-1], 1))
-        whole.put(torch.from_numpy(indices), judge(blocks, stack, states, batch, matrices))
+        states = LayerStates(hidden, torch.stack(means[:-1], 1))
+        whole.put(torch.from_numpy(indices), predict(blocks, stack, states, batch, matrices))
     matrices.close()
     blocks.close()
     return whole
 
 
-def assert_equal(found: Judgement, expected: Judgement) -> None:
+def assert_equal(found: Predictions, expected: Predictions) -> None:
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-6, atol=1e-6)
     for name in ("counts", "right", "classes"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
@@ -108,10 +108,10 @@ def assert_equal(found: Judgement, expected: Judgement) -> None:
 
 @contextmanager
 def evaluator(
-    base: BaseModel, family: str, workers: int = 1, listen: Listener = nobody
+    base: ModelSource, family: str, workers: int = 1, listen: Listener = no_listener
 ) -> Iterator[OffloadedEvaluator]:
     blocks = Blocks(base.folder, base.dtype)
-    costs = costs_of(blocks, 16, _CLASSES if family == "bert" else None)
+    costs = memory_profile_of(blocks, 16, _CLASSES if family == "bert" else None)
     blocks.close()
     sets = {"test": examples_of(family)}
     made = make_evaluator(base, costs, sets, workers=workers, batch_size=_BATCH, listen=listen)
@@ -131,7 +131,7 @@ def training(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in processes if "RayTrainWorker" in command_of(process)]
 
 
-def is_gone(base: BaseModel) -> bool:
+def is_gone(base: ModelSource) -> bool:
     return not (base.scratch / OFFLOAD).exists() or not list((base.scratch / OFFLOAD).rglob("*.swp"))
 
 
@@ -146,13 +146,13 @@ def is_gone(base: BaseModel) -> bool:
 def test_offloaded_is_plain_evaluation(
     models: dict[str, Path], tmp_path: Path, family: str, dtype: torch.dtype, count: int
 ) -> None:
-    base, examples = BaseModel(models[family], dtype, tmp_path), examples_of(family)
+    base, examples = ModelSource(models[family], dtype, tmp_path), examples_of(family)
     found: list[Evaluated] = []
     processes: list[list[int]] = []
     heard: list[Activity] = []
     with evaluator(base, family, count, heard.append) as offloaded:
         for seed in (0, 1):
-            found.append(offloaded.judge(stack_of(family, seed), "test"))
+            found.append(offloaded.evaluate(stack_of(family, seed), "test"))
             processes.append(sorted(process.pid for process in training(workers())))
             assert len(list(tmp_path.rglob("*.swp"))) > 0, "some of the model is on the disk"
     for seed, evaluated in enumerate(found):
@@ -178,17 +178,21 @@ def test_offloaded_is_plain_evaluation(
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_worker_costs_one_evaluation(models: dict[str, Path], tmp_path: Path) -> None:
-    base, examples, stack = BaseModel(models["bert"], torch.float32, tmp_path), examples_of("bert"), stack_of("bert", 0)
+    base, examples, stack = (
+        ModelSource(models["bert"], torch.float32, tmp_path),
+        examples_of("bert"),
+        stack_of("bert", 0),
+    )
     with evaluator(base, "bert") as offloaded:
         with ThreadPoolExecutor(1) as thread:
-            answer = thread.submit(offloaded.judge, stack, "test")
+            answer = thread.submit(offloaded.evaluate, stack, "test")
             wait_for(lambda: list(tmp_path.rglob("*.swp")), "model on the disk")
             for process in training(workers()):
                 process.send_signal(signal.SIGKILL)
             with pytest.raises(EvaluationFailed, match="process of a worker ended"):
                 answer.result(timeout=120)
         wait_for(lambda: is_gone(base), "free disk")
-        assert_equal(offloaded.judge(stack, "test").judgement, plainly(base, stack, examples))
+        assert_equal(offloaded.evaluate(stack, "test").judgement, plainly(base, stack, examples))
     assert is_gone(base)
 
 
@@ -196,12 +200,12 @@ def test_a_killed_worker_costs_one_evaluation(models: dict[str, Path], tmp_path:
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_of_several_workers_the_one_that_was_killed_is_the_reason(models: dict[str, Path], tmp_path: Path) -> None:
-    base = BaseModel(models["bert"], torch.float32, tmp_path)
+    base = ModelSource(models["bert"], torch.float32, tmp_path)
     with evaluator(base, "bert", workers=2) as offloaded:
-        offloaded.judge(stack_of("bert", 0), "test")
+        offloaded.evaluate(stack_of("bert", 0), "test")
         with ThreadPoolExecutor(1) as thread:
             training(workers())[0].send_signal(signal.SIGKILL)
-            answer = thread.submit(offloaded.judge, stack_of("bert", 1), "test")
+            answer = thread.submit(offloaded.evaluate, stack_of("bert", 1), "test")
             with pytest.raises(EvaluationFailed, match="failed: the process of a worker ended") as failed:
                 answer.result(timeout=120)
         assert len(str(failed.value).splitlines()) == 1
@@ -262,9 +266,9 @@ def test_a_machine_that_cannot_be_looked_at_is_judged_by_torch(
 class Owner:
     """Judges something, as a coordinator does, and is killed."""
 
-    def judge(self, base: BaseModel) -> int:
+    def predict(self, base: ModelSource) -> int:
         with evaluator(base, "bert") as offloaded:
-            offloaded.judge(stack_of("bert", 0), "test")
+            offloaded.evaluate(stack_of("bert", 0), "test")
             os.kill(os.getpid(), signal.SIGKILL)
         return 0
 
@@ -273,11 +277,11 @@ class Owner:
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_nothing_outlives_an_owner_that_was_killed(models: dict[str, Path], tmp_path: Path) -> None:
-    base = BaseModel(models["bert"], torch.float32, tmp_path)
+    base = ModelSource(models["bert"], torch.float32, tmp_path)
     available = ray.available_resources()["memory"]  # type: ignore[no-untyped-call]
     owner: Any = Owner
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(owner.remote().judge.remote(base), timeout=120)
+        ray.get(owner.remote().evaluate.remote(base), timeout=120)
     wait_for(lambda: not workers() and is_gone(base), "end of the workers")
     wait_for(lambda: ray.available_resources()["memory"] >= available, "free memory")  # type: ignore[no-untyped-call]
 
@@ -331,19 +335,19 @@ def test_a_disk_too_small_fails_the_evaluation_in_words(models: dict[str, Path],
     with small_disk(tmp_path / "disk") as mounted:
         if not mounted:
             pytest.skip("a small disk may not be mounted here")
-        base = BaseModel(models["bert"], torch.float32, tmp_path / "disk")
+        base = ModelSource(models["bert"], torch.float32, tmp_path / "disk")
         offloaded = OffloadedEvaluator(
             base, _SIZES["num_hidden_layers"], {"test": examples_of("bert")}, 64 * 2**20, 1, _BATCH
         )
         with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*needed"):
-            offloaded.judge(stack_of("bert", 0), "test")
+            offloaded.evaluate(stack_of("bert", 0), "test")
         both = OffloadedEvaluator(
             base, _SIZES["num_hidden_layers"], {"test": examples_of("bert")}, 64 * 2**20, 2, _BATCH
         )
         with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*, 36\.\dMiB needed"):
-            both.judge(stack_of("bert", 0), "test")  # the disk of one machine is for both
+            both.evaluate(stack_of("bert", 0), "test")  # the disk of one machine is for both
         blocks = Blocks(base.folder, base.dtype)
-        refused = make_evaluator(base, costs_of(blocks, 16, _CLASSES), {"test": examples_of("bert")})
+        refused = make_evaluator(base, memory_profile_of(blocks, 16, _CLASSES), {"test": examples_of("bert")})
         blocks.close()
         assert isinstance(refused, str)
         assert refused.startswith("disk: ")
@@ -352,7 +356,7 @@ def test_a_disk_too_small_fails_the_evaluation_in_words(models: dict[str, Path],
 def test_every_process_runs_as_many_batches_and_each_example_counts_once() -> None:
     examples = examples_of("bert", 21)  # six batches
     for count in (1, 2, 4, 7):
-        dealt = [shares(examples, _BATCH, rank, count) for rank in range(count)]
+        dealt = [worker_batches(examples, _BATCH, rank, count) for rank in range(count)]
         assert len({len(share) for share in dealt}) == 1
         counted = [index for share in dealt for indices, counts in share if counts for index in indices.tolist()]
         assert sorted(counted) == list(range(21))
@@ -361,7 +365,7 @@ def test_every_process_runs_as_many_batches_and_each_example_counts_once() -> No
 @pytest.mark.slow
 def test_more_processes_lock_less_memory_each(models: dict[str, Path]) -> None:
     blocks = Blocks(models["bert"], torch.float32)
-    costs = costs_of(blocks, 16, _CLASSES)
+    costs = memory_profile_of(blocks, 16, _CLASSES)
     alone, shared = (offload_footprint(blocks, costs, count, _BATCH, 16) for count in (1, 2))
     blocks.close()
     matrix = 512 * 2048 * 4

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.data import docstrings
-from chainfed_ray.data.partition import by_column, deal, dirichlet, quantity
+from chainfed_ray.data.partition import by_column, dirichlet, partition_examples, quantity
 from chainfed_ray.data.sources import load
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.parse import parse_job
@@ -36,7 +36,7 @@ def test_every_row_goes_to_one_client_and_nobody_is_empty(
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, classes, clients + extra)
     values = [str(value) for value in generator.permutation(clients + extra) % (clients + extra // 3)]
-    shares, again = (deal(spec, labels, values, clients, seed) for _ in range(2))
+    shares, again = (partition_examples(spec, labels, values, clients, seed) for _ in range(2))
     assert len(shares) == clients
     assert min(map(len, shares)) >= 1
     assert sorted(np.concatenate(shares).tolist()) == list(range(len(labels)))
@@ -47,7 +47,7 @@ def test_every_row_goes_to_one_client_and_nobody_is_empty(
 
 @pytest.mark.parametrize("scheme", ["dirichlet", "quantity"])
 def test_tens_of_thousands_of_clients_of_whom_one_would_get_all(scheme: Any) -> None:
-    shares = deal(PartitionSpec(scheme=scheme, alpha=1e-6), np.zeros(60_000), (), 30_000, 0)
+    shares = partition_examples(PartitionSpec(scheme=scheme, alpha=1e-6), np.zeros(60_000), (), 30_000, 0)
     assert min(map(len, shares)) == 1
     assert max(map(len, shares)) > 29_900
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chainfed_ray.data.partition import deal
+from chainfed_ray.data.partition import partition_examples
 from chainfed_ray.data.sources import load
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.manifest import Manifest
-from chainfed_ray.records.rounds import Result
+from chainfed_ray.records.rounds import JobResult
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
 
@@ -49,7 +49,9 @@ def manifest(document: dict[str, Any] = JOB, rows: list[dict[str, Any]] = ROWS) 
     spec = parse_job(document)
     corpus = load(spec.data, spec.seed, spec.fleet.partition.column)
     numbers = [corpus.classes.index(label) for label in corpus.train.labels]
-    shares = deal(spec.fleet.partition, np.array(numbers), corpus.train.groups, len(spec.fleet.members), spec.seed)
+    shares = partition_examples(
+        spec.fleet.partition, np.array(numbers), corpus.train.groups, len(spec.fleet.members), spec.seed
+    )
     return Manifest.of(spec, corpus, shares)
 
 
@@ -62,7 +64,9 @@ def test_the_document_by_hand() -> None:
     """Every digest, from the rows and indices themselves."""
     spec = parse_job(JOB)
     made, corpus = manifest(), load(spec.data, spec.seed)
-    shares = deal(spec.fleet.partition, np.array([ord(label) for label in corpus.train.labels]), (), 3, spec.seed)
+    shares = partition_examples(
+        spec.fleet.partition, np.array([ord(label) for label in corpus.train.labels]), (), 3, spec.seed
+    )
     text = json.dumps(
         {
             "scheme": "dirichlet", "alpha": 0.5, "column": None, "seed": 3,
@@ -141,11 +145,11 @@ def test_it_is_kept_and_its_hash_is_on_record(document: dict[str, Any], tmp_path
     document["rounds"]["total"] = 1
     job, log = a_job(document, tmp_path), CommitLog(tmp_path / "log")
     coordinator = Coordinator(job, LocalPool(job.base), log)
-    opening, rounds, ending = coordinator.open(), list(coordinator.rounds()), coordinator.finish()
+    job_started, rounds, job_finished = coordinator.open(), list(coordinator.rounds()), coordinator.finish()
     kept = (tmp_path / "log" / "partition.json").read_bytes()
     assert Manifest.model_validate_json(kept) == job.manifest
-    result = Result.of("tiny", job.classes, opening, rounds, ending)
-    assert sha256(kept).hexdigest() == job.manifest.hash == opening.partition_hash == result.partition_hash
+    result = JobResult.of("tiny", job.classes, job_started, rounds, job_finished)
+    assert sha256(kept).hexdigest() == job.manifest.hash == job_started.partition_hash == result.partition_hash
     assert [client.rows for client in job.manifest.clients] == [len(client.examples) for client in job.clients]
 
 

@@ -18,7 +18,7 @@ from chainfed_ray.data.partition import dirichlet, iid
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.stages import Movement, verdict
-from chainfed_ray.federation.start import where_least
+from chainfed_ray.federation.start import least_loss_start
 from chainfed_ray.model.adapters import Adapter
 from chainfed_ray.spec.sections import ConvergenceSpec
 
@@ -48,10 +48,10 @@ def test_cyclic_slides_by_one_and_ends_at_the_top(chain: Chain, total: int) -> N
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.floats(0, 1), st.integers(1, 2))
-def test_the_start_leaves_room_for_a_window(similarities: list[float], threshold: float, width: int) -> None:
-    start = start_below(tuple(similarities), threshold, width)
-    Chain(len(similarities), start, width)
-    assert all(value >= threshold for value in similarities[:start])
+def test_the_start_leaves_room_for_a_window(cka: list[float], threshold: float, width: int) -> None:
+    start = start_below(tuple(cka), threshold, width)
+    Chain(len(cka), start, width)
+    assert all(value >= threshold for value in cka[:start])
 
 
 @given(st.integers(1, 12), st.integers(0, 60), st.sampled_from([1e-300, 1e-6, 0.1, 1.0, 100.0]), st.integers(0, 99))
@@ -150,7 +150,7 @@ def test_docstrings_are_balanced_distinct_and_masked() -> None:
 @given(st.lists(st.none() | st.sampled_from([0.25, 0.5, 0.75]), min_size=1))
 def test_the_start_is_where_the_loss_is_least_and_the_highest_of_equals(losses: list[float | None]) -> None:
     found = [loss for loss in losses if loss is not None]
-    best = where_least(losses)
+    best = least_loss_start(losses)
     if best is None:
         assert not found
         return

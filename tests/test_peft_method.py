@@ -134,15 +134,15 @@ def test_no_adapter_is_lost_silently(bert: Path, tmp_path: Path, lost: str) -> N
 
 def test_a_configuration_says_what_its_head_reads(tiny_model_folder: Path, tmp_path: Path) -> None:
     """One that says nothing, as they were written once, is of a head that reads one layer."""
-    for seed, reads in ((2, 1), (0, 3)):
+    for seed, head_layers in ((2, 1), (0, 3)):
         folder = tmp_path / str(seed)
         save_stack(a_saved_stack(tiny_model_folder, seed=seed), folder)
         config = folder / "adapter_config.json"
         said = json.loads(config.read_text())
-        assert said.pop("reads") == load_stack(folder).stack.reads == reads
+        assert said.pop("head_layers") == load_stack(folder).stack.head_layers == head_layers
         config.write_text(json.dumps(said))
-        if reads == 1:
-            assert load_stack(folder).stack.reads == 1
+        if head_layers == 1:
+            assert load_stack(folder).stack.head_layers == 1
         else:
             with pytest.raises(CorruptCommit):
                 load_stack(folder)

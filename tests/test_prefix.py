@@ -51,7 +51,7 @@ def assert_plain(cache: PrefixCache, blocks: Blocks, examples: Examples, stack: 
     cached, read = cache.at(layer, stack).batch(np.arange(len(examples)))
     assert torch.isfinite(cached).all()
     outputs, means = plain(blocks, examples, stack, layer)
-    assert read.shape == (len(examples), min(layer, stack.reads_below), 32)
+    assert read.shape == (len(examples), min(layer, stack.pooled_layers), 32)
     for index, of_layers in means.items():
         for place in range(1, read.shape[1] + 1):
             torch.testing.assert_close(read[index, -place], of_layers[-place])
@@ -62,12 +62,12 @@ def assert_plain(cache: PrefixCache, blocks: Blocks, examples: Examples, stack: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-@pytest.mark.parametrize("reads", [1, 3])
-def test_advanced_layer_by_layer_is_plain(reads: int, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head_layers", [1, 3])
+def test_advanced_layer_by_layer_is_plain(head_layers: int, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     blocks, examples = Blocks(tiny(family, tmp_path / "model"), dtype), some_examples()
     cache = PrefixCache(tmp_path / "cache", PrefixRunner(blocks), examples)
     for layer in range(1, 4):
-        assert_plain(cache, blocks, examples, a_stack(range(1, 4), reads=reads), layer)
+        assert_plain(cache, blocks, examples, a_stack(range(1, 4), head_layers=head_layers), layer)
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +86,11 @@ def test_any_history_is_plain(blocks: Blocks, tmp_path: Path, visits: list[tuple
     examples = some_examples()
     cache = PrefixCache(tmp_path / "cache", PrefixRunner(blocks), examples)
     cache.clear()
-    for layer, seed, reads, lost in visits:
+    for layer, seed, head_layers, lost in visits:
         if lost:
             cache.clear()
         cache = PrefixCache(tmp_path / "cache", PrefixRunner(blocks), examples)
-        assert_plain(cache, blocks, examples, a_stack(range(0, 4), seed, reads), layer)
+        assert_plain(cache, blocks, examples, a_stack(range(0, 4), seed, head_layers), layer)
 
 
 def test_only_what_lies_below_counts(blocks: Blocks, tmp_path: Path) -> None:

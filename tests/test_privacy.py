@@ -24,7 +24,7 @@ from chainfed_ray.aggregation.privacy import (
     sampling_seed,
     share_of,
 )
-from chainfed_ray.api.report.progress import Progress
+from chainfed_ray.api.report.progress import ProgressDisplay
 from chainfed_ray.api.report.results import results
 from chainfed_ray.chain import Window
 from chainfed_ray.errors import CorruptCommit, InvalidJob
@@ -32,7 +32,7 @@ from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.parse import parse_job
 from chainfed_ray.spec.sections import PrivacySpec
-from tests.builders import ENDING, SPEC, a_console, a_round, an_opening, noise_of, told
+from tests.builders import FINISHED, SPEC, a_console, a_round, a_start, noise_of, told
 
 SECRET = bytes(range(32))
 SERVER, CLIENT = (
@@ -222,7 +222,7 @@ def test_a_secret_that_is_lost_or_damaged_is_not_drawn_again(tmp_path: Path) -> 
     (tmp_path / "privacy.key").write_bytes(b"short")
     with pytest.raises(CorruptCommit, match="not those that were written"):
         log.secret()
-    log.commit_round(a_round(0, an_opening()), {"x": torch.zeros(1)})
+    log.commit_round(a_round(0, a_start()), {"x": torch.zeros(1)})
     (tmp_path / "privacy.key").unlink()
     with pytest.raises(CorruptCommit, match="missing, though rounds were committed"):
         log.secret()
@@ -261,15 +261,15 @@ def test_what_it_costs_is_told_in_every_line_and_at_the_end() -> None:
     document = SPEC.document()
     document["chain"] |= {"start": 1, "head": "zero"}
     spec = parse_job({**document, "privacy": {"clip": 1.0, "noise_multiplier": 1.0}})
-    opening, console = an_opening(), a_console()
-    rounds = [a_round(index, opening, epsilon=1.2 + index / 100) for index in range(3)]
+    job_started, console = a_start(), a_console()
+    rounds = [a_round(index, job_started, epsilon=1.2 + index / 100) for index in range(3)]
     stopped = "privacy limit: one more round could take ε to 1.23, beyond 1.22"
-    ending = ENDING.model_copy(update={"epsilon": 1.22, "stopped": stopped})
-    with Progress(console, "tiny", spec) as progress:
-        told(progress, opening, rounds)
-        progress.ending(ending)
+    job_finished = FINISHED.model_copy(update={"epsilon": 1.22, "stopped": stopped})
+    with ProgressDisplay(console, "tiny", spec) as progress:
+        told(progress, job_started, rounds)
+        progress.job_finished(job_finished)
     console.print(progress.panel())
-    console.print(results(spec, opening, rounds, ending))
+    console.print(results(spec, job_started, rounds, job_finished))
     text = " ".join(console.export_text().split())
     assert "50.0% right ε 1.20 at δ 1e-5 peak" in text
     assert f"No more rounds ({stopped})." in text

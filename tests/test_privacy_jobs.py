@@ -27,17 +27,17 @@ from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
-from chainfed_ray.federation.prepare import Job, check_fleet
+from chainfed_ray.federation.prepare import PlannedJob, check_fleet
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import Lost, Record, Result
+from chainfed_ray.records.rounds import FailedTurn, JobResult, Record
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import (
     PRIVACY,
     a_document,
     a_job,
     a_round,
-    an_opening,
+    a_start,
     assert_same,
     like,
     noise_of,
@@ -54,7 +54,7 @@ BOTH = pytest.mark.parametrize("where", ["server", "client"])
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_model_folder: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def plain(tiny_model_folder: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> PlannedJob:
     """A job of three rounds without privacy."""
     document = a_document(tiny_model_folder, tiny_data)
     document["rounds"]["total"] = ROUNDS
@@ -65,7 +65,7 @@ def plain(tiny_model_folder: Path, tiny_data: Path, tmp_path_factory: pytest.Tem
 class Finished:
     """A job that has run; ``secret`` is that of its log, which has erased it."""
 
-    job: Job
+    job: PlannedJob
     folder: Path
     coordinator: Coordinator
     tensors: Tensors
@@ -73,7 +73,7 @@ class Finished:
 
 
 @pytest.fixture(scope="module", params=["server", "client"])
-def finished(request: pytest.FixtureRequest, plain: Job, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(request: pytest.FixtureRequest, plain: PlannedJob, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("finished")
     job = like(plain, folder, privacy={**PRIVACY, "where": request.param})
     secret = CommitLog(folder / "log").secret()
@@ -81,7 +81,7 @@ def finished(request: pytest.FixtureRequest, plain: Job, tmp_path_factory: pytes
     return Finished(job, folder / "log", coordinator, tensors, secret)
 
 
-def moved(job: Job, folder: Path, window: range) -> tuple[Tensors, Tensors, Heard]:
+def moved(job: PlannedJob, folder: Path, window: range) -> tuple[Tensors, Tensors, Heard]:
     """The stack before and after a job of one round, and what was heard."""
     coordinator = Coordinator(job, pool := Heard(LocalPool(job.base)), CommitLog(folder))
     before = coordinator.stack().tensors()
@@ -119,7 +119,7 @@ def test_noise_of_the_server_is_what_the_definition_says(document: dict[str, Any
         np.testing.assert_allclose(after[name].numpy(), expected, rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_what_clients_send_is_clipped_and_noised(plain: Job, tmp_path: Path) -> None:
+def test_what_clients_send_is_clipped_and_noised(plain: PlannedJob, tmp_path: Path) -> None:
     """Each update is that of the same job without privacy, clipped, plus the client's own noise; the server takes the mean."""
     changes = {"rounds": {"total": 1, "clients": 4}, "chain": {"start": 2}}
     _, _, bare = moved(like(plain, tmp_path / "bare", **changes), tmp_path / "bare-log", range(2, 4))
@@ -164,13 +164,13 @@ def test_another_secret_is_another_model(finished: Finished, tmp_path: Path) -> 
     assert not torch.equal(first["head.linear.weight"], second["head.linear.weight"])
 
 
-def cohorts(job: Job, secret: bytes, history: list[Any], count: int) -> list[Cohort]:
+def cohorts(job: PlannedJob, secret: bytes, history: list[Any], count: int) -> list[Cohort]:
     admitted, seed = [candidate for candidate, _ in job.admitted], sampling_seed(secret)
     window = Window(1, 2)
     return [Cohort.of(job.spec, job.planner, admitted, index, window, history, seed) for index in range(count)]
 
 
-def test_another_secret_is_another_sample(plain: Job, tmp_path: Path) -> None:
+def test_another_secret_is_another_sample(plain: PlannedJob, tmp_path: Path) -> None:
     """With the same seed: it does not tell who took part."""
     job = like(plain, tmp_path, privacy=PRIVACY)
     samples = {
@@ -180,11 +180,11 @@ def test_another_secret_is_another_sample(plain: Job, tmp_path: Path) -> None:
     assert len(samples) == 3
 
 
-def test_who_was_left_out_is_sampled_all_the_same(plain: Job, tmp_path: Path) -> None:
+def test_who_was_left_out_is_sampled_all_the_same(plain: PlannedJob, tmp_path: Path) -> None:
     """Else the others were likelier to be, and that somebody was tells of the samples before. Its turn counts as lost."""
     job = like(plain, tmp_path, privacy=PRIVACY)
-    gone = Lost(client="phone-1", client_class="phone", reason="it took too much", over_budget=True)
-    history = [a_round(0, an_opening(), lost=(gone,))]
+    gone = FailedTurn(client="phone-1", client_class="phone", reason="it took too much", over_budget=True)
+    history = [a_round(0, a_start(), failed_turns=(gone,))]
     before, after = cohorts(job, bytes(32), [], 20), cohorts(job, bytes(32), history, 20)
     assert [cohort.sampled for cohort in after] == [cohort.sampled for cohort in before]
     absent = [(client.name, failure.reason) for cohort in after for client, failure in cohort.absent]
@@ -197,17 +197,17 @@ def test_epsilon_is_on_record_and_is_that_of_the_library(finished: Finished) -> 
     coordinator, rounds = finished.coordinator, CommitLog(finished.folder).rounds()
     spent = [record.epsilon for record in rounds]
     assert spent == [epsilon([Release(3 / 4, 0.8)] * (index + 1), 1e-5) for index in range(ROUNDS)]
-    ending = coordinator.finish()
-    assert ending.epsilon == spent[-1]
-    assert ending.stopped is None
-    result = Result.of("tiny", finished.job.classes, coordinator.open(), rounds, ending)
-    assert (result.epsilon, result.stopped) == (ending.epsilon, None)
+    job_finished = coordinator.finish()
+    assert job_finished.epsilon == spent[-1]
+    assert job_finished.stopped is None
+    result = JobResult.of("tiny", finished.job.classes, coordinator.open(), rounds, job_finished)
+    assert (result.epsilon, result.stopped) == (job_finished.epsilon, None)
     assert not (finished.folder / "privacy.key").exists(), "with it, the noise could be taken away"
-    assert coordinator.finish() == ending
+    assert coordinator.finish() == job_finished
 
 
 @BOTH
-def test_clients_that_do_not_answer_add_zero(plain: Job, tmp_path: Path, where: str) -> None:
+def test_clients_that_do_not_answer_add_zero(plain: PlannedJob, tmp_path: Path, where: str) -> None:
     """The denominator is that of the job, and all noise is there: of clients, the server adds what is missing."""
     rounds = {"total": 1, "clients": 4, "quorum": 2}
     job = like(plain, tmp_path, rounds=rounds, privacy={**PRIVACY, "where": where})
@@ -216,7 +216,7 @@ def test_clients_that_do_not_answer_add_zero(plain: Job, tmp_path: Path, where: 
     pool = Heard(LocalPool(job.base))
     _, after = run(job, tmp_path / "log", silent(pool, {"phone-0", "phone-1", "phone-3"}))
     (record,) = CommitLog(tmp_path / "log").rounds()
-    assert (len(record.turns), len(record.lost)) == (1, 3)
+    assert (len(record.turns), len(record.failed_turns)) == (1, 3)
     assert record.counted, "that a round was not released would tell who was sampled"
     (_, _, update), name = pool.updates[2], "head.linear.bias"
     change = update.tensors[name].double() - before[name].double()
@@ -234,7 +234,7 @@ def test_clients_that_do_not_answer_add_zero(plain: Job, tmp_path: Path, where: 
 
 
 @BOTH
-def test_a_round_that_nobody_answers_is_released_and_priced(plain: Job, tmp_path: Path, where: str) -> None:
+def test_a_round_that_nobody_answers_is_released_and_priced(plain: PlannedJob, tmp_path: Path, where: str) -> None:
     """Three of them in a row end the job, as without privacy."""
     job = like(plain, tmp_path, rounds={"total": 9}, privacy={**PRIVACY, "where": where})
     coordinator = Coordinator(job, Nobody(), log := CommitLog(tmp_path / "log"))
@@ -253,7 +253,7 @@ def test_a_round_that_nobody_answers_is_released_and_priced(plain: Job, tmp_path
     ]
 
 
-def test_narrower_windows_add_zero_to_the_rest(mixed: Job, tmp_path: Path) -> None:
+def test_narrower_windows_add_zero_to_the_rest(mixed: PlannedJob, tmp_path: Path) -> None:
     """Two clients train three adapters, and two train the uppermost; with noise of their own, all send all three."""
     for where in ("server", "client"):
         job = like(mixed, tmp_path / where, privacy={**PRIVACY, "noise_multiplier": 0.01, "where": where})
@@ -284,7 +284,7 @@ def test_narrower_windows_add_zero_to_the_rest(mixed: Job, tmp_path: Path) -> No
             assert turn.peak_bytes is None or turn.peak_bytes <= turn.planned_bytes
 
 
-def test_a_job_with_a_limit_is_one_of_as_many_rounds_as_it_allows(plain: Job, tmp_path: Path) -> None:
+def test_a_job_with_a_limit_is_one_of_as_many_rounds_as_it_allows(plain: PlannedJob, tmp_path: Path) -> None:
     """Its stages, its rates, its last window: bit for bit those of a job that asks for so many rounds."""
     limit = epsilon([Release(3 / 4, 0.8)] * 2, 1e-5) + 0.01
     jobs = {
@@ -295,25 +295,25 @@ def test_a_job_with_a_limit_is_one_of_as_many_rounds_as_it_allows(plain: Job, tm
     assert_same(ran["limited"][1], ran["short"][1])
     assert story(tmp_path / "limited") == story(tmp_path / "short")
     (coordinator, stack), job = ran["limited"], jobs["limited"]
-    rounds, ending = CommitLog(tmp_path / "limited").rounds(), coordinator.finish()
-    assert coordinator.open().total_rounds == len(rounds) == ending.rounds == 2
+    rounds, job_finished = CommitLog(tmp_path / "limited").rounds(), coordinator.finish()
+    assert coordinator.open().total_rounds == len(rounds) == job_finished.rounds == 2
     assert [(record.top, record.ended) for record in rounds] == [(2, "round limit"), (3, "round limit")]
-    assert ending.epsilon == rounds[-1].epsilon == pytest.approx(limit - 0.01)
-    assert ending.stopped
-    assert ending.stopped.startswith("privacy limit: one more round could take ε to ")
-    assert Result.of("tiny", job.classes, coordinator.open(), rounds, ending).stopped == ending.stopped
+    assert job_finished.epsilon == rounds[-1].epsilon == pytest.approx(limit - 0.01)
+    assert job_finished.stopped
+    assert job_finished.stopped.startswith("privacy limit: one more round could take ε to ")
+    assert JobResult.of("tiny", job.classes, coordinator.open(), rounds, job_finished).stopped == job_finished.stopped
     assert ran["short"][0].finish().stopped is None
     assert_same(coordinator.models()["last"].stack.tensors(), stack)
     assert list(Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "limited")).rounds()) == []
 
 
-def test_a_limit_below_the_first_round_is_refused(plain: Job, tmp_path: Path) -> None:
+def test_a_limit_below_the_first_round_is_refused(plain: PlannedJob, tmp_path: Path) -> None:
     job = like(plain, tmp_path, privacy={**PRIVACY, "epsilon": 0.5})
     with pytest.raises(InvalidJob, match=r"privacy\.epsilon is 0\.5; expected .* which the first round costs"):
         check_fleet(job)
 
 
-def test_who_can_take_part_may_not_change_meanwhile(plain: Job, tmp_path: Path) -> None:
+def test_who_can_take_part_may_not_change_meanwhile(plain: PlannedJob, tmp_path: Path) -> None:
     """Samples, and with them their price, follow from who is admitted."""
     Coordinator(plain, Nobody(), CommitLog(tmp_path)).open()
     fewer = replace(plain, admission=replace(plain.admission, admitted=plain.admitted[1:]))
@@ -322,7 +322,7 @@ def test_who_can_take_part_may_not_change_meanwhile(plain: Job, tmp_path: Path) 
     assert len(Coordinator(plain, Nobody(), CommitLog(tmp_path)).open().admitted) == 4
 
 
-def test_without_privacy_nothing_of_it_is_there(plain: Job, tmp_path: Path) -> None:
+def test_without_privacy_nothing_of_it_is_there(plain: PlannedJob, tmp_path: Path) -> None:
     """That the bits are those of plain FedAvg is in test_coordinator."""
     coordinator, _ = run(like(plain, tmp_path, rounds={"total": 1}), tmp_path / "log")
     assert {record.epsilon for record in CommitLog(tmp_path / "log").rounds()} == {None}
@@ -331,13 +331,13 @@ def test_without_privacy_nothing_of_it_is_there(plain: Job, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "adam"}, {"optimizer": "momentum"}, {"proximal": 0.1}], ids=str)
-def test_what_follows_the_noise_costs_nothing(plain: Job, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_what_follows_the_noise_costs_nothing(plain: PlannedJob, tmp_path: Path, changes: dict[str, Any]) -> None:
     job = like(plain, tmp_path, rounds={"total": 1}, aggregation=changes, privacy=PRIVACY)
     coordinator, _ = run(job, tmp_path / "log")
     assert coordinator.finish().epsilon == epsilon([Release(3 / 4, 0.8)], 1e-5)
 
 
-def test_a_job_that_failed_in_the_service_keeps_no_secret(plain: Job, tmp_path: Path) -> None:
+def test_a_job_that_failed_in_the_service_keeps_no_secret(plain: PlannedJob, tmp_path: Path) -> None:
     """It is final there: no round of it is run again."""
     document = plain.spec.document() | {"data": {"train": f"path:{tmp_path / 'gone.jsonl'}"}}
     storage = Storage.at(tmp_path)
@@ -355,14 +355,14 @@ def test_a_job_that_failed_in_the_service_keeps_no_secret(plain: Job, tmp_path: 
 
 def test_no_record_and_no_route_shows_the_secret(finished: Finished, tmp_path: Path) -> None:
     job, folder, coordinator, secret = finished.job, finished.folder, finished.coordinator, finished.secret
-    result = Result.of("tiny", job.classes, coordinator.open(), CommitLog(folder).rounds(), coordinator.finish())
+    result = JobResult.of("tiny", job.classes, coordinator.open(), CommitLog(folder).rounds(), coordinator.finish())
     store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
     try:
         name = store.submit(job.spec).id
         store.move(name, "running")
-        records: list[tuple[str, Record]] = [("opening", coordinator.open())]
+        records: list[tuple[str, Record]] = [("started", coordinator.open())]
         records += [(f"round-{record.index}", record) for record in CommitLog(folder).rounds()]
-        records.append(("ending", coordinator.finish()))
+        records.append(("finished", coordinator.finish()))
         for key, record in records:
             store.publish(name, key, key.partition("-")[0], record.model_dump(mode="json"))
         store.move(name, "succeeded", result=result.model_dump(mode="json"))

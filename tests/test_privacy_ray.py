@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from chainfed_ray.cluster.pool.ray_pool import RayPool
-from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import PRIVACY, a_job, assert_same, run, with_secret
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 
 @pytest.mark.parametrize("where", ["server", "client"])
-def test_the_ray_pool_is_the_local_pool(mixed: Job, tmp_path: Path, ray_pool: RayPool, where: str) -> None:
+def test_the_ray_pool_is_the_local_pool(mixed: PlannedJob, tmp_path: Path, ray_pool: RayPool, where: str) -> None:
     """Clients with little memory train one adapter of three, and add noise to all of them."""
     job = a_job(mixed.spec.document() | {"privacy": {**PRIVACY, "where": where}}, tmp_path / "scratch")
     same = with_secret(CommitLog(tmp_path / "local").secret(), tmp_path / "ray")

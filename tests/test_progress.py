@@ -8,29 +8,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainfed_ray.activity import Activity, Listener, nobody
+from chainfed_ray.activity import Activity, Listener, no_listener
 from chainfed_ray.api.command.client import Document, ServiceClient
 from chainfed_ray.api.command.following import follow
 from chainfed_ray.api.report.fleet import by_class
 from chainfed_ray.api.report.plots import draw
-from chainfed_ray.api.report.progress import Progress, time_left
+from chainfed_ray.api.report.progress import ProgressDisplay, time_left
 from chainfed_ray.api.report.results import results
-from chainfed_ray.api.rest.schemas import Progress as Resource
+from chainfed_ray.api.rest.schemas import JobProgress as Resource
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records.rounds import (
+    FailedTurn,
     HeadFit,
-    Lost,
-    Opening,
+    JobResult,
+    JobStarted,
     Restored,
-    Result,
     Round,
     StageMemory,
     Turn,
 )
-from tests.builders import ENDING, MIB, SPEC, a_console, a_round, an_opening, told
+from tests.builders import FINISHED, MIB, SPEC, a_console, a_round, a_start, told
 
 EXITS = tuple(
-    HeadFit(clients=2, examples=rows, cpu_seconds=1.0, sent_bytes=1000, lost=(), held_out_loss=loss, accuracy=0.5)
+    HeadFit(
+        clients=2, examples=rows, cpu_seconds=1.0, sent_bytes=1000, failed_turns=(), held_out_loss=loss, accuracy=0.5
+    )
     for loss, rows in ((0.437, 200), (0.423, 200), (0.397, 200), (None, 200), (0.312, 150))
 )
 
@@ -42,7 +44,7 @@ class Queue(ServiceClient):
         super().__init__("http://127.0.0.1:1")
         self._before, self._mine = before, mine
 
-    def follow(self, job: str, listen: Listener = nobody) -> Iterator[Document]:
+    def follow(self, job: str, listen: Listener = no_listener) -> Iterator[Document]:
         yield from ({"kind": kind, "data": {}} for kind in ("queued", "cancelled"))
 
     def jobs(self, limit: int = 50) -> list[Document]:
@@ -82,10 +84,10 @@ def test_only_a_job_that_waits_has_any_before_it(job: str, status: str) -> None:
 
 
 def test_where_the_heads_read_best_the_chain_starts() -> None:
-    opening = an_opening().model_copy(update={"similarities": (), "exits": EXITS})
+    job_started = a_start().model_copy(update={"cka": (), "exits": EXITS})
     console = a_console()
-    with Progress(console, "tiny", SPEC) as progress:
-        told(progress, opening, [])
+    with ProgressDisplay(console, "tiny", SPEC) as progress:
+        told(progress, job_started, [])
     text = console.export_text()
     assert "Held-out loss of a head fitted to the output of each window's top layer" in text
     exits = "0–1: 0.437 1–2: 0.423 2–3: 0.397 3–4: none 4–5: 0.312 (without some clients)"
@@ -95,25 +97,25 @@ def test_where_the_heads_read_best_the_chain_starts() -> None:
 
 @pytest.mark.parametrize(("asked", "why"), [(0, "as the job asks"), ("best-exit", "with its only window")])
 def test_a_start_that_was_not_looked_for_has_its_reason(asked: int | str, why: str) -> None:
-    opening = an_opening(start=0).model_copy(update={"similarities": ()})
+    job_started = a_start(start=0).model_copy(update={"cka": ()})
     spec = SPEC.model_copy(update={"chain": SPEC.chain.model_copy(update={"start": asked})})
     console = a_console()
-    with Progress(console, "tiny", spec) as progress:
-        told(progress, opening, [])
+    with ProgressDisplay(console, "tiny", spec) as progress:
+        told(progress, job_started, [])
     assert f"\nThe chain starts at layer 0, {why}.\n" in console.export_text()
 
 
 def test_a_line_for_each_round_where_there_is_no_terminal() -> None:
-    opening = an_opening()
-    lost = tuple(Lost(client=f"phone-{i}", client_class="phone", reason=f"phone-{i} died") for i in range(5))
-    fit = HeadFit(clients=12, examples=1200, cpu_seconds=1.0, sent_bytes=1000, lost=())
+    job_started = a_start()
+    lost = tuple(FailedTurn(client=f"phone-{i}", client_class="phone", reason=f"phone-{i} died") for i in range(5))
+    fit = HeadFit(clients=12, examples=1200, cpu_seconds=1.0, sent_bytes=1000, failed_turns=())
     rounds = [
-        a_round(0, opening, head_fit=fit), a_round(1, opening, lost=lost), a_round(2, opening, ended="round limit"),
+        a_round(0, job_started, head_fit=fit), a_round(1, job_started, failed_turns=lost), a_round(2, job_started, ended="round limit"),
     ]  # fmt: skip
     console = a_console()
-    with Progress(console, "tiny", SPEC) as progress:
-        told(progress, opening, rounds)
-        progress.ending(ENDING)
+    with ProgressDisplay(console, "tiny", SPEC) as progress:
+        told(progress, job_started, rounds)
+        progress.job_finished(FINISHED)
     text = console.export_text()
     assert "watch (2): 24MiB a client, 8MiB too little for any window" in text
     assert "The chain starts at layer 2, that of the last window: none before is below 0.5." in text
@@ -131,41 +133,41 @@ def test_a_line_for_each_round_where_there_is_no_terminal() -> None:
     [(None, "what it began with", "its beginning"), (1, "its stack after round 2", "round 2")],
 )
 def test_a_stage_that_goes_back_says_to_what(after: int | None, what: str, place: str) -> None:
-    opening, console = an_opening(), a_console()
+    job_started, console = a_start(), a_console()
     rounds = [
-        a_round(2, opening, ended="round limit", restored=Restored(round=after, loss=0.5, accuracy=0.625)),
+        a_round(2, job_started, ended="round limit", restored=Restored(round=after, loss=0.5, accuracy=0.625)),
     ]
-    with Progress(console, "tiny", SPEC) as progress:
-        told(progress, opening, rounds)
+    with ProgressDisplay(console, "tiny", SPEC) as progress:
+        told(progress, job_started, rounds)
     said = " ".join(console.export_text().split())
     assert f"It goes back to {what}, where held-out rows had less loss: 62.5% right." in said
-    console.print(results(SPEC, opening, rounds, ENDING))
+    console.print(results(SPEC, job_started, rounds, FINISHED))
     row = next(line for line in console.export_text().splitlines() if line.endswith(f"round limit; back to {place}"))
     assert "62.5%" in row
 
 
 def test_the_results_say_whose_sums_made_the_head() -> None:
     """If any did."""
-    opening, console = an_opening(), a_console()
+    job_started, console = a_start(), a_console()
     fit = HeadFit(
-        clients=11, examples=900, cpu_seconds=1.0, sent_bytes=3 * MIB, lost=(), held_out_loss=0.7, accuracy=0.6
+        clients=11, examples=900, cpu_seconds=1.0, sent_bytes=3 * MIB, failed_turns=(), held_out_loss=0.7, accuracy=0.6
     )
-    nobody = fit.model_copy(update={"clients": 0, "sent_bytes": 0, "held_out_loss": None, "accuracy": None})
+    no_listener = fit.model_copy(update={"clients": 0, "sent_bytes": 0, "held_out_loss": None, "accuracy": None})
     told = list[str]()
-    for head_fit in (fit, nobody):
-        console.print(results(SPEC, opening, [a_round(0, opening, head_fit=head_fit)], ENDING))
+    for head_fit in (fit, no_listener):
+        console.print(results(SPEC, job_started, [a_round(0, job_started, head_fit=head_fit)], FINISHED))
         told.append(console.export_text())
     assert "fitted to sums of 11 clients, who sent 3MiB for it" in told[0]
     assert "fitted to" not in told[1]
     assert "found by" not in told[0] + told[1]
-    console.print(results(SPEC, opening.model_copy(update={"exits": EXITS}), [a_round(0, opening)], ENDING))
+    console.print(results(SPEC, job_started.model_copy(update={"exits": EXITS}), [a_round(0, job_started)], FINISHED))
     assert "found by sums of 2 clients, who sent 4.9KiB for it" in console.export_text()
 
 
 def test_the_panel_of_a_terminal() -> None:
-    opening = an_opening()
-    progress = Progress(a_console(terminal=True), "tiny", SPEC)
-    told(progress, opening, [a_round(index, opening) for index in range(3)])
+    job_started = a_start()
+    progress = ProgressDisplay(a_console(terminal=True), "tiny", SPEC)
+    told(progress, job_started, [a_round(index, job_started) for index in range(3)])
     paper = a_console()
     paper.print(progress.panel())
     text = paper.export_text()
@@ -177,9 +179,9 @@ def test_the_panel_of_a_terminal() -> None:
 
 
 def test_a_terminal_shows_what_goes_on_in_one_line_above_the_panel() -> None:
-    opening, paper = an_opening(), a_console()
-    progress = Progress(a_console(terminal=True), "tiny", SPEC)
-    told(progress, opening, [a_round(0, opening)])
+    job_started, paper = a_start(), a_console()
+    progress = ProgressDisplay(a_console(terminal=True), "tiny", SPEC)
+    told(progress, job_started, [a_round(0, job_started)])
     for what in ("round 2 of 20: training", "a long story " * 20):
         progress.listen(Activity(what=what, done=2, total=4, unit="clients", seconds_left=7.9))
         paper.print(progress.drawn())
@@ -189,62 +191,68 @@ def test_a_terminal_shows_what_goes_on_in_one_line_above_the_panel() -> None:
         assert all(len(shown) <= 80 for shown in (line, title, *panel))
         if "round" in what:
             assert line == "Round 2 of 20: training: 2 of 4 clients, 0s so far, about 8s left"
-    progress.round(a_round(1, opening))
+    progress.round(a_round(1, job_started))
     paper.print(progress.drawn())
     assert not paper.export_text().splitlines()[0].strip(), "a round ends what went on"
 
 
 def test_time_left_is_that_of_the_rounds_still_possible() -> None:
-    opening = an_opening()
+    job_started = a_start()
     assert time_left([], 20) is None
-    rounds = [a_round(index, opening, seconds=100.0 if index == 0 else 2.0) for index in range(6)]
+    rounds = [a_round(index, job_started, seconds=100.0 if index == 0 else 2.0) for index in range(6)]
     assert time_left(rounds, 20) == pytest.approx(2.0 * 14)
 
 
 def test_every_class_is_added_up() -> None:
-    opening = an_opening()
-    lost = (Lost(client="silo-0", client_class="silo", reason="died"),)
-    classes = {fleet.name: fleet for fleet in by_class(opening, [a_round(0, opening, lost=lost)] * 2)}
+    job_started = a_start()
+    lost = (FailedTurn(client="silo-0", client_class="silo", reason="died"),)
+    classes = {fleet.name: fleet for fleet in by_class(job_started, [a_round(0, job_started, failed_turns=lost)] * 2)}
     assert list(classes) == ["watch", "phone", "laptop", "silo"]
-    assert (classes["watch"].clients, classes["watch"].left_out, classes["watch"].lacking) == (0, 2, 8 * MIB)
+    assert (classes["watch"].clients, classes["watch"].excluded, classes["watch"].shortfall) == (0, 2, 8 * MIB)
     assert (classes["phone"].turns, classes["phone"].peak, classes["phone"].sent) == (6, 25 * MIB, 6000)
-    assert (classes["silo"].turns, classes["silo"].lost, classes["silo"].peak) == (0, 2, None)
+    assert (classes["silo"].turns, classes["silo"].failed_turns, classes["silo"].peak) == (0, 2, None)
 
 
-def a_lean_opening() -> Opening:
+def a_lean_opening() -> JobStarted:
     """The phones have room for a window of one adapter only, and stream."""
-    opening = an_opening()
-    lean = {"window": 1, "micro_batch": 4, "grain": "matrix", "planned_bytes": 20 * MIB}
-    admitted = [client.model_copy(update=lean if client.client_class == "phone" else {}) for client in opening.admitted]
-    return opening.model_copy(update={"admitted": tuple(admitted)})
+    job_started = a_start()
+    lean = {"window": 1, "micro_batch": 4, "weights": "streamed", "planned_bytes": 20 * MIB}
+    admitted = [
+        client.model_copy(update=lean if client.client_class == "phone" else {}) for client in job_started.admitted
+    ]
+    return job_started.model_copy(update={"admitted": tuple(admitted)})
 
 
-def two_stages(opening: Opening) -> list[Round]:
+def two_stages(job_started: JobStarted) -> list[Round]:
     """Two rounds, in which a turn was taken again and a client was left out."""
-    phone, laptop = opening.admitted[0], opening.admitted[8]
+    phone, laptop = job_started.admitted[0], job_started.admitted[8]
     of_stage = [
         [
-            turn.model_copy(update={"client": client.client, "client_class": client.client_class, "grain": client.grain,
+            turn.model_copy(update={"client": client.client, "client_class": client.client_class, "weights": client.weights,
                                     "budget_bytes": client.budget_bytes, "planned_bytes": client.planned_bytes,
                                     "micro_batch": client.micro_batch, "bottom": 4 + stage - client.window,
                                     "peak_bytes": client.planned_bytes - (1 + stage) * MIB})
-            for turn, client in zip(a_round(stage, opening).turns, (phone, laptop), strict=False)
+            for turn, client in zip(a_round(stage, job_started).turns, (phone, laptop), strict=False)
         ]
         for stage in range(2)
     ]  # fmt: skip
     of_stage[1][0] = of_stage[1][0].model_copy(update={"exceeded": "BudgetExceeded: too much", "micro_batch": 2})
-    lost = (Lost(client="phone-7", client_class="phone", reason="BudgetExceeded: far too much", over_budget=True),)
+    lost = (
+        FailedTurn(client="phone-7", client_class="phone", reason="BudgetExceeded: far too much", over_budget=True),
+    )
     return [
-        a_round(0, opening, turns=tuple(of_stage[0]), ended="converged"),
-        a_round(1, opening, stage=1, bottom=3, top=4, turns=tuple(of_stage[1]), lost=lost, ended="round limit"),
+        a_round(0, job_started, turns=tuple(of_stage[0]), ended="converged"),
+        a_round(
+            1, job_started, stage=1, bottom=3, top=4, turns=tuple(of_stage[1]), failed_turns=lost, ended="round limit"
+        ),
     ]
 
 
 def test_leaner_plans_are_told_in_words() -> None:
-    opening = a_lean_opening()
+    job_started = a_lean_opening()
     console = a_console()
-    with Progress(console, "tiny", SPEC) as progress:
-        told(progress, opening, two_stages(opening))
+    with ProgressDisplay(console, "tiny", SPEC) as progress:
+        told(progress, job_started, two_stages(job_started))
     text = " ".join(console.export_text().split())
     assert "phone (8): windows of 1, 4 examples at a time, matrices streamed" in text
     assert "laptop (3)" not in text
@@ -256,12 +264,12 @@ def test_leaner_plans_are_told_in_words() -> None:
 
 
 def test_who_exceeded_a_plan_is_in_the_results_and_on_the_panel() -> None:
-    opening = a_lean_opening()
-    rounds = two_stages(opening)
+    job_started = a_lean_opening()
+    rounds = two_stages(job_started)
     paper = a_console()
-    paper.print(results(SPEC, opening, rounds, ENDING))
-    progress = Progress(a_console(terminal=True), "tiny", SPEC)
-    told(progress, opening, rounds)
+    paper.print(results(SPEC, job_started, rounds, FINISHED))
+    progress = ProgressDisplay(a_console(terminal=True), "tiny", SPEC)
+    told(progress, job_started, rounds)
     paper.print(progress.panel())
     text = paper.export_text()
     assert all(len(line) <= 80 for line in text.splitlines())
@@ -280,8 +288,8 @@ def test_who_exceeded_a_plan_is_in_the_results_and_on_the_panel() -> None:
 
 
 def test_the_result_has_every_class_in_every_stage() -> None:
-    opening = a_lean_opening()
-    found = Result.of("tiny", ("a", "b"), opening, two_stages(opening), ENDING).memory
+    job_started = a_lean_opening()
+    found = JobResult.of("tiny", ("a", "b"), job_started, two_stages(job_started), FINISHED).memory
     assert [(part.stage, part.client_class, part.turns, part.exceeded) for part in found] == [
         (0, "phone", 1, 0), (0, "laptop", 1, 0), (1, "phone", 1, 1), (1, "laptop", 1, 0),
     ]  # fmt: skip
@@ -294,47 +302,47 @@ def test_the_result_has_every_class_in_every_stage() -> None:
 @given(st.permutations(range(4)))
 def test_the_memory_of_a_stage_is_the_most_of_its_turns(order: list[int]) -> None:
     turns = [
-        a_round(0, an_opening()).turns[0].model_copy(update={"peak_bytes": peak, "planned_bytes": planned})
+        a_round(0, a_start()).turns[0].model_copy(update={"peak_bytes": peak, "planned_bytes": planned})
         for peak, planned in ((None, 5), (3, 9), (7, 8), (None, 1))
     ]
-    rounds = [a_round(index, an_opening(), turns=(turns[place],)) for index, place in enumerate(order)]
+    rounds = [a_round(index, a_start(), turns=(turns[place],)) for index, place in enumerate(order)]
     (found,) = StageMemory.of(rounds)
     assert (found.peak_bytes, found.planned_bytes, found.turns) == (7, 9, 4)
 
 
 def test_the_progress_of_a_job_says_how_turns_are_taken() -> None:
-    opening = a_lean_opening()
-    planned = Resource.of(opening, None)
+    job_started = a_lean_opening()
+    planned = Resource.of(job_started, None)
     assert planned.memory["phone"].model_dump() == {
-        "budget": 64 * MIB, "planned": 20 * MIB, "peak": None, "window": 1, "micro_batch": 4, "grain": "matrix",
-        "spilled": False,
+        "budget": 64 * MIB, "planned": 20 * MIB, "peak": None, "window": 1, "micro_batch": 4, "weights": "streamed",
+        "activations_offloaded": False,
     }  # fmt: skip
     assert (planned.bottom, planned.top, planned.exceeded) == (2, 3, 0)
-    newest = Resource.of(opening, two_stages(opening)[1])
+    newest = Resource.of(job_started, two_stages(job_started)[1])
     phone, laptop, silo = (newest.memory[name] for name in ("phone", "laptop", "silo"))
     assert (phone.peak, phone.micro_batch, phone.window, newest.exceeded) == (18 * MIB, 2, 1, 1)
     assert (laptop.peak, laptop.window, silo.peak, silo.window) == (28 * MIB, 2, None, 2)
 
 
 def test_the_results_fit_a_terminal_whatever_is_not_known() -> None:
-    opening = an_opening().model_copy(update={"similarities": ()})
-    turn = a_round(0, opening).turns[0].model_copy(update={"peak_bytes": None})
-    rounds = [a_round(0, opening, accuracy=None, turns=(turn,), ended="converged: " + "a long reason " * 8)]
+    job_started = a_start().model_copy(update={"cka": ()})
+    turn = a_round(0, job_started).turns[0].model_copy(update={"peak_bytes": None})
+    rounds = [a_round(0, job_started, accuracy=None, turns=(turn,), ended="converged: " + "a long reason " * 8)]
     console = a_console()
-    console.print(results(SPEC, opening, rounds, ENDING))
+    console.print(results(SPEC, job_started, rounds, FINISHED))
     text = console.export_text()
     assert "72.8% (loss 0.800)" in text
     assert "lacks 8MiB" in text
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
-def changed(opening: Opening, **changes: Any) -> tuple[Turn, ...]:
+def changed(job_started: JobStarted, **changes: Any) -> tuple[Turn, ...]:
     """The turns of a round, which differ in ``changes``."""
-    return tuple(turn.model_copy(update=changes) for turn in a_round(0, opening).turns)
+    return tuple(turn.model_copy(update=changes) for turn in a_round(0, job_started).turns)
 
 
-def many_rounds(opening: Opening) -> list[Round]:
-    return [a_round(i, opening, stage=i // 7, bottom=2 + i // 7, top=3 + i // 7, accuracy=0.5) for i in range(200)]
+def many_rounds(job_started: JobStarted) -> list[Round]:
+    return [a_round(i, job_started, stage=i // 7, bottom=2 + i // 7, top=3 + i // 7, accuracy=0.5) for i in range(200)]
 
 
 CASES = ["usual", "none", "one", "many", "cyclic", "crowded", "no profile", "exits", "unmeasured", "again", "unequal"]
@@ -342,35 +350,35 @@ CASES = ["usual", "none", "one", "many", "cyclic", "crowded", "no profile", "exi
 
 @pytest.mark.parametrize("case", CASES)
 def test_plots_of_any_job(tmp_path: Path, case: str) -> None:
-    opening = an_opening()
-    rounds = [a_round(index, opening) for index in range(20)]
+    job_started = a_start()
+    rounds = [a_round(index, job_started) for index in range(20)]
     if case == "none":
         rounds = []
     elif case == "one":
         rounds = rounds[:1]
     elif case == "many":
-        opening = an_opening(layers=32)
-        rounds = many_rounds(opening)
+        job_started = a_start(layers=32)
+        rounds = many_rounds(job_started)
     elif case == "cyclic":
-        rounds = [a_round(i, opening, bottom=2 + i % 3, top=3 + i % 3) for i in range(20)]
+        rounds = [a_round(i, job_started, bottom=2 + i % 3, top=3 + i % 3) for i in range(20)]
     elif case == "crowded":
         fleet = tuple((f"{'a-very-long-class-name-' * 3}{index}"[:63], 2**index, 2) for index in range(3, 15))
-        opening = an_opening(fleet=fleet)
-        rounds = [a_round(0, opening)]
+        job_started = a_start(fleet=fleet)
+        rounds = [a_round(0, job_started)]
     elif case == "no profile":
-        opening = opening.model_copy(update={"similarities": ()})
+        job_started = job_started.model_copy(update={"cka": ()})
     elif case == "exits":
-        opening = opening.model_copy(update={"similarities": (), "exits": EXITS})
+        job_started = job_started.model_copy(update={"cka": (), "exits": EXITS})
     elif case == "unmeasured":
-        rounds = [a_round(0, opening, turns=changed(opening, peak_bytes=None))]
+        rounds = [a_round(0, job_started, turns=changed(job_started, peak_bytes=None))]
     elif case == "again":
-        rounds = [a_round(0, opening, turns=changed(opening, exceeded="BudgetExceeded"))]
+        rounds = [a_round(0, job_started, turns=changed(job_started, exceeded="BudgetExceeded"))]
     elif case == "unequal":
         rounds = [
-            a_round(0, opening),
-            a_round(1, opening, turns=changed(opening, planned_bytes=MIB, client_class="silo")),
+            a_round(0, job_started),
+            a_round(1, job_started, turns=changed(job_started, planned_bytes=MIB, client_class="silo")),
         ]
-    paths = draw(tmp_path, opening, rounds, ENDING if rounds else None, 0.8)
+    paths = draw(tmp_path, job_started, rounds, FINISHED if rounds else None, 0.8)
     assert len(paths) == (3 if case == "no profile" else 4)
     for path in paths:
         data = path.read_bytes()
@@ -379,14 +387,14 @@ def test_plots_of_any_job(tmp_path: Path, case: str) -> None:
 
 
 def test_a_plot_shows_its_data(tmp_path: Path) -> None:
-    opening = an_opening()
-    usual = pictures(tmp_path, [a_round(0, opening)], 0.8)
+    job_started = a_start()
+    usual = pictures(tmp_path, [a_round(0, job_started)], 0.8)
     for changes, threshold, names in (
         ({"accuracy": 0.9}, 0.7, {"accuracy.png", "start-layer.png"}),
-        ({"turns": changed(opening, peak_bytes=20 * MIB)}, 0.8, {"memory.png", "memory-by-round.png"}),
-        ({"turns": changed(opening, exceeded="BudgetExceeded")}, 0.8, {"memory-by-round.png"}),
+        ({"turns": changed(job_started, peak_bytes=20 * MIB)}, 0.8, {"memory.png", "memory-by-round.png"}),
+        ({"turns": changed(job_started, exceeded="BudgetExceeded")}, 0.8, {"memory-by-round.png"}),
     ):
-        drawn = pictures(tmp_path, [a_round(0, opening, **changes)], threshold)
+        drawn = pictures(tmp_path, [a_round(0, job_started, **changes)], threshold)
         assert {name for name, data in drawn.items() if data != usual[name]} == names
 
 
@@ -394,11 +402,11 @@ def test_a_bar_below_nothing_keeps_its_number(tmp_path: Path) -> None:
     """The bar itself is not to be seen: an estimate of CKA may be less than 0."""
     drawn = []
     for value in (-0.1, -0.2):
-        opening = an_opening(layers=4).model_copy(update={"similarities": (1.0, 0.5, 0.2, value)})
-        (start,) = [path for path in draw(tmp_path, opening, [], None, 0.8) if path.name == "start-layer.png"]
+        job_started = a_start(layers=4).model_copy(update={"cka": (1.0, 0.5, 0.2, value)})
+        (start,) = [path for path in draw(tmp_path, job_started, [], None, 0.8) if path.name == "start-layer.png"]
         drawn.append(start.read_bytes())
     assert drawn[0] != drawn[1]
 
 
 def pictures(folder: Path, rounds: list[Round], threshold: float) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in draw(folder, an_opening(), rounds, ENDING, threshold)}
+    return {path.name: path.read_bytes() for path in draw(folder, a_start(), rounds, FINISHED, threshold)}

@@ -14,7 +14,7 @@ from chainfed_ray.federation.admission import Planner, admit
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import Failure, LocalPool
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import Opening
+from chainfed_ray.records.rounds import JobStarted
 from tests.builders import a_job, assert_same, run
 from tests.cluster import a_pool
 from tests.project import ROOT
@@ -23,8 +23,8 @@ from tests.watching import client_processes, private_bytes, watched_from_outside
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 
-def _untimed(opening: Opening) -> Opening:
-    return opening.model_copy(update={"profile_cpu_seconds": 0.0})
+def _untimed(job_started: JobStarted) -> JobStarted:
+    return job_started.model_copy(update={"profile_cpu_seconds": 0.0})
 
 
 def test_ray_pool_is_the_local_pool(document: dict[str, Any], tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_plans_that_are_too_small_cost_a_turn_each_and_the_job_goes_on(
     planner = Planner(wrong, job.planner.task)
     job = replace(job, planner=planner, admission=admit(planner, [candidate for candidate, _ in job.admitted], 2))
     records = list(Coordinator(job, ray_pool, CommitLog(tmp_path / "log")).rounds())
-    assert all(record.counted and not record.lost for record in records)
+    assert all(record.counted and not record.failed_turns for record in records)
     turns = [turn for record in records for turn in record.turns]
     again = [turn for turn in turns if turn.exceeded]
     assert again, "what a process takes itself is more than nothing"
@@ -93,7 +93,7 @@ def test_a_killed_client_costs_its_turn_and_the_job_goes_on(document: dict[str, 
         died = next(result for result in rest if isinstance(result, Failure))
         assert "died" in died.reason
         records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
-        assert all(record.counted and not record.lost for record in records)
+        assert all(record.counted and not record.failed_turns for record in records)
 
 
 def test_a_missed_deadline_is_a_failure_and_nothing_hangs(document: dict[str, Any], tmp_path: Path) -> None:

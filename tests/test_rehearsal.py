@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from chainfed_ray.budget.demand import Bytes, Demand
+from chainfed_ray.budget.demand import BytePolynomial, PartMemory
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.model.adapters import Adapter, Head
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import Parts, costs_of, new_adapter, padded, with_bottleneck
+from chainfed_ray.model.costs import Parts, memory_profile_of, new_adapter, padded, with_bottleneck
 from chainfed_ray.model.trace import (
     SHAPES,
+    AllocationTrace,
     Forgetful,
-    Ledger,
     Prepare,
     Rest,
     polynomial_of,
-    rehearse,
+    trace_memory,
     with_blank_weights,
 )
 from chainfed_ray.streaming.activations import overwrite_activations
@@ -38,13 +38,15 @@ WIDTH = 32
 Real = Callable[[int, int], Callable[[Tensor], Tensor]]  # a part of real tensors, for a batch of so many tokens
 
 
-def held(compute: Callable[[Tensor], Tensor], batch: int, tokens: int, dtype: torch.dtype, spilled: bool) -> Demand:
+def held(
+    compute: Callable[[Tensor], Tensor], batch: int, tokens: int, dtype: torch.dtype, activations_offloaded: bool
+) -> PartMemory:
     """What a part holds of real tensors: constants, for one shape."""
-    with Ledger() as ledger:
+    with AllocationTrace() as ledger:
         # The rest of a step is the rehearsal's: whoever holds the part's input and output is not the part.
         hidden = torch.zeros((), dtype=dtype, requires_grad=True).expand(batch, tokens, WIDTH).clone()
         ledger.history()
-        with Forgetful() if spilled else nullcontext():
+        with Forgetful() if activations_offloaded else nullcontext():
             output = compute(hidden)
         del hidden
         forward = max(ledger.history())
@@ -54,19 +56,19 @@ def held(compute: Callable[[Tensor], Tensor], batch: int, tokens: int, dtype: to
         ledger.history()
         rest.backward()
         backward = max(ledger.history())
-    return Demand(constant(saved), (constant(forward),), (constant(backward),))
+    return PartMemory(constant(saved), (constant(forward),), (constant(backward),))
 
 
-def constant(size: int) -> Bytes:
-    return Bytes(((size,),))
+def constant(size: int) -> BytePolynomial:
+    return BytePolynomial(((size,),))
 
 
-def assert_told(prepare: Prepare, real: Real, dtype: torch.dtype, spilled: bool) -> None:
+def assert_told(prepare: Prepare, real: Real, dtype: torch.dtype, activations_offloaded: bool) -> None:
     """At shapes at which no rehearsal was held."""
-    told = rehearse(prepare, WIDTH, dtype, spilled=spilled)
+    told = trace_memory(prepare, WIDTH, dtype, activations_offloaded=activations_offloaded)
     for batch, tokens in ELSEWHERE:
         assert (batch, tokens) not in SHAPES
-        found = held(real(batch, tokens), batch, tokens, dtype, spilled)
+        found = held(real(batch, tokens), batch, tokens, dtype, activations_offloaded)
         shape = batch, tokens
         assert told.forward_at(*shape) == found.forward_at(*shape), shape
         assert told.saved.at(*shape) == found.saved.at(*shape), shape
@@ -81,15 +83,22 @@ CASES += [(family, *way) for family in ("bert", "llama") for way in (KEPT_16, SP
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "dtype", "spilled"), CASES, ids=str)
-def test_a_layer_holds_what_was_told(family: str, dtype: torch.dtype, spilled: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "dtype", "offloaded"), CASES, ids=str)
+def test_a_layer_holds_what_was_told(
+    family: str, dtype: torch.dtype, activations_offloaded: bool, tmp_path: Path
+) -> None:
     blocks = Blocks(tiny(family, tmp_path), dtype)
-    assert_told(Parts(blocks, 3, 1).layer(spilled), a_real_layer(blocks, spilled), dtype, spilled)
+    assert_told(
+        Parts(blocks, 3, 1).layer(activations_offloaded),
+        a_real_layer(blocks, activations_offloaded),
+        dtype,
+        activations_offloaded,
+    )
 
 
-def a_real_layer(blocks: Blocks, spilled: bool) -> Real:
+def a_real_layer(blocks: Blocks, activations_offloaded: bool) -> Real:
     layer = blocks.load_layer(0)
-    if spilled:
+    if activations_offloaded:
         overwrite_activations(layer)
 
     def real(batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
@@ -103,50 +112,50 @@ def a_real_layer(blocks: Blocks, spilled: bool) -> Real:
 def test_attention_that_makes_its_scores_has_a_square_term(family: str, tmp_path: Path) -> None:
     """Every pair of tokens for each of 4 heads, of which some are saved; the ordinary attention saves none."""
     folder = tiny(family, tmp_path)
-    ordinary = rehearse(Parts(Blocks(folder, torch.float32), 3, 1).layer(False), WIDTH, torch.float32)
+    ordinary = trace_memory(Parts(Blocks(folder, torch.float32), 3, 1).layer(False), WIDTH, torch.float32)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
     blocks = Blocks(folder, torch.float32)
-    eager = rehearse(Parts(blocks, 3, 1).layer(False), WIDTH, torch.float32)
+    eager = trace_memory(Parts(blocks, 3, 1).layer(False), WIDTH, torch.float32)
     assert ordinary.saved.terms[1][2] < 4 * 4 <= eager.saved.terms[1][2]
     assert max(moment.terms[1][2] for moment in eager.backward) > eager.saved.terms[1][2]
     assert_told(Parts(blocks, 3, 1).layer(False), a_real_layer(blocks, False), torch.float32, False)
 
 
-@pytest.mark.parametrize("spilled", [False, True], ids=["kept", "spilled"])
+@pytest.mark.parametrize("activations_offloaded", [False, True], ids=["kept", "activations_offloaded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reads", [1, 3])
+@pytest.mark.parametrize("head_layers", [1, 3])
 def test_adapters_and_the_head_hold_what_was_told(
-    reads: int, dtype: torch.dtype, spilled: bool, tmp_path: Path
+    head_layers: int, dtype: torch.dtype, activations_offloaded: bool, tmp_path: Path
 ) -> None:
     """With the gradients of those that are trained."""
-    parts = Parts(Blocks(tiny("bert", tmp_path), dtype), 3, reads)
+    parts = Parts(Blocks(tiny("bert", tmp_path), dtype), 3, head_layers)
 
     def head(batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
-        labels, mask, it = torch.zeros(batch, dtype=torch.int64), padded(batch, tokens), Head(WIDTH, 3, reads)
-        below = torch.randn(batch, reads - 1, WIDTH)
+        labels, mask, it = torch.zeros(batch, dtype=torch.int64), padded(batch, tokens), Head(WIDTH, 3, head_layers)
+        below = torch.randn(batch, head_layers - 1, WIDTH)
         return lambda hidden: nn.functional.cross_entropy(it(hidden, mask, below), labels, reduction="sum")
 
-    assert_told(parts.head, head, dtype, spilled)
+    assert_told(parts.head, head, dtype, activations_offloaded)
     for trained in (True, False):
         assert_told(
             new_adapter(WIDTH, 8, trained),
             lambda *_, on=trained: Adapter(WIDTH, 8, seed=0).requires_grad_(on),
             dtype,
-            spilled,
+            activations_offloaded,
         )
 
 
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 3), (torch.bfloat16, None)], ids=str)
 def test_adapters_of_another_width_change_nothing_else(dtype: torch.dtype, classes: int | None, tmp_path: Path) -> None:
     blocks = Blocks(causal_folder("llama", tmp_path), dtype)
-    assert with_bottleneck(costs_of(blocks, 8, classes), dtype, 4) == costs_of(blocks, 4, classes)
+    assert with_bottleneck(memory_profile_of(blocks, 8, classes), dtype, 4) == memory_profile_of(blocks, 4, classes)
 
 
 def test_what_runs_without_gradients_saves_nothing(tmp_path: Path) -> None:
     parts = Parts(Blocks(tiny("gpt2", tmp_path), torch.float32), 3, 1)
-    training = rehearse(parts.layer(False), WIDTH, torch.float32)
-    advance = rehearse(parts.layer(False), WIDTH, torch.float32, gradients=False)
+    training = trace_memory(parts.layer(False), WIDTH, torch.float32)
+    advance = trace_memory(parts.layer(False), WIDTH, torch.float32, gradients=False)
     assert (advance.saved.at(2, 16), advance.backward_at(2, 16)) == (0, 0)
     assert 2 * 2 * 16 * WIDTH * 4 <= advance.forward_at(2, 16) < training.forward_at(2, 16)
 
@@ -161,7 +170,7 @@ def test_a_part_may_take_another_path_for_another_shape() -> None:
 
         return compute
 
-    told = rehearse(prepare, WIDTH, torch.float32, gradients=False)
+    told = trace_memory(prepare, WIDTH, torch.float32, gradients=False)
     assert told.forward_at(5, 7) == 3 * 5 * 7 * WIDTH * 4 + 4
 
 
@@ -173,9 +182,9 @@ def test_nothing_is_allocated_for_real() -> None:
     def prepare(fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
         return with_blank_weights(wide.requires_grad_(False), fake)
 
-    rehearse(prepare, WIDTH, torch.float32)  # what libraries load the first time
+    trace_memory(prepare, WIDTH, torch.float32)  # what libraries load the first time
     with PeakMemory() as peak:
-        told = rehearse(prepare, WIDTH, torch.float32)
+        told = trace_memory(prepare, WIDTH, torch.float32)
     assert told.saved.at(1, 16) >= 2**30
     assert told.backward_at(2, 16) >= 2 * 2**30
     assert (peak.bytes or 0) < 4 * 2**20
@@ -195,7 +204,7 @@ factors = st.lists(st.integers(0, 10**9), min_size=6, max_size=6)
 
 @given(factors, st.integers(1, 512), st.integers(1, 8192))
 def test_a_polynomial_is_found_exactly(found: list[int], batch: int, tokens: int) -> None:
-    wanted = Bytes((tuple(found[:3]), tuple(found[3:])))
+    wanted = BytePolynomial((tuple(found[:3]), tuple(found[3:])))
     assert polynomial_of(wanted.at) == wanted
 
 

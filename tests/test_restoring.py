@@ -12,24 +12,24 @@ from hypothesis import strategies as st
 from chainfed_ray.chain import Window
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.evaluation import Judging, best_exit, exits, streaming
+from chainfed_ray.federation.evaluation import ServerEvaluation, best_exit, exits, streaming
 from chainfed_ray.federation.pool import LocalPool
-from chainfed_ray.federation.prepare import Job
-from chainfed_ray.federation.state import State
+from chainfed_ray.federation.prepare import PlannedJob
+from chainfed_ray.federation.state import ChainState
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import EarlyExit, Opening, Result, Round
+from chainfed_ray.records.rounds import EarlyExit, JobResult, JobStarted, Round
 from chainfed_ray.spec.parse import parse_job
-from tests.builders import a_job, a_round, an_opening, assert_same
+from tests.builders import a_job, a_round, a_start, assert_same
 
 STAGES = 2
 ROUNDS = 3  # of each stage
 
 
-class Foretold(Judging):
+class Foretold(ServerEvaluation):
     """The judgements of a job, but that the early exits have the losses that were foretold, round by round."""
 
-    def __init__(self, job: Job, losses: list[float]) -> None:
+    def __init__(self, job: PlannedJob, losses: list[float]) -> None:
         super().__init__(job, streaming(job))
         self._losses = losses
 
@@ -38,7 +38,7 @@ class Foretold(Judging):
         return score._replace(loss=self._losses.pop(0)), took
 
 
-def run(document: dict[str, Any], folder: Path, losses: list[float]) -> tuple[Job, list[Round], list[Tensors]]:
+def run(document: dict[str, Any], folder: Path, losses: list[float]) -> tuple[PlannedJob, list[Round], list[Tensors]]:
     """The job, killed after each round: its records, and the stack after each."""
     document["rounds"] |= {"total": STAGES * ROUNDS, "convergence": {"rule": "none"}}
     job, left = a_job(document, folder), list(losses)
@@ -76,16 +76,16 @@ def test_a_stage_that_only_lost_ends_as_it_began(document: dict[str, Any], tmp_p
     assert (back.round, back.loss, back.accuracy) == (None, first.held_out_loss, first.accuracy)
     assert (rounds[2].kept_loss, rounds[2].kept_accuracy) == (back.loss, back.accuracy)
     assert (rounds[1].kept_loss, rounds[1].kept_accuracy) == (80.0, rounds[1].accuracy)
-    judged, _ = Judging(job, streaming(job)).early_exit(AdapterStack.from_tensors(stacks[2]), Window(1, 2))
+    judged, _ = ServerEvaluation(job, streaming(job)).early_exit(AdapterStack.from_tensors(stacks[2]), Window(1, 2))
     assert judged.loss == pytest.approx(first.held_out_loss, rel=1e-5)
     assert judged.accuracy == first.accuracy
     assert rounds[5].restored is not None
     assert rounds[5].restored.round == 3
     assert_same(stacks[5], stacks[3])
-    ending = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).finish()
-    opening = CommitLog(tmp_path / "log").opening()
-    assert isinstance(opening, Opening)
-    result = Result.of("tiny", job.classes, opening, rounds, ending)
+    job_finished = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).finish()
+    job_started = CommitLog(tmp_path / "log").job_started()
+    assert isinstance(job_started, JobStarted)
+    result = JobResult.of("tiny", job.classes, job_started, rounds, job_finished)
     assert [stage.accuracy for stage in result.stages] == [first.accuracy, rounds[3].accuracy]
 
 
@@ -100,7 +100,7 @@ def test_the_server_forgets_what_its_stage_went_back_from(
     rounds = Coordinator(job, LocalPool(job.base), log, Foretold(job, list(losses))).rounds()
     end = next(record for record in rounds if record.ended)
     assert (end.restored is None) == (losses[-1] == min(losses))
-    server = State.of(log.tensors(end.index), job.spec.aggregation).server
+    server = ChainState.of(log.tensors(end.index), job.spec.aggregation).server
     assert bool(server.tensors) == (end.restored is None)
 
 
@@ -120,7 +120,7 @@ def test_windows_that_take_turns_keep_their_last_stack_and_so_does_who_asks(
 
 @given(st.lists(st.one_of(st.none(), st.floats(0, 10)), min_size=1, max_size=8))
 def test_the_best_exit_has_the_least_loss_and_is_the_newest_of_equals(losses: list[float | None]) -> None:
-    rounds = [a_round(index, an_opening(), held_out_loss=loss) for index, loss in enumerate(losses)]
+    rounds = [a_round(index, a_start(), held_out_loss=loss) for index, loss in enumerate(losses)]
     best, known = best_exit(exits(rounds)), [loss for loss in losses if loss is not None]
     if not known:
         assert best is None

@@ -178,8 +178,8 @@ def test_killed_in_the_middle_and_it_ends_where_it_would_have(
         assert next(event for event in events if event["kind"] == "round")
         wait_for(lambda process=process: service.processes(process), process)[0].kill()
     kinds = [event["kind"] for event in service.client.follow(job)]
-    assert kinds[:3] == ["queued", "running", "opening"]
-    assert kinds[3:] == ["round"] * 6 + ["ending", "succeeded"]
+    assert kinds[:3] == ["queued", "running", "started"]
+    assert kinds[3:] == ["round"] * 6 + ["finished", "succeeded"]
     assert service.client.job(job)["model"] == f"tiny:{name}"
     if "ClientActor" not in killed:
         local = a_job(document, tmp_path)
@@ -230,7 +230,7 @@ def test_the_whole_service_killed_and_started_again(service: Running, document: 
     with Running(tmp_path / "storage", first.port) as second:  # at once, where the first one was
         assert not [process for process in orphans if process.is_running() and "Agent" not in command_of(process)]
         kinds = [event["kind"] for event in second.client.follow(job)]
-        assert kinds == ["queued", "running", "opening", *["round"] * 8, "ending", "succeeded"]
+        assert kinds == ["queued", "running", "started", *["round"] * 8, "finished", "succeeded"]
 
 
 def test_the_client_raises_what_the_service_means(service: Running, document: dict[str, Any]) -> None:

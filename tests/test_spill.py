@@ -13,8 +13,13 @@ from transformers.activations import ACT2CLS, ACT2FN
 
 from chainfed_ray.model.adapters import Adapter
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.trace import Ledger
-from chainfed_ray.streaming.activations import OverwritingActivation, Spill, is_spilled, overwrite_activations
+from chainfed_ray.model.trace import AllocationTrace
+from chainfed_ray.streaming.activations import (
+    OffloadedActivations,
+    OverwritingActivation,
+    is_offloaded,
+    overwrite_activations,
+)
 from tests.models import FAMILIES, tiny
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -45,8 +50,8 @@ def gradients(
 
 
 @pytest.fixture
-def spill(tmp_path: Path) -> Iterator[Spill]:
-    made = Spill(tmp_path / "spill")
+def spill(tmp_path: Path) -> Iterator[OffloadedActivations]:
+    made = OffloadedActivations(tmp_path / "spill")
     yield made
     made.close()
 
@@ -63,11 +68,11 @@ def _target(link: Path) -> str:
         return ""
 
 
-def test_an_adapter_has_the_same_gradients(spill: Spill) -> None:
+def test_an_adapter_has_the_same_gradients(spill: OffloadedActivations) -> None:
     adapter = an_adapter()
     plain = gradients(nullcontext(), adapter, list(adapter.parameters()))
-    spilled = gradients(spill, adapter, list(adapter.parameters()))
-    assert all(torch.equal(one, other) for one, other in zip(spilled, plain, strict=True))
+    activations_offloaded = gradients(spill, adapter, list(adapter.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(activations_offloaded, plain, strict=True))
     assert all(gradient.any() for gradient in plain)
 
 
@@ -86,15 +91,19 @@ def a_layer(family: str, dtype: torch.dtype, folder: Path, *, overwriting: bool 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_has_the_same_gradients(family: str, dtype: torch.dtype, spill: Spill, tmp_path: Path) -> None:
+def test_a_layer_has_the_same_gradients(
+    family: str, dtype: torch.dtype, spill: OffloadedActivations, tmp_path: Path
+) -> None:
     adapter, compute = a_layer(family, dtype, tmp_path)
     plain = gradients(nullcontext(), compute, list(adapter.parameters()))
-    spilled = gradients(spill, compute, list(adapter.parameters()))
-    assert all(torch.equal(one, other) for one, other in zip(spilled, plain, strict=True))
+    activations_offloaded = gradients(spill, compute, list(adapter.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(activations_offloaded, plain, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_that_are_overwritten_give_the_same_gradients(family: str, spill: Spill, tmp_path: Path) -> None:
+def test_activations_that_are_overwritten_give_the_same_gradients(
+    family: str, spill: OffloadedActivations, tmp_path: Path
+) -> None:
     adapter, compute = a_layer(family, torch.float32, tmp_path)
     plain = gradients(nullcontext(), compute, list(adapter.parameters()))
     adapter, compute = a_layer(family, torch.float32, tmp_path, overwriting=True)
@@ -105,7 +114,7 @@ WITHOUT_PARAMETERS = sorted(name for name in ACT2CLS if not list(ACT2FN[name].pa
 
 
 @pytest.mark.parametrize("name", WITHOUT_PARAMETERS)
-def test_every_activation_function_may_overwrite_its_input(name: str, spill: Spill) -> None:
+def test_every_activation_function_may_overwrite_its_input(name: str, spill: OffloadedActivations) -> None:
     """The input itself is used by others as well, before and after; their gradients are those of the input."""
     stock = ACT2FN[name]
     layer = nn.Sequential(stock)
@@ -131,45 +140,45 @@ def test_an_activation_function_with_parameters_stays() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_that_was_saved_stays_in_memory(family: str, spill: Spill, tmp_path: Path) -> None:
+def test_nothing_that_was_saved_stays_in_memory(family: str, spill: OffloadedActivations, tmp_path: Path) -> None:
     adapter, compute = a_layer(family, torch.float32, tmp_path)
     alive = {}
-    for name, saving in (("plain", nullcontext()), ("spilled", spill)):
+    for name, saving in (("plain", nullcontext()), ("activations_offloaded", spill)):
         hidden = some(2, 5, 32).requires_grad_()
-        with Ledger() as ledger:
+        with AllocationTrace() as ledger:
             with saving:
                 output = compute(hidden)
             alive[name] = ledger.alive - output.untyped_storage().nbytes()
         del output
     # What is left are masks, scales of rows and the like; the plain way keeps many tensors of the input's size.
     assert alive["plain"] > 8 * hidden.nbytes
-    assert alive["spilled"] < hidden.nbytes
+    assert alive["activations_offloaded"] < hidden.nbytes
     assert adapter.down.weight.grad is None
 
 
 def test_what_is_spilled() -> None:
     """Activations; not what is there anyway, or has few bytes of its own."""
     weight, activations = nn.Parameter(some(4, 4)), some(2, 3, 4)
-    assert all(map(is_spilled, (activations, activations.transpose(1, 2), activations.bfloat16(), activations[0])))
+    assert all(map(is_offloaded, (activations, activations.transpose(1, 2), activations.bfloat16(), activations[0])))
     stay = (weight, weight.T, weight.view(16, 1), activations > 0, activations[0, 0], some(2, 1, 4).expand(2, 3, 4))
-    assert not any(map(is_spilled, stay))
+    assert not any(map(is_offloaded, stay))
 
 
-def test_micro_batches_write_over_each_other(spill: Spill, tmp_path: Path) -> None:
+def test_micro_batches_write_over_each_other(spill: OffloadedActivations, tmp_path: Path) -> None:
     adapter = an_adapter()
     (link,) = files(tmp_path)
     sizes = []
     for batch in (3, 1, 2, 3):
         plain = gradients(nullcontext(), adapter, list(adapter.parameters()), batch)
-        spilled = gradients(spill, adapter, list(adapter.parameters()), batch)
-        assert all(torch.equal(one, other) for one, other in zip(spilled, plain, strict=True))
+        activations_offloaded = gradients(spill, adapter, list(adapter.parameters()), batch)
+        assert all(torch.equal(one, other) for one, other in zip(activations_offloaded, plain, strict=True))
         sizes.append(link.stat().st_size)
     assert sizes[0] > 0
     assert len(set(sizes)) == 1
 
 
 def test_the_file_has_no_name_and_is_gone_when_it_is_closed(tmp_path: Path) -> None:
-    spill = Spill(tmp_path / "made" / "here")
+    spill = OffloadedActivations(tmp_path / "made" / "here")
     with spill:
         output = an_adapter()(some(1, 5, 32).requires_grad_())
     assert len(files(tmp_path)) == 1
@@ -183,7 +192,7 @@ def test_a_full_disk_is_an_error_and_nothing_is_left(tmp_path: Path, monkeypatch
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    spill = Spill(tmp_path)
+    spill = OffloadedActivations(tmp_path)
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space left") as caught, spill:
         an_adapter()(some(1, 5, 32).requires_grad_())
@@ -192,17 +201,19 @@ def test_a_full_disk_is_an_error_and_nothing_is_left(tmp_path: Path, monkeypatch
     assert (files(tmp_path), list(tmp_path.iterdir())) == ([], [])
 
 
-def test_the_disk_may_take_and_give_a_few_bytes_at_a_time(spill: Spill, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_may_take_and_give_a_few_bytes_at_a_time(
+    spill: OffloadedActivations, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pwrite, preadv = os.pwrite, os.preadv
     adapter = an_adapter()
     plain = gradients(nullcontext(), adapter, list(adapter.parameters()))
     monkeypatch.setattr(os, "pwrite", lambda file, view, start: pwrite(file, view[:7], start))
     monkeypatch.setattr(os, "preadv", lambda file, views, start: preadv(file, [views[0][:11]], start))
-    spilled = gradients(spill, adapter, list(adapter.parameters()))
-    assert all(torch.equal(one, other) for one, other in zip(spilled, plain, strict=True))
+    activations_offloaded = gradients(spill, adapter, list(adapter.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(activations_offloaded, plain, strict=True))
 
 
-def test_a_file_that_ends_early_is_an_error(spill: Spill, tmp_path: Path) -> None:
+def test_a_file_that_ends_early_is_an_error(spill: OffloadedActivations, tmp_path: Path) -> None:
     with spill:
         output = an_adapter()(some(1, 5, 32).requires_grad_())
     os.truncate(files(tmp_path)[0], 10)

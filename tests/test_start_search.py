@@ -13,10 +13,10 @@ from chainfed_ray.federation import head_fitting as head_fit
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.forecast import duration
-from chainfed_ray.model.pooling import States
+from chainfed_ray.model.pooling import LayerStates
 from chainfed_ray.model.prefix import PrefixRunner
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import HeadFit, Opening
+from chainfed_ray.records.rounds import HeadFit, JobStarted
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
 from tests.pools import silent
@@ -37,7 +37,7 @@ def document(document: dict[str, Any], tiny_data: Path, tmp_path: Path) -> dict[
     return document
 
 
-def opened(document: dict[str, Any], folder: Path, nobody: Collection[str] = ()) -> Opening:
+def opened(document: dict[str, Any], folder: Path, nobody: Collection[str] = ()) -> JobStarted:
     job = a_job(document, folder)
     return Coordinator(job, silent(LocalPool(job.base), nobody), CommitLog(folder / "log")).open()
 
@@ -51,37 +51,39 @@ def untrained(document: dict[str, Any], folder: Path) -> HeadFit:
 
 
 def test_each_exit_is_where_a_chain_from_there_would_begin(document: dict[str, Any], tmp_path: Path) -> None:
-    opening = opened(document, tmp_path / "best-exit")
+    job_started = opened(document, tmp_path / "best-exit")
     begins = []
     for start in range(3):
         document["chain"] |= {"start": start, "head_layers": 1}
         begins.append(untrained(document, tmp_path / str(start)))
-    assert [fit.held_out_loss for fit in opening.exits] == pytest.approx([fit.held_out_loss for fit in begins])
-    assert [(fit.accuracy, fit.examples) for fit in opening.exits] == [(fit.accuracy, fit.examples) for fit in begins]
-    assert [fit.sent_bytes for fit in opening.exits] == [fit.sent_bytes for fit in begins]
+    assert [fit.held_out_loss for fit in job_started.exits] == pytest.approx([fit.held_out_loss for fit in begins])
+    assert [(fit.accuracy, fit.examples) for fit in job_started.exits] == [
+        (fit.accuracy, fit.examples) for fit in begins
+    ]
+    assert [fit.sent_bytes for fit in job_started.exits] == [fit.sent_bytes for fit in begins]
     losses = [fit.held_out_loss or 0.0 for fit in begins]
     assert len(set(losses)) == 3
-    assert opening.start_layer == losses.index(min(losses))
-    assert opening.stages == 3 - opening.start_layer
-    assert opening.similarities == ()
-    assert opening.profile_cpu_seconds == sum(fit.cpu_seconds for fit in opening.exits) > 0
+    assert job_started.start_layer == losses.index(min(losses))
+    assert job_started.stages == 3 - job_started.start_layer
+    assert job_started.cka == ()
+    assert job_started.profile_cpu_seconds == sum(fit.cpu_seconds for fit in job_started.exits) > 0
 
 
 def test_a_client_that_is_silent_is_on_record_and_the_others_are_enough(
     document: dict[str, Any], tmp_path: Path
 ) -> None:
-    opening = opened(document, tmp_path, {"phone-2"})
-    assert [(lost.client, lost.reason) for lost in opening.lost] == [("phone-2", "missed the deadline")]
-    assert [fit.clients for fit in opening.exits] == [3, 3, 3]
+    job_started = opened(document, tmp_path, {"phone-2"})
+    assert [(lost.client, lost.reason) for lost in job_started.failed_turns] == [("phone-2", "missed the deadline")]
+    assert [fit.clients for fit in job_started.exits] == [3, 3, 3]
 
 
 def test_an_exit_without_some_of_the_clients_is_passed_over(document: dict[str, Any], tmp_path: Path) -> None:
     best = opened(document, tmp_path / "all").start_layer
     job = a_job(document, tmp_path / "one")
     pool = silent(LocalPool(job.base), {"phone-1"}, exit_of=best + 1)
-    opening = Coordinator(job, pool, CommitLog(tmp_path / "one" / "log")).open()
-    assert [fit.clients for fit in opening.exits] == [3 if start == best else 4 for start in range(3)]
-    assert opening.start_layer != best
+    job_started = Coordinator(job, pool, CommitLog(tmp_path / "one" / "log")).open()
+    assert [fit.clients for fit in job_started.exits] == [3 if start == best else 4 for start in range(3)]
+    assert job_started.start_layer != best
 
 
 @pytest.mark.parametrize(("disk", "layers"), [(None, 4), ("1KiB", 2 + 3 + 4)])
@@ -93,7 +95,7 @@ def test_each_layer_is_run_once_where_there_is_disk(
     job = a_job(document, tmp_path)
     counted, run = list[int](), PrefixRunner.run
 
-    def counting(self: PrefixRunner, index: int, *arguments: Any) -> States:
+    def counting(self: PrefixRunner, index: int, *arguments: Any) -> LayerStates:
         _, _, examples, indices, _ = arguments
         if examples is not job.validation:  # those are the server's
             counted.append(len(indices))
@@ -143,8 +145,8 @@ def test_without_anybody_s_sums_the_job_ends_and_says_why(document: dict[str, An
 def test_where_the_chain_is_one_window_nobody_is_asked(document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"]["window"] = 4
     document["fleet"]["clients"][0]["memory"] = "1GiB"
-    opening = opened(document, tmp_path, {f"phone-{index}" for index in range(4)})
-    assert (opening.start_layer, opening.stages, opening.exits) == (0, 1, ())
+    job_started = opened(document, tmp_path, {f"phone-{index}" for index in range(4)})
+    assert (job_started.start_layer, job_started.stages, job_started.exits) == (0, 1, ())
     assert duration.layers_of_exits(a_job(document, tmp_path), cached=True) == 0
 
 
@@ -152,15 +154,15 @@ def test_where_no_head_can_be_fitted_the_chain_is_its_last_window(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_fit, "fitted", lambda *_: None)  # as of sums that have no inverse
-    opening = opened(document, tmp_path)
-    assert [(fit.clients, fit.held_out_loss) for fit in opening.exits] == [(4, None)] * 3
-    assert (opening.start_layer, opening.stages) == (2, 1)
+    job_started = opened(document, tmp_path)
+    assert [(fit.clients, fit.held_out_loss) for fit in job_started.exits] == [(4, None)] * 3
+    assert (job_started.start_layer, job_started.stages) == (2, 1)
 
 
 def test_a_start_that_was_found_is_not_looked_for_again(document: dict[str, Any], tmp_path: Path) -> None:
-    opening = opened(document, tmp_path)
+    job_started = opened(document, tmp_path)
     everybody = {f"phone-{index}" for index in range(4)}
-    assert opened(document, tmp_path, everybody) == opening
+    assert opened(document, tmp_path, everybody) == job_started
 
 
 def test_the_chain_is_trained_from_there(document: dict[str, Any], tmp_path: Path) -> None:

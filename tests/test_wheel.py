@@ -71,7 +71,7 @@ def test_a_job_runs_beside_packages_of_the_same_names_its_workers_included(comma
     done = _run(command, folder, "run", "job.yaml", "--out", "out", "--json")
     assert json.loads(done.stdout)["status"] == "succeeded"
     (record,) = CommitLog(folder / "out" / "tiny").rounds()
-    assert (len(record.turns), record.lost) == (2, ()), record
+    assert (len(record.turns), record.failed_turns) == (2, ()), record
 
 
 def _run(command: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

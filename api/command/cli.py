@@ -63,18 +63,18 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
     spec = read_job(job)  # what is wrong with it is said at once: the imports take seconds
 
     from chainfed_ray.api.command.training import folder_of, train
-    from chainfed_ray.api.report.progress import Progress
+    from chainfed_ray.api.report.progress import ProgressDisplay
     from chainfed_ray.api.report.results import results
 
     folder = folder_of(out, spec)
     goes_on = _if_interrupted("Interrupted. The same command goes on where it was.")
-    with goes_on as interruption, Progress(_progress, spec.name, spec, interruption.check) as progress:
-        opening, rounds, ending, result = train(spec, folder, Settings(Storage.at(out)), progress)
+    with goes_on as interruption, ProgressDisplay(_progress, spec.name, spec, interruption.check) as progress:
+        job_started, rounds, job_finished, result = train(spec, folder, Settings(Storage.at(out)), progress)
         Reporter("drawing the plots", progress.listen).begin()
-        plots = draw_if_possible(folder / "plots", opening, rounds, ending, spec.chain.cka_threshold)
+        plots = draw_if_possible(folder / "plots", job_started, rounds, job_finished, spec.chain.cka_threshold)
     made = f"The model is in {folder / 'model'}."
     drawn = f"{len(plots)} plots are in {folder / 'plots'}." if plots else NOT_DRAWN
-    _answer(as_json, result.model_dump(mode="json"), results(spec, opening, rounds, ending), made, drawn)
+    _answer(as_json, result.model_dump(mode="json"), results(spec, job_started, rounds, job_finished), made, drawn)
 
 
 @app.command()
@@ -299,10 +299,10 @@ def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> Non
 
     spec = parse_job(record["spec"])
     with _if_interrupted(f"The job goes on without you; `chainfed watch {record['id']}` follows it again."):
-        opening, rounds, ending = follow(client, record["id"], spec, _progress)
+        job_started, rounds, job_finished = follow(client, record["id"], spec, _progress)
     command = "complete" if spec.model.task == "causal-lm" else "predict"
     how = f"The model answers: chainfed {command} {record['model']} 'a text'"
-    _answer(as_json, client.job(record["id"]), results(spec, opening, rounds, ending), how)
+    _answer(as_json, client.job(record["id"]), results(spec, job_started, rounds, job_finished), how)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import httpx
 
-from chainfed_ray.activity import Activity, Listener, Reporter, nobody
+from chainfed_ray.activity import Activity, Listener, Reporter, no_listener
 from chainfed_ray.errors import (
     InvalidJob,
     JobConflict,
@@ -49,7 +49,7 @@ class ServiceClient:
         """The health of every part of a service that works."""
         return self._ask("GET", "/readyz")
 
-    def submit(self, document: Document, listen: Listener = nobody) -> Document:
+    def submit(self, document: Document, listen: Listener = no_listener) -> Document:
         """Queue a job, once the service has checked it.
 
         Raises:
@@ -141,7 +141,7 @@ class ServiceClient:
         except httpx.TransportError as error:
             raise ServiceUnavailable(self._address, _words(error)) from None
 
-    def follow(self, job: str, listen: Listener = nobody) -> Iterator[Document]:
+    def follow(self, job: str, listen: Listener = no_listener) -> Iterator[Document]:
         """Every event of a job from its first to its last, as they happen; a broken connection is taken up again.
 
         In between ``listen`` is told what the job is busy with.

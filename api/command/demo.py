@@ -70,12 +70,12 @@ def _story(
     with ActivityDisplay(console) as listen:
         job = client.submit(spec.document(), listen)["id"]
     console.print(f"[bold]3.[/bold] The chain trains: job {job}.")
-    opening, rounds, ending = follow(client, job, spec, console)
+    job_started, rounds, job_finished = follow(client, job, spec, console)
     console.print("[bold]4.[/bold] The result.")
-    console.print(results(spec, opening, rounds, ending))
+    console.print(results(spec, job_started, rounds, job_finished))
     with ActivityDisplay(console) as listen:
         Reporter("drawing the plots", listen).begin()
-        plots = draw_if_possible(out / "plots", opening, rounds, ending, spec.chain.cka_threshold)
+        plots = draw_if_possible(out / "plots", job_started, rounds, job_finished, spec.chain.cka_threshold)
     for plot in plots:
         console.print(f"   plot: {plot}")
     if not plots:

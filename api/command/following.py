@@ -6,24 +6,26 @@ from rich.console import Console
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.command.client import ServiceClient
-from chainfed_ray.api.report.progress import Progress
+from chainfed_ray.api.report.progress import ProgressDisplay
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
-from chainfed_ray.records.rounds import Ending, Opening, Round
+from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 
 _NAMED = 3  # of the jobs before one, those that are named
 
 
-def follow(client: ServiceClient, job: str, spec: JobSpec, console: Console) -> tuple[Opening, list[Round], Ending]:
+def follow(
+    client: ServiceClient, job: str, spec: JobSpec, console: Console
+) -> tuple[JobStarted, list[Round], JobFinished]:
     """Show a job until it is over, and give what it left on record.
 
     Raises:
         JobFailed: it failed, or was cancelled.
     """
-    opening: Opening | None = None
-    ending: Ending | None = None
+    job_started: JobStarted | None = None
+    job_finished: JobFinished | None = None
     rounds: list[Round] = []
-    with Progress(console, job, spec) as progress:
+    with ProgressDisplay(console, job, spec) as progress:
         for event in client.follow(job, progress.listen):
             match event["kind"]:
                 case "queued":
@@ -32,22 +34,22 @@ def follow(client: ServiceClient, job: str, spec: JobSpec, console: Console) -> 
                 case "running":
                     progress.idle()
                     progress.say("Its turn has come.")
-                case "opening":
-                    opening = Opening.model_validate(event["data"])
-                    progress.opening(opening)
+                case "started":
+                    job_started = JobStarted.model_validate(event["data"])
+                    progress.job_started(job_started)
                 case "round":
                     rounds.append(Round.model_validate(event["data"]))
                     progress.round(rounds[-1])
-                case "ending":
-                    ending = Ending.model_validate(event["data"])
-                    progress.ending(ending)
+                case "finished":
+                    job_finished = JobFinished.model_validate(event["data"])
+                    progress.job_finished(job_finished)
                 case "cancelling":
                     progress.say("Cancelling.")
                 case "failed" | "cancelled":
                     raise JobFailed(job, event["kind"], event["data"].get("message", ""))
-    if opening is None or ending is None:
+    if job_started is None or job_finished is None:
         raise JobFailed(job, "ended", "its events do not tell how")
-    return opening, rounds, ending
+    return job_started, rounds, job_finished
 
 
 def _jobs_before(client: ServiceClient, job: str) -> str:

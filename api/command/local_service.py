@@ -11,7 +11,7 @@ import psutil
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
-from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.api.command.client import ServiceClient
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.local_ray import local_ray
@@ -24,7 +24,7 @@ _OWNER = "CHAINFED_SERVICE_OF"  # in the environment of each process of a servic
 
 
 @contextmanager
-def local_service(settings: Settings, host: str, port: int, listen: Listener = nobody) -> Iterator[str]:
+def local_service(settings: Settings, host: str, port: int, listen: Listener = no_listener) -> Iterator[str]:
     """Start the service and give its address once every part of it answers; end it with the block.
 
     Raises:

@@ -6,14 +6,14 @@ from contextlib import closing
 from pathlib import Path
 
 from chainfed_ray.activity import Notes, Reporter
-from chainfed_ray.api.report.progress import Progress
+from chainfed_ray.api.report.progress import ProgressDisplay
 from chainfed_ray.cluster.local_ray import local_ray
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import prepare
+from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import Ending, Opening, Result, Round
+from chainfed_ray.records.rounds import JobFinished, JobResult, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 
 
@@ -36,11 +36,11 @@ def folder_of(out: Path, spec: JobSpec) -> Path:
 
 
 def train(
-    spec: JobSpec, folder: Path, settings: Settings, progress: Progress
-) -> tuple[Opening, list[Round], Ending, Result]:
+    spec: JobSpec, folder: Path, settings: Settings, progress: ProgressDisplay
+) -> tuple[JobStarted, list[Round], JobFinished, JobResult]:
     """Train a job, or the rest of it, and save its model in ``folder``."""
     with tempfile.TemporaryDirectory(prefix="chainfed-") as scratch:
-        job = prepare(spec, Path(scratch), progress.listen)
+        job = prepare_job(spec, Path(scratch), progress.listen)
         log = CommitLog(folder)
         with local_ray(settings, {}, progress.listen):
             from chainfed_ray.cluster.offload.engine import judging  # not before: see local_ray
@@ -50,20 +50,20 @@ def train(
             made = RayPool(job.base, settings.client_slots, notes.note)
             with closing(made) as pool, closing(judging(job, notes)) as judge:
                 coordinator = Coordinator(job, pool, log, judge, notes)
-                opening, ending = _rounds(coordinator, log, progress)
+                job_started, job_finished = _rounds(coordinator, log, progress)
         Reporter("saving the model", progress.listen).begin()
         coordinator.save(folder)
     rounds = log.rounds()
-    return opening, rounds, ending, Result.of(spec.name, job.classes, opening, rounds, ending)
+    return job_started, rounds, job_finished, JobResult.of(spec.name, job.classes, job_started, rounds, job_finished)
 
 
-def _rounds(coordinator: Coordinator, log: CommitLog, progress: Progress) -> tuple[Opening, Ending]:
-    opening = coordinator.open()
-    progress.opening(opening)
+def _rounds(coordinator: Coordinator, log: CommitLog, progress: ProgressDisplay) -> tuple[JobStarted, JobFinished]:
+    job_started = coordinator.open()
+    progress.job_started(job_started)
     for record in log.rounds():
         progress.round(record, resumed=True)
     for record in coordinator.rounds():
         progress.round(record)
-    ending = coordinator.finish()
-    progress.ending(ending)
-    return opening, ending
+    job_finished = coordinator.finish()
+    progress.job_finished(job_finished)
+    return job_started, job_finished

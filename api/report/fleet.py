@@ -4,8 +4,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from chainfed_ray.budget.planner import Grain
-from chainfed_ray.records.rounds import Admitted, Opening, Round, Turn
+from chainfed_ray.budget.planner import WeightPlacement
+from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn
 
 _NAME_LENGTH = 14
 
@@ -15,18 +15,18 @@ class Way(NamedTuple):
 
     window: int
     micro_batch: int
-    grain: Grain
-    spilled: bool
+    weights: WeightPlacement
+    activations_offloaded: bool
 
     @classmethod
-    def planned(cls, client: Admitted) -> "Way":
+    def planned(cls, client: AdmittedClient) -> "Way":
         """As it is planned for the first stage."""
-        return cls(client.window, client.micro_batch, client.grain, client.spilled)
+        return cls(client.window, client.micro_batch, client.weights, client.activations_offloaded)
 
     @classmethod
     def taken(cls, record: Round, turn: Turn) -> "Way":
         """As it was, in a round."""
-        return cls(record.top - turn.bottom + 1, turn.micro_batch, turn.grain, turn.spilled)
+        return cls(record.top - turn.bottom + 1, turn.micro_batch, turn.weights, turn.activations_offloaded)
 
 
 @dataclass
@@ -40,28 +40,28 @@ class FleetClass:
     name: str
     budget: int
     clients: int = 0
-    left_out: int = 0
-    lacking: int = 0
+    excluded: int = 0
+    shortfall: int = 0
     planned: int = 0
     peak: int | None = None
     turns: int = 0
     again: int = 0
-    lost: int = 0
+    failed_turns: int = 0
     sent: int = 0
     ways: set[Way] = field(default_factory=set)
 
 
-def by_class(opening: Opening, rounds: Sequence[Round]) -> list[FleetClass]:
+def by_class(job_started: JobStarted, rounds: Sequence[Round]) -> list[FleetClass]:
     """Every class of the fleet, the smallest budget first."""
     classes: dict[str, FleetClass] = {}
-    for admitted in opening.admitted:
+    for admitted in job_started.admitted:
         fleet = classes.setdefault(admitted.client_class, FleetClass(admitted.client_class, admitted.budget_bytes))
         fleet.clients += 1
         fleet.planned = max(fleet.planned, admitted.planned_bytes)
-    for client in opening.left_out:
+    for client in job_started.excluded:
         fleet = classes.setdefault(client.client_class, FleetClass(client.client_class, client.budget_bytes))
-        fleet.left_out += 1
-        fleet.lacking = max(fleet.lacking, client.lacking_bytes)
+        fleet.excluded += 1
+        fleet.shortfall = max(fleet.shortfall, client.shortfall_bytes)
     for record in rounds:
         for turn in record.turns:
             fleet = classes[turn.client_class]
@@ -72,9 +72,9 @@ def by_class(opening: Opening, rounds: Sequence[Round]) -> list[FleetClass]:
             fleet.ways.add(Way.taken(record, turn))
             if turn.peak_bytes is not None:
                 fleet.peak = max(turn.peak_bytes, fleet.peak or 0)
-        for lost in record.lost:
-            classes[lost.client_class].lost += 1
-    for admitted in opening.admitted:
+        for lost in record.failed_turns:
+            classes[lost.client_class].failed_turns += 1
+    for admitted in job_started.admitted:
         fleet = classes[admitted.client_class]
         if not fleet.turns:
             fleet.ways.add(Way.planned(admitted))
@@ -89,8 +89,8 @@ def in_words(ways: Collection[Way]) -> str:
         f"{examples} example{'' if examples == '1' else 's'} at a time",
     ]
     for said, those in (
-        ("matrices streamed", [way.grain == "matrix" for way in ways]),
-        ("activations on disk", [way.spilled for way in ways]),
+        ("matrices streamed", [way.weights == "streamed" for way in ways]),
+        ("activations on disk", [way.activations_offloaded for way in ways]),
     ):
         if any(those):
             words.append(said if all(those) else f"{said} in some")

@@ -34,7 +34,7 @@ def png(forecast: Forecast) -> bytes:
     """The picture of a dry run."""
     figure, axes = new_figure(f"{forecast.joins} of {forecast.clients} clients can join {short(forecast.job)}")
     classes = forecast.classes
-    needed = [max(row.planned_bytes, row.budget_bytes + row.lacking_bytes) for row in classes if row.left_out]
+    needed = [max(row.planned_bytes, row.budget_bytes + row.shortfall_bytes) for row in classes if row.excluded]
     top = _ROOM * max([row.planned_bytes for row in classes] + needed) / _MIB
     crowded = len(classes) > MANY // 2
     for place, row in enumerate(classes):
@@ -59,9 +59,11 @@ def _facts(row: ClassForecast) -> list[str]:
 
 def _crowded_facts(row: ClassForecast) -> list[str]:
     """Where bars have no room for labels."""
-    lacking = [f"lacks {format_bytes(row.lacking_bytes)}"] if row.left_out else []
+    shortfall = [f"lacks {format_bytes(row.shortfall_bytes)}"] if row.excluded else []
     return (
-        [short(row.name), *lacking] if not row.joins else [short(row.name), f"{row.joins} of {row.clients}", *lacking]
+        [short(row.name), *shortfall]
+        if not row.joins
+        else [short(row.name), f"{row.joins} of {row.clients}", *shortfall]
     )
 
 
@@ -80,7 +82,7 @@ def _draw(axes: Axes, place: int, row: ClassForecast, top: float) -> None:
         height = sum(row.parts[part] for part in parts) / _MIB
         axes.bar(right, height, bottom=bottom, width=_BAR, color=colour, alpha=1.0 if row.joins else 0.45)
         bottom += height
-    if row.left_out:
+    if row.excluded:
         axes.plot([left - _BAR / 2, right + _BAR / 2], [budget, budget], color="black", linestyle="--", linewidth=1)
 
 
@@ -90,7 +92,7 @@ def _label(axes: Axes, place: int, row: ClassForecast) -> None:
     planned = row.planned_bytes / _MIB
     if row.joins:
         axes.annotate(format_bytes(row.planned_bytes), (place + _ASIDE, planned), (0, 3), **style)
-    if row.left_out:
-        who, lacking = f"{row.left_out} lack" if row.joins else "lacks", format_bytes(row.lacking_bytes)
-        top = max((row.budget_bytes + row.lacking_bytes) / _MIB, planned)
-        axes.annotate(f"{who} {lacking}", (place, top), (0, 16 if row.joins else 4), fontweight="bold", **style)
+    if row.excluded:
+        who, shortfall = f"{row.excluded} lack" if row.joins else "lacks", format_bytes(row.shortfall_bytes)
+        top = max((row.budget_bytes + row.shortfall_bytes) / _MIB, planned)
+        axes.annotate(f"{who} {shortfall}", (place, top), (0, 16 if row.joins else 4), fontweight="bold", **style)

@@ -10,9 +10,9 @@ from chainfed_ray.records.forecast import ClassForecast, Forecast
 from chainfed_ray.units import format_bytes, format_seconds
 
 _LOADED = {
-    ("layer",): "whole layers in memory",
-    ("matrix",): "matrices streamed",
-    ("layer", "matrix"): "whole layers in memory, or matrices streamed",
+    ("resident",): "whole layers in memory",
+    ("streamed",): "matrices streamed",
+    ("resident", "streamed"): "whole layers in memory, or matrices streamed",
 }
 
 
@@ -55,7 +55,7 @@ def _classes(forecast: Forecast) -> Table:
     for row in forecast.classes:
         clients, budget = f"{row.joins} of {row.clients}", format_bytes(row.budget_bytes)
         if not row.joins:
-            table.add_row(short(row.name), clients, budget, f"lacks {format_bytes(row.lacking_bytes)}")
+            table.add_row(short(row.name), clients, budget, f"lacks {format_bytes(row.shortfall_bytes)}")
             continue
         step = "" if row.micro_step_seconds is None else _short_time(row.micro_step_seconds)
         planned, disk, sent = (format_bytes(count) for count in (row.planned_bytes, row.disk_bytes, row.sent_bytes))
@@ -87,7 +87,7 @@ def _way(row: ClassForecast) -> str:
     """What is loaded at once, and what is kept on disk; with a number where that is not so of all that join."""
     parts = [_LOADED[row.grains]]
     for words, count in (
-        ("saved activations on disk", row.spilled),
+        ("saved activations on disk", row.activations_offloaded),
         ("the prefix cached on disk", row.cached),
         ("the prefix run again in each step", row.joins - row.cached),
     ):
@@ -98,9 +98,9 @@ def _way(row: ClassForecast) -> str:
 
 def _left_out(forecast: Forecast) -> Iterator[str]:
     for row in forecast.classes:
-        if row.left_out:
-            who, lacking = f"{row.left_out} of {row.clients}", format_bytes(row.lacking_bytes)
-            yield f"{short(row.name)}: {who} cannot hold any window; with {lacking} more they would join."
+        if row.excluded:
+            who, shortfall = f"{row.excluded} of {row.clients}", format_bytes(row.shortfall_bytes)
+            yield f"{short(row.name)}: {who} cannot hold any window; with {shortfall} more they would join."
     if forecast.refused:
         yield f"[bold]The job would be refused:[/bold] {forecast.refused}"
 

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from chainfed_ray.api.report.figures import BLUE, GREEN, GREY, MANY, SEVERAL, by_round, new_figure
 from chainfed_ray.api.report.fleet import FleetClass, by_class, short
-from chainfed_ray.records.rounds import Opening, Round, StageMemory
+from chainfed_ray.records.rounds import JobStarted, Round, StageMemory
 from chainfed_ray.units import format_bytes
 
 _MIB = 2**20
@@ -21,9 +21,9 @@ _FEW_ROUNDS = 60
 _MARKERS = "osD^v"
 
 
-def memory(opening: Opening, rounds: Sequence[Round]) -> Figure:
+def memory(job_started: JobStarted, rounds: Sequence[Round]) -> Figure:
     """The budget, the plan and the measured peak of each class."""
-    classes = by_class(opening, rounds)
+    classes = by_class(job_started, rounds)
     measured = [fleet for fleet in classes if fleet.peak is not None]
     kept = measured and all((fleet.peak or 0) <= fleet.budget for fleet in measured)
     figure, axes = new_figure(
@@ -31,7 +31,7 @@ def memory(opening: Opening, rounds: Sequence[Round]) -> Figure:
     )
     bars = (
         ("budget", "#dddddd", [fleet.budget for fleet in classes]),
-        ("planned", GREEN, [fleet.planned or fleet.budget + fleet.lacking for fleet in classes]),
+        ("planned", GREEN, [fleet.planned or fleet.budget + fleet.shortfall for fleet in classes]),
         ("measured peak", BLUE, [fleet.peak or 0 for fleet in classes]),
     )
     for number, (label, colour, values) in enumerate(bars):
@@ -45,7 +45,7 @@ def memory(opening: Opening, rounds: Sequence[Round]) -> Figure:
                     f"{value / _MIB:.0f}", (bar.get_x() + bar.get_width() / 2, value / _MIB), (0, 3),
                     textcoords="offset points", ha="center", fontsize=9,
                 )  # fmt: skip
-    names = [short(fleet.name) + (f"\n{fleet.left_out} left out" if fleet.left_out else "") for fleet in classes]
+    names = [short(fleet.name) + (f"\n{fleet.excluded} left out" if fleet.excluded else "") for fleet in classes]
     crowded = len(classes) > MANY // 2
     axes.set_xticks(range(len(classes)), names, rotation=45 if crowded else 0, ha="right" if crowded else "center")
     budgets = [fleet.budget for fleet in classes]
@@ -60,9 +60,9 @@ def memory(opening: Opening, rounds: Sequence[Round]) -> Figure:
     return figure
 
 
-def memory_by_round(opening: Opening, rounds: Sequence[Round]) -> Figure:
+def memory_by_round(job_started: JobStarted, rounds: Sequence[Round]) -> Figure:
     """The measured peak of every turn, under what was planned for its class and stage and under its class's budget."""
-    classes = [fleet for fleet in by_class(opening, rounds) if fleet.turns]
+    classes = [fleet for fleet in by_class(job_started, rounds) if fleet.turns]
     figure, axes = new_figure(_title(rounds))
     by_round(axes, rounds)
     planned = {(part.stage, part.client_class): part.planned_bytes / _MIB for part in StageMemory.of(rounds)}

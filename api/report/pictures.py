@@ -5,14 +5,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from chainfed_ray.errors import PackageMissing
-from chainfed_ray.records.rounds import Ending, Opening, Round
+from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 
 _NEEDED = PackageMissing("a picture", "matplotlib", "plots")
 NOT_DRAWN = f"No plots were drawn: {_NEEDED}"
 
 
 def draw_if_possible(
-    folder: Path, opening: Opening, rounds: Sequence[Round], ending: Ending | None, threshold: float
+    folder: Path, job_started: JobStarted, rounds: Sequence[Round], job_finished: JobFinished | None, threshold: float
 ) -> list[Path]:
     """Write a job's pictures into ``folder`` and give their paths; none without matplotlib."""
     if find_spec("matplotlib") is None:
@@ -20,7 +20,7 @@ def draw_if_possible(
 
     from chainfed_ray.api.report.plots import draw
 
-    return draw(folder, opening, rounds, ending, threshold)
+    return draw(folder, job_started, rounds, job_finished, threshold)
 
 
 def check_drawing() -> None:

@@ -15,7 +15,7 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.api.report.activity_display import ActivityDisplay
 from chainfed_ray.api.report.fleet import Way, by_class, in_words, span
 from chainfed_ray.api.report.scores import evaluation_line, is_causal, short_score
-from chainfed_ray.records.rounds import Admitted, Ending, Lost, Opening, Round, with_everybody
+from chainfed_ray.records.rounds import AdmittedClient, FailedTurn, JobFinished, JobStarted, Round, with_everybody
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes, format_seconds
 
@@ -36,7 +36,7 @@ def price(spec: JobSpec, epsilon: float) -> str:
     return f"ε {epsilon:.2f} at δ {spec.privacy.delta:g}".replace("e-0", "e-")
 
 
-class Progress:
+class ProgressDisplay:
     """Shows the job ``name``; give it every record as it comes. A context manager: the live panel lasts as long.
 
     A record ends what went on before it. ``check`` is called whenever something is told: it may raise, to end the work.
@@ -44,7 +44,7 @@ class Progress:
 
     def __init__(self, console: Console, name: str, spec: JobSpec, check: Callable[[], None] = lambda: None) -> None:
         self._console, self._name, self._spec, self._check = console, name, spec, check
-        self._opening: Opening | None = None
+        self._opening: JobStarted | None = None
         self._rounds: list[Round] = []
         self._display = ActivityDisplay(console)
 
@@ -70,56 +70,56 @@ class Progress:
         """What went on is over."""
         self._display.end()
 
-    def opening(self, opening: Opening) -> None:
+    def job_started(self, job_started: JobStarted) -> None:
         """Who takes part, and where the chain starts."""
         self._display.end()
-        self._opening = opening
-        self.say(f"{len(opening.admitted)} clients take part, {len(opening.left_out)} are left out.")
-        for fleet in by_class(opening, ()):
-            if fleet.left_out:
+        self._opening = job_started
+        self.say(f"{len(job_started.admitted)} clients take part, {len(job_started.excluded)} are left out.")
+        for fleet in by_class(job_started, ()):
+            if fleet.excluded:
                 self.say(
-                    f"  {fleet.name} ({fleet.left_out}): {format_bytes(fleet.budget)} a client, "
-                    f"{format_bytes(fleet.lacking)} too little for any window"
+                    f"  {fleet.name} ({fleet.excluded}): {format_bytes(fleet.budget)} a client, "
+                    f"{format_bytes(fleet.shortfall)} too little for any window"
                 )
-        self._say_leaner(opening)
-        if opening.similarities:
+        self._say_leaner(job_started)
+        if job_started.cka:
             self.say(
                 "How like the embeddings each layer's output is (CKA; 1 is the same), on average over the clients:"
             )
-            self.say("  " + "  ".join(f"{layer}: {value:.2f}" for layer, value in enumerate(opening.similarities)))
-            self._say_why(opening.lost)
-            self.say(f"The chain starts at layer {opening.start_layer}, {self._why_there(opening)}.")
-        elif opening.exits:
+            self.say("  " + "  ".join(f"{layer}: {value:.2f}" for layer, value in enumerate(job_started.cka)))
+            self._say_why(job_started.failed_turns)
+            self.say(f"The chain starts at layer {job_started.start_layer}, {self._why_there(job_started)}.")
+        elif job_started.exits:
             self.say("Held-out loss of a head fitted to the output of each window's top layer, before training:")
-            self.say("  " + "  ".join(_exits(opening)))
-            self._say_why(opening.lost)
-            self.say(f"The chain starts at layer {opening.start_layer}, where that is least.")
+            self.say("  " + "  ".join(_exits(job_started)))
+            self._say_why(job_started.failed_turns)
+            self.say(f"The chain starts at layer {job_started.start_layer}, where that is least.")
         else:
             asked_for = isinstance(self._spec.chain.start, int)
             why = "as the job asks" if asked_for else "with its only window"
-            self.say(f"The chain starts at layer {opening.start_layer}, {why}.")
-        if opening.window < (asked := self._spec.chain.window):
+            self.say(f"The chain starts at layer {job_started.start_layer}, {why}.")
+        if job_started.window < (asked := self._spec.chain.window):
             self.say(f"No client's budget holds windows of {asked} layers, as the job asks.")
         self.say(
-            f"Its windows of {opening.window} layer{'s' if opening.window > 1 else ''} go up to layer "
-            f"{opening.layers - 1}: {opening.stages} stages, {opening.total_rounds} rounds at most."
+            f"Its windows of {job_started.window} layer{'s' if job_started.window > 1 else ''} go up to layer "
+            f"{job_started.layers - 1}: {job_started.stages} stages, {job_started.total_rounds} rounds at most."
         )
-        if opening.evaluator != self._spec.evaluation.engine:
-            self.say(f"The whole model is judged by {opening.evaluator}.")
+        if job_started.evaluator != self._spec.evaluation.engine:
+            self.say(f"The whole model is judged by {job_started.evaluator}.")
         self._draw()
 
-    def _why_there(self, opening: Opening) -> str:
+    def _why_there(self, job_started: JobStarted) -> str:
         threshold = self._spec.chain.cka_threshold
-        if opening.similarities[opening.start_layer] < threshold:
+        if job_started.cka[job_started.start_layer] < threshold:
             return f"the first below {threshold:g}"
         return f"that of the last window: none before is below {threshold:g}"
 
-    def _say_leaner(self, opening: Opening) -> None:
+    def _say_leaner(self, job_started: JobStarted) -> None:
         """Which clients do not train the whole window at once, with whole layers and batches, because it would not fit."""
-        leaner: dict[str, list[Admitted]] = {}
-        for client in opening.admitted:
+        leaner: dict[str, list[AdmittedClient]] = {}
+        for client in job_started.admitted:
             whole = min(self._spec.rounds.batch_size, client.examples)
-            if Way.planned(client) != (opening.window, whole, "layer", False) or not client.cached:
+            if Way.planned(client) != (job_started.window, whole, "resident", False) or not client.cached:
                 leaner.setdefault(client.client_class, []).append(client)
         for name, clients in leaner.items():
             words = in_words({Way.planned(client) for client in clients})
@@ -132,13 +132,13 @@ class Progress:
         self._rounds.append(record)
         if fit := record.head_fit:
             self.say(f"The head is fitted to {fit.examples} examples of {fit.clients} clients.")
-            self._say_why(fit.lost)
+            self._say_why(fit.failed_turns)
         if not self._display.is_live:
             self.say(self._line(record, resumed))
         for turn in record.turns:
             if turn.exceeded:
                 self.say(f"  {turn.client} took its turn again, {in_words({Way.taken(record, turn)})}: {turn.exceeded}")
-        self._say_why(record.lost)
+        self._say_why(record.failed_turns)
         if not record.counted:
             self.say("  too few updates for the quorum: the round does not count")
         if record.evaluation:
@@ -151,28 +151,28 @@ class Progress:
             self.say(f"  It goes back to {what}, where held-out rows had less loss: {score}.")
         self._draw()
 
-    def _say_why(self, lost: Sequence[Lost]) -> None:
+    def _say_why(self, lost: Sequence[FailedTurn]) -> None:
         for turn in lost[:_REASONS]:
             self.say(f"  {turn.client}: {turn.reason}" + ("; it is left out from now on" if turn.over_budget else ""))
         if len(lost) > _REASONS:
             self.say(f"  and {len(lost) - _REASONS} more turns were lost")
 
-    def ending(self, ending: Ending) -> None:
+    def job_finished(self, job_finished: JobFinished) -> None:
         """The job is over."""
         self._display.end()
-        if ending.stopped:
-            self.say(f"No more rounds ({ending.stopped}).")
-        score = short_score(self._spec, ending.loss, ending.accuracy)
+        if job_finished.stopped:
+            self.say(f"No more rounds ({job_finished.stopped}).")
+        score = short_score(self._spec, job_finished.loss, job_finished.accuracy)
         if is_causal(self._spec):
             self.say(f"Done: the perplexity of the whole chain on the test rows is {score}.")
         else:
             self.say(f"Done: {score} of the test rows are classified right by the whole chain.")
-        if ending.epsilon is not None:
-            self.say(f"Its privacy: {price(self._spec, ending.epsilon)}, client by client.")
+        if job_finished.epsilon is not None:
+            self.say(f"Its privacy: {price(self._spec, job_finished.epsilon)}, client by client.")
 
     def _line(self, record: Round, resumed: bool) -> str:
         assert self._opening is not None
-        clients = f"{len(record.turns)} clients" + (f", {len(record.lost)} lost" if record.lost else "")
+        clients = f"{len(record.turns)} clients" + (f", {len(record.failed_turns)} lost" if record.failed_turns else "")
         score = _scored(self._spec, record.held_out_loss, record.accuracy)
         accuracy = "" if record.accuracy is None else f"  {score}"
         peaks = [turn.peak_bytes for turn in record.turns if turn.peak_bytes is not None]
@@ -193,34 +193,34 @@ class Progress:
 
     def panel(self) -> RenderableType:
         """The present state, for a terminal of 80 columns or more."""
-        opening = self._opening
-        if opening is None:
+        job_started = self._opening
+        if job_started is None:
             return Text("")
         newest = self._rounds[-1] if self._rounds else None
-        done, total = len(self._rounds), opening.total_rounds
+        done, total = len(self._rounds), job_started.total_rounds
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim", no_wrap=True)
         facts.add_column(overflow="fold")
-        facts.add_row("chain", _chain(opening, newest))
-        facts.add_row("stage", _stage(opening, newest))
+        facts.add_row("chain", _chain(job_started, newest))
+        facts.add_row("stage", _stage(job_started, newest))
         left = time_left(self._rounds, total)
         facts.add_row(
             "round", f"{done} of {total}" + ("" if left is None else f", at most {format_seconds(left)} left")
         )
-        facts.add_row("clients", _clients(opening, self._rounds))
+        facts.add_row("clients", _clients(job_started, self._rounds))
         facts.add_row("held out", _held_out(self._spec, self._rounds))
         if newest and newest.epsilon is not None:
             facts.add_row("privacy", price(self._spec, newest.epsilon))
-        facts.add_row("memory", _memory(opening, self._rounds))
+        facts.add_row("memory", _memory(job_started, self._rounds))
         return Panel(Group(facts, ProgressBar(total=total, completed=done)), title=self._name, title_align="left")
 
 
-def _exits(opening: Opening) -> list[str]:
+def _exits(job_started: JobStarted) -> list[str]:
     told = []
-    for bottom, (fit, counts) in enumerate(zip(opening.exits, with_everybody(opening.exits), strict=True)):
+    for bottom, (fit, counts) in enumerate(zip(job_started.exits, with_everybody(job_started.exits), strict=True)):
         loss = "none" if fit.held_out_loss is None else f"{fit.held_out_loss:.3f}"
         passed_over = "" if counts else " (without some clients)"
-        told.append(f"{span((bottom, bottom + opening.window - 1))}: {loss}{passed_over}")
+        told.append(f"{span((bottom, bottom + job_started.window - 1))}: {loss}{passed_over}")
     return told
 
 
@@ -229,12 +229,12 @@ def _scored(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:
     return f"perplexity {score}" if is_causal(spec) else f"{score} right"
 
 
-def _chain(opening: Opening, newest: Round | None) -> Text:
+def _chain(job_started: JobStarted, newest: Round | None) -> Text:
     """A cell for each layer: without an adapter, done, in the window, still to come."""
-    bottom, top = (newest.bottom, newest.top) if newest else (opening.start_layer, opening.start_layer - 1)
+    bottom, top = (newest.bottom, newest.top) if newest else (job_started.start_layer, job_started.start_layer - 1)
     text = Text()
-    for layer in range(opening.layers):
-        if layer < opening.start_layer:
+    for layer in range(job_started.layers):
+        if layer < job_started.start_layer:
             text.append(f"{layer} ", style="dim")
         elif bottom <= layer <= top:
             text.append(f"[{layer}]", style="bold green")
@@ -244,21 +244,23 @@ def _chain(opening: Opening, newest: Round | None) -> Text:
     return text
 
 
-def _stage(opening: Opening, newest: Round | None) -> str:
+def _stage(job_started: JobStarted, newest: Round | None) -> str:
     if newest is None:
-        return f"1 of {opening.stages}, about to begin"
-    return f"{newest.stage + 1} of {opening.stages}: layers {newest.bottom}–{newest.top} of 0–{opening.layers - 1}"
+        return f"1 of {job_started.stages}, about to begin"
+    return (
+        f"{newest.stage + 1} of {job_started.stages}: layers {newest.bottom}–{newest.top} of 0–{job_started.layers - 1}"
+    )
 
 
-def _clients(opening: Opening, rounds: Sequence[Round]) -> str:
+def _clients(job_started: JobStarted, rounds: Sequence[Round]) -> str:
     last = ""
     if rounds:
         again = sum(turn.exceeded is not None for turn in rounds[-1].turns)
         done = f"{len(rounds[-1].turns)} done" + (f" ({again} took it again)" if again else "")
-        last = f"{done}, {len(rounds[-1].lost)} lost in the last round; "
-    exceeded = sum(lost.over_budget for record in rounds for lost in record.lost)
-    left_out = f"{len(opening.left_out)} left out" + (f", {exceeded} over budget" if exceeded else "")
-    return f"{last}{len(opening.admitted) - exceeded} take part, {left_out}"
+        last = f"{done}, {len(rounds[-1].failed_turns)} lost in the last round; "
+    exceeded = sum(lost.over_budget for record in rounds for lost in record.failed_turns)
+    excluded = f"{len(job_started.excluded)} left out" + (f", {exceeded} over budget" if exceeded else "")
+    return f"{last}{len(job_started.admitted) - exceeded} take part, {excluded}"
 
 
 def _held_out(spec: JobSpec, rounds: Sequence[Round]) -> str:
@@ -272,11 +274,11 @@ def _held_out(spec: JobSpec, rounds: Sequence[Round]) -> str:
     return f"{newest} of the validation rows (best {max(record.accuracy or 0 for record in known):.1%})"
 
 
-def _memory(opening: Opening, rounds: Sequence[Round]) -> Table:
+def _memory(job_started: JobStarted, rounds: Sequence[Round]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for name in ("class", "budget", "planned", "measured peak", "window", "examples"):
         table.add_column(name, justify="left" if name == "class" else "right", overflow="fold")
-    for fleet in by_class(opening, rounds):
+    for fleet in by_class(job_started, rounds):
         if fleet.clients:
             peak = "–" if fleet.peak is None else format_bytes(fleet.peak)
             window, examples = span(way.window for way in fleet.ways), span(way.micro_batch for way in fleet.ways)

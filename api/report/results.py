@@ -8,7 +8,7 @@ from rich.table import Table
 from chainfed_ray.api.report.fleet import FleetClass, by_class, in_words, short
 from chainfed_ray.api.report.progress import price
 from chainfed_ray.api.report.scores import is_causal, short_score
-from chainfed_ray.records.rounds import Ending, HeadFit, Opening, Round, StageMemory
+from chainfed_ray.records.rounds import HeadFit, JobFinished, JobStarted, Round, StageMemory
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import PartitionSpec
 from chainfed_ray.units import format_bytes, format_seconds
@@ -17,11 +17,13 @@ _MIB = 2**20
 _CLASSES_ACROSS = 4
 
 
-def results(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: Ending) -> RenderableType:
+def results(
+    spec: JobSpec, job_started: JobStarted, rounds: Sequence[Round], job_finished: JobFinished
+) -> RenderableType:
     """What came out: the accuracy, stage by stage, and what it took, class by class."""
-    classes = by_class(opening, rounds)
+    classes = by_class(job_started, rounds)
     parts: list[RenderableType] = [
-        _summary(spec, opening, rounds, ending),
+        _summary(spec, job_started, rounds, job_finished),
         "",
         _stages(spec, rounds),
         "",
@@ -34,26 +36,26 @@ def results(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: En
     return Group(*parts, *(("", _memory(memory)) if several else ()))
 
 
-def _summary(spec: JobSpec, opening: Opening, rounds: Sequence[Round], ending: Ending) -> Table:
+def _summary(spec: JobSpec, job_started: JobStarted, rounds: Sequence[Round], job_finished: JobFinished) -> Table:
     table = Table.grid(padding=(0, 2))
-    table.add_row(*_score(spec, ending))
-    table.add_row("base model", f"{spec.model.base}, {opening.layers} layers, frozen")
-    table.add_row("chain", f"layers {opening.start_layer}–{opening.layers - 1}, {opening.window} at a time")
+    table.add_row(*_score(spec, job_finished))
+    table.add_row("base model", f"{spec.model.base}, {job_started.layers} layers, frozen")
+    table.add_row("chain", f"layers {job_started.start_layer}–{job_started.layers - 1}, {job_started.window} at a time")
     took = format_seconds(sum(record.seconds for record in rounds))
     table.add_row("rounds", f"{len(rounds)} in {took}, {spec.rounds.clients} clients in each")
-    if opening.exits:
-        table.add_row("start", f"found by {_sums(opening.exits)}")
+    if job_started.exits:
+        table.add_row("start", f"found by {_sums(job_started.exits)}")
     if fits := [record.head_fit for record in rounds if record.head_fit and record.head_fit.accuracy is not None]:
         table.add_row("head", f"fitted to {_sums(fits)}")
-    table.add_row("partition", f"{_scheme(spec.fleet.partition)}; sha256 {opening.partition_hash[:12]}…")
-    if ending.best:
-        table.add_row("best stack", f"that of round {ending.best.round + 1}: {ending.best.why}")
-        same = ending.best.round == len(rounds) - 1
-        table.add_row("model", f"has the {ending.served} stack" + (", which is the best one" if same else ""))
-    if ending.stopped:
-        table.add_row("stopped", ending.stopped)
-    if ending.epsilon is not None:
-        table.add_row("privacy", f"{price(spec, ending.epsilon)}, client by client")
+    table.add_row("partition", f"{_scheme(spec.fleet.partition)}; sha256 {job_started.partition_hash[:12]}…")
+    if job_finished.best:
+        table.add_row("best stack", f"that of round {job_finished.best.round + 1}: {job_finished.best.why}")
+        same = job_finished.best.round == len(rounds) - 1
+        table.add_row("model", f"has the {job_finished.served} stack" + (", which is the best one" if same else ""))
+    if job_finished.stopped:
+        table.add_row("stopped", job_finished.stopped)
+    if job_finished.epsilon is not None:
+        table.add_row("privacy", f"{price(spec, job_finished.epsilon)}, client by client")
     return table
 
 
@@ -62,12 +64,12 @@ def _sums(fits: Sequence[HeadFit]) -> str:
     return f"sums of {clients} clients, who sent {sent} for it"
 
 
-def _score(spec: JobSpec, ending: Ending) -> tuple[str, str]:
-    score = f"[bold]{short_score(spec, ending.loss, ending.accuracy)}[/bold]"
+def _score(spec: JobSpec, job_finished: JobFinished) -> tuple[str, str]:
+    score = f"[bold]{short_score(spec, job_finished.loss, job_finished.accuracy)}[/bold]"
     if is_causal(spec):
-        return "test perplexity", f"{score} ({ending.accuracy:.1%} of the tokens right)"
-    f1 = ending.evaluation.macro_f1 if ending.evaluation else None
-    loss = "no number" if ending.loss is None else f"{ending.loss:.3f}"
+        return "test perplexity", f"{score} ({job_finished.accuracy:.1%} of the tokens right)"
+    f1 = job_finished.evaluation.macro_f1 if job_finished.evaluation else None
+    loss = "no number" if job_finished.loss is None else f"{job_finished.loss:.3f}"
     return "test accuracy", f"{score} (loss {loss}" + ("" if f1 is None else f", macro-F1 {f1:.3f}") + ")"
 
 
@@ -110,12 +112,12 @@ def _fleet(classes: Sequence[FleetClass]) -> Table:
         if fleet.clients:
             peak = "–" if fleet.peak is None else format_bytes(fleet.peak)
             planned, sent = format_bytes(fleet.planned), format_bytes(fleet.sent)
-            cells = [planned, peak, str(fleet.turns), str(fleet.again), str(fleet.lost), sent]
+            cells = [planned, peak, str(fleet.turns), str(fleet.again), str(fleet.failed_turns), sent]
         else:
-            cells = [f"lacks {format_bytes(fleet.lacking)}", "", "", "", "", ""]
-        clients = f"{fleet.clients}" + (f" (+{fleet.left_out} out)" if fleet.clients and fleet.left_out else "")
+            cells = [f"lacks {format_bytes(fleet.shortfall)}", "", "", "", "", ""]
+        clients = f"{fleet.clients}" + (f" (+{fleet.excluded} out)" if fleet.clients and fleet.excluded else "")
         table.add_row(
-            fleet.name, clients if fleet.clients else f"{fleet.left_out} out", format_bytes(fleet.budget), *cells
+            fleet.name, clients if fleet.clients else f"{fleet.excluded} out", format_bytes(fleet.budget), *cells
         )
     return table
 
@@ -133,7 +135,7 @@ def _turns(classes: Sequence[FleetClass], rounds: Sequence[Round]) -> Renderable
         for turn in record.turns:
             if turn.exceeded:
                 table.add_row(short(turn.client), f"exceeded its plan in round {record.index + 1}: it was taken again")
-        for lost in record.lost:
+        for lost in record.failed_turns:
             if lost.over_budget:
                 table.add_row(short(lost.client), f"exceeded every plan in round {record.index + 1}: left out since")
     return table

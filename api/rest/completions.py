@@ -14,7 +14,6 @@ from pydantic import BaseModel
 
 from chainfed_ray.api.rest.models import served
 from chainfed_ray.api.rest.openai_schemas import (
-    Asked,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -25,6 +24,7 @@ from chainfed_ray.api.rest.openai_schemas import (
     CompletionChoice,
     CompletionRequest,
     Delta,
+    GenerationOptions,
     Usage,
 )
 from chainfed_ray.api.rest.service import Service, WithService
@@ -39,7 +39,7 @@ _MEDIA_TYPE = "text/event-stream"
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _NOBODY_LISTENS = 499  # as nginx has it: the caller is gone, and nobody sees this
 
-Written = AsyncGenerator[tuple[int, Piece], None]
+TokenStream = AsyncGenerator[tuple[int, Piece], None]
 """The pieces of each prompt, by its index."""
 
 
@@ -107,7 +107,7 @@ class _Chats(_Begun):
 
 
 async def _answer(
-    asked: Asked, prompts: Sequence[str | Chat], form: _Form, request: Request, service: Service
+    asked: GenerationOptions, prompts: Sequence[str | Chat], form: _Form, request: Request, service: Service
 ) -> Response:
     job = await served(service, asked.model, "causal-lm")
     written = _written(service, job, prompts, asked)
@@ -128,7 +128,9 @@ async def _answer(
     return JSONResponse(form.whole(texts, last).model_dump())
 
 
-async def _written(service: Service, job: JobRecord, prompts: Sequence[str | Chat], asked: Asked) -> Written:
+async def _written(
+    service: Service, job: JobRecord, prompts: Sequence[str | Chat], asked: GenerationOptions
+) -> TokenStream:
     """One prompt after the other; closed, it ends the one that is being written."""
     for index, prompt in enumerate(prompts):
         async with aclosing(service.write(job, prompt, asked.sampling)) as pieces:
@@ -137,7 +139,7 @@ async def _written(service: Service, job: JobRecord, prompts: Sequence[str | Cha
 
 
 async def _events(
-    first: tuple[int, Piece], written: Written, form: _Form, wants_usage: bool
+    first: tuple[int, Piece], written: TokenStream, form: _Form, wants_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     last = [first[1]] if first[1].finish_reason else []
     async with aclosing(written):

@@ -56,4 +56,4 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-JobFile = Annotated[JobSpec, Depends(_read)]
+SubmittedJob = Annotated[JobSpec, Depends(_read)]

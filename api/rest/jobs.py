@@ -5,12 +5,12 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
 
-from chainfed_ray.api.rest.job_file import BODY, JobFile
-from chainfed_ray.api.rest.schemas import Job, JobPage, JobStatus, JobSummary, Progress
+from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
+from chainfed_ray.api.rest.schemas import JobPage, JobProgress, JobResource, JobStatus, JobSummary
 from chainfed_ray.api.rest.service import WithService
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.errors import JobConflict
-from chainfed_ray.records.rounds import Opening, Round
+from chainfed_ray.records.rounds import JobStarted, Round
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -21,13 +21,13 @@ IdempotencyKey = Annotated[
 
 @router.post("", status_code=201, openapi_extra=BODY)
 async def submit(
-    spec: JobFile, response: Response, service: WithService, idempotency_key: IdempotencyKey = None
-) -> Job:
+    spec: SubmittedJob, response: Response, service: WithService, idempotency_key: IdempotencyKey = None
+) -> JobResource:
     """Check a job and queue it. What cannot run is refused here, with the path of each field that is wrong."""
     await service.check(spec)
     record = await run_in_threadpool(service.store.submit, spec, idempotency_key)
     response.headers["Location"] = f"/v1/jobs/{record.id}"
-    return Job.full(record, None)
+    return JobResource.full(record, None)
 
 
 @router.get("")
@@ -46,13 +46,13 @@ def page(
 
 
 @router.get("/{job}")
-def get(job: str, service: WithService) -> Job:
+def get(job: str, service: WithService) -> JobResource:
     """A job, with its progress and, once it is over, its result or its error."""
     return _full(service.store, service.store.get(job))
 
 
 @router.post("/{job}/cancel", status_code=202)
-def cancel(job: str, service: WithService) -> Job:
+def cancel(job: str, service: WithService) -> JobResource:
     """End a job. What was committed stays on record; a running job is `cancelling` until its processes have ended."""
     store = service.store
     # A queued job may start between the look and the leap: then the second move is the right one.
@@ -65,9 +65,11 @@ def cancel(job: str, service: WithService) -> Job:
     return _full(store, record)
 
 
-def _full(store: JobStore, record: JobRecord) -> Job:
-    opening, newest = store.newest(record.id, "opening"), store.newest(record.id, "round")
-    if opening is None:
-        return Job.full(record, None)
-    progress = Progress.of(Opening.model_validate(opening.data), Round.model_validate(newest.data) if newest else None)
-    return Job.full(record, progress)
+def _full(store: JobStore, record: JobRecord) -> JobResource:
+    job_started, newest = store.newest(record.id, "started"), store.newest(record.id, "round")
+    if job_started is None:
+        return JobResource.full(record, None)
+    progress = JobProgress.of(
+        JobStarted.model_validate(job_started.data), Round.model_validate(newest.data) if newest else None
+    )
+    return JobResource.full(record, progress)

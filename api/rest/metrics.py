@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from chainfed_ray.api.rest.schemas import JobStatus
 from chainfed_ray.api.rest.service import WithService
 from chainfed_ray.cluster.jobs.store import FINISHED, Event, JobRecord, JobStore
-from chainfed_ray.records.rounds import EarlyExit, Ending, Evaluation, Opening, Round, StageMemory
+from chainfed_ray.records.rounds import EarlyExit, Evaluation, JobFinished, JobStarted, Round, StageMemory
 
 router = APIRouter(tags=["health"])
 
@@ -37,7 +37,7 @@ class _ClassTotals:
     planned: int
     peak: int | None = None
     turns: int = 0
-    lost: int = 0
+    failed_turns: int = 0
     over_budget: int = 0
 
 
@@ -66,18 +66,18 @@ class _JobTotals:
 
     def _add(self, event: Event) -> None:
         match event.kind:
-            case "opening":
-                self._add_opening(Opening.model_validate(event.data))
+            case "started":
+                self._add_opening(JobStarted.model_validate(event.data))
             case "round":
                 self._add_round(Round.model_validate(event.data))
-            case "ending":
-                ending = Ending.model_validate(event.data)
-                self.test = ending.accuracy
-                self._add_evaluation(ending.evaluation)
+            case "finished":
+                job_finished = JobFinished.model_validate(event.data)
+                self.test = job_finished.accuracy
+                self._add_evaluation(job_finished.evaluation)
 
-    def _add_opening(self, opening: Opening) -> None:
-        self.limit = opening.total_rounds
-        for client in opening.admitted:
+    def _add_opening(self, job_started: JobStarted) -> None:
+        self.limit = job_started.total_rounds
+        for client in job_started.admitted:
             totals = self.classes.setdefault(client.client_class, _ClassTotals(client.budget_bytes, 0))
             totals.planned = max(totals.planned, client.planned_bytes)
 
@@ -92,8 +92,8 @@ class _JobTotals:
             totals.planned, totals.peak = memory.planned_bytes, memory.peak_bytes
             totals.turns += memory.turns
             totals.over_budget += memory.exceeded
-        for lost in record.lost:
-            self.classes[lost.client_class].lost += 1
+        for lost in record.failed_turns:
+            self.classes[lost.client_class].failed_turns += 1
             self.classes[lost.client_class].over_budget += lost.over_budget
 
     def _add_evaluation(self, found: Evaluation | None) -> None:
@@ -172,7 +172,7 @@ def _of_classes(totals: dict[str, _JobTotals]) -> Iterator[Metric]:
         labels=["job", "class", "kind"],
     )
     turns = CounterMetricFamily("chainfed_turns", "Clients' turns that counted.", labels=["job", "class"])
-    lost = CounterMetricFamily("chainfed_lost_turns", "Clients' turns that did not count.", labels=["job", "class"])
+    lost = CounterMetricFamily("chainfed_failed_turns", "Clients' turns that did not count.", labels=["job", "class"])
     over = CounterMetricFamily(
         "chainfed_turns_over_budget",
         "Clients' turns that were stopped because they would have taken more memory than they may.",
@@ -184,6 +184,6 @@ def _of_classes(totals: dict[str, _JobTotals]) -> Iterator[Metric]:
                 if count is not None:
                     memory.add_metric([job, name, kind], count)
             turns.add_metric([job, name], of_class.turns)
-            lost.add_metric([job, name], of_class.lost)
+            lost.add_metric([job, name], of_class.failed_turns)
             over.add_metric([job, name], of_class.over_budget)
     yield from (memory, turns, lost, over)

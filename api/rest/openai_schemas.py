@@ -14,7 +14,7 @@ def _listed(value: Any) -> Any:
 
 _MAX_TOKENS = f"by default as many as the model has positions for, up to {MOST_TOKENS}"
 Strings = BeforeValidator(_listed, json_schema_input_type=str | list[str])
-Text = Annotated[str, Field(max_length=100_000)]
+PromptText = Annotated[str, Field(max_length=100_000)]
 
 
 class StreamOptions(BaseModel):
@@ -25,7 +25,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = Field(False, description="whether a last chunk, without choices, has the `usage`")
 
 
-class Asked(BaseModel):
+class GenerationOptions(BaseModel):
     """How a text is to be written."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -54,10 +54,10 @@ class Asked(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(GenerationOptions):
     """Texts to go on with."""
 
-    prompt: Annotated[list[Text], Strings] = Field(min_length=1, max_length=16)
+    prompt: Annotated[list[PromptText], Strings] = Field(min_length=1, max_length=16)
 
 
 class TextPart(BaseModel):
@@ -82,10 +82,10 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: str = Field(description="`system`, `user` or `assistant`, as the model's template has it", max_length=100)
-    content: Annotated[Text, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[PromptText, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
 
 
-class ChatRequest(Asked):
+class ChatRequest(GenerationOptions):
     """A chat to answer."""
 
     max_tokens: int | None = Field(

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.report.pictures import check_drawing
-from chainfed_ray.api.rest.job_file import BODY, JobFile
+from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
 from chainfed_ray.api.rest.service import WithService
 from chainfed_ray.records.forecast import Forecast
 
@@ -14,7 +14,7 @@ _PNG = "image/png"
 
 
 @router.post("", response_model=Forecast, openapi_extra=BODY, responses={200: {"content": {_PNG: {}}}})
-async def plan(spec: JobFile, request: Request, service: WithService) -> Forecast | Response:
+async def plan(spec: SubmittedJob, request: Request, service: WithService) -> Forecast | Response:
     """What a job would be like, without training: who joins and how, what others lack, bytes, time, and what changes buy."""
     with_picture = _PNG in request.headers.get("accept", "")
     if with_picture:

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.budget.planner import Grain
+from chainfed_ray.budget.planner import WeightPlacement
 from chainfed_ray.cluster.jobs.store import JobRecord
-from chainfed_ray.records.rounds import Admitted, Opening, Round, Turn
+from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn
 
 ModelTask = Literal["sequence-classification", "causal-lm"]
 JobStatus = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
@@ -22,11 +22,15 @@ class ClassMemory(BaseModel):
     peak: int | None = Field(description="the most bytes that a turn took; null where none was measured")
     window: int = Field(description="adapters that a client trains together, at least")
     micro_batch: int = Field(description="examples that a client holds at a time, at least")
-    grain: Grain = Field(description="`layer`: whole layers are loaded; `matrix`: some client streams them by matrices")
-    spilled: bool = Field(description="whether some client keeps saved activations on disk")
+    weights: WeightPlacement = Field(
+        description="`layer`: whole layers are loaded; `matrix`: some client streams them by matrices"
+    )
+    activations_offloaded: bool = Field(description="whether some client keeps saved activations on disk")
 
     @classmethod
-    def of(cls, members: Sequence[Admitted] | Sequence[Turn], windows: Iterable[int], peaks: Iterable[int]) -> Self:
+    def of(
+        cls, members: Sequence[AdmittedClient] | Sequence[Turn], windows: Iterable[int], peaks: Iterable[int]
+    ) -> Self:
         """The class of clients that have these plans or turns."""
         return cls(
             budget=members[0].budget_bytes,
@@ -34,12 +38,12 @@ class ClassMemory(BaseModel):
             peak=max(peaks, default=None),
             window=min(windows),
             micro_batch=min(member.micro_batch for member in members),
-            grain="matrix" if any(member.grain == "matrix" for member in members) else "layer",
-            spilled=any(member.spilled for member in members),
+            weights="streamed" if any(member.weights == "streamed" for member in members) else "resident",
+            activations_offloaded=any(member.activations_offloaded for member in members),
         )
 
 
-class Progress(BaseModel):
+class JobProgress(BaseModel):
     """How far a job is, after its newest round."""
 
     round: int = Field(description="rounds done")
@@ -50,31 +54,31 @@ class Progress(BaseModel):
     top: int
     layers: int
     clients: int = Field(description="clients that take part in the job")
-    left_out: int = Field(description="clients whose budget is too small for any window")
+    excluded: int = Field(description="clients whose budget is too small for any window")
     done: int = Field(description="clients whose update counted in the newest round")
     exceeded: int = Field(description="of those, clients that exceeded their plan and took their turn again")
-    lost: int
+    failed_turns: int
     accuracy: float | None = Field(description="on the validation rows")
     memory: dict[str, ClassMemory]
 
     @classmethod
-    def of(cls, opening: Opening, newest: Round | None) -> "Progress":
+    def of(cls, job_started: JobStarted, newest: Round | None) -> "JobProgress":
         """The progress that the newest round, if there is any, has made."""
         return cls(
             round=newest.index + 1 if newest else 0,
-            total_rounds=opening.total_rounds,
+            total_rounds=job_started.total_rounds,
             stage=newest.stage + 1 if newest else 1,
-            stages=opening.stages,
-            bottom=newest.bottom if newest else opening.start_layer,
-            top=newest.top if newest else opening.start_layer + opening.window - 1,
-            layers=opening.layers,
-            clients=len(opening.admitted),
-            left_out=len(opening.left_out),
+            stages=job_started.stages,
+            bottom=newest.bottom if newest else job_started.start_layer,
+            top=newest.top if newest else job_started.start_layer + job_started.window - 1,
+            layers=job_started.layers,
+            clients=len(job_started.admitted),
+            excluded=len(job_started.excluded),
             done=len(newest.turns) if newest else 0,
             exceeded=sum(turn.exceeded is not None for turn in newest.turns) if newest else 0,
-            lost=len(newest.lost) if newest else 0,
+            failed_turns=len(newest.failed_turns) if newest else 0,
             accuracy=newest.accuracy if newest else None,
-            memory={name: _class_memory(name, opening, newest) for name in _classes(opening)},
+            memory={name: _class_memory(name, job_started, newest) for name in _classes(job_started)},
         )
 
 
@@ -96,17 +100,17 @@ class JobSummary(BaseModel):
         return cls(**_summary(record))
 
 
-class Job(JobSummary):
+class JobResource(JobSummary):
     """A job in full."""
 
     activity: Activity | None = Field(description="what it is busy with; null unless it is running")
-    progress: Progress | None = Field(description="from the moment at which the chain's start is known")
+    progress: JobProgress | None = Field(description="from the moment at which the chain's start is known")
     result: dict[str, Any] | None
     error: dict[str, Any] | None = Field(description="why the job failed: type, message and, where known, the fields")
     spec: dict[str, Any] = Field(description="the job file, every default spelt out")
 
     @classmethod
-    def full(cls, record: JobRecord, progress: Progress | None) -> "Job":
+    def full(cls, record: JobRecord, progress: JobProgress | None) -> "JobResource":
         """The whole of a record."""
         return cls(
             **_summary(record),
@@ -226,17 +230,17 @@ class ProblemDetails(BaseModel):
     errors: list[FieldProblem] = Field(default_factory=list)
 
 
-def _classes(opening: Opening) -> list[str]:
-    return list(dict.fromkeys(client.client_class for client in opening.admitted))
+def _classes(job_started: JobStarted) -> list[str]:
+    return list(dict.fromkeys(client.client_class for client in job_started.admitted))
 
 
-def _class_memory(name: str, opening: Opening, newest: Round | None) -> ClassMemory:
+def _class_memory(name: str, job_started: JobStarted, newest: Round | None) -> ClassMemory:
     """By its turns in the newest round, or where it had none by the plans of its clients."""
     turns = [turn for turn in newest.turns if turn.client_class == name] if newest else []
     if newest and turns:
         peaks = [turn.peak_bytes for turn in turns if turn.peak_bytes is not None]
         return ClassMemory.of(turns, [newest.top - turn.bottom + 1 for turn in turns], peaks)
-    clients = [client for client in opening.admitted if client.client_class == name]
+    clients = [client for client in job_started.admitted if client.client_class == name]
     return ClassMemory.of(clients, [client.window for client in clients], [])
 
 

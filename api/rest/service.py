@@ -18,7 +18,7 @@ class Check(Protocol):
     async def __call__(self, spec: JobSpec) -> None: ...
 
 
-class Plan(Protocol):
+class DryRun(Protocol):
     """The dry run of a job; raises ``InvalidJob`` where it cannot run with any clients."""
 
     async def __call__(self, spec: JobSpec) -> Forecast: ...
@@ -51,7 +51,7 @@ class Service:
 
     store: JobStore
     check: Check
-    plan: Plan
+    plan: DryRun
     classify: Classify
     write: Write
     parts: dict[str, Alive]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Bytes:
+class BytePolynomial:
     """Bytes for B examples of T tokens: a sum of terms BⁱTʲ, with ``terms[i][j]`` their factors."""
 
     terms: tuple[tuple[int, ...], ...]
@@ -17,20 +17,20 @@ class Bytes:
         return sum(factor * batch**i * tokens**j for i, row in enumerate(self.terms) for j, factor in enumerate(row))
 
 
-NOTHING = Bytes(())
+NOTHING = BytePolynomial(())
 
 
 @dataclass(frozen=True)
-class Demand:
+class PartMemory:
     """The bytes of one part of a step: alive during its forward and its backward pass, and saved from one to the other.
 
     Forward counts the part's input and output; backward the gradients of both and what was saved. Each is the largest of
     several sums, since which moment is the highest depends on the shape.
     """
 
-    saved: Bytes
-    forward: tuple[Bytes, ...]
-    backward: tuple[Bytes, ...]
+    saved: BytePolynomial
+    forward: tuple[BytePolynomial, ...]
+    backward: tuple[BytePolynomial, ...]
 
     def forward_at(self, batch: int, tokens: int) -> int:
         """The most that is alive on the way forward."""
@@ -42,17 +42,17 @@ class Demand:
 
 
 @dataclass(frozen=True)
-class StepDemands:
+class StepMemory:
     """The parts of a training step."""
 
-    adapter: Demand  # one that is trained
-    layer: Demand
-    head: Demand  # with the loss
-    stand_in: Demand  # an adapter above the window, on the global branch
+    adapter: PartMemory  # one that is trained
+    layer: PartMemory
+    head: PartMemory  # with the loss
+    stand_in: PartMemory  # an adapter above the window, on the global branch
 
 
 @dataclass(frozen=True)
-class Costs:
+class MemoryProfile:
     """What the arithmetic needs to know of a base model and its stack. Bytes, unless said otherwise."""
 
     layers: int  # L, a count
@@ -63,12 +63,12 @@ class Costs:
     slices: int  # the buffers of streamed matrices
     conversion: int  # a tensor as it is kept, while it becomes one of another dtype
     skeleton: int  # the model without its weights, and compiled operations
-    call: Bytes  # masks and rotary tables
+    call: BytePolynomial  # masks and rotary tables
     adapter: int
     head: int
-    reads: int  # layers that the head reads, a count
+    head_layers: int  # layers that the head reads, a count
     streamed_head: bool  # the language model's own head: never resident, and not trained
-    kept: StepDemands  # saved activations in memory
-    spilled: StepDemands  # … on disk
-    advance: Demand  # a layer without gradients
-    advance_adapter: Demand
+    kept: StepMemory  # saved activations in memory
+    activations_offloaded: StepMemory  # … on disk
+    advance: PartMemory  # a layer without gradients
+    advance_adapter: PartMemory

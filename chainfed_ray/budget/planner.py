@@ -2,7 +2,7 @@
 
 A turn advances the prefix cache and then takes training steps; it needs the larger of the two. What a step holds follows
 from the order of its parts (adapters, layers, head, stand-ins): on the way forward each part leaves behind what it saved for
-the way back. ``Costs`` (demand.py) says what each part takes.
+the way back. ``MemoryProfile`` (demand.py) says what each part takes.
 
 A client gets the widest window that fits its budget; then layers that stay resident, or else matrices that are streamed, or
 else saved activations on disk as well; then the largest micro-batch. Gradients of micro-batches add up to the batch's, so
@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Literal
 
-from chainfed_ray.budget.demand import Costs, Demand, StepDemands
+from chainfed_ray.budget.demand import MemoryProfile, PartMemory, StepMemory
 from chainfed_ray.chain import Window
 
 # What is loaded at once: whole layers, kept for as long as they are used; or slices of one matrix at a time.
-Grain = Literal["layer", "matrix"]
+WeightPlacement = Literal["resident", "streamed"]
 
 # What arithmetic cannot know, as it was measured: what libraries allocate on the side, and what the interpreter keeps.
 RUNTIME = 6 * 2**20
@@ -56,7 +56,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Means:
+class ClientResources:
     """What a client may use, and what its texts are like."""
 
     memory: int
@@ -68,7 +68,7 @@ class Means:
 
 
 @dataclass(frozen=True)
-class Task:
+class TurnRequirements:
     """What a job asks of every client."""
 
     start: int  # the chain's lowest layer
@@ -85,20 +85,20 @@ class Prefix:
     """How a client comes by the activations below its window: so many examples at a time; from a cache, or for each step."""
 
     batch: int
-    grain: Grain
+    weights: WeightPlacement
     cached: bool
     planned_bytes: int
     profile_bytes: int  # of a turn that profiles the layers; 0 where none does
 
 
 @dataclass(frozen=True)
-class Plan:
+class TurnPlan:
     """How a client takes a turn, and the bytes that it then needs."""
 
     window: Window
     micro_batch: int
-    grain: Grain
-    spilled: bool
+    weights: WeightPlacement
+    activations_offloaded: bool
     prefix: Prefix
     footprint: Footprint
     spill_bytes: int  # on disk
@@ -110,11 +110,11 @@ class Plan:
 
 
 # The fastest first. Saved activations go to disk only where one example at a time does not fit otherwise.
-_WAYS: tuple[tuple[Grain, bool], ...] = (("layer", False), ("matrix", False), ("matrix", True))
-_GRAINS: tuple[Grain, ...] = ("layer", "matrix")
+_WAYS: tuple[tuple[WeightPlacement, bool], ...] = (("resident", False), ("streamed", False), ("streamed", True))
+_PLACEMENTS: tuple[WeightPlacement, ...] = ("resident", "streamed")
 
 
-def plan(costs: Costs, task: Task, stage: Window, means: Means) -> Plan | None:
+def plan(costs: MemoryProfile, task: TurnRequirements, stage: Window, means: ClientResources) -> TurnPlan | None:
     """The best way to take a turn in ``stage`` that fits; None if there is none.
 
     A window narrower than the stage's has the same top, so that every client trains the same head on the same output.
@@ -124,33 +124,35 @@ def plan(costs: Costs, task: Task, stage: Window, means: Means) -> Plan | None:
         # Made before the steps, and the same in every stage: a cache is made in one way only.
         prefixes = prefixes[:1]
     for window in (Window(bottom, stage.top) for bottom in stage):
-        for (grain, spilled), prefix in product(_WAYS, prefixes):
+        for (weights, activations_offloaded), prefix in product(_WAYS, prefixes):
             for micro_batch in _halvings(means.batch):
-                made = _plan(costs, task, window, micro_batch, grain, spilled, prefix, means)
+                made = _plan(costs, task, window, micro_batch, weights, activations_offloaded, prefix, means)
                 if made.footprint.total <= means.memory and _has_room(made, means):
                     return made
     return None
 
 
-def leaner(costs: Costs, task: Task, stage: Window, means: Means, than: Plan) -> Plan | None:
+def fallback_plan(
+    costs: MemoryProfile, task: TurnRequirements, stage: Window, means: ClientResources, than: TurnPlan
+) -> TurnPlan | None:
     """The best way to take a turn that needs two thirds of the memory, for a client that exceeded its plan."""
     return plan(costs, task, stage, replace(means, memory=than.planned_bytes * 2 // 3))
 
 
-def lacking(costs: Costs, task: Task, stage: Window, means: Means) -> int:
+def shortfall(costs: MemoryProfile, task: TurnRequirements, stage: Window, means: ClientResources) -> int:
     """The bytes of memory by which ``means`` miss the leanest way of all."""
     if plan(costs, task, stage, means):
         return 0
     top = Window(stage.top, stage.top)
     leanest = [
-        _plan(costs, task, top, 1, "matrix", spilled, _prefix(costs, task, means, 1, grain), means)
-        for grain, spilled in product(_GRAINS, (False, True))
+        _plan(costs, task, top, 1, "streamed", activations_offloaded, _prefix(costs, task, means, 1, weights), means)
+        for weights, activations_offloaded in product(_PLACEMENTS, (False, True))
     ]
     needs = (max(way.planned_bytes, way.prefix.profile_bytes) for way in leanest if _has_room(way, means))
     return min(needs) - means.memory
 
 
-def cache_bytes(costs: Costs, task: Task, examples: int, tokens: int) -> int:
+def cache_bytes(costs: MemoryProfile, task: TurnRequirements, examples: int, tokens: int) -> int:
     """Disk for a prefix cache of so many ``tokens`` in all, and what the head reads of each example below them.
 
     It has the lowest layer of the chain and of the stage, and two as one is made. For a fitted head there are the features of
@@ -160,45 +162,53 @@ def cache_bytes(costs: Costs, task: Task, examples: int, tokens: int) -> int:
     return 4 * (tokens * costs.hidden * costs.itemsize + _read_bytes(costs, examples)) + features
 
 
-def running_bytes(costs: Costs, batch: int, tokens: int) -> int:
+def running_bytes(costs: MemoryProfile, batch: int, tokens: int) -> int:
     """What a layer or an adapter holds besides its weights, without gradients."""
     return max(part.forward_at(batch, tokens) for part in (costs.advance, costs.advance_adapter))
 
 
-def embedding_bytes(costs: Costs, batch: int, tokens: int) -> int:
+def embedding_bytes(costs: MemoryProfile, batch: int, tokens: int) -> int:
     """What is held as a batch is embedded."""
     return batch * tokens * costs.hidden * _EMBEDDING_STATES * costs.itemsize
 
 
-def scoring_bytes(costs: Costs, batch: int, tokens: int) -> int:
+def scoring_bytes(costs: MemoryProfile, batch: int, tokens: int) -> int:
     """What the head holds, and the slices of a language model's."""
     return costs.kept.head.forward_at(batch, tokens) + (costs.slices if costs.streamed_head else 0)
 
 
-def _prefixes_that_fit(costs: Costs, task: Task, means: Means) -> Iterator[Prefix]:
+def _prefixes_that_fit(costs: MemoryProfile, task: TurnRequirements, means: ClientResources) -> Iterator[Prefix]:
     """The ways to come by the prefix, the fastest first."""
-    for grain in _GRAINS:
+    for weights in _PLACEMENTS:
         # What is made for each step is made example by example: the same bits, whichever batch asks for it.
         for batch in _halvings(min(PREFIX_BATCH, means.batch)) if means.cached else (1,):
-            made = _prefix(costs, task, means, batch, grain)
+            made = _prefix(costs, task, means, batch, weights)
             if max(made.planned_bytes, made.profile_bytes) <= means.memory:
                 yield made
 
 
 def footprint(
-    costs: Costs, task: Task, window: Window, micro_batch: int, tokens: int, grain: Grain, spilled: bool
+    costs: MemoryProfile,
+    task: TurnRequirements,
+    window: Window,
+    micro_batch: int,
+    tokens: int,
+    weights: WeightPlacement,
+    activations_offloaded: bool,
 ) -> Footprint:
     """The bytes of a training step of ``micro_batch`` examples of ``tokens`` tokens, at its highest moment."""
-    peak, saved = _highest(costs, costs.spilled if spilled else costs.kept, task, window, micro_batch, tokens)
+    peak, saved = _highest(
+        costs, costs.activations_offloaded if activations_offloaded else costs.kept, task, window, micro_batch, tokens
+    )
     above = costs.layers - 1 - window.top
     trained = (len(window) + (above if task.trains_above else 0)) * costs.adapter
     trained_head = 0 if costs.streamed_head else costs.head
     resident = len(window) - 1
-    streams = costs.streamed_head or (grain == "matrix" and resident > 0)
-    rows = 0 if spilled else min(peak, micro_batch * tokens * costs.hidden * costs.itemsize)
+    streams = costs.streamed_head or (weights == "streamed" and resident > 0)
+    rows = 0 if activations_offloaded else min(peak, micro_batch * tokens * costs.hidden * costs.itemsize)
     saved = max(saved - rows, 0)  # the first adapter saves its input, if it has done so already
     return Footprint(
-        layer_weights=resident * (costs.layer if grain == "layer" else costs.unstreamed),
+        layer_weights=resident * (costs.layer if weights == "resident" else costs.unstreamed),
         buffers=costs.slices if streams else 0,
         adapters=(costs.layers - task.start) * costs.adapter + trained,  # the stack that came, and copies to train
         head=costs.head + trained_head,
@@ -212,7 +222,7 @@ def footprint(
 
 
 def _highest(
-    costs: Costs, demands: StepDemands, task: Task, window: Window, batch: int, tokens: int
+    costs: MemoryProfile, demands: StepMemory, task: TurnRequirements, window: Window, batch: int, tokens: int
 ) -> tuple[int, int]:
     """The most bytes of activations that are alive at once, and how many of them were saved for the way back."""
     sequence = _sequence(costs, demands, task, window)
@@ -235,7 +245,7 @@ def _highest(
     return peak, at_peak
 
 
-def _sequence(costs: Costs, demands: StepDemands, task: Task, window: Window) -> list[Demand]:
+def _sequence(costs: MemoryProfile, demands: StepMemory, task: TurnRequirements, window: Window) -> list[PartMemory]:
     """The parts of a step in the order of its forward pass: the window, the head, and with stand-ins the head again."""
     inside = [demands.adapter, *(len(window) - 1) * (demands.layer, demands.adapter), demands.head]
     above = costs.layers - 1 - window.top
@@ -244,7 +254,9 @@ def _sequence(costs: Costs, demands: StepDemands, task: Task, window: Window) ->
     return [*inside, *above * (demands.adapter if task.trains_above else demands.stand_in,), demands.head]
 
 
-def _saved(costs: Costs, demands: StepDemands, task: Task, window: Window, batch: int, tokens: int) -> int:
+def _saved(
+    costs: MemoryProfile, demands: StepMemory, task: TurnRequirements, window: Window, batch: int, tokens: int
+) -> int:
     return sum(part.saved.at(batch, tokens) for part in _sequence(costs, demands, task, window))
 
 
@@ -257,23 +269,23 @@ class _Moments:
     backward: int
 
     @classmethod
-    def of(cls, part: Demand, batch: int, tokens: int) -> "_Moments":
+    def of(cls, part: PartMemory, batch: int, tokens: int) -> "_Moments":
         return cls(part.forward_at(batch, tokens), part.saved.at(batch, tokens), part.backward_at(batch, tokens))
 
 
 def _plan(
-    costs: Costs,
-    task: Task,
+    costs: MemoryProfile,
+    task: TurnRequirements,
     window: Window,
     micro_batch: int,
-    grain: Grain,
-    spilled: bool,
+    weights: WeightPlacement,
+    activations_offloaded: bool,
     prefix: Prefix,
-    means: Means,
-) -> Plan:
-    parts = footprint(costs, task, window, micro_batch, means.longest, grain, spilled)
-    spill = _saved(costs, costs.kept, task, window, micro_batch, means.longest) if spilled else 0
-    if prefix.grain == "matrix":
+    means: ClientResources,
+) -> TurnPlan:
+    parts = footprint(costs, task, window, micro_batch, means.longest, weights, activations_offloaded)
+    spill = _saved(costs, costs.kept, task, window, micro_batch, means.longest) if activations_offloaded else 0
+    if prefix.weights == "streamed":
         parts = replace(parts, buffers=costs.slices)  # those of the prefix stay for the steps
     if not prefix.cached:
         # The prefix of a micro-batch is made between two steps: what the step itself holds is not there then.
@@ -287,10 +299,17 @@ def _plan(
     if task.fits_head:
         fit = _fitting(costs, task, parts, micro_batch, prefix, means)
         parts = replace(parts, transients=parts.transients + max(fit - parts.total, 0))
-    return Plan(window, micro_batch, grain, spilled, prefix, parts, spill)
+    return TurnPlan(window, micro_batch, weights, activations_offloaded, prefix, parts, spill)
 
 
-def _fitting(costs: Costs, task: Task, parts: Footprint, micro_batch: int, prefix: Prefix, means: Means) -> int:
+def _fitting(
+    costs: MemoryProfile,
+    task: TurnRequirements,
+    parts: Footprint,
+    micro_batch: int,
+    prefix: Prefix,
+    means: ClientResources,
+) -> int:
     """The most that a turn of fitting the head holds: the window without gradients, and sums as large as F² and the head."""
     rows = micro_batch * means.longest * costs.hidden
     running = running_bytes(costs, micro_batch, means.longest)
@@ -298,36 +317,38 @@ def _fitting(costs: Costs, task: Task, parts: Footprint, micro_batch: int, prefi
     if not prefix.cached:
         running = max(running, prefix.planned_bytes - held_bytes(costs, task) + rows * costs.itemsize)
     pooling = rows * (costs.itemsize + _POOLING_STATES * _FLOAT32)
-    features = min(costs.reads, costs.layers) * costs.hidden
+    features = min(costs.head_layers, costs.layers) * costs.hidden
     sums = features**2 * _FLOAT32 + costs.head
     sent = sums // 2 + features * _FLOAT32  # half of the products, when the last batch is gone
     return held_bytes(costs, task) + parts.layer_weights + parts.buffers + max(running, pooling, sent) + sums
 
 
-def _prefix(costs: Costs, task: Task, means: Means, batch: int, grain: Grain) -> Prefix:
+def _prefix(
+    costs: MemoryProfile, task: TurnRequirements, means: ClientResources, batch: int, weights: WeightPlacement
+) -> Prefix:
     states = batch * means.longest * costs.hidden
     # Layer by layer, with the next one loaded ahead; the embeddings are made when there is a layer already.
-    weights = 2 * costs.layer + costs.conversion if grain == "layer" else costs.unstreamed + costs.slices
+    loaded = 2 * costs.layer + costs.conversion if weights == "resident" else costs.unstreamed + costs.slices
     running, embedding = running_bytes(costs, batch, means.longest), embedding_bytes(costs, batch, means.longest)
     running += costs.call.at(batch, means.longest) + 2 * _read_bytes(costs, batch)
-    needed = weights + max(running, embedding) + held_bytes(costs, task)
+    needed = loaded + max(running, embedding) + held_bytes(costs, task)
     # A profile's means of the tokens are taken when no layer is there.
     pooling = states * (costs.itemsize + _POOLING_STATES * _FLOAT64)
     compared = task.profiles * (_COMPARED * costs.hidden + _GRAMS * task.profiles) * _FLOAT64
     profile = max(needed, pooling + held_bytes(costs, task)) + compared if task.profiles else 0
-    return Prefix(batch, grain, means.cached, needed, profile)
+    return Prefix(batch, weights, means.cached, needed, profile)
 
 
-def _read_bytes(costs: Costs, batch: int) -> int:
+def _read_bytes(costs: MemoryProfile, batch: int) -> int:
     """What comes with the hidden states of a batch of the layers below."""
-    return batch * (costs.reads - 1) * costs.hidden * _FLOAT32
+    return batch * (costs.head_layers - 1) * costs.hidden * _FLOAT32
 
 
-def _has_room(made: Plan, means: Means) -> bool:
+def _has_room(made: TurnPlan, means: ClientResources) -> bool:
     return means.spill is None or made.spill_bytes <= means.spill
 
 
-def held_bytes(costs: Costs, task: Task) -> int:
+def held_bytes(costs: MemoryProfile, task: TurnRequirements) -> int:
     """What is there in any case: the stack that came, and the process's own."""
     return (costs.layers - task.start) * costs.adapter + costs.head + costs.skeleton + RUNTIME
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chainfed_ray.budget.planner import Plan
+from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
 from chainfed_ray.model.adapters import AdapterStack
@@ -13,7 +13,7 @@ from chainfed_ray.model.prefix import Activations, PrefixCache, PrefixRunner, Re
 from chainfed_ray.streaming.matrices import SliceReader
 
 
-def entering(
+def window_inputs(
     client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, stage: Window
 ) -> Activations:
     """What enters the window of the client's plan, in a turn of ``stage``: cached or, without the disk, made when asked for."""
@@ -24,15 +24,15 @@ def entering(
     return PrefixCache(scratch, runner, client.examples).at(plan.window.bottom, stack, keep=stage.bottom)
 
 
-def prefix_runner(blocks: Blocks, plan: Plan, matrices: SliceReader | None) -> PrefixRunner:
+def prefix_runner(blocks: Blocks, plan: TurnPlan, matrices: SliceReader | None) -> PrefixRunner:
     """How a client with this plan runs the layers below its window."""
-    return PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.grain == "matrix" else None)
+    return PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.weights == "streamed" else None)
 
 
 @contextmanager
-def reader(blocks: Blocks, plan: Plan) -> Iterator[SliceReader | None]:
+def matrix_reader(blocks: Blocks, plan: TurnPlan) -> Iterator[SliceReader | None]:
     """A reader of matrices, where the plan streams any."""
-    if not plan.footprint.buffers and plan.prefix.grain == "layer":
+    if not plan.footprint.buffers and plan.prefix.weights == "resident":
         yield None
         return
     opened = blocks.reader()

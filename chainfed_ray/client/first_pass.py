@@ -15,11 +15,11 @@ from chainfed_ray.model.prefix import PrefixCache
 
 
 class FirstPass:
-    """Runs the layers of the base model whose features are not there yet; the head of the chain will read ``reads`` layers."""
+    """Runs the layers of the base model whose features are not there yet, for a head of ``head_layers`` layers."""
 
-    def __init__(self, cache: PrefixCache, reads: int) -> None:
+    def __init__(self, cache: PrefixCache, head_layers: int) -> None:
         self._cache, self._kept = cache, frozenset[int]()
-        self._bare = AdapterStack.new((), cache.width, bottleneck=1, classes=1, seed=0, reads=reads)
+        self._bare = AdapterStack.new((), cache.width, bottleneck=1, classes=1, seed=0, head_layers=head_layers)
         self.features: PooledFeatures = cache.features
         self.features.forget_other_ways()
 
@@ -50,13 +50,13 @@ class StartGuess:
 
     cka_threshold: float
     window: int  # Q, layers
-    reads: int  # layers that the head will read
+    head_layers: int  # layers that the head will read
 
-    def kept(self, similarities: tuple[float, ...], layers: int) -> tuple[int, ...]:
+    def kept(self, cka: tuple[float, ...], layers: int) -> tuple[int, ...]:
         """The layers whose activations are worth keeping after the first ``len(similarities)`` of ``layers``: the guess, and
         the one below it; before there is a guess, the last.
         """
-        unseen = (1.0,) * (layers - len(similarities))
-        guess = start_below(similarities + unseen, self.cka_threshold, self.window)
-        last = len(similarities) - 1
+        unseen = (1.0,) * (layers - len(cka))
+        guess = start_below(cka + unseen, self.cka_threshold, self.window)
+        last = len(cka) - 1
         return (max(guess - 1, 0), guess) if guess <= last else (last,)

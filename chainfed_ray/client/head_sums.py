@@ -11,14 +11,14 @@ from torch.nn.functional import layer_norm
 
 from chainfed_ray.aggregation.discriminant import ClassSums
 from chainfed_ray.chain import Window
-from chainfed_ray.client.entrance import entering, prefix_runner, reader
+from chainfed_ray.client.entrance import matrix_reader, prefix_runner, window_inputs
 from chainfed_ray.client.first_pass import FirstPass
 from chainfed_ray.client.messages import Client, Fitting, HeadSums
-from chainfed_ray.device.cap import now
+from chainfed_ray.device.cap import enter_phase
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import through_window
-from chainfed_ray.model.pooling import read_on
+from chainfed_ray.model.pooling import append_pooled
 from chainfed_ray.model.prefix import PrefixCache
 from chainfed_ray.streaming.matrices import SliceReader
 
@@ -26,7 +26,7 @@ Features = Iterator[tuple[Tensor, Tensor]]  # of each micro-batch: what the head
 
 
 @torch.no_grad()
-def add_up(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> HeadSums:
+def sum_features(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> HeadSums:
     """The sums of all the client's examples.
 
     Up to a window that was never trained they are made of what the first pass left (first_pass.py), if the client has the disk
@@ -35,7 +35,7 @@ def add_up(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> Hea
     started = process_time()
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
-    with reader(blocks, client.plan) as matrices:
+    with matrix_reader(blocks, client.plan) as matrices:
         if client.plan.prefix.cached and stack.is_new(order.window.top):
             features = _of_first_pass(client, blocks, scratch, stack, matrices, order.window)
         else:
@@ -55,15 +55,17 @@ def _of_first_pass(
     The activations at the bottom of ``stage`` stay, and those at the chain's lowest layer, below which nothing ever changes.
     """
     examples = client.examples
-    first_pass = FirstPass(PrefixCache(scratch, prefix_runner(blocks, client.plan, matrices), examples), stack.reads)
-    now(f"running the layers up to layer {stage.top}")
+    first_pass = FirstPass(
+        PrefixCache(scratch, prefix_runner(blocks, client.plan, matrices), examples), stack.head_layers
+    )
+    enter_phase(f"running the layers up to layer {stage.top}")
     first_pass.keep(min(stack.layers), stage.bottom)
     for _ in first_pass.up_to(stage.top):
         pass
-    now("fitting the head")
-    read = range(max(stage.top - stack.reads + 1, 0), stage.top + 1)
+    enter_phase("fitting the head")
+    pooled = range(max(stage.top - stack.head_layers + 1, 0), stage.top + 1)
     return (
-        (first_pass.features.of(read, indices), torch.from_numpy(examples.labels[indices]))
+        (first_pass.features.of(pooled, indices), torch.from_numpy(examples.labels[indices]))
         for indices in examples.by_length(client.plan.micro_batch)
     )
 
@@ -73,15 +75,15 @@ def _of_window(
 ) -> Features:
     """Those of the output of the client's own window, which may be narrower than ``stage``."""
     plan, examples, window = client.plan, client.examples, client.plan.window
-    now(f"running the layers below layer {window.bottom}")
-    activations = entering(client, blocks, scratch, stack, matrices, stage)
-    now("fitting the head")
-    streamed = matrices if plan.grain == "matrix" else None
+    enter_phase(f"running the layers below layer {window.bottom}")
+    activations = window_inputs(client, blocks, scratch, stack, matrices, stage)
+    enter_phase("fitting the head")
+    streamed = matrices if plan.weights == "streamed" else None
     layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
 
     def means(indices: np.ndarray) -> tuple[Tensor, Tensor]:
         batch = examples.batch(indices)
         states = through_window(blocks, stack, window, layers, activations.batch(indices), batch.mask)
-        return read_on(states.read, states.hidden, batch.mask, stack.reads), batch.labels
+        return append_pooled(states.pooled, states.hidden, batch.mask, stack.head_layers), batch.labels
 
     return map(means, examples.by_length(plan.micro_batch))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from chainfed_ray.aggregation.privacy import NoiseShare
-from chainfed_ray.budget.planner import Plan
+from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.first_pass import StartGuess
 from chainfed_ray.client.objective import GlobalTrains
@@ -24,7 +24,7 @@ class Client:
     client_class: str
     examples: Examples
     budget_bytes: int
-    plan: Plan
+    plan: TurnPlan
     cap_bytes: int
     share: NoiseShare | None = None
     speed: float = 1.0
@@ -78,7 +78,7 @@ class Fitting:
 class Profile:
     """The CKA between each layer's output and the embedding output, and on how many examples."""
 
-    similarities: tuple[float, ...]
+    cka: tuple[float, ...]
     examples: int
     cpu_seconds: float
     peak_bytes: int | None = None
@@ -110,5 +110,5 @@ class HeadSums:
     peak_bytes: int | None = None
 
 
-Order = Profiling | Training | Fitting
-Result = Profile | Update | HeadSums
+TurnOrder = Profiling | Training | Fitting
+TurnResult = Profile | Update | HeadSums

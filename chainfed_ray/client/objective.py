@@ -12,30 +12,32 @@ from chainfed_ray.chain import Window
 from chainfed_ray.model.adapters import AdapterStack, Head
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.lm_head import next_token_loss
-from chainfed_ray.model.pooling import States
+from chainfed_ray.model.pooling import LayerStates
 from chainfed_ray.streaming.matrices import RowSlices
 
 GlobalTrains = Literal["window", "head", "upper"]
 
 
-class Judge(Protocol):
+class LossFunction(Protocol):
     """The loss of a layer's states in nats, summed over the examples: a scalar; the head learns from it or not."""
 
-    def __call__(self, states: States, head_learns: bool) -> Tensor: ...
+    def __call__(self, states: LayerStates, head_learns: bool) -> Tensor: ...
 
 
-def by_class(head: Head, mask: Tensor, labels: Tensor) -> Judge:
+def classification_loss(head: Head, mask: Tensor, labels: Tensor) -> LossFunction:
     """The cross-entropy of ``labels`` [B], given by a classifier over the tokens of ``mask`` [B, T]."""
 
-    def judge(states: States, head_learns: bool) -> Tensor:
-        inputs = states.hidden, mask, states.read
+    def judge(states: LayerStates, head_learns: bool) -> Tensor:
+        inputs = states.hidden, mask, states.pooled
         logits = head(*inputs) if head_learns else _held_still(head, *inputs)
         return cross_entropy(logits, labels, reduction="sum")
 
     return judge
 
 
-def by_next_token(blocks: Blocks, ids: np.ndarray, mask: Tensor, targets: Tensor, source: RowSlices) -> Judge:
+def language_modeling_loss(
+    blocks: Blocks, ids: np.ndarray, mask: Tensor, targets: Tensor, source: RowSlices
+) -> LossFunction:
     """The cross-entropy of the ``targets`` [B, T], given by the base model's own head, which never learns."""
     return lambda states, head_learns: next_token_loss(blocks, states.hidden, ids, mask, targets.numpy(), source)
 
@@ -59,9 +61,9 @@ def trained_names(
 def chain_loss(
     stack: AdapterStack,
     window: Window,
-    states: States,
+    states: LayerStates,
     mask: Tensor,
-    judge: Judge,
+    judge: LossFunction,
     *,
     global_weight: float,
     head_follows_global: bool,
@@ -75,16 +77,16 @@ def chain_loss(
     upper = [layer for layer in stack.layers if layer > window.top]
     if not upper or global_weight == 0:
         return local
-    return local + global_weight * judge(carry(stack, upper, states, mask), head_follows_global)
+    return local + global_weight * judge(emulate(stack, upper, states, mask), head_follows_global)
 
 
-def carry(stack: AdapterStack, layers: Sequence[int], states: States, mask: Tensor) -> States:
+def emulate(stack: AdapterStack, layers: Sequence[int], states: LayerStates, mask: Tensor) -> LayerStates:
     """The states that come out of the adapters of ``layers`` alone; what they give is read as if it were their layers'."""
-    hidden, read = states
+    hidden, pooled = states
     for layer in layers:
-        read = stack.read_past(read, hidden, mask)
+        pooled = stack.pool(pooled, hidden, mask)
         hidden = stack.adapter(layer)(hidden)
-    return States(hidden, read)
+    return LayerStates(hidden, pooled)
 
 
 def _held_still(head: Head, *inputs: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from chainfed_ray.client.cka import debiased_cka
-from chainfed_ray.client.entrance import prefix_runner, reader
+from chainfed_ray.client.entrance import matrix_reader, prefix_runner
 from chainfed_ray.client.first_pass import FirstPass, StartGuess
 from chainfed_ray.client.messages import Client, Profile, Profiling
 from chainfed_ray.client.training import shuffled
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.device.cap import now
+from chainfed_ray.device.cap import enter_phase
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens
 from chainfed_ray.model.prefix import PrefixCache, PrefixRunner
@@ -22,44 +22,44 @@ from chainfed_ray.model.prefix import PrefixCache, PrefixRunner
 @torch.no_grad()
 def profile(client: Client, blocks: Blocks, scratch: Path, order: Profiling) -> Profile:
     """One pass through the layers, one in memory at a time: of the examples that are compared, or of all the client's."""
-    now("profiling the layers")
+    enter_phase("profiling the layers")
     started = process_time()
     compared = np.sort(shuffled(len(client.examples), order.seed)[: order.examples])
     examples = client.examples.take(compared)
-    with reader(blocks, client.plan) as matrices:
+    with matrix_reader(blocks, client.plan) as matrices:
         runner = prefix_runner(blocks, client.plan, matrices)
         embedded = _embedded(runner, examples)
         if order.guess:
-            first_pass = FirstPass(PrefixCache(scratch, runner, client.examples), order.guess.reads)
-            similarities = _all_pass(first_pass, embedded, compared, order.guess, blocks.num_layers)
+            first_pass = FirstPass(PrefixCache(scratch, runner, client.examples), order.guess.head_layers)
+            cka = _all_pass(first_pass, embedded, compared, order.guess, blocks.num_layers)
         else:
             cache = PrefixCache(scratch / "profile", runner, examples)
             try:
-                similarities = _compared_pass(FirstPass(cache, reads=1), embedded, blocks.num_layers)
+                cka = _compared_pass(FirstPass(cache, head_layers=1), embedded, blocks.num_layers)
             finally:
                 cache.clear()
-    return Profile(similarities, len(compared), process_time() - started)
+    return Profile(cka, len(compared), process_time() - started)
 
 
 def _all_pass(
     first_pass: FirstPass, embedded: Tensor, compared: np.ndarray, guess: StartGuess, layers: int
 ) -> tuple[float, ...]:
     """The CKA of each layer; all examples pass, and the activations stay where the chain seems to start."""
-    similarities: tuple[float, ...] = ()
+    cka: tuple[float, ...] = ()
     for layer in first_pass.up_to(layers - 1):
-        similarities += (debiased_cka(embedded, first_pass.features.at(layer, compared)),)
-        first_pass.keep(*guess.kept(similarities, layers))
-    return similarities
+        cka += (debiased_cka(embedded, first_pass.features.at(layer, compared)),)
+        first_pass.keep(*guess.kept(cka, layers))
+    return cka
 
 
 def _compared_pass(first_pass: FirstPass, embedded: Tensor, layers: int) -> tuple[float, ...]:
     """The CKA of each layer; only the examples that are compared pass."""
     every = np.arange(len(embedded))
-    similarities: tuple[float, ...] = ()
+    cka: tuple[float, ...] = ()
     for layer in first_pass.up_to(layers - 1):
-        similarities += (debiased_cka(embedded, first_pass.features.at(layer, every)),)
+        cka += (debiased_cka(embedded, first_pass.features.at(layer, every)),)
         first_pass.features.forget(layer)  # no head is fitted to them
-    return similarities
+    return cka
 
 
 def _embedded(runner: PrefixRunner, examples: Examples) -> Tensor:

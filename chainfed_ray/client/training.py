@@ -11,19 +11,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from chainfed_ray.budget.planner import Plan
+from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
-from chainfed_ray.client.entrance import entering, reader
+from chainfed_ray.client.entrance import matrix_reader, window_inputs
 from chainfed_ray.client.messages import Client, Training, Update
-from chainfed_ray.client.objective import Judge, by_class, by_next_token, chain_loss, trained_names
+from chainfed_ray.client.objective import (
+    LossFunction,
+    chain_loss,
+    classification_loss,
+    language_modeling_loss,
+    trained_names,
+)
 from chainfed_ray.data.tokens import Batch, Examples
-from chainfed_ray.device.cap import now
+from chainfed_ray.device.cap import enter_phase
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import through_window
 from chainfed_ray.model.prefix import Activations
 from chainfed_ray.seeds import derive
-from chainfed_ray.streaming.activations import Spill, overwrite_activations
+from chainfed_ray.streaming.activations import OffloadedActivations, overwrite_activations
 from chainfed_ray.streaming.matrices import SliceReader
 
 
@@ -42,22 +48,22 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
     for name, parameter in stack.named_parameters():
         parameter.requires_grad_(name in names)
     with ExitStack() as resources:
-        matrices = resources.enter_context(reader(blocks, plan))
-        now(f"running the layers below layer {plan.window.bottom}")
-        activations = entering(client, blocks, scratch, stack, matrices, order.window)
-        now("loading the window")
-        streamed = matrices if plan.grain == "matrix" else None
+        matrices = resources.enter_context(matrix_reader(blocks, plan))
+        enter_phase(f"running the layers below layer {plan.window.bottom}")
+        activations = window_inputs(client, blocks, scratch, stack, matrices, order.window)
+        enter_phase("loading the window")
+        streamed = matrices if plan.weights == "streamed" else None
         layers = {layer: blocks.load_layer(layer, streamed) for layer in list(plan.window)[1:]}
-        if plan.spilled:
+        if plan.activations_offloaded:
             for layer in layers.values():
                 overwrite_activations(layer)
         spill = resources.enter_context(_spill(scratch, plan))
         step = _Step(blocks, stack, layers, activations, matrices, spill, plan.window, order)
-        now("training")
+        enter_phase("training")
         loss, steps = _train(step, examples, plan.micro_batch, order)
     tensors = {name: parameter.detach() for name, parameter in stack.named_parameters() if name in names}
     if client.share:
-        now("clipping the update and adding noise")
+        enter_phase("clipping the update and adding noise")
         sent = trained_names(order.tensors, order.window, order.global_weight, order.global_trains)
         tensors = client.share.applied({name: order.tensors[name] for name in sorted(sent)}, tensors)
     seconds = (perf_counter() - started) / client.speed
@@ -138,21 +144,21 @@ class _Step:
         (loss / batch_size).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    def _judge(self, batch: Batch) -> Judge:
+    def _judge(self, batch: Batch) -> LossFunction:
         if self.stack.head is not None:
-            return by_class(self.stack.head, batch.mask, batch.labels)
+            return classification_loss(self.stack.head, batch.mask, batch.labels)
         assert self.matrices is not None, "a language model's head is streamed"
         assert batch.targets is not None, "and its examples say what it is to predict"
-        return by_next_token(self.blocks, batch.ids.numpy(), batch.mask, batch.targets, self.matrices)
+        return language_modeling_loss(self.blocks, batch.ids.numpy(), batch.mask, batch.targets, self.matrices)
 
 
 @contextmanager
-def _spill(scratch: Path, plan: Plan) -> Iterator[AbstractContextManager[None]]:
+def _spill(scratch: Path, plan: TurnPlan) -> Iterator[AbstractContextManager[None]]:
     """Where what autograd saves goes: into memory, or into a file."""
-    if not plan.spilled:
+    if not plan.activations_offloaded:
         yield nullcontext()
         return
-    spill = Spill(scratch)
+    spill = OffloadedActivations(scratch)
     try:
         yield spill
     finally:

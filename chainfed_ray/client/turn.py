@@ -11,10 +11,10 @@ from time import perf_counter, sleep
 import numpy as np
 import torch
 
-from chainfed_ray.budget.planner import Footprint, Plan, Prefix
+from chainfed_ray.budget.planner import Footprint, Prefix, TurnPlan
 from chainfed_ray.chain import Window
-from chainfed_ray.client.head_sums import add_up
-from chainfed_ray.client.messages import Client, Fitting, Order, Profiling, Result, Training
+from chainfed_ray.client.head_sums import sum_features
+from chainfed_ray.client.messages import Client, Fitting, Profiling, Training, TurnOrder, TurnResult
 from chainfed_ray.client.profiling import profile
 from chainfed_ray.client.training import train
 from chainfed_ray.data.tokens import Examples
@@ -23,11 +23,11 @@ from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.streaming.matrices import SLICE_BYTES
 
 
-def take_turn(client: Client, base: BaseModel, fetch: Callable[[], Order], capped: bool) -> Result:
+def take_turn(client: Client, base: ModelSource, fetch: Callable[[], TurnOrder], capped: bool) -> TurnResult:
     """Carry out the order that ``fetch`` gives. What the order itself takes counts as well, so it comes within the turn.
 
     Raises:
@@ -53,19 +53,19 @@ def slowed(speed: float) -> Iterator[None]:
         sleep((perf_counter() - started) * (1 / speed - 1))
 
 
-def _carry_out(client: Client, base: BaseModel, order: Order) -> Result:
+def _carry_out(client: Client, base: ModelSource, order: TurnOrder) -> TurnResult:
     blocks = Blocks(base.folder, base.dtype)
     try:
         if isinstance(order, Profiling):
             return profile(client, blocks, base.scratch / client.name, order)
         if isinstance(order, Fitting):
-            return add_up(client, blocks, base.scratch / client.name, order)
+            return sum_features(client, blocks, base.scratch / client.name, order)
         return train(client, blocks, base.scratch / client.name, order)
     finally:
         blocks.close()
 
 
-def warm_up(base: BaseModel) -> None:
+def warm_up(base: ModelSource) -> None:
     """Take a turn on a few tokens: what libraries load and keep the first time is the process's, not a client's.
 
     It is taken in the leanest way, so that getting ready needs little: some 30 MiB for libraries' own buffers.
@@ -78,14 +78,14 @@ def warm_up(base: BaseModel) -> None:
     gc.freeze()
 
 
-def _try_everything(base: BaseModel, scratch: Path) -> None:
+def _try_everything(base: ModelSource, scratch: Path) -> None:
     examples = Examples(np.ones(16, dtype=np.int32), np.array([0, 6, 16]), np.zeros(2, dtype=np.int64))
     blocks = Blocks(base.folder, base.dtype)
     try:
         window = Window(0, min(1, blocks.num_layers - 1))
         footprint = Footprint(0, 2 * SLICE_BYTES, 0, 0, 0, 0, 0, 0, 0, 0)
-        prefix = Prefix(2, "matrix", cached=True, planned_bytes=0, profile_bytes=0)
-        client = Client("(all)", "(all)", examples, 0, Plan(window, 1, "matrix", True, prefix, footprint, 0), 0)
+        prefix = Prefix(2, "streamed", cached=True, planned_bytes=0, profile_bytes=0)
+        client = Client("(all)", "(all)", examples, 0, TurnPlan(window, 1, "streamed", True, prefix, footprint, 0), 0)
         order = Training(
             AdapterStack.new(window, blocks.hidden_size, 1, 2, seed=0).tensors(),
             window,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.data.choices import Choices, read_choices
 from chainfed_ray.data.sources import Corpus, Split, load
 from chainfed_ray.data.targets import learnable, packed, tokenize_texts
@@ -50,7 +50,7 @@ class JobExamples:
         return (self.validation, self.test, *([self.choices.examples] if self.choices else []))
 
 
-def examples_of(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Listener = nobody) -> JobExamples:
+def examples_of(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Listener = no_listener) -> JobExamples:
     """Read a job's rows and make tokens of them.
 
     Raises:

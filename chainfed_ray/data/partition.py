@@ -13,7 +13,9 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.sections import PartitionSpec
 
 
-def deal(spec: PartitionSpec, labels: np.ndarray, values: Sequence[str], clients: int, seed: int) -> list[np.ndarray]:
+def partition_examples(
+    spec: PartitionSpec, labels: np.ndarray, values: Sequence[str], clients: int, seed: int
+) -> list[np.ndarray]:
     """The row indices of each client; ``values`` are those of ``spec.column``, which no other scheme asks for.
 
     Raises:

@@ -26,7 +26,7 @@ _OUT_OF_MEMORY = (
 _part: ContextVar[str] = ContextVar("part", default="getting ready")
 
 
-def now(part: str) -> None:
+def enter_phase(part: str) -> None:
     """Say what the turn is at; an error that ends it will name it."""
     _part.set(part)
 
@@ -43,7 +43,7 @@ class MemoryCap(PeakMemory):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        now("getting ready")
+        enter_phase("getting ready")
         self._before, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + self._cap + _UNUSED, hard))
         return self

@@ -15,40 +15,40 @@ from torch import Tensor
 
 from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.budget.planner import PREFIX_BATCH
-from chainfed_ray.budget.server import evaluation_grains
+from chainfed_ray.budget.server import evaluation_weights
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Batch, Examples
-from chainfed_ray.evaluation.predictions import Judgement, judge
+from chainfed_ray.evaluation.predictions import Predictions, predict
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import through_window
-from chainfed_ray.model.pooling import States, read_on
+from chainfed_ray.model.pooling import LayerStates, append_pooled
 from chainfed_ray.model.prefix import PrefixCache, PrefixRunner
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.streaming.matrices import SliceReader
 
 
 @torch.no_grad()
-def evaluate(
+def predict_early_exit(
     examples: Examples,
-    base: BaseModel,
+    base: ModelSource,
     cache: Path,
     stack: AdapterStack,
     window: Window,
     reporter: Reporter = SILENT,
-) -> Judgement:
+) -> Predictions:
     """Judge ``stack`` on ``examples`` at the top of ``window``; the prefix below the window is cached in ``cache``."""
-    judgement = Judgement.blank(len(examples))
+    judgement = Predictions.blank(len(examples))
     with _opened(base) as (blocks, matrices):
         for indices, batch, states in _outputs(examples, blocks, matrices, cache, stack, window, reporter):
-            judgement.put(torch.from_numpy(indices), judge(blocks, stack, states, batch, matrices))
+            judgement.put(torch.from_numpy(indices), predict(blocks, stack, states, batch, matrices))
     return judgement
 
 
 @torch.no_grad()
 def pooled(
     examples: Examples,
-    base: BaseModel,
+    base: ModelSource,
     cache: Path,
     stack: AdapterStack,
     window: Window,
@@ -58,13 +58,13 @@ def pooled(
     means, labels = [], []
     with _opened(base) as (blocks, matrices):
         for _, batch, states in _outputs(examples, blocks, matrices, cache, stack, window, reporter):
-            means.append(read_on(states.read, states.hidden, batch.mask, stack.reads))
+            means.append(append_pooled(states.pooled, states.hidden, batch.mask, stack.head_layers))
             labels.append(batch.labels)
     return torch.cat(means), torch.cat(labels)
 
 
 @contextmanager
-def _opened(base: BaseModel) -> Iterator[tuple[Blocks, SliceReader]]:
+def _opened(base: ModelSource) -> Iterator[tuple[Blocks, SliceReader]]:
     """The base model, and a reader of its matrices, which takes no memory before it is used."""
     blocks = Blocks(base.folder, base.dtype)
     matrices = blocks.reader()
@@ -83,12 +83,12 @@ def _outputs(
     stack: AdapterStack,
     window: Window,
     reporter: Reporter,
-) -> Iterator[tuple[np.ndarray, Batch, States]]:
+) -> Iterator[tuple[np.ndarray, Batch, LayerStates]]:
     """Every batch and the places of its examples, with the window's output."""
-    below, inside = evaluation_grains(blocks.layer_bytes, blocks.conversion_bytes, len(window))
-    runner = PrefixRunner(blocks, matrices=matrices if below == "matrix" else None)
+    below, inside = evaluation_weights(blocks.layer_bytes, blocks.conversion_bytes, len(window))
+    runner = PrefixRunner(blocks, matrices=matrices if below == "streamed" else None)
     activations = PrefixCache(cache, runner, examples).at(window.bottom, stack, reporter=reporter)
-    streamed = matrices if inside == "matrix" else None
+    streamed = matrices if inside == "streamed" else None
     layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
     for indices in reporter.each(examples.by_length(PREFIX_BATCH), len(examples), "rows", len):
         batch = examples.batch(indices)

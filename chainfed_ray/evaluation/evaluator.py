@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.evaluation.predictions import Judgement
+from chainfed_ray.evaluation.predictions import Predictions
 from chainfed_ray.model.adapters import AdapterStack
 
-Sets = Mapping[str, Examples]
+EvaluationSets = Mapping[str, Examples]
 """What an evaluator judges stacks on, by name."""
 
 
@@ -26,7 +26,7 @@ class Evaluated:
     when idle, ``process_bytes`` all that it took, libraries included; None if not known.
     """
 
-    judgement: Judgement
+    judgement: Predictions
     seconds: float
     forward_seconds: float
     planned_bytes: int | None = None
@@ -40,7 +40,7 @@ class Evaluator(Protocol):
 
     engine: str  # what it is called in a job's record
 
-    def judge(self, stack: AdapterStack, examples: str) -> Evaluated:
+    def evaluate(self, stack: AdapterStack, examples: str) -> Evaluated:
         """Judge the whole model, all its layers, with ``stack`` on the set called ``examples``.
 
         Raises:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_ray.evaluation.predictions import Judgement
+from chainfed_ray.evaluation.predictions import Predictions
 from chainfed_ray.units import perplexity
 
 
@@ -24,13 +24,13 @@ class Score(NamedTuple):
         return perplexity(self.loss)
 
     @classmethod
-    def of(cls, judgement: Judgement) -> "Score":
+    def of(cls, judgement: Predictions) -> "Score":
         """The score of everything that was predicted."""
         count = int(judgement.counts.sum())
         return cls(float(judgement.losses.sum()) / count, int(judgement.right.sum()) / count)
 
 
-def macro_f1(judgement: Judgement, labels: np.ndarray) -> float:
+def macro_f1(judgement: Predictions, labels: np.ndarray) -> float:
     """The mean of the F1 of each class that occurs, among the ``labels`` [n] or in what was predicted."""
     truth, found = torch.from_numpy(labels), judgement.classes
     classes = int(max(truth.max(), found.max())) + 1

@@ -3,9 +3,17 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.budget.demand import Costs
-from chainfed_ray.budget.planner import Means, Plan, Task, cache_bytes, lacking, leaner, plan
+from chainfed_ray.activity import Listener, Reporter, no_listener
+from chainfed_ray.budget.demand import MemoryProfile
+from chainfed_ray.budget.planner import (
+    ClientResources,
+    TurnPlan,
+    TurnRequirements,
+    cache_bytes,
+    fallback_plan,
+    plan,
+    shortfall,
+)
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Examples
 
@@ -29,20 +37,20 @@ class Candidate:
 class Planner:
     """The plans of one job. Clients that are alike have the same plan, so each is made once."""
 
-    def __init__(self, costs: Costs, task: Task) -> None:
+    def __init__(self, costs: MemoryProfile, task: TurnRequirements) -> None:
         self.costs, self.task = costs, task
-        self._plans: dict[tuple[Window, Means], Plan | None] = {}
+        self._plans: dict[tuple[Window, ClientResources], TurnPlan | None] = {}
 
     def starting_at(self, start: int) -> "Planner":
         """The planner for a chain whose lowest layer has been found."""
         return Planner(self.costs, replace(self.task, start=start))
 
-    def means(self, candidate: Candidate) -> Means:
+    def means(self, candidate: Candidate) -> ClientResources:
         """What the planner needs to know of a client."""
         disk, needed = candidate.disk, self._cache_bytes(candidate)
         cached = disk is None or needed <= disk
         few = len(candidate.examples) <= self.task.batch_size
-        return Means(
+        return ClientResources(
             memory=candidate.memory,
             longest=int(candidate.examples.lengths.max()),
             cached=cached,
@@ -51,23 +59,23 @@ class Planner:
             one_step=few and self.task.epochs == 1,
         )
 
-    def plan(self, candidate: Candidate, stage: Window) -> Plan | None:
+    def plan(self, candidate: Candidate, stage: Window) -> TurnPlan | None:
         """The best plan of a client for its turns in ``stage``; None if its memory is too small for any window."""
         means = self.means(candidate)
         if (stage, means) not in self._plans:
             self._plans[stage, means] = plan(self.costs, self.task, stage, means)
         return self._plans[stage, means]
 
-    def leaner(self, candidate: Candidate, stage: Window) -> Plan | None:
+    def fallback_plan(self, candidate: Candidate, stage: Window) -> TurnPlan | None:
         """The plan for a client that exceeded its best one; None if there is none."""
         best = self.plan(candidate, stage)
-        return best and leaner(self.costs, self.task, stage, self.means(candidate), best)
+        return best and fallback_plan(self.costs, self.task, stage, self.means(candidate), best)
 
-    def lacking(self, candidate: Candidate, stage: Window) -> int:
+    def shortfall(self, candidate: Candidate, stage: Window) -> int:
         """The bytes of memory that a client lacks for any window."""
-        return lacking(self.costs, self.task, stage, self.means(candidate))
+        return shortfall(self.costs, self.task, stage, self.means(candidate))
 
-    def disk_bytes(self, candidate: Candidate, plan: Plan) -> int:
+    def disk_bytes(self, candidate: Candidate, plan: TurnPlan) -> int:
         """The disk that a client's turns use."""
         return (self._cache_bytes(candidate) if plan.prefix.cached else 0) + plan.spill_bytes
 
@@ -79,12 +87,12 @@ class Planner:
 class Admission:
     """Who takes part, with the plan of the first stage; who does not, with the bytes that it lacks; and Q, the width."""
 
-    admitted: tuple[tuple[Candidate, Plan], ...]
-    left_out: tuple[tuple[Candidate, int], ...]
+    admitted: tuple[tuple[Candidate, TurnPlan], ...]
+    excluded: tuple[tuple[Candidate, int], ...]
     width: int
 
 
-def admit(planner: Planner, candidates: Iterable[Candidate], width: int, listen: Listener = nobody) -> Admission:
+def admit(planner: Planner, candidates: Iterable[Candidate], width: int, listen: Listener = no_listener) -> Admission:
     """Plan for the chain's lowest window, which has the most adapters above it and so needs the most memory of all.
 
     Q is ``width``, or as many adapters as the client with the most memory can train together.
@@ -97,6 +105,6 @@ def admit(planner: Planner, candidates: Iterable[Candidate], width: int, listen:
         plans = [(candidate, planner.plan(candidate, stage)) for candidate in each]
         admitted = tuple((candidate, plan) for candidate, plan in plans if plan)
         if narrower == 1 or any(len(plan.window) == narrower for _, plan in admitted):
-            left_out = tuple((candidate, planner.lacking(candidate, stage)) for candidate, plan in plans if not plan)
-            return Admission(admitted, left_out, narrower)
+            excluded = tuple((candidate, planner.shortfall(candidate, stage)) for candidate, plan in plans if not plan)
+            return Admission(admitted, excluded, narrower)
     raise ValueError(f"a window of {width} adapters")

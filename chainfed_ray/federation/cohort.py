@@ -49,12 +49,12 @@ class Cohort:
         Raises:
             QuorumLost: too few clients are left.
         """
-        sampled, lean, left_out = _sample(spec, candidates, index, history, seed), _lean(history), _left_out(history)
+        sampled, lean, excluded = _sample(spec, candidates, index, history, seed), _lean(history), _left_out(history)
         clients, absent = [], []
         for candidate in sampled:
             client = _turn(planner, candidate, stage, candidate.name in lean)
-            if candidate.name in left_out:
-                absent.append((client, Failure(f"it was left out: {left_out[candidate.name]}")))
+            if candidate.name in excluded:
+                absent.append((client, Failure(f"it was left out: {excluded[candidate.name]}")))
             elif _answers(spec.seed, index, candidate):
                 clients.append(client)
             else:
@@ -73,24 +73,24 @@ def everyone(
     planner: Planner, candidates: Iterable[Candidate], stage: Window, history: Sequence[Round]
 ) -> list[Client]:
     """Every client that has not been left out meanwhile, with the plan of its turn in ``stage``."""
-    left_out, lean = _left_out(history), _lean(history)
-    able = (candidate for candidate in candidates if candidate.name not in left_out)
+    excluded, lean = _left_out(history), _lean(history)
+    able = (candidate for candidate in candidates if candidate.name not in excluded)
     return [_turn(planner, candidate, stage, candidate.name in lean) for candidate in able]
 
 
 def _left_out(history: Sequence[Round]) -> dict[str, str]:
     """The clients that exceeded their plans once too often, and how."""
-    return {lost.client: lost.reason for record in history for lost in record.lost if lost.over_budget}
+    return {lost.client: lost.reason for record in history for lost in record.failed_turns if lost.over_budget}
 
 
 def _sample(
     spec: JobSpec, candidates: Iterable[Candidate], index: int, history: Sequence[Round], seed: int
 ) -> tuple[Candidate, ...]:
     """Drawn without replacement; without those left out meanwhile, except where privacy has its price for a sample of all."""
-    everybody, left_out = list(candidates), _left_out(history)
-    able = [candidate for candidate in everybody if candidate.name not in left_out]
+    everybody, excluded = list(candidates), _left_out(history)
+    able = [candidate for candidate in everybody if candidate.name not in excluded]
     if len(able) < spec.quorum:
-        raise QuorumLost(f"round {index + 1}", spec.quorum, left_out)
+        raise QuorumLost(f"round {index + 1}", spec.quorum, excluded)
     drawn_from = everybody if spec.privacy else able
     count = min(spec.rounds.clients, len(drawn_from))
     generator = np.random.default_rng(derive(seed, "sample", index))
@@ -107,7 +107,7 @@ def _answers(seed: int, index: int, candidate: Candidate) -> bool:
 def _lean(history: Sequence[Round]) -> frozenset[str]:
     """The clients that exceeded a plan and had a second turn, however that ended."""
     counted = {turn.client for record in history for turn in record.turns if turn.exceeded}
-    return frozenset(counted | {lost.client for record in history for lost in record.lost if lost.exceeded})
+    return frozenset(counted | {lost.client for record in history for lost in record.failed_turns if lost.exceeded})
 
 
 def _turn(planner: Planner, candidate: Candidate, stage: Window, lean: bool) -> Client:
@@ -122,5 +122,5 @@ def _turn(planner: Planner, candidate: Candidate, stage: Window, lean: bool) -> 
 
 def _second_turn(planner: Planner, candidate: Candidate, stage: Window) -> Client | None:
     """With a leaner plan, if there is any, and held to no less than all that the client declared."""
-    plan = planner.leaner(candidate, stage) or planner.plan(candidate, stage)
+    plan = planner.fallback_plan(candidate, stage) or planner.plan(candidate, stage)
     return as_client(candidate, plan, candidate.memory) if plan and plan.planned_bytes < candidate.memory else None

@@ -11,15 +11,15 @@ from time import perf_counter
 from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.aggregation.mean import Aggregate, check_update
 from chainfed_ray.chain import Window
-from chainfed_ray.client.messages import Client, Order, Result, Update
+from chainfed_ray.client.messages import Client, TurnOrder, TurnResult, Update
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.federation.pool import ClientPool, Failure, in_order
 from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.records.rounds import Lost, Turn
+from chainfed_ray.records.rounds import FailedTurn, Turn
 
 
-class Fold:
+class UpdateCollector:
     """The turns of one round; ``trained`` gives the tensors that a client is to send for its window.
 
     Updates are folded into ``aggregate`` as they are added: in the order of the clients, not of their arrival.
@@ -28,17 +28,17 @@ class Fold:
     def __init__(self, trained: Callable[[Window], Tensors], aggregate: Aggregate) -> None:
         self._trained, self._aggregate = trained, aggregate
         self.turns: list[Turn] = []
-        self.lost: list[Lost] = []
+        self.failed_turns: list[FailedTurn] = []
 
-    def add(self, client: Client, result: Result | Failure, exceeded: str | None = None) -> None:
+    def add(self, client: Client, result: TurnResult | Failure, exceeded: str | None = None) -> None:
         """Fold an update, or say why a turn does not count; ``exceeded`` is how the client's first plan failed."""
         if isinstance(result, Failure):
-            self.lost.append(as_lost(client, result, exceeded))
+            self.failed_turns.append(failed_turn(client, result, exceeded))
             return
         try:
             update = self._checked(client, result)
         except InvalidUpdate as error:
-            self.lost.append(as_lost(client, Failure(f"its update was refused: {error.reason}"), exceeded))
+            self.failed_turns.append(failed_turn(client, Failure(f"its update was refused: {error.reason}"), exceeded))
             return
         # The weight is what the server dealt, not what a client says.
         self._aggregate.fold(update.tensors, len(client.examples))
@@ -53,7 +53,7 @@ class Fold:
         examples = sum(turn.examples for turn in self.turns)
         return sum(turn.loss * turn.examples for turn in self.turns) / examples if self.turns else None
 
-    def _checked(self, client: Client, result: Result) -> Update:
+    def _checked(self, client: Client, result: TurnResult) -> Update:
         if not isinstance(result, Update):
             raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
         check_update(client.name, result.tensors, self._trained(client.plan.window), len(client.examples))
@@ -62,13 +62,13 @@ class Fold:
         return result
 
 
-def gather(
+def collect_updates(
     pool: ClientPool,
     cohort: Cohort,
-    order: Order,
+    order: TurnOrder,
     deadline: float,
     prepared: Callable[[Sequence[Client]], list[Client]],
-    fold: Fold,
+    fold: UpdateCollector,
     reporter: Reporter = SILENT,
 ) -> None:
     """Hand ``order`` to the clients of ``cohort``, and fold what comes of it in client order.
@@ -100,9 +100,9 @@ def gather(
             fold.add(client, replace(failure, reason=f"{failure.reason}; there is no leaner plan"))
 
 
-def as_lost(client: Client, failure: Failure, exceeded: str | None = None) -> Lost:
+def failed_turn(client: Client, failure: Failure, exceeded: str | None = None) -> FailedTurn:
     """The record of a turn that does not count."""
-    return Lost(
+    return FailedTurn(
         client=client.name,
         client_class=client.client_class,
         reason=failure.reason,
@@ -111,7 +111,7 @@ def as_lost(client: Client, failure: Failure, exceeded: str | None = None) -> Lo
     )
 
 
-def reasons(lost: Iterable[Lost]) -> dict[str, str]:
+def reasons(lost: Iterable[FailedTurn]) -> dict[str, str]:
     """Why each client's turn does not count."""
     return {turn.client: turn.reason for turn in lost}
 
@@ -128,8 +128,8 @@ def _as_turn(client: Client, update: Update, exceeded: str | None) -> Turn:
         cpu_seconds=update.cpu_seconds,
         bottom=plan.window.bottom,
         micro_batch=plan.micro_batch,
-        grain=plan.grain,
-        spilled=plan.spilled,
+        weights=plan.weights,
+        activations_offloaded=plan.activations_offloaded,
         budget_bytes=client.budget_bytes,
         planned_bytes=plan.planned_bytes,
         peak_bytes=update.peak_bytes,

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.messages import Fitting, Training
 from chainfed_ray.client.objective import trained_names
@@ -18,28 +18,37 @@ from chainfed_ray.errors import QuorumLost
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.federation.cohort import Cohort, everyone
-from chainfed_ray.federation.collect import Fold, gather, reasons
+from chainfed_ray.federation.collect import UpdateCollector, collect_updates, reasons
 from chainfed_ray.federation.evaluation import (
-    Judging,
+    ServerEvaluation,
     best_exit,
     best_of,
     best_round,
     exits,
-    fallback,
     is_due,
+    stack_to_restore,
     streamed,
 )
 from chainfed_ray.federation.head_fitting import FittedHead, fit_head
 from chainfed_ray.federation.pool import ClientPool
-from chainfed_ray.federation.prepare import Job
-from chainfed_ray.federation.privacy_policy import Guarantee
-from chainfed_ray.federation.stages import Course, Movement, NextRound, rate_at
+from chainfed_ray.federation.prepare import PlannedJob
+from chainfed_ray.federation.privacy_policy import PrivacyPolicy
+from chainfed_ray.federation.stages import Movement, RoundSpec, StageSchedule, rate_at
 from chainfed_ray.federation.start import find_start
-from chainfed_ray.federation.state import State, stack_of
+from chainfed_ray.federation.state import ChainState, stack_of
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import SavedStack, save_models
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import Admitted, EarlyExit, Ending, Evaluation, Opening, Restored, Round, finite
+from chainfed_ray.records.rounds import (
+    AdmittedClient,
+    EarlyExit,
+    Evaluation,
+    JobFinished,
+    JobStarted,
+    Restored,
+    Round,
+    finite,
+)
 from chainfed_ray.seeds import derive
 
 _FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the reasons
@@ -50,40 +59,40 @@ class Coordinator:
 
     def __init__(
         self,
-        job: Job,
+        job: PlannedJob,
         pool: ClientPool,
         log: CommitLog,
-        judging: Judging | None = None,
-        listen: Listener = nobody,
+        judging: ServerEvaluation | None = None,
+        listen: Listener = no_listener,
     ) -> None:
         self._job, self._spec, self._pool, self._log = job, job.spec, pool, log
         self._planner = job.planner
-        self._guarantee = Guarantee(job.spec, log, len(job.admitted))
+        self._guarantee = PrivacyPolicy(job.spec, log, len(job.admitted))
         self._judging = judging or streamed(job, listen)
         self._listen = listen
 
-    def open(self) -> Opening:
+    def open(self) -> JobStarted:
         """Decide where the chain starts, once: a committed opening is the opening.
 
         Raises:
             QuorumLost: no client sent what it takes to find out.
         """
-        if opening := self._log.opening():
-            self._job.check_begun_with(opening)
-            self._planner = self._job.planner.starting_at(opening.start_layer)
-            return opening
+        if job_started := self._log.job_started():
+            self._job.check_begun_with(job_started)
+            self._planner = self._job.planner.starting_at(job_started.start_layer)
+            return job_started
         found = find_start(self._job, self._pool, self._listen)
         start = found.layer
         self._planner = self._job.planner.starting_at(start)
-        opening = Opening(
+        job_started = JobStarted(
             admitted=tuple(self._admitted(candidate, start) for candidate, _ in self._job.admitted),
-            left_out=self._job.left_out,
+            excluded=self._job.excluded,
             layers=self._job.layers,
             start_layer=start,
             window=self._job.window,
-            similarities=found.similarities,
+            cka=found.cka,
             exits=found.exits,
-            lost=found.lost,
+            failed_turns=found.failed_turns,
             stages=len(self._chain(start).windows),
             total_rounds=self._guarantee.total,
             partition_hash=self._job.manifest.hash,
@@ -91,8 +100,8 @@ class Coordinator:
             evaluator=self._judging.evaluator,
         )
         self._log.commit_partition(self._job.manifest)
-        self._log.commit_opening(opening)
-        return opening
+        self._log.commit_started(job_started)
+        return job_started
 
     def rounds(self) -> Iterator[Round]:
         """The rounds still to be run; those committed before are in the log.
@@ -100,9 +109,9 @@ class Coordinator:
         Raises:
             QuorumLost: three rounds in a row had too few updates.
         """
-        opening = self.open()
-        chain = self._chain(opening.start_layer)
-        course = Course(self._spec, chain, self._guarantee.total)
+        job_started = self.open()
+        chain = self._chain(job_started.start_layer)
+        course = StageSchedule(self._spec, chain, self._guarantee.total)
         history = self._log.rounds()
         state = self._state(chain, history)
         while (upcoming := course.next(history)) is not None:
@@ -114,11 +123,11 @@ class Coordinator:
             yield record
             self._stop_if_fruitless(history)
 
-    def finish(self) -> Ending:
+    def finish(self) -> JobFinished:
         """What the whole model is worth on the test rows, once every round is committed."""
-        if ending := self._log.ending():
+        if job_finished := self._log.job_finished():
             self._log.erase_secret()
-            return ending
+            return job_finished
         history = self._log.rounds()
         best, stacks = best_of(history), self._stacks(history)
         served = self._spec.evaluation.serve if self._spec.evaluation.serve in stacks else "last"
@@ -128,7 +137,7 @@ class Coordinator:
         for turn in (turn for record in history for turn in record.turns):
             if turn.peak_bytes is not None:
                 peaks[turn.client_class] = max(turn.peak_bytes, peaks.get(turn.client_class, 0))
-        ending = Ending(
+        job_finished = JobFinished(
             accuracy=evaluation.accuracy,
             loss=evaluation.loss,
             rounds=len(history),
@@ -139,9 +148,9 @@ class Coordinator:
             epsilon=self._guarantee.epsilon(history),
             stopped=self._guarantee.stopped(history),
         )
-        self._log.commit_ending(ending)
+        self._log.commit_finished(job_finished)
         self._log.erase_secret()
-        return ending
+        return job_finished
 
     def stack(self) -> AdapterStack:
         """The stack as last committed."""
@@ -169,11 +178,11 @@ class Coordinator:
     def _chain(self, start: int) -> Chain:
         return Chain(self._job.layers, start, self._job.window)
 
-    def _admitted(self, candidate: Candidate, start: int) -> Admitted:
+    def _admitted(self, candidate: Candidate, start: int) -> AdmittedClient:
         """A client, with the plan of the chain's first stage."""
         plan = self._planner.plan(candidate, self._chain(start).windows[0])
         assert plan, "a client that is admitted has a plan for the window that needs the most"
-        return Admitted(
+        return AdmittedClient(
             client=candidate.name,
             client_class=candidate.client_class,
             examples=len(candidate.examples),
@@ -182,23 +191,23 @@ class Coordinator:
             disk_bytes=self._planner.disk_bytes(candidate, plan),
             window=len(plan.window),
             micro_batch=plan.micro_batch,
-            grain=plan.grain,
-            spilled=plan.spilled,
+            weights=plan.weights,
+            activations_offloaded=plan.activations_offloaded,
             cached=plan.prefix.cached,
         )
 
-    def _state(self, chain: Chain, history: Sequence[Round]) -> State:
+    def _state(self, chain: Chain, history: Sequence[Round]) -> ChainState:
         """After the last round of ``history``, as it was committed."""
         if history:
-            return State.of(self._log.tensors(history[-1].index), self._spec.aggregation)
+            return ChainState.of(self._log.tensors(history[-1].index), self._spec.aggregation)
         bottleneck, classes = self._spec.chain.adapter.bottleneck, self._job.class_count
         seed = derive(self._spec.seed, "stack")
-        stack = AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed, self._job.reads)
-        return State.new(stack, self._spec.aggregation)
+        stack = AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed, self._job.head_layers)
+        return ChainState.new(stack, self._spec.aggregation)
 
     def _round(
-        self, course: Course, upcoming: NextRound, state: State, history: Sequence[Round]
-    ) -> tuple[Round, State]:
+        self, course: StageSchedule, upcoming: RoundSpec, state: ChainState, history: Sequence[Round]
+    ) -> tuple[Round, ChainState]:
         began = perf_counter()
         before, movement, server = state.stack.tensors(), state.movement, state.server
         fit = self._fit_head(upcoming, before, history) if course.opens(upcoming, history) else None
@@ -209,7 +218,7 @@ class Coordinator:
 
         # 1. Sampled clients train the window, or as much of its top as their budgets hold; their updates are folded.
         fold = self._fold(upcoming, before, trained)
-        gather(
+        collect_updates(
             self._pool,
             self._cohort(upcoming, history),
             self._order(upcoming, before),
@@ -240,7 +249,7 @@ class Coordinator:
             bottom=upcoming.window.bottom,
             top=upcoming.window.top,
             turns=tuple(fold.turns),
-            lost=tuple(fold.lost),
+            failed_turns=tuple(fold.failed_turns),
             counted=counted,
             train_loss=fold.loss(),
             held_out_loss=held_out,
@@ -256,16 +265,16 @@ class Coordinator:
         judged = exits([*(each for each in history if each.stage == upcoming.stage), record])
         kept = {name: after[name] for name in trained}
         best = _best(state.best, record, judged, trained, kept) if course.goes_back else {}
-        restored = fallback(judged) if ended and course.goes_back else None
+        restored = stack_to_restore(judged) if ended and course.goes_back else None
         if restored:
             stack = AdapterStack.from_tensors(after | best)
             server.forget(best)
         evaluation = self._evaluation(upcoming, stack, ended) if counted or restored else None
         changes = {"restored": restored, "evaluation": evaluation, "seconds": perf_counter() - began}
-        handed_on = State(stack, Movement(), server, {}) if ended else State(stack, movement, server, best)
+        handed_on = ChainState(stack, Movement(), server, {}) if ended else ChainState(stack, movement, server, best)
         return record.model_copy(update=changes), handed_on
 
-    def _fit_head(self, upcoming: NextRound, tensors: Tensors, history: Sequence[Round]) -> FittedHead | None:
+    def _fit_head(self, upcoming: RoundSpec, tensors: Tensors, history: Sequence[Round]) -> FittedHead | None:
         """The head in closed form, if the job has one."""
         if self._spec.chain.head != "fitted":
             return None
@@ -274,11 +283,13 @@ class Coordinator:
         reporter = Reporter(f"fitting the head of stage {upcoming.stage + 1}", self._listen)
         return fit_head(self._job, self._pool, clients, Fitting(tensors, upcoming.window), reporter)
 
-    def _fold(self, upcoming: NextRound, before: Tensors, trained: Tensors) -> Fold:
+    def _fold(self, upcoming: RoundSpec, before: Tensors, trained: Tensors) -> UpdateCollector:
         aggregate = self._guarantee.aggregate(upcoming.round_index, trained)
-        return Fold(lambda window: self._trained(before, self._guarantee.sent(window, upcoming.window)), aggregate)
+        return UpdateCollector(
+            lambda window: self._trained(before, self._guarantee.sent(window, upcoming.window)), aggregate
+        )
 
-    def _cohort(self, upcoming: NextRound, history: Sequence[Round]) -> Cohort:
+    def _cohort(self, upcoming: RoundSpec, history: Sequence[Round]) -> Cohort:
         admitted = (candidate for candidate, _ in self._job.admitted)
         seed = self._guarantee.sampling_seed
         return Cohort.of(self._spec, self._planner, admitted, upcoming.round_index, upcoming.window, history, seed)
@@ -288,7 +299,7 @@ class Coordinator:
         names = trained_names(tensors, window, self._spec.chain.global_weight, self._spec.chain.global_trains)
         return {name: tensors[name] for name in sorted(names)}
 
-    def _order(self, upcoming: NextRound, tensors: Tensors) -> Training:
+    def _order(self, upcoming: RoundSpec, tensors: Tensors) -> Training:
         rounds = self._spec.rounds
         rate = rate_at(rounds, upcoming.spent, upcoming.limit)
         return Training(
@@ -306,11 +317,11 @@ class Coordinator:
             clip_norm=rounds.clip_norm,
         )
 
-    def _score(self, upcoming: NextRound, stack: AdapterStack) -> tuple[Score, EarlyExit] | tuple[None, None]:
+    def _score(self, upcoming: RoundSpec, stack: AdapterStack) -> tuple[Score, EarlyExit] | tuple[None, None]:
         due = is_due(self._spec.evaluation.every, upcoming.round_index, upcoming.last_of_stage)
         return self._judging.early_exit(stack, upcoming.window) if due else (None, None)
 
-    def _evaluation(self, upcoming: NextRound, stack: AdapterStack, ended: str | None) -> Evaluation | None:
+    def _evaluation(self, upcoming: RoundSpec, stack: AdapterStack, ended: str | None) -> Evaluation | None:
         due = is_due(self._spec.evaluation.whole_every, upcoming.round_index, ended is not None)
         return self._judging.whole(stack) if due else None
 
@@ -318,7 +329,7 @@ class Coordinator:
         newest = history[-_FRUITLESS_ROUNDS:]
         if len(newest) == _FRUITLESS_ROUNDS and all(len(record.turns) < self._spec.quorum for record in newest):
             rounds = f"rounds {newest[0].index + 1} to {newest[-1].index + 1}"
-            raise QuorumLost(rounds, self._spec.quorum, reasons(newest[-1].lost))
+            raise QuorumLost(rounds, self._spec.quorum, reasons(newest[-1].failed_turns))
 
 
 def _best(best: Tensors, record: Round, judged: Sequence[Restored], before: Tensors, after: Tensors) -> Tensors:

@@ -8,16 +8,16 @@ from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Literal
 
-from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.budget.server import evaluation_bytes
 from chainfed_ray.chain import Window
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
-from chainfed_ray.evaluation.early_exit import evaluate
-from chainfed_ray.evaluation.evaluator import Evaluator, Sets
+from chainfed_ray.evaluation.early_exit import predict_early_exit
+from chainfed_ray.evaluation.evaluator import EvaluationSets, Evaluator
 from chainfed_ray.evaluation.score import Score, macro_f1
-from chainfed_ray.evaluation.streaming_evaluator import StreamEvaluator
-from chainfed_ray.federation.prepare import Job
+from chainfed_ray.evaluation.streaming_evaluator import StreamingEvaluator
+from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.records.rounds import Best, EarlyExit, Evaluation, Restored, Round, finite
 from chainfed_ray.spec.sections import Often
@@ -25,20 +25,20 @@ from chainfed_ray.spec.sections import Often
 _VALIDATION, _TEST, _CHOICES = "validation", "test", "choices"
 
 
-def sets_of(job: Job) -> Sets:
+def sets_of(job: PlannedJob) -> EvaluationSets:
     """What an evaluator of ``job`` judges stacks on."""
     choices = {_CHOICES: job.choices.examples} if job.choices else {}
     return {_VALIDATION: job.validation, _TEST: job.test, **choices}
 
 
-def streaming(job: Job, listen: Listener = nobody) -> StreamEvaluator:
+def streaming(job: PlannedJob, listen: Listener = no_listener) -> StreamingEvaluator:
     """The evaluator that needs nothing but torch."""
-    return StreamEvaluator(job.base, job.planner.costs, sets_of(job), listen)
+    return StreamingEvaluator(job.base, job.planner.costs, sets_of(job), listen)
 
 
-def streamed(job: Job, listen: Listener = nobody) -> "Judging":
+def streamed(job: PlannedJob, listen: Listener = no_listener) -> "ServerEvaluation":
     """The judgements of ``job`` by that evaluator."""
-    return Judging(job, streaming(job, listen), listen=listen)
+    return ServerEvaluation(job, streaming(job, listen), listen=listen)
 
 
 def is_due(often: Often | Literal["never"], round_index: int, stage_ends: bool) -> bool:
@@ -93,16 +93,18 @@ def best_exit(judged: Sequence[Restored]) -> Restored | None:
     return min(reversed(judged), key=lambda one: one.loss, default=None)
 
 
-def fallback(judged: Sequence[Restored]) -> Restored | None:
+def stack_to_restore(judged: Sequence[Restored]) -> Restored | None:
     """What a stage with these exits goes back to as it ends; None if its newest exit is its best."""
     best = best_exit(judged)
     return None if best is None or best is judged[-1] else best
 
 
-class Judging:
+class ServerEvaluation:
     """The judgements of one job. ``instead`` says why the evaluator is another than the job asks for, if it is."""
 
-    def __init__(self, job: Job, evaluator: Evaluator, instead: str | None = None, listen: Listener = nobody) -> None:
+    def __init__(
+        self, job: PlannedJob, evaluator: Evaluator, instead: str | None = None, listen: Listener = no_listener
+    ) -> None:
         self._job, self._evaluator, self._instead, self._listen = job, evaluator, instead, listen
 
     @property
@@ -120,7 +122,7 @@ class Judging:
         planned = evaluation_bytes(job.planner.costs, len(stack.layers), len(window), int(rows.lengths.max()))
         with PeakMemory() as peak, one_thread():
             reporter = Reporter(f"evaluating the chain up to layer {window.top}", self._listen)
-            found = evaluate(rows, job.base, job.base.scratch / f"({_VALIDATION})", stack, window, reporter)
+            found = predict_early_exit(rows, job.base, job.base.scratch / f"({_VALIDATION})", stack, window, reporter)
         return Score.of(found), EarlyExit(
             seconds=perf_counter() - started, planned_bytes=planned, peak_bytes=peak.bytes
         )
@@ -135,7 +137,7 @@ class Judging:
     def test(self, stack: AdapterStack) -> Evaluation:
         """Of the whole model, as ``whole`` but on the test rows: by the streaming evaluator where the job's own cannot."""
         instead = self._instead
-        if self._evaluator.engine != StreamEvaluator.engine:
+        if self._evaluator.engine != StreamingEvaluator.engine:
             try:
                 return self._judged(self._evaluator, stack, _TEST, instead)
             except Exception as error:  # see above
@@ -143,10 +145,10 @@ class Judging:
         return self._judged(streaming(self._job, self._listen), stack, _TEST, instead)
 
     def _judged(self, by: Evaluator, stack: AdapterStack, rows: str, instead: str | None) -> Evaluation:
-        """Of the whole model by one evaluator, on ``rows`` and the multiple choice; ``instead`` as ``Judging`` has it."""
+        """Of the whole model by one evaluator, on ``rows`` and the multiple choice; ``instead`` is as in the class."""
         job = self._job
-        choices = by.judge(stack, _CHOICES) if job.choices else None
-        found = by.judge(stack, rows)
+        choices = by.evaluate(stack, _CHOICES) if job.choices else None
+        found = by.evaluate(stack, rows)
         both = (found, choices) if choices else (found,)
         score = Score.of(found.judgement)
         labels = (job.test if rows == _TEST else job.validation).labels

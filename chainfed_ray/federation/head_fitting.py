@@ -12,18 +12,18 @@ from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.aggregation.discriminant import ClassSums, fitted
 from chainfed_ray.aggregation.mean import check_update
 from chainfed_ray.chain import Window
-from chainfed_ray.client.messages import Client, Fitting, HeadSums, Result
+from chainfed_ray.client.messages import Client, Fitting, HeadSums, TurnResult
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.evaluation.early_exit import pooled
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.federation.collect import as_lost
+from chainfed_ray.federation.collect import failed_turn
 from chainfed_ray.federation.pool import ClientPool, Failure, in_order
-from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack, Tensors
-from chainfed_ray.model.source import BaseModel
-from chainfed_ray.records.rounds import HeadFit, Lost
+from chainfed_ray.model.source import ModelSource
+from chainfed_ray.records.rounds import FailedTurn, HeadFit
 
 
 class FittedHead(NamedTuple):
@@ -34,7 +34,7 @@ class FittedHead(NamedTuple):
 
 
 def fit_head(
-    job: Job, pool: ClientPool, clients: Sequence[Client], order: Fitting, reporter: Reporter = SILENT
+    job: PlannedJob, pool: ClientPool, clients: Sequence[Client], order: Fitting, reporter: Reporter = SILENT
 ) -> FittedHead:
     """Ask ``clients`` for their sums, add them up in client order, and settle the rest on the job's validation rows."""
     deadline = deadline_of_all(job, len(clients))
@@ -45,18 +45,18 @@ def fit_head(
     with torch.device("meta"):  # their shapes, without their bytes
         expected = ClassSums.zeros(*shape).tensors()
     cpu_seconds: list[float] = []  # of each client whose sums count; the sums themselves are not kept
-    lost: list[Lost] = []
+    lost: list[FailedTurn] = []
     outcomes = reporter.each(pool.run(clients, order, deadline), len(clients), "clients")
     for place, result in in_order(outcomes, len(clients)):
         client = clients[place]
         try:
             found = _checked(client, result, expected)
         except InvalidUpdate as error:
-            lost.append(as_lost(client, Failure(error.reason)))
+            lost.append(failed_turn(client, Failure(error.reason)))
         else:
             if isinstance(found, Failure):
                 # A client that exceeds its plan here is not left out: in a round it may have a second turn.
-                lost.append(as_lost(client, replace(found, exceeded=False)))
+                lost.append(failed_turn(client, replace(found, exceeded=False)))
             else:
                 sums, seconds = found
                 total.add(sums)
@@ -67,20 +67,20 @@ def fit_head(
         examples=int(total.counts.sum()),
         cpu_seconds=sum(cpu_seconds),
         sent_bytes=len(cpu_seconds) * sum(tensor.nbytes for tensor in expected.values()),
-        lost=tuple(lost),
+        failed_turns=tuple(lost),
         held_out_loss=score.loss if score else None,
         accuracy=score.accuracy if score else None,
     )
     return FittedHead(head, record)
 
 
-def deadline_of_all(job: Job, clients: int) -> float:
+def deadline_of_all(job: PlannedJob, clients: int) -> float:
     """The deadline (seconds) where all the job's ``clients`` are asked: ``rounds.deadline`` is for those of a round."""
     return job.spec.rounds.deadline * math.ceil(clients / job.spec.rounds.clients)
 
 
 def _head(
-    total: ClassSums, stack: AdapterStack, window: Window, held_out: Examples, base: BaseModel, reporter: Reporter
+    total: ClassSums, stack: AdapterStack, window: Window, held_out: Examples, base: ModelSource, reporter: Reporter
 ) -> tuple[Tensors, Score | None]:
     """The head's tensors, and its score on ``held_out`` examples; none if no classifier follows from the sums."""
     with one_thread():
@@ -94,7 +94,7 @@ def _head(
         logits = linear(features, weight, bias)
         score = Score(float(cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean()))
     # Below the first layer there is nothing to read.
-    unread = stack.reads * hidden - weight.shape[1]
+    unread = stack.head_layers * hidden - weight.shape[1]
     head = {
         "head.norm.weight": torch.ones(hidden),
         "head.norm.bias": torch.zeros(hidden),
@@ -104,7 +104,7 @@ def _head(
     return head, score
 
 
-def _checked(client: Client, result: Result | Failure, expected: Tensors) -> tuple[ClassSums, float] | Failure:
+def _checked(client: Client, result: TurnResult | Failure, expected: Tensors) -> tuple[ClassSums, float] | Failure:
     """The sums, and the seconds of CPU that they took."""
     if isinstance(result, Failure):
         return result

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
-from chainfed_ray.client.messages import Client, Order, Result
+from chainfed_ray.client.messages import Client, TurnOrder, TurnResult
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import BudgetExceeded
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
     """How the turn of the client at ``place`` in the round ended."""
 
     place: int
-    result: Result | Failure
+    result: TurnResult | Failure
 
 
 def in_order(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
@@ -56,7 +56,7 @@ def in_order(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
 class ClientPool(Protocol):
     """Runs turns, somewhere."""
 
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+    def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """One outcome for each client, in any order; those not done after ``deadline`` seconds are failures."""
         ...
 
@@ -71,15 +71,15 @@ class LocalPool:
     They are measured, but not held to their budgets: the process has other things to do.
     """
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: ModelSource) -> None:
         self._base = base
 
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+    def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """One outcome for each client, in their order. There is nobody to wait for, so only simulated slowness is late."""
         for place, client in enumerate(clients):
             started = perf_counter()
             try:
-                result: Result | Failure = take_turn(client, self._base, lambda: order, capped=False)
+                result: TurnResult | Failure = take_turn(client, self._base, lambda: order, capped=False)
             except Exception as error:  # whatever goes wrong costs this turn only, and is on record
                 result = Failure.of(error)
             if client.speed < 1 and (perf_counter() - started) / client.speed > deadline:

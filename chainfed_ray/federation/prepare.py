@@ -7,24 +7,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.aggregation.accountant import Ledger
-from chainfed_ray.budget.planner import Plan, Task
+from chainfed_ray.budget.planner import TurnPlan, TurnRequirements
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client
 from chainfed_ray.data.choices import Choices
 from chainfed_ray.data.examples import JobExamples, examples_of
-from chainfed_ray.data.partition import deal
+from chainfed_ray.data.partition import partition_examples
 from chainfed_ray.data.targets import packed
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
 from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import costs_of
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.costs import memory_profile_of
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.manifest import Manifest
-from chainfed_ray.records.rounds import LeftOut, Opening
+from chainfed_ray.records.rounds import ExcludedClient, JobStarted
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes
@@ -33,11 +33,11 @@ FEATURES = 1536  # that a fitted head reads at most by default, if a layer has n
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """A job as it is planned: who takes part and how, and the server's held-out examples."""
 
     spec: JobSpec
-    base: BaseModel
+    base: ModelSource
     layers: int
     layers_path: str
     hidden: int
@@ -55,9 +55,9 @@ class Job:
         return None if self.spec.model.task == "causal-lm" else len(self.classes)
 
     @property
-    def reads(self) -> int:
+    def head_layers(self) -> int:
         """How many layers its head reads."""
-        return self.planner.costs.reads
+        return self.planner.costs.head_layers
 
     @property
     def window(self) -> int:
@@ -65,28 +65,31 @@ class Job:
         return self.admission.width
 
     @property
-    def admitted(self) -> tuple[tuple[Candidate, Plan], ...]:
+    def admitted(self) -> tuple[tuple[Candidate, TurnPlan], ...]:
         """Those who take part, each with the plan of the lowest window."""
         return self.admission.admitted
 
     @property
-    def left_out(self) -> tuple[LeftOut, ...]:
+    def excluded(self) -> tuple[ExcludedClient, ...]:
         """Those who cannot."""
-        return tuple(_left_out(candidate, missing) for candidate, missing in self.admission.left_out)
+        return tuple(_left_out(candidate, missing) for candidate, missing in self.admission.excluded)
 
     @property
     def clients(self) -> tuple[Client, ...]:
         """Those who take part, each with the plan of the lowest window."""
         return tuple(as_client(candidate, plan, plan.planned_bytes) for candidate, plan in self.admitted)
 
-    def check_begun_with(self, opening: Opening) -> None:
+    def check_begun_with(self, job_started: JobStarted) -> None:
         """A job that is resumed has the rows, and the clients, with which it began: samples and their price follow from them.
 
         Raises:
             InvalidJob: one of them has changed since.
         """
-        self.manifest.check_unchanged(opening.partition_hash)
-        now, then = [candidate.name for candidate, _ in self.admitted], [client.client for client in opening.admitted]
+        self.manifest.check_unchanged(job_started.partition_hash)
+        now, then = (
+            [candidate.name for candidate, _ in self.admitted],
+            [client.client for client in job_started.admitted],
+        )
         if now != then:
             expected = (
                 f"the clients that could take part as the job began (gone since: {_listed(set(then) - set(now))}; "
@@ -95,24 +98,24 @@ class Job:
             raise InvalidJob.at("fleet.clients", f"{len(now)} that can take part", expected)
 
 
-def as_client(candidate: Candidate, plan: Plan, cap_bytes: int) -> Client:
+def as_client(candidate: Candidate, plan: TurnPlan, cap_bytes: int) -> Client:
     """A candidate with the plan of its next turn, held to ``cap_bytes``."""
     name, group, examples, memory = candidate.name, candidate.client_class, candidate.examples, candidate.memory
     return Client(name, group, examples, memory, plan, cap_bytes, speed=candidate.speed)
 
 
-def prepare(spec: JobSpec, scratch: Path, listen: Listener = nobody) -> Job:
+def prepare_job(spec: JobSpec, scratch: Path, listen: Listener = no_listener) -> PlannedJob:
     """A job that can run; ``scratch`` is for its clients' prefix caches.
 
     Raises:
         InvalidJob: the job cannot run; each problem names the field, its value and what would do.
     """
-    job = draft(spec, scratch, listen)
+    job = plan_job(spec, scratch, listen)
     check_fleet(job)
     return job
 
 
-def draft(spec: JobSpec, scratch: Path, listen: Listener = nobody) -> Job:
+def plan_job(spec: JobSpec, scratch: Path, listen: Listener = no_listener) -> PlannedJob:
     """Read the data, deal it to the clients and plan their turns, whether or not enough of them can take part.
 
     Raises:
@@ -120,7 +123,7 @@ def draft(spec: JobSpec, scratch: Path, listen: Listener = nobody) -> Job:
     """
     Reporter("finding the base model", listen).begin()
     folder = resolve(spec.model.base)
-    base = BaseModel(folder, getattr(torch, spec.model.dtype), scratch)
+    base = ModelSource(folder, getattr(torch, spec.model.dtype), scratch)
     causal = spec.model.task == "causal-lm"
     words = tokenizer(spec.model.base, folder)
     examples = examples_of(spec, words, listen)
@@ -136,13 +139,13 @@ def draft(spec: JobSpec, scratch: Path, listen: Listener = nobody) -> Job:
         _check_chain(spec, blocks.num_layers)
         classes = None if causal else len(corpus.classes)
         Reporter("tracing the memory of the model's parts", listen).begin()
-        costs = costs_of(blocks, spec.chain.adapter.bottleneck, classes, _reads(spec, blocks))
-        planner = Planner(costs, task_of(spec))
+        costs = memory_profile_of(blocks, spec.chain.adapter.bottleneck, classes, _reads(spec, blocks))
+        planner = Planner(costs, requirements_of(spec))
     finally:
         blocks.close()
     members, seed = spec.fleet.members, derive(spec.seed, "partition")
-    shares = deal(spec.fleet.partition, examples.train.labels, corpus.train.groups, len(members), seed)
-    return Job(
+    shares = partition_examples(spec.fleet.partition, examples.train.labels, corpus.train.groups, len(members), seed)
+    return PlannedJob(
         spec=spec,
         base=base,
         layers=blocks.num_layers,
@@ -158,10 +161,10 @@ def draft(spec: JobSpec, scratch: Path, listen: Listener = nobody) -> Job:
     )
 
 
-def task_of(spec: JobSpec) -> Task:
+def requirements_of(spec: JobSpec) -> TurnRequirements:
     """What a job asks of every client. Where its start is still to be found, the chain is planned from the first layer."""
     looks_ahead = spec.chain.global_weight > 0
-    return Task(
+    return TurnRequirements(
         start=spec.chain.start if isinstance(spec.chain.start, int) else 0,
         batch_size=spec.rounds.batch_size,
         epochs=spec.rounds.local_steps or spec.rounds.local_epochs,
@@ -242,7 +245,7 @@ def _reads(spec: JobSpec, blocks: Blocks) -> int:
     return max(1, min(blocks.num_layers, FEATURES // blocks.hidden_size)) if anew else 1
 
 
-def check_fleet(job: Job) -> None:
+def check_fleet(job: PlannedJob) -> None:
     """Enough clients can take part, one of them can find the chain's start, and a round can be paid for.
 
     Raises:
@@ -250,7 +253,7 @@ def check_fleet(job: Job) -> None:
     """
     spec, admission = job.spec, job.admission
     if spec.quorum > len(admission.admitted):
-        largest, missing = max(admission.left_out, key=lambda left_out: left_out[0].memory)
+        largest, missing = max(admission.excluded, key=lambda excluded: excluded[0].memory)
         raise InvalidJob.at(
             "fleet.clients",
             [f"{group.name}: {format_bytes(group.memory)}" for group in spec.fleet.clients],
@@ -275,11 +278,11 @@ def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _left_out(candidate: Candidate, missing: int) -> LeftOut:
-    return LeftOut(
+def _left_out(candidate: Candidate, missing: int) -> ExcludedClient:
+    return ExcludedClient(
         client=candidate.name,
         client_class=candidate.client_class,
         budget_bytes=candidate.memory,
-        lacking_bytes=missing,
+        shortfall_bytes=missing,
         reason=f"its budget of {format_bytes(candidate.memory)} lacks {format_bytes(missing)} for any window",
     )

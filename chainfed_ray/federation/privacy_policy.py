@@ -14,7 +14,7 @@ from chainfed_ray.records.rounds import Round
 from chainfed_ray.spec.job import JobSpec
 
 
-class Guarantee:
+class PrivacyPolicy:
     """The privacy of a job, of which ``admitted`` clients may be sampled; its secret is kept in ``log``."""
 
     def __init__(self, spec: JobSpec, log: CommitLog, admitted: int) -> None:

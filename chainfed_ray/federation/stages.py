@@ -17,7 +17,7 @@ from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import ConvergenceSpec, RoundsSpec
 
 
-class NextRound(NamedTuple):
+class RoundSpec(NamedTuple):
     """The window of the next round, and how many rounds its stage had of those that it may have.
 
     Where windows take turns, that is the whole job's.
@@ -35,7 +35,7 @@ class NextRound(NamedTuple):
         return self.spent + 1 == self.limit
 
 
-class Course:
+class StageSchedule:
     """The course of a job over ``chain``, of ``total`` rounds at most."""
 
     def __init__(self, spec: JobSpec, chain: Chain, total: int) -> None:
@@ -47,14 +47,14 @@ class Course:
         """Whether stages go back to their best. Where windows take turns, exits at different tops are no rivals."""
         return self._rounds.restore_best and not self._in_turns
 
-    def next(self, history: Sequence[Round]) -> NextRound | None:
+    def next(self, history: Sequence[Round]) -> RoundSpec | None:
         """The round after those of ``history``; None if they are all."""
         done = len(history)
         if done == self._total:
             return None
         if self._in_turns:
             window = self._chain.cyclic(done, self._total)
-            return NextRound(done, window.bottom - self._chain.start, window, done, self._total)
+            return RoundSpec(done, window.bottom - self._chain.start, window, done, self._total)
         stages = self._chain.staged(self._total, self._rounds.last_stage_share)
         index = sum(record.ended is not None for record in history)
         if index == len(stages):
@@ -62,21 +62,21 @@ class Course:
         spent = sum(record.stage == index for record in history)
         # What the stages before did not need goes to the last.
         limit = stages[index].rounds if index < len(stages) - 1 else self._total - (done - spent)
-        return NextRound(done, index, stages[index].window, spent, limit)
+        return RoundSpec(done, index, stages[index].window, spent, limit)
 
-    def opens(self, upcoming: NextRound, history: Sequence[Round]) -> bool:
+    def opens(self, upcoming: RoundSpec, history: Sequence[Round]) -> bool:
         """Whether a stage begins with it. Windows that take turns share one head: to them there is one beginning."""
         return not (history if self._in_turns else any(record.stage == upcoming.stage for record in history))
 
-    def counted_rounds(self, upcoming: NextRound, history: Sequence[Round]) -> list[Round]:
+    def counted_rounds(self, upcoming: RoundSpec, history: Sequence[Round]) -> list[Round]:
         """Those of its stage so far that had a quorum."""
         return [record for record in history if record.stage == upcoming.stage and record.counted]
 
-    def opens_span(self, upcoming: NextRound, history: Sequence[Round]) -> bool:
+    def opens_span(self, upcoming: RoundSpec, history: Sequence[Round]) -> bool:
         """Whether a span of rounds begins with it, over which the window's movement is measured."""
         return len(self.counted_rounds(upcoming, history)) % self._rounds.convergence.span == 0
 
-    def ended(self, upcoming: NextRound, rounds: int, losses: Sequence[float], movement: float | None) -> str | None:
+    def ended(self, upcoming: RoundSpec, rounds: int, losses: Sequence[float], movement: float | None) -> str | None:
         """Why the stage ends with it, if it does: it then has so many counted ``rounds``, these held-out ``losses`` and this
         ``movement`` in its span.
         """

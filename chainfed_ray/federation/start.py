@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client.cka import FEWEST, average
 from chainfed_ray.client.first_pass import StartGuess
 from chainfed_ray.client.messages import Fitting, Profile, Profiling
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.cohort import everyone
-from chainfed_ray.federation.collect import as_lost, reasons
+from chainfed_ray.federation.collect import failed_turn, reasons
 from chainfed_ray.federation.head_fitting import deadline_of_all, fit_head
 from chainfed_ray.federation.pool import ClientPool, Failure, in_order
-from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.records.rounds import HeadFit, Lost, with_everybody
+from chainfed_ray.records.rounds import FailedTurn, HeadFit, with_everybody
 from chainfed_ray.seeds import derive
 
 
@@ -30,13 +30,13 @@ class Start(NamedTuple):
     """
 
     layer: int
-    similarities: tuple[float, ...] = ()
+    cka: tuple[float, ...] = ()
     exits: tuple[HeadFit, ...] = ()
-    lost: tuple[Lost, ...] = ()
+    failed_turns: tuple[FailedTurn, ...] = ()
     cpu_seconds: float = 0.0
 
 
-def find_start(job: Job, pool: ClientPool, listen: Listener = nobody) -> Start:
+def find_start(job: PlannedJob, pool: ClientPool, listen: Listener = no_listener) -> Start:
     """Where the chain of ``job`` starts, as ``chain.start`` says.
 
     Raises:
@@ -51,7 +51,7 @@ def find_start(job: Job, pool: ClientPool, listen: Listener = nobody) -> Start:
             return Start(layer)
 
 
-def _by_profiles(job: Job, pool: ClientPool, listen: Listener) -> Start:
+def _by_profiles(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
     """The clients' CKA profiles, averaged by example count, in client order.
 
     Where every client's sums are needed next, for a fitted head, all its examples take part in this one pass.
@@ -63,7 +63,7 @@ def _by_profiles(job: Job, pool: ClientPool, listen: Listener) -> Start:
     ]
     chain = job.spec.chain
     fits = chain.head == "fitted"
-    guess = StartGuess(chain.cka_threshold, job.window, job.reads) if fits else None
+    guess = StartGuess(chain.cka_threshold, job.window, job.head_layers) if fits else None
     order = Profiling(chain.profile_examples, derive(job.spec.seed, "profile"), guess)
     deadline = deadline_of_all(job, len(able)) if fits else job.spec.rounds.deadline
     turns = pool.run(able, order, deadline)
@@ -71,15 +71,15 @@ def _by_profiles(job: Job, pool: ClientPool, listen: Listener) -> Start:
     outcomes = list(in_order(turns, len(able)))
     profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
     failures = ((able[place], result) for place, result in outcomes if isinstance(result, Failure))
-    lost = tuple(as_lost(client, failure) for client, failure in failures)
+    lost = tuple(failed_turn(client, failure) for client, failure in failures)
     if not profiles:
         raise QuorumLost("profiling the layers", 1, reasons(lost))
-    similarities = average([(profile.similarities, profile.examples) for profile in profiles])
-    layer = start_below(similarities, chain.cka_threshold, job.window)
-    return Start(layer, similarities, (), lost, sum(profile.cpu_seconds for profile in profiles))
+    cka = average([(profile.cka, profile.examples) for profile in profiles])
+    layer = start_below(cka, chain.cka_threshold, job.window)
+    return Start(layer, cka, (), lost, sum(profile.cpu_seconds for profile in profiles))
 
 
-def _by_exits(job: Job, pool: ClientPool, listen: Listener) -> Start:
+def _by_exits(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
     """The window at whose top a head in closed form has the least held-out loss; the last, if none can be fitted."""
     windows = Chain(job.layers, 0, job.window).windows
     if len(windows) == 1:
@@ -89,23 +89,23 @@ def _by_exits(job: Job, pool: ClientPool, listen: Listener) -> Start:
         _exit(job, pool, window.top, Reporter(f"fitting a head to exit {place} {of}", listen))
         for place, window in enumerate(windows, start=1)
     )
-    lost = tuple({turn.client: turn for fit in fits for turn in fit.lost}.values())  # each client once
+    lost = tuple({turn.client: turn for fit in fits for turn in fit.failed_turns}.values())  # each client once
     if not any(fit.examples for fit in fits):
         raise QuorumLost("fitting heads to find the chain's start", 1, reasons(lost))
     # A head that lacks clients is no reason to start elsewhere.
     whole = with_everybody(fits)
-    layer = where_least([fit.held_out_loss if counts else None for fit, counts in zip(fits, whole, strict=True)])
+    layer = least_loss_start([fit.held_out_loss if counts else None for fit, counts in zip(fits, whole, strict=True)])
     found = windows[-1].bottom if layer is None else layer
     return Start(found, (), fits, lost, sum(fit.cpu_seconds for fit in fits))
 
 
-def where_least(losses: Sequence[float | None]) -> int | None:
+def least_loss_start(losses: Sequence[float | None]) -> int | None:
     """The place of the least of ``losses``, of which some may be missing; of equals the highest, with the fewest stages."""
     found = [(loss, -place) for place, loss in enumerate(losses) if loss is not None]
     return -min(found)[1] if found else None
 
 
-def _exit(job: Job, pool: ClientPool, layer: int, reporter: Reporter) -> HeadFit:
+def _exit(job: PlannedJob, pool: ClientPool, layer: int, reporter: Reporter) -> HeadFit:
     """A head on the output of ``layer`` of the base model. It reads no other: sums grow with the square of what is read."""
     # With nothing above its bottom layer a window is all prefix, which for the next exit is one layer more. The planner is that
     # of the whole chain, so that every exit makes it in the same way.

@@ -10,7 +10,7 @@ from chainfed_ray.spec.sections import AggregationSpec
 _STACK, _MOVEMENT, _SERVER, _BEST = "stack/", "movement/", "server/", "best/"
 
 
-class State(NamedTuple):
+class ChainState(NamedTuple):
     """The stack, how far the window moved, and the server's optimizer.
 
     ``best`` are the tensors that the stage trains, as they were where its exit had the least held-out loss; none if it was

@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.aggregation.discriminant import ClassSums
-from chainfed_ray.budget.demand import Costs
-from chainfed_ray.budget.planner import Plan, held_bytes
+from chainfed_ray.budget.demand import MemoryProfile
+from chainfed_ray.budget.planner import TurnPlan, held_bytes
 from chainfed_ray.chain import Chain
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit
-from chainfed_ray.federation.prepare import Job, check_fleet, draft, task_of
+from chainfed_ray.federation.prepare import PlannedJob, check_fleet, plan_job, requirements_of
 from chainfed_ray.forecast.duration import duration
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import costs_of, with_bottleneck
+from chainfed_ray.model.costs import memory_profile_of, with_bottleneck
 from chainfed_ray.records.forecast import PREFIX, Change, ClassForecast, Forecast
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
@@ -32,13 +32,13 @@ from chainfed_ray.spec.sections import ClientClass
 _HALVINGS = 3  # of a number, in search of one that lets more clients join
 
 
-def dry_run(spec: JobSpec, at_once: int, listen: Listener = nobody) -> Forecast:
+def dry_run(spec: JobSpec, at_once: int, listen: Listener = no_listener) -> Forecast:
     """The dry run of a job, of which ``at_once`` clients train at a time.
 
     Raises:
         InvalidJob: the job cannot run with any clients.
     """
-    job = draft(spec, Path(), listen)  # nothing of it is written: what is measured has a folder of its own
+    job = plan_job(spec, Path(), listen)  # nothing of it is written: what is measured has a folder of its own
     ledger = Ledger(spec, len(job.admitted)) if spec.privacy and job.admitted else None
     rounds = ledger.total if ledger else spec.rounds.total
     measured = duration(_of_rounds(job, rounds), at_once, listen) if job.admitted and rounds else None
@@ -51,7 +51,7 @@ def dry_run(spec: JobSpec, at_once: int, listen: Listener = nobody) -> Forecast:
         layers=job.layers,
         start=spec.chain.start,
         window=job.window,
-        clients=len(job.admitted) + len(job.left_out),
+        clients=len(job.admitted) + len(job.excluded),
         joins=len(job.admitted),
         quorum=spec.quorum,
         refused=_refused(job),
@@ -67,7 +67,7 @@ def dry_run(spec: JobSpec, at_once: int, listen: Listener = nobody) -> Forecast:
     )
 
 
-def _refused(job: Job) -> str | None:
+def _refused(job: PlannedJob) -> str | None:
     try:
         check_fleet(job)
     except InvalidJob as error:
@@ -75,45 +75,45 @@ def _refused(job: Job) -> str | None:
     return None
 
 
-def _planned_bytes(plan: Plan) -> int:
+def _planned_bytes(plan: TurnPlan) -> int:
     """The most that any of a client's turns holds, that of profiling its layers included."""
     return max(plan.planned_bytes, plan.prefix.profile_bytes)
 
 
-def _of_rounds(job: Job, total: int) -> Job:
+def _of_rounds(job: PlannedJob, total: int) -> PlannedJob:
     """The job with so many rounds. It is not checked again: a rise of rates, say, may be longer than that."""
     rounds = job.spec.rounds.model_copy(update={"total": total})
     return replace(job, spec=job.spec.model_copy(update={"rounds": rounds}))
 
 
-def _sent_bytes(job: Job, plan: Plan) -> int:
+def _sent_bytes(job: PlannedJob, plan: TurnPlan) -> int:
     """What has gradients is what is trained, and what is trained is what is sent; with noise of its own, all of the stage's."""
     noisy = job.spec.privacy is not None and job.spec.privacy.where == "client"
     not_trained = (job.window - len(plan.window)) * job.planner.costs.adapter if noisy else 0
     return plan.footprint.gradients + not_trained
 
 
-def _sent_in_a_round(job: Job, cohort: int) -> int:
+def _sent_in_a_round(job: PlannedJob, cohort: int) -> int:
     """By a cohort drawn from everyone, of which some do not answer: on average."""
     answers = sum(candidate.availability * _sent_bytes(job, plan) for candidate, plan in job.admitted)
     return int(answers * cohort / len(job.admitted)) if job.admitted else 0
 
 
-def _head_sums_bytes(job: Job) -> int:
+def _head_sums_bytes(job: PlannedJob) -> int:
     if job.spec.chain.head != "fitted" or job.class_count is None or not job.admitted:
         return 0
     with torch.device("meta"):  # their shapes, without their bytes
-        sums = ClassSums.zeros(job.class_count, job.reads * job.hidden).tensors()
+        sums = ClassSums.zeros(job.class_count, job.head_layers * job.hidden).tensors()
     return sum(tensor.nbytes for tensor in sums.values())
 
 
-def _classes(job: Job, micro_steps: Mapping[str, float]) -> tuple[ClassForecast, ...]:
-    joining: dict[str, list[tuple[Candidate, Plan]]] = {}
+def _classes(job: PlannedJob, micro_steps: Mapping[str, float]) -> tuple[ClassForecast, ...]:
+    joining: dict[str, list[tuple[Candidate, TurnPlan]]] = {}
     missing: dict[str, list[tuple[Candidate, int]]] = {}
     for candidate, plan in job.admission.admitted:
         joining.setdefault(candidate.client_class, []).append((candidate, plan))
-    for candidate, lacking in job.admission.left_out:
-        missing.setdefault(candidate.client_class, []).append((candidate, lacking))
+    for candidate, shortfall in job.admission.excluded:
+        missing.setdefault(candidate.client_class, []).append((candidate, shortfall))
     groups = sorted(job.spec.fleet.clients, key=lambda group: (group.memory, group.name))
     return tuple(
         _class(job, group, joining.get(group.name, []), missing.get(group.name, []), micro_steps.get(group.name))
@@ -122,13 +122,13 @@ def _classes(job: Job, micro_steps: Mapping[str, float]) -> tuple[ClassForecast,
 
 
 def _class(
-    job: Job,
+    job: PlannedJob,
     group: ClientClass,
-    joining: Sequence[tuple[Candidate, Plan]],
+    joining: Sequence[tuple[Candidate, TurnPlan]],
     missing: Sequence[tuple[Candidate, int]],
     micro_step: float | None,
 ) -> ClassForecast:
-    planned = joining or [_with_enough(job, candidate, lacking) for candidate, lacking in missing]
+    planned = joining or [_with_enough(job, candidate, shortfall) for candidate, shortfall in missing]
     plans = [plan for _, plan in planned]
     largest = max(plans, key=_planned_bytes)
     widths, micro_batches = [len(plan.window) for plan in plans], [plan.micro_batch for plan in plans]
@@ -136,15 +136,15 @@ def _class(
         name=group.name,
         clients=group.count,
         joins=len(joining),
-        left_out=len(missing),
-        lacking_bytes=max((lacking for _, lacking in missing), default=0),
+        excluded=len(missing),
+        shortfall_bytes=max((shortfall for _, shortfall in missing), default=0),
         budget_bytes=group.memory,
         planned_bytes=_planned_bytes(largest),
         parts=largest.footprint.parts() | {PREFIX: _planned_bytes(largest) - largest.footprint.total},
         window=(min(widths), max(widths)),
         micro_batch=(min(micro_batches), max(micro_batches)),
-        grains=tuple(sorted({plan.grain for plan in plans})),
-        spilled=sum(plan.spilled for _, plan in joining),
+        grains=tuple(sorted({plan.weights for plan in plans})),
+        activations_offloaded=sum(plan.activations_offloaded for _, plan in joining),
         cached=sum(plan.prefix.cached for _, plan in joining),
         disk_bytes=max(job.planner.disk_bytes(candidate, plan) for candidate, plan in planned),
         sent_bytes=max(_sent_bytes(job, plan) for plan in plans),
@@ -152,40 +152,40 @@ def _class(
     )
 
 
-def _with_enough(job: Job, candidate: Candidate, lacking: int) -> tuple[Candidate, Plan]:
+def _with_enough(job: PlannedJob, candidate: Candidate, shortfall: int) -> tuple[Candidate, TurnPlan]:
     """The plan that a client which is left out would have with the bytes that it lacks."""
-    enough = replace(candidate, memory=candidate.memory + lacking)
+    enough = replace(candidate, memory=candidate.memory + shortfall)
     stage = Chain(job.layers, job.planner.task.start, job.window).windows[0]
     plan = job.planner.plan(enough, stage)
     assert plan, "what a client lacks is what it needs for a plan"
     return enough, plan
 
 
-def _changes(job: Job) -> Iterator[Change]:
+def _changes(job: PlannedJob) -> Iterator[Change]:
     """Single changes of the job that differ from it in who joins or, for the window, in who trains all of it."""
     for width in (job.window - 1, job.window + 1, 2 * job.window):
         if width >= 1 and width + job.planner.task.start <= job.layers:
             yield from _window_change(job, width)
-    if job.admission.left_out:
+    if job.admission.excluded:
         spec = job.spec
         yield from _joining(job, "chain.adapter.bottleneck", _halvings(spec.chain.adapter.bottleneck, 1))
-        yield from _joining(job, "chain.head_layers", _halvings(job.reads, 1))
+        yield from _joining(job, "chain.head_layers", _halvings(job.head_layers, 1))
         yield from _joining(job, "data.max_length", _halvings(spec.data.max_length, 2))
         yield from _joining(job, "rounds.batch_size", [2 * spec.rounds.batch_size])
         yield from _joining(job, "model.dtype", ["bfloat16"] if _could_hold_the_stack(job) else [])
 
 
-def _could_hold_the_stack(job: Job) -> bool:
+def _could_hold_the_stack(job: PlannedJob) -> bool:
     """Whether anybody who is left out could. It is in float32 whatever the dtype: only then is it worth running every part."""
     held = held_bytes(job.planner.costs, job.planner.task)
-    return any(candidate.memory > held for candidate, _ in job.admission.left_out)
+    return any(candidate.memory > held for candidate, _ in job.admission.excluded)
 
 
 def _halvings(value: int, least: int) -> list[int]:
     return [smaller for halved in range(1, _HALVINGS + 1) if (smaller := value >> halved) >= least]
 
 
-def _window_change(job: Job, width: int) -> Iterator[Change]:
+def _window_change(job: PlannedJob, width: int) -> Iterator[Change]:
     now, then = job.admission, _readmit(job, changed(job.spec, "chain.window", width))
     whole = sum(len(plan.window) == width for _, plan in then.admitted)
     delta = len(then.admitted) - len(now.admitted)
@@ -196,7 +196,7 @@ def _window_change(job: Job, width: int) -> Iterator[Change]:
         yield Change(field="chain.window", value=width, joins=joins, joins_delta=delta, words=words)
 
 
-def _joining(job: Job, field: str, values: Sequence[int | str]) -> Iterator[Change]:
+def _joining(job: PlannedJob, field: str, values: Sequence[int | str]) -> Iterator[Change]:
     """Each of ``values`` with which more clients join than now, and than with those before it. The last asks least of them."""
     most = len(job.admission.admitted)
     if not values or _joins(job, field, values[-1]) <= most:
@@ -211,7 +211,7 @@ def _joining(job: Job, field: str, values: Sequence[int | str]) -> Iterator[Chan
             most = joins
 
 
-def _joins(job: Job, field: str, value: int | str) -> int:
+def _joins(job: PlannedJob, field: str, value: int | str) -> int:
     return len(_readmit(job, changed(job.spec, field, value)).admitted)
 
 
@@ -226,23 +226,23 @@ def changed(spec: JobSpec, field: str, value: int | str) -> JobSpec:
     return parse_job(document)
 
 
-def _readmit(job: Job, spec: JobSpec) -> Admission:
+def _readmit(job: PlannedJob, spec: JobSpec) -> Admission:
     """Who takes part in ``spec``, of which one value differs from the job's; data that was read is not read again."""
-    everybody = [candidate for candidate, _ in (*job.admission.admitted, *job.admission.left_out)]
+    everybody = [candidate for candidate, _ in (*job.admission.admitted, *job.admission.excluded)]
     if spec.data.max_length < job.spec.data.max_length:
         everybody = [replace(one, examples=_cut(one.examples, spec.data.max_length)) for one in everybody]
-    return admit(Planner(_costs(job, spec), task_of(spec)), everybody, spec.chain.window)
+    return admit(Planner(_costs(job, spec), requirements_of(spec)), everybody, spec.chain.window)
 
 
-def _costs(job: Job, spec: JobSpec) -> Costs:
+def _costs(job: PlannedJob, spec: JobSpec) -> MemoryProfile:
     """Those of ``spec``; of what does not change, nothing is run again."""
-    reads, bottleneck = spec.chain.head_layers or job.reads, spec.chain.adapter.bottleneck
-    if spec.model == job.spec.model and reads == job.reads:
+    head_layers, bottleneck = spec.chain.head_layers or job.head_layers, spec.chain.adapter.bottleneck
+    if spec.model == job.spec.model and head_layers == job.head_layers:
         same = bottleneck == job.spec.chain.adapter.bottleneck
         return job.planner.costs if same else with_bottleneck(job.planner.costs, job.base.dtype, bottleneck)
     blocks = Blocks(job.base.folder, getattr(torch, spec.model.dtype))
     try:
-        return costs_of(blocks, bottleneck, job.class_count, reads)
+        return memory_profile_of(blocks, bottleneck, job.class_count, head_layers)
     finally:
         blocks.close()
 
@@ -254,12 +254,12 @@ def _cut(examples: Examples, tokens: int) -> Examples:
     return Examples(examples.ids[: offsets[-1]], offsets, examples.labels, targets)
 
 
-def _words(job: Job, field: str, value: int | str, delta: int) -> str:
+def _words(job: PlannedJob, field: str, value: int | str, delta: int) -> str:
     """Such as "window 3 leaves out 31 of 100 clients" or "bottleneck 32 lets 4 more join"."""
     name = field.removeprefix("chain.").removeprefix("adapter.")
-    admitted, left_out = len(job.admission.admitted), len(job.admission.left_out)
+    admitted, excluded = len(job.admission.admitted), len(job.admission.excluded)
     if delta > 0:
         return f"{name} {value} lets {delta} more join"
     if delta < 0:
-        return f"{name} {value} leaves out {left_out - delta} of {admitted + left_out} clients"
+        return f"{name} {value} leaves out {excluded - delta} of {admitted + excluded} clients"
     return f"{name} {value} leaves out nobody else"

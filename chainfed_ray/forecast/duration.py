@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.budget.planner import Plan
+from chainfed_ray.activity import Listener, Reporter, no_listener
+from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client, Training
 from chainfed_ray.federation.admission import Candidate
-from chainfed_ray.federation.prepare import Job, as_client
+from chainfed_ray.federation.prepare import PlannedJob, as_client
 from chainfed_ray.forecast.pace import Pace, evaluation_pace, training_pace
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.seeds import derive
@@ -32,7 +32,7 @@ class Duration:
     micro_steps: Mapping[str, float]
 
 
-def duration(job: Job, at_once: int, listen: Listener = nobody) -> Duration:
+def duration(job: PlannedJob, at_once: int, listen: Listener = no_listener) -> Duration:
     """About how long ``job`` takes where ``at_once`` clients train at a time; somebody has to take part."""
     Reporter("timing an evaluation", listen).begin()
     evaluations = evaluation_seconds(job)
@@ -45,31 +45,38 @@ def duration(job: Job, at_once: int, listen: Listener = nobody) -> Duration:
     return Duration(_rounds(job, paces, at_once) + evaluations, micro_steps)
 
 
-def _by_class(job: Job) -> dict[str, list[tuple[Candidate, Plan]]]:
-    classes: dict[str, list[tuple[Candidate, Plan]]] = {}
+def _by_class(job: PlannedJob) -> dict[str, list[tuple[Candidate, TurnPlan]]]:
+    classes: dict[str, list[tuple[Candidate, TurnPlan]]] = {}
     for candidate, plan in job.admitted:
         classes.setdefault(candidate.client_class, []).append((candidate, plan))
     return classes
 
 
-def _median(members: list[tuple[Candidate, Plan]]) -> tuple[Candidate, Plan]:
+def _median(members: list[tuple[Candidate, TurnPlan]]) -> tuple[Candidate, TurnPlan]:
     """The client that has as many examples as is usual in its class."""
     return sorted(members, key=lambda member: len(member[0].examples))[len(members) // 2]
 
 
-def _paces(job: Job, typical: Mapping[str, tuple[Candidate, Plan]], reporter: Reporter) -> dict[str, Pace]:
+def _paces(job: PlannedJob, typical: Mapping[str, tuple[Candidate, TurnPlan]], reporter: Reporter) -> dict[str, Pace]:
     """The pace of each class; classes that are planned alike share a measurement."""
     measured: dict[tuple[object, ...], Pace] = {}
     paces = {}
     for name, (candidate, plan) in reporter.each(typical.items(), len(typical), "classes"):
-        way = (plan.window, plan.micro_batch, plan.grain, plan.spilled, plan.prefix.batch, plan.prefix.grain)
+        way = (
+            plan.window,
+            plan.micro_batch,
+            plan.weights,
+            plan.activations_offloaded,
+            plan.prefix.batch,
+            plan.prefix.weights,
+        )
         if way not in measured:
             measured[way] = pace_of(job, as_client(candidate, plan, plan.planned_bytes))
         paces[name] = measured[way]
     return paces
 
 
-def pace_of(job: Job, client: Client) -> Pace:
+def pace_of(job: PlannedJob, client: Client) -> Pace:
     """The pace of a client, timed with its window at the bottom of the model: so there is nothing below that has to be run."""
     spec, plan = job.spec, client.plan
     window = Window(0, len(plan.window) - 1)
@@ -87,17 +94,17 @@ def pace_of(job: Job, client: Client) -> Pace:
     return training_pace(job.base, replace(client, plan=replace(plan, window=window)), order)
 
 
-def _lowest(job: Job) -> Window:
+def _lowest(job: PlannedJob) -> Window:
     return Chain(job.layers, job.planner.task.start, job.window).windows[0]
 
 
-def _new_stack(job: Job, layers: int) -> AdapterStack:
+def _new_stack(job: PlannedJob, layers: int) -> AdapterStack:
     """A stack with adapters after the lowest ``layers``."""
     bottleneck, classes, seed = job.spec.chain.adapter.bottleneck, job.class_count, job.spec.seed
-    return AdapterStack.new(range(layers), job.hidden, bottleneck, classes, seed, job.reads)
+    return AdapterStack.new(range(layers), job.hidden, bottleneck, classes, seed, job.head_layers)
 
 
-def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
+def _rounds(job: PlannedJob, paces: Mapping[str, Pace], at_once: int) -> float:
     """The clients' part: as many turns after one another as do not fit beside each other, and each layer of the prefix once.
 
     A round is no shorter than its longest turn, and no turn is longer than the deadline.
@@ -118,7 +125,7 @@ def _rounds(job: Job, paces: Mapping[str, Pace], at_once: int) -> float:
     return rounds.total * max(in_turn, _longest(turns, cohort)) + seen * once / min(at_once, clients)
 
 
-def _once(job: Job, plan: Plan, pace: Pace, examples: int) -> float:
+def _once(job: PlannedJob, plan: TurnPlan, pace: Pace, examples: int) -> float:
     """What a client does once in the job: its profile, the head of each stage, and the prefix as it is first made."""
     fits, cached = _fits(job), plan.prefix.cached
     profiles = job.spec.chain.start == "auto" and cached and examples >= FEWEST
@@ -139,7 +146,7 @@ def _once(job: Job, plan: Plan, pace: Pace, examples: int) -> float:
     return turns + (fits - 1) * window + _through(first + further, examples, plan, pace)
 
 
-def _below_all_stages(job: Job, plan: Plan) -> int:
+def _below_all_stages(job: PlannedJob, plan: TurnPlan) -> int:
     """How many layers a client without a cache runs its examples through, for the heads of all stages."""
     start = job.planner.task.start
     windows = Chain(job.layers, start, job.window).windows[-job.spec.rounds.total :]
@@ -147,20 +154,20 @@ def _below_all_stages(job: Job, plan: Plan) -> int:
     return sum(window.bottom + narrower + 1 for window in windows[: _fits(job)])
 
 
-def _through(layers: float, examples: int, plan: Plan, pace: Pace) -> float:
+def _through(layers: float, examples: int, plan: TurnPlan, pace: Pace) -> float:
     """Seconds of so many examples through so many layers. Without a cache each micro-batch reads every layer anew."""
-    reads = 1 if plan.prefix.cached else math.ceil(examples / plan.micro_batch)
-    return layers * (reads * pace.load + examples * pace.layer)
+    loads = 1 if plan.prefix.cached else math.ceil(examples / plan.micro_batch)
+    return layers * (loads * pace.load + examples * pace.layer)
 
 
-def _fits(job: Job) -> int:
+def _fits(job: PlannedJob) -> int:
     """How many heads in closed form the job has; each of all clients' examples."""
     if job.spec.chain.head != "fitted":
         return 0
     return _stages(job)
 
 
-def layers_of_exits(job: Job, cached: bool) -> int:
+def layers_of_exits(job: PlannedJob, cached: bool) -> int:
     """Layers that a client runs its examples through for the heads from which the chain's start follows."""
     windows = Chain(job.layers, 0, job.window).windows
     if job.spec.chain.start != "best-exit" or len(windows) == 1:
@@ -170,7 +177,7 @@ def layers_of_exits(job: Job, cached: bool) -> int:
     return sum(window.top + 1 for window in windows)
 
 
-def _stages(job: Job) -> int:
+def _stages(job: PlannedJob) -> int:
     """How many stages the job has: no more than rounds, and where windows take turns one."""
     if job.spec.chain.schedule == "cyclic":
         return 1
@@ -195,7 +202,7 @@ def _trained_on(rounds: RoundsSpec, examples: int) -> int:
     return passes * examples + rest * rounds.batch_size
 
 
-def _layers_below(job: Job, plan: Plan, examples: int) -> tuple[float, int]:
+def _layers_below(job: PlannedJob, plan: TurnPlan, examples: int) -> tuple[float, int]:
     """How many layers a client runs its examples through below its window: in each turn, and once in the job."""
     spec, start = job.spec, job.planner.task.start
     chain = Chain(job.layers, start, job.window)
@@ -214,18 +221,18 @@ def _layers_below(job: Job, plan: Plan, examples: int) -> tuple[float, int]:
     return narrower + slides, highest + 1
 
 
-def evaluation_seconds(job: Job) -> float:
+def evaluation_seconds(job: PlannedJob) -> float:
     """The server's part: the validation rows as often as they are judged, and the test rows through the whole model."""
     spec, inside = job.spec, job.window - 1
     pace = evaluation_pace(job.base, job.validation, _new_stack(job, job.layers), job.window)
-    early = pace.opening + inside * pace.load + len(job.validation) * (inside * pace.layer + pace.row)
+    early = pace.job_started + inside * pace.load + len(job.validation) * (inside * pace.layer + pace.row)
     judged, whole = (times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
     through_all_layers = whole * len(job.validation) + len(job.test)
-    passes = (whole + 1) * (pace.opening + job.layers * pace.load)
+    passes = (whole + 1) * (pace.job_started + job.layers * pace.load)
     return judged * early + passes + through_all_layers * (job.layers * pace.layer + pace.row)
 
 
-def times(job: Job, often: Often | Literal["never"]) -> int:
+def times(job: PlannedJob, often: Often | Literal["never"]) -> int:
     """How many times in the job something is done that is done so often."""
     total = job.spec.rounds.total
     if isinstance(often, int):

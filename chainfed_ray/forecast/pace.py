@@ -15,19 +15,19 @@ from typing import NamedTuple
 import numpy as np
 
 from chainfed_ray.budget.planner import PREFIX_BATCH
-from chainfed_ray.budget.server import evaluation_grains
-from chainfed_ray.client.entrance import entering, reader
+from chainfed_ray.budget.server import evaluation_weights
+from chainfed_ray.client.entrance import matrix_reader, window_inputs
 from chainfed_ray.client.messages import Client, Training
 from chainfed_ray.client.training import train
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
-from chainfed_ray.evaluation.predictions import judge
+from chainfed_ray.evaluation.predictions import predict
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.pooling import States
+from chainfed_ray.model.pooling import LayerStates
 from chainfed_ray.model.prefix import PrefixRunner
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 
 _ENOUGH_SECONDS = 0.4  # of CPU, of one measurement: what a clock and other processes add is small beside it
 _LONG_SECONDS = 2.0  # of a first measurement, which is not repeated then
@@ -50,7 +50,7 @@ class Pace:
 class EvaluationPace:
     """The server's, as it judges a stack."""
 
-    opening: float  # of an evaluation, however many rows it has
+    job_started: float  # of an evaluation, however many rows it has
     row: float  # of a row in the head
     layer: float  # of a row in a layer
     load: float  # of reading a layer
@@ -66,40 +66,40 @@ class Taken(NamedTuple):
 _Timed = Callable[[Examples], Taken]
 
 
-def training_pace(base: BaseModel, client: Client, order: Training) -> Pace:
+def training_pace(base: ModelSource, client: Client, order: Training) -> Pace:
     """The pace of a client in the turn of ``order``, whose window is at the bottom of the model."""
     plan, examples = client.plan, client.examples
-    with _opened(base) as (blocks, opening), reader(blocks, plan) as matrices:
-        runner = PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.grain == "matrix" else None)
+    with _opened(base) as (blocks, job_started), matrix_reader(blocks, plan) as matrices:
+        runner = PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.weights == "streamed" else None)
         layer, load = _layer_pace(runner, AdapterStack.from_tensors(order.tensors), examples)
         batch = usual_batch(examples, _random_batches(len(examples), plan.micro_batch, order.seed))
         step = seconds_of(batch, lambda part: _time_step(blocks, replace(client, examples=part), order))
     # A step was timed together with reading the window.
-    window = (len(plan.window) - 1) * load if plan.grain == "layer" else 0.0
-    return Pace(opening + window, max(step - window, 0) / len(batch), layer, load)
+    window = (len(plan.window) - 1) * load if plan.weights == "resident" else 0.0
+    return Pace(job_started + window, max(step - window, 0) / len(batch), layer, load)
 
 
-def evaluation_pace(base: BaseModel, rows: Examples, stack: AdapterStack, window: int) -> EvaluationPace:
+def evaluation_pace(base: ModelSource, rows: Examples, stack: AdapterStack, window: int) -> EvaluationPace:
     """The pace of the server as it judges ``stack`` on ``rows``, at the top of a window of so many layers."""
-    with _opened(base) as (blocks, opening):
+    with _opened(base) as (blocks, job_started):
         matrices = blocks.reader()
         try:
-            below, _ = evaluation_grains(blocks.layer_bytes, blocks.conversion_bytes, window)
-            runner = PrefixRunner(blocks, matrices=matrices if below == "matrix" else None)
+            below, _ = evaluation_weights(blocks.layer_bytes, blocks.conversion_bytes, window)
+            runner = PrefixRunner(blocks, matrices=matrices if below == "streamed" else None)
             layer, load = _layer_pace(runner, stack, rows)
 
             def head(part: Examples) -> Taken:
                 batch, states = part.batch(np.arange(len(part))), _some_states(blocks, stack, part)
-                return _time(lambda: judge(blocks, stack, states, batch, matrices))
+                return _time(lambda: predict(blocks, stack, states, batch, matrices))
 
             batch = usual_batch(rows, rows.by_length(PREFIX_BATCH))
-            return EvaluationPace(opening, seconds_of(batch, head) / len(batch), layer, load)
+            return EvaluationPace(job_started, seconds_of(batch, head) / len(batch), layer, load)
         finally:
             matrices.close()
 
 
 @contextmanager
-def _opened(base: BaseModel) -> Iterator[tuple[Blocks, float]]:
+def _opened(base: ModelSource) -> Iterator[tuple[Blocks, float]]:
     """The base model, and the seconds of opening it; this process then has one thread, and gives freed memory back at once.
 
     So has one that takes turns, or judges.
@@ -107,9 +107,9 @@ def _opened(base: BaseModel) -> Iterator[tuple[Blocks, float]]:
     with PeakMemory(), one_thread():
         started = perf_counter()
         blocks = Blocks(base.folder, base.dtype)
-        opening = perf_counter() - started
+        job_started = perf_counter() - started
         try:
-            yield blocks, opening
+            yield blocks, job_started
         finally:
             blocks.close()
 
@@ -130,12 +130,12 @@ def _layer_pace(runner: PrefixRunner, stack: AdapterStack, examples: Examples) -
     return seconds_of(batch, through) / len(batch), load
 
 
-def _some_states(blocks: Blocks, stack: AdapterStack, part: Examples) -> States:
+def _some_states(blocks: Blocks, stack: AdapterStack, part: Examples) -> LayerStates:
     """States of the right form, as if a layer had given them."""
     batch = part.batch(np.arange(len(part)))
     hidden, _ = blocks.embed(batch.ids, batch.mask)
-    read = hidden.new_zeros(len(hidden), min(1, stack.reads_below), hidden.shape[-1]).float()
-    return States(hidden, read)
+    pooled = hidden.new_zeros(len(hidden), min(1, stack.pooled_layers), hidden.shape[-1]).float()
+    return LayerStates(hidden, pooled)
 
 
 def _time_step(blocks: Blocks, client: Client, order: Training) -> Taken:
@@ -144,8 +144,8 @@ def _time_step(blocks: Blocks, client: Client, order: Training) -> Taken:
     client = replace(client, plan=plan)
     with tempfile.TemporaryDirectory(prefix="chainfed-") as folder:
         stack = AdapterStack.from_tensors(order.tensors)
-        with reader(blocks, plan) as matrices:
-            entering(client, blocks, Path(folder), stack, matrices, order.window)
+        with matrix_reader(blocks, plan) as matrices:
+            window_inputs(client, blocks, Path(folder), stack, matrices, order.window)
         step = replace(order, batch_size=len(client.examples))
         return _time(lambda: train(client, blocks, Path(folder), step))
 

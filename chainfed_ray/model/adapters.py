@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from chainfed_ray.model.pooling import nothing_read, read_on
+from chainfed_ray.model.pooling import append_pooled, no_features
 from chainfed_ray.seeds import derive
 
 Tensors = dict[str, Tensor]
@@ -68,8 +68,8 @@ class Head(nn.Module):
 
         Where there are fewer layers than it could read, it is as if the lower ones were zero.
         """
-        below = nothing_read(hidden) if below is None else below
-        features = self.norm(read_on(below, hidden, mask, self.layers)).flatten(1)
+        below = no_features(hidden) if below is None else below
+        features = self.norm(append_pooled(below, hidden, mask, self.layers)).flatten(1)
         return nn.functional.linear(features, self.linear.weight[:, -features.shape[1] :], self.linear.bias)
 
 
@@ -98,14 +98,14 @@ class AdapterStack(nn.Module):
 
     @classmethod
     def new(
-        cls, layers: Iterable[int], hidden: int, bottleneck: int, classes: int | None, seed: int, reads: int = 1
+        cls, layers: Iterable[int], hidden: int, bottleneck: int, classes: int | None, seed: int, head_layers: int = 1
     ) -> "AdapterStack":
         """Identity adapters after ``layers`` of width D = ``hidden``, and a zero head for C = ``classes``, if there are any.
 
         The head reads so many layers.
         """
         made = {layer: Adapter(hidden, bottleneck, derive(seed, "adapter", layer)) for layer in layers}
-        return cls(made, None if classes is None else Head(hidden, classes, reads))
+        return cls(made, None if classes is None else Head(hidden, classes, head_layers))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -113,18 +113,18 @@ class AdapterStack(nn.Module):
         return tuple(int(layer) for layer in self.adapters)
 
     @property
-    def reads(self) -> int:
+    def head_layers(self) -> int:
         """How many layers its head reads; a language model's own reads one."""
         return 1 if self.head is None else self.head.layers
 
     @property
-    def reads_below(self) -> int:
+    def pooled_layers(self) -> int:
         """How many of them are below the one at whose top it stands."""
-        return self.reads - 1
+        return self.head_layers - 1
 
-    def read_past(self, read: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
-        """What comes up to the next layer past one that gives ``hidden`` [B, T, D], below which was ``read`` [B, r, D]."""
-        return read_on(read, hidden, mask, self.reads_below)
+    def pool(self, pooled: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+        """What comes up to the next layer past one that gives ``hidden`` [B, T, D], below which was ``pooled`` [B, r, D]."""
+        return append_pooled(pooled, hidden, mask, self.pooled_layers)
 
     def is_new(self, top: int) -> bool:
         """Whether its adapters up to the layer ``top`` are the identity, as they are before they have been trained."""

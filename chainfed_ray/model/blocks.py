@@ -233,12 +233,12 @@ class Blocks:
     def _without_tables(self) -> Iterator[None]:
         """No embedding row is read meanwhile."""
         for table in self._tables:
-            table.reads = False
+            table.enabled = False
         try:
             yield
         finally:
             for table in self._tables:
-                table.reads = True
+                table.enabled = True
 
     def _recorder(self, index: int) -> nn.Module:
         return _Recorder(self._meta_layers[index], lambda hidden, call: self._record(index, hidden, call))

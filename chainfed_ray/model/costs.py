@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # it has no public nam
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from chainfed_ray.budget.demand import Costs, Demand, StepDemands
+from chainfed_ray.budget.demand import MemoryProfile, PartMemory, StepMemory
 from chainfed_ray.model.adapters import Adapter, Head
 from chainfed_ray.model.blocks import Blocks, LayerCall
 from chainfed_ray.model.lm_head import next_token_loss
-from chainfed_ray.model.trace import Prepare, polynomial_of, rehearse, with_blank_weights
+from chainfed_ray.model.trace import Prepare, polynomial_of, trace_memory, with_blank_weights
 from chainfed_ray.streaming.activations import overwrite_activations
 from chainfed_ray.streaming.matrices import SLICE_BYTES
 
@@ -25,22 +25,24 @@ _MODULE = 9 * 2**10
 _COMPILED = 2**20
 
 
-def costs_of(blocks: Blocks, bottleneck: int, classes: int | None, reads: int = 1) -> Costs:
+def memory_profile_of(blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int = 1) -> MemoryProfile:
     """The costs of tuning ``blocks`` with adapters of R = ``bottleneck`` and a classifier of C = ``classes``.
 
     The classifier reads so many layers. ``classes`` is None for a language model, whose own head is used and not trained.
     """
-    parts = Parts(blocks, classes, reads)
+    parts = Parts(blocks, classes, head_layers)
     width = blocks.hidden_size
 
-    def demands(spilled: bool) -> StepDemands:
-        return StepDemands(
-            layer=rehearse(parts.layer(spilled), width, blocks.dtype, spilled=spilled),
-            head=rehearse(parts.head, width, blocks.dtype, spilled=spilled),
-            **_of_adapters(width, blocks.dtype, bottleneck, spilled),
+    def demands(activations_offloaded: bool) -> StepMemory:
+        return StepMemory(
+            layer=trace_memory(
+                parts.layer(activations_offloaded), width, blocks.dtype, activations_offloaded=activations_offloaded
+            ),
+            head=trace_memory(parts.head, width, blocks.dtype, activations_offloaded=activations_offloaded),
+            **_of_adapters(width, blocks.dtype, bottleneck, activations_offloaded),
         )
 
-    return Costs(
+    return MemoryProfile(
         layers=blocks.num_layers,
         hidden=width,
         itemsize=blocks.dtype.itemsize,
@@ -52,23 +54,25 @@ def costs_of(blocks: Blocks, bottleneck: int, classes: int | None, reads: int = 
         skeleton=blocks.modules * _MODULE + blocks.kept_bytes + (_COMPILED if blocks.dtype == torch.bfloat16 else 0),
         call=polynomial_of(parts.call_bytes),
         adapter=_adapter_bytes(width, bottleneck),
-        head=0 if classes is None else (reads * width * classes + classes + 2 * width) * _FLOAT32,
-        reads=reads,
+        head=0 if classes is None else (head_layers * width * classes + classes + 2 * width) * _FLOAT32,
+        head_layers=head_layers,
         streamed_head=classes is None,
-        kept=demands(spilled=False),
-        spilled=demands(spilled=True),
-        advance=rehearse(parts.layer(spilled=False), width, blocks.dtype, gradients=False),
+        kept=demands(activations_offloaded=False),
+        activations_offloaded=demands(activations_offloaded=True),
+        advance=trace_memory(parts.layer(activations_offloaded=False), width, blocks.dtype, gradients=False),
         advance_adapter=_advancing(width, blocks.dtype, bottleneck),
     )
 
 
-def with_bottleneck(costs: Costs, dtype: torch.dtype, bottleneck: int) -> Costs:
+def with_bottleneck(costs: MemoryProfile, dtype: torch.dtype, bottleneck: int) -> MemoryProfile:
     """``costs``, which are of a base model in ``dtype``, with adapters of another R: no layer and no head is run again."""
     return replace(
         costs,
         adapter=_adapter_bytes(costs.hidden, bottleneck),
-        kept=replace(costs.kept, **_of_adapters(costs.hidden, dtype, bottleneck, spilled=False)),
-        spilled=replace(costs.spilled, **_of_adapters(costs.hidden, dtype, bottleneck, spilled=True)),
+        kept=replace(costs.kept, **_of_adapters(costs.hidden, dtype, bottleneck, activations_offloaded=False)),
+        activations_offloaded=replace(
+            costs.activations_offloaded, **_of_adapters(costs.hidden, dtype, bottleneck, activations_offloaded=True)
+        ),
         advance_adapter=_advancing(costs.hidden, dtype, bottleneck),
     )
 
@@ -77,16 +81,18 @@ def _adapter_bytes(width: int, bottleneck: int) -> int:
     return (2 * width * bottleneck + width + bottleneck) * _FLOAT32
 
 
-def _of_adapters(width: int, dtype: torch.dtype, bottleneck: int, spilled: bool) -> dict[str, Demand]:
-    """The demands of a step that are of adapters, by their names in ``StepDemands``."""
+def _of_adapters(width: int, dtype: torch.dtype, bottleneck: int, activations_offloaded: bool) -> dict[str, PartMemory]:
+    """The demands of a step that are of adapters, by their names in ``StepMemory``."""
     return {
-        name: rehearse(new_adapter(width, bottleneck, trained), width, dtype, spilled=spilled)
+        name: trace_memory(
+            new_adapter(width, bottleneck, trained), width, dtype, activations_offloaded=activations_offloaded
+        )
         for name, trained in (("adapter", True), ("stand_in", False))
     }
 
 
-def _advancing(width: int, dtype: torch.dtype, bottleneck: int) -> Demand:
-    return rehearse(new_adapter(width, bottleneck, trained=False), width, dtype, gradients=False)
+def _advancing(width: int, dtype: torch.dtype, bottleneck: int) -> PartMemory:
+    return trace_memory(new_adapter(width, bottleneck, trained=False), width, dtype, gradients=False)
 
 
 def new_adapter(width: int, bottleneck: int, trained: bool) -> Prepare:
@@ -104,17 +110,19 @@ class Parts:
 
     blocks: Blocks
     classes: int | None
-    reads: int
+    head_layers: int
 
-    def layer(self, spilled: bool) -> Prepare:
+    def layer(self, activations_offloaded: bool) -> Prepare:
         """A layer of the base model."""
-        return lambda fake, batch, tokens: self._layer(fake, batch, tokens, spilled)
+        return lambda fake, batch, tokens: self._layer(fake, batch, tokens, activations_offloaded)
 
-    def _layer(self, fake: FakeTensorMode, batch: int, tokens: int, spilled: bool) -> Callable[[Tensor], Tensor]:
+    def _layer(
+        self, fake: FakeTensorMode, batch: int, tokens: int, activations_offloaded: bool
+    ) -> Callable[[Tensor], Tensor]:
         real = self.blocks.calls(padded(batch, tokens))[0]
         call = LayerCall(*tree_map(lambda it: fake.from_tensor(it) if isinstance(it, Tensor) else it, tuple(real)))
         layer = with_blank_weights(self.blocks.largest_layer, fake)
-        if spilled:
+        if activations_offloaded:
             overwrite_activations(layer)
         return lambda hidden: self.blocks.run(layer, hidden, call)
 
@@ -125,9 +133,9 @@ class Parts:
             slices, ids = _BlankSlices(self.blocks), np.zeros((batch, tokens), dtype=np.int64)
             every = np.ones((batch, tokens), dtype=bool)
             return lambda hidden: next_token_loss(self.blocks, hidden, ids, mask, every, slices)
-        head = with_blank_weights(Head(self.blocks.hidden_size, self.classes, self.reads), fake)
+        head = with_blank_weights(Head(self.blocks.hidden_size, self.classes, self.head_layers), fake)
         labels = torch.zeros(batch, dtype=torch.int64)
-        below = torch.zeros(batch, self.reads - 1, self.blocks.hidden_size)
+        below = torch.zeros(batch, self.head_layers - 1, self.blocks.hidden_size)
         return lambda hidden: cross_entropy(head(hidden, mask, below), labels, reduction="sum")
 
     def call_bytes(self, batch: int, tokens: int) -> int:

@@ -12,27 +12,33 @@ from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Batch
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks, LayerCall
-from chainfed_ray.model.pooling import States, nothing_read
+from chainfed_ray.model.pooling import LayerStates, no_features
 
 
-def embed(blocks: Blocks, batch: Batch) -> tuple[States, list[LayerCall]]:
+def embed(blocks: Blocks, batch: Batch) -> tuple[LayerStates, list[LayerCall]]:
     """Tokens [B, T] → the states [B, T, D] that enter layer 0, and the call of each layer."""
     hidden, calls = blocks.embed(batch.ids, batch.mask)
-    return States(hidden, nothing_read(hidden)), calls
+    return LayerStates(hidden, no_features(hidden)), calls
 
 
 def through_layer(
-    blocks: Blocks, stack: AdapterStack, index: int, layer: nn.Module, call: LayerCall, states: States, mask: Tensor
-) -> States:
+    blocks: Blocks,
+    stack: AdapterStack,
+    index: int,
+    layer: nn.Module,
+    call: LayerCall,
+    states: LayerStates,
+    mask: Tensor,
+) -> LayerStates:
     """Layer ``index``, without its adapter: from what came out below it, through the adapter there, or from the embeddings."""
-    hidden, read = states
+    hidden, pooled = states
     del states  # its pooled features may go
     if index:
-        read = stack.read_past(read, hidden, mask)
-    return States(blocks.run(layer, hidden, call), read)
+        pooled = stack.pool(pooled, hidden, mask)
+    return LayerStates(blocks.run(layer, hidden, call), pooled)
 
 
-def through_adapter(stack: AdapterStack, index: int, states: States) -> States:
+def through_adapter(stack: AdapterStack, index: int, states: LayerStates) -> LayerStates:
     """The adapter of layer ``index``, where there is one."""
     if index not in stack.layers:
         return states
@@ -44,9 +50,9 @@ def through_layers(
     stack: AdapterStack,
     layers: Iterable[tuple[int, nn.Module]],
     calls: Sequence[LayerCall],
-    states: States,
+    states: LayerStates,
     mask: Tensor,
-) -> States:
+) -> LayerStates:
     """Layers one after the other, each with its adapter."""
     for index, layer in layers:
         states = through_layer(blocks, stack, index, layer, calls[index], states, mask)
@@ -55,8 +61,8 @@ def through_layers(
 
 
 def through_window(
-    blocks: Blocks, stack: AdapterStack, window: Window, layers: dict[int, nn.Module], states: States, mask: Tensor
-) -> States:
+    blocks: Blocks, stack: AdapterStack, window: Window, layers: dict[int, nn.Module], states: LayerStates, mask: Tensor
+) -> LayerStates:
     """A window: from its bottom layer's output u to its top adapter's output h; ``layers`` are those above the bottom one."""
     states = through_adapter(stack, window.bottom, states)
     if not layers:

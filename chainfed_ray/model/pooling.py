@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 
-class States(NamedTuple):
+class LayerStates(NamedTuple):
     """How far examples are in the model: the hidden states of a layer, and what is read of the layers just below it."""
 
     hidden: Tensor  # [B, T, D]
-    read: Tensor  # [B, r, D] float32, the lowest layer first
+    pooled: Tensor  # [B, r, D] float32, the lowest layer first
 
 
-def nothing_read(hidden: Tensor) -> Tensor:
+def no_features(hidden: Tensor) -> Tensor:
     """[B, 0, D]: what is read of the layers below the first one, whose inputs are ``hidden`` [B, T, D]."""
     return hidden.new_zeros(len(hidden), 0, hidden.shape[-1], dtype=torch.float32)
 
@@ -29,8 +29,8 @@ def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-def read_on(read: Tensor, hidden: Tensor, mask: Tensor, most: int) -> Tensor:
-    """``read`` [B, r, D] and after it the mean of a layer's output ``hidden`` [B, T, D]: the ``most`` highest of them."""
+def append_pooled(pooled: Tensor, hidden: Tensor, mask: Tensor, most: int) -> Tensor:
+    """``pooled`` [B, r, D] and after it the mean of a layer's output ``hidden`` [B, T, D]: the ``most`` highest of them."""
     if most == 0:
-        return read
-    return torch.cat([read, mean_over_tokens(hidden.float(), mask).unsqueeze(1)], 1)[:, -most:]
+        return pooled
+    return torch.cat([pooled, mean_over_tokens(hidden.float(), mask).unsqueeze(1)], 1)[:, -most:]

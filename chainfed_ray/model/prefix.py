@@ -25,20 +25,20 @@ import torch
 from torch import Tensor, nn
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.budget.planner import PREFIX_BATCH, Grain
+from chainfed_ray.budget.planner import PREFIX_BATCH, WeightPlacement
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.features import FeatureWriter, PooledFeatures
 from chainfed_ray.model.forward import embed, through_adapter, through_layer
-from chainfed_ray.model.pooling import States, mean_over_tokens
+from chainfed_ray.model.pooling import LayerStates, mean_over_tokens
 from chainfed_ray.streaming.matrices import RowSlices
 
 
 class Activations(Protocol):
     """The output of one layer for every example of a client."""
 
-    def batch(self, indices: np.ndarray) -> States:
+    def batch(self, indices: np.ndarray) -> LayerStates:
         """Those of some examples, zero where they are padded, with what the head reads of the layers below."""
         ...
 
@@ -54,8 +54,8 @@ class PrefixRunner:
     @property
     def way(self) -> str:
         """What the bits of an activation depend on besides the model, the adapters and the examples."""
-        grain: Grain = "matrix" if self.matrices else "layer"
-        return f"{grain}-{self.batch}"
+        weights: WeightPlacement = "streamed" if self.matrices else "resident"
+        return f"{weights}-{self.batch}"
 
     def layers(self, indices: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
         """Some layers, one after the other; while one is used, the next is loaded."""
@@ -81,8 +81,8 @@ class PrefixRunner:
         stack: AdapterStack,
         examples: Examples,
         indices: np.ndarray,
-        below: States | None,
-    ) -> States:
+        below: LayerStates | None,
+    ) -> LayerStates:
         """u of layer ``index``: from u of the layer ``below`` through its adapter, or from the embeddings."""
         # No decorator: that would hold on to the arguments for as long as the layer runs.
         with torch.no_grad():
@@ -146,10 +146,10 @@ class PrefixCache:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, layer: int, stack: AdapterStack) -> Path:
-        return self._folder / f"{layer:04d}-{_digest(stack, layer)}-{stack.reads}-{self._runner.way}.activations"
+        return self._folder / f"{layer:04d}-{_digest(stack, layer)}-{stack.head_layers}-{self._runner.way}.activations"
 
     def _open(self, layer: int, stack: AdapterStack) -> "CachedActivations":
-        rows = min(layer, stack.reads_below)
+        rows = min(layer, stack.pooled_layers)
         return CachedActivations(self._path(layer, stack), self._runner.blocks, self._examples, rows)
 
     def forget_all_but(self, layers: Collection[int | None], stack: AdapterStack) -> None:
@@ -179,14 +179,14 @@ class PrefixCache:
                 )
         aside.replace(path)
 
-    def _store(self, file: BinaryIO, indices: np.ndarray, states: States, features: FeatureWriter | None) -> None:
+    def _store(self, file: BinaryIO, indices: np.ndarray, states: LayerStates, features: FeatureWriter | None) -> None:
         lengths = self._examples.lengths[indices]
-        for index, length, row, read in zip(indices.tolist(), lengths.tolist(), *states, strict=True):
+        for index, length, row, pooled in zip(indices.tolist(), lengths.tolist(), *states, strict=True):
             file.seek(int(self._examples.offsets[index]) * self._row_bytes)
             file.write(row[:length].contiguous().view(torch.uint8).numpy())
-            if len(read):
-                file.seek(int(self._examples.offsets[-1]) * self._row_bytes + index * read.nbytes)
-                file.write(read.contiguous().view(torch.uint8).numpy())
+            if len(pooled):
+                file.seek(int(self._examples.offsets[-1]) * self._row_bytes + index * pooled.nbytes)
+                file.write(pooled.contiguous().view(torch.uint8).numpy())
         if features:
             mask = torch.arange(states.hidden.shape[1]) < torch.from_numpy(lengths)[:, None]
             features.put(indices, mean_over_tokens(states.hidden.float(), mask))
@@ -195,25 +195,25 @@ class PrefixCache:
 class CachedActivations:
     """The output of one layer for each real token of each example, read row by row: never mapped, so never resident.
 
-    Of each example there are ``read`` layers below to be read as well.
+    Of each example there are ``pooled`` layers below to be read as well.
     """
 
-    def __init__(self, path: Path, blocks: Blocks, examples: Examples, read: int) -> None:
+    def __init__(self, path: Path, blocks: Blocks, examples: Examples, pooled: int) -> None:
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        self._width, self._dtype, self._examples, self._read = blocks.hidden_size, blocks.dtype, examples, read
+        self._width, self._dtype, self._examples, self._pooled = blocks.hidden_size, blocks.dtype, examples, pooled
 
-    def batch(self, indices: np.ndarray) -> States:
+    def batch(self, indices: np.ndarray) -> LayerStates:
         """See ``Activations``."""
         offsets, lengths = self._examples.offsets, self._examples.lengths[indices]
         hidden = torch.zeros(len(indices), int(lengths.max()), self._width, dtype=self._dtype)
-        read = torch.empty(len(indices), self._read, self._width)
+        pooled = torch.empty(len(indices), self._pooled, self._width)
         stride = self._width * self._dtype.itemsize
         for place, (index, length) in enumerate(zip(indices.tolist(), lengths.tolist(), strict=True)):
             self._fill(hidden[place, :length], int(offsets[index]) * stride, index)
-            if self._read:
-                self._fill(read[place], int(offsets[-1]) * stride + index * read[place].nbytes, index)
-        return States(hidden, read)
+            if self._pooled:
+                self._fill(pooled[place], int(offsets[-1]) * stride + index * pooled[place].nbytes, index)
+        return LayerStates(hidden, pooled)
 
     def _fill(self, rows: Tensor, position: int, index: int) -> None:
         data: Any = rows.view(-1).view(torch.uint8).numpy()
@@ -231,9 +231,9 @@ class RecomputedActivations:
     runner: PrefixRunner
     examples: Examples
 
-    def batch(self, indices: np.ndarray) -> States:
+    def batch(self, indices: np.ndarray) -> LayerStates:
         """See ``Activations``."""
-        states: dict[int, States] = {}
+        states: dict[int, LayerStates] = {}
         for layer, module in self.runner.layers(range(self.layer + 1)):
             for index in indices.tolist():
                 states[index] = self.runner.run(
@@ -242,11 +242,11 @@ class RecomputedActivations:
             del module  # before the next but one is loaded
         lengths = self.examples.lengths[indices]
         width, dtype = self.runner.blocks.hidden_size, self.runner.blocks.dtype
-        read = torch.cat([states[index].read for index in indices.tolist()])
+        pooled = torch.cat([states[index].pooled for index in indices.tolist()])
         hidden = torch.zeros(len(indices), int(lengths.max()), width, dtype=dtype)
         for row, index, length in zip(hidden, indices.tolist(), lengths.tolist(), strict=True):
             row[:length] = states.pop(index).hidden[0]
-        return States(hidden, read)
+        return LayerStates(hidden, pooled)
 
 
 def _digest(stack: AdapterStack, layer: int) -> str:

@@ -63,7 +63,7 @@ class SavedStack:
             "hidden": down.in_features,
             "bottleneck": down.out_features,
             "classes": list(self.classes),
-            "reads": self.stack.reads,
+            "head_layers": self.stack.head_layers,
             "max_length": self.max_length,
         }
 
@@ -125,7 +125,7 @@ def load_stack(folder: Path) -> SavedStack:
         saved = SavedStack(stack, tuple(config["classes"]), config["max_length"], config["base"], path)
         complete = (
             causal == (stack.head is None)
-            and config.get("reads", 1) == stack.reads
+            and config.get("head_layers", 1) == stack.head_layers
             and sorted(saved.modules) == sorted(config["target_modules"])
             and saved.tensors().keys() == tensors.keys()
         )

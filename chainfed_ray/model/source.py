@@ -7,7 +7,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class ModelSource:
     """Which base model a turn streams, and where it may keep its prefix caches."""
 
     folder: Path

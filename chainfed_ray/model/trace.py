@@ -22,8 +22,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chainfed_ray.budget.demand import NOTHING, Bytes, Demand
-from chainfed_ray.streaming.activations import is_spilled
+from chainfed_ray.budget.demand import NOTHING, BytePolynomial, PartMemory
+from chainfed_ray.streaming.activations import is_offloaded
 
 # Two batches and three lengths determine terms up to B·T². None is 1: what has one row is sometimes a view of another tensor.
 _BATCHES, _TOKENS = (2, 3), (16, 32, 48)
@@ -36,12 +36,12 @@ class Prepare(Protocol):
     def __call__(self, fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]: ...
 
 
-def rehearse(
-    prepare: Prepare, width: int, dtype: torch.dtype, *, gradients: bool = True, spilled: bool = False
-) -> Demand:
-    """The bytes of a part for any B and T; with ``spilled``, saved activations count while they are read, and no longer."""
-    runs = [_run(prepare, batch, tokens, width, dtype, gradients, spilled) for batch, tokens in SHAPES]
-    return Demand(
+def trace_memory(
+    prepare: Prepare, width: int, dtype: torch.dtype, *, gradients: bool = True, activations_offloaded: bool = False
+) -> PartMemory:
+    """The bytes of a part for any B and T; activations that are offloaded count while they are read, and no longer."""
+    runs = [_run(prepare, batch, tokens, width, dtype, gradients, activations_offloaded) for batch, tokens in SHAPES]
+    return PartMemory(
         saved=_polynomial([run.saved for run in runs]) if gradients else NOTHING,
         forward=_moments([run.forward for run in runs]),
         backward=_moments([run.backward for run in runs]) if gradients else (),
@@ -69,16 +69,22 @@ class _Run:
 
 
 def _run(
-    prepare: Prepare, batch: int, tokens: int, width: int, dtype: torch.dtype, gradients: bool, spilled: bool
+    prepare: Prepare,
+    batch: int,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+    gradients: bool,
+    activations_offloaded: bool,
 ) -> _Run:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     compute = prepare(fake, batch, tokens)
-    with fake, Ledger() as ledger, torch.set_grad_enabled(gradients):
+    with fake, AllocationTrace() as ledger, torch.set_grad_enabled(gradients):
         # Not a leaf: the graph would keep that alive by itself.
         seed = torch.zeros((), dtype=dtype, requires_grad=gradients)
         hidden = seed.expand(batch, tokens, width).clone()
         ledger.history()
-        with Forgetful() if spilled else nullcontext():
+        with Forgetful() if activations_offloaded else nullcontext():
             output = compute(hidden)
         del hidden
         forward = ledger.history()
@@ -105,7 +111,7 @@ class Rest(torch.autograd.Function):
         return torch.empty(ctx.shape, dtype=ctx.dtype)
 
 
-class Ledger(TorchDispatchMode):
+class AllocationTrace(TorchDispatchMode):
     """Counts the bytes of every tensor that is made, until the last that shares them is gone."""
 
     def __init__(self) -> None:
@@ -157,7 +163,7 @@ class Forgetful(saved_tensors_hooks):
 
     @staticmethod
     def _put(tensor: Tensor) -> Any:
-        if not is_spilled(tensor):
+        if not is_offloaded(tensor):
             return tensor
         tensor.contiguous()
         return tensor.shape, tensor.dtype
@@ -167,7 +173,7 @@ class Forgetful(saved_tensors_hooks):
         return kept if isinstance(kept, Tensor) else torch.empty(kept[0], dtype=kept[1])
 
 
-def _moments(histories: Sequence[list[int]]) -> tuple[Bytes, ...]:
+def _moments(histories: Sequence[list[int]]) -> tuple[BytePolynomial, ...]:
     """The polynomials of which the largest is the peak, whatever the shape."""
     if len({len(history) for history in histories}) > 1:
         # The part takes another path for another shape: what is left to compare is the peak.
@@ -176,23 +182,23 @@ def _moments(histories: Sequence[list[int]]) -> tuple[Bytes, ...]:
     return tuple(one for one in found if not any(_dominates(other, one) for other in found - {one}))
 
 
-def _dominates(first: Bytes, second: Bytes) -> bool:
+def _dominates(first: BytePolynomial, second: BytePolynomial) -> bool:
     """No factor of ``first`` is smaller."""
     pairs = (pair for rows in zip(first.terms, second.terms, strict=True) for pair in zip(*rows, strict=True))
     return all(one >= other for one, other in pairs)
 
 
-def polynomial_of(count: Callable[[int, int], int]) -> Bytes:
+def polynomial_of(count: Callable[[int, int], int]) -> BytePolynomial:
     """The polynomial of what ``count`` gives for B and T."""
     return _polynomial([count(batch, tokens) for batch, tokens in SHAPES])
 
 
-def _polynomial(values: Sequence[int]) -> Bytes:
+def _polynomial(values: Sequence[int]) -> BytePolynomial:
     """The factors of BⁱTʲ, i ≤ 1 and j ≤ 2, from the values at ``SHAPES``; a fraction is rounded up."""
     lower, higher = (_quadratic(values[start : start + len(_TOKENS)]) for start in (0, len(_TOKENS)))
     slope = [(high - low) / (_BATCHES[1] - _BATCHES[0]) for low, high in zip(lower, higher, strict=True)]
     constant = [low - _BATCHES[0] * rise for low, rise in zip(lower, slope, strict=True)]
-    return Bytes((tuple(ceil(factor) for factor in constant), tuple(ceil(factor) for factor in slope)))
+    return BytePolynomial((tuple(ceil(factor) for factor in constant), tuple(ceil(factor) for factor in slope)))
 
 
 def _quadratic(values: Sequence[int]) -> tuple[Fraction, Fraction, Fraction]:

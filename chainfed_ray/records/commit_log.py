@@ -4,10 +4,10 @@ A commit is a tensor file and then its record, each written aside, flushed and r
 last and carries the tensor file's digest, so a record that can be read is a commit that is whole. ::
 
     partition.json                                       (the manifest: written before the opening that has its hash)
-    opening.json
+    started.json
     privacy.key                                          (a job with noise, until its ending)
     rounds/000000.safetensors, rounds/000000.json, …     (tensors of the newest round, and of the best)
-    ending.json
+    finished.json
 """
 
 import os
@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.manifest import Manifest
-from chainfed_ray.records.rounds import Ending, Opening, Record, Round
+from chainfed_ray.records.rounds import JobFinished, JobStarted, Record, Round
 
 _SECRET_BYTES = 32
 _Kind = TypeVar("_Kind", bound=Record)
@@ -35,21 +35,21 @@ class CommitLog:
         self._rounds = folder / "rounds"
         self._rounds.mkdir(parents=True, exist_ok=True)
 
-    def opening(self) -> Opening | None:
+    def job_started(self) -> JobStarted | None:
         """The opening, if it was committed.
 
         Raises:
             CorruptCommit: it is not what was written.
         """
-        return _read(self._folder / "opening.json", Opening)
+        return _read(self._folder / "started.json", JobStarted)
 
-    def ending(self) -> Ending | None:
+    def job_finished(self) -> JobFinished | None:
         """The ending, if it was committed.
 
         Raises:
             CorruptCommit: it is not what was written.
         """
-        return _read(self._folder / "ending.json", Ending)
+        return _read(self._folder / "finished.json", JobFinished)
 
     def rounds(self) -> list[Round]:
         """Every committed round in order.
@@ -82,9 +82,9 @@ class CommitLog:
         """Make the manifest durable, in the bytes of which it has its hash."""
         _write(self._folder / "partition.json", manifest.canonical())
 
-    def commit_opening(self, opening: Opening) -> None:
+    def commit_started(self, job_started: JobStarted) -> None:
         """Make the opening durable."""
-        _write(self._folder / "opening.json", opening.model_dump_json().encode())
+        _write(self._folder / "started.json", job_started.model_dump_json().encode())
 
     def commit_round(self, record: Round, tensors: Tensors, keep: int | None = None) -> None:
         """Make a round durable, and let the tensors of those before go, but for the round ``keep``."""
@@ -97,9 +97,9 @@ class CommitLog:
             if path not in kept and path < self._tensor_path(record.index):
                 path.unlink()
 
-    def commit_ending(self, ending: Ending) -> None:
+    def commit_finished(self, job_finished: JobFinished) -> None:
         """Make the ending durable."""
-        _write(self._folder / "ending.json", ending.model_dump_json().encode())
+        _write(self._folder / "finished.json", job_finished.model_dump_json().encode())
 
     def secret(self) -> bytes:
         """256 bits from which the noise of this job follows, drawn when they are first asked for. Nobody else may read them.

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from chainfed_ray.budget.planner import Grain
+from chainfed_ray.budget.planner import WeightPlacement
 from chainfed_ray.records.rounds import Record
 
 PREFIX = "prefix"  # a part beside those of the footprint
@@ -19,8 +19,8 @@ class ClassForecast(Record):
     name: str
     clients: int
     joins: int
-    left_out: int
-    lacking_bytes: int
+    excluded: int
+    shortfall_bytes: int
     budget_bytes: int
     planned_bytes: int
     parts: dict[str, int] = Field(
@@ -28,8 +28,8 @@ class ClassForecast(Record):
     )
     window: tuple[int, int]
     micro_batch: tuple[int, int]
-    grains: tuple[Grain, ...]
-    spilled: int = Field(description="how many of those who join keep saved activations on disk")
+    grains: tuple[WeightPlacement, ...]
+    activations_offloaded: int = Field(description="how many of those who join keep saved activations on disk")
     cached: int = Field(description="how many of those who join keep their prefix on disk")
     disk_bytes: int
     sent_bytes: int = Field(description="in a turn of the first stage")

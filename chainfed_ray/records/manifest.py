@@ -30,7 +30,7 @@ class SplitRows(Record):
     sha256: str
 
 
-class Share(Record):
+class ClientPartition(Record):
     """What a client was dealt; ``sha256`` is of the indices of its rows within the training rows, as a JSON list."""
 
     client: str
@@ -51,7 +51,7 @@ class Manifest(Record):
     column: str | None
     seed: int
     splits: tuple[SplitRows, ...]
-    clients: tuple[Share, ...]
+    clients: tuple[ClientPartition, ...]
 
     @classmethod
     def of(cls, spec: JobSpec, corpus: Corpus, shares: Sequence[np.ndarray]) -> "Manifest":
@@ -103,9 +103,9 @@ def _split_rows(name: Literal["train", "validation", "test"], source: str, split
     return SplitRows(split=name, source=source, rows=len(split), sha256=digest.hexdigest())
 
 
-def _share(client: str, client_class: str, rows: np.ndarray, labels: Sequence[str]) -> Share:
+def _share(client: str, client_class: str, rows: np.ndarray, labels: Sequence[str]) -> ClientPartition:
     indices = rows.tolist()
-    return Share(
+    return ClientPartition(
         client=client,
         client_class=client_class,
         rows=len(indices),

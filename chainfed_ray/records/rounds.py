@@ -1,4 +1,4 @@
-"""What a job leaves on record: an ``Opening``, a ``Round`` for each round, and an ``Ending``.
+"""What a job leaves on record: an ``JobStarted``, a ``Round`` for each round, and an ``JobFinished``.
 
 They are what the commit log keeps, what the service reports and what the command line prints. All JSON.
 """
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from chainfed_ray.budget.planner import Grain
+from chainfed_ray.budget.planner import WeightPlacement
 
 
 def finite(value: float | None) -> float | None:
@@ -27,7 +27,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Admitted(Record):
+class AdmittedClient(Record):
     """A client that takes part, and the plan of its turns."""
 
     client: str
@@ -38,22 +38,22 @@ class Admitted(Record):
     disk_bytes: int
     window: int
     micro_batch: int
-    grain: Grain
-    spilled: bool
+    weights: WeightPlacement
+    activations_offloaded: bool
     cached: bool
 
 
-class LeftOut(Record):
+class ExcludedClient(Record):
     """A client that cannot take part."""
 
     client: str
     client_class: str
     budget_bytes: int
-    lacking_bytes: int
+    shortfall_bytes: int
     reason: str
 
 
-class Lost(Record):
+class FailedTurn(Record):
     """A client's turn that did not count, and why; ``over_budget`` if it took more memory than it may.
 
     In a round that is its last turn: it had a second one. ``exceeded`` says how its first plan failed, if there was a second.
@@ -78,7 +78,7 @@ class HeadFit(Record):
     examples: int
     cpu_seconds: float
     sent_bytes: int
-    lost: tuple[Lost, ...]
+    failed_turns: tuple[FailedTurn, ...]
     held_out_loss: Measured = None
     accuracy: float | None = None
 
@@ -89,24 +89,24 @@ def with_everybody(fits: Sequence[HeadFit]) -> list[bool]:
     return [fit.examples == most for fit in fits]
 
 
-class Opening(Record):
+class JobStarted(Record):
     """Before the first round: who takes part, and where the chain starts; ``lost`` are turns of looking for that.
 
-    ``similarities`` are those of each layer (CKA), where the start follows from them; ``exits`` are heads at the top of each
+    ``cka`` are those of each layer (CKA), where the start follows from them; ``exits`` are heads at the top of each
     window, from the lowest up, where it follows from those. ``profile_cpu_seconds`` are what the clients spent on either.
 
     ``window`` is Q: the widest that the job allows and a client's budget holds. ``partition_hash`` is that of the manifest.
     ``evaluator`` is the engine that judges the whole model, and why it is another than the job's, if it is.
     """
 
-    admitted: tuple[Admitted, ...]
-    left_out: tuple[LeftOut, ...]
+    admitted: tuple[AdmittedClient, ...]
+    excluded: tuple[ExcludedClient, ...]
     layers: int
     start_layer: int
     window: int
-    similarities: tuple[float, ...]
+    cka: tuple[float, ...]
     exits: tuple[HeadFit, ...] = ()
-    lost: tuple[Lost, ...]
+    failed_turns: tuple[FailedTurn, ...]
     stages: int
     total_rounds: int
     partition_hash: str
@@ -131,8 +131,8 @@ class Turn(Record):
     cpu_seconds: float
     bottom: int
     micro_batch: int
-    grain: Grain
-    spilled: bool
+    weights: WeightPlacement
+    activations_offloaded: bool
     budget_bytes: int
     planned_bytes: int
     peak_bytes: int | None
@@ -208,7 +208,7 @@ class Round(Record):
     bottom: int
     top: int
     turns: tuple[Turn, ...]
-    lost: tuple[Lost, ...]
+    failed_turns: tuple[FailedTurn, ...]
     counted: bool
     train_loss: float | None
     held_out_loss: Measured
@@ -233,7 +233,7 @@ class Round(Record):
         return self.restored.accuracy if self.restored else self.accuracy
 
 
-class Ending(Record):
+class JobFinished(Record):
     """After the last round: what the whole model is worth on the test rows, with the stack that is ``served``.
 
     ``loss`` is None where it is no finite number. ``best`` is the round whose stack is the best one, if the whole model was
@@ -321,8 +321,8 @@ class StageMemory(Record):
         return self.model_copy(update=merged)
 
 
-class Result(Record):
-    """What a finished job comes to. What follows its ``partition_hash`` is that of its ``Ending``."""
+class JobResult(Record):
+    """What a finished job comes to. What follows its ``partition_hash`` is that of its ``JobFinished``."""
 
     job: str
     status: Literal["succeeded"] = "succeeded"
@@ -333,7 +333,7 @@ class Result(Record):
     layers: int
     classes: tuple[str, ...]
     stages: tuple[StageResult, ...]
-    left_out: tuple[LeftOut, ...]
+    excluded: tuple[ExcludedClient, ...]
     peak_bytes: dict[str, int]
     memory: tuple[StageMemory, ...]
     partition_hash: str
@@ -345,16 +345,21 @@ class Result(Record):
 
     @classmethod
     def of(
-        cls, job: str, classes: tuple[str, ...], opening: Opening, rounds: Sequence[Round], ending: Ending
-    ) -> "Result":
+        cls,
+        job: str,
+        classes: tuple[str, ...],
+        job_started: JobStarted,
+        rounds: Sequence[Round],
+        job_finished: JobFinished,
+    ) -> "JobResult":
         """The result of the job called ``job``, whose head tells ``classes`` apart."""
         return cls(
             job=job,
-            accuracy=ending.accuracy,
-            loss=ending.loss,
-            rounds=ending.rounds,
-            start_layer=opening.start_layer,
-            layers=opening.layers,
+            accuracy=job_finished.accuracy,
+            loss=job_finished.loss,
+            rounds=job_finished.rounds,
+            start_layer=job_started.start_layer,
+            layers=job_started.layers,
             classes=classes,
             stages=tuple(
                 StageResult(
@@ -370,13 +375,13 @@ class Result(Record):
                 for last in rounds
                 if last.ended
             ),
-            left_out=opening.left_out,
-            peak_bytes=ending.peak_bytes,
+            excluded=job_started.excluded,
+            peak_bytes=job_finished.peak_bytes,
             memory=StageMemory.of(rounds),
-            partition_hash=opening.partition_hash,
-            served=ending.served,
-            best=ending.best,
-            evaluation=ending.evaluation,
-            epsilon=ending.epsilon,
-            stopped=ending.stopped,
+            partition_hash=job_started.partition_hash,
+            served=job_finished.served,
+            best=job_finished.best,
+            evaluation=job_finished.evaluation,
+            epsilon=job_finished.epsilon,
+            stopped=job_finished.stopped,
         )

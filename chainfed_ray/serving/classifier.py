@@ -40,5 +40,5 @@ class Classifier:
         states, calls = embed(self._blocks, batch)
         states = through_layers(self._blocks, stack, enumerate(self._layers), calls, states, batch.mask)
         assert stack.head is not None, "a classifier's stack has a head"
-        logits: Tensor = stack.head(states.hidden, batch.mask, states.read)
+        logits: Tensor = stack.head(states.hidden, batch.mask, states.pooled)
         return logits

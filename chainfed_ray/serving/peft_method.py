@@ -30,7 +30,7 @@ from transformers import AutoModel
 
 from chainfed_ray.model.adapters import Adapter, Head
 from chainfed_ray.model.blocks import find_layers
-from chainfed_ray.model.pooling import States, nothing_read, read_on
+from chainfed_ray.model.pooling import LayerStates, append_pooled, no_features
 from chainfed_ray.model.saved_stack import ADAPTERS, HEAD, HEADS, PEFT_TYPE
 
 _PREFIX = "chainfed_"
@@ -55,15 +55,15 @@ class SequenceClassifier(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Token ids and mask [B, T] → logits [B, C]."""
         layers: Any = self.base.get_submodule(self._layers_path)
-        passed: list[States] = []
+        passed: list[LayerStates] = []
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            read = nothing_read(hidden)
+            pooled = no_features(hidden)
             if passed:
                 below = passed.pop()
-                read = read_on(below.read, below.hidden, attention_mask, len(layers))
-            passed.append(States(hidden, read))
+                pooled = append_pooled(below.pooled, below.hidden, attention_mask, len(layers))
+            passed.append(LayerStates(hidden, pooled))
 
         # Some families end with a norm of their own: the chain's head takes the layers' outputs as they are.
         hooks = [layer.register_forward_hook(keep) for layer in layers]
@@ -73,13 +73,13 @@ class SequenceClassifier(nn.Module):
             for hook in hooks:
                 hook.remove()
         (states,) = passed
-        logits: Tensor = self.head(states.hidden, attention_mask, states.read)
+        logits: Tensor = self.head(states.hidden, attention_mask, states.pooled)
         return logits
 
 
 @dataclass
 class ChainFedConfig(PeftConfig):
-    """The sizes of a stack, its classes, of which a language model has none, and how many layers its head ``reads``.
+    """The sizes of a stack, its classes, of which a language model has none, and how many layers its head reads.
 
     ``target_modules`` are the layers with an adapter, and a classifier's head.
     """
@@ -89,7 +89,7 @@ class ChainFedConfig(PeftConfig):
     hidden: int = 0
     bottleneck: int = 0
     classes: list[str] = field(default_factory=list)
-    reads: int = 1
+    head_layers: int = 1
     max_length: int = 128
 
     def __post_init__(self) -> None:
@@ -215,7 +215,7 @@ class ChainFedModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, ChainFedConfig)
         if current_key == HEAD:
-            part: nn.Module = Head(peft_config.hidden, len(peft_config.classes), peft_config.reads)
+            part: nn.Module = Head(peft_config.hidden, len(peft_config.classes), peft_config.head_layers)
             wrapper: type[_ChainFedModule] = ChainFedHead
         else:
             part, wrapper = Adapter(peft_config.hidden, peft_config.bottleneck, seed=0), ChainFedLayer

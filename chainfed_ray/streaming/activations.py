@@ -26,7 +26,7 @@ class _Place(NamedTuple):
     dtype: torch.dtype
 
 
-class Spill(torch.autograd.graph.saved_tensors_hooks):
+class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
     """``with Spill(folder): loss = …`` and then ``loss.backward()``: in between, the file holds what backward needs.
 
     The file has no name, so that nothing is left of it, whatever happens to the process. Parameters and masks stay in memory.
@@ -50,7 +50,7 @@ class Spill(torch.autograd.graph.saved_tensors_hooks):
         self._file.close()
 
     def _put(self, tensor: Tensor) -> Any:
-        if not is_spilled(tensor):
+        if not is_offloaded(tensor):
             return tensor
         place = _Place(self._end, tensor.shape, tensor.dtype)
         _whole(os.pwrite, self._file.fileno(), tensor.contiguous(), place.start)
@@ -108,7 +108,7 @@ def overwrite_activations(layer: nn.Module) -> None:
             layer.set_submodule(path, OverwritingActivation(module))
 
 
-def is_spilled(tensor: Tensor) -> bool:
+def is_offloaded(tensor: Tensor) -> bool:
     """Whether a saved tensor is an activation with bytes of its own: no parameter, no mask, nothing that was broadcast."""
     origin = tensor if tensor._base is None else tensor._base
     return (

@@ -7,7 +7,7 @@ from chainfed_ray.streaming.checkpoint import Checkpoint
 
 
 class RowTable(nn.Embedding):
-    """An embedding table [V, D] of which only the rows in use are read; zeros that take no memory while not ``reads``.
+    """An embedding table [V, D] of which only the rows in use are read; zeros that take no memory while not ``enabled``.
 
     A table becomes one by a change of its class, behind its own: families that look rows up in their own way, with an offset
     or a scale, go on to do so.
@@ -15,20 +15,20 @@ class RowTable(nn.Embedding):
 
     _checkpoint: Checkpoint
     _source: str
-    reads: bool
+    enabled: bool
 
     @classmethod
     def take_over(cls, table: nn.Embedding, checkpoint: Checkpoint, source: str) -> None:
         """Make ``table`` read its rows from the tensor called ``source``."""
         own = type(table)
         table.__class__ = type(own.__name__, (cls,) if own is nn.Embedding else (own, cls), {})
-        for name, value in (("_checkpoint", checkpoint), ("_source", source), ("reads", True)):
+        for name, value in (("_checkpoint", checkpoint), ("_source", source), ("enabled", True)):
             object.__setattr__(table, name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids of any shape → rows [..., D]."""
         dtype = self.weight.dtype
-        if not self.reads:
+        if not self.enabled:
             return torch.zeros((), dtype=dtype).expand(*input.shape, self.embedding_dim)
         unique, places = input.unique(return_inverse=True)
         return self._checkpoint.rows(self._source, unique, dtype)[places]

@@ -14,11 +14,11 @@ from chainfed_ray.spec.job import JobSpec
 @ray.remote(max_retries=1)
 def _problems(spec: JobSpec) -> list[Problem]:
     from chainfed_ray.federation.prepare import (
-        prepare,  # torch and transformers: whoever asks for the check need not load them
+        prepare_job,  # torch and transformers: whoever asks for the check need not load them
     )
 
     try:
-        prepare(spec, Path())  # nothing is written before the first turn
+        prepare_job(spec, Path())  # nothing is written before the first turn
     except InvalidJob as error:
         return _plain(error)
     return []

@@ -14,11 +14,11 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import ChainFedError, CoordinatorLost
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.evaluation import Judging, streamed
+from chainfed_ray.federation.evaluation import ServerEvaluation, streamed
 from chainfed_ray.federation.pool import ClientPool
-from chainfed_ray.federation.prepare import Job, prepare
+from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import Record, Result
+from chainfed_ray.records.rounds import JobResult, Record
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
@@ -31,8 +31,8 @@ _log = logging.getLogger(__name__)
 def run_job(
     job: str,
     storage: Storage,
-    make_pool: Callable[[Job, Note], ClientPool],
-    make_judging: Callable[[Job, Listener], Judging] = streamed,
+    make_pool: Callable[[PlannedJob, Note], ClientPool],
+    make_judging: Callable[[PlannedJob, Listener], ServerEvaluation] = streamed,
 ) -> None:
     """Run the rest of a job, and put how it ended on record; what was committed before is told again, once.
 
@@ -55,8 +55,8 @@ def _run(
     job: str,
     store: JobStore,
     storage: Storage,
-    make_pool: Callable[[Job, Note], ClientPool],
-    make_judging: Callable[[Job, Listener], Judging],
+    make_pool: Callable[[PlannedJob, Note], ClientPool],
+    make_judging: Callable[[PlannedJob, Listener], ServerEvaluation],
 ) -> None:
     record = store.get(job)
     if record.status != "running":
@@ -90,11 +90,11 @@ def _train(
     spec: JobSpec,
     store: JobStore,
     storage: Storage,
-    make_pool: Callable[[Job, Note], ClientPool],
-    make_judging: Callable[[Job, Listener], Judging],
+    make_pool: Callable[[PlannedJob, Note], ClientPool],
+    make_judging: Callable[[PlannedJob, Listener], ServerEvaluation],
     listen: Listener,
-) -> Result:
-    prepared = prepare(spec, storage.scratch(job), listen)
+) -> JobResult:
+    prepared = prepare_job(spec, storage.scratch(job), listen)
     log = CommitLog(storage.job(job))
     listen = notes = Notes(listen)
     with ExitStack() as resources:
@@ -102,15 +102,15 @@ def _train(
         for resource in (pool, judging):
             resources.callback(resource.close)
         coordinator = Coordinator(prepared, pool, log, judging, listen)
-        opening = coordinator.open()
-        _publish(store, job, "opening", "opening", opening)
+        job_started = coordinator.open()
+        _publish(store, job, "started", "started", job_started)
         for record in log.rounds():
             _publish(store, job, f"round-{record.index}", "round", record)
         for record in coordinator.rounds():
             _publish(store, job, f"round-{record.index}", "round", record)
-        ending = coordinator.finish()
-        _publish(store, job, "ending", "ending", ending)
-        result = Result.of(spec.name, prepared.classes, opening, log.rounds(), ending)
+        job_finished = coordinator.finish()
+        _publish(store, job, "finished", "finished", job_finished)
+        result = JobResult.of(spec.name, prepared.classes, job_started, log.rounds(), job_finished)
         Reporter("saving the model", listen).begin()
         coordinator.save(storage.job(job))
         return result

@@ -1,27 +1,27 @@
 """Which engine judges the whole model of a job: the one that it asks for, where this machine has what that needs."""
 
-from chainfed_ray.activity import Listener, Reporter, nobody
+from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.evaluation.evaluator import Evaluator
-from chainfed_ray.federation.evaluation import Judging, sets_of, streaming
-from chainfed_ray.federation.prepare import Job
+from chainfed_ray.federation.evaluation import ServerEvaluation, sets_of, streaming
+from chainfed_ray.federation.prepare import PlannedJob
 
 
-def judging(job: Job, listen: Listener = nobody) -> Judging:
+def judging(job: PlannedJob, listen: Listener = no_listener) -> ServerEvaluation:
     """The judgements of ``job``, in a process that is connected to Ray. Where offloading cannot work, layers are streamed."""
     # The early exit is judged here in any case, and its peak counts: what libraries keep the first time comes before it.
     Reporter("warming up for evaluations", listen).begin()
     warm_up(job.base)
     wanted = job.spec.evaluation
     if wanted.engine == "torch":
-        return Judging(job, streaming(job, listen), listen=listen)
+        return ServerEvaluation(job, streaming(job, listen), listen=listen)
     made = _offloaded(job, listen)
     if isinstance(made, str):
-        return Judging(job, streaming(job, listen), f"in place of {wanted.engine}: {made}", listen)
-    return Judging(job, made, listen=listen)
+        return ServerEvaluation(job, streaming(job, listen), f"in place of {wanted.engine}: {made}", listen)
+    return ServerEvaluation(job, made, listen=listen)
 
 
-def _offloaded(job: Job, listen: Listener) -> Evaluator | str:
+def _offloaded(job: PlannedJob, listen: Listener) -> Evaluator | str:
     from chainfed_ray.cluster.offload.evaluator import (
         make_evaluator,  # Ray Train takes seconds to import, and only this needs it
     )

@@ -11,21 +11,21 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from chainfed_ray.activity import Listener, Reporter, nobody
-from chainfed_ray.budget.demand import Costs
+from chainfed_ray.activity import Listener, Reporter, no_listener
+from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.cluster.offload.doctor import look, why_not
 from chainfed_ray.cluster.offload.footprint import disk_bytes, offload_footprint, swap_bytes
-from chainfed_ray.cluster.offload.messages import OFFLOAD, START_SECONDS, Order, Run, State
-from chainfed_ray.cluster.offload.model import Share
+from chainfed_ray.cluster.offload.messages import OFFLOAD, START_SECONDS, EvaluationOrder, RunSpec, RunState
+from chainfed_ray.cluster.offload.model import WorkerResult
 from chainfed_ray.cluster.offload.run import RUN_ENVIRONMENT, EvaluationRun
 from chainfed_ray.cluster.offload.worker import Work, sent
 from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller, runtime_env
 from chainfed_ray.errors import EvaluationFailed, InvalidSetting
-from chainfed_ray.evaluation.evaluator import Evaluated, Evaluator, Sets, whole_model
-from chainfed_ray.evaluation.predictions import Judgement
+from chainfed_ray.evaluation.evaluator import Evaluated, EvaluationSets, Evaluator, whole_model
+from chainfed_ray.evaluation.predictions import Predictions
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes
 
 _SILENCE_SECONDS = 600.0  # between two layers that are loaded, or two batches
@@ -36,13 +36,13 @@ _NAMESPACE = "chainfed"
 
 
 def make_evaluator(
-    base: BaseModel,
-    costs: Costs,
-    sets: Sets,
+    base: ModelSource,
+    costs: MemoryProfile,
+    sets: EvaluationSets,
     *,
     workers: int = 1,
     batch_size: int = 4,
-    listen: Listener = nobody,
+    listen: Listener = no_listener,
 ) -> Evaluator | str:
     """The evaluator of a job whose held-out examples are ``sets``; or, in a sentence, why there can be none here.
 
@@ -74,13 +74,13 @@ class OffloadedEvaluator:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: ModelSource,
         layers: int,
-        sets: Sets,
+        sets: EvaluationSets,
         memory: int,
         workers: int,
         batch_size: int,
-        listen: Listener = nobody,
+        listen: Listener = no_listener,
     ) -> None:
         self._base, self._layers, self._memory, self._workers = base, layers, memory, workers
         self._batch_size, self._listen = batch_size, listen
@@ -90,14 +90,14 @@ class OffloadedEvaluator:
         self._over = Event()
         self._number = 0
 
-    def judge(self, stack: AdapterStack, examples: str) -> Evaluated:
+    def evaluate(self, stack: AdapterStack, examples: str) -> Evaluated:
         """See ``Evaluator``. The first time, and after a failure, the model is loaded."""
         started = perf_counter()
         if self._run is None:
             self._start()
         self._number += 1
         try:
-            ray.get(self._run.ask.remote(Order(self._number, sent(stack), examples)), timeout=START_SECONDS)
+            ray.get(self._run.ask.remote(EvaluationOrder(self._number, sent(stack), examples)), timeout=START_SECONDS)
             shares = self._answered(examples)
         except RayError as error:
             self.close()
@@ -105,7 +105,7 @@ class OffloadedEvaluator:
         except BaseException:
             self.close()
             raise
-        judgement = Judgement.blank(self._counts[examples])
+        judgement = Predictions.blank(self._counts[examples])
         for share in shares:
             judgement.put(share.indices, share.judgement.take(share.indices))
         peaks = [share.peak_bytes for share in shares if share.peak_bytes is not None]
@@ -129,7 +129,7 @@ class OffloadedEvaluator:
 
     def _start(self) -> None:
         Reporter("starting the processes of DeepSpeed", self._listen).begin()
-        made = Run(f"run-{token_hex(4)}", self._workers, self._memory, self._work)
+        made = RunSpec(f"run-{token_hex(4)}", self._workers, self._memory, self._work)
         name = f"evaluation of {self._base.scratch}"
         with suppress(ValueError):  # there is none
             _end(ray.get_actor(name, _NAMESPACE))  # of an owner that was killed
@@ -146,7 +146,7 @@ class OffloadedEvaluator:
         self._number, self._over = 0, Event()
         Thread(target=_signs_of_life, args=(self._run, self._over), daemon=True).start()
 
-    def _answered(self, examples: str) -> list[Share]:
+    def _answered(self, examples: str) -> list[WorkerResult]:
         """The shares of all workers, once they have judged the set called ``examples``.
 
         Raises:
@@ -178,8 +178,8 @@ class OffloadedEvaluator:
             if state.started and state.silent_seconds > _SILENCE_SECONDS:
                 raise EvaluationFailed(self.engine, f"nothing was heard of its workers for {_SILENCE_SECONDS:g} s")
 
-    def _state(self) -> State:
-        state: State = ray.get(self._run.wait.remote(_POLL_SECONDS), timeout=_ANSWER_SECONDS)
+    def _state(self) -> RunState:
+        state: RunState = ray.get(self._run.wait.remote(_POLL_SECONDS), timeout=_ANSWER_SECONDS)
         return state
 
 

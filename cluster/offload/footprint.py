@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from chainfed_ray.budget.demand import Costs
+from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.planner import embedding_bytes, running_bytes, scoring_bytes
 from chainfed_ray.model.blocks import Blocks
 
@@ -31,7 +31,7 @@ class OffloadFootprint:
         return steady + max(self.loading, self.gathered + self.activations)
 
 
-def offload_footprint(blocks: Blocks, costs: Costs, workers: int, batch: int, tokens: int) -> OffloadFootprint:
+def offload_footprint(blocks: Blocks, costs: MemoryProfile, workers: int, batch: int, tokens: int) -> OffloadFootprint:
     """What a process needs that judges ``batch`` examples of ``tokens`` tokens at a time, one of ``workers``."""
     size = blocks.dtype.itemsize
     layers = [list(layer.parameters()) for layer in blocks.blank_layers]

@@ -8,7 +8,7 @@ START_SECONDS = 180.0  # until the workers are there: a machine may have to be m
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSpec:
     """What a run is made of."""
 
     name: str  # of it, and of its folder
@@ -18,7 +18,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Order:
+class EvaluationOrder:
     """A stack to be judged: the ``number``-th of the run, its tensors behind a reference in a list; None ends the run."""
 
     number: int
@@ -27,7 +27,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class State:
+class RunState:
     """How far a run is: ``shares`` of the present order, by worker, pickled; ``over`` is why it ended, if it has.
 
     ``done`` is what the workers did together: layers that they loaded, until the model is ``loaded``; then an order's batches.

@@ -29,12 +29,12 @@ from chainfed_ray.cluster.offload.libraries import OPS, load_op
 from chainfed_ray.cluster.offload.removal import remove_when_this_process_ends
 from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.device.peak import PeakMemory
-from chainfed_ray.evaluation.predictions import Judgement, judge
+from chainfed_ray.evaluation.predictions import Predictions, predict
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import embed, through_layers
-from chainfed_ray.model.pooling import States
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.pooling import LayerStates
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes
 
 
@@ -48,7 +48,7 @@ class OffloadedModel:
         OSError: the disk has no room for the layers, before anything is lost on it.
     """
 
-    def __init__(self, base: BaseModel, nvme: Path, ops: Path, alive: Callable[[], None]) -> None:
+    def __init__(self, base: ModelSource, nvme: Path, ops: Path, alive: Callable[[], None]) -> None:
         shutil.rmtree(nvme, ignore_errors=True)
         nvme.mkdir(parents=True)
         self._nvme, self._alive = nvme, alive
@@ -69,16 +69,16 @@ class OffloadedModel:
             self._engine.eval()
 
     @torch.no_grad()
-    def judge(self, stack: AdapterStack, examples: Examples, batch_size: int) -> "Share":
+    def evaluate(self, stack: AdapterStack, examples: Examples, batch_size: int) -> "WorkerResult":
         """Judge this process's share of ``examples`` with ``stack``, ``batch_size`` of like length at a time."""
         matrices = self._blocks.reader()
-        whole, mine, seconds = Judgement.blank(len(examples)), [torch.zeros(0, dtype=torch.int64)], 0.0
+        whole, mine, seconds = Predictions.blank(len(examples)), [torch.zeros(0, dtype=torch.int64)], 0.0
         try:
             with PeakMemory() as peak:
-                for indices, counted in shares(examples, batch_size, self._rank, self._workers):
+                for indices, counted in worker_batches(examples, batch_size, self._rank, self._workers):
                     started = perf_counter()
                     batch = examples.batch(indices)
-                    found = judge(self._blocks, stack, self._engine(batch, stack), batch, matrices)
+                    found = predict(self._blocks, stack, self._engine(batch, stack), batch, matrices)
                     seconds += perf_counter() - started
                     if counted:
                         mine.append(torch.from_numpy(indices))
@@ -87,7 +87,7 @@ class OffloadedModel:
         finally:
             matrices.close()
         highest = [one.highest for one in (self._loading, peak) if one.highest is not None]
-        return Share(torch.cat(mine), whole, seconds, self._highest_with(peak), max(highest, default=None))
+        return WorkerResult(torch.cat(mine), whole, seconds, self._highest_with(peak), max(highest, default=None))
 
     def close(self) -> None:
         """Let go of the engine, the locked buffers and the files."""
@@ -108,20 +108,20 @@ class OffloadedModel:
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerResult:
     """One process's part of an evaluation: of ``judgement`` only ``indices`` are its own.
 
     ``peak_bytes`` are above the process when idle, ``process_bytes`` all that it ever held; None if not known.
     """
 
     indices: Tensor  # [m] int64
-    judgement: Judgement  # of all n examples
+    judgement: Predictions  # of all n examples
     forward_seconds: float
     peak_bytes: int | None
     process_bytes: int | None
 
 
-def shares(examples: Examples, batch_size: int, rank: int, workers: int) -> list[tuple[np.ndarray, bool]]:
+def worker_batches(examples: Examples, batch_size: int, rank: int, workers: int) -> list[tuple[np.ndarray, bool]]:
     """The batches of one process, and whether each counts.
 
     Every process has as many, since all must run the same modules: where batches are missing the first is run again.
@@ -138,7 +138,7 @@ class _Chain(nn.Module):
         super().__init__()
         self._blocks, self.layers = blocks, layers
 
-    def forward(self, batch: Batch, stack: AdapterStack) -> States:
+    def forward(self, batch: Batch, stack: AdapterStack) -> LayerStates:
         """Tokens [B, T] → the output of the last layer."""
         states, calls = embed(self._blocks, batch)
         return through_layers(self._blocks, stack, enumerate(self.layers), calls, states, batch.mask)

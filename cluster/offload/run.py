@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from chainfed_ray.cluster.offload.messages import START_SECONDS, Order, Reason, Run, State
+from chainfed_ray.cluster.offload.messages import START_SECONDS, EvaluationOrder, Reason, RunSpec, RunState
 from chainfed_ray.cluster.offload.removal import remove_when_this_process_ends
 from chainfed_ray.cluster.resources import of_evaluation, runtime_env
 from chainfed_ray.device.peak import ENVIRONMENT
@@ -40,10 +40,10 @@ RUN_ENVIRONMENT = {
 class EvaluationRun:
     """Runs Ray Train in a thread, and passes on what owner and workers have for one another."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunSpec) -> None:
         self._of = run
         self._changed = Condition()
-        self._order: Order | None = None
+        self._order: EvaluationOrder | None = None
         self._shares: dict[int, bytes] = {}
         self._reasons: list[Reason] = []
         self._over: str | None = None
@@ -63,14 +63,14 @@ class EvaluationRun:
         """End the workers and with them the run: as soon as they ask for an order, or by force."""
         with self._changed:
             number = self._order.number + 1 if self._order else 1
-            self._order = Order(number, None, "")
+            self._order = EvaluationOrder(number, None, "")
             self._changed.notify_all()
             if not self._changed.wait_for(lambda: self._over, _END_SECONDS):
                 for worker in self._workers.values():
                     ray.kill(worker)
                 self._changed.wait_for(lambda: self._over, START_SECONDS)
 
-    def ask(self, order: Order) -> None:
+    def ask(self, order: EvaluationOrder) -> None:
         """Give the workers an order."""
         with self._changed:
             self._order, self._shares, self._heard = order, {}, monotonic()
@@ -78,14 +78,14 @@ class EvaluationRun:
                 self._done = 0
             self._changed.notify_all()
 
-    def wait(self, seconds: float) -> State:
+    def wait(self, seconds: float) -> RunState:
         """The run's state as soon as an order was carried out, or the run is over, or after some time."""
         with self._changed:
             self._changed.wait_for(lambda: self._over or len(self._shares) == self._of.workers, seconds)
             silent = monotonic() - self._heard
-            return State(dict(self._shares), self._over, bool(self._workers), self._loaded, self._done, silent)
+            return RunState(dict(self._shares), self._over, bool(self._workers), self._loaded, self._done, silent)
 
-    def next(self, after: int, seconds: float) -> Order | None:
+    def next(self, after: int, seconds: float) -> EvaluationOrder | None:
         """For a worker: the order that comes after the one numbered ``after``; None if there is none yet."""
         with self._changed:
             if not self._loaded:  # it asks as soon as it has the model

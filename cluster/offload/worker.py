@@ -25,12 +25,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from chainfed_ray.cluster.offload.build import ops_folder
 from chainfed_ray.cluster.offload.doctor import look, why_not
 from chainfed_ray.cluster.offload.footprint import disk_bytes, swap_bytes
-from chainfed_ray.cluster.offload.messages import OFFLOAD, START_SECONDS, Order, Reason, Run
+from chainfed_ray.cluster.offload.messages import OFFLOAD, START_SECONDS, EvaluationOrder, Reason, RunSpec
 from chainfed_ray.cluster.offload.model import OffloadedModel
-from chainfed_ray.evaluation.evaluator import Sets
+from chainfed_ray.evaluation.evaluator import EvaluationSets
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 
 _POLL_SECONDS = 5.0
 _ANSWER_SECONDS = 60.0  # of an actor that only notes things down
@@ -44,12 +44,12 @@ _CONNECTION = re.compile(r"gloo|connection (was )?(closed|reset|refused)|broken 
 class Work:
     """What every worker of an evaluator is told."""
 
-    base: BaseModel
-    sets: Sets
+    base: ModelSource
+    sets: EvaluationSets
     batch_size: int
 
 
-def serve(run: Run, actor: Any) -> None:
+def serve(run: RunSpec, actor: Any) -> None:
     """Judge what the run's actor has to be judged, until it says that it is over."""
     from ray import train
 
@@ -85,7 +85,7 @@ def why(error: Exception) -> Reason:
     return Reason(_SOURCE.sub("", words).splitlines()[0], of_torch or isinstance(error, torch.distributed.DistError))
 
 
-def _meet(run: Run, actor: Any, rank: int) -> None:
+def _meet(run: RunSpec, actor: Any, rank: int) -> None:
     """Join the other workers in torch's default group: the one of rank 0 is found through the actor."""
     if rank == 0:
         here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
@@ -99,20 +99,20 @@ def _meet(run: Run, actor: Any, rank: int) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=run.workers)
 
 
-def _judge(run: Run, work: Work, actor: Any, rank: int, folder: Path) -> None:
+def _judge(run: RunSpec, work: Work, actor: Any, rank: int, folder: Path) -> None:
     """Load the model, and carry out orders as they come."""
     model = OffloadedModel(work.base, folder / run.name / f"rank{rank}", ops_folder(), lambda: actor.alive.remote())
     try:
         number = 0
         while True:
-            order: Order | None = ray.get(actor.next.remote(number, _POLL_SECONDS), timeout=_ANSWER_SECONDS)
+            order: EvaluationOrder | None = ray.get(actor.next.remote(number, _POLL_SECONDS), timeout=_ANSWER_SECONDS)
             if order is None:
                 continue
             if order.stack is None:
                 return
             number = order.number
             with _received(order.stack[0]) as stack:
-                share = model.judge(stack, work.sets[order.examples], work.batch_size)
+                share = model.evaluate(stack, work.sets[order.examples], work.batch_size)
             del stack, order
             ray.get(actor.answer.remote(rank, number, pickle.dumps(share)), timeout=_ANSWER_SECONDS)
     finally:
@@ -129,7 +129,7 @@ def _clear(folder: Path, keep: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _check(base: BaseModel, folder: Path, workers: int, beside: int) -> None:
+def _check(base: ModelSource, folder: Path, workers: int, beside: int) -> None:
     """This may be another machine than the owner's. Its disk is for ``beside`` of the workers, this one among them."""
     blocks = Blocks(base.folder, base.dtype)
     try:

@@ -11,10 +11,10 @@ from typing import Any
 import ray
 import torch
 
-from chainfed_ray.client.messages import Fitting, Order, Training
+from chainfed_ray.client.messages import Fitting, Training, TurnOrder
 
 
-def send(order: Order) -> Any:
+def send(order: TurnOrder) -> Any:
     """A reference to an order. It is sent to each node once, not to each client."""
     if isinstance(order, Training | Fitting):
         arrays: Any = {name: tensor.numpy() for name, tensor in order.tensors.items()}
@@ -22,9 +22,9 @@ def send(order: Order) -> Any:
     return ray.put(order)
 
 
-def receive(reference: Any) -> Order:
+def receive(reference: Any) -> TurnOrder:
     """The order; its tensors may be read, and not written to."""
-    order: Order = ray.get(reference)
+    order: TurnOrder = ray.get(reference)
     if isinstance(order, Training | Fitting):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")

@@ -15,12 +15,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from chainfed_ray.activity import Note
-from chainfed_ray.client.messages import Client, Order
+from chainfed_ray.client.messages import Client, TurnOrder
 from chainfed_ray.cluster.pool.actors import ClientActor
 from chainfed_ray.cluster.pool.orders import send
 from chainfed_ray.cluster.resources import IDLE_BYTES, of_client
 from chainfed_ray.federation.pool import Failure, Outcome
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes
 
 _POLL_SECONDS = 1.0
@@ -55,12 +55,12 @@ class RayPool:
     It notes that turns wait for processes, which take seconds to start, and more where there is no machine for them yet.
     """
 
-    def __init__(self, base: BaseModel, slots: int, note: Note = lambda words: None) -> None:
+    def __init__(self, base: ModelSource, slots: int, note: Note = lambda words: None) -> None:
         self.base, self._slots, self._note = base, slots, note
         self._idle: list[_Lease] = []
         self._made: Counter[str] = Counter()
 
-    def run(self, clients: Sequence[Client], order: Order, deadline: float) -> Iterator[Outcome]:
+    def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """One outcome for each client, as they arrive."""
         ends = monotonic() + deadline
         reference_to_order = send(order)
