@@ -199,8 +199,8 @@ def a_round(index: int, job_started: JobStarted, **changes: Any) -> Round:
         Turn(
             client=client.client, client_class=client.client_class, examples=100, loss=1.0, steps=7, seconds=2.0,
             cpu_seconds=1.5, bottom=bottom, micro_batch=client.micro_batch, weights=client.weights,
-            activations_offloaded=client.activations_offloaded, budget_bytes=client.budget_bytes, planned_bytes=client.planned_bytes,
-            peak_bytes=25 * MIB, sent_bytes=1000,
+            activations_offloaded=client.activations_offloaded, budget_bytes=client.budget_bytes,
+            planned_bytes=client.planned_bytes, peak_bytes=25 * MIB, sent_bytes=1000,
         )
         for client in job_started.admitted[:3]
     )  # fmt: skip

@@ -33,7 +33,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     url: str = request.getfixturevalue("postgresql")
     engine = create_engine(url)
     with engine.begin() as connection:
-        connection.execute(text("drop table if exists events, jobs"))
+        connection.execute(text("drop table if exists events, jobs, schema"))
     engine.dispose()
     return url
 
@@ -100,26 +100,37 @@ def test_what_a_job_is_busy_with_is_on_its_record_while_it_runs(store: JobStore)
     assert [event.kind for event in store.events(job)] == ["queued", "running", "cancelling", "cancelled"]
 
 
-def test_a_database_of_before_there_were_activities_is_used_on(store: JobStore, database: str) -> None:
-    """By several processes at once, as a service is started."""
+def test_processes_that_start_at_the_same_moment_share_a_database(database: str) -> None:
+    def use(_: int) -> str:
+        store = JobStore(database)
+        job = store.submit(SPEC).id
+        store.close()
+        return job
+
+    with ThreadPoolExecutor(4) as threads:
+        jobs = set(threads.map(use, range(4)))
+    store = JobStore(database)
+    assert {job.id for job in store.page()} == jobs
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "writer"),
+    [("delete from schema", "an earlier"), ("update schema set version = 2", "a later")],
+    ids=["none", "later"],
+)
+def test_a_database_of_another_version_is_refused_and_left_as_it_is(
+    store: JobStore, database: str, change: str, writer: str
+) -> None:
     job = store.submit(SPEC).id
     engine = create_engine(database)
     with engine.begin() as connection:
-        connection.execute(text("alter table jobs drop column activity"))
+        connection.execute(text(change))
+    with pytest.raises(InvalidSetting, match=f"jobs in form 1; those in it were written by {writer} chainfed-ray"):
+        JobStore(database)
+    with engine.begin() as connection:
+        assert connection.execute(text("select id from jobs")).scalars().all() == [job]
     engine.dispose()
-
-    def use(_: int) -> None:
-        again = JobStore(database)
-        assert again.get(job).activity is None
-        again.close()
-
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(use, range(4)))
-    store.move(job, "running")
-    store.note_activity(job, Activity(what="fitting the head"))
-    found = store.get(job)
-    assert found.activity is not None
-    assert (found.activity["what"], found.spec) == ("fitting the head", SPEC.document())
 
 
 def test_an_event_is_told_once_whoever_tells_it(store: JobStore, database: str) -> None:

@@ -13,7 +13,8 @@ from chainfed_ray.api.rest.metrics import FINISHED_JOBS
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.records.rounds import EarlyExit, Evaluation, FailedTurn, JobStarted, Record
+from chainfed_ray.record import Record
+from chainfed_ray.records.rounds import EarlyExit, Evaluation, FailedTurn, JobStarted
 from tests.builders import FINISHED, MIB, SPEC, a_round, a_start
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

@@ -29,8 +29,9 @@ from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import PlannedJob, check_fleet
 from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import FailedTurn, JobResult, Record
+from chainfed_ray.records.rounds import FailedTurn, JobResult
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import (
     PRIVACY,

@@ -110,7 +110,8 @@ def test_a_line_for_each_round_where_there_is_no_terminal() -> None:
     lost = tuple(FailedTurn(client=f"phone-{i}", client_class="phone", reason=f"phone-{i} died") for i in range(5))
     fit = HeadFit(clients=12, examples=1200, cpu_seconds=1.0, sent_bytes=1000, failed_turns=())
     rounds = [
-        a_round(0, job_started, head_fit=fit), a_round(1, job_started, failed_turns=lost), a_round(2, job_started, ended="round limit"),
+        a_round(0, job_started, head_fit=fit), a_round(1, job_started, failed_turns=lost),
+        a_round(2, job_started, ended="round limit"),
     ]  # fmt: skip
     console = a_console()
     with ProgressDisplay(console, "tiny", SPEC) as progress:

@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.model.adapters import AdapterStack, Tensors
+from chainfed_ray.record import VERSION
 
 PEFT_TYPE = "CHAINFED"
 CAUSAL_LM = "CAUSAL_LM"  # PEFT's name for what a language model does
@@ -55,6 +56,7 @@ class SavedStack:
         down = self.stack.adapter(self.stack.layers[0]).down
         return {
             "peft_type": PEFT_TYPE,
+            "version": VERSION,
             **({"task_type": CAUSAL_LM} if self.stack.head is None else {}),
             "base_model_name_or_path": self._base_for_others(),
             "base": self.base,
@@ -111,10 +113,13 @@ def load_stack(folder: Path) -> SavedStack:
     """Read what ``save_stack`` or PEFT's ``save_pretrained`` wrote.
 
     Raises:
-        CorruptCommit: the folder is not there, or its tensors are not those that its configuration names.
+        CorruptCommit: the folder is not there, is of another version, or its tensors are not those that its configuration names.
     """
     try:
         config = json.loads((folder / _CONFIG).read_bytes())
+        version = config.get("version")
+        if version != VERSION:
+            raise CorruptCommit(str(folder), f"it has version {version}; this chainfed-ray reads version {VERSION}")
         tensors = load((folder / _WEIGHTS).read_bytes())
         layers = [module for module in config["target_modules"] if module != HEAD]
         path = layers[0].rpartition(".")[0]
@@ -125,7 +130,7 @@ def load_stack(folder: Path) -> SavedStack:
         saved = SavedStack(stack, tuple(config["classes"]), config["max_length"], config["base"], path)
         complete = (
             causal == (stack.head is None)
-            and config.get("head_layers", 1) == stack.head_layers
+            and config["head_layers"] == stack.head_layers
             and sorted(saved.modules) == sorted(config["target_modules"])
             and saved.tensors().keys() == tensors.keys()
         )

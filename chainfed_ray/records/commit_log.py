@@ -16,15 +16,17 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import ValidationError
 from safetensors.torch import load, save
 
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.record import VERSION, Document
 from chainfed_ray.records.manifest import Manifest
-from chainfed_ray.records.rounds import JobFinished, JobStarted, Record, Round
+from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 
 _SECRET_BYTES = 32
-_Kind = TypeVar("_Kind", bound=Record)
+_Kind = TypeVar("_Kind", bound=Document)
 
 
 class CommitLog:
@@ -132,7 +134,7 @@ class CommitLog:
         return self._rounds / f"{index:06d}.safetensors"
 
 
-class _Commit(Record):
+class _Commit(Document):
     """A round, and the digest of its tensor file."""
 
     digest: str
@@ -144,8 +146,10 @@ def _read(path: Path, kind: type[_Kind]) -> _Kind | None:
         return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise CorruptCommit(str(path), "it is not what was written") from error
+    except ValidationError as error:
+        others = (found["input"] for found in error.errors() if found["loc"][-1:] == ("version",))
+        reasons = (f"it has version {other}; this chainfed-ray reads version {VERSION}" for other in others)
+        raise CorruptCommit(str(path), next(reasons, "it is not what was written")) from error
 
 
 def _digest(data: bytes) -> str:

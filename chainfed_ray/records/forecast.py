@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from chainfed_ray.budget.planner import WeightPlacement
-from chainfed_ray.records.rounds import Record
+from chainfed_ray.record import Document, Record
 
 PREFIX = "prefix"  # a part beside those of the footprint
 
@@ -48,7 +48,7 @@ class Change(Record):
     words: str
 
 
-class Forecast(Record):
+class Forecast(Document):
     """A job before it is trained. ``refused`` says why it would not be accepted; null if it would."""
 
     job: str

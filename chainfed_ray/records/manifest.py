@@ -13,7 +13,7 @@ import numpy as np
 
 from chainfed_ray.data.sources import Corpus, Split
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.records.rounds import Record
+from chainfed_ray.record import Document, Record
 from chainfed_ray.spec.job import JobSpec
 
 
@@ -40,7 +40,7 @@ class ClientPartition(Record):
     sha256: str
 
 
-class Manifest(Record):
+class Manifest(Document):
     """A deal: how it was made, of which rows, and what each client of the fleet got, whether or not it can take part.
 
     ``alpha`` and ``column`` are None where the scheme has none.

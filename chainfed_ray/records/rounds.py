@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BeforeValidator
 
 from chainfed_ray.budget.planner import WeightPlacement
+from chainfed_ray.record import Document, Record
 
 
 def finite(value: float | None) -> float | None:
@@ -19,12 +20,6 @@ def finite(value: float | None) -> float | None:
 
 Measured = Annotated[float | None, BeforeValidator(finite)]
 """What a model comes to, which may be anything: a number that is not finite is kept as None."""
-
-
-class Record(BaseModel):
-    """An immutable JSON document."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class AdmittedClient(Record):
@@ -89,7 +84,7 @@ def with_everybody(fits: Sequence[HeadFit]) -> list[bool]:
     return [fit.examples == most for fit in fits]
 
 
-class JobStarted(Record):
+class JobStarted(Document):
     """Before the first round: who takes part, and where the chain starts; ``lost`` are turns of looking for that.
 
     ``cka`` are those of each layer (CKA), where the start follows from them; ``exits`` are heads at the top of each
@@ -194,7 +189,7 @@ class Restored(Record):
     accuracy: float
 
 
-class Round(Record):
+class Round(Document):
     """One federated round. ``held_out_loss`` and ``accuracy`` are those of the chain cut at the window's top: an early exit.
 
     ``early_exit`` is what that took. ``evaluation`` is that of the whole model. Either is None where it was not due. ``ended``
@@ -233,7 +228,7 @@ class Round(Record):
         return self.restored.accuracy if self.restored else self.accuracy
 
 
-class JobFinished(Record):
+class JobFinished(Document):
     """After the last round: what the whole model is worth on the test rows, with the stack that is ``served``.
 
     ``loss`` is None where it is no finite number. ``best`` is the round whose stack is the best one, if the whole model was
@@ -321,7 +316,7 @@ class StageMemory(Record):
         return self.model_copy(update=merged)
 
 
-class JobResult(Record):
+class JobResult(Document):
     """What a finished job comes to. What follows its ``partition_hash`` is that of its ``JobFinished``."""
 
     job: str

@@ -32,6 +32,7 @@ from chainfed_ray.model.adapters import Adapter, Head
 from chainfed_ray.model.blocks import find_layers
 from chainfed_ray.model.pooling import LayerStates, append_pooled, no_features
 from chainfed_ray.model.saved_stack import ADAPTERS, HEAD, HEADS, PEFT_TYPE
+from chainfed_ray.record import VERSION
 
 _PREFIX = "chainfed_"
 _NO_ADAPTER = "__base__"  # PEFT's name for a row that no adapter is to touch
@@ -84,6 +85,7 @@ class ChainFedConfig(PeftConfig):
     ``target_modules`` are the layers with an adapter, and a classifier's head.
     """
 
+    version: int = VERSION
     target_modules: list[str] = field(default_factory=list)
     base: str | None = None
     hidden: int = 0

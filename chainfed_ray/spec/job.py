@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+from chainfed_ray.record import VERSION, Version
 from chainfed_ray.spec.recipes import Recipe
 from chainfed_ray.spec.sections import (
     AggregationSpec,
@@ -40,6 +41,7 @@ class JobSpec(Section):
     privacy: PrivacySpec | None = Field(None, description="differential privacy; by default there is none")
     evaluation: EvaluationSpec = Field(default_factory=lambda: EvaluationSpec(), description="the measurements")
     seed: int = Field(0, ge=0, lt=2**63, description="from which every random choice follows")
+    version: Version = Field(VERSION, description="of the form of this document")
 
     def document(self) -> dict[str, Any]:
         """The job as JSON-ready data, every default spelt out; ``parse_job`` gives the same job back."""

@@ -17,8 +17,9 @@ from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import ServerEvaluation, streamed
 from chainfed_ray.federation.pool import ClientPool
 from chainfed_ray.federation.prepare import PlannedJob, prepare_job
+from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import JobResult, Record
+from chainfed_ray.records.rounds import JobResult
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 

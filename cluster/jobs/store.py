@@ -9,18 +9,20 @@ tell its story again from the start. ::
        └──────────────────────────────► cancelled
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, Literal, cast
 
-from sqlalchemy import JSON, ForeignKey, UniqueConstraint, create_engine, event, func, inspect, select, text, update
+from sqlalchemy import JSON, ForeignKey, UniqueConstraint, create_engine, event, func, select, text, update
 from sqlalchemy.engine import CursorResult, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
+from chainfed_ray.record import VERSION
 from chainfed_ray.spec.job import JobSpec
 
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
@@ -69,7 +71,7 @@ class JobStore:
     """The jobs in the database at ``url``; safe to use from several threads and processes.
 
     Raises:
-        InvalidSetting: ``url`` is no SQLAlchemy URL, or names a driver that is not installed.
+        InvalidSetting: ``url`` is no SQLAlchemy URL, names a driver that is not installed, or a database of another version.
     """
 
     def __init__(self, url: str) -> None:
@@ -78,7 +80,7 @@ class JobStore:
             _Base.metadata.create_all(self._engine)
         except IntegrityError:  # two processes made the tables at the same moment; PostgreSQL says so
             _Base.metadata.create_all(self._engine)
-        _add_activity(self._engine)
+        _check_version(self._engine)
 
     def close(self) -> None:
         """Close every connection."""
@@ -289,20 +291,27 @@ class _Event(_Base):
     data: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
-def _add_activity(engine: Engine) -> None:
-    """Give a table of jobs that was made before there were activities a column for them."""
-    if _has_activity(engine):
-        return
-    try:
-        with engine.begin() as connection:
-            connection.execute(text("alter table jobs add column activity json"))
-    except DBAPIError:  # another process may have added it at the same moment
-        if not _has_activity(engine):
-            raise
+class _Schema(_Base):
+    __tablename__ = "schema"
+
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
-def _has_activity(engine: Engine) -> bool:
-    return any(column["name"] == "activity" for column in inspect(engine).get_columns(_Job.__tablename__))
+def _check_version(engine: Engine) -> None:
+    """The tables are of the form that this code writes; a database without jobs becomes one of it."""
+    with Session(engine) as session:
+        found = session.scalar(select(func.max(_Schema.version)))
+        if found is None and session.scalar(select(_Job.id).limit(1)) is None:
+            with suppress(IntegrityError):  # another process notes it at the same moment
+                session.add(_Schema(version=VERSION))
+                session.commit()
+            return
+    if found != VERSION:
+        shown = engine.url.render_as_string()  # without the password
+        written = "an earlier chainfed-ray" if found is None or found < VERSION else "a later chainfed-ray"
+        raise InvalidSetting(
+            "CHAINFED_DATABASE", shown, f"jobs in form {VERSION}; those in it were written by {written}"
+        )
 
 
 def _append(session: Session, job: str, key: str, kind: str, at: str, data: dict[str, Any]) -> None:
