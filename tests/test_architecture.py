@@ -94,11 +94,11 @@ def test_deepspeed_is_imported_only_when_it_is_used() -> None:
             assert "deepspeed" not in imported_by(top), path.name
 
 
-def test_readme_gives_every_file_a_duty() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_map_gives_every_file_a_duty() -> None:
+    duties = (ROOT / "ARCHITECTURE.md").read_text()
     for folder in FORBIDDEN:
         for path in files_of(folder):
-            assert path.stem == "__init__" or f"{path.name} " in readme, path.name
+            assert path.stem == "__init__" or f"{path.name} " in duties, path.name
 
 
 def test_every_key_of_a_job_is_documented() -> None:
