@@ -51,7 +51,10 @@ def test_every_variable(tmp_path: Path) -> None:
         assert f"| `{name}` |" in CLI, name
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+DOCUMENTS = ["README.md", "benchmarks/LOG.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_make_targets(document: str) -> None:
     text = (ROOT / document).read_text()
     folder = (ROOT / document).parent
