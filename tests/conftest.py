@@ -64,7 +64,7 @@ def models_are_rehearsed_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (job, dry_run):
-            patch.setattr(module, "costs_of", costs_once)
+            patch.setattr(module, "memory_profile_of", costs_once)
         yield
 
 

@@ -38,7 +38,7 @@ import json, mmap, os, resource, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
-from chainfed_ray.device.cap import MemoryCap, now
+from chainfed_ray.device.cap import MemoryCap, enter_phase
 from chainfed_ray.errors import BudgetExceeded
 from chainfed_ray.device.peak import status
 
@@ -86,7 +86,7 @@ def told_of(greed: str, imports: str = "") -> Any:
     return process(f"""
 {imports}
 def greedy():
-    now("training")
+    enter_phase("training")
     return {greed}
 
 block(lambda: None)  # what the first block loads
@@ -126,7 +126,7 @@ def test_pages_of_a_file_that_no_allocation_shows_are_refused_at_the_end(tmp_pat
         file.truncate(100 * MIB)
     told = process(f"""
 def read():
-    now("reading")
+    enter_phase("reading")
     with open({str(tmp_path / "file")!r}) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         return sum(mapped[place] for place in range(0, len(mapped), 4096))
 

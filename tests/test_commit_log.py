@@ -1,5 +1,6 @@
 """Promise: killed between any two steps, a log holds whole commits only; what was changed since is noticed."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def test_what_was_damaged_is_noticed(name: str, damage: str, tmp_path: Path) -> 
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
     with pytest.raises(CorruptCommit, match=name.rpartition("/")[2]):
+        everything(CommitLog(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["started.json", "finished.json", "rounds/000001.json"])
+def test_a_document_of_another_version_is_refused(name: str, tmp_path: Path) -> None:
+    whole(CommitLog(tmp_path))
+    document = json.loads((tmp_path / name).read_bytes())
+    assert document["version"] == 1
+    (tmp_path / name).write_text(json.dumps(document | {"version": 2}))
+    with pytest.raises(CorruptCommit, match="it has version 2; this chainfed-ray reads version 1"):
         everything(CommitLog(tmp_path))
 
 

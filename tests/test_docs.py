@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import runpy
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,6 @@ from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.storage import Settings, Storage
 from tests.project import ROOT
 
-README = (ROOT / "README.md").read_text()
 API, CLI, ERRORS = ((ROOT / "docs" / name).read_text() for name in ("api.md", "cli.md", "errors.md"))
 
 
@@ -51,7 +51,10 @@ def test_every_variable(tmp_path: Path) -> None:
         assert f"| `{name}` |" in CLI, name
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+DOCUMENTS = ["README.md", "benchmarks/LOG.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_make_targets(document: str) -> None:
     text = (ROOT / document).read_text()
     folder = (ROOT / document).parent
@@ -60,3 +63,9 @@ def test_links_and_make_targets(document: str) -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for target in re.findall(r"`make ([a-z]+)`|^    make ([a-z]+)", text, re.MULTILINE):
         assert "".join(target) in targets, target
+
+
+def test_the_picture_of_the_chain_is_what_its_script_makes() -> None:
+    """``python docs/pictures/chain.py`` writes it anew."""
+    script = ROOT / "docs" / "pictures" / "chain.py"
+    assert script.with_suffix(".svg").read_text() == runpy.run_path(str(script))["picture"]()

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.cluster.pool.actors import ready
 
-ready(BaseModel(Path(sys.argv[1]), torch.float32, Path(sys.argv[2])))
+ready(ModelSource(Path(sys.argv[1]), torch.float32, Path(sys.argv[2])))
 print(*sys.modules)
 """
 

@@ -269,11 +269,11 @@ def test_no_part_is_negative_when_the_first_moment_is_the_highest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "imports"), [("memory", {"chainfed_ray.chain", "chainfed_ray.budget.demand"}), ("demand", set())]
+    ("module", "imports"), [("planner", {"chainfed_ray.chain", "chainfed_ray.budget.demand"}), ("demand", set())]
 )
 def test_the_planner_knows_no_tensors(module: str, imports: set[str]) -> None:
     """Of what is not Python's own, it imports the window and what its parts take, which needs nothing itself."""
-    tree = ast.parse((ROOT / "chainfed_ray" / f"{module}.py").read_text())
+    tree = ast.parse((ROOT / "chainfed_ray" / "budget" / f"{module}.py").read_text())
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {module for module in modules if module.partition(".")[0] not in sys.stdlib_module_names} == imports

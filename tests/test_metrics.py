@@ -95,7 +95,7 @@ def test_a_running_job_from_round_to_round(store: JobStore) -> None:
     assert value(samples, "chainfed_rounds_total", job=job) == 2
     assert value(samples, "chainfed_accuracy", job=job, rows="validation") == 0.5, "the last that was measured"
     assert value(samples, "chainfed_accuracy", job=job, rows="test") is None
-    for name, phone, silo in (("turns", 4, 0), ("lost_turns", 1, 1), ("turns_over_budget", 3, 0)):
+    for name, phone, silo in (("turns", 4, 0), ("failed_turns", 1, 1), ("turns_over_budget", 3, 0)):
         assert value(samples, f"chainfed_{name}_total", job=job, class_="phone") == phone
         assert value(samples, f"chainfed_{name}_total", job=job, class_="silo") == silo
 

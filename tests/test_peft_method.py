@@ -132,17 +132,18 @@ def test_no_adapter_is_lost_silently(bert: Path, tmp_path: Path, lost: str) -> N
         load_stack(model)
 
 
-def test_a_configuration_says_what_its_head_reads(tiny_model_folder: Path, tmp_path: Path) -> None:
-    """One that says nothing, as they were written once, is of a head that reads one layer."""
-    for seed, head_layers in ((2, 1), (0, 3)):
-        folder = tmp_path / str(seed)
-        save_stack(a_saved_stack(tiny_model_folder, seed=seed), folder)
-        config = folder / "adapter_config.json"
-        said = json.loads(config.read_text())
-        assert said.pop("head_layers") == load_stack(folder).stack.head_layers == head_layers
-        config.write_text(json.dumps(said))
-        if head_layers == 1:
-            assert load_stack(folder).stack.head_layers == 1
-        else:
-            with pytest.raises(CorruptCommit):
-                load_stack(folder)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"head_layers": 2}, "lacks adapters"), ({"version": 2}, "it has version 2; this chainfed-ray reads version 1")],
+    ids=["head", "version"],
+)
+def test_a_configuration_of_another_head_or_version_is_refused(
+    change: dict[str, int], words: str, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    save_stack(a_saved_stack(tiny_model_folder), tmp_path / "model")
+    config = tmp_path / "model" / "adapter_config.json"
+    said = json.loads(config.read_text())
+    assert said["head_layers"] == load_stack(tmp_path / "model").stack.head_layers == 3
+    config.write_text(json.dumps(said | change))
+    with pytest.raises(CorruptCommit, match=words):
+        load_stack(tmp_path / "model")

@@ -125,5 +125,5 @@ def test_a_cache_that_is_too_short_is_an_error(blocks: Blocks, tmp_path: Path) -
 def test_a_cache_that_is_gone_is_one_error(blocks: Blocks, tmp_path: Path) -> None:
     """And no second one from what was half made: that would be a warning, and so an error here."""
     with pytest.raises(FileNotFoundError):
-        CachedActivations(tmp_path / "gone", blocks, some_examples(), read=0)
+        CachedActivations(tmp_path / "gone", blocks, some_examples(), pooled=0)
     gc.collect()

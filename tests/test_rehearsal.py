@@ -83,7 +83,7 @@ CASES += [(family, *way) for family in ("bert", "llama") for way in (KEPT_16, SP
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "dtype", "offloaded"), CASES, ids=str)
+@pytest.mark.parametrize(("family", "dtype", "activations_offloaded"), CASES, ids=str)
 def test_a_layer_holds_what_was_told(
     family: str, dtype: torch.dtype, activations_offloaded: bool, tmp_path: Path
 ) -> None:

@@ -113,13 +113,14 @@ def load_stack(folder: Path) -> SavedStack:
     """Read what ``save_stack`` or PEFT's ``save_pretrained`` wrote.
 
     Raises:
-        CorruptCommit: the folder is not there, is of another version, or its tensors are not those that its configuration names.
+        CorruptCommit: the folder is not there, is of another version, or has not the tensors that its configuration names.
     """
     try:
         config = json.loads((folder / _CONFIG).read_bytes())
         version = config.get("version")
         if version != VERSION:
-            raise CorruptCommit(str(folder), f"it has version {version}; this chainfed-ray reads version {VERSION}")
+            expected = f"it has version {version}; this chainfed-ray reads version {VERSION}"
+            raise CorruptCommit(str(folder), expected)
         tensors = load((folder / _WEIGHTS).read_bytes())
         layers = [module for module in config["target_modules"] if module != HEAD]
         path = layers[0].rpartition(".")[0]

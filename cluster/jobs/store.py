@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 from sqlalchemy import JSON, ForeignKey, UniqueConstraint, create_engine, event, func, select, text, update
 from sqlalchemy.engine import CursorResult, Engine, make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from chainfed_ray.activity import Activity
@@ -77,10 +77,11 @@ class JobStore:
     def __init__(self, url: str) -> None:
         self._engine = _engine(url)
         try:
-            _Base.metadata.create_all(self._engine)
-        except IntegrityError:  # two processes made the tables at the same moment; PostgreSQL says so
-            _Base.metadata.create_all(self._engine)
-        _check_version(self._engine)
+            _make_tables(self._engine)
+            _check_version(self._engine)
+        except BaseException:
+            self._engine.dispose()
+            raise
 
     def close(self) -> None:
         """Close every connection."""
@@ -295,6 +296,15 @@ class _Schema(_Base):
     __tablename__ = "schema"
 
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+def _make_tables(engine: Engine) -> None:
+    """Make the tables that are missing. Where another process made one at the same moment, there is one fewer to make."""
+    for _ in _Base.metadata.tables:
+        with suppress(DBAPIError):
+            _Base.metadata.create_all(engine)
+            return
+    _Base.metadata.create_all(engine)
 
 
 def _check_version(engine: Engine) -> None:
