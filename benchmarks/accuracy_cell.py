@@ -27,12 +27,12 @@ from benchmarks.baselines import (
 )
 from benchmarks.metering import Meter, MeteredPool
 from chainfed_ray.chain import Window
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.evaluation.early_exit import predict_early_exit
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.admission import Admission
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import PlannedJob, plan_job, prepare_job
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.records.commit_log import CommitLog

@@ -68,7 +68,7 @@ class Model(Protocol):
 def federated(job: PlannedJob, model: Model, meter: Meter) -> Iterator[int]:
     """FedAvg of ``model`` for the rounds of the job; the index of each round when it is over."""
     spec = job.spec
-    rounds, window = spec.rounds, Window(job.planner.task.start, job.layers - 1)
+    rounds, window = spec.rounds, Window(job.planner.requirements.start, job.layers - 1)
     assert rounds.local_steps is not None
     candidates = [candidate for candidate, _ in job.admitted]
     current = model.tensors()
@@ -85,7 +85,7 @@ def federated(job: PlannedJob, model: Model, meter: Meter) -> Iterator[int]:
             meter.seconds += perf_counter() - started
             size = sum(tensor.nbytes for tensor in sent.values())
             meter.turns.append(Spent(candidate.name, 0, rounds.local_steps, process_time() - cpu, size))
-            mean.fold(sent, len(candidate.examples))
+            mean.add(sent, len(candidate.examples))
         current = mean.result()
         model.load(current)
         yield index

@@ -5,7 +5,7 @@ from time import perf_counter
 
 from benchmarks.accuracy_protocols import Point, Spent
 from chainfed_ray.client.messages import Client, Profile, Training, TurnOrder, TurnResult, Update
-from chainfed_ray.federation.pool import ClientPool, Failure, Outcome
+from chainfed_ray.client.pool import ClientPool, Failure, Outcome
 
 
 class TurnFailed(RuntimeError):

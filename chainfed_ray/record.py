@@ -18,3 +18,9 @@ class Document(Record):
     """A document that is kept as a whole. One of another version is refused, and not read as what it is not."""
 
     version: Version = VERSION
+
+
+def named(rule: object) -> str:
+    """The name by which a function or an object of the caller's own stands on record: its module and its name there."""
+    kind = rule if hasattr(rule, "__qualname__") else type(rule)
+    return f"{kind.__module__}.{kind.__qualname__}"  # type: ignore[attr-defined]

@@ -18,8 +18,8 @@ from torch import Tensor
 from chainfed_ray.aggregation.privacy import Noise
 from chainfed_ray.api.report.progress import ProgressDisplay
 from chainfed_ray.chain import Window
+from chainfed_ray.client.pool import ClientPool, LocalPool
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import ClientPool, LocalPool
 from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog
@@ -72,7 +72,7 @@ def like(job: PlannedJob, folder: Path, **sections: Any) -> PlannedJob:
 def smallest_budget(document: dict[str, Any], folder: Path, width: int) -> int:
     """The fewest bytes with which every client of a job has a plan for a window of ``width``."""
     job = a_job(document, folder)
-    start = job.planner.task.start
+    start = job.planner.requirements.start
 
     def holds(memory: int) -> bool:
         candidates = (replace(candidate, memory=memory) for candidate, _ in job.admitted)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from chainfed_ray.client.messages import Client, Fitting, HeadSums, Training, TurnOrder, TurnResult, Update
+from chainfed_ray.client.pool import ClientPool, Failure, Outcome
 from chainfed_ray.errors import BudgetExceeded
-from chainfed_ray.federation.pool import ClientPool, Failure, Outcome
 
 Answer = TurnResult | Failure
 Alter = Callable[[Client, TurnOrder, Answer], Answer]

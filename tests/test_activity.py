@@ -18,8 +18,8 @@ from rich.console import Console
 from chainfed_ray.activity import Activity, Listener, Notes, Reporter, no_listener
 from chainfed_ray.api.report.activity_display import ActivityDisplay
 from chainfed_ray.api.report.activity_log import ActivityLog, in_words
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.model.adapters import Tensors

@@ -79,8 +79,8 @@ def test_what_the_planner_knows_of_a_client(
         longest=9,
         cached=cache <= disk,
         spill=disk - cache if cache <= disk else disk,
-        batch=min(3, planner.task.batch_size),
-        one_step=planner.task.batch_size >= 3 and planner.task.epochs == 1,
+        batch=min(3, planner.requirements.batch_size),
+        one_step=planner.requirements.batch_size >= 3 and planner.requirements.epochs == 1,
     )
     assert planner.means(candidate) == expected
     assert planner.means(replace(candidate, disk=None)) == replace(expected, cached=True, spill=None)

@@ -55,7 +55,7 @@ def assert_is(result: Tensors, expected: dict[str, np.ndarray]) -> None:
 def test_the_mean_is_over_those_that_sent_a_tensor(updates: list[Weighed]) -> None:
     mean = aggregate_by(AggregationSpec())
     for tensors, examples in updates:
-        mean.fold(tensors, examples)
+        mean.add(tensors, examples)
     weights = {name: [examples for tensors, examples in updates if name in tensors] for name in names_of(updates)}
     expected = {name: np.average(values_of(updates, name), 0, weights[name]) for name in weights}
     assert_is(mean.result(), expected)
@@ -160,8 +160,8 @@ def test_these_rules_are_unweighted(rule: Any, updates: list[Weighed]) -> None:
     spec = AggregationSpec(rule=rule, trim=0.3)
     claimed, same = aggregate_by(spec), aggregate_by(spec)
     for tensors, examples in updates:
-        claimed.fold(tensors, examples)
-        same.fold(tensors, 1)
+        claimed.add(tensors, examples)
+        same.add(tensors, 1)
     assert_same(claimed.result(), same.result())
 
 

@@ -10,10 +10,10 @@ import torch
 
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Training, Update
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive

@@ -42,7 +42,8 @@ def test_three_rounds_by_hand(
     v = {name: np.full_like(value, 0.02**2) for name, value in x.items()}
     eta = rate or {"momentum": 1.0, "adam": 0.01, "yogi": 0.01}[optimizer]
     for aggregate in aggregates(start):
-        before, stack = stack, server.step(stack, aggregate)
+        before = stack
+        stack, server = server.step(stack, aggregate)
         for name, mean in aggregate.items():
             delta = mean.double().numpy() - x[name]
             if optimizer == "momentum":
@@ -65,7 +66,7 @@ def test_three_rounds_by_hand(
 def test_without_an_optimizer_the_aggregate_is_the_stack(start: Tensors) -> None:
     server = ServerOptimizer(AggregationSpec())
     aggregate = aggregates(start)[0]
-    after = server.step(start, aggregate)
+    after, server = server.step(start, aggregate)
     assert {name: tensor.data_ptr() for name, tensor in after.items()} == {
         name: tensor.data_ptr() for name, tensor in (start | aggregate).items()
     }
@@ -76,7 +77,7 @@ def test_momentum_of_nothing_is_fedavg(start: Tensors) -> None:
     """β₁ = 0 and η = 1: the same step, but for a rounding of what is added to the stack."""
     server = ServerOptimizer(AggregationSpec(optimizer="momentum", beta1=0.0))
     aggregate = aggregates(start)[0]
-    after = server.step(start, aggregate)
+    after, _ = server.step(start, aggregate)
     for name, tensor in (start | aggregate).items():
         torch.testing.assert_close(after[name], tensor)
 
@@ -89,15 +90,29 @@ def test_the_state_is_all_there_is_to_remember(start: Tensors, optimizer: Litera
     for aggregate in aggregates(start):
         state = {name: tensor.clone() for name, tensor in other.tensors.items()}
         other = ServerOptimizer(spec, state)
-        stack, again = server.step(stack, aggregate), other.step(again, aggregate)
+        stack, server = server.step(stack, aggregate)
+        again, other = other.step(again, aggregate)
         for name, tensor in stack.items():
             assert torch.equal(tensor, again[name])
 
 
 def test_a_tensor_that_was_made_anew_has_no_past(start: Tensors) -> None:
     server = ServerOptimizer(AggregationSpec(optimizer="momentum"))
-    server.step(start, {name: tensor + 1 for name, tensor in start.items()})
-    server.forget(["head"])
-    after = server.step(start, dict(start))  # the clients change nothing
+    _, server = server.step(start, {name: tensor + 1 for name, tensor in start.items()})
+    after, _ = server.without(["head"]).step(start, dict(start))  # the clients change nothing
     assert torch.equal(after["head"], start["head"])
     assert not torch.equal(after["low"], start["low"])
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi"])
+def test_a_step_leaves_the_optimizer_and_the_stack_as_they_were(
+    start: Tensors, optimizer: Literal["momentum", "adam", "yogi"]
+) -> None:
+    """Two steps from one state are the same: what a round changes is a new value, and the old one is still there."""
+    aggregate = aggregates(start)[0]
+    _, server = ServerOptimizer(AggregationSpec(optimizer=optimizer)).step(start, aggregate)
+    kept = {name: tensor.clone() for name, tensor in (start | server.tensors).items()}
+    first, second = server.step(start, aggregate), server.step(start, aggregate)
+    for ours, theirs in ((first[0], second[0]), (first[1].tensors, second[1].tensors), (kept, start | server.tensors)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

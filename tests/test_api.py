@@ -18,11 +18,12 @@ from sqlalchemy.exc import OperationalError
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
-from chainfed_ray.cluster.jobs.run import run_job
+from chainfed_ray.client.pool import LocalPool
+from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import prepare_job
+from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.forecast import Forecast
@@ -83,7 +84,7 @@ def small(document: dict[str, Any]) -> dict[str, Any]:
 def run(job: str, storage: Storage, store: JobStore) -> None:
     """What the controller and a coordinator do, here."""
     assert store.move(job, "running")
-    run_job(job, storage, lambda made, note: LocalPool(made.base))
+    run_queued_job(job, storage, in_this_process)
 
 
 def test_a_job_from_submission_to_an_answer(
@@ -150,9 +151,9 @@ def test_a_run_that_was_killed_tells_its_story_once(
 
     store.move(halved, "running")
     with pytest.raises(Killed):
-        run_job(halved, storage, lambda made, note: dying(LocalPool(made.base), turns=3))
+        run_queued_job(halved, storage, lambda source, note: dying(LocalPool(source), turns=3))
     assert store.get(halved).status == "running"
-    run_job(halved, storage, lambda made, note: LocalPool(made.base))
+    run_queued_job(halved, storage, in_this_process)
     told = {job: [event.kind for event in store.events(job)] for job in (whole, halved)}
     assert told[whole] == told[halved]
     assert told[whole].count("round") == 3
@@ -181,7 +182,7 @@ def test_a_job_shows_what_it_is_busy_with_while_it_runs(
             return found if found and found["done"] == done and "training" in found["what"] else None
 
     store.move(job, "running")
-    run_job(job, storage, lambda made, note: Watched(made.base))
+    run_queued_job(job, storage, lambda source, note: Watched(source))
     assert [activity["done"] for activity in seen] == [1, 2]
     assert [(activity["what"], activity["total"], activity["unit"]) for activity in seen] == [
         ("round 1 of 1: training", 2, "clients")
@@ -242,7 +243,7 @@ def test_a_coordinator_that_dies_again_and_again_ends_its_job(
     store.move(job, "running")
     for _ in range(5):
         store.count_start(job)
-    run_job(job, storage, lambda made, note: LocalPool(made.base))
+    run_queued_job(job, storage, in_this_process)
     failed = store.get(job)
     assert failed.status == "failed"
     assert failed.error is not None

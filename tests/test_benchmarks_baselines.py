@@ -33,10 +33,10 @@ from benchmarks.metering import Meter, MeteredPool, TurnFailed
 from benchmarks.methods import methods
 from chainfed_ray.aggregation.discriminant import ClassSums, fitted
 from chainfed_ray.client.messages import Client, Training
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.client.training import step_batches
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.federation.cohort import Cohort
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.model.adapters import Head, Tensors
 from chainfed_ray.model.blocks import Blocks

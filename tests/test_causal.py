@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.data.examples import examples_of
 from chainfed_ray.data.targets import learnable, packed, tokenize_texts
 from chainfed_ray.data.tokens import Examples, ragged
@@ -22,7 +23,6 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.evaluation.predictions import Predictions
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.model.saved_stack import save_stack
 from chainfed_ray.records.commit_log import CommitLog

@@ -10,11 +10,11 @@ import pytest
 
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Profile, Profiling
+from chainfed_ray.client.pool import Failure, LocalPool
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import Failure, LocalPool
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.forecast import duration
 from chainfed_ray.forecast.pace import Pace

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive

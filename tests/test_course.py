@@ -43,7 +43,7 @@ def test_each_window_has_its_stage_and_all_rounds_are_used(start: int, total: in
     history = list[Round]()
     opened = list[int]()
     while (upcoming := course.next(history)) is not None:
-        if course.opens(upcoming, history):
+        if course.starts_stage(upcoming, history):
             opened.append(upcoming.window.top)
         last = upcoming.window.top == LAYERS - 1
         early = "converged" if len(history) in converges and not last else None
@@ -61,12 +61,12 @@ def test_windows_that_take_turns_begin_once_and_end_at_the_top(start: int, total
     history = list[Round]()
     opened = 0
     while (upcoming := course.next(history)) is not None:
-        opened += course.opens(upcoming, history)
+        opened += course.starts_stage(upcoming, history)
         history.append(ran(upcoming, course.ended(upcoming, 99, [1.0] * 99, 0.0)))
     assert (len(history), opened) == (total, 1)
     assert history[-1].top == LAYERS - 1
     assert [record.ended for record in history] == [None] * (total - 1) + ["round limit"]
-    assert not course.goes_back
+    assert not course.restores_best
 
 
 @pytest.mark.parametrize("lost", [0, 1])
@@ -77,6 +77,6 @@ def test_a_span_counts_the_rounds_that_had_a_quorum(lost: int) -> None:
     for index in range(7):
         upcoming = course.next(history)
         assert upcoming is not None
-        opens.append(course.opens_span(upcoming, history))
+        opens.append(course.starts_span(upcoming, history))
         history.append(ran(upcoming, None, counted=index >= lost))
     assert opens == [index == 0 or (index - lost) % 3 == 0 for index in range(7)]

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy, layer_norm
 from chainfed_ray.aggregation.discriminant import ClassSums, discriminant, fitted
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Fitting, HeadSums
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens

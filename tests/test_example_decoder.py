@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import streamed
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.records.commit_log import CommitLog

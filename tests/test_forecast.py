@@ -21,8 +21,8 @@ from chainfed_ray.api.report.forecast_picture import png
 from chainfed_ray.api.report.forecast_table import forecast_table
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import PlannedJob, plan_job
 from chainfed_ray.forecast import duration
 from chainfed_ray.forecast.dry_run import changed, dry_run

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.budget import server
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.errors import EvaluationFailed, InvalidJob
 from chainfed_ray.evaluation.evaluator import Evaluated, Evaluator
 from chainfed_ray.evaluation.predictions import Predictions
 from chainfed_ray.evaluation.score import Score, macro_f1
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import ServerEvaluation, is_due, streaming
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.federation.stages import rate_at
 from chainfed_ray.model.adapters import AdapterStack, Tensors
@@ -122,10 +122,7 @@ def test_failures_are_noted_and_cost_nothing_else(document: dict[str, Any], tmp_
     assert job_finished.evaluation is not None
     assert (job_finished.evaluation.engine, job_finished.evaluation.failure, job_finished.best) == ("torch", said, None)
     assert job_finished.accuracy == plain.finish().accuracy
-    assert (
-        JobResult.of("tiny", job.classes, coordinator.open(), rounds, job_finished).evaluation
-        == job_finished.evaluation
-    )
+    assert JobResult.of("tiny", coordinator.open(), rounds, job_finished).evaluation == job_finished.evaluation
 
 
 @pytest.mark.slow
@@ -147,7 +144,7 @@ def test_a_loss_that_is_no_number_is_never_the_best_and_can_be_read_again(
     assert rounds[0].evaluation is not None
     assert "no finite number" in (rounds[0].evaluation.failure or "")
     assert (job_finished.loss is None) == math.isnan(last)
-    result = JobResult.of("tiny", job.classes, Coordinator(job, LocalPool(job.base), log).open(), rounds, job_finished)
+    result = JobResult.of("tiny", Coordinator(job, LocalPool(job.base), log).open(), rounds, job_finished)
     strict = json.dumps(result.model_dump(mode="json"), allow_nan=False)
     assert JobResult.model_validate_json(strict) == result
 

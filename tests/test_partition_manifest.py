@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.data.partition import partition_examples
 from chainfed_ray.data.sources import load
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.rounds import JobResult
@@ -148,7 +148,7 @@ def test_it_is_kept_and_its_hash_is_on_record(document: dict[str, Any], tmp_path
     job_started, rounds, job_finished = coordinator.open(), list(coordinator.rounds()), coordinator.finish()
     kept = (tmp_path / "log" / "partition.json").read_bytes()
     assert Manifest.model_validate_json(kept) == job.manifest
-    result = JobResult.of("tiny", job.classes, job_started, rounds, job_finished)
+    result = JobResult.of("tiny", job_started, rounds, job_finished)
     assert sha256(kept).hexdigest() == job.manifest.hash == job_started.partition_hash == result.partition_hash
     assert [client.rows for client in job.manifest.clients] == [len(client.examples) for client in job.clients]
 

@@ -72,7 +72,7 @@ def test_more_clients_than_rows_is_refused() -> None:
 def test_the_mean_is_weighted_by_examples(updates: list[tuple[int, int]]) -> None:
     mean = RunningMean()
     for value, weight in updates:
-        mean.fold({"x": torch.tensor([float(value)])}, weight)
+        mean.add({"x": torch.tensor([float(value)])}, weight)
     exact = Fraction(sum(value * weight for value, weight in updates), sum(weight for _, weight in updates))
     assert mean.result()["x"].item() == torch.tensor(float(exact), dtype=torch.float64).float().item()
 
@@ -124,7 +124,7 @@ def test_a_plateau_ends_a_stage_after_its_minimum() -> None:
 def test_effective_movement(steps: list[float]) -> None:
     movement, place = Movement(), torch.zeros(1, dtype=torch.float64)
     for step in steps:
-        movement.add({"x": place}, {"x": place + step})
+        movement = movement.with_round({"x": place}, {"x": place + step})
         place = place + step
     path = sum(map(abs, steps))
     assert movement.value() == pytest.approx(abs(sum(steps)) / path if path else 0.0, abs=1e-6)

@@ -20,14 +20,15 @@ from chainfed_ray.aggregation.privacy import Noise, key_of, sampling_seed
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.chain import Window
-from chainfed_ray.cluster.jobs.run import run_job
+from chainfed_ray.client.pool import LocalPool
+from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import PlannedJob, check_fleet
+from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
@@ -201,7 +202,7 @@ def test_epsilon_is_on_record_and_is_that_of_the_library(finished: Finished) -> 
     job_finished = coordinator.finish()
     assert job_finished.epsilon == spent[-1]
     assert job_finished.stopped is None
-    result = JobResult.of("tiny", finished.job.classes, coordinator.open(), rounds, job_finished)
+    result = JobResult.of("tiny", coordinator.open(), rounds, job_finished)
     assert (result.epsilon, result.stopped) == (job_finished.epsilon, None)
     assert not (finished.folder / "privacy.key").exists(), "with it, the noise could be taken away"
     assert coordinator.finish() == job_finished
@@ -302,7 +303,7 @@ def test_a_job_with_a_limit_is_one_of_as_many_rounds_as_it_allows(plain: Planned
     assert job_finished.epsilon == rounds[-1].epsilon == pytest.approx(limit - 0.01)
     assert job_finished.stopped
     assert job_finished.stopped.startswith("privacy limit: one more round could take ε to ")
-    assert JobResult.of("tiny", job.classes, coordinator.open(), rounds, job_finished).stopped == job_finished.stopped
+    assert JobResult.of("tiny", coordinator.open(), rounds, job_finished).stopped == job_finished.stopped
     assert ran["short"][0].finish().stopped is None
     assert_same(coordinator.models()["last"].stack.tensors(), stack)
     assert list(Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "limited")).rounds()) == []
@@ -347,7 +348,7 @@ def test_a_job_that_failed_in_the_service_keeps_no_secret(plain: PlannedJob, tmp
         job = store.submit(parse_job(document)).id
         store.move(job, "running")
         with_secret(bytes(32), storage.job(job))
-        run_job(job, storage, lambda made, note: LocalPool(made.base))
+        run_queued_job(job, storage, in_this_process)
         assert store.get(job).status == "failed"
     finally:
         store.close()
@@ -356,7 +357,7 @@ def test_a_job_that_failed_in_the_service_keeps_no_secret(plain: PlannedJob, tmp
 
 def test_no_record_and_no_route_shows_the_secret(finished: Finished, tmp_path: Path) -> None:
     job, folder, coordinator, secret = finished.job, finished.folder, finished.coordinator, finished.secret
-    result = JobResult.of("tiny", job.classes, coordinator.open(), CommitLog(folder).rounds(), coordinator.finish())
+    result = JobResult.of("tiny", coordinator.open(), CommitLog(folder).rounds(), coordinator.finish())
     store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
     try:
         name = store.submit(job.spec).id

@@ -290,7 +290,7 @@ def test_who_exceeded_a_plan_is_in_the_results_and_on_the_panel() -> None:
 
 def test_the_result_has_every_class_in_every_stage() -> None:
     job_started = a_lean_opening()
-    found = JobResult.of("tiny", ("a", "b"), job_started, two_stages(job_started), FINISHED).memory
+    found = JobResult.of("tiny", job_started, two_stages(job_started), FINISHED).memory
     assert [(part.stage, part.client_class, part.turns, part.exceeded) for part in found] == [
         (0, "phone", 1, 0), (0, "laptop", 1, 0), (1, "phone", 1, 1), (1, "laptop", 1, 0),
     ]  # fmt: skip

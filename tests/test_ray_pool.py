@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from chainfed_ray.client.messages import Profile, Profiling
+from chainfed_ray.client.pool import Failure, LocalPool
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.federation.admission import Planner, admit
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import Failure, LocalPool
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import JobStarted
 from tests.builders import a_job, assert_same, run
@@ -64,7 +64,7 @@ def test_plans_that_are_too_small_cost_a_turn_each_and_the_job_goes_on(
     document["chain"] |= {"adapter": {"bottleneck": 8192}}
     job = a_job(document, tmp_path)
     wrong = replace(job.planner.costs, skeleton=-16 * 2**20)
-    planner = Planner(wrong, job.planner.task)
+    planner = Planner(wrong, job.planner.requirements)
     job = replace(job, planner=planner, admission=admit(planner, [candidate for candidate, _ in job.admitted], 2))
     records = list(Coordinator(job, ray_pool, CommitLog(tmp_path / "log")).rounds())
     assert all(record.counted and not record.failed_turns for record in records)

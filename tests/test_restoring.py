@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.chain import Window
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import ServerEvaluation, best_exit, exits, streaming
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.federation.state import ChainState
 from chainfed_ray.model.adapters import AdapterStack, Tensors
@@ -85,7 +85,7 @@ def test_a_stage_that_only_lost_ends_as_it_began(document: dict[str, Any], tmp_p
     job_finished = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log")).finish()
     job_started = CommitLog(tmp_path / "log").job_started()
     assert isinstance(job_started, JobStarted)
-    result = JobResult.of("tiny", job.classes, job_started, rounds, job_finished)
+    result = JobResult.of("tiny", job_started, rounds, job_finished)
     assert [stage.accuracy for stage in result.stages] == [first.accuracy, rounds[3].accuracy]
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation import head_fitting as head_fit
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.pool import LocalPool
 from chainfed_ray.forecast import duration
 from chainfed_ray.model.pooling import LayerStates
 from chainfed_ray.model.prefix import PrefixRunner

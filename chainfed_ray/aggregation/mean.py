@@ -1,8 +1,8 @@
 """FedAvg: the mean of the clients' tensors, weighted by example count, in client order (McMahan et al., 2017).
 
-Floating-point addition is not associative, so the order matters: updates are folded by the client's place in the
-round, never by their arrival, and the result is exact and repeatable. They are folded one at a time into a running
-sum in float64, so the server holds one update and not all of them. Other rules need all of them (``robust.py``).
+Floating-point addition is not associative, so the order matters. Updates are added in the order of the clients in the round,
+not of their arrival, so that the result is the same each time. They are added one at a time to a sum in float64, so that the
+server holds one update and not all. Other rules need all updates of a round (``robust.py``).
 """
 
 from collections import Counter
@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from chainfed_ray.aggregation.robust import Rule, Weighed, krum, median, trimmed_mean
-from chainfed_ray.errors import InvalidUpdate
+from chainfed_ray.aggregation.robust import krum, median, trimmed_mean
+from chainfed_ray.aggregation.rule import AggregationRule, WeightedUpdate
+from chainfed_ray.errors import InvalidJob, InvalidUpdate
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.spec.sections import AggregationSpec
 
@@ -41,15 +42,30 @@ def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[s
             raise InvalidUpdate(client, f"{name} is not finite")
 
 
-class Aggregate(Protocol):
-    """Takes the updates of a round, one at a time and in client order, and gives what they come to."""
+def check_aggregate(rule: str, aggregate: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+    """Refuse what a rule of one's own must not give.
 
-    def fold(self, tensors: Mapping[str, Tensor], examples: int) -> None:
+    Raises:
+        InvalidJob: a name, a shape or a dtype is not that of a ``trained`` tensor, or a value is not finite.
+    """
+    for name, found in aggregate.items():
+        wanted = trained.get(name)
+        if wanted is None:
+            raise InvalidJob.at("aggregation", rule, f"a rule that gives tensors of the window only; it gave {name}")
+        if found.shape != wanted.shape or found.dtype != wanted.dtype or not torch.isfinite(found).all():
+            expected = f"a rule that gives {name} as finite {wanted.dtype} {list(wanted.shape)}"
+            raise InvalidJob.at("aggregation", rule, f"{expected}; it gave {found.dtype} {list(found.shape)}")
+
+
+class Aggregate(Protocol):
+    """Takes the updates of a round one by one, in client order, and gives their aggregate."""
+
+    def add(self, tensors: Mapping[str, Tensor], examples: int) -> None:
         """Take an update and its example count."""
         ...
 
     def result(self) -> Tensors:
-        """The aggregate by name; nothing for a tensor that does not change."""
+        """The aggregate by name; a tensor that does not change is not in it."""
         ...
 
 
@@ -67,13 +83,13 @@ def aggregate_by(spec: AggregationSpec) -> Aggregate:
 
 
 class RunningMean:
-    """A weighted mean of named tensors, folded one update at a time. A tensor's mean is over the updates that have it."""
+    """A weighted mean of named tensors, updates added one by one. A tensor's mean is over the updates that have it."""
 
     def __init__(self) -> None:
         self._sums: Tensors = {}
         self._weights: Counter[str] = Counter()
 
-    def fold(self, tensors: Mapping[str, Tensor], examples: int) -> None:
+    def add(self, tensors: Mapping[str, Tensor], examples: int) -> None:
         """Add an update with the weight of its examples."""
         for name, tensor in tensors.items():
             weighted = tensor.double() * examples
@@ -81,21 +97,21 @@ class RunningMean:
             self._weights[name] += examples
 
     def result(self) -> Tensors:
-        """The mean by name, in float32; nothing for a tensor that no update had."""
+        """The mean by name, in float32; a tensor that no update had is not in it."""
         return {name: (total / self._weights[name]).float() for name, total in self._sums.items()}
 
 
 class KeptUpdates:
-    """The updates of a round, kept until there are all that ``rule`` looks at."""
+    """Keeps all updates of a round, for a ``rule`` that needs them at once."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: AggregationRule) -> None:
         self._rule = rule
-        self._updates: list[Weighed] = []
+        self._updates: list[WeightedUpdate] = []
 
-    def fold(self, tensors: Mapping[str, Tensor], examples: int) -> None:
+    def add(self, tensors: Mapping[str, Tensor], examples: int) -> None:
         """Keep an update."""
         self._updates.append((tensors, examples))
 
     def result(self) -> Tensors:
-        """What the rule makes of them."""
-        return self._rule(self._updates)
+        """The rule's aggregate; nothing if there were no updates."""
+        return self._rule(self._updates) if self._updates else {}

@@ -83,7 +83,7 @@ class PrivateMean:
         self._sums: Tensors = {name: _zeros(tensor) for name, tensor in start.items()}
         self._answered = 0
 
-    def fold(self, tensors: Mapping[str, Tensor], examples: int) -> None:
+    def add(self, tensors: Mapping[str, Tensor], examples: int) -> None:
         """Add an update; that it has more ``examples`` than others does not count."""
         factor = 1.0 if self._clip is None else clip_factor(self._start, tensors, self._clip)
         for name, tensor in tensors.items():

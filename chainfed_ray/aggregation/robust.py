@@ -11,18 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from chainfed_ray.aggregation.rule import WeightedUpdate
 from chainfed_ray.model.adapters import Tensors
 
-Weighed = tuple[Mapping[str, Tensor], int]  # an update's tensors, and the examples that they were trained on
-Rule = Callable[[Sequence[Weighed]], Tensors]
 
-
-def median(updates: Sequence[Weighed]) -> Tensors:
+def median(updates: Sequence[WeightedUpdate]) -> Tensors:
     """The median of each value (Yin et al., 2018, definition 1); of an even number, the mean of the two in the middle."""
     return _without_extremes(updates, lambda count: (count - 1) // 2)
 
 
-def trimmed_mean(updates: Sequence[Weighed], trim: float) -> Tensors:
+def trimmed_mean(updates: Sequence[WeightedUpdate], trim: float) -> Tensors:
     """The mean of each value without the share ``trim`` in [0, 0.5) at each end (Yin et al., 2018, definition 2).
 
     The share is rounded up to whole updates, so that a round which lost some still cuts; one or two values in the middle
@@ -32,7 +30,7 @@ def trimmed_mean(updates: Sequence[Weighed], trim: float) -> Tensors:
     return _without_extremes(updates, lambda count: min(math.ceil(trim * count - 1e-9), (count - 1) // 2))
 
 
-def krum(updates: Sequence[Weighed], byzantine: int) -> Tensors:
+def krum(updates: Sequence[WeightedUpdate], byzantine: int) -> Tensors:
     """The update in the midst of the others (Blanchard et al., 2017); it withstands f = ``byzantine`` poisoned ones.
 
     Of n updates, it is the one with the least sum of squared distances to the n − f − 2 that are nearest to it; the first of
@@ -50,7 +48,7 @@ def krum(updates: Sequence[Weighed], byzantine: int) -> Tensors:
     return result
 
 
-def _without_extremes(updates: Sequence[Weighed], cut: Callable[[int], int]) -> Tensors:
+def _without_extremes(updates: Sequence[WeightedUpdate], cut: Callable[[int], int]) -> Tensors:
     """Tensor by tensor, the mean of each value without the ``cut(n)`` least and greatest of the n that were sent."""
     sent = [tensors for tensors, _ in updates]
     result: Tensors = {}

@@ -10,6 +10,7 @@ m starts at 0 and v at τ². All of it is done value by value, in float32.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, full_like, zeros_like
 
@@ -19,36 +20,43 @@ from chainfed_ray.spec.sections import AggregationSpec
 _MOMENTUM_RATE, _ADAPTIVE_RATE = 1.0, 0.01
 
 
+@dataclass(frozen=True)
 class ServerOptimizer:
-    """Steps of the job's server optimizer, or none: then the aggregate is the new stack.
+    """The job's server optimizer, and what it remembers after a round. Without one, the aggregate is the new stack.
 
-    Its state is kept as ``tensors``, ``m.<name>`` and ``v.<name>``, so that a restart goes on where it was. That of a tensor
-    stays as it is while the window is elsewhere.
+    It remembers ``m.<name>`` and ``v.<name>`` in ``tensors``, which are committed: a restart continues with them. The memory of
+    a tensor stays as it is while other windows are trained. A step makes a new optimizer and leaves this one as it was.
     """
 
-    def __init__(self, spec: AggregationSpec, tensors: Tensors | None = None) -> None:
-        self._spec = spec
-        self.tensors: Tensors = tensors or {}
+    spec: AggregationSpec
+    tensors: Tensors = field(default_factory=dict)
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Tensors that were made anew have no past."""
-        for name in names:
-            self.tensors.pop(f"m.{name}", None)
-            self.tensors.pop(f"v.{name}", None)
+    def without(self, names: Iterable[str]) -> "ServerOptimizer":
+        """This optimizer without its memory of some tensors, because they were replaced."""
+        gone = {f"{moment}.{name}" for name in names for moment in "mv"}
+        return replace(self, tensors={name: tensor for name, tensor in self.tensors.items() if name not in gone})
 
-    def step(self, before: Tensors, aggregate: Tensors) -> Tensors:
-        """The tensors of ``before`` after the round; those that are not in ``aggregate`` were not trained, and do not move."""
-        if self._spec.optimizer == "none":
-            return before | aggregate
-        return before | {name: before[name] + self._move(name, new - before[name]) for name, new in aggregate.items()}
+    def step(self, before: Tensors, aggregate: Tensors) -> "tuple[Tensors, ServerOptimizer]":
+        """The stack after the round, and the optimizer after the step.
 
-    def _move(self, name: str, change: Tensor) -> Tensor:
-        """What the pseudo-gradient ``change`` adds to the tensor called ``name``."""
-        spec, rate = self._spec, self._rate
+        A tensor of ``before`` that is not in ``aggregate`` was not trained, and does not move.
+        """
+        if self.spec.optimizer == "none":
+            return before | aggregate, self
+        after, moments = dict(before), dict(self.tensors)
+        for name, new in aggregate.items():
+            moved, remembered = self._moved(name, new - before[name])
+            after[name] = before[name] + moved
+            moments |= remembered
+        return after, replace(self, tensors=moments)
+
+    def _moved(self, name: str, change: Tensor) -> tuple[Tensor, Tensors]:
+        """What the pseudo-gradient ``change`` adds to the tensor called ``name``, and the moments to remember."""
+        spec, rate = self.spec, self._rate
         momentum = self.tensors.get(f"m.{name}", zeros_like(change))
         if spec.optimizer == "momentum":
-            self.tensors[f"m.{name}"] = momentum = spec.beta1 * momentum + change
-            return rate * momentum
+            momentum = spec.beta1 * momentum + change
+            return rate * momentum, {f"m.{name}": momentum}
         second = self.tensors.get(f"v.{name}", full_like(change, spec.tau**2))
         square = change.square()
         momentum = spec.beta1 * momentum + (1 - spec.beta1) * change
@@ -56,10 +64,9 @@ class ServerOptimizer:
             second = spec.beta2 * second + (1 - spec.beta2) * square
         else:
             second = second - (1 - spec.beta2) * square * (second - square).sign()
-        self.tensors[f"m.{name}"], self.tensors[f"v.{name}"] = momentum, second
-        return rate * momentum / (second.sqrt() + spec.tau)
+        return rate * momentum / (second.sqrt() + spec.tau), {f"m.{name}": momentum, f"v.{name}": second}
 
     @property
     def _rate(self) -> float:
-        default = _MOMENTUM_RATE if self._spec.optimizer == "momentum" else _ADAPTIVE_RATE
-        return default if self._spec.server_learning_rate is None else self._spec.server_learning_rate
+        default = _MOMENTUM_RATE if self.spec.optimizer == "momentum" else _ADAPTIVE_RATE
+        return default if self.spec.server_learning_rate is None else self.spec.server_learning_rate

@@ -6,18 +6,18 @@ from chainfed_ray.aggregation.privacy import NoiseShare
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.first_pass import StartGuess
-from chainfed_ray.client.objective import GlobalTrains
+from chainfed_ray.client.objective import GlobalTrains, Objective
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.model.adapters import Tensors
 
 
 @dataclass(frozen=True)
 class Client:
-    """One data owner: its examples, the memory that it declared, and how its next turn keeps to that.
+    """A data owner: its examples, the memory that it declared, and the plan of its next turn.
 
-    ``cap_bytes`` is what the turn is held to: its plan or, once that was too little, all that the client declared. ``share`` is
-    what it does to its update for privacy, if it is to do anything. ``speed`` is that of its machine, at most 1: at 0.5 a turn
-    is to take twice as long as it does here.
+    A turn that would take more than ``cap_bytes`` is stopped. That is what the plan needs or, after a plan that was too small,
+    all that the client declared. ``share`` is the noise that the client adds to its update, if clients add it. ``speed`` is
+    that of its machine, at most 1: at 0.5 a turn takes twice as long as it does here.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Client:
 class Profiling:
     """The order to profile the layers on at most ``examples`` examples.
 
-    With ``guess`` all the client's examples pass through the layers, for the head that is fitted to them next (first_pass.py).
+    With ``guess``, all examples of the client pass through the layers, since a head is fitted to them next (first_pass.py).
     """
 
     examples: int
@@ -44,12 +44,12 @@ class Profiling:
 
 @dataclass(frozen=True)
 class Training:
-    """The order to train the stack ``tensors``; rates are those of this round.
+    """The order to train the stack ``tensors``, with the learning rates of this round.
 
-    A client makes ``steps`` optimizer steps, if that is given, and else ``epochs`` passes over its examples. ``proximal`` is
-    μ of FedProx, which holds what is trained to ``tensors``. A step's gradient is scaled to the L2 norm ``clip_norm`` if it is
-    longer than that.
-    ``window`` is the stage's. A client trains that of its plan, which may be narrower and has the same top.
+    A client makes ``steps`` optimizer steps if they are given, and otherwise ``epochs`` passes over its examples. ``proximal``
+    is μ of FedProx, which pulls what is trained towards ``tensors``. A gradient longer than the L2 norm ``clip_norm`` is scaled
+    to it. ``window`` is the stage's; a client trains the window of its plan, which may be narrower and has the same top.
+    ``objective`` is the caller's own, if it is not ``chain_loss``.
     """
 
     tensors: Tensors
@@ -64,11 +64,12 @@ class Training:
     steps: int | None = None
     proximal: float = 0.0
     clip_norm: float | None = None
+    objective: Objective | None = None
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """The order to add up what a head in closed form is made of, at the output of ``window`` of the stack ``tensors``."""
+    """The order to sum the features at the output of ``window`` of the stack ``tensors``, for a head in closed form."""
 
     tensors: Tensors
     window: Window
@@ -76,7 +77,7 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Profile:
-    """The CKA between each layer's output and the embedding output, and on how many examples."""
+    """The CKA between each layer's output and the embeddings, and the number of examples that it was computed on."""
 
     cka: tuple[float, ...]
     examples: int
@@ -86,9 +87,9 @@ class Profile:
 
 @dataclass(frozen=True)
 class Update:
-    """What a turn of training sends back, and what it took: optimizer steps, seconds, and seconds of its process's CPU.
+    """What a turn of training sends back, and what it took: optimizer steps, wall seconds and CPU seconds of its process.
 
-    ``seconds`` are those of a machine with the client's speed.
+    ``seconds`` are those of a machine with the client's speed; ``loss`` is the mean over the examples, in nats.
     """
 
     tensors: Tensors
@@ -102,7 +103,7 @@ class Update:
 
 @dataclass(frozen=True)
 class HeadSums:
-    """What a turn of fitting sends back: the tensors of ``ClassSums``."""
+    """What a turn of fitting a head sends back: the tensors of ``ClassSums``."""
 
     tensors: Tensors
     examples: int

@@ -19,20 +19,33 @@ GlobalTrains = Literal["window", "head", "upper"]
 
 
 class LossFunction(Protocol):
-    """The loss of a layer's states in nats, summed over the examples: a scalar; the head learns from it or not."""
+    """The cross-entropy of a layer's states in nats, summed over the examples: a scalar. The head learns from it or not."""
 
     def __call__(self, states: LayerStates, head_learns: bool) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """What a window is trained for: the loss, summed over the batch, of a window whose output is ``states``.
+
+    ``stack`` has all adapters and the head, ``mask`` [B, T] is 1 for tokens and 0 for padding, ``loss`` is the job's
+    cross-entropy. One's own objective is one more such function (docs/python.md). It runs in the client's process, within the
+    client's plan, which was made for ``chain_loss``.
+    """
+
+    def __call__(
+        self, stack: AdapterStack, window: Window, states: LayerStates, mask: Tensor, loss: LossFunction
+    ) -> Tensor: ...
 
 
 def classification_loss(head: Head, mask: Tensor, labels: Tensor) -> LossFunction:
     """The cross-entropy of ``labels`` [B], given by a classifier over the tokens of ``mask`` [B, T]."""
 
-    def judge(states: LayerStates, head_learns: bool) -> Tensor:
+    def loss(states: LayerStates, head_learns: bool) -> Tensor:
         inputs = states.hidden, mask, states.pooled
         logits = head(*inputs) if head_learns else _held_still(head, *inputs)
         return cross_entropy(logits, labels, reduction="sum")
 
-    return judge
+    return loss
 
 
 def language_modeling_loss(
@@ -45,7 +58,7 @@ def language_modeling_loss(
 def trained_names(
     names: Iterable[str], window: Window, global_weight: float, global_trains: GlobalTrains
 ) -> frozenset[str]:
-    """Of a stack's tensors, called ``names``, those that a client trains in this window, and sends back."""
+    """The tensors of a stack, among those called ``names``, that a client trains in this window and sends back."""
     above = global_weight > 0 and global_trains == "upper"
 
     def is_trained(name: str) -> bool:
@@ -63,25 +76,26 @@ def chain_loss(
     window: Window,
     states: LayerStates,
     mask: Tensor,
-    judge: LossFunction,
+    loss: LossFunction,
     *,
     global_weight: float,
     head_follows_global: bool,
 ) -> Tensor:
-    """The loss of a window whose output is ``states``, with their ``mask`` [B, T], summed over the batch: a scalar.
+    """local + λ · global, with λ = ``global_weight`` (GPO, paper section 3.3), summed over the batch: a scalar.
 
-    The global branch carries the same states through the adapters above the window, each the stand-in of its layer, and
-    then the head. With the window at the top there is nothing above: the local loss is the end-to-end loss.
+    The local loss is that of the window's output ``states``, with their ``mask`` [B, T]. The global branch takes the same
+    states through the adapters above the window, each an emulator of its layer, and then through the head. A window at the
+    top has nothing above it: its local loss is the end-to-end loss.
     """
-    local = judge(states, True)
+    local = loss(states, True)
     upper = [layer for layer in stack.layers if layer > window.top]
     if not upper or global_weight == 0:
         return local
-    return local + global_weight * judge(emulate(stack, upper, states, mask), head_follows_global)
+    return local + global_weight * loss(emulate(stack, upper, states, mask), head_follows_global)
 
 
 def emulate(stack: AdapterStack, layers: Sequence[int], states: LayerStates, mask: Tensor) -> LayerStates:
-    """The states that come out of the adapters of ``layers`` alone; what they give is read as if it were their layers'."""
+    """The states after the adapters of ``layers`` alone, each in the place of its layer, whose features are pooled as well."""
     hidden, pooled = states
     for layer in layers:
         pooled = stack.pool(pooled, hidden, mask)
@@ -90,7 +104,7 @@ def emulate(stack: AdapterStack, layers: Sequence[int], states: LayerStates, mas
 
 
 def _held_still(head: Head, *inputs: Tensor) -> Tensor:
-    """The head's logits with no gradient for the head itself."""
+    """The head's logits, without a gradient for the head."""
     still = {name: parameter.detach() for name, parameter in head.named_parameters()}
     logits: Tensor = functional_call(head, still, inputs)
     return logits

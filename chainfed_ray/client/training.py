@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -17,6 +18,7 @@ from chainfed_ray.client.entrance import matrix_reader, window_inputs
 from chainfed_ray.client.messages import Client, Training, Update
 from chainfed_ray.client.objective import (
     LossFunction,
+    Objective,
     chain_loss,
     classification_loss,
     language_modeling_loss,
@@ -126,25 +128,24 @@ class _Step:
 
     def backward(self, examples: Examples, indices: np.ndarray, batch_size: int) -> float:
         """The gradients of a micro-batch, added to those there are; its loss, summed over its examples."""
-        batch, order = examples.batch(indices), self.order
+        batch = examples.batch(indices)
         with self.saving:
             states = through_window(
                 self.blocks, self.stack, self.window, self.layers, self.activations.batch(indices), batch.mask
             )
-            loss = chain_loss(
-                self.stack,
-                self.window,
-                states,
-                batch.mask,
-                self._judge(batch),
-                global_weight=order.global_weight,
-                head_follows_global=order.global_trains != "window",
-            )
+            loss = self._objective(self.stack, self.window, states, batch.mask, self._loss(batch))
             del states
         (loss / batch_size).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    def _judge(self, batch: Batch) -> LossFunction:
+    @property
+    def _objective(self) -> Objective:
+        order = self.order
+        follows = order.global_trains != "window"
+        usual = partial(chain_loss, global_weight=order.global_weight, head_follows_global=follows)
+        return order.objective or usual
+
+    def _loss(self, batch: Batch) -> LossFunction:
         if self.stack.head is not None:
             return classification_loss(self.stack.head, batch.mask, batch.labels)
         assert self.matrices is not None, "a language model's head is streamed"

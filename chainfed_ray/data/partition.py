@@ -6,11 +6,45 @@ Nothing is drawn again until it fits, so every scheme ends, whatever its paramet
 from collections import defaultdict
 from collections.abc import Sequence
 from heapq import heapify, heapreplace
+from typing import Protocol
 
 import numpy as np
 
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.record import named
 from chainfed_ray.spec.sections import PartitionSpec
+
+
+class PartitionRule(Protocol):
+    """A partition of one's own (docs/python.md): the row indices of each client.
+
+    ``labels`` [n] are the training rows' classes as numbers, ``groups`` their values of ``fleet.partition.column``, empty
+    without one. Each row must go to exactly one client, and each client must get a row.
+    """
+
+    def __call__(
+        self, labels: np.ndarray, groups: Sequence[str], clients: int, seed: int
+    ) -> Sequence[Sequence[int] | np.ndarray]: ...
+
+
+def partition_by(
+    rule: PartitionRule, labels: np.ndarray, groups: Sequence[str], clients: int, seed: int
+) -> list[np.ndarray]:
+    """The row indices of each client by a rule of one's own, in ascending order.
+
+    Raises:
+        InvalidJob: the rule did not give each row to exactly one client, and a row to each client.
+    """
+    given = [np.sort(np.asarray(rows, dtype=np.int64)) for rows in rule(labels, groups, clients, seed)]
+    if len(given) != clients or any(not len(rows) for rows in given):
+        sizes = [len(rows) for rows in given]
+        raise InvalidJob.at(
+            "partition", named(rule), f"a rule that gives rows to each of {clients} clients; it gave {sizes}"
+        )
+    if not np.array_equal(np.sort(np.concatenate(given)), np.arange(len(labels))):
+        expected = f"a rule that gives each of the {len(labels)} training rows to exactly one client"
+        raise InvalidJob.at("partition", named(rule), expected)
+    return given
 
 
 def partition_examples(

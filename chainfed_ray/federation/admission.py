@@ -37,50 +37,50 @@ class Candidate:
 class Planner:
     """The plans of one job. Clients that are alike have the same plan, so each is made once."""
 
-    def __init__(self, costs: MemoryProfile, task: TurnRequirements) -> None:
-        self.costs, self.task = costs, task
+    def __init__(self, costs: MemoryProfile, requirements: TurnRequirements) -> None:
+        self.costs, self.requirements = costs, requirements
         self._plans: dict[tuple[Window, ClientResources], TurnPlan | None] = {}
 
     def starting_at(self, start: int) -> "Planner":
         """The planner for a chain whose lowest layer has been found."""
-        return Planner(self.costs, replace(self.task, start=start))
+        return Planner(self.costs, replace(self.requirements, start=start))
 
     def means(self, candidate: Candidate) -> ClientResources:
         """What the planner needs to know of a client."""
         disk, needed = candidate.disk, self._cache_bytes(candidate)
         cached = disk is None or needed <= disk
-        few = len(candidate.examples) <= self.task.batch_size
+        few = len(candidate.examples) <= self.requirements.batch_size
         return ClientResources(
             memory=candidate.memory,
             longest=int(candidate.examples.lengths.max()),
             cached=cached,
             spill=None if disk is None else disk - (needed if cached else 0),
-            batch=min(len(candidate.examples), self.task.batch_size),
-            one_step=few and self.task.epochs == 1,
+            batch=min(len(candidate.examples), self.requirements.batch_size),
+            one_step=few and self.requirements.epochs == 1,
         )
 
     def plan(self, candidate: Candidate, stage: Window) -> TurnPlan | None:
         """The best plan of a client for its turns in ``stage``; None if its memory is too small for any window."""
         means = self.means(candidate)
         if (stage, means) not in self._plans:
-            self._plans[stage, means] = plan(self.costs, self.task, stage, means)
+            self._plans[stage, means] = plan(self.costs, self.requirements, stage, means)
         return self._plans[stage, means]
 
     def fallback_plan(self, candidate: Candidate, stage: Window) -> TurnPlan | None:
         """The plan for a client that exceeded its best one; None if there is none."""
         best = self.plan(candidate, stage)
-        return best and fallback_plan(self.costs, self.task, stage, self.means(candidate), best)
+        return best and fallback_plan(self.costs, self.requirements, stage, self.means(candidate), best)
 
     def shortfall(self, candidate: Candidate, stage: Window) -> int:
         """The bytes of memory that a client lacks for any window."""
-        return shortfall(self.costs, self.task, stage, self.means(candidate))
+        return shortfall(self.costs, self.requirements, stage, self.means(candidate))
 
     def disk_bytes(self, candidate: Candidate, plan: TurnPlan) -> int:
         """The disk that a client's turns use."""
         return (self._cache_bytes(candidate) if plan.prefix.cached else 0) + plan.spill_bytes
 
     def _cache_bytes(self, candidate: Candidate) -> int:
-        return cache_bytes(self.costs, self.task, len(candidate.examples), len(candidate.examples.ids))
+        return cache_bytes(self.costs, self.requirements, len(candidate.examples), len(candidate.examples.ids))
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def admit(planner: Planner, candidates: Iterable[Candidate], width: int, listen:
     """
     candidates = tuple(candidates)
     for narrower in range(width, 0, -1):
-        stage = Window(planner.task.start, planner.task.start + narrower - 1)
+        stage = Window(planner.requirements.start, planner.requirements.start + narrower - 1)
         reporter = Reporter(f"planning the clients with windows of {narrower}", listen)
         each = reporter.each(candidates, len(candidates), "clients")
         plans = [(candidate, planner.plan(candidate, stage)) for candidate in each]

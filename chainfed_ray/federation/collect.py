@@ -12,9 +12,9 @@ from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.aggregation.mean import Aggregate, check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, TurnOrder, TurnResult, Update
+from chainfed_ray.client.pool import ClientPool, Failure, in_order
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.federation.cohort import Cohort
-from chainfed_ray.federation.pool import ClientPool, Failure, in_order
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.rounds import FailedTurn, Turn
 
@@ -41,7 +41,7 @@ class UpdateCollector:
             self.failed_turns.append(failed_turn(client, Failure(f"its update was refused: {error.reason}"), exceeded))
             return
         # The weight is what the server dealt, not what a client says.
-        self._aggregate.fold(update.tensors, len(client.examples))
+        self._aggregate.add(update.tensors, len(client.examples))
         self.turns.append(_as_turn(client, update, exceeded))
 
     def aggregate(self) -> Tensors:

@@ -1,8 +1,8 @@
-"""The algorithm: a chain of adapters, trained window by window by a fleet, as a sequence of ``Round`` records.
+"""The algorithm: a fleet trains a chain of adapters, window by window, and each round gives a ``Round`` record.
 
-``Coordinator.rounds()`` never knows how clients run: it hands orders to a ``ClientPool``. Every record is committed before it
-is yielded, and everything that follows is derived from what was committed and from the job's seed: a coordinator that is
-killed and made again goes on as if nothing had happened. To cancel a job, cease to iterate.
+``Coordinator.rounds()`` hands orders to a ``ClientPool`` and never knows how clients run. It commits each record before it
+yields it. All that follows is derived from the committed records and the job's seed, so a coordinator that is killed and made
+again continues with the same bits. To cancel a job, stop iterating.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,13 @@ from pathlib import Path
 from time import perf_counter
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
+from chainfed_ray.aggregation.mean import check_aggregate
+from chainfed_ray.aggregation.rule import AggregationRule
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.messages import Fitting, Training
-from chainfed_ray.client.objective import trained_names
-from chainfed_ray.errors import QuorumLost
+from chainfed_ray.client.objective import Objective, trained_names
+from chainfed_ray.client.pool import ClientPool
+from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.federation.cohort import Cohort, everyone
@@ -30,14 +33,14 @@ from chainfed_ray.federation.evaluation import (
     streamed,
 )
 from chainfed_ray.federation.head_fitting import FittedHead, fit_head
-from chainfed_ray.federation.pool import ClientPool
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.federation.privacy_policy import PrivacyPolicy
 from chainfed_ray.federation.stages import Movement, RoundSpec, StageSchedule, rate_at
-from chainfed_ray.federation.start import find_start
+from chainfed_ray.federation.start import Start, StartRule, find_start
 from chainfed_ray.federation.state import ChainState, stack_of
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import SavedStack, save_models
+from chainfed_ray.record import named
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import (
     AdmittedClient,
@@ -55,68 +58,85 @@ _FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the
 
 
 class Coordinator:
-    """Runs one job over ``pool``, with ``log`` as its memory; ``judging`` is by the streaming evaluator unless given."""
+    """Runs one job over ``pool``; what it has decided is in ``log`` alone.
+
+    ``evaluation`` is the server's; by default it streams the model. ``aggregation``, ``start`` and ``objective`` are rules of
+    the caller's own, in place of those that the job names (docs/python.md).
+
+    Raises:
+        InvalidJob: an aggregation rule of one's own is given to a job with privacy.
+    """
 
     def __init__(
         self,
         job: PlannedJob,
         pool: ClientPool,
         log: CommitLog,
-        judging: ServerEvaluation | None = None,
+        evaluation: ServerEvaluation | None = None,
         listen: Listener = no_listener,
+        *,
+        aggregation: AggregationRule | None = None,
+        start: StartRule | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self._job, self._spec, self._pool, self._log = job, job.spec, pool, log
         self._planner = job.planner
-        self._guarantee = PrivacyPolicy(job.spec, log, len(job.admitted))
-        self._judging = judging or streamed(job, listen)
+        self._privacy = PrivacyPolicy(job.spec, log, len(job.admitted), aggregation)
+        self._evaluation = evaluation or streamed(job, listen)
         self._listen = listen
+        self._aggregation, self._start, self._objective = aggregation, start, objective
+        given = {"partition": job.partition, "aggregation": aggregation, "start": start, "objective": objective}
+        self._own_rules = {what: named(rule) for what, rule in given.items() if rule is not None}
 
     def open(self) -> JobStarted:
-        """Decide where the chain starts, once: a committed opening is the opening.
+        """Decide where the chain starts, and commit that; a job that has started before keeps what was committed.
 
         Raises:
-            QuorumLost: no client sent what it takes to find out.
+            InvalidJob: the job started with other rows, clients or rules of one's own; or the start rule gave no layer of it.
+            QuorumLost: no client sent what it takes to find the start.
         """
-        if job_started := self._log.job_started():
-            self._job.check_begun_with(job_started)
-            self._planner = self._job.planner.starting_at(job_started.start_layer)
-            return job_started
-        found = find_start(self._job, self._pool, self._listen)
-        start = found.layer
-        self._planner = self._job.planner.starting_at(start)
-        job_started = JobStarted(
-            admitted=tuple(self._admitted(candidate, start) for candidate, _ in self._job.admitted),
+        if started := self._log.job_started():
+            self._job.check_begun_with(started)
+            self._check_rules(started)
+            self._planner = self._job.planner.starting_at(started.start_layer)
+            return started
+        found = self._find_start()
+        self._planner = self._job.planner.starting_at(found.layer)
+        started = JobStarted(
+            classes=self._job.classes,
+            admitted=tuple(self._admitted(candidate, found.layer) for candidate, _ in self._job.admitted),
             excluded=self._job.excluded,
             layers=self._job.layers,
-            start_layer=start,
+            start_layer=found.layer,
             window=self._job.window,
             cka=found.cka,
             exits=found.exits,
             failed_turns=found.failed_turns,
-            stages=len(self._chain(start).windows),
-            total_rounds=self._guarantee.total,
+            stages=len(self._chain(found.layer).windows),
+            total_rounds=self._privacy.total,
             partition_hash=self._job.manifest.hash,
             profile_cpu_seconds=found.cpu_seconds,
-            evaluator=self._judging.evaluator,
+            evaluator=self._evaluation.evaluator,
+            own_rules=self._own_rules,
         )
         self._log.commit_partition(self._job.manifest)
-        self._log.commit_started(job_started)
-        return job_started
+        self._log.commit_started(started)
+        return started
 
     def rounds(self) -> Iterator[Round]:
-        """The rounds still to be run; those committed before are in the log.
+        """The rounds that are still to be run; those that were committed before are in the log.
 
         Raises:
             QuorumLost: three rounds in a row had too few updates.
         """
-        job_started = self.open()
-        chain = self._chain(job_started.start_layer)
-        course = StageSchedule(self._spec, chain, self._guarantee.total)
+        started = self.open()
+        chain = self._chain(started.start_layer)
+        schedule = StageSchedule(self._spec, chain, self._privacy.total)
         history = self._log.rounds()
         state = self._state(chain, history)
-        while (upcoming := course.next(history)) is not None:
-            record, state = self._round(course, upcoming, state, history)
-            record = self._guarantee.priced(record, history)
+        while (upcoming := schedule.next(history)) is not None:
+            record, state = self._round(schedule, upcoming, state, history)
+            record = self._privacy.priced(record, history)
             history.append(record)
             best = best_round(history)
             self._log.commit_round(record, state.tensors(), keep=best.index if best else None)
@@ -124,20 +144,20 @@ class Coordinator:
             self._stop_if_fruitless(history)
 
     def finish(self) -> JobFinished:
-        """What the whole model is worth on the test rows, once every round is committed."""
-        if job_finished := self._log.job_finished():
+        """Evaluate the whole model on the test rows, once every round is committed, and commit that."""
+        if finished := self._log.job_finished():
             self._log.erase_secret()
-            return job_finished
+            return finished
         history = self._log.rounds()
         best, stacks = best_of(history), self._stacks(history)
         served = self._spec.evaluation.serve if self._spec.evaluation.serve in stacks else "last"
-        evaluation = self._judging.test(stacks[served])
+        evaluation = self._evaluation.test(stacks[served])
         assert evaluation.accuracy is not None
         peaks: dict[str, int] = {}
         for turn in (turn for record in history for turn in record.turns):
             if turn.peak_bytes is not None:
                 peaks[turn.client_class] = max(turn.peak_bytes, peaks.get(turn.client_class, 0))
-        job_finished = JobFinished(
+        finished = JobFinished(
             accuracy=evaluation.accuracy,
             loss=evaluation.loss,
             rounds=len(history),
@@ -145,15 +165,15 @@ class Coordinator:
             served=served,
             best=best,
             evaluation=evaluation,
-            epsilon=self._guarantee.epsilon(history),
-            stopped=self._guarantee.stopped(history),
+            epsilon=self._privacy.epsilon(history),
+            stopped=self._privacy.stopped(history),
         )
-        self._log.commit_finished(job_finished)
+        self._log.commit_finished(finished)
         self._log.erase_secret()
-        return job_finished
+        return finished
 
     def stack(self) -> AdapterStack:
-        """The stack as last committed."""
+        """The stack as it was last committed."""
         return self._state(self._chain(self.open().start_layer), self._log.rounds()).stack
 
     def models(self) -> dict[str, SavedStack]:
@@ -165,7 +185,7 @@ class Coordinator:
         }
 
     def save(self, folder: Path) -> None:
-        """Write the finished stack that is to be served as ``model`` in ``folder``, and the other one by its name."""
+        """Write the stack that is to be served to ``folder``/model, and the other one, if there is one, beside it."""
         save_models(self.models(), self.finish().served, folder)
 
     def _stacks(self, history: Sequence[Round]) -> dict[str, AdapterStack]:
@@ -178,10 +198,29 @@ class Coordinator:
     def _chain(self, start: int) -> Chain:
         return Chain(self._job.layers, start, self._job.window)
 
+    def _find_start(self) -> Start:
+        if self._start is None:
+            return find_start(self._job, self._pool, self._listen)
+        found = self._start(self._job, self._pool, self._listen)
+        lowest, highest = self._planner.requirements.start, self._job.layers - self._job.window
+        if not lowest <= found.layer <= highest:
+            expected = (
+                f"a rule that gives a layer from {lowest} to {highest}, where a window fits; it gave {found.layer}"
+            )
+            raise InvalidJob.at("start", named(self._start), expected)
+        return found
+
+    def _check_rules(self, started: JobStarted) -> None:
+        """A job that is resumed has the rules of one's own with which it started."""
+        for what in sorted({*started.own_rules, *self._own_rules}):
+            then, now = started.own_rules.get(what), self._own_rules.get(what)
+            if then != now:
+                raise InvalidJob.at(what, now or "none", f"{then or 'none'}, with which the job started")
+
     def _admitted(self, candidate: Candidate, start: int) -> AdmittedClient:
-        """A client, with the plan of the chain's first stage."""
+        """A client, with the plan of its turns in the chain's first stage."""
         plan = self._planner.plan(candidate, self._chain(start).windows[0])
-        assert plan, "a client that is admitted has a plan for the window that needs the most"
+        assert plan, "an admitted client has a plan for the window that needs the most memory"
         return AdmittedClient(
             client=candidate.name,
             client_class=candidate.client_class,
@@ -197,7 +236,7 @@ class Coordinator:
         )
 
     def _state(self, chain: Chain, history: Sequence[Round]) -> ChainState:
-        """After the last round of ``history``, as it was committed."""
+        """The state after the last round of ``history``, as it was committed."""
         if history:
             return ChainState.of(self._log.tensors(history[-1].index), self._spec.aggregation)
         bottleneck, classes = self._spec.chain.adapter.bottleneck, self._job.class_count
@@ -206,52 +245,45 @@ class Coordinator:
         return ChainState.new(stack, self._spec.aggregation)
 
     def _round(
-        self, course: StageSchedule, upcoming: RoundSpec, state: ChainState, history: Sequence[Round]
+        self, schedule: StageSchedule, upcoming: RoundSpec, state: ChainState, history: Sequence[Round]
     ) -> tuple[Round, ChainState]:
+        """One round: its record, and the state after it. ``state`` itself does not change."""
         began = perf_counter()
         before, movement, server = state.stack.tensors(), state.movement, state.server
-        fit = self._fit_head(upcoming, before, history) if course.opens(upcoming, history) else None
+        fit = self._fit_head(upcoming, before, history) if schedule.starts_stage(upcoming, history) else None
         if fit:
             before |= fit.tensors
-            server.forget(fit.tensors)
+            server = server.without(fit.tensors)
         trained = self._trained(before, upcoming.window)
 
-        # 1. Sampled clients train the window, or as much of its top as their budgets hold; their updates are folded.
-        fold = self._fold(upcoming, before, trained)
-        collect_updates(
-            self._pool,
-            self._cohort(upcoming, history),
-            self._order(upcoming, before),
-            self._spec.rounds.deadline,
-            partial(self._guarantee.prepared, index=upcoming.round_index),
-            fold,
-            Reporter(f"round {upcoming.round_index + 1} of {self._guarantee.total}: training", self._listen),
-        )
-        counted = self._guarantee.counts(len(fold.turns))
+        # 1. Sampled clients train the window, or as much of its top as their budgets hold. Their updates are collected.
+        updates = self._collected(upcoming, before, trained, history)
+        counted = self._privacy.counts(len(updates.turns))
 
-        # 2. The new stack, and how far the window moved.
-        after = server.step(before, fold.aggregate()) if counted else before
+        # 2. The updates give a new stack. The movement of the window goes into the convergence rule.
+        after = before
         if counted:
-            movement = Movement() if course.opens_span(upcoming, history) else movement
-            movement.add(trained, {name: after[name] for name in trained})
+            after, server = server.step(before, self._aggregate(updates, trained))
+            movement = Movement() if schedule.starts_span(upcoming, history) else movement
+            movement = movement.with_round(trained, {name: after[name] for name in trained})
         stack = AdapterStack.from_tensors(after)
 
-        # 3. Judge it on held-out rows, and the stage by its convergence rule.
+        # 3. The chain cut at the window's top is evaluated on held-out rows. The stage ends by its convergence rule.
         moved = movement.value() if counted else None
         score, early_exit = self._score(upcoming, stack) if counted else (None, None)
         held_out = finite(score.loss) if score else None
-        earlier = course.counted_rounds(upcoming, history)
+        earlier = schedule.counted_rounds(upcoming, history)
         losses = [loss for loss in (*(record.held_out_loss for record in earlier), held_out) if loss is not None]
-        ended = course.ended(upcoming, len(earlier) + counted, losses, moved)
+        ended = schedule.ended(upcoming, len(earlier) + counted, losses, moved)
         record = Round(
             index=upcoming.round_index,
             stage=upcoming.stage,
             bottom=upcoming.window.bottom,
             top=upcoming.window.top,
-            turns=tuple(fold.turns),
-            failed_turns=tuple(fold.failed_turns),
+            turns=tuple(updates.turns),
+            failed_turns=tuple(updates.failed_turns),
             counted=counted,
-            train_loss=fold.loss(),
+            train_loss=updates.loss(),
             held_out_loss=held_out,
             accuracy=score.accuracy if score else None,
             movement=moved,
@@ -261,15 +293,15 @@ class Coordinator:
             early_exit=early_exit,
         )
 
-        # 4. A stage that ends goes back to its best stack, if that is not the last. What is kept then is judged.
-        judged = exits([*(each for each in history if each.stage == upcoming.stage), record])
+        # 4. A stage that ends goes back to its best stack, if that is not the last. The stack that is kept is evaluated.
+        evaluated = exits([*(each for each in history if each.stage == upcoming.stage), record])
         kept = {name: after[name] for name in trained}
-        best = _best(state.best, record, judged, trained, kept) if course.goes_back else {}
-        restored = stack_to_restore(judged) if ended and course.goes_back else None
+        best = _best(state.best, record, evaluated, trained, kept) if schedule.restores_best else {}
+        restored = stack_to_restore(evaluated) if ended and schedule.restores_best else None
         if restored:
             stack = AdapterStack.from_tensors(after | best)
-            server.forget(best)
-        evaluation = self._evaluation(upcoming, stack, ended) if counted or restored else None
+            server = server.without(best)
+        evaluation = self._evaluated(upcoming, stack, ended) if counted or restored else None
         changes = {"restored": restored, "evaluation": evaluation, "seconds": perf_counter() - began}
         handed_on = ChainState(stack, Movement(), server, {}) if ended else ChainState(stack, movement, server, best)
         return record.model_copy(update=changes), handed_on
@@ -283,19 +315,38 @@ class Coordinator:
         reporter = Reporter(f"fitting the head of stage {upcoming.stage + 1}", self._listen)
         return fit_head(self._job, self._pool, clients, Fitting(tensors, upcoming.window), reporter)
 
-    def _fold(self, upcoming: RoundSpec, before: Tensors, trained: Tensors) -> UpdateCollector:
-        aggregate = self._guarantee.aggregate(upcoming.round_index, trained)
-        return UpdateCollector(
-            lambda window: self._trained(before, self._guarantee.sent(window, upcoming.window)), aggregate
+    def _collected(
+        self, upcoming: RoundSpec, before: Tensors, trained: Tensors, history: Sequence[Round]
+    ) -> UpdateCollector:
+        """The turns of the round's cohort. ``trained`` are the tensors of ``before`` that the stage trains."""
+        collector = UpdateCollector(
+            lambda window: self._trained(before, self._privacy.sent(window, upcoming.window)),
+            self._privacy.aggregate(upcoming.round_index, trained),
         )
+        collect_updates(
+            self._pool,
+            self._cohort(upcoming, history),
+            self._order(upcoming, before),
+            self._spec.rounds.deadline,
+            partial(self._privacy.prepared, index=upcoming.round_index),
+            collector,
+            Reporter(f"round {upcoming.round_index + 1} of {self._privacy.total}: training", self._listen),
+        )
+        return collector
+
+    def _aggregate(self, updates: UpdateCollector, trained: Tensors) -> Tensors:
+        aggregate = updates.aggregate()
+        if self._aggregation is not None:
+            check_aggregate(named(self._aggregation), aggregate, trained)
+        return aggregate
 
     def _cohort(self, upcoming: RoundSpec, history: Sequence[Round]) -> Cohort:
         admitted = (candidate for candidate, _ in self._job.admitted)
-        seed = self._guarantee.sampling_seed
+        seed = self._privacy.sampling_seed
         return Cohort.of(self._spec, self._planner, admitted, upcoming.round_index, upcoming.window, history, seed)
 
     def _trained(self, tensors: Tensors, window: Window) -> Tensors:
-        """Those that a client trains in ``window``."""
+        """The tensors that a client trains in ``window``."""
         names = trained_names(tensors, window, self._spec.chain.global_weight, self._spec.chain.global_trains)
         return {name: tensors[name] for name in sorted(names)}
 
@@ -315,15 +366,16 @@ class Coordinator:
             steps=rounds.local_steps,
             proximal=self._spec.aggregation.proximal,
             clip_norm=rounds.clip_norm,
+            objective=self._objective,
         )
 
     def _score(self, upcoming: RoundSpec, stack: AdapterStack) -> tuple[Score, EarlyExit] | tuple[None, None]:
         due = is_due(self._spec.evaluation.every, upcoming.round_index, upcoming.last_of_stage)
-        return self._judging.early_exit(stack, upcoming.window) if due else (None, None)
+        return self._evaluation.early_exit(stack, upcoming.window) if due else (None, None)
 
-    def _evaluation(self, upcoming: RoundSpec, stack: AdapterStack, ended: str | None) -> Evaluation | None:
+    def _evaluated(self, upcoming: RoundSpec, stack: AdapterStack, ended: str | None) -> Evaluation | None:
         due = is_due(self._spec.evaluation.whole_every, upcoming.round_index, ended is not None)
-        return self._judging.whole(stack) if due else None
+        return self._evaluation.whole(stack) if due else None
 
     def _stop_if_fruitless(self, history: Sequence[Round]) -> None:
         newest = history[-_FRUITLESS_ROUNDS:]
@@ -332,12 +384,12 @@ class Coordinator:
             raise QuorumLost(rounds, self._spec.quorum, reasons(newest[-1].failed_turns))
 
 
-def _best(best: Tensors, record: Round, judged: Sequence[Restored], before: Tensors, after: Tensors) -> Tensors:
-    """What the stage trains as it was at its best exit, of which ``best`` were the tensors until this round."""
-    found = best_exit(judged)
+def _best(best: Tensors, record: Round, evaluated: Sequence[Restored], before: Tensors, after: Tensors) -> Tensors:
+    """The tensors that the stage trains, as they were at its best exit; until this round, those were ``best``."""
+    found = best_exit(evaluated)
     if found is None:
         return {}
     if found.round == record.index:
         return after
-    begun = found.round is None and record.head_fit is not None
-    return before if begun else best
+    at_the_start = found.round is None and record.head_fit is not None
+    return before if at_the_start else best

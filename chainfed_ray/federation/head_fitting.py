@@ -13,13 +13,13 @@ from chainfed_ray.aggregation.discriminant import ClassSums, fitted
 from chainfed_ray.aggregation.mean import check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, Fitting, HeadSums, TurnResult
+from chainfed_ray.client.pool import ClientPool, Failure, in_order
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.evaluation.early_exit import pooled
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.collect import failed_turn
-from chainfed_ray.federation.pool import ClientPool, Failure, in_order
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.source import ModelSource

@@ -3,18 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.aggregation.accountant import Ledger
+from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.planner import TurnPlan, TurnRequirements
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client
 from chainfed_ray.data.choices import Choices
 from chainfed_ray.data.examples import JobExamples, examples_of
-from chainfed_ray.data.partition import partition_examples
+from chainfed_ray.data.partition import PartitionRule, partition_by, partition_examples
 from chainfed_ray.data.targets import packed
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
@@ -23,6 +25,7 @@ from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.record import named
 from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.rounds import ExcludedClient, JobStarted
 from chainfed_ray.seeds import derive
@@ -48,6 +51,7 @@ class PlannedJob:
     validation: Examples
     test: Examples
     choices: Choices | None
+    partition: PartitionRule | None = None
 
     @property
     def class_count(self) -> int | None:
@@ -104,32 +108,69 @@ def as_client(candidate: Candidate, plan: TurnPlan, cap_bytes: int) -> Client:
     return Client(name, group, examples, memory, plan, cap_bytes, speed=candidate.speed)
 
 
-def prepare_job(spec: JobSpec, scratch: Path, listen: Listener = no_listener) -> PlannedJob:
-    """A job that can run; ``scratch`` is for its clients' prefix caches.
+def prepare_job(
+    spec: JobSpec, scratch: Path, listen: Listener = no_listener, partition: PartitionRule | None = None
+) -> PlannedJob:
+    """A job that can run. Its clients keep their prefix caches in ``scratch``; ``partition`` is a rule of the caller's own.
 
     Raises:
-        InvalidJob: the job cannot run; each problem names the field, its value and what would do.
+        InvalidJob: the job cannot run; each problem names the field, its value and what was expected.
     """
-    job = plan_job(spec, scratch, listen)
+    job = plan_job(spec, scratch, listen, partition)
     check_fleet(job)
     return job
 
 
-def plan_job(spec: JobSpec, scratch: Path, listen: Listener = no_listener) -> PlannedJob:
-    """Read the data, deal it to the clients and plan their turns, whether or not enough of them can take part.
+def plan_job(
+    spec: JobSpec, scratch: Path, listen: Listener = no_listener, partition: PartitionRule | None = None
+) -> PlannedJob:
+    """Plan a job, step by step, whether or not enough clients can take part.
 
     Raises:
         InvalidJob: the job cannot run with any clients.
     """
+    # 1. The base model, and the rows as tokens.
     Reporter("finding the base model", listen).begin()
     folder = resolve(spec.model.base)
-    base = ModelSource(folder, getattr(torch, spec.model.dtype), scratch)
+    source = ModelSource(folder, getattr(torch, spec.model.dtype), scratch)
+    examples = examples_of(spec, tokenizer(spec.model.base, folder), listen)
+
+    # 2. What a turn takes, by arithmetic.
+    model = _traced(spec, source, examples, listen)
+    planner = Planner(model.memory, requirements_of(spec))
+
+    # 3. Which client has which rows, and which clients can take part.
+    shares = _shares(spec, examples, partition)
+    admission = admit(planner, candidates(spec, examples, shares), spec.chain.window, listen)
+    return PlannedJob(
+        spec=spec,
+        base=source,
+        layers=model.memory.layers,
+        layers_path=model.layers_path,
+        hidden=model.memory.hidden,
+        classes=_classes(spec, examples),
+        manifest=Manifest.of(spec, examples.corpus, shares, named(partition) if partition else None),
+        planner=planner,
+        admission=admission,
+        validation=examples.validation,
+        test=examples.test,
+        choices=examples.choices,
+        partition=partition,
+    )
+
+
+class _Traced(NamedTuple):
+    """What the base model's own code tells: where it has its layers, and what its parts hold in memory."""
+
+    layers_path: str
+    memory: MemoryProfile
+
+
+def _traced(spec: JobSpec, source: ModelSource, examples: JobExamples, listen: Listener) -> _Traced:
+    """Check that the job fits the model, and trace the memory of the model's parts."""
     causal = spec.model.task == "causal-lm"
-    words = tokenizer(spec.model.base, folder)
-    examples = examples_of(spec, words, listen)
-    corpus = examples.corpus
     try:
-        blocks = Blocks(folder, base.dtype)
+        blocks = Blocks(source.folder, source.dtype)
     except UnsupportedModel as error:
         raise InvalidJob.at("model.base", spec.model.base, f"a model that can be streamed ({error.reason})") from None
     try:
@@ -137,28 +178,26 @@ def plan_job(spec: JobSpec, scratch: Path, listen: Listener = no_listener) -> Pl
             _check_head(spec, blocks)
         _check_texts(spec, blocks, examples)
         _check_chain(spec, blocks.num_layers)
-        classes = None if causal else len(corpus.classes)
         Reporter("tracing the memory of the model's parts", listen).begin()
-        costs = memory_profile_of(blocks, spec.chain.adapter.bottleneck, classes, _reads(spec, blocks))
-        planner = Planner(costs, requirements_of(spec))
+        classes = None if causal else len(_classes(spec, examples))
+        memory = memory_profile_of(blocks, spec.chain.adapter.bottleneck, classes, _head_layers(spec, blocks))
+        return _Traced(blocks.causal_layers_path if causal else blocks.layers_path, memory)
     finally:
         blocks.close()
-    members, seed = spec.fleet.members, derive(spec.seed, "partition")
-    shares = partition_examples(spec.fleet.partition, examples.train.labels, corpus.train.groups, len(members), seed)
-    return PlannedJob(
-        spec=spec,
-        base=base,
-        layers=blocks.num_layers,
-        layers_path=blocks.causal_layers_path if causal else blocks.layers_path,
-        hidden=blocks.hidden_size,
-        classes=() if causal else corpus.classes,
-        manifest=Manifest.of(spec, corpus, shares),
-        planner=planner,
-        admission=admit(planner, candidates(spec, examples, shares), spec.chain.window, listen),
-        validation=examples.validation,
-        test=examples.test,
-        choices=examples.choices,
-    )
+
+
+def _classes(spec: JobSpec, examples: JobExamples) -> tuple[str, ...]:
+    """The names of a classifier's classes; a language model has none."""
+    return () if spec.model.task == "causal-lm" else examples.corpus.classes
+
+
+def _shares(spec: JobSpec, examples: JobExamples, rule: PartitionRule | None) -> list[np.ndarray]:
+    """The row indices of each client, in the order of the fleet."""
+    labels, groups = examples.train.labels, examples.corpus.train.groups
+    count, seed = len(spec.fleet.members), derive(spec.seed, "partition")
+    if rule is not None:
+        return partition_by(rule, labels, groups, count, seed)
+    return partition_examples(spec.fleet.partition, labels, groups, count, seed)
 
 
 def requirements_of(spec: JobSpec) -> TurnRequirements:
@@ -234,7 +273,7 @@ def _check_chain(spec: JobSpec, layers: int) -> None:
         raise InvalidJob.at("chain.head_layers", spec.chain.head_layers, f"at most {layers}, the model's layers")
 
 
-def _reads(spec: JobSpec, blocks: Blocks) -> int:
+def _head_layers(spec: JobSpec, blocks: Blocks) -> int:
     """How many layers the head reads. One that is fitted takes sums as large as the square of what it reads.
 
     One that goes on from window to window would find other layers where those were that it learnt to read.

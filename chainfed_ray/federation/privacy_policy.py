@@ -1,33 +1,47 @@
-"""What the section ``privacy`` changes in a job's rounds; without it, nothing."""
+"""What differential privacy changes in a job's rounds. Without the section ``privacy``, it changes nothing."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from chainfed_ray.aggregation.accountant import Ledger
-from chainfed_ray.aggregation.mean import Aggregate, aggregate_by
+from chainfed_ray.aggregation.mean import Aggregate, KeptUpdates, aggregate_by
 from chainfed_ray.aggregation.privacy import private_mean, sampling_seed, share_of
+from chainfed_ray.aggregation.rule import AggregationRule
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
+from chainfed_ray.errors import InvalidJob
 from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.record import named
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.spec.job import JobSpec
 
 
 class PrivacyPolicy:
-    """The privacy of a job, of which ``admitted`` clients may be sampled; its secret is kept in ``log``."""
+    """The privacy of a job that samples from ``admitted`` clients. Its secret is kept in ``log``.
 
-    def __init__(self, spec: JobSpec, log: CommitLog, admitted: int) -> None:
-        self._spec, self._privacy, self._log = spec, spec.privacy, log
+    ``aggregation`` is a rule of the caller's own, in place of the job's.
+
+    Raises:
+        InvalidJob: there is such a rule, and the job has privacy.
+    """
+
+    def __init__(
+        self, spec: JobSpec, log: CommitLog, admitted: int, aggregation: AggregationRule | None = None
+    ) -> None:
+        self._spec, self._privacy, self._log, self._aggregation = spec, spec.privacy, log, aggregation
+        if spec.privacy and aggregation is not None:
+            expected = "no rule of one's own in a job with privacy: ε is known for the mean alone"
+            raise InvalidJob.at("aggregation", named(aggregation), expected)
         self._ledger = Ledger(spec, admitted) if spec.privacy else None
 
     @property
     def sampling_seed(self) -> int:
-        """From which it follows who is sampled: the job's seed, or a secret."""
+        """The seed of the samples: the job's own, or with privacy one that follows from the secret."""
         return sampling_seed(self._log.secret()) if self._privacy else self._spec.seed
 
     def prepared(self, clients: Sequence[Client], index: int) -> list[Client]:
-        """Clients for a turn in round ``index``; where they add noise themselves, each with its share of it."""
+        """The clients of round ``index``, each with its share of the noise where clients add it."""
         if self._privacy is None or self._privacy.where == "server":
             return list(clients)
         secret, count = self._log.secret(), self._spec.rounds.clients
@@ -38,25 +52,29 @@ class PrivacyPolicy:
 
     @property
     def total(self) -> int:
-        """Rounds of the whole job, within its limit of ε."""
+        """The rounds of the whole job, within its limit of ε."""
         return self._ledger.total if self._ledger else self._spec.rounds.total
 
     def counts(self, answered: int) -> bool:
-        """Whether a round counts of which so many answered. With privacy all do: that one does not would tell of its sample."""
+        """True if a round in which so many clients ``answered`` counts.
+
+        With privacy every round does: skipping one would tell something about its sample.
+        """
         return self._privacy is not None or answered >= self._spec.quorum
 
     def sent(self, own: Window, stage: Window) -> Window:
-        """The window whose tensors a client sends that trains its ``own``: with noise of its own, all of the ``stage``'s."""
+        """The window whose tensors a client sends: its ``own``, or all of the ``stage``'s if clients add noise."""
         return stage if self._privacy and self._privacy.where == "client" else own
 
     def aggregate(self, index: int, start: Tensors) -> Aggregate:
-        """What takes the updates of round ``index``, which moves the tensors of ``start``."""
+        """An empty aggregate for round ``index``, in which the tensors of ``start`` are trained."""
         if self._privacy is None:
-            return aggregate_by(self._spec.aggregation)
+            own = self._aggregation
+            return aggregate_by(self._spec.aggregation) if own is None else KeptUpdates(own)
         return private_mean(self._privacy, self._log.secret(), index, start, self._spec.rounds.clients)
 
     def priced(self, record: Round, history: Sequence[Round]) -> Round:
-        """The record of the round after ``history``, with ε of all of them."""
+        """The record of the round after ``history``, with ε of all rounds so far."""
         return record.model_copy(update={"epsilon": self.epsilon([*history, record])})
 
     def epsilon(self, history: Sequence[Round]) -> float | None:
@@ -64,5 +82,5 @@ class PrivacyPolicy:
         return self._ledger.spent(len(history)) if self._ledger else None
 
     def stopped(self, history: Sequence[Round]) -> str | None:
-        """Why the rounds so far are all, though the job asks for more, if it is its limit of ε."""
+        """The reason, if the limit of ε ends the job after the rounds so far, before all that it asks for."""
         return self._ledger.stopped() if self._ledger and len(history) == self._ledger.total else None

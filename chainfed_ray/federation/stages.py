@@ -1,14 +1,13 @@
-"""The course of a job's rounds: which window is trained next, at which rates, and when its stage ends.
+"""The schedule of a job's rounds: which window is trained next, at which rates, and when its stage ends.
 
-It follows from the rounds so far.
+All of it follows from the committed rounds and the job's sections ``rounds`` and ``chain``.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple
-
-from torch import Tensor
 
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.model.adapters import Tensors
@@ -18,9 +17,9 @@ from chainfed_ray.spec.sections import ConvergenceSpec, RoundsSpec
 
 
 class RoundSpec(NamedTuple):
-    """The window of the next round, and how many rounds its stage had of those that it may have.
+    """The next round: its window, and how many rounds its stage has had, of how many at most.
 
-    Where windows take turns, that is the whole job's.
+    In a cyclic schedule both counts are the whole job's.
     """
 
     round_index: int
@@ -31,28 +30,28 @@ class RoundSpec(NamedTuple):
 
     @property
     def last_of_stage(self) -> bool:
-        """Whether there are no more rounds for the stage after this one."""
+        """True if the stage may have no round after this one."""
         return self.spent + 1 == self.limit
 
 
 class StageSchedule:
-    """The course of a job over ``chain``, of ``total`` rounds at most."""
+    """The schedule of a job over ``chain``, of at most ``total`` rounds."""
 
     def __init__(self, spec: JobSpec, chain: Chain, total: int) -> None:
         self._chain, self._total = chain, total
-        self._rounds, self._in_turns = spec.rounds, spec.chain.schedule == "cyclic"
+        self._rounds, self._cyclic = spec.rounds, spec.chain.schedule == "cyclic"
 
     @property
-    def goes_back(self) -> bool:
-        """Whether stages go back to their best. Where windows take turns, exits at different tops are no rivals."""
-        return self._rounds.restore_best and not self._in_turns
+    def restores_best(self) -> bool:
+        """True if a stage ends with its best stack. A cyclic schedule does not: exits at different tops cannot be compared."""
+        return self._rounds.restore_best and not self._cyclic
 
     def next(self, history: Sequence[Round]) -> RoundSpec | None:
-        """The round after those of ``history``; None if they are all."""
+        """The round after those of ``history``; None if the job has had all its rounds."""
         done = len(history)
         if done == self._total:
             return None
-        if self._in_turns:
+        if self._cyclic:
             window = self._chain.cyclic(done, self._total)
             return RoundSpec(done, window.bottom - self._chain.start, window, done, self._total)
         stages = self._chain.staged(self._total, self._rounds.last_stage_share)
@@ -60,38 +59,39 @@ class StageSchedule:
         if index == len(stages):
             return None
         spent = sum(record.stage == index for record in history)
-        # What the stages before did not need goes to the last.
+        # The last stage gets the rounds that earlier stages did not need.
         limit = stages[index].rounds if index < len(stages) - 1 else self._total - (done - spent)
         return RoundSpec(done, index, stages[index].window, spent, limit)
 
-    def opens(self, upcoming: RoundSpec, history: Sequence[Round]) -> bool:
-        """Whether a stage begins with it. Windows that take turns share one head: to them there is one beginning."""
-        return not (history if self._in_turns else any(record.stage == upcoming.stage for record in history))
+    def starts_stage(self, upcoming: RoundSpec, history: Sequence[Round]) -> bool:
+        """True for a stage's first round. A cyclic schedule keeps one head, so only the job's first round qualifies."""
+        return not (history if self._cyclic else any(record.stage == upcoming.stage for record in history))
 
     def counted_rounds(self, upcoming: RoundSpec, history: Sequence[Round]) -> list[Round]:
-        """Those of its stage so far that had a quorum."""
+        """The rounds of its stage so far that had a quorum."""
         return [record for record in history if record.stage == upcoming.stage and record.counted]
 
-    def opens_span(self, upcoming: RoundSpec, history: Sequence[Round]) -> bool:
-        """Whether a span of rounds begins with it, over which the window's movement is measured."""
+    def starts_span(self, upcoming: RoundSpec, history: Sequence[Round]) -> bool:
+        """True for the first round of a span, over which the window's movement is measured."""
         return len(self.counted_rounds(upcoming, history)) % self._rounds.convergence.span == 0
 
     def ended(self, upcoming: RoundSpec, rounds: int, losses: Sequence[float], movement: float | None) -> str | None:
-        """Why the stage ends with it, if it does: it then has so many counted ``rounds``, these held-out ``losses`` and this
-        ``movement`` in its span.
+        """The reason why the stage ends with this round; None if it goes on.
+
+        With this round the stage has ``rounds`` counted rounds, the held-out ``losses`` and, in its span, this ``movement``.
         """
         if upcoming.last_of_stage:
             return "round limit"
-        if self._in_turns:
+        if self._cyclic:
             return None
         whole_span = rounds % self._rounds.convergence.span == 0
         return verdict(self._rounds.convergence, rounds, losses, movement if whole_span else None)
 
 
 def rate_at(rounds: RoundsSpec, spent: int, limit: int) -> float:
-    """The share of the full rate in a round of a stage that had ``spent`` of its ``limit`` rounds: above 0, at most 1.
+    """The factor on the full learning rate, above 0 and at most 1, after ``spent`` of at most ``limit`` rounds of a stage.
 
-    A constant rate with few clients a round was seen to collapse, hence the cosine by default.
+    The default is a cosine, because a constant rate collapsed with few clients a round.
     """
     warmup = min(rounds.warmup, limit - 1)
     if spent < warmup:
@@ -102,25 +102,24 @@ def rate_at(rounds: RoundsSpec, spent: int, limit: int) -> float:
     return 1 - progress if rounds.decay == "linear" else 1.0
 
 
+@dataclass(frozen=True)
 class Movement:
-    """Effective movement: |sum of updates| ÷ sum of |updates| over H rounds, both summed over the parameters.
+    """Effective movement: |sum of updates| ÷ sum of |updates| over a span of H rounds, both summed over the parameters.
 
-    1 while every update goes the same way, towards 0 when they cancel out. H-round spans follow one another; a span's
-    two sums are two copies of the window, kept as ``tensors`` so that a restart goes on where it was.
+    It is 1 while all updates go the same way, and falls towards 0 when they cancel out. The two sums of a span are two copies
+    of the window, in ``tensors``, which are committed: a restart continues with them.
     """
 
-    def __init__(self, tensors: Tensors | None = None) -> None:
-        self.tensors: Tensors = tensors or {}
+    tensors: Tensors = field(default_factory=dict)
 
-    def add(self, before: Tensors, after: Tensors) -> None:
-        """Add the update of one round: the tensors of the window before and after it."""
+    def with_round(self, before: Tensors, after: Tensors) -> "Movement":
+        """This movement and that of one more round: the tensors of the window before and after it."""
+        sums = dict(self.tensors)
         for name, new in after.items():
             change = new - before[name]
-            self._add(f"net.{name}", change)
-            self._add(f"path.{name}", change.abs())
-
-    def _add(self, name: str, change: Tensor) -> None:
-        self.tensors[name] = self.tensors[name] + change if name in self.tensors else change
+            for key, value in ((f"net.{name}", change), (f"path.{name}", change.abs())):
+                sums[key] = sums[key] + value if key in sums else value
+        return Movement(sums)
 
     def value(self) -> float:
         """The effective movement of the span so far, in [0, 1]."""
@@ -132,9 +131,9 @@ class Movement:
 
 
 def verdict(rule: ConvergenceSpec, rounds: int, losses: Sequence[float], movement: float | None) -> str | None:
-    """Why a stage of ``rounds`` counted rounds ends now, or None.
+    """The reason why a stage has converged after ``rounds`` counted rounds; None if it has not.
 
-    ``losses`` are its held-out losses; ``movement`` is that of a span that is complete with this round, else None.
+    ``losses`` are its held-out losses. ``movement`` is that of a span which is complete with this round, and else None.
     """
     if rounds < rule.minimum:
         return None

@@ -4,7 +4,7 @@ The last is ours, not the paper's. The top of each window of the untrained model
 closed form. If that reads best below the last window, the layers above read worse, and training has something to win there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,11 +13,11 @@ from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client.cka import FEWEST, average
 from chainfed_ray.client.first_pass import StartGuess
 from chainfed_ray.client.messages import Fitting, Profile, Profiling
+from chainfed_ray.client.pool import ClientPool, Failure, in_order
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.cohort import everyone
 from chainfed_ray.federation.collect import failed_turn, reasons
 from chainfed_ray.federation.head_fitting import deadline_of_all, fit_head
-from chainfed_ray.federation.pool import ClientPool, Failure, in_order
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.records.rounds import FailedTurn, HeadFit, with_everybody
@@ -34,6 +34,10 @@ class Start(NamedTuple):
     exits: tuple[HeadFit, ...] = ()
     failed_turns: tuple[FailedTurn, ...] = ()
     cpu_seconds: float = 0.0
+
+
+StartRule = Callable[[PlannedJob, ClientPool, Listener], Start]
+"""Where the chain of a job starts. ``find_start`` is one; one's own may look at the job, or ask clients through the pool."""
 
 
 def find_start(job: PlannedJob, pool: ClientPool, listen: Listener = no_listener) -> Start:

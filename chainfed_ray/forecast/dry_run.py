@@ -43,7 +43,7 @@ def dry_run(spec: JobSpec, at_once: int, listen: Listener = no_listener) -> Fore
     rounds = ledger.total if ledger else spec.rounds.total
     measured = duration(_of_rounds(job, rounds), at_once, listen) if job.admitted and rounds else None
     cohort = min(spec.rounds.clients, len(job.admitted))
-    costs, start = job.planner.costs, job.planner.task.start
+    costs, start = job.planner.costs, job.planner.requirements.start
     Reporter("looking for changes that would let more clients join", listen).begin()
     return Forecast(
         job=spec.name,
@@ -155,7 +155,7 @@ def _class(
 def _with_enough(job: PlannedJob, candidate: Candidate, shortfall: int) -> tuple[Candidate, TurnPlan]:
     """The plan that a client which is left out would have with the bytes that it lacks."""
     enough = replace(candidate, memory=candidate.memory + shortfall)
-    stage = Chain(job.layers, job.planner.task.start, job.window).windows[0]
+    stage = Chain(job.layers, job.planner.requirements.start, job.window).windows[0]
     plan = job.planner.plan(enough, stage)
     assert plan, "what a client lacks is what it needs for a plan"
     return enough, plan
@@ -164,7 +164,7 @@ def _with_enough(job: PlannedJob, candidate: Candidate, shortfall: int) -> tuple
 def _changes(job: PlannedJob) -> Iterator[Change]:
     """Single changes of the job that differ from it in who joins or, for the window, in who trains all of it."""
     for width in (job.window - 1, job.window + 1, 2 * job.window):
-        if width >= 1 and width + job.planner.task.start <= job.layers:
+        if width >= 1 and width + job.planner.requirements.start <= job.layers:
             yield from _window_change(job, width)
     if job.admission.excluded:
         spec = job.spec
@@ -177,7 +177,7 @@ def _changes(job: PlannedJob) -> Iterator[Change]:
 
 def _could_hold_the_stack(job: PlannedJob) -> bool:
     """Whether anybody who is left out could. It is in float32 whatever the dtype: only then is it worth running every part."""
-    held = held_bytes(job.planner.costs, job.planner.task)
+    held = held_bytes(job.planner.costs, job.planner.requirements)
     return any(candidate.memory > held for candidate, _ in job.admission.excluded)
 
 

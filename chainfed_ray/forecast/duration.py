@@ -95,7 +95,7 @@ def pace_of(job: PlannedJob, client: Client) -> Pace:
 
 
 def _lowest(job: PlannedJob) -> Window:
-    return Chain(job.layers, job.planner.task.start, job.window).windows[0]
+    return Chain(job.layers, job.planner.requirements.start, job.window).windows[0]
 
 
 def _new_stack(job: PlannedJob, layers: int) -> AdapterStack:
@@ -140,7 +140,7 @@ def _once(job: PlannedJob, plan: TurnPlan, pace: Pace, examples: int) -> float:
     if not cached:
         return turns + fits * window + _through(exits + _below_all_stages(job, plan), examples, plan, pace)
     # One pass gives the profile, the head of the first stage, and its prefix, unless exits are searched (first_pass.py).
-    start = job.planner.task.start
+    start = job.planner.requirements.start
     first = job.layers if profiles or exits else start + job.window
     further = prefix if exits else prefix - (start + 1)
     return turns + (fits - 1) * window + _through(first + further, examples, plan, pace)
@@ -148,7 +148,7 @@ def _once(job: PlannedJob, plan: TurnPlan, pace: Pace, examples: int) -> float:
 
 def _below_all_stages(job: PlannedJob, plan: TurnPlan) -> int:
     """How many layers a client without a cache runs its examples through, for the heads of all stages."""
-    start = job.planner.task.start
+    start = job.planner.requirements.start
     windows = Chain(job.layers, start, job.window).windows[-job.spec.rounds.total :]
     narrower = plan.window.bottom - start
     return sum(window.bottom + narrower + 1 for window in windows[: _fits(job)])
@@ -181,7 +181,7 @@ def _stages(job: PlannedJob) -> int:
     """How many stages the job has: no more than rounds, and where windows take turns one."""
     if job.spec.chain.schedule == "cyclic":
         return 1
-    return min(len(Chain(job.layers, job.planner.task.start, job.window).windows), job.spec.rounds.total)
+    return min(len(Chain(job.layers, job.planner.requirements.start, job.window).windows), job.spec.rounds.total)
 
 
 def _longest(turns: Sequence[float], cohort: int) -> float:
@@ -204,7 +204,7 @@ def _trained_on(rounds: RoundsSpec, examples: int) -> int:
 
 def _layers_below(job: PlannedJob, plan: TurnPlan, examples: int) -> tuple[float, int]:
     """How many layers a client runs its examples through below its window: in each turn, and once in the job."""
-    spec, start = job.spec, job.planner.task.start
+    spec, start = job.spec, job.planner.requirements.start
     chain = Chain(job.layers, start, job.window)
     narrower = plan.window.bottom - start  # what others train there changes in every round
     if spec.chain.schedule == "cyclic":

@@ -54,12 +54,14 @@ class Manifest(Document):
     clients: tuple[ClientPartition, ...]
 
     @classmethod
-    def of(cls, spec: JobSpec, corpus: Corpus, shares: Sequence[np.ndarray]) -> "Manifest":
-        """The manifest of a deal; ``shares`` are the clients' row indices, in the order of the fleet."""
+    def of(cls, spec: JobSpec, corpus: Corpus, shares: Sequence[np.ndarray], rule: str | None = None) -> "Manifest":
+        """The manifest of a partition. ``shares`` are the clients' row indices, in the order of the fleet; ``rule`` is the name
+        of the caller's own partition rule, if it is not the job's.
+        """
         partition, data = spec.fleet.partition, spec.data
         return cls(
-            scheme=partition.scheme,
-            alpha=partition.alpha if partition.scheme in ("dirichlet", "quantity") else None,
+            scheme=rule or partition.scheme,
+            alpha=partition.alpha if rule is None and partition.scheme in ("dirichlet", "quantity") else None,
             column=partition.column,
             seed=spec.seed,
             splits=(

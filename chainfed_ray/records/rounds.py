@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from chainfed_ray.budget.planner import WeightPlacement
 from chainfed_ray.record import Document, Record
@@ -94,6 +94,7 @@ class JobStarted(Document):
     ``evaluator`` is the engine that judges the whole model, and why it is another than the job's, if it is.
     """
 
+    classes: tuple[str, ...] = ()
     admitted: tuple[AdmittedClient, ...]
     excluded: tuple[ExcludedClient, ...]
     layers: int
@@ -107,6 +108,7 @@ class JobStarted(Document):
     partition_hash: str
     profile_cpu_seconds: float = 0.0
     evaluator: str = "torch"
+    own_rules: dict[str, str] = Field(default_factory=dict)
 
 
 class Turn(Record):
@@ -342,12 +344,11 @@ class JobResult(Document):
     def of(
         cls,
         job: str,
-        classes: tuple[str, ...],
         job_started: JobStarted,
         rounds: Sequence[Round],
         job_finished: JobFinished,
     ) -> "JobResult":
-        """The result of the job called ``job``, whose head tells ``classes`` apart."""
+        """The result of the job called ``job``."""
         return cls(
             job=job,
             accuracy=job_finished.accuracy,
@@ -355,7 +356,7 @@ class JobResult(Document):
             rounds=job_finished.rounds,
             start_layer=job_started.start_layer,
             layers=job_started.layers,
-            classes=classes,
+            classes=job_started.classes,
             stages=tuple(
                 StageResult(
                     stage=last.stage,

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from chainfed_ray.cluster.jobs.controller import Controller
-from chainfed_ray.cluster.jobs.run import run_job
+from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.offload.engine import judging
 from chainfed_ray.cluster.pool.ray_pool import RayPool
@@ -34,7 +34,9 @@ class CoordinatorActor:
 
     def _run(self, job: str, settings: Settings) -> None:
         try:
-            run_job(job, settings.storage, lambda made, note: RayPool(made.base, settings.client_slots, note), judging)
+            run_queued_job(
+                job, settings.storage, lambda source, note: RayPool(source, settings.client_slots, note), judging
+            )
         except Exception:
             _log.exception("the coordinator of %s ends without a verdict; Ray starts it again", job)
             os._exit(1)

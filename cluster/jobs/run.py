@@ -2,24 +2,21 @@
 
 import logging
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import closing
 from time import sleep
 
 from sqlalchemy.exc import OperationalError
 
-from chainfed_ray.activity import Listener, Note, Notes, Reporter
+from chainfed_ray.activity import Listener
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import ChainFedError, CoordinatorLost
-from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.evaluation import ServerEvaluation, streamed
-from chainfed_ray.federation.pool import ClientPool
-from chainfed_ray.federation.prepare import PlannedJob, prepare_job
+from chainfed_ray.federation.evaluation import streamed
+from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import JobResult
+from chainfed_ray.records.rounds import JobFinished, JobResult, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
@@ -29,11 +26,11 @@ _PATIENCE_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
-def run_job(
+def run_queued_job(
     job: str,
     storage: Storage,
-    make_pool: Callable[[PlannedJob, Note], ClientPool],
-    make_judging: Callable[[PlannedJob, Listener], ServerEvaluation] = streamed,
+    make_pool: MakePool,
+    make_evaluation: MakeEvaluation = streamed,
 ) -> None:
     """Run the rest of a job, and put how it ended on record; what was committed before is told again, once.
 
@@ -43,7 +40,7 @@ def run_job(
         try:
             store = JobStore(storage.database)
             try:
-                _run(job, store, storage, make_pool, make_judging)
+                _run(job, store, storage, make_pool, make_evaluation)
             finally:
                 store.close()
             return
@@ -56,8 +53,8 @@ def _run(
     job: str,
     store: JobStore,
     storage: Storage,
-    make_pool: Callable[[PlannedJob, Note], ClientPool],
-    make_judging: Callable[[PlannedJob, Listener], ServerEvaluation],
+    make_pool: MakePool,
+    make_evaluation: MakeEvaluation,
 ) -> None:
     record = store.get(job)
     if record.status != "running":
@@ -67,7 +64,7 @@ def _run(
         if deaths >= _DEATHS:
             raise CoordinatorLost(job, deaths)
         with ActivityRecord(store, job) as listen:
-            result = _train(job, parse_job(record.spec), store, storage, make_pool, make_judging, listen)
+            result = _train(job, parse_job(record.spec), store, storage, make_pool, make_evaluation, listen)
     except OperationalError:
         raise
     except Exception as error:  # whatever it is, it is the job's first cause and belongs on its record
@@ -91,30 +88,26 @@ def _train(
     spec: JobSpec,
     store: JobStore,
     storage: Storage,
-    make_pool: Callable[[PlannedJob, Note], ClientPool],
-    make_judging: Callable[[PlannedJob, Listener], ServerEvaluation],
+    make_pool: MakePool,
+    make_evaluation: MakeEvaluation,
     listen: Listener,
 ) -> JobResult:
-    prepared = prepare_job(spec, storage.scratch(job), listen)
-    log = CommitLog(storage.job(job))
-    listen = notes = Notes(listen)
-    with ExitStack() as resources:
-        pool, judging = make_pool(prepared, notes.note), make_judging(prepared, listen)
-        for resource in (pool, judging):
-            resources.callback(resource.close)
-        coordinator = Coordinator(prepared, pool, log, judging, listen)
-        job_started = coordinator.open()
-        _publish(store, job, "started", "started", job_started)
-        for record in log.rounds():
-            _publish(store, job, f"round-{record.index}", "round", record)
-        for record in coordinator.rounds():
-            _publish(store, job, f"round-{record.index}", "round", record)
-        job_finished = coordinator.finish()
-        _publish(store, job, "finished", "finished", job_finished)
-        result = JobResult.of(spec.name, prepared.classes, job_started, log.rounds(), job_finished)
-        Reporter("saving the model", listen).begin()
-        coordinator.save(storage.job(job))
-        return result
+    folder, scratch = storage.job(job), storage.scratch(job)
+    started: JobStarted | None = None
+    records = run_job(spec, folder, pool=make_pool, evaluation=make_evaluation, scratch=scratch, listen=listen)
+    with closing(records):
+        for record in records:
+            match record:
+                case JobStarted():
+                    started = record
+                    _publish(store, job, "started", "started", record)
+                case Round():
+                    _publish(store, job, f"round-{record.index}", "round", record)
+                case JobFinished():
+                    assert started is not None, "the first record"
+                    _publish(store, job, "finished", "finished", record)
+                    return JobResult.of(spec.name, started, CommitLog(folder).rounds(), record)
+    raise AssertionError("the last record is that of a job that has finished")
 
 
 def _publish(store: JobStore, job: str, key: str, kind: str, record: Record) -> None:

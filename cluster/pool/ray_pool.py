@@ -16,10 +16,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, TurnOrder
+from chainfed_ray.client.pool import Failure, Outcome
 from chainfed_ray.cluster.pool.actors import ClientActor
 from chainfed_ray.cluster.pool.orders import send
 from chainfed_ray.cluster.resources import IDLE_BYTES, of_client
-from chainfed_ray.federation.pool import Failure, Outcome
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes
 

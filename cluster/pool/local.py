@@ -1,0 +1,32 @@
+"""Pools on a Ray cluster of this process alone, for as long as a block runs."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from chainfed_ray.activity import Listener, Note, no_listener
+from chainfed_ray.client.pool import ClientPool
+from chainfed_ray.cluster.local_ray import local_ray
+from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.federation.run import MakePool
+from chainfed_ray.model.source import ModelSource
+
+
+@contextmanager
+def on_local_ray(settings: Settings, listen: Listener = no_listener) -> Iterator[MakePool]:
+    """Give what makes a ``RayPool``. It starts Ray when it is first called, so that a job that cannot run starts nothing.
+
+    Nothing may have imported Ray before (see ``local_ray``).
+    """
+    with ExitStack() as until_done:
+        started = False
+
+        def make(source: ModelSource, note: Note) -> ClientPool:
+            nonlocal started
+            if not started:
+                until_done.enter_context(local_ray(settings, {}, listen))
+                started = True
+            from chainfed_ray.cluster.pool.ray_pool import RayPool
+
+            return RayPool(source, settings.client_slots, note)
+
+        yield make
