@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chainfed_ray.activity import Activity, Listener, no_listener
-from chainfed_ray.cluster.offload.engine import judging
+from chainfed_ray.cluster.offload.engine import server_evaluation
 from chainfed_ray.cluster.offload.evaluator import OffloadedEvaluator, make_evaluator
 from chainfed_ray.cluster.offload.footprint import offload_footprint
 from chainfed_ray.cluster.offload.messages import OFFLOAD, Reason
@@ -258,7 +258,7 @@ def test_a_machine_that_cannot_be_looked_at_is_judged_by_torch(
 
     monkeypatch.setattr("chainfed_ray.cluster.offload.evaluator.look", unreadable)
     document["evaluation"] = {"engine": "deepspeed"}
-    made = judging(a_job(document, tmp_path))
+    made = server_evaluation(a_job(document, tmp_path))
     assert made.evaluator.startswith("torch (in place of deepspeed: this machine could not be looked at: Read-only")
 
 

@@ -1,4 +1,4 @@
-"""``chainfed run``: a job without a service, on a Ray cluster of this process alone."""
+"""``chainfed run``: trains a job without a service, on a Ray cluster that this process starts."""
 
 import json
 import tempfile
@@ -18,46 +18,49 @@ from chainfed_ray.spec.job import JobSpec
 
 
 def folder_of(out: Path, spec: JobSpec) -> Path:
-    """The job's folder in ``out``; its commits belong to one specification and are never continued with another.
+    """Make the job's folder in ``out``, and write the job's specification into it.
+
+    A folder belongs to one specification: commits of one job must never be continued with the settings of another.
 
     Raises:
-        InvalidJob: the folder holds another job.
+        InvalidJob: the folder holds a job with another specification.
     """
     folder = out / spec.name
-    kept = folder / "job.json"
+    job_file = folder / "job.json"
     document = json.dumps(spec.document(), indent=2)
-    if kept.exists() and kept.read_text() != document:
-        raise InvalidJob.at("name", spec.name, f"a name not used in {out} yet: {folder} holds a job that differs")
+    if job_file.exists() and job_file.read_text() != document:
+        raise InvalidJob.at("name", spec.name, f"a name not used in {out} yet: {folder} holds a different job")
     folder.mkdir(parents=True, exist_ok=True)
-    aside = kept.with_suffix(".partial")
-    aside.write_text(document)
-    aside.replace(kept)
+    partial = job_file.with_suffix(".partial")
+    partial.write_text(document)
+    partial.replace(job_file)  # atomic: a reader never sees half of it
     return folder
 
 
 def train(
     spec: JobSpec, folder: Path, settings: Settings, progress: ProgressDisplay
 ) -> tuple[JobStarted, list[Round], JobFinished, JobResult]:
-    """Train a job, or the rest of it, and save its model in ``folder``."""
+    """Train a job, or resume it from the commits in ``folder``, and save its model there. Returns the job's records."""
     with tempfile.TemporaryDirectory(prefix="chainfed-") as scratch:
         job = prepare_job(spec, Path(scratch), progress.listen)
         log = CommitLog(folder)
         with local_ray(settings, {}, progress.listen):
-            from chainfed_ray.cluster.offload.engine import judging  # not before: see local_ray
+            # They import Ray, which only local_ray may import first.
+            from chainfed_ray.cluster.offload.engine import server_evaluation
             from chainfed_ray.cluster.pool.ray_pool import RayPool
 
             notes = Notes(progress.listen)
-            made = RayPool(job.base, settings.client_slots, notes.note)
-            with closing(made) as pool, closing(judging(job, notes)) as judge:
-                coordinator = Coordinator(job, pool, log, judge, notes)
-                job_started, job_finished = _rounds(coordinator, log, progress)
+            ray_pool = RayPool(job.base, settings.client_slots, notes.note)
+            with closing(ray_pool) as pool, closing(server_evaluation(job, notes)) as evaluation:
+                coordinator = Coordinator(job, pool, log, evaluation, notes)
+                job_started, job_finished = _run_rounds(coordinator, log, progress)
         Reporter("saving the model", progress.listen).begin()
         coordinator.save(folder)
     rounds = log.rounds()
     return job_started, rounds, job_finished, JobResult.of(spec.name, job.classes, job_started, rounds, job_finished)
 
 
-def _rounds(coordinator: Coordinator, log: CommitLog, progress: ProgressDisplay) -> tuple[JobStarted, JobFinished]:
+def _run_rounds(coordinator: Coordinator, log: CommitLog, progress: ProgressDisplay) -> tuple[JobStarted, JobFinished]:
     job_started = coordinator.open()
     progress.job_started(job_started)
     for record in log.rounds():

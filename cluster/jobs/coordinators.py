@@ -10,7 +10,7 @@ import ray
 from chainfed_ray.cluster.jobs.controller import Controller
 from chainfed_ray.cluster.jobs.run import run_job
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.offload.engine import judging
+from chainfed_ray.cluster.offload.engine import server_evaluation
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.resources import of_controller, of_coordinator
 from chainfed_ray.cluster.storage import Settings
@@ -34,7 +34,12 @@ class CoordinatorActor:
 
     def _run(self, job: str, settings: Settings) -> None:
         try:
-            run_job(job, settings.storage, lambda made, note: RayPool(made.base, settings.client_slots, note), judging)
+            run_job(
+                job,
+                settings.storage,
+                lambda made, note: RayPool(made.base, settings.client_slots, note),
+                server_evaluation,
+            )
         except Exception:
             _log.exception("the coordinator of %s ends without a verdict; Ray starts it again", job)
             os._exit(1)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 TITLE = "make demo (shortened)"
 COLUMNS = 80
-PROGRESS = r"so far|: done in|^In the queue|^Its turn has come|^$"
+PROGRESS = r"so far|: done in|^In the queue|^The job starts|^$"
 PARTS = (  # how the first and the last line of each part begin
     (r"1\. ", r"   It answers"),
     (r"2\. ", r"accepted"),
