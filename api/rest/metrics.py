@@ -154,7 +154,7 @@ def _server_memory(totals: dict[str, _JobTotals]) -> Metric:
     memory = GaugeMetricFamily(
         "chainfed_server_memory_bytes",
         "Planned and measured memory of the newest evaluation: of an early exit, or of the whole model (per process).",
-        labels=["job", "judged", "kind"],
+        labels=["job", "evaluated", "kind"],
     )
     for job, sums in totals.items():
         for model, evaluation in (("early exit", sums.early_exit), ("whole model", sums.whole)):
