@@ -127,7 +127,9 @@ def test_the_servers_memory_is_that_of_its_newest_evaluations(store: JobStore) -
 def server(samples: Samples, job: str, evaluated: str) -> tuple[float | None, ...]:
     """Planned, peak, and the whole process."""
     kinds = ("planned", "peak", "process")
-    return tuple(value(samples, "chainfed_server_memory_bytes", job=job, evaluated=evaluated, kind=kind) for kind in kinds)
+    return tuple(
+        value(samples, "chainfed_server_memory_bytes", job=job, evaluated=evaluated, kind=kind) for kind in kinds
+    )
 
 
 def test_a_job_that_is_over_is_among_the_newest_for_a_while(store: JobStore) -> None:

@@ -1,4 +1,4 @@
-"""One job from its record to its model: what a coordinator actor does, in any process that is connected to Ray."""
+"""Runs one job, from its record in the database to its model. A coordinator actor calls this; any process can."""
 
 import logging
 import traceback
@@ -23,8 +23,8 @@ from chainfed_ray.records.rounds import JobResult
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
-_DEATHS = 5  # of coordinators, without a round in between: then the job is to blame
-_PATIENCE_SECONDS = 5.0
+_DEATHS = 5  # after this many deaths of its coordinator without a finished round, a job fails
+_DATABASE_RETRY_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -33,23 +33,24 @@ def run_job(
     job: str,
     storage: Storage,
     make_pool: Callable[[PlannedJob, Note], ClientPool],
-    make_judging: Callable[[PlannedJob, Listener], ServerEvaluation] = streamed,
+    make_evaluation: Callable[[PlannedJob, Listener], ServerEvaluation] = streamed,
 ) -> None:
-    """Run the rest of a job, and put how it ended on record; what was committed before is told again, once.
+    """Run a job, or resume it from its commit log, and record how it ended.
 
-    A database that does not answer costs time, never the job: it goes on from the commit log when the database is back.
+    Events of rounds that were committed before are published if they are missing. If the database does not answer, the job
+    waits and then resumes: it never fails because of that.
     """
     while True:
         try:
             store = JobStore(storage.database)
             try:
-                _run(job, store, storage, make_pool, make_judging)
+                _run(job, store, storage, make_pool, make_evaluation)
             finally:
                 store.close()
             return
         except OperationalError as error:
             _log.warning("the database does not answer (%s); job %s waits for it", error, job)
-            sleep(_PATIENCE_SECONDS)
+            sleep(_DATABASE_RETRY_SECONDS)
 
 
 def _run(
@@ -57,7 +58,7 @@ def _run(
     store: JobStore,
     storage: Storage,
     make_pool: Callable[[PlannedJob, Note], ClientPool],
-    make_judging: Callable[[PlannedJob, Listener], ServerEvaluation],
+    make_evaluation: Callable[[PlannedJob, Listener], ServerEvaluation],
 ) -> None:
     record = store.get(job)
     if record.status != "running":
@@ -67,10 +68,10 @@ def _run(
         if deaths >= _DEATHS:
             raise CoordinatorLost(job, deaths)
         with ActivityRecord(store, job) as listen:
-            result = _train(job, parse_job(record.spec), store, storage, make_pool, make_judging, listen)
+            result = _train(job, parse_job(record.spec), store, storage, make_pool, make_evaluation, listen)
     except OperationalError:
         raise
-    except Exception as error:  # whatever it is, it is the job's first cause and belongs on its record
+    except Exception as error:  # whatever it is, it made the job fail, and belongs on the job's record
         _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)))
         storage.clear_scratch(job)
         CommitLog(storage.job(job)).erase_secret()
@@ -81,7 +82,7 @@ def _run(
         )
         store.move(job, "failed", error=document)
     else:
-        # The verdict comes last: as soon as it is on record, this process may be ended.
+        # The status comes last: as soon as it is recorded, the controller may end this process.
         storage.clear_scratch(job)
         store.move(job, "succeeded", result=result.model_dump(mode="json"))
 
@@ -92,17 +93,17 @@ def _train(
     store: JobStore,
     storage: Storage,
     make_pool: Callable[[PlannedJob, Note], ClientPool],
-    make_judging: Callable[[PlannedJob, Listener], ServerEvaluation],
+    make_evaluation: Callable[[PlannedJob, Listener], ServerEvaluation],
     listen: Listener,
 ) -> JobResult:
-    prepared = prepare_job(spec, storage.scratch(job), listen)
+    planned = prepare_job(spec, storage.scratch(job), listen)
     log = CommitLog(storage.job(job))
     listen = notes = Notes(listen)
     with ExitStack() as resources:
-        pool, judging = make_pool(prepared, notes.note), make_judging(prepared, listen)
-        for resource in (pool, judging):
+        pool, evaluation = make_pool(planned, notes.note), make_evaluation(planned, listen)
+        for resource in (pool, evaluation):
             resources.callback(resource.close)
-        coordinator = Coordinator(prepared, pool, log, judging, listen)
+        coordinator = Coordinator(planned, pool, log, evaluation, listen)
         job_started = coordinator.open()
         _publish(store, job, "started", "started", job_started)
         for record in log.rounds():
@@ -111,7 +112,7 @@ def _train(
             _publish(store, job, f"round-{record.index}", "round", record)
         job_finished = coordinator.finish()
         _publish(store, job, "finished", "finished", job_finished)
-        result = JobResult.of(spec.name, prepared.classes, job_started, log.rounds(), job_finished)
+        result = JobResult.of(spec.name, planned.classes, job_started, log.rounds(), job_finished)
         Reporter("saving the model", listen).begin()
         coordinator.save(storage.job(job))
         return result

@@ -133,7 +133,7 @@ class OffloadedEvaluator:
         name = f"evaluation of {self._base.scratch}"
         with suppress(ValueError):  # there is none
             _end(ray.get_actor(name, _NAMESPACE))  # of an owner that was killed
-        run: Any = EvaluationRun  # ray.remote gives it `options`, which its type does not show
+        run: Any = EvaluationRun  # ray.remote adds `options`, which the type does not show
         self._run = run.options(
             **of_controller(),
             name=name,
