@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
-from chainfed_ray.cluster.resources import of_one_machine
+from chainfed_ray.cluster.resources import one_machine_resources
 from chainfed_ray.cluster.storage import Settings
 
 
@@ -42,7 +42,7 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
             log_to_driver=False,
             logging_level=logging.ERROR,
             namespace="chainfed",
-            resources=of_one_machine(settings.client_slots, settings.parallel_jobs),
+            resources=one_machine_resources(settings.client_slots, settings.parallel_jobs),
         )
         signal.signal(signal.SIGTERM, on_sigterm)  # restore ours: Ray's handler would abort the process
         try:

@@ -15,7 +15,7 @@ from chainfed_ray.cluster.jobs.run import run_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.offload.engine import server_evaluation
 from chainfed_ray.cluster.pool.ray_pool import RayPool
-from chainfed_ray.cluster.resources import of_controller, of_coordinator
+from chainfed_ray.cluster.resources import controller_options, coordinator_options
 from chainfed_ray.cluster.storage import Settings
 
 NAMESPACE = "chainfed"
@@ -83,7 +83,11 @@ class RayCoordinators:
         """Start a coordinator for ``job``, unless it has one."""
         actor_class: Any = CoordinatorActor  # ray.remote adds `options`, which the type does not show
         actor_class.options(
-            name=_COORDINATOR + job, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, **of_coordinator()
+            name=_COORDINATOR + job,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            **coordinator_options(),
         ).remote(job, self._settings)
 
     def end(self, job: str) -> None:
@@ -99,5 +103,5 @@ def ensure_controller(settings: Settings) -> Any:
     """The actor of the cluster's controller. It is started if there is none."""
     actor_class: Any = ControllerActor
     return actor_class.options(
-        name=_CONTROLLER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, **of_controller()
+        name=_CONTROLLER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, **controller_options()
     ).remote(settings)

@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 
-from chainfed_ray.cluster.resources import of_controller
+from chainfed_ray.cluster.resources import controller_options
 from chainfed_ray.errors import InvalidJob, Problem
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
@@ -48,7 +48,7 @@ async def check(spec: JobSpec) -> None:
         InvalidJob: the job cannot run.
     """
     task: Any = _problems
-    if problems := await task.options(**of_controller()).remote(spec):
+    if problems := await task.options(**controller_options()).remote(spec):
         raise InvalidJob(tuple(problems))
 
 
@@ -59,7 +59,7 @@ async def plan(spec: JobSpec, client_slots: int) -> Forecast:
         InvalidJob: the job cannot run, whichever clients join.
     """
     task: Any = _forecast
-    answer: Forecast | list[Problem] = await task.options(**of_controller()).remote(spec, client_slots)
+    answer: Forecast | list[Problem] = await task.options(**controller_options()).remote(spec, client_slots)
     if isinstance(answer, list):
         raise InvalidJob(tuple(answer))
     return answer

@@ -19,7 +19,7 @@ from chainfed_ray.cluster.offload.messages import OFFLOAD, START_SECONDS, Evalua
 from chainfed_ray.cluster.offload.model import WorkerResult
 from chainfed_ray.cluster.offload.run import RUN_ENVIRONMENT, EvaluationRun
 from chainfed_ray.cluster.offload.worker import Work, sent
-from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller, runtime_env
+from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, controller_options, runtime_env
 from chainfed_ray.errors import EvaluationFailed, InvalidSetting
 from chainfed_ray.evaluation.evaluator import Evaluated, EvaluationSets, Evaluator, whole_model
 from chainfed_ray.evaluation.predictions import Predictions
@@ -135,7 +135,7 @@ class OffloadedEvaluator:
             _end(ray.get_actor(name, _NAMESPACE))  # of an owner that was killed
         run: Any = EvaluationRun  # ray.remote adds `options`, which the type does not show
         self._run = run.options(
-            **of_controller(),
+            **controller_options(),
             name=name,
             namespace=_NAMESPACE,
             lifetime="detached",

@@ -20,7 +20,7 @@ import ray
 
 from chainfed_ray.cluster.offload.messages import START_SECONDS, EvaluationOrder, Reason, RunSpec, RunState
 from chainfed_ray.cluster.offload.removal import remove_when_this_process_ends
-from chainfed_ray.cluster.resources import of_evaluation, runtime_env
+from chainfed_ray.cluster.resources import evaluation_resources, runtime_env
 from chainfed_ray.device.peak import ENVIRONMENT
 
 _OWNER_SECONDS = 30.0  # without a word from the owner: it is gone
@@ -140,7 +140,7 @@ class EvaluationRun:
                 _worker,
                 train_loop_config={"run": run, "actor": itself},
                 scaling_config=configs.ScalingConfig(
-                    num_workers=run.workers, resources_per_worker=of_evaluation(run.memory), use_gpu=False
+                    num_workers=run.workers, resources_per_worker=evaluation_resources(run.memory), use_gpu=False
                 ),
                 run_config=configs.RunConfig(
                     name=run.name,

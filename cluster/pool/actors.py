@@ -12,7 +12,10 @@ from chainfed_ray.model.source import ModelSource
 
 
 def ready(base: ModelSource) -> None:
-    """Load the libraries that turns need, and no others, so that turns start from a small process that no longer grows."""
+    """Load the libraries that turns need, and no others.
+
+    What they allocate on first use then counts as the idle process, not as a client's memory.
+    """
     with without_scipy():
         warm_up(base)
 

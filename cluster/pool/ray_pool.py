@@ -18,7 +18,7 @@ from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, TurnOrder
 from chainfed_ray.cluster.pool.actors import ClientActor
 from chainfed_ray.cluster.pool.orders import send
-from chainfed_ray.cluster.resources import IDLE_BYTES, of_client
+from chainfed_ray.cluster.resources import IDLE_BYTES, client_options
 from chainfed_ray.federation.pool import Failure, Outcome
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes
@@ -120,7 +120,7 @@ class RayPool:
             self._end(spare)
         self._made[client.client_class] += 1
         actor_class: Any = ClientActor  # ray.remote adds `options`, which the type does not show
-        actor = actor_class.options(**of_client(client.budget_bytes)).remote(self.base)
+        actor = actor_class.options(**client_options(client.budget_bytes)).remote(self.base)
         return _Lease(actor, client.client_class, IDLE_BYTES + client.budget_bytes, actor.__ray_ready__.remote())
 
     def _make_room(self, running: Sequence[_Lease]) -> None:
