@@ -141,7 +141,7 @@ def test_a_stage_that_goes_back_says_to_what(after: int | None, what: str, place
     with ProgressDisplay(console, "tiny", SPEC) as progress:
         told(progress, job_started, rounds)
     said = " ".join(console.export_text().split())
-    assert f"It goes back to {what}, where held-out rows had less loss: 62.5% right." in said
+    assert f"It goes back to {what}, which has a lower held-out loss: 62.5% right." in said
     console.print(results(SPEC, job_started, rounds, FINISHED))
     row = next(line for line in console.export_text().splitlines() if line.endswith(f"round limit; back to {place}"))
     assert "62.5%" in row

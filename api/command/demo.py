@@ -41,7 +41,7 @@ _ONWARDS = """\
 def demo(spec: JobSpec, job_file: Path, out: Path, console: Console) -> dict[str, Any]:
     """Start the service, train the job, draw its plots, call its model, and stop the service.
 
-    The job's record is kept in ``out``; the steps are told on ``console``. Returns the result, with the model's answers.
+    The service keeps its data in ``out``. Each step is explained on ``console``. Returns the result, with the model's answers.
     """
     memory = [group.memory for group in spec.fleet.clients]
     console.print(

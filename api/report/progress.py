@@ -153,7 +153,7 @@ class ProgressDisplay:
         if back := record.restored:
             what = "what it began with" if back.round is None else f"its stack after round {back.round + 1}"
             score = _scored(self._spec, back.loss, back.accuracy)
-            self.say(f"  It goes back to {what}, where held-out rows had less loss: {score}.")
+            self.say(f"  It goes back to {what}, which has a lower held-out loss: {score}.")
         self._draw()
 
     def _say_why(self, failed: Sequence[FailedTurn]) -> None:

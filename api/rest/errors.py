@@ -117,7 +117,7 @@ async def _on_invalid_request(request: Request, error: Exception) -> JSONRespons
 
 
 def _expected(found: Any) -> str:
-    """The words for what was expected, from pydantic's message on an invalid field."""
+    """Derive what was expected from pydantic's message on an invalid field."""
     match found["type"]:
         case "missing":
             return "a value"

@@ -21,7 +21,7 @@ _STACKS_IN_MEMORY = 256
 
 @serve.deployment(name="Inference", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=64)
 class Inference:
-    """Classifies and generates text. Base models and adapter stacks are loaded when first needed, and the newest kept."""
+    """Classifies and generates text. It loads base models and adapter stacks on demand, and keeps those used last."""
 
     def __init__(self, storage: Storage) -> None:
         torch.set_num_threads(1)

@@ -170,11 +170,11 @@ class EvaluationRun:
 
 
 def why_over(reasons: list[Reason], error: Exception | None) -> str:
-    """The first cause for which a run ended, in words.
+    """Find the first cause for which a run ended, and describe it.
 
-    ``reasons`` are what the workers reported, ``error`` what Ray Train raised. A worker's report on its own failure is the
-    best. Without one, a worker's process died; that other workers lost their connection to it says no more. The last choice is
-    the error of Ray Train itself.
+    ``reasons`` are what the workers reported, and ``error`` is what Ray Train raised. A worker that reports a failure of its
+    own is the cause. If there is no such report, the process of a worker died: other workers may have reported that their
+    connection to it broke. Otherwise Ray Train itself failed, or the run ended without an error.
     """
     for reason in reasons:
         if not reason.peer_failed:
@@ -190,7 +190,7 @@ def why_over(reasons: list[Reason], error: Exception | None) -> str:
 
 
 def _trainer() -> Any:
-    """Ray Train's plain trainer: it sets no torch up, because the workers find one another themselves."""
+    """The class of Ray Train's basic trainer. It does not set up torch.distributed: the workers do that themselves."""
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     class Trainer(DataParallelTrainer):

@@ -50,7 +50,7 @@ class Work:
 
 
 def serve(run: RunSpec, actor: Any) -> None:
-    """Carry out the orders of the run's ``actor`` until the run ends. An error is reported to it, and raised again."""
+    """Carry out the orders of the run's ``actor`` until the run ends. Any error is reported to the actor, then raised."""
     from ray import train
 
     context: Any = train.get_context()
