@@ -1,1 +1,1 @@
-"""How you ask for it: REST on Ray Serve, and the ``chainfed`` command."""
+"""How users reach the service: the REST API on Ray Serve, and the ``chainfed`` command."""

@@ -12,11 +12,11 @@ def one_machine() -> Iterator[None]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 
-    from chainfed_ray.cluster.resources import of_one_machine
+    from chainfed_ray.cluster.resources import one_machine_resources
 
     ray.init(
         num_cpus=2,
-        resources=of_one_machine(2, 1),
+        resources=one_machine_resources(2, 1),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -159,7 +159,7 @@ class _Offloaded:
         share = self._model.evaluate(stack, self._examples, self._batch)
         _PROCESS.look()
         return Evaluated(
-            share.judgement, perf_counter() - started, share.forward_seconds, self._planned, share.peak_bytes
+            share.predictions, perf_counter() - started, share.forward_seconds, self._planned, share.peak_bytes
         )
 
     def close(self) -> None:

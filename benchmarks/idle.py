@@ -43,7 +43,7 @@ def _rows(name: str, scratch: Path) -> Iterator[Row]:
     import torch
 
     from chainfed_ray.cluster.pool.actors import ClientActor
-    from chainfed_ray.cluster.resources import of_client
+    from chainfed_ray.cluster.resources import client_options
     from chainfed_ray.hub import resolve
     from chainfed_ray.model.source import ModelSource
 
@@ -53,13 +53,13 @@ def _rows(name: str, scratch: Path) -> Iterator[Row]:
         "with torch": _load_torch,
         "with the model's code": partial(_load_model, base.folder),
     }
-    worker: Any = ray.remote(_Worker).options(**of_client(0)).remote()
+    worker: Any = ray.remote(_Worker).options(**client_options(0)).remote()
     for process, load in loads.items():
         ray.get(worker.__ray_call__.remote(_call, load))
         yield {"process": process, **ray.get(worker.__ray_call__.remote(_held))}
     ray.kill(worker)
     client_actor: Any = ClientActor
-    client = client_actor.options(**of_client(0)).remote(base)
+    client = client_actor.options(**client_options(0)).remote(base)
     yield {"process": "a client, idle", **ray.get(client.__ray_call__.remote(_held))}
 
 

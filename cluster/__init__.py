@@ -1,1 +1,1 @@
-"""Where it runs: Ray actors, job records, storage."""
+"""Where jobs run and what is kept: Ray actors, the database of jobs, storage."""

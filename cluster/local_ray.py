@@ -1,4 +1,4 @@
-"""A Ray cluster of this process alone, for as long as a block runs."""
+"""Runs a Ray cluster of this process alone while a block runs."""
 
 import logging
 import os
@@ -9,16 +9,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
-from chainfed_ray.cluster.resources import of_one_machine
+from chainfed_ray.cluster.resources import one_machine_resources
 from chainfed_ray.cluster.storage import Settings
 
 
 @contextmanager
 def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listener = no_listener) -> Iterator[None]:
-    """Start Ray with ``environment`` in every process of it. Its ports answer to nobody without its secret.
+    """Start Ray with the variables of ``environment`` in all its processes, and stop it when the block ends.
 
-    Ray reads its secret when it is first imported, so nothing may have imported it before. What it has to say stays in its
-    own logs: on our standard output it would stand among the answers.
+    Ray accepts connections only with a secret that is made here. It reads the secret when it is first imported, so nothing
+    may import Ray earlier. Its messages stay in its own logs, because our standard output is for the answers of commands.
+
+    Raises:
+        RuntimeError: Ray was imported before.
     """
     if "ray" in sys.modules:
         raise RuntimeError("ray was imported before local_ray could set its environment")
@@ -39,9 +42,9 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
             log_to_driver=False,
             logging_level=logging.ERROR,
             namespace="chainfed",
-            resources=of_one_machine(settings.client_slots, settings.parallel_jobs),
+            resources=one_machine_resources(settings.client_slots, settings.parallel_jobs),
         )
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler aborts the process
+        signal.signal(signal.SIGTERM, on_sigterm)  # restore ours: Ray's handler would abort the process
         try:
             yield
         finally:

@@ -1,8 +1,8 @@
-"""What our actors ask of Ray's scheduler.
+"""The resources that our actors request from Ray's scheduler.
 
-Memory is Ray's own resource. Two custom ones say which machines are meant: ``client_slot``, one for each client that a
-machine may serve at a time, and ``coordinator_slot``, one for each job that a machine may coordinate. The head of a cluster
-has neither, so nothing of ours lands on it.
+Memory is one of Ray's own resources. Two custom resources choose the machines: a machine has a ``client_slot`` for each client
+that it may run at a time, and a ``coordinator_slot`` for each job that it may coordinate. A cluster's head has neither, so no
+actor of ours runs there.
 """
 
 import shlex
@@ -15,19 +15,19 @@ from chainfed_ray.device.peak import ENVIRONMENT
 CLIENT_SLOT = "client_slot"
 COORDINATOR_SLOT = "coordinator_slot"
 
-# What a client's process holds before any client uses it, with a margin: 450 MiB (`python -m benchmarks idle`). Of that 157 MiB
+# The memory of a client's process before a client uses it: 450 MiB (`python -m benchmarks idle`), and a margin. 157 MiB of it
 # are pages of libraries' files, which the processes of a machine share.
 IDLE_BYTES = 460 * 2**20
 
-# The same, with DeepSpeed and Ray Train.
+# The same for a process of an offloaded evaluation, which also loads DeepSpeed and Ray Train.
 OFFLOAD_IDLE_BYTES = 550 * 2**20
 
-# Work that is light, but has to run where a coordinator could.
+# A part of a coordinator_slot so small that it takes no coordinator's place. It requests such a machine for light work.
 _BESIDE_COORDINATORS = 0.001
 
 
-def of_client(budget_bytes: int) -> dict[str, Any]:
-    """The options of an actor that is leased to clients with this budget."""
+def client_options(budget_bytes: int) -> dict[str, Any]:
+    """The options of an actor that runs turns of clients with this budget."""
     return {
         "num_cpus": 0,
         "memory": IDLE_BYTES + budget_bytes,
@@ -37,33 +37,33 @@ def of_client(budget_bytes: int) -> dict[str, Any]:
 
 
 def runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
-    """What gives a process of Ray these variables.
+    """The runtime environment of a Ray process with these variables.
 
-    Ray starts such a process through a shell, with the path of its Python unquoted: a path with a space has to come quoted.
+    Ray starts such a process through a shell and does not quote the path of Python. So we pass it quoted if it has a space.
     """
     quoted = shlex.quote(sys.executable)
     python = {} if quoted == sys.executable else {"py_executable": quoted}
     return {"env_vars": dict(environment), **python}
 
 
-def of_coordinator() -> dict[str, Any]:
-    """The options of a job's coordinator."""
+def coordinator_options() -> dict[str, Any]:
+    """The options of the actor that coordinates a job."""
     return {"num_cpus": 0, "resources": {COORDINATOR_SLOT: 1}}
 
 
-def of_controller() -> dict[str, Any]:
-    """The options of the controller, and of the checks before a job is accepted."""
+def controller_options() -> dict[str, Any]:
+    """The options of light actors and tasks: the controller, the check of a job, and the actor of an evaluation's run."""
     return {"num_cpus": 0, "resources": {COORDINATOR_SLOT: _BESIDE_COORDINATORS}}
 
 
-def of_evaluation(planned_bytes: int) -> dict[str, float]:
-    """The resources of a process that judges the whole model: memory, and a machine that may coordinate jobs.
+def evaluation_resources(planned_bytes: int) -> dict[str, float]:
+    """The resources of a process that evaluates the whole model: memory, on a machine that may coordinate jobs.
 
-    No core is asked for: it has to find room beside clients that train, and waits for disks most of its time.
+    It requests no core: it must find room beside clients that train, and it waits for the disk most of the time.
     """
     return {"CPU": 0, "memory": OFFLOAD_IDLE_BYTES + planned_bytes, COORDINATOR_SLOT: _BESIDE_COORDINATORS}
 
 
-def of_one_machine(client_slots: int, parallel_jobs: int) -> dict[str, float]:
-    """The custom resources of a machine that is a cluster by itself."""
+def one_machine_resources(client_slots: int, parallel_jobs: int) -> dict[str, float]:
+    """The custom resources of a cluster that is a single machine."""
     return {CLIENT_SLOT: client_slots, COORDINATOR_SLOT: parallel_jobs + 1}

@@ -1,12 +1,13 @@
-"""Where everything that lasts is kept: a folder for commits and models, and a database for jobs.
+"""Where the service keeps its data: a folder for commits and models, and a database of jobs; with the operator's settings.
 
-Neither lives in Ray: any process may be killed at any time, the head included. Inside the folder ::
+Nothing is kept in Ray, because any process may be killed at any time, even Ray's head. Inside the folder ::
 
-    chainfed.db                    the database, unless a URL says otherwise
+    chainfed.db                    the database, unless a URL names another
     jobs/<job>/                    a job's commits (see commit_log)
-    jobs/<job>/model/              its finished stack, as PEFT keeps it
-    jobs/<job>/best/               the stack that was best on held-out rows, if it is another; last/ where that one is served
-    scratch/<job>/                 prefix caches, unless another folder is given for them: fast, and may be lost at any time
+    jobs/<job>/model/              the trained adapter stack that is served, in PEFT's format
+    jobs/<job>/best/               the stack with the least held-out loss, if the served one is another …
+    jobs/<job>/last/               … or the last stack, if the best one is served
+    scratch/<job>/                 prefix caches, unless CHAINFED_SCRATCH names another folder; they may be deleted at any time
 """
 
 import os
@@ -20,20 +21,21 @@ from chainfed_ray.errors import InvalidSetting
 
 @dataclass(frozen=True)
 class Storage:
-    """One root folder and one database."""
+    """The folders and the database of one service."""
 
     root: Path
-    database: str
+    database: str  # an SQLAlchemy URL
     scratch_root: Path
 
     @classmethod
     def at(cls, root: Path, database: str | None = None, scratch: Path | None = None) -> "Storage":
-        """The storage in ``root``, which is made if need be; ``database`` is an SQLAlchemy URL, SQLite there by default.
+        """The storage in the folder ``root``, which is made if it does not exist.
 
-        ``scratch`` is a folder of each machine's own, in ``root`` by default.
+        ``database`` is an SQLAlchemy URL; by default, an SQLite file in ``root``. ``scratch`` is a folder for prefix caches,
+        which each machine may have for itself; by default, it is in ``root``.
 
         Raises:
-            InvalidSetting: the folder cannot be made or written to.
+            InvalidSetting: the folder cannot be made, or not be written to.
         """
         root = root.expanduser().absolute()
         try:
@@ -49,7 +51,7 @@ class Storage:
         return self.root / "jobs" / job
 
     def model(self, job: str) -> Path:
-        """The folder of a job's finished stack."""
+        """The folder of a job's trained adapter stack."""
         return self.job(job) / "model"
 
     def scratch(self, job: str) -> Path:
@@ -57,24 +59,25 @@ class Storage:
         return self.scratch_root / job
 
     def clear_scratch(self, job: str) -> None:
-        """Give the disk of a job's prefix caches back."""
+        """Delete a job's prefix caches, to free the disk."""
         shutil.rmtree(self.scratch(job), ignore_errors=True)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator decides: where things are kept, and how much runs at once."""
+    """What the operator decides: where data is kept, and how much runs at once."""
 
     storage: Storage
-    parallel_jobs: int = 1
-    client_slots: int = 4
+    parallel_jobs: int = 1  # jobs that run at once
+    client_slots: int = 4  # clients of a job that train at once
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """From ``CHAINFED_STORAGE``, ``…_DATABASE``, ``…_SCRATCH``, ``…_PARALLEL_JOBS`` and ``…_CLIENT_SLOTS``.
+        """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_DATABASE``, ``CHAINFED_SCRATCH``,
+        ``CHAINFED_PARALLEL_JOBS`` and ``CHAINFED_CLIENT_SLOTS``.
 
         Raises:
-            InvalidSetting: one of them is wrong.
+            InvalidSetting: a variable has an invalid value.
         """
         scratch = environment.get("CHAINFED_SCRATCH")
         storage = Storage.at(
@@ -89,7 +92,7 @@ class Settings:
         )
 
     def environment(self) -> dict[str, str]:
-        """The environment from which ``from_environment`` makes the same settings in another process."""
+        """The variables from which ``from_environment`` makes the same settings in another process."""
         return {
             "CHAINFED_STORAGE": str(self.storage.root),
             "CHAINFED_DATABASE": self.storage.database,

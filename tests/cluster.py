@@ -10,7 +10,7 @@ import ray
 from chainfed_ray.activity import Note
 from chainfed_ray.cluster.offload.build import are_built, ops_folder
 from chainfed_ray.cluster.pool.ray_pool import RayPool
-from chainfed_ray.cluster.resources import of_one_machine
+from chainfed_ray.cluster.resources import one_machine_resources
 from chainfed_ray.model.source import ModelSource
 
 needs_ops = pytest.mark.skipif(not are_built(ops_folder()), reason="DeepSpeed's libraries are not built; `make ops`")
@@ -22,7 +22,7 @@ def one_machine() -> Iterator[None]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(
         num_cpus=2,
-        resources=of_one_machine(8, 1),
+        resources=one_machine_resources(8, 1),
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",

@@ -38,7 +38,7 @@ def test_an_interrupted_and_a_killed_run_go_on_where_they_were(document: dict[st
             said = process.stderr.read()
         assert "Traceback" not in said
         if end == signal.SIGINT:
-            assert (process.returncode, "goes on where it was" in said) == (130, True)
+            assert (process.returncode, "Run the same command again to resume the job" in said) == (130, True)
         assert number <= len(log.rounds()) < 6
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)

@@ -126,7 +126,7 @@ def test_a_database_of_another_version_is_refused_and_left_as_it_is(
     engine = create_engine(database)
     with engine.begin() as connection:
         connection.execute(text(change))
-    with pytest.raises(InvalidSetting, match=f"jobs in form 1; those in it were written by {writer} chainfed-ray"):
+    with pytest.raises(InvalidSetting, match=f"a database of version 1; this one was written by {writer} chainfed-ray"):
         JobStore(database)
     with engine.begin() as connection:
         assert connection.execute(text("select id from jobs")).scalars().all() == [job]

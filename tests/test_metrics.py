@@ -106,7 +106,7 @@ def memory(samples: Samples, job: str, name: str) -> tuple[float | None, ...]:
     return tuple(value(samples, "chainfed_client_memory_bytes", job=job, class_=name, kind=kind) for kind in kinds)
 
 
-def test_the_servers_memory_is_that_of_its_newest_judgements(store: JobStore) -> None:
+def test_the_servers_memory_is_that_of_its_newest_evaluations(store: JobStore) -> None:
     job_started = a_start()
     job = a_running_job(store, job_started)
     assert server(scraped(store), job, "early exit") == (None, None, None)
@@ -124,10 +124,12 @@ def test_the_servers_memory_is_that_of_its_newest_judgements(store: JobStore) ->
     assert server(scraped(store), job, "whole model") == (80, 75, 500)
 
 
-def server(samples: Samples, job: str, judged: str) -> tuple[float | None, ...]:
+def server(samples: Samples, job: str, evaluated: str) -> tuple[float | None, ...]:
     """Planned, peak, and the whole process."""
     kinds = ("planned", "peak", "process")
-    return tuple(value(samples, "chainfed_server_memory_bytes", job=job, judged=judged, kind=kind) for kind in kinds)
+    return tuple(
+        value(samples, "chainfed_server_memory_bytes", job=job, evaluated=evaluated, kind=kind) for kind in kinds
+    )
 
 
 def test_a_job_that_is_over_is_among_the_newest_for_a_while(store: JobStore) -> None:

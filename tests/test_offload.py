@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chainfed_ray.activity import Activity, Listener, no_listener
-from chainfed_ray.cluster.offload.engine import judging
+from chainfed_ray.cluster.offload.engine import server_evaluation
 from chainfed_ray.cluster.offload.evaluator import OffloadedEvaluator, make_evaluator
 from chainfed_ray.cluster.offload.footprint import offload_footprint
 from chainfed_ray.cluster.offload.messages import OFFLOAD, Reason
@@ -228,8 +228,8 @@ class GroupError(Exception):
 
 def test_the_first_cause_is_the_reason() -> None:
     complaint, own = why(RuntimeError(_COMPLAINT)), why(OSError(28, "the disk is full"))
-    assert complaint.lost_another
-    assert own == Reason("the disk is full", lost_another=False)
+    assert complaint.peer_failed
+    assert own == Reason("the disk is full", peer_failed=False)
     assert why(RuntimeError("[some/file.cpp:12] it is wrong\nsecond line")).words == "it is wrong"
     assert why(ValueError()).words == "ValueError"
     UserExceptionWithTraceback = type("UserExceptionWithTraceback", (Exception,), {})
@@ -258,8 +258,8 @@ def test_a_machine_that_cannot_be_looked_at_is_judged_by_torch(
 
     monkeypatch.setattr("chainfed_ray.cluster.offload.evaluator.look", unreadable)
     document["evaluation"] = {"engine": "deepspeed"}
-    made = judging(a_job(document, tmp_path))
-    assert made.evaluator.startswith("torch (in place of deepspeed: this machine could not be looked at: Read-only")
+    made = server_evaluation(a_job(document, tmp_path))
+    assert made.evaluator.startswith("torch (in place of deepspeed: this machine could not be checked: Read-only")
 
 
 @ray.remote(num_cpus=0)

@@ -273,7 +273,7 @@ def test_what_it_costs_is_told_in_every_line_and_at_the_end() -> None:
     text = " ".join(console.export_text().split())
     assert "50.0% right ε 1.20 at δ 1e-5 peak" in text
     assert f"No more rounds ({stopped})." in text
-    assert "Its privacy: ε 1.22 at δ 1e-5, client by client." in text
+    assert "Its client-level privacy: ε 1.22 at δ 1e-5." in text
     assert text.count("ε 1.22 at δ 1e-5") == 4, "line, panel, end and result"
 
 

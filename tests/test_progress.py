@@ -92,7 +92,7 @@ def test_where_the_heads_read_best_the_chain_starts() -> None:
     assert "Held-out loss of a head fitted to the output of each window's top layer" in text
     exits = "0–1: 0.437 1–2: 0.423 2–3: 0.397 3–4: none 4–5: 0.312 (without some clients)"
     assert exits in " ".join(text.split())
-    assert "\nThe chain starts at layer 2, where that is least.\n" in text
+    assert "\nThe chain starts at layer 2, where that loss is least.\n" in text
 
 
 @pytest.mark.parametrize(("asked", "why"), [(0, "as the job asks"), ("best-exit", "with its only window")])
@@ -119,12 +119,12 @@ def test_a_line_for_each_round_where_there_is_no_terminal() -> None:
         progress.job_finished(FINISHED)
     text = console.export_text()
     assert "watch (2): 24MiB a client, 8MiB too little for any window" in text
-    assert "The chain starts at layer 2, that of the last window: none before is below 0.5." in text
+    assert "The chain starts at layer 2, the last window's: no layer before it is below 0.5." in text
     assert "The head is fitted to 1200 examples of 12 clients." in text
     assert "round 1/20    layers 2–3  3 clients  50.0% right  peak 25MiB  ≤ 1m 16s left" in text
     assert "phone-2 died" in text
     assert "phone-3 died" not in text
-    assert "and 2 more turns were lost" in text
+    assert "and 2 more turns failed" in text
     assert "Stage 1 (layers 2–3) ends: round limit." in text
     assert "\x1b" not in text
 
@@ -141,7 +141,7 @@ def test_a_stage_that_goes_back_says_to_what(after: int | None, what: str, place
     with ProgressDisplay(console, "tiny", SPEC) as progress:
         told(progress, job_started, rounds)
     said = " ".join(console.export_text().split())
-    assert f"It goes back to {what}, where held-out rows had less loss: 62.5% right." in said
+    assert f"It goes back to {what}, which has a lower held-out loss: 62.5% right." in said
     console.print(results(SPEC, job_started, rounds, FINISHED))
     row = next(line for line in console.export_text().splitlines() if line.endswith(f"round limit; back to {place}"))
     assert "62.5%" in row
@@ -172,7 +172,7 @@ def test_the_panel_of_a_terminal() -> None:
     paper = a_console()
     paper.print(progress.panel())
     text = paper.export_text()
-    for fact in ("1 of 3: layers 2–3 of 0–5", "3 of 20, at most 1m 08s left", "12 take part, 2 left out", "52.0%"):
+    for fact in ("1 of 3: layers 2–3 of 0–5", "3 of 20, at most 1m 08s left", "12 take part, 2 excluded", "52.0%"):
         assert fact in text
     for cells in ("0 1 [2][3] 4  5", "phone"):
         assert cells in text
@@ -225,7 +225,7 @@ def a_lean_opening() -> JobStarted:
 
 
 def two_stages(job_started: JobStarted) -> list[Round]:
-    """Two rounds, in which a turn was taken again and a client was left out."""
+    """Two rounds, in which a turn ran again and a client was excluded."""
     phone, laptop = job_started.admitted[0], job_started.admitted[8]
     of_stage = [
         [
@@ -255,13 +255,13 @@ def test_leaner_plans_are_told_in_words() -> None:
     with ProgressDisplay(console, "tiny", SPEC) as progress:
         told(progress, job_started, two_stages(job_started))
     text = " ".join(console.export_text().split())
-    assert "phone (8): windows of 1, 4 examples at a time, matrices streamed" in text
+    assert "phone (8): windows of 1, 4 examples at a time, weights streamed" in text
     assert "laptop (3)" not in text
     assert (
-        "phone-0 took its turn again, windows of 1, 2 examples at a time, matrices streamed: BudgetExceeded: too much"
+        "phone-0 ran its turn again, windows of 1, 2 examples at a time, weights streamed: BudgetExceeded: too much"
         in text
     )
-    assert "phone-7: BudgetExceeded: far too much; it is left out from now on" in text
+    assert "phone-7: BudgetExceeded: far too much; it is excluded from now on" in text
 
 
 def test_who_exceeded_a_plan_is_in_the_results_and_on_the_panel() -> None:
@@ -275,10 +275,10 @@ def test_who_exceeded_a_plan_is_in_the_results_and_on_the_panel() -> None:
     text = paper.export_text()
     assert all(len(line) <= 80 for line in text.splitlines())
     for fact in (
-        "windows of 1, 2–4 examples at a time, matrices streamed",
-        "exceeded its plan in round 2: it was taken again",
-        "exceeded every plan in round 2: left out since",
-        "2 done (1 took it again), 1 lost",
+        "windows of 1, 2–4 examples at a time, weights streamed",
+        "exceeded its plan in round 2, and ran again",
+        "exceeded every plan in round 2: excluded since",
+        "2 done (1 retried), 1 failed",
         "11 take part",
     ):
         assert fact in text

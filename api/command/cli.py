@@ -1,6 +1,6 @@
-"""The ``chainfed`` command.
+"""The ``chainfed`` command: its subcommands, and their options.
 
-Progress goes to standard error; what was asked for to standard output, as words or, with ``--json``, as one object.
+Progress goes to standard error. The answer goes to standard output: as text, or with ``--json`` as one JSON object.
 """
 
 import json
@@ -37,53 +37,57 @@ _progress = Console(stderr=True, highlight=False)
 JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]
 JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list`")]
 Out = Annotated[Path, typer.Option(help="the folder for commits, models and plots")]
-Address = Annotated[str, typer.Option(envvar="CHAINFED_ADDRESS", help="of the service")]
+Address = Annotated[str, typer.Option(envvar="CHAINFED_ADDRESS", help="the address of the service")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
-_INTERRUPTED = 130  # as shells have it
+_INTERRUPTED = 130  # the exit code that shells give to a command ended by Ctrl-C
 _DEMO = Path("examples/demo.yaml")
 _ADDRESS = "http://127.0.0.1:8000"
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"chainfed-ray {version('chainfed-ray')}")
         raise typer.Exit
 
 
 @app.callback()
 def chainfed(
-    _: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print it")] = False,
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version and exit")
+    ] = False,
 ) -> None:
-    """What every command has in common; its words for `--help` are those of `app`."""
+    """Holds the options of ``chainfed`` itself. Its ``--help`` shows the text given to ``app``, not this one."""
 
 
 @app.command()
 def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -> None:
-    """Train a job without a service, on a Ray of its own. Run again with the same folder, it goes on where it was."""
-    spec = read_job(job)  # what is wrong with it is said at once: the imports take seconds
+    """Train a job without a service, on a Ray cluster of its own. The same command again resumes an interrupted job."""
+    spec = read_job(job)  # comes first: the imports take seconds, and a mistake in the file shows at once
 
     from chainfed_ray.api.command.training import folder_of, train
     from chainfed_ray.api.report.progress import ProgressDisplay
     from chainfed_ray.api.report.results import results
 
     folder = folder_of(out, spec)
-    goes_on = _if_interrupted("Interrupted. The same command goes on where it was.")
-    with goes_on as interruption, ProgressDisplay(_progress, spec.name, spec, interruption.check) as progress:
+    resumable = _if_interrupted("Interrupted. Run the same command again to resume the job.")
+    with resumable as interruption, ProgressDisplay(_progress, spec.name, spec, interruption.check) as progress:
         job_started, rounds, job_finished, result = train(spec, folder, Settings(Storage.at(out)), progress)
         Reporter("drawing the plots", progress.listen).begin()
         plots = draw_if_possible(folder / "plots", job_started, rounds, job_finished, spec.chain.cka_threshold)
-    made = f"The model is in {folder / 'model'}."
+    saved = f"The model is in {folder / 'model'}."
     drawn = f"{len(plots)} plots are in {folder / 'plots'}." if plots else NOT_DRAWN
-    _answer(as_json, result.model_dump(mode="json"), results(spec, job_started, rounds, job_finished), made, drawn)
+    _answer(as_json, result.model_dump(mode="json"), results(spec, job_started, rounds, job_finished), saved, drawn)
 
 
 @app.command()
 def plan(
     job: JobFile,
-    picture: Annotated[Path | None, typer.Option(help="a PNG file for each class's memory, part by part")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="write a picture of each class's planned memory to this PNG file")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what a job would be like, without training it: who can join, bytes, about how long, what changes would buy."""
+    """Forecast a job without training it: which clients can join, memory, network, time, and what one change would gain."""
     spec = read_job(job)
     if picture:
         check_drawing()
@@ -94,23 +98,25 @@ def plan(
     from chainfed_ray.lean_imports import without_scipy
 
     with _if_interrupted("Interrupted."), ActivityDisplay(_progress) as listen, without_scipy():
-        found = dry_run(spec, min(Settings.client_slots, os.cpu_count() or 1), listen)  # a turn takes one core
-    words: list[RenderableType] = [forecast_table(found)]
+        forecast = dry_run(spec, min(Settings.client_slots, os.cpu_count() or 1), listen)  # a turn takes one core
+    parts: list[RenderableType] = [forecast_table(forecast)]
     if picture:
         from chainfed_ray.api.report.forecast_picture import png
 
-        picture.write_bytes(png(found))
-        words.append(f"The picture is in {picture}.")
-    _answer(as_json, found.model_dump(mode="json"), *words)
+        picture.write_bytes(png(forecast))
+        parts.append(f"The picture is in {picture}.")
+    _answer(as_json, forecast.model_dump(mode="json"), *parts)
 
 
 @app.command()
 def serve(
-    host: Annotated[str, typer.Option(help="the address to listen on; 0.0.0.0 is every one")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="the network address to listen on; 0.0.0.0 listens on all of this machine's")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="the port to listen on")] = 8000,
     as_json: Json = False,
 ) -> None:
-    """Run the service on this machine until it is interrupted. Jobs that were running go on when it starts again."""
+    """Run the service on this machine until it is interrupted. Running jobs resume when it starts again."""
     from chainfed_ray.api.command.local_service import local_service
     from chainfed_ray.api.report.activity_display import ActivityDisplay
 
@@ -120,11 +126,11 @@ def serve(
         with ActivityDisplay(_progress) as listen:
             address = until_interrupted.enter_context(local_service(settings, host, port, listen))
         ready = {"status": "ready", "address": address, "storage": str(settings.storage.root)}
-        _answer(as_json, ready, f"The service answers at {address} (routes: {address}/docs). Ctrl-C ends it.")
+        _answer(as_json, ready, f"The service answers at {address} (routes: {address}/docs). Ctrl-C stops it.")
         with suppress(KeyboardInterrupt):
             while True:
                 signal.pause()
-        _progress.print("Stopping the service. Jobs that were running go on when it starts again.")
+        _progress.print("Stopping the service. Running jobs resume when it starts again.")
 
 
 @app.command()
@@ -150,14 +156,14 @@ def submit(
 
 @app.command("list")
 def list_jobs(
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="how many, the newest first")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="how many jobs to show, the newest first")] = 20,
     address: Address = _ADDRESS,
     as_json: Json = False,
 ) -> None:
     """Show the service's jobs and models."""
     client = ServiceClient(address)
     jobs = client.jobs(limit)
-    # What is too long for the terminal goes on in the next line: a name that is cut is of no use.
+    # Long names wrap to the next line. A name cut short could not be pasted into another command.
     job_column, model_column = (Column(name, overflow="fold") for name in ("job", "model"))
     table = Table(job_column, "status", "submitted (UTC)", "accuracy", model_column, box=None, header_style="bold")
     for job in jobs:
@@ -169,14 +175,14 @@ def list_jobs(
 
 @app.command()
 def watch(job: JobId, address: Address = _ADDRESS, as_json: Json = False) -> None:
-    """Follow a job until it is over, from its beginning."""
+    """Show a job from its beginning, and follow it until it is over."""
     client = ServiceClient(address)
     _follow(client, client.job(job), as_json)
 
 
 @app.command()
 def cancel(job: JobId, address: Address = _ADDRESS, as_json: Json = False) -> None:
-    """End a job that is queued or running."""
+    """Cancel a job that is queued or running."""
     record = ServiceClient(address).cancel(job)
     _answer(as_json, record, f"Job {job} is {record['status']}.")
 
@@ -184,7 +190,9 @@ def cancel(job: JobId, address: Address = _ADDRESS, as_json: Json = False) -> No
 @app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="the name of a model, such as minilm:docstrings")],
-    text: Annotated[list[str] | None, typer.Argument(help="texts; none: the lines of standard input")] = None,
+    text: Annotated[
+        list[str] | None, typer.Argument(help="the texts; without any, each line of standard input is one")
+    ] = None,
     address: Address = _ADDRESS,
     as_json: Json = False,
 ) -> None:
@@ -192,7 +200,7 @@ def predict(
     texts = text or [line for line in sys.stdin.read().splitlines() if line.strip()]
     answer = ServiceClient(address).classify(model, texts)
     lines = [
-        f"{found['label']} ({found['score']:.0%})  {line}" for line, found in zip(texts, answer["results"], strict=True)
+        f"{label['label']} ({label['score']:.0%})  {line}" for line, label in zip(texts, answer["results"], strict=True)
     ]
     _answer(as_json, answer, *lines)
 
@@ -200,16 +208,26 @@ def predict(
 @app.command()
 def complete(
     model: Annotated[str, typer.Argument(help="the name of a language model, such as gpt2:recipes")],
-    prompt: Annotated[list[str] | None, typer.Argument(help="prompts; none: standard input is one")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="to write at most; by default up to 256")] = None,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the likeliest token")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="of the likeliest tokens, those with this much probability")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="the text ends before it; may be given four times")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="the same seed gives the same text again")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="the prompts; without any, all of standard input is one")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="the most tokens to generate; by default up to 256")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="randomness of sampling; 0 always takes the likeliest token")
+    ] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="sample only from the likeliest tokens whose probabilities add up to this")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="end the text before this string; may be given up to four times")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="the same seed generates the same text again")] = None,
     address: Address = _ADDRESS,
     as_json: Json = False,
 ) -> None:
-    """Go on with texts by a language model of the service, as it writes them."""
+    """Continue prompts with a language model of the service, and print the text while it is generated."""
     client, prompts = ServiceClient(address), prompt or [sys.stdin.read()]
     options = {
         "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop": stop or None, "seed": seed,
@@ -226,11 +244,11 @@ def complete(
 @app.command()
 def doctor(
     build: Annotated[
-        bool, typer.Option("--build", help="compile DeepSpeed's libraries, once; it takes a minute or two")
+        bool, typer.Option("--build", help="compile DeepSpeed's libraries once; this takes a minute or two")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Tell what this machine can do, and how to get the rest. It fails if DeepSpeed cannot evaluate here."""
+    """Tell which evaluation engines work on this machine, and what to install. Exits with 1 if DeepSpeed does not."""
     from chainfed_ray.api.command.doctor_table import doctor_table, verdict
     from chainfed_ray.api.report.activity_display import ActivityDisplay
     from chainfed_ray.cluster.offload.build import build_ops, ops_folder
@@ -240,7 +258,7 @@ def doctor(
     scratch = Path(os.environ.get("CHAINFED_SCRATCH") or f"{storage}/scratch").absolute()
     if build:
         _progress.print(f"Compiling DeepSpeed's libraries into {ops_folder()}; this takes a minute or two, once.")
-        with _if_interrupted("Interrupted. The same command begins again."), ActivityDisplay(_progress) as listen:
+        with _if_interrupted("Interrupted. The same command starts over."), ActivityDisplay(_progress) as listen:
             Reporter("compiling DeepSpeed's libraries", listen).begin()
             build_ops(ops_folder())
     found = findings(look(scratch))
@@ -253,7 +271,7 @@ def doctor(
 
 @app.command()
 def demo(out: Out = Path("chainfed-demo"), as_json: Json = False) -> None:
-    """The whole story in a few minutes, from a checkout: start the service, train a chain, call the model, stop it all."""
+    """Show everything in a few minutes, from a checkout: start the service, train a chain, call the model, and stop."""
     spec = read_job(_DEMO)
 
     from chainfed_ray.api.command.demo import demo as tell
@@ -264,7 +282,10 @@ def demo(out: Out = Path("chainfed-demo"), as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """The entry point: an error that we foresaw is words and an exit code, not a traceback."""
+    """Run the command. A ``ChainFedError`` is printed as a message with an exit code, without a traceback.
+
+    The exit code is 2 for an invalid job, and 1 for any other ``ChainFedError``.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
@@ -275,7 +296,13 @@ def main() -> None:
 
 
 def read_job(path: Path) -> JobSpec:
-    """The job in a file; files that it names are meant from where the command is run, wherever the service runs."""
+    """Read and check the job in the file ``path``.
+
+    Relative ``path:`` sources become absolute, from the current folder: the service may run in another one.
+
+    Raises:
+        InvalidJob: the file cannot be read, or the job in it is invalid.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -298,42 +325,43 @@ def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> Non
     from chainfed_ray.api.report.results import results
 
     spec = parse_job(record["spec"])
-    with _if_interrupted(f"The job goes on without you; `chainfed watch {record['id']}` follows it again."):
+    with _if_interrupted(f"The job keeps running; `chainfed watch {record['id']}` follows it again."):
         job_started, rounds, job_finished = follow(client, record["id"], spec, _progress)
     command = "complete" if spec.model.task == "causal-lm" else "predict"
-    how = f"The model answers: chainfed {command} {record['model']} 'a text'"
-    _answer(as_json, client.job(record["id"]), results(spec, job_started, rounds, job_finished), how)
+    how_to_call = f"To call the model: chainfed {command} {record['model']} 'a text'"
+    _answer(as_json, client.job(record["id"]), results(spec, job_started, rounds, job_finished), how_to_call)
 
 
 @contextmanager
-def _if_interrupted(words: str) -> Iterator[Interruption]:
+def _if_interrupted(message: str) -> Iterator[Interruption]:
+    """On Ctrl-C in the block, print ``message`` and exit with 130."""
     try:
         with Interruption() as interruption:
             yield interruption
     except KeyboardInterrupt:
-        _progress.print(words)
+        _progress.print(message)
         raise typer.Exit(_INTERRUPTED) from None
 
 
-def _answer(as_json: bool, document: dict[str, Any], *words: RenderableType) -> None:
-    """What was asked for, on standard output: an object for programs, or words for people."""
-    output = sys.__stdout__  # where Ray runs, sys.stdout is for its words
+def _answer(as_json: bool, document: dict[str, Any], *parts: RenderableType) -> None:
+    """Print the answer on standard output: ``document`` as JSON for programs, or ``parts`` for people."""
+    output = sys.__stdout__  # local_ray redirects sys.stdout, to keep Ray's own output out of the answer
     if as_json:
         print(json.dumps(document), file=output, flush=True)
         return
     console = Console(file=output, highlight=False)
-    for part in words:
+    for part in parts:
         plain = isinstance(part, str)
         console.print(part, soft_wrap=plain, markup=not plain)
 
 
-def _fail(error: ChainFedError, words: list[str], code: int) -> NoReturn:
-    for line in words:
+def _fail(error: ChainFedError, lines: list[str], code: int) -> NoReturn:
+    for line in lines:
         print(f"error: {line}", file=sys.stderr)
     _answer("--json" in sys.argv, {"status": "failed", "error": error.document()})
     raise SystemExit(code) from None
 
 
 def _terminate(*_: object) -> NoReturn:
-    """SIGTERM ends a command as Ctrl-C does: through every `finally`."""
+    """Handle SIGTERM as Ctrl-C is handled, so that every ``finally`` block runs."""
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The service as a Python object: what the command line, and a user's own program, calls it by."""
+"""A Python client of the REST API, for the command line and for users' own programs."""
 
 import json
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ from chainfed_ray.errors import (
 )
 from chainfed_ray.units import format_seconds
 
-_CHECK_SECONDS = 150.0  # the checks before a job is accepted read its data
+_CHECK_SECONDS = 150.0  # before it accepts a job, the service loads the job's data
 _TIMEOUT = httpx.Timeout(_CHECK_SECONDS, connect=5.0)
-_TEXTS_PER_REQUEST = 128  # of the 256 that the service takes
-_WRITING = httpx.Timeout(None, connect=5.0)  # a text takes the time that it takes
+_TEXTS_PER_REQUEST = 128  # the service accepts up to 256
+_GENERATION_TIMEOUT = httpx.Timeout(None, connect=5.0)  # a long text may take any time to generate
 _RECONNECT_SECONDS = 60.0
 _PAUSE_SECONDS = 0.5
 
@@ -30,8 +30,10 @@ Document = dict[str, Any]
 
 
 class ServiceClient:
-    """The service at ``address``, such as ``http://127.0.0.1:8000``. Every method raises ``ServiceUnavailable``
-    where no service answers and ``ServiceFailed`` where it answers with an error that is not the caller's.
+    """A client of the service at ``address``, such as ``http://127.0.0.1:8000``.
+
+    Every method raises ``ServiceUnavailable`` if no service answers, and ``ServiceFailed`` if the service answers with an
+    error of its own. Documents are the JSON objects of the REST API (``docs/api.md``).
     """
 
     def __init__(self, address: str) -> None:
@@ -46,33 +48,33 @@ class ServiceClient:
         self._http.close()
 
     def ready(self) -> Document:
-        """The health of every part of a service that works."""
+        """The health of each part of the service. Raises ``ServiceUnavailable`` unless every part works."""
         return self._ask("GET", "/readyz")
 
     def submit(self, document: Document, listen: Listener = no_listener) -> Document:
-        """Queue a job, once the service has checked it.
+        """Let the service check the job ``document``, and queue it. Returns the queued job.
 
         Raises:
-            InvalidJob: it cannot run.
+            InvalidJob: the job cannot run.
         """
         Reporter(f"waiting for the service to check the job (at most {format_seconds(_CHECK_SECONDS)})", listen).begin()
         return self._ask("POST", "/v1/jobs", json=document)
 
     def plan(self, document: Document) -> Document:
-        """The dry run of a job.
+        """The forecast of the job ``document``, from a dry run.
 
         Raises:
-            InvalidJob: it cannot run with any clients.
+            InvalidJob: the job cannot run, whichever clients join.
         """
         return self._ask("POST", "/v1/plan", json=document)
 
     def jobs(self, limit: int = 50) -> list[Document]:
-        """The newest jobs."""
+        """At most ``limit`` jobs, the newest first."""
         jobs: list[Document] = self._ask("GET", "/v1/jobs", params={"limit": limit})["jobs"]
         return jobs
 
     def job(self, job: str) -> Document:
-        """One job.
+        """The job with the id ``job``.
 
         Raises:
             JobNotFound: there is no such job.
@@ -80,25 +82,25 @@ class ServiceClient:
         return self._ask("GET", f"/v1/jobs/{job}", about=job)
 
     def cancel(self, job: str) -> Document:
-        """End a job.
+        """Cancel a job.
 
         Raises:
             JobNotFound: there is no such job.
-            JobConflict: it is over.
+            JobConflict: the job is over.
         """
         return self._ask("POST", f"/v1/jobs/{job}/cancel", about=job)
 
     def models(self) -> list[Document]:
-        """Every model that answers."""
+        """Every served model."""
         models: list[Document] = self._ask("GET", "/v1/models")["models"]
         return models
 
     def classify(self, model: str, texts: list[str]) -> Document:
-        """Classify any number of texts, in as many requests as that takes.
+        """Classify any number of texts. Many texts are split over several requests.
 
         Raises:
             ModelNotFound: no such model is served.
-            InvalidJob: there are none, or one is too long.
+            InvalidJob: there are no texts, or one is too long.
         """
         parts = [texts[first : first + _TEXTS_PER_REQUEST] for first in range(0, len(texts), _TEXTS_PER_REQUEST)] or [
             []
@@ -108,25 +110,27 @@ class ServiceClient:
         return {**answers[0], "results": [found for answer in answers for found in answer["results"]]}
 
     def complete(self, model: str, prompts: list[str], **options: Any) -> Document:
-        """What a language model makes of prompts; ``options`` are those of ``POST /v1/completions``, such as ``max_tokens``.
+        """Continue prompts with a language model. ``options`` are those of ``POST /v1/completions``, such as ``max_tokens``.
 
         Raises:
             ModelNotFound: no such model is served.
-            InvalidJob: it is no language model, or an option or a prompt is wrong.
+            InvalidJob: the model is not a language model, or an option or a prompt is invalid.
         """
         body = {"model": model, "prompt": prompts, **options}
-        return self._ask("POST", "/v1/completions", about=model, json=body, timeout=_WRITING)
+        return self._ask("POST", "/v1/completions", about=model, json=body, timeout=_GENERATION_TIMEOUT)
 
     def stream(self, model: str, prompts: list[str], **options: Any) -> Iterator[Document]:
-        """The same in pieces, as they are written: a choice of ``complete`` each. Closed early, nothing more is written.
+        """Like ``complete``, but yields each piece of text as it is generated, in the form of one of its ``choices``.
+
+        Closing the iterator stops the generation.
 
         Raises:
             ModelNotFound: no such model is served.
-            InvalidJob: it is no language model, or an option or a prompt is wrong.
+            InvalidJob: the model is not a language model, or an option or a prompt is invalid.
         """
         body = {"model": model, "prompt": prompts, "stream": True, **options}
         try:
-            with self._http.stream("POST", "/v1/completions", json=body, timeout=_WRITING) as response:
+            with self._http.stream("POST", "/v1/completions", json=body, timeout=_GENERATION_TIMEOUT) as response:
                 if response.is_error:
                     response.read()
                     self._fail(response, model)
@@ -142,9 +146,9 @@ class ServiceClient:
             raise ServiceUnavailable(self._address, _words(error)) from None
 
     def follow(self, job: str, listen: Listener = no_listener) -> Iterator[Document]:
-        """Every event of a job from its first to its last, as they happen; a broken connection is taken up again.
+        """Yield every event of a job, from its first to its last, as they happen.
 
-        In between ``listen`` is told what the job is busy with.
+        Reconnects when the connection breaks. Between events, ``listen`` is told what the job is doing.
 
         Raises:
             JobNotFound: there is no such job.
@@ -188,7 +192,8 @@ class ServiceClient:
             problem = response.json()
             kind = str(problem["type"]).rpartition(":")[2]
         except (ValueError, KeyError, TypeError):
-            raise ServiceUnavailable(self._address, f"it answers {response.status_code}, not as ours would") from None
+            answer = f"its answer {response.status_code} is not one of chainfed"
+            raise ServiceUnavailable(self._address, answer) from None
         match kind:
             case "invalid-job" | "invalid-request":
                 raise InvalidJob(tuple(Problem.from_document(found) for found in problem["errors"]))

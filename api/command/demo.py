@@ -1,4 +1,4 @@
-"""``chainfed demo``: the whole story, from a job file to a model that answers, through the same door as everybody's."""
+"""``chainfed demo``: runs a job from its file to a served model, and explains each step. It uses the public REST API."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,7 +39,10 @@ _ONWARDS = """\
 
 
 def demo(spec: JobSpec, job_file: Path, out: Path, console: Console) -> dict[str, Any]:
-    """Start the service, train the job, draw it, ask its model, and stop the service."""
+    """Start the service, train the job, draw its plots, call its model, and stop the service.
+
+    The service keeps its data in ``out``. Each step is explained on ``console``. Returns the result, with the model's answers.
+    """
     memory = [group.memory for group in spec.fleet.clients]
     console.print(
         _STORY.format(

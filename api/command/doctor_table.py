@@ -1,4 +1,4 @@
-"""What the doctor found, as a table and a list of what to do."""
+"""Shows the findings of ``chainfed doctor``: a table, and the steps to take."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from chainfed_ray.cluster.offload.doctor import Finding, is_possible
 
 
 def doctor_table(found: Sequence[Finding]) -> Table:
-    """What is there and what is missing; what is not needed here is marked so."""
+    """A table with a row for each finding: ``ok``, ``missing``, or ``no need`` if this machine can do without it."""
     table = Table("", "what", "found", box=None, header_style="bold", pad_edge=False)
     table.columns[2].overflow = "fold"
     for finding in found:
@@ -18,12 +18,12 @@ def doctor_table(found: Sequence[Finding]) -> Table:
 
 
 def verdict(found: Sequence[Finding]) -> list[str]:
-    """What this machine can do, and in their order the steps to more."""
-    lines = ["", "engine torch: possible, here as everywhere."]
+    """Lines that say which engines work on this machine, then the steps to make DeepSpeed work, in order."""
+    lines = ["", "engine torch: possible, as on every machine."]
     if is_possible(found):
         return [*lines, "engine deepspeed: possible."]
-    lines.append("engine deepspeed: not possible as things are. What is missing:")
-    # The last step of all, since it needs what comes before.
+    lines.append("engine deepspeed: not possible yet. What is missing:")
+    # Compiling comes last, because it needs what the other steps install.
     steps = sorted(
         (item for item in found if item.needed and not item.ok), key=lambda item: "--build" in str(item.remedy)
     )

@@ -1,4 +1,4 @@
-"""A job of the service, watched: its events turned into records for the display."""
+"""Follows a job of the service, and shows its events on the terminal."""
 
 from itertools import dropwhile
 
@@ -11,16 +11,16 @@ from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 
-_NAMED = 3  # of the jobs before one, those that are named
+_NAMED = 3  # how many of the jobs ahead in the queue are named
 
 
 def follow(
     client: ServiceClient, job: str, spec: JobSpec, console: Console
 ) -> tuple[JobStarted, list[Round], JobFinished]:
-    """Show a job until it is over, and give what it left on record.
+    """Show the job with the id ``job`` until it is over, and return its records.
 
     Raises:
-        JobFailed: it failed, or was cancelled.
+        JobFailed: the job failed, or was cancelled.
     """
     job_started: JobStarted | None = None
     job_finished: JobFinished | None = None
@@ -33,7 +33,7 @@ def follow(
                     progress.listen(Activity(what="waiting in the queue"))
                 case "running":
                     progress.idle()
-                    progress.say("Its turn has come.")
+                    progress.say("The job starts.")
                 case "started":
                     job_started = JobStarted.model_validate(event["data"])
                     progress.job_started(job_started)
@@ -48,18 +48,18 @@ def follow(
                 case "failed" | "cancelled":
                     raise JobFailed(job, event["kind"], event["data"].get("message", ""))
     if job_started is None or job_finished is None:
-        raise JobFailed(job, "ended", "its events do not tell how")
+        raise JobFailed(job, "ended", "its events lack its start or its result")
     return job_started, rounds, job_finished
 
 
 def _jobs_before(client: ServiceClient, job: str) -> str:
-    """Those that are not over, such as one that an interrupted command left: the service takes jobs as they came."""
+    """Say which unfinished jobs are ahead in the queue, such as one that an earlier, interrupted command submitted."""
     try:
         jobs = client.jobs()
-    except ServiceUnavailable:  # following goes on when it is back, and this is no reason to end it
+    except ServiceUnavailable:  # no reason to stop following: `ServiceClient.follow` reconnects
         return ""
     found = list(dropwhile(lambda other: other["id"] != job, jobs))
-    if not found or found[0]["status"] != "queued":  # what is followed may have been over long ago
+    if not found or found[0]["status"] != "queued":  # the event is an old one: the job has started, or is over
         return ""
     older = found[1:]
     before = [f"{other['id']} ({other['status']})" for other in reversed(older) if other["finished_at"] is None]

@@ -1,4 +1,4 @@
-"""Ctrl-C, also where Python loses it: an interruption that is raised in a destructor or a callback is only printed."""
+"""Remembers Ctrl-C. Python only prints a ``KeyboardInterrupt`` raised in a destructor or a callback, and goes on."""
 
 import signal
 from types import FrameType, TracebackType
@@ -6,13 +6,13 @@ from typing import Self
 
 
 class Interruption:
-    """For as long as the block runs, Ctrl-C raises ``KeyboardInterrupt``, and so does every ``check`` after it.
+    """A context manager. In its block, Ctrl-C raises ``KeyboardInterrupt``, and every ``check`` afterwards raises it again.
 
-    A process that was started to ignore Ctrl-C, as a shell's background jobs are, goes on ignoring it.
+    A process that was started to ignore Ctrl-C, like a shell's background job, keeps ignoring it.
     """
 
     def __init__(self) -> None:
-        self._asked_for = False
+        self._interrupted = False
         self._before = signal.getsignal(signal.SIGINT)
 
     def __enter__(self) -> Self:
@@ -26,14 +26,14 @@ class Interruption:
         signal.signal(signal.SIGINT, self._before)
 
     def check(self) -> None:
-        """To be called by work that goes on.
+        """Call this regularly from work that must stop after Ctrl-C.
 
         Raises:
-            KeyboardInterrupt: it was asked to end, and has not.
+            KeyboardInterrupt: the user has pressed Ctrl-C, but the exception was lost.
         """
-        if self._asked_for:
+        if self._interrupted:
             raise KeyboardInterrupt
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._asked_for = True
+        self._interrupted = True
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The whole service on this machine: a Ray cluster of its own, with the API on it, for as long as a block runs."""
+"""Runs the whole service on this machine while a block runs: a Ray cluster of its own, with the REST API on it."""
 
 import fcntl
 import logging
@@ -18,19 +18,19 @@ from chainfed_ray.cluster.local_ray import local_ray
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
 
-_READY_SECONDS = 240.0  # of a machine that is busy with other things; an idle one takes 20
+_READY_SECONDS = 240.0  # an idle machine needs 20 s; one that is busy with other work needs far longer
 _POLL_SECONDS = 0.2
-_OWNER = "CHAINFED_SERVICE_OF"  # in the environment of each process of a service: its storage
+_OWNER = "CHAINFED_SERVICE_OF"  # set to the storage folder in every process of a service, to find them later
 
 
 @contextmanager
 def local_service(settings: Settings, host: str, port: int, listen: Listener = no_listener) -> Iterator[str]:
-    """Start the service and give its address once every part of it answers; end it with the block.
+    """Start the service, yield its address once every part answers, and stop the service when the block ends.
 
     Raises:
-        StorageInUse: another service works in the same folder.
-        InvalidSetting: the port cannot be listened on, or the database does not answer.
-        ServiceNotStarted: Ray, Ray Serve or a part of the service did not come up.
+        StorageInUse: another service uses the same storage folder.
+        InvalidSetting: another program listens on the port, or the database does not answer.
+        ServiceNotStarted: Ray, Ray Serve or a part of the service did not start.
     """
     with _alone(settings):
         _end_orphans(settings)
@@ -51,10 +51,10 @@ def _environment(settings: Settings) -> dict[str, str]:
     return {
         _OWNER: str(settings.storage.root),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        # No other machine has to learn that this one stops.
+        # Draining gives load balancers time to notice that a machine stops. Here there is only one machine.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
-        # Two services of one machine must not want the same ports, and HAProxy has two of its own. The proxy behind it would
-        # even share one: the kernel would then give the one service's requests to the other.
+        # Two services on one machine must not use the same ports. HAProxy opens two more ports of its own. The proxy behind it
+        # opens its port shared: with the same port, the kernel would hand one service's requests to the other.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port("0.0.0.0")),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("0.0.0.0")),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port("0.0.0.0")),
@@ -71,14 +71,14 @@ def _start(host: str, port: int, address: str, listen: Listener) -> None:
     try:
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
         serve.run(build({}), name="chainfed", route_prefix="/")
-    except RuntimeError as error:  # Serve's own kind, and Ray's for what went wrong in another process
+    except RuntimeError as error:  # errors of Ray Serve, and of Ray's other processes, are of this kind
         raise ServiceNotStarted(address, str(error)) from error
     Reporter("waiting for every part of the service", listen).begin()
     _wait_until_ready(address)
 
 
 def free_port(host: str) -> int:
-    """A port of ``host`` on which nobody listens now."""
+    """A port of ``host`` on which no program listens now."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
@@ -87,7 +87,7 @@ def free_port(host: str) -> int:
 
 @contextmanager
 def _alone(settings: Settings) -> Iterator[None]:
-    """Hold the storage's lock. The kernel takes it back when this process ends, however it ends."""
+    """Hold the storage's lock, so that one service at a time uses it. The kernel frees the lock even after SIGKILL."""
     with (settings.storage.root / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,9 +97,9 @@ def _alone(settings: Settings) -> Iterator[None]:
 
 
 def _end_orphans(settings: Settings) -> None:
-    """End what is left of a service that was killed: HAProxy outlives Ray, and would keep its port for ever.
+    """Kill processes that an earlier, killed service left behind. HAProxy outlives Ray, and would keep its port for ever.
 
-    The storage's lock is ours, so whatever belongs to a service of this storage belongs to one that is gone.
+    We hold the storage's lock, so no other service of this storage runs: its processes must be left-overs.
     """
     orphans = []
     for process in psutil.process_iter():
@@ -107,7 +107,7 @@ def _end_orphans(settings: Settings) -> None:
             if process.environ().get(_OWNER) == str(settings.storage.root):
                 process.kill()
                 orphans.append(process)
-        except psutil.Error:  # it ended meanwhile, or is another user's
+        except psutil.Error:  # the process has ended, or belongs to another user
             continue
     psutil.wait_procs(orphans)
 

@@ -1,11 +1,11 @@
-"""``chainfed run``: a job without a service, on a Ray cluster of this process alone."""
+"""``chainfed run``: trains a job without a service, on a Ray cluster that this process starts."""
 
 import json
 from contextlib import closing
 from pathlib import Path
 
 from chainfed_ray.api.report.progress import ProgressDisplay
-from chainfed_ray.cluster.offload.engine import judging
+from chainfed_ray.cluster.offload.engine import server_evaluation
 from chainfed_ray.cluster.pool.local import on_local_ray
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import InvalidJob
@@ -16,20 +16,22 @@ from chainfed_ray.spec.job import JobSpec
 
 
 def folder_of(out: Path, spec: JobSpec) -> Path:
-    """The job's folder in ``out``; its commits belong to one specification and are never continued with another.
+    """Make the job's folder in ``out``, and write the job's specification into it.
+
+    A folder belongs to one specification: commits of one job must never be continued with the settings of another.
 
     Raises:
-        InvalidJob: the folder holds another job.
+        InvalidJob: the folder holds a job with another specification.
     """
     folder = out / spec.name
-    kept = folder / "job.json"
+    job_file = folder / "job.json"
     document = json.dumps(spec.document(), indent=2)
-    if kept.exists() and kept.read_text() != document:
-        raise InvalidJob.at("name", spec.name, f"a name not used in {out} yet: {folder} holds a job that differs")
+    if job_file.exists() and job_file.read_text() != document:
+        raise InvalidJob.at("name", spec.name, f"a name not used in {out} yet: {folder} holds a different job")
     folder.mkdir(parents=True, exist_ok=True)
-    aside = kept.with_suffix(".partial")
-    aside.write_text(document)
-    aside.replace(kept)
+    partial = job_file.with_suffix(".partial")
+    partial.write_text(document)
+    partial.replace(job_file)  # atomic: a reader never sees half of it
     return folder
 
 
@@ -40,7 +42,7 @@ def train(
     log = CommitLog(folder)
     done = len(log.rounds())
     with on_local_ray(settings, progress.listen) as pool:
-        records = run_job(spec, folder, pool=pool, evaluation=judging, listen=progress.listen)
+        records = run_job(spec, folder, pool=pool, evaluation=server_evaluation, listen=progress.listen)
         with closing(records):
             for record in records:
                 match record:

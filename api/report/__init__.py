@@ -1,1 +1,1 @@
-"""Records as words, tables and pictures."""
+"""Shows a job's records to people: as sentences, tables and pictures."""

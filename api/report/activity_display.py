@@ -1,4 +1,4 @@
-"""What goes on, for a person: a line that lives on a terminal, lines of a log elsewhere."""
+"""Shows the current activity to a person: in one updating line on a terminal, in lines of a log elsewhere."""
 
 from threading import Event, Thread
 from time import time
@@ -16,9 +16,9 @@ _TICK_SECONDS = 1.0
 
 
 class ActivityDisplay:
-    """Shows the activity that it was told of last, as a listener; on a terminal above a panel. A context manager.
+    """A ``Listener`` that shows the newest activity; on a terminal, above a panel. A context manager.
 
-    ``is_live`` on a terminal that can draw over what it shows.
+    ``is_live`` is true on a terminal that can redraw lines that it has shown.
     """
 
     def __init__(self, console: Console) -> None:
@@ -28,7 +28,7 @@ class ActivityDisplay:
         self._activity: Activity | None = None
         self._told = 0.0
         self._panel: RenderableType = Text("")
-        # Where Ray runs, standard output is redirected already, and would be set back too early.
+        # local_ray redirects standard output too, and for longer: rich would restore it too early.
         self._live = Live(console=console, get_renderable=self.drawn, transient=True, redirect_stdout=False)
         self._over = Event()
         self._ticking = Thread(target=self._tick, daemon=True)
@@ -59,18 +59,18 @@ class ActivityDisplay:
             self._log(activity)
 
     def end(self) -> None:
-        """What went on is over, and nothing else has begun."""
+        """The activity is over, and no other has begun."""
         self._activity = None
         self._log.end()
 
     def show(self, panel: RenderableType) -> None:
-        """Draw another panel."""
+        """Replace the panel."""
         self._panel = panel
         if self.is_live:
             self._live.refresh()
 
     def drawn(self) -> RenderableType:
-        """What goes on in a line, and the panel; a terminal asks for it several times a second, from a thread of its own."""
+        """The line of the activity, and the panel below it. The thread that redraws the terminal calls this."""
         activity, now, line = self._activity, time(), Text("", style="cyan")
         if activity is not None:
             line.append(in_words(activity, max(now - activity.since.timestamp(), 0.0), now - self._told))

@@ -1,4 +1,4 @@
-"""What goes on, as lines for a log or words for a terminal: only of what takes more than seconds."""
+"""Describes activities in sentences: for the line on a terminal, and for a log, which skips those that take only seconds."""
 
 from collections.abc import Callable
 from threading import Lock
@@ -7,14 +7,14 @@ from time import time
 from chainfed_ray.activity import Activity
 from chainfed_ray.units import format_seconds
 
-_QUIET_SECONDS = 3.0  # what is over by then is not worth a line
-_LONG_SECONDS = 10.0  # what took as long has a line when it is over
-_AGAIN_SECONDS = 10.0  # between two lines of what goes on
-_AGAIN_SHARE = 0.1  # …or a share of the time that it has gone on: an hour is not 360 lines
+_QUIET_SECONDS = 3.0  # a shorter activity gets no line
+_LONG_SECONDS = 10.0  # an activity of this length also gets a line when it ends
+_AGAIN_SECONDS = 10.0  # the least time between two lines of one activity …
+_AGAIN_SHARE = 0.1  # … or this share of its time so far, if that is more: an hour must not give 360 lines
 
 
 def in_words(activity: Activity, elapsed: float, silent: float = 0.0) -> str:
-    """How far an activity is, ``elapsed`` seconds after it began and ``silent`` ones after it was told."""
+    """Describe an activity that began ``elapsed`` seconds ago, and was last reported ``silent`` seconds ago."""
     words = _capital(activity.what)
     if activity.total is not None:
         words += f": {activity.done} of {activity.total} {activity.unit}"
@@ -25,9 +25,9 @@ def in_words(activity: Activity, elapsed: float, silent: float = 0.0) -> str:
 
 
 class ActivityLog:
-    """Says a line once an activity has taken some seconds, again while it goes on, and when it is over.
+    """A ``Listener`` that writes lines about an activity: after its first seconds, from time to time, and at its end.
 
-    It is a listener. ``tick`` has to be called every second or so, from any thread; ``clock`` gives the seconds since 1970.
+    Call ``tick`` about every second, from any thread. ``say`` writes a line; ``clock`` gives the seconds since 1970.
     """
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time) -> None:
@@ -44,7 +44,7 @@ class ActivityLog:
             self._activity, self._told = activity, self._clock()
 
     def tick(self) -> None:
-        """Say a line, if it is time for one."""
+        """Write a line, if one is due."""
         with self._lock:
             if self._activity is None:
                 return
@@ -70,7 +70,7 @@ class ActivityLog:
         self._activity = self._said = None
 
     def _elapsed(self, activity: Activity) -> float:
-        # Not less than nothing: it may have begun on a machine whose clock is ahead.
+        # Never negative: the activity may have begun on a machine whose clock is ahead.
         return max(self._clock() - activity.since.timestamp(), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""What the pictures have in common: their paper, their colours, and the bands of a chain's windows."""
+"""What all plots share: size, colours, axes, and the background bands that mark the windows of the chain."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,16 @@ from matplotlib.ticker import MaxNLocator
 
 from chainfed_ray.records.rounds import Round
 
-_SIZE = (8.0, 5.0)
-# Safe for colour-blind readers (Okabe and Ito, 2008).
+_SIZE = (8.0, 5.0)  # inches
+# This palette is safe for colour-blind readers (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
 SEVERAL = (BLUE, ORANGE, GREEN, "#CC79A7", "#D55E00", "#56B4E9", "#000000")
-MANY = 12  # more bands or bars than this have no room for labels
-_FOOT = 0.02  # of the height, for what is written at the bottom
+MANY = 12  # with more bands or bars than this, labels have no room
+_FOOT = 0.02  # where the bands' labels stand, as a share of the axes' height
 
 
 def new_figure(title: str) -> tuple[Figure, Axes]:
-    """An empty picture."""
+    """An empty figure with a title, and its axes."""
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=13, pad=12)
@@ -28,7 +28,7 @@ def new_figure(title: str) -> tuple[Figure, Axes]:
 
 
 def by_round(axes: Axes, rounds: Sequence[Round]) -> None:
-    """Rounds from left to right, in bands of the windows that were trained."""
+    """Let the x axis count rounds, and mark stretches of rounds that trained the same window with bands."""
     bands = _bands(rounds)
     for number, (first, last, window) in enumerate(bands):
         axes.axvspan(first - 0.5, last + 0.5, color=GREY, alpha=0.14 if number % 2 else 0.04, linewidth=0)
@@ -42,7 +42,7 @@ def by_round(axes: Axes, rounds: Sequence[Round]) -> None:
 
 
 def _bands(rounds: Sequence[Round]) -> list[tuple[int, int, str]]:
-    """Stretches of rounds with the same window: the first, the last, the window's layers."""
+    """Stretches of rounds with the same window: the first round, the last round, and the window's layers."""
     bands: list[tuple[int, int, str]] = []
     for record in rounds:
         window, place = f"{record.bottom}–{record.top}", record.index + 1

@@ -1,4 +1,4 @@
-"""A job's records, added up by class of clients: what displays, tables and plots have in common."""
+"""Sums a job's records up by class of clients, for displays, tables and plots."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +10,12 @@ from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn
 _NAME_LENGTH = 14
 
 
-class Way(NamedTuple):
-    """How a turn is taken: the adapters trained together, the examples at a time, what is loaded at once, and the spill."""
+class TurnSettings(NamedTuple):
+    """How a client runs a turn within its memory.
+
+    ``window`` counts the adapters trained together, ``micro_batch`` the examples held at a time. ``weights`` says whether
+    layers are resident or streamed; ``activations_offloaded`` whether saved activations go to disk.
+    """
 
     window: int
     micro_batch: int
@@ -19,22 +23,23 @@ class Way(NamedTuple):
     activations_offloaded: bool
 
     @classmethod
-    def planned(cls, client: AdmittedClient) -> "Way":
-        """As it is planned for the first stage."""
+    def planned(cls, client: AdmittedClient) -> "TurnSettings":
+        """The client's plan for the first stage."""
         return cls(client.window, client.micro_batch, client.weights, client.activations_offloaded)
 
     @classmethod
-    def taken(cls, record: Round, turn: Turn) -> "Way":
-        """As it was, in a round."""
+    def used(cls, record: Round, turn: Turn) -> "TurnSettings":
+        """The settings that ``turn`` had in its round ``record``."""
         return cls(record.top - turn.bottom + 1, turn.micro_batch, turn.weights, turn.activations_offloaded)
 
 
 @dataclass
 class FleetClass:
-    """One class; bytes are a client's, the planned and measured ones the most of any client's.
+    """The sums of one class of clients.
 
-    ``again`` are turns that exceeded their plan and were taken again. ``ways`` are those of the turns, before the first
-    round those that are planned.
+    Bytes are those of one client: ``planned``, ``peak`` (measured) and ``shortfall`` are the largest of any client of the
+    class. ``sent`` is the sum over all turns. ``retried`` counts turns that exceeded their plan and ran a second time.
+    ``settings`` are those of the turns so far; before the first round, the planned ones.
     """
 
     name: str
@@ -45,10 +50,10 @@ class FleetClass:
     planned: int = 0
     peak: int | None = None
     turns: int = 0
-    again: int = 0
+    retried: int = 0
     failed_turns: int = 0
     sent: int = 0
-    ways: set[Way] = field(default_factory=set)
+    settings: set[TurnSettings] = field(default_factory=set)
 
 
 def by_class(job_started: JobStarted, rounds: Sequence[Round]) -> list[FleetClass]:
@@ -66,43 +71,43 @@ def by_class(job_started: JobStarted, rounds: Sequence[Round]) -> list[FleetClas
         for turn in record.turns:
             fleet = classes[turn.client_class]
             fleet.turns += 1
-            fleet.again += turn.exceeded is not None
+            fleet.retried += turn.exceeded is not None
             fleet.sent += turn.sent_bytes
             fleet.planned = max(fleet.planned, turn.planned_bytes)
-            fleet.ways.add(Way.taken(record, turn))
+            fleet.settings.add(TurnSettings.used(record, turn))
             if turn.peak_bytes is not None:
                 fleet.peak = max(turn.peak_bytes, fleet.peak or 0)
-        for lost in record.failed_turns:
-            classes[lost.client_class].failed_turns += 1
+        for failed in record.failed_turns:
+            classes[failed.client_class].failed_turns += 1
     for admitted in job_started.admitted:
         fleet = classes[admitted.client_class]
         if not fleet.turns:
-            fleet.ways.add(Way.planned(admitted))
+            fleet.settings.add(TurnSettings.planned(admitted))
     return sorted(classes.values(), key=lambda fleet: (fleet.budget, fleet.name))
 
 
-def in_words(ways: Collection[Way]) -> str:
-    """``windows of 1–2, 4 examples at a time, matrices streamed``: what turns have in common, and what some of them do."""
-    examples = span(way.micro_batch for way in ways)
+def in_words(settings: Collection[TurnSettings]) -> str:
+    """Describe the settings of some turns, such as ``windows of 1–2, 4 examples at a time, weights streamed in some``."""
+    examples = span(one.micro_batch for one in settings)
     words = [
-        f"windows of {span(way.window for way in ways)}",
+        f"windows of {span(one.window for one in settings)}",
         f"{examples} example{'' if examples == '1' else 's'} at a time",
     ]
-    for said, those in (
-        ("matrices streamed", [way.weights == "streamed" for way in ways]),
-        ("activations on disk", [way.activations_offloaded for way in ways]),
+    for option, chosen in (
+        ("weights streamed", [one.weights == "streamed" for one in settings]),
+        ("activations on disk", [one.activations_offloaded for one in settings]),
     ):
-        if any(those):
-            words.append(said if all(those) else f"{said} in some")
+        if any(chosen):
+            words.append(option if all(chosen) else f"{option} in some")
     return ", ".join(words)
 
 
 def span(numbers: Iterable[int]) -> str:
-    """``4``, or ``4–16``: from the least to the most."""
+    """The range of some numbers: ``4–16``, or ``4`` if all are equal."""
     present = sorted(set(numbers))
     return str(present[0]) if len(present) == 1 else f"{present[0]}–{present[-1]}"
 
 
 def short(name: str) -> str:
-    """A name as far as a column or an axis has room for it."""
+    """A name, cut to what fits into a column or below an axis."""
     return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"

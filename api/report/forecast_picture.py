@@ -1,4 +1,4 @@
-"""A dry run as a picture: each class's budget, and what its plan is made of."""
+"""Draws the forecast of a dry run: for each class of clients its budget, and the parts of its planned memory."""
 
 import io
 from typing import Any
@@ -13,12 +13,12 @@ from chainfed_ray.units import format_bytes
 
 _DPI = 150
 _MIB = 2**20
-_ROOM = 1.35  # times the largest plan, and no budget further up
-_BAR = 0.36
-_ASIDE = 0.2  # of a bar's middle, from that of its class
+_ROOM = 1.35  # the axis ends at this many times the largest plan; larger budgets are cut off there
+_BAR = 0.36  # the width of a bar; classes are 1 apart
+_ASIDE = 0.2  # how far a bar's middle is from the middle of its class
 _BUDGET = "#e3e3e3"
 
-# From the bottom: the parts of a plan that a reader tells apart, with the names that the planner has for them.
+# The parts of a bar, from the bottom up: label, colour, and the planner's names of what the part sums up.
 _PARTS = (
     ("runtime", GREY, ("runtime",)),
     ("layer weights", BLUE, ("layer_weights", "buffers")),
@@ -31,7 +31,7 @@ _PARTS = (
 
 
 def png(forecast: Forecast) -> bytes:
-    """The picture of a dry run."""
+    """A forecast drawn as a PNG image."""
     figure, axes = new_figure(f"{forecast.joins} of {forecast.clients} clients can join {short(forecast.job)}")
     classes = forecast.classes
     needed = [max(row.planned_bytes, row.budget_bytes + row.shortfall_bytes) for row in classes if row.excluded]
@@ -58,7 +58,7 @@ def _facts(row: ClassForecast) -> list[str]:
 
 
 def _crowded_facts(row: ClassForecast) -> list[str]:
-    """Where bars have no room for labels."""
+    """The name of a class with many neighbours: its bars have no labels, so the name tells of joining and shortfall."""
     shortfall = [f"lacks {format_bytes(row.shortfall_bytes)}"] if row.excluded else []
     return (
         [short(row.name), *shortfall]
@@ -72,7 +72,7 @@ def _any(forecast: Forecast, names: tuple[str, ...]) -> bool:
 
 
 def _draw(axes: Axes, place: int, row: ClassForecast, top: float) -> None:
-    """A class's budget on the left, its plan on the right: pale where nobody joins, since it is what they would need."""
+    """Draw a class: its budget on the left, its plan on the right. The plan is pale if no client of the class joins."""
     left, right, budget = place - _ASIDE, place + _ASIDE, row.budget_bytes / _MIB
     axes.bar(left, min(budget, top), width=_BAR, color=_BUDGET)
     if budget > top:
@@ -87,7 +87,7 @@ def _draw(axes: Axes, place: int, row: ClassForecast, top: float) -> None:
 
 
 def _label(axes: Axes, place: int, row: ClassForecast) -> None:
-    """The bytes that are planned, and those that are lacking."""
+    """Write the planned bytes above a class's plan, and above that the shortfall."""
     style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
     planned = row.planned_bytes / _MIB
     if row.joins:

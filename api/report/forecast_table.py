@@ -1,4 +1,4 @@
-"""A dry run in words."""
+"""Shows the forecast of a dry run as tables and sentences."""
 
 from collections.abc import Iterator
 
@@ -11,15 +11,15 @@ from chainfed_ray.units import format_bytes, format_seconds
 
 _LOADED = {
     ("resident",): "whole layers in memory",
-    ("streamed",): "matrices streamed",
-    ("resident", "streamed"): "whole layers in memory, or matrices streamed",
+    ("streamed",): "weights streamed",
+    ("resident", "streamed"): "whole layers in memory, or weights streamed",
 }
 
 
 def forecast_table(forecast: Forecast) -> RenderableType:
-    """Who joins and how, what others lack, bytes, time, and what one change would buy."""
+    """Which clients join and how they train, what others lack, bytes, time, and what one change would gain."""
     parts: list[RenderableType] = [_summary(forecast), "", _classes(forecast)]
-    for lines in (list(_ways(forecast)), list(_left_out(forecast)), list(_changes(forecast))):
+    for lines in (list(_settings(forecast)), list(_excluded(forecast)), list(_changes(forecast))):
         parts += ["", *lines] if lines else []
     return Group(*parts)
 
@@ -31,7 +31,7 @@ def _summary(forecast: Forecast) -> Table:
     joins = f"[bold]{forecast.joins} of {forecast.clients}[/bold] clients can join"
     table.add_row("job", f"{forecast.job}: {joins}" + (", and it is refused" if forecast.refused else ""))
     table.add_row("base model", f"{forecast.base}, {forecast.layers} layers, frozen")
-    start = f"layer {forecast.start} up" if isinstance(forecast.start, int) else "layer 0; its start is found later"
+    start = f"layer {forecast.start} up" if isinstance(forecast.start, int) else "layer 0; the job finds its start"
     table.add_row("chain", f"{forecast.window} layers at a time, planned from {start}")
     table.add_row("rounds", f"{forecast.rounds} at most, {forecast.clients_per_round} clients in each")
     if forecast.stopped:
@@ -43,7 +43,7 @@ def _summary(forecast: Forecast) -> Table:
     table.add_row("network", f"about {sent} sent in a round; each client receives {received}")
     if forecast.head_sums_bytes:
         sums = format_bytes(forecast.head_sums_bytes)
-        table.add_row("", f"and sends {sums} of sums at most each time that a head is fitted")
+        table.add_row("", f"and sends at most {sums} of sums each time that a head is fitted")
     return table
 
 
@@ -74,17 +74,17 @@ def _range(ends: tuple[int, int]) -> str:
     return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}–{ends[1]}"
 
 
-def _ways(forecast: Forecast) -> Iterator[str]:
-    """How the classes train, those that do it alike together."""
+def _settings(forecast: Forecast) -> Iterator[str]:
+    """Sentences on how the classes train. Classes that train alike share one."""
     classes: dict[str, list[str]] = {}
     for row in forecast.classes:
         if row.joins:
-            classes.setdefault(_way(row), []).append(short(row.name))
-    yield from (f"{', '.join(names)}: {way}." for way, names in classes.items())
+            classes.setdefault(_described(row), []).append(short(row.name))
+    yield from (f"{', '.join(names)}: {settings}." for settings, names in classes.items())
 
 
-def _way(row: ClassForecast) -> str:
-    """What is loaded at once, and what is kept on disk; with a number where that is not so of all that join."""
+def _described(row: ClassForecast) -> str:
+    """What clients of a class hold in memory, and what on disk. A number is given if only some of those that join do."""
     parts = [_LOADED[row.grains]]
     for words, count in (
         ("saved activations on disk", row.activations_offloaded),
@@ -96,7 +96,7 @@ def _way(row: ClassForecast) -> str:
     return ", ".join(parts)
 
 
-def _left_out(forecast: Forecast) -> Iterator[str]:
+def _excluded(forecast: Forecast) -> Iterator[str]:
     for row in forecast.classes:
         if row.excluded:
             who, shortfall = f"{row.excluded} of {row.clients}", format_bytes(row.shortfall_bytes)
@@ -110,4 +110,4 @@ def _changes(forecast: Forecast) -> Iterator[str]:
         yield "What one change would buy:"
         yield from (f"  {change.words}" for change in forecast.changes)
     if forecast.joins < forecast.clients and not any(change.joins_delta > 0 for change in forecast.changes):
-        yield "No smaller bottleneck, shorter texts, larger batches or bfloat16 let more clients join."
+        yield "Neither a smaller bottleneck, shorter texts, larger batches nor bfloat16 would let more clients join."

@@ -1,4 +1,4 @@
-"""Pictures of jobs, where they can be drawn: matplotlib is an extra, and nothing else of a job depends on it."""
+"""Draws a job's plots if matplotlib is installed. It is an optional extra, and a job never fails without it."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ NOT_DRAWN = f"No plots were drawn: {_NEEDED}"
 def draw_if_possible(
     folder: Path, job_started: JobStarted, rounds: Sequence[Round], job_finished: JobFinished | None, threshold: float
 ) -> list[Path]:
-    """Write a job's pictures into ``folder`` and give their paths; none without matplotlib."""
+    """Write a job's plots into ``folder`` and return their paths. Without matplotlib, return an empty list."""
     if find_spec("matplotlib") is None:
         return []
 
@@ -24,10 +24,10 @@ def draw_if_possible(
 
 
 def check_drawing() -> None:
-    """For a picture that was asked for.
+    """Call this before work whose result the user wants as a picture.
 
     Raises:
-        PackageMissing: it cannot be drawn.
+        PackageMissing: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
         raise _NEEDED

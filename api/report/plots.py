@@ -1,4 +1,4 @@
-"""Pictures of a job: accuracy along the chain, where the chain starts and why, and clients' memory."""
+"""Plots of a job: accuracy along the chain, where the chain starts and why, and the clients' memory."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,10 @@ _DPI = 150
 def draw(
     folder: Path, job_started: JobStarted, rounds: Sequence[Round], job_finished: JobFinished | None, threshold: float
 ) -> list[Path]:
-    """Write the pictures into ``folder`` and give their paths; there is none of a start that the job gives."""
+    """Write the plots into ``folder`` as PNG files, and return their paths.
+
+    ``threshold`` is the job's CKA threshold. If the job's file names the start layer, there is no plot of the start.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "accuracy.png": _accuracy(rounds, job_finished),
@@ -51,7 +54,7 @@ def _accuracy(rounds: Sequence[Round], job_finished: JobFinished | None) -> Figu
             [len(rounds)], [job_finished.accuracy], color=ORANGE, marker="D", markersize=9, linestyle="none",
             label="test rows, whole chain",
         )  # fmt: skip
-    axes.set(ylabel="share classified right", ylim=(0, 1))
+    axes.set(ylabel="accuracy", ylim=(0, 1))
     if points or job_finished:
         axes.legend(frameon=False, loc="upper left")
     return figure
@@ -75,7 +78,7 @@ def _exits(job_started: JobStarted) -> Figure:
 
 
 def _by_layer(job_started: JobStarted, values: Sequence[float], places: int) -> tuple[Figure, Axes]:
-    """A bar for each of the lowest layers, with so many decimal ``places``, blue from where the chain starts."""
+    """A bar for each of the lowest layers, labelled with ``places`` decimals; blue from the layer where the chain starts."""
     figure, axes = new_figure(f"The chain starts at layer {job_started.start_layer}")
     colours = [BLUE if layer >= job_started.start_layer else GREY for layer in range(len(values))]
     axes.bar(range(len(values)), values, color=colours, width=0.7)

@@ -1,4 +1,4 @@
-"""A job while it runs, as a person sees it: a live panel on a terminal, a line for each round and long activity elsewhere."""
+"""Shows a running job to a person: a live panel on a terminal; elsewhere a line for each round and each long activity."""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -13,38 +13,41 @@ from rich.text import Text
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.report.activity_display import ActivityDisplay
-from chainfed_ray.api.report.fleet import Way, by_class, in_words, span
+from chainfed_ray.api.report.fleet import TurnSettings, by_class, in_words, span
 from chainfed_ray.api.report.scores import evaluation_line, is_causal, short_score
 from chainfed_ray.records.rounds import AdmittedClient, FailedTurn, JobFinished, JobStarted, Round, with_everybody
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes, format_seconds
 
-_RECENT = 5
-_REASONS = 3
+_RECENT = 5  # how many rounds the estimate of the remaining time is based on
+_REASONS = 3  # how many failed turns of a round are shown with their reasons
 
 
 def time_left(rounds: Sequence[Round], total: int) -> float | None:
-    """The seconds that the rounds still possible take at the pace of the last few; stages may end before their limit."""
+    """The seconds until the last possible round, at the pace of the last few; None before the first round.
+
+    It is an upper bound at that pace: a stage may converge before its limit of rounds.
+    """
     if not rounds:
         return None
     return fmean(record.seconds for record in rounds[-_RECENT:]) * (total - len(rounds))
 
 
 def price(spec: JobSpec, epsilon: float) -> str:
-    """What the privacy of a job comes to, in words."""
-    assert spec.privacy, "without it there is no ε"
+    """The privacy that a job has spent: ``ε 1.00 at δ 1e-5``. The job must have a section ``privacy``."""
+    assert spec.privacy, "only a job with privacy has an ε"
     return f"ε {epsilon:.2f} at δ {spec.privacy.delta:g}".replace("e-0", "e-")
 
 
 class ProgressDisplay:
-    """Shows the job ``name``; give it every record as it comes. A context manager: the live panel lasts as long.
+    """Shows the job ``name`` while its block runs; give it every record as it comes.
 
-    A record ends what went on before it. ``check`` is called whenever something is told: it may raise, to end the work.
+    A record ends the activity before it. ``check`` is called at every activity; it may raise to stop the work.
     """
 
     def __init__(self, console: Console, name: str, spec: JobSpec, check: Callable[[], None] = lambda: None) -> None:
         self._console, self._name, self._spec, self._check = console, name, spec, check
-        self._opening: JobStarted | None = None
+        self._started: JobStarted | None = None
         self._rounds: list[Round] = []
         self._display = ActivityDisplay(console)
 
@@ -63,29 +66,27 @@ class ProgressDisplay:
         self._display(activity)
 
     def say(self, words: str) -> None:
-        """A sentence above the panel."""
+        """Print a sentence above the panel."""
         self._console.print(words)
 
     def idle(self) -> None:
-        """What went on is over."""
+        """The activity is over, and no other has begun."""
         self._display.end()
 
     def job_started(self, job_started: JobStarted) -> None:
-        """Who takes part, and where the chain starts."""
+        """Show which clients take part, and where the chain starts."""
         self._display.end()
-        self._opening = job_started
-        self.say(f"{len(job_started.admitted)} clients take part, {len(job_started.excluded)} are left out.")
+        self._started = job_started
+        self.say(f"{len(job_started.admitted)} clients take part, {len(job_started.excluded)} are excluded.")
         for fleet in by_class(job_started, ()):
             if fleet.excluded:
                 self.say(
                     f"  {fleet.name} ({fleet.excluded}): {format_bytes(fleet.budget)} a client, "
                     f"{format_bytes(fleet.shortfall)} too little for any window"
                 )
-        self._say_leaner(job_started)
+        self._say_reduced(job_started)
         if job_started.cka:
-            self.say(
-                "How like the embeddings each layer's output is (CKA; 1 is the same), on average over the clients:"
-            )
+            self.say("Similarity of each layer's output to the embeddings (CKA), averaged over the clients:")
             self.say("  " + "  ".join(f"{layer}: {value:.2f}" for layer, value in enumerate(job_started.cka)))
             self._say_why(job_started.failed_turns)
             self.say(f"The chain starts at layer {job_started.start_layer}, {self._why_there(job_started)}.")
@@ -93,41 +94,44 @@ class ProgressDisplay:
             self.say("Held-out loss of a head fitted to the output of each window's top layer, before training:")
             self.say("  " + "  ".join(_exits(job_started)))
             self._say_why(job_started.failed_turns)
-            self.say(f"The chain starts at layer {job_started.start_layer}, where that is least.")
+            self.say(f"The chain starts at layer {job_started.start_layer}, where that loss is least.")
         else:
-            asked_for = isinstance(self._spec.chain.start, int)
-            why = "as the job asks" if asked_for else "with its only window"
+            given = isinstance(self._spec.chain.start, int)
+            why = "as the job asks" if given else "with its only window"
             self.say(f"The chain starts at layer {job_started.start_layer}, {why}.")
-        if job_started.window < (asked := self._spec.chain.window):
-            self.say(f"No client's budget holds windows of {asked} layers, as the job asks.")
+        if job_started.window < (wanted := self._spec.chain.window):
+            self.say(f"The job asks for windows of {wanted} layers, but no client's budget holds one.")
         self.say(
             f"Its windows of {job_started.window} layer{'s' if job_started.window > 1 else ''} go up to layer "
             f"{job_started.layers - 1}: {job_started.stages} stages, {job_started.total_rounds} rounds at most."
         )
         if job_started.evaluator != self._spec.evaluation.engine:
-            self.say(f"The whole model is judged by {job_started.evaluator}.")
+            self.say(f"The whole model is evaluated by {job_started.evaluator}.")
         self._draw()
 
     def _why_there(self, job_started: JobStarted) -> str:
         threshold = self._spec.chain.cka_threshold
         if job_started.cka[job_started.start_layer] < threshold:
             return f"the first below {threshold:g}"
-        return f"that of the last window: none before is below {threshold:g}"
+        return f"the last window's: no layer before it is below {threshold:g}"
 
-    def _say_leaner(self, job_started: JobStarted) -> None:
-        """Which clients do not train the whole window at once, with whole layers and batches, because it would not fit."""
-        leaner: dict[str, list[AdmittedClient]] = {}
+    def _say_reduced(self, job_started: JobStarted) -> None:
+        """Name the clients whose memory or disk only fits a reduced plan.
+
+        The full plan has the whole window, whole batches, resident weights and a prefix cache.
+        """
+        reduced: dict[str, list[AdmittedClient]] = {}
         for client in job_started.admitted:
-            whole = min(self._spec.rounds.batch_size, client.examples)
-            if Way.planned(client) != (job_started.window, whole, "resident", False) or not client.cached:
-                leaner.setdefault(client.client_class, []).append(client)
-        for name, clients in leaner.items():
-            words = in_words({Way.planned(client) for client in clients})
+            batch = min(self._spec.rounds.batch_size, client.examples)
+            if TurnSettings.planned(client) != (job_started.window, batch, "resident", False) or not client.cached:
+                reduced.setdefault(client.client_class, []).append(client)
+        for name, clients in reduced.items():
+            words = in_words({TurnSettings.planned(client) for client in clients})
             recomputed = ", without a prefix cache" if not all(client.cached for client in clients) else ""
             self.say(f"  {name} ({len(clients)}): {words}{recomputed}")
 
     def round(self, record: Round, resumed: bool = False) -> None:
-        """A round is over; ``resumed`` if it was over before this process began."""
+        """Show a finished round; ``resumed`` if it was finished before this process started."""
         self._display.end()
         self._rounds.append(record)
         if fit := record.head_fit:
@@ -137,10 +141,11 @@ class ProgressDisplay:
             self.say(self._line(record, resumed))
         for turn in record.turns:
             if turn.exceeded:
-                self.say(f"  {turn.client} took its turn again, {in_words({Way.taken(record, turn)})}: {turn.exceeded}")
+                settings = in_words({TurnSettings.used(record, turn)})
+                self.say(f"  {turn.client} ran its turn again, {settings}: {turn.exceeded}")
         self._say_why(record.failed_turns)
         if not record.counted:
-            self.say("  too few updates for the quorum: the round does not count")
+            self.say("  The round does not count: too few updates for the quorum.")
         if record.evaluation:
             self.say(evaluation_line(self._spec, record.evaluation))
         if record.ended:
@@ -148,17 +153,17 @@ class ProgressDisplay:
         if back := record.restored:
             what = "what it began with" if back.round is None else f"its stack after round {back.round + 1}"
             score = _scored(self._spec, back.loss, back.accuracy)
-            self.say(f"  It goes back to {what}, where held-out rows had less loss: {score}.")
+            self.say(f"  It goes back to {what}, which has a lower held-out loss: {score}.")
         self._draw()
 
-    def _say_why(self, lost: Sequence[FailedTurn]) -> None:
-        for turn in lost[:_REASONS]:
-            self.say(f"  {turn.client}: {turn.reason}" + ("; it is left out from now on" if turn.over_budget else ""))
-        if len(lost) > _REASONS:
-            self.say(f"  and {len(lost) - _REASONS} more turns were lost")
+    def _say_why(self, failed: Sequence[FailedTurn]) -> None:
+        for turn in failed[:_REASONS]:
+            self.say(f"  {turn.client}: {turn.reason}" + ("; it is excluded from now on" if turn.over_budget else ""))
+        if len(failed) > _REASONS:
+            self.say(f"  and {len(failed) - _REASONS} more turns failed")
 
     def job_finished(self, job_finished: JobFinished) -> None:
-        """The job is over."""
+        """Show the result of the job."""
         self._display.end()
         if job_finished.stopped:
             self.say(f"No more rounds ({job_finished.stopped}).")
@@ -168,23 +173,24 @@ class ProgressDisplay:
         else:
             self.say(f"Done: {score} of the test rows are classified right by the whole chain.")
         if job_finished.epsilon is not None:
-            self.say(f"Its privacy: {price(self._spec, job_finished.epsilon)}, client by client.")
+            self.say(f"Its client-level privacy: {price(self._spec, job_finished.epsilon)}.")
 
     def _line(self, record: Round, resumed: bool) -> str:
-        assert self._opening is not None
-        clients = f"{len(record.turns)} clients" + (f", {len(record.failed_turns)} lost" if record.failed_turns else "")
+        assert self._started is not None
+        failed = f", {len(record.failed_turns)} failed" if record.failed_turns else ""
+        clients = f"{len(record.turns)} clients{failed}"
         score = _scored(self._spec, record.held_out_loss, record.accuracy)
         accuracy = "" if record.accuracy is None else f"  {score}"
         peaks = [turn.peak_bytes for turn in record.turns if turn.peak_bytes is not None]
         peak = f"  peak {format_bytes(max(peaks))}" if peaks else ""
-        left = time_left(self._rounds, self._opening.total_rounds) or 0.0
+        left = time_left(self._rounds, self._started.total_rounds) or 0.0
         when = "resumed" if resumed else f"≤ {format_seconds(left)} left"
-        place = f"round {record.index + 1}/{self._opening.total_rounds}"
+        place = f"round {record.index + 1}/{self._started.total_rounds}"
         spent = "" if record.epsilon is None else f"  {price(self._spec, record.epsilon)}"
         return f"{place:<12}  layers {record.bottom}–{record.top}  {clients}{accuracy}{spent}{peak}  {when}"
 
     def drawn(self) -> RenderableType:
-        """What a terminal shows now: what goes on, above the panel."""
+        """What a terminal shows now: the current activity, and the panel below it."""
         return self._display.drawn()
 
     def _draw(self) -> None:
@@ -192,8 +198,8 @@ class ProgressDisplay:
             self._display.show(self.panel())
 
     def panel(self) -> RenderableType:
-        """The present state, for a terminal of 80 columns or more."""
-        job_started = self._opening
+        """The job's state as a panel, for a terminal of 80 columns or more."""
+        job_started = self._started
         if job_started is None:
             return Text("")
         newest = self._rounds[-1] if self._rounds else None
@@ -216,12 +222,13 @@ class ProgressDisplay:
 
 
 def _exits(job_started: JobStarted) -> list[str]:
-    told = []
+    """The layers of each window, with the held-out loss of the early exit at its top."""
+    exits = []
     for bottom, (fit, counts) in enumerate(zip(job_started.exits, with_everybody(job_started.exits), strict=True)):
         loss = "none" if fit.held_out_loss is None else f"{fit.held_out_loss:.3f}"
-        passed_over = "" if counts else " (without some clients)"
-        told.append(f"{span((bottom, bottom + job_started.window - 1))}: {loss}{passed_over}")
-    return told
+        incomplete = "" if counts else " (without some clients)"
+        exits.append(f"{span((bottom, bottom + job_started.window - 1))}: {loss}{incomplete}")
+    return exits
 
 
 def _scored(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:
@@ -230,7 +237,7 @@ def _scored(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:
 
 
 def _chain(job_started: JobStarted, newest: Round | None) -> Text:
-    """A cell for each layer: without an adapter, done, in the window, still to come."""
+    """A cell for each layer, styled by whether it has no adapter, is finished, is in the window, or is still to come."""
     bottom, top = (newest.bottom, newest.top) if newest else (job_started.start_layer, job_started.start_layer - 1)
     text = Text()
     for layer in range(job_started.layers):
@@ -255,11 +262,11 @@ def _stage(job_started: JobStarted, newest: Round | None) -> str:
 def _clients(job_started: JobStarted, rounds: Sequence[Round]) -> str:
     last = ""
     if rounds:
-        again = sum(turn.exceeded is not None for turn in rounds[-1].turns)
-        done = f"{len(rounds[-1].turns)} done" + (f" ({again} took it again)" if again else "")
-        last = f"{done}, {len(rounds[-1].failed_turns)} lost in the last round; "
-    exceeded = sum(lost.over_budget for record in rounds for lost in record.failed_turns)
-    excluded = f"{len(job_started.excluded)} left out" + (f", {exceeded} over budget" if exceeded else "")
+        retried = sum(turn.exceeded is not None for turn in rounds[-1].turns)
+        done = f"{len(rounds[-1].turns)} done" + (f" ({retried} retried)" if retried else "")
+        last = f"{done}, {len(rounds[-1].failed_turns)} failed in the last round; "
+    exceeded = sum(failed.over_budget for record in rounds for failed in record.failed_turns)
+    excluded = f"{len(job_started.excluded)} excluded" + (f", {exceeded} over budget" if exceeded else "")
     return f"{last}{len(job_started.admitted) - exceeded} take part, {excluded}"
 
 
@@ -281,6 +288,7 @@ def _memory(job_started: JobStarted, rounds: Sequence[Round]) -> Table:
     for fleet in by_class(job_started, rounds):
         if fleet.clients:
             peak = "–" if fleet.peak is None else format_bytes(fleet.peak)
-            window, examples = span(way.window for way in fleet.ways), span(way.micro_batch for way in fleet.ways)
+            window = span(one.window for one in fleet.settings)
+            examples = span(one.micro_batch for one in fleet.settings)
             table.add_row(fleet.name, format_bytes(fleet.budget), format_bytes(fleet.planned), peak, window, examples)
     return table

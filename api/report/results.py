@@ -1,4 +1,4 @@
-"""A finished job as tables."""
+"""Shows the result of a finished job as tables."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,13 @@ from chainfed_ray.spec.sections import PartitionSpec
 from chainfed_ray.units import format_bytes, format_seconds
 
 _MIB = 2**20
-_CLASSES_ACROSS = 4
+_CLASSES_ACROSS = 4  # how many classes the table of memory has room for
 
 
 def results(
     spec: JobSpec, job_started: JobStarted, rounds: Sequence[Round], job_finished: JobFinished
 ) -> RenderableType:
-    """What came out: the accuracy, stage by stage, and what it took, class by class."""
+    """The scores, in all and stage by stage, and the memory and traffic of each class of clients."""
     classes = by_class(job_started, rounds)
     parts: list[RenderableType] = [
         _summary(spec, job_started, rounds, job_finished),
@@ -49,17 +49,18 @@ def _summary(spec: JobSpec, job_started: JobStarted, rounds: Sequence[Round], jo
         table.add_row("head", f"fitted to {_sums(fits)}")
     table.add_row("partition", f"{_scheme(spec.fleet.partition)}; sha256 {job_started.partition_hash[:12]}…")
     if job_finished.best:
-        table.add_row("best stack", f"that of round {job_finished.best.round + 1}: {job_finished.best.why}")
+        table.add_row("best stack", f"after round {job_finished.best.round + 1}: {job_finished.best.why}")
         same = job_finished.best.round == len(rounds) - 1
-        table.add_row("model", f"has the {job_finished.served} stack" + (", which is the best one" if same else ""))
+        table.add_row("model", f"uses the {job_finished.served} stack" + (", which is the best one" if same else ""))
     if job_finished.stopped:
         table.add_row("stopped", job_finished.stopped)
     if job_finished.epsilon is not None:
-        table.add_row("privacy", f"{price(spec, job_finished.epsilon)}, client by client")
+        table.add_row("privacy", f"{price(spec, job_finished.epsilon)}, client-level")
     return table
 
 
 def _sums(fits: Sequence[HeadFit]) -> str:
+    """Describe from whose sums heads were fitted in closed form."""
     sent, clients = format_bytes(sum(fit.sent_bytes for fit in fits)), max(fit.clients for fit in fits)
     return f"sums of {clients} clients, who sent {sent} for it"
 
@@ -69,35 +70,36 @@ def _score(spec: JobSpec, job_finished: JobFinished) -> tuple[str, str]:
     if is_causal(spec):
         return "test perplexity", f"{score} ({job_finished.accuracy:.1%} of the tokens right)"
     f1 = job_finished.evaluation.macro_f1 if job_finished.evaluation else None
-    loss = "no number" if job_finished.loss is None else f"{job_finished.loss:.3f}"
+    loss = "not finite" if job_finished.loss is None else f"{job_finished.loss:.3f}"
     return "test accuracy", f"{score} (loss {loss}" + ("" if f1 is None else f", macro-F1 {f1:.3f}") + ")"
 
 
 def _scheme(partition: PartitionSpec) -> str:
     if partition.scheme == "iid":
         return "iid"
-    of = f"alpha {partition.alpha:g}" if partition.column is None else partition.column
-    return f"{partition.scheme}, {of}"
+    option = f"alpha {partition.alpha:g}" if partition.column is None else partition.column
+    return f"{partition.scheme}, {option}"
 
 
 def _stages(spec: JobSpec, rounds: Sequence[Round]) -> Table:
-    """Stage by stage, the held-out score of the chain cut at the window's top, and of the whole model."""
+    """The held-out scores at the end of each stage: of the early exit at the window's top, and of the whole model."""
     table = Table(box=None, header_style="bold", pad_edge=False, caption_justify="left", caption_style="dim")
-    table.caption = "held out: " + ("perplexity" if is_causal(spec) else "accuracy") + " of the chain cut there / whole"
+    score = "perplexity" if is_causal(spec) else "accuracy"
+    table.caption = f"held-out {score}: cut at the window's top (early exit), and whole model"
     for name in ("stage", "layers", "rounds", "cut", "whole"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why it ended", overflow="fold")
     for record in rounds:
         if record.ended:
             count = sum(other.stage == record.stage for other in rounds)
-            cut, found = short_score(spec, record.kept_loss, record.kept_accuracy), record.evaluation
-            whole = short_score(spec, found.loss, found.accuracy) if found else "–"
+            cut, evaluation = short_score(spec, record.kept_loss, record.kept_accuracy), record.evaluation
+            whole = short_score(spec, evaluation.loss, evaluation.accuracy) if evaluation else "–"
             layers = f"{record.bottom}–{record.top}"
-            table.add_row(str(record.stage + 1), layers, str(count), cut, whole, record.ended + _went_back(record))
+            table.add_row(str(record.stage + 1), layers, str(count), cut, whole, record.ended + _restored(record))
     return table
 
 
-def _went_back(record: Round) -> str:
+def _restored(record: Round) -> str:
     if (back := record.restored) is None:
         return ""
     return "; back to " + ("its beginning" if back.round is None else f"round {back.round + 1}")
@@ -106,13 +108,13 @@ def _went_back(record: Round) -> str:
 def _fleet(classes: Sequence[FleetClass]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     table.add_column("class", overflow="fold")
-    for name in ("clients", "budget", "planned", "peak", "turns", "again", "lost", "sent"):
+    for name in ("clients", "budget", "planned", "peak", "turns", "retried", "failed", "sent"):
         table.add_column(name, justify="right", no_wrap=True)
     for fleet in classes:
         if fleet.clients:
             peak = "–" if fleet.peak is None else format_bytes(fleet.peak)
             planned, sent = format_bytes(fleet.planned), format_bytes(fleet.sent)
-            cells = [planned, peak, str(fleet.turns), str(fleet.again), str(fleet.failed_turns), sent]
+            cells = [planned, peak, str(fleet.turns), str(fleet.retried), str(fleet.failed_turns), sent]
         else:
             cells = [f"lacks {format_bytes(fleet.shortfall)}", "", "", "", "", ""]
         clients = f"{fleet.clients}" + (f" (+{fleet.excluded} out)" if fleet.clients and fleet.excluded else "")
@@ -123,31 +125,31 @@ def _fleet(classes: Sequence[FleetClass]) -> Table:
 
 
 def _turns(classes: Sequence[FleetClass], rounds: Sequence[Round]) -> RenderableType:
-    """How turns were taken, in words: classes that are alike in one line; then who did not keep to a plan."""
+    """The settings of the turns, with one line for classes that are alike; then the clients that exceeded a plan."""
     table = Table.grid(padding=(0, 2))
     alike: dict[str, list[str]] = {}
     for fleet in classes:
         if fleet.turns:
-            alike.setdefault(in_words(fleet.ways), []).append(short(fleet.name))
-    for way, names in alike.items():
-        table.add_row(", ".join(names), way)
+            alike.setdefault(in_words(fleet.settings), []).append(short(fleet.name))
+    for settings, names in alike.items():
+        table.add_row(", ".join(names), settings)
     for record in rounds:
         for turn in record.turns:
             if turn.exceeded:
-                table.add_row(short(turn.client), f"exceeded its plan in round {record.index + 1}: it was taken again")
-        for lost in record.failed_turns:
-            if lost.over_budget:
-                table.add_row(short(lost.client), f"exceeded every plan in round {record.index + 1}: left out since")
+                table.add_row(short(turn.client), f"exceeded its plan in round {record.index + 1}, and ran again")
+        for failed in record.failed_turns:
+            if failed.over_budget:
+                table.add_row(short(failed.client), f"exceeded every plan in round {record.index + 1}: excluded since")
     return table
 
 
 def _memory(memory: Sequence[StageMemory]) -> Table:
-    """The measured peak and the plan of each class in each stage; of the smallest classes, where there are many."""
+    """The measured peak and the plan of each class in each stage. If there are many classes, only the smallest are shown."""
     names = list(dict.fromkeys(part.client_class for part in sorted(memory, key=lambda part: part.budget_bytes)))
     shown, more = names[:_CLASSES_ACROSS], len(names[_CLASSES_ACROSS:])
     table = Table(box=None, header_style="bold", pad_edge=False, caption_justify="left", caption_style="dim")
     table.caption = "MiB: measured peak / planned" + (
-        f"; {more} larger classes are in the result as JSON" if more else ""
+        f"; {more} larger classes are in the JSON result only" if more else ""
     )
     for name in ("stage", "layers", *map(short, shown)):
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Scores as words: the accuracy of a classifier, the perplexity of a language model."""
+"""Writes scores out: the accuracy of a classifier, the perplexity of a language model."""
 
 from chainfed_ray.records.rounds import Evaluation
 from chainfed_ray.spec.job import JobSpec
@@ -6,21 +6,24 @@ from chainfed_ray.units import format_bytes, format_seconds, perplexity
 
 
 def is_causal(spec: JobSpec) -> bool:
-    """Whether the job tunes a language model."""
+    """True if the job tunes a causal language model, and False for a classifier."""
     return spec.model.task == "causal-lm"
 
 
 def short_score(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:
-    """Such as "72.8%" or, of a language model, "14.2"; a dash where nothing was measured, or no number."""
+    """A classifier's accuracy, such as "72.8%", or a language model's perplexity, such as "14.2".
+
+    A dash if nothing was measured, or the loss was not finite.
+    """
     if is_causal(spec):
         return "–" if loss is None or accuracy is None else f"{perplexity(loss):.4g}"
     return "–" if accuracy is None else f"{accuracy:.1%}"
 
 
 def evaluation_line(spec: JobSpec, found: Evaluation) -> str:
-    """A judgement of the whole model in a sentence."""
+    """An evaluation of the whole model in a sentence."""
     if found.loss is None:
-        return f"The whole model could not be judged by {found.engine}: {found.failure}"
+        return f"The whole model could not be evaluated by {found.engine}: {found.failure}"
     if is_causal(spec):
         scores = f"perplexity {short_score(spec, found.loss, found.accuracy)}, {found.accuracy:.1%} of the tokens right"
     else:

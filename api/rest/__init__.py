@@ -1,1 +1,1 @@
-"""The REST API: routes, resources and errors."""
+"""The REST API: its routes, the JSON that they take and return, and its errors."""

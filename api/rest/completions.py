@@ -1,4 +1,4 @@
-"""Routes of served language models, in OpenAI's form: whole, or as a stream of server-sent events."""
+"""Routes that generate text with served language models, in the format of OpenAI's API: whole, or as a stream of events."""
 
 import json
 from collections.abc import AsyncGenerator, Sequence
@@ -37,45 +37,45 @@ router = APIRouter(prefix="/v1", tags=["models"])
 
 _MEDIA_TYPE = "text/event-stream"
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-_NOBODY_LISTENS = 499  # as nginx has it: the caller is gone, and nobody sees this
+_CLIENT_CLOSED = 499  # nginx's status for a caller that has disconnected; only logs see it
 
 TokenStream = AsyncGenerator[tuple[int, Piece], None]
-"""The pieces of each prompt, by its index."""
+"""Yields a prompt's index, and a piece of the text that follows it."""
 
 
 @router.post("/completions", response_model=Completion, responses={200: {"content": {_MEDIA_TYPE: {}}}})
 async def completions(body: CompletionRequest, request: Request, service: WithService) -> Response:
-    """Go on with a prompt, or with each of several."""
+    """Continue a prompt, or each of several."""
     return await _answer(body, body.prompt, _Completions("cmpl", body.model), request, service)
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses={200: {"content": {_MEDIA_TYPE: {}}}})
 async def chat_completions(body: ChatRequest, request: Request, service: WithService) -> Response:
-    """Answer a chat, with a model whose tokenizer has a template for it."""
+    """Answer a chat. The model's tokenizer must have a chat template."""
     return await _answer(body, [body.chat], _Chats("chatcmpl", body.model), request, service)
 
 
-class _Form(Protocol):
-    """One of OpenAI's two forms."""
+class _Format(Protocol):
+    """The format of an answer: OpenAI has one for completions, and one for chats."""
 
     def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel:
-        """The answer, of texts and the last piece of each."""
+        """The whole answer, from the text of each prompt and its last piece."""
 
     def chunk(self, index: int, piece: Piece) -> BaseModel:
-        """What a stream says of a piece."""
+        """The chunk of a stream that carries one piece."""
 
     def usage(self, last: Sequence[Piece]) -> BaseModel:
-        """What a stream says at its end, if it is asked to."""
+        """The last chunk of a stream, if the caller wants the token counts."""
 
 
-class _Begun:
-    """What every part of an answer has in common."""
+class _SharedFields:
+    """Holds the fields that all parts of an answer share."""
 
     def __init__(self, prefix: str, model: str) -> None:
         self._common: dict[str, Any] = {"id": f"{prefix}-{uuid4().hex}", "created": int(time()), "model": model}
 
 
-class _Completions(_Begun):
+class _Completions(_SharedFields):
     def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel:
         choices = [
             CompletionChoice(index=index, text=text, finish_reason=last[index].finish_reason)
@@ -91,10 +91,10 @@ class _Completions(_Begun):
         return Completion(**self._common, choices=[], usage=_usage(last))
 
 
-class _Chats(_Begun):
+class _Chats(_SharedFields):
     def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel:
         reason = last[0].finish_reason
-        assert reason is not None, "a last piece says why it is the last"
+        assert reason is not None, "the last piece of a text has a finish reason"
         choice = ChatChoice(index=0, message=ChatMessage(role="assistant", content=texts[0]), finish_reason=reason)
         return ChatCompletion(**self._common, choices=[choice], usage=_usage(last))
 
@@ -107,57 +107,58 @@ class _Chats(_Begun):
 
 
 async def _answer(
-    asked: GenerationOptions, prompts: Sequence[str | Chat], form: _Form, request: Request, service: Service
+    options: GenerationOptions, prompts: Sequence[str | Chat], form: _Format, request: Request, service: Service
 ) -> Response:
-    job = await served(service, asked.model, "causal-lm")
-    written = _written(service, job, prompts, asked)
-    if asked.stream:
-        # What cannot be written is refused with a status of its own, which a stream that has begun could not have.
-        first = await anext(written)
+    job = await served(service, options.model, "causal-lm")
+    stream = _stream(service, job, prompts, options)
+    if options.stream:
+        # Wait for the first piece: an invalid prompt raises here, while the response can still have an error status.
+        first = await anext(stream)
         return StreamingResponse(
-            _events(first, written, form, asked.wants_usage), media_type=_MEDIA_TYPE, headers=_HEADERS
+            _events(first, stream, form, options.wants_usage), media_type=_MEDIA_TYPE, headers=_HEADERS
         )
     texts, last = [""] * len(prompts), list[Piece]()
-    async with aclosing(written):
-        async for index, piece in written:
+    async with aclosing(stream):
+        async for index, piece in stream:
             if await request.is_disconnected():
-                return Response(status_code=_NOBODY_LISTENS)
+                return Response(status_code=_CLIENT_CLOSED)
             texts[index] += piece.text
             if piece.finish_reason:
                 last.append(piece)
     return JSONResponse(form.whole(texts, last).model_dump())
 
 
-async def _written(
-    service: Service, job: JobRecord, prompts: Sequence[str | Chat], asked: GenerationOptions
+async def _stream(
+    service: Service, job: JobRecord, prompts: Sequence[str | Chat], options: GenerationOptions
 ) -> TokenStream:
-    """One prompt after the other; closed, it ends the one that is being written."""
+    """Generate for one prompt after the other. Closing the stream stops the generation."""
     for index, prompt in enumerate(prompts):
-        async with aclosing(service.write(job, prompt, asked.sampling)) as pieces:
+        async with aclosing(service.write(job, prompt, options.sampling)) as pieces:
             async for piece in pieces:
                 yield index, piece
 
 
 async def _events(
-    first: tuple[int, Piece], written: TokenStream, form: _Form, wants_usage: bool
+    first: tuple[int, Piece], stream: TokenStream, form: _Format, wants_usage: bool
 ) -> AsyncGenerator[bytes, None]:
+    """The server-sent events of a stream whose ``first`` piece was taken already."""
     last = [first[1]] if first[1].finish_reason else []
-    async with aclosing(written):
-        yield _wire(form.chunk(*first))
+    async with aclosing(stream):
+        yield _event(form.chunk(*first))
         try:
-            async for index, piece in written:
-                yield _wire(form.chunk(index, piece))
+            async for index, piece in stream:
+                yield _event(form.chunk(index, piece))
                 if piece.finish_reason:
                     last.append(piece)
-        except ChainFedError as error:  # of a later prompt
+        except ChainFedError as error:  # a later prompt is invalid; the response has begun, so an event tells the error
             yield format_sse_event(data_str=json.dumps({"error": error.document()}))
             return
     if wants_usage:
-        yield _wire(form.usage(last))
+        yield _event(form.usage(last))
     yield format_sse_event(data_str="[DONE]")
 
 
-def _wire(chunk: BaseModel) -> bytes:
+def _event(chunk: BaseModel) -> bytes:
     return format_sse_event(data_str=chunk.model_dump_json())
 
 

@@ -1,4 +1,4 @@
-"""Whether the process lives, and whether the service works."""
+"""Routes of health checks: the process is alive, and every part of the service works."""
 
 import asyncio
 
@@ -14,23 +14,23 @@ _PATIENCE_SECONDS = 5.0
 
 @router.get("/healthz")
 async def healthz() -> Health:
-    """The process lives."""
+    """Answer that the process is alive."""
     return Health(status="ok", checks={})
 
 
 @router.get("/readyz", responses={503: {"model": Health}})
 async def readyz(response: Response, service: WithService) -> Health:
-    """Every part works: the database, the controller and inference; with 503 the parts that do not say why."""
+    """Check the database, the controller and inference. If one fails, the status is 503 and `checks` says why."""
     checks = {}
     for name, alive in service.parts.items():
         try:
             await asyncio.wait_for(alive(), _PATIENCE_SECONDS)
         except TimeoutError:
             checks[name] = f"no answer within {_PATIENCE_SECONDS:g} s"
-        except Exception as error:  # a part may fail in any way, and the others are still to be asked
+        except Exception as error:  # whatever one part raises, the others are still checked
             checks[name] = f"{type(error).__name__}: {error}"
         else:
             checks[name] = "ok"
-    works = all(said == "ok" for said in checks.values())
+    works = all(state == "ok" for state in checks.values())
     response.status_code = 200 if works else 503
     return Health(status="ok" if works else "unavailable", checks=checks)

@@ -1,4 +1,4 @@
-"""A job file as the body of a request: JSON, or YAML."""
+"""Reads a job file from the body of a request, as JSON or YAML."""
 
 import json
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job, parse_yaml
 
-# For the description of a route; app.py puts the schema where this refers to it.
+# The description of such a body in the OpenAPI document. app.py adds the schema that it refers to.
 BODY = {
     "requestBody": {
         "required": True,
@@ -36,10 +36,10 @@ def _parse(body: bytes, content_type: str) -> JobSpec:
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type in _YAML:
         return parse_yaml(text)
-    if media_type != "application/json":  # what a page of another site could send without asking first
-        raise HTTPException(
-            415, f"the body is {content_type or 'of no type'}; send application/json or application/yaml"
-        )
+    # Requiring this type keeps foreign web pages out: without it, browsers would send their requests without a CORS check.
+    if media_type != "application/json":
+        given = f"the body has the type {content_type}" if content_type else "the body has no type"
+        raise HTTPException(415, f"{given}; send application/json or application/yaml")
     try:
         document: Any = json.loads(text, object_pairs_hook=_without_repeats)
     except (json.JSONDecodeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Routes of jobs: submit, list, look at, cancel."""
+"""Routes of jobs: submit, list, show and cancel."""
 
 from typing import Annotated
 
@@ -15,7 +15,7 @@ from chainfed_ray.records.rounds import JobStarted, Round
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 IdempotencyKey = Annotated[
-    str | None, Header(max_length=200, description="the same key again gives the same job, so that a retry is safe")
+    str | None, Header(max_length=200, description="a repeated key returns the same job, so that a retry is safe")
 ]
 
 
@@ -23,7 +23,7 @@ IdempotencyKey = Annotated[
 async def submit(
     spec: SubmittedJob, response: Response, service: WithService, idempotency_key: IdempotencyKey = None
 ) -> JobResource:
-    """Check a job and queue it. What cannot run is refused here, with the path of each field that is wrong."""
+    """Check a job and queue it. A job that cannot run is refused with every field that is wrong."""
     await service.check(spec)
     record = await run_in_threadpool(service.store.submit, spec, idempotency_key)
     response.headers["Location"] = f"/v1/jobs/{record.id}"
@@ -33,9 +33,9 @@ async def submit(
 @router.get("")
 def page(
     service: WithService,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
-    before: Annotated[str | None, Query(description="the id of a job; older ones follow")] = None,
-    status: Annotated[JobStatus | None, Query(description="only jobs in this state")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000, description="the most jobs of a page")] = 50,
+    before: Annotated[str | None, Query(description="return only jobs older than the job with this id")] = None,
+    status: Annotated[JobStatus | None, Query(description="return only jobs in this state")] = None,
 ) -> JobPage:
     """The jobs, the newest first."""
     records = service.store.page(limit + 1, before, status)
@@ -53,9 +53,9 @@ def get(job: str, service: WithService) -> JobResource:
 
 @router.post("/{job}/cancel", status_code=202)
 def cancel(job: str, service: WithService) -> JobResource:
-    """End a job. What was committed stays on record; a running job is `cancelling` until its processes have ended."""
+    """Cancel a job. Its finished rounds are kept; a running job is `cancelling` until its processes have ended."""
     store = service.store
-    # A queued job may start between the look and the leap: then the second move is the right one.
+    # The job may start between the two calls. Then the first move fails, and the one to `cancelling` succeeds.
     if store.get(job).status == "queued" and store.move(job, "cancelled"):
         return _full(store, store.get(job))
     store.move(job, "cancelling")

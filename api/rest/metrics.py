@@ -1,5 +1,6 @@
-"""What Prometheus scrapes: jobs, clients' and the server's memory, read from the database when asked, so that any replica can
-answer.
+"""The route that Prometheus scrapes: jobs, rounds, and the memory of clients and the server.
+
+Metrics are computed from the database at each request, so that every replica gives the same answer.
 """
 
 from collections.abc import Iterator
@@ -17,21 +18,21 @@ from chainfed_ray.records.rounds import EarlyExit, Evaluation, JobFinished, JobS
 
 router = APIRouter(tags=["health"])
 
-_RUNNING_JOBS = 100
-FINISHED_JOBS = 10
-PAGE = 1000
+_RUNNING_JOBS = 100  # the most jobs at work that have metrics
+FINISHED_JOBS = 10  # how many of the newest finished jobs have metrics
+PAGE = 1000  # how many events are read at a time
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": _TEXT}})
 def metrics(service: WithService) -> Response:
-    """In Prometheus's text format: jobs by status; rounds, accuracy and memory of those at work and the newest finished."""
+    """Metrics in Prometheus's text format: jobs by status, and rounds, accuracy and memory of running and recent jobs."""
     return Response(generate_latest(_Metrics(service.store)), media_type=CONTENT_TYPE_LATEST)
 
 
 @dataclass
 class _ClassTotals:
-    """A class of clients: bytes in its newest round (or the plan, before its first), and turns of the whole job."""
+    """A class of clients: bytes of its newest round (the plan, before its first round), and turns of the whole job."""
 
     budget: int
     planned: int
@@ -43,7 +44,7 @@ class _ClassTotals:
 
 @dataclass
 class _JobTotals:
-    """A job's events, added up as they are read: a job may have more rounds than fit into memory."""
+    """The sums of a job's events. They are added up page by page: all events of a long job may not fit into memory."""
 
     rounds: int = 0
     limit: int = 0
@@ -52,7 +53,7 @@ class _JobTotals:
     epsilon: float | None = None
     classes: dict[str, _ClassTotals] = field(default_factory=dict)
     early_exit: EarlyExit | None = None  # the newest
-    whole: Evaluation | None = None  # the newest that was planned: one that failed took nothing that is known
+    whole: Evaluation | None = None  # the newest with known memory: one that failed has none
 
     @classmethod
     def of(cls, store: JobStore, job: str) -> "_JobTotals":
@@ -67,7 +68,7 @@ class _JobTotals:
     def _add(self, event: Event) -> None:
         match event.kind:
             case "started":
-                self._add_opening(JobStarted.model_validate(event.data))
+                self._add_start(JobStarted.model_validate(event.data))
             case "round":
                 self._add_round(Round.model_validate(event.data))
             case "finished":
@@ -75,7 +76,7 @@ class _JobTotals:
                 self.test = job_finished.accuracy
                 self._add_evaluation(job_finished.evaluation)
 
-    def _add_opening(self, job_started: JobStarted) -> None:
+    def _add_start(self, job_started: JobStarted) -> None:
         self.limit = job_started.total_rounds
         for client in job_started.admitted:
             totals = self.classes.setdefault(client.client_class, _ClassTotals(client.budget_bytes, 0))
@@ -92,17 +93,17 @@ class _JobTotals:
             totals.planned, totals.peak = memory.planned_bytes, memory.peak_bytes
             totals.turns += memory.turns
             totals.over_budget += memory.exceeded
-        for lost in record.failed_turns:
-            self.classes[lost.client_class].failed_turns += 1
-            self.classes[lost.client_class].over_budget += lost.over_budget
+        for failed in record.failed_turns:
+            self.classes[failed.client_class].failed_turns += 1
+            self.classes[failed.client_class].over_budget += failed.over_budget
 
-    def _add_evaluation(self, found: Evaluation | None) -> None:
-        if found and found.planned_bytes is not None:
-            self.whole = found
+    def _add_evaluation(self, evaluation: Evaluation | None) -> None:
+        if evaluation and evaluation.planned_bytes is not None:
+            self.whole = evaluation
 
 
 class _Metrics:
-    """The metrics of the jobs in ``store``."""
+    """Collects the metrics of the jobs in ``store``, as the Prometheus client expects a registry to do."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
@@ -115,12 +116,12 @@ class _Metrics:
             jobs.add_metric([status], counts.get(status, 0))
         yield jobs
         totals = {job.id: _JobTotals.of(self._store, job.id) for job in self._shown()}
-        yield from _of_jobs(totals)
-        yield from _of_classes(totals)
-        yield _of_server(totals)
+        yield from _job_metrics(totals)
+        yield from _class_metrics(totals)
+        yield _server_memory(totals)
 
     def _shown(self) -> list[JobRecord]:
-        """Jobs at work, and the newest of those that are over."""
+        """The jobs that have metrics of their own: those at work, and the newest finished ones."""
         at_work = [
             *self._store.page(_RUNNING_JOBS, status="running"),
             *self._store.page(_RUNNING_JOBS, status="cancelling"),
@@ -130,60 +131,61 @@ class _Metrics:
         return at_work + newest[:FINISHED_JOBS]
 
 
-def _of_jobs(totals: dict[str, _JobTotals]) -> Iterator[Metric]:
-    done = CounterMetricFamily("chainfed_rounds", "Rounds that are done.", labels=["job"])
-    limit = GaugeMetricFamily("chainfed_rounds_limit", "Rounds that the job has at most.", labels=["job"])
+def _job_metrics(totals: dict[str, _JobTotals]) -> Iterator[Metric]:
+    done = CounterMetricFamily("chainfed_rounds", "Finished rounds.", labels=["job"])
+    limit = GaugeMetricFamily("chainfed_rounds_limit", "The most rounds that the job may have.", labels=["job"])
     accuracy = GaugeMetricFamily(
-        "chainfed_accuracy", "Share of held-out rows classified right.", labels=["job", "rows"]
+        "chainfed_accuracy", "Accuracy on held-out rows; of a language model, on their tokens.", labels=["job", "rows"]
     )
-    epsilon = GaugeMetricFamily("chainfed_epsilon", "ε that the job has spent, where it has privacy.", labels=["job"])
-    for job, of_job in totals.items():
-        done.add_metric([job], of_job.rounds)
-        if of_job.epsilon is not None:
-            epsilon.add_metric([job], of_job.epsilon)
-        if of_job.limit:
-            limit.add_metric([job], of_job.limit)
-        for rows, value in (("validation", of_job.validation), ("test", of_job.test)):
+    epsilon = GaugeMetricFamily("chainfed_epsilon", "ε that a job with differential privacy has spent.", labels=["job"])
+    for job, sums in totals.items():
+        done.add_metric([job], sums.rounds)
+        if sums.epsilon is not None:
+            epsilon.add_metric([job], sums.epsilon)
+        if sums.limit:
+            limit.add_metric([job], sums.limit)
+        for rows, value in (("validation", sums.validation), ("test", sums.test)):
             if value is not None:
                 accuracy.add_metric([job, rows], value)
     yield from (done, limit, accuracy, epsilon)
 
 
-def _of_server(totals: dict[str, _JobTotals]) -> Metric:
+def _server_memory(totals: dict[str, _JobTotals]) -> Metric:
     memory = GaugeMetricFamily(
         "chainfed_server_memory_bytes",
-        "What the server was planned to take, and took, as it last judged an early exit, or the whole model in each process.",
-        labels=["job", "judged", "kind"],
+        "Planned and measured memory of the newest evaluation: of an early exit, or of the whole model (per process).",
+        labels=["job", "evaluated", "kind"],
     )
-    for job, of_job in totals.items():
-        for judged, took in (("early exit", of_job.early_exit), ("whole model", of_job.whole)):
-            if took:
-                process = took.process_bytes if isinstance(took, Evaluation) else None
-                for kind, count in (("planned", took.planned_bytes), ("peak", took.peak_bytes), ("process", process)):
+    for job, sums in totals.items():
+        for model, evaluation in (("early exit", sums.early_exit), ("whole model", sums.whole)):
+            if evaluation:
+                planned, peak = evaluation.planned_bytes, evaluation.peak_bytes
+                process = evaluation.process_bytes if isinstance(evaluation, Evaluation) else None
+                for kind, count in (("planned", planned), ("peak", peak), ("process", process)):
                     if count is not None:
-                        memory.add_metric([job, judged, kind], count)
+                        memory.add_metric([job, model, kind], count)
     return memory
 
 
-def _of_classes(totals: dict[str, _JobTotals]) -> Iterator[Metric]:
+def _class_metrics(totals: dict[str, _JobTotals]) -> Iterator[Metric]:
     memory = GaugeMetricFamily(
         "chainfed_client_memory_bytes",
-        "What a client of the class may use, and the most that one was planned to take and took in the class's newest round.",
+        "A client's budget, and the largest planned and measured memory of a turn in the newest round of the class.",
         labels=["job", "class", "kind"],
     )
     turns = CounterMetricFamily("chainfed_turns", "Clients' turns that counted.", labels=["job", "class"])
-    lost = CounterMetricFamily("chainfed_failed_turns", "Clients' turns that did not count.", labels=["job", "class"])
+    failed = CounterMetricFamily("chainfed_failed_turns", "Clients' turns that failed.", labels=["job", "class"])
     over = CounterMetricFamily(
         "chainfed_turns_over_budget",
-        "Clients' turns that were stopped because they would have taken more memory than they may.",
+        "Clients' turns that exceeded their memory plan, even if the second try then counted.",
         labels=["job", "class"],
     )
-    for job, of_job in totals.items():
-        for name, of_class in of_job.classes.items():
-            for kind, count in (("budget", of_class.budget), ("planned", of_class.planned), ("peak", of_class.peak)):
+    for job, sums in totals.items():
+        for name, members in sums.classes.items():
+            for kind, count in (("budget", members.budget), ("planned", members.planned), ("peak", members.peak)):
                 if count is not None:
                     memory.add_metric([job, name, kind], count)
-            turns.add_metric([job, name], of_class.turns)
-            lost.add_metric([job, name], of_class.failed_turns)
-            over.add_metric([job, name], of_class.over_budget)
-    yield from (memory, turns, lost, over)
+            turns.add_metric([job, name], members.turns)
+            failed.add_metric([job, name], members.failed_turns)
+            over.add_metric([job, name], members.over_budget)
+    yield from (memory, turns, failed, over)

@@ -1,4 +1,4 @@
-"""Routes of served models: which there are, and what they say."""
+"""Routes of served models: list them, and classify texts."""
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
@@ -18,7 +18,7 @@ _ROUTES: dict[ModelTask, str] = {
 
 @router.get("/models")
 def models(service: WithService) -> ModelList:
-    """Every model that answers. A job's model is one as soon as the job has succeeded."""
+    """Every served model. A job's model is served as soon as the job has succeeded."""
     return ModelList(models=[ServedModel.of(record) for record in service.store.models()])
 
 
@@ -37,16 +37,16 @@ async def classify(body: ClassifyRequest, service: WithService) -> ClassifyRespo
 
 
 async def served(service: Service, name: str, task: ModelTask) -> JobRecord:
-    """The job whose model is called ``name``.
+    """The newest job whose model is called ``name``.
 
     Raises:
-        ModelNotFound: there is none.
+        ModelNotFound: there is no such model.
         InvalidJob: the model is not for ``task``.
     """
     found = {record.model: record for record in await run_in_threadpool(service.store.models)}
     if name not in found:
         raise ModelNotFound(name, tuple(found))
-    its = ServedModel.of(found[name]).task
-    if its != task:
-        raise InvalidJob.at("model", name, f"a model for {task}; this one is for {its}, and answers {_ROUTES[its]}")
+    own = ServedModel.of(found[name]).task
+    if own != task:
+        raise InvalidJob.at("model", name, f"a model for {task}; this one is for {own}, and answers {_ROUTES[own]}")
     return found[name]

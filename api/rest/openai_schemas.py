@@ -1,4 +1,4 @@
-"""The resources of the two routes that have OpenAI's form, so that programs written for it can call a model of ours."""
+"""The requests and answers of the two routes in the format of OpenAI's API, so that programs written for that API work."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,56 +12,60 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-_MAX_TOKENS = f"by default as many as the model has positions for, up to {MOST_TOKENS}"
+_MAX_TOKENS = f"the most tokens to generate; by default as many as fit into the model's positions, up to {MOST_TOKENS}"
 Strings = BeforeValidator(_listed, json_schema_input_type=str | list[str])
 PromptText = Annotated[str, Field(max_length=100_000)]
 
 
 class StreamOptions(BaseModel):
-    """What a stream has besides the text."""
+    """Options of a stream."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    include_usage: bool = Field(False, description="whether a last chunk, without choices, has the `usage`")
+    include_usage: bool = Field(False, description="add a last chunk with the `usage` and no choices")
 
 
 class GenerationOptions(BaseModel):
-    """How a text is to be written."""
+    """How text is generated."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str = Field(description="a name from `GET /v1/models` whose task is `causal-lm`")
     max_tokens: int | None = Field(None, ge=1, description=_MAX_TOKENS)
-    temperature: float = Field(1.0, ge=0, le=2, description="0: always the likeliest token")
-    top_p: float = Field(1.0, gt=0, le=1, description="of the likeliest tokens, those with this much probability")
-    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Strings] | None = Field(
-        None, max_length=4, description="the text ends before any of these"
+    temperature: float = Field(
+        1.0, ge=0, le=2, description="randomness of sampling; 0 always takes the likeliest token"
     )
-    n: Literal[1] | None = Field(None, description="texts for a prompt: there is one")
-    user: str | None = Field(None, description="taken, and kept nowhere")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="the same seed gives the same text again")
-    stream: bool = Field(False, description="as server-sent events, while it is written")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample only from the likeliest tokens whose probabilities add up to this"
+    )
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Strings] | None = Field(
+        None, max_length=4, description="the text ends before the first of these strings"
+    )
+    n: Literal[1] | None = Field(None, description="texts per prompt; only 1 is possible")
+    user: str | None = Field(None, description="accepted and ignored; it is not stored")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="the same seed generates the same text again")
+    stream: bool = Field(False, description="send the text as server-sent events while it is generated")
     stream_options: StreamOptions | None = None
 
     @property
     def sampling(self) -> Sampling:
-        """The same, for the generator."""
+        """The options in the form that the generator takes."""
         return Sampling(self.max_tokens, self.temperature, self.top_p, tuple(self.stop or ()), self.seed)
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with the tokens used."""
+        """True if a stream ends with the counts of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
 class CompletionRequest(GenerationOptions):
-    """Texts to go on with."""
+    """Prompts to continue."""
 
     prompt: Annotated[list[PromptText], Strings] = Field(min_length=1, max_length=16)
 
 
 class TextPart(BaseModel):
-    """Some of a message, as programs send it that could send pictures too."""
+    """A part of a message. Programs that can also send pictures send text in this form."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -77,11 +81,13 @@ _PARTS = TypeAdapter(list[TextPart])
 
 
 class ChatMessage(BaseModel):
-    """Something said."""
+    """One message of a chat."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    role: str = Field(description="`system`, `user` or `assistant`, as the model's template has it", max_length=100)
+    role: str = Field(
+        description="a role of the model's template, mostly `system`, `user` or `assistant`", max_length=100
+    )
     content: Annotated[PromptText, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
 
 
@@ -95,25 +101,25 @@ class ChatRequest(GenerationOptions):
 
     @property
     def chat(self) -> Chat:
-        """The same, for the generator."""
+        """The messages in the form that the generator takes."""
         return tuple((message.role, message.content) for message in self.messages)
 
 
 class Usage(BaseModel):
-    """Tokens read, and written."""
+    """Counts of tokens: of the prompts, of the generated text, and of both together."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
     @classmethod
-    def of(cls, read: int, written: int) -> "Usage":
-        """Their sum, too."""
-        return cls(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+    def of(cls, prompt: int, completion: int) -> "Usage":
+        """The usage with its total."""
+        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
 class _Answer(BaseModel):
-    """What an answer, or a chunk of one, begins with."""
+    """The fields that every answer, and every chunk of one, has."""
 
     id: str
     created: int = Field(description="seconds since 1970, UTC")
@@ -122,17 +128,18 @@ class _Answer(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """What follows a prompt."""
+    """The text that follows one prompt."""
 
-    index: int = Field(description="of the prompt")
+    index: int = Field(description="which prompt, counted from 0")
     text: str
     finish_reason: FinishReason | None = Field(
-        description="`stop`: at the model's own end or a stop string; `length`; null in a chunk that is not the last"
+        description="`stop`: the model ended the text, or a stop string did; `length`: the text has `max_tokens`; "
+        "null in every chunk but the last"
     )
 
 
 class Completion(_Answer):
-    """What follows each prompt, or in a stream some of it."""
+    """The text that follows each prompt; in a stream, a piece of it."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
@@ -147,21 +154,21 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(_Answer):
-    """The answer to a chat, as a list of one."""
+    """The answer to a chat. `choices` has one element."""
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
 
 
 class Delta(BaseModel):
-    """What a chunk adds to a message."""
+    """The text that a chunk adds to the answer."""
 
     role: Literal["assistant"] = "assistant"
     content: str
 
 
 class ChatChunkChoice(BaseModel):
-    """Some of the answer to a chat."""
+    """A piece of the answer to a chat."""
 
     index: int
     delta: Delta
@@ -169,7 +176,7 @@ class ChatChunkChoice(BaseModel):
 
 
 class ChatChunk(_Answer):
-    """Some of the answer to a chat, in a stream."""
+    """A chunk of a stream that answers a chat."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]

@@ -15,13 +15,13 @@ _PNG = "image/png"
 
 @router.post("", response_model=Forecast, openapi_extra=BODY, responses={200: {"content": {_PNG: {}}}})
 async def plan(spec: SubmittedJob, request: Request, service: WithService) -> Forecast | Response:
-    """What a job would be like, without training: who joins and how, what others lack, bytes, time, and what changes buy."""
+    """Forecast a job without training it: which clients join, memory, network, time, and what one change would gain."""
     with_picture = _PNG in request.headers.get("accept", "")
     if with_picture:
         check_drawing()
     forecast = await service.plan(spec)
     if with_picture:
-        from chainfed_ray.api.report.forecast_picture import png  # matplotlib: for those who ask for a picture
+        from chainfed_ray.api.report.forecast_picture import png  # imports matplotlib, which is an optional extra
 
         return Response(await run_in_threadpool(png, forecast), media_type=_PNG)
     return forecast

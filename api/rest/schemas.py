@@ -1,4 +1,4 @@
-"""The resources of the REST API, version 1: what goes over the wire, and nothing else."""
+"""The JSON of the REST API, version 1: what requests send, and what answers contain."""
 
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -15,23 +15,23 @@ JobStatus = Literal["queued", "running", "cancelling", "succeeded", "failed", "c
 
 
 class ClassMemory(BaseModel):
-    """A client class in the newest round; where it had no turn in it, as it is planned for the first stage."""
+    """A class of clients in the newest round. If it had no turn there, the values are its plans for the first stage."""
 
-    budget: int = Field(description="bytes that a client declared")
-    planned: int = Field(description="the most bytes that a turn was planned to take")
-    peak: int | None = Field(description="the most bytes that a turn took; null where none was measured")
-    window: int = Field(description="adapters that a client trains together, at least")
-    micro_batch: int = Field(description="examples that a client holds at a time, at least")
+    budget: int = Field(description="memory that a client declared, in bytes")
+    planned: int = Field(description="the largest planned memory of a turn, in bytes")
+    peak: int | None = Field(description="the largest measured memory of a turn, in bytes; null if none was measured")
+    window: int = Field(description="the fewest adapters that a client trains together")
+    micro_batch: int = Field(description="the fewest examples that a client holds at a time")
     weights: WeightPlacement = Field(
-        description="`layer`: whole layers are loaded; `matrix`: some client streams them by matrices"
+        description="`resident`: all clients hold whole layers in memory; `streamed`: some stream a layer's matrices"
     )
-    activations_offloaded: bool = Field(description="whether some client keeps saved activations on disk")
+    activations_offloaded: bool = Field(description="true if some client keeps saved activations on disk")
 
     @classmethod
     def of(
         cls, members: Sequence[AdmittedClient] | Sequence[Turn], windows: Iterable[int], peaks: Iterable[int]
     ) -> Self:
-        """The class of clients that have these plans or turns."""
+        """Sum up the plans or turns of a class's clients, with the ``windows`` they train and their measured ``peaks``."""
         return cls(
             budget=members[0].budget_bytes,
             planned=max(member.planned_bytes for member in members),
@@ -46,24 +46,24 @@ class ClassMemory(BaseModel):
 class JobProgress(BaseModel):
     """How far a job is, after its newest round."""
 
-    round: int = Field(description="rounds done")
-    total_rounds: int
-    stage: int = Field(description="counted from 1")
+    round: int = Field(description="finished rounds")
+    total_rounds: int = Field(description="the most rounds that the job may have")
+    stage: int = Field(description="the present stage, counted from 1")
     stages: int
     bottom: int = Field(description="the window's lowest layer, counted from 0")
-    top: int
-    layers: int
+    top: int = Field(description="the window's highest layer, counted from 0")
+    layers: int = Field(description="layers of the base model")
     clients: int = Field(description="clients that take part in the job")
     excluded: int = Field(description="clients whose budget is too small for any window")
     done: int = Field(description="clients whose update counted in the newest round")
-    exceeded: int = Field(description="of those, clients that exceeded their plan and took their turn again")
-    failed_turns: int
-    accuracy: float | None = Field(description="on the validation rows")
-    memory: dict[str, ClassMemory]
+    exceeded: int = Field(description="how many of the `done` clients exceeded their plan and ran their turn again")
+    failed_turns: int = Field(description="turns that failed in the newest round")
+    accuracy: float | None = Field(description="validation accuracy after the newest round; null if not measured")
+    memory: dict[str, ClassMemory] = Field(description="memory by class of clients")
 
     @classmethod
     def of(cls, job_started: JobStarted, newest: Round | None) -> "JobProgress":
-        """The progress that the newest round, if there is any, has made."""
+        """The progress after ``newest``, or before the first round if that is None."""
         return cls(
             round=newest.index + 1 if newest else 0,
             total_rounds=job_started.total_rounds,
@@ -92,7 +92,7 @@ class JobSummary(BaseModel):
     submitted_at: str = Field(description="ISO 8601, UTC")
     started_at: str | None
     finished_at: str | None
-    accuracy: float | None = Field(description="on the test rows, once the job has succeeded")
+    accuracy: float | None = Field(description="accuracy on the test rows, once the job has succeeded")
 
     @classmethod
     def of(cls, record: JobRecord) -> "JobSummary":
@@ -103,15 +103,15 @@ class JobSummary(BaseModel):
 class JobResource(JobSummary):
     """A job in full."""
 
-    activity: Activity | None = Field(description="what it is busy with; null unless it is running")
-    progress: JobProgress | None = Field(description="from the moment at which the chain's start is known")
-    result: dict[str, Any] | None
-    error: dict[str, Any] | None = Field(description="why the job failed: type, message and, where known, the fields")
-    spec: dict[str, Any] = Field(description="the job file, every default spelt out")
+    activity: Activity | None = Field(description="what the job is doing; null unless it is running")
+    progress: JobProgress | None = Field(description="how far the job is; null until the chain's start is known")
+    result: dict[str, Any] | None = Field(description="the result, once the job has succeeded")
+    error: dict[str, Any] | None = Field(description="why the job failed: type, message and, if known, the fields")
+    spec: dict[str, Any] = Field(description="the job file with every default filled in")
 
     @classmethod
     def full(cls, record: JobRecord, progress: JobProgress | None) -> "JobResource":
-        """The whole of a record."""
+        """The job in ``record``, with its progress."""
         return cls(
             **_summary(record),
             activity=Activity.model_validate(record.activity) if record.activity else None,
@@ -123,43 +123,43 @@ class JobResource(JobSummary):
 
 
 class JobPage(BaseModel):
-    """Some jobs, the newest first."""
+    """A page of jobs, the newest first."""
 
     jobs: list[JobSummary]
-    next: str | None = Field(description="as `before`, it asks for the page that follows; null on the last")
+    next: str | None = Field(description="pass this as `before` to get the next page; null on the last page")
 
 
 class EventResource(BaseModel):
-    """One thing that happened to a job."""
+    """An event of a job."""
 
-    seq: int
-    kind: str = Field(description="a status of the job, `opening`, `round` or `ending`")
-    at: str
+    seq: int = Field(description="the event's number, counted from 1")
+    kind: str = Field(description="`started`, `round`, `finished`, or the new status of the job")
+    at: str = Field(description="ISO 8601, UTC")
     data: dict[str, Any]
 
 
 class EventPage(BaseModel):
-    """Some events, the oldest first."""
+    """A page of events, the oldest first."""
 
     events: list[EventResource]
-    last: int = Field(description="as `after`, it asks for what happened since")
-    finished: bool = Field(description="whether the job is over and these are its last events")
+    last: int = Field(description="pass this as `after` to get the events that follow")
+    finished: bool = Field(description="true if the job is over and no events follow")
 
 
 class ServedModel(BaseModel):
-    """A finished stack that answers."""
+    """A trained model that the service answers with."""
 
     name: str
-    job: str
+    job: str = Field(description="the id of the job that trained it")
     task: ModelTask
-    base: str
-    classes: list[str] = Field(description="of a classifier; a language model has none")
-    accuracy: float = Field(description="on the test rows; a language model's, of their tokens")
-    created_at: str
+    base: str = Field(description="the base model, as in the job file")
+    classes: list[str] = Field(description="the classes of a classifier; empty for a language model")
+    accuracy: float = Field(description="accuracy on the test rows; of a language model, on their tokens")
+    created_at: str = Field(description="ISO 8601, UTC")
 
     @classmethod
     def of(cls, record: JobRecord) -> "ServedModel":
-        """The model of a job that has succeeded."""
+        """The model of the job in ``record``, which must have succeeded."""
         result, model = record.result or {}, record.spec["model"]
         return cls(
             name=record.model,
@@ -173,13 +173,13 @@ class ServedModel(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Every model that answers: for each name, that of the newest job that has succeeded."""
+    """Every served model. If several jobs have the same model name, the newest one that succeeded is served."""
 
     models: list[ServedModel]
 
 
 class ClassifyRequest(BaseModel):
-    """Texts, and the model that is to classify them."""
+    """Texts to classify, and the model to use."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -188,7 +188,7 @@ class ClassifyRequest(BaseModel):
 
 
 class Label(BaseModel):
-    """The answer for one text."""
+    """The class of one text."""
 
     label: str
     score: float = Field(description="the probability of `label`")
@@ -196,7 +196,7 @@ class Label(BaseModel):
 
 
 class ClassifyResponse(BaseModel):
-    """An answer for each text, in their order."""
+    """A label for each text, in the order of the request."""
 
     model: str
     job: str
@@ -204,29 +204,29 @@ class ClassifyResponse(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the service works, part by part."""
+    """The health of the service and of each of its parts."""
 
     status: Literal["ok", "unavailable"]
-    checks: dict[str, str]
+    checks: dict[str, str] = Field(description="for each part `ok`, or why it does not work")
 
 
 class FieldProblem(BaseModel):
-    """One thing wrong with a request."""
+    """A field of a request that is wrong."""
 
-    field: str
-    value: str | None = Field(description="in Python's notation; null where it is missing")
-    expected: str
+    field: str = Field(description="the field's path, such as `rounds.clients`")
+    value: str | None = Field(description="the value in Python's notation; null if the field is missing")
+    expected: str = Field(description="what the field must be")
 
 
 class ProblemDetails(BaseModel):
-    """Every error, as RFC 9457 has it."""
+    """The format of every error: problem details (RFC 9457)."""
 
-    type: str
+    type: str = Field(description="the kind of problem, for programs: `urn:chainfed:problem:…`")
     title: str
     status: int
-    detail: str
-    instance: str = Field(description="the path that was asked for")
-    request_id: str = Field(description="also in the header X-Request-ID, and in the service's log")
+    detail: str = Field(description="what is wrong, for people")
+    instance: str = Field(description="the path of the request")
+    request_id: str = Field(description="the request's id, also in the header X-Request-ID and in the service's log")
     errors: list[FieldProblem] = Field(default_factory=list)
 
 
@@ -235,7 +235,7 @@ def _classes(job_started: JobStarted) -> list[str]:
 
 
 def _class_memory(name: str, job_started: JobStarted, newest: Round | None) -> ClassMemory:
-    """By its turns in the newest round, or where it had none by the plans of its clients."""
+    """The memory of the class ``name`` by its turns in the newest round; if it had none, by the plans of its clients."""
     turns = [turn for turn in newest.turns if turn.client_class == name] if newest else []
     if newest and turns:
         peaks = [turn.peak_bytes for turn in turns if turn.peak_bytes is not None]

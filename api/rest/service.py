@@ -1,4 +1,4 @@
-"""What the routes need of the rest of the house, and nothing of how it is reached."""
+"""What the routes need from the rest of the program, as protocols: routes do not know where or how it runs."""
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -13,41 +13,44 @@ from chainfed_ray.spec.job import JobSpec
 
 
 class Check(Protocol):
-    """Raises ``InvalidJob`` where a job cannot run."""
+    """Checks a job. Raises ``InvalidJob`` if it cannot run."""
 
     async def __call__(self, spec: JobSpec) -> None: ...
 
 
 class DryRun(Protocol):
-    """The dry run of a job; raises ``InvalidJob`` where it cannot run with any clients."""
+    """Forecasts a job by a dry run. Raises ``InvalidJob`` if it cannot run, whichever clients join."""
 
     async def __call__(self, spec: JobSpec) -> Forecast: ...
 
 
 class Classify(Protocol):
-    """The probability of each class, in the order of the model's, for each text."""
+    """Classifies texts with the model of ``job``.
+
+    Returns for each text the probability of each class, in the order of the model's classes.
+    """
 
     async def __call__(self, job: JobRecord, texts: list[str]) -> list[list[float]]: ...
 
 
 class Write(Protocol):
-    """What a language model makes of a prompt or a chat, piece by piece. Closed before its end, it is written no further.
+    """Continues a prompt, or answers a chat, with the language model of ``job``. Yields the text piece by piece.
 
-    Raises ``InvalidJob`` with the first piece, where there is nothing that it can write.
+    Closing the generator stops the generation. Asking for the first piece raises ``InvalidJob`` if the prompt is invalid.
     """
 
     def __call__(self, job: JobRecord, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]: ...
 
 
 class Alive(Protocol):
-    """Raises where the part of the service that it stands for does not work."""
+    """Checks one part of the service. Raises any exception if that part does not work."""
 
     async def __call__(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Service:
-    """The database, and the work that is done elsewhere."""
+    """The database of jobs, the work that other processes do, and the health check of each part by its name."""
 
     store: JobStore
     check: Check

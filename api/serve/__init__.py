@@ -1,1 +1,1 @@
-"""The service as a Ray Serve application."""
+"""Runs the service on Ray Serve."""

@@ -1,4 +1,4 @@
-"""The REST API as a FastAPI application."""
+"""Builds the REST API as a FastAPI application."""
 
 from importlib.metadata import version
 from typing import Any
@@ -11,11 +11,11 @@ from chainfed_ray.api.rest.schemas import ProblemDetails
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.spec.job import JobSpec
 
-_LARGEST_BODY = 32 * 2**20
+_LARGEST_BODY = 32 * 2**20  # bytes of a request
 
 
 def create_app(service: Service) -> FastAPI:
-    """The routes over ``service``."""
+    """The application with every route, error handler and health check, on top of ``service``."""
     app = FastAPI(
         title="chainfed-ray",
         version=version("chainfed-ray"),
@@ -33,7 +33,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _describe_job_files(app: FastAPI) -> None:
-    """Put the schema of a job file where the route of submission refers to it."""
+    """Add the schema of a job file to the OpenAPI document, where ``BODY`` in job_file.py refers to it."""
     plain = app.openapi
 
     def described() -> dict[str, Any]:

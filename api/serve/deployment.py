@@ -1,4 +1,4 @@
-"""The service as a Ray Serve application: the routes in one deployment, inference in another."""
+"""The Ray Serve application of the service: one deployment for the routes, one for inference."""
 
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -25,7 +25,7 @@ from chainfed_ray.spec.job import JobSpec
 @serve.deployment(name="Api", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
 @serve.ingress()
 class Api:
-    """The routes, served by Ray. Where one of these runs, there is a controller."""
+    """Serves the routes. Each replica makes sure that the cluster has a controller of jobs."""
 
     def __init__(self, settings: Settings, inference: DeploymentHandle[Any]) -> None:
         self._settings, self._inference = settings, inference
@@ -52,7 +52,7 @@ class Api:
             async for piece in pieces:
                 yield piece
         except RayTaskError as error:
-            # Ray's own words are a traceback: the caller is told those of the error itself.
+            # Ray's message is a whole traceback. The caller gets the original error, if it is one of ours.
             raise error.cause if isinstance(error.cause, ChainFedError) else error from None
         finally:
             pieces.cancel()
@@ -68,12 +68,12 @@ class Api:
 
 
 def build(arguments: Mapping[str, str]) -> serve.Application:
-    """The Serve application, for ``import_path: chainfed_ray.api.serve.deployment:build``.
+    """Build the Serve application, for ``import_path: chainfed_ray.api.serve.deployment:build``.
 
-    Its settings come from the environment.
+    The settings come from the environment; Serve requires ``arguments``, and nothing in them is used.
     """
     settings = Settings.from_environment()
-    api: Any = Api  # serve.deployment gives them `bind`, which their types do not show
+    api: Any = Api  # serve.deployment adds `bind`, which the types do not show
     inference: Any = Inference
     application: serve.Application = api.bind(settings, inference.bind(settings.storage))
     return application

@@ -1,4 +1,4 @@
-"""The Serve deployment in which finished stacks answer."""
+"""The Ray Serve deployment that answers with trained models."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -21,11 +21,11 @@ _STACKS_IN_MEMORY = 256
 
 @serve.deployment(name="Inference", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=64)
 class Inference:
-    """Classifies texts, and writes some: a base model is loaded when it is first asked for, a stack as well."""
+    """Classifies and generates text. It loads base models and adapter stacks on demand, and keeps those used last."""
 
     def __init__(self, storage: Storage) -> None:
         torch.set_num_threads(1)
-        # One at a time: the base model's forward is not to be entered twice, and the cores are shared.
+        # One request at a time: the base model's forward pass is not thread-safe, and other processes share the cores.
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._loaded: Callable[..., Any] = lru_cache(_MODELS_IN_MEMORY)(
             lambda kind, base, dtype: kind(base, getattr(torch, dtype))  # the dtype's name as in a job file
@@ -34,30 +34,33 @@ class Inference:
         self._stack = lru_cache(_STACKS_IN_MEMORY)(lambda job: load_stack(storage.model(job)))
 
     async def classify(self, job: str, base: str, dtype: str, texts: list[str]) -> list[list[float]]:
-        """The probability of each class for each text, by the model of ``job``."""
+        """The probability of each class for each text, by the model of ``job`` on the base model ``base``."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, self._classify, job, base, dtype, texts)
 
     async def write(
         self, job: str, base: str, dtype: str, prompt: Prompt, sampling: Sampling
     ) -> AsyncGenerator[Piece, None]:
-        """What the model of ``job`` makes of a prompt or a chat; when the caller goes away, it ends with the next token."""
-        loop, said, gone = asyncio.get_running_loop(), asyncio.Queue[Piece | None](), Event()
+        """Continue a prompt, or answer a chat, with the model of ``job``. Yields the text piece by piece.
 
-        def say(piece: Piece) -> None:
-            loop.call_soon_threadsafe(said.put_nowait, piece)
+        If the caller disconnects, generation stops after the next token.
+        """
+        loop, pieces, cancelled = asyncio.get_running_loop(), asyncio.Queue[Piece | None](), Event()
 
-        work = loop.run_in_executor(self._worker, self._write, job, base, dtype, prompt, sampling, say, gone)
-        work.add_done_callback(lambda _: said.put_nowait(None))
+        def emit(piece: Piece) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        work = loop.run_in_executor(self._worker, self._write, job, base, dtype, prompt, sampling, emit, cancelled)
+        work.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
-            while (piece := await said.get()) is not None:
+            while (piece := await pieces.get()) is not None:
                 yield piece
-            await work  # raises what it raised
+            await work  # raises the error of the generation, if it failed
         finally:
-            gone.set()
-            work.cancel()  # if it is still waiting for its turn
+            cancelled.set()
+            work.cancel()  # a request that still waits for the worker never starts
 
     async def alive(self) -> None:
-        """Answer."""
+        """Return, which shows that this process works."""
 
     def _classify(self, job: str, base: str, dtype: str, texts: list[str]) -> list[list[float]]:
         saved: SavedStack = self._stack(job)
@@ -71,7 +74,7 @@ class Inference:
         dtype: str,
         prompt: Prompt,
         sampling: Sampling,
-        say: Callable[[Piece], None],
-        gone: Event,
+        emit: Callable[[Piece], None],
+        cancelled: Event,
     ) -> None:
-        self._loaded(Generator, base, dtype).write(self._stack(job), prompt, sampling, say, gone.is_set)
+        self._loaded(Generator, base, dtype).write(self._stack(job), prompt, sampling, emit, cancelled.is_set)

@@ -1,1 +1,1 @@
-"""Jobs on a cluster: their records, and the actors that run them."""
+"""Jobs on a cluster: the database that records them, and the actors that run them."""

@@ -1,7 +1,7 @@
-"""From queued jobs to running coordinators: what there should be, compared with what there is, again and again.
+"""Starts and ends coordinators: again and again, it compares the jobs in the database with the coordinators that run.
 
-The controller has no memory but the database. It may be killed at any time, and whatever state it finds when it is back, a
-step leads from there to where things should be.
+The controller keeps no state of its own beside the database. It may be killed at any time: each step starts from the state
+that it finds, whatever that is.
 """
 
 import logging
@@ -15,49 +15,49 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.records.commit_log import CommitLog
 
-_INTERVAL_SECONDS = 0.5
-_PATIENCE_SECONDS = 5.0
+_INTERVAL_SECONDS = 0.5  # between two steps
+_DATABASE_RETRY_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
 
 class Coordinators(Protocol):
-    """The processes in which jobs run."""
+    """The coordinators: one process for each running job."""
 
     def alive(self) -> set[str]:
-        """The jobs that have one."""
+        """The ids of the jobs that have a coordinator."""
         ...
 
     def ensure(self, job: str) -> None:
-        """Give a job one, unless it has one."""
+        """Start a coordinator for ``job``, unless it has one."""
         ...
 
     def end(self, job: str) -> None:
-        """End a job's, and with it those of its clients."""
+        """End the coordinator of ``job``, and the processes of its clients."""
         ...
 
 
 class Controller:
-    """Keeps ``settings.parallel_jobs`` jobs running, as long as some are queued."""
+    """Keeps up to ``settings.parallel_jobs`` jobs of the queue running."""
 
     def __init__(self, settings: Settings, store: JobStore, coordinators: Coordinators) -> None:
         self._settings, self._store, self._coordinators = settings, store, coordinators
 
     def run(self, stop: Event) -> None:
-        """Step until ``stop`` is set; a database that does not answer is waited for."""
+        """Call ``step`` until ``stop`` is set. If the database does not answer, try again later."""
         while not stop.is_set():
             try:
                 self.step()
             except OperationalError as error:
                 _log.warning("the database does not answer (%s); waiting for it", error)
-                stop.wait(_PATIENCE_SECONDS)
+                stop.wait(_DATABASE_RETRY_SECONDS)
             stop.wait(_INTERVAL_SECONDS)
 
     def step(self) -> None:
-        """One comparison."""
+        """Compare jobs and coordinators once, and start or end coordinators so that they match."""
         alive = self._coordinators.alive()
 
-        # 1. What was cancelled ends now; its commits stay, its caches and its secret go.
+        # 1. End cancelled jobs. Their commits are kept; their prefix caches and the secret that samples are drawn from are not.
         for job in self._store.page(status="cancelling"):
             if job.id in alive:
                 self._coordinators.end(job.id)
@@ -65,21 +65,21 @@ class Controller:
             CommitLog(self._settings.storage.job(job.id)).erase_secret()
             self._store.move(job.id, "cancelled")
 
-        # 2. A coordinator whose job is over has nothing to do, and would keep its machine from being given back.
+        # 2. End coordinators whose job is over. An idle one would keep the autoscaler from giving its machine back.
         running = {job.id for job in self._store.page(limit=self._settings.parallel_jobs + 1000, status="running")}
         for finished in alive - running:
             self._coordinators.end(finished)
 
-        # 3. A running job has a coordinator, also after the loss of the whole cluster.
+        # 3. Start a coordinator for each running job that has none, as after the loss of the whole cluster.
         for job_id in running - alive:
             self._start(job_id)
 
-        # 4. What waits longest takes the free places.
-        for waiting in self._store.queue(limit=max(self._settings.parallel_jobs - len(running), 0)):
-            if self._store.move(waiting.id, "running"):
-                self._start(waiting.id)
+        # 4. Start the oldest queued jobs, if there are free places.
+        for queued in self._store.queue(limit=max(self._settings.parallel_jobs - len(running), 0)):
+            if self._store.move(queued.id, "running"):
+                self._start(queued.id)
 
     def _start(self, job: str) -> None:
-        """Give a job its coordinator, which takes seconds to start."""
+        """Start the coordinator of ``job``. It takes seconds, so the job's record says that it is starting."""
         self._store.note_activity(job, Activity(what="starting the process of the coordinator"))
         self._coordinators.ensure(job)

@@ -1,4 +1,7 @@
-"""Coordinators and the controller as detached, named Ray actors: they outlive whoever made them, and come back when killed."""
+"""Runs coordinators and the controller as Ray actors, detached and named.
+
+They outlive the process that made them, and Ray starts them again when they are killed.
+"""
 
 import logging
 import os
@@ -10,9 +13,9 @@ import ray
 from chainfed_ray.cluster.jobs.controller import Controller
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.offload.engine import judging
+from chainfed_ray.cluster.offload.engine import server_evaluation
 from chainfed_ray.cluster.pool.ray_pool import RayPool
-from chainfed_ray.cluster.resources import of_controller, of_coordinator
+from chainfed_ray.cluster.resources import controller_options, coordinator_options
 from chainfed_ray.cluster.storage import Settings
 
 NAMESPACE = "chainfed"
@@ -22,10 +25,10 @@ _log = logging.getLogger(__name__)
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)
 class CoordinatorActor:
-    """A process that runs one job. Killed, it is made again by Ray, and goes on from the job's commits."""
+    """A process that runs one job. If it is killed, Ray starts it again, and it resumes from the job's commits."""
 
     def __init__(self, job: str, settings: Settings) -> None:
-        # A thread, and not a method that somebody calls: nobody need be alive for it to go on after a restart.
+        # The work runs in a thread, not in a method: after a restart by Ray, no caller may be left to call a method.
         Thread(target=self._run, args=(job, settings), daemon=True).start()
 
     def ping(self) -> int:
@@ -35,10 +38,10 @@ class CoordinatorActor:
     def _run(self, job: str, settings: Settings) -> None:
         try:
             run_queued_job(
-                job, settings.storage, lambda source, note: RayPool(source, settings.client_slots, note), judging
+                job, settings.storage, lambda source, note: RayPool(source, settings.client_slots, note), server_evaluation
             )
         except Exception:
-            _log.exception("the coordinator of %s ends without a verdict; Ray starts it again", job)
+            _log.exception("the coordinator of job %s failed before the job was over; Ray starts it again", job)
             os._exit(1)
 
 
@@ -57,31 +60,35 @@ class ControllerActor:
         try:
             Controller(settings, JobStore(settings.storage.database), RayCoordinators(settings)).run(Event())
         except Exception:
-            _log.exception("the controller ends; Ray starts it again")
+            _log.exception("the controller failed; Ray starts it again")
             os._exit(1)
 
 
 class RayCoordinators:
-    """Coordinators as detached named actors."""
+    """See ``Coordinators``; each is a detached actor, named after its job."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     def alive(self) -> set[str]:
-        """The jobs that have a coordinator, or will have one as soon as there is room for it."""
+        """The ids of the jobs that have a coordinator, even if it still waits for a machine with room."""
         actors = ray.util.list_named_actors(all_namespaces=True)
         names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
         return {name.removeprefix(_COORDINATOR) for name in names if name.startswith(_COORDINATOR)}
 
     def ensure(self, job: str) -> None:
-        """Make a job's coordinator, unless there is one."""
-        actor_class: Any = CoordinatorActor  # ray.remote gives it `options`, which its type does not show
+        """Start a coordinator for ``job``, unless it has one."""
+        actor_class: Any = CoordinatorActor  # ray.remote adds `options`, which the type does not show
         actor_class.options(
-            name=_COORDINATOR + job, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, **of_coordinator()
+            name=_COORDINATOR + job,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            **coordinator_options(),
         ).remote(job, self._settings)
 
     def end(self, job: str) -> None:
-        """End a job's coordinator. Ray ends the actors of its clients, since it made them."""
+        """End the coordinator of ``job``. Ray then ends the actors of its clients, because the coordinator made them."""
         try:
             actor = ray.get_actor(_COORDINATOR + job, NAMESPACE)
         except ValueError:
@@ -90,8 +97,8 @@ class RayCoordinators:
 
 
 def ensure_controller(settings: Settings) -> Any:
-    """The cluster's controller, made if there is none."""
+    """The actor of the cluster's controller. It is started if there is none."""
     actor_class: Any = ControllerActor
     return actor_class.options(
-        name=_CONTROLLER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, **of_controller()
+        name=_CONTROLLER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, **controller_options()
     ).remote(settings)

@@ -1,11 +1,11 @@
-"""What is asked about a job before it is accepted, each time in a process of its own: its checks, and its dry run."""
+"""Checks and forecasts a job before it is accepted, each in a Ray process of its own."""
 
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from chainfed_ray.cluster.resources import of_controller
+from chainfed_ray.cluster.resources import controller_options
 from chainfed_ray.errors import InvalidJob, Problem
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
@@ -13,18 +13,19 @@ from chainfed_ray.spec.job import JobSpec
 
 @ray.remote(max_retries=1)
 def _problems(spec: JobSpec) -> list[Problem]:
-    from chainfed_ray.federation.prepare import (
-        prepare_job,  # torch and transformers: whoever asks for the check need not load them
-    )
+    # It imports torch and transformers, which the caller's process need not load.
+    from chainfed_ray.federation.prepare import prepare_job
 
     try:
-        prepare_job(spec, Path())  # nothing is written before the first turn
+        prepare_job(spec, Path())  # preparing writes nothing into the scratch folder
     except InvalidJob as error:
         return _plain(error)
     return []
 
 
-@ray.remote(max_retries=1, max_calls=1)  # a process that has taken turns is no good for anything else
+@ray.remote(
+    max_retries=1, max_calls=1
+)  # a dry run times training steps, and leaves its process changed: do not reuse it
 def _forecast(spec: JobSpec, client_slots: int) -> Forecast | list[Problem]:
     from chainfed_ray.forecast.dry_run import dry_run
 
@@ -36,29 +37,29 @@ def _forecast(spec: JobSpec, client_slots: int) -> Forecast | list[Problem]:
 
 
 def _plain(error: InvalidJob) -> list[Problem]:
-    """The problems with values that any process can read."""
+    """The problems of ``error``, with values as text: the original values may not unpickle in another process."""
     return [Problem.from_document(problem.document()) for problem in error.problems]
 
 
 async def check(spec: JobSpec) -> None:
-    """Prepare a job in a process of its own, and let go of it: what is wrong with it shows before it is accepted.
+    """Prepare a job in a process of its own and discard the result. This finds what is wrong before the job is accepted.
 
     Raises:
         InvalidJob: the job cannot run.
     """
     task: Any = _problems
-    if problems := await task.options(**of_controller()).remote(spec):
+    if problems := await task.options(**controller_options()).remote(spec):
         raise InvalidJob(tuple(problems))
 
 
 async def plan(spec: JobSpec, client_slots: int) -> Forecast:
-    """The dry run of a job, of which at most ``client_slots`` clients train at a time.
+    """Forecast a job by a dry run, for a cluster where at most ``client_slots`` clients train at once.
 
     Raises:
-        InvalidJob: the job cannot run with any clients.
+        InvalidJob: the job cannot run, whichever clients join.
     """
     task: Any = _forecast
-    answer: Forecast | list[Problem] = await task.options(**of_controller()).remote(spec, client_slots)
+    answer: Forecast | list[Problem] = await task.options(**controller_options()).remote(spec, client_slots)
     if isinstance(answer, list):
         raise InvalidJob(tuple(answer))
     return answer

@@ -1,4 +1,4 @@
-"""One job from its record to its model: what a coordinator actor does, in any process that is connected to Ray."""
+"""Runs one job, from its record in the database to its model. A coordinator actor calls this; any process can."""
 
 import logging
 import traceback
@@ -20,8 +20,8 @@ from chainfed_ray.records.rounds import JobFinished, JobResult, JobStarted, Roun
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
-_DEATHS = 5  # of coordinators, without a round in between: then the job is to blame
-_PATIENCE_SECONDS = 5.0
+_DEATHS = 5  # after this many deaths of its coordinator without a finished round, a job fails
+_DATABASE_RETRY_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +32,10 @@ def run_queued_job(
     make_pool: MakePool,
     make_evaluation: MakeEvaluation = streamed,
 ) -> None:
-    """Run the rest of a job, and put how it ended on record; what was committed before is told again, once.
+    """Run a job, or resume it from its commit log, and record how it ended.
 
-    A database that does not answer costs time, never the job: it goes on from the commit log when the database is back.
+    Events of rounds that were committed before are published if they are missing. If the database does not answer, the job
+    waits and then resumes: it never fails because of that.
     """
     while True:
         try:
@@ -46,7 +47,7 @@ def run_queued_job(
             return
         except OperationalError as error:
             _log.warning("the database does not answer (%s); job %s waits for it", error, job)
-            sleep(_PATIENCE_SECONDS)
+            sleep(_DATABASE_RETRY_SECONDS)
 
 
 def _run(
@@ -67,7 +68,7 @@ def _run(
             result = _train(job, parse_job(record.spec), store, storage, make_pool, make_evaluation, listen)
     except OperationalError:
         raise
-    except Exception as error:  # whatever it is, it is the job's first cause and belongs on its record
+    except Exception as error:  # whatever it is, it made the job fail, and belongs on the job's record
         _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)))
         storage.clear_scratch(job)
         CommitLog(storage.job(job)).erase_secret()
@@ -78,7 +79,7 @@ def _run(
         )
         store.move(job, "failed", error=document)
     else:
-        # The verdict comes last: as soon as it is on record, this process may be ended.
+        # The status comes last: as soon as it is recorded, the controller may end this process.
         storage.clear_scratch(job)
         store.move(job, "succeeded", result=result.model_dump(mode="json"))
 

@@ -1,8 +1,8 @@
-"""The record of jobs, in a database: what was asked, how far it is, and what happened (SQLite, or PostgreSQL by URL).
+"""The database of jobs: their specifications, states, results and events (SQLite, or PostgreSQL by URL).
 
-Every change of state is one transaction, guarded by the state before it, so that any number of processes may write:
-whoever is late changes nothing. An event has a key that is written once, so that a coordinator which was killed may
-tell its story again from the start. ::
+Any number of processes may write. A change of state is one transaction that checks the state before it: if another process
+was faster, it changes nothing. An event has a key that is written only once, so a coordinator that was killed may publish
+all its events again. ::
 
     queued ──► running ──► succeeded | failed
        │          └──► cancelling ──► cancelled
@@ -38,9 +38,10 @@ _BEFORE: dict[Status, tuple[Status, ...]] = {
 
 @dataclass(frozen=True)
 class JobRecord:
-    """A job as the database has it; times are ISO 8601 in UTC, ``starts`` counts coordinators since the last round.
+    """A job in the database.
 
-    ``activity`` is what it is busy with, as JSON; None unless it is running.
+    Times are ISO 8601 in UTC. ``starts`` counts how often a coordinator started since the last finished round.
+    ``activity`` is what the job is doing, as JSON; None unless it is running.
     """
 
     id: str
@@ -59,7 +60,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Event:
-    """The ``seq``-th thing that happened to a job, counted from 1."""
+    """An event of a job. ``seq`` numbers the events of one job from 1."""
 
     seq: int
     kind: str
@@ -71,7 +72,7 @@ class JobStore:
     """The jobs in the database at ``url``; safe to use from several threads and processes.
 
     Raises:
-        InvalidSetting: ``url`` is no SQLAlchemy URL, names a driver that is not installed, or a database of another version.
+        InvalidSetting: ``url`` is not an SQLAlchemy URL, its driver is not installed, or its database has another version.
     """
 
     def __init__(self, url: str) -> None:
@@ -88,15 +89,15 @@ class JobStore:
         self._engine.dispose()
 
     def check(self) -> None:
-        """Ask the database for something trivial; whatever it raises, it is not ready."""
+        """Run a trivial query. It raises an error if the database does not answer."""
         with Session(self._engine) as session:
             session.execute(text("select 1"))
 
     def submit(self, spec: JobSpec, request_key: str | None = None) -> JobRecord:
-        """Queue a job. A ``request_key`` that was used before gives the job that it made then.
+        """Queue a job. If an earlier call had the same ``request_key``, return the job that it queued instead.
 
         Raises:
-            JobConflict: the key was used for a job with another specification.
+            JobConflict: the earlier call had another specification.
         """
         document = spec.document()
         row = _Job(
@@ -124,10 +125,10 @@ class JobStore:
         return earlier
 
     def get(self, job: str) -> JobRecord:
-        """One job.
+        """The job with the id ``job``.
 
         Raises:
-            JobNotFound: there is none of this id.
+            JobNotFound: there is no such job.
         """
         with Session(self._engine) as session:
             row = session.scalars(select(_Job).where(_Job.id == job)).one_or_none()
@@ -136,10 +137,10 @@ class JobStore:
             return row.record()
 
     def page(self, limit: int = 100, before: str | None = None, status: Status | None = None) -> list[JobRecord]:
-        """Jobs, the newest first; ``before`` is the id of a job, after which a page goes on.
+        """At most ``limit`` jobs, the newest first; only those older than the job ``before``, and in the state ``status``.
 
         Raises:
-            JobNotFound: there is no job ``before``.
+            JobNotFound: there is no job with the id ``before``.
         """
         query = select(_Job).order_by(_Job.number.desc()).limit(limit)
         if status is not None:
@@ -153,19 +154,19 @@ class JobStore:
             return [row.record() for row in session.scalars(query)]
 
     def count(self) -> dict[Status, int]:
-        """How many jobs are in each state, of the states that there are any in."""
+        """How many jobs are in each state. States without jobs are missing."""
         query = select(_Job.status, func.count()).group_by(_Job.status)
         with Session(self._engine) as session:
             return {cast("Status", status): count for status, count in session.execute(query)}
 
     def queue(self, limit: int) -> list[JobRecord]:
-        """The jobs that wait, the oldest first."""
+        """At most ``limit`` queued jobs, the oldest first."""
         query = select(_Job).where(_Job.status == "queued").order_by(_Job.number).limit(limit)
         with Session(self._engine) as session:
             return [row.record() for row in session.scalars(query)]
 
     def models(self) -> list[JobRecord]:
-        """The newest job that succeeded for each model name, by name."""
+        """For each model name the newest job that succeeded, sorted by that name."""
         newest = select(func.max(_Job.number)).where(_Job.status == "succeeded").group_by(_Job.model)
         query = select(_Job).where(_Job.number.in_(newest)).order_by(_Job.model)
         with Session(self._engine) as session:
@@ -179,7 +180,7 @@ class JobStore:
         result: dict[str, Any] | None = None,
         error: dict[str, Any] | None = None,
     ) -> bool:
-        """Change a job's state, with its event; False where the job is not in a state before ``to``."""
+        """Move a job to the state ``to``, and record the event. False if that is not possible from the job's present state."""
         now = _now()
         values: dict[str, Any] = {"status": to}
         if to == "running":
@@ -194,34 +195,34 @@ class JobStore:
         return True
 
     def note_activity(self, job: str, activity: Activity) -> None:
-        """Put what a job is busy with on its record, in place of what was there; unless it is over, or about to be."""
+        """Record what a job is doing, in place of what was recorded. Does nothing unless the job is running."""
         values = {"activity": activity.model_dump(mode="json")}
         with Session(self._engine) as session, session.begin():
             session.execute(update(_Job).where(_Job.id == job, _Job.status == "running").values(**values))
 
     def activity(self, job: str) -> dict[str, Any] | None:
-        """What a job is busy with, as JSON; None unless it is running."""
+        """What a job is doing, as JSON; None unless it is running."""
         query = select(_Job.activity).where(_Job.id == job, _Job.status == "running")
         with Session(self._engine) as session:
             return session.scalar(query)
 
     def count_start(self, job: str) -> int:
-        """Note that a coordinator starts on a job: how many did since the last round that was finished."""
+        """Count a start of the job's coordinator. Returns the number of starts since the last finished round."""
         with Session(self._engine) as session, session.begin():
             session.execute(update(_Job).where(_Job.id == job).values(starts=_Job.starts + 1))
             return session.scalars(select(_Job.starts).where(_Job.id == job)).one()
 
     def publish(self, job: str, key: str, kind: str, data: dict[str, Any]) -> None:
-        """Append an event, once for each ``key``."""
+        """Append an event, unless the job has one with this ``key``."""
         with Session(self._engine) as session, session.begin():
-            # A write comes first: it locks the job's row (on SQLite, the database), so that nobody else numbers an event.
+            # Write first, to lock the job's row (on SQLite, the database): no other process may number an event meanwhile.
             session.execute(update(_Job).where(_Job.id == job).values(starts=_Job.starts))
             if session.scalar(select(_Event.seq).where(_Event.job == job, _Event.key == key)) is None:
                 _append(session, job, key, kind, _now(), data)
                 session.execute(update(_Job).where(_Job.id == job).values(starts=0))
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> list[Event]:
-        """The events of a job that follow the ``after``-th.
+        """At most ``limit`` events of a job with numbers above ``after``, the oldest first.
 
         Raises:
             JobNotFound: there is no such job.
@@ -234,7 +235,7 @@ class JobStore:
         return found
 
     def newest(self, job: str, kind: str) -> Event | None:
-        """The newest event of a kind."""
+        """The job's newest event of this kind, or None."""
         query = select(_Event).where(_Event.job == job, _Event.kind == kind).order_by(_Event.seq.desc()).limit(1)
         with Session(self._engine) as session:
             row = session.scalars(query).one_or_none()
@@ -299,7 +300,10 @@ class _Schema(_Base):
 
 
 def _make_tables(engine: Engine) -> None:
-    """Make the tables that are missing. Where another process made one at the same moment, there is one fewer to make."""
+    """Make the tables that are missing.
+
+    ``create_all`` fails if another process makes a table at the same moment. Each further try has a table fewer to make.
+    """
     for _ in _Base.metadata.tables:
         with suppress(DBAPIError):
             _Base.metadata.create_all(engine)
@@ -308,24 +312,24 @@ def _make_tables(engine: Engine) -> None:
 
 
 def _check_version(engine: Engine) -> None:
-    """The tables are of the form that this code writes; a database without jobs becomes one of it."""
+    """Check that the tables have the version that this code writes. A database without jobs is marked with this version."""
     with Session(engine) as session:
         found = session.scalar(select(func.max(_Schema.version)))
         if found is None and session.scalar(select(_Job.id).limit(1)) is None:
-            with suppress(IntegrityError):  # another process notes it at the same moment
+            with suppress(IntegrityError):  # another process marks it at the same moment
                 session.add(_Schema(version=VERSION))
                 session.commit()
             return
     if found != VERSION:
         shown = engine.url.render_as_string()  # without the password
-        written = "an earlier chainfed-ray" if found is None or found < VERSION else "a later chainfed-ray"
+        writer = "an earlier chainfed-ray" if found is None or found < VERSION else "a later chainfed-ray"
         raise InvalidSetting(
-            "CHAINFED_DATABASE", shown, f"jobs in form {VERSION}; those in it were written by {written}"
+            "CHAINFED_DATABASE", shown, f"a database of version {VERSION}; this one was written by {writer}"
         )
 
 
 def _append(session: Session, job: str, key: str, kind: str, at: str, data: dict[str, Any]) -> None:
-    """Add the next event, in a transaction that holds the job's row."""
+    """Add the next event. The caller's transaction must hold the lock of the job's row."""
     seq = (session.scalar(select(func.max(_Event.seq)).where(_Event.job == job)) or 0) + 1
     session.add(_Event(job=job, seq=seq, key=key, kind=kind, at=at, data=data))
     session.flush()
@@ -336,7 +340,7 @@ def _engine(url: str) -> Engine:
         parsed = make_url(url)
         engine = create_engine(parsed, pool_pre_ping=True)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-        shown = url.rpartition("@")[2]  # what comes before may hold a password
+        shown = url.rpartition("@")[2]  # the part before may contain a password
         raise InvalidSetting(
             "CHAINFED_DATABASE", shown, f"an SQLAlchemy URL with its driver installed ({error})"
         ) from None
@@ -346,7 +350,7 @@ def _engine(url: str) -> Engine:
 
 
 def _tune_sqlite(connection: Any, _: Any) -> None:
-    """Readers do not wait for a writer, writers wait for each other, and a commit survives a loss of power."""
+    """Set SQLite up so that readers do not wait for a writer, writers wait for each other, and commits survive power loss."""
     for setting in ("journal_mode = wal", "synchronous = full", "busy_timeout = 30000", "foreign_keys = on"):
         connection.execute(f"pragma {setting}")
 

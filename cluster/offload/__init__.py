@@ -1,1 +1,1 @@
-"""Evaluation with the model on a disk: all of DeepSpeed, behind one door."""
+"""Evaluates the whole model with its weights on disk. Nothing else in the project uses DeepSpeed."""

@@ -1,7 +1,7 @@
-"""DeepSpeed's libraries for reading and writing disks, compiled in a step of their own: never while a job waits.
+"""Compiles DeepSpeed's libraries for reading and writing disks, in a separate step, so that no job waits for a compiler.
 
-They belong to one version of Python, torch and DeepSpeed, and have a folder for each. They are compiled in a temporary folder
-and moved to their place when they are whole: nothing that a killed compilation left is taken for a library, or waited for.
+Each combination of versions of Python, torch and DeepSpeed has a folder of its own. The libraries are compiled in a temporary
+folder and moved when they are complete: what a killed compilation leaves is never loaded, and blocks nothing.
 """
 
 import fcntl
@@ -24,10 +24,10 @@ _TEMPORARY = "compiling-"
 
 
 def ops_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where the libraries of these versions are: in ``CHAINFED_EXTENSIONS``, by default the user's cache.
+    """The folder of the libraries for the installed versions: in ``CHAINFED_EXTENSIONS``, by default in the user's cache.
 
     Raises:
-        InvalidSetting: the setting is no absolute path, or the user has no home.
+        InvalidSetting: ``CHAINFED_EXTENSIONS`` is not an absolute path.
     """
     named = environment.get("CHAINFED_EXTENSIONS")
     if named and not Path(named).is_absolute():
@@ -38,25 +38,27 @@ def ops_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def are_built(folder: Path) -> bool:
-    """Whether all of them are there."""
+    """True if ``folder`` has all the libraries."""
     return all(library(name, folder).exists() for name in OPS)
 
 
 def build_ops(folder: Path) -> None:
-    """Compile them, unless they are there; it takes a minute or two. One process at a time, another waits for it.
+    """Compile the libraries into ``folder``, unless they are there. It takes a minute or two.
+
+    One process compiles at a time; another one waits until it has finished.
 
     Raises:
-        OpsNotBuilt: the compiler failed, or there is none.
+        OpsNotBuilt: the compiler failed or is missing, or the folder cannot be written to.
     """
-    if are_built(folder):  # perhaps where nothing can be written, as in the image
+    if are_built(folder):  # check before writing: in the container image the folder is read-only
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
-            if are_built(folder):  # by the one that had the lock before
+            if are_built(folder):  # another process compiled them while this one waited
                 return
-            for left in folder.glob(f"{_TEMPORARY}*"):  # by one that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in folder.glob(f"{_TEMPORARY}*"):  # from a compilation that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
             with TemporaryDirectory(prefix=_TEMPORARY, dir=folder, ignore_cleanup_errors=True) as temporary:
                 _compile(Path(temporary), folder)
     except OSError as error:
@@ -65,37 +67,40 @@ def build_ops(folder: Path) -> None:
 
 
 def _compile(temporary: Path, folder: Path) -> None:
-    """Compile them in ``temporary``, in a process of their own, and move them into ``folder``."""
+    """Compile the libraries in ``temporary``, in a process of its own, and move them into ``folder``."""
     done = subprocess.run(
         [sys.executable, "-c", "from chainfed_ray.cluster.offload.build import compile_here; compile_here()"],
         env={
             **os.environ,
             "DS_ACCELERATOR": "cpu",
             "TORCH_EXTENSIONS_DIR": str(temporary),
-            # Where pip puts ninja, also if nobody activated the environment.
+            # pip installs ninja beside Python, where PATH has it only if the environment is activated.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         },
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        raise OpsNotBuilt(str(folder), _last_words(done.stderr + done.stdout) or f"exit code {done.returncode}")
+        raise OpsNotBuilt(str(folder), _error_line(done.stderr + done.stdout) or f"exit code {done.returncode}")
     for name in OPS:
         (temporary / name / f"{name}.so").replace(library(name, folder))
 
 
-def _last_words(said: str) -> str:
-    """The first line that tells of an error, or the last line: what follows an error tells that there was one."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def _error_line(output: str) -> str:
+    """The line of a compiler's output that says what went wrong: the first one with an error, or else the last line.
+
+    The first one, because later lines only say that there was an error.
+    """
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\berror\b|not found", line)]
     return (errors[:1] or lines[-1:] or [""])[0].rstrip(".")
 
 
 def compile_here() -> None:
-    """Compile and load them in this process, which is made for it, in the folder that ``TORCH_EXTENSIONS_DIR`` names.
+    """Compile the libraries in the folder that ``TORCH_EXTENSIONS_DIR`` names, and load them. It needs a process of its own.
 
-    For any machine of this kind, not only for one with this processor: an image is built elsewhere, and what they do is wait
-    for disks. Without what a debugger needs, which would take as long again.
+    The code runs on any processor of this architecture, because images are built on other machines; speed does not matter for
+    code that waits for disks. Symbols for debuggers are left out: they would double the time to compile.
     """
     from deepspeed.ops.op_builder.builder import OpBuilder
     from deepspeed.ops.op_builder.cpu import AsyncIOBuilder, PinMemoryBuilder
@@ -112,16 +117,16 @@ def compile_here() -> None:
 
 
 def _copy_sources(theirs: Path, ours: Path) -> None:
-    """Copy DeepSpeed's sources, and let each header be read once in a compilation: theirs do not see to that."""
+    """Copy DeepSpeed's sources, and add ``#pragma once`` to each header: they have no include guards."""
     shutil.copytree(theirs, ours)
     for header in ours.rglob("*.h"):
         header.write_text(f"#pragma once\n{header.read_text()}")
 
 
 def _join_sources(builder: Any, folder: Path) -> None:
-    """Let ``builder`` compile one source that includes its others: each reads torch's headers, which takes half a minute.
+    """Let ``builder`` compile a single source that includes its others: torch's headers take half a minute per source.
 
-    Those in ``common`` stay apart. They read nothing of torch's, and have names of their own that are also names elsewhere.
+    Sources in ``common`` are compiled separately: they do not include torch, and define names that other sources define too.
     """
     apart = [source for source in builder.sources() if "/common/" in source]
     included = [f'#include "{source}"\n' for source in builder.sources() if source not in apart]
@@ -132,7 +137,7 @@ def _join_sources(builder: Any, folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else compiles into ``folder`` for as long as the block runs. The kernel takes the lock back from whoever dies."""
+    """Hold the lock of ``folder``, so that one process compiles at a time. The kernel frees it when the process dies."""
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

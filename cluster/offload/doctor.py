@@ -1,6 +1,6 @@
-"""What this machine can do: whether evaluation by DeepSpeed is possible here, and how to get what it lacks.
+"""Checks if DeepSpeed can evaluate on this machine, and says how to get what is missing.
 
-It is asked beforehand, since DeepSpeed ends the process where memory may not be locked, or a file is shorter than it should be.
+The check comes first, because DeepSpeed aborts the whole process if memory cannot be locked or a file is shorter than expected.
 """
 
 import ctypes
@@ -21,29 +21,32 @@ from chainfed_ray.units import format_bytes
 _INCLUDE = (Path("/usr/include"), Path("/usr/local/include"))
 _IN_MEMORY = ("tmpfs", "ramfs")
 _IPC_LOCK = 14  # the bit of the capability, in linux/capability.h
-# Of a model that is not known yet: RoBERTa-large locks 33 MiB, and takes 1.2 GiB of disk.
+# What to require if the model is not known yet. RoBERTa-large locks 33 MiB of memory, and takes 1.2 GiB of disk.
 _USUAL_LOCK, _USUAL_DISK = 64 * 2**20, 2 * 2**30
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What matters of a machine, as it was found; None is what is not there."""
+    """What a machine has that DeepSpeed may need. Paths are None if nothing was found."""
 
     compiler: str | None
     ninja: str | None
-    header: str | None  # of libaio
-    library: bool  # libaio itself
+    header: str | None  # libaio's header
+    library: bool  # libaio can be loaded
     ops: Path  # the folder of DeepSpeed's compiled libraries
-    built: bool
-    lockable: int | None  # bytes of memory that a process may lock; None: as many as it likes
+    built: bool  # the compiled libraries are there
+    lockable: int | None  # bytes of memory that a process may lock; None if there is no limit
     scratch: Path
-    direct: bool  # whether files there may be read and written past the page cache
-    free_disk: int
+    direct: bool  # files in scratch can be read and written past the page cache (O_DIRECT)
+    free_disk: int  # bytes
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked for: whether it is as it should be, or is not needed here, and else how to get it."""
+    """The result of one check: ``ok``, what was ``found``, and the ``remedy`` if it is not ok.
+
+    ``needed`` is false for what this machine can do without, such as a compiler when the libraries are compiled.
+    """
 
     name: str
     ok: bool
@@ -68,10 +71,10 @@ def look(
     include: Sequence[Path] = _INCLUDE,
     library: str = "libaio.so.1",
 ) -> Machine:
-    """Look at this machine; ``scratch`` is where a model's layers would be kept.
+    """Examine this machine. ``scratch`` is the folder where a model's layers would be stored.
 
     Raises:
-        InvalidSetting: ``CHAINFED_EXTENSIONS`` is wrong.
+        InvalidSetting: ``CHAINFED_EXTENSIONS`` is invalid.
     """
     ops = ops_folder(environment)
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
@@ -92,7 +95,7 @@ def look(
 
 
 def findings(machine: Machine, lock: int = _USUAL_LOCK, disk: int = _USUAL_DISK) -> list[Finding]:
-    """What an evaluation by DeepSpeed needs that locks ``lock`` bytes of memory and keeps ``disk`` bytes on a disk."""
+    """The findings for an evaluation by DeepSpeed that locks ``lock`` bytes of memory and stores ``disk`` bytes on disk."""
     lockable, built = machine.lockable, machine.built
     return [
         Finding(
@@ -123,7 +126,7 @@ def findings(machine: Machine, lock: int = _USUAL_LOCK, disk: int = _USUAL_DISK)
             "direct file access",
             machine.direct,
             f"{'possible' if machine.direct else 'not possible'} in {machine.scratch}",
-            "set CHAINFED_SCRATCH to a folder on a disk, and not in memory",
+            "set CHAINFED_SCRATCH to a folder on a disk, not in memory",
         ),
         Finding(
             "C++ compiler",
@@ -150,7 +153,7 @@ def findings(machine: Machine, lock: int = _USUAL_LOCK, disk: int = _USUAL_DISK)
 
 
 def is_possible(found: Sequence[Finding]) -> bool:
-    """Whether DeepSpeed can evaluate here as things are."""
+    """True if DeepSpeed can evaluate on the machine with these findings."""
     return all(finding.ok or not finding.needed for finding in found)
 
 
@@ -171,7 +174,7 @@ def _loads(library: str) -> bool:
 
 
 def _lockable() -> int | None:
-    """The soft limit does not matter: a process may raise it to the hard one."""
+    """The bytes that this process may lock; None if there is no limit. A process may raise its soft limit to the hard one."""
     if int(status_line("CapEff"), 16) >> _IPC_LOCK & 1:
         return None
     _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -179,8 +182,8 @@ def _lockable() -> int | None:
 
 
 def _is_direct(folder: Path) -> bool:
-    """Whether it is on a disk, and a file may be opened there with O_DIRECT, as DeepSpeed does."""
-    if _file_system(folder) in _IN_MEMORY:  # some kernels allow O_DIRECT there
+    """True if ``folder`` is on a disk and files in it can be opened with O_DIRECT, as DeepSpeed opens them."""
+    if _file_system(folder) in _IN_MEMORY:  # some kernels allow O_DIRECT even there
         return False
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
@@ -191,14 +194,14 @@ def _is_direct(folder: Path) -> bool:
 
 
 def _file_system(folder: Path) -> str:
-    """The kind of file system that ``folder`` is on: of the one that is mounted the furthest down, and there the last."""
+    """The kind of file system that ``folder`` is on: the deepest mount above it and, if two share a place, the later one."""
     mounted = (line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines())
     within = [(place, kind) for place, kind in mounted if folder.resolve().is_relative_to(_unescaped(place))]
     return max(reversed(within), key=lambda found: len(found[0]))[1]
 
 
 def _unescaped(place: str) -> str:
-    r"""A path as the kernel lists it, where ``\040`` is a space."""
+    r"""The path that the kernel lists with escapes: it writes ``\040`` for a space."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place)
 
 

@@ -1,4 +1,4 @@
-"""The evaluator whose model lies on a disk: what the coordinator has of a run of Ray Train and DeepSpeed."""
+"""The evaluator whose model is on disk: the coordinator's side of a run of Ray Train and DeepSpeed."""
 
 import pickle
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from chainfed_ray.cluster.offload.footprint import disk_bytes, offload_footprint
 from chainfed_ray.cluster.offload.messages import OFFLOAD, START_SECONDS, EvaluationOrder, RunSpec, RunState
 from chainfed_ray.cluster.offload.model import WorkerResult
 from chainfed_ray.cluster.offload.run import RUN_ENVIRONMENT, EvaluationRun
-from chainfed_ray.cluster.offload.worker import Work, sent
-from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, of_controller, runtime_env
+from chainfed_ray.cluster.offload.worker import Work, put_stack
+from chainfed_ray.cluster.resources import OFFLOAD_IDLE_BYTES, controller_options, runtime_env
 from chainfed_ray.errors import EvaluationFailed, InvalidSetting
 from chainfed_ray.evaluation.evaluator import Evaluated, EvaluationSets, Evaluator, whole_model
 from chainfed_ray.evaluation.predictions import Predictions
@@ -28,46 +28,46 @@ from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes
 
-_SILENCE_SECONDS = 600.0  # between two layers that are loaded, or two batches
+_SILENCE_SECONDS = 600.0  # the longest that the workers may take for a layer to load, or a batch
 _POLL_SECONDS = 1.0
-_ANSWER_SECONDS = 60.0  # of an actor that only notes things down
-_LIFE_SECONDS = 2.0  # between two signs of life
+_ANSWER_SECONDS = 60.0  # the longest that the run's actor may take to answer; it computes nothing
+_HEARTBEAT_SECONDS = 2.0
 _NAMESPACE = "chainfed"
 
 
 def make_evaluator(
     base: ModelSource,
-    costs: MemoryProfile,
+    profile: MemoryProfile,
     sets: EvaluationSets,
     *,
     workers: int = 1,
     batch_size: int = 4,
     listen: Listener = no_listener,
 ) -> Evaluator | str:
-    """The evaluator of a job whose held-out examples are ``sets``; or, in a sentence, why there can be none here.
+    """The evaluator of a job whose held-out examples are ``sets``, or a sentence on why DeepSpeed cannot run here.
 
-    Call it where Ray is connected. Nothing is loaded before the first stack is judged.
+    Call it in a process that is connected to Ray. The model is loaded when the first stack is evaluated.
     """
     blocks = Blocks(base.folder, base.dtype)
     try:
         tokens = max(int(examples.lengths.max()) for examples in sets.values())
-        memory = offload_footprint(blocks, costs, workers, batch_size, tokens).total
+        memory = offload_footprint(blocks, profile, workers, batch_size, tokens).total
         reason = why_not(look(base.scratch / OFFLOAD), swap_bytes(blocks, workers), disk_bytes(blocks))
     except InvalidSetting as error:
         return str(error)
     except OSError as error:  # such as a folder that may not be read or written
-        return f"this machine could not be looked at: {error.strerror or error}" + (
+        return f"this machine could not be checked: {error.strerror or error}" + (
             f" ({error.filename})" if error.filename else ""
         )
     finally:
         blocks.close()
-    return reason or OffloadedEvaluator(base, costs.layers, sets, memory, workers, batch_size, listen)
+    return reason or OffloadedEvaluator(base, profile.layers, sets, memory, workers, batch_size, listen)
 
 
 class OffloadedEvaluator:
-    """Judges stacks on a model of ``layers`` layers in ``workers`` processes.
+    """An ``Evaluator`` that runs a model of ``layers`` layers in ``workers`` processes.
 
-    Each process is planned to take ``memory`` bytes above itself when idle.
+    Each process is planned to take ``memory`` bytes above the idle process.
     """
 
     engine = "deepspeed"
@@ -91,37 +91,38 @@ class OffloadedEvaluator:
         self._number = 0
 
     def evaluate(self, stack: AdapterStack, examples: str) -> Evaluated:
-        """See ``Evaluator``. The first time, and after a failure, the model is loaded."""
+        """See ``Evaluator``. The first call loads the model, and so does the call after a failure."""
         started = perf_counter()
         if self._run is None:
             self._start()
         self._number += 1
         try:
-            ray.get(self._run.ask.remote(EvaluationOrder(self._number, sent(stack), examples)), timeout=START_SECONDS)
-            shares = self._answered(examples)
+            order = EvaluationOrder(self._number, put_stack(stack), examples)
+            ray.get(self._run.submit.remote(order), timeout=START_SECONDS)
+            results = self._results(examples)
         except RayError as error:
             self.close()
             raise EvaluationFailed(self.engine, f"its run ended ({type(error).__name__})") from None
         except BaseException:
             self.close()
             raise
-        judgement = Predictions.blank(self._counts[examples])
-        for share in shares:
-            judgement.put(share.indices, share.judgement.take(share.indices))
-        peaks = [share.peak_bytes for share in shares if share.peak_bytes is not None]
-        wholes = [share.process_bytes for share in shares if share.process_bytes is not None]
+        predictions = Predictions.blank(self._counts[examples])
+        for result in results:
+            predictions.put(result.indices, result.predictions.take(result.indices))
+        peaks = [result.peak_bytes for result in results if result.peak_bytes is not None]
+        totals = [result.process_bytes for result in results if result.process_bytes is not None]
         return Evaluated(
-            judgement,
+            predictions,
             seconds=perf_counter() - started,
-            forward_seconds=max(share.forward_seconds for share in shares),
+            forward_seconds=max(result.forward_seconds for result in results),
             planned_bytes=self._memory,
             peak_bytes=max(peaks, default=None),
-            process_bytes=max(wholes, default=None),
+            process_bytes=max(totals, default=None),
             processes=self._workers,
         )
 
     def close(self) -> None:
-        """See ``Evaluator``: the workers remove their files and end, or are ended."""
+        """See ``Evaluator``. The workers remove their files and end; if they do not answer, they are killed."""
         run, self._run = self._run, None
         if run is not None:
             self._over.set()
@@ -129,28 +130,28 @@ class OffloadedEvaluator:
 
     def _start(self) -> None:
         Reporter("starting the processes of DeepSpeed", self._listen).begin()
-        made = RunSpec(f"run-{token_hex(4)}", self._workers, self._memory, self._work)
+        spec = RunSpec(f"run-{token_hex(4)}", self._workers, self._memory, self._work)
         name = f"evaluation of {self._base.scratch}"
-        with suppress(ValueError):  # there is none
-            _end(ray.get_actor(name, _NAMESPACE))  # of an owner that was killed
-        run: Any = EvaluationRun  # ray.remote gives it `options`, which its type does not show
+        with suppress(ValueError):  # there is no such actor
+            _end(ray.get_actor(name, _NAMESPACE))  # an earlier coordinator of this job was killed and left its run
+        run: Any = EvaluationRun  # ray.remote adds `options`, which the type does not show
         self._run = run.options(
-            **of_controller(),
+            **controller_options(),
             name=name,
             namespace=_NAMESPACE,
             lifetime="detached",
-            # Each worker waits in one call, and tells that it is alive in others.
+            # Each worker waits in one call, and reports progress in others.
             max_concurrency=2 * self._workers + 4,
             runtime_env=runtime_env(RUN_ENVIRONMENT),
-        ).remote(made)
+        ).remote(spec)
         self._number, self._over = 0, Event()
-        Thread(target=_signs_of_life, args=(self._run, self._over), daemon=True).start()
+        Thread(target=_send_heartbeats, args=(self._run, self._over), daemon=True).start()
 
-    def _answered(self, examples: str) -> list[WorkerResult]:
-        """The shares of all workers, once they have judged the set called ``examples``.
+    def _results(self, examples: str) -> list[WorkerResult]:
+        """Wait until all workers have evaluated the set called ``examples``, and return their results.
 
         Raises:
-            EvaluationFailed: the run is over, or nothing is heard of it.
+            EvaluationFailed: the run ended, did not start in time, or made no progress for too long.
         """
         starts = monotonic() + START_SECONDS
         loading = Reporter("loading the model into DeepSpeed", self._listen)
@@ -165,8 +166,8 @@ class OffloadedEvaluator:
             elif state.started:
                 tell_layers = tell_layers or loading.count(self._layers, "layers")
                 tell_layers(state.done // self._workers)
-            if len(state.shares) == self._workers:
-                return [pickle.loads(share) for share in state.shares.values()]
+            if len(state.results) == self._workers:
+                return [pickle.loads(result) for result in state.results.values()]
             if state.over:
                 raise EvaluationFailed(self.engine, state.over)
             if not state.started and monotonic() > starts:
@@ -176,20 +177,20 @@ class OffloadedEvaluator:
                     self.engine, f"no machine with {needed} was free {many} within {START_SECONDS:g} s"
                 )
             if state.started and state.silent_seconds > _SILENCE_SECONDS:
-                raise EvaluationFailed(self.engine, f"nothing was heard of its workers for {_SILENCE_SECONDS:g} s")
+                raise EvaluationFailed(self.engine, f"its workers made no progress for {_SILENCE_SECONDS:g} s")
 
     def _state(self) -> RunState:
         state: RunState = ray.get(self._run.wait.remote(_POLL_SECONDS), timeout=_ANSWER_SECONDS)
         return state
 
 
-def _signs_of_life(run: Any, over: Event) -> None:
-    while not over.wait(_LIFE_SECONDS) and ray.is_initialized():
+def _send_heartbeats(run: Any, over: Event) -> None:
+    while not over.wait(_HEARTBEAT_SECONDS) and ray.is_initialized():
         run.owner_lives.remote()
 
 
 def _end(run: Any) -> None:
-    """End a run, and then its actor. One that does not answer ends by itself, since nobody tells it that there is an owner."""
+    """End a run, and then its actor. An actor that does not answer ends by itself, because its heartbeats stop."""
     with suppress(RayError):
         ray.get(run.end.remote(), timeout=_ANSWER_SECONDS)
         ray.kill(run)

@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled libraries for reading and writing disks: which they are, and how they are loaded without a compiler."""
+"""Names DeepSpeed's compiled libraries for reading and writing disks, and loads them without a compiler."""
 
 import ctypes
 import importlib.util
@@ -6,17 +6,17 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-# The second looks up functions of the first.
+# In this order, because the second looks up functions of the first.
 OPS = ("pin_memory", "async_io")
 
 
 def library(name: str, folder: Path) -> Path:
-    """Where the library called ``name`` is, of those that were compiled into ``folder``."""
+    """The file of the library ``name``, compiled into ``folder``."""
     return folder / f"{name}.so"
 
 
 def load_op(name: str, folder: Path) -> ModuleType:
-    """The library called ``name``, which was compiled into ``folder``; loaded once in a process."""
+    """Load the library ``name`` from ``folder``. A second call in a process returns the loaded one."""
     if name in sys.modules:
         return sys.modules[name]
     path = library(name, folder)

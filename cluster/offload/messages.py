@@ -1,49 +1,49 @@
-"""What the owner of an evaluation, the actor of its run, and the run's workers tell one another. Nothing here loads torch."""
+"""The messages between an evaluation's owner (the coordinator), the actor of its run, and the run's workers.
+
+Nothing here imports torch, because the actor works without it.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
-OFFLOAD = "(offload)"  # in a job's scratch folder
-START_SECONDS = 180.0  # until the workers are there: a machine may have to be made for them
+OFFLOAD = "(offload)"  # the folder for layers on disk, inside a job's scratch folder
+START_SECONDS = 180.0  # the longest that workers may take to start: the cluster may have to add a machine for them
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a run is made of."""
+    """The settings of a run."""
 
-    name: str  # of it, and of its folder
+    name: str  # also the name of the run's folder
     workers: int
-    memory: int  # bytes that a worker is planned to take
-    work: list[Any]  # a reference to what the workers are told; in a list Ray leaves it as it is
+    memory: int  # bytes that a worker is planned to take above the idle process
+    work: list[Any]  # a reference to a `worker.Work`; it is in a list, or Ray would fetch it for the actor too
 
 
 @dataclass(frozen=True)
 class EvaluationOrder:
-    """A stack to be judged: the ``number``-th of the run, its tensors behind a reference in a list; None ends the run."""
+    """An order to the workers: evaluate a stack, or end the run."""
 
-    number: int
-    stack: list[Any] | None
-    examples: str
+    number: int  # counts the orders of a run from 1
+    stack: list[Any] | None  # a list with a reference to the stack's tensors; None ends the run
+    examples: str  # the name of the set of held-out examples
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is: ``shares`` of the present order, by worker, pickled; ``over`` is why it ended, if it has.
+    """How far a run is."""
 
-    ``done`` is what the workers did together: layers that they loaded, until the model is ``loaded``; then an order's batches.
-    """
-
-    shares: dict[int, bytes]
-    over: str | None
-    started: bool
-    loaded: bool
-    done: int
-    silent_seconds: float
+    results: dict[int, bytes]  # for the present order: each worker's result by rank, pickled
+    over: str | None  # why the run ended; None if it has not
+    started: bool  # a worker has started
+    loaded: bool  # a worker has loaded the model
+    done: int  # until the model is loaded: layers loaded by all workers together; then batches of the present order
+    silent_seconds: float  # since a worker last reported progress
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a worker ended; ``lost_another`` if it noticed no more than that another one was gone."""
+    """Why a worker ended."""
 
     words: str
-    lost_another: bool
+    peer_failed: bool  # it ended only because its connection to another worker broke

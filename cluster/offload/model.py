@@ -1,11 +1,11 @@
-"""The whole model in a DeepSpeed engine (ZeRO-3), with the weights of its layers on disk.
+"""Runs the whole model in a DeepSpeed engine (ZeRO-3), with the weights of its layers on disk.
 
-A parameter is read into a locked buffer when the module that it belongs to runs, and forgotten after that: the
-server that judges a model may be far smaller than the model (Rajbhandari et al., *ZeRO-Infinity*, 2021). With n processes each
-keeps an n-th of every parameter; they run the same modules at the same time, on batches of their own.
+A parameter is read from disk into a locked buffer when its module runs, and released afterwards. So the server that evaluates a
+model may have far less memory than the model takes (Rajbhandari et al., *ZeRO-Infinity*, 2021). Each of n processes stores an
+n-th of every parameter. All run the same modules at the same time, each on its own batches.
 
-Embeddings, head and adapters stay outside the engine: rows of tables and slices of the head's matrix are read as elsewhere, and
-another stack is another argument. This is the one file of the folder that imports DeepSpeed, and only when it is used.
+Embeddings, head and adapters are outside the engine. They are read as everywhere else: rows of the embedding tables, slices of
+the head's matrix. A stack is an argument of ``evaluate``. This file imports DeepSpeed, and only when a model is loaded.
 """
 
 import logging
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from chainfed_ray.client.turn import warm_up
-from chainfed_ray.cluster.offload.footprint import SWAPPED_BYTES, buffer_numbers, buffers
+from chainfed_ray.cluster.offload.footprint import SWAPPED_BYTES, buffer_count, buffer_elements
 from chainfed_ray.cluster.offload.libraries import OPS, load_op
 from chainfed_ray.cluster.offload.removal import remove_when_this_process_ends
 from chainfed_ray.data.tokens import Batch, Examples
@@ -39,13 +39,13 @@ from chainfed_ray.units import format_bytes
 
 
 class OffloadedModel:
-    """The model in ``base``, its layers in ``nvme``: a folder of this process's own, which is emptied first. One for a process.
+    """The model in ``base``, with its layers on disk in the folder ``nvme``. A process may have one such model.
 
-    In several processes that torch.distributed has joined, each makes one at the same time. ``alive`` is called whenever
-    something was done: after each layer, and each batch.
+    ``nvme`` belongs to this process alone, and is emptied first. With several workers in a torch.distributed group, all make
+    their model at the same time. ``alive`` is called after each layer that is loaded, and after each batch.
 
     Raises:
-        OSError: the disk has no room for the layers, before anything is lost on it.
+        OSError: the disk has no room for the layers.
     """
 
     def __init__(self, base: ModelSource, nvme: Path, ops: Path, alive: Callable[[], None]) -> None:
@@ -70,38 +70,38 @@ class OffloadedModel:
 
     @torch.no_grad()
     def evaluate(self, stack: AdapterStack, examples: Examples, batch_size: int) -> "WorkerResult":
-        """Judge this process's share of ``examples`` with ``stack``, ``batch_size`` of like length at a time."""
+        """Predict this process's part of ``examples`` with ``stack``, in batches of ``batch_size`` examples of like length."""
         matrices = self._blocks.reader()
-        whole, mine, seconds = Predictions.blank(len(examples)), [torch.zeros(0, dtype=torch.int64)], 0.0
+        predictions, mine, seconds = Predictions.blank(len(examples)), [torch.zeros(0, dtype=torch.int64)], 0.0
         try:
             with PeakMemory() as peak:
                 for indices, counted in worker_batches(examples, batch_size, self._rank, self._workers):
                     started = perf_counter()
                     batch = examples.batch(indices)
-                    found = predict(self._blocks, stack, self._engine(batch, stack), batch, matrices)
+                    predicted = predict(self._blocks, stack, self._engine(batch, stack), batch, matrices)
                     seconds += perf_counter() - started
                     if counted:
                         mine.append(torch.from_numpy(indices))
-                        whole.put(mine[-1], found)
+                        predictions.put(mine[-1], predicted)
                     self._alive()
         finally:
             matrices.close()
         highest = [one.highest for one in (self._loading, peak) if one.highest is not None]
-        return WorkerResult(torch.cat(mine), whole, seconds, self._highest_with(peak), max(highest, default=None))
+        return WorkerResult(torch.cat(mine), predictions, seconds, self._peak_bytes(peak), max(highest, default=None))
 
     def close(self) -> None:
-        """Let go of the engine, the locked buffers and the files."""
+        """Release the engine and the locked buffers, and delete the files."""
         self._engine.destroy()
         self._swapper.aio_read_handle.free_cpu_locked_tensor(self._swapper.buffers)
         self._blocks.close()
         shutil.rmtree(self._nvme, ignore_errors=True)
 
     def _place(self, deepspeed: Any, module: nn.Module, config: dict[str, Any]) -> None:
-        """Put a module's parameters on the disk, in shares of all processes."""
+        """Write a module's parameters to disk. Each process writes its part."""
         deepspeed.zero.Init(module=module, config_dict_or_path=config, param_swapper=self._swapper)
 
-    def _highest_with(self, peak: PeakMemory) -> int | None:
-        """The most above this process when idle, while the model was loaded or now."""
+    def _peak_bytes(self, peak: PeakMemory) -> int | None:
+        """The most memory above the idle process: when the model was loaded, or in the evaluation measured by ``peak``."""
         if peak.bytes is None or peak.start is None or self._loading.bytes is None or self._loading.start is None:
             return None
         return max(self._loading.bytes, peak.start - self._loading.start + peak.bytes)
@@ -109,22 +109,20 @@ class OffloadedModel:
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """One process's part of an evaluation: of ``judgement`` only ``indices`` are its own.
+    """One process's part of an evaluation. Memory is None if the machine cannot measure it."""
 
-    ``peak_bytes`` are above the process when idle, ``process_bytes`` all that it ever held; None if not known.
-    """
-
-    indices: Tensor  # [m] int64
-    judgement: Predictions  # of all n examples
+    indices: Tensor  # [m] int64: the examples that this process evaluated
+    predictions: Predictions  # room for all n examples; only those at `indices` are filled in
     forward_seconds: float
-    peak_bytes: int | None
-    process_bytes: int | None
+    peak_bytes: int | None  # the most memory above the idle process
+    process_bytes: int | None  # the most memory of the process as a whole
 
 
 def worker_batches(examples: Examples, batch_size: int, rank: int, workers: int) -> list[tuple[np.ndarray, bool]]:
-    """The batches of one process, and whether each counts.
+    """The batches of the process ``rank`` as indices of examples, each with True if its predictions count.
 
-    Every process has as many, since all must run the same modules: where batches are missing the first is run again.
+    All processes must run the same modules, so all get the same number of batches. A process that has too few runs the first
+    batch again, which does not count.
     """
     batches = list(examples.by_length(batch_size))
     places = range(rank, -(-len(batches) // workers) * workers, workers)
@@ -132,20 +130,20 @@ def worker_batches(examples: Examples, batch_size: int, rank: int, workers: int)
 
 
 class _Chain(nn.Module):
-    """The layers, each followed by its adapter, if the stack has one."""
+    """The layers, each followed by its adapter if the stack has one."""
 
     def __init__(self, blocks: Blocks, layers: nn.ModuleList) -> None:
         super().__init__()
         self._blocks, self.layers = blocks, layers
 
     def forward(self, batch: Batch, stack: AdapterStack) -> LayerStates:
-        """Tokens [B, T] → the output of the last layer."""
+        """Tokens [B, T] → the output of the last layer [B, T, D]."""
         states, calls = embed(self._blocks, batch)
         return through_layers(self._blocks, stack, enumerate(self.layers), calls, states, batch.mask)
 
 
 def _deepspeed(ops: Path) -> Any:
-    """DeepSpeed for a machine without GPUs, with the libraries in ``ops``; nothing is compiled."""
+    """Import DeepSpeed for a machine without GPUs, with the compiled libraries in ``ops``."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")
     _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -156,9 +154,9 @@ def _deepspeed(ops: Path) -> Any:
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Its loader would look for a compiler, and wait for ever for the lock of one that was killed.
+    # DeepSpeed's own loader would look for a compiler, and wait for ever for the lock of a killed compilation.
     OpBuilder._loaded_ops |= {name: load_op(name, ops) for name in OPS}
-    # A faster sum over processes of one machine, which nothing here needs: without it they may be on several.
+    # Turn off an all-reduce through shared memory: nothing here needs it, and workers may be on different machines.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     return deepspeed
@@ -166,32 +164,32 @@ def _deepspeed(ops: Path) -> Any:
 
 def _config(blocks: Blocks, nvme: Path, workers: int) -> dict[str, Any]:
     return {
-        "train_micro_batch_size_per_gpu": 1,  # it is asked for, and means nothing here
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires a value, but nothing is trained
         "bf16": {"enabled": blocks.dtype == torch.bfloat16},
         "aio": {"block_size": SWAPPED_BYTES, "queue_depth": 8, "overlap_events": True},
         "zero_optimization": {
             "stage": 3,
-            # Nothing stays for longer than it is used, and nothing is read ahead.
+            # Release each parameter right after its use, and read none ahead.
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0,
             "stage3_prefetch_bucket_size": 0,
-            "memory_efficient_linear": False,  # it would replace torch's own for the whole process
+            "memory_efficient_linear": False,  # it would replace torch's linear function in the whole process
             "offload_param": {
                 "device": "nvme",
                 "nvme_path": str(nvme),
                 "pin_memory": False,
-                "buffer_count": buffers(blocks),
-                "buffer_size": buffer_numbers(blocks, workers),
+                "buffer_count": buffer_count(blocks),
+                "buffer_size": buffer_elements(blocks, workers),
             },
         },
     }
 
 
 def _swapper(config: dict[str, Any], blocks: Blocks) -> Any:
-    """What moves parameters to the disk and back. Before one is written its place on the disk is made sure of.
+    """DeepSpeed's object that moves parameters to disk and back, changed to reserve disk space before each write.
 
-    DeepSpeed does not look whether a write succeeded: a disk that is full would be noticed when the file is read, by an abort.
+    DeepSpeed does not check if a write succeeded. With a full disk, it would abort the process when it reads the file.
     """
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper

@@ -1,10 +1,13 @@
-"""A run of Ray Train that keeps a model offloaded to disk and judges stacks as they come: the actor between owner and workers.
+"""The actor of an offloaded evaluation: it starts the workers with Ray Train, and passes orders and results on.
 
-The actor outlives its owner by half a minute, in which it ends the run as Ray Train ends one. (Were it killed with its owner,
-Ray Train would not give back the memory that it reserved: it learns of that from Ray's dashboard, which need not be there.)
+The workers keep the model on disk and evaluate stacks as the owner, the job's coordinator, sends them. What they do is in
+worker.py.
 
-Neither this actor nor Ray Train's own computes anything, so nothing here loads torch, which would take 150 MiB of each: what
-is of torch passes through as bytes, or behind a reference. The work itself is in worker.py.
+The actor lives half a minute longer than its owner, to end the run in the way that Ray Train does. If it were killed with its
+owner, Ray Train would keep the memory that it reserved: it notices only through Ray's dashboard, which may not run.
+
+This actor and Ray Train's own compute nothing, so nothing here imports torch, which would take 150 MiB in each. Tensors pass
+through as bytes, or behind a reference.
 """
 
 import os
@@ -20,13 +23,13 @@ import ray
 
 from chainfed_ray.cluster.offload.messages import START_SECONDS, EvaluationOrder, Reason, RunSpec, RunState
 from chainfed_ray.cluster.offload.removal import remove_when_this_process_ends
-from chainfed_ray.cluster.resources import of_evaluation, runtime_env
+from chainfed_ray.cluster.resources import evaluation_resources, runtime_env
 from chainfed_ray.device.peak import ENVIRONMENT
 
-_OWNER_SECONDS = 30.0  # without a word from the owner: it is gone
-_END_SECONDS = 10.0  # for workers to end by themselves
-# Of Ray Train: a worker stays in its folder, publishes no figures, and is missed soon when it is gone. Nothing watches for
-# machines that are about to be taken away: it would take a process, and a run that is lost is made again.
+_OWNER_SECONDS = 30.0  # after this long without a heartbeat, the owner counts as dead
+_END_SECONDS = 10.0  # how long workers have to end by themselves before they are killed
+# Options of Ray Train. Workers keep their working folder, publish no metrics, and are checked every second. Nothing watches for
+# machines that are about to be removed: that would take one more process, and a run that fails is simply started again.
 RUN_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -38,13 +41,13 @@ RUN_ENVIRONMENT = {
 
 @ray.remote
 class EvaluationRun:
-    """Runs Ray Train in a thread, and passes on what owner and workers have for one another."""
+    """Runs Ray Train in a thread, and passes messages between the owner and the workers."""
 
     def __init__(self, run: RunSpec) -> None:
-        self._of = run
+        self._spec = run
         self._changed = Condition()
         self._order: EvaluationOrder | None = None
-        self._shares: dict[int, bytes] = {}
+        self._results: dict[int, bytes] = {}
         self._reasons: list[Reason] = []
         self._over: str | None = None
         self._workers: dict[int, Any] = {}
@@ -56,11 +59,11 @@ class EvaluationRun:
         Thread(target=self._watch, daemon=True).start()
 
     def owner_lives(self) -> None:
-        """For the owner, every few seconds: nobody else ends the run in its place."""
+        """The owner calls this every few seconds. If the calls stop, the actor ends the run and itself."""
         self._owner_heard = monotonic()
 
     def end(self) -> None:
-        """End the workers and with them the run: as soon as they ask for an order, or by force."""
+        """End the workers and the run. Workers end when they next ask for an order; those that do not are killed."""
         with self._changed:
             number = self._order.number + 1 if self._order else 1
             self._order = EvaluationOrder(number, None, "")
@@ -70,77 +73,79 @@ class EvaluationRun:
                     ray.kill(worker)
                 self._changed.wait_for(lambda: self._over, START_SECONDS)
 
-    def ask(self, order: EvaluationOrder) -> None:
-        """Give the workers an order."""
+    def submit(self, order: EvaluationOrder) -> None:
+        """The owner calls this to give the workers an order."""
         with self._changed:
-            self._order, self._shares, self._heard = order, {}, monotonic()
+            self._order, self._results, self._heard = order, {}, monotonic()
             if self._loaded:
                 self._done = 0
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> RunState:
-        """The run's state as soon as an order was carried out, or the run is over, or after some time."""
+        """Wait until the order is done or the run is over, for at most ``seconds``, and return the run's state."""
         with self._changed:
-            self._changed.wait_for(lambda: self._over or len(self._shares) == self._of.workers, seconds)
+            self._changed.wait_for(lambda: self._over or len(self._results) == self._spec.workers, seconds)
             silent = monotonic() - self._heard
-            return RunState(dict(self._shares), self._over, bool(self._workers), self._loaded, self._done, silent)
+            return RunState(dict(self._results), self._over, bool(self._workers), self._loaded, self._done, silent)
 
     def next(self, after: int, seconds: float) -> EvaluationOrder | None:
-        """For a worker: the order that comes after the one numbered ``after``; None if there is none yet."""
+        """A worker calls this for the order after number ``after``. None if there is none within ``seconds``."""
         with self._changed:
-            if not self._loaded:  # it asks as soon as it has the model
+            if not self._loaded:  # workers ask for an order as soon as they have loaded the model
                 self._loaded, self._done = True, 0
             self._changed.wait_for(lambda: self._order and self._order.number > after, seconds)
             return self._order if self._order and self._order.number > after else None
 
     def join(self, rank: int, worker: Any) -> None:
-        """For a worker: it is there, as the actor ``worker``."""
+        """A worker calls this when it has started, with the handle of its own actor."""
         self._workers[rank], self._heard = worker, monotonic()
 
     def alive(self) -> None:
-        """For a worker: it has loaded a layer, or judged a batch."""
+        """A worker calls this when it has loaded a layer, or evaluated a batch."""
         with self._changed:
             self._heard = monotonic()
             self._done += 1
 
     def meet(self, host: str, port: int) -> None:
-        """For the worker of rank 0: where the others find it."""
+        """The worker of rank 0 calls this to tell the others its address."""
         with self._changed:
             self._meeting = host, port
             self._changed.notify_all()
 
     def meeting(self, seconds: float) -> tuple[str, int] | None:
-        """For the others: where that is; None if it is not known yet."""
+        """The other workers call this for the address of rank 0. None if it is not known within ``seconds``."""
         with self._changed:
             self._changed.wait_for(lambda: self._meeting, seconds)
             return self._meeting
 
-    def answer(self, rank: int, number: int, share: bytes) -> None:
-        """For a worker: its share of an order, pickled."""
+    def answer(self, rank: int, number: int, result: bytes) -> None:
+        """A worker calls this with its result of the order ``number``, pickled."""
         with self._changed:
             if self._order and self._order.number == number:
-                self._shares[rank], self._heard = share, monotonic()
-                if len(self._shares) == self._of.workers:
-                    self._order = replace(self._order, stack=[])  # its shared memory is for the next one
+                self._results[rank], self._heard = result, monotonic()
+                if len(self._results) == self._spec.workers:
+                    self._order = replace(self._order, stack=[])  # drop the reference, to free the shared memory
                 self._changed.notify_all()
 
     def failed(self, reason: Reason) -> None:
-        """For a worker: why it ends."""
+        """A worker calls this before it ends with an error."""
         self._reasons.append(reason)
 
     def _run(self, itself: Any) -> None:
         from ray import train
 
-        configs: Any = train  # whose types are those of an older version
-        run = self._of
-        folder = tempfile.mkdtemp(prefix="chainfed-train-")  # Ray Train wants one, and keeps nothing in it here
+        configs: Any = train  # the type hints of ray.train are those of an older version
+        run = self._spec
+        folder = tempfile.mkdtemp(
+            prefix="chainfed-train-"
+        )  # Ray Train requires a folder, though it stores nothing here
         remove_when_this_process_ends(Path(folder))
         try:
             _trainer()(
                 _worker,
                 train_loop_config={"run": run, "actor": itself},
                 scaling_config=configs.ScalingConfig(
-                    num_workers=run.workers, resources_per_worker=of_evaluation(run.memory), use_gpu=False
+                    num_workers=run.workers, resources_per_worker=evaluation_resources(run.memory), use_gpu=False
                 ),
                 run_config=configs.RunConfig(
                     name=run.name,
@@ -150,14 +155,14 @@ class EvaluationRun:
                 ),
             ).fit()
             over = why_over(self._reasons, None)
-        except Exception as error:  # of whatever part of Ray Train, or of a worker
+        except Exception as error:  # from any part of Ray Train, or from a worker
             over = why_over(self._reasons, error)
         with self._changed:
             self._over = over
             self._changed.notify_all()
 
     def _watch(self) -> None:
-        """End the run and this process with it, when the owner is gone."""
+        """End the run and this process when the owner's heartbeats stop."""
         while monotonic() - self._owner_heard < _OWNER_SECONDS:
             sleep(1.0)
         self.end()
@@ -165,12 +170,14 @@ class EvaluationRun:
 
 
 def why_over(reasons: list[Reason], error: Exception | None) -> str:
-    """Why a run is over whose workers gave ``reasons``, and which Ray Train ended with ``error``: the first cause of it all.
+    """Find the first cause for which a run ended, and describe it.
 
-    What a worker says of itself comes first, then that one ended without a word, and last what others noticed of that.
+    ``reasons`` are what the workers reported, and ``error`` is what Ray Train raised. A worker that reports a failure of its
+    own is the cause. If there is no such report, the process of a worker died: other workers may have reported that their
+    connection to it broke. Otherwise Ray Train itself failed, or the run ended without an error.
     """
     for reason in reasons:
-        if not reason.lost_another:
+        if not reason.peer_failed:
             return reason.words
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
     died = [failure for failure in failures.values() if type(failure).__name__ != "UserExceptionWithTraceback"]
@@ -183,20 +190,20 @@ def why_over(reasons: list[Reason], error: Exception | None) -> str:
 
 
 def _trainer() -> Any:
-    """Ray Train's trainer without what it makes for training data and for torch: workers find one another by themselves."""
+    """The class of Ray Train's basic trainer. It does not set up torch.distributed: the workers do that themselves."""
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     class Trainer(DataParallelTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            # An actor for datasets, of which there are none.
-            made: list[Any] = super()._create_default_callbacks()
-            return [callback for callback in made if type(callback).__name__ != "DatasetsCallback"]
+            # Leave out the callback that starts an actor for datasets: there are none here.
+            callbacks: list[Any] = super()._create_default_callbacks()
+            return [callback for callback in callbacks if type(callback).__name__ != "DatasetsCallback"]
 
     return Trainer
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What each worker does. Torch is loaded here, and so in its process alone."""
+    """The code of a worker. The import is here so that only the worker's process loads torch."""
     from chainfed_ray.cluster.offload.worker import serve
 
     serve(config["run"], config["actor"])

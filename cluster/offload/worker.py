@@ -1,6 +1,6 @@
-"""What a process of an offloaded evaluation does from its first order to the last (run.py).
+"""A worker process of an offloaded evaluation: it loads the model, and carries out orders until the run ends (run.py).
 
-Its files are removed when it ends, in any way.
+The worker's files are removed when it ends, even if it is killed.
 """
 
 import ctypes
@@ -33,16 +33,16 @@ from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.source import ModelSource
 
 _POLL_SECONDS = 5.0
-_ANSWER_SECONDS = 60.0  # of an actor that only notes things down
-_MADV_DONTNEED = 4  # of Linux: the bytes of a shared mapping stay where they are, and are this process's no more
-# How messages of torch's begin: with a place in its source, or the file and the line.
+_ANSWER_SECONDS = 60.0  # the longest that the run's actor may take to answer; it computes nothing
+_MADV_DONTNEED = 4  # Linux: unmap pages of a shared mapping, so that they no longer count as this process's memory
+# The file and line in torch's source with which its messages begin.
 _SOURCE = re.compile(r"^\[[^\]]*:\d+\]\s*")
 _CONNECTION = re.compile(r"gloo|connection (was )?(closed|reset|refused)|broken pipe|timed out waiting", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker of an evaluator is told."""
+    """What every worker needs to know: the model, the held-out examples by name, and the batch size."""
 
     base: ModelSource
     sets: EvaluationSets
@@ -50,12 +50,12 @@ class Work:
 
 
 def serve(run: RunSpec, actor: Any) -> None:
-    """Judge what the run's actor has to be judged, until it says that it is over."""
+    """Carry out the orders of the run's ``actor`` until the run ends. Any error is reported to the actor, then raised."""
     from ray import train
 
     context: Any = train.get_context()
-    rank, beside = context.get_world_rank(), context.get_local_world_size()
-    os.environ |= {"LOCAL_RANK": str(context.get_local_rank()), "LOCAL_SIZE": str(beside)}
+    rank, local_workers = context.get_world_rank(), context.get_local_world_size()
+    os.environ |= {"LOCAL_RANK": str(context.get_local_rank()), "LOCAL_SIZE": str(local_workers)}
     try:
         ray.get(actor.join.remote(rank, ray.get_runtime_context().current_actor), timeout=_ANSWER_SECONDS)
         torch.set_num_threads(1)
@@ -64,10 +64,10 @@ def serve(run: RunSpec, actor: Any) -> None:
         work: Work = ray.get(run.work[0], timeout=_ANSWER_SECONDS)
         folder = work.base.scratch / OFFLOAD
         _clear(folder, keep=run.name)
-        _check(work.base, folder, run.workers, beside)
+        _check(work.base, folder, run.workers, local_workers)
         if run.workers > 1:
-            torch.distributed.barrier()  # nobody writes before everybody has looked at what is free
-        _judge(run, work, actor, rank, folder)
+            torch.distributed.barrier()  # no worker may write before every worker has checked the free disk
+        _evaluate_orders(run, work, actor, rank, folder)
     except Exception as error:
         traceback.print_exc()
         with suppress(Exception):
@@ -79,28 +79,28 @@ def serve(run: RunSpec, actor: Any) -> None:
 
 
 def why(error: Exception) -> Reason:
-    """Why a worker ends with ``error``, in a line."""
+    """Describe in one line why a worker ends with ``error``, and tell if only its connection to another worker broke."""
     words = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
-    of_torch = isinstance(error, RuntimeError) and _CONNECTION.search(words) is not None
-    return Reason(_SOURCE.sub("", words).splitlines()[0], of_torch or isinstance(error, torch.distributed.DistError))
+    broken = isinstance(error, RuntimeError) and _CONNECTION.search(words) is not None
+    return Reason(_SOURCE.sub("", words).splitlines()[0], broken or isinstance(error, torch.distributed.DistError))
 
 
 def _meet(run: RunSpec, actor: Any, rank: int) -> None:
-    """Join the other workers in torch's default group: the one of rank 0 is found through the actor."""
+    """Join torch's default process group with the other workers. They learn the address of rank 0 from the run's actor."""
     if rank == 0:
-        here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        store = TCPStore(here, 0, run.workers, is_master=True, wait_for_workers=False)
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        store = TCPStore(host, 0, run.workers, is_master=True, wait_for_workers=False)
         ray.get(actor.meet.remote(store.host, store.port), timeout=_ANSWER_SECONDS)
     else:
         found: tuple[str, int] | None = ray.get(actor.meeting.remote(START_SECONDS), timeout=2 * START_SECONDS)
         if found is None:
-            raise RuntimeError(f"the first of the workers was not found within {START_SECONDS:g} s")
+            raise RuntimeError(f"the worker of rank 0 gave no address within {START_SECONDS:g} s")
         store = TCPStore(*found, run.workers, is_master=False)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=run.workers)
 
 
-def _judge(run: RunSpec, work: Work, actor: Any, rank: int, folder: Path) -> None:
-    """Load the model, and carry out orders as they come."""
+def _evaluate_orders(run: RunSpec, work: Work, actor: Any, rank: int, folder: Path) -> None:
+    """Load the model, and evaluate stacks as orders come."""
     model = OffloadedModel(work.base, folder / run.name / f"rank{rank}", ops_folder(), lambda: actor.alive.remote())
     try:
         number = 0
@@ -111,44 +111,49 @@ def _judge(run: RunSpec, work: Work, actor: Any, rank: int, folder: Path) -> Non
             if order.stack is None:
                 return
             number = order.number
-            with _received(order.stack[0]) as stack:
-                share = model.evaluate(stack, work.sets[order.examples], work.batch_size)
+            with _mapped_stack(order.stack[0]) as stack:
+                result = model.evaluate(stack, work.sets[order.examples], work.batch_size)
             del stack, order
-            ray.get(actor.answer.remote(rank, number, pickle.dumps(share)), timeout=_ANSWER_SECONDS)
+            ray.get(actor.answer.remote(rank, number, pickle.dumps(result)), timeout=_ANSWER_SECONDS)
     finally:
         model.close()
-        with suppress(OSError):  # of the worker that is last
+        with suppress(OSError):  # the folder is not empty until the last worker has ended
             (folder / run.name).rmdir()
             folder.rmdir()
 
 
 def _clear(folder: Path, keep: str) -> None:
-    """Remove what other runs left behind; there is one run of a job at a time."""
+    """Remove what earlier runs left behind. A job has one run at a time, so none of them is in use."""
     for path in folder.glob("*"):
         if path.name != keep:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _check(base: ModelSource, folder: Path, workers: int, beside: int) -> None:
-    """This may be another machine than the owner's. Its disk is for ``beside`` of the workers, this one among them."""
+def _check(base: ModelSource, folder: Path, workers: int, local_workers: int) -> None:
+    """Check this machine, which may be another one than the owner's. ``local_workers`` of the workers share its disk.
+
+    Raises:
+        RuntimeError: DeepSpeed cannot run here; the message says why.
+    """
     blocks = Blocks(base.folder, base.dtype)
     try:
-        reason = why_not(look(folder), swap_bytes(blocks, workers), -(-disk_bytes(blocks) * beside // workers))
+        reason = why_not(look(folder), swap_bytes(blocks, workers), -(-disk_bytes(blocks) * local_workers // workers))
     finally:
         blocks.close()
     if reason:
         raise RuntimeError(reason)
 
 
-def sent(stack: AdapterStack) -> list[Any]:
-    """A stack as an order has it: as arrays, which Ray hands on without a copy."""
+def put_stack(stack: AdapterStack) -> list[Any]:
+    """Put a stack into Ray's shared memory, for an order. Its tensors travel as arrays, which Ray does not copy."""
     return [ray.put({name: tensor.numpy() for name, tensor in stack.tensors().items()})]
 
 
 @contextmanager
-def _received(reference: Any) -> Iterator[AdapterStack]:
-    """The stack of an order, read where it lies. Its pages would count as this process's for as long as that lives: they are
-    let go of after use.
+def _mapped_stack(reference: Any) -> Iterator[AdapterStack]:
+    """Map the stack of an order from shared memory, without a copy.
+
+    Once read, its pages would count as this process's memory until it ends, so they are unmapped when the block ends.
     """
     arrays: dict[str, np.ndarray] = ray.get(reference, timeout=_ANSWER_SECONDS)
     with warnings.catch_warnings():

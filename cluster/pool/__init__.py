@@ -1,1 +1,1 @@
-"""The clients' turns as calls of Ray actors."""
+"""Runs the clients' turns as calls of Ray actors."""

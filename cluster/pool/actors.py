@@ -1,4 +1,4 @@
-"""The Ray actor that takes clients' turns. It forwards, and computes nothing of its own."""
+"""The Ray actor that runs clients' turns. It only forwards to ``client.turn``, which computes them."""
 
 from typing import Any
 
@@ -12,23 +12,27 @@ from chainfed_ray.model.source import ModelSource
 
 
 def ready(base: ModelSource) -> None:
-    """Load what clients' turns need, and nothing that they do not: the process stays as it is from then on."""
+    """Load the libraries that turns need, and no others.
+
+    What they allocate on first use then counts as the idle process, not as a client's memory.
+    """
     with without_scipy():
         warm_up(base)
 
 
 @ray.remote
 class ClientActor:
-    """A process that is leased to one client of its budget class at a time; it keeps nothing from turn to turn."""
+    """A process that runs turns for one client at a time, all of one budget class. It keeps nothing between turns."""
 
     def __init__(self, base: ModelSource) -> None:
         self._base = base
         ready(base)
 
     def take_turn(self, client: Client, order: list[Any]) -> TurnResult:
-        """Carry out an order for the client that holds the lease, held to its budget, at the speed of its machine.
+        """Run a turn for ``client``, limited to its memory budget and slowed to the speed of its machine.
 
-        The order comes as a reference in a list, which Ray leaves as it is: it is fetched within the turn that it counts to.
+        ``order`` is a list with a reference. Ray would fetch a bare reference before the call; in a list, it is fetched within
+        the turn, whose memory it belongs to.
         """
         with slowed(client.speed):
             return take_turn(client, self._base, lambda: receive(order[0]), capped=True)

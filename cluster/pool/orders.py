@@ -1,7 +1,7 @@
-"""Orders on their way to clients: through Ray's shared memory, in which a client reads the tensors where they lie.
+"""Sends orders to clients through Ray's shared memory, without copying their tensors.
 
-Ray copies a torch tensor when it is sent and when it is received, but neither a numpy array: its bytes are mapped, and only
-the pages that a client reads count as its own.
+Ray would copy a torch tensor when it is sent and again when it is received. It does not copy a numpy array: a client maps its
+bytes, and only the pages that it reads count as its memory. So tensors travel as numpy arrays.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from chainfed_ray.client.messages import Fitting, Training, TurnOrder
 
 
 def send(order: TurnOrder) -> Any:
-    """A reference to an order. It is sent to each node once, not to each client."""
+    """Put an order into shared memory, and return a reference. Ray sends it once to each machine, not to each client."""
     if isinstance(order, Training | Fitting):
         arrays: Any = {name: tensor.numpy() for name, tensor in order.tensors.items()}
         order = replace(order, tensors=arrays)
@@ -23,7 +23,7 @@ def send(order: TurnOrder) -> Any:
 
 
 def receive(reference: Any) -> TurnOrder:
-    """The order; its tensors may be read, and not written to."""
+    """The order behind a reference. Its tensors are read-only: writing to them would change other clients' order."""
     order: TurnOrder = ray.get(reference)
     if isinstance(order, Training | Fitting):
         with warnings.catch_warnings():

@@ -1,8 +1,8 @@
-"""The clients' turns as calls of Ray actors, leased by budget class.
+"""Runs the clients' turns on Ray actors. Each actor serves one budget class, and at most ``slots`` exist at a time.
 
-There are at most ``slots`` actors, each with the memory of its class as a Ray resource. An idle actor is kept for the next
-turn of its class, and makes way for another class that has none, or far too few: a process takes seconds to start, so turns
-rather wait for one another a little. An actor whose client died or missed the deadline is given up.
+An actor reserves the memory of its class as a Ray resource. Starting one takes seconds, so an idle actor is kept for the next
+turn of its class, and turns wait a little for a busy one. An idle actor is ended when another class has no actor, or far too
+few. An actor is also ended if its process died, or its client missed the deadline.
 """
 
 from collections import Counter, deque
@@ -19,30 +19,30 @@ from chainfed_ray.client.messages import Client, TurnOrder
 from chainfed_ray.client.pool import Failure, Outcome
 from chainfed_ray.cluster.pool.actors import ClientActor
 from chainfed_ray.cluster.pool.orders import send
-from chainfed_ray.cluster.resources import IDLE_BYTES, of_client
+from chainfed_ray.cluster.resources import IDLE_BYTES, client_options
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes
 
 _POLL_SECONDS = 1.0
-_QUEUE = 3  # turns that wait for an actor of their class, before one of another class makes way
-# With an actor that is not there yet, before idle ones make room. On a busy machine one may take ten seconds to start without
-# waiting for anybody; were idle ones ended then, all the rounds to come would start theirs anew.
+_QUEUE = 3  # how many turns per actor wait in a class, before an idle actor of another class is ended for it
+# How long an actor may wait for a machine before idle actors are ended to make room. On a busy machine, starting takes ten
+# seconds even if there is room. Ending idle actors sooner would make every later round start them again.
 _PATIENCE_SECONDS = 30.0
 
 
 @dataclass(eq=False)
 class _Lease:
-    """An actor, and the client that has it now."""
+    """An actor, leased to one client at a time."""
 
     actor: Any
     client_class: str
-    memory: int
-    ready: Any
+    memory: int  # bytes that the actor reserves
+    ready: Any  # Ray's reference that resolves when the process has started
     made_at: float = field(default_factory=monotonic)
     placed: bool = False
 
     def is_placed(self) -> bool:
-        """Whether a machine was found for the actor, and its process has started."""
+        """True once Ray has found a machine for the actor and its process has started."""
         if not self.placed:
             ready, _ = ray.wait([self.ready], timeout=0)
             self.placed = bool(ready)
@@ -50,9 +50,9 @@ class _Lease:
 
 
 class RayPool:
-    """Runs turns on the Ray cluster that this process is connected to, ``slots`` at a time.
+    """A ``ClientPool`` on the Ray cluster that this process is connected to. It runs ``slots`` turns at a time.
 
-    It notes that turns wait for processes, which take seconds to start, and more where there is no machine for them yet.
+    ``note`` is told when turns wait for processes to start. That takes seconds, or longer if no machine has room.
     """
 
     def __init__(self, base: ModelSource, slots: int, note: Note = lambda words: None) -> None:
@@ -61,7 +61,7 @@ class RayPool:
         self._made: Counter[str] = Counter()
 
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
-        """One outcome for each client, as they arrive."""
+        """Run ``order`` for each client, for at most ``deadline`` seconds. Yields an outcome for each, in order of arrival."""
         ends = monotonic() + deadline
         reference_to_order = send(order)
         waiting = deque(enumerate(clients))
@@ -79,24 +79,24 @@ class RayPool:
                 self._make_room([lease for _, lease in running.values()])
             for place, lease in list(running.values()):
                 why = "" if lease.is_placed() else f"no machine with {format_bytes(lease.memory)} was free for it"
-                self._give_up(lease)
+                self._end(lease)
                 yield Outcome(place, Failure.late(deadline, why))
             running.clear()
             for place, _ in waiting:
-                yield Outcome(place, Failure.late(deadline, "every place was taken by other clients"))
+                yield Outcome(place, Failure.late(deadline, "other clients used every process"))
         finally:
-            # The round was abandoned in the middle: nobody will ask for what is still running.
+            # If the caller stopped iterating in the middle of a round, turns are still running.
             for _, lease in running.values():
-                self._give_up(lease)
+                self._end(lease)
             self._note(None)
 
     def close(self) -> None:
         """End every idle actor."""
         while self._idle:
-            self._give_up(self._idle.pop())
+            self._end(self._idle.pop())
 
     def _startable(self, waiting: deque[tuple[int, Client]]) -> Iterator[tuple[int, Client, _Lease]]:
-        """Take from ``waiting`` those for whom an actor is idle, or may be made."""
+        """Take clients from ``waiting`` for which an actor is idle or may be made, and yield each with its actor."""
         for _ in range(len(waiting)):
             place, client = waiting.popleft()
             if lease := self._lease(client, Counter(other.client_class for _, other in waiting)):
@@ -105,6 +105,7 @@ class RayPool:
                 waiting.append((place, client))
 
     def _lease(self, client: Client, wanted: Counter[str]) -> _Lease | None:
+        """An idle or new actor for ``client``; None if it has to wait. ``wanted`` counts the other waiting turns by class."""
         own = next((lease for lease in self._idle if lease.client_class == client.client_class), None)
         if own:
             self._idle.remove(own)
@@ -116,14 +117,14 @@ class RayPool:
             if spare is None:
                 return None
             self._idle.remove(spare)
-            self._give_up(spare)
+            self._end(spare)
         self._made[client.client_class] += 1
-        actor_class: Any = ClientActor  # ray.remote gives it `options`, which its type does not show
-        actor = actor_class.options(**of_client(client.budget_bytes)).remote(self.base)
+        actor_class: Any = ClientActor  # ray.remote adds `options`, which the type does not show
+        actor = actor_class.options(**client_options(client.budget_bytes)).remote(self.base)
         return _Lease(actor, client.client_class, IDLE_BYTES + client.budget_bytes, actor.__ray_ready__.remote())
 
     def _make_room(self, running: Sequence[_Lease]) -> None:
-        """Where an actor waits for a machine, idle ones may hold the memory that it needs."""
+        """Report waiting actors. If one has waited too long, end all idle actors: they may hold the memory that it needs."""
         now, waiting = monotonic(), [lease for lease in running if not lease.is_placed()]
         late = [lease for lease in waiting if now - lease.made_at > _PATIENCE_SECONDS]
         self._note(_in_words(len(running), len(waiting), max((lease.memory for lease in late), default=None)))
@@ -134,10 +135,10 @@ class RayPool:
         try:
             result = ray.get(reference, timeout=60)
         except RayActorError as error:
-            self._give_up(lease)
+            self._end(lease)
             return Outcome(place, Failure(f"its process died ({type(error).__name__})"))
         except GetTimeoutError:
-            self._give_up(lease)
+            self._end(lease)
             return Outcome(place, Failure("its result could not be fetched within 60 s"))
         except RayTaskError as error:
             self._idle.append(lease)
@@ -145,13 +146,16 @@ class RayPool:
         self._idle.append(lease)
         return Outcome(place, result)
 
-    def _give_up(self, lease: _Lease) -> None:
+    def _end(self, lease: _Lease) -> None:
         ray.kill(lease.actor)
         self._made[lease.client_class] -= 1
 
 
 def _in_words(running: int, waiting: int, memory: int | None) -> str | None:
-    """That some of the ``running`` turns are ``waiting`` for their processes; for one with ``memory``, if that takes long."""
+    """A note that of ``running`` turns, ``waiting`` ones wait for a process to start; None if none does.
+
+    ``memory`` is what the process needs in bytes, if it has waited for long.
+    """
     if not waiting:
         return None
     machine = "" if memory is None else f", with {format_bytes(memory)}"

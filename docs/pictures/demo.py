@@ -15,20 +15,20 @@ from rich.text import Text
 
 TITLE = "make demo (shortened)"
 COLUMNS = 80
-PROGRESS = r"so far|: done in|^In the queue|^Its turn has come|^$"
+PROGRESS = r"so far|: done in|^In the queue|^The job starts|^$"
 PARTS = (  # how the first and the last line of each part begin
     (r"1\. ", r"   It answers"),
     (r"2\. ", r"accepted"),
     (r"3\. ", r"round 2/"),
     (r"4\. ", r"head "),
-    (r"stage  layers  rounds", r"held out"),
+    (r"stage  layers  rounds", r"held-out"),
     (r"class ", r"silo "),
     (r"5\. ", r".* pandas"),
 )
 STYLES = (
     (r"^\d\. .*", "bold bright_white"),
-    (r"^(stage|class) .*|^held out.*|^…", "bright_black"),
-    (r"lacks \S+|2 out|2 are left out|^  watch .*", "yellow"),
+    (r"^(stage|class) .*|^held-out.*|^…", "bright_black"),
+    (r"lacks \S+|2 out|2 are excluded|^  watch .*", "yellow"),
     (r"^ +→ .*|^test accuracy\s+\S+", "bold green"),
     (r"^round \d+/\d+", "cyan"),
 )
