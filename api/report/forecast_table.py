@@ -85,7 +85,7 @@ def _ways(forecast: Forecast) -> Iterator[str]:
 
 def _way(row: ClassForecast) -> str:
     """What is loaded at once, and what is kept on disk; with a number where that is not so of all that join."""
-    parts = [_LOADED[row.grains]]
+    parts = [_LOADED[row.weights]]
     for words, count in (
         ("saved activations on disk", row.activations_offloaded),
         ("the prefix cached on disk", row.cached),

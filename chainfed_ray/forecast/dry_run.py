@@ -143,7 +143,7 @@ def _class(
         parts=largest.footprint.parts() | {PREFIX: _planned_bytes(largest) - largest.footprint.total},
         window=(min(widths), max(widths)),
         micro_batch=(min(micro_batches), max(micro_batches)),
-        grains=tuple(sorted({plan.weights for plan in plans})),
+        weights=tuple(sorted({plan.weights for plan in plans})),
         activations_offloaded=sum(plan.activations_offloaded for _, plan in joining),
         cached=sum(plan.prefix.cached for _, plan in joining),
         disk_bytes=max(job.planner.disk_bytes(candidate, plan) for candidate, plan in planned),

@@ -28,7 +28,7 @@ class ClassForecast(Record):
     )
     window: tuple[int, int]
     micro_batch: tuple[int, int]
-    grains: tuple[WeightPlacement, ...]
+    weights: tuple[WeightPlacement, ...]
     activations_offloaded: int = Field(description="how many of those who join keep saved activations on disk")
     cached: int = Field(description="how many of those who join keep their prefix on disk")
     disk_bytes: int
