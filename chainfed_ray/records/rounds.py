@@ -78,7 +78,7 @@ class HeadFit(Record):
     accuracy: float | None = None
 
 
-def with_everybody(fits: Sequence[HeadFit]) -> list[bool]:
+def complete_fits(fits: Sequence[HeadFit]) -> list[bool]:
     """Which of some heads have as many examples as any: one without some of the clients may be without their classes."""
     most = max(fit.examples for fit in fits)
     return [fit.examples == most for fit in fits]
