@@ -94,7 +94,7 @@ def test_a_text_ends_before_a_stop_string(llama: Path, generator: Generator) -> 
 def test_a_text_ends_with_the_token_after_which_nobody_listens(llama: Path, generator: Generator) -> None:
     pieces: list[Piece] = []
     sampling = Sampling(40, temperature=1.5, seed=3)
-    generator.write(a_causal_stack(llama), PROMPT, sampling, pieces.append, gone=lambda: len(pieces) == 2)
+    generator.write(a_causal_stack(llama), PROMPT, sampling, pieces.append, cancelled=lambda: len(pieces) == 2)
     assert pieces[-1].tokens == pieces[1].tokens < 40
 
 

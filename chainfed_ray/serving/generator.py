@@ -68,17 +68,17 @@ class Generator:
         saved: SavedStack,
         prompt: Prompt,
         sampling: Sampling,
-        say: Callable[[Piece], None],
-        gone: Callable[[], bool] = lambda: False,
+        emit: Callable[[Piece], None],
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Go on with a text, or answer a chat, and ``say`` it piece by piece; end with the token after which all are ``gone``.
+        """Go on with a text, or answer a chat, and ``emit`` it piece by piece; stop after the token at which it is ``cancelled``.
 
         Raises:
             InvalidJob: the prompt is empty or too long, or the model cannot chat.
         """
         ids = self._prompt(prompt)
         most = self._most(prompt, len(ids), sampling.max_tokens)
-        writing = _Writing(Detokenizer(self._tokenizer, ids, sampling.stop), self._ends, len(ids), say, gone)
+        writing = _Writing(Detokenizer(self._tokenizer, ids, sampling.stop), self._ends, len(ids), emit, cancelled)
         inputs = torch.tensor([ids])
         # The generator is the whole process's: what others draw is not to follow from a caller's seed.
         with torch.random.fork_rng(devices=[]), self._adapted(saved.stack):
@@ -151,10 +151,16 @@ class _Writing(StoppingCriteria):
         text: Detokenizer,
         ends: set[int],
         prompt_tokens: int,
-        say: Callable[[Piece], None],
-        gone: Callable[[], bool],
+        emit: Callable[[Piece], None],
+        cancelled: Callable[[], bool],
     ) -> None:
-        self._text, self._ends, self._prompt_tokens, self._say, self._gone = text, ends, prompt_tokens, say, gone
+        self._text, self._ends, self._prompt_tokens, self._emit, self._cancelled = (
+            text,
+            ends,
+            prompt_tokens,
+            emit,
+            cancelled,
+        )
         self._tokens = 0
         self._ended = False
 
@@ -164,14 +170,14 @@ class _Writing(StoppingCriteria):
         self._tokens += 1
         self._ended = token in self._ends
         if not self._ended and (text := self._text.add(token)):
-            self._say(Piece(text, self._prompt_tokens, self._tokens))
-        return torch.tensor([self._ended or self._text.stopped or self._gone()], device=input_ids.device)
+            self._emit(Piece(text, self._prompt_tokens, self._tokens))
+        return torch.tensor([self._ended or self._text.stopped or self._cancelled()], device=input_ids.device)
 
     def finish(self) -> None:
         """Say the end."""
         text = self._text.end()
         reason: FinishReason = "stop" if self._ended or self._text.stopped else "length"
-        self._say(Piece(text, self._prompt_tokens, self._tokens, reason))
+        self._emit(Piece(text, self._prompt_tokens, self._tokens, reason))
 
 
 def _through(adapter: Adapter) -> Callable[[nn.Module, Any, Any], Any]:
