@@ -1,12 +1,12 @@
-"""The server's own optimizer: what the clients' aggregate changes is a pseudo-gradient Δ, and the stack x takes a step by it.
+"""The server's optimizer: it takes the change of the round's aggregate as a pseudo-gradient Δ, and steps the stack x by it.
 
-FedAvgM (Hsu et al., 2019), FedAdam and FedYogi (Reddi et al., 2021, algorithm 2; without bias correction, as there)::
+The optimizers are FedAvgM (Hsu et al., 2019), FedAdam and FedYogi (Reddi et al., 2021, algorithm 2; no bias correction)::
 
     momentum   m ← β₁ m + Δ                                                             x ← x + η m
     adam       m ← β₁ m + (1 − β₁) Δ     v ← β₂ v + (1 − β₂) Δ²                         x ← x + η m / (√v + τ)
     yogi       m ← β₁ m + (1 − β₁) Δ     v ← v − (1 − β₂) Δ² sign(v − Δ²)               x ← x + η m / (√v + τ)
 
-m starts at 0 and v at τ². All of it is done value by value, in float32.
+m starts at 0 and v at τ². All operations are on single values, in float32.
 """
 
 from collections.abc import Iterable
@@ -20,10 +20,10 @@ _MOMENTUM_RATE, _ADAPTIVE_RATE = 1.0, 0.01
 
 
 class ServerOptimizer:
-    """Steps of the job's server optimizer, or none: then the aggregate is the new stack.
+    """The optimizer that the job names. With ``none``, the aggregate itself is the new stack.
 
-    Its state is kept as ``tensors``, ``m.<name>`` and ``v.<name>``, so that a restart goes on where it was. That of a tensor
-    stays as it is while the window is elsewhere.
+    ``tensors`` holds the state, ``m.<name>`` and ``v.<name>`` of each tensor. It is committed with the stack, so that a resumed
+    job continues from it. The state of a tensor does not change while the window is elsewhere.
     """
 
     def __init__(self, spec: AggregationSpec, tensors: Tensors | None = None) -> None:
@@ -31,19 +31,19 @@ class ServerOptimizer:
         self.tensors: Tensors = tensors or {}
 
     def forget(self, names: Iterable[str]) -> None:
-        """Tensors that were made anew have no past."""
+        """Delete the state of the tensors ``names``, which have new initial values."""
         for name in names:
             self.tensors.pop(f"m.{name}", None)
             self.tensors.pop(f"v.{name}", None)
 
     def step(self, before: Tensors, aggregate: Tensors) -> Tensors:
-        """The tensors of ``before`` after the round; those that are not in ``aggregate`` were not trained, and do not move."""
+        """The tensors after the round. Those of ``before`` that are not in ``aggregate`` were not trained and do not change."""
         if self._spec.optimizer == "none":
             return before | aggregate
         return before | {name: before[name] + self._move(name, new - before[name]) for name, new in aggregate.items()}
 
     def _move(self, name: str, change: Tensor) -> Tensor:
-        """What the pseudo-gradient ``change`` adds to the tensor called ``name``."""
+        """The step of the tensor called ``name`` for the pseudo-gradient ``change``."""
         spec, rate = self._spec, self._rate
         momentum = self.tensors.get(f"m.{name}", zeros_like(change))
         if spec.optimizer == "momentum":
