@@ -72,7 +72,7 @@ class ClassSums:
         return None
 
     def tensors(self) -> Tensors:
-        """The sums by name, as they are sent. The products are symmetric, so only their lower half is, [F (F + 1) / 2]."""
+        """The sums by name, as they are sent: of the symmetric products only the lower half, [F (F + 1) / 2]."""
         size = len(self.products)
         half = self.products.new_empty(size * (size + 1) // 2)
         for row, (start, end) in enumerate(_rows_of_half(size)):

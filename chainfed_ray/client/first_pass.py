@@ -17,7 +17,7 @@ from chainfed_ray.model.prefix import PrefixCache
 class FirstPass:
     """Runs the layers of the base model whose pooled features are not on disk yet.
 
-    The stored activations serve a head with ``head_layers`` pooled layers.
+    With each layer's activations it stores the pooled features that a head of ``head_layers`` layers needs there.
     """
 
     def __init__(self, cache: PrefixCache, head_layers: int) -> None:

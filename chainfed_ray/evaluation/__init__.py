@@ -1,1 +1,1 @@
-"""Evaluation: how well the base model with an adapter stack predicts held-out rows."""
+"""Evaluates how well the base model with an adapter stack predicts held-out rows."""

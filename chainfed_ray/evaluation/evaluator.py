@@ -54,5 +54,5 @@ class Evaluator(Protocol):
         ...
 
     def close(self) -> None:
-        """Free the model, and end its processes and delete its files."""
+        """Free the model, end its processes and delete its files."""
         ...

@@ -179,7 +179,7 @@ def _changes(job: PlannedJob) -> Iterator[Change]:
 
 
 def _could_hold_the_stack(job: PlannedJob) -> bool:
-    """Whether any excluded client has more memory than the stack takes.
+    """True if any excluded client has more memory than the stack takes.
 
     The stack is in float32 whatever the model's dtype. If no excluded client can hold it, another dtype lets nobody join, and
     the dry run does not trace the memory of the model's parts in that dtype.
@@ -204,7 +204,7 @@ def _window_change(job: PlannedJob, width: int) -> Iterator[Change]:
 
 
 def _joining(job: PlannedJob, field: str, values: Sequence[int | str]) -> Iterator[Change]:
-    """The changes of ``field`` to those of ``values`` with which more clients join than with any value before, and than now.
+    """Yield the changes of ``field`` that let more clients join. Each lets more join than those before it in ``values``.
 
     The last value needs the least memory, so if it lets nobody join, none does.
     """

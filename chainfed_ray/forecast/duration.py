@@ -62,7 +62,7 @@ def _paces(job: PlannedJob, typical: Mapping[str, tuple[Candidate, TurnPlan]], r
     measured: dict[tuple[object, ...], Pace] = {}
     paces = {}
     for name, (candidate, plan) in reporter.each(typical.items(), len(typical), "classes"):
-        way_to_run = (
+        settings = (
             plan.window,
             plan.micro_batch,
             plan.weights,
@@ -70,9 +70,9 @@ def _paces(job: PlannedJob, typical: Mapping[str, tuple[Candidate, TurnPlan]], r
             plan.prefix.batch,
             plan.prefix.weights,
         )
-        if way_to_run not in measured:
-            measured[way_to_run] = pace_of(job, as_client(candidate, plan, plan.planned_bytes))
-        paces[name] = measured[way_to_run]
+        if settings not in measured:
+            measured[settings] = pace_of(job, as_client(candidate, plan, plan.planned_bytes))
+        paces[name] = measured[settings]
     return paces
 
 
@@ -107,8 +107,8 @@ def _new_stack(job: PlannedJob, layers: int) -> AdapterStack:
 def _rounds(job: PlannedJob, paces: Mapping[str, Pace], at_once: int) -> float:
     """The seconds of the clients' work in all rounds.
 
-    A round takes its turns ``at_once`` at a time, but at least as long as its longest turn. A turn never takes longer than the
-    deadline. To this comes the work that each client does once in the job, such as making its prefix cache.
+    A round runs its turns ``at_once`` at a time, and takes at least as long as its longest turn. No turn takes longer than the
+    deadline. The work that each client does once in the job, such as making its prefix cache, is added.
     """
     rounds, clients = job.spec.rounds, len(job.admitted)
     cohort = min(rounds.clients, clients)

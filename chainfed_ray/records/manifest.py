@@ -55,8 +55,8 @@ class Manifest(Document):
     clients: tuple[ClientPartition, ...]
 
     @classmethod
-    def of(cls, spec: JobSpec, corpus: Corpus, shares: Sequence[np.ndarray]) -> "Manifest":
-        """The manifest of a partition. ``shares`` has each client's row indices, in the order of the fleet."""
+    def of(cls, spec: JobSpec, corpus: Corpus, client_rows: Sequence[np.ndarray]) -> "Manifest":
+        """The manifest of a partition. ``client_rows`` has each client's row indices, in the order of the fleet."""
         partition, data = spec.fleet.partition, spec.data
         return cls(
             scheme=partition.scheme,
@@ -69,8 +69,8 @@ class Manifest(Document):
                 _split_rows("test", data.test or data.train, corpus.test),
             ),
             clients=tuple(
-                _client_partition(name, group.name, share, corpus.train.labels)
-                for (name, group), share in zip(spec.fleet.members, shares, strict=True)
+                _client_partition(name, group.name, rows, corpus.train.labels)
+                for (name, group), rows in zip(spec.fleet.members, client_rows, strict=True)
             ),
         )
 

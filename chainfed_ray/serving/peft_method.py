@@ -143,7 +143,7 @@ class _ChainFedModule(nn.Module, BaseTunerLayer):
         ]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raise ``NotImplementedError``: a bottleneck has a nonlinearity, so it is no sum with the layer's weights."""
+        """Raise ``NotImplementedError``: a bottleneck has a nonlinearity, so it cannot be added to the weights."""
         raise NotImplementedError("a ChainFed adapter cannot be merged into its base model")
 
     def unmerge(self) -> None:
