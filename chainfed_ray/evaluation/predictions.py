@@ -23,7 +23,7 @@ class Predictions:
 
     losses: Tensor  # float64: cross-entropy in nats, summed over the example's predictions
     counts: Tensor  # int64: the number of predictions
-    right: Tensor  # int64: the number of correct predictions
+    correct: Tensor  # int64: the number of correct predictions
     classes: Tensor  # int64: the predicted class; -1 for a language model
 
     @classmethod
@@ -42,7 +42,7 @@ class Predictions:
         return Predictions(*(tensor[indices] for tensor in self._tensors()))
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.losses, self.counts, self.right, self.classes
+        return self.losses, self.counts, self.correct, self.classes
 
 
 @torch.no_grad()
@@ -61,5 +61,5 @@ def predict(
     assert matrices is not None, "a language model's head is streamed, so a reader is needed"
     assert batch.targets is not None, "a language model's examples have targets"
     ids, targets = batch.ids.numpy(), batch.targets.numpy()
-    losses, right = next_token_scores(blocks, states.hidden, ids, batch.mask, targets, matrices)
-    return Predictions(losses, batch.targets.sum(1), right, torch.full_like(right, -1))
+    losses, correct = next_token_scores(blocks, states.hidden, ids, batch.mask, targets, matrices)
+    return Predictions(losses, batch.targets.sum(1), correct, torch.full_like(correct, -1))

@@ -29,7 +29,7 @@ class Score(NamedTuple):
     def of(cls, predictions: Predictions) -> "Score":
         """The score over all ``predictions``."""
         count = int(predictions.counts.sum())
-        return cls(float(predictions.losses.sum()) / count, int(predictions.right.sum()) / count)
+        return cls(float(predictions.losses.sum()) / count, int(predictions.correct.sum()) / count)
 
 
 def macro_f1(predictions: Predictions, labels: np.ndarray) -> float:
