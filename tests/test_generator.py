@@ -104,7 +104,7 @@ def test_what_cannot_be_written_is_refused_by_its_field(llama: Path, generator: 
     assert limit is not None
     with pytest.raises(InvalidJob, match=r"^prompt is .*; expected fewer than \d+ tokens"):
         written(generator, saved, "x" * limit, GREEDY)
-    with pytest.raises(InvalidJob, match=r"^max_tokens is .*; expected at most 5: the model has"):
+    with pytest.raises(InvalidJob, match=r"^max_tokens is .*; expected at most 5, because the model has"):
         written(generator, saved, "x" * (limit - 5), Sampling(6))
     with pytest.raises(InvalidJob, match=r"^messages is .*no chat template"):
         generator.write(saved, (("user", "hello"),), GREEDY, print)

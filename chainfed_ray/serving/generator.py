@@ -118,7 +118,8 @@ class Generator:
         room = self._positions - length
         if room < 1:
             field = "prompt" if isinstance(prompt, str) else "messages"
-            expected = f"fewer tokens than the model's {self._positions} positions; this prompt has {length}"
+            most = self._positions
+            expected = f"fewer than {most} tokens, because the model has {most} positions; this prompt has {length}"
             raise InvalidJob.at(field, prompt, expected)
         if asked is not None and asked > room:
             expected = (
