@@ -1,1 +1,1 @@
-"""Job files, and what some of them need."""
+"""Example job files, and a script that makes the model and the rows of one of them."""

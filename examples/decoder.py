@@ -1,10 +1,10 @@
-"""A small language model that is made on the spot, and rows of a field that it has not read, for ``decoder.yaml``.
+"""Makes a small language model for ``decoder.yaml``, and rows from a field that the model was not trained on.
 
     .venv/bin/python examples/decoder.py [FOLDER]
 
-The model is a LLaMA of six layers with a tokenizer of its own, which learns from the prose in the docstrings of libraries that
-are installed anyway. The rows are whole docstrings of another library, with formulae and sessions, of which it has read none;
-the packages of that library are the sites that hold them.
+The model is a LLaMA of six layers with its own tokenizer. It is trained on the prose in the docstrings of installed libraries.
+The rows are whole docstrings of another library, with formulae and interactive sessions. The packages of that library are the
+sites that hold the rows.
 """
 
 import json
@@ -30,25 +30,26 @@ from chainfed_ray.device.threads import one_thread
 
 LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sqlalchemy")
 FIELD = "sympy"  # symbolic mathematics
-MODEL = "tiny-llama"  # its folder, and so a part of the name of what is made of it
+MODEL = "tiny-llama"  # the model's folder, whose name is part of the finished model's name
 SEED = 7
-LENGTH, BATCH = 128, 4  # tokens of an example, as decoder.yaml has them, and examples of a step
+LENGTH, BATCH = 128, 4  # tokens of an example, as in decoder.yaml, and examples of a step
 _END, _VOCABULARY = "</s>", 4096
-_RATE, _WARMUP = 3e-3, 0.05  # AdamW's, and the share of the steps over which it rises
+_RATE, _WARMUP = 3e-3, 0.05  # AdamW's learning rate, and the share of the steps over which it rises
 _FEWEST_WORDS, _NO_PROSE = 5, ("---", "===", "~~~", ">>>")
 
 
 def make(folder: Path, libraries: Sequence[str] = LIBRARIES, steps: int = 1200, rows: int = 2500) -> dict[str, float]:
-    """Save a model that read ``libraries`` for ``steps``, and at most ``rows`` rows, in ``folder``.
+    """Train a model on ``libraries`` for ``steps`` steps, and save it and at most ``rows`` rows in ``folder``.
 
-    Its perplexity on held-out text of its ``own``, and on the ``validation`` and the ``test`` rows, as a job measures it.
+    Returns the model's perplexity, measured as in a job, on held-out text of its ``own`` libraries and on the ``validation``
+    and ``test`` rows.
     """
     began = perf_counter()
     known = sorted({prose(text) for library in libraries for _, text in written(library)} - {""})
     _say(began, f"{len(known)} texts of {', '.join(libraries)}")
     tokenizer = trained_tokenizer(known)
     read = packed(tokenize_texts(tokenizer, _shuffled(known), LENGTH), LENGTH)
-    _say(began, f"a tokenizer of {len(tokenizer)} tokens; {len(read.ids)} tokens to learn from")
+    _say(began, f"a tokenizer of {len(tokenizer)} tokens; {len(read.ids)} tokens of training text")
     tenth = len(read) // 10
     own, learnt = read.take(np.arange(tenth)[:200]), read.take(np.arange(tenth, len(read)))
     model = pretrained(len(tokenizer), learnt, own, steps, began)
@@ -66,12 +67,12 @@ def make(folder: Path, libraries: Sequence[str] = LIBRARIES, steps: int = 1200, 
             examples = packed(tokenize_texts(tokenizer, [text for _, text in chosen], LENGTH), LENGTH)
             found[name] = perplexity(model, examples)
     sites = len({site for site, _ in splits["train"]})
-    _say(began, f"{len(field)} rows of {FIELD}, of {sites} packages; a tenth for validation, and one for the test")
+    _say(began, f"{len(field)} rows from {sites} packages of {FIELD}; a tenth for validation, a tenth for the test")
     return found
 
 
 def written(library: str) -> Iterator[tuple[str, str]]:
-    """Each docstring of ``library``, and the package of it in which it is; none twice."""
+    """Yield each docstring of ``library`` once, after the name of the package that it is in."""
     seen = set[str]()
     for path in sources(library):
         package, *inner = path.as_posix().rpartition(f"/{library}/")[2].split("/")
@@ -82,7 +83,7 @@ def written(library: str) -> Iterator[tuple[str, str]]:
 
 
 def prose(docstring: str) -> str:
-    """Its paragraphs that are sentences: no headings, tables or sessions."""
+    """The paragraphs of a docstring that are sentences, without headings, tables and interactive sessions."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))
     return " ".join(paragraph for paragraph in paragraphs if _is_prose(paragraph))
 
@@ -93,7 +94,7 @@ def _is_prose(paragraph: str) -> bool:
 
 
 def trained_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte pairs of ``texts``, as LLaMA 3 has them."""
+    """A byte-level BPE tokenizer like that of LLaMA 3, trained on ``texts``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -106,7 +107,7 @@ def trained_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def pretrained(vocabulary: int, read: Examples, own: Examples, steps: int, began: float) -> LlamaForCausalLM:
-    """A model that has read ``steps`` batches of ``read``: AdamW, its rate by a cosine."""
+    """A model trained on ``steps`` batches of ``read``, with AdamW and a cosine schedule. ``own`` is for progress reports."""
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -128,12 +129,12 @@ def pretrained(vocabulary: int, read: Examples, own: Examples, steps: int, began
         optimizer.zero_grad()
         rate.step()
         if step % max(steps // 8, 1) == 0:
-            _say(began, f"step {step} of {steps}: perplexity {perplexity(model, own):.1f} on held-out text of its own")
+            _say(began, f"step {step} of {steps}: perplexity {perplexity(model, own):.1f} on held-out text")
     return model
 
 
 def _batches(count: int, steps: int) -> Iterator[np.ndarray]:
-    """The examples of each step: all of them in random order, then again in another one."""
+    """The indices of each step's examples: all examples in random order, then all in another order, and so on."""
     generator = np.random.default_rng(SEED)
     order = np.concatenate([generator.permutation(count) for _ in range(steps * BATCH // count + 1)])
     return iter(order[: steps * BATCH].reshape(steps, BATCH))
@@ -141,7 +142,7 @@ def _batches(count: int, steps: int) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def perplexity(model: Any, examples: Examples) -> float:
-    """exp of the mean cross-entropy of every token but an example's first."""
+    """The perplexity: exp of the mean cross-entropy over all tokens except the first of each example."""
     chosen = list(examples.by_length(BATCH))
     counts = [int((examples.lengths[places] - 1).sum()) for places in chosen]
     losses = [float(_loss(model, examples, places)) for places in chosen]
@@ -164,12 +165,12 @@ def _say(began: float, words: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["DS_ACCELERATOR"] = "cpu"  # a model that is saved looks for DeepSpeed, which looks for a GPU
+    os.environ["DS_ACCELERATOR"] = "cpu"  # saving a model imports DeepSpeed, which would look for a GPU
     logging.disable_progress_bar()
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "decoder")
     with one_thread():
         found = make(folder)
-    print(f"The model is in {folder / 'model'}. Its perplexity, before anybody tunes it:")
-    print(f"  {found['own']:6.1f}  on text like that it has read")
-    print(f"  {found['validation']:6.1f}  on the validation rows, of a library that it has not read")
-    print(f"  {found['test']:6.1f}  on the test rows of it")
+    print(f"The model is in {folder / MODEL}. Its perplexity before fine-tuning:")
+    print(f"  {found['own']:6.1f}  on held-out text from the libraries that it was trained on")
+    print(f"  {found['validation']:6.1f}  on the validation rows, from a library that it was not trained on")
+    print(f"  {found['test']:6.1f}  on the test rows, from the same library")

@@ -63,7 +63,7 @@ def main(folder: Path, family: str) -> None:
         document = {
             "early_exit": [exit_took.planned_bytes, exit_took.peak_bytes],
             "whole": [whole.planned_bytes, whole.peak_bytes],
-            "losses": [score.loss, float(whole.judgement.losses.sum() / whole.judgement.counts.sum())],
+            "losses": [score.loss, float(whole.predictions.losses.sum() / whole.predictions.counts.sum())],
             "process": whole.process_bytes,
         }
         print(json.dumps(document), flush=True)

@@ -72,7 +72,7 @@ def judged(folder: Path, stack: AdapterStack, examples: Examples, scratch: Path)
         ModelSource(folder, torch.float32, scratch), memory_profile_of(blocks, 8, None), {"choices": examples}
     )
     blocks.close()
-    return evaluator.evaluate(stack, "choices").judgement
+    return evaluator.evaluate(stack, "choices").predictions
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -87,7 +87,7 @@ def test_a_flipped_bit_in_the_tensors_is_noticed(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CorruptCommit, match="not those that were written"):
+    with pytest.raises(CorruptCommit, match="not what was written"):
         CommitLog(tmp_path).tensors(ROUNDS - 1)
 
 

@@ -94,7 +94,7 @@ def test_a_text_ends_before_a_stop_string(llama: Path, generator: Generator) -> 
 def test_a_text_ends_with_the_token_after_which_nobody_listens(llama: Path, generator: Generator) -> None:
     pieces: list[Piece] = []
     sampling = Sampling(40, temperature=1.5, seed=3)
-    generator.write(a_causal_stack(llama), PROMPT, sampling, pieces.append, gone=lambda: len(pieces) == 2)
+    generator.write(a_causal_stack(llama), PROMPT, sampling, pieces.append, cancelled=lambda: len(pieces) == 2)
     assert pieces[-1].tokens == pieces[1].tokens < 40
 
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_written_is_refused_by_its_field(llama: Path, generator: 
     assert limit is not None
     with pytest.raises(InvalidJob, match=r"^prompt is .*; expected fewer than \d+ tokens"):
         written(generator, saved, "x" * limit, GREEDY)
-    with pytest.raises(InvalidJob, match=r"^max_tokens is .*; expected at most 5: the model has"):
+    with pytest.raises(InvalidJob, match=r"^max_tokens is .*; expected at most 5, because the model has"):
         written(generator, saved, "x" * (limit - 5), Sampling(6))
     with pytest.raises(InvalidJob, match=r"^messages is .*no chat template"):
         generator.write(saved, (("user", "hello"),), GREEDY, print)

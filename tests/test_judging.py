@@ -51,7 +51,7 @@ class Moody:
         if math.isnan(mood):
             return self._evaluator.evaluate(blown_up(stack), examples)
         found = self._evaluator.evaluate(stack, examples)
-        return replace(found, judgement=replace(found.judgement, losses=found.judgement.losses + mood))
+        return replace(found, predictions=replace(found.predictions, losses=found.predictions.losses + mood))
 
     def close(self) -> None:
         self._evaluator.close()
@@ -90,7 +90,7 @@ def test_the_best_stack_and_the_last_are_both_kept(serve: str, document: dict[st
     for name, stack in (("best", stacks[1]), ("last", stacks[-1])):
         assert_same(load_stack(tmp_path / ("model" if name == serve else name)).stack.tensors(), stack)
     expected = (
-        streaming(job).evaluate(AdapterStack.from_tensors(stacks[1 if serve == "best" else -1]), "test").judgement
+        streaming(job).evaluate(AdapterStack.from_tensors(stacks[1 if serve == "best" else -1]), "test").predictions
     )
     assert job_finished.accuracy == int(expected.right.sum()) / len(job.test)
 
@@ -132,7 +132,9 @@ def test_a_loss_that_is_no_number_is_never_the_best_and_can_be_read_again(
 ) -> None:
     document["evaluation"] = {"whole_every": "round", "serve": "best"}
     job = a_job(document, tmp_path)
-    found = streaming(job).evaluate(blown_up(AdapterStack.new(range(1, 4), job.hidden, 8, 3, seed=0)), "test").judgement
+    found = (
+        streaming(job).evaluate(blown_up(AdapterStack.new(range(1, 4), job.hidden, 8, 3, seed=0)), "test").predictions
+    )
     assert not math.isfinite(float(found.losses.sum())), "as the model itself has it"
     _, rounds, _, job_finished = trained(job, tmp_path, [math.nan, 10, 20, math.nan, last])
     assert job_finished.best is not None
@@ -164,13 +166,13 @@ def test_the_end_has_the_multiple_choice_too(fails: bool, document: dict[str, An
     assert job.choices is not None
     stack = a_causal_stack(folder).stack
     plain = streaming(job)
-    expected = job.choices.accuracy(plain.evaluate(stack, "choices").judgement.losses)
+    expected = job.choices.accuracy(plain.evaluate(stack, "choices").predictions.losses)
     # The first thing that is asked of it is the multiple choice, and then come the rows.
     found = ServerEvaluation(job, Moody(plain, [0, None] if fails else [0, 0])).test(stack)
     assert (found.engine, found.failure is None) == (("torch", False) if fails else ("moody", True))
     assert found.choice_accuracy == expected
     assert 0 < expected < 1
-    assert found.loss == pytest.approx(Score.of(plain.evaluate(stack, "test").judgement).loss)
+    assert found.loss == pytest.approx(Score.of(plain.evaluate(stack, "test").predictions).loss)
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ def test_offloaded_is_plain_evaluation(
             processes.append(sorted(process.pid for process in training(workers())))
             assert len(list(tmp_path.rglob("*.swp"))) > 0, "some of the model is on the disk"
     for seed, evaluated in enumerate(found):
-        assert_equal(evaluated.judgement, plainly(base, stack_of(family, seed), examples))
+        assert_equal(evaluated.predictions, plainly(base, stack_of(family, seed), examples))
         assert evaluated.forward_seconds <= evaluated.seconds
         assert evaluated.peak_bytes
         assert evaluated.planned_bytes
@@ -164,7 +164,7 @@ def test_offloaded_is_plain_evaluation(
         assert evaluated.processes == count
         assert evaluated.process_bytes
         assert evaluated.process_bytes > 100 * 2**20, "with its libraries"
-    assert not torch.equal(found[0].judgement.losses, found[1].judgement.losses)
+    assert not torch.equal(found[0].predictions.losses, found[1].predictions.losses)
     assert processes[0] == processes[1], "the model was loaded once"
     whats = list(dict.fromkeys(activity.what for activity in heard))
     assert (whats[0], whats[-1]) == ("starting the processes of DeepSpeed", "evaluating the whole model (test)")
@@ -192,7 +192,7 @@ def test_a_killed_worker_costs_one_evaluation(models: dict[str, Path], tmp_path:
             with pytest.raises(EvaluationFailed, match="process of a worker ended"):
                 answer.result(timeout=120)
         wait_for(lambda: is_gone(base), "free disk")
-        assert_equal(offloaded.evaluate(stack, "test").judgement, plainly(base, stack, examples))
+        assert_equal(offloaded.evaluate(stack, "test").predictions, plainly(base, stack, examples))
     assert is_gone(base)
 
 

@@ -220,7 +220,7 @@ def test_a_secret_that_is_lost_or_damaged_is_not_drawn_again(tmp_path: Path) -> 
     log = CommitLog(tmp_path)
     log.secret()
     (tmp_path / "privacy.key").write_bytes(b"short")
-    with pytest.raises(CorruptCommit, match="not those that were written"):
+    with pytest.raises(CorruptCommit, match="not what was written"):
         log.secret()
     log.commit_round(a_round(0, a_start()), {"x": torch.zeros(1)})
     (tmp_path / "privacy.key").unlink()

@@ -85,7 +85,7 @@ def _settings(forecast: Forecast) -> Iterator[str]:
 
 def _described(row: ClassForecast) -> str:
     """What clients of a class hold in memory, and what on disk. A number is given if only some of those that join do."""
-    parts = [_LOADED[row.grains]]
+    parts = [_LOADED[row.weights]]
     for words, count in (
         ("saved activations on disk", row.activations_offloaded),
         ("the prefix cached on disk", row.cached),

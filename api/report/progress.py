@@ -15,7 +15,7 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.api.report.activity_display import ActivityDisplay
 from chainfed_ray.api.report.fleet import TurnSettings, by_class, in_words, span
 from chainfed_ray.api.report.scores import evaluation_line, is_causal, short_score
-from chainfed_ray.records.rounds import AdmittedClient, FailedTurn, JobFinished, JobStarted, Round, with_everybody
+from chainfed_ray.records.rounds import AdmittedClient, FailedTurn, JobFinished, JobStarted, Round, complete_fits
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes, format_seconds
 
@@ -224,7 +224,7 @@ class ProgressDisplay:
 def _exits(job_started: JobStarted) -> list[str]:
     """The layers of each window, with the held-out loss of the early exit at its top."""
     exits = []
-    for bottom, (fit, counts) in enumerate(zip(job_started.exits, with_everybody(job_started.exits), strict=True)):
+    for bottom, (fit, counts) in enumerate(zip(job_started.exits, complete_fits(job_started.exits), strict=True)):
         loss = "none" if fit.held_out_loss is None else f"{fit.held_out_loss:.3f}"
         incomplete = "" if counts else " (without some clients)"
         exits.append(f"{span((bottom, bottom + job_started.window - 1))}: {loss}{incomplete}")

@@ -1,13 +1,13 @@
-"""A classifier in closed form: linear discriminant analysis, from sums over examples that clients add up.
+"""Fits a classifier in closed form, by linear discriminant analysis of sums over the clients' examples.
 
-Ours, not the paper's. The sums of several clients are the sums over all their examples, so the classifier is the one that
-a single machine with all the data would find, however unevenly the classes are dealt (compare Fed3R: Fanì et al., 2024).
-All classes share one covariance Σ, and with the means μ_c and the frequencies π_c (Hastie et al., 2009, section 4.3)
+This is ours, not the paper's. The sums of several clients add up to the sums over all their examples. So the classifier is the
+same as on a single machine with all the data, however unevenly the classes are partitioned (compare Fed3R: Fanì et al., 2024).
+All classes share one covariance Σ. With class means μ_c and class frequencies π_c (Hastie et al., 2009, section 4.3)::
 
     logit_c(f) = (μ_cᵀ Σ⁻¹ f − ½ μ_cᵀ Σ⁻¹ μ_c + log π_c) / temperature
 
-Σ is drawn towards a multiple of the identity, and the temperature makes up for its being estimated on the very examples
-(Guo et al., 2017). How far, and how much, is what gives the least loss on held-out examples.
+Σ is shrunk towards a multiple of the identity. The logits are too confident, because Σ is estimated on the training examples.
+The temperature corrects this (Guo et al., 2017). Both are chosen for the least loss on held-out examples.
 """
 
 import math
@@ -21,24 +21,24 @@ from torch.nn.functional import cross_entropy
 from chainfed_ray.model.adapters import Tensors
 
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 0.6)
-_LOWEST, _HIGHEST = 0.05, 100.0  # temperatures
-_NARROWINGS = 40  # of that interval, each by a third: to within a millionth
-_NO_EXAMPLE = 0.5  # a class that nobody has counts as half an example
-_LEAST_VARIANCE = 1e-4  # of a feature, relative to its mean square
-_SLACK = 1.01  # for rounding in float32
+_LOWEST, _HIGHEST = 0.05, 100.0  # the range of temperatures
+_NARROWINGS = 40  # steps of the search, each cutting the range by a third: the result is exact to a millionth
+_NO_EXAMPLE = 0.5  # a class without examples counts as half an example, so that its log-frequency is finite
+_LEAST_VARIANCE = 1e-4  # the least variance of a feature, relative to its mean square
+_SLACK = 1.01  # allows for rounding in float32
 
 
 @dataclass(frozen=True)
 class ClassSums:
-    """Over features f [F] of examples of C classes: how many there are, Σ f by class, and Σ f fᵀ. Float32, or float64."""
+    """Sums over the features f [F] of examples of C classes, in float32 or float64."""
 
-    counts: Tensor  # [C]
-    sums: Tensor  # [C, F]
-    products: Tensor  # [F, F]
+    counts: Tensor  # [C]: examples of each class
+    sums: Tensor  # [C, F]: Σ f for each class
+    products: Tensor  # [F, F]: Σ f fᵀ over all examples
 
     @classmethod
     def zeros(cls, classes: int, features: int, dtype: torch.dtype = torch.float32) -> "ClassSums":
-        """Of no examples."""
+        """The sums over no examples."""
         return cls(
             torch.zeros(classes, dtype=dtype),
             torch.zeros(classes, features, dtype=dtype),
@@ -46,19 +46,22 @@ class ClassSums:
         )
 
     def count(self, features: Tensor, labels: Tensor) -> None:
-        """Add examples: features [B, F] and classes [B]."""
+        """Add B examples, with features [B, F] and labels [B]."""
         self.counts.index_add_(0, labels, torch.ones(len(labels), dtype=self.counts.dtype))
         self.sums.index_add_(0, labels, features)
         self.products.addmm_(features.T, features)
 
     def add(self, other: "ClassSums") -> None:
-        """Add the examples that another counted."""
+        """Add the sums over other examples."""
         self.counts.add_(other.counts)
         self.sums.add_(other.sums)
         self.products.add_(other.products)
 
     def impossible(self, examples: int) -> str | None:
-        """Why these are no sums over so many examples of features from LayerNorms, whose squares add up to F at most."""
+        """The reason why these cannot be the sums over ``examples`` examples, or None if they can.
+
+        Features come from LayerNorms, so the squares of an example's F features add up to F at most.
+        """
         size = self.sums.shape[1]
         if (self.counts < 0).any() or self.counts.sum() != examples:
             return f"it counts {self.counts.sum():g} examples, not {examples}"
@@ -69,16 +72,16 @@ class ClassSums:
         return None
 
     def tensors(self) -> Tensors:
-        """By name, as they are sent: of the products, which are symmetric, one half, [F (F + 1) / 2]."""
+        """The sums by name, as they are sent: of the symmetric products only the lower half, [F (F + 1) / 2]."""
         size = len(self.products)
         half = self.products.new_empty(size * (size + 1) // 2)
         for row, (start, end) in enumerate(_rows_of_half(size)):
-            half[start:end] = self.products[row, : row + 1]  # one by one: thousands of views take megabytes
+            half[start:end] = self.products[row, : row + 1]  # row by row: all views at once would take megabytes
         return {"counts": self.counts, "sums": self.sums, "products": half}
 
     @classmethod
     def of(cls, tensors: Tensors) -> "ClassSums":
-        """Those that ``tensors()`` was called on."""
+        """The sums whose ``tensors()`` were sent."""
         counts, sums, half = (tensors[name] for name in ("counts", "sums", "products"))
         size = sums.shape[1]
         products = half.new_empty(size, size)
@@ -88,17 +91,23 @@ class ClassSums:
 
 
 def _rows_of_half(size: int) -> Iterator[tuple[int, int]]:
-    """Where the rows of a triangle, each one longer than the one before, begin and end when they are put end to end."""
+    """The start and the end of each row of a lower triangle, in the flat tensor of its rows end to end."""
     return ((row * (row + 1) // 2, (row + 1) * (row + 2) // 2) for row in range(size))
 
 
 def discriminant(sums: ClassSums, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """The weight [C, F] and the bias [C] at temperature 1, in float64; ``shrinkage`` in (0, 1] is the identity's share."""
+    """The classifier at temperature 1: weight [C, F] and bias [C] in float64.
+
+    ``shrinkage`` in (0, 1] is the share of the identity in Σ.
+
+    Raises:
+        RuntimeError: Σ is singular.
+    """
     counts, total = sums.counts.double(), sums.counts.double().sum()
     means = sums.sums.double() / counts.clamp(min=1).unsqueeze(1)
-    # In place: where a head reads several layers, this is the largest thing that the server has.
+    # In place: with several head layers, the covariance is the server's largest tensor.
     covariance = sums.products.double().sub_((means * counts.unsqueeze(1)).T @ means).div_(total)
-    # Where the features of a class hardly vary, what is left of Σ is rounding.
+    # If the features hardly vary within their classes, Σ is only rounding errors, and their scale is no variance.
     least = _LEAST_VARIANCE * float(sums.products.diagonal().double().mean() / total)
     scale = covariance.diagonal().mean().clamp(min=max(least, torch.finfo(torch.float32).tiny))
     covariance.mul_(1 - shrinkage).diagonal().add_(shrinkage * scale)
@@ -108,9 +117,10 @@ def discriminant(sums: ClassSums, shrinkage: float) -> tuple[Tensor, Tensor]:
 
 
 def fitted(sums: ClassSums, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The discriminant with the least loss on held-out features [n, F] of classes [n]: weight [C, F], bias [C], float32.
+    """The discriminant with the least loss on held-out ``features`` [n, F] with ``labels`` [n].
 
-    None if there is none: sums that are not those of any examples can have no inverse.
+    Returns the weight [C, F] and the bias [C] in float32. It returns None if no shrinkage gives a finite loss, which happens
+    when the sums are not those of any examples.
     """
     best = None
     for shrinkage in _SHRINKAGES:
@@ -127,7 +137,7 @@ def fitted(sums: ClassSums, features: Tensor, labels: Tensor) -> tuple[Tensor, T
 
 
 def _calibration(logits: Tensor, labels: Tensor) -> float:
-    """The temperature with the least loss. In its inverse the loss is convex, so the interval may be cut by thirds."""
+    """The temperature with the least loss. The loss is convex in 1 / temperature, so a ternary search finds it."""
     low, high = 1 / _HIGHEST, 1 / _LOWEST
     for _ in range(_NARROWINGS):
         left, right = low + (high - low) / 3, high - (high - low) / 3

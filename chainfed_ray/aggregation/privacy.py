@@ -1,17 +1,18 @@
 """Client-level differential privacy: updates are clipped and noised before anything is released.
 
-DP-FedAvg (McMahan et al., 2018, algorithm 1, fixed denominator), with weights that are all alike. Of m = ``rounds.clients``
-sampled clients, each contributes Δ, the change of all tensors that it trained, and zero for the others of the stage::
+The method is DP-FedAvg (McMahan et al., 2018, algorithm 1, fixed denominator) with equal weights. A round samples
+m = ``rounds.clients`` clients. Each contributes Δ, the change of the tensors that it trained, and zero for the stage's others::
 
     x ← x + (Σ Δ · min(1, C / |Δ|₂) + N(0, z² C²)) / m
 
-So one client moves the sum by C at most, whoever answers. The noise is added to the sum by the server, or a share of it,
-N(0, z² C² / m), by each client to its own update; shares of those that do not answer are added by the server.
-``accountant.py`` says what that is worth.
+So a single client moves the sum by C at most, whoever answers. Either the server adds the noise to the sum, or each client
+adds a share of it, N(0, z² C² / m), to its own update. The server then adds the shares of clients that did not answer.
+``accountant.py`` computes the privacy that this gives.
 
-Noise has to be a secret, and the same when a round is run again: two draws of it on one update would tell more than one. So
-it follows from a secret of the job, 256 bits that are drawn once (``CommitLog.secret``), by keyed hashes: BLAKE2b for the key
-of a round, and of a client in a round; SHAKE-256, over key, tensor name and place in it, for the bits of the noise itself.
+The noise must be secret. It must also be the same when a round is run again, because two draws of noise on one update would
+reveal more than one. So keyed hashes derive it from a secret of the job, 256 bits that are drawn once (``CommitLog.secret``):
+BLAKE2b gives the key of a round, or of a client in a round, and SHAKE-256 of the key, the tensor's name and the place in the
+tensor gives the bits of the noise.
 """
 
 import math
@@ -27,12 +28,12 @@ from chainfed_ray.chain import Window
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.spec.sections import PrivacySpec
 
-CHUNK = 4096  # values whose noise is drawn at once: in all they take about 56 bytes each
+CHUNK = 4096  # values whose noise is drawn at once; each takes about 56 bytes meanwhile
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Gaussian noise with a standard ``deviation``, all of which follows from ``key``."""
+    """Gaussian noise with the standard deviation ``deviation``. The same ``key`` always gives the same noise."""
 
     deviation: float
     key: bytes = field(repr=False)
@@ -45,8 +46,8 @@ class Noise:
     def _drawn(self, name: str, count: int) -> np.ndarray:
         pairs = (count + 1) // 2
         words = np.frombuffer(shake_256(self.key + name.encode()).digest(16 * pairs), "<u8")
-        uniform = ((words >> 11) + 0.5) * 2.0**-53  # 53 bits each; never 0, whose logarithm there is not
-        # Box and Muller, 1958: two of them give two independent Gaussians.
+        uniform = ((words >> 11) + 0.5) * 2.0**-53  # 53 bits each; never 0, since the next line takes the logarithm
+        # The transform of Box and Muller (1958): two uniform numbers give two independent Gaussian ones.
         radius, angle = np.sqrt(-2 * np.log(uniform[:pairs])), 2 * math.pi * uniform[pairs:]
         gaussian: np.ndarray = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
         return gaussian * self.deviation
@@ -54,16 +55,16 @@ class Noise:
 
 @dataclass(frozen=True)
 class NoiseShare:
-    """What a client does to its update before it sends it: it clips it to the norm ``clip``, and adds its share of noise."""
+    """A client's part in adding the noise: it clips its update to the L2 norm ``clip`` and adds ``noise``, before it sends."""
 
     clip: float
     noise: Noise
 
     def applied(self, start: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Tensors:
-        """``trained`` as it may be sent. Every tensor of ``start`` is: one that was not trained with noise alone."""
+        """The tensors to send: every tensor of ``start``, plus its clipped change if it is in ``trained``, plus noise."""
         factor = clip_factor(start, trained, self.clip)
         sent: Tensors = {}
-        for name, tensor in start.items():  # a tensor at a time, and in place: a client has little memory
+        for name, tensor in start.items():  # one tensor at a time and in place, to save the client's memory
             value = _change(tensor, trained[name]).mul_(factor) if name in trained else _zeros(tensor)
             self.noise.add_to(name, value)
             sent[name] = value.add_(tensor).float()
@@ -71,10 +72,10 @@ class NoiseShare:
 
 
 class PrivateMean:
-    """An ``Aggregate``: changes from ``start``, clipped to ``clip``; then ``noise``, and 1/m of it, for m = ``clients``.
+    """An ``Aggregate`` with privacy: it clips changes from ``start`` to ``clip``, sums them, adds ``noise`` and divides by m.
 
-    Without a ``clip`` clients do both, each with a share of 1/m of the noise: those missing are added here. Every tensor of
-    ``start`` gets noise, whether or not anybody trained it.
+    m is ``clients``, the number sampled. If ``clip`` is None, each client clips its update and adds a share of 1/m of the
+    noise; then only the missing shares are added here. Every tensor of ``start`` gets noise, even if no client trained it.
     """
 
     def __init__(self, start: Tensors, clients: int, clip: float | None, noise: Noise) -> None:
@@ -84,25 +85,25 @@ class PrivateMean:
         self._answered = 0
 
     def add(self, tensors: Mapping[str, Tensor], examples: int) -> None:
-        """Add an update; that it has more ``examples`` than others does not count."""
+        """Add an update. ``examples`` is ignored, since all clients have the same weight."""
         factor = 1.0 if self._clip is None else clip_factor(self._start, tensors, self._clip)
         for name, tensor in tensors.items():
             self._sums[name].add_(_change(self._start[name], tensor).mul_(factor))
         self._answered += 1
 
     def result(self) -> Tensors:
-        """The new tensors, in float32."""
+        """The new tensors in float32."""
         return {name: self.moved(name).float() for name in self._start}
 
     def moved(self, name: str) -> Tensor:
-        """The new value of a tensor, in float64."""
+        """The new value of the tensor called ``name``, in float64."""
         noised = self._sums[name].clone()
         if missing := self._missing():
             missing.add_to(name, noised)
         return noised.div_(self._clients).add_(self._start[name])
 
     def _missing(self) -> Noise | None:
-        """The noise that no client has added."""
+        """The noise that is still to be added here; None if the clients have added all of it."""
         if self._clip is not None:
             return self.noise
         share = 1 - self._answered / self._clients
@@ -110,29 +111,29 @@ class PrivateMean:
 
 
 def clip_factor(start: Mapping[str, Tensor], trained: Mapping[str, Tensor], bound: float) -> float:
-    """min(1, C / |Δ|₂) for C = ``bound`` and the change Δ of all ``trained`` tensors together."""
+    """min(1, C / |Δ|₂), where C is ``bound`` and Δ the change of all ``trained`` tensors together."""
     squares = (float(_change(start[name], tensor).square_().sum()) for name, tensor in trained.items())
     norm = math.sqrt(math.fsum(squares))
     return min(1.0, bound / norm) if norm else 1.0
 
 
 def private_mean(spec: PrivacySpec, secret: bytes, index: int, start: Tensors, clients: int) -> PrivateMean:
-    """What the server makes of the updates of round ``index``: its own clipping and noise, or those of its clients."""
+    """The aggregate of round ``index``. ``spec.where`` says whether the server or the clients clip and add the noise."""
     noise = Noise(spec.noise_multiplier * spec.clip, key_of(secret, "server", index))
     return PrivateMean(start, clients, spec.clip if spec.where == "server" else None, noise)
 
 
 def share_of(spec: PrivacySpec, secret: bytes, index: int, client: str, window: Window, clients: int) -> NoiseShare:
-    """What ``client`` does to its update of ``window`` in round ``index``; it learns no key but this one.
+    """The noise share of ``client`` for its update of ``window`` in round ``index``. Its key is the only one the client gets.
 
-    Another window gives another update, and so has other noise: the difference of two that had the same would have none.
+    The key depends on the window. Updates of two windows with the same noise would have a difference without noise.
     """
     deviation = spec.noise_multiplier * spec.clip / math.sqrt(clients)
     return NoiseShare(spec.clip, Noise(deviation, key_of(secret, "client", index, client, window.bottom)))
 
 
 def sampling_seed(secret: bytes) -> int:
-    """From which it follows who is sampled. ε counts on that being unknown, so it is not the job's seed."""
+    """The seed of client sampling. It is secret, unlike the job's seed: ε is right only while nobody knows the samples."""
     return int.from_bytes(key_of(secret, "sample"))
 
 
@@ -146,5 +147,5 @@ def _zeros(like: Tensor) -> Tensor:
 
 
 def key_of(secret: bytes, *names: str | int) -> bytes:
-    """The key of whatever ``names`` name, such as a client in a round."""
+    """The key for the purpose that ``names`` give, such as ``"client", 3, "phone-0"``."""
     return blake2b("/".join(map(str, names)).encode(), key=secret, digest_size=32).digest()

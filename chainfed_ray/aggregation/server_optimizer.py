@@ -1,12 +1,12 @@
-"""The server's own optimizer: what the clients' aggregate changes is a pseudo-gradient Δ, and the stack x takes a step by it.
+"""The server's optimizer: it takes the change of the round's aggregate as a pseudo-gradient Δ, and steps the stack x by it.
 
-FedAvgM (Hsu et al., 2019), FedAdam and FedYogi (Reddi et al., 2021, algorithm 2; without bias correction, as there)::
+The optimizers are FedAvgM (Hsu et al., 2019), FedAdam and FedYogi (Reddi et al., 2021, algorithm 2; no bias correction)::
 
     momentum   m ← β₁ m + Δ                                                             x ← x + η m
     adam       m ← β₁ m + (1 − β₁) Δ     v ← β₂ v + (1 − β₂) Δ²                         x ← x + η m / (√v + τ)
     yogi       m ← β₁ m + (1 − β₁) Δ     v ← v − (1 − β₂) Δ² sign(v − Δ²)               x ← x + η m / (√v + τ)
 
-m starts at 0 and v at τ². All of it is done value by value, in float32.
+m starts at 0 and v at τ². All operations are on single values, in float32.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What enters a client's window: the output of the frozen layers below it, as the client's plan has it."""
+"""Provides the activations that enter a client's window, cached or recomputed as the client's plan says."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,10 @@ from chainfed_ray.streaming.matrices import SliceReader
 def window_inputs(
     client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, stage: Window
 ) -> Activations:
-    """What enters the window of the client's plan, in a turn of ``stage``: cached or, without the disk, made when asked for."""
+    """The activations that enter the client's window, in a turn of ``stage``.
+
+    They come from the prefix cache. A client without the disk for a cache recomputes them for each step.
+    """
     plan = client.plan
     runner = prefix_runner(blocks, plan, matrices)
     if not plan.prefix.cached:
@@ -25,13 +28,13 @@ def window_inputs(
 
 
 def prefix_runner(blocks: Blocks, plan: TurnPlan, matrices: SliceReader | None) -> PrefixRunner:
-    """How a client with this plan runs the layers below its window."""
+    """Runs the layers below the window in the way that ``plan`` says."""
     return PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.weights == "streamed" else None)
 
 
 @contextmanager
 def matrix_reader(blocks: Blocks, plan: TurnPlan) -> Iterator[SliceReader | None]:
-    """A reader of matrices, where the plan streams any."""
+    """Opens a reader of matrices if ``plan`` streams any; yields None otherwise."""
     if not plan.footprint.buffers and plan.prefix.weights == "resident":
         yield None
         return

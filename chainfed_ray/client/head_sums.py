@@ -1,4 +1,4 @@
-"""A client's part in a head in closed form: sums over its examples, at its window's output."""
+"""A client's turn of head fitting: sums over its examples' pooled features, from which the server fits the head."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,37 +22,38 @@ from chainfed_ray.model.pooling import append_pooled
 from chainfed_ray.model.prefix import PrefixCache
 from chainfed_ray.streaming.matrices import SliceReader
 
-Features = Iterator[tuple[Tensor, Tensor]]  # of each micro-batch: what the head reads [B, r, D], and the classes [B]
+Features = Iterator[tuple[Tensor, Tensor]]  # for each micro-batch: pooled features [B, r, D], labels [B]
 
 
 @torch.no_grad()
 def sum_features(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> HeadSums:
-    """The sums of all the client's examples.
+    """The sums over all examples of the client.
 
-    Up to a window that was never trained they are made of what the first pass left (first_pass.py), if the client has the disk
-    for that; what is missing of it is made now. Else the examples run through the window.
+    If no adapter up to the window's top is trained yet and the client has the disk for a cache, the features come from the
+    first pass (first_pass.py), which runs the missing layers now. Otherwise the examples run through the window.
     """
     started = process_time()
     stack = AdapterStack.from_tensors(order.tensors)
-    assert stack.head is not None, "a language model keeps its own head"
+    assert stack.head is not None, "a language model has its own head, which is never fitted"
     with matrix_reader(blocks, client.plan) as matrices:
         if client.plan.prefix.cached and stack.is_new(order.window.top):
-            features = _of_first_pass(client, blocks, scratch, stack, matrices, order.window)
+            features = _first_pass_features(client, blocks, scratch, stack, matrices, order.window)
         else:
-            features = _of_window(client, blocks, scratch, stack, matrices, order.window)
-        # Made when the layers below are gone: with both at once a turn would need more than its plan.
+            features = _window_features(client, blocks, scratch, stack, matrices, order.window)
+        # Allocated after the layers below are freed: with both at once, the turn would exceed its plan.
         total = ClassSums.zeros(stack.head.linear.out_features, stack.head.features(order.window.top))
-        for means, classes in features:
-            total.count(layer_norm(means, means.shape[-1:]).flatten(1), classes)
+        for pooled, labels in features:
+            total.count(layer_norm(pooled, pooled.shape[-1:]).flatten(1), labels)
     return HeadSums(total.tensors(), len(client.examples), process_time() - started)
 
 
-def _of_first_pass(
+def _first_pass_features(
     client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, stage: Window
 ) -> Features:
-    """Those of the base model's layers: what of them is not there yet is made.
+    """The features of the base model's layers. Layers whose features are missing run now.
 
-    The activations at the bottom of ``stage`` stay, and those at the chain's lowest layer, below which nothing ever changes.
+    The activations at the bottom of ``stage`` are kept for training. So are those at the chain's lowest layer, which never
+    change.
     """
     examples = client.examples
     first_pass = FirstPass(
@@ -70,10 +71,10 @@ def _of_first_pass(
     )
 
 
-def _of_window(
+def _window_features(
     client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, stage: Window
 ) -> Features:
-    """Those of the output of the client's own window, which may be narrower than ``stage``."""
+    """The features at the top of the client's own window, which may be narrower than ``stage``."""
     plan, examples, window = client.plan, client.examples, client.plan.window
     enter_phase(f"running the layers below layer {window.bottom}")
     activations = window_inputs(client, blocks, scratch, stack, matrices, stage)
@@ -81,9 +82,9 @@ def _of_window(
     streamed = matrices if plan.weights == "streamed" else None
     layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
 
-    def means(indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    def features(indices: np.ndarray) -> tuple[Tensor, Tensor]:
         batch = examples.batch(indices)
         states = through_window(blocks, stack, window, layers, activations.batch(indices), batch.mask)
         return append_pooled(states.pooled, states.hidden, batch.mask, stack.head_layers), batch.labels
 
-    return map(means, examples.by_length(plan.micro_batch))
+    return map(features, examples.by_length(plan.micro_batch))

@@ -1,4 +1,4 @@
-"""A client's turn of profiling: how like the embeddings each layer's output is (FOAT, paper section 3.4)."""
+"""A client's profiling turn: it computes the CKA between each layer's output and the embeddings (FOAT, paper section 3.4)."""
 
 from pathlib import Path
 from time import process_time
@@ -21,7 +21,11 @@ from chainfed_ray.model.prefix import PrefixCache, PrefixRunner
 
 @torch.no_grad()
 def profile(client: Client, blocks: Blocks, scratch: Path, order: Profiling) -> Profile:
-    """One pass through the layers, one in memory at a time: of the examples that are compared, or of all the client's."""
+    """Run examples through all layers, one layer in memory at a time, and compute the CKA of each layer.
+
+    CKA compares at most ``order.examples`` of the client's examples, chosen at random. With ``order.guess`` all examples run,
+    and the pass is the client's first pass (first_pass.py); otherwise only the compared examples run.
+    """
     enter_phase("profiling the layers")
     started = process_time()
     compared = np.sort(shuffled(len(client.examples), order.seed)[: order.examples])
@@ -31,20 +35,20 @@ def profile(client: Client, blocks: Blocks, scratch: Path, order: Profiling) -> 
         embedded = _embedded(runner, examples)
         if order.guess:
             first_pass = FirstPass(PrefixCache(scratch, runner, client.examples), order.guess.head_layers)
-            cka = _all_pass(first_pass, embedded, compared, order.guess, blocks.num_layers)
+            cka = _profile_in_first_pass(first_pass, embedded, compared, order.guess, blocks.num_layers)
         else:
             cache = PrefixCache(scratch / "profile", runner, examples)
             try:
-                cka = _compared_pass(FirstPass(cache, head_layers=1), embedded, blocks.num_layers)
+                cka = _profile_alone(FirstPass(cache, head_layers=1), embedded, blocks.num_layers)
             finally:
                 cache.clear()
     return Profile(cka, len(compared), process_time() - started)
 
 
-def _all_pass(
+def _profile_in_first_pass(
     first_pass: FirstPass, embedded: Tensor, compared: np.ndarray, guess: StartGuess, layers: int
 ) -> tuple[float, ...]:
-    """The CKA of each layer; all examples pass, and the activations stay where the chain seems to start."""
+    """The CKA of each layer, while all examples run. Keeps the activations at the guessed start of the chain."""
     cka: tuple[float, ...] = ()
     for layer in first_pass.up_to(layers - 1):
         cka += (debiased_cka(embedded, first_pass.features.at(layer, compared)),)
@@ -52,18 +56,18 @@ def _all_pass(
     return cka
 
 
-def _compared_pass(first_pass: FirstPass, embedded: Tensor, layers: int) -> tuple[float, ...]:
-    """The CKA of each layer; only the examples that are compared pass."""
+def _profile_alone(first_pass: FirstPass, embedded: Tensor, layers: int) -> tuple[float, ...]:
+    """The CKA of each layer, while only the compared examples run. Keeps nothing."""
     every = np.arange(len(embedded))
     cka: tuple[float, ...] = ()
     for layer in first_pass.up_to(layers - 1):
         cka += (debiased_cka(embedded, first_pass.features.at(layer, every)),)
-        first_pass.features.forget(layer)  # no head is fitted to them
+        first_pass.features.forget(layer)  # no head will be fitted to these examples
     return cka
 
 
 def _embedded(runner: PrefixRunner, examples: Examples) -> Tensor:
-    """The mean over the tokens of each example's embeddings, [n, D]."""
+    """The mean of each example's embeddings over its tokens, [n, D]."""
     means = torch.empty(len(examples), runner.blocks.hidden_size, dtype=torch.float64)
     for indices in examples.by_length(runner.batch):
         batch = examples.batch(indices)

@@ -1,1 +1,1 @@
-"""How good a stack is."""
+"""Evaluates how well the base model with an adapter stack predicts held-out rows."""

@@ -1,8 +1,8 @@
-"""The server's judgement of the chain cut at a window's top, one window in memory at a time: an early exit.
+"""Evaluates an early exit: the chain cut at a window's top, with one window in memory at a time.
 
-With the window at the last layer it is the whole model (streaming_evaluator.py). Large layers are never in memory: their
-matrices are streamed by slices, as a small client has it. Which are is settled by their size alone (planner.py), so that
-whoever judges a stack again has the same bits.
+An early exit at the last layer is the whole model (streaming_evaluator.py). If the layers are large, their matrices are
+streamed in slices, so that no whole layer is in memory. The sizes of the layers alone decide this (budget/server.py), so a
+second evaluation of the same stack gives the same bits.
 """
 
 from collections.abc import Iterator
@@ -37,16 +37,19 @@ def predict_early_exit(
     window: Window,
     reporter: Reporter = SILENT,
 ) -> Predictions:
-    """Judge ``stack`` on ``examples`` at the top of ``window``; the prefix below the window is cached in ``cache``."""
-    judgement = Predictions.blank(len(examples))
+    """Evaluate ``stack`` on ``examples`` at the top of ``window``.
+
+    The activations that enter the window are cached in the folder ``cache``.
+    """
+    predictions = Predictions.blank(len(examples))
     with _opened(base) as (blocks, matrices):
         for indices, batch, states in _outputs(examples, blocks, matrices, cache, stack, window, reporter):
-            judgement.put(torch.from_numpy(indices), predict(blocks, stack, states, batch, matrices))
-    return judgement
+            predictions.put(torch.from_numpy(indices), predict(blocks, stack, states, batch, matrices))
+    return predictions
 
 
 @torch.no_grad()
-def pooled(
+def pooled_features(
     examples: Examples,
     base: ModelSource,
     cache: Path,
@@ -54,18 +57,22 @@ def pooled(
     window: Window,
     reporter: Reporter = SILENT,
 ) -> tuple[Tensor, Tensor]:
-    """What the head reads at the top of ``window``, [n, r, D] in float32, and the classes [n], the shortest texts first."""
-    means, labels = [], []
+    """The features of a classifier's head at the top of ``window``, and the labels of the examples.
+
+    Features are [n, r, D] in float32, for r pooled layers, the lowest first. Labels are [n]. Both are ordered by the length
+    of the text, the shortest first.
+    """
+    features, labels = [], []
     with _opened(base) as (blocks, matrices):
         for _, batch, states in _outputs(examples, blocks, matrices, cache, stack, window, reporter):
-            means.append(append_pooled(states.pooled, states.hidden, batch.mask, stack.head_layers))
+            features.append(append_pooled(states.pooled, states.hidden, batch.mask, stack.head_layers))
             labels.append(batch.labels)
-    return torch.cat(means), torch.cat(labels)
+    return torch.cat(features), torch.cat(labels)
 
 
 @contextmanager
 def _opened(base: ModelSource) -> Iterator[tuple[Blocks, SliceReader]]:
-    """The base model, and a reader of its matrices, which takes no memory before it is used."""
+    """Open the base model and a reader of its matrices. The reader takes no memory until it is used."""
     blocks = Blocks(base.folder, base.dtype)
     matrices = blocks.reader()
     try:
@@ -84,7 +91,7 @@ def _outputs(
     window: Window,
     reporter: Reporter,
 ) -> Iterator[tuple[np.ndarray, Batch, LayerStates]]:
-    """Every batch and the places of its examples, with the window's output."""
+    """For each batch: the indices of its examples, the batch, and the output of ``window`` for it."""
     below, inside = evaluation_weights(blocks.layer_bytes, blocks.conversion_bytes, len(window))
     runner = PrefixRunner(blocks, matrices=matrices if below == "streamed" else None)
     activations = PrefixCache(cache, runner, examples).at(window.bottom, stack, reporter=reporter)

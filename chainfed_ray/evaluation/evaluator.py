@@ -1,4 +1,8 @@
-"""Who judges the whole model with a stack on it. The coordinator sees an ``Evaluator`` and never knows which."""
+"""The ``Evaluator`` protocol: it evaluates the whole model with an adapter stack on held-out rows.
+
+The coordinator knows this protocol only. Its implementations are ``StreamingEvaluator`` and the evaluator of
+``cluster/offload``, which keeps the model on disk.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,24 +13,25 @@ from chainfed_ray.evaluation.predictions import Predictions
 from chainfed_ray.model.adapters import AdapterStack
 
 EvaluationSets = Mapping[str, Examples]
-"""What an evaluator judges stacks on, by name."""
+"""Sets of held-out examples by name, such as ``validation``. An evaluator is asked for one of them at a time."""
 
 
 def whole_model(examples: str) -> str:
-    """What goes on while an evaluator judges a stack on the set called ``examples``, in words."""
+    """The words with which progress reports name an evaluation on the set called ``examples``."""
     return f"evaluating the whole model ({examples})"
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The judgement of a set's examples, in their order, and what it took.
+    """The predictions for a set's examples, in the order of the set, and what the evaluation cost.
 
-    ``seconds`` are from asking to the answer, ``forward_seconds`` those of the forward passes alone. Memory is that of the
-    largest of the evaluator's ``processes``: ``planned_bytes`` and ``peak_bytes`` are what it may take and took above itself
-    when idle, ``process_bytes`` all that it took, libraries included; None if not known.
+    ``seconds`` is the time from the request to the answer; ``forward_seconds`` is the part spent in forward passes. The bytes
+    are of the largest of the evaluator's ``processes``. ``planned_bytes`` and ``peak_bytes`` count what the process takes above
+    its idle state: planned, and measured. ``process_bytes`` is the peak of the whole process, libraries included. A figure is
+    None if it is not known.
     """
 
-    judgement: Predictions
+    predictions: Predictions
     seconds: float
     forward_seconds: float
     planned_bytes: int | None = None
@@ -36,18 +41,18 @@ class Evaluated:
 
 
 class Evaluator(Protocol):
-    """Holds the held-out examples of one job, and judges the base model with any stack on them."""
+    """Evaluates the base model of one job, with any adapter stack, on the job's held-out examples."""
 
-    engine: str  # what it is called in a job's record
+    engine: str  # the evaluator's name in a job's records
 
     def evaluate(self, stack: AdapterStack, examples: str) -> Evaluated:
-        """Judge the whole model, all its layers, with ``stack`` on the set called ``examples``.
+        """Evaluate the whole model, all its layers, with ``stack`` on the set called ``examples``.
 
         Raises:
-            EvaluationFailed: it could not; the next stack may be judged all the same.
+            EvaluationFailed: the evaluation did not succeed. A later call may.
         """
         ...
 
     def close(self) -> None:
-        """Let go of the model, its processes and its files."""
+        """Free the model, end its processes and delete its files."""
         ...

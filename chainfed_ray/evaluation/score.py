@@ -1,4 +1,4 @@
-"""What a judgement comes to."""
+"""Scores of predictions: mean loss, accuracy, perplexity and macro-F1."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,10 @@ from chainfed_ray.units import perplexity
 
 
 class Score(NamedTuple):
-    """``loss`` is the mean cross-entropy in nats, ``accuracy`` the share that is right: of the examples for a classifier, of
-    the tokens to be predicted for a language model. Its perplexity is exp(loss).
+    """The mean loss and the accuracy of a set of predictions.
+
+    ``loss`` is the mean cross-entropy in nats, ``accuracy`` the share of correct predictions. Both are taken over examples
+    for a classifier, and over predicted tokens for a language model.
     """
 
     loss: float
@@ -20,19 +22,19 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """See ``units.perplexity``."""
+        """The perplexity exp(loss) of a language model; see ``units.perplexity``."""
         return perplexity(self.loss)
 
     @classmethod
-    def of(cls, judgement: Predictions) -> "Score":
-        """The score of everything that was predicted."""
-        count = int(judgement.counts.sum())
-        return cls(float(judgement.losses.sum()) / count, int(judgement.right.sum()) / count)
+    def of(cls, predictions: Predictions) -> "Score":
+        """The score over all ``predictions``."""
+        count = int(predictions.counts.sum())
+        return cls(float(predictions.losses.sum()) / count, int(predictions.correct.sum()) / count)
 
 
-def macro_f1(judgement: Predictions, labels: np.ndarray) -> float:
-    """The mean of the F1 of each class that occurs, among the ``labels`` [n] or in what was predicted."""
-    truth, found = torch.from_numpy(labels), judgement.classes
+def macro_f1(predictions: Predictions, labels: np.ndarray) -> float:
+    """The mean of the F1 scores of all classes that occur in ``labels`` [n] or among the predicted classes."""
+    truth, found = torch.from_numpy(labels), predictions.classes
     classes = int(max(truth.max(), found.max())) + 1
     hits = _counts(truth[truth == found], classes)
     occurs = _counts(truth, classes) + _counts(found, classes)

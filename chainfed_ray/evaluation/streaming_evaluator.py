@@ -1,4 +1,8 @@
-"""The evaluator that streams: layer after layer over all examples, two layers in memory or, if they are large, slices."""
+"""The evaluator that streams the model: it runs all examples through one layer after the other.
+
+At most two layers are in memory at once: one computes while the next is loaded. If the layers are large, only slices of their
+matrices are in memory.
+"""
 
 from time import perf_counter
 
@@ -15,27 +19,30 @@ from chainfed_ray.model.source import ModelSource
 
 
 class StreamingEvaluator:
-    """An ``Evaluator`` in this process. What is below the lowest adapter runs once, and is kept in ``base.scratch``."""
+    """An ``Evaluator`` in this process.
+
+    The layers below the lowest adapter never change. They run once, and their output is kept in ``base.scratch``.
+    """
 
     engine = "torch"
 
     def __init__(
-        self, base: ModelSource, costs: MemoryProfile, sets: EvaluationSets, listen: Listener = no_listener
+        self, base: ModelSource, memory: MemoryProfile, sets: EvaluationSets, listen: Listener = no_listener
     ) -> None:
-        self._base, self._costs, self._sets, self._listen = base, costs, sets, listen
+        self._base, self._memory, self._sets, self._listen = base, memory, sets, listen
 
     def evaluate(self, stack: AdapterStack, examples: str) -> Evaluated:
-        """See ``Evaluator``. Whatever goes wrong, such as a disk that is full, is raised as it is."""
-        chosen, last = self._sets[examples], self._costs.layers - 1
+        """See ``Evaluator``. Errors, such as that of a full disk, are raised unchanged, not as ``EvaluationFailed``."""
+        chosen, last = self._sets[examples], self._memory.layers - 1
         started = perf_counter()
         with PeakMemory() as peak, one_thread():
-            # The output of the last layer, and nothing of the model after it: the whole model is a cut at its end.
+            # The whole model is the early exit at its last layer.
             cache = self._base.scratch / f"({examples})"
             reporter = Reporter(whole_model(examples), self._listen)
-            judgement = predict_early_exit(chosen, self._base, cache, stack, Window(last, last), reporter)
+            predictions = predict_early_exit(chosen, self._base, cache, stack, Window(last, last), reporter)
         seconds = perf_counter() - started
-        planned = evaluation_bytes(self._costs, len(stack.layers), 1, int(chosen.lengths.max()))
-        return Evaluated(judgement, seconds, seconds, planned, peak.bytes, peak.highest)
+        planned = evaluation_bytes(self._memory, len(stack.layers), 1, int(chosen.lengths.max()))
+        return Evaluated(predictions, seconds, seconds, planned, peak.bytes, peak.highest)
 
     def close(self) -> None:
-        """Nothing is held between evaluations; the caches go with the job's scratch folder."""
+        """Do nothing: no model is held between evaluations, and the job deletes its scratch folder with the caches."""

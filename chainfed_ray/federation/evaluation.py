@@ -150,15 +150,15 @@ class ServerEvaluation:
         choices = by.evaluate(stack, _CHOICES) if job.choices else None
         found = by.evaluate(stack, rows)
         both = (found, choices) if choices else (found,)
-        score = Score.of(found.judgement)
+        score = Score.of(found.predictions)
         labels = (job.test if rows == _TEST else job.validation).labels
         return Evaluation(
             engine=by.engine,
             loss=score.loss,
             accuracy=score.accuracy,
-            macro_f1=macro_f1(found.judgement, labels) if job.class_count is not None else None,
+            macro_f1=macro_f1(found.predictions, labels) if job.class_count is not None else None,
             perplexity=score.perplexity if job.class_count is None else None,
-            choice_accuracy=job.choices.accuracy(choices.judgement.losses) if job.choices and choices else None,
+            choice_accuracy=job.choices.accuracy(choices.predictions.losses) if job.choices and choices else None,
             seconds=sum(one.seconds for one in both),
             forward_seconds=sum(one.forward_seconds for one in both),
             processes=found.processes,

@@ -17,7 +17,7 @@ from chainfed_ray.client.pool import ClientPool, Failure, in_order
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.errors import InvalidUpdate
-from chainfed_ray.evaluation.early_exit import pooled
+from chainfed_ray.evaluation.early_exit import pooled_features
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.collect import failed_turn
 from chainfed_ray.federation.prepare import PlannedJob
@@ -84,7 +84,7 @@ def _head(
 ) -> tuple[Tensors, Score | None]:
     """The head's tensors, and its score on ``held_out`` examples; none if no classifier follows from the sums."""
     with one_thread():
-        means, labels = pooled(held_out, base, base.scratch / "(validation)", stack, window, reporter)
+        means, labels = pooled_features(held_out, base, base.scratch / "(validation)", stack, window, reporter)
         hidden = means.shape[-1]
         features = layer_norm(means, (hidden,)).flatten(1)
         found = fitted(total, features, labels)

@@ -20,7 +20,7 @@ from chainfed_ray.federation.collect import failed_turn, reasons
 from chainfed_ray.federation.head_fitting import deadline_of_all, fit_head
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.records.rounds import FailedTurn, HeadFit, with_everybody
+from chainfed_ray.records.rounds import FailedTurn, HeadFit, complete_fits
 from chainfed_ray.seeds import derive
 
 
@@ -97,7 +97,7 @@ def _by_exits(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
     if not any(fit.examples for fit in fits):
         raise QuorumLost("fitting heads to find the chain's start", 1, reasons(lost))
     # A head that lacks clients is no reason to start elsewhere.
-    whole = with_everybody(fits)
+    whole = complete_fits(fits)
     layer = least_loss_start([fit.held_out_loss if counts else None for fit, counts in zip(fits, whole, strict=True)])
     found = windows[-1].bottom if layer is None else layer
     return Start(found, (), fits, lost, sum(fit.cpu_seconds for fit in fits))

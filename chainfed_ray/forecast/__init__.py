@@ -1,1 +1,1 @@
-"""Before anything runs: what a job would be like."""
+"""The dry run: it forecasts a job's clients, memory, traffic and duration before anything is trained."""

@@ -1,7 +1,7 @@
-"""The dry run: what a job would be like, found before anything is trained.
+"""The dry run: it forecasts who can take part in a job and what the job would cost, without training anything.
 
-Who takes part and how follows from the planner alone, as it does for the job itself. What one change would buy is that
-planner again, asked about the changed job. Only the time is measured (duration.py).
+The job's own planner says who takes part, and with which plan. The same planner, asked about a job with one value changed,
+says what that change would gain. Only the duration is measured (duration.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,21 +29,21 @@ from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 from chainfed_ray.spec.sections import ClientClass
 
-_HALVINGS = 3  # of a number, in search of one that lets more clients join
+_HALVINGS = 3  # how often a value is halved in the search for one that lets more clients join
 
 
 def dry_run(spec: JobSpec, at_once: int, listen: Listener = no_listener) -> Forecast:
-    """The dry run of a job, of which ``at_once`` clients train at a time.
+    """Forecast a job of which ``at_once`` clients train at a time.
 
     Raises:
         InvalidJob: the job cannot run with any clients.
     """
-    job = plan_job(spec, Path(), listen)  # nothing of it is written: what is measured has a folder of its own
+    job = plan_job(spec, Path(), listen)  # the folder is never used: measurements have their own
     ledger = Ledger(spec, len(job.admitted)) if spec.privacy and job.admitted else None
     rounds = ledger.total if ledger else spec.rounds.total
     measured = duration(_of_rounds(job, rounds), at_once, listen) if job.admitted and rounds else None
     cohort = min(spec.rounds.clients, len(job.admitted))
-    costs, start = job.planner.costs, job.planner.requirements.start
+    memory, start = job.planner.costs, job.planner.requirements.start
     Reporter("looking for changes that would let more clients join", listen).begin()
     return Forecast(
         job=spec.name,
@@ -60,7 +60,7 @@ def dry_run(spec: JobSpec, at_once: int, listen: Listener = no_listener) -> Fore
         clients_per_round=cohort,
         sent_bytes_per_round=_sent_in_a_round(job, cohort),
         head_sums_bytes=_head_sums_bytes(job),
-        received_bytes=(job.layers - start) * costs.adapter + costs.head,
+        received_bytes=(job.layers - start) * memory.adapter + memory.head,
         estimated_seconds=measured.seconds if measured else None,
         classes=_classes(job, measured.micro_steps if measured else {}),
         changes=tuple(_changes(job)),
@@ -76,25 +76,28 @@ def _refused(job: PlannedJob) -> str | None:
 
 
 def _planned_bytes(plan: TurnPlan) -> int:
-    """The most that any of a client's turns holds, that of profiling its layers included."""
+    """The most memory of any of a client's turns, the turn that profiles the layers included."""
     return max(plan.planned_bytes, plan.prefix.profile_bytes)
 
 
 def _of_rounds(job: PlannedJob, total: int) -> PlannedJob:
-    """The job with so many rounds. It is not checked again: a rise of rates, say, may be longer than that."""
+    """The job with ``total`` rounds. It is not checked again, since its warmup, for one, may be longer than that."""
     rounds = job.spec.rounds.model_copy(update={"total": total})
     return replace(job, spec=job.spec.model_copy(update={"rounds": rounds}))
 
 
 def _sent_bytes(job: PlannedJob, plan: TurnPlan) -> int:
-    """What has gradients is what is trained, and what is trained is what is sent; with noise of its own, all of the stage's."""
+    """The bytes that a client sends in a turn: the tensors that it trains, which are those with gradients.
+
+    A client that adds its own noise sends all tensors of the stage.
+    """
     noisy = job.spec.privacy is not None and job.spec.privacy.where == "client"
     not_trained = (job.window - len(plan.window)) * job.planner.costs.adapter if noisy else 0
     return plan.footprint.gradients + not_trained
 
 
 def _sent_in_a_round(job: PlannedJob, cohort: int) -> int:
-    """By a cohort drawn from everyone, of which some do not answer: on average."""
+    """The bytes that a round's clients send together: the average over samples, and over who answers."""
     answers = sum(candidate.availability * _sent_bytes(job, plan) for candidate, plan in job.admitted)
     return int(answers * cohort / len(job.admitted)) if job.admitted else 0
 
@@ -102,7 +105,7 @@ def _sent_in_a_round(job: PlannedJob, cohort: int) -> int:
 def _head_sums_bytes(job: PlannedJob) -> int:
     if job.spec.chain.head != "fitted" or job.class_count is None or not job.admitted:
         return 0
-    with torch.device("meta"):  # their shapes, without their bytes
+    with torch.device("meta"):  # shapes only, no memory
         sums = ClassSums.zeros(job.class_count, job.head_layers * job.hidden).tensors()
     return sum(tensor.nbytes for tensor in sums.values())
 
@@ -143,7 +146,7 @@ def _class(
         parts=largest.footprint.parts() | {PREFIX: _planned_bytes(largest) - largest.footprint.total},
         window=(min(widths), max(widths)),
         micro_batch=(min(micro_batches), max(micro_batches)),
-        grains=tuple(sorted({plan.weights for plan in plans})),
+        weights=tuple(sorted({plan.weights for plan in plans})),
         activations_offloaded=sum(plan.activations_offloaded for _, plan in joining),
         cached=sum(plan.prefix.cached for _, plan in joining),
         disk_bytes=max(job.planner.disk_bytes(candidate, plan) for candidate, plan in planned),
@@ -153,16 +156,16 @@ def _class(
 
 
 def _with_enough(job: PlannedJob, candidate: Candidate, shortfall: int) -> tuple[Candidate, TurnPlan]:
-    """The plan that a client which is left out would have with the bytes that it lacks."""
+    """The plan that an excluded client would get with ``shortfall`` more bytes."""
     enough = replace(candidate, memory=candidate.memory + shortfall)
     stage = Chain(job.layers, job.planner.requirements.start, job.window).windows[0]
     plan = job.planner.plan(enough, stage)
-    assert plan, "what a client lacks is what it needs for a plan"
+    assert plan, "the shortfall is the memory that a plan needs"
     return enough, plan
 
 
 def _changes(job: PlannedJob) -> Iterator[Change]:
-    """Single changes of the job that differ from it in who joins or, for the window, in who trains all of it."""
+    """The single changes of the job that would change who joins or, for the window, who trains all of it."""
     for width in (job.window - 1, job.window + 1, 2 * job.window):
         if width >= 1 and width + job.planner.requirements.start <= job.layers:
             yield from _window_change(job, width)
@@ -176,7 +179,11 @@ def _changes(job: PlannedJob) -> Iterator[Change]:
 
 
 def _could_hold_the_stack(job: PlannedJob) -> bool:
-    """Whether anybody who is left out could. It is in float32 whatever the dtype: only then is it worth running every part."""
+    """True if any excluded client has more memory than the stack takes.
+
+    The stack is in float32 whatever the model's dtype. If no excluded client can hold it, another dtype lets nobody join, and
+    the dry run does not trace the memory of the model's parts in that dtype.
+    """
     held = held_bytes(job.planner.costs, job.planner.requirements)
     return any(candidate.memory > held for candidate, _ in job.admission.excluded)
 
@@ -197,7 +204,10 @@ def _window_change(job: PlannedJob, width: int) -> Iterator[Change]:
 
 
 def _joining(job: PlannedJob, field: str, values: Sequence[int | str]) -> Iterator[Change]:
-    """Each of ``values`` with which more clients join than now, and than with those before it. The last asks least of them."""
+    """Yield the changes of ``field`` that let more clients join. Each lets more join than those before it in ``values``.
+
+    The last value needs the least memory, so if it lets nobody join, none does.
+    """
     most = len(job.admission.admitted)
     if not values or _joins(job, field, values[-1]) <= most:
         return
@@ -216,7 +226,7 @@ def _joins(job: PlannedJob, field: str, value: int | str) -> int:
 
 
 def changed(spec: JobSpec, field: str, value: int | str) -> JobSpec:
-    """The job with another value at the path ``field``."""
+    """The job with ``value`` at the path ``field``, such as ``chain.window``."""
     document = spec.document()
     *sections, key = field.split(".")
     section = document
@@ -227,15 +237,15 @@ def changed(spec: JobSpec, field: str, value: int | str) -> JobSpec:
 
 
 def _readmit(job: PlannedJob, spec: JobSpec) -> Admission:
-    """Who takes part in ``spec``, of which one value differs from the job's; data that was read is not read again."""
+    """Who takes part in the job ``spec``, which differs from ``job`` in one value. The data is not read again."""
     everybody = [candidate for candidate, _ in (*job.admission.admitted, *job.admission.excluded)]
     if spec.data.max_length < job.spec.data.max_length:
         everybody = [replace(one, examples=_cut(one.examples, spec.data.max_length)) for one in everybody]
-    return admit(Planner(_costs(job, spec), requirements_of(spec)), everybody, spec.chain.window)
+    return admit(Planner(_memory_profile(job, spec), requirements_of(spec)), everybody, spec.chain.window)
 
 
-def _costs(job: PlannedJob, spec: JobSpec) -> MemoryProfile:
-    """Those of ``spec``; of what does not change, nothing is run again."""
+def _memory_profile(job: PlannedJob, spec: JobSpec) -> MemoryProfile:
+    """The memory profile of ``spec``. Parts that are the same as in ``job`` are not traced again."""
     head_layers, bottleneck = spec.chain.head_layers or job.head_layers, spec.chain.adapter.bottleneck
     if spec.model == job.spec.model and head_layers == job.head_layers:
         same = bottleneck == job.spec.chain.adapter.bottleneck
@@ -248,18 +258,18 @@ def _costs(job: PlannedJob, spec: JobSpec) -> MemoryProfile:
 
 
 def _cut(examples: Examples, tokens: int) -> Examples:
-    """As many tokens as a tokenizer would keep; planning asks how many there are, and not which."""
+    """The examples, each cut to ``tokens`` tokens in length. The ids no longer match: planning reads the lengths only."""
     offsets = np.concatenate([[0], np.cumsum(np.minimum(examples.lengths, tokens))])
     targets = None if examples.targets is None else examples.targets[: offsets[-1]]
     return Examples(examples.ids[: offsets[-1]], offsets, examples.labels, targets)
 
 
 def _words(job: PlannedJob, field: str, value: int | str, delta: int) -> str:
-    """Such as "window 3 leaves out 31 of 100 clients" or "bottleneck 32 lets 4 more join"."""
+    """A change in words, such as "window 3 excludes 31 of 100 clients" or "bottleneck 32 lets 4 more join"."""
     name = field.removeprefix("chain.").removeprefix("adapter.")
     admitted, excluded = len(job.admission.admitted), len(job.admission.excluded)
     if delta > 0:
         return f"{name} {value} lets {delta} more join"
     if delta < 0:
-        return f"{name} {value} leaves out {excluded - delta} of {admitted + excluded} clients"
-    return f"{name} {value} leaves out nobody else"
+        return f"{name} {value} excludes {excluded - delta} of {admitted + excluded} clients"
+    return f"{name} {value} excludes nobody else"

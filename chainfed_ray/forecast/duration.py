@@ -1,7 +1,7 @@
-"""About how long a job takes on this machine: arithmetic on what was measured of a few examples (pace.py).
+"""Estimates how long a job takes on this machine, from the times measured for a few examples (pace.py).
 
-What a turn takes is told apart into what grows with its examples and what does not; both are added up over all rounds.
-Rounds that a stage does not need, and clients who do not answer, are not foreseen.
+A turn's time has one part that grows with its examples and one that does not. The estimate adds up both over all rounds. It
+does not foresee stages that converge early or clients that do not answer.
 """
 
 import math
@@ -21,19 +21,19 @@ from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.sections import Often, RoundsSpec
 
-_PASSES = 3  # of a training step, as long as one forward pass: forward, and the gradients of inputs and of weights
+_PASSES = 3  # a training step takes about three forward passes: forward, gradients of inputs, gradients of weights
 
 
 @dataclass(frozen=True)
 class Duration:
-    """The seconds of a job, and of one micro-batch's forward and backward pass for each class that takes part."""
+    """The estimated duration of a job."""
 
-    seconds: float
-    micro_steps: Mapping[str, float]
+    seconds: float  # of the whole job
+    micro_steps: Mapping[str, float]  # seconds of one micro-batch, forward and backward, for each class that takes part
 
 
 def duration(job: PlannedJob, at_once: int, listen: Listener = no_listener) -> Duration:
-    """About how long ``job`` takes where ``at_once`` clients train at a time; somebody has to take part."""
+    """Estimate how long ``job`` takes if ``at_once`` clients train at a time. The job has at least one client."""
     Reporter("timing an evaluation", listen).begin()
     evaluations = evaluation_seconds(job)
     typical = {name: _median(members) for name, members in _by_class(job).items()}
@@ -53,16 +53,16 @@ def _by_class(job: PlannedJob) -> dict[str, list[tuple[Candidate, TurnPlan]]]:
 
 
 def _median(members: list[tuple[Candidate, TurnPlan]]) -> tuple[Candidate, TurnPlan]:
-    """The client that has as many examples as is usual in its class."""
+    """The client with the median number of examples, and its plan."""
     return sorted(members, key=lambda member: len(member[0].examples))[len(members) // 2]
 
 
 def _paces(job: PlannedJob, typical: Mapping[str, tuple[Candidate, TurnPlan]], reporter: Reporter) -> dict[str, Pace]:
-    """The pace of each class; classes that are planned alike share a measurement."""
+    """The pace of each class, measured on its typical client. Classes with the same plan share one measurement."""
     measured: dict[tuple[object, ...], Pace] = {}
     paces = {}
     for name, (candidate, plan) in reporter.each(typical.items(), len(typical), "classes"):
-        way = (
+        settings = (
             plan.window,
             plan.micro_batch,
             plan.weights,
@@ -70,14 +70,14 @@ def _paces(job: PlannedJob, typical: Mapping[str, tuple[Candidate, TurnPlan]], r
             plan.prefix.batch,
             plan.prefix.weights,
         )
-        if way not in measured:
-            measured[way] = pace_of(job, as_client(candidate, plan, plan.planned_bytes))
-        paces[name] = measured[way]
+        if settings not in measured:
+            measured[settings] = pace_of(job, as_client(candidate, plan, plan.planned_bytes))
+        paces[name] = measured[settings]
     return paces
 
 
 def pace_of(job: PlannedJob, client: Client) -> Pace:
-    """The pace of a client, timed with its window at the bottom of the model: so there is nothing below that has to be run."""
+    """The pace of a client. It is timed with the window at the bottom of the model, where no layers below have to run first."""
     spec, plan = job.spec, client.plan
     window = Window(0, len(plan.window) - 1)
     order = Training(
@@ -99,15 +99,16 @@ def _lowest(job: PlannedJob) -> Window:
 
 
 def _new_stack(job: PlannedJob, layers: int) -> AdapterStack:
-    """A stack with adapters after the lowest ``layers``."""
+    """A new stack with adapters after the lowest ``layers`` layers."""
     bottleneck, classes, seed = job.spec.chain.adapter.bottleneck, job.class_count, job.spec.seed
     return AdapterStack.new(range(layers), job.hidden, bottleneck, classes, seed, job.head_layers)
 
 
 def _rounds(job: PlannedJob, paces: Mapping[str, Pace], at_once: int) -> float:
-    """The clients' part: as many turns after one another as do not fit beside each other, and each layer of the prefix once.
+    """The seconds of the clients' work in all rounds.
 
-    A round is no shorter than its longest turn, and no turn is longer than the deadline.
+    A round runs its turns ``at_once`` at a time, and takes at least as long as its longest turn. No turn takes longer than the
+    deadline. The work that each client does once in the job, such as making its prefix cache, is added.
     """
     rounds, clients = job.spec.rounds, len(job.admitted)
     cohort = min(rounds.clients, clients)
@@ -115,18 +116,18 @@ def _rounds(job: PlannedJob, paces: Mapping[str, Pace], at_once: int) -> float:
     once = 0.0
     for candidate, plan in job.admitted:
         pace, examples = paces[candidate.client_class], len(candidate.examples)
-        again, _ = _layers_below(job, plan, examples)
-        turn = pace.turn + _trained_on(rounds, examples) * pace.step + _through(again, examples, plan, pace)
+        in_each_turn, _ = _layers_below(job, plan, examples)
+        turn = pace.turn + _trained_on(rounds, examples) * pace.step + _through(in_each_turn, examples, plan, pace)
         turns.append(min(turn / candidate.speed, rounds.deadline))
         once += _once(job, plan, pace, examples) / candidate.speed
-    # The share of clients that are ever asked; for a fitted head, everyone is.
+    # The share of clients that take a turn at all. For a fitted head, all do.
     seen = 1 if _fits(job) else min(1, rounds.total * cohort / clients)
     in_turn = math.ceil(cohort / at_once) * sum(turns) / clients
     return rounds.total * max(in_turn, _longest(turns, cohort)) + seen * once / min(at_once, clients)
 
 
 def _once(job: PlannedJob, plan: TurnPlan, pace: Pace, examples: int) -> float:
-    """What a client does once in the job: its profile, the head of each stage, and the prefix as it is first made."""
+    """The seconds of what a client does once in the job: its profile, its sums for each fitted head, its first prefix cache."""
     fits, cached = _fits(job), plan.prefix.cached
     profiles = job.spec.chain.start == "auto" and cached and examples >= FEWEST
     exits = layers_of_exits(job, cached)
@@ -139,7 +140,8 @@ def _once(job: PlannedJob, plan: TurnPlan, pace: Pace, examples: int) -> float:
         return turns + _through(job.layers, profiled, plan, pace) + _through(prefix, examples, plan, pace)
     if not cached:
         return turns + fits * window + _through(exits + _below_all_stages(job, plan), examples, plan, pace)
-    # One pass gives the profile, the head of the first stage, and its prefix, unless exits are searched (first_pass.py).
+    # A single pass gives the profile, the sums for the first head and the prefix (first_pass.py). After a search for the best
+    # exit, the prefix needs a pass of its own.
     start = job.planner.requirements.start
     first = job.layers if profiles or exits else start + job.window
     further = prefix if exits else prefix - (start + 1)
@@ -147,7 +149,7 @@ def _once(job: PlannedJob, plan: TurnPlan, pace: Pace, examples: int) -> float:
 
 
 def _below_all_stages(job: PlannedJob, plan: TurnPlan) -> int:
-    """How many layers a client without a cache runs its examples through, for the heads of all stages."""
+    """The number of layers that a client without a cache runs its examples through for the heads of all stages."""
     start = job.planner.requirements.start
     windows = Chain(job.layers, start, job.window).windows[-job.spec.rounds.total :]
     narrower = plan.window.bottom - start
@@ -155,20 +157,20 @@ def _below_all_stages(job: PlannedJob, plan: TurnPlan) -> int:
 
 
 def _through(layers: float, examples: int, plan: TurnPlan, pace: Pace) -> float:
-    """Seconds of so many examples through so many layers. Without a cache each micro-batch reads every layer anew."""
+    """The seconds to run ``examples`` through ``layers``. Without a cache, each micro-batch reads every layer anew."""
     loads = 1 if plan.prefix.cached else math.ceil(examples / plan.micro_batch)
     return layers * (loads * pace.load + examples * pace.layer)
 
 
 def _fits(job: PlannedJob) -> int:
-    """How many heads in closed form the job has; each of all clients' examples."""
+    """The number of heads that the job fits in closed form, each to the examples of all clients."""
     if job.spec.chain.head != "fitted":
         return 0
     return _stages(job)
 
 
 def layers_of_exits(job: PlannedJob, cached: bool) -> int:
-    """Layers that a client runs its examples through for the heads from which the chain's start follows."""
+    """The number of layers that a client runs its examples through in the search for the best exit (``best-exit``)."""
     windows = Chain(job.layers, 0, job.window).windows
     if job.spec.chain.start != "best-exit" or len(windows) == 1:
         return 0
@@ -178,15 +180,15 @@ def layers_of_exits(job: PlannedJob, cached: bool) -> int:
 
 
 def _stages(job: PlannedJob) -> int:
-    """How many stages the job has: no more than rounds, and where windows take turns one."""
+    """The number of stages: at most one for each round, and a single one with the schedule ``cyclic``."""
     if job.spec.chain.schedule == "cyclic":
         return 1
     return min(len(Chain(job.layers, job.planner.requirements.start, job.window).windows), job.spec.rounds.total)
 
 
 def _longest(turns: Sequence[float], cohort: int) -> float:
-    """The longest turn of a round, on average: of ``cohort`` turns, drawn without replacement."""
-    mean, rest = 0.0, 1.0  # ``rest`` is the probability that none of the longer ones was drawn
+    """The expected longest turn of a round, for ``cohort`` of the ``turns`` drawn without replacement."""
+    mean, rest = 0.0, 1.0  # ``rest`` is the probability that no longer turn was drawn
     for place, turn in enumerate(sorted(turns, reverse=True)[: len(turns) - cohort + 1]):
         drawn = cohort / (len(turns) - place)
         mean += rest * drawn * turn
@@ -195,7 +197,7 @@ def _longest(turns: Sequence[float], cohort: int) -> float:
 
 
 def _trained_on(rounds: RoundsSpec, examples: int) -> int:
-    """Examples that a turn's optimizer steps see, each as often as it is seen."""
+    """The number of examples in a turn's optimizer steps. An example counts each time that a step uses it."""
     if rounds.local_steps is None:
         return rounds.local_epochs * examples
     passes, rest = divmod(rounds.local_steps, math.ceil(examples / rounds.batch_size))
@@ -203,10 +205,11 @@ def _trained_on(rounds: RoundsSpec, examples: int) -> int:
 
 
 def _layers_below(job: PlannedJob, plan: TurnPlan, examples: int) -> tuple[float, int]:
-    """How many layers a client runs its examples through below its window: in each turn, and once in the job."""
+    """The numbers of layers below the window that a client runs its examples through: in each turn, and once in the job."""
     spec, start = job.spec, job.planner.requirements.start
     chain = Chain(job.layers, start, job.window)
-    narrower = plan.window.bottom - start  # what others train there changes in every round
+    # Clients with wider windows train the adapters in between, so the output there changes in each round.
+    narrower = plan.window.bottom - start
     if spec.chain.schedule == "cyclic":
         bottoms = [window.bottom for window in chain.windows]
         mean, highest = sum(bottoms) / len(bottoms), start
@@ -222,18 +225,18 @@ def _layers_below(job: PlannedJob, plan: TurnPlan, examples: int) -> tuple[float
 
 
 def evaluation_seconds(job: PlannedJob) -> float:
-    """The server's part: the validation rows as often as they are judged, and the test rows through the whole model."""
+    """The seconds of the server's evaluations: early exits and the whole model on validation rows, and the test rows once."""
     spec, inside = job.spec, job.window - 1
     pace = evaluation_pace(job.base, job.validation, _new_stack(job, job.layers), job.window)
-    early = pace.job_started + inside * pace.load + len(job.validation) * (inside * pace.layer + pace.row)
-    judged, whole = (times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
-    through_all_layers = whole * len(job.validation) + len(job.test)
-    passes = (whole + 1) * (pace.job_started + job.layers * pace.load)
-    return judged * early + passes + through_all_layers * (job.layers * pace.layer + pace.row)
+    early = pace.setup + inside * pace.load + len(job.validation) * (inside * pace.layer + pace.row)
+    exits, whole = (times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
+    rows = whole * len(job.validation) + len(job.test)
+    loading = (whole + 1) * (pace.setup + job.layers * pace.load)
+    return exits * early + loading + rows * (job.layers * pace.layer + pace.row)
 
 
 def times(job: PlannedJob, often: Often | Literal["never"]) -> int:
-    """How many times in the job something is done that is done so often."""
+    """How many times in the job something happens that is due as ``often``: each stage, each round, or every n rounds."""
     total = job.spec.rounds.total
     if isinstance(often, int):
         return math.ceil(total / often)

@@ -1,7 +1,7 @@
-"""Seconds of one core, measured: of a training step, of a layer, of the head. Their sums over a job are duration.py.
+"""Measures the seconds that one core takes for a training step, for a layer and for the head.
 
-Layers of a model are alike, so one of them is timed and stands for all. A batch that takes long is timed in part: on more and
-more of its tokens, until that takes a good while. The rest is in proportion.
+duration.py adds them up over a job. The layers of a model are alike, so one of them is timed for all. A batch that takes long
+is timed in parts: on more and more of its tokens until a part takes long enough, then the rest is extrapolated.
 """
 
 import tempfile
@@ -29,35 +29,35 @@ from chainfed_ray.model.pooling import LayerStates
 from chainfed_ray.model.prefix import PrefixRunner
 from chainfed_ray.model.source import ModelSource
 
-_ENOUGH_SECONDS = 0.4  # of CPU, of one measurement: what a clock and other processes add is small beside it
-_LONG_SECONDS = 2.0  # of a first measurement, which is not repeated then
-_FEWEST_TOKENS = 2  # of the first measurement: one token has none to predict
-_MORE = 4  # times as many tokens in the next
-_DRAWN = 64  # batches in search of a usual one
+_ENOUGH_SECONDS = 0.4  # CPU time after which a measurement is long enough: clocks and other processes add little to it
+_LONG_SECONDS = 2.0  # CPU time from which a first measurement is not repeated
+_FEWEST_TOKENS = 2  # tokens of the first measurement: a single one would have no next token to predict
+_MORE = 4  # the factor by which the tokens grow from one measurement to the next
+_DRAWN = 64  # batches drawn to find one of usual size
 
 
 @dataclass(frozen=True)
 class Pace:
-    """A client's."""
+    """The seconds of a client's work."""
 
-    turn: float  # of a turn, however many examples it has
-    step: float  # of an example in a training step
-    layer: float  # of an example in a layer below the window
-    load: float  # of reading a layer below the window, each time that examples pass through it
+    turn: float  # for each turn, whatever the number of examples
+    step: float  # for each example in a training step
+    layer: float  # for each example in a layer below the window
+    load: float  # for reading a layer below the window, each time that examples pass through it
 
 
 @dataclass(frozen=True)
 class EvaluationPace:
-    """The server's, as it judges a stack."""
+    """The seconds of the server's work in an evaluation."""
 
-    job_started: float  # of an evaluation, however many rows it has
-    row: float  # of a row in the head
-    layer: float  # of a row in a layer
-    load: float  # of reading a layer
+    setup: float  # for each evaluation, whatever the number of rows: opening the base model
+    row: float  # for each row in the head
+    layer: float  # for each row in a layer
+    load: float  # for reading a layer
 
 
 class Taken(NamedTuple):
-    """What some work took. A machine that is busy with other things takes longer, and no more CPU."""
+    """The time that some work took. On a busy machine ``seconds`` grow, but ``cpu_seconds`` do not."""
 
     seconds: float
     cpu_seconds: float
@@ -67,21 +67,21 @@ _Timed = Callable[[Examples], Taken]
 
 
 def training_pace(base: ModelSource, client: Client, order: Training) -> Pace:
-    """The pace of a client in the turn of ``order``, whose window is at the bottom of the model."""
+    """The pace of ``client`` in a turn with ``order``. The order's window is at the bottom of the model."""
     plan, examples = client.plan, client.examples
-    with _opened(base) as (blocks, job_started), matrix_reader(blocks, plan) as matrices:
+    with _opened(base) as (blocks, setup), matrix_reader(blocks, plan) as matrices:
         runner = PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.weights == "streamed" else None)
         layer, load = _layer_pace(runner, AdapterStack.from_tensors(order.tensors), examples)
         batch = usual_batch(examples, _random_batches(len(examples), plan.micro_batch, order.seed))
         step = seconds_of(batch, lambda part: _time_step(blocks, replace(client, examples=part), order))
-    # A step was timed together with reading the window.
+    # Each timed step also loaded the window. A turn loads it once, so that time moves from the step to the turn.
     window = (len(plan.window) - 1) * load if plan.weights == "resident" else 0.0
-    return Pace(job_started + window, max(step - window, 0) / len(batch), layer, load)
+    return Pace(setup + window, max(step - window, 0) / len(batch), layer, load)
 
 
 def evaluation_pace(base: ModelSource, rows: Examples, stack: AdapterStack, window: int) -> EvaluationPace:
-    """The pace of the server as it judges ``stack`` on ``rows``, at the top of a window of so many layers."""
-    with _opened(base) as (blocks, job_started):
+    """The pace of the server as it evaluates ``stack`` on ``rows``, at the top of a window of ``window`` layers."""
+    with _opened(base) as (blocks, setup):
         matrices = blocks.reader()
         try:
             below, _ = evaluation_weights(blocks.layer_bytes, blocks.conversion_bytes, window)
@@ -93,29 +93,29 @@ def evaluation_pace(base: ModelSource, rows: Examples, stack: AdapterStack, wind
                 return _time(lambda: predict(blocks, stack, states, batch, matrices))
 
             batch = usual_batch(rows, rows.by_length(PREFIX_BATCH))
-            return EvaluationPace(job_started, seconds_of(batch, head) / len(batch), layer, load)
+            return EvaluationPace(setup, seconds_of(batch, head) / len(batch), layer, load)
         finally:
             matrices.close()
 
 
 @contextmanager
 def _opened(base: ModelSource) -> Iterator[tuple[Blocks, float]]:
-    """The base model, and the seconds of opening it; this process then has one thread, and gives freed memory back at once.
+    """Open the base model, and measure the seconds that this takes.
 
-    So has one that takes turns, or judges.
+    Within this context the process has one thread and returns freed memory at once, as it does in turns and evaluations.
     """
     with PeakMemory(), one_thread():
         started = perf_counter()
         blocks = Blocks(base.folder, base.dtype)
-        job_started = perf_counter() - started
+        setup = perf_counter() - started
         try:
-            yield blocks, job_started
+            yield blocks, setup
         finally:
             blocks.close()
 
 
 def _layer_pace(runner: PrefixRunner, stack: AdapterStack, examples: Examples) -> tuple[float, float]:
-    """Of an example in a layer, with the adapter below it; and of reading a layer."""
+    """The seconds for an example in a layer with the adapter below it, and the seconds for reading a layer."""
     blocks = runner.blocks
     index = min(1, blocks.num_layers - 1)
     started = perf_counter()
@@ -131,7 +131,7 @@ def _layer_pace(runner: PrefixRunner, stack: AdapterStack, examples: Examples) -
 
 
 def _some_states(blocks: Blocks, stack: AdapterStack, part: Examples) -> LayerStates:
-    """States of the right form, as if a layer had given them."""
+    """Layer states with the shapes that a layer's output has. Their values do not matter for timing."""
     batch = part.batch(np.arange(len(part)))
     hidden, _ = blocks.embed(batch.ids, batch.mask)
     pooled = hidden.new_zeros(len(hidden), min(1, stack.pooled_layers), hidden.shape[-1]).float()
@@ -139,7 +139,7 @@ def _some_states(blocks: Blocks, stack: AdapterStack, part: Examples) -> LayerSt
 
 
 def _time_step(blocks: Blocks, client: Client, order: Training) -> Taken:
-    """One optimizer step on all examples of ``client``, with reading its window; what enters that is made before."""
+    """Time one optimizer step on all examples of ``client``, and loading its window. The prefix cache is made beforehand."""
     plan = replace(client.plan, micro_batch=len(client.examples), prefix=replace(client.plan.prefix, cached=True))
     client = replace(client, plan=plan)
     with tempfile.TemporaryDirectory(prefix="chainfed-") as folder:
@@ -151,24 +151,24 @@ def _time_step(blocks: Blocks, client: Client, order: Training) -> Taken:
 
 
 def _random_batches(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
-    """Micro-batches as a client draws them."""
+    """Random micro-batches of ``size`` out of ``count`` examples, as a client draws them."""
     generator = np.random.default_rng(seed)
     return (generator.permutation(count)[:size] for _ in range(_DRAWN))
 
 
 def usual_batch(examples: Examples, batches: Iterable[np.ndarray]) -> Examples:
-    """The batch that has nearest to as many tokens, with padding, as ``batches`` have on average."""
+    """The batch whose number of tokens, with padding, is nearest to the average over ``batches``."""
     found = list(batches)
     tokens = np.array([len(batch) * examples.lengths[batch].max() for batch in found])
     return examples.take(found[int(np.abs(tokens - tokens.mean()).argmin())])
 
 
 def seconds_of(batch: Examples, timed: _Timed) -> float:
-    """Seconds of the work that is ``timed``, for ``batch``: of larger and larger parts of it, and then in proportion."""
+    """The seconds that the work ``timed`` takes for ``batch``, extrapolated if a part of the batch takes long enough."""
     whole = tokens_of(batch)
     tokens = min(_FEWEST_TOKENS, whole)
     shorter, part, taken = (0, 0.0), part_of(batch, tokens), timed(part_of(batch, tokens))
-    if taken.cpu_seconds < _LONG_SECONDS:  # what is loaded the first time is no part of it
+    if taken.cpu_seconds < _LONG_SECONDS:  # repeated, because the first call also loads code and tables
         taken = timed(part)
     while tokens_of(part) < whole and taken.cpu_seconds < _ENOUGH_SECONDS:
         shorter = tokens_of(part), taken.seconds
@@ -180,7 +180,10 @@ def seconds_of(batch: Examples, timed: _Timed) -> float:
 
 
 def part_of(batch: Examples, tokens: int) -> Examples:
-    """As many of the longest examples of a batch as have so many tokens; or of one so many, from its beginning to its end."""
+    """A part of a batch with about ``tokens`` tokens: some of its longest examples.
+
+    If the longest example alone has more tokens, the part is this example with ``tokens`` of its tokens, evenly spaced.
+    """
     longest = int(batch.lengths.max())
     if tokens >= longest:
         return batch.take(np.argsort(-batch.lengths, kind="stable")[: tokens // longest])
@@ -191,7 +194,7 @@ def part_of(batch: Examples, tokens: int) -> Examples:
 
 
 def tokens_of(batch: Examples) -> int:
-    """How many there are in a batch, with padding."""
+    """The number of tokens in a batch, with padding."""
     return len(batch) * int(batch.lengths.max())
 
 

@@ -1,1 +1,1 @@
-"""What a job leaves behind: its records, what was dealt to whom, and the log that makes them durable."""
+"""Records of a job: its rounds and results, the partition of its rows, and the log that makes them durable."""

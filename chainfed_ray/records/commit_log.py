@@ -1,13 +1,13 @@
-"""What was decided, made durable: a job killed at any time loses at most the round it was in.
+"""The commit log: it makes a job's records durable, so that a job killed at any time loses at most the round it was in.
 
-A commit is a tensor file and then its record, each written aside, flushed and renamed into place. The record comes
-last and carries the tensor file's digest, so a record that can be read is a commit that is whole. ::
+A commit is a tensor file and then its record. Each is written to a temporary file, flushed and renamed into place. The record
+comes last and has the digest of the tensor file, so a readable record proves that its commit is complete. The files::
 
-    partition.json                                       (the manifest: written before the opening that has its hash)
-    started.json
-    privacy.key                                          (a job with noise, until its ending)
-    rounds/000000.safetensors, rounds/000000.json, …     (tensors of the newest round, and of the best)
-    finished.json
+    partition.json                                       the manifest; written before started.json, which has its hash
+    started.json                                         the JobStarted record
+    privacy.key                                          the secret of a job with noise; erased when the job ends
+    rounds/000000.safetensors, rounds/000000.json, …     tensors are kept of the newest round and of the best
+    finished.json                                        the JobFinished record
 """
 
 import os
@@ -30,7 +30,7 @@ _Kind = TypeVar("_Kind", bound=Document)
 
 
 class CommitLog:
-    """The commits of one job in ``folder``. One writer at a time."""
+    """The commits of one job in ``folder``. Only one process may write at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -38,26 +38,26 @@ class CommitLog:
         self._rounds.mkdir(parents=True, exist_ok=True)
 
     def job_started(self) -> JobStarted | None:
-        """The opening, if it was committed.
+        """The ``JobStarted`` record, or None if none was committed.
 
         Raises:
-            CorruptCommit: it is not what was written.
+            CorruptCommit: the file is not what was written.
         """
         return _read(self._folder / "started.json", JobStarted)
 
     def job_finished(self) -> JobFinished | None:
-        """The ending, if it was committed.
+        """The ``JobFinished`` record, or None if none was committed.
 
         Raises:
-            CorruptCommit: it is not what was written.
+            CorruptCommit: the file is not what was written.
         """
         return _read(self._folder / "finished.json", JobFinished)
 
     def rounds(self) -> list[Round]:
-        """Every committed round in order.
+        """All committed rounds in order.
 
         Raises:
-            CorruptCommit: a round is missing between two others, or is not what was written.
+            CorruptCommit: a round before the last one is missing, or a file is not what was written.
         """
         found = (_read(path, _Commit) for path in sorted(self._rounds.glob("*.json")))
         records = [commit.record for commit in found if commit]
@@ -70,26 +70,26 @@ class CommitLog:
         """The tensors committed with round ``index``.
 
         Raises:
-            CorruptCommit: they are missing, or not those that were written.
+            CorruptCommit: the file is missing, or is not what was written.
         """
         path = self._tensor_path(index)
         if not path.exists():
             raise CorruptCommit(str(path), "missing")
         data, commit = path.read_bytes(), _read(self._record_path(index), _Commit)
         if commit is None or _digest(data) != commit.digest:
-            raise CorruptCommit(str(path), "its bytes are not those that were written")
+            raise CorruptCommit(str(path), "its bytes are not what was written")
         return load(data)
 
     def commit_partition(self, manifest: Manifest) -> None:
-        """Make the manifest durable, in the bytes of which it has its hash."""
+        """Make the manifest durable, as the bytes from which its hash is computed."""
         _write(self._folder / "partition.json", manifest.canonical())
 
     def commit_started(self, job_started: JobStarted) -> None:
-        """Make the opening durable."""
+        """Make the ``JobStarted`` record durable."""
         _write(self._folder / "started.json", job_started.model_dump_json().encode())
 
     def commit_round(self, record: Round, tensors: Tensors, keep: int | None = None) -> None:
-        """Make a round durable, and let the tensors of those before go, but for the round ``keep``."""
+        """Make a round and its ``tensors`` durable, and delete the tensors of earlier rounds except those of ``keep``."""
         data = save(tensors)
         _write(self._tensor_path(record.index), data)
         commit = _Commit(digest=_digest(data), record=record)
@@ -100,14 +100,15 @@ class CommitLog:
                 path.unlink()
 
     def commit_finished(self, job_finished: JobFinished) -> None:
-        """Make the ending durable."""
+        """Make the ``JobFinished`` record durable."""
         _write(self._folder / "finished.json", job_finished.model_dump_json().encode())
 
     def secret(self) -> bytes:
-        """256 bits from which the noise of this job follows, drawn when they are first asked for. Nobody else may read them.
+        """The 256 bits from which the job's noise is derived, drawn at the first call. Only the owner may read their file.
 
         Raises:
-            CorruptCommit: they are not what was written, or lost after a round: other noise on it would take its privacy away.
+            CorruptCommit: the file is not what was written, or it is missing though rounds were committed. With a new secret, a
+                round that is run again would get other noise, and two draws of noise on one update weaken its privacy.
         """
         path = self._secret_path
         if not path.exists():
@@ -116,11 +117,11 @@ class CommitLog:
             _write(path, secrets.token_bytes(_SECRET_BYTES), mode=0o600)
         secret = path.read_bytes()
         if len(secret) != _SECRET_BYTES:
-            raise CorruptCommit(str(path), "its bytes are not those that were written")
+            raise CorruptCommit(str(path), "its bytes are not what was written")
         return secret
 
     def erase_secret(self) -> None:
-        """Let the secret go, once no noise is to be made any more: with it, noise could be taken away."""
+        """Delete the secret. Call this when no more noise is needed: whoever has the secret can subtract the noise."""
         self._secret_path.unlink(missing_ok=True)
 
     @property
@@ -135,7 +136,7 @@ class CommitLog:
 
 
 class _Commit(Document):
-    """A round, and the digest of its tensor file."""
+    """A round's record with the digest of its tensor file."""
 
     digest: str
     record: Round
@@ -157,13 +158,13 @@ def _digest(data: bytes) -> str:
 
 
 def _write(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Write aside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
-    aside = path.with_name(path.name + ".partial")
-    with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+    """Write a temporary file, flush it and rename it: a reader sees the old file or the new one, never a part of one."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -1,4 +1,4 @@
-"""What a dry run tells of a job: a ``Forecast``. All JSON, as what a job leaves on record is."""
+"""The ``Forecast`` of a job: the result of a dry run, as a JSON document."""
 
 from typing import Literal
 
@@ -7,13 +7,14 @@ from pydantic import Field
 from chainfed_ray.budget.planner import WeightPlacement
 from chainfed_ray.record import Document, Record
 
-PREFIX = "prefix"  # a part beside those of the footprint
+PREFIX = "prefix"  # the name of a part of the plan that ``Footprint`` does not have
 
 
 class ClassForecast(Record):
-    """The clients of one class. Bytes are a client's, the most of any; ranges are the least and the most.
+    """The forecast for the clients of one class.
 
-    Where nobody joins, the plan is the one with the bytes that are lacking.
+    Bytes are those of a single client, the highest of the class. Pairs are the lowest and the highest of the class. If no
+    client of the class fits, the figures are of the plan it would get with ``shortfall_bytes`` more.
     """
 
     name: str
@@ -24,57 +25,64 @@ class ClassForecast(Record):
     budget_bytes: int
     planned_bytes: int
     parts: dict[str, int] = Field(
-        description="of the largest plan; `prefix` is what running the layers below takes beyond a step"
+        description="the bytes of the largest plan by part; `prefix` is what running the layers below the window takes "
+        "beyond a training step"
     )
     window: tuple[int, int]
     micro_batch: tuple[int, int]
-    grains: tuple[WeightPlacement, ...]
-    activations_offloaded: int = Field(description="how many of those who join keep saved activations on disk")
-    cached: int = Field(description="how many of those who join keep their prefix on disk")
+    weights: tuple[WeightPlacement, ...]
+    activations_offloaded: int = Field(
+        description="the number of joining clients that offload saved activations to disk"
+    )
+    cached: int = Field(description="the number of joining clients that cache the prefix on disk")
     disk_bytes: int
-    sent_bytes: int = Field(description="in a turn of the first stage")
+    sent_bytes: int = Field(description="the bytes sent in a turn of the first stage")
     micro_step_seconds: float | None = Field(
-        description="of one micro-batch, as it was measured; null if nothing would be trained"
+        description="the measured time of one micro-batch; null if nothing would be trained"
     )
 
 
 class Change(Record):
-    """What one change of the job would buy."""
+    """The effect of a single change of the job on who can join."""
 
     field: str
     value: int | str
-    joins: int = Field(description="clients that would take part")
+    joins: int = Field(description="the number of clients that would take part")
     joins_delta: int
     words: str
 
 
 class Forecast(Document):
-    """A job before it is trained. ``refused`` says why it would not be accepted; null if it would."""
+    """The forecast of a job. ``refused`` gives the reason if the job would not be accepted, and is null if it would."""
 
     job: str
     base: str
     layers: int
     start: Literal["auto", "best-exit"] | int = Field(
-        description="`auto` or `best-exit`: found when the job runs; here the chain is planned from 0"
+        description="the chain's lowest layer; with `auto` or `best-exit` it is found when the job runs, and this forecast is "
+        "planned from layer 0"
     )
-    window: int = Field(description="the widest that the job allows and a client's budget holds")
+    window: int = Field(description="the widest window that the job allows and some client's budget holds")
     clients: int
     joins: int
     quorum: int
     refused: str | None
     rounds: int = Field(
-        description="at most: as many as the job asks for or, if those are fewer, as its limit of ε allows"
+        description="the most rounds that the job may have: `rounds.total`, or fewer if its limit of ε allows fewer"
     )
-    stopped: str | None = Field(description="why there are fewer rounds than the job asks for; null if there are not")
+    stopped: str | None = Field(description="why `rounds` is less than the job asks for; null if it is not")
     clients_per_round: int
-    sent_bytes_per_round: int = Field(description="by the clients of a round that answer, on average")
+    sent_bytes_per_round: int = Field(
+        description="the bytes that the answering clients of a round send together, on average"
+    )
     head_sums_bytes: int = Field(
-        description="by each client each time that a head is fitted in closed form, at most: for each stage, or, where "
-        "windows take turns, once; 0 without one"
+        description="the most bytes that each client sends each time a head is fitted in closed form: in each stage, or once "
+        "with the schedule `cyclic`; 0 if no head is fitted"
     )
-    received_bytes: int = Field(description="by a client in a turn: the whole stack")
+    received_bytes: int = Field(description="the bytes that a client receives in a turn: the whole stack")
     estimated_seconds: float | None = Field(
-        description="at most, on this machine: an estimate from steps that were measured; null if nothing would be trained"
+        description="an estimate of the job's longest duration on this machine, from measured steps; null if nothing would be "
+        "trained"
     )
-    classes: tuple[ClassForecast, ...] = Field(description="the smallest budget first")
+    classes: tuple[ClassForecast, ...] = Field(description="the classes of clients, the smallest budget first")
     changes: tuple[Change, ...]

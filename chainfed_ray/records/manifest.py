@@ -1,6 +1,7 @@
-"""What was dealt to whom, as one document. Its hash tells whether two jobs trained on the same rows, dealt alike.
+"""The manifest of a job's partition: which client got which rows, as one document.
 
-It is made of the job and its rows alone, so the same job has the same hash on any machine (docs/heterogeneity.md).
+Two jobs whose manifests have the same hash trained on the same rows, partitioned in the same way. The manifest depends on the
+job and its rows alone, so a job has the same hash on any machine (docs/heterogeneity.md).
 """
 
 import json
@@ -18,10 +19,10 @@ from chainfed_ray.spec.job import JobSpec
 
 
 class SplitRows(Record):
-    """The rows of a split: where they are from, how many there are, and their digest in their order.
+    """The rows of a split: their source, their number and their digest.
 
-    ``sha256`` is of a line for each row: its text, its label if labels are read and, if rows are dealt by a column, its value
-    there, as JSON.
+    ``sha256`` is the digest of one line of JSON for each row, in order. A line has the row's text, its label if the job reads
+    labels and, if the rows are partitioned by a column, its value in that column.
     """
 
     split: Literal["train", "validation", "test"]
@@ -31,7 +32,7 @@ class SplitRows(Record):
 
 
 class ClientPartition(Record):
-    """What a client was dealt; ``sha256`` is of the indices of its rows within the training rows, as a JSON list."""
+    """The rows of one client. ``sha256`` is the digest of their indices in the training rows, as a JSON list."""
 
     client: str
     client_class: str
@@ -41,9 +42,9 @@ class ClientPartition(Record):
 
 
 class Manifest(Document):
-    """A deal: how it was made, of which rows, and what each client of the fleet got, whether or not it can take part.
+    """A partition: its scheme, its rows, and the rows of every client of the fleet, including clients that cannot take part.
 
-    ``alpha`` and ``column`` are None where the scheme has none.
+    ``alpha`` and ``column`` are None if the scheme does not use them.
     """
 
     scheme: str
@@ -54,9 +55,13 @@ class Manifest(Document):
     clients: tuple[ClientPartition, ...]
 
     @classmethod
-    def of(cls, spec: JobSpec, corpus: Corpus, shares: Sequence[np.ndarray], rule: str | None = None) -> "Manifest":
-        """The manifest of a partition. ``shares`` are the clients' row indices, in the order of the fleet; ``rule`` is the name
-        of the caller's own partition rule, if it is not the job's.
+    def of(
+        cls, spec: JobSpec, corpus: Corpus, client_rows: Sequence[np.ndarray], rule: str | None = None
+    ) -> "Manifest":
+        """The manifest of a partition.
+
+        ``client_rows`` has each client's row indices, in the order of the fleet. ``rule`` is the name of the caller's own partition
+        rule, if it is not the job's.
         """
         partition, data = spec.fleet.partition, spec.data
         return cls(
@@ -70,30 +75,29 @@ class Manifest(Document):
                 _split_rows("test", data.test or data.train, corpus.test),
             ),
             clients=tuple(
-                _share(name, group.name, share, corpus.train.labels)
-                for (name, group), share in zip(spec.fleet.members, shares, strict=True)
+                _client_partition(name, group.name, rows, corpus.train.labels)
+                for (name, group), rows in zip(spec.fleet.members, client_rows, strict=True)
             ),
         )
 
     def canonical(self) -> bytes:
-        """The document as JSON that is written in one way only: keys sorted, no spaces, ASCII."""
+        """The manifest as canonical JSON: keys sorted, no spaces, ASCII. Equal manifests give equal bytes."""
         return _canonical(self.model_dump()).encode()
 
     @property
     def hash(self) -> str:
-        """The sha256 of the canonical document."""
+        """The sha256 of the canonical JSON, in hexadecimal."""
         return sha256(self.canonical()).hexdigest()
 
-    def check_unchanged(self, begun_with: str) -> None:
-        """A job that is resumed has the deal with which it was ``begun_with``.
+    def check_unchanged(self, hash_at_start: str) -> None:
+        """Check that a resumed job has the partition with which it started.
 
         Raises:
-            InvalidJob: its rows, or how they are dealt, have changed since.
+            InvalidJob: the rows or their partition have changed since then.
         """
-        if self.hash != begun_with:
-            expected = (
-                f"the rows with which the job began (their deal had the hash {begun_with}; now it has {self.hash})"
-            )
+        if self.hash != hash_at_start:
+            hashes = f"their partition had the hash {hash_at_start}; now it has {self.hash}"
+            expected = f"the rows with which the job began ({hashes})"
             raise InvalidJob.at("data.train", self.splits[0].source, expected)
 
 
@@ -105,7 +109,7 @@ def _split_rows(name: Literal["train", "validation", "test"], source: str, split
     return SplitRows(split=name, source=source, rows=len(split), sha256=digest.hexdigest())
 
 
-def _share(client: str, client_class: str, rows: np.ndarray, labels: Sequence[str]) -> ClientPartition:
+def _client_partition(client: str, client_class: str, rows: np.ndarray, labels: Sequence[str]) -> ClientPartition:
     indices = rows.tolist()
     return ClientPartition(
         client=client,

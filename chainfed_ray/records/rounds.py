@@ -1,6 +1,6 @@
-"""What a job leaves on record: an ``JobStarted``, a ``Round`` for each round, and an ``JobFinished``.
+"""The records of a job: a ``JobStarted``, a ``Round`` for each round, and a ``JobFinished``.
 
-They are what the commit log keeps, what the service reports and what the command line prints. All JSON.
+The commit log keeps them, the service reports them and the command line prints them. All are JSON documents.
 """
 
 import math
@@ -14,16 +14,16 @@ from chainfed_ray.record import Document, Record
 
 
 def finite(value: float | None) -> float | None:
-    """The number, or None if it is infinite or none at all: JSON has no word for it, and it is better than nothing never."""
+    """The value, or None if it is not finite: JSON cannot hold NaN, and such a loss must never win."""
     return value if value is not None and math.isfinite(value) else None
 
 
 Measured = Annotated[float | None, BeforeValidator(finite)]
-"""What a model comes to, which may be anything: a number that is not finite is kept as None."""
+"""A measured value of a model, such as a loss. A value that is not finite is recorded as None."""
 
 
 class AdmittedClient(Record):
-    """A client that takes part, and the plan of its turns."""
+    """A client that takes part, with the plan of its turns in the first stage."""
 
     client: str
     client_class: str
@@ -39,7 +39,7 @@ class AdmittedClient(Record):
 
 
 class ExcludedClient(Record):
-    """A client that cannot take part."""
+    """A client that cannot take part, because its budget is ``shortfall_bytes`` too small for every plan."""
 
     client: str
     client_class: str
@@ -49,9 +49,10 @@ class ExcludedClient(Record):
 
 
 class FailedTurn(Record):
-    """A client's turn that did not count, and why; ``over_budget`` if it took more memory than it may.
+    """A client's turn that failed, and why. ``over_budget`` is True if the turn took more memory than it was allowed.
 
-    In a round that is its last turn: it had a second one. ``exceeded`` says how its first plan failed, if there was a second.
+    In a round, a client that exceeds its plan gets a second turn with a fallback plan. The record is then of the second turn,
+    and ``exceeded`` says how the first one failed. A client whose record of a round is ``over_budget`` has no more turns.
     """
 
     client: str
@@ -62,11 +63,10 @@ class FailedTurn(Record):
 
 
 class HeadFit(Record):
-    """A head in closed form, before a stage's first round or to find the chain's start: whose sums it is made of, and what
-    they took.
+    """A head that was fitted in closed form, before a stage's first round or to find the chain's start.
 
-    ``held_out_loss`` and ``accuracy`` are those of the chain cut at the window's top, with that head, before the window is
-    trained. Both are None if nobody sent sums.
+    ``clients`` sent sums over ``examples``. ``held_out_loss`` and ``accuracy`` are of the early exit at the window's top with
+    this head, before the window is trained. Both are None if no client sent sums.
     """
 
     clients: int
@@ -78,20 +78,21 @@ class HeadFit(Record):
     accuracy: float | None = None
 
 
-def with_everybody(fits: Sequence[HeadFit]) -> list[bool]:
-    """Which of some heads have as many examples as any: one without some of the clients may be without their classes."""
+def complete_fits(fits: Sequence[HeadFit]) -> list[bool]:
+    """For each head, whether no other has more examples. A head with fewer lacks some clients, and perhaps their classes."""
     most = max(fit.examples for fit in fits)
     return [fit.examples == most for fit in fits]
 
 
 class JobStarted(Document):
-    """Before the first round: who takes part, and where the chain starts; ``lost`` are turns of looking for that.
+    """The record before the first round: who takes part, and where the chain starts.
 
-    ``cka`` are those of each layer (CKA), where the start follows from them; ``exits`` are heads at the top of each
-    window, from the lowest up, where it follows from those. ``profile_cpu_seconds`` are what the clients spent on either.
+    The search for the chain's start leaves ``cka``, the CKA of each layer (``chain.start: auto``), or ``exits``, a fitted head
+    at the top of each window from the lowest up (``best-exit``). The clients spent ``profile_cpu_seconds`` on the search;
+    ``failed_turns`` are of the search as well.
 
-    ``window`` is Q: the widest that the job allows and a client's budget holds. ``partition_hash`` is that of the manifest.
-    ``evaluator`` is the engine that judges the whole model, and why it is another than the job's, if it is.
+    ``window`` is Q, the widest window that the job allows and some client's budget holds. ``partition_hash`` is the manifest's.
+    ``evaluator`` names the engine that evaluates the whole model and, if it is not the job's, the reason.
     """
 
     classes: tuple[str, ...] = ()
@@ -112,11 +113,11 @@ class JobStarted(Document):
 
 
 class Turn(Record):
-    """A client's part in a round that counted: the plan of its turn, and what was measured.
+    """A client's successful turn in a round: its plan, and what was measured.
 
-    ``steps`` are optimizer steps, ``cpu_seconds`` those of its process's CPU, the advance of its prefix cache included;
-    ``bottom`` is the lowest layer whose adapter it trained. ``exceeded`` says how its first plan failed, if this was its
-    second.
+    ``steps`` counts optimizer steps. ``cpu_seconds`` is the CPU time of the client's process, the advance of the prefix cache
+    included. ``bottom`` is the lowest layer whose adapter the client trained. ``exceeded`` says how the first plan failed, if
+    this is the turn with the fallback plan.
     """
 
     client: str
@@ -138,13 +139,12 @@ class Turn(Record):
 
 
 class Evaluation(Record):
-    """The whole model on held-out rows, judged by ``engine``; or the ``failure`` for which it could not be.
+    """An evaluation of the whole model on held-out rows by ``engine``, or the ``failure`` that prevented it.
 
-    ``loss`` is in nats: the mean over examples for a classifier, over tokens to be predicted for a language model, whose
-    ``accuracy`` is that of tokens. ``forward_seconds`` of its ``seconds`` went into forward passes. Bytes are those of the
-    evaluator's largest process: ``planned_bytes`` and ``peak_bytes`` above itself when idle, ``process_bytes`` with all that
-    it is. ``processes`` are as many, each as large at most. A ``failure`` beside a loss is another engine's, in whose place
-    this one judged.
+    ``loss`` (in nats) and ``accuracy`` are means over examples for a classifier, and over predicted tokens for a language
+    model. ``forward_seconds`` is the part of ``seconds`` spent in forward passes. Bytes are of the largest of the evaluator's
+    ``processes``: ``planned_bytes`` and ``peak_bytes`` above its idle state, ``process_bytes`` in all. A ``failure`` beside a
+    loss is that of the job's own engine, which ``engine`` replaced.
     """
 
     engine: str
@@ -163,7 +163,7 @@ class Evaluation(Record):
 
 
 class EarlyExit(Record):
-    """What it took to judge the chain cut at the window's top: bytes above the coordinator's process when idle."""
+    """The cost of evaluating an early exit. Bytes count above the coordinator's idle process."""
 
     seconds: float
     planned_bytes: int
@@ -171,7 +171,7 @@ class EarlyExit(Record):
 
 
 class Best(Record):
-    """The round after which the whole model was at its best on held-out rows, and ``why`` that one."""
+    """The round after which the whole model had its least held-out loss, and ``why`` it was chosen."""
 
     round: int
     stage: int
@@ -181,9 +181,9 @@ class Best(Record):
 
 
 class Restored(Record):
-    """The stack that a stage went back to as it ended: that after ``round``, or, None, the one that it began with.
+    """The stack that a stage went back to at its end: the stack after ``round``, or the stage's first one if that is None.
 
-    ``loss`` and ``accuracy`` are those of its early exit.
+    ``loss`` and ``accuracy`` are of the stack's early exit.
     """
 
     round: int | None
@@ -192,12 +192,13 @@ class Restored(Record):
 
 
 class Round(Document):
-    """One federated round. ``held_out_loss`` and ``accuracy`` are those of the chain cut at the window's top: an early exit.
+    """One federated round.
 
-    ``early_exit`` is what that took. ``evaluation`` is that of the whole model. Either is None where it was not due. ``ended``
-    says why its stage ended with it, if it did, and ``restored`` which stack it went back to then, if to another than the
-    last; ``head_fit`` how it began, if in that way. ``epsilon`` is ε of the rounds so far, at the job's δ; None without
-    privacy, with which each round is ``counted``.
+    ``held_out_loss`` and ``accuracy`` are of the early exit at the window's top; ``early_exit`` is the cost of evaluating it.
+    ``evaluation`` is of the whole model. Both are None if they were not due. If the stage ended with this round, ``ended`` says
+    why, and ``restored`` which earlier stack it went back to. ``head_fit`` is the head fitted as the stage began, in its first
+    round. ``counted`` says whether the round met the quorum; with DP every round counts, since skipping one would reveal who
+    was sampled. ``epsilon`` is ε of all rounds so far at the job's δ, None without privacy.
     """
 
     index: int
@@ -221,21 +222,20 @@ class Round(Document):
 
     @property
     def kept_loss(self) -> float | None:
-        """The held-out loss of the stack that is handed on: what the stage went back to, if it did."""
+        """The held-out loss of the stack that the next round starts from, which may be a restored one."""
         return self.restored.loss if self.restored else self.held_out_loss
 
     @property
     def kept_accuracy(self) -> float | None:
-        """The accuracy of that stack's early exit."""
+        """The accuracy of the same stack's early exit."""
         return self.restored.accuracy if self.restored else self.accuracy
 
 
 class JobFinished(Document):
-    """After the last round: what the whole model is worth on the test rows, with the stack that is ``served``.
+    """The record after the last round: the scores of the whole model on the test rows, with the stack that is ``served``.
 
-    ``loss`` is None where it is no finite number. ``best`` is the round whose stack is the best one, if the whole model was
-    ever judged. ``epsilon`` is ε of all rounds, at the job's δ; None without privacy. ``stopped`` says which limit of the job
-    ended it early, if one did.
+    ``loss`` is None if it is not finite. ``best`` is the round with the best stack, None if no evaluation gave a finite loss.
+    ``epsilon`` is ε of all rounds at the job's δ, None without privacy. ``stopped`` says which limit of the job ended it early.
     """
 
     status: Literal["succeeded"] = "succeeded"
@@ -251,9 +251,9 @@ class JobFinished(Document):
 
 
 class StageResult(Record):
-    """A stage that ended, and why. ``accuracy`` is that of the chain cut at its top, ``evaluation`` the whole model's.
+    """A stage that ended, and why. ``accuracy`` is of its early exit, ``evaluation`` of the whole model.
 
-    Both are those of the stack that it went back to, if it was ``restored``.
+    Both are of the ``restored`` stack, if the stage went back to one.
     """
 
     stage: int
@@ -267,9 +267,9 @@ class StageResult(Record):
 
 
 class StageMemory(Record):
-    """A class of clients in a stage: bytes that a client may use, and the most that one was planned to take, and took.
+    """The memory of a class of clients in a stage: a client's budget, the highest plan and the highest measured peak.
 
-    ``turns`` counted; ``exceeded`` of them were taken again with a leaner plan.
+    ``turns`` is the number of successful turns. ``exceeded`` of them were second turns, with a fallback plan.
     """
 
     stage: int
@@ -284,7 +284,7 @@ class StageMemory(Record):
 
     @classmethod
     def of(cls, rounds: Iterable[Round]) -> "tuple[StageMemory, ...]":
-        """Every class that had a turn, stage by stage, the smallest budget first."""
+        """Every class that had a successful turn, stage by stage, the smallest budget first."""
         found: dict[tuple[int, int, str], StageMemory] = {}
         for record in rounds:
             for turn in record.turns:
@@ -319,7 +319,7 @@ class StageMemory(Record):
 
 
 class JobResult(Document):
-    """What a finished job comes to. What follows its ``partition_hash`` is that of its ``JobFinished``."""
+    """The result of a finished job. The fields after ``partition_hash`` are those of its ``JobFinished``."""
 
     job: str
     status: Literal["succeeded"] = "succeeded"

@@ -1,1 +1,1 @@
-"""Finished stacks, held in memory to answer."""
+"""Serving: base models held in memory, which classify or write text with the stacks of finished jobs."""

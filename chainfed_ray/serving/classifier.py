@@ -1,4 +1,4 @@
-"""A base model held in memory, with which finished stacks classify texts."""
+"""Classifies texts with finished stacks on a base model that stays in memory."""
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ _BATCH = 32
 
 
 class Classifier:
-    """``base`` with all its layers loaded, once; any number of stacks can be put on it. One call at a time.
+    """The base model ``base``, loaded once with all its layers. Each call names the stack to use.
+
+    It is not thread-safe: callers make one call at a time.
 
     Raises:
         InvalidJob: there is no such base model.
@@ -27,7 +29,10 @@ class Classifier:
         self._layers = [self._blocks.load_layer(index) for index in range(self._blocks.num_layers)]
 
     def probabilities(self, saved: SavedStack, texts: list[str]) -> Tensor:
-        """The probability of each class for each text, [n, C]; a text alone and in company gives the same, up to rounding."""
+        """The probability of each class for each text, [n, C].
+
+        Up to rounding, a text's probabilities do not depend on the other texts of the call.
+        """
         examples = tokenize(self._tokenizer, texts, [0] * len(texts), saved.max_length)
         logits = torch.empty(len(texts), len(saved.classes))
         for indices in examples.by_length(_BATCH):

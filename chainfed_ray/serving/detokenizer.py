@@ -1,60 +1,64 @@
-"""A text as its tokens come: in pieces that are whole characters, up to a stop string."""
+"""Turns generated tokens into text as they come: in pieces of whole characters, up to a stop string."""
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-_CONTEXT = 5  # tokens of the prompt with which the first one is read: many tokenizers drop a text's leading space
-_UNFINISHED = "\ufffd"  # what the first bytes of a character are read as
+_CONTEXT = 5  # prompt tokens decoded before the first new one: many tokenizers drop the leading space of a text
+_UNFINISHED = "\ufffd"  # tokenizers decode the first bytes of an incomplete character to this
 
 
 class Detokenizer:
-    """Turns what follows the tokens ``prompt`` into text. Nothing is given that a stop string may yet begin with."""
+    """Decodes the tokens that follow the tokens ``prompt``.
+
+    It holds back text that may turn out to be the beginning of a ``stop`` string. ``stopped`` is True once such a string has
+    appeared.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: tuple[str, ...] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, stop
-        # Tokens are read with those before them, since a token's text depends on them; only the last few are kept.
+        # A token's text depends on the tokens before it, so each is decoded together with the last few of them.
         self._tokens = list(prompt[-_CONTEXT:])
-        self._read = len(self._tokens)
+        self._decoded = len(self._tokens)
         self._held = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that is certain with one token more; after a stop string none is."""
+        """Add a token. Returns the text that is now certain, which may be empty; it is empty after a stop string."""
         self._tokens.append(token)
-        self._take(unfinished=False)
-        return self._give()
+        self._decode_new(unfinished=False)
+        return self._release()
 
     def end(self) -> str:
-        """What was held back, once no token follows."""
-        self._take(unfinished=True)
-        given = self._give()
+        """Returns the text that was held back. No token may follow."""
+        self._decode_new(unfinished=True)
+        released = self._release()
         if self.stopped:
-            return given
-        given, self._held = given + self._held, ""
-        return given
+            return released
+        released, self._held = released + self._held, ""
+        return released
 
-    def _take(self, unfinished: bool) -> None:
-        """Read the tokens that are not read yet, if they end with a whole character."""
-        before, now = self._text(self._tokens[: self._read]), self._text(self._tokens)
+    def _decode_new(self, unfinished: bool) -> None:
+        """Decode the new tokens, if they end with a whole character or ``unfinished`` ones are accepted."""
+        before, now = self._text(self._tokens[: self._decoded]), self._text(self._tokens)
         if len(now) == len(before) or (now.endswith(_UNFINISHED) and not unfinished):
             return
         self._held += now[len(before) :]
-        self._tokens = self._tokens[self._read :]
-        self._read = len(self._tokens)
+        self._tokens = self._tokens[self._decoded :]
+        self._decoded = len(self._tokens)
 
-    def _give(self) -> str:
-        """Of the text that is held, what comes before a stop string or anything that may become one."""
+    def _release(self) -> str:
+        """Take from the held text what precedes a stop string, or the possible beginning of one."""
         if self.stopped:
             return ""
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         self.stopped = bool(found)
         end = min(found) if found else self._first_doubtful()
-        given, self._held = self._held[:end], self._held[end:]
-        return given
+        released, self._held = self._held[:end], self._held[end:]
+        return released
 
     def _first_doubtful(self) -> int:
-        """Where the end of the text that is held begins to look like a stop string."""
+        """The first place from which the held text, up to its end, is the beginning of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         doubtful = range(max(len(self._held) - longest, 0), len(self._held))
         return next((at for at in doubtful if self._may_stop(self._held[at:])), len(self._held))

@@ -1,4 +1,4 @@
-"""A causal language model held in memory, with which finished stacks write text."""
+"""Generates text with finished stacks on a causal language model that stays in memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,35 +18,37 @@ from chainfed_ray.model.blocks import find_layers
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.serving.detokenizer import Detokenizer
 
-MOST_TOKENS = 256  # of a text, where nobody says how many
-_COLDEST = 1e-5  # below it logits over the temperature may be no numbers any more
+MOST_TOKENS = 256  # the limit of a text's tokens where the caller gives none
+_COLDEST = 1e-5  # below this temperature, dividing the logits by it may overflow; the likeliest token is taken instead
 
 FinishReason = Literal["stop", "length"]
-Prompt = str | Chat  # a text to go on with, or messages that wait for an answer
+Prompt = str | Chat  # a text to continue, or the messages of a chat to answer
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How each token is chosen, and when a text ends."""
 
-    max_tokens: int | None = None  # None: as many as the model has positions for, up to MOST_TOKENS
+    max_tokens: int | None = None  # None: MOST_TOKENS, or the positions that the prompt leaves if those are fewer
     temperature: float = 1.0  # 0: always the likeliest token
-    top_p: float = 1.0  # of the likeliest tokens, those that have this much probability
-    stop: tuple[str, ...] = ()
-    seed: int | None = None  # None: another text each time
+    top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
+    stop: tuple[str, ...] = ()  # the text ends before any of these strings
+    seed: int | None = None  # None: a different text each time
 
 
 class Piece(NamedTuple):
-    """Some of a text, as it is written; the last piece says why the text ends: at an end or a stop string, or by its length."""
+    """A piece of a text that is being generated. The last piece has the ``finish_reason``."""
 
     text: str
-    prompt_tokens: int
-    tokens: int  # of the text so far
-    finish_reason: FinishReason | None = None
+    prompt_tokens: int  # tokens of the prompt
+    tokens: int  # tokens generated so far
+    finish_reason: FinishReason | None = None  # "stop": an end token or a stop string; "length": the limit of tokens
 
 
 class Generator:
-    """``base`` and its head, loaded once; any number of stacks can be put on it. One call at a time.
+    """The language model ``base``, loaded once. Each call names the stack to use.
+
+    It is not thread-safe: callers make one call at a time.
 
     Raises:
         InvalidJob: there is no such base model.
@@ -59,7 +61,7 @@ class Generator:
         self._model.eval().requires_grad_(False)
         self._layers: Any = self._model.get_submodule(find_layers(self._model, base))
         self._ends = _ends(self._model.generation_config.eos_token_id) | _ends(self._tokenizer.eos_token_id)
-        # What a checkpoint proposes for sampling (penalties, a top_k) does not hold: who asks says how.
+        # The caller alone says how to sample: a checkpoint's own settings (penalties, a top_k) would change the result.
         self._model.generation_config = GenerationConfig()
         self._positions: int | None = getattr(self._model.config, "max_position_embeddings", None)
 
@@ -68,19 +70,21 @@ class Generator:
         saved: SavedStack,
         prompt: Prompt,
         sampling: Sampling,
-        say: Callable[[Piece], None],
-        gone: Callable[[], bool] = lambda: False,
+        emit: Callable[[Piece], None],
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Go on with a text, or answer a chat, and ``say`` it piece by piece; end with the token after which all are ``gone``.
+        """Continue a text, or answer a chat, and pass the new text to ``emit`` piece by piece.
+
+        ``cancelled`` is asked after each token; the text ends as soon as it returns True.
 
         Raises:
             InvalidJob: the prompt is empty or too long, or the model cannot chat.
         """
         ids = self._prompt(prompt)
         most = self._most(prompt, len(ids), sampling.max_tokens)
-        writing = _Writing(Detokenizer(self._tokenizer, ids, sampling.stop), self._ends, len(ids), say, gone)
+        writing = _Writing(Detokenizer(self._tokenizer, ids, sampling.stop), self._ends, len(ids), emit, cancelled)
         inputs = torch.tensor([ids])
-        # The generator is the whole process's: what others draw is not to follow from a caller's seed.
+        # torch's random generator belongs to the whole process. The fork keeps a caller's seed from affecting other work.
         with torch.random.fork_rng(devices=[]), self._adapted(saved.stack):
             torch.seed() if sampling.seed is None else torch.manual_seed(sampling.seed)
             self._model.generate(
@@ -92,31 +96,35 @@ class Generator:
         writing.finish()
 
     def _prompt(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt, as a job of this task has them in training."""
+        """The tokens of a prompt, made in the same way as those of a job's training rows."""
         ids = prompt_ids(self._tokenizer, prompt) if isinstance(prompt, str) else self._chat(prompt)
         if not ids and self._tokenizer.bos_token_id is not None:
             return [int(self._tokenizer.bos_token_id)]
         if not ids:
-            raise InvalidJob.at("prompt", prompt, "one with a token or more: this model has none for a beginning")
+            expected = "a prompt of one token or more, because this model has no token for the beginning of a text"
+            raise InvalidJob.at("prompt", prompt, expected)
         return ids
 
     def _chat(self, messages: Chat) -> list[int]:
         if not self._tokenizer.chat_template:
-            expected = "a prompt for POST /v1/completions: the tokenizer of this model has no chat template"
+            expected = "a prompt for POST /v1/completions, because this model's tokenizer has no chat template"
             raise InvalidJob.at("messages", dict(zip(("role", "content"), messages[-1], strict=True)), expected)
         return chat_ids(self._tokenizer, messages, opened=True, field="messages")
 
     def _most(self, prompt: Prompt, length: int, asked: int | None) -> int:
-        """The tokens that may follow a prompt of ``length`` tokens."""
+        """The most tokens that may follow a prompt of ``length`` tokens, where the caller asked for ``asked``."""
         if self._positions is None:
             return asked or MOST_TOKENS
         room = self._positions - length
         if room < 1:
             field = "prompt" if isinstance(prompt, str) else "messages"
-            expected = f"fewer than {self._positions} tokens, the model's positions; there are {length}"
+            most = self._positions
+            expected = f"fewer than {most} tokens, because the model has {most} positions; this prompt has {length}"
             raise InvalidJob.at(field, prompt, expected)
         if asked is not None and asked > room:
-            expected = f"at most {room}: the model has {self._positions} positions, and the prompt takes {length}"
+            expected = (
+                f"at most {room}, because the model has {self._positions} positions and the prompt takes {length}"
+            )
             raise InvalidJob.at("max_tokens", asked, expected)
         return asked or min(MOST_TOKENS, room)
 
@@ -124,7 +132,7 @@ class Generator:
         common = {
             "max_new_tokens": most,
             "eos_token_id": sorted(self._ends) or None,
-            "pad_token_id": min(self._ends, default=0),  # one text at a time: there is no padding
+            "pad_token_id": min(self._ends, default=0),  # required by transformers; a single text needs no padding
         }
         if sampling.temperature < _COLDEST:
             return GenerationConfig(do_sample=False, **common)
@@ -134,7 +142,7 @@ class Generator:
 
     @contextmanager
     def _adapted(self, stack: AdapterStack) -> Iterator[None]:
-        """Meanwhile each layer's output goes through its adapter."""
+        """Within this context, each layer's output passes through its adapter of ``stack``."""
         hooks = [self._layers[layer].register_forward_hook(_through(stack.adapter(layer))) for layer in stack.layers]
         try:
             yield
@@ -144,34 +152,40 @@ class Generator:
 
 
 class _Writing(StoppingCriteria):
-    """Says what is written, token by token, and ends it."""
+    """Emits the text token by token, and tells ``generate`` when to stop."""
 
     def __init__(
         self,
         text: Detokenizer,
         ends: set[int],
         prompt_tokens: int,
-        say: Callable[[Piece], None],
-        gone: Callable[[], bool],
+        emit: Callable[[Piece], None],
+        cancelled: Callable[[], bool],
     ) -> None:
-        self._text, self._ends, self._prompt_tokens, self._say, self._gone = text, ends, prompt_tokens, say, gone
+        self._text, self._ends, self._prompt_tokens, self._emit, self._cancelled = (
+            text,
+            ends,
+            prompt_tokens,
+            emit,
+            cancelled,
+        )
         self._tokens = 0
         self._ended = False
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        """Token ids [1, T] so far → whether no more are to be made, [1]."""
+        """Token ids so far [1, T] → True to stop, [1]."""
         token = int(input_ids[0, -1])
         self._tokens += 1
         self._ended = token in self._ends
         if not self._ended and (text := self._text.add(token)):
-            self._say(Piece(text, self._prompt_tokens, self._tokens))
-        return torch.tensor([self._ended or self._text.stopped or self._gone()], device=input_ids.device)
+            self._emit(Piece(text, self._prompt_tokens, self._tokens))
+        return torch.tensor([self._ended or self._text.stopped or self._cancelled()], device=input_ids.device)
 
     def finish(self) -> None:
-        """Say the end."""
+        """Emit the last piece, with the reason for which the text ended."""
         text = self._text.end()
         reason: FinishReason = "stop" if self._ended or self._text.stopped else "length"
-        self._say(Piece(text, self._prompt_tokens, self._tokens, reason))
+        self._emit(Piece(text, self._prompt_tokens, self._tokens, reason))
 
 
 def _through(adapter: Adapter) -> Callable[[nn.Module, Any, Any], Any]:
@@ -182,5 +196,5 @@ def _through(adapter: Adapter) -> Callable[[nn.Module, Any, Any], Any]:
 
 
 def _ends(token: int | list[int] | None) -> set[int]:
-    """The tokens that end a text."""
+    """The end tokens of a configuration, which gives none, one or several."""
     return set() if token is None else {token} if isinstance(token, int) else set(token)

@@ -1,4 +1,4 @@
-"""Our adapters as a PEFT method, for whoever lives in that world. Importing this file registers the method. ::
+"""Registers the project's adapters as a PEFT method, so that PEFT can load a finished stack. Importing this file is enough. ::
 
     from peft import PeftModel
     from chainfed_ray.serving.peft_method import SequenceClassifier
@@ -6,10 +6,10 @@
     model = PeftModel.from_pretrained(SequenceClassifier.from_folder(base_folder), "jobs/<job>/model")
     logits = model(input_ids=ids, attention_mask=mask)  # [B, C]
 
-A layer with an adapter, and the head, are PEFT layers: several stacks can be loaded side by side, each with classes of its
-own, and a batch may name one for each row (``adapter_names=``) where their classes are equally many.
+Layers with an adapter, and the head, are PEFT layers. Several stacks can be loaded side by side, each with its own classes. A
+batch may name a stack for each row (``adapter_names=``), if these stacks have the same number of classes.
 
-The stack of a language model goes on the causal model itself, whose own head gives the logits [B, T, V] and whose
+The stack of a language model is loaded on the causal model itself. The model's own head gives the logits [B, T, V], and its
 ``generate`` writes text. ::
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), "jobs/<job>/model")
@@ -35,11 +35,14 @@ from chainfed_ray.model.saved_stack import ADAPTERS, HEAD, HEADS, PEFT_TYPE
 from chainfed_ray.record import VERSION
 
 _PREFIX = "chainfed_"
-_NO_ADAPTER = "__base__"  # PEFT's name for a row that no adapter is to touch
+_NO_ADAPTER = "__base__"  # PEFT's name for a row that is to pass without an adapter
 
 
 class SequenceClassifier(nn.Module):
-    """A base model, as ``.base``, and the place of its head: what a stack is loaded on. Without one it gives no logits."""
+    """A base model, in ``base``, and a place for a head. A classifier's stack is loaded on it, and brings the head.
+
+    Without a stack there is no head, so ``forward`` raises ``RuntimeError``.
+    """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -66,7 +69,8 @@ class SequenceClassifier(nn.Module):
                 pooled = append_pooled(below.pooled, below.hidden, attention_mask, len(layers))
             passed.append(LayerStates(hidden, pooled))
 
-        # Some families end with a norm of their own: the chain's head takes the layers' outputs as they are.
+        # The hooks take the output of the last layer. Some families apply a norm after it, which the chain's head was not
+        # trained with.
         hooks = [layer.register_forward_hook(keep) for layer in layers]
         try:
             self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -80,9 +84,10 @@ class SequenceClassifier(nn.Module):
 
 @dataclass
 class ChainFedConfig(PeftConfig):
-    """The sizes of a stack, its classes, of which a language model has none, and how many layers its head reads.
+    """What PEFT saves with a stack: its sizes, its base model and its classes.
 
-    ``target_modules`` are the layers with an adapter, and a classifier's head.
+    ``target_modules`` names the layers with an adapter and, for a classifier, the head. ``head_layers`` is the number of
+    layers whose pooled outputs are the head's features. ``classes`` is empty for a language model.
     """
 
     version: int = VERSION
@@ -100,7 +105,7 @@ class ChainFedConfig(PeftConfig):
 
 
 class _ChainFedModule(nn.Module, BaseTunerLayer):
-    """What our two PEFT layers have in common: named parts, of which one is active."""
+    """The base of our two PEFT layers. It holds a part (an adapter or a head) for each loaded stack, by its name."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -116,13 +121,13 @@ class _ChainFedModule(nn.Module, BaseTunerLayer):
         return parts
 
     def update_layer(self, adapter_name: str, part: nn.Module, active: list[str]) -> None:
-        """Take in the part of a stack that is being loaded."""
+        """Add ``part`` for the stack ``adapter_name``, on the device of the base layer, and activate the stacks ``active``."""
         parameter = next(self.base_layer.parameters(), None)
         self._parts[adapter_name] = part if parameter is None else part.to(parameter.device)
         self.set_adapter(active)
 
     def _by_part(self, hidden: Tensor) -> list[tuple[nn.Module | None, Tensor]]:
-        """Which part is for which rows of ``hidden`` [B, …]."""
+        """Pairs of a part and the rows of ``hidden`` [B, …] that pass through it. A part of None leaves its rows unchanged."""
         rows = torch.arange(len(hidden), device=hidden.device)
         if self._adapter_names is None:
             active = [name for name in self.active_adapters if name in self._parts]
@@ -138,11 +143,11 @@ class _ChainFedModule(nn.Module, BaseTunerLayer):
         ]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: a bottleneck with a nonlinearity is no change of the weights below it."""
+        """Raise ``NotImplementedError``: a bottleneck has a nonlinearity, so it cannot be added to the weights."""
         raise NotImplementedError("a ChainFed adapter cannot be merged into its base model")
 
     def unmerge(self) -> None:
-        """Nothing is ever merged."""
+        """Do nothing, because nothing is ever merged."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -150,16 +155,16 @@ class _ChainFedModule(nn.Module, BaseTunerLayer):
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)  # what the model's forward reads on a layer
+            return getattr(self.base_layer, name)  # some models read attributes of their layers
 
 
 class ChainFedLayer(_ChainFedModule):
-    """A layer of the base model, and the adapters that follow it."""
+    """A layer of the base model, and the adapters of all loaded stacks that follow it."""
 
     adapter_layer_names = (ADAPTERS,)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer's own, with the adapter of each row on its output [B, T, D]."""
+        """The layer's own forward, with each row's adapter applied to the output [B, T, D]."""
         output = self.base_layer(*args, **kwargs)
         if isinstance(output, tuple):
             return (self._adapted(output[0]), *output[1:])
@@ -177,19 +182,22 @@ class ChainFedLayer(_ChainFedModule):
 
 
 class ChainFedHead(_ChainFedModule):
-    """The heads of the stacks."""
+    """The heads of all loaded stacks."""
 
     adapter_layer_names = (HEADS,)
 
     def forward(self, hidden: Tensor, mask: Tensor, below: Tensor) -> Tensor:
-        """Hidden [B, T, D], mask [B, T] and what was read ``below``, [B, r, D] → logits [B, C], by the head of each row."""
+        """Hidden [B, T, D], mask [B, T] and pooled features of the layers ``below`` [B, r, D] → logits [B, C].
+
+        Each row passes through the head of its own stack.
+        """
         parts = [(part or self.base_layer, rows) for part, rows in self._by_part(hidden)]
         logits = [part(hidden[rows], mask[rows], below[rows]) for part, rows in parts]
         return torch.cat(logits)[torch.cat([rows for _, rows in parts]).argsort()]
 
 
 class ChainFedModel(BaseTuner):
-    """The tuner that PEFT makes of a ``ChainFedConfig``."""
+    """The PEFT tuner for a ``ChainFedConfig``: it puts the parts of a stack into the model."""
 
     prefix = _PREFIX
     tuner_layer_cls = _ChainFedModule
@@ -201,12 +209,12 @@ class ChainFedModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """In a file a tensor is named without its stack: ``….chainfed_adapters.<stack>.down.weight``."""
+        """Remove the stack's name from ``key``: ``….chainfed_adapters.<stack>.down.weight`` is saved without it."""
         for parts in (ADAPTERS, HEADS):
             key = key.replace(f".{parts}.{adapter_name}.", f".{parts}.")
         return key
 
-    def _create_and_replace(  # type: ignore[override]  # a stack has no parameters of the base model's to replace
+    def _create_and_replace(  # type: ignore[override]  # PEFT's own takes parameters to replace; a stack replaces none
         self,
         peft_config: PeftConfig,
         adapter_name: str,
@@ -228,7 +236,11 @@ class ChainFedModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """For one forward, tell our layers which stack each row is for."""
+        """For one forward pass, tell the layers which stack each row belongs to.
+
+        Raises:
+            ValueError: ``adapter_names`` has a name under which no stack is loaded.
+        """
         names: Sequence[str] | None = kwargs.get("adapter_names")
         unknown = sorted(set(names or ()) - self.peft_config.keys() - {_NO_ADAPTER})
         if unknown:
@@ -244,15 +256,18 @@ class ChainFedModel(BaseTuner):
 
 
 class _NoHead(nn.Module):
-    """Where a head will be."""
+    """Holds the place of the head until a stack is loaded."""
 
     def forward(self, hidden: Tensor, mask: Tensor, below: Tensor) -> Tensor:
-        """There is nothing to compute yet."""
+        """Raise ``RuntimeError``: there is no head yet."""
         raise RuntimeError("no stack is active on this SequenceClassifier: load one with PeftModel.from_pretrained")
 
 
 def _register() -> None:
-    """Add our method to PEFT's. Its enum of methods is closed, so the member is put in by hand (peft is pinned)."""
+    """Add the method to PEFT's list.
+
+    PEFT's enum of methods cannot be extended, so the member is written into its internals. The version of peft is pinned.
+    """
     if PEFT_TYPE in PeftType.__members__:
         return
     member = str.__new__(PeftType, PEFT_TYPE)

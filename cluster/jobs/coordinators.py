@@ -38,7 +38,10 @@ class CoordinatorActor:
     def _run(self, job: str, settings: Settings) -> None:
         try:
             run_queued_job(
-                job, settings.storage, lambda source, note: RayPool(source, settings.client_slots, note), server_evaluation
+                job,
+                settings.storage,
+                lambda source, note: RayPool(source, settings.client_slots, note),
+                server_evaluation,
             )
         except Exception:
             _log.exception("the coordinator of job %s failed before the job was over; Ray starts it again", job)
