@@ -102,7 +102,7 @@ def assert_refused(told: Any) -> None:
     error = told["error"]
     assert (error["planned"], error["cap"], error["peak"], error["part"]) == (PLANNED, CAP, None, "training")
     assert error["text"] == (
-        "it was planned to take 48MiB, was allowed 64MiB, and would have taken more while training"
+        "the turn was planned to take 48MiB, was allowed 64MiB, and would have taken more while training"
     )
     assert told["limits"][0] == told["limits"][1]
     assert told["kept"] < 8 * MIB  # what libraries load on the way
