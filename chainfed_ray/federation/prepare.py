@@ -194,7 +194,7 @@ def _check_head(spec: JobSpec, blocks: Blocks) -> None:
 
 def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
     """Every token has an embedding, and the longest text can be embedded: not every model has a table of positions."""
-    train = rows.train if rows.packs is None else packed(rows.train, rows.packs)
+    train = rows.train if rows.pack_length is None else packed(rows.train, rows.pack_length)
     for examples in (train, *rows.held_out):
         if (highest := int(examples.ids.max())) >= blocks.vocabulary:
             expected = (
