@@ -48,7 +48,7 @@ class StepMemory:
     adapter: PartMemory  # one that is trained
     layer: PartMemory
     head: PartMemory  # with the loss
-    stand_in: PartMemory  # an adapter above the window, on the global branch
+    emulator: PartMemory  # an adapter above the window, on the global branch
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class ClientResources:
     memory: int
     longest: int  # tokens of the longest example
     cached: bool  # whether its disk holds the prefix cache
-    spill: int | None  # bytes of disk for saved activations; None: as many as there are
+    offload_disk: int | None  # bytes of disk for saved activations; None: as many as there are
     batch: int  # examples of its largest batch: those of an optimizer step, or all that it has
     one_step: bool  # … which is its only one: its optimizer has no state before its activations are gone
 
@@ -74,7 +74,7 @@ class TurnRequirements:
     start: int  # the chain's lowest layer
     batch_size: int  # examples in an optimizer step
     epochs: int  # of a turn, or optimizer steps where it has so many
-    looks_ahead: bool  # a global branch through the stand-ins above the window
+    global_branch: bool  # a global branch through the stand-ins above the window
     trains_above: bool  # … which are trained as well
     profiles: int  # examples of a CKA profile, by which the chain's start is found; 0 where it is given
     fits_head: bool = False  # in closed form, from sums over a client's examples
@@ -101,7 +101,7 @@ class TurnPlan:
     activations_offloaded: bool
     prefix: Prefix
     footprint: Footprint
-    spill_bytes: int  # on disk
+    offload_bytes: int  # on disk
 
     @property
     def planned_bytes(self) -> int:
@@ -249,9 +249,9 @@ def _sequence(costs: MemoryProfile, demands: StepMemory, task: TurnRequirements,
     """The parts of a step in the order of its forward pass: the window, the head, and with stand-ins the head again."""
     inside = [demands.adapter, *(len(window) - 1) * (demands.layer, demands.adapter), demands.head]
     above = costs.layers - 1 - window.top
-    if not (above and task.looks_ahead):
+    if not (above and task.global_branch):
         return inside
-    return [*inside, *above * (demands.adapter if task.trains_above else demands.stand_in,), demands.head]
+    return [*inside, *above * (demands.adapter if task.trains_above else demands.emulator,), demands.head]
 
 
 def _saved(
@@ -345,7 +345,7 @@ def _read_bytes(costs: MemoryProfile, batch: int) -> int:
 
 
 def _has_room(made: TurnPlan, means: ClientResources) -> bool:
-    return means.spill is None or made.spill_bytes <= means.spill
+    return means.offload_disk is None or made.offload_bytes <= means.offload_disk
 
 
 def held_bytes(costs: MemoryProfile, task: TurnRequirements) -> int:

@@ -87,7 +87,7 @@ def _of_adapters(width: int, dtype: torch.dtype, bottleneck: int, activations_of
         name: trace_memory(
             new_adapter(width, bottleneck, trained), width, dtype, activations_offloaded=activations_offloaded
         )
-        for name, trained in (("adapter", True), ("stand_in", False))
+        for name, trained in (("adapter", True), ("emulator", False))
     }
 
 

@@ -84,13 +84,13 @@ def _run(
         seed = torch.zeros((), dtype=dtype, requires_grad=gradients)
         hidden = seed.expand(batch, tokens, width).clone()
         ledger.history()
-        with Forgetful() if activations_offloaded else nullcontext():
+        with DiscardedActivations() if activations_offloaded else nullcontext():
             output = compute(hidden)
         del hidden
         forward = ledger.history()
         if not gradients:
             return _Run(forward, 0, [])
-        rest: Tensor = Rest.apply(output)  # type: ignore[no-untyped-call]
+        rest: Tensor = RestOfStep.apply(output)  # type: ignore[no-untyped-call]
         del output
         saved = ledger.alive
         ledger.history()
@@ -98,7 +98,7 @@ def _run(
         return _Run(forward, saved, ledger.history())
 
 
-class Rest(torch.autograd.Function):
+class RestOfStep(torch.autograd.Function):
     """The rest of a step: keeps nothing of a part's output, and gives a gradient that nobody else holds."""
 
     @staticmethod
@@ -155,7 +155,7 @@ def _identity(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class Forgetful(saved_tensors_hooks):
+class DiscardedActivations(saved_tensors_hooks):
     """What ``Spill`` does, without a file."""
 
     def __init__(self) -> None:
