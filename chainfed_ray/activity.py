@@ -65,7 +65,7 @@ class Reporter:
         begun, started = Activity(what=self.what, total=total, unit=unit), perf_counter()
         first = 0
 
-        def tell(done: int) -> None:
+        def report(done: int) -> None:
             nonlocal first
             done = min(done, total)
             first = first or done
@@ -75,7 +75,7 @@ class Reporter:
             self.listen(begun.model_copy(update={"done": done, "seconds_left": left}))
 
         self.listen(begun)
-        return tell
+        return report
 
     def each(self, items: Iterable[T], total: int, unit: str, size: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
         """Iterate over ``items`` and report progress towards ``total``; an item counts for ``size(item)`` parts.
@@ -86,12 +86,12 @@ class Reporter:
         if self.listen is no_listener or not total:
             yield from items
             return
-        tell, done = self.count(total, unit), 0
+        report, done = self.count(total, unit), 0
         for item in items:
             done += size(item)
             yield item
             del item
-            tell(done)
+            report(done)
 
 
 class Notes:

@@ -59,11 +59,10 @@ class Chain:
         return tuple(Window(low, low + self.width - 1) for low in range(self.start, self.layers - self.width + 1))
 
     def staged(self, total: int, last_share: float) -> tuple[Stage, ...]:
-        """The stages of the staged schedule, one for each window: the last one gets ``last_share`` of the ``total`` rounds, and
-        the others share the rest evenly.
+        """The stages of the staged schedule, one for each window.
 
-        The last stage gets more because it is the only one that trains end to end. If there are fewer rounds than windows, the
-        lowest windows are skipped.
+        The last stage gets ``last_share`` of the ``total`` rounds, because it is the only one that trains end to end. The
+        others share the rest evenly. If there are fewer rounds than windows, the lowest windows are skipped.
         """
         windows = self.windows[-total:]
         if len(windows) == 1:
@@ -77,8 +76,9 @@ class Chain:
         )
 
     def cyclic(self, round_index: int, total: int) -> Window:
-        """The window of a round in the cyclic schedule. It slides every round and wraps round, so that the last round has the
-        top window.
+        """The window of a round in the cyclic schedule, which slides every round and wraps round.
+
+        The last of the ``total`` rounds has the top window.
         """
         windows = self.windows
         return windows[(round_index - total) % len(windows)]

@@ -149,8 +149,9 @@ class BudgetExceeded(ChainFedError, MemoryError):
 
 
 class QuorumLost(ChainFedError, RuntimeError):
-    """Too few clients answered in ``rounds``, which are named in words. ``reasons`` says why, by client, for
-    the last of them.
+    """Too few clients answered in ``rounds``, which are named in words.
+
+    ``reasons`` says why in the last of them, for each client that did not answer.
     """
 
     def __init__(self, rounds: str, quorum: int, reasons: dict[str, str]) -> None:

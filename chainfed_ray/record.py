@@ -15,8 +15,6 @@ class Record(BaseModel):
 
 
 class Document(Record):
-    """A JSON document that is stored as a whole. A document of another version is refused, because its keys may mean something
-    else.
-    """
+    """A JSON document that is stored as a whole. One of another version is refused: its keys may mean something else."""
 
     version: Version = VERSION

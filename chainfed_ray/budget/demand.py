@@ -23,8 +23,7 @@ NOTHING = BytePolynomial(())
 
 @dataclass(frozen=True)
 class PartMemory:
-    """The bytes of one part of a training step: alive during its forward pass, alive during its backward pass, and saved
-    between them.
+    """The bytes of one part of a training step: in its forward pass, in its backward pass, and saved between the two.
 
     The forward bytes include the part's input and output. The backward bytes include the gradients of both, and what was saved.
     Each has several polynomials, one for each moment that may be the peak: which of them is the largest depends on the batch's

@@ -1,5 +1,4 @@
-"""The planner: how a client takes its turn, and how many bytes that needs, before anything runs. Integers only; no tensor is
-made.
+"""The planner: how a client takes its turn, and how many bytes that needs. It computes with integers before anything runs.
 
 A turn first advances the prefix cache and then takes training steps; it needs the larger of the two. What a step holds follows
 from the order of its parts (adapters, layers, head, emulators): in the forward pass each part leaves what it saved for the
@@ -84,7 +83,7 @@ class TurnRequirements:
 
 @dataclass(frozen=True)
 class Prefix:
-    """How a client gets the activations below its window: from a cache, or recomputed in each step; ``batch`` examples at a
+    """How a client gets the activations below its window: from a cache or recomputed in each step, ``batch`` examples at a
     time.
     """
 
@@ -170,7 +169,7 @@ def shortfall(memory: MemoryProfile, requirements: TurnRequirements, stage: Wind
 
 
 def cache_bytes(memory: MemoryProfile, requirements: TurnRequirements, examples: int, tokens: int) -> int:
-    """The disk in bytes for a prefix cache of ``examples`` that have ``tokens`` in all, with the pooled features of the layers
+    """The disk in bytes for a prefix cache of ``examples`` with ``tokens`` in all, including pooled features of the layers
     below.
 
     The cache holds up to four layers at once: the lowest of the chain, the lowest of the stage, and two while it advances. A
@@ -275,9 +274,7 @@ def _highest(
 def _sequence(
     memory: MemoryProfile, step: StepMemory, requirements: TurnRequirements, window: Window
 ) -> list[PartMemory]:
-    """The parts of a step in the order of its forward pass: the window and the head, then for a global branch the emulators and
-    the head again.
-    """
+    """The parts of a step in forward order: the window, the head and, for a global branch, the emulators and the head again."""
     inside = [step.adapter, *(len(window) - 1) * (step.layer, step.adapter), step.head]
     above = memory.layers - 1 - window.top
     if not (above and requirements.global_branch):

@@ -1,6 +1,4 @@
-"""Reads lists in the cells of a table: Python lists, arrays from parquet, or JSON in files such as CSV that
-cannot hold lists.
-"""
+"""Reads lists from the cells of a table: Python lists, arrays from parquet, or JSON in files such as CSV."""
 
 import json
 from typing import Any

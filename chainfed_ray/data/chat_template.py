@@ -31,10 +31,10 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, chat: Chat, add_generatio
 
 
 def assistant_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text of the whole chat, and the span of each assistant's turn in it: (begin, end) in characters. Turns without words
-    are skipped.
+    """The text of the whole chat, and the span of each assistant's turn in it: (begin, end) in characters.
 
     A span begins where the template opens the turn for the assistant, and includes what the template closes the turn with.
+    Turns without words have no span.
 
     Raises:
         InvalidJob: the template does not accept the chat, which ``field`` names, or does not write each turn at one place.

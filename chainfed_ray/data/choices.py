@@ -1,4 +1,4 @@
-"""Multiple-choice tests in the form of MMLU: does the model find the right answer the likeliest?
+"""Multiple-choice tests in the form of MMLU: how often does a model find the right answer the most likely?
 
 A row has a ``prompt`` (or a ``question``, if no column is called prompt), a list of ``choices`` (as JSON in files such as CSV)
 and the ``answer``: the choice itself, its index from 0, or its letter from A. The model's choice is the one whose tokens have
@@ -35,7 +35,7 @@ class Choices:
     answers: tuple[int, ...]  # [q], indices within a question's choices
 
     def accuracy(self, losses: Tensor) -> float:
-        """The share of questions whose right answer has the lowest of ``losses``, the negative log-likelihoods [n] of all
+        """The share of questions whose answer has the lowest loss. ``losses`` [n] are the negative log-likelihoods of all
         choices.
         """
         questions = zip(self.begins[:-1], self.begins[1:], self.answers, strict=True)
@@ -50,8 +50,8 @@ def read_choices(source: str, tokenizer: PreTrainedTokenizerBase, max_length: in
         InvalidJob: the source cannot be read, or a row is not a question with choices and an answer.
     """
     table = read_table(_KEY, source, "test")
-    asked = "prompt" if "prompt" in table.columns else "question"
-    columns = (asked, "choices", "answer")
+    prompt_column = "prompt" if "prompt" in table.columns else "question"
+    columns = (prompt_column, "choices", "answer")
     if not set(columns) <= set(table.columns):
         expected = "a table with the columns prompt (or question), choices and answer; it has "
         raise InvalidJob.at(_KEY, source, expected + ", ".join(map(str, table.columns)))
@@ -59,17 +59,19 @@ def read_choices(source: str, tokenizer: PreTrainedTokenizerBase, max_length: in
     begins, answers = [0], list[int]()
     for number, (prompt, given, answer) in enumerate(zip(*(table[name] for name in columns), strict=True), start=1):
         if not isinstance(prompt, str) or not prompt:
-            raise _wrong(source, number, asked, prompt, "a text")
+            raise _wrong(source, number, prompt_column, prompt, "a text")
         choices = _choices(given)
         if not choices:
             raise _wrong(source, number, "choices", given, "a list of two texts or more")
-        place = _place(answer, choices)
+        place = _answer_index(answer, choices)
         if place is None:
             expected = f"one of the {len(choices)} choices, its place from 0, or its letter from A,"
             raise _wrong(source, number, "answer", answer, expected)
         examples = choice_examples(tokenizer, prompt, choices, max_length)
         if examples is None:
-            raise _wrong(source, number, asked, prompt, "a text with a token of its own, not merged with a choice's")
+            raise _wrong(
+                source, number, prompt_column, prompt, "a text with a token of its own, not merged with a choice's"
+            )
         rows += examples
         begins.append(len(rows))
         answers.append(place)
@@ -89,7 +91,7 @@ def _choices(cell: Any) -> list[str]:
     return given if len(given) > 1 and all(isinstance(item, str) and item for item in given) else []
 
 
-def _place(answer: Any, choices: list[str]) -> int | None:
+def _answer_index(answer: Any, choices: list[str]) -> int | None:
     """The index of the answer among the choices, or None if it is not one of them."""
     if isinstance(answer, str):
         if answer in choices:

@@ -112,14 +112,15 @@ def _is_running(spec: JobSpec) -> bool:
 
 
 def _check_tokenizer(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the tokenizer has what the job needs: chats need a template, and rows that are learnt in part need a fast
-    tokenizer, which says which characters a token stands for.
+    """Check that the tokenizer has what the job needs.
+
+    Chats need a template. Rows that are learnt in part need a fast tokenizer, which says where in a text each token is.
     """
     if spec.data.messages is not None and not tokenizer.chat_template:
         expected = "a model whose tokenizer has a chat template, for the chats of data.messages; this one has none"
         raise InvalidJob.at("model.base", spec.model.base, expected)
     if not tokenizer.is_fast and not (_is_running(spec) and spec.evaluation.choices is None):
-        expected = "a model with a fast tokenizer, which tells where in a text its tokens are; this one does not"
+        expected = "a model with a fast tokenizer, which says where in a text its tokens are; this one does not"
         raise InvalidJob.at("model.base", spec.model.base, expected)
 
 
@@ -128,8 +129,9 @@ def _fewest(name: str) -> int:
 
 
 def _too_little(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, name: str, split: Split, kept: int) -> InvalidJob:
-    """The error for a split with only ``kept`` rows that have something to learn: ``max_length`` cuts the rest off, or there
-    are too few such rows.
+    """The error for a split in which only ``kept`` rows have something to learn.
+
+    Either ``max_length`` cuts off what the other rows have, or there are too few such rows.
     """
     data, whole = spec.data, kept
     if not _is_running(spec):

@@ -51,9 +51,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ColumnSelection:
-    """The columns that a job uses: the ``texts`` columns as (key, column) pairs, and its label and group
-    columns if it has any.
-    """
+    """The columns that a job uses. ``texts`` has (key, column) pairs; label and group columns are None if the job has none."""
 
     texts: tuple[tuple[str, str], ...]
     label: str | None
@@ -69,8 +67,9 @@ class ColumnSelection:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The three splits, and the classes of the training rows in alphabetical order; ``classes`` is empty if no
-    labels are read.
+    """The three splits, and the classes of the training rows in alphabetical order.
+
+    ``classes`` is empty if no labels are read.
     """
 
     train: Split

@@ -14,7 +14,7 @@ from chainfed_ray.data.sources import Text
 from chainfed_ray.data.tokens import Examples, ragged
 
 Row = tuple[list[int], list[bool]]
-"""Token ids, and for each of them whether the model is to predict it."""
+"""Token ids, and for each token True if the model is to predict it."""
 
 
 def tokenize_texts(
@@ -42,8 +42,7 @@ def tokenize_texts(
 
 
 def packed(examples: Examples, length: int) -> Examples:
-    """Join the tokens of all examples and cut them into examples of ``length``, so that there is no padding and no text is too
-    long.
+    """Join the tokens of all examples, and cut them into examples of ``length`` without padding.
 
     The rest is one more example, if it has at least two tokens.
     """
@@ -65,10 +64,10 @@ def learnable(examples: Examples) -> np.ndarray:
 def choice_examples(
     tokenizer: PreTrainedTokenizerBase, prompt: str, choices: Sequence[str], max_length: int
 ) -> list[Row] | None:
-    """A row for each choice: the prompt and the choice, with the choice's tokens to be predicted. A prompt that is too long
-    loses its beginning.
+    """A row for each choice, with the prompt's tokens and the choice's; only the choice's are to be predicted.
 
-    The result is None if the prompt has no token of its own, from which the first token of a choice could be predicted.
+    If a row is longer than ``max_length``, the prompt loses its beginning. The result is None if the prompt has no token of its
+    own, from which the first token of a choice could be predicted.
     """
     rows = []
     for choice in choices:
@@ -83,9 +82,7 @@ def choice_examples(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text that the model continues: with the tokenizer's beginning-of-text token, if any, and
-    without an end.
-    """
+    """The tokens of a text that the model continues. They have the tokenizer's beginning-of-text token, if any, but no end."""
     encoded: Any = tokenizer(text, verbose=False)
     return _without_end(tokenizer, encoded["input_ids"])
 

@@ -25,9 +25,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """n examples: their tokens end to end, the offsets where each begins, their classes, and which tokens are
-    to be predicted.
-    """
+    """n examples: their tokens end to end, where each begins, their classes, and which tokens are to be predicted."""
 
     ids: np.ndarray  # [tokens] int32
     offsets: np.ndarray  # [n + 1] int64

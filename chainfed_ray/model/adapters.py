@@ -18,8 +18,7 @@ Tensors = dict[str, Tensor]
 
 
 class Adapter(nn.Module):
-    """h = u + Up(GELU(Down(u))), with the weights Down [R, D] and Up [D, R] in the layout of ``nn.Linear`` (Houlsby et al.,
-    2019).
+    """h = u + Up(GELU(Down(u))), with weights Down [R, D] and Up [D, R] in the layout of ``nn.Linear`` (Houlsby et al., 2019).
 
     Up starts at zero, so a new adapter is the identity. ``seed`` determines Down's initial weights. Without a seed the weights
     are on the meta device: they have no values and take no memory.
@@ -48,8 +47,8 @@ class Adapter(nn.Module):
 
 
 class Head(nn.Module):
-    """A linear classifier over pooled features: for each of ``layers`` layers, the LayerNorm of the mean over an example's
-    tokens.
+    """A linear classifier over pooled features: the LayerNorm of the mean over an example's tokens, for each of ``layers``
+    layers.
 
     The highest layer's features come last. The weights start at zero, so that all classes are equally likely.
     """
@@ -92,8 +91,9 @@ def _linear(inputs: int, outputs: int, blank: bool = False) -> nn.Linear:
 
 
 class AdapterStack(nn.Module):
-    """The adapters of some layers, and a classifier's head. ``head`` is None for a language model, whose own head is not
-    trained.
+    """The adapters of some layers, and a classifier's head.
+
+    ``head`` is None for a language model, whose own head is not trained.
     """
 
     def __init__(self, adapters: dict[int, Adapter], head: Head | None) -> None:
@@ -105,8 +105,9 @@ class AdapterStack(nn.Module):
     def new(
         cls, layers: Iterable[int], hidden: int, bottleneck: int, classes: int | None, seed: int, head_layers: int = 1
     ) -> "AdapterStack":
-        """A new stack: identity adapters after ``layers`` of width D = ``hidden`` and, if C = ``classes`` is given, a head at
-        zero over ``head_layers`` layers.
+        """A new stack of identity adapters after ``layers``, of width D = ``hidden``.
+
+        It has a head at zero for C = ``classes``, over ``head_layers`` layers; or none if ``classes`` is None.
         """
         made = {layer: Adapter(hidden, bottleneck, derive(seed, "adapter", layer)) for layer in layers}
         return cls(made, None if classes is None else Head(hidden, classes, head_layers))
@@ -127,8 +128,8 @@ class AdapterStack(nn.Module):
         return self.head_layers - 1
 
     def pool(self, pooled: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
-        """The pooled features for the next layer up: ``pooled`` [B, r, D] with those of ``hidden`` [B, T, D] appended, as many
-        as the head uses.
+        """The pooled features for the next layer up: ``pooled`` [B, r, D], and those of a layer's output
+        ``hidden`` [B, T, D].
         """
         return append_pooled(pooled, hidden, mask, self.pooled_layers)
 

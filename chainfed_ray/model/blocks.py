@@ -100,8 +100,8 @@ class Blocks:
         return layer.eval().requires_grad_(False)
 
     def place_layer(self, index: int, place: Callable[[nn.Module], None]) -> nn.Module:
-        """Layer ``index``, loaded one module at a time; ``place`` moves each module's weights elsewhere before the next is
-        loaded.
+        """Layer ``index``, loaded one module at a time. ``place`` moves a module's weights elsewhere before the
+        next is loaded.
         """
         layer = copy.deepcopy(self._meta_layers[index])
         # Inner modules come first: when a module is placed, its submodules already have been.
@@ -301,8 +301,8 @@ class Blocks:
         return source
 
     def _find(self, name: str) -> str | None:
-        """The checkpoint's name for a parameter, or None: with or without the base model's prefix, with LayerNorm's old or new
-        names.
+        """The checkpoint's name for a parameter, or None. It may lack the base model's prefix, or have
+        LayerNorm's old names.
         """
         old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         prefix = self._model.base_model_prefix
@@ -335,9 +335,9 @@ _DRAWING = (
 
 
 class _RealConstants(TorchFunctionMode):
-    """While a model is built on the meta device, constants in its code, such as a scale, get real values, and so does what is
-    computed from ranges of numbers, such as sinusoids. Random initialisation is skipped: the weights have no values, and it
-    takes most of the time.
+    """Gives real values to the constants of a model that is built on the meta device: scales, and ranges that become sinusoids.
+
+    Random initialisation is skipped: the weights have no values, and drawing them takes most of the time.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

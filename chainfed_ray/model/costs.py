@@ -1,6 +1,4 @@
-"""Makes the memory profile of a base model and its stack, for the planner: traces the memory of each part of a
-client's turn.
-"""
+"""Makes the memory profile of a base model and its stack for the planner, by tracing the parts of a client's turn."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,10 +26,10 @@ _COMPILED = 2**20
 
 
 def memory_profile_of(blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int = 1) -> MemoryProfile:
-    """The memory profile of tuning ``blocks`` with adapters of R = ``bottleneck`` and a classifier of C = ``classes`` on the
-    pooled features of ``head_layers`` layers.
+    """The memory profile of tuning ``blocks`` with adapters of R = ``bottleneck`` and a classifier of C = ``classes``.
 
-    ``classes`` is None for a language model, whose own head is used and not trained.
+    The classifier uses the pooled features of ``head_layers`` layers. ``classes`` is None for a language model, whose own head
+    is used and not trained.
     """
     parts = Parts(blocks, classes, head_layers)
     width = blocks.hidden_size
@@ -142,9 +140,7 @@ class Parts:
         return lambda hidden: cross_entropy(head(hidden, mask, below), labels, reduction="sum")
 
     def call_bytes(self, batch: int, tokens: int) -> int:
-        """The bytes of what the model passes to its layers besides hidden states. Storage that several layers share counts
-        once.
-        """
+        """The bytes of what the model passes to its layers besides hidden states. Storage that layers share counts once."""
         leaves = tree_leaves(tuple(self.blocks.calls(padded(batch, tokens))))
         storages = {
             leaf.untyped_storage()._cdata: leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)

@@ -66,8 +66,8 @@ def through_layers(
 def through_window(
     blocks: Blocks, stack: AdapterStack, window: Window, layers: dict[int, nn.Module], states: LayerStates, mask: Tensor
 ) -> LayerStates:
-    """Run a window: the output u of its bottom layer → the output h of its top adapter. ``layers`` are the layers above the
-    bottom.
+    """Run a window: its bottom layer's output u → its top adapter's output h. ``layers`` are the layers above
+    the bottom one.
     """
     states = through_adapter(stack, window.bottom, states)
     if not layers:

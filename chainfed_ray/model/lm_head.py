@@ -21,11 +21,10 @@ from chainfed_ray.streaming.matrices import RowSlices
 def next_token_loss(
     blocks: Blocks, hidden: Tensor, ids: np.ndarray, mask: Tensor, targets: np.ndarray, source: RowSlices
 ) -> Tensor:
-    """The cross-entropy in nats of the ``targets`` [B, T] among the tokens ``ids`` [B, T], each predicted from the tokens
-    before it.
+    """The cross-entropy in nats of the ``targets`` [B, T] among the tokens ``ids`` [B, T], as a scalar.
 
-    ``hidden`` [B, T, D] is the last layer's output, ``mask`` is [B, T]. The result is a scalar: the mean over each example's
-    targets, summed over the examples. An example without targets counts as 0.
+    ``hidden`` [B, T, D] is the last layer's output, ``mask`` is [B, T]. Each target is predicted from the tokens before it. The
+    loss is the mean over each example's targets, summed over the examples. An example without targets counts as 0.
     """
     following = _predicts_target(targets)
     places = np.flatnonzero(following)
@@ -41,10 +40,10 @@ def next_token_loss(
 def next_token_scores(
     blocks: Blocks, hidden: Tensor, ids: np.ndarray, mask: Tensor, targets: np.ndarray, source: RowSlices
 ) -> tuple[Tensor, Tensor]:
-    """The losses and hits of each example: the cross-entropy in nats, summed over its targets, [B] in float64; and the number
-    of targets that the model finds the likeliest token, [B].
+    """The losses and hits of each example, with the arguments of ``next_token_loss``.
 
-    The arguments are those of ``next_token_loss``.
+    The losses [B] in float64 are cross-entropies in nats, summed over an example's targets. The hits [B] are the numbers of
+    targets that the model finds the most likely token.
     """
     places = torch.from_numpy(np.flatnonzero(_predicts_target(targets)))
     finished = blocks.finish(hidden, mask)
@@ -52,26 +51,25 @@ def next_token_scores(
     exact = torch.promote_types(states.dtype, torch.float32)
     highest = torch.full((len(states),), -torch.inf, dtype=exact)
     total = torch.zeros_like(highest)  # Σ exp(logit - highest)
-    right = torch.zeros_like(highest)  # the logit of the target
+    target_logit = torch.zeros_like(highest)
     likeliest = torch.zeros_like(wanted)
     for first, logits in logits_by_slices(blocks, states, source):
         here = ((wanted >= first) & (wanted < first + logits.shape[1])).nonzero().squeeze(1)
-        right[here] = logits[here, wanted[here] - first]
+        target_logit[here] = logits[here, wanted[here] - first]
         top = logits.max(1)
         likeliest = torch.where(top.values > highest, top.indices + first, likeliest)
         before, highest = highest, torch.maximum(highest, top.values)
         total = total * (before - highest).exp_() + logits.sub_(highest.unsqueeze(1)).exp_().sum(1)
         del logits  # before the next slice's logits are made
     example = places // hidden.shape[1]
-    missed = (highest + total.log() - right).double()
+    missed = (highest + total.log() - target_logit).double()
     losses = torch.zeros(len(hidden), dtype=torch.float64).index_add_(0, example, missed)
     hits = torch.zeros(len(hidden), dtype=torch.int64).index_add_(0, example, (likeliest == wanted).long())
     return losses, hits
 
 
 def logits_by_slices(blocks: Blocks, states: Tensor, source: RowSlices) -> Iterator[tuple[int, Tensor]]:
-    """The logits of ``states`` [N, D], the output of ``Blocks.finish``: for each slice of v tokens its first token and its
-    logits [N, v].
+    """The logits of ``states`` [N, D], the output of ``Blocks.finish``: pairs of a slice's first token and its logits [N, v].
 
     They are in float32, or in the dtype of ``states`` if that is wider.
     """
@@ -124,15 +122,15 @@ class _StreamedCrossEntropy(torch.autograd.Function):
         highest = torch.full((count, 1), -torch.inf, dtype=exact)
         total = torch.zeros(count, 1, dtype=exact)  # Σ exp(logit - highest)
         mean = torch.zeros(count, width, dtype=exact)  # Σ exp(logit - highest) · slope · row
-        right = torch.zeros(count, 1, dtype=exact)  # the logit of the target
+        target_logit = torch.zeros(count, 1, dtype=exact)
         wanted = torch.zeros_like(hidden)  # slope · row of the target
         for first, rows in source.slices(name):
             logits = _logits(hidden, first, rows, source, form)
             slope = form.slope(logits)
             found = np.flatnonzero((targets >= first) & (targets < first + len(rows)))
             here, places = torch.from_numpy(found), torch.from_numpy(targets[found] - first)
-            right[here] = logits[here, places].unsqueeze(1)
-            wanted[here] = (rows[places] * form.slope(right[here])).to(wanted.dtype)
+            target_logit[here] = logits[here, places].unsqueeze(1)
+            wanted[here] = (rows[places] * form.slope(target_logit[here])).to(wanted.dtype)
             before, highest = highest, torch.maximum(highest, logits.amax(1, keepdim=True))
             shrink = (before - highest).exp_()
             likely = logits.sub_(highest).exp_()
@@ -142,7 +140,7 @@ class _StreamedCrossEntropy(torch.autograd.Function):
             del logits, likely, slope  # before the next slice's are made
         weights = weights.to(exact).unsqueeze(1)
         ctx.save_for_backward(mean.div_(total).sub_(wanted).mul_(weights).to(hidden.dtype))
-        return ((highest + total.log() - right) * weights).sum()
+        return ((highest + total.log() - target_logit) * weights).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:

@@ -30,9 +30,7 @@ def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def append_pooled(pooled: Tensor, hidden: Tensor, mask: Tensor, most: int) -> Tensor:
-    """Append the mean over tokens of a layer's output ``hidden`` [B, T, D] to ``pooled`` [B, r, D]; keep the ``most`` highest
-    layers.
-    """
+    """Append the mean over tokens of ``hidden`` [B, T, D] to ``pooled`` [B, r, D], and keep the ``most`` highest layers."""
     if most == 0:
         return pooled
     return torch.cat([pooled, mean_over_tokens(hidden.float(), mask).unsqueeze(1)], 1)[:, -most:]

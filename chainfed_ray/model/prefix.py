@@ -39,9 +39,7 @@ class Activations(Protocol):
     """A source of one layer's output for every example of a client."""
 
     def batch(self, indices: np.ndarray) -> LayerStates:
-        """The states of the examples at ``indices``: the output, zero at padding, and the pooled features that
-        the head uses.
-        """
+        """The states of the examples at ``indices``, with zeros at padding and the pooled features that the head uses."""
         ...
 
 
@@ -85,8 +83,8 @@ class PrefixRunner:
         indices: np.ndarray,
         below: LayerStates | None,
     ) -> LayerStates:
-        """The output u of layer ``index``: from the states of the layer ``below`` through its adapter, or from the embeddings
-        if None.
+        """The output u of layer ``index``: from the layer ``below`` through its adapter, or from the embeddings if that is
+        None.
         """
         # Not a decorator, because that would keep the arguments alive while the layer runs.
         with torch.no_grad():
@@ -136,10 +134,10 @@ class PrefixCache:
         return self._open(layer, stack)
 
     def first_pass(self, below: int, top: int, bare: AdapterStack) -> Iterator[int]:
-        """Run layers of the base model up to ``top``, from the highest one that is cached at or below ``below``. Yield each
-        layer when its activations and features are written.
+        """Run layers of the base model up to ``top``, and yield each when its activations and features are written.
 
-        ``bare`` is a stack without adapters.
+        The first layer run is the one after the highest that is cached at or below ``below``. ``bare`` is a stack without
+        adapters.
         """
         have = self._highest_cached(below, bare)
         for index, module in self._runner.layers(range(have + 1, top + 1)):
@@ -202,7 +200,7 @@ class PrefixCache:
 
 
 class CachedActivations:
-    """Reads the output of one layer for each real token of each example, row by row. The file is never mapped, so it is never
+    """Reads the output of one layer row by row, for each real token of each example. The file is never mapped, so never
     resident.
 
     The file also has the features of ``pooled`` layers below for each example.
@@ -260,9 +258,7 @@ class RecomputedActivations:
 
 
 def _digest(stack: AdapterStack, layer: int) -> str:
-    """A digest of the trained adapters below ``layer``. The layer's output depends on these, the base model and
-    the examples.
-    """
+    """A digest of the trained adapters below ``layer``, on which the layer's output depends."""
     digest = blake2b(digest_size=16)
     below = (index for index in stack.layers if index < layer)
     for index in (index for index in below if not stack.adapter(index).is_identity):

@@ -92,9 +92,7 @@ class SavedStack:
 
 
 def save_stack(saved: SavedStack, folder: Path) -> None:
-    """Write ``folder`` as a whole: if the process is killed at any moment, a reader finds the old folder, the
-    new one, or none.
-    """
+    """Write ``folder`` as a whole. A process that is killed at any moment leaves the old folder, the new one, or none."""
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -64,9 +64,7 @@ def with_blank_weights(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Run:
-    """The bytes alive after each operation of a part. They include its input and, in the backward pass, its
-    output's gradient.
-    """
+    """The bytes alive after each operation of a part, with its input and, in the backward pass, its output's gradient."""
 
     forward: list[int]
     saved: int
@@ -104,7 +102,7 @@ def _run(
 
 
 class RestOfStep(torch.autograd.Function):
-    """Takes the place of the rest of a step: it keeps nothing of the part's output, and makes a gradient that nothing else
+    """Takes the place of the rest of a step. It keeps nothing of the part's output, and makes a gradient that nothing else
     holds.
     """
 

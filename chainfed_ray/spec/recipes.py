@@ -27,9 +27,7 @@ _CAUSAL: Mapping[str, Mapping[str, Any]] = {
 
 
 def with_defaults_of(document: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """``document`` with the defaults of its recipe, task and head filled in. Invalid values are left for the
-    parser to report.
-    """
+    """``document`` with the defaults of its recipe, task and head filled in. Invalid values are left to the parser."""
     model = document.get("model")
     causal = isinstance(model, Mapping) and model.get("task") == "causal-lm"
     filled = _filled(document, _CAUSAL) if causal else document

@@ -27,8 +27,7 @@ class _Place(NamedTuple):
 
 
 class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
-    """``with OffloadedActivations(folder): loss = …`` and then ``loss.backward()``: in between, a file holds what backward
-    needs.
+    """``with OffloadedActivations(folder): loss = …`` and then ``loss.backward()``: a file holds what the backward pass needs.
 
     The file has no name, so nothing of it remains, whatever happens to the process. Parameters and masks stay in memory.
 

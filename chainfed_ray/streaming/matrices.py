@@ -30,8 +30,9 @@ class RowSlices(Protocol):
     """A source of matrix slices, such as ``SliceReader``."""
 
     def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """The matrix's slices from the top: the index of the first row, and the rows [n, K]. A slice is overwritten once the
-        next one has been requested.
+        """The matrix's slices from the top: the index of the first row, and the rows [n, K].
+
+        A slice is overwritten once the next one has been requested.
         """
         ...
 
@@ -189,8 +190,8 @@ def is_streamed(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
 
 
 def stream_matrices(layer: nn.Module, prefix: str, source: RowSlices, names: "SourceNames") -> None:
-    """Replace every linear layer in ``layer`` with a ``StreamedLinear``. The layer's parameters have names that begin with
-    ``prefix``.
+    """Replace every linear layer in ``layer`` with a ``StreamedLinear``. ``prefix`` begins the names of the
+    layer's parameters.
     """
     for path, module in list(layer.named_modules()):
         if is_streamed(module):
