@@ -127,24 +127,24 @@ class InvalidUpdate(ChainFedError, ValueError):
         self.client, self.reason = client, reason
 
     def __str__(self) -> str:
-        return f"update of {self.client} refused: {self.reason}"
+        return f"the update of {self.client} was refused: {self.reason}"
 
 
 class BudgetExceeded(ChainFedError, MemoryError):
-    """A client's turn was stopped during ``part``, because it needed more than ``cap`` bytes; its plan had said ``planned``.
+    """A client's turn was stopped during ``phase``, because it needed more than ``cap`` bytes; its plan had said ``planned``.
 
     ``peak`` is the measured peak in bytes, if the turn was stopped at its end. It is None if an allocation was refused.
     """
 
-    def __init__(self, planned: int, cap: int, peak: int | None, part: str) -> None:
-        super().__init__(planned, cap, peak, part)
-        self.planned, self.cap, self.peak, self.part = planned, cap, peak, part
+    def __init__(self, planned: int, cap: int, peak: int | None, phase: str) -> None:
+        super().__init__(planned, cap, peak, phase)
+        self.planned, self.cap, self.peak, self.phase = planned, cap, peak, phase
 
     def __str__(self) -> str:
         took = "more" if self.peak is None else format_bytes(self.peak)
         return (
             f"the turn was planned to take {format_bytes(self.planned)}, was allowed {format_bytes(self.cap)}, "
-            f"and would have taken {took} while {self.part}"
+            f"and would have taken {took} while {self.phase}"
         )
 
 

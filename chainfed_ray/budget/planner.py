@@ -83,11 +83,9 @@ class TurnRequirements:
 
 @dataclass(frozen=True)
 class Prefix:
-    """How a client gets the activations below its window: from a cache or recomputed in each step, ``batch`` examples at a
-    time.
-    """
+    """How a client gets the activations below its window: from a cache, or recomputed in each step."""
 
-    batch: int
+    batch: int  # examples at a time
     weights: WeightPlacement
     cached: bool
     planned_bytes: int

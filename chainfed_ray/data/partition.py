@@ -131,4 +131,4 @@ def _proportions(generator: np.random.Generator, clients: int, alpha: float) -> 
 
 def _check(rows: int, clients: int) -> None:
     if clients > rows:
-        raise InvalidJob.at("fleet.clients", f"{clients} clients", f"at most {rows}, the training rows")
+        raise InvalidJob.at("fleet.clients", f"{clients} clients", f"at most {rows}, the number of training rows")

@@ -71,7 +71,7 @@ class Examples:
         return [values[self.offsets[index] : self.offsets[index + 1]] for index in indices]
 
     def _padded(self, values: np.ndarray, indices: np.ndarray, dtype: torch.dtype) -> Tensor:
-        """The rows of ``values`` [tokens] as [B, T], with zeros at the right."""
+        """The rows of ``values`` [tokens] at ``indices`` as [B, T], with zeros at the right."""
         rows = self._rows(values, indices)
         padded = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)
         for row, given in zip(padded, rows, strict=True):

@@ -13,8 +13,7 @@ from typing import Self
 from chainfed_ray.device.peak import PeakMemory, status
 from chainfed_ray.errors import BudgetExceeded
 
-# Room for address space that a turn maps and does not use, such as 8 MiB for a thread's stack. The measured peak bounds what is
-# used.
+# Room for address space that a turn maps and does not use, such as 8 MiB for a thread's stack. MemoryCap also checks the peak.
 _UNUSED = 16 * 2**20
 _OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -24,12 +23,12 @@ _OUT_OF_MEMORY = (
     "can't start new thread",
 )
 
-_part: ContextVar[str] = ContextVar("part", default="getting ready")
+_phase: ContextVar[str] = ContextVar("phase", default="getting ready")
 
 
-def enter_phase(part: str) -> None:
+def enter_phase(phase: str) -> None:
     """Set the name of the turn's current phase, such as ``training``. An error that ends the turn names it."""
-    _part.set(part)
+    _phase.set(phase)
 
 
 class MemoryCap(PeakMemory):
@@ -55,9 +54,9 @@ class MemoryCap(PeakMemory):
         resource.setrlimit(resource.RLIMIT_DATA, (self._before, resource.getrlimit(resource.RLIMIT_DATA)[1]))
         super().__exit__(kind, error, trace)
         if isinstance(error, Exception) and _is_out_of_memory(error):
-            raise BudgetExceeded(self._planned, self._cap, None, _part.get()) from error
+            raise BudgetExceeded(self._planned, self._cap, None, _phase.get()) from error
         if error is None and self.bytes is not None and self.bytes > self._cap:
-            raise BudgetExceeded(self._planned, self._cap, self.bytes, _part.get())
+            raise BudgetExceeded(self._planned, self._cap, self.bytes, _phase.get())
 
 
 def _is_out_of_memory(error: Exception) -> bool:

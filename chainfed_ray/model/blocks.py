@@ -100,7 +100,7 @@ class Blocks:
         return layer.eval().requires_grad_(False)
 
     def place_layer(self, index: int, place: Callable[[nn.Module], None]) -> nn.Module:
-        """Layer ``index``, loaded one module at a time. ``place`` moves a module's weights elsewhere before the
+        """Layer ``index``, loaded one module at a time: ``place`` moves each module's weights away before the
         next is loaded.
         """
         layer = copy.deepcopy(self._meta_layers[index])
@@ -301,9 +301,7 @@ class Blocks:
         return source
 
     def _find(self, name: str) -> str | None:
-        """The checkpoint's name for a parameter, or None. It may lack the base model's prefix, or have
-        LayerNorm's old names.
-        """
+        """The checkpoint's name for a parameter, or None. It may have the base model's prefix, and LayerNorm's old names."""
         old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         prefix = self._model.base_model_prefix
         candidates = (name, f"{prefix}.{name}", old, f"{prefix}.{old}")

@@ -83,8 +83,8 @@ class PrefixRunner:
         indices: np.ndarray,
         below: LayerStates | None,
     ) -> LayerStates:
-        """The output u of layer ``index``: from the layer ``below`` through its adapter, or from the embeddings if that is
-        None.
+        """The output u of layer ``index``, from the states of the layer ``below`` it; None for layer 0, which starts from the
+        embeddings.
         """
         # Not a decorator, because that would keep the arguments alive while the layer runs.
         with torch.no_grad():
@@ -200,8 +200,7 @@ class PrefixCache:
 
 
 class CachedActivations:
-    """Reads the output of one layer row by row, for each real token of each example. The file is never mapped, so never
-    resident.
+    """Reads one layer's output from its file, row by row, for each real token of each example. Nothing is memory-mapped.
 
     The file also has the features of ``pooled`` layers below for each example.
     """
