@@ -310,7 +310,9 @@ def _plan(
     resources: ClientResources,
 ) -> TurnPlan:
     parts = footprint(memory, requirements, window, micro_batch, resources.longest, weights, activations_offloaded)
-    saved = _saved(memory, memory.kept, requirements, window, micro_batch, resources.longest)
+    offload = 0
+    if activations_offloaded:
+        offload = _saved(memory, memory.kept, requirements, window, micro_batch, resources.longest)
     if prefix.weights == "streamed":
         parts = replace(parts, buffers=memory.slices)  # the prefix's buffers stay allocated during the steps
     if not prefix.cached:
@@ -325,9 +327,7 @@ def _plan(
     if requirements.fits_head:
         fit = _fitting(memory, requirements, parts, micro_batch, prefix, resources)
         parts = replace(parts, transients=parts.transients + max(fit - parts.total, 0))
-    return TurnPlan(
-        window, micro_batch, weights, activations_offloaded, prefix, parts, saved if activations_offloaded else 0
-    )
+    return TurnPlan(window, micro_batch, weights, activations_offloaded, prefix, parts, offload)
 
 
 def _fitting(
