@@ -176,8 +176,10 @@ def _facts(shape: Shape, base: ModelSource, memory: int) -> tuple[MemoryProfile,
         costs = memory_profile_of(blocks, _BOTTLENECK, None if shape.language_model else _CLASSES)
     finally:
         blocks.close()
-    task = TurnRequirements(start=0, batch_size=shape.batch, epochs=1, looks_ahead=True, trains_above=False, profiles=0)
-    means = ClientResources(memory, shape.tokens, cached=True, spill=None, batch=shape.batch, one_step=False)
+    task = TurnRequirements(
+        start=0, batch_size=shape.batch, epochs=1, global_branch=True, trains_above=False, profiles=0
+    )
+    means = ClientResources(memory, shape.tokens, cached=True, offload_disk=None, batch=shape.batch, one_step=False)
     return costs, task, means
 
 

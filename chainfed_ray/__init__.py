@@ -1,1 +1,1 @@
-"""The method: what is computed, in torch, with no cluster in sight."""
+"""The ChainFed method: what is computed, in torch. Nothing here knows where it runs."""

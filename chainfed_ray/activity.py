@@ -1,7 +1,7 @@
-"""What a job is busy with, told while it goes on: to a terminal, to a log, to the job's record, or to nobody.
+"""Progress reports: what a job is doing now, and how far it is.
 
-Activities follow one another: each lasts until the next is told. Whoever does the work tells of every part that is done; how
-much of that is shown or kept, and how often, is the listener's business.
+The code that does the work reports every finished part. The listener decides how much of that to show or keep, and how often:
+it may write to a terminal, a log or the job's record. One activity runs at a time, and lasts until the next is reported.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,83 +16,88 @@ T = TypeVar("T")
 
 
 class Activity(BaseModel):
-    """A piece of work that goes on, and how far it is."""
+    """A piece of work in progress, and how far it is."""
 
     model_config = ConfigDict(frozen=True)
 
-    what: str = Field(description="in words, such as `fitting the head of stage 1`")
-    done: int = Field(0, description="parts that are done, of `total`")
-    total: int | None = Field(None, description="how many parts there are; null where that is not known")
-    unit: str | None = Field(None, description="what a part is: `clients`, `rows`, `layers`, …; null without `total`")
-    note: str | None = Field(None, description="what it waits for, in words; null if nothing is to be said")
-    since: datetime = Field(default_factory=lambda: datetime.now(UTC), description="when it began: ISO 8601, UTC")
+    what: str = Field(description="what is being done, such as `fitting the head of stage 1`")
+    done: int = Field(0, description="how many of the `total` parts are done")
+    total: int | None = Field(None, description="how many parts there are; null if unknown")
+    unit: str | None = Field(
+        None, description="what a part is: `clients`, `rows`, `layers`, …; null if `total` is null"
+    )
+    note: str | None = Field(None, description="what the work is waiting for; null if it is not waiting")
+    since: datetime = Field(
+        default_factory=lambda: datetime.now(UTC), description="when the activity began: ISO 8601, UTC"
+    )
     seconds_left: float | None = Field(
-        None, description="an estimate, from what the parts took that are done; null until some are"
+        None, description="an estimate from the time that the finished parts took; null until there are some"
     )
 
 
 Listener = Callable[[Activity], None]
-"""Is told of activities. It is to be quick, and is never asked for anything: the work is the same whoever listens. What it
-raises ends the work, as any error does.
+"""Receives each report. It must return quickly. Its result is ignored, so the work is the same whoever listens; an exception
+that it raises ends the work.
 """
 
 
 Note = Callable[[str | None], None]
-"""Is told what the present activity waits for; None once that is over."""
+"""Receives what the current activity is waiting for, and None when the wait is over."""
 
 
 def no_listener(_: Activity) -> None:
-    """The listener where nobody listens."""
+    """The default listener: ignores every report."""
 
 
 @dataclass(frozen=True)
 class Reporter:
-    """Tells ``listen`` how far the work called ``what`` is."""
+    """Reports the progress of the work called ``what`` to ``listen``."""
 
     what: str = ""
     listen: Listener = no_listener
 
     def begin(self) -> None:
-        """Tell of work of which nobody knows how far it is, until it is over."""
+        """Report the start of work whose progress cannot be measured."""
         self.listen(Activity(what=self.what))
 
     def count(self, total: int, unit: str) -> Callable[[int], None]:
-        """Tell of work of ``total`` parts, of which none is done. Call what is given with the number of those that are."""
+        """Report the start of work that has ``total`` parts. The function returned reports how many of them are done."""
         begun, started = Activity(what=self.what, total=total, unit=unit), perf_counter()
         first = 0
 
-        def tell(done: int) -> None:
+        def report(done: int) -> None:
             nonlocal first
             done = min(done, total)
             first = first or done
-            # Until the first part is done processes may have to start: it says little of the others.
+            # The first part may include the start of processes, so its time says little about the others.
             known = done > 0 and (first < done or done == total)
             left = (perf_counter() - started) / done * (total - done) if known else None
             self.listen(begun.model_copy(update={"done": done, "seconds_left": left}))
 
         self.listen(begun)
-        return tell
+        return report
 
     def each(self, items: Iterable[T], total: int, unit: str, size: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
-        """``items``, of which there are ``total``; an item of a ``size`` counts as so many.
+        """Iterate over ``items`` and report progress towards ``total``; an item counts for ``size(item)`` parts.
 
-        An item is done when the next one is asked for. None is held on to while the next one is made: it may be large.
+        An item counts as done when the next one is requested. No reference to it is kept after that, because items may be
+        large.
         """
         if self.listen is no_listener or not total:
             yield from items
             return
-        tell, done = self.count(total, unit), 0
+        report, done = self.count(total, unit), 0
         for item in items:
             done += size(item)
             yield item
             del item
-            tell(done)
+            report(done)
 
 
 class Notes:
-    """A listener that puts a note on whatever it hears of, and passes it on to ``listen``.
+    """A listener that adds a note to each activity and passes it on to ``listen``.
 
-    Who carries the work out often knows best why it does not get on, and does not know what it is.
+    The code that carries out the work knows why it is waiting, but not which activity it is part of.
     """
 
     def __init__(self, listen: Listener) -> None:
@@ -110,8 +115,8 @@ class Notes:
         if words != self._note:
             self._note = words
             if self._activity is not None:
-                self(self._activity.model_copy(update={"seconds_left": None}))  # the estimate was of another moment
+                self(self._activity.model_copy(update={"seconds_left": None}))  # the estimate did not include the wait
 
 
 SILENT = Reporter()
-"""Of work that nobody is told of."""
+"""The reporter of work that nobody listens to."""

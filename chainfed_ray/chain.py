@@ -1,8 +1,8 @@
 """The window rule: which adapters are trained in which round. Integers only.
 
-A **chain** is the adapters of layers ``start`` … ``layers - 1``. A **window** is ``width`` adjacent ones, trained
-together (DLCT, paper section 3.2); it slides by one, so neighbouring windows share ``width - 1`` adapters. A **stage** is
-a window with its share of the job's rounds.
+A **chain** is the adapters of layers ``start`` … ``layers - 1``. A **window** is ``width`` adjacent adapters, trained together
+(DLCT, paper section 3.2). It slides by one, so neighbouring windows share ``width - 1`` adapters. A **stage** is a window with
+its share of the job's rounds.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Stage:
-    """A window and the most rounds it may have."""
+    """A window and the largest number of rounds that it may have."""
 
     index: int
     window: Window
@@ -37,7 +37,7 @@ class Chain:
     """The adapters of layers ``start`` … ``layers - 1``, trained ``width`` at a time.
 
     Raises:
-        ValueError: the chain is shorter than a window.
+        ValueError: the chain is shorter than one window, or ``start`` is negative.
     """
 
     layers: int
@@ -59,10 +59,10 @@ class Chain:
         return tuple(Window(low, low + self.width - 1) for low in range(self.start, self.layers - self.width + 1))
 
     def staged(self, total: int, last_share: float) -> tuple[Stage, ...]:
-        """A stage for each window; the last has ``last_share`` of the rounds, the others share the rest evenly.
+        """The stages of the staged schedule, one for each window.
 
-        Equal shares starve the last stage, the only one that trains end to end. Where there are fewer rounds than
-        windows, the lowest windows are left out.
+        The last stage gets ``last_share`` of the ``total`` rounds, because it is the only one that trains end to end. The
+        others share the rest evenly. If there are fewer rounds than windows, the lowest windows are skipped.
         """
         windows = self.windows[-total:]
         if len(windows) == 1:
@@ -76,15 +76,19 @@ class Chain:
         )
 
     def cyclic(self, round_index: int, total: int) -> Window:
-        """The window of a round when it slides every round and wraps: the last round has the top window."""
+        """The window of a round in the cyclic schedule, which slides every round and wraps round.
+
+        The last of the ``total`` rounds has the top window.
+        """
         windows = self.windows
         return windows[(round_index - total) % len(windows)]
 
 
 def start_below(cka: tuple[float, ...], threshold: float, width: int) -> int:
-    """The first layer whose similarity to the embedding output is below ``threshold`` (FOAT, paper section 3.4).
+    """The first layer whose CKA with the embedding output is below ``threshold`` (FOAT, paper section 3.4).
 
-    Never so high that no window fits; that highest start is also taken where every layer is above the threshold.
+    The result is never above ``len(cka) - width``, the highest layer where a window still fits. That layer is also the result
+    if no layer is below the threshold.
     """
     highest = len(cka) - width
     below = (layer for layer, similarity in enumerate(cka) if similarity < threshold)

@@ -1,30 +1,30 @@
-"""Every error the project raises on purpose.
+"""Every error that the project raises on purpose.
 
 ::
 
     ChainFedError
-    ├── InvalidJob         (ValueError)    a job, or a request, that cannot be accepted: the fields, their values, what would do
-    ├── UnsupportedModel   (ValueError)    a base model that cannot be run layer by layer
-    ├── InvalidUpdate      (ValueError)    a client's update that must not be averaged (NaN, wrong shape, wrong name)
-    ├── BudgetExceeded     (MemoryError)   a client's turn that would have taken more memory than it may
+    ├── InvalidJob         (ValueError)    a job or a request is not acceptable; says which fields are wrong
+    ├── UnsupportedModel   (ValueError)    a base model cannot be run layer by layer
+    ├── InvalidUpdate      (ValueError)    a client's update must not be averaged (NaN, wrong shape, wrong name)
+    ├── BudgetExceeded     (MemoryError)   a client's turn needed more memory than it was allowed
     ├── QuorumLost         (RuntimeError)  too few clients answered, several rounds in a row
-    ├── EvaluationFailed   (RuntimeError)  the whole model could not be judged; the job goes on
+    ├── EvaluationFailed   (RuntimeError)  the whole model could not be evaluated; the job goes on
     ├── OpsNotBuilt        (RuntimeError)  DeepSpeed's libraries could not be compiled
-    ├── CorruptCommit      (RuntimeError)  a commit whose bytes are not those that were written
-    ├── CoordinatorLost    (RuntimeError)  a coordinator died again and again without finishing a round
-    ├── PackageMissing     (ImportError)   a package is not installed that an extra would bring
-    ├── InvalidSetting     (ValueError)    an environment variable or option of the service that is wrong
-    ├── StorageInUse       (RuntimeError)  another service works on the same storage
-    ├── ServiceNotStarted  (RuntimeError)  a service did not come up
+    ├── CorruptCommit      (RuntimeError)  the bytes of a commit are not the ones that were written
+    ├── CoordinatorLost    (RuntimeError)  a coordinator died several times without finishing a round
+    ├── PackageMissing     (ImportError)   a package is not installed; one of our extras installs it
+    ├── InvalidSetting     (ValueError)    an environment variable or option of the service is wrong
+    ├── StorageInUse       (RuntimeError)  another service uses the same storage
+    ├── ServiceNotStarted  (RuntimeError)  the service did not start
     ├── ServiceUnavailable (RuntimeError)  no service answers at the address given
-    ├── ServiceFailed      (RuntimeError)  the service answers with an error that is not the caller's
-    ├── JobFailed          (RuntimeError)  a job that was followed ended without a model
-    ├── JobNotFound        (LookupError)   no such job
-    ├── JobConflict        (RuntimeError)  the job is not in a state that allows what was asked
-    └── ModelNotFound      (LookupError)   no such served model
+    ├── ServiceFailed      (RuntimeError)  the service answered with an internal error
+    ├── JobFailed          (RuntimeError)  a job finished without a model
+    ├── JobNotFound        (LookupError)   the job does not exist
+    ├── JobConflict        (RuntimeError)  the job's status does not allow what was requested
+    └── ModelNotFound      (LookupError)   the model is not served
 
-Each is also a standard-library error, so that plain Python code may catch it, and each survives pickling, since Ray
-carries errors between processes: the arguments of the constructor are the arguments of the exception.
+Each class is also a standard-library error, so that plain Python code can catch it. Each survives pickling, because Ray carries
+errors between processes: the exception's ``args`` are the arguments of its constructor.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from chainfed_ray.units import format_bytes
 
 
 class ChainFedError(Exception):
-    """The root of the tree."""
+    """The base class of the project's errors."""
 
     def document(self) -> dict[str, Any]:
         """The error as JSON."""
@@ -41,7 +41,7 @@ class ChainFedError(Exception):
 
 
 class Problem(NamedTuple):
-    """One thing wrong with an input: the field's path, the value found there and what would have done."""
+    """One thing that is wrong with an input: the field's path, its value, and the value that was expected."""
 
     field: str
     value: Any
@@ -52,26 +52,26 @@ class Problem(NamedTuple):
         return f"{self.field} {found}; expected {self.expected}"
 
     def document(self) -> dict[str, str | None]:
-        """The problem as JSON; the value in Python's notation, None where it is missing."""
+        """The problem as JSON. The value is written as Python's ``repr``; it is None if the field is missing."""
         value = None if self.value is MISSING else _shown(self.value)
         return {"field": self.field, "value": value, "expected": self.expected}
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> "Problem":
-        """What ``document()`` was called on, in another process; the value is kept as it was shown."""
+        """The problem that ``document()`` was called on, in another process. Of the value, only its ``repr`` is known."""
         value = document["value"]
         return cls(str(document["field"]), MISSING if value is None else _Shown(value), str(document["expected"]))
 
 
 class _Shown(str):
-    """A value of which only Python's notation is known."""
+    """A value that is known by its ``repr`` alone."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 class _Missing:
-    """The value of a field that was not given (a class of its own, since ``None`` is a value)."""
+    """The value of a field that was not given. It has a class of its own because ``None`` is a valid value."""
 
     def __repr__(self) -> str:
         return "(missing)"
@@ -89,7 +89,7 @@ def _shown(value: Any) -> str:
 
 
 class InvalidJob(ChainFedError, ValueError):
-    """A job or request that cannot be accepted; ``problems`` says why, a field at a time."""
+    """A job or request that cannot be accepted. ``problems`` has an entry for each field that is wrong."""
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
         super().__init__(problems)
@@ -97,11 +97,11 @@ class InvalidJob(ChainFedError, ValueError):
 
     @classmethod
     def at(cls, field: str, value: Any, expected: str) -> "InvalidJob":
-        """The common case of a single problem."""
+        """An error with a single problem."""
         return cls((Problem(field, value, expected),))
 
     def document(self) -> dict[str, Any]:
-        """The error as JSON, field by field."""
+        """The error as JSON, with its problems one by one."""
         return super().document() | {"problems": [problem.document() for problem in self.problems]}
 
     def __str__(self) -> str:
@@ -127,29 +127,32 @@ class InvalidUpdate(ChainFedError, ValueError):
         self.client, self.reason = client, reason
 
     def __str__(self) -> str:
-        return f"update of {self.client} refused: {self.reason}"
+        return f"the update of {self.client} was refused: {self.reason}"
 
 
 class BudgetExceeded(ChainFedError, MemoryError):
-    """A turn was stopped at ``cap`` bytes during ``part``, though ``planned`` were said to do.
+    """A client's turn was stopped during ``phase``, because it needed more than ``cap`` bytes; its plan had said ``planned``.
 
-    ``peak`` is what was measured, where the turn was stopped at its end; None where an allocation was refused.
+    ``peak`` is the measured peak in bytes, if the turn was stopped at its end. It is None if an allocation was refused.
     """
 
-    def __init__(self, planned: int, cap: int, peak: int | None, part: str) -> None:
-        super().__init__(planned, cap, peak, part)
-        self.planned, self.cap, self.peak, self.part = planned, cap, peak, part
+    def __init__(self, planned: int, cap: int, peak: int | None, phase: str) -> None:
+        super().__init__(planned, cap, peak, phase)
+        self.planned, self.cap, self.peak, self.phase = planned, cap, peak, phase
 
     def __str__(self) -> str:
         took = "more" if self.peak is None else format_bytes(self.peak)
         return (
-            f"it was planned to take {format_bytes(self.planned)}, was allowed {format_bytes(self.cap)}, and would have taken "
-            f"{took} while {self.part}"
+            f"the turn was planned to take {format_bytes(self.planned)}, was allowed {format_bytes(self.cap)}, "
+            f"and would have taken {took} while {self.phase}"
         )
 
 
 class QuorumLost(ChainFedError, RuntimeError):
-    """Too few clients answered in ``rounds``, which are said in words; ``reasons`` are those of the last, by client."""
+    """Too few clients answered in ``rounds``, which are named in words.
+
+    ``reasons`` says why in the last of them, for each client that did not answer.
+    """
 
     def __init__(self, rounds: str, quorum: int, reasons: dict[str, str]) -> None:
         super().__init__(rounds, quorum, reasons)
@@ -161,7 +164,7 @@ class QuorumLost(ChainFedError, RuntimeError):
 
 
 class EvaluationFailed(ChainFedError, RuntimeError):
-    """The whole model could not be judged; the job goes on without that."""
+    """The whole model could not be evaluated. The job goes on without this evaluation."""
 
     def __init__(self, engine: str, reason: str) -> None:
         super().__init__(engine, reason)
@@ -186,7 +189,7 @@ class OpsNotBuilt(ChainFedError, RuntimeError):
 
 
 class CorruptCommit(ChainFedError, RuntimeError):
-    """A commit whose bytes are not those that were written."""
+    """The bytes of a commit on disk are not the ones that were written."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -197,7 +200,7 @@ class CorruptCommit(ChainFedError, RuntimeError):
 
 
 class CoordinatorLost(ChainFedError, RuntimeError):
-    """A job's coordinator died ``deaths`` times without finishing a round in between."""
+    """A job's coordinator died ``deaths`` times in a row without finishing a round."""
 
     def __init__(self, job: str, deaths: int) -> None:
         super().__init__(job, deaths)
@@ -211,7 +214,7 @@ class CoordinatorLost(ChainFedError, RuntimeError):
 
 
 class PackageMissing(ChainFedError, ImportError):
-    """What was asked for needs a package that is not installed; ``extra`` is that of ours which brings it."""
+    """A feature needs a package that is not installed. ``extra`` is the extra of chainfed-ray that installs it."""
 
     def __init__(self, wanted: str, package: str, extra: str) -> None:
         super().__init__(wanted, package, extra)
@@ -222,12 +225,12 @@ class PackageMissing(ChainFedError, ImportError):
 
 
 def how_to_get(extra: str) -> str:
-    """The command that installs the packages of one of our extras."""
+    """The command that installs the packages of an extra of chainfed-ray."""
     return f"pip install 'chainfed-ray[{extra}]'"
 
 
 class InvalidSetting(ChainFedError, ValueError):
-    """An environment variable or option of the service that is wrong."""
+    """An environment variable or option of the service has a wrong value."""
 
     def __init__(self, name: str, value: str, expected: str) -> None:
         super().__init__(name, value, expected)
@@ -238,7 +241,7 @@ class InvalidSetting(ChainFedError, ValueError):
 
 
 class StorageInUse(ChainFedError, RuntimeError):
-    """Another service works on the same storage; two would run each job twice."""
+    """Another service uses the same storage. Two services on one storage would run each job twice."""
 
     def __init__(self, root: str) -> None:
         super().__init__(root)
@@ -249,7 +252,7 @@ class StorageInUse(ChainFedError, RuntimeError):
 
 
 class ServiceNotStarted(ChainFedError, RuntimeError):
-    """The service meant to answer at ``address`` did not come up."""
+    """The service that should answer at ``address`` did not start."""
 
     def __init__(self, address: str, reason: str) -> None:
         super().__init__(address, reason)
@@ -271,7 +274,7 @@ class ServiceUnavailable(ChainFedError, RuntimeError):
 
 
 class ServiceFailed(ChainFedError, RuntimeError):
-    """The service at ``address`` answers with an error that is not the caller's."""
+    """The service at ``address`` answered with an internal error."""
 
     def __init__(self, address: str, reason: str, request_id: str) -> None:
         super().__init__(address, reason, request_id)
@@ -282,7 +285,7 @@ class ServiceFailed(ChainFedError, RuntimeError):
 
 
 class JobFailed(ChainFedError, RuntimeError):
-    """A job that was followed ended without a model; ``status`` is ``failed`` or ``cancelled``."""
+    """A job finished without a model; ``status`` is ``failed`` or ``cancelled``."""
 
     def __init__(self, job: str, status: str, reason: str) -> None:
         super().__init__(job, status, reason)
@@ -293,18 +296,18 @@ class JobFailed(ChainFedError, RuntimeError):
 
 
 class JobNotFound(ChainFedError, LookupError):
-    """No such job."""
+    """No job has this name."""
 
     def __init__(self, job: str) -> None:
         super().__init__(job)
         self.job = job
 
     def __str__(self) -> str:
-        return f"no job {self.job!r}; `chainfed list` shows those there are"
+        return f"there is no job {self.job!r}; `chainfed list` shows all jobs"
 
 
 class JobConflict(ChainFedError, RuntimeError):
-    """The job is not in a state that allows what was asked."""
+    """The job's status does not allow what was requested."""
 
     def __init__(self, job: str, status: str, asked: str) -> None:
         super().__init__(job, status, asked)
@@ -315,11 +318,11 @@ class JobConflict(ChainFedError, RuntimeError):
 
 
 class ModelNotFound(ChainFedError, LookupError):
-    """No such served model."""
+    """No served model has this name."""
 
     def __init__(self, model: str, served: tuple[str, ...]) -> None:
         super().__init__(model, served)
         self.model, self.served = model, served
 
     def __str__(self) -> str:
-        return f"no model {self.model!r}; served now: {', '.join(self.served) or 'none'}"
+        return f"there is no model {self.model!r}; served now: {', '.join(self.served) or 'none'}"

@@ -1,4 +1,4 @@
-"""Where a base model comes from: a folder with ``config.json``, safetensors and a tokenizer."""
+"""Finds a base model: a local folder with ``config.json``, safetensors weights and a tokenizer."""
 
 import socket
 from importlib.metadata import PackageNotFoundError, distribution
@@ -12,14 +12,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from chainfed_ray.errors import InvalidJob, how_to_get
 
 _FORMS = "builtin:minilm, path:<folder> or hf:<org>/<name>[@<revision>]"
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # the last is the template for chats
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # *.jinja is the chat template
 
 
 def resolve(base: str) -> Path:
-    """The local folder of ``model.base``; a hub model is downloaded once.
+    """The local folder of ``model.base``. A model from the Hugging Face hub is downloaded once.
 
     Raises:
-        InvalidJob: there is no such model, or it is not in a form that can be streamed.
+        InvalidJob: the model does not exist, or it has no config.json or no safetensors weights.
     """
     scheme, _, name = base.partition(":")
     if scheme == "path":
@@ -44,7 +44,7 @@ def tokenizer(base: str, folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``.
 
     Raises:
-        InvalidJob: there is none.
+        InvalidJob: the folder has no tokenizer that can be loaded.
     """
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -55,7 +55,7 @@ def tokenizer(base: str, folder: Path) -> PreTrainedTokenizerBase:
 
 
 def hub_is_reachable() -> bool:
-    """Whether the hub's host takes a connection within three seconds; the client library would retry for minutes."""
+    """True if the hub's host accepts a connection within three seconds. The hub's client library would retry for minutes."""
     endpoint = urlsplit(constants.ENDPOINT)
     try:
         socket.create_connection((endpoint.hostname or "", endpoint.port or 443), timeout=3).close()

@@ -1,4 +1,4 @@
-"""What clients and dry runs do without, though Hugging Face's modelling code would import it."""
+"""Keeps an unneeded library, SciPy, out of the processes of clients and dry runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +9,15 @@ from transformers import utils
 
 @contextmanager
 def without_scipy() -> Iterator[None]:
-    """In this block transformers takes SciPy for not installed.
+    """Make transformers believe that SciPy is not installed, for the length of the block.
 
-    The code of every model imports the losses of object detection, and these import SciPy wherever it is installed (Opacus
-    brings it): 33 MiB and a second of CPU that are of no use here. So a model's code has to be imported in this block for the
-    first time.
+    Every model of transformers imports the losses of object detection, and these import SciPy if it is installed (Opacus brings
+    it): 33 MiB of memory and a second of CPU time for nothing. Import a model's code for the first time inside this block.
     """
-    asked: Any = utils  # the losses ask it for `is_scipy_available`
-    told = asked.is_scipy_available
-    asked.is_scipy_available = lambda: False
+    module: Any = utils  # where the losses look up `is_scipy_available`
+    original = module.is_scipy_available
+    module.is_scipy_available = lambda: False
     try:
         yield
     finally:
-        asked.is_scipy_available = told
+        module.is_scipy_available = original

@@ -1,4 +1,4 @@
-"""The base of what is kept: JSON documents that are immutable, and that say in which version of their form they are written."""
+"""Base classes of persisted JSON documents: immutable, and with the version of their format."""
 
 from typing import Literal
 
@@ -9,13 +9,13 @@ VERSION: Version = 1
 
 
 class Record(BaseModel):
-    """An immutable JSON document, or a part of one. A key that it does not know is an error."""
+    """An immutable JSON document, or a part of one. An unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Document(Record):
-    """A document that is kept as a whole. One of another version is refused, and not read as what it is not."""
+    """A JSON document that is stored as a whole. One of another version is refused: its keys may mean something else."""
 
     version: Version = VERSION
 

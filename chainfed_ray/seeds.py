@@ -1,12 +1,12 @@
-"""Every random choice of a job follows from its one seed and the name of the choice.
+"""Derives the seed of every random choice in a job from the job's one seed and the choice's name.
 
-So a round drawn again after a restart is the same round: no generator's state has to be saved.
+No state of a random generator has to be saved: a round that is repeated after a restart makes the same choices.
 """
 
 from hashlib import blake2b
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A seed in [0, 2**63) for the choice called ``names``, independent of every other choice's."""
+    """A seed in [0, 2**63) for the choice called ``names``. Seeds of different choices are independent."""
     text = "/".join(str(name) for name in (seed, *names))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1

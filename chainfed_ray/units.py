@@ -1,4 +1,4 @@
-"""Bytes and seconds as people write them: ``96MiB``, ``2GB``, ``120s``, ``5m``; and a loss as perplexity."""
+"""Units: bytes and seconds as people write them (``96MiB``, ``2GB``, ``120s``, ``5m``), and a loss as perplexity."""
 
 import math
 import re
@@ -21,10 +21,10 @@ _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
 
 
 def parse_bytes(value: object) -> int:
-    """``"96MiB"`` → 100663296; a whole number is taken as bytes.
+    """``"96MiB"`` → 100663296. A whole number is taken as bytes.
 
     Raises:
-        ValueError: ``value`` is neither.
+        ValueError: ``value`` is neither a whole number nor a number with a unit of bytes. The message names what is expected.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -35,10 +35,10 @@ def parse_bytes(value: object) -> int:
 
 
 def parse_seconds(value: object) -> float:
-    """``"2m"`` → 120.0; a number is taken as seconds.
+    """``"2m"`` → 120.0. A number is taken as seconds.
 
     Raises:
-        ValueError: ``value`` is neither.
+        ValueError: ``value`` is neither a number nor a number with a unit of time. The message names what is expected.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
@@ -54,7 +54,7 @@ def _split(value: object) -> tuple[float, str]:
 
 
 def format_bytes(count: int) -> str:
-    """1536 → ``"1.5KiB"``: the largest binary unit that leaves at least 1, with at most one decimal."""
+    """1536 → ``"1.5KiB"``: the largest binary unit in which the number is at least 1, with at most one decimal."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         if abs(count) >= _BYTES[unit]:
             return f"{count / _BYTES[unit]:.1f}".removesuffix(".0") + unit
@@ -71,5 +71,5 @@ def format_seconds(seconds: float) -> str:
 
 
 def perplexity(loss: float) -> float:
-    """exp(``loss``) of a mean cross-entropy in nats; infinite where no number is large enough."""
+    """exp(``loss``) of a mean cross-entropy in nats; infinity if that is larger than a float can hold."""
     return math.exp(loss) if loss < _LARGEST else math.inf

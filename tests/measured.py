@@ -89,7 +89,7 @@ def measure(
     examples = replace(examples, targets=examples.every_token)
     fits = classes is not None
     task = TurnRequirements(
-        start=0, batch_size=batch, epochs=1, looks_ahead=True, trains_above=False, profiles=0, fits_head=fits
+        start=0, batch_size=batch, epochs=1, global_branch=True, trains_above=False, profiles=0, fits_head=fits
     )
     planner = Planner(costs, task)
     candidate = Candidate(f"{batch}-{tokens}-{width}-{budget}", "any", examples, budget, None)

@@ -63,7 +63,7 @@ def all_costs(draw: st.DrawFn) -> MemoryProfile:
         head_layers=draw(st.integers(1, LAYERS)),
         streamed_head=draw(st.booleans()),
         kept=kept,
-        activations_offloaded=StepMemory(*map(on_disk, (kept.adapter, kept.layer, kept.head, kept.stand_in))),
+        activations_offloaded=StepMemory(*map(on_disk, (kept.adapter, kept.layer, kept.head, kept.emulator))),
         advance=replace(kept.layer, saved=NOTHING, backward=()),
         advance_adapter=replace(kept.adapter, saved=NOTHING, backward=()),
     )
@@ -74,13 +74,13 @@ def all_tasks(draw: st.DrawFn) -> tuple[TurnRequirements, Window]:
     """A job, and one of its stages."""
     start = draw(st.integers(0, LAYERS - 1))
     bottom = draw(st.integers(start, LAYERS - 1))
-    looks_ahead = draw(st.booleans())
+    global_branch = draw(st.booleans())
     task = TurnRequirements(
         start=start,
         batch_size=draw(st.integers(1, 32)),
         epochs=draw(st.integers(1, 3)),
-        looks_ahead=looks_ahead,
-        trains_above=looks_ahead and draw(st.booleans()),
+        global_branch=global_branch,
+        trains_above=global_branch and draw(st.booleans()),
         profiles=draw(st.sampled_from([0, 8, 64])),
     )
     return task, Window(bottom, draw(st.integers(bottom, LAYERS - 1)))
@@ -91,7 +91,7 @@ all_means = st.builds(
     memory=st.integers(2**22, 2**26),
     longest=st.integers(1, 512),
     cached=st.booleans(),
-    spill=st.none() | st.integers(0, 2**24),
+    offload_disk=st.none() | st.integers(0, 2**24),
     batch=st.integers(1, 32),
     one_step=st.booleans(),
 )

@@ -78,13 +78,13 @@ def test_what_the_planner_knows_of_a_client(
         memory=2**24,
         longest=9,
         cached=cache <= disk,
-        spill=disk - cache if cache <= disk else disk,
+        offload_disk=disk - cache if cache <= disk else disk,
         batch=min(3, planner.requirements.batch_size),
         one_step=planner.requirements.batch_size >= 3 and planner.requirements.epochs == 1,
     )
     assert planner.means(candidate) == expected
-    assert planner.means(replace(candidate, disk=None)) == replace(expected, cached=True, spill=None)
+    assert planner.means(replace(candidate, disk=None)) == replace(expected, cached=True, offload_disk=None)
     best = planner.plan(candidate, job[1])
     assume(best)
     assert best is not None
-    assert planner.disk_bytes(candidate, best) == (cache if best.prefix.cached else 0) + best.spill_bytes <= disk
+    assert planner.disk_bytes(candidate, best) == (cache if best.prefix.cached else 0) + best.offload_bytes <= disk

@@ -89,7 +89,7 @@ def test_who_exceeds_a_plan_has_a_second_turn_with_a_leaner_one(greedy_job: Plan
     turns = [turn for record in records for turn in record.turns if turn.client == "phone-1"]
     assert [turn.exceeded is not None for turn in turns] == [True, False, False], "it remembers"
     assert turns[0].exceeded is not None
-    assert "BudgetExceeded: it was planned to take" in turns[0].exceeded
+    assert "BudgetExceeded: the turn was planned to take" in turns[0].exceeded
     assert all(turn.planned_bytes <= first * 2 // 3 for turn in turns)
     (_, tight, held_to_plan), (_, lean, held_to_budget), *_ = pool.tried
     assert (tight, held_to_plan) == (first, first)

@@ -100,9 +100,9 @@ told["next"] = block(lambda: bytearray(32 * MIB))
 
 def assert_refused(told: Any) -> None:
     error = told["error"]
-    assert (error["planned"], error["cap"], error["peak"], error["part"]) == (PLANNED, CAP, None, "training")
+    assert (error["planned"], error["cap"], error["peak"], error["phase"]) == (PLANNED, CAP, None, "training")
     assert error["text"] == (
-        "it was planned to take 48MiB, was allowed 64MiB, and would have taken more while training"
+        "the turn was planned to take 48MiB, was allowed 64MiB, and would have taken more while training"
     )
     assert told["limits"][0] == told["limits"][1]
     assert told["kept"] < 8 * MIB  # what libraries load on the way
@@ -133,9 +133,9 @@ def read():
 told["error"] = caught(read)
 told["next"] = caught(lambda: bytearray(100 * MIB))
 """)
-    assert (told["error"]["cap"], told["error"]["part"]) == (CAP, "reading")
+    assert (told["error"]["cap"], told["error"]["phase"]) == (CAP, "reading")
     assert 99 * MIB < told["error"]["peak"] < 104 * MIB
-    assert told["next"]["part"] == "getting ready", "not what another turn was at"
+    assert told["next"]["phase"] == "getting ready", "not what another turn was at"
 
 
 def test_within_the_cap_nothing_happens() -> None:

@@ -228,7 +228,7 @@ def _lasting(record: Round) -> dict[str, Any]:
         (
             "data",
             {"prompt": "text", "response": "answer", "max_length": 2},
-            r"data\.max_length is 2; expected more: of 48 train rows .* 0 have",
+            r"data\.max_length is 2; expected more tokens: of 48 train rows .* 0 keep",
         ),
         ("data", {"prompt": "text"}, r"data\.response is missing; expected the column that goes with data.prompt"),
         (
@@ -289,7 +289,7 @@ def test_a_slow_tokenizer_cannot_tell_a_prompt_from_its_response(
     spec = parse_job(causal | {"data": causal["data"] | FORMS["instructions"]})
     with pytest.raises(InvalidJob, match=r"model\.base is .*; expected a model with a fast tokenizer"):
         examples_of(spec, Slow.from_pretrained(llama))
-    assert examples_of(parse_job(causal), Slow.from_pretrained(llama)).packs == 32
+    assert examples_of(parse_job(causal), Slow.from_pretrained(llama)).pack_length == 32
 
 
 HELD_OUT = [{"question": "Q", "answer": "A"}] * 3
@@ -313,7 +313,7 @@ HELD_OUT = [{"question": "Q", "answer": "A"}] * 3
         ),
         (
             {"train": [{"question": "Q", "answer": "A"}] * 20, "test": [{"question": "Q" * 40, "answer": "A"}]},
-            r"data\.max_length is 32; expected more: of 1 test rows that have something to learn, 0 have",
+            r"data\.max_length is 32; expected more tokens: of 1 test rows with something to learn, 0 keep",
         ),
     ],
     ids=["few", "no responses", "no response in a split", "cut"],

@@ -120,7 +120,9 @@ def test_what_assistants_say_is_learnt_as_it_stands(form: str, asked: list[tuple
         ids += tokens
         targets += [wanted] * len(tokens)
     found = tokenize_texts(tokenizer, [as_chat(asked)], max_length=10_000)
-    assert found.ids.tolist() == ids == chat_ids(tokenizer, as_chat(asked), opened=False, field="messages")
+    assert (
+        found.ids.tolist() == ids == chat_ids(tokenizer, as_chat(asked), add_generation_prompt=False, field="messages")
+    )
     assert found.targets is not None
     assert found.targets.tolist() == [False, *targets[1:]]
 
@@ -130,11 +132,11 @@ def test_what_assistants_say_is_learnt_as_it_stands(form: str, asked: list[tuple
 @given(asked=rounds.filter(lambda asked: all(said.strip() for _, said in asked)))
 def test_where_messages_only_add_to_a_chat_a_turn_is_what_it_adds(form: str, asked: list[tuple[str, str]]) -> None:
     tokenizer, messages = with_template(TEMPLATES[form]), as_chat(asked)
-    whole = chat_ids(tokenizer, messages, opened=False, field="messages")
+    whole = chat_ids(tokenizer, messages, add_generation_prompt=False, field="messages")
     added = [False] * len(whole)
     for place in range(1, len(messages), 2):
-        before = chat_ids(tokenizer, messages[:place], opened=True, field="messages")
-        after = chat_ids(tokenizer, messages[: place + 1], opened=False, field="messages")
+        before = chat_ids(tokenizer, messages[:place], add_generation_prompt=True, field="messages")
+        after = chat_ids(tokenizer, messages[: place + 1], add_generation_prompt=False, field="messages")
         if after[: len(before)] != before or whole[: len(after)] != after:
             assert form == "qwen3"
             assert len(asked) > 1
@@ -177,7 +179,7 @@ def test_where_messages_only_add_to_a_chat_a_turn_is_what_it_adds(form: str, ask
 def test_templates_that_do_more_than_add(template: str, messages: Chat, expected: str) -> None:
     tokenizer = with_template(template)
     examples = tokenize_texts(tokenizer, [messages], max_length=10_000)
-    assert examples.ids.tolist() == chat_ids(tokenizer, messages, opened=False, field="messages")
+    assert examples.ids.tolist() == chat_ids(tokenizer, messages, add_generation_prompt=False, field="messages")
     assert examples.targets is not None
     assert tokenizer.decode(examples.ids[examples.targets]) == expected
 
@@ -191,7 +193,7 @@ def test_templates_that_do_more_than_add(template: str, messages: Chat, expected
 )
 def test_a_turn_whose_place_is_not_clear_is_refused(template: str) -> None:
     with pytest.raises(
-        InvalidJob, match=r"data\.messages is 'assistant: A long one'; .* where it writes this one is not"
+        InvalidJob, match=r"data\.messages is 'assistant: A long one'; .* the place of this one is not clear"
     ):
         tokenize_texts(with_template(template), [(("user", "Q"), ("assistant", "A long one"))], max_length=100)
 

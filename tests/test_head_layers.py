@@ -84,7 +84,7 @@ def test_a_language_model_s_own_head_reads_one() -> None:
         "fleet": {"clients": [{"name": "phone", "memory": "64MiB"}]},
         "chain": {"head_layers": 2},
     }
-    with pytest.raises(InvalidJob, match="its own head reads one"):
+    with pytest.raises(InvalidJob, match="own head uses one layer"):
         parse_job(document)
 
 

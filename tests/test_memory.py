@@ -35,8 +35,8 @@ def test_a_plan_fits(costs: MemoryProfile, job: tuple[TurnRequirements, Window],
     assert found.prefix.planned_bytes <= found.planned_bytes
     assert found.prefix.profile_bytes <= means.memory
     assert found.prefix.cached == means.cached
-    assert means.spill is None or found.spill_bytes <= means.spill
-    assert (found.spill_bytes > 0) <= found.activations_offloaded
+    assert means.offload_disk is None or found.offload_bytes <= means.offload_disk
+    assert (found.offload_bytes > 0) <= found.activations_offloaded
     assert 1 <= found.micro_batch <= means.batch
     assert found.window.top == stage.top
     assert found.window.bottom >= stage.bottom
@@ -63,7 +63,7 @@ def test_a_client_that_is_asked_for_a_profile_can_make_it() -> None:
     """The means of an example's tokens are float64 numbers: of a long text they take more than a step with a small model."""
     costs = replace(COSTS, itemsize=2, layer=1, unstreamed=0, slices=0, adapter=1, call=NOTHING)
     task, stage, longest = TurnRequirements(0, 8, 1, False, False, profiles=8), Window(0, 0), 4000
-    means = ClientResources(memory=0, longest=longest, cached=True, spill=None, batch=1, one_step=False)
+    means = ClientResources(memory=0, longest=longest, cached=True, offload_disk=None, batch=1, one_step=False)
     least = needed(costs, task, stage, means)
     assert least > needed(costs, replace(task, profiles=0), stage, means)
     assert plan(costs, task, stage, replace(means, memory=least))
@@ -99,13 +99,13 @@ def test_a_step_with_more_in_it_never_needs_less(
 ) -> None:
     """A wider window, another example, a longer chain, a global branch, and one that is trained."""
     task, stage = job
-    task = replace(task, looks_ahead=False, trains_above=False)
+    task = replace(task, global_branch=False, trains_above=False)
 
     def total(task: TurnRequirements = task, window: Window = stage, batch: int = 2) -> int:
         return footprint(costs, task, window, batch, means.longest, weights, activations_offloaded=False).total
 
     assert total(batch=3) >= total()
-    ahead = replace(task, looks_ahead=True)
+    ahead = replace(task, global_branch=True)
     assert total(ahead) >= total()
     if stage.bottom > task.start:
         assert total(window=Window(stage.bottom - 1, stage.top)) >= total()
@@ -137,7 +137,7 @@ def test_nothing_better_fits(
 ) -> None:
     """The widest window first, then the fastest way, then the largest micro-batch; at a budget that some plan just fits."""
     task, stage = job
-    means = replace(means, cached=True, one_step=False, spill=None)
+    means = replace(means, cached=True, one_step=False, offload_disk=None)
     sizes = [means.batch >> halvings for halvings in range(means.batch.bit_length())]
     choices = [(Window(low, stage.top), way, size) for low in stage for way in WAYS for size in sizes]
     parts = [footprint(costs, task, window, size, means.longest, *way) for window, way, size in choices]
@@ -179,12 +179,12 @@ def flat(saved: int, forward: int, backward: int) -> PartMemory:
         ({"adapter": flat(10, 2000, 300)}, 10 + 100 + 2000, 120),  # the second adapter's forward pass
         ({"head": flat(5, 1500, 160)}, 128 + ROW + 1500, 133),  # the global head's, while the window's output waits
         ({"head": flat(5, 150, 1700)}, 120 + ROW + 1700, 125),  # the local head's, while the other gradient waits
-        ({"stand_in": flat(1, 130, 1800)}, 127 + 1800, 128),  # the last stand-in's
+        ({"emulator": flat(1, 130, 1800)}, 127 + 1800, 128),  # the last stand-in's
     ],
 )
 def test_the_highest_moment_of_a_step(changed: dict[str, PartMemory], peak: int, saved: int) -> None:
     parts = {"adapter": flat(10, 200, 300), "layer": flat(100, 400, 900), "head": flat(5, 150, 160)}
-    kept = StepMemory(**{**parts, "stand_in": flat(1, 130, 140), **changed})
+    kept = StepMemory(**{**parts, "emulator": flat(1, 130, 140), **changed})
     costs = replace(COSTS, kept=kept, call=NOTHING)
     found = footprint(
         costs,
@@ -245,7 +245,7 @@ def test_the_parts_of_a_step() -> None:
         "runtime": plain["runtime"],
     }
     assert parts(weights="streamed") == {**plain, "layer_weights": 700, "buffers": 9000}
-    above = parts(task=replace(task, looks_ahead=True, trains_above=True))
+    above = parts(task=replace(task, global_branch=True, trains_above=True))
     assert (above["adapters"], above["gradients"], above["optimizer"]) == (10_000, 5080, 2 * 5080)
     language = parts(replace(COSTS, head=0, streamed_head=True))
     assert (language["head"], language["gradients"], language["buffers"]) == (0, 2000, 9000)

@@ -114,7 +114,7 @@ def test_a_column_comes_with_its_rows(form: str, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("partition", "complaint"),
     [
-        ({"scheme": "column"}, r"fleet\.partition\.column is missing; expected the column of which"),
+        ({"scheme": "column"}, r"fleet\.partition\.column is missing; expected the column whose values"),
         ({"column": "site"}, r"fleet\.partition\.scheme is 'iid'; expected column, since fleet\.partition\.column is"),
         ({"scheme": "shards"}, r"fleet\.partition\.scheme is 'shards'; expected 'iid', 'dirichlet', 'quantity' or"),
         ({"scheme": "quantity", "alpha": 0}, r"fleet\.partition\.alpha is 0; expected greater than 0"),

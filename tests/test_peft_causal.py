@@ -86,7 +86,7 @@ def test_a_folder_says_what_its_stack_is_for(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     assert (config["task_type"], config["target_modules"]) == ("CAUSAL_LM", ["model.layers.0", "model.layers.1"])
     path.write_text(json.dumps({name: value for name, value in config.items() if name != "task_type"}))
-    with pytest.raises(CorruptCommit, match="lacks adapters"):
+    with pytest.raises(CorruptCommit, match="its adapters are not those"):
         load_stack(tmp_path / "model")
 
 

@@ -134,7 +134,10 @@ def test_no_adapter_is_lost_silently(bert: Path, tmp_path: Path, lost: str) -> N
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"head_layers": 2}, "lacks adapters"), ({"version": 2}, "it has version 2; this chainfed-ray reads version 1")],
+    [
+        ({"head_layers": 2}, "its adapters are not those"),
+        ({"version": 2}, "it has version 2; this chainfed-ray reads version 1"),
+    ],
     ids=["head", "version"],
 )
 def test_a_configuration_of_another_head_or_version_is_refused(

@@ -231,7 +231,11 @@ def test_a_secret_that_is_lost_or_damaged_is_not_drawn_again(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "field", "words"),
     [
-        ({"aggregation": {"rule": "median"}}, "aggregation.rule", "'mean', the only rule that privacy has a price for"),
+        (
+            {"aggregation": {"rule": "median"}},
+            "aggregation.rule",
+            "'mean': the privacy accountant covers no other rule",
+        ),
         ({"chain": {"start": "auto"}}, "chain.start", "the index of a layer: privacy does not cover what clients send"),
         ({"chain": {"head": "fitted"}}, "chain.head", "'zero': privacy does not cover the sums"),
         ({"privacy": {"delta": 0.25}}, "privacy.delta", "less than 1/"),

@@ -73,7 +73,7 @@ def test_plans_that_are_too_small_cost_a_turn_each_and_the_job_goes_on(
     assert again, "what a process takes itself is more than nothing"
     for turn in again:
         assert turn.exceeded is not None
-        assert "it was planned to take" in turn.exceeded
+        assert "the turn was planned to take" in turn.exceeded
         assert turn.peak_bytes is not None
         assert turn.peak_bytes < turn.budget_bytes
 

@@ -20,9 +20,9 @@ from chainfed_ray.model.costs import Parts, memory_profile_of, new_adapter, padd
 from chainfed_ray.model.trace import (
     SHAPES,
     AllocationTrace,
-    Forgetful,
+    DiscardedActivations,
     Prepare,
-    Rest,
+    RestOfStep,
     polynomial_of,
     trace_memory,
     with_blank_weights,
@@ -46,11 +46,11 @@ def held(
         # The rest of a step is the rehearsal's: whoever holds the part's input and output is not the part.
         hidden = torch.zeros((), dtype=dtype, requires_grad=True).expand(batch, tokens, WIDTH).clone()
         ledger.history()
-        with Forgetful() if activations_offloaded else nullcontext():
+        with DiscardedActivations() if activations_offloaded else nullcontext():
             output = compute(hidden)
         del hidden
         forward = max(ledger.history())
-        rest = Rest.apply(output)
+        rest = RestOfStep.apply(output)
         del output
         saved = ledger.alive
         ledger.history()

@@ -119,7 +119,7 @@ def test_a_job_over_the_command_line(service: Running, document: dict[str, Any],
     many = service.client.classify("tiny:first", ["salt tide wave"] * 300 + ["worm seed root"])["results"]
     assert [found["label"] for found in many] == ["sea"] * 300 + ["soil"]
     code, refused = service.chainfed("predict", "tiny:none", "x")
-    assert (code, refused["error"]["message"]) == (1, "no model 'tiny:none'; served now: tiny:first")
+    assert (code, refused["error"]["message"]) == (1, "there is no model 'tiny:none'; served now: tiny:first")
     code, refused = service.chainfed("cancel", done["id"])
     assert (code, refused["error"]["type"]) == (1, "JobConflict")
 

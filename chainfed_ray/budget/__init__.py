@@ -1,1 +1,1 @@
-"""Bytes, by arithmetic: what a turn needs, and who can take part. Integers only, and no tensor."""
+"""Memory budgets by arithmetic: the bytes that a turn or an evaluation needs. Integers only; no tensor is made."""

@@ -1,6 +1,7 @@
-"""What each part of a turn takes, as the planner adds it up: bytes that depend on examples and tokens, for one base model.
+"""The memory profile of a base model: the bytes of each part of a turn, as functions of the examples and tokens in a batch.
 
-They are rehearsed once (costs.py, trace.py); from then on there is integer arithmetic only (planner.py).
+``model/costs.py`` makes a profile once, by tracing the model's parts without real tensors (``model/trace.py``). The planner
+(``planner.py``) then needs integer arithmetic only.
 """
 
 from dataclasses import dataclass
@@ -8,12 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BytePolynomial:
-    """Bytes for B examples of T tokens: a sum of terms BⁱTʲ, with ``terms[i][j]`` their factors."""
+    """Bytes for B examples of T tokens: a sum of terms BⁱTʲ, whose factors are ``terms[i][j]``."""
 
     terms: tuple[tuple[int, ...], ...]
 
     def at(self, batch: int, tokens: int) -> int:
-        """The bytes for a batch."""
+        """The bytes for ``batch`` examples of ``tokens`` tokens."""
         return sum(factor * batch**i * tokens**j for i, row in enumerate(self.terms) for j, factor in enumerate(row))
 
 
@@ -22,10 +23,11 @@ NOTHING = BytePolynomial(())
 
 @dataclass(frozen=True)
 class PartMemory:
-    """The bytes of one part of a step: alive during its forward and its backward pass, and saved from one to the other.
+    """The bytes of one part of a training step: in its forward pass, in its backward pass, and saved between the two.
 
-    Forward counts the part's input and output; backward the gradients of both and what was saved. Each is the largest of
-    several sums, since which moment is the highest depends on the shape.
+    The forward bytes include the part's input and output. The backward bytes include the gradients of both, and what was saved.
+    Each has several polynomials, one for each moment that may be the peak: which of them is the largest depends on the batch's
+    shape.
     """
 
     saved: BytePolynomial
@@ -33,11 +35,11 @@ class PartMemory:
     backward: tuple[BytePolynomial, ...]
 
     def forward_at(self, batch: int, tokens: int) -> int:
-        """The most that is alive on the way forward."""
+        """The peak in bytes during the forward pass."""
         return max((moment.at(batch, tokens) for moment in self.forward), default=0)
 
     def backward_at(self, batch: int, tokens: int) -> int:
-        """The most that is alive on the way back."""
+        """The peak in bytes during the backward pass."""
         return max((moment.at(batch, tokens) for moment in self.backward), default=0)
 
 
@@ -45,30 +47,30 @@ class PartMemory:
 class StepMemory:
     """The parts of a training step."""
 
-    adapter: PartMemory  # one that is trained
+    adapter: PartMemory  # an adapter that is trained
     layer: PartMemory
-    head: PartMemory  # with the loss
-    stand_in: PartMemory  # an adapter above the window, on the global branch
+    head: PartMemory  # the head and the loss
+    emulator: PartMemory  # a frozen adapter above the window, in place of its layer on the global branch
 
 
 @dataclass(frozen=True)
 class MemoryProfile:
-    """What the arithmetic needs to know of a base model and its stack. Bytes, unless said otherwise."""
+    """What the planner needs to know of a base model and its stack. In bytes, unless a comment says otherwise."""
 
-    layers: int  # L, a count
-    hidden: int  # D, a count
-    itemsize: int  # of an activation's element
-    layer: int  # the largest layer's weights
-    unstreamed: int  # of those, what is no matrix: norms and biases
-    slices: int  # the buffers of streamed matrices
-    conversion: int  # a tensor as it is kept, while it becomes one of another dtype
-    skeleton: int  # the model without its weights, and compiled operations
-    call: BytePolynomial  # masks and rotary tables
+    layers: int  # L, the number of layers
+    hidden: int  # D, the hidden width
+    itemsize: int  # one element of an activation
+    layer: int  # the weights of the largest layer
+    unstreamed: int  # the layer's norms and biases: they stay resident when its matrices are streamed
+    slices: int  # the buffers for streamed matrices
+    conversion: int  # the largest parameter in the checkpoint's dtype, held while it is converted
+    skeleton: int  # the model's modules without weights, and compiled operations
+    call: BytePolynomial  # what every layer is called with besides hidden states: masks, rotary tables
     adapter: int
     head: int
-    head_layers: int  # layers that the head reads, a count
-    streamed_head: bool  # the language model's own head: never resident, and not trained
-    kept: StepMemory  # saved activations in memory
-    activations_offloaded: StepMemory  # … on disk
-    advance: PartMemory  # a layer without gradients
-    advance_adapter: PartMemory
+    head_layers: int  # the number of layers whose pooled features the head uses
+    streamed_head: bool  # True for a language model's own head: never resident, not trained
+    kept: StepMemory  # a step with its saved activations in memory
+    activations_offloaded: StepMemory  # a step with its saved activations on disk
+    advance: PartMemory  # a layer without gradients, as the prefix is run
+    advance_adapter: PartMemory  # an adapter without gradients

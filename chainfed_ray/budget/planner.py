@@ -1,12 +1,12 @@
-"""The planner: what a client's turn needs, by arithmetic, before anything runs. Integers only, and no tensor.
+"""The planner: how a client takes its turn, and how many bytes that needs. It computes with integers before anything runs.
 
-A turn advances the prefix cache and then takes training steps; it needs the larger of the two. What a step holds follows
-from the order of its parts (adapters, layers, head, stand-ins): on the way forward each part leaves behind what it saved for
-the way back. ``MemoryProfile`` (demand.py) says what each part takes.
+A turn first advances the prefix cache and then takes training steps; it needs the larger of the two. What a step holds follows
+from the order of its parts (adapters, layers, head, emulators): in the forward pass each part leaves what it saved for the
+backward pass. ``MemoryProfile`` (``demand.py``) has the bytes of each part.
 
-A client gets the widest window that fits its budget; then layers that stay resident, or else matrices that are streamed, or
-else saved activations on disk as well; then the largest micro-batch. Gradients of micro-batches add up to the batch's, so
-that none of these changes what is trained.
+A client gets the widest window that fits its budget. For that window the planner prefers resident weights, then streamed
+weights, then streamed weights with activations offloaded to disk; and last the largest micro-batch. The gradients of
+micro-batches add up to the batch's, so these choices do not change what is trained.
 """
 
 from collections.abc import Iterator
@@ -17,22 +17,23 @@ from typing import Literal
 from chainfed_ray.budget.demand import MemoryProfile, PartMemory, StepMemory
 from chainfed_ray.chain import Window
 
-# What is loaded at once: whole layers, kept for as long as they are used; or slices of one matrix at a time.
+# How a layer's weights are loaded: ``resident`` keeps whole layers while they are used, ``streamed`` reads one matrix at a
+# time, slice by slice.
 WeightPlacement = Literal["resident", "streamed"]
 
-# What arithmetic cannot know, as it was measured: what libraries allocate on the side, and what the interpreter keeps.
+# Measured, because arithmetic cannot know it: what libraries allocate besides tensors, and what the interpreter keeps.
 RUNTIME = 6 * 2**20
-PREFIX_BATCH = 8  # examples that enter the prefix cache together
+PREFIX_BATCH = 8  # the most examples that are run through the prefix together
 _ADAM_STATES = 2
 _FLOAT32, _FLOAT64 = 4, 8
-_EMBEDDING_STATES = 6  # rows, rows by place, sums with positions and types, and their norm
-_POOLING_STATES = 2  # the hidden states and their product with the mask
-_COMPARED, _GRAMS = 6, 5  # representations [n, D] and Gram matrices [n, n] of a CKA, with their products
+_EMBEDDING_STATES = 6  # token rows, rows by position, sums with positions and types, and their norm
+_POOLING_STATES = 2  # hidden states and their product with the mask
+_COMPARED, _GRAMS = 6, 5  # representations [n, D] and Gram matrices [n, n] of a CKA, and products of them
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a turn's training at its highest moment, by part."""
+    """The bytes of a training step at its peak, by part."""
 
     layer_weights: int
     buffers: int  # slices of streamed matrices
@@ -40,31 +41,31 @@ class Footprint:
     head: int
     gradients: int
     optimizer: int
-    cache_pages: int  # the batch that was read from the prefix cache; the cache itself is never mapped
+    cache_pages: int  # the batch read from the prefix cache; the cache itself is never mapped
     saved_activations: int
     transients: int
-    runtime: int  # the model's skeleton, and what libraries and the interpreter keep
+    runtime: int  # the model's modules without weights, and what libraries and the interpreter keep
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """The sum of all parts."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """The bytes by the name of the part."""
+        """The bytes of each part, by its name."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class ClientResources:
-    """What a client may use, and what its texts are like."""
+    """What a client may use, and what its examples are like."""
 
-    memory: int
+    memory: int  # bytes
     longest: int  # tokens of the longest example
-    cached: bool  # whether its disk holds the prefix cache
-    spill: int | None  # bytes of disk for saved activations; None: as many as there are
-    batch: int  # examples of its largest batch: those of an optimizer step, or all that it has
-    one_step: bool  # … which is its only one: its optimizer has no state before its activations are gone
+    cached: bool  # True if its disk has room for the prefix cache
+    offload_disk: int | None  # bytes of disk for offloaded activations; None: unlimited
+    batch: int  # examples in its largest batch: an optimizer step's, or all that it has if they are fewer
+    one_step: bool  # True if its turn is one optimizer step: the optimizer's state is made when activations are gone
 
 
 @dataclass(frozen=True)
@@ -73,27 +74,27 @@ class TurnRequirements:
 
     start: int  # the chain's lowest layer
     batch_size: int  # examples in an optimizer step
-    epochs: int  # of a turn, or optimizer steps where it has so many
-    looks_ahead: bool  # a global branch through the stand-ins above the window
-    trains_above: bool  # … which are trained as well
-    profiles: int  # examples of a CKA profile, by which the chain's start is found; 0 where it is given
-    fits_head: bool = False  # in closed form, from sums over a client's examples
+    epochs: int  # epochs of a turn, or its optimizer steps if the job gives these
+    global_branch: bool  # True if the loss has a global branch, through the adapters above the window
+    trains_above: bool  # True if those adapters are trained as well
+    profiles: int  # examples in a CKA profile; 0 if the chain's start is given
+    fits_head: bool = False  # True if the head is fitted in closed form, from sums over a client's examples
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """How a client comes by the activations below its window: so many examples at a time; from a cache, or for each step."""
+    """How a client gets the activations below its window: from a cache, or recomputed in each step."""
 
-    batch: int
+    batch: int  # examples at a time
     weights: WeightPlacement
     cached: bool
     planned_bytes: int
-    profile_bytes: int  # of a turn that profiles the layers; 0 where none does
+    profile_bytes: int  # what a turn that makes a CKA profile needs; 0 if there is none
 
 
 @dataclass(frozen=True)
 class TurnPlan:
-    """How a client takes a turn, and the bytes that it then needs."""
+    """How a client takes a turn, and the bytes that the turn needs."""
 
     window: Window
     micro_batch: int
@@ -101,134 +102,157 @@ class TurnPlan:
     activations_offloaded: bool
     prefix: Prefix
     footprint: Footprint
-    spill_bytes: int  # on disk
+    offload_bytes: int  # disk for offloaded activations
 
     @property
     def planned_bytes(self) -> int:
-        """The most that the turn holds."""
+        """The peak in bytes of the whole turn."""
         return max(self.footprint.total, self.prefix.planned_bytes)
 
 
-# The fastest first. Saved activations go to disk only where one example at a time does not fit otherwise.
-_WAYS: tuple[tuple[WeightPlacement, bool], ...] = (("resident", False), ("streamed", False), ("streamed", True))
+# The fastest first. Activations are offloaded only if even one example at a time does not fit without.
+_STRATEGIES: tuple[tuple[WeightPlacement, bool], ...] = (("resident", False), ("streamed", False), ("streamed", True))
 _PLACEMENTS: tuple[WeightPlacement, ...] = ("resident", "streamed")
 
 
-def plan(costs: MemoryProfile, task: TurnRequirements, stage: Window, means: ClientResources) -> TurnPlan | None:
-    """The best way to take a turn in ``stage`` that fits; None if there is none.
+def plan(
+    memory: MemoryProfile, requirements: TurnRequirements, stage: Window, resources: ClientResources
+) -> TurnPlan | None:
+    """The best plan for a turn in ``stage`` that fits ``resources``, or None if there is none.
 
-    A window narrower than the stage's has the same top, so that every client trains the same head on the same output.
+    A window narrower than the stage's has the same top, so that every client trains the same head on the same layer's output.
     """
-    prefixes = list(_prefixes_that_fit(costs, task, means))
-    if means.cached:
-        # Made before the steps, and the same in every stage: a cache is made in one way only.
+    prefixes = list(_prefixes_that_fit(memory, requirements, resources))
+    if resources.cached:
+        # Every stage uses the cache, and its bits depend on how it was made: so it is always made in the fastest way that fits.
         prefixes = prefixes[:1]
     for window in (Window(bottom, stage.top) for bottom in stage):
-        for (weights, activations_offloaded), prefix in product(_WAYS, prefixes):
-            for micro_batch in _halvings(means.batch):
-                made = _plan(costs, task, window, micro_batch, weights, activations_offloaded, prefix, means)
-                if made.footprint.total <= means.memory and _has_room(made, means):
+        for (weights, activations_offloaded), prefix in product(_STRATEGIES, prefixes):
+            for micro_batch in _halvings(resources.batch):
+                made = _plan(
+                    memory, requirements, window, micro_batch, weights, activations_offloaded, prefix, resources
+                )
+                if made.footprint.total <= resources.memory and _has_room(made, resources):
                     return made
     return None
 
 
 def fallback_plan(
-    costs: MemoryProfile, task: TurnRequirements, stage: Window, means: ClientResources, than: TurnPlan
+    memory: MemoryProfile, requirements: TurnRequirements, stage: Window, resources: ClientResources, than: TurnPlan
 ) -> TurnPlan | None:
-    """The best way to take a turn that needs two thirds of the memory, for a client that exceeded its plan."""
-    return plan(costs, task, stage, replace(means, memory=than.planned_bytes * 2 // 3))
+    """The best plan that needs at most two thirds of the memory of ``than``, for a client that exceeded that plan."""
+    return plan(memory, requirements, stage, replace(resources, memory=than.planned_bytes * 2 // 3))
 
 
-def shortfall(costs: MemoryProfile, task: TurnRequirements, stage: Window, means: ClientResources) -> int:
-    """The bytes of memory by which ``means`` miss the leanest way of all."""
-    if plan(costs, task, stage, means):
+def shortfall(memory: MemoryProfile, requirements: TurnRequirements, stage: Window, resources: ClientResources) -> int:
+    """How many more bytes of memory a client needs to take part: 0 if some plan fits it."""
+    if plan(memory, requirements, stage, resources):
         return 0
     top = Window(stage.top, stage.top)
-    leanest = [
-        _plan(costs, task, top, 1, "streamed", activations_offloaded, _prefix(costs, task, means, 1, weights), means)
+    smallest = [
+        _plan(
+            memory,
+            requirements,
+            top,
+            1,
+            "streamed",
+            activations_offloaded,
+            _prefix(memory, requirements, resources, 1, weights),
+            resources,
+        )
         for weights, activations_offloaded in product(_PLACEMENTS, (False, True))
     ]
-    needs = (max(way.planned_bytes, way.prefix.profile_bytes) for way in leanest if _has_room(way, means))
-    return min(needs) - means.memory
+    needs = (max(way.planned_bytes, way.prefix.profile_bytes) for way in smallest if _has_room(way, resources))
+    return min(needs) - resources.memory
 
 
-def cache_bytes(costs: MemoryProfile, task: TurnRequirements, examples: int, tokens: int) -> int:
-    """Disk for a prefix cache of so many ``tokens`` in all, and what the head reads of each example below them.
+def cache_bytes(memory: MemoryProfile, requirements: TurnRequirements, examples: int, tokens: int) -> int:
+    """The disk in bytes for a prefix cache of ``examples`` with ``tokens`` in all, including pooled features of the layers
+    below.
 
-    It has the lowest layer of the chain and of the stage, and two as one is made. For a fitted head there are the features of
-    every layer besides.
+    The cache holds up to four layers at once: the lowest of the chain, the lowest of the stage, and two while it advances. A
+    fitted head needs the pooled features of every layer as well.
     """
-    features = examples * costs.layers * costs.hidden * _FLOAT32 if task.fits_head else 0
-    return 4 * (tokens * costs.hidden * costs.itemsize + _read_bytes(costs, examples)) + features
+    features = examples * memory.layers * memory.hidden * _FLOAT32 if requirements.fits_head else 0
+    return 4 * (tokens * memory.hidden * memory.itemsize + _pooled_bytes(memory, examples)) + features
 
 
-def running_bytes(costs: MemoryProfile, batch: int, tokens: int) -> int:
-    """What a layer or an adapter holds besides its weights, without gradients."""
-    return max(part.forward_at(batch, tokens) for part in (costs.advance, costs.advance_adapter))
+def running_bytes(memory: MemoryProfile, batch: int, tokens: int) -> int:
+    """The bytes that a layer or an adapter holds without gradients, besides its weights."""
+    return max(part.forward_at(batch, tokens) for part in (memory.advance, memory.advance_adapter))
 
 
-def embedding_bytes(costs: MemoryProfile, batch: int, tokens: int) -> int:
-    """What is held as a batch is embedded."""
-    return batch * tokens * costs.hidden * _EMBEDDING_STATES * costs.itemsize
+def embedding_bytes(memory: MemoryProfile, batch: int, tokens: int) -> int:
+    """The bytes that embedding a batch holds."""
+    return batch * tokens * memory.hidden * _EMBEDDING_STATES * memory.itemsize
 
 
-def scoring_bytes(costs: MemoryProfile, batch: int, tokens: int) -> int:
-    """What the head holds, and the slices of a language model's."""
-    return costs.kept.head.forward_at(batch, tokens) + (costs.slices if costs.streamed_head else 0)
+def scoring_bytes(memory: MemoryProfile, batch: int, tokens: int) -> int:
+    """The bytes that the head and its loss hold, with the buffers of a streamed head."""
+    return memory.kept.head.forward_at(batch, tokens) + (memory.slices if memory.streamed_head else 0)
 
 
-def _prefixes_that_fit(costs: MemoryProfile, task: TurnRequirements, means: ClientResources) -> Iterator[Prefix]:
-    """The ways to come by the prefix, the fastest first."""
+def _prefixes_that_fit(
+    memory: MemoryProfile, requirements: TurnRequirements, resources: ClientResources
+) -> Iterator[Prefix]:
+    """The ways to get the prefix that fit, the fastest first."""
     for weights in _PLACEMENTS:
-        # What is made for each step is made example by example: the same bits, whichever batch asks for it.
-        for batch in _halvings(min(PREFIX_BATCH, means.batch)) if means.cached else (1,):
-            made = _prefix(costs, task, means, batch, weights)
-            if max(made.planned_bytes, made.profile_bytes) <= means.memory:
+        # A recomputed prefix is made one example at a time, so that its bits do not depend on the batch.
+        for batch in _halvings(min(PREFIX_BATCH, resources.batch)) if resources.cached else (1,):
+            made = _prefix(memory, requirements, resources, batch, weights)
+            if max(made.planned_bytes, made.profile_bytes) <= resources.memory:
                 yield made
 
 
 def footprint(
-    costs: MemoryProfile,
-    task: TurnRequirements,
+    memory: MemoryProfile,
+    requirements: TurnRequirements,
     window: Window,
     micro_batch: int,
     tokens: int,
     weights: WeightPlacement,
     activations_offloaded: bool,
 ) -> Footprint:
-    """The bytes of a training step of ``micro_batch`` examples of ``tokens`` tokens, at its highest moment."""
+    """The bytes of a training step at its peak, with ``micro_batch`` examples of ``tokens`` tokens."""
     peak, saved = _highest(
-        costs, costs.activations_offloaded if activations_offloaded else costs.kept, task, window, micro_batch, tokens
+        memory,
+        memory.activations_offloaded if activations_offloaded else memory.kept,
+        requirements,
+        window,
+        micro_batch,
+        tokens,
     )
-    above = costs.layers - 1 - window.top
-    trained = (len(window) + (above if task.trains_above else 0)) * costs.adapter
-    trained_head = 0 if costs.streamed_head else costs.head
+    above = memory.layers - 1 - window.top
+    trained = (len(window) + (above if requirements.trains_above else 0)) * memory.adapter
+    trained_head = 0 if memory.streamed_head else memory.head
     resident = len(window) - 1
-    streams = costs.streamed_head or (weights == "streamed" and resident > 0)
-    rows = 0 if activations_offloaded else min(peak, micro_batch * tokens * costs.hidden * costs.itemsize)
-    saved = max(saved - rows, 0)  # the first adapter saves its input, if it has done so already
+    streams = memory.streamed_head or (weights == "streamed" and resident > 0)
+    rows = 0 if activations_offloaded else min(peak, micro_batch * tokens * memory.hidden * memory.itemsize)
+    saved = max(saved - rows, 0)  # `rows` are the first adapter's saved input: count them once
     return Footprint(
-        layer_weights=resident * (costs.layer if weights == "resident" else costs.unstreamed),
-        buffers=costs.slices if streams else 0,
-        adapters=(costs.layers - task.start) * costs.adapter + trained,  # the stack that came, and copies to train
-        head=costs.head + trained_head,
+        layer_weights=resident * (memory.layer if weights == "resident" else memory.unstreamed),
+        buffers=memory.slices if streams else 0,
+        adapters=(memory.layers - requirements.start) * memory.adapter
+        + trained,  # the stack received, and copies of what is trained
+        head=memory.head + trained_head,
         gradients=trained + trained_head,
         optimizer=_ADAM_STATES * (trained + trained_head),
         cache_pages=rows,
         saved_activations=saved,
-        transients=peak - rows - saved + costs.call.at(micro_batch, tokens) + _read_bytes(costs, micro_batch),
-        runtime=costs.skeleton + RUNTIME,
+        transients=peak - rows - saved + memory.call.at(micro_batch, tokens) + _pooled_bytes(memory, micro_batch),
+        runtime=memory.skeleton + RUNTIME,
     )
 
 
 def _highest(
-    costs: MemoryProfile, demands: StepMemory, task: TurnRequirements, window: Window, batch: int, tokens: int
+    memory: MemoryProfile, step: StepMemory, requirements: TurnRequirements, window: Window, batch: int, tokens: int
 ) -> tuple[int, int]:
-    """The most bytes of activations that are alive at once, and how many of them were saved for the way back."""
-    sequence = _sequence(costs, demands, task, window)
-    # The window's output waits for the global branch, and on the way back its gradient for the local one.
+    """The peak in bytes of a step's activations, and how many of these bytes were saved for the backward pass."""
+    sequence = _sequence(memory, step, requirements, window)
+    # The window's output is kept for the global branch. In the backward pass its gradient is kept until the local branch is
+    # done.
     branch = 2 * len(window) - 1
-    waiting = batch * tokens * costs.hidden * costs.itemsize if len(sequence) > branch + 1 else 0
+    waiting = batch * tokens * memory.hidden * memory.itemsize if len(sequence) > branch + 1 else 0
     moments = {id(part): _Moments.of(part, batch, tokens) for part in sequence}
     peak, at_peak, saved = 0, 0, 0
     for place, part in enumerate(sequence):
@@ -245,24 +269,26 @@ def _highest(
     return peak, at_peak
 
 
-def _sequence(costs: MemoryProfile, demands: StepMemory, task: TurnRequirements, window: Window) -> list[PartMemory]:
-    """The parts of a step in the order of its forward pass: the window, the head, and with stand-ins the head again."""
-    inside = [demands.adapter, *(len(window) - 1) * (demands.layer, demands.adapter), demands.head]
-    above = costs.layers - 1 - window.top
-    if not (above and task.looks_ahead):
+def _sequence(
+    memory: MemoryProfile, step: StepMemory, requirements: TurnRequirements, window: Window
+) -> list[PartMemory]:
+    """The parts of a step in forward order: the window, the head and, for a global branch, the emulators and the head again."""
+    inside = [step.adapter, *(len(window) - 1) * (step.layer, step.adapter), step.head]
+    above = memory.layers - 1 - window.top
+    if not (above and requirements.global_branch):
         return inside
-    return [*inside, *above * (demands.adapter if task.trains_above else demands.stand_in,), demands.head]
+    return [*inside, *above * (step.adapter if requirements.trains_above else step.emulator,), step.head]
 
 
 def _saved(
-    costs: MemoryProfile, demands: StepMemory, task: TurnRequirements, window: Window, batch: int, tokens: int
+    memory: MemoryProfile, step: StepMemory, requirements: TurnRequirements, window: Window, batch: int, tokens: int
 ) -> int:
-    return sum(part.saved.at(batch, tokens) for part in _sequence(costs, demands, task, window))
+    return sum(part.saved.at(batch, tokens) for part in _sequence(memory, step, requirements, window))
 
 
 @dataclass(frozen=True)
 class _Moments:
-    """A part's bytes for one shape."""
+    """A part's bytes for one shape of the batch."""
 
     forward: int
     saved: int
@@ -274,83 +300,92 @@ class _Moments:
 
 
 def _plan(
-    costs: MemoryProfile,
-    task: TurnRequirements,
+    memory: MemoryProfile,
+    requirements: TurnRequirements,
     window: Window,
     micro_batch: int,
     weights: WeightPlacement,
     activations_offloaded: bool,
     prefix: Prefix,
-    means: ClientResources,
+    resources: ClientResources,
 ) -> TurnPlan:
-    parts = footprint(costs, task, window, micro_batch, means.longest, weights, activations_offloaded)
-    spill = _saved(costs, costs.kept, task, window, micro_batch, means.longest) if activations_offloaded else 0
+    parts = footprint(memory, requirements, window, micro_batch, resources.longest, weights, activations_offloaded)
+    offload = 0
+    if activations_offloaded:
+        offload = _saved(memory, memory.kept, requirements, window, micro_batch, resources.longest)
     if prefix.weights == "streamed":
-        parts = replace(parts, buffers=costs.slices)  # those of the prefix stay for the steps
+        parts = replace(parts, buffers=memory.slices)  # the prefix's buffers stay allocated during the steps
     if not prefix.cached:
-        # The prefix of a micro-batch is made between two steps: what the step itself holds is not there then.
-        others = micro_batch * means.longest * costs.hidden * costs.itemsize
-        beside = prefix.planned_bytes - held_bytes(costs, task) + others
+        # A recomputed prefix is made between two steps, when the activations of the step itself are not alive.
+        others = micro_batch * resources.longest * memory.hidden * memory.itemsize
+        beside = prefix.planned_bytes - held_bytes(memory, requirements) + others
         step = parts.cache_pages + parts.saved_activations + parts.transients
         parts = replace(parts, transients=parts.transients + max(beside - step, 0))
-    if means.one_step:
+    if resources.one_step:
         activations = parts.cache_pages + parts.saved_activations + parts.transients
         parts = replace(parts, optimizer=max(parts.optimizer - activations, 0))
-    if task.fits_head:
-        fit = _fitting(costs, task, parts, micro_batch, prefix, means)
+    if requirements.fits_head:
+        fit = _fitting(memory, requirements, parts, micro_batch, prefix, resources)
         parts = replace(parts, transients=parts.transients + max(fit - parts.total, 0))
-    return TurnPlan(window, micro_batch, weights, activations_offloaded, prefix, parts, spill)
+    return TurnPlan(window, micro_batch, weights, activations_offloaded, prefix, parts, offload)
 
 
 def _fitting(
-    costs: MemoryProfile,
-    task: TurnRequirements,
+    memory: MemoryProfile,
+    requirements: TurnRequirements,
     parts: Footprint,
     micro_batch: int,
     prefix: Prefix,
-    means: ClientResources,
+    resources: ClientResources,
 ) -> int:
-    """The most that a turn of fitting the head holds: the window without gradients, and sums as large as F² and the head."""
-    rows = micro_batch * means.longest * costs.hidden
-    running = running_bytes(costs, micro_batch, means.longest)
-    running += costs.call.at(micro_batch, means.longest)
+    """The peak in bytes of fitting the head: the window without gradients, the sums (F² numbers) and the head."""
+    rows = micro_batch * resources.longest * memory.hidden
+    running = running_bytes(memory, micro_batch, resources.longest)
+    running += memory.call.at(micro_batch, resources.longest)
     if not prefix.cached:
-        running = max(running, prefix.planned_bytes - held_bytes(costs, task) + rows * costs.itemsize)
-    pooling = rows * (costs.itemsize + _POOLING_STATES * _FLOAT32)
-    features = min(costs.head_layers, costs.layers) * costs.hidden
-    sums = features**2 * _FLOAT32 + costs.head
-    sent = sums // 2 + features * _FLOAT32  # half of the products, when the last batch is gone
-    return held_bytes(costs, task) + parts.layer_weights + parts.buffers + max(running, pooling, sent) + sums
+        running = max(running, prefix.planned_bytes - held_bytes(memory, requirements) + rows * memory.itemsize)
+    pooling = rows * (memory.itemsize + _POOLING_STATES * _FLOAT32)
+    features = min(memory.head_layers, memory.layers) * memory.hidden
+    sums = features**2 * _FLOAT32 + memory.head
+    sent = sums // 2 + features * _FLOAT32  # half of the products is sent, after the last batch is freed
+    return held_bytes(memory, requirements) + parts.layer_weights + parts.buffers + max(running, pooling, sent) + sums
 
 
 def _prefix(
-    costs: MemoryProfile, task: TurnRequirements, means: ClientResources, batch: int, weights: WeightPlacement
+    memory: MemoryProfile,
+    requirements: TurnRequirements,
+    resources: ClientResources,
+    batch: int,
+    weights: WeightPlacement,
 ) -> Prefix:
-    states = batch * means.longest * costs.hidden
-    # Layer by layer, with the next one loaded ahead; the embeddings are made when there is a layer already.
-    loaded = 2 * costs.layer + costs.conversion if weights == "resident" else costs.unstreamed + costs.slices
-    running, embedding = running_bytes(costs, batch, means.longest), embedding_bytes(costs, batch, means.longest)
-    running += costs.call.at(batch, means.longest) + 2 * _read_bytes(costs, batch)
-    needed = loaded + max(running, embedding) + held_bytes(costs, task)
-    # A profile's means of the tokens are taken when no layer is there.
-    pooling = states * (costs.itemsize + _POOLING_STATES * _FLOAT64)
-    compared = task.profiles * (_COMPARED * costs.hidden + _GRAMS * task.profiles) * _FLOAT64
-    profile = max(needed, pooling + held_bytes(costs, task)) + compared if task.profiles else 0
-    return Prefix(batch, weights, means.cached, needed, profile)
+    states = batch * resources.longest * memory.hidden
+    # The prefix runs layer by layer, with the next layer loaded ahead. Embedding runs when the first layer is already loaded.
+    loaded = 2 * memory.layer + memory.conversion if weights == "resident" else memory.unstreamed + memory.slices
+    running, embedding = (
+        running_bytes(memory, batch, resources.longest),
+        embedding_bytes(memory, batch, resources.longest),
+    )
+    running += memory.call.at(batch, resources.longest) + 2 * _pooled_bytes(memory, batch)
+    needed = loaded + max(running, embedding) + held_bytes(memory, requirements)
+    # A profile's means over tokens are taken in float64, when no layer is loaded.
+    pooling = states * (memory.itemsize + _POOLING_STATES * _FLOAT64)
+    compared = requirements.profiles * (_COMPARED * memory.hidden + _GRAMS * requirements.profiles) * _FLOAT64
+    profile = max(needed, pooling + held_bytes(memory, requirements)) + compared if requirements.profiles else 0
+    return Prefix(batch, weights, resources.cached, needed, profile)
 
 
-def _read_bytes(costs: MemoryProfile, batch: int) -> int:
-    """What comes with the hidden states of a batch of the layers below."""
-    return batch * (costs.head_layers - 1) * costs.hidden * _FLOAT32
+def _pooled_bytes(memory: MemoryProfile, batch: int) -> int:
+    """The bytes of the pooled features that accompany the hidden states of a batch."""
+    return batch * (memory.head_layers - 1) * memory.hidden * _FLOAT32
 
 
-def _has_room(made: TurnPlan, means: ClientResources) -> bool:
-    return means.spill is None or made.spill_bytes <= means.spill
+def _has_room(made: TurnPlan, resources: ClientResources) -> bool:
+    return resources.offload_disk is None or made.offload_bytes <= resources.offload_disk
 
 
-def held_bytes(costs: MemoryProfile, task: TurnRequirements) -> int:
-    """What is there in any case: the stack that came, and the process's own."""
-    return (costs.layers - task.start) * costs.adapter + costs.head + costs.skeleton + RUNTIME
+def held_bytes(memory: MemoryProfile, requirements: TurnRequirements) -> int:
+    """The bytes that a turn always holds: the stack that it received, and the process's own."""
+    return (memory.layers - requirements.start) * memory.adapter + memory.head + memory.skeleton + RUNTIME
 
 
 def _halvings(count: int) -> Iterator[int]:

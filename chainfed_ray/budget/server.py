@@ -1,30 +1,34 @@
-"""What the server's evaluation needs, by arithmetic: whole layers where they are small, or else matrices that are streamed."""
+"""Plans the memory of the server's evaluation: small layers are loaded whole, and the matrices of large ones are streamed."""
 
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.planner import PREFIX_BATCH, RUNTIME, WeightPlacement, embedding_bytes, running_bytes
 
-SERVER_LAYERS = 256 * 2**20  # bytes of whole layers at once, at most: larger ones are streamed
+SERVER_LAYERS = 256 * 2**20  # bytes; layers are streamed if more would have to be resident at once
 
 
 def evaluation_weights(layer: int, conversion: int, window: int) -> tuple[WeightPlacement, WeightPlacement]:
-    """How the server runs the layers below a window of so many, and those of the window, when a layer has ``layer`` bytes."""
+    """How the server places the weights of the layers below a window of ``window`` layers, and of the window's own layers.
+
+    ``layer`` and ``conversion`` are bytes, as in ``MemoryProfile``.
+    """
     below, inside = 2 * layer + conversion, (window - 1) * layer + conversion
     return ("resident" if below <= SERVER_LAYERS else "streamed", "resident" if inside <= SERVER_LAYERS else "streamed")
 
 
-def evaluation_bytes(costs: MemoryProfile, adapters: int, window: int, tokens: int) -> int:
-    """What the server holds at most as it judges the chain at the top of ``window`` layers, examples of ``tokens`` tokens.
+def evaluation_bytes(memory: MemoryProfile, adapters: int, window: int, tokens: int) -> int:
+    """The peak in bytes of evaluating the early exit at the top of ``window`` layers, with examples of ``tokens`` tokens.
 
-    First the layers below the window's top, two at a time or their matrices by slices, with a batch on its way; then those of
-    the window all at once, or by slices again, with a batch, or with the head and its batch.
+    ``adapters`` is the number of adapters in the stack. The layers below the window's top run first, two resident at a time or
+    streamed, each with a batch. Then the window's layers are resident all at once or streamed, with a batch, or with the head
+    and its batch.
     """
     batch = PREFIX_BATCH
-    prefix, weights = evaluation_weights(costs.layer, costs.conversion, window)
-    buffers = costs.slices if "streamed" in (prefix, weights) or costs.streamed_head else 0
-    running = max(running_bytes(costs, batch, tokens), embedding_bytes(costs, batch, tokens))
-    below = 2 * costs.layer + costs.conversion if prefix == "resident" else costs.unstreamed + costs.slices
-    inside = (window - 1) * (costs.layer if weights == "resident" else costs.unstreamed) + buffers
-    # A tensor that is converted is there while layers are loaded, before the first batch.
-    working = max(running, costs.kept.head.forward_at(batch, tokens), costs.conversion)
-    held = adapters * costs.adapter + costs.head + costs.skeleton + RUNTIME
-    return held + costs.call.at(batch, tokens) + max(below + running, inside + working)
+    prefix, weights = evaluation_weights(memory.layer, memory.conversion, window)
+    buffers = memory.slices if "streamed" in (prefix, weights) or memory.streamed_head else 0
+    running = max(running_bytes(memory, batch, tokens), embedding_bytes(memory, batch, tokens))
+    below = 2 * memory.layer + memory.conversion if prefix == "resident" else memory.unstreamed + memory.slices
+    inside = (window - 1) * (memory.layer if weights == "resident" else memory.unstreamed) + buffers
+    # The tensor being converted is alive while layers are loaded, before the first batch.
+    working = max(running, memory.kept.head.forward_at(batch, tokens), memory.conversion)
+    held = adapters * memory.adapter + memory.head + memory.skeleton + RUNTIME
+    return held + memory.call.at(batch, tokens) + max(below + running, inside + working)

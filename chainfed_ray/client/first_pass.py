@@ -24,7 +24,7 @@ class FirstPass:
         self._cache, self._kept = cache, frozenset[int]()
         self._no_adapters = AdapterStack.new((), cache.width, bottleneck=1, classes=1, seed=0, head_layers=head_layers)
         self.features: PooledFeatures = cache.features
-        self.features.forget_other_ways()
+        self.features.forget_other_variants()
 
     def keep(self, *layers: int) -> None:
         """Keep the activations of ``layers`` only. Those of other layers are deleted once the next layer has run."""

@@ -1,1 +1,1 @@
-"""From rows to tokens: where rows come from, how they are split, tokenised and dealt."""
+"""From rows to tokens: where rows come from, and how they are split, tokenised and partitioned among clients."""

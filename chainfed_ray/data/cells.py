@@ -1,11 +1,11 @@
-"""Lists in the cells of a table: as such, as parquet gives them, or as JSON, in a file that has none, such as CSV."""
+"""Reads lists from the cells of a table: Python lists, arrays from parquet, or JSON in files such as CSV."""
 
 import json
 from typing import Any
 
 
 def as_list(cell: Any) -> list[Any] | None:
-    """The list in a cell; None if there is none."""
+    """The list in a cell, or None if the cell holds no list."""
     if isinstance(cell, str):
         try:
             cell = json.loads(cell)

@@ -1,7 +1,7 @@
-"""A chat as a model's template writes it, and where in it assistants speak.
+"""Renders a chat with a model's template, and finds the assistant's turns in the text.
 
-A template may write a message differently when others follow it: that of Qwen3 puts a block for thoughts before the last
-answer alone. So what counts is how a turn stands in the whole chat.
+A template may write a message differently when others follow it: Qwen3's puts a block of thoughts only before the last answer.
+So each turn is located in the whole chat, not rendered by itself.
 """
 
 from itertools import takewhile
@@ -11,32 +11,35 @@ from transformers import PreTrainedTokenizerBase
 from chainfed_ray.data.chats import Chat
 from chainfed_ray.errors import InvalidJob
 
-_PRIVATE_USE = range(0xE000, 0xF900)  # characters that stand for nothing
+_PRIVATE_USE = range(0xE000, 0xF900)  # Unicode's private use area: characters without a meaning
 
 
-def written(tokenizer: PreTrainedTokenizerBase, chat: Chat, opened: bool, field: str) -> str:
-    """The chat by the tokenizer's template, which there has to be; ``opened`` for the assistant's turn.
+def apply_template(tokenizer: PreTrainedTokenizerBase, chat: Chat, add_generation_prompt: bool, field: str) -> str:
+    """The text of ``chat`` by the tokenizer's template, which must exist.
+
+    ``add_generation_prompt`` opens an assistant's turn at the end. ``field`` names the chat in errors.
 
     Raises:
-        InvalidJob: the template does not accept the chat, which ``field`` names.
+        InvalidJob: the template does not accept the chat.
     """
     messages = [{"role": role, "content": content} for role, content in chat]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened))
-    except Exception as error:  # a template raises what it likes, such as for roles that do not take turns
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except Exception as error:  # templates raise any error, for example for two user turns in a row
         newest = messages[-1] if messages else None
         raise InvalidJob.at(field, newest, f"a chat that the model's template accepts ({error})") from None
 
 
-def spoken(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) -> tuple[str, list[tuple[int, int]]]:
-    """The whole chat, and where an assistant's turns begin and end in it, in characters; a turn without words is left out.
+def assistant_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text of the whole chat, and the span of each assistant's turn in it: (begin, end) in characters.
 
-    A turn begins where the template opens it for the assistant, and ends with what the template closes it with.
+    A span begins where the template opens the turn for the assistant, and includes what the template closes the turn with.
+    Turns without words have no span.
 
     Raises:
         InvalidJob: the template does not accept the chat, which ``field`` names, or does not write each turn at one place.
     """
-    whole = written(tokenizer, chat, opened=False, field=field)
+    whole = apply_template(tokenizer, chat, add_generation_prompt=False, field=field)
     mark = next(character for character in map(chr, _PRIVATE_USE) if character not in whole)
     turns = []
     for place, (role, content) in enumerate(chat):
@@ -44,7 +47,7 @@ def spoken(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) -> tuple[
             turn = _turn(tokenizer, chat, place, whole, mark)
             if turn is None:
                 expected = (
-                    "chats in which the template writes each turn at one place; where it writes this one is not clear"
+                    "chats in which the template writes each turn at one place; the place of this one is not clear"
                 )
                 raise InvalidJob.at(field, f"{role}: {content[:40]}", expected)
             turns.append(turn)
@@ -52,33 +55,38 @@ def spoken(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) -> tuple[
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, chat: Chat, place: int, whole: str, mark: str) -> tuple[int, int] | None:
-    """Where the turn at ``place`` stands in the ``whole`` chat: between what stays when it says nothing but ``mark``."""
-    begun: Chat = (*chat[:place], ("assistant", mark))
-    before, after = _around(tokenizer, (*begun, *chat[place + 1 :]), mark)
-    _, closing = _around(tokenizer, begun, mark)
+    """The span of the turn at ``place`` in the ``whole`` chat, or None if it is not clear.
+
+    The turn's content is replaced by ``mark``, a character that the chat does not contain. What the template then writes before
+    and after the mark is the text around the turn.
+    """
+    up_to_turn: Chat = (*chat[:place], ("assistant", mark))
+    before, after = _around(tokenizer, (*up_to_turn, *chat[place + 1 :]), mark)
+    _, closing = _around(tokenizer, up_to_turn, mark)
     if after is None or not whole.endswith(after):
         return None
-    opened = _accepted(tokenizer, chat[:place], opened=True)
+    opened = _accepted(tokenizer, chat[:place], add_generation_prompt=True)
     begin = next((len(text) for text in (opened, before) if text is not None and whole.startswith(text)), None)
     if begin is None:
         return None
-    # As the last one a turn may be closed by more, such as the end of the whole text.
+    # A turn that is the chat's last may be closed by more text, such as an end-of-text token. Only the common beginning belongs
+    # to the turn.
     shared = takewhile(lambda pair: pair[0] == pair[1], zip(closing or "", after, strict=False))
     return begin, len(whole) - len(after) + len(list(shared))
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, chat: Chat, mark: str) -> tuple[str, str] | tuple[None, None]:
-    """What the template writes before and after the ``mark`` in a chat; nothing, unless it writes it once."""
-    text = _accepted(tokenizer, chat, opened=False)
+    """What the template writes before and after ``mark`` in a chat; (None, None) unless it writes the mark exactly once."""
+    text = _accepted(tokenizer, chat, add_generation_prompt=False)
     if text is None or text.count(mark) != 1:
         return None, None
     before, _, after = text.partition(mark)
     return before, after
 
 
-def _accepted(tokenizer: PreTrainedTokenizerBase, chat: Chat, opened: bool) -> str | None:
-    """A part of a chat by the template, which need not accept a part."""
+def _accepted(tokenizer: PreTrainedTokenizerBase, chat: Chat, add_generation_prompt: bool) -> str | None:
+    """The text of a part of a chat, or None: a template need not accept a part."""
     try:
-        return written(tokenizer, chat, opened, field="")
+        return apply_template(tokenizer, chat, add_generation_prompt, field="")
     except InvalidJob:
         return None

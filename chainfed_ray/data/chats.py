@@ -1,4 +1,4 @@
-"""Chats as they are given: a row is a list of messages, each with a role and a content."""
+"""Reads chats from rows: a list of messages, each with a role and a content."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ from chainfed_ray.data.cells import as_list
 from chainfed_ray.errors import InvalidJob
 
 Message = tuple[str, str]
-"""A role and a content."""
+"""(role, content)"""
 
 Chat = tuple[Message, ...]
 
 
 def chat(cell: Any, column: str, where: str) -> Chat:
-    """The chat in a cell of ``column``, up to what an assistant says last: after that there is nothing to learn.
+    """The chat in a cell of ``column``, up to the last message of an assistant: the messages after it are not answered.
 
-    It is empty if no assistant speaks, or if a message has no content, as a call of a tool has none: without that, what
-    follows is no answer to what is left.
+    The chat is empty if no assistant speaks. It is also empty if a message has no content (a tool call has none): without that
+    message, the messages after it would answer something that is not there. ``where`` names the row in errors.
 
     Raises:
-        InvalidJob: the cell holds no chat.
+        InvalidJob: the cell holds no list of messages.
     """
     given = as_list(cell)
     if given is None or not all(map(_is_message, given)):

@@ -1,8 +1,8 @@
-"""Multiple choice, in the form of MMLU: which of its answers does a model hold for the likeliest after a question?
+"""Multiple-choice tests in the form of MMLU: how often does a model find the right answer the most likely?
 
-A row has a ``prompt`` (or, where no column is called so, a ``question``), a list of ``choices`` (in a file without lists, such
-as CSV, as JSON) and the ``answer``: the choice itself, its place, counted from 0, or its letter, counted from A. A model's
-choice is the one of which all tokens together are the likeliest.
+A row has a ``prompt`` (or a ``question``, if no column is called prompt), a list of ``choices`` (as JSON in files such as CSV)
+and the ``answer``: the choice itself, its index from 0, or its letter from A. The model's choice is the one whose tokens have
+the highest joint probability after the prompt.
 """
 
 from dataclasses import dataclass
@@ -25,28 +25,33 @@ _KEY = "evaluation.choices"
 
 @dataclass(frozen=True)
 class Choices:
-    """An example for each choice of each question; ``begins`` [q + 1] are the places where a question's examples begin."""
+    """The examples of a multiple-choice test: one for each choice of each question.
+
+    Question i has the examples ``begins[i]`` … ``begins[i + 1] - 1``; ``begins`` is [q + 1].
+    """
 
     examples: Examples
     begins: tuple[int, ...]
-    answers: tuple[int, ...]  # [q], places within a question's choices
+    answers: tuple[int, ...]  # [q], indices within a question's choices
 
     def accuracy(self, losses: Tensor) -> float:
-        """The share of questions whose answer has the least of ``losses``, the negative log-likelihoods [n] of all choices."""
+        """The share of questions whose answer has the lowest loss. ``losses`` [n] are the negative log-likelihoods of all
+        choices.
+        """
         questions = zip(self.begins[:-1], self.begins[1:], self.answers, strict=True)
         right = [int(losses[first:end].argmin()) == answer for first, end, answer in questions]
         return sum(right) / len(right)
 
 
 def read_choices(source: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Choices:
-    """The test at ``source``: `path:…` or `hf:…`, of which the test split is read.
+    """Read the test at ``source``, a `path:…` or `hf:…`; from the hub it reads the test split.
 
     Raises:
-        InvalidJob: it cannot be read, or a row is no question with an answer.
+        InvalidJob: the source cannot be read, or a row is not a question with choices and an answer.
     """
     table = read_table(_KEY, source, "test")
-    asked = "prompt" if "prompt" in table.columns else "question"
-    columns = (asked, "choices", "answer")
+    prompt_column = "prompt" if "prompt" in table.columns else "question"
+    columns = (prompt_column, "choices", "answer")
     if not set(columns) <= set(table.columns):
         expected = "a table with the columns prompt (or question), choices and answer; it has "
         raise InvalidJob.at(_KEY, source, expected + ", ".join(map(str, table.columns)))
@@ -54,17 +59,19 @@ def read_choices(source: str, tokenizer: PreTrainedTokenizerBase, max_length: in
     begins, answers = [0], list[int]()
     for number, (prompt, given, answer) in enumerate(zip(*(table[name] for name in columns), strict=True), start=1):
         if not isinstance(prompt, str) or not prompt:
-            raise _wrong(source, number, asked, prompt, "a text")
+            raise _wrong(source, number, prompt_column, prompt, "a text")
         choices = _choices(given)
         if not choices:
             raise _wrong(source, number, "choices", given, "a list of two texts or more")
-        place = _place(answer, choices)
+        place = _answer_index(answer, choices)
         if place is None:
             expected = f"one of the {len(choices)} choices, its place from 0, or its letter from A,"
             raise _wrong(source, number, "answer", answer, expected)
         examples = choice_examples(tokenizer, prompt, choices, max_length)
         if examples is None:
-            raise _wrong(source, number, asked, prompt, "a text with a token that none of its choices is joined to")
+            raise _wrong(
+                source, number, prompt_column, prompt, "a text with a token of its own, not merged with a choice's"
+            )
         rows += examples
         begins.append(len(rows))
         answers.append(place)
@@ -79,13 +86,13 @@ def _wrong(source: str, number: int, column: str, value: Any, expected: str) -> 
 
 
 def _choices(cell: Any) -> list[str]:
-    """The choices in a cell; none if they are not two or more texts."""
+    """The choices in a cell, or an empty list unless the cell holds two or more texts."""
     given = as_list(cell) or []
     return given if len(given) > 1 and all(isinstance(item, str) and item for item in given) else []
 
 
-def _place(answer: Any, choices: list[str]) -> int | None:
-    """Where the answer is among the choices."""
+def _answer_index(answer: Any, choices: list[str]) -> int | None:
+    """The index of the answer among the choices, or None if it is not one of them."""
     if isinstance(answer, str):
         if answer in choices:
             return choices.index(answer)
@@ -94,7 +101,7 @@ def _place(answer: Any, choices: list[str]) -> int | None:
         else:
             answer = ascii_uppercase.index(answer) if len(answer) == 1 and answer in ascii_uppercase else -1
     if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)  # a column of a table in which some cells are empty has no whole numbers
+        answer = int(answer)  # pandas turns a column of integers with empty cells into floats
     if isinstance(answer, bool) or not isinstance(answer, Integral):
         return None
     place = int(answer)

@@ -1,8 +1,7 @@
-"""``builtin:docstrings``: a real text classification set, made on the spot. Which library is this sentence from?
+"""The data set ``builtin:docstrings``: sentences from the docstrings of installed libraries, classified by library.
 
-The sentences open the docstrings of libraries that are installed anyway, or with the extras. Their source is parsed, never
-imported. Names that would give the answer away are masked. The same versions of the libraries give the same rows, in the same
-order.
+The text is the first sentence of a docstring, the class is its library. Source files are parsed, never imported, and names that
+would give the answer away are masked. The same versions of the libraries give the same rows in the same order.
 """
 
 import ast
@@ -17,11 +16,11 @@ from pathlib import Path
 from chainfed_ray.errors import InvalidJob, how_to_get
 
 ROWS_PER_CLASS = 400
-# Enough sentences are gathered for those to be replaced that turn out to be another library's, too.
+# More than ROWS_PER_CLASS, because sentences that occur in two libraries are dropped later.
 _GATHERED = 520
 _WORDS = range(5, 31)
 
-# Each library with the names by which a sentence would give it away.
+# Each library, with the names in a sentence that would give it away.
 _LIBRARIES = {
     "networkx": ("networkx", "nx"),
     "numpy": ("numpy", "np", "ndarray"),
@@ -37,7 +36,7 @@ _MASK = "library"
 
 @cache
 def rows() -> tuple[tuple[str, str], ...]:
-    """(sentence, library) pairs: 400 for each of eight libraries, in an order of no meaning.
+    """(sentence, library) pairs: 400 for each of eight libraries, in the order of a hash.
 
     Raises:
         InvalidJob: a library is not installed, or has too few docstrings.
@@ -57,7 +56,7 @@ def rows() -> tuple[tuple[str, str], ...]:
 
 
 def _gather(library: str, names: tuple[str, ...]) -> dict[str, str]:
-    """Distinct sentences by their folded form."""
+    """The library's distinct sentences, by their case-folded form."""
     given_away = re.compile(r"\b(?:" + "|".join(map(re.escape, names)) + r")\w*\b", re.IGNORECASE)
     found: dict[str, str] = {}
     for path in sources(library):
@@ -71,10 +70,10 @@ def _gather(library: str, names: tuple[str, ...]) -> dict[str, str]:
 
 
 def sources(library: str) -> list[Path]:
-    """The library's files in an order of no meaning, so that a few of them are a fair sample.
+    """The library's Python files in the order of a hash, so that the first few are a fair sample.
 
     Raises:
-        InvalidJob: it is not installed.
+        InvalidJob: the library is not installed.
     """
     spec = find_spec(library)
     if spec is None or not spec.submodule_search_locations:
@@ -87,7 +86,7 @@ def sources(library: str) -> list[Path]:
 
 
 def docstrings(path: Path) -> Iterator[str]:
-    """Those of the functions and classes in a file."""
+    """The docstrings of the functions and classes in a file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # odd escapes in other people's strings
         tree = ast.parse(path.read_bytes())

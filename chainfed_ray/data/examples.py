@@ -1,4 +1,4 @@
-"""A job's rows as tokens, each split by its task: classes, or what a language model is to predict."""
+"""Reads a job's rows and tokenises them, with labels for a classifier or targets for a language model."""
 
 import sys
 from collections.abc import Sequence
@@ -21,40 +21,44 @@ _FEWEST = 10
 
 @dataclass(frozen=True)
 class JobExamples:
-    """The rows of a job, and their tokens. Of ``train`` an example is a row, until it is a client's: see ``of_client``."""
+    """The rows of a job and their tokens.
+
+    In ``train`` each row is one example. Running text is packed into examples later, separately for each client: see
+    ``of_client``.
+    """
 
     corpus: Corpus
     train: Examples
     validation: Examples
     test: Examples
     choices: Choices | None
-    packs: int | None  # tokens to which running text is cut; None where rows stay what they are
+    pack_length: int | None  # the tokens of an example of running text; None if each row is an example
 
     def of_client(self, rows: np.ndarray) -> Examples:
-        """The examples of a client that was dealt ``rows`` of the training rows.
+        """The examples of a client that has ``rows`` of the training rows.
 
         Raises:
-            InvalidJob: all that it was dealt is a single token.
+            InvalidJob: the client's rows have a single token in all.
         """
         examples = self.train.take(rows)
-        if self.packs is None:
+        if self.pack_length is None:
             return examples
         if len(examples.ids) < 2:
-            expected = "more text, or fewer clients: one of them was dealt a single token"
+            expected = "more text, or fewer clients: one of them gets a single token"
             raise InvalidJob.at("data.train", self.corpus.train.texts[rows[0]], expected)
-        return packed(examples, self.packs)
+        return packed(examples, self.pack_length)
 
     @property
     def held_out(self) -> tuple[Examples, ...]:
-        """What the server judges stacks on."""
+        """The held-out examples that the server evaluates stacks on."""
         return (self.validation, self.test, *([self.choices.examples] if self.choices else []))
 
 
 def examples_of(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Listener = no_listener) -> JobExamples:
-    """Read a job's rows and make tokens of them.
+    """Read a job's rows and tokenise them.
 
     Raises:
-        InvalidJob: they cannot be read, or there is too little to learn from.
+        InvalidJob: the rows cannot be read, or they have too little to learn from.
     """
     Reporter("reading the data", listen).begin()
     if spec.model.task == "causal-lm":
@@ -71,7 +75,7 @@ def examples_of(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Liste
         )
         for name, split in corpus.splits
     )
-    return JobExamples(corpus, train, validation, test, choices=None, packs=None)
+    return JobExamples(corpus, train, validation, test, choices=None, pack_length=None)
 
 
 def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Listener) -> JobExamples:
@@ -83,7 +87,7 @@ def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: List
         examples = tokenize_texts(tokenizer, split.texts, length, _tokenizing(name, listen))
         if running and name != "train":
             examples = packed(examples, length)
-        # Running text is joined: there every token counts.
+        # Running text is joined before it is cut, so in training rows every token counts.
         kept = np.flatnonzero(examples.lengths) if running and name == "train" else learnable(examples)
         if len(kept) < _fewest(name):
             raise _too_little(spec, tokenizer, name, split, len(kept))
@@ -96,7 +100,7 @@ def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: List
         train = replace(train, labels=np.array([number[label] for label in corpus.train.labels]))
     source = spec.evaluation.choices
     choices = read_choices(source, tokenizer, length) if source is not None else None
-    return JobExamples(corpus, train, validation, test, choices, packs=length if running else None)
+    return JobExamples(corpus, train, validation, test, choices, pack_length=length if running else None)
 
 
 def _tokenizing(name: str, listen: Listener) -> Reporter:
@@ -108,12 +112,15 @@ def _is_running(spec: JobSpec) -> bool:
 
 
 def _check_tokenizer(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Chats need a template, and what is learnt of a row in part needs to know which characters a token stands for."""
+    """Check that the tokenizer has what the job needs.
+
+    Chats need a template. Rows that are learnt in part need a fast tokenizer, which says where in a text each token is.
+    """
     if spec.data.messages is not None and not tokenizer.chat_template:
         expected = "a model whose tokenizer has a chat template, for the chats of data.messages; this one has none"
         raise InvalidJob.at("model.base", spec.model.base, expected)
     if not tokenizer.is_fast and not (_is_running(spec) and spec.evaluation.choices is None):
-        expected = "a model with a fast tokenizer, which tells where in a text its tokens are; this one does not"
+        expected = "a model with a fast tokenizer, which says where in a text its tokens are; this one does not"
         raise InvalidJob.at("model.base", spec.model.base, expected)
 
 
@@ -122,12 +129,15 @@ def _fewest(name: str) -> int:
 
 
 def _too_little(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, name: str, split: Split, kept: int) -> InvalidJob:
-    """Why of a split only ``kept`` rows have something to learn: they are cut too short, or there are no more."""
+    """The error for a split in which only ``kept`` rows have something to learn.
+
+    Either ``max_length`` cuts off what the other rows have, or there are too few such rows.
+    """
     data, whole = spec.data, kept
     if not _is_running(spec):
         whole = len(learnable(tokenize_texts(tokenizer, split.texts, max_length=sys.maxsize)))
     if whole >= _fewest(name):
-        expected = f"more: of {whole} {name} rows that have something to learn, {kept} have some within so many tokens"
+        expected = f"more tokens: of {whole} {name} rows with something to learn, {kept} keep some of it"
         return InvalidJob.at("data.max_length", data.max_length, expected)
     own = {"train": data.train, "validation": data.validation, "test": data.test}[name]
     key, source = ("data.train", data.train) if own is None else (f"data.{name}", own)

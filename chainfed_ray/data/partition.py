@@ -1,6 +1,6 @@
-"""How examples are dealt to simulated clients. Every row goes to exactly one client, and every client gets some.
+"""Partitions examples among simulated clients. Every row goes to exactly one client, and every client gets at least one.
 
-Nothing is drawn again until it fits, so every scheme ends, whatever its parameters (docs/heterogeneity.md).
+No scheme repeats a draw until it fits, so each one ends, whatever its parameters (docs/heterogeneity.md).
 """
 
 from collections import defaultdict
@@ -50,13 +50,15 @@ def partition_by(
 def partition_examples(
     spec: PartitionSpec, labels: np.ndarray, values: Sequence[str], clients: int, seed: int
 ) -> list[np.ndarray]:
-    """The row indices of each client; ``values`` are those of ``spec.column``, which no other scheme asks for.
+    """The row indices of each client, by the scheme of ``spec``.
+
+    ``labels`` [n] are the classes. ``values`` are the values of ``spec.column``; only the scheme ``column`` uses them.
 
     Raises:
-        InvalidJob: there are more clients than rows, or than values.
+        InvalidJob: there are more clients than rows, or than values of the column.
     """
     if spec.scheme == "column":
-        assert spec.column is not None, "a scheme without its column is refused by config"
+        assert spec.column is not None, "the parser refuses this scheme without a column"
         return by_column(values, clients, spec.column)
     if spec.scheme == "dirichlet":
         return dirichlet(labels, clients, spec.alpha, seed)
@@ -66,40 +68,41 @@ def partition_examples(
 
 
 def iid(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
-    """Even shares at random: the row indices of each client.
+    """Equal random parts: the row indices of each client.
 
     Raises:
         InvalidJob: there are more clients than rows.
     """
     _check(len(labels), clients)
     shuffled = np.random.default_rng(seed).permutation(len(labels))
-    return [np.sort(share) for share in np.array_split(shuffled, clients)]
+    return [np.sort(part) for part in np.array_split(shuffled, clients)]
 
 
 def dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -> list[np.ndarray]:
-    """Label skew: each class is split by a draw from Dirichlet(alpha) (Yurochkin et al., 2019).
+    """Label skew: the rows of each class are divided by a draw from Dirichlet(alpha) (Yurochkin et al., 2019).
 
-    A client that would get nothing is given a row of the largest share. Drawing again until each has enough may never end.
+    A client that gets nothing receives a row of the client with the most. Repeating the draw until every client has enough, as
+    others do, may never end.
 
     Raises:
         InvalidJob: there are more clients than rows.
     """
     _check(len(labels), clients)
     generator = np.random.default_rng(seed)
-    shares: list[list[int]] = [[] for _ in range(clients)]
+    parts: list[list[int]] = [[] for _ in range(clients)]
     for label in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == label))
         cuts = (np.cumsum(_proportions(generator, clients, alpha))[:-1] * len(rows)).round().astype(int)
-        for share, part in zip(shares, np.split(rows, cuts), strict=True):
-            share.extend(part.tolist())
-    _fill_the_empty(shares)
-    return [np.sort(np.array(share, dtype=np.int64)) for share in shares]
+        for part, drawn in zip(parts, np.split(rows, cuts), strict=True):
+            part.extend(drawn.tolist())
+    _fill_empty(parts)
+    return [np.sort(np.array(part, dtype=np.int64)) for part in parts]
 
 
 def quantity(labels: np.ndarray, clients: int, alpha: float, seed: int) -> list[np.ndarray]:
-    """Quantity skew: numbers of rows by one draw from Dirichlet(alpha), whatever their classes (Li et al., 2022).
+    """Quantity skew: the clients' row counts are drawn once from Dirichlet(alpha), regardless of classes (Li et al., 2022).
 
-    Each client has one row in advance, and its share of the others.
+    Each client gets one row first, and then its part of the rest.
 
     Raises:
         InvalidJob: there are more clients than rows.
@@ -109,14 +112,14 @@ def quantity(labels: np.ndarray, clients: int, alpha: float, seed: int) -> list[
     shuffled = generator.permutation(len(labels))
     others = len(labels) - clients
     cuts = (np.cumsum(_proportions(generator, clients, alpha))[:-1] * others).round().astype(int)
-    return [np.sort(share) for share in np.split(shuffled, cuts + np.arange(1, clients))]
+    return [np.sort(part) for part in np.split(shuffled, cuts + np.arange(1, clients))]
 
 
 def by_column(values: Sequence[str], clients: int, column: str) -> list[np.ndarray]:
-    """Rows with the same value of ``column`` stay together; no row is left to chance.
+    """Rows with the same value of ``column`` go to the same client; nothing is random.
 
-    Values are dealt whole, the largest first, each to the client with the fewest rows (Graham, 1969); of those that are
-    alike, to the first.
+    The values are assigned from the one with the most rows down, each to the client with the fewest rows so far (Graham, 1969).
+    Among equal clients the first one gets it.
 
     Raises:
         InvalidJob: there are more clients than values.
@@ -127,34 +130,34 @@ def by_column(values: Sequence[str], clients: int, column: str) -> list[np.ndarr
     if clients > len(rows):
         expected = f"a column with {clients} values or more, one for each client; its training rows have {len(rows)}"
         raise InvalidJob.at("fleet.partition.column", column, expected)
-    shares: list[list[int]] = [[] for _ in range(clients)]
+    parts: list[list[int]] = [[] for _ in range(clients)]
     loads = [(0, client) for client in range(clients)]
     for value in sorted(rows, key=lambda value: (-len(rows[value]), value)):
         load, client = loads[0]
-        shares[client] += rows[value]
+        parts[client] += rows[value]
         heapreplace(loads, (load + len(rows[value]), client))
-    return [np.sort(np.array(share, dtype=np.int64)) for share in shares]
+    return [np.sort(np.array(part, dtype=np.int64)) for part in parts]
 
 
-def _fill_the_empty(shares: list[list[int]]) -> None:
-    """Give each empty share the last row of the share that is largest then."""
-    largest = [(-len(share), client) for client, share in enumerate(shares) if share]
+def _fill_empty(parts: list[list[int]]) -> None:
+    """Move one row to each client without rows, from the client that has the most at that time."""
+    largest = [(-len(part), client) for client, part in enumerate(parts) if part]
     heapify(largest)
-    for share in shares:
-        if not share:
+    for part in parts:
+        if not part:
             size, client = largest[0]
-            share.append(shares[client].pop())
+            part.append(parts[client].pop())
             heapreplace(largest, (size + 1, client))
 
 
 def _proportions(generator: np.random.Generator, clients: int, alpha: float) -> np.ndarray:
-    """A draw from Dirichlet(alpha), or its limit where that is beyond what floating-point numbers hold."""
+    """A draw from Dirichlet(alpha), or its limit for an ``alpha`` that floating-point numbers cannot handle."""
     drawn = generator.dirichlet(np.full(clients, alpha))
     if np.isfinite(drawn).all() and np.isclose(drawn.sum(), 1):
         return drawn
-    if alpha > 1:  # the sum of gamma draws overflows: even shares
+    if alpha > 1:  # the sum of gamma draws overflows; the limit is equal parts
         return np.full(clients, 1 / clients)
-    # Every gamma draw underflows: all to one client.
+    # Every gamma draw underflows; in the limit one client gets everything.
     one = np.zeros(clients)
     one[generator.integers(clients)] = 1
     return one
@@ -162,4 +165,4 @@ def _proportions(generator: np.random.Generator, clients: int, alpha: float) -> 
 
 def _check(rows: int, clients: int) -> None:
     if clients > rows:
-        raise InvalidJob.at("fleet.clients", f"{clients} clients", f"at most {rows}, the training rows")
+        raise InvalidJob.at("fleet.clients", f"{clients} clients", f"at most {rows}, the number of training rows")

@@ -1,4 +1,4 @@
-"""A job's rows: where they come from, and how they are split."""
+"""Reads a job's rows from files, the hub or the built-in set, and splits them into training and held-out rows."""
 
 import os
 from dataclasses import dataclass, replace
@@ -23,13 +23,14 @@ _FEWEST = 10
 
 
 Text = str | tuple[str, str] | tuple[tuple[str, str], ...]
-"""What is read of a row: a text, a prompt and its response, or a chat of roles and contents."""
+"""What a row is to a model: a text, a (prompt, response) pair, or a chat of (role, content) pairs."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Texts and their labels, which are empty where nobody asks for a class; ``groups`` are each row's value of the column by
-    which rows are dealt, if there is one.
+    """The rows of a split: texts, their labels, and their values of the column that the partition keeps together.
+
+    ``labels`` is empty if the job has no classes; ``groups`` is empty if no column is kept together.
     """
 
     texts: tuple[Text, ...]
@@ -40,7 +41,7 @@ class Split:
         return len(self.texts)
 
     def take(self, indices: np.ndarray) -> "Split":
-        """Some of the rows."""
+        """The rows at ``indices``."""
         texts = tuple(self.texts[index] for index in indices)
         labels, groups = (
             tuple(values[index] for index in indices) if values else () for values in (self.labels, self.groups)
@@ -49,8 +50,8 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a job wants of its rows: the ``texts`` columns by their keys, and those of its classes and groups, if it asks."""
+class ColumnSelection:
+    """The columns that a job uses. ``texts`` has (key, column) pairs; label and group columns are None if the job has none."""
 
     texts: tuple[tuple[str, str], ...]
     label: str | None
@@ -58,7 +59,7 @@ class Reading:
 
     @property
     def columns(self) -> list[tuple[str, str]]:
-        """Every column by its key."""
+        """Every column as a (key, column) pair."""
         label = [("data.label", self.label)] if self.label is not None else []
         group = [("fleet.partition.column", self.group)] if self.group is not None else []
         return [*self.texts, *label, *group]
@@ -66,7 +67,10 @@ class Reading:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The three splits, and the classes of the first in alphabetical order; none where nobody asks for them."""
+    """The three splits, and the classes of the training rows in alphabetical order.
+
+    ``classes`` is empty if no labels are read.
+    """
 
     train: Split
     validation: Split
@@ -75,27 +79,27 @@ class Corpus:
 
     @property
     def splits(self) -> tuple[tuple[str, Split], ...]:
-        """The three by their names."""
+        """The three splits with their names."""
         return ("train", self.train), ("validation", self.validation), ("test", self.test)
 
 
 def load(spec: DataSpec, seed: int, column: str | None = None, classes: bool = True) -> Corpus:
-    """Read the job's rows. A validation or test split that is not given is a tenth of ``train``, drawn by ``seed``.
+    """Read the job's rows. A validation or test split that is not given is a tenth of ``train``, drawn with ``seed``.
 
-    Training rows are dealt by ``column``, if it is given; without ``classes`` no label is read.
+    ``column`` is the column by which training rows are partitioned, if any. Without ``classes`` no labels are read.
 
     Raises:
         InvalidJob: a source cannot be read, or its rows cannot be used.
     """
-    reading = Reading(spec.columns, spec.label if classes else None, column)
-    train = _read("data.train", spec.train, "train", reading)
+    selection = ColumnSelection(spec.columns, spec.label if classes else None, column)
+    train = _read("data.train", spec.train, "train", selection)
     if len(train) < _FEWEST:
         raise InvalidJob.at("data.train", spec.train, f"{_FEWEST} rows or more; there are {len(train)}")
     held_out: list[Split] = []
     shuffled = np.random.default_rng(seed).permutation(len(train))
     tenth = max(len(train) // 10, 1)
-    # Held-out rows are dealt to nobody.
-    ungrouped = replace(reading, group=None)
+    # Held-out rows go to no client, so they need no groups.
+    ungrouped = replace(selection, group=None)
     for field, source in (("validation", spec.validation), ("test", spec.test)):
         if source is None:
             held_out.append(train.take(np.sort(shuffled[:tenth])))
@@ -104,16 +108,16 @@ def load(spec: DataSpec, seed: int, column: str | None = None, classes: bool = T
             held_out.append(_read(f"data.{field}", source, field, ungrouped))
     train = train.take(np.sort(shuffled))
     found = tuple(sorted(set(train.labels)))
-    if reading.label is not None:
-        _check_classes(reading.label, found, held_out)
+    if selection.label is not None:
+        _check_classes(selection.label, found, held_out)
     return Corpus(train, held_out[0], held_out[1], found)
 
 
 def read_table(field: str, source: str, split: str, label: str | None = None) -> pd.DataFrame:
-    """The rows of ``source``, which the key ``field`` names; of a data set on the hub those of ``split``.
+    """The rows of ``source``, which the key ``field`` names. On the hub it reads the split called ``split``.
 
     Raises:
-        InvalidJob: it cannot be read, or there are none.
+        InvalidJob: the source cannot be read, or it has no rows.
     """
     scheme, _, name = source.partition(":")
     if source == "builtin:docstrings":
@@ -137,26 +141,26 @@ def _check_classes(label: str, classes: tuple[str, ...], held_out: list[Split]) 
             raise InvalidJob.at(f"data.{field}", unknown[0], "only labels that the training rows have")
 
 
-def _read(field: str, source: str, split: str, reading: Reading) -> Split:
-    frame = read_table(field, source, split, reading.label)
-    for key, name in reading.columns:
+def _read(field: str, source: str, split: str, selection: ColumnSelection) -> Split:
+    frame = read_table(field, source, split, selection.label)
+    for key, name in selection.columns:
         if name not in frame.columns:
             raise InvalidJob.at(key, name, f"a column of {source}: {', '.join(map(str, frame.columns))}")
-    for key, name in reading.columns:
+    for key, name in selection.columns:
         if key == "data.response":
-            continue  # without one there is nothing to learn of a row, which is left out
+            continue  # a row without a response is dropped later
         values = frame[name]
         empty = values.isna() | (values.astype(str).str.strip() == "")
         if empty.any():
             raise InvalidJob.at(key, name, f"a value in every row of {source}; row {int(empty.argmax()) + 1} has none")
     labels, groups = (
-        tuple(frame[column].astype(str)) if column is not None else () for column in (reading.label, reading.group)
+        tuple(frame[column].astype(str)) if column is not None else () for column in (selection.label, selection.group)
     )
-    return Split(_texts(frame, reading, source), labels, groups)
+    return Split(_texts(frame, selection, source), labels, groups)
 
 
-def _texts(frame: pd.DataFrame, reading: Reading, source: str) -> tuple[Text, ...]:
-    (key, first), *others = reading.texts
+def _texts(frame: pd.DataFrame, selection: ColumnSelection, source: str) -> tuple[Text, ...]:
+    (key, first), *others = selection.texts
     if key == "data.messages":
         return tuple(chat(value, first, f"row {row} of {source}") for row, value in enumerate(frame[first], start=1))
     if others:
@@ -173,13 +177,13 @@ def _read_file(field: str, source: str, path: Path) -> pd.DataFrame:
         raise InvalidJob.at(field, source, "a file that exists")
     try:
         return _READERS[path.suffix](path)
-    except Exception as error:  # each reader has its own kinds of complaint
+    except Exception as error:  # each reader raises errors of its own
         reason = " ".join(str(error).split())
         raise InvalidJob.at(field, source, f"a readable {path.suffix} file ({reason})") from None
 
 
 def _read_hub(field: str, source: str, name: str, split: str, label: str | None) -> pd.DataFrame:
-    import datasets  # takes a second, and only hub sources need it
+    import datasets  # its import takes a second, and only hub sources need it
 
     offline = os.environ.get("HF_DATASETS_OFFLINE") == "1" or os.environ.get("HF_HUB_OFFLINE") == "1"
     if not offline and not hub_is_reachable():
@@ -189,7 +193,7 @@ def _read_hub(field: str, source: str, name: str, split: str, label: str | None)
     try:
         rows = datasets.load_dataset(repository, configuration or None, split=split, revision=revision or None)
         frame: pd.DataFrame = rows.to_pandas()
-    except Exception as error:  # the hub's, the builder's and the file system's
+    except Exception as error:  # errors of the hub, the data set's builder or the file system
         reason = " ".join(str(error).split())
         raise InvalidJob.at(field, source, f"a data set on the hub with a {split} split ({reason})") from None
     if label is not None and isinstance(named := rows.features.get(label), datasets.ClassLabel):

@@ -1,4 +1,4 @@
-"""What a language model reads of a row, and which of its tokens it is to predict."""
+"""Makes a language model's examples from rows: the tokens of each, and which of them the model learns to predict."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,26 +8,27 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.data.chat_template import spoken, written
+from chainfed_ray.data.chat_template import apply_template, assistant_spans
 from chainfed_ray.data.chats import Chat
 from chainfed_ray.data.sources import Text
 from chainfed_ray.data.tokens import Examples, ragged
 
 Row = tuple[list[int], list[bool]]
-"""Token ids, and which of them are to be predicted."""
+"""Token ids, and for each token True if the model is to predict it."""
 
 
 def tokenize_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int, reporter: Reporter = SILENT
 ) -> Examples:
-    """The examples of running texts, of prompts with their responses, or of chats.
+    """Tokenise running texts, prompts with responses, or chats.
 
-    Running texts, and responses, end with the end-of-text token. Of a response and of what an assistant says every token is
-    to be predicted, and the end after it; of a prompt none. A prompt and its response are read as one text: a token belongs to
-    where its last character is. Of an empty response, and of a chat in which no assistant speaks, there are no tokens. What
-    comes after ``max_length`` tokens is cut off; running texts stay whole: see ``packed``.
+    Running texts and responses end with the end-of-text token. The model is to predict every token of a running text, of a
+    response and of an assistant's turn, including the end; it is to predict none of a prompt. A prompt and its response are
+    tokenised as one text, and a token belongs to the part that has its last character. An empty response, or a chat without an
+    assistant's turn, has no tokens. Prompts with responses and chats are cut at ``max_length`` tokens; running texts are not,
+    see ``packed``.
 
-    The tokenizer has to be a fast one, unless all texts are running texts, and for chats it needs a template.
+    The tokenizer must be a fast one unless all texts are running texts, and it needs a template for chats.
 
     Raises:
         InvalidJob: the template does not accept a chat, or does not write each turn at one place.
@@ -36,13 +37,14 @@ def tokenize_texts(
     ids = [np.array(row, dtype=np.int32) for row, _ in rows]
     targets = [np.array(wanted, dtype=bool) for _, wanted in rows]
     for wanted in targets:
-        wanted[:1] = False  # there is nothing by which it could be predicted
+        wanted[:1] = False  # no token comes before it that could predict it
     return ragged(ids, np.zeros(len(ids), dtype=np.int64), targets)
 
 
 def packed(examples: Examples, length: int) -> Examples:
-    """The same tokens end to end, cut into examples of ``length``: no padding, and no text is too long. What is left over is
-    an example, too, if there are two tokens of it.
+    """Join the tokens of all examples, and cut them into examples of ``length`` without padding.
+
+    The rest is one more example, if it has at least two tokens.
     """
     offsets = np.arange(0, len(examples.ids) + length, length).clip(max=len(examples.ids))
     if len(offsets) > 2 and offsets[-1] - offsets[-2] < 2:
@@ -53,8 +55,8 @@ def packed(examples: Examples, length: int) -> Examples:
 
 
 def learnable(examples: Examples) -> np.ndarray:
-    """The indices of the examples of which something is to be predicted, [n]."""
-    assert examples.targets is not None, "only those of a language model have targets"
+    """The indices of the examples that have a token to predict, [n]."""
+    assert examples.targets is not None, "only a language model's examples have targets"
     sums = np.concatenate([[0], np.cumsum(examples.targets)])
     return np.flatnonzero(np.diff(sums[examples.offsets]))
 
@@ -62,9 +64,10 @@ def learnable(examples: Examples) -> np.ndarray:
 def choice_examples(
     tokenizer: PreTrainedTokenizerBase, prompt: str, choices: Sequence[str], max_length: int
 ) -> list[Row] | None:
-    """A question with each of its answers, of which the answer's tokens are to be predicted; a long prompt loses its begin.
+    """A row for each choice, with the prompt's tokens and the choice's; only the choice's are to be predicted.
 
-    None if the prompt has no token of its own, by which an answer's first one could be predicted.
+    If a row is longer than ``max_length``, the prompt loses its beginning. The result is None if the prompt has no token of its
+    own, from which the first token of a choice could be predicted.
     """
     rows = []
     for choice in choices:
@@ -79,18 +82,20 @@ def choice_examples(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text that goes on: with what the tokenizer puts before it, and without an end."""
+    """The tokens of a text that the model continues. They have the tokenizer's beginning-of-text token, if any, but no end."""
     encoded: Any = tokenizer(text, verbose=False)
     return _without_end(tokenizer, encoded["input_ids"])
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, opened: bool, field: str) -> list[int]:
-    """The tokens of a chat by the tokenizer's template, which there has to be; ``opened`` for the assistant's turn.
+def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, add_generation_prompt: bool, field: str) -> list[int]:
+    """The tokens of a chat by the tokenizer's template, which must exist.
+
+    ``add_generation_prompt`` opens an assistant's turn at the end. ``field`` names the chat in errors.
 
     Raises:
-        InvalidJob: the template does not accept the chat, which ``field`` names.
+        InvalidJob: the template does not accept the chat.
     """
-    text = written(tokenizer, chat, opened, field)
+    text = apply_template(tokenizer, chat, add_generation_prompt, field)
     encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False)
     return list(encoded["input_ids"])
 
@@ -116,9 +121,9 @@ def _answered(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) ->
 
 
 def _joined(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Row:
-    """The tokens of both, read as one text without an end; those of the response are to be predicted.
+    """The tokens of a prompt and its response, without an end. The response's tokens are to be predicted.
 
-    Some tokenizers begin every text with a space: a response read by itself would get one that is not its own.
+    Both are tokenised as one text. Some tokenizers begin every text with a space, which does not belong before the response.
     """
     ids, places = _placed(tokenizer, prompt + response, special=True)
     ids = _without_end(tokenizer, ids)
@@ -126,24 +131,24 @@ def _joined(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> R
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Row:
-    text, turns = spoken(tokenizer, chat, field="data.messages")
+    text, turns = assistant_spans(tokenizer, chat, field="data.messages")
     ids, places = _placed(tokenizer, text, special=False)
     return ids, [any(begin <= place < end for begin, end in turns) for place in places]
 
 
 def _placed(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> tuple[list[int], list[int]]:
-    """Token ids, and where in the text the last character of each is."""
+    """Token ids, and the position in the text of each token's last character."""
     encoded: Any = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     places, reached = [], 0
     for begin, end in encoded["offset_mapping"]:
-        # Of a token that is nothing but a space some tokenizers leave only the end.
+        # For a token that is only a space, some tokenizers give an empty span at its end.
         places.append(end - 1 if begin < end or reached < end else end)
         reached = max(reached, end)
     return list(encoded["input_ids"]), places
 
 
 def _without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+    while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add it to every text
         ids = ids[:-1]
     return ids
 

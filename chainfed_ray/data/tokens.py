@@ -1,4 +1,4 @@
-"""Tokenised examples, ragged: no padding is kept, sent or cached."""
+"""Tokenised examples without padding: tokens end to end, and the offsets where examples begin. Only a batch is padded."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,56 +11,56 @@ from transformers import PreTrainedTokenizerBase
 
 from chainfed_ray.activity import SILENT, Reporter
 
-TOLD_ROWS = 500  # of which are made tokens, between two reports
+REPORTED_ROWS = 500  # rows tokenised between two progress reports
 
 
 class Batch(NamedTuple):
-    """Examples padded on the right to the longest of them."""
+    """Examples, padded on the right to the length of the longest."""
 
     ids: Tensor  # [B, T] int64
     mask: Tensor  # [B, T] int64, 1 for a real token
     labels: Tensor  # [B] int64
-    targets: Tensor | None = None  # [B, T] bool: tokens that a language model is to predict
+    targets: Tensor | None = None  # [B, T] bool: the tokens that a language model is to predict
 
 
 @dataclass(frozen=True)
 class Examples:
-    """n examples: their tokens end to end, where each begins, their classes, and what of them is to be predicted."""
+    """n examples: their tokens end to end, where each begins, their classes, and which tokens are to be predicted."""
 
     ids: np.ndarray  # [tokens] int32
     offsets: np.ndarray  # [n + 1] int64
     labels: np.ndarray  # [n] int64
-    targets: np.ndarray | None = None  # [tokens] bool; an example's first token is none
+    targets: np.ndarray | None = None  # [tokens] bool; never an example's first token
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def lengths(self) -> np.ndarray:
-        """The tokens of each example, [n]."""
+        """The number of tokens of each example, [n]."""
         return np.diff(self.offsets)
 
     def by_length(self, count: int) -> Iterator[np.ndarray]:
-        """The indices of every example, ``count`` of like length at a time: so that little of a batch is padding."""
+        """The indices of all examples in batches of ``count``, by length: batches of like lengths need little padding."""
         order = np.argsort(self.lengths, kind="stable")
         return (order[first : first + count] for first in range(0, len(order), count))
 
     @property
     def every_token(self) -> np.ndarray:
-        """Targets of running text: each token but an example's first, [tokens] bool."""
+        """The targets of running text, [tokens] bool: every token except each example's first."""
         targets = np.ones(len(self.ids), dtype=bool)
         targets[self.offsets[:-1]] = False
         return targets
 
     def take(self, indices: np.ndarray) -> "Examples":
-        """Some of the examples, in the order of ``indices``."""
+        """The examples at ``indices``, in that order."""
         ids, targets = self._rows(self.ids, indices), None
         if self.targets is not None:
             targets = self._rows(self.targets, indices)
         return ragged(ids, self.labels[indices], targets)
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """Some of the examples as padded tensors."""
+        """The examples at ``indices`` as padded tensors."""
         lengths = self.lengths[indices]
         ids = self._padded(self.ids, indices, torch.int64)
         mask = torch.arange(ids.shape[1])[None, :] < torch.from_numpy(lengths)[:, None]
@@ -71,7 +71,7 @@ class Examples:
         return [values[self.offsets[index] : self.offsets[index + 1]] for index in indices]
 
     def _padded(self, values: np.ndarray, indices: np.ndarray, dtype: torch.dtype) -> Tensor:
-        """The rows of ``values`` [tokens] as [B, T], with zeros at the right."""
+        """The rows of ``values`` [tokens] at ``indices`` as [B, T], with zeros at the right."""
         rows = self._rows(values, indices)
         padded = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)
         for row, given in zip(padded, rows, strict=True):
@@ -86,9 +86,9 @@ def tokenize(
     max_length: int,
     reporter: Reporter = SILENT,
 ) -> Examples:
-    """The examples of ``texts``, cut at ``max_length`` tokens; a text without tokens keeps one padding token."""
+    """Tokenise ``texts``, cut at ``max_length`` tokens. A text without tokens gets one padding token."""
     rows = list[np.ndarray]()
-    parts = (texts[first : first + TOLD_ROWS] for first in range(0, len(texts), TOLD_ROWS))
+    parts = (texts[first : first + REPORTED_ROWS] for first in range(0, len(texts), REPORTED_ROWS))
     for part in reporter.each(parts, len(texts), "rows", len):
         encoded = tokenizer(list(part), truncation=True, max_length=max_length)["input_ids"]
         rows += [np.array(row or [0], dtype=np.int32) for row in encoded]
@@ -96,7 +96,7 @@ def tokenize(
 
 
 def ragged(rows: list[np.ndarray], labels: np.ndarray, targets: list[np.ndarray] | None = None) -> Examples:
-    """The examples whose tokens are ``rows``, and of which ``targets``, of the same lengths, are to be predicted."""
+    """Examples from ``rows`` of token ids. ``targets`` has the same lengths, and says which tokens are to be predicted."""
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     ids = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)

@@ -1,1 +1,1 @@
-"""What is computed on: memory held to a cap, its peak, and threads."""
+"""The device that computes: its memory cap, its peak memory, and its threads."""

@@ -1,7 +1,7 @@
-"""The memory that a turn may take, held to: a process that would take more is stopped by an error, and goes on living.
+"""Caps the memory that a client's turn may use: a turn that needs more is stopped by an error, and its process goes on.
 
-Linux counts what a process may write to and shares with nobody (``VmData``); ``RLIMIT_DATA`` bounds it. Beyond the bound an
-allocation fails, as if the machine had no more memory: the turn ends, its memory is given back, and the bound is lifted.
+Linux counts the private memory that a process may write to (``VmData``), and ``RLIMIT_DATA`` limits it. Above the limit an
+allocation fails, as if the machine had no memory left. The turn then ends, its memory is freed, and the limit is lifted.
 """
 
 import errno
@@ -13,7 +13,7 @@ from typing import Self
 from chainfed_ray.device.peak import PeakMemory, status
 from chainfed_ray.errors import BudgetExceeded
 
-# Address space that a turn maps and does not use: the stack of a thread is 8 MiB of it. What is in use is measured as well.
+# Room for address space that a turn maps and does not use, such as 8 MiB for a thread's stack. MemoryCap also checks the peak.
 _UNUSED = 16 * 2**20
 _OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -23,19 +23,19 @@ _OUT_OF_MEMORY = (
     "can't start new thread",
 )
 
-_part: ContextVar[str] = ContextVar("part", default="getting ready")
+_phase: ContextVar[str] = ContextVar("phase", default="getting ready")
 
 
-def enter_phase(part: str) -> None:
-    """Say what the turn is at; an error that ends it will name it."""
-    _part.set(part)
+def enter_phase(phase: str) -> None:
+    """Set the name of the turn's current phase, such as ``training``. An error that ends the turn names it."""
+    _phase.set(phase)
 
 
 class MemoryCap(PeakMemory):
-    """``with MemoryCap(planned, cap): …``: measures the peak, and ends the block where it would exceed ``cap`` bytes.
+    """``with MemoryCap(planned, cap): …``: measures the peak, and stops the block if it needs more than ``cap`` bytes.
 
     Raises:
-        BudgetExceeded: from within the block when an allocation fails, or at its end if the measured peak is above ``cap``.
+        BudgetExceeded: an allocation in the block failed, or at the block's end the measured peak is above ``cap``.
     """
 
     def __init__(self, planned: int, cap: int) -> None:
@@ -54,9 +54,9 @@ class MemoryCap(PeakMemory):
         resource.setrlimit(resource.RLIMIT_DATA, (self._before, resource.getrlimit(resource.RLIMIT_DATA)[1]))
         super().__exit__(kind, error, trace)
         if isinstance(error, Exception) and _is_out_of_memory(error):
-            raise BudgetExceeded(self._planned, self._cap, None, _part.get()) from error
+            raise BudgetExceeded(self._planned, self._cap, None, _phase.get()) from error
         if error is None and self.bytes is not None and self.bytes > self._cap:
-            raise BudgetExceeded(self._planned, self._cap, self.bytes, _part.get())
+            raise BudgetExceeded(self._planned, self._cap, self.bytes, _phase.get())
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""The peak of a process's resident memory over a stretch of work (Linux)."""
+"""Measures the peak of a process's resident memory during a block of code (Linux)."""
 
 import ctypes
 import gc
@@ -6,9 +6,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-# For a process that takes turns; glibc and oneDNN read it when they are loaded. Blocks of 64 KiB or more get pages of their
-# own, which are returned when they are freed. Compiled products of matrices are forgotten: there is one for each shape, of
-# half a MiB, and texts have many lengths.
+# The environment of a process that takes turns; glibc and oneDNN read it as they are loaded. Blocks of 64 KiB or more get pages
+# of their own, which are returned to the system when they are freed. oneDNN caches a compiled product of half a MiB for each
+# shape of matrices. Texts have many lengths, so this cache is kept small.
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(64 * 1024),
     "MALLOC_TRIM_THRESHOLD_": str(128 * 1024),
@@ -22,10 +22,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 class PeakMemory:
-    """``with PeakMemory() as peak: …`` then ``peak.bytes``: the most above what was resident at the start.
+    """``with PeakMemory() as peak: …`` then ``peak.bytes``: the peak of resident memory above what was resident at the start.
 
-    Pages of files count too. ``bytes`` is None where the kernel does not let a process reset its high-water mark; ``start`` is
-    what was resident at the start, ``highest`` the most in all.
+    Resident pages of files count too. ``start`` is what was resident at the start, ``highest`` the peak itself; all are in
+    bytes. ``bytes`` is None if the kernel does not let the process reset its high-water mark.
     """
 
     bytes: int | None = None
@@ -52,18 +52,18 @@ class PeakMemory:
 
 
 def status(field: str) -> int:
-    """The bytes that the kernel gives for ``field``, such as VmRSS, in this process's status."""
+    """The value in bytes of ``field``, such as VmRSS, in the kernel's status of this process."""
     return int(status_line(field).split()[0]) * 1024
 
 
 def status_line(field: str) -> str:
-    """What the kernel gives for ``field`` in this process's status."""
+    """The value of ``field`` in the kernel's status of this process, as text."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
     return line.partition(":")[2].strip()
 
 
 def _return_free_memory() -> None:
-    """Let glibc give freed memory back, now and from now on, also in a process that was started without ``ENVIRONMENT``."""
+    """Make glibc return freed memory to the system, now and later, even if the process was started without ``ENVIRONMENT``."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.mallopt(_M_MMAP_THRESHOLD, int(ENVIRONMENT["MALLOC_MMAP_THRESHOLD_"]))

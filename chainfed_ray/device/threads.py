@@ -1,4 +1,4 @@
-"""One thread, where the bits count: the order of additions, and so the result, is then the same on every machine."""
+"""Runs torch in one thread, so that results are bit for bit the same on every machine: one thread adds in a fixed order."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch computes in one thread meanwhile."""
+    """Make torch compute in one thread, for the length of the block."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

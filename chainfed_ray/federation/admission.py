@@ -54,7 +54,7 @@ class Planner:
             memory=candidate.memory,
             longest=int(candidate.examples.lengths.max()),
             cached=cached,
-            spill=None if disk is None else disk - (needed if cached else 0),
+            offload_disk=None if disk is None else disk - (needed if cached else 0),
             batch=min(len(candidate.examples), self.requirements.batch_size),
             one_step=few and self.requirements.epochs == 1,
         )
@@ -77,7 +77,7 @@ class Planner:
 
     def disk_bytes(self, candidate: Candidate, plan: TurnPlan) -> int:
         """The disk that a client's turns use."""
-        return (self._cache_bytes(candidate) if plan.prefix.cached else 0) + plan.spill_bytes
+        return (self._cache_bytes(candidate) if plan.prefix.cached else 0) + plan.offload_bytes
 
     def _cache_bytes(self, candidate: Candidate) -> int:
         return cache_bytes(self.costs, self.requirements, len(candidate.examples), len(candidate.examples.ids))

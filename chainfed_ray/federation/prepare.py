@@ -202,13 +202,13 @@ def _shares(spec: JobSpec, examples: JobExamples, rule: PartitionRule | None) ->
 
 def requirements_of(spec: JobSpec) -> TurnRequirements:
     """What a job asks of every client. Where its start is still to be found, the chain is planned from the first layer."""
-    looks_ahead = spec.chain.global_weight > 0
+    global_branch = spec.chain.global_weight > 0
     return TurnRequirements(
         start=spec.chain.start if isinstance(spec.chain.start, int) else 0,
         batch_size=spec.rounds.batch_size,
         epochs=spec.rounds.local_steps or spec.rounds.local_epochs,
-        looks_ahead=looks_ahead,
-        trains_above=looks_ahead and spec.chain.global_trains == "upper",
+        global_branch=global_branch,
+        trains_above=global_branch and spec.chain.global_trains == "upper",
         profiles=spec.chain.profile_examples if spec.chain.start == "auto" else 0,
         fits_head=spec.chain.head == "fitted",
     )
@@ -233,7 +233,7 @@ def _check_head(spec: JobSpec, blocks: Blocks) -> None:
 
 def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
     """Every token has an embedding, and the longest text can be embedded: not every model has a table of positions."""
-    train = rows.train if rows.packs is None else packed(rows.train, rows.packs)
+    train = rows.train if rows.pack_length is None else packed(rows.train, rows.pack_length)
     for examples in (train, *rows.held_out):
         if (highest := int(examples.ids.max())) >= blocks.vocabulary:
             expected = (

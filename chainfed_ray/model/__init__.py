@@ -1,1 +1,1 @@
-"""The frozen base model, layer by layer, and the adapters that are trained on it."""
+"""The frozen base model, run layer by layer, and the adapters that are trained on it."""

@@ -1,7 +1,8 @@
 """The trained part of a model: a bottleneck **Adapter** after each layer of the chain, and a **Head** on top.
 
 An **AdapterStack** holds them all; its ``state_dict`` is what is committed, sent to clients and saved. Adapters and head
-compute in float32 whatever the base model's dtype: they are a few per cent of the work, and small updates survive.
+compute in float32 whatever the base model's dtype is: they are a few per cent of the work, and lower precision would lose small
+updates.
 """
 
 import math
@@ -17,10 +18,10 @@ Tensors = dict[str, Tensor]
 
 
 class Adapter(nn.Module):
-    """h = u + Up(GELU(Down(u))), with Down [R, D] and Up [D, R] as ``nn.Linear`` keeps them (Houlsby et al., 2019).
+    """h = u + Up(GELU(Down(u))), with weights Down [R, D] and Up [D, R] in the layout of ``nn.Linear`` (Houlsby et al., 2019).
 
-    Up starts at zero, so a new adapter is the identity. Down's initial weights follow from ``seed``; without one there are
-    no values yet, and no memory is taken for them.
+    Up starts at zero, so a new adapter is the identity. ``seed`` determines Down's initial weights. Without a seed the weights
+    are on the meta device: they have no values and take no memory.
     """
 
     def __init__(self, hidden: int, bottleneck: int, seed: int | None = None) -> None:
@@ -36,7 +37,7 @@ class Adapter(nn.Module):
 
     @property
     def is_identity(self) -> bool:
-        """Whether it changes nothing, as it does before it is trained."""
+        """True if the adapter changes nothing, as before it is trained."""
         return not (self.up.weight.any() or self.up.bias.any())
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -46,9 +47,10 @@ class Adapter(nn.Module):
 
 
 class Head(nn.Module):
-    """A linear classifier over LayerNorm of the means of the real tokens, of as many ``layers``, the highest last.
+    """A linear classifier over pooled features: the LayerNorm of the mean over an example's tokens, for each of ``layers``
+    layers.
 
-    It starts at zero: all classes alike.
+    The highest layer's features come last. The weights start at zero, so that all classes are equally likely.
     """
 
     def __init__(self, hidden: int, classes: int, layers: int = 1) -> None:
@@ -60,13 +62,13 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def features(self, top: int) -> int:
-        """How many numbers it reads of an example above the layer ``top``."""
+        """The number of features F that the head uses when its top layer is ``top``."""
         return min(self.layers, top + 1) * self.norm.weight.shape[0]
 
     def forward(self, hidden: Tensor, mask: Tensor, below: Tensor | None = None) -> Tensor:
-        """Hidden [B, T, D], mask [B, T] and what was read ``below``, [B, r, D] or nothing → logits [B, C].
+        """Hidden states [B, T, D], mask [B, T] and the pooled features of r layers ``below`` [B, r, D], if any → logits [B, C].
 
-        Where there are fewer layers than it could read, it is as if the lower ones were zero.
+        If there are fewer layers than the head can use, the lowest count as zero.
         """
         below = no_features(hidden) if below is None else below
         features = self.norm(append_pooled(below, hidden, mask, self.layers)).flatten(1)
@@ -78,18 +80,21 @@ def _head_for(tensors: Tensors) -> Head | None:
         return None
     (classes, features), (hidden,) = tensors["head.linear.weight"].shape, tensors["head.norm.weight"].shape
     if not hidden or not features or features % hidden:
-        raise ValueError(f"a head of {features} features reads no number of layers of {hidden}")
+        raise ValueError(f"a head of {features} features does not fit layers of width {hidden}")
     return Head(hidden, classes, features // hidden)
 
 
 def _linear(inputs: int, outputs: int, blank: bool = False) -> nn.Linear:
-    """A linear layer whose values are ours to give: torch's global generator stays where it was."""
+    """A linear layer without initial values. Torch's own initialisation would advance the global random generator."""
     made: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, device="meta" if blank else "cpu")  # type: ignore[assignment]
     return made
 
 
 class AdapterStack(nn.Module):
-    """The adapters of some layers, and the head; none for a language model, whose own head is not trained."""
+    """The adapters of some layers, and a classifier's head.
+
+    ``head`` is None for a language model, whose own head is not trained.
+    """
 
     def __init__(self, adapters: dict[int, Adapter], head: Head | None) -> None:
         super().__init__()
@@ -100,34 +105,36 @@ class AdapterStack(nn.Module):
     def new(
         cls, layers: Iterable[int], hidden: int, bottleneck: int, classes: int | None, seed: int, head_layers: int = 1
     ) -> "AdapterStack":
-        """Identity adapters after ``layers`` of width D = ``hidden``, and a zero head for C = ``classes``, if there are any.
+        """A new stack of identity adapters after ``layers``, of width D = ``hidden``.
 
-        The head reads so many layers.
+        It has a head at zero for C = ``classes``, over ``head_layers`` layers; or none if ``classes`` is None.
         """
         made = {layer: Adapter(hidden, bottleneck, derive(seed, "adapter", layer)) for layer in layers}
         return cls(made, None if classes is None else Head(hidden, classes, head_layers))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that have an adapter, upwards."""
+        """The layers that have an adapter, from the bottom to the top."""
         return tuple(int(layer) for layer in self.adapters)
 
     @property
     def head_layers(self) -> int:
-        """How many layers its head reads; a language model's own reads one."""
+        """How many layers the head uses. A language model's own head uses one."""
         return 1 if self.head is None else self.head.layers
 
     @property
     def pooled_layers(self) -> int:
-        """How many of them are below the one at whose top it stands."""
+        """How many layers below the top one the head uses."""
         return self.head_layers - 1
 
     def pool(self, pooled: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
-        """What comes up to the next layer past one that gives ``hidden`` [B, T, D], below which was ``pooled`` [B, r, D]."""
+        """The pooled features for the next layer up: ``pooled`` [B, r, D], and those of a layer's output
+        ``hidden`` [B, T, D].
+        """
         return append_pooled(pooled, hidden, mask, self.pooled_layers)
 
     def is_new(self, top: int) -> bool:
-        """Whether its adapters up to the layer ``top`` are the identity, as they are before they have been trained."""
+        """True if the adapters up to the layer ``top`` are the identity, as before they are trained."""
         return all(self.adapter(layer).is_identity for layer in self.layers if layer <= top)
 
     def adapter(self, layer: int) -> Adapter:
@@ -141,7 +148,11 @@ class AdapterStack(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: Tensors) -> "AdapterStack":
-        """The stack that ``tensors()`` was called on. It is made of these very tensors: nothing is copied."""
+        """The stack with these ``tensors``, which it uses without copying them.
+
+        Raises:
+            ValueError: the head's tensors do not fit each other.
+        """
         downs = {name.split(".")[1]: tensor for name, tensor in tensors.items() if name.endswith(".down.weight")}
         adapters = {int(layer): Adapter(down.shape[1], down.shape[0]) for layer, down in downs.items()}
         stack = cls(adapters, _head_for(tensors))

@@ -1,8 +1,8 @@
-"""A base model as embed → layers, for any Hugging Face encoder or decoder.
+"""Runs a base model as embed → layers, for any Hugging Face encoder or decoder.
 
-There is no file per family. The model is built without memory (on the meta device), and its *own* forward is run with its
-layer list substituted: by recorders, which keep what the model hands to each layer besides the hidden states (masks,
-rotary tables), and stop the forward after the last. A layer is then run by itself, with its own weights and that call.
+There is no file per family. The model is built on the meta device, without memory, and its *own* forward is run with its layers
+replaced by recorders. These keep what the model passes to each layer besides the hidden states (masks, rotary tables), and the
+last one stops the forward. A layer is then run by itself, with its own weights and the recorded call.
 """
 
 import copy
@@ -25,16 +25,16 @@ from chainfed_ray.streaming.matrices import RowSlices, SliceReader, is_streamed,
 
 
 class LayerCall(NamedTuple):
-    """What the model's forward hands to a layer besides the hidden states."""
+    """The arguments that the model's forward passes to a layer besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class Blocks:
-    """The base model in ``folder``, its weights frozen and read when they are needed.
+    """The base model in ``folder``, frozen, with weights that are read when they are needed.
 
-    Resident are only the small parts outside layers and embedding tables (norms, rotary frequencies).
+    Only the small parts outside layers and embedding tables stay resident (norms, rotary frequencies).
 
     Raises:
         UnsupportedModel: the model has no list of equal layers, or its checkpoint lacks a tensor.
@@ -44,7 +44,7 @@ class Blocks:
         self.folder, self.dtype = folder, dtype
         self._checkpoint = Checkpoint(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"), _LiteralsAreReal():
+        with torch.device("meta"), _RealConstants():
             model = AutoModel.from_config(config, dtype=dtype).eval().requires_grad_(False)
         self._model: Any = model
         self.layers_path = find_layers(model, str(self.folder))
@@ -54,7 +54,7 @@ class Blocks:
         self.vocabulary = int(config.vocab_size)
         self._calls: list[LayerCall] = []
         self._last_output: Tensor | None = None
-        self._in_tuple: bool | None = None  # whether a layer gives its output in a tuple
+        self._in_tuple: bool | None = None  # True if a layer returns its output in a tuple
         self._embedded = torch.empty(0)
         self._word_table = _name_of(model, model.get_input_embeddings()) + ".weight"
         model.set_submodule(self.layers_path, nn.ModuleList(self._recorder(index) for index in range(self.num_layers)))
@@ -63,12 +63,12 @@ class Blocks:
 
     @property
     def causal_layers_path(self) -> str:
-        """Where the causal language model of this base model has its layers, such as ``model.layers``."""
+        """The path of the layers in this base model's causal language model, such as ``model.layers``."""
         return f"{self._model.base_model_prefix}.{self.layers_path}"
 
     @property
     def positions(self) -> int | None:
-        """How many tokens of a text the model was made for; None where it does not say."""
+        """The model's maximum number of tokens, or None if its configuration does not say."""
         positions: int | None = getattr(self._model.config, "max_position_embeddings", None)
         return positions
 
@@ -82,13 +82,15 @@ class Blocks:
         return embedded, calls
 
     def calls(self, mask: Tensor) -> list[LayerCall]:
-        """The calls for right-padded examples of which only the mask [B, T] is known; no embedding row is read."""
+        """The calls for right-padded examples with the mask [B, T]. The ids do not matter, and no embedding row is read."""
         with self._without_tables():
-            return self.embed(self._some_ids(mask), mask)[1]
+            return self.embed(self._placeholder_ids(mask), mask)[1]
 
     def load_layer(self, index: int, matrices: RowSlices | None = None) -> nn.Module:
-        """Layer ``index`` with its weights; drop it to free them. With ``matrices``, those stay where they are kept, and
-        are streamed whenever the layer runs: resident are its norms and biases.
+        """Layer ``index`` with its weights; drop it to free them.
+
+        If ``matrices`` are given, the layer's matrices are streamed from there whenever it runs; only norms and biases are
+        resident.
         """
         layer = copy.deepcopy(self._meta_layers[index])
         prefix = f"{self.layers_path}.{index}."
@@ -98,9 +100,11 @@ class Blocks:
         return layer.eval().requires_grad_(False)
 
     def place_layer(self, index: int, place: Callable[[nn.Module], None]) -> nn.Module:
-        """Layer ``index``, of which one module is loaded at a time; ``place`` puts its weights elsewhere before the next is."""
+        """Layer ``index``, loaded one module at a time: ``place`` moves each module's weights away before the
+        next is loaded.
+        """
         layer = copy.deepcopy(self._meta_layers[index])
-        # The inner ones first: where a module is placed, what it contains has been already.
+        # Inner modules come first: when a module is placed, its submodules already have been.
         for path, module in reversed(list(layer.named_modules())):
             if own := [name for name in module.state_dict() if "." not in name]:
                 prefix = f"{self.layers_path}.{index}." + (f"{path}." if path else "")
@@ -111,16 +115,16 @@ class Blocks:
         return layer.eval().requires_grad_(False)
 
     def reader(self) -> SliceReader:
-        """A reader of this model's matrices; close it."""
+        """A reader of this model's matrices. The caller closes it."""
         return SliceReader(self._checkpoint, self.dtype)
 
     def finish(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """What the model does after its last layer (a norm, for most): [B, T, D] → [B, T, D]."""
+        """The model's operations after its last layer (for most, a norm): [B, T, D] → [B, T, D]."""
         self._last_output = hidden
         try:
             with self._without_tables():
                 finished: Tensor = self._model(
-                    input_ids=self._some_ids(mask), attention_mask=mask, use_cache=False
+                    input_ids=self._placeholder_ids(mask), attention_mask=mask, use_cache=False
                 ).last_hidden_state
         finally:
             self._last_output, self._calls = None, []
@@ -128,18 +132,18 @@ class Blocks:
 
     @property
     def language_head(self) -> str:
-        """The checkpoint's name for the matrix [V, D] that gives logits: the embeddings themselves, where they are tied.
+        """The checkpoint's name for the matrix [V, D] that gives logits. If the head is tied, it is the embedding table's name.
 
         Raises:
-            UnsupportedModel: the model has none.
+            UnsupportedModel: the model has no language model's head.
         """
         config = self._model.config
-        # Of those that fill in words, the embeddings are tied to a head that is not this one.
-        goes_on = config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
+        # Masked language models tie their embeddings to another kind of head.
+        is_causal = config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
         for name in ("lm_head.weight", "embed_out.weight"):
-            if goes_on and name in self._checkpoint.names:
+            if is_causal and name in self._checkpoint.names:
                 return str(name)
-        tied = goes_on and getattr(config, "tie_word_embeddings", False)
+        tied = is_causal and getattr(config, "tie_word_embeddings", False)
         source = self._find(self._word_table) if tied else None
         if source is None:
             raise UnsupportedModel(str(self.folder), "it has no head of a language model")
@@ -147,10 +151,10 @@ class Blocks:
 
     @property
     def logit_form(self) -> LogitForm:
-        """What the model does with the products of its head's matrix to make them logits.
+        """How the model turns products with its head's matrix into logits.
 
         Raises:
-            UnsupportedModel: it does something that is not known here.
+            UnsupportedModel: the head has an operation that is not supported.
         """
         try:
             return form_of(self._model.config, self._checkpoint.names)
@@ -165,47 +169,47 @@ class Blocks:
 
     @property
     def blank_layers(self) -> tuple[nn.Module, ...]:
-        """The layers, none of them loaded."""
+        """The layers on the meta device, without weights."""
         return tuple(self._meta_layers)
 
     @property
     def largest_layer(self) -> nn.Module:
-        """The layer with the most weights, none of them loaded."""
-        return max(self._meta_layers, key=_numbers)
+        """The layer with the most weights, on the meta device."""
+        return max(self._meta_layers, key=_parameter_count)
 
     @property
     def modules(self) -> int:
-        """How many modules there are, in the layers and around them."""
+        """The number of modules, in the layers and around them."""
         return sum(1 for part in (self._model, *self._meta_layers) for _ in part.modules())
 
     @property
-    def kept_bytes(self) -> int:
-        """The bytes of what layers keep besides their weights (sinusoids, for a few families): there from the beginning."""
+    def buffer_bytes(self) -> int:
+        """The bytes of the layers' buffers that are real from the beginning (sinusoids, in a few families)."""
         buffers = (buffer for layer in self._meta_layers for buffer in layer.buffers())
         return sum(buffer.nbytes for buffer in buffers if not buffer.is_meta)
 
     @property
     def layer_bytes(self) -> int:
         """The bytes of the largest layer's weights."""
-        return _numbers(self.largest_layer) * self.dtype.itemsize
+        return _parameter_count(self.largest_layer) * self.dtype.itemsize
 
     @property
     def unstreamed_bytes(self) -> int:
-        """Of those, the bytes that stay resident when matrices are streamed."""
+        """The bytes of the largest layer that stay resident when its matrices are streamed."""
         return self.layer_bytes - sum(matrix.numel() for matrix in self._matrices()) * self.dtype.itemsize
 
     @property
     def longest_row_bytes(self) -> int:
-        """The bytes of the longest row of a matrix, in the wider of its two dtypes: a slice has one row or more."""
+        """The bytes of the longest row of a matrix, in the wider of the two dtypes. A slice has at least one row."""
         widest = max(matrix.shape[1] for matrix in self._matrices())
-        return max(widest, self.hidden_size) * max(self.dtype.itemsize, self._kept_itemsize)
+        return max(widest, self.hidden_size) * max(self.dtype.itemsize, self._stored_itemsize)
 
     @property
     def conversion_bytes(self) -> int:
-        """The bytes of the largest parameter as it is kept, if it has to be converted to be used; otherwise none."""
-        if self._kept_dtype == self.dtype:
+        """The bytes of the largest parameter in the checkpoint's dtype, if it has to be converted; otherwise 0."""
+        if self._stored_dtype == self.dtype:
             return 0
-        return max(parameter.numel() for parameter in self.largest_layer.parameters()) * self._kept_itemsize
+        return max(parameter.numel() for parameter in self.largest_layer.parameters()) * self._stored_itemsize
 
     def close(self) -> None:
         """Close the checkpoint."""
@@ -215,23 +219,23 @@ class Blocks:
         return [module.weight for module in self.largest_layer.modules() if is_streamed(module)]
 
     @property
-    def _kept_dtype(self) -> torch.dtype:
+    def _stored_dtype(self) -> torch.dtype:
         index = next(index for index, layer in enumerate(self._meta_layers) if layer is self.largest_layer)
         name = next(name for name, _ in self.largest_layer.named_parameters())
         return self._checkpoint.dtype(self._source(f"{self.layers_path}.{index}.{name}"))
 
     @property
-    def _kept_itemsize(self) -> int:
-        return self._kept_dtype.itemsize
+    def _stored_itemsize(self) -> int:
+        return self._stored_dtype.itemsize
 
-    def _some_ids(self, mask: Tensor) -> Tensor:
-        """Token ids that are padded where ``mask`` is 0: some families count positions by where the padding is."""
+    def _placeholder_ids(self, mask: Tensor) -> Tensor:
+        """Token ids with padding where ``mask`` is 0: some families find positions by the padding token."""
         pad = getattr(self._model.config, "pad_token_id", None) or 0
         return torch.where(mask.bool(), pad + 1, pad)
 
     @contextmanager
     def _without_tables(self) -> Iterator[None]:
-        """No embedding row is read meanwhile."""
+        """Read no embedding row, for the length of the block."""
         for table in self._tables:
             table.enabled = False
         try:
@@ -247,7 +251,7 @@ class Blocks:
         if index == 0:
             self._embedded = hidden
             if self._in_tuple is None:
-                self._in_tuple = _gives_a_tuple(self._meta_layers[0], hidden, call)
+                self._in_tuple = _returns_a_tuple(self._meta_layers[0], hidden, call)
         self._calls.append(call)
         output = hidden
         if index == self.num_layers - 1:
@@ -262,10 +266,10 @@ class Blocks:
         return table
 
     def _materialise_trunk(self, config: Any) -> None:
-        """Give real values to what is neither a layer nor a table; what the checkpoint lacks stays without memory.
+        """Load what is neither a layer nor an embedding table. What the checkpoint lacks stays on the meta device.
 
-        Buffers that no checkpoint holds (rotary frequencies, position ids) are computed by their module's constructor:
-        the modules that own some are made again, for real.
+        A checkpoint does not hold every buffer (rotary frequencies, position ids). Constructors compute these, so modules that
+        have such buffers are constructed again, for real.
         """
         for name, module in list(self._model.named_modules()):
             if isinstance(module, _Recorder | RowTable) or name.startswith(f"{self.layers_path}."):
@@ -297,7 +301,7 @@ class Blocks:
         return source
 
     def _find(self, name: str) -> str | None:
-        """The checkpoint's name for a parameter: with or without the base model's prefix, LayerNorm in old or new words."""
+        """The checkpoint's name for a parameter, or None. It may have the base model's prefix, and LayerNorm's old names."""
         old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         prefix = self._model.base_model_prefix
         candidates = (name, f"{prefix}.{name}", old, f"{prefix}.{old}")
@@ -305,10 +309,10 @@ class Blocks:
 
 
 def find_layers(model: Any, name: str) -> str:
-    """The path of the list of layers in a Hugging Face model; ``name`` is for the error.
+    """The path of the list of layers in a Hugging Face model; ``name`` names the model in the error.
 
     Raises:
-        UnsupportedModel: there is no list of as many equal modules as the configuration has hidden layers.
+        UnsupportedModel: no list has as many modules, all of one class, as the configuration has hidden layers.
     """
     count = int(model.config.num_hidden_layers)
     found: list[str] = [
@@ -318,17 +322,20 @@ def find_layers(model: Any, name: str) -> str:
     ]
     if not found:
         raise UnsupportedModel(name, f"{type(model).__name__} has no list of {count} equal layers")
-    # An inner list of the same length belongs to a layer: the outermost one is the chain.
+    # A list inside a layer may have the same length; the outermost list is the layers.
     return min(found, key=lambda path: path.count("."))
 
 
-_DRAWING = ("torch.nn.init", "transformers.initialization")  # of which the second stands in for the first meanwhile
+_DRAWING = (
+    "torch.nn.init",
+    "transformers.initialization",
+)  # transformers replaces the first with the second as it builds a model
 
 
-class _LiteralsAreReal(TorchFunctionMode):
-    """While a model is built without memory: numbers that its code writes down, such as a scale, are kept all the same, and
-    with them what it makes of a range of numbers, such as sinusoids. Random weights are not drawn: they have no values, and
-    going through the motions takes longer than all the rest.
+class _RealConstants(TorchFunctionMode):
+    """Gives real values to the constants of a model that is built on the meta device: scales, and ranges that become sinusoids.
+
+    Random initialisation is skipped: the weights have no values, and drawing them takes most of the time.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -341,16 +348,16 @@ class _LiteralsAreReal(TorchFunctionMode):
 
 
 class _LastLayerReached(Exception):
-    """Stops the model's forward: nothing after the layers is needed."""
+    """Stops the model's forward, because nothing after the layers is needed."""
 
 
 class _Recorder(nn.Module):
-    """Stands in for a layer: gives what ``record`` gives for its call."""
+    """Takes the place of a layer, and returns what ``record`` returns for the layer's call."""
 
     def __init__(self, layer: nn.Module, record: Callable[[Tensor, LayerCall], Any]) -> None:
         super().__init__()
-        # Not a submodule: the layer's weights are not this module's.
-        object.__setattr__(self, "_stands_for", layer)
+        # Set without registering a submodule, because the layer's weights are not this module's.
+        object.__setattr__(self, "_replaced", layer)
         self._record = record
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -360,13 +367,13 @@ class _Recorder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(object.__getattribute__(self, "_stands_for"), name)
+            return getattr(object.__getattribute__(self, "_replaced"), name)
 
 
-def _gives_a_tuple(layer: nn.Module, hidden: Tensor, call: LayerCall) -> bool:
-    """A run of the layer itself, on the meta device, costs nothing and shows the form of its output."""
+def _returns_a_tuple(layer: nn.Module, hidden: Tensor, call: LayerCall) -> bool:
+    """True if the layer returns a tuple: it is run on the meta device, which costs nothing."""
     args, kwargs = _to_meta(tuple(call))
-    # A copy: a layer may move what it keeps to where its input is.
+    # Run a copy, because a layer may move its buffers to the device of its input.
     return isinstance(copy.deepcopy(layer)(hidden.to("meta"), *args, **kwargs), tuple)
 
 
@@ -378,7 +385,7 @@ def _to_meta(value: Any) -> Any:
     return {key: _to_meta(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _numbers(module: nn.Module) -> int:
+def _parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -1,4 +1,4 @@
-"""What each part of a client's turn takes, for one base model and one form of stack: the facts that the planner adds up."""
+"""Makes the memory profile of a base model and its stack for the planner, by tracing the parts of a client's turn."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,21 +19,22 @@ from chainfed_ray.streaming.activations import overwrite_activations
 from chainfed_ray.streaming.matrices import SLICE_BYTES
 
 _FLOAT32 = 4
-# As they were measured: a module of a model without weights, as Python keeps it; and oneDNN's programs, which products of
-# bfloat16 matrices are compiled into.
+# Measured: the bytes of a module without weights, as a Python object; and of oneDNN's compiled programs, which multiply
+# bfloat16 matrices.
 _MODULE = 9 * 2**10
 _COMPILED = 2**20
 
 
 def memory_profile_of(blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int = 1) -> MemoryProfile:
-    """The costs of tuning ``blocks`` with adapters of R = ``bottleneck`` and a classifier of C = ``classes``.
+    """The memory profile of tuning ``blocks`` with adapters of R = ``bottleneck`` and a classifier of C = ``classes``.
 
-    The classifier reads so many layers. ``classes`` is None for a language model, whose own head is used and not trained.
+    The classifier uses the pooled features of ``head_layers`` layers. ``classes`` is None for a language model, whose own head
+    is used and not trained.
     """
     parts = Parts(blocks, classes, head_layers)
     width = blocks.hidden_size
 
-    def demands(activations_offloaded: bool) -> StepMemory:
+    def step(activations_offloaded: bool) -> StepMemory:
         return StepMemory(
             layer=trace_memory(
                 parts.layer(activations_offloaded), width, blocks.dtype, activations_offloaded=activations_offloaded
@@ -51,29 +52,29 @@ def memory_profile_of(blocks: Blocks, bottleneck: int, classes: int | None, head
         # oneDNN packs a slice of bfloat16 numbers into a third buffer.
         slices=(3 if blocks.dtype == torch.bfloat16 else 2) * max(SLICE_BYTES, blocks.longest_row_bytes),
         conversion=blocks.conversion_bytes,
-        skeleton=blocks.modules * _MODULE + blocks.kept_bytes + (_COMPILED if blocks.dtype == torch.bfloat16 else 0),
+        skeleton=blocks.modules * _MODULE + blocks.buffer_bytes + (_COMPILED if blocks.dtype == torch.bfloat16 else 0),
         call=polynomial_of(parts.call_bytes),
         adapter=_adapter_bytes(width, bottleneck),
         head=0 if classes is None else (head_layers * width * classes + classes + 2 * width) * _FLOAT32,
         head_layers=head_layers,
         streamed_head=classes is None,
-        kept=demands(activations_offloaded=False),
-        activations_offloaded=demands(activations_offloaded=True),
+        kept=step(activations_offloaded=False),
+        activations_offloaded=step(activations_offloaded=True),
         advance=trace_memory(parts.layer(activations_offloaded=False), width, blocks.dtype, gradients=False),
         advance_adapter=_advancing(width, blocks.dtype, bottleneck),
     )
 
 
-def with_bottleneck(costs: MemoryProfile, dtype: torch.dtype, bottleneck: int) -> MemoryProfile:
-    """``costs``, which are of a base model in ``dtype``, with adapters of another R: no layer and no head is run again."""
+def with_bottleneck(memory: MemoryProfile, dtype: torch.dtype, bottleneck: int) -> MemoryProfile:
+    """``memory`` with adapters of another R. ``dtype`` is the base model's. No layer and no head is traced again."""
     return replace(
-        costs,
-        adapter=_adapter_bytes(costs.hidden, bottleneck),
-        kept=replace(costs.kept, **_of_adapters(costs.hidden, dtype, bottleneck, activations_offloaded=False)),
+        memory,
+        adapter=_adapter_bytes(memory.hidden, bottleneck),
+        kept=replace(memory.kept, **_of_adapters(memory.hidden, dtype, bottleneck, activations_offloaded=False)),
         activations_offloaded=replace(
-            costs.activations_offloaded, **_of_adapters(costs.hidden, dtype, bottleneck, activations_offloaded=True)
+            memory.activations_offloaded, **_of_adapters(memory.hidden, dtype, bottleneck, activations_offloaded=True)
         ),
-        advance_adapter=_advancing(costs.hidden, dtype, bottleneck),
+        advance_adapter=_advancing(memory.hidden, dtype, bottleneck),
     )
 
 
@@ -82,12 +83,12 @@ def _adapter_bytes(width: int, bottleneck: int) -> int:
 
 
 def _of_adapters(width: int, dtype: torch.dtype, bottleneck: int, activations_offloaded: bool) -> dict[str, PartMemory]:
-    """The demands of a step that are of adapters, by their names in ``StepMemory``."""
+    """The memory of a step's adapters, by the names of the fields of ``StepMemory``."""
     return {
         name: trace_memory(
             new_adapter(width, bottleneck, trained), width, dtype, activations_offloaded=activations_offloaded
         )
-        for name, trained in (("adapter", True), ("stand_in", False))
+        for name, trained in (("adapter", True), ("emulator", False))
     }
 
 
@@ -96,7 +97,7 @@ def _advancing(width: int, dtype: torch.dtype, bottleneck: int) -> PartMemory:
 
 
 def new_adapter(width: int, bottleneck: int, trained: bool) -> Prepare:
-    """How an adapter is made for a rehearsal."""
+    """Makes an adapter for tracing."""
 
     def prepare(fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
         return with_blank_weights(Adapter(width, bottleneck).requires_grad_(trained), fake)
@@ -106,14 +107,14 @@ def new_adapter(width: int, bottleneck: int, trained: bool) -> Prepare:
 
 @dataclass(frozen=True)
 class Parts:
-    """How each part is made for a rehearsal."""
+    """Makes the parts of a step for tracing."""
 
     blocks: Blocks
     classes: int | None
     head_layers: int
 
     def layer(self, activations_offloaded: bool) -> Prepare:
-        """A layer of the base model."""
+        """Makes the largest layer of the base model."""
         return lambda fake, batch, tokens: self._layer(fake, batch, tokens, activations_offloaded)
 
     def _layer(
@@ -127,7 +128,7 @@ class Parts:
         return lambda hidden: self.blocks.run(layer, hidden, call)
 
     def head(self, fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
-        """The head, and the loss on it."""
+        """Makes the head and its loss."""
         mask = padded(batch, tokens)
         if self.classes is None:
             slices, ids = _BlankSlices(self.blocks), np.zeros((batch, tokens), dtype=np.int64)
@@ -139,7 +140,7 @@ class Parts:
         return lambda hidden: cross_entropy(head(hidden, mask, below), labels, reduction="sum")
 
     def call_bytes(self, batch: int, tokens: int) -> int:
-        """What the model hands to its layers besides hidden states; all layers share most of it."""
+        """The bytes of what the model passes to its layers besides hidden states. Storage that layers share counts once."""
         leaves = tree_leaves(tuple(self.blocks.calls(padded(batch, tokens))))
         storages = {
             leaf.untyped_storage()._cdata: leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)
@@ -149,9 +150,9 @@ class Parts:
 
 @dataclass(frozen=True)
 class _BlankSlices:
-    """Slices of a language model's head with no particular value; two of them show all that happens.
+    """Two slices of a language model's head, without values. Two are enough to show every allocation.
 
-    They take no bytes here: the buffers of slices are counted by themselves.
+    They take no bytes here, because the profile counts the buffers of slices separately.
     """
 
     blocks: Blocks
@@ -169,7 +170,7 @@ class _BlankSlices:
 
 
 def padded(batch: int, tokens: int) -> Tensor:
-    """A mask [B, T] of examples of which the first is shorter: with no padding at all, some models need no mask."""
+    """A mask [B, T] whose first example is shorter: without any padding, some models need no mask and would not make one."""
     mask = torch.ones(batch, tokens, dtype=torch.int64)
     mask[0, tokens // 2 :] = 0
     return mask

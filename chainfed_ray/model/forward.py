@@ -1,7 +1,7 @@
-"""The forward pass: a base layer, its adapter, and the pooled features of the layers below, carried along.
+"""The forward pass of a base model with adapters: each layer, its adapter, and the pooled features of the layers below.
 
-Whoever runs a model with adapters on it runs it through here: clients and the server, by layers that are whole in memory, that
-are streamed, or that DeepSpeed fetches from a disk.
+Clients and the server run adapted models only through this file, whether layers are resident, streamed, or fetched from disk by
+DeepSpeed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,16 +30,19 @@ def through_layer(
     states: LayerStates,
     mask: Tensor,
 ) -> LayerStates:
-    """Layer ``index``, without its adapter: from what came out below it, through the adapter there, or from the embeddings."""
+    """Run layer ``index`` without its adapter.
+
+    ``states`` are the embeddings or the output of the adapter below; their pooled features are appended before the layer runs.
+    """
     hidden, pooled = states
-    del states  # its pooled features may go
+    del states  # frees its pooled features
     if index:
         pooled = stack.pool(pooled, hidden, mask)
     return LayerStates(blocks.run(layer, hidden, call), pooled)
 
 
 def through_adapter(stack: AdapterStack, index: int, states: LayerStates) -> LayerStates:
-    """The adapter of layer ``index``, where there is one."""
+    """Run the adapter of layer ``index``. Without an adapter the states are unchanged."""
     if index not in stack.layers:
         return states
     return states._replace(hidden=stack.adapter(index)(states.hidden))
@@ -53,7 +56,7 @@ def through_layers(
     states: LayerStates,
     mask: Tensor,
 ) -> LayerStates:
-    """Layers one after the other, each with its adapter."""
+    """Run ``layers`` in order, each with its adapter."""
     for index, layer in layers:
         states = through_layer(blocks, stack, index, layer, calls[index], states, mask)
         states = through_adapter(stack, index, states)
@@ -63,7 +66,9 @@ def through_layers(
 def through_window(
     blocks: Blocks, stack: AdapterStack, window: Window, layers: dict[int, nn.Module], states: LayerStates, mask: Tensor
 ) -> LayerStates:
-    """A window: from its bottom layer's output u to its top adapter's output h; ``layers`` are those above the bottom one."""
+    """Run a window: its bottom layer's output u → its top adapter's output h. ``layers`` are the layers above
+    the bottom one.
+    """
     states = through_adapter(stack, window.bottom, states)
     if not layers:
         return states

@@ -1,4 +1,4 @@
-"""How a family of language models makes logits of what its head's matrix gives: a bias, a scale, a soft cap."""
+"""How a family of language models turns products with its head's matrix into logits: a bias, a scale, a soft cap."""
 
 from collections.abc import Set
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-# Where a family keeps its scale, and whether it multiplies by it (1) or divides by it (-1). Others mean something else by
-# the same words, or ignore them.
+# The name of a family's scale in its configuration, and 1 if the family multiplies by it or -1 if it divides. Other families
+# use the same names for something else, or ignore them.
 _SCALES = {
     "cohere": ("logit_scale", 1),
     "granite": ("logits_scaling", -1),
@@ -30,9 +30,9 @@ _PARTS = ("lm_head.weight", "embed_out.weight", _BIAS)
 
 @dataclass(frozen=True)
 class LogitForm:
-    """logits = cap · tanh(scale · z / cap), or scale · z without a cap; z = hidden · matrixᵀ + bias.
+    """logits = cap · tanh(scale · z / cap), or scale · z without a cap, where z = hidden · matrixᵀ + bias.
 
-    ``bias`` is the checkpoint's name for the bias [V], where there is one.
+    ``bias`` is the checkpoint's name for the bias [V], or None.
     """
 
     scale: float = 1.0
@@ -40,23 +40,23 @@ class LogitForm:
     bias: str | None = None
 
     def apply(self, products: Tensor) -> Tensor:
-        """z of any shape → logits, in the place of z."""
+        """z of any shape → logits. It overwrites z."""
         if self.scale != 1:
             products.mul_(self.scale)
         return products if self.cap is None else products.div_(self.cap).tanh_().mul_(self.cap)
 
     def slope(self, logits: Tensor) -> Tensor:
-        """d logit / dz at each of ``logits``: of their shape or, where it is the same for all, a scalar."""
+        """d logit / dz at each of ``logits``, in their shape; a scalar if it is the same for all."""
         if self.cap is None:
             return logits.new_tensor(self.scale)
         return (logits / self.cap).square_().neg_().add_(1).mul_(self.scale)  # tanh' = 1 - tanh²
 
 
 def form_of(config: Any, names: Set[str]) -> LogitForm:
-    """The form of a model with this ``config``, whose checkpoint has tensors called ``names``.
+    """The logit form of a model with this ``config``, whose checkpoint has tensors called ``names``.
 
     Raises:
-        ValueError: its head does something else besides; the message is the name of that.
+        ValueError: the head has an operation that is not known here; the message is the name of its key or tensor.
     """
     word, power = next((_SCALES[family] for family in _SCALES if config.model_type.startswith(family)), ("", 1))
     unknown = [key for key in _UNKNOWN if key != word and getattr(config, key, None) not in (None, 1)]

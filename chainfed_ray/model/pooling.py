@@ -1,8 +1,8 @@
-"""What a classifier's head reads: means over the tokens, of the highest layers.
+"""Pooled features, the input of a classifier's head: the means over the tokens of the outputs of the highest layers.
 
-Ours, not the paper's, whose head reads one layer. What a text says is not all in the last one, and a linear classifier that
-reads several is better without any training (Head2Toe: Evci et al., 2022). A layer below the window is frozen, so what is read
-of it are D numbers an example, which come up with the hidden states.
+The paper's head uses one layer; several are ours. The last layer does not hold all that a text says, and a linear classifier
+over several layers is better without any training (Head2Toe: Evci et al., 2022). The layers below the window are frozen, so
+their features, D numbers per example and layer, are computed once and accompany the hidden states.
 """
 
 from typing import NamedTuple
@@ -12,25 +12,25 @@ from torch import Tensor
 
 
 class LayerStates(NamedTuple):
-    """How far examples are in the model: the hidden states of a layer, and what is read of the layers just below it."""
+    """The states of examples at one layer: its output, and the pooled features of the layers just below it."""
 
     hidden: Tensor  # [B, T, D]
     pooled: Tensor  # [B, r, D] float32, the lowest layer first
 
 
 def no_features(hidden: Tensor) -> Tensor:
-    """[B, 0, D]: what is read of the layers below the first one, whose inputs are ``hidden`` [B, T, D]."""
+    """[B, 0, D]: the pooled features of the layers below the first one, whose input is ``hidden`` [B, T, D]. There are none."""
     return hidden.new_zeros(len(hidden), 0, hidden.shape[-1], dtype=torch.float32)
 
 
 def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """[B, T, D] and [B, T] → [B, D], padding left out."""
+    """[B, T, D] and mask [B, T] → [B, D], without the padding."""
     weights = mask.to(hidden.dtype).unsqueeze(-1)
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def append_pooled(pooled: Tensor, hidden: Tensor, mask: Tensor, most: int) -> Tensor:
-    """``pooled`` [B, r, D] and after it the mean of a layer's output ``hidden`` [B, T, D]: the ``most`` highest of them."""
+    """Append the mean over tokens of ``hidden`` [B, T, D] to ``pooled`` [B, r, D], and keep the ``most`` highest layers."""
     if most == 0:
         return pooled
     return torch.cat([pooled, mean_over_tokens(hidden.float(), mask).unsqueeze(1)], 1)[:, -most:]

@@ -1,13 +1,13 @@
-"""The prefix: the frozen part below a window is run once, not in every step.
+"""The prefix cache: the frozen layers below a window run once, not in every training step.
 
-Below the window nothing changes while the window is trained, and neither do the weights of its bottom layer. So what is
-kept is that layer's *output* u_m, before its adapter: a training step then holds no base layer for it. When the window
-slides, the cache advances by one layer: adapter m, then layer m + 1, over the client's examples. While a layer computes, the
-next one is loaded; or else matrices are streamed, and no layer is ever in memory.
+While a window is trained, nothing below it changes, and neither do the weights of its bottom layer. So the cache keeps that
+layer's *output* u_m, before its adapter, and a training step holds no base layer for it. When the window slides, the cache
+advances by one layer: it runs adapter m and then layer m + 1 over the client's examples. While one layer computes, the next is
+loaded; or matrices are streamed, and no layer is ever in memory.
 
-Examples are always run in the same micro-batches, in the same order, so that an activation does not depend on who asks for
-it or when: a cache that was lost and made again is the same, bit for bit. A client without the disk for a cache makes the
-prefix of each step anew, example by example; those are the bits of a cache that is made example by example.
+Examples always run in the same micro-batches and in the same order, so an activation does not depend on who asks for it or
+when: a cache that was lost is made again bit for bit. A client without the disk for a cache recomputes the prefix in each step,
+one example at a time. Those are the bits of a cache that is made one example at a time.
 """
 
 import os
@@ -36,29 +36,29 @@ from chainfed_ray.streaming.matrices import RowSlices
 
 
 class Activations(Protocol):
-    """The output of one layer for every example of a client."""
+    """A source of one layer's output for every example of a client."""
 
     def batch(self, indices: np.ndarray) -> LayerStates:
-        """Those of some examples, zero where they are padded, with what the head reads of the layers below."""
+        """The states of the examples at ``indices``, with zeros at padding and the pooled features that the head uses."""
         ...
 
 
 @dataclass(frozen=True)
 class PrefixRunner:
-    """Runs a base model's layers without gradients: ``batch`` examples at a time, whole layers or streamed matrices."""
+    """Runs a base model's layers without gradients, ``batch`` examples at a time, with resident layers or streamed matrices."""
 
     blocks: Blocks
     batch: int = PREFIX_BATCH
-    matrices: RowSlices | None = None  # None: whole layers
+    matrices: RowSlices | None = None  # None: layers are loaded whole
 
     @property
-    def way(self) -> str:
-        """What the bits of an activation depend on besides the model, the adapters and the examples."""
+    def variant(self) -> str:
+        """How activations are made: the placement of weights and the batch. Their bits depend on it."""
         weights: WeightPlacement = "streamed" if self.matrices else "resident"
         return f"{weights}-{self.batch}"
 
     def layers(self, indices: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
-        """Some layers, one after the other; while one is used, the next is loaded."""
+        """Load layers one after the other. While one is used, the next is loaded."""
         wanted = list(indices)
         if self.matrices or len(wanted) < 2:
             yield from ((index, self.blocks.load_layer(index, self.matrices)) for index in wanted)
@@ -83,16 +83,18 @@ class PrefixRunner:
         indices: np.ndarray,
         below: LayerStates | None,
     ) -> LayerStates:
-        """u of layer ``index``: from u of the layer ``below`` through its adapter, or from the embeddings."""
-        # No decorator: that would hold on to the arguments for as long as the layer runs.
+        """The output u of layer ``index``, from the states of the layer ``below`` it; None for layer 0, which starts from the
+        embeddings.
+        """
+        # Not a decorator, because that would keep the arguments alive while the layer runs.
         with torch.no_grad():
             batch = examples.batch(indices)
             if below is None:
                 states, calls = embed(self.blocks, batch)
             else:
                 states, calls = below, self.blocks.calls(batch.mask)
-                del below  # nobody else has it: it may go as soon as the adapter is through with it
-                # An adapter that is the identity is skipped: the file's name leaves it out as well.
+                del below  # the last other reference, so that it is freed as soon as the adapter has run
+                # Identity adapters are skipped, and the cache's file names ignore them too.
                 if index - 1 in stack.layers and not stack.adapter(index - 1).is_identity:
                     states = through_adapter(stack, index - 1, states)
             return through_layer(self.blocks, stack, index, layer, calls[index], states, batch.mask)
@@ -101,76 +103,81 @@ class PrefixRunner:
 class PrefixCache:
     """The activations of ``examples`` at the output of one layer at a time, in files in ``folder``.
 
-    Each is named for its layer, for the trained adapters below, for how much its head reads and for how it was made: a stack
-    that differs there finds no file, never a wrong one. A file has every token's row, and then what is read of the layers
-    below of each example.
+    A file's name has its layer, a digest of the trained adapters below, the number of layers that the head uses, and how it was
+    made. A stack that differs in one of them finds no file, never a wrong one. A file has a row for every token, and after
+    these the pooled features of the layers below for every example.
     """
 
     def __init__(self, folder: Path, runner: PrefixRunner, examples: Examples) -> None:
         self._folder, self._runner, self._examples = folder, runner, examples
         self.width = runner.blocks.hidden_size  # D
-        self.features = PooledFeatures(folder, runner.way, self.width)
+        self.features = PooledFeatures(folder, runner.variant, self.width)
         self._row_bytes = self.width * runner.blocks.dtype.itemsize
         folder.mkdir(parents=True, exist_ok=True)
 
     def at(
         self, layer: int, stack: AdapterStack, keep: int | None = None, reporter: Reporter = SILENT
     ) -> "CachedActivations":
-        """u of ``layer``: made from the highest layer at hand below it. Others are forgotten, but for those that come again:
-        of the layer ``keep`` and of the chain's lowest, below which nothing ever changes.
+        """The activations u of ``layer``, made from the highest cached layer below it.
+
+        Other layers' files are deleted, except those that will be needed again: the layer ``keep``, and the chain's lowest
+        layer, below which nothing ever changes.
         """
-        have = self._highest_at_hand(layer, stack)
+        have = self._highest_cached(layer, stack)
         lasting = {keep, min(stack.layers, default=layer)}
         self.forget_all_but({have, *lasting}, stack)
         missing = range(have + 1, layer + 1)
         for index, module in reporter.each(self._runner.layers(missing), len(missing), "layers"):
             self._write(index, module, stack)
-            del module  # before the next but one is loaded
+            del module  # free it before another layer is loaded
             self.forget_all_but({index, *lasting}, stack)
         return self._open(layer, stack)
 
     def first_pass(self, below: int, top: int, bare: AdapterStack) -> Iterator[int]:
-        """Run layers of the base model from the highest at hand up to ``below``, and up to ``top``; give each as it is there.
+        """Run layers of the base model up to ``top``, and yield each when its activations and features are written.
 
-        The features of each are put beside its activations. ``bare`` is a stack without adapters.
+        The first layer run is the one after the highest that is cached at or below ``below``. ``bare`` is a stack without
+        adapters.
         """
-        have = self._highest_at_hand(below, bare)
+        have = self._highest_cached(below, bare)
         for index, module in self._runner.layers(range(have + 1, top + 1)):
-            with self.features.written(index) as writer:
+            with self.features.writer(index) as writer:
                 self._write(index, module, bare, writer)
-            del module  # before the next but one is loaded
+            del module  # free it before another layer is loaded
             yield index
 
     def clear(self) -> None:
-        """Give the disk back."""
+        """Delete the cache's folder."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, layer: int, stack: AdapterStack) -> Path:
-        return self._folder / f"{layer:04d}-{_digest(stack, layer)}-{stack.head_layers}-{self._runner.way}.activations"
+        return (
+            self._folder / f"{layer:04d}-{_digest(stack, layer)}-{stack.head_layers}-{self._runner.variant}.activations"
+        )
 
     def _open(self, layer: int, stack: AdapterStack) -> "CachedActivations":
         rows = min(layer, stack.pooled_layers)
         return CachedActivations(self._path(layer, stack), self._runner.blocks, self._examples, rows)
 
     def forget_all_but(self, layers: Collection[int | None], stack: AdapterStack) -> None:
-        """Give the disk of the activations of other layers and other stacks back."""
+        """Delete the activations of all layers except ``layers``, and those of other stacks."""
         kept = {self._path(layer, stack) for layer in layers if layer is not None and layer >= 0}
         for path in self._folder.glob("*.activations"):
             if path not in kept:
                 path.unlink(missing_ok=True)
 
-    def _highest_at_hand(self, layer: int, stack: AdapterStack) -> int:
-        """The highest layer up to ``layer`` whose activations are there; −1 if none are."""
+    def _highest_cached(self, layer: int, stack: AdapterStack) -> int:
+        """The highest layer up to ``layer`` whose activations are cached; −1 if there is none."""
         return next((have for have in range(layer, -1, -1) if self._path(have, stack).exists()), -1)
 
     def _write(self, layer: int, module: nn.Module, stack: AdapterStack, features: FeatureWriter | None = None) -> None:
         path, examples = self._path(layer, stack), self._examples
         below = self._open(layer - 1, stack) if layer else None
-        # A name of its own: a process that was given up may still be writing the same activations.
+        # The file's name has the process's id, because a process that was given up may still be writing the same activations.
         aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
         with aside.open("wb") as file:
             for indices in examples.by_length(self._runner.batch):
-                # Without a name for either, each is gone when the next one is made.
+                # No variable holds the states, so that each batch is freed before the next is made.
                 self._store(
                     file,
                     indices,
@@ -193,9 +200,9 @@ class PrefixCache:
 
 
 class CachedActivations:
-    """The output of one layer for each real token of each example, read row by row: never mapped, so never resident.
+    """Reads one layer's output from its file, row by row, for each real token of each example. Nothing is memory-mapped.
 
-    Of each example there are ``pooled`` layers below to be read as well.
+    The file also has the features of ``pooled`` layers below for each example.
     """
 
     def __init__(self, path: Path, blocks: Blocks, examples: Examples, pooled: int) -> None:
@@ -224,7 +231,7 @@ class CachedActivations:
 
 @dataclass(frozen=True)
 class RecomputedActivations:
-    """The output of ``layer``, made whenever it is asked for: for a client without the disk for a cache."""
+    """Recomputes the output of ``layer`` whenever it is needed, for a client without the disk for a cache."""
 
     layer: int
     stack: AdapterStack
@@ -239,7 +246,7 @@ class RecomputedActivations:
                 states[index] = self.runner.run(
                     layer, module, self.stack, self.examples, np.array([index]), states.pop(index, None)
                 )
-            del module  # before the next but one is loaded
+            del module  # free it before another layer is loaded
         lengths = self.examples.lengths[indices]
         width, dtype = self.runner.blocks.hidden_size, self.runner.blocks.dtype
         pooled = torch.cat([states[index].pooled for index in indices.tolist()])
@@ -250,7 +257,7 @@ class RecomputedActivations:
 
 
 def _digest(stack: AdapterStack, layer: int) -> str:
-    """Of the trained adapters below ``layer``: what u of ``layer`` depends on besides the base model and the examples."""
+    """A digest of the trained adapters below ``layer``, on which the layer's output depends."""
     digest = blake2b(digest_size=16)
     below = (index for index in stack.layers if index < layer)
     for index in (index for index in below if not stack.adapter(index).is_identity):

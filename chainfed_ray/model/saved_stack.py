@@ -1,7 +1,7 @@
-"""A finished stack as a folder: in PEFT's own form, so that ``PeftModel.from_pretrained`` loads it (see peft_method).
+"""Saves a finished stack as a folder in PEFT's format, which ``PeftModel.from_pretrained`` loads (``peft_method.py``).
 
-Written and read here without PEFT, whose import takes seconds, and without the base model. A stack with a head of its own
-is for a ``SequenceClassifier``; one without is for the causal language model itself, whose head it uses. ::
+Folders are written and read here without PEFT, whose import takes seconds, and without the base model. A stack with a head is
+for a ``SequenceClassifier``. A stack without one is for a causal language model, which uses its own head. ::
 
     adapter_config.json           the method, its sizes, the modules that have an adapter
     adapter_model.safetensors     base_model.model.<module>.chainfed_…
@@ -22,8 +22,8 @@ from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.record import VERSION
 
 PEFT_TYPE = "CHAINFED"
-CAUSAL_LM = "CAUSAL_LM"  # PEFT's name for what a language model does
-# Where a SequenceClassifier has its base model and its head, and where PEFT's layers keep what is trained.
+CAUSAL_LM = "CAUSAL_LM"  # PEFT's name for the task of a language model
+# The names of a SequenceClassifier's base model and head, and of the containers of trained parts in PEFT's layers.
 BASE, HEAD = "base", "head"
 ADAPTERS, HEADS = "chainfed_adapters", "chainfed_heads"
 
@@ -33,10 +33,10 @@ _ROOT = "base_model.model"
 
 @dataclass(frozen=True)
 class SavedStack:
-    """A stack, and what has to be known to use it: its base model, and where that has its layers.
+    """A stack, and what is needed to use it: its classes, its maximum length, its base model, and the path of the layers there.
 
-    ``layers_path`` is a path in the base model, or for a language model's stack in the causal model, such as
-    ``model.layers``; such a stack has no ``classes``.
+    ``layers_path`` is a path in the base model. For a language model's stack it is a path in the causal model, such as
+    ``model.layers``, and ``classes`` is empty.
     """
 
     stack: AdapterStack
@@ -47,12 +47,12 @@ class SavedStack:
 
     @property
     def modules(self) -> list[str]:
-        """The modules that have an adapter, and a ``SequenceClassifier``'s head."""
+        """The paths of the modules that have an adapter, and of a ``SequenceClassifier``'s head."""
         layers = [f"{self._layers}.{layer}" for layer in self.stack.layers]
         return layers if self.stack.head is None else [*layers, HEAD]
 
     def config(self) -> dict[str, Any]:
-        """What PEFT keeps in ``adapter_config.json``."""
+        """The content of PEFT's ``adapter_config.json``."""
         down = self.stack.adapter(self.stack.layers[0]).down
         return {
             "peft_type": PEFT_TYPE,
@@ -70,16 +70,16 @@ class SavedStack:
         }
 
     def tensors(self) -> Tensors:
-        """Every tensor by PEFT's name."""
+        """Every tensor, by PEFT's name."""
         return {self._name(name): tensor for name, tensor in self.stack.tensors().items()}
 
     @property
     def _layers(self) -> str:
-        """Where the model that the stack is put on has its layers."""
+        """The path of the layers in the model that the stack is put on."""
         return self.layers_path if self.stack.head is None else f"{BASE}.{self.layers_path}"
 
     def _base_for_others(self) -> str | None:
-        """The base model as the Hugging Face world names it; what comes with a package has no name there."""
+        """The base model's name on the Hugging Face hub, or its path; None for a model that comes with a package."""
         scheme, _, name = self.base.partition(":")
         return None if scheme == "builtin" else name.partition("@")[0]
 
@@ -92,28 +92,28 @@ class SavedStack:
 
 
 def save_stack(saved: SavedStack, folder: Path) -> None:
-    """Write ``folder`` as a whole: killed at any moment, this leaves the folder as it was or as it should be."""
+    """Write ``folder`` as a whole. A process that is killed at any moment leaves the old folder, the new one, or none."""
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     _write(aside / _WEIGHTS, save(saved.tensors(), metadata={"format": "pt"}))
     _write(aside / _CONFIG, json.dumps(saved.config(), indent=2).encode())
-    # A folder cannot take the place of another in one step; a model that was there is the same, written before a kill.
+    # A folder cannot replace another in one step. One that exists has the same content, written before the process was killed.
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
 def save_models(models: Mapping[str, SavedStack], served: str, folder: Path) -> None:
-    """Write the stack called ``served`` as the model in ``folder``, and others there by their own names."""
+    """Write the stack called ``served`` as ``folder``/model, and each other stack in ``folder`` by its own name."""
     for name, saved in models.items():
         save_stack(saved, folder / ("model" if name == served else name))
 
 
 def load_stack(folder: Path) -> SavedStack:
-    """Read what ``save_stack`` or PEFT's ``save_pretrained`` wrote.
+    """Read a folder that ``save_stack`` or PEFT's ``save_pretrained`` wrote.
 
     Raises:
-        CorruptCommit: the folder is not there, is of another version, or has not the tensors that its configuration names.
+        CorruptCommit: the folder is missing, has another version, or lacks tensors that its configuration names.
     """
     try:
         config = json.loads((folder / _CONFIG).read_bytes())
@@ -140,12 +140,12 @@ def load_stack(folder: Path) -> SavedStack:
             str(folder), f"it holds no stack that can be read ({type(error).__name__}: {error})"
         ) from None
     if not complete:
-        raise CorruptCommit(str(folder), "it lacks adapters that its configuration names, or has others")
+        raise CorruptCommit(str(folder), "its adapters are not those that its configuration names")
     return saved
 
 
 def _plain(name: str) -> str:
-    """PEFT's name → the stack's own."""
+    """PEFT's name → the stack's own name."""
     module, marker, parameter = name.rpartition(f".{ADAPTERS}.")
     if marker:
         return f"adapters.{module.rpartition('.')[2]}.{parameter}"

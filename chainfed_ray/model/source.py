@@ -1,4 +1,4 @@
-"""Which base model a process works with, and where it may keep what it makes of it."""
+"""The base model that a process works with, and the folder for files that it derives from the model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which base model a turn streams, and where it may keep its prefix caches."""
+    """The folder and dtype of the base model, and the ``scratch`` folder for prefix caches and other temporary files."""
 
     folder: Path
     dtype: torch.dtype

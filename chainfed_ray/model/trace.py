@@ -1,9 +1,9 @@
-"""A part of a step, run with tensors that have shapes but no bytes, to learn how many bytes it will hold.
+"""Traces the memory of a part of a training step, without allocating it.
 
-What a Hugging Face layer allocates is known to its own code alone. So that code is run, forward and backward, with fake
-tensors, for which the operations are chosen that real ones on a CPU would have; a ledger keeps the bytes alive after each.
-They are polynomials in the batch B and the tokens T, and a few small shapes determine them: from then on the planner
-(planner.py) needs integers only.
+Only a Hugging Face layer's own code knows what it allocates. So that code is run forward and backward on fake tensors, which
+have shapes but no bytes, with the operations that a CPU would choose for real ones. A ledger keeps the bytes alive after each
+operation. These bytes are polynomials in the batch B and the tokens T, and traces at a few small shapes determine them: from
+then on the planner (``planner.py``) needs integers only.
 """
 
 import copy
@@ -25,13 +25,13 @@ from torch.utils._pytree import tree_leaves
 from chainfed_ray.budget.demand import NOTHING, BytePolynomial, PartMemory
 from chainfed_ray.streaming.activations import is_offloaded
 
-# Two batches and three lengths determine terms up to B·T². None is 1: what has one row is sometimes a view of another tensor.
+# Two batches and three lengths determine terms up to B·T². No batch is 1, where tensors are sometimes views instead of copies.
 _BATCHES, _TOKENS = (2, 3), (16, 32, 48)
 SHAPES = tuple((batch, tokens) for batch in _BATCHES for tokens in _TOKENS)
 
 
 class Prepare(Protocol):
-    """Makes the weights of a part, as fake tensors, and gives what it does with hidden states [B, T, D]."""
+    """Makes a part with fake weights. The result is the part's function of hidden states [B, T, D]."""
 
     def __call__(self, fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]: ...
 
@@ -39,7 +39,10 @@ class Prepare(Protocol):
 def trace_memory(
     prepare: Prepare, width: int, dtype: torch.dtype, *, gradients: bool = True, activations_offloaded: bool = False
 ) -> PartMemory:
-    """The bytes of a part for any B and T; activations that are offloaded count while they are read, and no longer."""
+    """The bytes of a part for any B and T, for hidden states of width D = ``width``.
+
+    Activations that are offloaded count only while they are in use. Without ``gradients`` there is no backward pass.
+    """
     runs = [_run(prepare, batch, tokens, width, dtype, gradients, activations_offloaded) for batch, tokens in SHAPES]
     return PartMemory(
         saved=_polynomial([run.saved for run in runs]) if gradients else NOTHING,
@@ -49,7 +52,7 @@ def trace_memory(
 
 
 def with_blank_weights(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
-    """A copy of a module whose parameters have shapes but no bytes, and need gradients where the module's do."""
+    """A copy of a module with fake parameters, which need gradients where the module's do."""
     made = copy.deepcopy(module)
     with fake:
         blank = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in made.state_dict().items()}
@@ -61,7 +64,7 @@ def with_blank_weights(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Run:
-    """Bytes alive after each operation of a part; its input counts, and in backward the gradient of its output."""
+    """The bytes alive after each operation of a part, with its input and, in the backward pass, its output's gradient."""
 
     forward: list[int]
     saved: int
@@ -80,17 +83,17 @@ def _run(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     compute = prepare(fake, batch, tokens)
     with fake, AllocationTrace() as ledger, torch.set_grad_enabled(gradients):
-        # Not a leaf: the graph would keep that alive by itself.
+        # The input must not be a leaf, because the autograd graph would keep a leaf alive.
         seed = torch.zeros((), dtype=dtype, requires_grad=gradients)
         hidden = seed.expand(batch, tokens, width).clone()
         ledger.history()
-        with Forgetful() if activations_offloaded else nullcontext():
+        with DiscardedActivations() if activations_offloaded else nullcontext():
             output = compute(hidden)
         del hidden
         forward = ledger.history()
         if not gradients:
             return _Run(forward, 0, [])
-        rest: Tensor = Rest.apply(output)  # type: ignore[no-untyped-call]
+        rest: Tensor = RestOfStep.apply(output)  # type: ignore[no-untyped-call]
         del output
         saved = ledger.alive
         ledger.history()
@@ -98,8 +101,10 @@ def _run(
         return _Run(forward, saved, ledger.history())
 
 
-class Rest(torch.autograd.Function):
-    """The rest of a step: keeps nothing of a part's output, and gives a gradient that nobody else holds."""
+class RestOfStep(torch.autograd.Function):
+    """Takes the place of the rest of a step. It keeps nothing of the part's output, and makes a gradient that nothing else
+    holds.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor) -> Tensor:
@@ -112,7 +117,7 @@ class Rest(torch.autograd.Function):
 
 
 class AllocationTrace(TorchDispatchMode):
-    """Counts the bytes of every tensor that is made, until the last that shares them is gone."""
+    """Counts the bytes of every storage that is allocated, until the last tensor that uses it is gone."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -122,11 +127,11 @@ class AllocationTrace(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; torch would look whether it is, at every operation."""
+        """Keeps torch from checking for compilation at every operation; nothing is compiled here."""
         return False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.prim.device.default:  # no operation, and asked more often than all of them
+        if function is torch.ops.prim.device.default:  # a query, not an operation, and the most frequent call
             return args[0].fake_device
         given = {_identity(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         result = function(*args, **(kwargs or {}))
@@ -155,8 +160,8 @@ def _identity(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class Forgetful(saved_tensors_hooks):
-    """What ``Spill`` does, without a file."""
+class DiscardedActivations(saved_tensors_hooks):
+    """Does what ``OffloadedActivations`` does, without a file."""
 
     def __init__(self) -> None:
         super().__init__(self._put, self._get)  # type: ignore[no-untyped-call]
@@ -174,27 +179,27 @@ class Forgetful(saved_tensors_hooks):
 
 
 def _moments(histories: Sequence[list[int]]) -> tuple[BytePolynomial, ...]:
-    """The polynomials of which the largest is the peak, whatever the shape."""
+    """The polynomials whose maximum is the peak, for any shape."""
     if len({len(history) for history in histories}) > 1:
-        # The part takes another path for another shape: what is left to compare is the peak.
+        # The part runs other operations for other shapes, so only the peaks can be compared.
         histories = [[max(history)] for history in histories]
     found = {_polynomial(moment) for moment in set(zip(*histories, strict=True))}
     return tuple(one for one in found if not any(_dominates(other, one) for other in found - {one}))
 
 
 def _dominates(first: BytePolynomial, second: BytePolynomial) -> bool:
-    """No factor of ``first`` is smaller."""
+    """True if no factor of ``first`` is smaller."""
     pairs = (pair for rows in zip(first.terms, second.terms, strict=True) for pair in zip(*rows, strict=True))
     return all(one >= other for one, other in pairs)
 
 
 def polynomial_of(count: Callable[[int, int], int]) -> BytePolynomial:
-    """The polynomial of what ``count`` gives for B and T."""
+    """The polynomial with the values of ``count`` (B, T)."""
     return _polynomial([count(batch, tokens) for batch, tokens in SHAPES])
 
 
 def _polynomial(values: Sequence[int]) -> BytePolynomial:
-    """The factors of BⁱTʲ, i ≤ 1 and j ≤ 2, from the values at ``SHAPES``; a fraction is rounded up."""
+    """The polynomial with terms BⁱTʲ, i ≤ 1 and j ≤ 2, that has ``values`` at ``SHAPES``; fractional factors are rounded up."""
     lower, higher = (_quadratic(values[start : start + len(_TOKENS)]) for start in (0, len(_TOKENS)))
     slope = [(high - low) / (_BATCHES[1] - _BATCHES[0]) for low, high in zip(lower, higher, strict=True)]
     constant = [low - _BATCHES[0] * rise for low, rise in zip(lower, slope, strict=True)]

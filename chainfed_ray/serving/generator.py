@@ -109,7 +109,7 @@ class Generator:
         if not self._tokenizer.chat_template:
             expected = "a prompt for POST /v1/completions, because this model's tokenizer has no chat template"
             raise InvalidJob.at("messages", dict(zip(("role", "content"), messages[-1], strict=True)), expected)
-        return chat_ids(self._tokenizer, messages, opened=True, field="messages")
+        return chat_ids(self._tokenizer, messages, add_generation_prompt=True, field="messages")
 
     def _most(self, prompt: Prompt, length: int, asked: int | None) -> int:
         """The most tokens that may follow a prompt of ``length`` tokens, where the caller asked for ``asked``."""

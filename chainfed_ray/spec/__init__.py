@@ -1,1 +1,1 @@
-"""What a job says: its document, section by section, and what contradicts what."""
+"""The job specification: the sections of its document, their defaults, and the rules between them."""

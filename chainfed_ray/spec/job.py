@@ -1,8 +1,8 @@
 """``JobSpec``: the one definition of a job.
 
-It is the YAML file, the body of ``POST /v1/jobs`` and the object that the coordinator reads. ``parse.py`` makes one of a
-document, and names the path of every key that is unknown or wrong; ``rules.py`` says what contradicts what. What depends on
-the data or the model is checked in ``prepare.py``.
+It is the YAML file, the body of ``POST /v1/jobs`` and the object that the coordinator reads. ``parse.py`` makes one from a
+document, and names the path of every key that is unknown or wrong. ``rules.py`` checks keys against each other. ``prepare.py``
+checks what depends on the data or the model.
 """
 
 from typing import Any
@@ -28,34 +28,38 @@ from chainfed_ray.spec.sections import (
 class JobSpec(Section):
     """A fine-tuning job."""
 
-    name: Slug = Field(description="of the job and, once it is done, of its model: `<base>:<name>`")
+    name: Slug = Field(description="a name for the job; its finished model is called `<base>:<name>`")
     recipe: Recipe = Field(
-        "chainfed-ray", description="whose defaults hold for what the job leaves open: ours, or the `paper`'s"
+        "chainfed-ray", description="which defaults apply to keys that are not given: ours, or the `paper`'s"
     )
-    model: ModelSpec = Field(description="the base model")
-    data: DataSpec = Field(description="the examples")
-    fleet: FleetSpec = Field(description="the clients")
-    chain: ChainSpec = Field(default_factory=lambda: ChainSpec(), description="the method")
-    rounds: RoundsSpec = Field(default_factory=lambda: RoundsSpec(), description="the federation")
-    aggregation: AggregationSpec = Field(default_factory=lambda: AggregationSpec(), description="of a round's updates")
-    privacy: PrivacySpec | None = Field(None, description="differential privacy; by default there is none")
-    evaluation: EvaluationSpec = Field(default_factory=lambda: EvaluationSpec(), description="the measurements")
-    seed: int = Field(0, ge=0, lt=2**63, description="from which every random choice follows")
-    version: Version = Field(VERSION, description="of the form of this document")
+    model: ModelSpec = Field(description="a section for the base model, with `base`")
+    data: DataSpec = Field(description="a section for the examples, with `train`")
+    fleet: FleetSpec = Field(description="a section for the clients, with `clients`")
+    chain: ChainSpec = Field(default_factory=lambda: ChainSpec(), description="a section for the method")
+    rounds: RoundsSpec = Field(default_factory=lambda: RoundsSpec(), description="a section for the federated rounds")
+    aggregation: AggregationSpec = Field(
+        default_factory=lambda: AggregationSpec(), description="a section for how a round's updates are combined"
+    )
+    privacy: PrivacySpec | None = Field(
+        None, description="a section for differential privacy; by default there is none"
+    )
+    evaluation: EvaluationSpec = Field(default_factory=lambda: EvaluationSpec(), description="a section for evaluation")
+    seed: int = Field(0, ge=0, lt=2**63, description="the seed of every random choice")
+    version: Version = Field(VERSION, description="the version of this document's format")
 
     def document(self) -> dict[str, Any]:
-        """The job as JSON-ready data, every default spelt out; ``parse_job`` gives the same job back."""
+        """The job as JSON-ready data with every default spelled out. ``parse_job`` makes the same job from it."""
         return self.model_dump(mode="json")
 
     @property
     def quorum(self) -> int:
-        """Updates without which a round does not count: by default half, but no fewer than the rule needs."""
+        """The fewest updates with which a round counts: by default half of those sampled, but no fewer than the rule needs."""
         if self.rounds.quorum is not None:
             return self.rounds.quorum
         return max((self.rounds.clients + 1) // 2, self.aggregation.fewest)
 
     @property
     def model_name(self) -> str:
-        """What the finished model is called: ``<base>:<name>``, with the last part of the base's path."""
+        """The finished model's name, ``<base>:<name>``, where ``<base>`` is the last part of the base model's path."""
         path = self.model.base.partition(":")[2].partition("@")[0]
         return f"{path.rstrip('/').rpartition('/')[2]}:{self.name}"

@@ -1,4 +1,4 @@
-"""A job from a document: YAML or JSON as people write it, checked key by key and then as a whole."""
+"""Parses a job from a YAML or JSON document: checks each key, then the rules between keys."""
 
 import re
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from chainfed_ray.spec.wording import problem_of
 
 
 def parse_job(document: object) -> JobSpec:
-    """Check a document read from YAML or JSON.
+    """Check a document that was read from YAML or JSON, and fill in its defaults.
 
     Raises:
-        InvalidJob: with a ``Problem`` for each field that is wrong.
+        InvalidJob: one or more fields are wrong; it has a ``Problem`` for each.
     """
     if not isinstance(document, Mapping):
         raise InvalidJob.at("(job)", document, "a mapping with the keys " + ", ".join(JobSpec.model_fields))
@@ -33,10 +33,10 @@ def parse_job(document: object) -> JobSpec:
 
 
 def parse_yaml(text: str) -> JobSpec:
-    """Check a YAML document.
+    """Parse and check a YAML document.
 
     Raises:
-        InvalidJob: the text is no YAML, or the document is wrong.
+        InvalidJob: the text is not YAML, or a field of the document is wrong.
     """
     try:
         document = yaml.load(text, Loader=_YamlLoader)
@@ -50,7 +50,7 @@ def parse_yaml(text: str) -> JobSpec:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML as people write it: ``1e-3`` is a number, and a key given twice is an error."""
+    """A YAML loader that reads ``1e-3`` as a number, and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -1,8 +1,7 @@
-"""Two sets of defaults for a job: ours, which are the schema's own, and the paper's. What a job says itself always counts.
+"""The defaults of a job that depend on its recipe (ours or the paper's), its task or its head.
 
-A few of ours follow from what a job says elsewhere: a language model's, and the rate of a head that has everything to learn.
-
-What each of them learns is measured by ``python -m benchmarks accuracy``.
+The schema has our defaults; this file has the ones that differ. A value that the job gives itself always wins.
+``python -m benchmarks accuracy`` measures what each recipe learns.
 """
 
 from collections.abc import Mapping
@@ -10,17 +9,17 @@ from typing import Any, Literal
 
 Recipe = Literal["chainfed-ray", "paper"]
 
-# ChainFed (Wu et al., 2026): a head that is trained from zero, both losses, the start where CKA falls below 0.8.
+# ChainFed (Wu et al., 2026): a head that is trained from zero, both losses, and a chain that starts where CKA falls below 0.8.
 _PAPER: Mapping[str, Mapping[str, Any]] = {
     "chain": {"head": "zero", "cka_threshold": 0.8, "global_weight": 0.1, "global_trains": "head"},
     "rounds": {"learning_rate": 3e-3, "head_learning_rate": 0.1, "restore_best": False},
 }
 
 
-# A fitted head is held near to where it began; one from zero has a long way to go.
+# A fitted head is good from the start, so its default rate is low. A head that starts at zero needs a higher one.
 _FROM_ZERO: Mapping[str, Mapping[str, Any]] = {"rounds": {"head_learning_rate": 0.1}}
 
-# A language model brings its head, and its hidden states are those that the head was trained on.
+# A language model keeps its own head, which expects the hidden states that it was trained on: so steps are small, and clipped.
 _CAUSAL: Mapping[str, Mapping[str, Any]] = {
     "chain": {"head": "model"},
     "rounds": {"learning_rate": 1e-3, "clip_norm": 1.0},
@@ -28,7 +27,7 @@ _CAUSAL: Mapping[str, Mapping[str, Any]] = {
 
 
 def with_defaults_of(document: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """``document`` with the defaults of its recipe and of its task filled in; whatever is wrong with it stays as it is."""
+    """``document`` with the defaults of its recipe, task and head filled in. Invalid values are left to the parser."""
     model = document.get("model")
     causal = isinstance(model, Mapping) and model.get("task") == "causal-lm"
     filled = _filled(document, _CAUSAL) if causal else document

@@ -1,4 +1,4 @@
-"""What contradicts what in a job whose keys are right one by one. Each rule gives the problems that it finds."""
+"""Checks the keys of a job against each other, after each key has been checked by itself. Each rule yields its problems."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from chainfed_ray.spec.sections import AggregationSpec, DataSpec, PartitionSpec,
 
 
 def contradictions(spec: JobSpec) -> list[Problem]:
-    """What is wrong between fields that are right by themselves."""
+    """The problems between fields that are valid one by one."""
     if not spec.fleet.clients:
         return [Problem("fleet.clients", [], "at least one class of clients")]
     problems = []
@@ -31,39 +31,41 @@ def contradictions(spec: JobSpec) -> list[Problem]:
     problems += _of_start(spec)
     problems += _of_evaluation(spec)
     if spec.privacy:
-        problems += _without_a_price(spec, spec.privacy, count)
+        problems += _of_privacy(spec, spec.privacy, count)
     return problems
 
 
-def _without_a_price(spec: JobSpec, privacy: PrivacySpec, clients: int) -> Iterator[Problem]:
-    """What ``privacy`` cannot be promised with."""
+def _of_privacy(spec: JobSpec, privacy: PrivacySpec, clients: int) -> Iterator[Problem]:
+    """The features that ``privacy`` cannot be combined with."""
     if spec.aggregation.rule != "mean":
-        yield Problem("aggregation.rule", spec.aggregation.rule, "'mean', the only rule that privacy has a price for")
+        yield Problem("aggregation.rule", spec.aggregation.rule, "'mean': the privacy accountant covers no other rule")
     if spec.chain.head == "fitted":
-        expected = "'zero': privacy does not cover the sums of which a fitted head is made"
+        expected = "'zero': privacy does not cover the sums that a fitted head is computed from"
         yield Problem("chain.head", spec.chain.head, expected)
     if privacy.delta >= 1 / clients:
-        expected = f"less than 1/{clients}, one over the clients in the fleet: with more, one of them may be given away"
+        expected = (
+            f"less than 1/{clients}, one over the number of clients: a larger δ would allow one client to be revealed"
+        )
         yield Problem("privacy.delta", privacy.delta, expected)
 
 
 def _not_robust(spec: JobSpec) -> Iterator[Problem]:
-    """Rules that withstand poisoned updates would not withstand poisoned sums or profiles, which have plain means."""
+    """A robust rule protects updates alone. Fitted heads and CKA profiles use plain means, which one client can poison."""
     rule = spec.aggregation.rule
     if rule != "mean" and spec.chain.head == "fitted":
-        expected = (
-            f"'zero' with aggregation.rule {rule}: a fitted head is made of plain sums, which one client can spoil"
-        )
+        expected = f"'zero' with aggregation.rule {rule}: a fitted head uses plain sums, which one client can poison"
         yield Problem("chain.head", spec.chain.head, expected)
     if spec.aggregation.optimizer == "none" and spec.aggregation.server_learning_rate is not None:
         rate = spec.aggregation.server_learning_rate
         yield Problem(
-            "aggregation.server_learning_rate", rate, "no value without aggregation.optimizer, whose rate it is"
+            "aggregation.server_learning_rate",
+            rate,
+            "no value, unless aggregation.optimizer is set: it is the rate of that optimizer",
         )
 
 
 def _of_task(spec: JobSpec) -> Iterator[Problem]:
-    """Keys of the one task in a job of the other, and half a pair of columns."""
+    """Keys that belong to the other task, and keys of columns that must be given together."""
     data, causal = spec.data, spec.model.task == "causal-lm"
     if causal and spec.chain.head != "model":
         yield Problem(
@@ -72,7 +74,11 @@ def _of_task(spec: JobSpec) -> Iterator[Problem]:
     if not causal and spec.chain.head == "model":
         yield Problem("chain.head", spec.chain.head, "'fitted' or 'zero', unless model.task is causal-lm")
     if causal and spec.chain.head_layers not in (None, 1):
-        yield Problem("chain.head_layers", spec.chain.head_layers, "1 for model.task causal-lm: its own head reads one")
+        yield Problem(
+            "chain.head_layers",
+            spec.chain.head_layers,
+            "1 for model.task causal-lm: a language model's own head uses one layer",
+        )
     given = [("data.prompt", data.prompt), ("data.response", data.response), ("data.messages", data.messages)]
     given.append(("evaluation.choices", spec.evaluation.choices))
     for key, value in given:
@@ -80,12 +86,14 @@ def _of_task(spec: JobSpec) -> Iterator[Problem]:
             yield Problem(key, value, "no value, unless model.task is causal-lm")
     if data.messages is not None and data.prompt is not None:
         yield Problem(
-            "data.prompt", data.prompt, "no value beside data.messages: a row is a chat, or a prompt and a response"
+            "data.prompt",
+            data.prompt,
+            "no value beside data.messages: a row is either a chat or a prompt with a response",
         )
     (form, column), *_ = data.columns
-    # A job's document spells out its defaults, so that only another column than the usual one tells that it was asked for.
+    # A job's document spells out its defaults. So only a value other than the default shows that the user gave the key.
     if causal and form != "data.text" and data.text != DataSpec.model_fields["text"].default:
-        expected = f"no value beside {form}, which is {column!r}: a row is a running text, or has the other form"
+        expected = f"no value beside {form}, which is {column!r}: a row has one of the two forms"
         yield Problem("data.text", data.text, expected)
     if (data.prompt is None) != (data.response is None):
         missing = "data.prompt" if data.prompt is None else "data.response"
@@ -95,12 +103,12 @@ def _of_task(spec: JobSpec) -> Iterator[Problem]:
 
 
 def _of_start(spec: JobSpec) -> Iterator[Problem]:
-    """A start that would follow from what clients do not send, or what should not be asked of them."""
+    """The automatic starts need profiles or sums from the clients, which privacy, robust rules or other heads rule out."""
     start, rule, head = spec.chain.start, spec.aggregation.rule, spec.chain.head
     if isinstance(start, int):
         return
     if spec.privacy:
-        expected = f"the index of a layer: privacy does not cover what clients send for {start!r} to follow from"
+        expected = f"the index of a layer: privacy does not cover what clients send to find {start!r}"
         yield Problem("chain.start", start, expected)
     elif rule != "mean":
         sent = "a plain mean of profiles" if start == "auto" else "plain sums"
@@ -108,18 +116,20 @@ def _of_start(spec: JobSpec) -> Iterator[Problem]:
             "chain.start", start, f"the index of a layer with aggregation.rule {rule}: {start!r} follows from {sent}"
         )
     elif start == "best-exit" and head != "fitted":
-        expected = f"'auto' or the index of a layer with chain.head {head}: the exits are those of fitted heads"
+        expected = f"'auto' or the index of a layer with chain.head {head}: 'best-exit' compares fitted heads"
         yield Problem("chain.start", start, expected)
 
 
 def _of_evaluation(spec: JobSpec) -> Iterator[Problem]:
-    """What needs judgements that the job does not have."""
+    """Keys that need evaluations which the job does not have."""
     wanted, rule = spec.evaluation, spec.rounds.convergence.rule
     if wanted.every == "never" and rule == "plateau" and spec.chain.schedule == "staged":
-        expected = "'round', 'stage' or a number of rounds while rounds.convergence.rule is plateau, for its losses"
+        expected = (
+            "'round', 'stage' or a number of rounds while rounds.convergence.rule is plateau, which needs the losses"
+        )
         yield Problem("evaluation.every", wanted.every, expected)
     if wanted.whole_every == "never" and wanted.serve == "best":
-        expected = "'last' while evaluation.whole_every is never: no round is judged, so none is the best"
+        expected = "'last' while evaluation.whole_every is never: no round is evaluated, so none is the best"
         yield Problem("evaluation.serve", wanted.serve, expected)
     if wanted.whole_every == "never" and wanted.choices is not None:
         yield Problem("evaluation.choices", wanted.choices, "no value while evaluation.whole_every is never")
@@ -130,7 +140,9 @@ def _of_evaluation(spec: JobSpec) -> Iterator[Problem]:
 
 def _of_partition(partition: PartitionSpec) -> list[Problem]:
     if partition.scheme == "column" and partition.column is None:
-        return [Problem("fleet.partition.column", MISSING, "the column of which a client gets whole values")]
+        return [
+            Problem("fleet.partition.column", MISSING, "the column whose values are to stay together on one client")
+        ]
     if partition.scheme != "column" and partition.column is not None:
         expected = f"column, since fleet.partition.column is {partition.column!r}"
         return [Problem("fleet.partition.scheme", partition.scheme, expected)]

@@ -1,4 +1,4 @@
-"""The sections of a job's document, and what each of their keys may be. ``prepare.py`` puts them together."""
+"""The sections of a job's document, with the type, default and meaning of each key. ``job.py`` combines them."""
 
 from typing import Annotated, Literal
 
@@ -14,53 +14,57 @@ def _exact_bytes(count: int) -> str | int:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(_exact_bytes), Field(gt=0)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, allow_inf_nan=False)]
-Often = Literal["round", "stage"] | Annotated[int, Field(ge=1)]  # or so many rounds
+Often = Literal["round", "stage"] | Annotated[int, Field(ge=1)]  # an integer n means every n rounds
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 
 
 class Section(BaseModel):
-    """A part of the document: immutable, with no unknown keys and no silent conversions."""
+    """A part of the document: immutable, without unknown keys, and without silent conversions of types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelSpec(Section):
-    """Which base model is tuned, and for what."""
+    """The base model, and the task that it is tuned for."""
 
     base: str = Field(description="`builtin:minilm`, `hf:<org>/<name>[@<revision>]` or `path:<folder>`")
     task: Literal["sequence-classification", "causal-lm"] = Field(
-        "sequence-classification", description="what the model is tuned for: to classify texts, or to go on with them"
+        "sequence-classification", description="what the model is tuned for: to classify texts, or to continue them"
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights and activations")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="the dtype of the frozen weights and of activations"
+    )
 
 
 class DataSpec(Section):
-    """The examples: where they are and which columns to read."""
+    """The examples: where they are, and which columns to use."""
 
     train: str = Field(
         description="`builtin:docstrings`, `hf:<dataset>[:<configuration>]` or `path:<file.csv|jsonl|parquet>`"
     )
-    validation: str | None = Field(None, description="rows for the progress report; by default a tenth of `train`")
-    test: str | None = Field(None, description="rows for the final accuracy; by default a tenth of `train`")
+    validation: str | None = Field(
+        None, description="held-out rows for the losses during training; by default a tenth of `train`"
+    )
+    test: str | None = Field(None, description="held-out rows for the final accuracy; by default a tenth of `train`")
     text: str = Field(
-        "text", description="the column that holds the text; for `causal-lm` texts are joined, and cut evenly"
+        "text", description="the column of texts; for `causal-lm` they are joined and cut to equal lengths"
     )
     label: str = Field(
-        "label", description="the column that holds the class; for `causal-lm` only `dirichlet` reads it"
+        "label", description="the column of classes; for `causal-lm` only the `dirichlet` partition uses it"
     )
-    prompt: str | None = Field(None, description="for `causal-lm`: the column that holds the prompt of `data.response`")
+    prompt: str | None = Field(None, description="for `causal-lm`: the column of prompts that `data.response` answers")
     response: str | None = Field(
-        None, description="for `causal-lm`: the column of what is to be learnt, after a prompt"
+        None, description="for `causal-lm`: the column of responses, which the model learns to give to prompts"
     )
     messages: str | None = Field(
         None,
-        description="for `causal-lm`: the column of chats, lists of `role` and `content`; what assistants say is learnt",
+        description="for `causal-lm`: the column of chats, lists of `role` and `content`; the assistants' turns are learnt",
     )
-    max_length: int = Field(128, ge=2, le=32768, description="tokens kept of a text")
+    max_length: int = Field(128, ge=2, le=32768, description="the most tokens of an example; longer texts are cut")
 
     @property
     def columns(self) -> tuple[tuple[str, str], ...]:
-        """What is read of a row by a language model: the keys, and the columns that they name."""
+        """The columns with a language model's training text, as (key, column) pairs."""
         if self.messages is not None:
             return (("data.messages", self.messages),)
         if self.prompt is not None and self.response is not None:
@@ -69,49 +73,55 @@ class DataSpec(Section):
 
 
 class PartitionSpec(Section):
-    """How the examples are dealt to simulated clients (docs/heterogeneity.md)."""
+    """How the examples are partitioned among simulated clients (docs/heterogeneity.md)."""
 
     scheme: Literal["iid", "dirichlet", "quantity", "column"] = Field(
         "iid",
-        description="`dirichlet` skews the classes, `quantity` the numbers of rows; `column` keeps a site's rows together",
+        description="how rows are assigned: `dirichlet` skews the classes, `quantity` the row counts; `column` keeps a "
+        "site's rows together",
     )
     alpha: float = Field(
         1.0,
         gt=0,
         allow_inf_nan=False,
-        description="of the Dirichlet (`dirichlet`, `quantity`): the smaller, the more skewed",
+        description="the concentration of `dirichlet` and `quantity`: the smaller, the more skewed",
     )
     column: str | None = Field(
-        None, description="for `column`: rows with the same value there, such as a site or a user, go to one client"
+        None, description="for `column`: the column of sites or users; rows with the same value go to one client"
     )
 
 
 class ClientClass(Section):
-    """Clients of one kind."""
+    """A class of clients that have the same resources."""
 
-    name: Slug = Field(description="of the class; its clients are called `<name>-0`, `<name>-1`, …")
+    name: Slug = Field(description="a name for the class; its clients are called `<name>-0`, `<name>-1`, …")
     count: int = Field(1, ge=1, le=100_000, description="how many clients of this class there are")
-    memory: Bytes = Field(description="what a client's training may use above the idle process, such as `96MiB`")
+    memory: Bytes = Field(
+        description="the memory that a client's training may use above the idle process, such as `96MiB`"
+    )
     disk: Bytes | None = Field(
-        None, description="what its prefix cache and saved activations may use; by default as much as there is"
+        None,
+        description="the disk that a client's prefix cache and offloaded activations may use; by default unlimited",
     )
     availability: float = Field(
-        1.0, gt=0, le=1, description="probability that a client which is sampled for a round answers in it (simulated)"
+        1.0, gt=0, le=1, description="the probability that a sampled client answers in its round (simulated)"
     )
     speed: float = Field(
-        1.0, ge=1e-8, le=1, description="of its machine: at 0.5 a turn takes twice as long (simulated)"
+        1.0, ge=1e-8, le=1, description="the speed of a client's machine; at 0.5 a turn takes twice as long (simulated)"
     )
 
 
 class FleetSpec(Section):
-    """Who takes part."""
+    """The clients that take part, and how the examples are partitioned among them."""
 
-    partition: PartitionSpec = Field(default_factory=lambda: PartitionSpec(), description="how examples are dealt")
-    clients: Annotated[tuple[ClientClass, ...], Field(strict=False)] = Field(description="a list of classes of clients")
+    partition: PartitionSpec = Field(
+        default_factory=lambda: PartitionSpec(), description="how examples are partitioned"
+    )
+    clients: Annotated[tuple[ClientClass, ...], Field(strict=False)] = Field(description="a list of client classes")
 
     @property
     def members(self) -> tuple[tuple[str, ClientClass], ...]:
-        """Every client's name and class, class by class."""
+        """The name and class of every client, class by class."""
         return tuple((f"{group.name}-{index}", group) for group in self.clients for index in range(group.count))
 
 
@@ -122,110 +132,136 @@ class AdapterSpec(Section):
 
 
 class ChainSpec(Section):
-    """The chain (DESIGN: DLCT, GPO, FOAT)."""
+    """The chain and its windows (DLCT, GPO and FOAT: paper sections 3.2, 3.3 and 3.4)."""
 
-    window: int = Field(2, ge=1, description="Q, adjacent adapters trained together; fewer by clients with less memory")
-    schedule: Literal["staged", "cyclic"] = Field("staged", description="slide on convergence, or every round")
+    window: int = Field(
+        2, ge=1, description="Q, the number of adjacent adapters trained together; clients with less memory train fewer"
+    )
+    schedule: Literal["staged", "cyclic"] = Field(
+        "staged", description="when the window slides: on convergence (`staged`), or every round (`cyclic`)"
+    )
     start: Literal["auto", "best-exit"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
-        description="first layer with an adapter; `auto` follows from CKA, `best-exit` from heads fitted at each window",
+        description="the first layer with an adapter: `auto` finds it by CKA, `best-exit` by heads fitted at each window",
     )
     cka_threshold: float = Field(0.5, ge=0, le=1, description="`auto` starts at the first layer whose CKA is below it")
-    profile_examples: int = Field(64, ge=4, le=4096, description="a client's examples in its CKA profile")
+    profile_examples: int = Field(64, ge=4, le=4096, description="how many examples a client uses for its CKA profile")
     global_weight: float = Field(0.1, ge=0, le=10, description="λ: loss = local + λ · global")
     head: Literal["zero", "fitted", "model"] = Field(
         "fitted",
-        description="`fitted` in closed form as each stage begins, or at `zero` once; `model`: a language model's own",
+        description="how the head starts: `fitted` in closed form at each stage, at `zero`, or as the language `model`'s own",
     )
     head_layers: int | None = Field(
         None,
         ge=1,
-        description="layers that the head reads, up to the window's top: by default as many as have 1,536 features "
-        "together if it is `fitted` for each stage, and else one",
+        description="how many layers' pooled features the head uses, from the window's top down; by default as many as have "
+        "1,536 features together if the head is `fitted` for each stage, otherwise 1",
     )
     global_trains: Literal["window", "head", "upper"] = Field(
         "head",
-        description="what the global loss may move besides the window: nothing, the head, head and upper adapters",
+        description="what the global loss trains besides the window: nothing more (`window`), the `head`, or the head and "
+        "the `upper` adapters",
     )
-    adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec(), description="the adapters' shape")
+    adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec(), description="the shape of the adapters")
 
 
 class ConvergenceSpec(Section):
     """When a stage of the staged schedule ends before its rounds are used up."""
 
     rule: Literal["none", "plateau", "movement"] = Field(
-        "plateau", description="held-out loss no longer falls, or updates cancel out (effective movement)"
+        "plateau",
+        description="`plateau`: the held-out loss no longer falls; `movement`: updates cancel out (effective movement)",
     )
     span: int = Field(
-        3, ge=1, le=1000, description="H: the last H rounds are judged, against the H before for `plateau`"
+        3,
+        ge=1,
+        le=1000,
+        description="H: the rule looks at the last H rounds; `plateau` compares them with the H before",
     )
-    minimum: int = Field(6, ge=1, description="rounds that a stage has in any case")
+    minimum: int = Field(6, ge=1, description="the fewest rounds of a stage")
     threshold: float = Field(
-        0.01, ge=0, lt=1, description="relative fall of the loss, or the effective movement, below which a stage ends"
+        0.01,
+        ge=0,
+        lt=1,
+        description="a stage ends when the relative fall of the loss, or the effective movement, is below this",
     )
 
 
 class RoundsSpec(Section):
-    """Federated rounds: how many, with whom and how each client trains."""
+    """Federated rounds: how many there are, who takes part and how each client trains."""
 
-    total: int = Field(24, ge=1, le=100_000, description="rounds of the whole job")
-    last_stage_share: float = Field(0.5, gt=0, le=1, description="of `total`, kept for the last stage")
-    clients: int = Field(5, ge=1, description="clients sampled for a round")
-    quorum: int | None = Field(None, ge=1, description="updates without which a round does not count; half by default")
-    deadline: Seconds = Field(300.0, description="after which a round goes on without those still working")
-    local_epochs: int = Field(1, ge=1, le=100, description="passes of a client over its own examples")
-    local_steps: int | None = Field(
-        None, ge=1, le=100_000, description="optimizer steps of a client's turn, in place of `local_epochs`"
+    total: int = Field(24, ge=1, le=100_000, description="the number of rounds in the job")
+    last_stage_share: float = Field(0.5, gt=0, le=1, description="the share of `total` that the last stage gets")
+    clients: int = Field(5, ge=1, description="how many clients are sampled for a round")
+    quorum: int | None = Field(
+        None, ge=1, description="the fewest updates with which a round counts; by default half of `rounds.clients`"
     )
-    batch_size: int = Field(16, ge=1, le=4096, description="examples in an optimizer step")
-    learning_rate: float = Field(5e-3, gt=0, lt=10, description="of the adapters (AdamW)")
+    deadline: Seconds = Field(
+        300.0, description="the time after which a round stops waiting for clients that have not answered"
+    )
+    local_epochs: int = Field(1, ge=1, le=100, description="how often a client passes over its examples in a turn")
+    local_steps: int | None = Field(
+        None, ge=1, le=100_000, description="the optimizer steps of a client's turn; replaces `local_epochs`"
+    )
+    batch_size: int = Field(16, ge=1, le=4096, description="the number of examples in an optimizer step")
+    learning_rate: float = Field(5e-3, gt=0, lt=10, description="the learning rate of the adapters (AdamW)")
     head_learning_rate: float = Field(
-        1e-3, gt=0, lt=10, description="of the head; 0.1 where it begins at zero (`chain.head: zero`)"
+        1e-3, gt=0, lt=10, description="the learning rate of the head; by default 0.1 with `chain.head: zero`"
     )
     warmup: int = Field(
-        0, ge=0, le=100_000, description="rounds of a stage over which the rates rise to their full value"
+        0, ge=0, le=100_000, description="over how many rounds of a stage the learning rates rise to their full value"
     )
     decay: Literal["cosine", "linear", "none"] = Field(
-        "cosine", description="how the rates then fall to 0 over the stage"
+        "cosine", description="how the learning rates then fall to 0 over the stage"
     )
     clip_norm: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="L2 norm to which the gradient of an optimizer step is clipped"
+        None, gt=0, allow_inf_nan=False, description="the L2 norm to which the gradient of an optimizer step is clipped"
     )
     convergence: ConvergenceSpec = Field(
         default_factory=lambda: ConvergenceSpec(), description="when a stage ends early"
     )
     restore_best: bool = Field(
         True,
-        description="whether a stage (`staged`) that ends goes back to its best stack, by the held-out loss of its exits",
+        description="if true, a `staged` stage ends with its best stack, by the held-out loss of its early exits",
     )
 
 
 class AggregationSpec(Section):
-    """How the updates of a round become the next stack (docs/aggregation.md). The defaults are FedAvg."""
+    """How the updates of a round are aggregated into the next stack (docs/aggregation.md). The defaults are FedAvg."""
 
     rule: Literal["mean", "median", "trimmed-mean", "krum"] = Field(
-        "mean", description="the mean by example count, or one that withstands poisoned updates"
+        "mean", description="the mean weighted by example count, or a rule that is robust to poisoned updates"
     )
-    trim: float = Field(0.1, ge=0, lt=0.5, description="share of the updates that `trimmed-mean` cuts at each end")
+    trim: float = Field(0.1, ge=0, lt=0.5, description="the share of the updates that `trimmed-mean` drops at each end")
     byzantine: int = Field(
-        1, ge=0, le=50_000, description="f, poisoned updates of a round that `krum` withstands; it needs 2f + 3 in all"
+        1,
+        ge=0,
+        le=50_000,
+        description="f, how many poisoned updates `krum` tolerates in a round; it needs 2f + 3 updates",
     )
     optimizer: Literal["none", "momentum", "adam", "yogi"] = Field(
-        "none", description="of the server: FedAvgM, FedAdam or FedYogi, on what the round changes"
+        "none",
+        description="the server's optimizer: FedAvgM (`momentum`), FedAdam or FedYogi; it applies the round's mean change",
     )
     server_learning_rate: float | None = Field(
-        None, gt=0, lt=100, description="of that optimizer; by default 1 for `momentum`, 0.01 for `adam` and `yogi`"
+        None,
+        gt=0,
+        lt=100,
+        description="the server optimizer's learning rate; by default 1 for `momentum`, 0.01 for `adam` and `yogi`",
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="β₁, of its momentum")
-    beta2: float = Field(0.99, ge=0, lt=1, description="β₂, of its second moment (`adam`, `yogi`)")
-    tau: float = Field(1e-3, gt=0, lt=1, description="τ, its least divisor (`adam`, `yogi`)")
+    beta1: float = Field(0.9, ge=0, lt=1, description="β₁, the decay of the server optimizer's momentum")
+    beta2: float = Field(0.99, ge=0, lt=1, description="β₂, the decay of its second moment (`adam`, `yogi`)")
+    tau: float = Field(1e-3, gt=0, lt=1, description="τ, added to its divisor (`adam`, `yogi`)")
     proximal: float = Field(
-        0.0, ge=0, lt=1e6, description="μ of FedProx: clients are held to where a round began; 0 is off"
+        0.0,
+        ge=0,
+        lt=1e6,
+        description="μ of FedProx, which pulls clients towards the weights that the round began with; 0 turns it off",
     )
 
     @property
     def fewest(self) -> int:
-        """Updates without which the rule has no answer: Krum needs 2f + 3 (Blanchard et al., 2017)."""
+        """The fewest updates that the rule can aggregate: Krum needs 2f + 3 (Blanchard et al., 2017)."""
         return 2 * self.byzantine + 3 if self.rule == "krum" else 1
 
 
@@ -233,36 +269,43 @@ class PrivacySpec(Section):
     """Client-level differential privacy (docs/privacy.md)."""
 
     clip: float = Field(
-        gt=0, lt=1e6, allow_inf_nan=False, description="C, the most that a client's whole update may change (L2 norm)"
+        gt=0, lt=1e6, allow_inf_nan=False, description="C, the L2 norm to which a client's whole update is clipped"
     )
     noise_multiplier: float = Field(
-        ge=0.01, le=1e4, description="z: the sum of the updates gets Gaussian noise of deviation z · C"
+        ge=0.01, le=1e4, description="z: the sum of the updates gets Gaussian noise of standard deviation z · C"
     )
-    delta: float = Field(1e-5, gt=0, lt=1, description="δ, at which ε is told; less than one over the fleet's clients")
+    delta: float = Field(
+        1e-5, gt=0, lt=1, description="δ, for which ε is reported; less than one over the number of clients"
+    )
     where: Literal["server", "client"] = Field(
-        "server", description="who clips and adds noise: the server, or each client its share before it sends"
+        "server",
+        description="who clips and adds noise: the server, or each client its share before it sends its update",
     )
     epsilon: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="the job ends before the round that could take ε beyond it"
+        None, gt=0, allow_inf_nan=False, description="the largest ε: the job ends before a round that could exceed it"
     )
 
 
 class EvaluationSpec(Section):
-    """The server's judgement on held-out rows."""
+    """The server's evaluation on held-out rows."""
 
     every: Often | Literal["never"] = Field(
-        "round", description="how often the chain cut at the window's top is judged, as an early exit"
+        "round", description="how often the early exit at the window's top is evaluated"
     )
     whole_every: Often | Literal["never"] = Field(
-        "stage", description="how often the whole model with the present stack is judged"
+        "stage", description="how often the whole model with the current stack is evaluated"
     )
     engine: Literal["torch", "deepspeed"] = Field(
-        "torch", description="what judges the whole model: layer by layer, or ZeRO-3 with its parameters on disk"
+        "torch",
+        description="what evaluates the whole model: `torch`, layer by layer, or `deepspeed`, ZeRO-3 with parameters on disk",
     )
-    workers: int = Field(1, ge=1, le=64, description="of `deepspeed`: processes that share the examples and the model")
+    workers: int = Field(
+        1, ge=1, le=64, description="for `deepspeed`: how many processes share the examples and the model"
+    )
     choices: str | None = Field(
-        None, description="for `causal-lm`: a test of `prompt`, `choices` and `answer`, in the forms of `data.train`"
+        None,
+        description="for `causal-lm`: a multiple-choice test of `prompt`, `choices` and `answer`; given like `data.train`",
     )
     serve: Literal["last", "best"] = Field(
-        "last", description="which stack becomes the model: the last, or that with the least loss of the whole model"
+        "last", description="which stack becomes the model: the last, or the one whose whole model had the lowest loss"
     )

@@ -1,4 +1,4 @@
-"""What is wrong with a key: Pydantic's errors as problems, each with the key's path, its value and what was expected."""
+"""Rewrites Pydantic's errors as problems: each has the key's path, its value and what was expected."""
 
 import difflib
 from typing import Any, get_args
@@ -9,7 +9,7 @@ from chainfed_ray.spec.sections import Section
 
 
 def problem_of(error: Any) -> Problem:
-    """A pydantic error in our words."""
+    """The ``Problem`` for one entry of Pydantic's ``ValidationError.errors()``."""
     location = tuple(part for part in error["loc"] if part not in _UNION_BRANCHES)
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if error["type"] == "missing":
@@ -24,7 +24,7 @@ def problem_of(error: Any) -> Problem:
     return Problem(path, error["input"], _IN_OUR_WORDS.get(error["type"], message))
 
 
-# Pydantic adds the branch of a union to an error's location: no key of the user's document.
+# Pydantic adds the branch of a union to an error's location. The user's document has no such key.
 _UNION_BRANCHES = frozenset(
     {"literal['auto','best-exit']", "literal['round','stage']", "literal['never']", "constrained-int"}
 )
@@ -41,7 +41,7 @@ _IN_OUR_WORDS = {
 
 
 def _section_at(location: tuple[str | int, ...]) -> type[Section]:
-    """The section of the schema that a path leads to."""
+    """The section of the schema at ``location``, a path of keys and list indices."""
     section: type[Section] = JobSpec
     for part in location:
         if isinstance(part, str):

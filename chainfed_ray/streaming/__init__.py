@@ -1,1 +1,1 @@
-"""What is never in memory whole: checkpoints, matrices, embedding tables and saved activations, read in pieces."""
+"""Streaming: checkpoints, matrices, embedding tables and saved activations, read in pieces so that none is in memory whole."""

@@ -1,7 +1,7 @@
-"""Activations that a backward pass will need, kept in a file instead of in memory.
+"""Offloads saved activations: what autograd saves for the backward pass is kept in a file instead of in memory.
 
-What autograd saves is written as soon as it is saved, and read when it is needed: at the most the operands of one operation
-are then in memory at a time. It costs a fifth of a step's time, and is for what does not fit even one example at a time.
+A tensor is written when it is saved and read when the backward pass needs it, so that only the operands of one operation are in
+memory at a time. It costs a fifth of a step's time, and is for clients that cannot fit even one example at a time.
 """
 
 import os
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
 _ELEMENTWISE = frozenset(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
-_PIECES = 16  # in which a gradient is made
+_PIECES = 16  # an activation's gradient is computed in this many pieces, to save memory
 
 
 class _Place(NamedTuple):
-    """Where a tensor is in the file, and what it is."""
+    """A tensor's place in the file, with its shape and dtype."""
 
     start: int
     shape: torch.Size
@@ -27,9 +27,9 @@ class _Place(NamedTuple):
 
 
 class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
-    """``with Spill(folder): loss = …`` and then ``loss.backward()``: in between, the file holds what backward needs.
+    """``with OffloadedActivations(folder): loss = …`` and then ``loss.backward()``: a file holds what the backward pass needs.
 
-    The file has no name, so that nothing is left of it, whatever happens to the process. Parameters and masks stay in memory.
+    The file has no name, so nothing of it remains, whatever happens to the process. Parameters and masks stay in memory.
 
     Raises:
         OSError: the disk is full.
@@ -42,11 +42,11 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._put, self._get)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> None:
-        self._end = 0  # what was kept for the step before has been used
+        self._end = 0  # the previous step's activations have been used
         super().__enter__()
 
     def close(self) -> None:
-        """Give the disk back."""
+        """Close the file, which frees its disk space."""
         self._file.close()
 
     def _put(self, tensor: Tensor) -> Any:
@@ -66,10 +66,10 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
 
 
 class OverwritingActivation(nn.Module):
-    """An elementwise function, such as GELU, whose backward pass writes the gradient over the input that it was given back.
+    """An elementwise function, such as GELU, whose backward pass writes the gradient over its saved input.
 
-    Only for steps that spill: there the input was read from the file for this purpose, and nobody else has it. A feed-forward
-    layer's widest tensors are then in memory twice, and not three times.
+    Only for steps that offload activations: there the input was read from the file for this purpose alone, and nothing else
+    uses it. A feed-forward layer's widest tensor is then in memory twice instead of three times.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -77,7 +77,7 @@ class OverwritingActivation(nn.Module):
         self._function = function
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The function of each element."""
+        """The function of each element, in the shape of ``inputs``."""
         outputs: Tensor = _Overwriting.apply(inputs, self._function)  # type: ignore[no-untyped-call]
         return outputs
 
@@ -102,14 +102,14 @@ class _Overwriting(torch.autograd.Function):
 
 
 def overwrite_activations(layer: nn.Module) -> None:
-    """Put an ``OverwritingActivation`` in the place of each of a layer's elementwise activation functions."""
+    """Replace each of a layer's elementwise activation functions with an ``OverwritingActivation``."""
     for path, module in list(layer.named_modules()):
         if type(module) in _ELEMENTWISE and not list(module.parameters()):
             layer.set_submodule(path, OverwritingActivation(module))
 
 
 def is_offloaded(tensor: Tensor) -> bool:
-    """Whether a saved tensor is an activation with bytes of its own: no parameter, no mask, nothing that was broadcast."""
+    """True if a saved tensor is an activation with bytes of its own: not a parameter, a mask or a broadcast tensor."""
     origin = tensor if tensor._base is None else tensor._base
     return (
         tensor.is_floating_point()
@@ -125,5 +125,5 @@ def _whole(move: Any, file: int, tensor: Tensor, start: int) -> None:
     while done < len(view):
         count = move(file, view[done:], start + done)
         if count == 0:
-            raise OSError("the file of spilled activations ended early")
+            raise OSError("the file of offloaded activations ended early")
         done += count

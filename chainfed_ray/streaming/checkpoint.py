@@ -1,6 +1,6 @@
-"""A safetensors checkpoint, read by byte ranges into memory that we own.
+"""Reads a safetensors checkpoint by byte ranges, into memory that this process owns.
 
-Never mapped: the pages of a mapping stay resident, and count against a client's budget.
+Files are never memory-mapped: the pages of a mapping stay resident, and count against a client's budget.
 """
 
 import json
@@ -29,7 +29,7 @@ _DTYPES = {
 
 
 class _Entry(NamedTuple):
-    file: int  # descriptor
+    file: int  # file descriptor
     start: int  # byte offset in the file
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -39,7 +39,7 @@ class Checkpoint:
     """The tensors of the checkpoint in ``folder``: one ``model.safetensors``, or shards with an index.
 
     Raises:
-        UnsupportedModel: there is no such file, or its bytes are not a safetensors file.
+        UnsupportedModel: the folder has no such file, or its bytes are not a safetensors file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,14 +59,14 @@ class Checkpoint:
         return frozenset(self._entries)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A whole tensor; a floating one is cast to ``dtype``."""
+        """A whole tensor. Floating-point tensors are cast to ``dtype``, others keep theirs."""
         entry = self._entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         self._fill(tensor, entry.file, entry.start)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     def rows(self, name: str, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows [N, D] of a table [V, D], for ``indices`` [N]; no other row is read.
+        """Rows [N, D] of a table [V, D] at ``indices`` [N], cast to ``dtype``. No other row is read.
 
         Raises:
             IndexError: an index is outside the table.
@@ -85,15 +85,19 @@ class Checkpoint:
         return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a tensor is kept."""
+        """The dtype of a tensor in the checkpoint."""
         return self._entries[name].dtype
 
     def row_bytes(self, name: str) -> int:
-        """Bytes of a row of a matrix, as they are kept."""
+        """The bytes of one row of a matrix in the checkpoint."""
         return math.prod(self.shape(name)[1:]) * self.dtype(name).itemsize
 
     def slice(self, name: str, first: int, count: int, buffer: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows ``first`` … of a matrix [N, K] → [count, K], read into ``buffer`` (bytes); a copy if its dtype is another."""
+        """Rows ``first`` … ``first + count - 1`` of a matrix [N, K], as [count, K] in ``dtype``.
+
+        They are read into ``buffer``, a tensor of bytes. The result is a view of it, or a copy if ``dtype`` is not the
+        checkpoint's.
+        """
         entry, stride = self._entries[name], self.row_bytes(name)
         rows = buffer[: count * stride]
         self._fill(rows, entry.file, entry.start + first * stride)
@@ -117,7 +121,7 @@ class Checkpoint:
         try:
             header = json.loads(os.pread(file, length, 8))
         except ValueError:
-            raise UnsupportedModel(str(path), "no safetensors file: its header is not JSON") from None
+            raise UnsupportedModel(str(path), "not a safetensors file: its header is not JSON") from None
         header.pop("__metadata__", None)
         for name, item in header.items():
             start, end = item["data_offsets"]
@@ -143,4 +147,4 @@ def _shards(folder: Path) -> list[Path]:
         return [single]
     if index.exists():
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    raise UnsupportedModel(str(folder), "no model.safetensors and no model.safetensors.index.json")
+    raise UnsupportedModel(str(folder), "it has neither model.safetensors nor model.safetensors.index.json")

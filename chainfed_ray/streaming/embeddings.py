@@ -1,4 +1,4 @@
-"""Embedding tables of which only the rows in use are read."""
+"""Embedding tables that stay in the checkpoint: only the rows in use are read."""
 
 import torch
 from torch import Tensor, nn
@@ -7,10 +7,10 @@ from chainfed_ray.streaming.checkpoint import Checkpoint
 
 
 class RowTable(nn.Embedding):
-    """An embedding table [V, D] of which only the rows in use are read; zeros that take no memory while not ``enabled``.
+    """An embedding table [V, D] that reads only the rows in use. While not ``enabled`` it gives zeros, without memory.
 
-    A table becomes one by a change of its class, behind its own: families that look rows up in their own way, with an offset
-    or a scale, go on to do so.
+    An existing table is turned into one by changing its class to a subclass of its own. So families whose tables add an offset
+    or a scale to the lookup keep doing so.
     """
 
     _checkpoint: Checkpoint
@@ -19,7 +19,7 @@ class RowTable(nn.Embedding):
 
     @classmethod
     def take_over(cls, table: nn.Embedding, checkpoint: Checkpoint, source: str) -> None:
-        """Make ``table`` read its rows from the tensor called ``source``."""
+        """Make ``table`` read its rows from the checkpoint's tensor called ``source``."""
         own = type(table)
         table.__class__ = type(own.__name__, (cls,) if own is nn.Embedding else (own, cls), {})
         for name, value in (("_checkpoint", checkpoint), ("_source", source), ("enabled", True)):
@@ -35,5 +35,5 @@ class RowTable(nn.Embedding):
 
 
 def embedding_tables(model: nn.Module) -> list[tuple[str, nn.Embedding]]:
-    """Every table of a model, by its name."""
+    """Every embedding table of a model, with its name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]

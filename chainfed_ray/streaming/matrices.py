@@ -1,9 +1,8 @@
-"""Matrices that are never in memory whole: read by row slices, used, and overwritten by the next.
+"""Streamed matrices: linear layers whose matrix is read slice by slice, and never in memory whole.
 
-A frozen matrix is needed in a step's forward and again in its backward pass, each time by itself. So it is read each time
-into one of two fixed buffers, a slice at a time; while one slice is computed with, a thread fills the other buffer with the
-slice that comes next, of the same matrix or of the one that followed it last time. Weights then take two slices of memory,
-however large the model.
+A frozen matrix is used once in a step's forward pass and once in its backward pass. Each time it is read again, a slice of rows
+at a time, into two fixed buffers. While one slice is used, a thread fills the other buffer with the next slice: of the same
+matrix, or of the matrix that followed it last time. So weights take the memory of two slices, however large the model is.
 """
 
 from collections.abc import Iterator
@@ -28,36 +27,39 @@ class _Piece(NamedTuple):
 
 
 class RowSlices(Protocol):
-    """Where the slices of a matrix come from."""
+    """A source of matrix slices, such as ``SliceReader``."""
 
     def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """The first row and the rows [n, K] of each slice, from the top; each is overwritten after the next was asked for."""
+        """The matrix's slices from the top: the index of the first row, and the rows [n, K].
+
+        A slice is overwritten once the next one has been requested.
+        """
         ...
 
     def numbers(self, name: str, first: int, count: int) -> Tensor:
-        """Some of a vector's numbers, [count] from ``first``: the bias that goes with a slice."""
+        """``count`` elements of a vector from ``first`` on, [count]: the part of a bias that goes with a slice."""
         ...
 
 
 class SliceReader:
-    """The slices of a checkpoint's matrices in ``dtype``, each of at most ``slice_bytes``, or of one row if that is more.
+    """Reads slices of a checkpoint's matrices in ``dtype``, each of at most ``slice_bytes``, or of one row if a row is larger.
 
-    Where they are kept in another dtype, those bytes are for a slice as it is kept and as it is used. Not to be entered
-    twice: one matrix at a time.
+    If the checkpoint has another dtype, ``slice_bytes`` include the slice in both dtypes. Only one matrix can be read at a
+    time.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, slice_bytes: int = SLICE_BYTES) -> None:
         self._checkpoint, self._dtype, self._slice_bytes = checkpoint, dtype, slice_bytes
         self._buffers = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
-        self._filling = 0  # the buffer that is filled next
+        self._filling = 0  # the buffer that was filled last
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load-ahead")
         self._ahead: tuple[_Piece, Future[Tensor]] | None = None
-        # Which matrix followed, by the two before: the forward pass and the backward pass are told apart by their order.
+        # Which matrix followed, by the two matrices before it. Two are needed to tell the forward pass from the backward pass.
         self._followed: dict[tuple[str, str], str] = {}
         self._before, self._present = "", ""
 
     def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """See ``RowSlices``. No gradient is recorded for the slices."""
+        """See ``RowSlices``. The slices need no gradient."""
         self._followed[self._before, self._present] = name
         self._before, self._present = self._present, name
         pieces = self._pieces(name)
@@ -70,12 +72,12 @@ class SliceReader:
             yield piece.first, rows
 
     def numbers(self, name: str, first: int, count: int) -> Tensor:
-        """See ``RowSlices``. They are read into memory of their own."""
+        """See ``RowSlices``. The elements are read into new memory."""
         room = torch.empty(count * self._checkpoint.row_bytes(name), dtype=torch.uint8)
         return self._checkpoint.slice(name, first, count, room, self._dtype)
 
     def close(self) -> None:
-        """End the thread, and let the buffers go."""
+        """Stop the thread and free the buffers."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._ahead = None
         self._buffers.clear()
@@ -90,7 +92,7 @@ class SliceReader:
         if ahead and ahead[0] == piece:
             return ahead[1].result()
         if ahead:
-            ahead[1].result()  # a wrong guess: its buffer is free again
+            ahead[1].result()  # the guess was wrong; wait, because its buffer is reused
         return self._load(piece, self._next_buffer())
 
     def _load_ahead(self, piece: _Piece) -> None:
@@ -101,19 +103,19 @@ class SliceReader:
         return self._filling
 
     def _load(self, piece: _Piece, buffer: int) -> Tensor:
-        used, kept = (piece.rows * size for size in self._row_bytes(piece.name))
-        room, kept_dtype = self._room(buffer, used + kept), self._checkpoint.dtype(piece.name)
-        if not kept:
-            return self._checkpoint.slice(piece.name, piece.first, piece.rows, room, kept_dtype)
-        # The wider elements come first: so the others begin at a multiple of theirs.
-        rows, source = (room[:used], room[used:]) if used > kept else (room[kept:], room[:kept])
-        whole = self._checkpoint.slice(piece.name, piece.first, piece.rows, source, kept_dtype)
+        used, stored = (piece.rows * size for size in self._row_bytes(piece.name))
+        room, stored_dtype = self._room(buffer, used + stored), self._checkpoint.dtype(piece.name)
+        if not stored:
+            return self._checkpoint.slice(piece.name, piece.first, piece.rows, room, stored_dtype)
+        # The wider dtype comes first in the buffer, so that the narrower one is aligned.
+        rows, source = (room[:used], room[used:]) if used > stored else (room[stored:], room[:stored])
+        whole = self._checkpoint.slice(piece.name, piece.first, piece.rows, source, stored_dtype)
         return rows.view(self._dtype).view(whole.shape).copy_(whole)
 
     def _row_bytes(self, name: str) -> tuple[int, int]:
-        """Bytes of a matrix's row as it is used, and as it is kept if that is in another dtype."""
-        kept, dtype = self._checkpoint.row_bytes(name), self._checkpoint.dtype(name)
-        return (kept, 0) if dtype == self._dtype else (kept // dtype.itemsize * self._dtype.itemsize, kept)
+        """The bytes of a matrix's row in the dtype in use, and in the checkpoint's dtype if that is another; otherwise 0."""
+        stored, dtype = self._checkpoint.row_bytes(name), self._checkpoint.dtype(name)
+        return (stored, 0) if dtype == self._dtype else (stored // dtype.itemsize * self._dtype.itemsize, stored)
 
     def _room(self, buffer: int, needed: int) -> Tensor:
         if len(self._buffers[buffer]) < needed:
@@ -124,8 +126,8 @@ class SliceReader:
 class StreamedLinear(nn.Module):
     """A frozen linear layer whose matrix is streamed: [..., K] → [..., N].
 
-    ``transposed`` for a matrix kept as [K, N], as GPT-2 has it; otherwise it is [N, K]. Backward gives the gradient of the
-    input alone, and needs nothing of the forward pass.
+    The matrix is [N, K], or [K, N] if ``transposed``, as GPT-2 stores it. The backward pass gives the gradient of the input
+    only, and needs nothing from the forward pass.
     """
 
     bias: nn.Parameter | None
@@ -143,8 +145,8 @@ class StreamedLinear(nn.Module):
         return product
 
     def multiply(self, flat: Tensor, product: Tensor, backward: bool) -> None:
-        """``product`` [M, N] = ``flat`` [M, K] · matrixᵀ + bias or, ``backward``, [M, K] = [M, N] · matrix."""
-        # Rows of the matrix are columns of what it is multiplied with, or columns of the product.
+        """Compute ``product`` [M, N] = ``flat`` [M, K] · matrixᵀ + bias or, for ``backward``, [M, K] = [M, N] · matrix."""
+        # A slice of the matrix's rows is multiplied with some columns of ``flat``, or gives some columns of ``product``.
         if self.transposed == backward:
             for first, rows in self.source.slices(self.name):
                 columns = product[:, first : first + len(rows)]
@@ -176,19 +178,21 @@ class _Product(torch.autograd.Function):
 
 
 def _multiplied(layer: StreamedLinear, given: Tensor, width: int, wanted: int, backward: bool) -> Tensor:
-    """[..., ``width``] → [..., ``wanted``]. The result is no view, since the base model may change it in place."""
+    """[..., ``width``] → [..., ``wanted``]. The result is not a view, because the base model may change it in place."""
     result = given.new_empty(*given.shape[:-1], wanted)
     layer.multiply(given.reshape(-1, width), result.view(-1, wanted), backward)
     return result
 
 
 def is_streamed(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
-    """Whether a module is a linear layer whose matrix can be streamed."""
+    """True for a linear layer whose matrix can be streamed."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def stream_matrices(layer: nn.Module, prefix: str, source: RowSlices, names: "SourceNames") -> None:
-    """Put a ``StreamedLinear`` in the place of every linear layer in ``layer``, whose parameters are named from ``prefix``."""
+    """Replace every linear layer in ``layer`` with a ``StreamedLinear``. ``prefix`` begins the names of the
+    layer's parameters.
+    """
     for path, module in list(layer.named_modules()):
         if is_streamed(module):
             name = names(f"{prefix}{path}.weight")
@@ -198,6 +202,6 @@ def stream_matrices(layer: nn.Module, prefix: str, source: RowSlices, names: "So
 
 
 class SourceNames(Protocol):
-    """A checkpoint's name for a parameter."""
+    """A function that gives the checkpoint's name for a parameter."""
 
     def __call__(self, name: str) -> str: ...
