@@ -40,7 +40,7 @@ class DataSpec(Section):
     """The examples: where they are, and which columns to use."""
 
     train: str = Field(
-        description="`builtin:docstrings`, `hf:<dataset>[:<configuration>]` or `path:<file.csv|jsonl|parquet>`"
+        description="`builtin:docstrings`, `hf:<dataset>[:<configuration>]` or `path:<file or folder>`"
     )
     validation: str | None = Field(
         None, description="held-out rows for the losses during training; by default a tenth of `train`"
