@@ -221,9 +221,9 @@ def _lasting(record: Round) -> dict[str, Any]:
         (
             "data",
             {"messages": "question"},
-            r"data\.messages is 'question'; expected a list .* row 1 of path:.* has none",
+            r"data\.messages is 'question'; expected a list .* row 1 of path:.* holds",
         ),
-        ("data", {"messages": "label"}, r"data\.messages is 'label'; .* row 1 of path:.* has none"),
+        ("data", {"messages": "label"}, r"data\.messages is 'label'; .* row 1 of path:.* holds"),
         ("data", {"prompt": "no", "response": "answer"}, r"data\.prompt is 'no'; expected a column of"),
         (
             "data",
@@ -336,10 +336,10 @@ def test_rows_with_nothing_to_learn_are_left_out(
 ) -> None:
     """And the others are what they are without them."""
     good = [json.loads(line) for line in rows.read_text().splitlines()]
-    user, called = {"role": "user", "content": "Q"}, {"role": "assistant", "content": None}
+    user, silent = {"role": "user", "content": "Q"}, {"role": "assistant", "content": " "}
     bad = [
         good[0] | {"answer": "", "chat": [user]},
-        good[0] | {"answer": None, "chat": [user, called, *good[0]["chat"]]},
+        good[0] | {"answer": None, "chat": [user, silent]},
         good[0] | {"answer": " ", "chat": []},
     ]
     for name, made in (("good", good), ("mixed", [*good[:5], *bad, *good[5:]])):

@@ -5,13 +5,12 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from chainfed_ray.data.chats import Chat, chat
+from chainfed_ray.data.chats import Chat, Message, chat
 from chainfed_ray.data.targets import chat_ids, tokenize_texts
 from chainfed_ray.errors import InvalidJob
 from tests.causal import byte_tokenizer
@@ -98,7 +97,9 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
 
 
 def as_chat(asked: list[tuple[str, str]]) -> Chat:
-    return tuple(message for question, answer in asked for message in (("user", question), ("assistant", answer)))
+    return tuple(
+        message for question, answer in asked for message in (Message("user", question), Message("assistant", answer))
+    )
 
 
 @pytest.mark.parametrize("form", TEMPLATES)
@@ -157,12 +158,12 @@ def test_where_messages_only_add_to_a_chat_a_turn_is_what_it_adds(form: str, ask
         ),
         (  # the opening of the second answer is written after the first as if that were the last
             TEMPLATES["qwen3"],
-            (("user", "A"), ("assistant", "B"), ("assistant", "C")),
+            (Message("user", "A"), Message("assistant", "B"), Message("assistant", "C")),
             "B<|im_end|>\nC<|im_end|>\n",
         ),
         (
             _EACH + _CHATML + _OPENED,
-            (("assistant", "Hello"), ("user", "A"), ("assistant", "B")),
+            (Message("assistant", "Hello"), Message("user", "A"), Message("assistant", "B")),
             "Hello<|im_end|>\nB<|im_end|>\n",
         ),
         (_EACH + _CHATML + "{% endfor %}{{ eos_token }}", as_chat([("A", "B"), ("C", "D")]), "B<|im_end|>\nD<|im_end|>\n</s>"),
@@ -195,34 +196,72 @@ def test_a_turn_whose_place_is_not_clear_is_refused(template: str) -> None:
     with pytest.raises(
         InvalidJob, match=r"data\.messages is 'assistant: A long one'; .* the place of this one is not clear"
     ):
-        tokenize_texts(with_template(template), [(("user", "Q"), ("assistant", "A long one"))], max_length=100)
+        tokenize_texts(
+            with_template(template), [(Message("user", "Q"), Message("assistant", "A long one"))], max_length=100
+        )
 
 
 USER, SAID = {"role": "user", "content": "A"}, {"role": "assistant", "content": "B", "name": "x"}
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]}
+CALLS = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+CALL = {"role": "assistant", "content": None, "tool_calls": CALLS}
+TOOL = {"role": "tool", "content": "4 degrees"}
+A, B = Message("user", "A"), Message("assistant", "B")
+CALLED = Message("assistant", "", tool_calls=json.dumps(CALLS))
 
 
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
-        ([USER, SAID], (("user", "A"), ("assistant", "B"))),
-        ([USER, SAID, USER], (("user", "A"), ("assistant", "B"))),
+        ([USER, SAID], (A, B)),
+        ([USER, SAID, USER], (A, B)),
         ([USER], ()),
         ([], ()),
-        ([USER, CALL, {"role": "tool", "content": "4 degrees"}, SAID], ()),
+        ([USER, CALL, TOOL, SAID], (A, CALLED, Message("tool", "4 degrees"), B)),
+        ([USER, {**CALL, "content": ""}, SAID], (A, CALLED, B)),
+        ([USER, {"role": "assistant", "tool_calls": CALLS}, SAID], (A, CALLED, B)),
+        ([USER, {**SAID, "weight": 0}, USER, {**SAID, "weight": 1}], (A, B._replace(learnt=False), A, B)),
+        ([{"from": "human", "value": "A"}, {"from": "gpt", "value": "B"}], (A, B)),
+        ([{"role": "human", "content": "A"}, {"role": "Assistant", "content": "B"}], (A, B)),
+        ([USER, {"role": "model", "content": "B"}], (A, B)),
+        ([{"role": "user", "content": [{"type": "text", "text": "A"}]}, SAID], (A, B)),
     ],
 )
 def test_a_chat_is_kept_up_to_what_an_assistant_says_last(messages: list[dict[str, Any]], expected: Chat) -> None:
-    parquet = pd.Series([messages]).map(pd.Series).map(pd.Series.to_numpy)[0]
-    for cell in (messages, json.dumps(messages), parquet):
+    for cell in (messages, json.dumps(messages)):
         assert chat(cell, "chat", "row 1") == expected
 
 
-@pytest.mark.parametrize(
-    "cell", [None, "Hello", "{}", 3, ["Hello"], [{"from": "human", "value": "A"}], [{"role": "user"}], [{**USER, "content": 3}]]
-)  # fmt: skip
+@pytest.mark.parametrize("cell", [None, "Hello", "{}", 3])
 def test_what_is_no_chat_is_refused_by_its_row(cell: Any) -> None:
-    with pytest.raises(
-        InvalidJob, match=r"data\.messages is 'chat'; expected a list of messages .* row 7 of x has none"
-    ):
+    with pytest.raises(InvalidJob, match=r"data\.messages is 'chat'; expected a list of messages .* row 7 of x holds"):
         chat(cell, "chat", "row 7 of x")
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Hello", "a message with a role and a content"),
+        ({"content": "A"}, "a message with a role, such as user or assistant"),
+        ({"role": "user"}, "a content that is a text, or a call of a tool"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "a content that is a text, or a call of a tool"),
+        ({"role": "user", "content": 3}, "a content that is a text, or a call of a tool"),
+        ({**SAID, "weight": 0.5}, "whose weight is 0 or 1"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "text parts alone, not of image_url"),
+    ],
+)
+def test_a_message_that_is_none_is_refused_by_its_place(message: Any, expected: str) -> None:
+    with pytest.raises(
+        InvalidJob, match=rf"data\.messages is 'chat'; expected .*{expected}; message 2 of row 7 of x is "
+    ):
+        chat([USER, message], "chat", "row 7 of x")
+
+
+def test_a_message_of_no_weight_and_a_call_of_a_tool_are_read_and_not_learnt() -> None:
+    """The template is given the call, and what follows it answers what is there."""
+    written = _EACH + "{{ m.content }}{% if m.tool_calls %}<call>{% endif %}|{% endfor %}"
+    tokenizer = with_template(written)
+    messages = (A, CALLED, Message("assistant", "bad", learnt=False), B)
+    examples = tokenize_texts(tokenizer, [messages], max_length=100)
+    assert tokenizer.decode(examples.ids) == "A|<call>|bad|B|"
+    assert examples.targets is not None
+    assert tokenizer.decode(examples.ids[examples.targets]) == "B|"

@@ -100,7 +100,7 @@ def test_a_long_question_loses_its_begin(tmp_path: Path) -> None:
 def test_a_question_needs_a_token_of_its_own(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
     joining = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    with pytest.raises(InvalidJob, match=r"evaluation\.choices .* that of row 1 is 'a'"):
+    with pytest.raises(InvalidJob, match=r"evaluation\.choices .* that of row 1 is \"a\""):
         read([{"prompt": "a", "choices": ["b", "a"], "answer": 0}], joining, tmp_path)
 
 
@@ -137,19 +137,19 @@ def test_a_prompt_may_be_called_a_question(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"choices": ["b"]}, r"a list of two texts or more as the choices of every row; that of row 2 is \['b'\]"),
-        ({"choices": "b, c"}, "that of row 2 is 'b, c'"),
+        ({"choices": ["b"]}, r"a list of two texts or more as the choices of every row; that of row 2 is \[\"b\"\]"),
+        ({"choices": "b, c"}, 'that of row 2 is "b, c"'),
         ({"answer": 2}, "one of the 2 choices, its place from 0, or its letter from A, as the answer .* row 2 is 2"),
         ({"answer": -1}, "that of row 2 is -1"),
         ({"answer": 0.5}, "that of row 2 is 0.5"),
-        ({"answer": "d"}, "that of row 2 is 'd'"),
-        ({"answer": "C"}, "that of row 2 is 'C'"),
-        ({"answer": ""}, "that of row 2 is ''"),
+        ({"answer": "d"}, 'that of row 2 is "d"'),
+        ({"answer": "C"}, 'that of row 2 is "C"'),
+        ({"answer": ""}, 'that of row 2 is ""'),
         ({"answer": [0]}, r"that of row 2 is \[0\]"),
-        ({"answer": {"place": 0}}, "that of row 2 is {'place': 0}"),
-        ({"answer": True}, "that of row 2 is True"),
-        ({"answer": None}, "that of row 2 is nan"),
-        ({"prompt": ""}, "a text as the prompt of every row; that of row 2 is ''"),
+        ({"answer": {"place": 0}}, 'that of row 2 is {"place": 0}'),
+        ({"answer": True}, "that of row 2 is true"),
+        ({"answer": None}, "that of row 2 is null"),
+        ({"prompt": ""}, 'a text as the prompt of every row; that of row 2 is ""'),
     ],
 )
 def test_a_row_that_is_no_question_is_refused(row: dict[str, Any], said: str, tmp_path: Path) -> None:

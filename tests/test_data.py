@@ -77,22 +77,6 @@ def test_rows_that_cannot_be_used(
         load(DataSpec(train=f"path:{path}", **changes), seed=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "complaint"),
-    [
-        ("rows.csv", b'text,label\n"open', "a readable .csv file"),
-        ("rows.csv", b"\xff\xfe\x00\x01", "a readable .csv file"),
-        ("rows.jsonl", b"{", "a readable .jsonl file"),
-        ("rows.parquet", b"PAR1", "a readable .parquet file"),
-        ("rows.txt", b"", "a .csv, .jsonl or .parquet file"),
-    ],
-)
-def test_files_that_cannot_be_read(name: str, content: bytes, complaint: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InvalidJob, match=complaint):
-        load(DataSpec(train=f"path:{tmp_path / name}"), seed=0)
-
-
 def test_labels_that_training_does_not_know(tmp_path: Path) -> None:
     other = tmp_path / "test.jsonl"
     other.write_text('{"text": "x", "label": "c"}')

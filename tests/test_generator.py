@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chainfed_ray.data.chats import Message
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.saved_stack import SavedStack
@@ -107,14 +108,14 @@ def test_what_cannot_be_written_is_refused_by_its_field(llama: Path, generator: 
     with pytest.raises(InvalidJob, match=r"^max_tokens is .*; expected at most 5, because the model has"):
         written(generator, saved, "x" * (limit - 5), Sampling(6))
     with pytest.raises(InvalidJob, match=r"^messages is .*no chat template"):
-        generator.write(saved, (("user", "hello"),), GREEDY, print)
+        generator.write(saved, (Message("user", "hello"),), GREEDY, print)
     assert written(generator, saved, "", GREEDY)[1].prompt_tokens == 1, "the token for a beginning"
 
 
 def test_a_chat_is_its_template(tmp_path: Path) -> None:
     folder = causal_folder("llama", tmp_path / "base", chat=True)
     generator, saved, pieces = Generator(f"path:{folder}", torch.float32), a_causal_stack(folder), list[Piece]()
-    generator.write(saved, (("system", "be brief"), ("user", "hi")), GREEDY, pieces.append)
+    generator.write(saved, (Message("system", "be brief"), Message("user", "hi")), GREEDY, pieces.append)
     plain = written(generator, saved, "system: be brief\nuser: hi\nassistant:", GREEDY)
     assert ("".join(piece.text for piece in pieces), pieces[-1]) == plain
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
-from chainfed_ray.data.chats import Chat
+from chainfed_ray.data.chats import Chat, Message
 from chainfed_ray.serving.generator import MOST_TOKENS, FinishReason, Sampling
 
 
@@ -102,7 +102,7 @@ class ChatRequest(GenerationOptions):
     @property
     def chat(self) -> Chat:
         """The messages in the form that the generator takes."""
-        return tuple((message.role, message.content) for message in self.messages)
+        return tuple(Message(message.role, message.content) for message in self.messages)
 
 
 class Usage(BaseModel):

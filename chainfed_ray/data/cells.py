@@ -1,16 +1,82 @@
-"""Reads lists from the cells of a table: Python lists, arrays from parquet, or JSON in files such as CSV."""
+"""Takes cells of a table as texts, labels and lists: each as what it is, or not at all."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
+
+from chainfed_ray.data.tables import Table, shown
+from chainfed_ray.errors import InvalidJob
 
 
 def as_list(cell: Any) -> list[Any] | None:
-    """The list in a cell, or None if the cell holds no list."""
+    """The list in a cell, also one that is written as JSON, as in a CSV file; None if the cell holds no list."""
     if isinstance(cell, str):
         try:
             cell = json.loads(cell)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
-    if hasattr(cell, "tolist"):
-        cell = cell.tolist()
     return cell if isinstance(cell, list) else None
+
+
+def texts(table: Table, key: str, column: str, source: str) -> list[str | None]:
+    """The cells of a column as texts: a number as it stands in the file, None where there is nothing or only space.
+
+    Raises:
+        InvalidJob: a cell holds something else; ``key`` is the job's key that names the column.
+    """
+    return [_text(cell, key, column, source, row) for row, cell in enumerate(table.columns[column], start=1)]
+
+
+def labels(table: Table, key: str, column: str, source: str) -> list[str | None]:
+    """The cells of a column as names: like ``texts``, but truth values are names as well.
+
+    Raises:
+        InvalidJob: a cell holds something else, or the column has cells of two kinds, or names that differ in spaces alone.
+    """
+    cells = table.columns[column]
+    kinds: dict[str, int] = {}
+    for row, cell in enumerate(cells, start=1):
+        if not _is_nothing(cell):
+            kinds.setdefault(_kind(cell), row)
+    if len(kinds) > 1 and set(kinds) <= {"a text", "a number", "a truth value"}:
+        (first, _), (second, row) = list(kinds.items())[:2]
+        expected = f"values of one kind in every row of {source}; row {row} holds {second}, rows before it {first}"
+        raise InvalidJob.at(key, column, expected)
+    named = [
+        str(cell).lower() if isinstance(cell, bool) else _text(cell, key, column, source, row)
+        for row, cell in enumerate(cells, start=1)
+    ]
+    _check_spaces(named, key, column, source)
+    return named
+
+
+def _check_spaces(named: Sequence[str | None], key: str, column: str, source: str) -> None:
+    known: dict[str, str] = {}
+    for row, name in enumerate(named, start=1):
+        if name is not None and known.setdefault(name.strip(), name) != name:
+            expected = f"names that differ by more than spaces in {source}; row {row} has {name!r}, rows before it "
+            raise InvalidJob.at(key, column, expected + repr(known[name.strip()]))
+
+
+def _text(cell: Any, key: str, column: str, source: str, row: int) -> str | None:
+    if _is_nothing(cell):
+        return None
+    if _kind(cell) not in ("a text", "a number"):
+        raise InvalidJob.at(
+            key, column, f"a text in every row of {source}; row {row} holds {_kind(cell)}: {shown(cell)}"
+        )
+    return str(cell)
+
+
+def _is_nothing(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and cell != cell)
+
+
+def _kind(cell: Any) -> str:
+    for kind, words in _KINDS:
+        if isinstance(cell, kind):
+            return words
+    return f"a {type(cell).__name__}"
+
+
+_KINDS = ((str, "a text"), (bool, "a truth value"), ((int, float), "a number"), (list, "a list"), (dict, "an object"))

@@ -4,11 +4,13 @@ A template may write a message differently when others follow it: Qwen3's puts a
 So each turn is located in the whole chat, not rendered by itself.
 """
 
+import json
 from itertools import takewhile
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from chainfed_ray.data.chats import Chat
+from chainfed_ray.data.chats import Chat, Message
 from chainfed_ray.errors import InvalidJob
 
 _PRIVATE_USE = range(0xE000, 0xF900)  # Unicode's private use area: characters without a meaning
@@ -22,7 +24,7 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, chat: Chat, add_generatio
     Raises:
         InvalidJob: the template does not accept the chat.
     """
-    messages = [{"role": role, "content": content} for role, content in chat]
+    messages = [_as_template_has_it(message) for message in chat]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
     except Exception as error:  # templates raise any error, for example for two user turns in a row
@@ -30,8 +32,13 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, chat: Chat, add_generatio
         raise InvalidJob.at(field, newest, f"a chat that the model's template accepts ({error})") from None
 
 
+def _as_template_has_it(message: Message) -> dict[str, Any]:
+    plain = {"role": message.role, "content": message.content}
+    return plain if message.tool_calls is None else plain | {"tool_calls": json.loads(message.tool_calls)}
+
+
 def assistant_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text of the whole chat, and the span of each assistant's turn in it: (begin, end) in characters.
+    """The text of the whole chat, and the span of each assistant's turn that is learnt: (begin, end) in characters.
 
     A span begins where the template opens the turn for the assistant, and includes what the template closes the turn with.
     Turns without words have no span.
@@ -42,8 +49,8 @@ def assistant_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) 
     whole = apply_template(tokenizer, chat, add_generation_prompt=False, field=field)
     mark = next(character for character in map(chr, _PRIVATE_USE) if character not in whole)
     turns = []
-    for place, (role, content) in enumerate(chat):
-        if role == "assistant" and content.strip():
+    for place, (role, content, learnt, _) in enumerate(chat):
+        if role == "assistant" and content.strip() and learnt:
             turn = _turn(tokenizer, chat, place, whole, mark)
             if turn is None:
                 expected = (
@@ -60,7 +67,7 @@ def _turn(tokenizer: PreTrainedTokenizerBase, chat: Chat, place: int, whole: str
     The turn's content is replaced by ``mark``, a character that the chat does not contain. What the template then writes before
     and after the mark is the text around the turn.
     """
-    up_to_turn: Chat = (*chat[:place], ("assistant", mark))
+    up_to_turn: Chat = (*chat[:place], chat[place]._replace(content=mark))
     before, after = _around(tokenizer, (*up_to_turn, *chat[place + 1 :]), mark)
     _, closing = _around(tokenizer, up_to_turn, mark)
     if after is None or not whole.endswith(after):

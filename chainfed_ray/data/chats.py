@@ -1,12 +1,28 @@
-"""Reads chats from rows: a list of messages, each with a role and a content."""
+"""Reads chats from rows, in the forms that people have: OpenAI's messages, and ShareGPT's."""
 
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from chainfed_ray.data.cells import as_list
+from chainfed_ray.data.tables import shown
 from chainfed_ray.errors import InvalidJob
 
-Message = tuple[str, str]
-"""(role, content)"""
+# Other names of the roles, as data sets and models have them.
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+
+
+class Message(NamedTuple):
+    """One message of a chat. An assistant's is ``learnt``, unless its weight is 0.
+
+    ``tool_calls`` are the calls of tools that it makes, as JSON for the model's template; None if it makes none.
+    """
+
+    role: str
+    content: str
+    learnt: bool = True
+    tool_calls: str | None = None
+
 
 Chat = tuple[Message, ...]
 
@@ -14,26 +30,56 @@ Chat = tuple[Message, ...]
 def chat(cell: Any, column: str, where: str) -> Chat:
     """The chat in a cell of ``column``, up to the last message of an assistant: the messages after it are not answered.
 
-    The chat is empty if no assistant speaks. It is also empty if a message has no content (a tool call has none): without that
-    message, the messages after it would answer something that is not there. ``where`` names the row in errors.
+    A message is an object with ``role`` and ``content`` (a text or a list of text parts), as OpenAI has it, with ``tool_calls``
+    and a ``weight`` of 0 or 1 if it has some; or one with ``from`` and ``value``, as ShareGPT has it. The chat is empty if no
+    assistant speaks. ``where`` names the row in errors.
 
     Raises:
-        InvalidJob: the cell holds no list of messages.
+        InvalidJob: the cell holds no list of such messages; the error names the first message that is none.
     """
     given = as_list(cell)
-    if given is None or not all(map(_is_message, given)):
-        expected = f"a list of messages such as {{role: user, content: …}}; {where} has none"
+    if given is None:
+        expected = f"a list of messages such as {{role: user, content: …}}; {where} holds {shown(cell)}"
         raise InvalidJob.at("data.messages", column, expected)
-    if any(message["content"] is None for message in given):
-        return ()
-    last = max((place for place, message in enumerate(given) if message["role"] == "assistant"), default=-1)
-    return tuple((message["role"], message["content"]) for message in given[: last + 1])
+    messages = []
+    for place, item in enumerate(given, start=1):
+        try:
+            messages.append(_message(item))
+        except ValueError as error:
+            raise InvalidJob.at(
+                "data.messages", column, f"{error}; message {place} of {where} is {shown(item)}"
+            ) from None
+    last = max((place for place, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    return tuple(messages[: last + 1])
 
 
-def _is_message(item: Any) -> bool:
-    return (
-        isinstance(item, dict)
-        and isinstance(item.get("role"), str)
-        and "content" in item
-        and isinstance(item["content"], str | None)
+def _message(item: Any) -> Message:
+    if not isinstance(item, Mapping):
+        raise ValueError("a message with a role and a content")
+    role = item.get("role", item.get("from"))
+    if not isinstance(role, str) or not role.strip():
+        raise ValueError("a message with a role, such as user or assistant")
+    role = role.strip().lower()
+    calls = item.get("tool_calls") or None
+    content = item.get("content", item.get("value"))
+    weight = item.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise ValueError("a message whose weight is 0 or 1")
+    return Message(
+        role=_ROLES.get(role, role),
+        content="" if content is None and calls else _content(content),
+        learnt=weight is None or bool(weight),
+        tool_calls=json.dumps(calls) if calls else None,
     )
+
+
+def _content(content: Any) -> str:
+    """The text of a message: as such, or in parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        kinds = {str(part.get("type")) for part in content}
+        if kinds <= {"text"} and all(isinstance(part.get("text"), str) for part in content):
+            return "".join(part["text"] for part in content)
+        raise ValueError(f"a message of text parts alone, not of {', '.join(sorted(kinds - {'text'})) or 'others'}")
+    raise ValueError("a message with a content that is a text, or a call of a tool")

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chainfed_ray.data.cells import as_list
 from chainfed_ray.data.sources import read_table
+from chainfed_ray.data.tables import shown
 from chainfed_ray.data.targets import Row, choice_examples
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.errors import InvalidJob
@@ -50,14 +51,16 @@ def read_choices(source: str, tokenizer: PreTrainedTokenizerBase, max_length: in
         InvalidJob: the source cannot be read, or a row is not a question with choices and an answer.
     """
     table = read_table(_KEY, source, "test")
-    prompt_column = "prompt" if "prompt" in table.columns else "question"
+    prompt_column = "prompt" if "prompt" in table.names else "question"
     columns = (prompt_column, "choices", "answer")
-    if not set(columns) <= set(table.columns):
+    if not set(columns) <= set(table.names):
         expected = "a table with the columns prompt (or question), choices and answer; it has "
-        raise InvalidJob.at(_KEY, source, expected + ", ".join(map(str, table.columns)))
+        raise InvalidJob.at(_KEY, source, expected + ", ".join(table.names))
     rows: list[Row] = []
     begins, answers = [0], list[int]()
-    for number, (prompt, given, answer) in enumerate(zip(*(table[name] for name in columns), strict=True), start=1):
+    for number, (prompt, given, answer) in enumerate(
+        zip(*(table.columns[name] for name in columns), strict=True), start=1
+    ):
         if not isinstance(prompt, str) or not prompt:
             raise _wrong(source, number, prompt_column, prompt, "a text")
         choices = _choices(given)
@@ -81,8 +84,9 @@ def read_choices(source: str, tokenizer: PreTrainedTokenizerBase, max_length: in
 
 
 def _wrong(source: str, number: int, column: str, value: Any, expected: str) -> InvalidJob:
-    shown = repr(value)[:80]
-    return InvalidJob.at(_KEY, source, f"{expected} as the {column} of every row; that of row {number} is {shown}")
+    return InvalidJob.at(
+        _KEY, source, f"{expected} as the {column} of every row; that of row {number} is {shown(value)}"
+    )
 
 
 def _choices(cell: Any) -> list[str]:
@@ -101,7 +105,7 @@ def _answer_index(answer: Any, choices: list[str]) -> int | None:
         else:
             answer = ascii_uppercase.index(answer) if len(answer) == 1 and answer in ascii_uppercase else -1
     if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)  # pandas turns a column of integers with empty cells into floats
+        answer = int(answer)
     if isinstance(answer, bool) or not isinstance(answer, Integral):
         return None
     place = int(answer)

@@ -1,29 +1,28 @@
 """Reads a job's rows from files, the hub or the built-in set, and splits them into training and held-out rows."""
 
 import os
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from chainfed_ray.data import docstrings
-from chainfed_ray.data.chats import chat
+from chainfed_ray.data.cells import labels, texts
+from chainfed_ray.data.chats import Message, chat
+from chainfed_ray.data.tables import FORMS, Table, from_arrow, read_path
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import hub_is_reachable
 from chainfed_ray.spec.sections import DataSpec
 
-_READERS = {
-    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
-    ".parquet": pd.read_parquet,
-}
-_FORMS = "builtin:docstrings, path:<file.csv|jsonl|parquet> or hf:<dataset>[:<configuration>][@<revision>]"
+_FORMS = "builtin:docstrings, path:<file or folder> or hf:<dataset>[:<configuration>][@<revision>]"
 _FEWEST = 10
+_LISTED = 20  # names of columns in an error
 
 
-Text = str | tuple[str, str] | tuple[tuple[str, str], ...]
-"""What a row is to a model: a text, a (prompt, response) pair, or a chat of (role, content) pairs."""
+Text = str | tuple[str, str] | tuple[Message, ...]
+"""What a row is to a model: a text, a (prompt, response) pair, or a chat."""
 
 
 @dataclass(frozen=True)
@@ -96,41 +95,61 @@ def load(spec: DataSpec, seed: int, column: str | None = None, classes: bool = T
     if len(train) < _FEWEST:
         raise InvalidJob.at("data.train", spec.train, f"{_FEWEST} rows or more; there are {len(train)}")
     held_out: list[Split] = []
-    shuffled = np.random.default_rng(seed).permutation(len(train))
-    tenth = max(len(train) // 10, 1)
     # Held-out rows go to no client, so they need no groups.
     ungrouped = replace(selection, group=None)
+    left = np.random.default_rng(seed).permutation(len(train))
+    tenth = max(len(train) // 10, 1)
     for field, source in (("validation", spec.validation), ("test", spec.test)):
         if source is None:
-            held_out.append(train.take(np.sort(shuffled[:tenth])))
-            shuffled = shuffled[tenth:]
+            drawn, left = _hold_out(left, tenth, train.labels)
+            held_out.append(train.take(np.sort(drawn)))
         else:
             held_out.append(_read(f"data.{field}", source, field, ungrouped))
-    train = train.take(np.sort(shuffled))
+    train = train.take(np.sort(left))
     found = tuple(sorted(set(train.labels)))
     if selection.label is not None:
         _check_classes(selection.label, found, held_out)
     return Corpus(train, held_out[0], held_out[1], found)
 
 
-def read_table(field: str, source: str, split: str, label: str | None = None) -> pd.DataFrame:
-    """The rows of ``source``, which the key ``field`` names. On the hub it reads the split called ``split``.
+def read_table(field: str, source: str, split: str, wanted: Collection[str] | None = None) -> Table:
+    """The rows of ``source``, which the key ``field`` names: their ``wanted`` columns, or all. On the hub it reads the split
+    called ``split``.
 
     Raises:
         InvalidJob: the source cannot be read, or it has no rows.
     """
     scheme, _, name = source.partition(":")
     if source == "builtin:docstrings":
-        frame = pd.DataFrame(docstrings.rows(), columns=["text", "label"])
+        rows = docstrings.rows()
+        table = Table(("text", "label"), {"text": [text for text, _ in rows], "label": [label for _, label in rows]})
     elif scheme == "path" and name:
-        frame = _read_file(field, source, Path(name))
+        table = _read_file(field, source, Path(name), wanted)
     elif scheme == "hf" and name:
-        frame = _read_hub(field, source, name, split, label)
+        table = _read_hub(field, source, name, split, wanted)
     else:
         raise InvalidJob.at(field, source, _FORMS)
-    if frame.empty:
+    if not table.names or (table.columns and not len(table)):
         raise InvalidJob.at(field, source, "one row or more; there are none")
-    return frame
+    return table
+
+
+def _hold_out(order: np.ndarray, count: int, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The first ``count`` rows of ``order``, and the others. A row is passed over if it is the last of its class that is left.
+
+    So every class keeps a row to be learnt from. Rows without ``labels`` are all alike.
+    """
+    if not labels:
+        return order[:count], order[count:]
+    rows_left = Counter(labels[row] for row in order)
+    drawn, left = list[int](), list[int]()
+    for row in order.tolist():
+        if len(drawn) < count and rows_left[labels[row]] > 1:
+            rows_left[labels[row]] -= 1
+            drawn.append(row)
+        else:
+            left.append(row)
+    return np.array(drawn, dtype=np.int64), np.array(left, dtype=np.int64)
 
 
 def _check_classes(label: str, classes: tuple[str, ...], held_out: list[Split]) -> None:
@@ -138,51 +157,62 @@ def _check_classes(label: str, classes: tuple[str, ...], held_out: list[Split]) 
         raise InvalidJob.at("data.label", label, f"two classes or more; every training row has {classes[0]!r}")
     for field, split in (("validation", held_out[0]), ("test", held_out[1])):
         if unknown := sorted(set(split.labels) - set(classes)):
-            raise InvalidJob.at(f"data.{field}", unknown[0], "only labels that the training rows have")
+            hidden = "; those of this split seem to be hidden" if unknown == ["-1"] else ""
+            raise InvalidJob.at(f"data.{field}", unknown[0], f"only labels that the training rows have{hidden}")
 
 
 def _read(field: str, source: str, split: str, selection: ColumnSelection) -> Split:
-    frame = read_table(field, source, split, selection.label)
+    table = read_table(field, source, split, {name for _, name in selection.columns})
     for key, name in selection.columns:
-        if name not in frame.columns:
-            raise InvalidJob.at(key, name, f"a column of {source}: {', '.join(map(str, frame.columns))}")
-    for key, name in selection.columns:
-        if key == "data.response":
-            continue  # a row without a response is dropped later
-        values = frame[name]
-        empty = values.isna() | (values.astype(str).str.strip() == "")
-        if empty.any():
-            raise InvalidJob.at(key, name, f"a value in every row of {source}; row {int(empty.argmax()) + 1} has none")
-    labels, groups = (
-        tuple(frame[column].astype(str)) if column is not None else () for column in (selection.label, selection.group)
-    )
-    return Split(_texts(frame, selection, source), labels, groups)
+        if name not in table.columns:
+            raise InvalidJob.at(key, name, f"a column of {source}: {_listed(table.names)}")
+    named = [
+        _filled(labels(table, key, column, source), key, column, source) if column is not None else ()
+        for key, column in (("data.label", selection.label), ("fleet.partition.column", selection.group))
+    ]
+    return Split(_texts(table, selection, source), *named)
 
 
-def _texts(frame: pd.DataFrame, selection: ColumnSelection, source: str) -> tuple[Text, ...]:
+def _listed(names: Sequence[str]) -> str:
+    """The names of columns; of very many, some."""
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+
+
+def _filled(values: Sequence[str | None], key: str, column: str, source: str) -> tuple[str, ...]:
+    """The values, if every row has one."""
+    for row, value in enumerate(values, start=1):
+        if value is None:
+            raise InvalidJob.at(key, column, f"a value in every row of {source}; row {row} has none")
+    return tuple(value for value in values if value is not None)
+
+
+def _texts(table: Table, selection: ColumnSelection, source: str) -> tuple[Text, ...]:
     (key, first), *others = selection.texts
     if key == "data.messages":
-        return tuple(chat(value, first, f"row {row} of {source}") for row, value in enumerate(frame[first], start=1))
+        cells = enumerate(table.columns[first], start=1)
+        return tuple(chat(cell, first, f"row {row} of {source}") for row, cell in cells)
+    found = _filled(texts(table, key, first, source), key, first, source)
     if others:
-        responses = frame[others[0][1]]
-        responses = responses.astype(str).where(responses.notna(), "")
-        return tuple(zip(frame[first].astype(str), responses, strict=True))
-    return tuple(frame[first].astype(str))
+        # A row without a response is dropped later.
+        responses = texts(table, *others[0], source)
+        return tuple((prompt, response or "") for prompt, response in zip(found, responses, strict=True))
+    return found
 
 
-def _read_file(field: str, source: str, path: Path) -> pd.DataFrame:
-    if path.suffix not in _READERS:
-        raise InvalidJob.at(field, source, "a .csv, .jsonl or .parquet file")
-    if not path.is_file():
-        raise InvalidJob.at(field, source, "a file that exists")
+def _read_file(field: str, source: str, path: Path, wanted: Collection[str] | None) -> Table:
     try:
-        return _READERS[path.suffix](path)
-    except Exception as error:  # each reader raises errors of its own
-        reason = " ".join(str(error).split())
-        raise InvalidJob.at(field, source, f"a readable {path.suffix} file ({reason})") from None
+        if not path.exists():
+            raise InvalidJob.at(field, source, "a file or folder that exists")
+        return read_path(path, wanted)
+    except InvalidJob:
+        raise
+    except Exception as error:  # a file may be anything, and so may be what its reader raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        expected = reason if isinstance(error, ValueError) else f"a readable {FORMS} ({reason})"
+        raise InvalidJob.at(field, source, expected) from None
 
 
-def _read_hub(field: str, source: str, name: str, split: str, label: str | None) -> pd.DataFrame:
+def _read_hub(field: str, source: str, name: str, split: str, wanted: Collection[str] | None) -> Table:
     import datasets  # its import takes a second, and only hub sources need it
 
     offline = os.environ.get("HF_DATASETS_OFFLINE") == "1" or os.environ.get("HF_HUB_OFFLINE") == "1"
@@ -192,10 +222,7 @@ def _read_hub(field: str, source: str, name: str, split: str, label: str | None)
     repository, _, configuration = address.partition(":")
     try:
         rows = datasets.load_dataset(repository, configuration or None, split=split, revision=revision or None)
-        frame: pd.DataFrame = rows.to_pandas()
+        return from_arrow(rows.with_format("arrow")[:], wanted)
     except Exception as error:  # errors of the hub, the data set's builder or the file system
         reason = " ".join(str(error).split())
         raise InvalidJob.at(field, source, f"a data set on the hub with a {split} split ({reason})") from None
-    if label is not None and isinstance(named := rows.features.get(label), datasets.ClassLabel):
-        frame[label] = named.int2str(frame[label].tolist())
-    return frame

@@ -108,7 +108,7 @@ class Generator:
     def _chat(self, messages: Chat) -> list[int]:
         if not self._tokenizer.chat_template:
             expected = "a prompt for POST /v1/completions, because this model's tokenizer has no chat template"
-            raise InvalidJob.at("messages", dict(zip(("role", "content"), messages[-1], strict=True)), expected)
+            raise InvalidJob.at("messages", messages[-1].content, expected)
         return chat_ids(self._tokenizer, messages, add_generation_prompt=True, field="messages")
 
     def _most(self, prompt: Prompt, length: int, asked: int | None) -> int:

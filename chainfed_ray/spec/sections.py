@@ -39,9 +39,7 @@ class ModelSpec(Section):
 class DataSpec(Section):
     """The examples: where they are, and which columns to use."""
 
-    train: str = Field(
-        description="`builtin:docstrings`, `hf:<dataset>[:<configuration>]` or `path:<file.csv|jsonl|parquet>`"
-    )
+    train: str = Field(description="`builtin:docstrings`, `hf:<dataset>[:<configuration>]` or `path:<file or folder>`")
     validation: str | None = Field(
         None, description="held-out rows for the losses during training; by default a tenth of `train`"
     )

@@ -1,0 +1,228 @@
+"""Reads tables from files as what they hold: a cell keeps its value, and a row that does not fit is an error with its line."""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FORMS = ".csv, .tsv, .jsonl, .json or .parquet file (text files may be .gz), or a folder of such files of one form"
+_LFS_POINTER = b"version https://git-lfs"
+
+
+class Number(float):
+    """A number with a fraction or an exponent, which is written as it stands in the file."""
+
+    def __new__(cls, written: str) -> "Number":
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Number, (self.written,)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows by column. ``names`` are all columns of the source, of which ``columns`` may hold only those that were asked for.
+
+    A cell is what the file holds: a text, a number, a truth value, a list or a dict; None where a row has nothing.
+    """
+
+    names: tuple[str, ...]
+    columns: dict[str, Sequence[Any]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+
+def read_path(path: Path, wanted: Collection[str] | None = None) -> Table:
+    """The rows of a file, or of all files of a folder in the order of their names; of the ``wanted`` columns, or of all.
+
+    Raises:
+        ValueError: the path has no known form, or what is in it is not of that form; in words that a user can act on.
+        OSError: it cannot be read.
+    """
+    if not path.is_dir():
+        return _read(path, wanted)
+    files = sorted(file for file in path.iterdir() if file.is_file() and _form(file))
+    forms = {_form(file) for file in files}
+    if len(forms) != 1:
+        raise ValueError(f"a folder of files of one form; it has {', '.join(sorted(map(str, forms))) or 'none'}")
+    tables = [(file, _read(file, wanted)) for file in files]
+    first = tables[0][1]
+    for file, table in tables:
+        if set(table.names) != set(first.names):
+            raise ValueError(f"files with the same columns; those of {file.name} and {files[0].name} differ")
+    return Table(
+        first.names, {name: [cell for _, table in tables for cell in table.columns[name]] for name in first.columns}
+    )
+
+
+def from_arrow(table: pa.Table, wanted: Collection[str] | None = None) -> Table:
+    """An Arrow table. Where its metadata name the classes of a column, as Hugging Face's do, a cell is its class's name.
+
+    A class that has no name, such as the −1 of labels that are hidden, stays a number.
+    """
+    classes = _class_names(table.schema.metadata or {})
+    columns: dict[str, Sequence[Any]] = {}
+    for name in table.column_names:
+        if wanted is None or name in wanted:
+            cells = table.column(name).to_pylist()
+            if name in classes:
+                names = classes[name]
+                cells = [names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else cell for cell in cells]
+            columns[name] = cells
+    return Table(tuple(table.column_names), columns)
+
+
+def _read(path: Path, wanted: Collection[str] | None) -> Table:
+    form = _form(path)
+    if form is None:
+        raise ValueError(f"a {FORMS}")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError("the file itself; this is a pointer of git-lfs (`git lfs pull` fetches it)")
+    if form == ".parquet":
+        return _parquet(path, wanted)
+    with _opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
+        # The encoding skips a byte order mark, as some editors write it.
+        try:
+            return _TEXT_READERS[form](text, wanted)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text in UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _opened(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _form(path: Path) -> str | None:
+    """The suffix that says the form, whatever its case, also before a ``.gz``."""
+    name = path.name.lower()
+    packed = name.endswith(".gz")
+    form = Path(name.removesuffix(".gz")).suffix
+    return form if form in _TEXT_READERS or (form == ".parquet" and not packed) else None
+
+
+def _parquet(path: Path, wanted: Collection[str] | None) -> Table:
+    with pq.ParquetFile(path) as file:
+        names = tuple(file.schema_arrow.names)
+        kept = [name for name in names if wanted is None or name in wanted]
+        table = from_arrow(file.read(columns=kept))
+    return Table(names, table.columns)
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """The names of the classes of each column that has some, from Hugging Face's own entry in a schema's metadata."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            name: list(map(str, feature["names"]))
+            for name, feature in features.items()
+            if feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _delimited(text: TextIO, wanted: Collection[str] | None, delimiter: str) -> Table:
+    csv.field_size_limit(2**31 - 1)  # a text may be long
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            raise ValueError("a header with the names of the columns; the file is empty")
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise ValueError(f"a header that names each column once; {twice[0]!r} is there twice")
+        kept = [(place, name) for place, name in enumerate(header) if wanted is None or name in wanted]
+        columns: dict[str, list[Any]] = {name: [] for _, name in kept}
+        for row in reader:
+            if not row:
+                continue  # an empty line
+            if len(row) != len(header):
+                fields = f"{len(header)} fields on every line, as in the header; line {reader.line_num} has {len(row)}"
+                raise ValueError(f"{fields} (a text with a {_NAMES[delimiter]} goes in quotation marks)")
+            for place, name in kept:
+                columns[name].append(row[place])
+    except csv.Error as error:
+        raise ValueError(f"fields as CSV has them; line {reader.line_num}: {error}") from None
+    return Table(tuple(header), dict(columns))
+
+
+_NAMES = {",": "comma", "\t": "tab"}
+
+
+def _json(text: TextIO, wanted: Collection[str] | None) -> Table:
+    """JSON: an object on each line, or one array of objects."""
+    begin = text.read(1)
+    while begin.isspace():
+        begin = text.read(1)
+    if begin == "[":
+        return _rows(enumerate(_parsed("[" + text.read(), "the array"), start=1), wanted)
+    return _rows(_lines(text, begin), wanted)
+
+
+def _lines(text: TextIO, begin: str) -> Iterator[tuple[int, Any]]:
+    """The number and the value of each row; ``begin`` is what was read of the first line already."""
+    for number, line in enumerate(text, start=1):
+        line = begin + line if number == 1 else line
+        if line.strip():
+            yield number, _parsed(line, f"line {number}")
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, parse_float=Number, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"JSON, an object on each line or one array of objects; {where}: {error.msg}") from None
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"numbers that JSON has; {name} is none")
+
+
+def _rows(rows: Iterable[tuple[int, Any]], wanted: Collection[str] | None) -> Table:
+    """A table of objects: a key that a row lacks is a cell without a value."""
+    names: dict[str, None] = {}
+    columns: dict[str, list[Any]] = {}
+    for count, (number, row) in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"an object for each row; row {number} is {shown(row)}")
+        for name, cell in row.items():
+            names[name] = None
+            if wanted is None or name in wanted:
+                columns.setdefault(name, [None] * count).append(cell)
+        for cells in columns.values():
+            if len(cells) == count:
+                cells.append(None)
+    return Table(tuple(names), dict(columns))
+
+
+def shown(cell: Any) -> str:
+    """What a cell holds, as JSON has it, cut to 60 characters."""
+    try:
+        text = json.dumps(cell, ensure_ascii=False, default=repr)
+    except (ValueError, RecursionError):
+        text = type(cell).__name__
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+_TEXT_READERS: dict[str, Callable[[TextIO, Collection[str] | None], Table]] = {
+    ".csv": lambda text, wanted: _delimited(text, wanted, ","),
+    ".tsv": lambda text, wanted: _delimited(text, wanted, "\t"),
+    ".jsonl": _json,
+    ".ndjson": _json,
+    ".json": _json,
+}

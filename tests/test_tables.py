@@ -1,0 +1,183 @@
+"""Promise: what is learnt is what the file says. A cell is read as what it is, in every form, or refused with its row."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from chainfed_ray.data.cells import labels, texts
+from chainfed_ray.data.sources import load, read_table
+from chainfed_ray.data.tables import Table, read_path
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.spec.sections import DataSpec
+
+Rows = list[dict[str, Any]]
+
+# Characters that files and terminals handle each in their own way; a lone surrogate is no text in any of the forms.
+_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=20).filter(str.strip)
+
+
+def write_delimited(path: Path, rows: Rows, delimiter: str) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_lines(path: Path, rows: Rows) -> None:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+
+
+FORMS: dict[str, Callable[[Path, Rows], None]] = {
+    "rows.csv": lambda path, rows: write_delimited(path, rows, ","),
+    "ROWS.CSV": lambda path, rows: write_delimited(path, rows, ","),
+    "rows.tsv": lambda path, rows: write_delimited(path, rows, "\t"),
+    "rows.jsonl": write_lines,
+    "rows.json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
+    "array.jsonl": lambda path, rows: path.write_text(json.dumps(rows)),
+    "rows.parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@given(rows=st.lists(st.fixed_dictionaries({"text": _TEXT, "label": _TEXT}), min_size=1, max_size=8))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+def test_every_form_keeps_every_character(name: str, rows: Rows, tmp_path: Path) -> None:
+    FORMS[name](tmp_path / name, rows)
+    table = read_path(tmp_path / name)
+    assert table.columns == {key: [row[key] for row in rows] for key in ("text", "label")}
+    if not name.endswith(".parquet"):
+        marked = tmp_path / f"marked{Path(name).suffix}"
+        marked.write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+        assert read_path(marked).columns == table.columns, "a byte order mark is no part of a text"
+        packed = tmp_path / f"packed{Path(name).suffix}.gz"
+        packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+        assert read_path(packed, {"label"}).columns == {"label": table.columns["label"]}
+        assert read_path(packed, {"label"}).names == table.names
+
+
+def test_a_folder_of_shards_is_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name, first in (("b.parquet", 2), ("a.parquet", 0)):
+        FORMS["rows.parquet"](tmp_path / name, [{"text": str(first)}, {"text": str(first + 1)}])
+    (tmp_path / "README").write_text("no rows")
+    assert read_path(tmp_path).columns == {"text": ["0", "1", "2", "3"]}
+    write_lines(tmp_path / "c.jsonl", [{"text": "x"}])
+    with pytest.raises(ValueError, match=r"files of one form; it has \.jsonl, \.parquet"):
+        read_path(tmp_path)
+
+
+def test_shards_have_the_same_columns(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    write_lines(tmp_path / "b.jsonl", [{"texts": "x"}])
+    with pytest.raises(ValueError, match=r"the same columns; those of b\.jsonl and a\.jsonl differ"):
+        read_path(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (
+            "rows.csv",
+            "text,label\na, b,x\n",
+            "2 fields on every line, as in the header; line 2 has 3 .*a text with a comma",
+        ),
+        ("rows.csv", "text,label\na,x,\nb,y,\n", "line 2 has 3"),
+        ("rows.csv", "text,label\na,x\n\nb\n", "line 4 has 1"),
+        ("rows.csv", "text,text\na,b\n", "names each column once; 'text' is there twice"),
+        ("rows.csv", "", "the file is empty"),
+        ("rows.csv", 'text,label\n"open', "fields as CSV has them; line 2"),
+        ("rows.tsv", "text\tlabel\na\tb\tc\n", "line 2 has 3 .*a text with a tab"),
+        ("rows.jsonl", '{"text": "a"}\n{"text": \n', "an object on each line or one array of objects; line 2"),
+        ("rows.jsonl", '{\n "text": "a"\n}', "line 1"),
+        ("rows.jsonl", '{"text": "a"}\n["b"]', r'an object for each row; row 2 is \["b"\]'),
+        ("rows.json", '[{"text": "a"}', "the array"),
+        ("rows.jsonl", '{"text": NaN}', "numbers that JSON has; NaN is none"),
+        ("rows.jsonl", "[" * 100_000, "recursion"),
+        ("rows.csv", b"\xff\xfe\x00\x01", "text in UTF-8"),
+        ("rows.csv.gz", b"no gzip at all", "a readable .csv"),
+        ("rows.parquet", b"PAR1", "Parquet"),
+        ("rows.jsonl", "version https://git-lfs.github.com/spec/v1\noid x", "a pointer of git-lfs"),
+        ("rows.txt", "", r"a \.csv, \.tsv, \.jsonl, \.json or \.parquet file"),
+    ],
+)
+def test_a_file_that_is_not_what_it_says_is_refused_by_its_line(
+    name: str, content: str | bytes, expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InvalidJob, match=rf"(?is)data\.train is 'path:.*'; expected .*{expected}"):
+        read_table("data.train", f"path:{path}", "train")
+
+
+def column(*cells: Any) -> Table:
+    return Table(("c",), {"c": cells})
+
+
+def test_a_number_stands_as_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        '{"c": 1}\n{"c": null}\n{"c": 9007199254740993}\n{"c": 1.50}\n{"c": 1e5}\n{"c": "x"}'
+    )
+    table = read_path(tmp_path / "rows.jsonl")
+    assert texts(table, "data.response", "c", "rows") == ["1", None, "9007199254740993", "1.50", "1e5", "x"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "holds"),
+    [
+        (["a", "b"], r'a list: \["a", "b"\]'),
+        ({"en": "a"}, r'an object: {"en": "a"}'),
+        (True, "a truth value: true"),
+        (b"a", "a bytes: .*"),
+        (["word"] * 100, ".*…"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_row(cell: Any, holds: str) -> None:
+    with pytest.raises(
+        InvalidJob, match=rf"data\.text is 'c'; expected a text in every row of rows; row 2 holds {holds}$"
+    ):
+        texts(column("a", cell), "data.text", "c", "rows")
+
+
+def test_truth_values_may_be_classes_and_kinds_are_not_mixed() -> None:
+    assert labels(column(True, False, None), "data.label", "c", "rows") == ["true", "false", None]
+    for cells, words in (
+        ((1, True), "row 2 holds a truth value, rows before it a number"),
+        (("1", 1), "row 2 holds a number"),
+    ):
+        with pytest.raises(InvalidJob, match=f"values of one kind in every row of rows; {words}"):
+            labels(column(*cells), "data.label", "c", "rows")
+
+
+def test_names_that_differ_in_spaces_alone_are_refused() -> None:
+    with pytest.raises(InvalidJob, match="differ by more than spaces in rows; row 3 has 'pos ', rows before it 'pos'"):
+        labels(column("pos", "neg", "pos "), "data.label", "c", "rows")
+
+
+def test_a_parquet_file_has_the_names_of_its_classes(tmp_path: Path) -> None:
+    """They stand in the metadata that Hugging Face writes; a class without a name stays a number."""
+    features = {"info": {"features": {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}}}
+    table = pa.table({"label": [0, 1, -1], "text": ["a", "b", "c"]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "rows.parquet")
+    assert read_path(tmp_path / "rows.parquet").columns["label"] == ["neg", "pos", -1]
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+def test_every_class_keeps_a_row_to_be_learnt_from(seed: int, tmp_path: Path) -> None:
+    """With a few large classes and many of two rows, of which the held-out rows could take both."""
+    names = [f"c{row % 4}" for row in range(160)] + [f"r{row % 20}" for row in range(40)]
+    write_lines(tmp_path / "rows.jsonl", [{"text": f"row {row}", "label": name} for row, name in enumerate(names)])
+    corpus = load(DataSpec(train=f"path:{tmp_path / 'rows.jsonl'}"), seed)
+    assert set(corpus.train.labels) == set(names)
+    assert [len(split) for _, split in corpus.splits] == [160, 20, 20]
+    assert sorted(text for _, split in corpus.splits for text in split.texts) == sorted(
+        f"row {row}" for row in range(200)
+    )
