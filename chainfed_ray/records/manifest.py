@@ -60,8 +60,8 @@ class Manifest(Document):
     ) -> "Manifest":
         """The manifest of a partition.
 
-        ``client_rows`` has each client's row indices, in the order of the fleet. ``rule`` is the name of the caller's own partition
-        rule, if it is not the job's.
+        ``client_rows`` has each client's row indices, in the order of the fleet. ``rule`` is the name of the caller's own
+        partition rule, if it is not the job's.
         """
         partition, data = spec.fleet.partition, spec.data
         return cls(
