@@ -49,14 +49,13 @@ _GRID = (  # examples of a batch, tokens, Q, budget
     (2, 384, 2, 80 * MIB),
 )
 _GRID_16 = ((4, 128, 2, 96 * MIB), *_GRID[3::2])  # not all processors compute in bfloat16, and then it takes minutes
-_WHOLE = ("bert", "gpt2")
 
 
 def grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
-    """What is measured of a family: of those that are like another one half, and of bfloat16 less at a time."""
+    """What is measured of a family: of an encoder all, of decoders one half or the other, and of bfloat16 less at a time."""
     if family.endswith("-bf16"):
         return _GRID_16
-    return _GRID if family in _WHOLE else _GRID[1::2]
+    return _GRID if family == "bert" else _GRID[family != "gpt2" :: 2]
 
 
 def main(folder: Path, family: str) -> None:

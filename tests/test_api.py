@@ -161,6 +161,7 @@ def test_a_run_that_was_killed_tells_its_story_once(
     assert all(torch.equal(tensor, stacks[1][name]) for name, tensor in stacks[0].items())
 
 
+@pytest.mark.slow
 def test_a_job_shows_what_it_is_busy_with_while_it_runs(
     client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore
 ) -> None:

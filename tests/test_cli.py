@@ -27,10 +27,16 @@ def test_an_interrupted_and_a_killed_run_go_on_where_they_were(document: dict[st
     job_file = tmp_path / "job.yaml"
     job_file.write_text(yaml.safe_dump(document))
     command = [*COMMAND, "run", str(job_file), "--out", str(tmp_path / "out"), "--json"]
+    environment = {**os.environ, "CHAINFED_CLIENT_SLOTS": "1"}  # a process takes seconds to start
     log = CommitLog(tmp_path / "out" / "tiny")
     for number, end in ((1, signal.SIGINT), (2, signal.SIGKILL)):
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_interruptions
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            preexec_fn=heeds_interruptions,
         ) as process:
             assert process.stderr is not None
             assert any(f"round {number}/6" in line for line in process.stderr)
@@ -41,7 +47,7 @@ def test_an_interrupted_and_a_killed_run_go_on_where_they_were(document: dict[st
             assert (process.returncode, "Run the same command again to resume the job" in said) == (130, True)
         assert number <= len(log.rounds()) < 6
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     assert "resumed" in done.stderr
     coordinator, expected = run(a_job(document, tmp_path), tmp_path / "never-killed")

@@ -188,10 +188,10 @@ def test_the_command_fits_80_columns_and_its_exit_code_says_whether(tmp_path: Pa
 _LOADING = """
 import sys, torch
 from pathlib import Path
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.cluster.offload.model import OffloadedModel
 from chainfed_ray.cluster.offload.build import ops_folder
-base = BaseModel(Path(sys.argv[1]), torch.float32, Path(sys.argv[2]))
+base = ModelSource(Path(sys.argv[1]), torch.float32, Path(sys.argv[2]))
 OffloadedModel(base, base.scratch / "nvme", ops_folder(), lambda: None).close()
 """
 

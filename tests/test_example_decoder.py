@@ -18,11 +18,11 @@ from tests.project import ROOT
 
 @pytest.mark.slow
 def test_held_out_perplexity_falls_along_the_chain(tmp_path: Path) -> None:
-    told = make(tmp_path, libraries=("networkx",), steps=100, rows=500)
+    told = make(tmp_path, libraries=("networkx",), steps=40, rows=300)
     document = yaml.safe_load(
         (ROOT / "examples" / "decoder.yaml").read_text().replace("path:decoder", f"path:{tmp_path}")
     )
-    document["rounds"] |= {"total": 6, "clients": 3, "local_steps": 6}
+    document["rounds"] |= {"total": 3, "clients": 3, "local_steps": 8}
     job = prepare_job(parse_job(document), tmp_path / "scratch")
     assert {excluded.client_class for excluded in job.excluded} == {"watch"}
 

@@ -20,6 +20,7 @@ from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chain", "head_layers"),
     [

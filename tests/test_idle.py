@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # Those of the server, of tools, of other ways to run a model; and what others would load along with Hugging Face's code.
 NOT_LOADED = {
     "chainfed_ray.api", "chainfed_ray.data.sources", "chainfed_ray.evaluation", "chainfed_ray.federation.coordinator",
@@ -17,6 +19,8 @@ _IDLE = """
 import sys
 from pathlib import Path
 
+import pytest
+
 import torch
 
 from chainfed_ray.model.source import ModelSource
@@ -27,6 +31,7 @@ print(*sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_an_idle_client_has_loaded_only_what_its_turns_need(tiny_model_folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _IDLE, str(tiny_model_folder), str(tmp_path)], capture_output=True, text=True

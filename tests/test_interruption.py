@@ -1,6 +1,7 @@
 """Promise: Ctrl-C ends the work, whatever Python was at."""
 
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -8,6 +9,15 @@ import pytest
 from chainfed_ray.api.command.interruption import Interruption
 
 
+@pytest.fixture
+def heeding() -> Iterator[None]:
+    """A shell's background job, such as these tests may be, is started to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding")
 def test_an_interruption_that_was_lost_in_a_callback_ends_the_work_all_the_same() -> None:
     """Python prints what a destructor raises, and goes on."""
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +131,13 @@ def training(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in processes if "RayTrainWorker" in command_of(process)]
 
 
+def assert_failed_by_a_kill(answer: "Future[Evaluated]") -> None:
+    """The one worker of several that was killed is the reason, and not what the others noticed of it."""
+    with pytest.raises(EvaluationFailed, match="failed: the process of a worker ended") as failed:
+        answer.result(timeout=120)
+    assert len(str(failed.value).splitlines()) == 1
+
+
 def is_gone(base: ModelSource) -> bool:
     return not (base.scratch / OFFLOAD).exists() or not list((base.scratch / OFFLOAD).rglob("*.swp"))
 
@@ -140,21 +147,35 @@ def is_gone(base: ModelSource) -> bool:
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
     ("family", "dtype", "count"),
-    # Each family, each dtype and each number of processes, and not all of them with each other: a run takes 40 seconds.
+    # Each family, each dtype and each number of processes, and not all of them with each other: a run takes 20 seconds.
     [("bert", torch.float32, 1), ("llama", torch.float32, 2), ("llama", torch.bfloat16, 1)],
 )
 def test_offloaded_is_plain_evaluation(
     models: dict[str, Path], tmp_path: Path, family: str, dtype: torch.dtype, count: int
 ) -> None:
+    """A worker that is killed costs one evaluation: the only one while it loads the model, one of two between orders."""
     base, examples = ModelSource(models[family], dtype, tmp_path), examples_of(family)
     found: list[Evaluated] = []
     processes: list[list[int]] = []
     heard: list[Activity] = []
     with evaluator(base, family, count, heard.append) as offloaded:
+        if family == "bert":
+            with ThreadPoolExecutor(1) as thread:
+                answer = thread.submit(offloaded.evaluate, stack_of(family, 0), "test")
+                wait_for(lambda: list(tmp_path.rglob("*.swp")), "model on the disk")
+                training(workers())[0].kill()
+                assert_failed_by_a_kill(answer)
+            wait_for(lambda: is_gone(base), "free disk")
+            heard.clear()
         for seed in (0, 1):
             found.append(offloaded.evaluate(stack_of(family, seed), "test"))
             processes.append(sorted(process.pid for process in training(workers())))
             assert len(list(tmp_path.rglob("*.swp"))) > 0, "some of the model is on the disk"
+        whats = list(dict.fromkeys(activity.what for activity in heard))
+        if count > 1:
+            training(workers())[0].kill()
+            with ThreadPoolExecutor(1) as thread:
+                assert_failed_by_a_kill(thread.submit(offloaded.evaluate, stack_of(family, 0), "test"))
     for seed, evaluated in enumerate(found):
         assert_equal(evaluated.predictions, plainly(base, stack_of(family, seed), examples))
         assert evaluated.forward_seconds <= evaluated.seconds
@@ -166,50 +187,11 @@ def test_offloaded_is_plain_evaluation(
         assert evaluated.process_bytes > 100 * 2**20, "with its libraries"
     assert not torch.equal(found[0].predictions.losses, found[1].predictions.losses)
     assert processes[0] == processes[1], "the model was loaded once"
-    whats = list(dict.fromkeys(activity.what for activity in heard))
     assert (whats[0], whats[-1]) == ("starting the processes of DeepSpeed", "evaluating the whole model (test)")
     assert all(activity.total is None or 0 <= activity.done <= activity.total for activity in heard)
     assert len(processes[0]) == count
     assert is_gone(base)
     wait_for(lambda: not workers(), "end of the workers")
-
-
-@needs_ops
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_a_killed_worker_costs_one_evaluation(models: dict[str, Path], tmp_path: Path) -> None:
-    base, examples, stack = (
-        ModelSource(models["bert"], torch.float32, tmp_path),
-        examples_of("bert"),
-        stack_of("bert", 0),
-    )
-    with evaluator(base, "bert") as offloaded:
-        with ThreadPoolExecutor(1) as thread:
-            answer = thread.submit(offloaded.evaluate, stack, "test")
-            wait_for(lambda: list(tmp_path.rglob("*.swp")), "model on the disk")
-            for process in training(workers()):
-                process.send_signal(signal.SIGKILL)
-            with pytest.raises(EvaluationFailed, match="process of a worker ended"):
-                answer.result(timeout=120)
-        wait_for(lambda: is_gone(base), "free disk")
-        assert_equal(offloaded.evaluate(stack, "test").predictions, plainly(base, stack, examples))
-    assert is_gone(base)
-
-
-@needs_ops
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_of_several_workers_the_one_that_was_killed_is_the_reason(models: dict[str, Path], tmp_path: Path) -> None:
-    base = ModelSource(models["bert"], torch.float32, tmp_path)
-    with evaluator(base, "bert", workers=2) as offloaded:
-        offloaded.evaluate(stack_of("bert", 0), "test")
-        with ThreadPoolExecutor(1) as thread:
-            training(workers())[0].send_signal(signal.SIGKILL)
-            answer = thread.submit(offloaded.evaluate, stack_of("bert", 1), "test")
-            with pytest.raises(EvaluationFailed, match="failed: the process of a worker ended") as failed:
-                answer.result(timeout=120)
-        assert len(str(failed.value).splitlines()) == 1
-    assert is_gone(base)
 
 
 _COMPLAINT = (
@@ -302,14 +284,14 @@ def small_disk(folder: Path) -> Iterator[bool]:
 _LOADING = """
 import resource, sys, torch
 from pathlib import Path
-from chainfed_ray.model.source import BaseModel
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.cluster.offload.model import OffloadedModel
 from chainfed_ray.cluster.offload.build import ops_folder
 model, folder, bound = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 if bound:
     resource.setrlimit(resource.RLIMIT_FSIZE, (bound, bound))
 try:
-    OffloadedModel(BaseModel(model, torch.float32, folder), folder / "nvme", ops_folder(), lambda: None)
+    OffloadedModel(ModelSource(model, torch.float32, folder), folder / "nvme", ops_folder(), lambda: None)
 except OSError as error:
     print(error)
 """
@@ -336,14 +318,8 @@ def test_a_disk_too_small_fails_the_evaluation_in_words(models: dict[str, Path],
         if not mounted:
             pytest.skip("a small disk may not be mounted here")
         base = ModelSource(models["bert"], torch.float32, tmp_path / "disk")
-        offloaded = OffloadedEvaluator(
-            base, _SIZES["num_hidden_layers"], {"test": examples_of("bert")}, 64 * 2**20, 1, _BATCH
-        )
-        with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*needed"):
-            offloaded.evaluate(stack_of("bert", 0), "test")
-        both = OffloadedEvaluator(
-            base, _SIZES["num_hidden_layers"], {"test": examples_of("bert")}, 64 * 2**20, 2, _BATCH
-        )
+        sets = {"test": examples_of("bert")}
+        both = OffloadedEvaluator(base, _SIZES["num_hidden_layers"], sets, 64 * 2**20, workers=2, batch_size=_BATCH)
         with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*, 36\.\dMiB needed"):
             both.evaluate(stack_of("bert", 0), "test")  # the disk of one machine is for both
         blocks = Blocks(base.folder, base.dtype)

@@ -146,6 +146,7 @@ def test_adapters_and_the_head_hold_what_was_told(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 3), (torch.bfloat16, None)], ids=str)
 def test_adapters_of_another_width_change_nothing_else(dtype: torch.dtype, classes: int | None, tmp_path: Path) -> None:
     blocks = Blocks(causal_folder("llama", tmp_path), dtype)

@@ -76,6 +76,7 @@ def test_a_job_runs_beside_packages_of_the_same_names_its_workers_included(comma
 
 def _run(command: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["CHAINFED_CLIENT_SLOTS"] = "1"
     done = subprocess.run(
         [str(command), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
     )
