@@ -1,1 +1,1 @@
-"""Job files, and what some of them need."""
+"""Example job files, programs that prepare what some of them need, and rules of one's own in Python."""

@@ -1,10 +1,10 @@
-"""A small language model that is made on the spot, and rows of a field that it has not read, for ``decoder.yaml``.
+"""Makes a small language model and rows to tune it to, for the job file ``decoder.yaml``. Nothing is downloaded.
 
     .venv/bin/python examples/decoder.py [FOLDER]
 
-The model is a LLaMA of six layers with a tokenizer of its own, which learns from the prose in the docstrings of libraries that
-are installed anyway. The rows are whole docstrings of another library, with formulae and sessions, of which it has read none;
-the packages of that library are the sites that hold them.
+The model is a LLaMA of six layers with its own tokenizer. It is trained from scratch on the prose in the docstrings of
+libraries that are installed anyway. The rows are whole docstrings of another library, sympy, with formulae and sessions; the
+model has read none of them. Each package of sympy is a site that holds its own rows.
 """
 
 import json
@@ -29,19 +29,20 @@ from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
 
 LIBRARIES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sqlalchemy")
-FIELD = "sympy"  # symbolic mathematics
-MODEL = "tiny-llama"  # its folder, and so a part of the name of what is made of it
+FIELD = "sympy"  # the library of the rows: symbolic mathematics
+MODEL = "tiny-llama"  # the model's folder
 SEED = 7
-LENGTH, BATCH = 128, 4  # tokens of an example, as decoder.yaml has them, and examples of a step
+LENGTH, BATCH = 128, 4  # tokens of an example (decoder.yaml has the same), and examples of a step
 _END, _VOCABULARY = "</s>", 4096
-_RATE, _WARMUP = 3e-3, 0.05  # AdamW's, and the share of the steps over which it rises
+_RATE, _WARMUP = 3e-3, 0.05  # AdamW's learning rate, and the share of the steps over which it rises
 _FEWEST_WORDS, _NO_PROSE = 5, ("---", "===", "~~~", ">>>")
 
 
 def make(folder: Path, libraries: Sequence[str] = LIBRARIES, steps: int = 1200, rows: int = 2500) -> dict[str, float]:
-    """Save a model that read ``libraries`` for ``steps``, and at most ``rows`` rows, in ``folder``.
+    """Train a model on ``libraries`` for ``steps`` optimizer steps, and save it and at most ``rows`` rows in ``folder``.
 
-    Its perplexity on held-out text of its ``own``, and on the ``validation`` and the ``test`` rows, as a job measures it.
+    Returns the model's perplexity on three sets, as a job measures it: ``own`` (held-out text of the libraries), and the
+    ``validation`` and ``test`` rows.
     """
     began = perf_counter()
     known = sorted({prose(text) for library in libraries for _, text in written(library)} - {""})
@@ -71,7 +72,7 @@ def make(folder: Path, libraries: Sequence[str] = LIBRARIES, steps: int = 1200, 
 
 
 def written(library: str) -> Iterator[tuple[str, str]]:
-    """Each docstring of ``library``, and the package of it in which it is; none twice."""
+    """Each docstring of ``library`` once, as pairs of its package's name and the text."""
     seen = set[str]()
     for path in sources(library):
         package, *inner = path.as_posix().rpartition(f"/{library}/")[2].split("/")
@@ -82,7 +83,7 @@ def written(library: str) -> Iterator[tuple[str, str]]:
 
 
 def prose(docstring: str) -> str:
-    """Its paragraphs that are sentences: no headings, tables or sessions."""
+    """The paragraphs of a docstring that are sentences, without headings, tables and sessions."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))
     return " ".join(paragraph for paragraph in paragraphs if _is_prose(paragraph))
 
@@ -93,7 +94,7 @@ def _is_prose(paragraph: str) -> bool:
 
 
 def trained_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte pairs of ``texts``, as LLaMA 3 has them."""
+    """A tokenizer of byte pairs, of the kind that LLaMA 3 has, trained on ``texts``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -106,7 +107,7 @@ def trained_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def pretrained(vocabulary: int, read: Examples, own: Examples, steps: int, began: float) -> LlamaForCausalLM:
-    """A model that has read ``steps`` batches of ``read``: AdamW, its rate by a cosine."""
+    """A model trained on ``steps`` batches of ``read``, by AdamW with a warm-up and a cosine for the learning rate."""
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -133,7 +134,7 @@ def pretrained(vocabulary: int, read: Examples, own: Examples, steps: int, began
 
 
 def _batches(count: int, steps: int) -> Iterator[np.ndarray]:
-    """The examples of each step: all of them in random order, then again in another one."""
+    """The indices of each step's examples: all ``count`` in random order, then again in another random order."""
     generator = np.random.default_rng(SEED)
     order = np.concatenate([generator.permutation(count) for _ in range(steps * BATCH // count + 1)])
     return iter(order[: steps * BATCH].reshape(steps, BATCH))
@@ -141,7 +142,7 @@ def _batches(count: int, steps: int) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def perplexity(model: Any, examples: Examples) -> float:
-    """exp of the mean cross-entropy of every token but an example's first."""
+    """exp of the mean cross-entropy over all tokens except the first of each example."""
     chosen = list(examples.by_length(BATCH))
     counts = [int((examples.lengths[places] - 1).sum()) for places in chosen]
     losses = [float(_loss(model, examples, places)) for places in chosen]
@@ -164,12 +165,12 @@ def _say(began: float, words: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["DS_ACCELERATOR"] = "cpu"  # a model that is saved looks for DeepSpeed, which looks for a GPU
+    os.environ["DS_ACCELERATOR"] = "cpu"  # saving a model imports DeepSpeed, which would look for a GPU
     logging.disable_progress_bar()
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "decoder")
     with one_thread():
         found = make(folder)
-    print(f"The model is in {folder / 'model'}. Its perplexity, before anybody tunes it:")
-    print(f"  {found['own']:6.1f}  on text like that it has read")
-    print(f"  {found['validation']:6.1f}  on the validation rows, of a library that it has not read")
-    print(f"  {found['test']:6.1f}  on the test rows of it")
+    print(f"The model is in {folder / MODEL}. Its perplexity before a job tunes it:")
+    print(f"  {found['own']:6.1f}  on held-out text of the libraries that it was trained on")
+    print(f"  {found['validation']:6.1f}  on the validation rows, from {FIELD}, which it has not read")
+    print(f"  {found['test']:6.1f}  on the test rows, from {FIELD} as well")
