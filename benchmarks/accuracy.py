@@ -67,10 +67,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the validation accuracy of the protocol target, in [0, 1]; by default what end-to-end training reaches",
     )
     parser.add_argument(
-        "--judge-every",
+        "--evaluate-every",
         type=_count,
         metavar="ROUNDS",
-        help="evaluate a stage every so many rounds, and end it with its best stack; by default at its start and end",
+        help="evaluate a stage every ROUNDS rounds too, and end it with its best stack; by default at its start and end only",
     )
     parser.add_argument(
         "--rates",
@@ -161,7 +161,7 @@ def _study(options: argparse.Namespace) -> Study:
         rates=tuple(options.rates),
         client_steps=options.client_steps,
         target=options.target,
-        judge_every=options.judge_every,
+        evaluate_every=options.evaluate_every,
     )
 
 

@@ -57,7 +57,7 @@ class Study:
 
     ``client_steps`` are the optimizer steps of all clients in end-to-end training, None for each data set's own number.
     ``target`` is a validation accuracy, None for what end-to-end training of the same seed reaches. A stage is evaluated at its
-    start and end, and after every ``judge_every`` rounds if that is given; it ends with the best of the evaluated stacks.
+    start and end, and after every ``evaluate_every`` rounds if that is given; it ends with the best of the evaluated stacks.
     """
 
     corpora: dict[str, Corpus]
@@ -70,7 +70,7 @@ class Study:
     rates: tuple[Rates, ...] = ()
     client_steps: int | None = None
     target: float | None = None
-    judge_every: int | None = None
+    evaluate_every: int | None = None
 
     def cells(self) -> list[Cell]:
         """The cells that were asked for, in the order of their seeds."""
@@ -218,7 +218,7 @@ class Study:
             "data": {"max_length": self.corpora[cell.dataset].max_length},
             "fleet": {"clients": classes},
             "rounds": rounds,
-            "evaluation": {"every": self.judge_every or "stage"},
+            "evaluation": {"every": self.evaluate_every or "stage"},
         }
         return merged(document, method.changes)
 

@@ -56,8 +56,8 @@ def test_every_method_has_the_same_job_but_for_itself() -> None:
         assert spec.rounds.clients == (6 if method.part == "able" else 10)
 
 
-def test_a_stage_is_judged_as_often_as_asked() -> None:
-    asked = [parse_job(document(a_study(judge_every=every), "recommended")).evaluation for every in (None, 5)]
+def test_a_stage_is_evaluated_as_often_as_asked() -> None:
+    asked = [parse_job(document(a_study(evaluate_every=every), "recommended")).evaluation for every in (None, 5)]
     assert [evaluation.every for evaluation in asked] == ["stage", 5]
 
 
@@ -231,7 +231,7 @@ def test_a_run_goes_on_where_it_ended(tmp_path: Path) -> None:
         a_study("chain-staged", rates=((3e-3, 0.1),)),
         a_study("chain-staged", alphas=(None,)),
         a_study("chain-staged", seeds=(2, 3)),
-        a_study("chain-staged", judge_every=5),
+        a_study("chain-staged", evaluate_every=5),
     ],
 )
 def test_rows_of_other_options_are_others(tmp_path: Path, other: Study) -> None:
