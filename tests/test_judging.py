@@ -257,7 +257,7 @@ def test_a_server_streams_layers_that_are_large() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_the_server_keeps_to_its_plan_with_layers_and_without(family: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.judged", str(tmp_path), family]
+    command = [sys.executable, "-m", "tests.evaluated", str(tmp_path), family]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     resident, streamed = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
