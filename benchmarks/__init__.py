@@ -1,1 +1,1 @@
-"""Every figure that is published has a command here: ``python -m benchmarks``."""
+"""The commands that measure every published figure: ``python -m benchmarks``."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks accuracy``: what a fleet learns by each method, at equal steps, compute or bytes."""
+"""``python -m benchmarks accuracy``: the accuracy that a fleet reaches by each method, at equal steps, compute or bytes."""
 
 import argparse
 import os
@@ -25,14 +25,14 @@ from chainfed_ray.hub import resolve
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.units import format_bytes, parse_bytes
 
-_WIDE = 160  # columns of a table that is not printed on a terminal
+_WIDE = 160  # columns of the table where the output is no terminal
 _progress = Console(stderr=True, highlight=False)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
+    """Add the options of the command."""
     parser.add_argument(
-        "--datasets", nargs="+", choices=corpora.NAMES, help="all by default, or none if there are data of your own"
+        "--datasets", nargs="+", choices=corpora.NAMES, help="data sets; by default all, or none if --data is given"
     )
     parser.add_argument(
         "--data",
@@ -40,25 +40,37 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="PATH",
-        help="folders with train.jsonl and test.jsonl: text, label",
+        help="folders with your own data: train.jsonl and test.jsonl, with the columns text and label",
     )
     parser.add_argument(
-        "--alphas", nargs="+", type=_alpha, default=[1.0, 0.1, None], metavar="A", help="of the Dirichlet, or iid"
+        "--alphas",
+        nargs="+",
+        type=_alpha,
+        default=[1.0, 0.1, None],
+        metavar="A",
+        help="α of the Dirichlet partition, or iid",
     )
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="all by default; or how the names of some begin")
-    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="all by default")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="methods, by their names or the beginning of names; by default all"
+    )
+    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="by default all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="N")
     parser.add_argument(
-        "--client-steps", type=int, metavar="N", help="of end-to-end training; by default the data set's"
+        "--client-steps",
+        type=int,
+        metavar="N",
+        help="optimizer steps of all clients in end-to-end training; by default the data set's number",
     )
     parser.add_argument(
-        "--target", type=float, help="validation accuracy, in [0, 1]; by default what end-to-end reaches"
+        "--target",
+        type=float,
+        help="the validation accuracy of the protocol target, in [0, 1]; by default what end-to-end training reaches",
     )
     parser.add_argument(
-        "--judge-every",
+        "--evaluate-every",
         type=_count,
         metavar="ROUNDS",
-        help="judge a stage in between as well, for it to go back to its best; by default as it begins and ends",
+        help="evaluate a stage every ROUNDS rounds too, and end it with its best stack; by default at its start and end only",
     )
     parser.add_argument(
         "--rates",
@@ -66,21 +78,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_rates,
         default=[],
         metavar="ADAPTERS:HEAD",
-        help="tune: try these learning rates at equal steps, and judge on validation rows alone",
+        help="tune: try these learning rates at equal steps, and evaluate on validation rows only",
     )
     parser.add_argument(
         "--recipe-rates",
         type=_rates,
         metavar="ADAPTERS:HEAD",
-        help="of the recommended recipe, if --rates found others for your base model; by default JobSpec's own",
+        help="learning rates of the recommended recipe, if --rates found better ones; by default those of JobSpec",
     )
-    parser.add_argument("--base", default="builtin:minilm", help="the base model, as in a job")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, one thread each")
+    parser.add_argument("--base", default="builtin:minilm", help="the base model, as model.base of a job")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time, each with one thread")
     parser.add_argument(
-        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="for prefix caches, meanwhile"
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="the folder for temporary prefix caches"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="keep the rows in this file, and go on from those there"
+        "--json", type=Path, metavar="FILE", help="keep the rows in this file, and continue from the rows in it"
     )
     parser.set_defaults(run=run)
 
@@ -90,7 +102,7 @@ def _alpha(text: str) -> float | None:
         return None
     alpha = float(text)
     if alpha <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0, or iid")
+        raise argparse.ArgumentTypeError(f"{text} is neither a number above 0 nor iid")
     return alpha
 
 
@@ -109,12 +121,12 @@ def _rates(text: str) -> Rates:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run what was asked for and is not there yet, and print what all of it comes to."""
+    """Make the runs that were asked for and have no row yet, and print the table of all of them."""
     try:
         study, rows = _study(options), Rows(options.json)
     except (corpora.NoCorpus, InvalidJob, NotOurRows) as error:
         raise SystemExit(str(error)) from None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs end too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts as Ctrl-C does, and ends the runs as well
     interrupted = False
     try:
         complete(study, rows, Processes(options.scratch), options.jobs, _say)
@@ -123,7 +135,7 @@ def run(options: argparse.Namespace) -> None:
     _report(study, rows)
     if interrupted:
         raise SystemExit(
-            "interrupted; run it again with the same --json, and it goes on" if options.json else "interrupted"
+            "interrupted; run the command again with the same --json to continue" if options.json else "interrupted"
         )
 
 
@@ -149,7 +161,7 @@ def _study(options: argparse.Namespace) -> Study:
         rates=tuple(options.rates),
         client_steps=options.client_steps,
         target=options.target,
-        judge_every=options.judge_every,
+        evaluate_every=options.evaluate_every,
     )
 
 
@@ -190,13 +202,13 @@ def _references(study: Study, rows: Rows) -> References:
 
 
 def _print_memory(rows: list[Row]) -> None:
-    """Whether the fleet is what it is said to be, and whether the chain fits it."""
+    """Print how much memory the whole model takes beside the clients' budgets, and which windows the clients trained."""
     weighed = [row.whole_model_bytes for row in rows if row.whole_model_bytes is not None]
     for group in (PHONE, SILO) if weighed else ():
         shortfall = max(weighed) - parse_bytes(str(group["memory"]))
-        verdict = f"lacks {format_bytes(shortfall)}" if shortfall > 0 else "is enough"
+        verdict = f"are {format_bytes(shortfall)} too little" if shortfall > 0 else "are enough"
         print(
-            f"the whole model, trained in plain PyTorch, takes {format_bytes(max(weighed))}; "
+            f"training the whole model in plain PyTorch takes {format_bytes(max(weighed))}; "
             f"the {group['memory']} of a {group['name']} {verdict}"
         )
     widths: dict[str, int] = {}
@@ -206,4 +218,4 @@ def _print_memory(rows: list[Row]) -> None:
     if widths:
         print("narrowest window of a client:", ", ".join(f"{method} {width}" for method, width in widths.items()))
     if excluded := sorted({row.method for row in rows if row.excluded}):
-        print("clients are left out for want of memory:", ", ".join(excluded))
+        print("methods that exclude clients with too little memory:", ", ".join(excluded))

@@ -1,6 +1,6 @@
-"""One cell of the accuracy benchmark, in a process of its own: ``python -m benchmarks.accuracy_cell RUN-AS-JSON FOLDER``.
+"""Makes one run of the accuracy benchmark: ``python -m benchmarks.accuracy_cell RUN-AS-JSON FOLDER``.
 
-It prints one JSON object: what was learned, and what the clients spent.
+Each run has its own process. It prints one JSON object: the accuracies, and the steps, CPU seconds and bytes of the clients.
 """
 
 import json
@@ -29,6 +29,7 @@ from benchmarks.metering import Meter, MeteredPool
 from chainfed_ray.chain import Window
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.client.turn import warm_up
+from chainfed_ray.data.tokens import Examples
 from chainfed_ray.evaluation.early_exit import predict_early_exit
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.admission import Admission
@@ -40,7 +41,7 @@ from chainfed_ray.spec.parse import parse_job
 
 
 def measure(run: Run, folder: Path) -> dict[str, Any]:
-    """What the run comes to; ``folder`` is for the clients' caches and the commits, meanwhile."""
+    """Make a run, and give the fields of its row. The clients' caches and the commits are written to ``folder``."""
     torch.set_num_threads(1)
     job = _job(run, folder / "cache")
     warm_up(job.base)
@@ -69,7 +70,7 @@ def _job(run: Run, scratch: Path) -> PlannedJob:
 
 
 def _chain(run: Run, job: PlannedJob, log: Path, meter: Meter) -> dict[str, Any]:
-    """A job as it runs anywhere, judged from time to time: each stack at the top of the window that was trained last."""
+    """Run a job of the chain, and evaluate it about a dozen times: each stack as the early exit of the window just trained."""
     pool = MeteredPool(LocalPool(job.base), meter)
     coordinator = Coordinator(job, pool, CommitLog(log))
     job_started = coordinator.open()
@@ -78,10 +79,10 @@ def _chain(run: Run, job: PlannedJob, log: Path, meter: Meter) -> dict[str, Any]
         if record.index + 1 in due:
             window = Window(record.bottom, record.top)
             cache = job.base.scratch / "(validation)"
-            accuracy = record.kept_accuracy  # there is one when a stage ends
+            accuracy = record.kept_accuracy  # the job itself has evaluated the stack if its stage ended with this round
             if accuracy is None:
-                judgement = predict_early_exit(job.validation, job.base, cache, coordinator.stack(), window)
-                accuracy = Score.of(judgement).accuracy
+                predictions = predict_early_exit(job.validation, job.base, cache, coordinator.stack(), window)
+                accuracy = Score.of(predictions).accuracy
             curve.append(meter.point(accuracy))
     return {
         "accuracy": coordinator.finish().accuracy if run.tested else None,
@@ -103,8 +104,8 @@ def _baseline(run: Run, job: PlannedJob, meter: Meter) -> dict[str, Any]:
         features = Features(blocks, job.head_layers)
         if run.kind == "probe":
             return _trained(run, job, Probe(features, len(job.classes)), meter)
-        judge = (class_means if run.kind == "none" else discriminant_head)(job, features, meter)
-        return _judged(run, job, judge, 0, [meter.point(judge(job.validation))])
+        accuracy = (class_means if run.kind == "none" else discriminant_head)(job, features, meter)
+        return _evaluated(run, job, accuracy, 0, [meter.point(accuracy(job.validation))])
     finally:
         blocks.close()
 
@@ -114,12 +115,15 @@ def _trained(run: Run, job: PlannedJob, model: Model, meter: Meter) -> dict[str,
     for index in federated(job, model, meter):
         if index + 1 in due:
             curve.append(meter.point(model.accuracy(job.validation)))
-    return _judged(run, job, model.accuracy, index + 1, curve)
+    return _evaluated(run, job, model.accuracy, index + 1, curve)
 
 
-def _judged(run: Run, job: PlannedJob, judge: Callable[..., float], rounds: int, curve: list[Point]) -> dict[str, Any]:
-    accuracy = judge(job.test) if run.tested else None
-    return {"accuracy": accuracy, "validation_accuracy": curve[-1][4], "rounds": rounds, "curve": curve}
+def _evaluated(
+    run: Run, job: PlannedJob, accuracy: Callable[[Examples], float], rounds: int, curve: list[Point]
+) -> dict[str, Any]:
+    """The fields of a baseline's row; ``accuracy`` evaluates the trained model on examples."""
+    tested = accuracy(job.test) if run.tested else None
+    return {"accuracy": tested, "validation_accuracy": curve[-1][4], "rounds": rounds, "curve": curve}
 
 
 def _whole_model_bytes(job: PlannedJob) -> int | None:

@@ -1,4 +1,7 @@
-"""The cells of the accuracy benchmark: which there are, what each waits for, and the run that it is."""
+"""The cells of the accuracy benchmark: lists them, says which others each one needs, and describes the run that fills it.
+
+A cell is one combination of data set, partition, method, seed and protocol.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -9,20 +12,20 @@ from benchmarks.corpora import Corpus
 from benchmarks.methods import END_TO_END, UNTRAINED, Document, Kind, Method, merged
 from chainfed_ray.spec.parse import parse_job
 
-_CLIENTS, _LOCAL_STEPS = 10, 3  # of a round; of a client's turn
+_CLIENTS, _LOCAL_STEPS = 10, 3  # clients of a round, and optimizer steps of a client's turn
 PHONE, SILO = {"name": "phone", "count": 14, "memory": "64MiB"}, {"name": "silo", "count": 6, "memory": "1GiB"}
-_WHATEVER = "1TiB"  # more than anything takes
+_UNLIMITED = "1TiB"  # more memory than any turn takes
 
-# What a row names by itself, or what its options have without the defaults.
+# The keys of a job that a row has under other names. The rest of a job with its defaults belongs to the row's options.
 _NAMED: Any = {"name": True, "model": True, "data": True, "fleet": True, "seed": True, "rounds": {"total": True}}
 
 Rates = tuple[float, float]
 
 
 class Cell(NamedTuple):
-    """A method on a data set, dealt by ``alpha`` (None: IID) and ``seed``, for as long as the protocol says.
+    """A method on a data set, partitioned by ``alpha`` (None for IID) and ``seed``; ``protocol`` says how long it trains.
 
-    With ``rates`` (adapters, head) it is one of tuning: it never looks at the test split.
+    A cell with ``rates`` (adapters, head) tunes those learning rates, and is never evaluated on the test split.
     """
 
     dataset: str
@@ -35,9 +38,10 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What a process is handed: a job ``document`` with its rounds. ``able``: the class of clients that take part, if not all.
+    """One run, as it is handed to a process: the job's ``document`` with its number of rounds.
 
-    The test split is looked at only if the run is ``tested``, and the whole model's memory only if it is ``weighed``.
+    ``able`` is the only class of clients that takes part, or None for all classes. The model is evaluated on the test split
+    only if the run is ``tested``. The memory of training the whole model is measured only if it is ``weighed``.
     """
 
     kind: Kind
@@ -49,10 +53,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """What was asked for. ``client_steps`` is that of end-to-end training, None for each data set's own.
+    """The cells that the command line asks for.
 
-    ``target`` is a validation accuracy, None for what end-to-end training of the same seed reaches. A stage is judged as it
-    begins and ends, and after every ``judge_every`` rounds, if that is given: of those it keeps the best.
+    ``client_steps`` are the optimizer steps of all clients in end-to-end training, None for each data set's own number.
+    ``target`` is a validation accuracy, None for what end-to-end training of the same seed reaches. A stage is evaluated at its
+    start and end, and after every ``evaluate_every`` rounds if that is given; it ends with the best of the evaluated stacks.
     """
 
     corpora: dict[str, Corpus]
@@ -65,10 +70,10 @@ class Study:
     rates: tuple[Rates, ...] = ()
     client_steps: int | None = None
     target: float | None = None
-    judge_every: int | None = None
+    evaluate_every: int | None = None
 
     def cells(self) -> list[Cell]:
-        """Those that were asked for; a seed is finished before the next begins."""
+        """The cells that were asked for, in the order of their seeds."""
         protocols = ("steps",) if self.rates else self.protocols
         return [
             Cell(dataset, alpha, method, seed, protocol, rates)
@@ -86,7 +91,7 @@ class Study:
         return () if self.methods[method].kind in UNTRAINED else self.rates
 
     def needs(self, cell: Cell) -> tuple[Cell, ...]:
-        """The cells that must be there first."""
+        """The cells whose rows must exist before ``cell`` can be run."""
         reference, own = _reference_and_own(cell)
         match cell.protocol:
             case "steps":
@@ -98,7 +103,7 @@ class Study:
                 return tuple(dict.fromkeys((reference, own)))
 
     def with_needs(self) -> list[Cell]:
-        """Those that were asked for, each after what it needs."""
+        """The cells that were asked for, and those that they need, each after the cells that it needs."""
         found: dict[Cell, None] = {}
 
         def add(cell: Cell) -> None:
@@ -111,7 +116,7 @@ class Study:
         return list(found)
 
     def key(self, cell: Cell) -> Key:
-        """What the row of a cell is known by."""
+        """The key under which the row of a cell is kept."""
         method = self.methods[cell.method]
         options: dict[str, Any] = {
             "kind": method.kind,
@@ -127,10 +132,10 @@ class Study:
         return Key(Names(*cell[:5]), options)
 
     def next(self, cell: Cell, rows: Rows) -> Row | Run:
-        """The row of a cell, if it follows from others that are there; else the run to be made.
+        """The row of a cell, if it follows from other rows; otherwise the run that gives it.
 
         Raises:
-            KeyError: what it needs is not there.
+            KeyError: a row that the cell needs does not exist.
         """
         if cell.protocol == "target":
             return self._target(cell, rows)
@@ -144,7 +149,7 @@ class Study:
         return Run(method.kind, self._complete(cell, rounds), able, cell.rates is None, weighed)
 
     def _rounds(self, cell: Cell, rows: Rows) -> int:
-        """For as long as the protocol says. What needs no rounds has none, whatever the protocol."""
+        """The number of rounds by the cell's protocol; 0 for a method that does not train."""
         if self.methods[cell.method].kind in UNTRAINED:
             return 0
         if cell.protocol == "steps":
@@ -161,7 +166,7 @@ class Study:
         return rounds_for(seconds, own.fixed_cpu_seconds, a_round, own.stages, own.rounds)
 
     def _target(self, cell: Cell, rows: Rows) -> Row:
-        """What the method's run at equal compute had spent when it reached the target."""
+        """The row of what the method's run at equal compute had spent when it reached the target accuracy."""
         run = self._row(cell._replace(protocol="compute"), rows)
         target = self.target
         if target is None:
@@ -192,12 +197,12 @@ class Study:
         return self.client_steps or self.corpora[cell.dataset].client_steps
 
     def _clients(self, cell: Cell) -> int:
-        """Of a round: all that there are, if there are fewer."""
+        """The number of clients in a round."""
         able = int(str(SILO["count"])) if self.methods[cell.method].part == "able" else _CLIENTS
         return min(able, _CLIENTS)
 
     def _document(self, cell: Cell) -> Document:
-        """The job, but for what a row names by itself and for how long it is."""
+        """The job's document, without the keys that a row has under other names, and without the number of rounds."""
         method = self.methods[cell.method]
         rounds: Document = {
             "clients": self._clients(cell),
@@ -207,22 +212,22 @@ class Study:
         }
         if rates := cell.rates or method.rates:
             rounds |= {"learning_rate": rates[0], "head_learning_rate": rates[1]}
-        classes = [group | {"memory": _WHATEVER} if method.part == "anyone" else group for group in (PHONE, SILO)]
+        classes = [group | {"memory": _UNLIMITED} if method.part == "anyone" else group for group in (PHONE, SILO)]
         document: Document = {
             "model": {"base": self.base},
             "data": {"max_length": self.corpora[cell.dataset].max_length},
             "fleet": {"clients": classes},
             "rounds": rounds,
-            "evaluation": {"every": self.judge_every or "stage"},
+            "evaluation": {"every": self.evaluate_every or "stage"},
         }
         return merged(document, method.changes)
 
     def _complete(self, cell: Cell, rounds: int) -> Document:
-        dealt: Document = {"scheme": "iid"} if cell.alpha is None else {"scheme": "dirichlet", "alpha": cell.alpha}
+        partition: Document = {"scheme": "iid"} if cell.alpha is None else {"scheme": "dirichlet", "alpha": cell.alpha}
         named: Document = {
             "name": "accuracy",
             "data": self.corpora[cell.dataset].sources,
-            "fleet": {"partition": dealt},
+            "fleet": {"partition": partition},
             "rounds": {"total": max(rounds, 1)},
             "seed": cell.seed,
         }
@@ -230,6 +235,6 @@ class Study:
 
 
 def _reference_and_own(cell: Cell) -> tuple[Cell, Cell]:
-    """End-to-end training and the cell's own method, at equal steps."""
+    """The cells of end-to-end training and of the cell's own method, both at equal steps."""
     own = cell._replace(protocol="steps")
     return own._replace(method=END_TO_END), own

@@ -1,7 +1,8 @@
-"""What makes a comparison fair: how many rounds a method gets. Arithmetic only.
+"""The protocols of the accuracy benchmark: how many rounds each method gets, so that a comparison is fair. Arithmetic only.
 
-CPU seconds are those of the clients' processes in their turns. A run is fixed costs (profiles, the sums of a head in closed
-form, the advance of prefix caches, each paid once however long the run is) and costs by client-step.
+CPU seconds are those of the clients' processes in their turns. A run has fixed costs and costs for each client-step. The fixed
+costs are the profiles, the sums of a head in closed form, and the advance of the prefix caches: a run of any length pays them
+once.
 """
 
 from collections import defaultdict
@@ -11,14 +12,16 @@ from typing import NamedTuple
 
 PROTOCOLS = ("steps", "compute", "half-compute", "bytes", "target")
 
-_LONGEST = 25  # times the rounds at equal steps: a probe costs next to nothing, and learns nothing more in the end
+_LONGEST = (
+    25  # the most rounds, in multiples of those at equal steps: a probe costs so little that it would run for ever
+)
 
 Point = tuple[int, float, int, float, float]
-"""Client-steps, CPU seconds, bytes sent, seconds of the clients' turns, validation accuracy."""
+"""A point of a learning curve: client-steps, CPU seconds, bytes sent, seconds of the clients' turns, validation accuracy."""
 
 
 class Spent(NamedTuple):
-    """What one turn took; ``stage`` is the lowest layer of its stage's window, None for a turn that trained nothing."""
+    """The cost of one turn. ``stage`` is the lowest layer of its stage's window, None for a turn that trained nothing."""
 
     client: str
     stage: int | None
@@ -28,7 +31,7 @@ class Spent(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What a run of any length takes; ``fixed`` is for all clients and stages."""
+    """The costs of a run of any length. The fixed costs are the sum over all clients and stages."""
 
     fixed_cpu_seconds: float
     step_cpu_seconds: float
@@ -37,9 +40,10 @@ class Costs(NamedTuple):
 
 
 def costs(turns: Sequence[Spent], clients: int, rounds: int) -> Costs:
-    """What is paid once, and what for each step, of a run of so many ``rounds`` with a fleet of so many ``clients``.
+    """Separate the costs of the ``turns`` of a run of ``rounds`` rounds into fixed costs and costs for each step.
 
-    The excess of a client's first turn in a stage over later ones is the advance of its cache, which each client pays once.
+    A client's first turn in a stage takes longer than later ones, because it advances the prefix cache. That excess is a fixed
+    cost. It is counted for all ``clients`` of the fleet, even if the run did not sample each of them.
     """
     other = [turn for turn in turns if turn.stage is None]
     training = [turn for turn in turns if turn.stage is not None]
@@ -62,7 +66,7 @@ def costs(turns: Sequence[Spent], clients: int, rounds: int) -> Costs:
 
 
 def _first_and_later(training: Iterable[Spent]) -> tuple[dict[int | None, list[float]], dict[int | None, list[float]]]:
-    """CPU seconds by stage: of clients' first turns in it, and of those that followed."""
+    """The CPU seconds of turns by stage: of each client's first turn in the stage, and of its later turns."""
     first, later = defaultdict[int | None, list[float]](list), defaultdict[int | None, list[float]](list)
     seen: set[tuple[int | None, str]] = set()
     for turn in training:
@@ -73,12 +77,15 @@ def _first_and_later(training: Iterable[Spent]) -> tuple[dict[int | None, list[f
 
 
 def rounds_for_steps(client_steps: int, steps_a_round: int) -> int:
-    """The rounds that come nearest to ``client_steps``, one at least."""
+    """The number of rounds, at least 1, whose steps come nearest to ``client_steps``."""
     return max(round(client_steps / steps_a_round), 1)
 
 
 def rounds_for(target: float, fixed: float, a_round: float, stages: int, usual: int) -> int:
-    """The rounds that come nearest to spending ``target``: one a stage at least, and 25 times the ``usual`` at most."""
+    """The number of rounds that come nearest to spending ``target``.
+
+    It is at least one for each stage, and at most 25 times ``usual``, the rounds at equal steps.
+    """
     fewest, most, left = max(stages, 1), max(_LONGEST * usual, stages), target - fixed
     if left >= a_round * most:
         return most
@@ -86,10 +93,10 @@ def rounds_for(target: float, fixed: float, a_round: float, stages: int, usual: 
 
 
 def points(rounds: int, count: int = 12) -> frozenset[int]:
-    """After which rounds, counted from 1, the stack is judged: about ``count`` times, and at the end."""
+    """The rounds, counted from 1, after which the stack is evaluated: about ``count`` of them, with the last one."""
     return frozenset(-(-rounds * place // count) for place in range(1, count + 1))
 
 
 def reached(curve: Iterable[Point], target: float) -> Point | None:
-    """The first point of a run at which validation accuracy was ``target`` or more."""
+    """The first point of a curve with a validation accuracy of ``target`` or more; None if there is none."""
     return next((point for point in curve if point[4] >= target), None)

@@ -1,4 +1,4 @@
-"""The rows of the accuracy benchmark, and the file that they are kept in: a run that was ended goes on where it was."""
+"""Keeps the rows of the accuracy benchmark in a file, so that an interrupted benchmark continues where it stopped."""
 
 import json
 from collections import defaultdict
@@ -10,11 +10,11 @@ from benchmarks.accuracy_protocols import Point
 
 
 class NotOurRows(ValueError):
-    """A file holds something else than the rows of this benchmark."""
+    """A file does not hold rows of this benchmark."""
 
 
 class Names(NamedTuple):
-    """What a row is called; ``alpha`` is None for IID."""
+    """The name of a row; ``alpha`` is None for IID."""
 
     dataset: str
     alpha: float | None
@@ -25,11 +25,12 @@ class Names(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """What a run came to. ``options`` is all that it depends on besides what names it, and none of the machine it ran on.
+    """The result of a run.
 
-    ``alpha`` is None for IID. ``accuracy`` is that of the test split, None where it was not to be looked at; in the protocol
-    ``target`` it is the target, None if it was not reached. ``whole_model_bytes`` is the peak of training the whole model
-    in plain PyTorch. ``narrowest_window`` is the least that a client trained in a turn.
+    ``options`` is everything that the result depends on besides the row's name; the machine is not part of it. ``alpha`` is
+    None for IID. ``accuracy`` is on the test split, None if the run was not tested; in the protocol ``target`` it is the target
+    accuracy, None if it was not reached. ``whole_model_bytes`` is the peak memory of training the whole model in plain
+    PyTorch. ``narrowest_window`` is the width of the narrowest window that a client trained.
     """
 
     dataset: str
@@ -58,17 +59,17 @@ class Row:
 
 
 class Key(NamedTuple):
-    """What a row is known by."""
+    """The key of a row: rows with the same name differ by their options."""
 
     names: Names
     options: dict[str, Any]
 
 
 class Rows:
-    """Every row so far, kept in ``file`` if there is one.
+    """All rows so far. They are kept in ``file`` if it is given, and those that it holds already are read.
 
     Raises:
-        NotOurRows: the file holds something else.
+        NotOurRows: the file does not hold rows of this benchmark.
     """
 
     def __init__(self, file: Path | None) -> None:
@@ -79,11 +80,11 @@ class Rows:
             self._keep(row)
 
     def find(self, key: Key) -> Row | None:
-        """The row that ``key`` names, if it is there."""
+        """The row of ``key``; None if there is none yet."""
         return next((row for row in self._named[key.names] if row.options == key.options), None)
 
     def same_run(self, key: Key, rounds: int) -> Row | None:
-        """A row of the same run by whatever name: same data, seed, options and rounds."""
+        """A row of a run with the same data, seed, options and rounds, whatever its method and protocol are called."""
         for row in self.all:
             alike = (row.dataset, row.alpha, row.seed) == (key.names.dataset, key.names.alpha, key.names.seed)
             if alike and row.options == key.options and row.rounds == rounds and row.protocol != "target":
@@ -91,7 +92,7 @@ class Rows:
         return None
 
     def add(self, row: Row) -> None:
-        """Keep a row. A reader of the file sees the rows before, or these."""
+        """Keep a row. The file is replaced at once, so a reader sees either the rows before or those after."""
         self._keep(row)
         if self._file:
             aside = self._file.with_name(self._file.name + ".partial")
@@ -110,7 +111,7 @@ def _read(file: Path) -> list[Row]:
         assert isinstance(found, list)
         return [_row({name: value for name, value in row.items() if name in known}) for row in found]
     except (ValueError, TypeError, AttributeError, AssertionError) as error:
-        raise NotOurRows(f"{file} holds something else than rows of this benchmark: name another file") from error
+        raise NotOurRows(f"{file} does not hold rows of this benchmark: name another file") from error
 
 
 def _row(found: dict[str, Any]) -> Row:

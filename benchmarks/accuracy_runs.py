@@ -1,4 +1,4 @@
-"""The runs of the accuracy benchmark, each in a process of its own."""
+"""Makes the runs of the accuracy benchmark, each in its own process."""
 
 import json
 import os
@@ -15,27 +15,27 @@ from chainfed_ray.device.peak import ENVIRONMENT
 
 
 class RunFailed(RuntimeError):
-    """A run ended without a result; the message is the last thing that it said."""
+    """A run ended without a result; the message is the last line that it wrote to stderr."""
 
 
 class Runner(Protocol):
-    """Makes runs, from several threads."""
+    """Makes runs. Several threads may call it at the same time."""
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        """What the run came to.
+        """Make a run, and give the fields of its row.
 
         Raises:
-            RunFailed: it came to nothing.
+            RunFailed: the run ended without a result.
         """
         ...
 
     def stop(self) -> None:
-        """End those that are being made."""
+        """End the runs that are being made."""
         ...
 
 
 class Processes:
-    """Each run in a process; ``scratch`` is for the clients' caches, meanwhile."""
+    """Makes each run in its own process. The clients' caches are in temporary folders in ``scratch``."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch, self._stopped = scratch, False
@@ -43,19 +43,19 @@ class Processes:
         self._lock = Lock()
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        """See ``Runner``."""
+        """Make a run (see ``Runner``)."""
         with tempfile.TemporaryDirectory(prefix="accuracy-", dir=self._scratch) as folder:
             process = self._start(run, folder)
             said, complained = process.communicate()
         with self._lock:
             self._running.discard(process)
         if process.returncode:
-            raise RunFailed((complained.strip().splitlines() or [f"it ended with {process.returncode}"])[-1])
+            raise RunFailed((complained.strip().splitlines() or [f"the run ended with {process.returncode}"])[-1])
         found: dict[str, Any] = json.loads(said.splitlines()[-1])
         return found
 
     def stop(self) -> None:
-        """See ``Runner``."""
+        """End the runs, and start no more."""
         with self._lock:
             self._stopped = True
             for process in self._running:
@@ -64,7 +64,7 @@ class Processes:
     def _start(self, run: Run, folder: str) -> "subprocess.Popen[str]":
         with self._lock:
             if self._stopped:
-                raise RunFailed("it was stopped before it began")
+                raise RunFailed("the run was stopped before it began")
             process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.accuracy_cell", json.dumps(asdict(run)), folder],
                 env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""In which order the cells of the accuracy benchmark are run, some at a time; what comes of each is said at once."""
+"""Runs the cells of the accuracy benchmark in an order that their needs allow, some at a time, and prints each result."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -15,9 +15,9 @@ Say = Callable[[str], None]
 
 
 def complete(study: Study, rows: Rows, runner: Runner, jobs: int, say: Say) -> None:
-    """Add to ``rows`` every cell that was asked for, and those that they need; ``jobs`` runs at a time.
+    """Add to ``rows`` the row of every cell that was asked for, and of those that they need; make ``jobs`` runs at a time.
 
-    A cell that fails costs itself and those that need it. An interruption ends the runs that are being made.
+    If a cell fails, so do the cells that need it; the others go on. An interruption ends the runs that are being made.
     """
     schedule = _Schedule(study, rows, runner, jobs, say)
     with ThreadPoolExecutor(jobs) as threads:
@@ -39,13 +39,13 @@ class _Schedule:
         self._progress = _Progress(self.waiting, jobs, say)
 
     def start(self, threads: ThreadPoolExecutor) -> None:
-        """Go on with every waiting cell that can: what it needs is there, and no run like its own is being made."""
+        """Start the waiting cells whose needs are met, unless an equal run is being made: its row will serve both."""
         for cell in list(self.waiting):
             if len(self.running) == self._jobs:
                 return
             needs = self._study.needs(cell)
-            if shortfall := next((need for need in needs if need in self._failed), None):
-                self._fail(cell, f"it needs {described(shortfall)}")
+            if failed := next((need for need in needs if need in self._failed), None):
+                self._fail(cell, f"it needs {described(failed)}")
             elif all(self._rows.find(self._study.key(need)) for need in needs):
                 found = self._study.next(cell, self._rows)
                 if isinstance(found, Row):
@@ -56,12 +56,12 @@ class _Schedule:
                     self.running[threads.submit(_timed, self._runner, found)] = (cell, found)
 
     def collect(self) -> None:
-        """Wait for the runs that end next."""
+        """Wait until a run ends, and keep its row."""
         for future in wait(self.running, return_when=FIRST_COMPLETED).done:
             cell, _ = self.running.pop(future)
             try:
                 found, seconds = future.result()
-            except Exception as error:  # whatever goes wrong in a run costs its row only
+            except Exception as error:  # any error in a run costs its own row only
                 self._fail(cell, str(error))
             else:
                 key = self._study.key(cell)
@@ -84,26 +84,26 @@ def _timed(runner: Runner, run: Run) -> tuple[dict[str, Any], float]:
 
 
 class _Progress:
-    """Says what came of each cell, and about how long the others will take."""
+    """Prints the result of each cell, and an estimate of the time that is left."""
 
     def __init__(self, cells: list[Cell], jobs: int, say: Say) -> None:
         self._left, self._jobs, self._say = Counter(cell.protocol for cell in cells), jobs, say
         self._seconds = defaultdict[str, list[float]](list)
 
     def done(self, cell: Cell, row: Row, seconds: float | None) -> None:
-        """A row, and the seconds of its run; None if it followed from others."""
+        """Print a row. ``seconds`` is the time of its run; None if the row follows from others."""
         self._left[cell.protocol] -= 1
         if seconds is not None:
             self._seconds[cell.protocol].append(seconds)
         self._say(f"{described(cell)}: {_result(row)}; {self._time_left()}")
 
     def failed(self, cell: Cell, reason: str) -> None:
-        """A cell that has no row."""
+        """Print why a cell has no row."""
         self._left[cell.protocol] -= 1
         self._say(f"{described(cell)} failed: {reason}; {self._time_left()}")
 
     def _time_left(self) -> str:
-        """By the mean of a protocol's runs; where there is none yet, of all."""
+        """The time left, by the mean of each protocol's runs, or of all runs for a protocol that has none yet."""
         every = [seconds for group in self._seconds.values() for seconds in group]
         usual = fmean(every) if every else 0.0
         means = {"target": 0.0} | {protocol: fmean(group) for protocol, group in self._seconds.items()}

@@ -1,4 +1,4 @@
-"""What the rows of the accuracy benchmark come to: means over seeds, against end-to-end training."""
+"""The tables of the accuracy benchmark: means of the rows over seeds, beside end-to-end training."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,10 @@ References = dict[tuple[str, float | None, int], Row]
 
 
 def results(rows: Sequence[Row], methods: Sequence[str], references: References) -> Table:
-    """Each data set × alpha × protocol × method: accuracy in per cent; compute and bytes in end-to-end runs at equal steps."""
+    """A line for each data set, alpha, protocol and method. Accuracy is in per cent of the test rows.
+
+    Compute and bytes are multiples of those of the end-to-end run at equal steps, in ``references``.
+    """
     table = _table("accuracy", "− end-to-end", "seeds", "steps", "compute", "bytes", "seconds")
     for (dataset, alpha), protocol, method, group in _groups(rows, methods):
         there = [row for row in group if row.accuracy is not None]
@@ -43,7 +46,7 @@ def results(rows: Sequence[Row], methods: Sequence[str], references: References)
 
 
 def tuning(rows: Sequence[Row], methods: Sequence[str]) -> Table:
-    """Each data set × alpha × method × rates: accuracy on the validation rows, in per cent."""
+    """A line for each data set, alpha, method and pair of learning rates: accuracy on the validation rows, in per cent."""
     table = _table("adapters", "head", "validation", "seeds")
     for (dataset, alpha), protocol, method, group in _groups(rows, methods):
         by_rates = defaultdict[tuple[float, float], list[Row]](list)
@@ -59,7 +62,7 @@ def tuning(rows: Sequence[Row], methods: Sequence[str]) -> Table:
 
 
 def regrets(rows: Sequence[Row]) -> list[str]:
-    """How far the automatic start is below the best fixed one at equal compute, in points; a sentence for each."""
+    """Sentences that say by how many points each automatic start is below the best fixed start, at equal compute."""
     means = defaultdict[Place, dict[str, float]](dict)
     starts = defaultdict[tuple[Place, str], set[int]](set)
     for (dataset, alpha), protocol, method, group in _groups(rows, sorted({row.method for row in rows})):
@@ -90,7 +93,7 @@ def _table(*numbers: str) -> Table:
 
 
 def _groups(rows: Iterable[Row], methods: Sequence[str]) -> list[tuple[Place, str, str, list[Row]]]:
-    """Rows that differ by their seed only; protocol by protocol, the methods in the order in which they were asked for."""
+    """The groups of rows that differ by their seed only, in the order of protocols and of ``methods``."""
     found = defaultdict[tuple[Place, str, str], list[Row]](list)
     for row in rows:
         found[(row.dataset, row.alpha), row.protocol, row.method].append(row)
@@ -113,7 +116,7 @@ def _alpha(alpha: float | None) -> str:
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean ± standard deviation of a sample; the mean alone if there is but one."""
+    """The mean ± standard deviation of a sample, or the mean alone if the sample is one value."""
     if not values:
         return ""
     mean = f"{fmean(values):{sign}.1f}"

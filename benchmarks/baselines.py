@@ -1,6 +1,6 @@
-"""What the chain is compared with, in plain PyTorch: class means and heads on the frozen model, and LoRA on the whole.
+"""The baselines of the accuracy benchmark, in plain PyTorch: class means and heads on the frozen model, and LoRA on the whole.
 
-Each is federated over the same cohorts, with the same batches, the same head, and the same mean as a job's own.
+Each baseline is federated over the same cohorts as a job, with the same batches, the same head and the same mean.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,13 +30,13 @@ from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import append_pooled, no_features
 from chainfed_ray.seeds import derive
 
-_BATCH = 32  # in evaluation, and where features are made
-_RANK = 8
+_BATCH = 32  # examples of a batch in evaluation, and where features are computed
+_RANK = 8  # of LoRA
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What a client does in a round: so many optimizer steps of ``batch_size`` examples, at rates of this round."""
+    """A client's work in a round: ``count`` optimizer steps of ``batch_size`` examples, at this round's learning rates."""
 
     count: int
     batch_size: int
@@ -46,27 +46,27 @@ class Steps:
 
 
 class Model(Protocol):
-    """Something that is trained: its tensors, a client's turn on them, and how it judges."""
+    """A model that is trained by FedAvg."""
 
     def tensors(self) -> Tensors:
-        """Copies of what is trained, by name."""
+        """Copies of the trained tensors, by name."""
         ...
 
     def load(self, tensors: Tensors) -> None:
-        """Take over values for what is trained."""
+        """Set the trained tensors to these values."""
         ...
 
     def train(self, client: str, examples: Examples, steps: Steps) -> None:
-        """A client's turn, from the tensors as they are."""
+        """Take a client's turn, starting from the present tensors."""
         ...
 
     def accuracy(self, examples: Examples) -> float:
-        """The share of examples that are classified right."""
+        """The share of examples, in [0, 1], that are classified right."""
         ...
 
 
 def federated(job: PlannedJob, model: Model, meter: Meter) -> Iterator[int]:
-    """FedAvg of ``model`` for the rounds of the job; the index of each round when it is over."""
+    """Train ``model`` by FedAvg for the rounds of the job, and give the index of each round when it is over."""
     spec = job.spec
     rounds, window = spec.rounds, Window(job.planner.requirements.start, job.layers - 1)
     assert rounds.local_steps is not None
@@ -92,9 +92,9 @@ def federated(job: PlannedJob, model: Model, meter: Meter) -> Iterator[int]:
 
 
 class Lora:
-    """LoRA (Hu et al., 2022) by the peft library, on the projections of the whole model that it chooses, under a ``Head``.
+    """LoRA (Hu et al., 2022) by the peft library, on the projections that it chooses in the whole model, and a ``Head``.
 
-    Rank 8, α = 16, no dropout, as nowhere here.
+    The rank is 8 and α is 16. There is no dropout, as in a job.
     """
 
     def __init__(self, folder: Path, classes: int, seed: int) -> None:
@@ -140,14 +140,14 @@ class Lora:
 
 
 class Probe:
-    """A ``Head`` on the frozen model. A client makes its features once, in its first turn."""
+    """A ``Head`` trained on the frozen model. A client computes its features once, in its first turn."""
 
     def __init__(self, features: "Features", classes: int) -> None:
         self._features = features
         self._head = Head(features.hidden_size, classes)
         self._trained = dict(self._head.named_parameters())
         self._of_client: dict[str, Tensor] = {}
-        self._judged: dict[int, Tensor] = {}
+        self._evaluated: dict[int, Tensor] = {}
 
     def tensors(self) -> Tensors:
         """See ``Model``."""
@@ -171,9 +171,9 @@ class Probe:
     @torch.no_grad()
     def accuracy(self, examples: Examples) -> float:
         """See ``Model``."""
-        if id(examples) not in self._judged:
-            self._judged[id(examples)] = self._features.of(examples)[:, -1]
-        predicted = self._logits(self._judged[id(examples)]).argmax(-1)
+        if id(examples) not in self._evaluated:
+            self._evaluated[id(examples)] = self._features.of(examples)[:, -1]
+        predicted = self._logits(self._evaluated[id(examples)]).argmax(-1)
         return float((predicted == torch.from_numpy(examples.labels)).double().mean())
 
     def _logits(self, features: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class Probe:
 
 
 class Features:
-    """What a head reads of the frozen model: means over tokens of its last layers, [n, r, D]."""
+    """The pooled features of the frozen model: the means over tokens of its last ``head_layers`` layers' outputs."""
 
     def __init__(self, blocks: Blocks, head_layers: int) -> None:
         self._blocks, self.head_layers = blocks, head_layers
@@ -191,7 +191,7 @@ class Features:
 
     @torch.no_grad()
     def of(self, examples: Examples) -> Tensor:
-        """[n, r, D], in the order of ``examples``."""
+        """The features [n, r, D] of n examples, in their order, for r head layers."""
         means = torch.empty(len(examples), self.head_layers, self.hidden_size)
         for indices in examples.by_length(_BATCH):
             batch = examples.batch(indices)
@@ -205,7 +205,10 @@ class Features:
 
 
 def class_means(job: PlannedJob, features: Features, meter: Meter) -> Callable[[Examples], float]:
-    """No training: the mean feature of each class over every client's examples; the accuracy of the nearest mean."""
+    """A classifier without training: an example belongs to the class with the nearest mean of the last layer's features.
+
+    The means are over the examples of all clients. Returns the function that gives the classifier's accuracy on examples.
+    """
     counts = torch.zeros(len(job.classes), dtype=torch.float64)
     sums = torch.zeros(len(job.classes), features.hidden_size, dtype=torch.float64)
     for candidate, _ in job.admitted:
@@ -219,7 +222,7 @@ def class_means(job: PlannedJob, features: Features, meter: Meter) -> Callable[[
         meter.turns.append(Spent(candidate.name, None, 0, process_time() - cpu, count.nbytes + of_class.nbytes))
         counts += count
         sums += of_class
-    means = (sums / counts.unsqueeze(1)).float()  # a class that nobody has is nowhere: NaN
+    means = (sums / counts.unsqueeze(1)).float()  # NaN for a class without examples
 
     def accuracy(examples: Examples) -> float:
         distances = torch.cdist(features.of(examples)[:, -1], means).nan_to_num(torch.inf)
@@ -229,7 +232,10 @@ def class_means(job: PlannedJob, features: Features, meter: Meter) -> Callable[[
 
 
 def discriminant_head(job: PlannedJob, features: Features, meter: Meter) -> Callable[[Examples], float]:
-    """No training: the head in closed form, from every client's sums over the frozen model's features (discriminant.py)."""
+    """The head in closed form, without training, from every client's sums of the frozen model's features (discriminant.py).
+
+    Returns the function that gives the head's accuracy on examples.
+    """
     shape = len(job.classes), features.head_layers * features.hidden_size
     total = ClassSums.zeros(*shape, torch.float64)
 
@@ -245,7 +251,7 @@ def discriminant_head(job: PlannedJob, features: Features, meter: Meter) -> Call
         meter.turns.append(Spent(candidate.name, None, 0, process_time() - cpu, size))
         total.add(sums)
     found = fitted(total, normed(job.validation), torch.from_numpy(job.validation.labels))
-    assert found, "these are sums of examples"
+    assert found, "sums of real examples give a classifier"
     weight, bias = found
 
     def accuracy(examples: Examples) -> float:
@@ -256,7 +262,10 @@ def discriminant_head(job: PlannedJob, features: Features, meter: Meter) -> Call
 
 
 def whole_model_bytes(folder: Path, examples: Examples, classes: int, steps: Steps) -> int | None:
-    """The peak of a client's turn of LoRA, above the idle process: the model is loaded, and trained on the longest texts."""
+    """The peak memory of a client's turn of LoRA, in bytes above the idle process; None where it cannot be measured.
+
+    The model is loaded, and trained on the client's longest texts.
+    """
     longest = np.argsort(examples.lengths, kind="stable")[-steps.batch_size :]
     with PeakMemory() as peak:
         Lora(folder, classes, seed=0).train("client", examples.take(longest), steps)
@@ -264,7 +273,7 @@ def whole_model_bytes(folder: Path, examples: Examples, classes: int, steps: Ste
 
 
 def batches(count: int, steps: Steps) -> Iterator[np.ndarray]:
-    """The indices of each step's examples, shuffled anew in each pass: those of a job's own turn."""
+    """The indices of each step's examples, shuffled anew in each epoch, exactly as in a job's turn."""
     indices = np.empty(0, dtype=np.int64)
     epoch = 0
     for _ in range(steps.count):

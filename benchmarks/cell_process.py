@@ -1,4 +1,4 @@
-"""A cell of a benchmark of memory, in a process of its own."""
+"""Measures one cell of a memory benchmark in its own process, so that no earlier cell's memory counts."""
 
 import json
 import os
@@ -13,7 +13,10 @@ Row = dict[str, Any]
 
 
 def in_a_process(module: str, cell: Mapping[str, Any]) -> Row:
-    """The JSON object that ``python -m MODULE CELL-AS-JSON`` prints last; or, as ``failed``, why there is none."""
+    """Run ``python -m MODULE CELL-AS-JSON``, and give the JSON object that it prints last.
+
+    If the process fails, the object has one key, ``failed``, with the last line of stderr.
+    """
     done = subprocess.run(
         [sys.executable, "-m", module, json.dumps(cell)],
         env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
@@ -21,6 +24,6 @@ def in_a_process(module: str, cell: Mapping[str, Any]) -> Row:
         text=True,
     )
     if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]}
+        return {"failed": (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1]}
     found: Row = json.loads(done.stdout.splitlines()[-1])
     return found

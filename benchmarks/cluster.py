@@ -1,4 +1,4 @@
-"""A Ray cluster of this process alone, for as long as a measurement lasts."""
+"""Starts a Ray cluster on this machine for a measurement, and stops it afterwards."""
 
 import logging
 import os
@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def one_machine() -> Iterator[None]:
-    """Two cores, two clients and a coordinator at a time. Ray reads its environment when it is first imported: not before."""
+    """A Ray cluster with two cores, for two clients and a coordinator at the same time.
+
+    Ray is imported here, after the environment is set, since it reads its environment when it is first imported.
+    """
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 

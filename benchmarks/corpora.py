@@ -1,4 +1,4 @@
-"""What the accuracy benchmark learns: labelled texts, and for how long."""
+"""The data sets of the accuracy benchmark: where the labelled texts are, and how long end-to-end training takes on them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,16 @@ _SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 class NoCorpus(ValueError):
-    """There is no such data set."""
+    """The files of a data set do not exist."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where the rows are, what is kept of a text, and the client-steps that end-to-end training has; no ``test``: a tenth."""
+    """A data set. ``train`` and ``test`` are sources of rows as in a job; without ``test``, a tenth of the rows is for testing.
+
+    ``max_length`` is the number of tokens that are kept of a text. ``client_steps`` are the optimizer steps of all clients in
+    end-to-end training.
+    """
 
     name: str
     train: str
@@ -24,7 +28,7 @@ class Corpus:
 
     @property
     def sources(self) -> dict[str, Any]:
-        """The keys of ``data`` that say where the rows are."""
+        """The keys of a job's section ``data`` that say where the rows are."""
         return {"train": self.train, **({"test": self.test} if self.test else {})}
 
 
@@ -34,10 +38,10 @@ _OTHER = (64, 1200)
 
 
 def named(name: str) -> Corpus:
-    """One of ``NAMES``.
+    """The data set called ``name``, one of ``NAMES``.
 
     Raises:
-        NoCorpus: its files are not there.
+        NoCorpus: its files do not exist.
     """
     if name == "docstrings":
         return Corpus(name, "builtin:docstrings", None, *_LENGTHS[name])
@@ -45,10 +49,10 @@ def named(name: str) -> Corpus:
 
 
 def at(folder: Path) -> Corpus:
-    """The data set in ``folder``, which has the columns ``text`` and ``label`` in a file ``train`` and a file ``test``.
+    """The data set in ``folder``: a file ``train`` and a file ``test``, with the columns ``text`` and ``label``.
 
     Raises:
-        NoCorpus: there are no such files.
+        NoCorpus: the folder or one of its files does not exist.
     """
     return _in_folder(folder, *_LENGTHS.get(folder.name, _OTHER))
 
@@ -62,5 +66,5 @@ def _file(folder: Path, split: str) -> Path:
     found = [folder / (split + suffix) for suffix in _SUFFIXES if (folder / (split + suffix)).is_file()]
     if not found:
         names = " or ".join(split + suffix for suffix in _SUFFIXES)
-        raise NoCorpus(f"{folder} is a folder without {names}" if folder.is_dir() else f"{folder} is not there")
+        raise NoCorpus(f"{folder} is a folder without {names}" if folder.is_dir() else f"{folder} does not exist")
     return found[0].resolve()

@@ -1,4 +1,7 @@
-"""``python -m benchmarks evaluation``: the server's memory while it judges the whole model, one process a cell."""
+"""``python -m benchmarks evaluation``: the server's memory while it evaluates the whole model.
+
+Each cell of the table is measured in its own process.
+"""
 
 import argparse
 import json
@@ -16,31 +19,33 @@ from benchmarks.cell_process import Row, in_a_process
 from benchmarks.shapes import EVALUATED, Shape, written
 from chainfed_ray.units import format_bytes
 
-# The whole model in memory; layer after layer (engine: torch); on the disk (engine: deepspeed), by itself and in a run of Ray
-# Train, which is what a job has.
+# Where the model is while it is evaluated: whole in memory; in memory layer by layer (a job's engine torch); on disk, in this
+# process; on disk, in a run of Ray Train (a job's engine deepspeed).
 _ENGINES = ("resident", "torch", "deepspeed", "deepspeed-run")
 _progress = Console(stderr=True, highlight=False)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
+    """Add the options of the command."""
     names = [shape.name for shape in EVALUATED]
-    parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="all by default")
-    parser.add_argument("--engines", nargs="+", choices=_ENGINES, default=_ENGINES, help="all by default")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="for the weights, meanwhile")
+    parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="by default all")
+    parser.add_argument("--engines", nargs="+", choices=_ENGINES, default=_ENGINES, help="by default all")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="the folder for the temporary weights"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into this file")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure the rows that were asked for, and print them; each is written as soon as it is there."""
+    """Measure the rows that were asked for, write each as soon as it is measured, and print the table."""
     rows: list[Row] = []
     for shape in EVALUATED:
         if shape.name not in options.shapes:
             continue
         with written(shape, options.scratch) as folder:
             if isinstance(folder, str):
-                _progress.print(f"{shape.name} is left out: {folder}.")
+                _progress.print(f"{shape.name} is skipped: {folder}.")
                 continue
             for row in _rows(shape, folder, options):
                 rows.append(row)
@@ -51,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _rows(shape: Shape, folder: Path, options: argparse.Namespace) -> Iterator[Row]:
-    """The rows of a shape, each with its ratio to the model in memory."""
+    """The rows of a shape. ``ratio`` is the peak with the whole model in memory, divided by the row's own peak."""
     resident: Row = {}
     for engine in options.engines:
         row = _measure(shape, folder, options.scratch, engine)

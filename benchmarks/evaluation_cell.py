@@ -1,7 +1,7 @@
-"""One cell of the evaluation benchmark, in a process of its own: ``python -m benchmarks.evaluation_cell CELL-AS-JSON``.
+"""Measures one cell of the evaluation benchmark: ``python -m benchmarks.evaluation_cell CELL-AS-JSON``.
 
-It prints one JSON object: the peak above the idle process, that of the whole process, the seconds of a batch, and how much
-longer an evaluation takes than its forward passes.
+Each cell has its own process. It prints one JSON object: the peak above the idle process, the peak of the whole process, the
+seconds of a batch, and how much longer an evaluation takes than its forward passes.
 """
 
 import json
@@ -36,13 +36,13 @@ from chainfed_ray.model.forward import embed, through_layers
 from chainfed_ray.model.source import ModelSource
 
 _BOTTLENECK, _CLASSES = 64, 4
-_BATCHES, _EVALUATIONS = 2, 3  # the first of the evaluations loads the model, and is not counted
+_BATCHES, _EVALUATIONS = 2, 3  # the first evaluation loads the model, so its seconds are not counted
 _SET = "held-out"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured."""
+    """The cell that is measured; ``folder`` has the model, and ``scratch`` is for temporary files."""
 
     shape: str
     engine: str
@@ -51,7 +51,7 @@ class Cell:
 
 
 def measure(cell: Cell) -> dict[str, Any]:
-    """The cell's row."""
+    """Evaluate random stacks with the cell's engine, and give the measured fields of its row."""
     torch.set_num_threads(1)
     shape = next(shape for shape in EVALUATED if shape.name == cell.shape)
     base = ModelSource(Path(cell.folder), getattr(torch, shape.dtype), Path(cell.scratch))
@@ -64,13 +64,13 @@ def measure(cell: Cell) -> dict[str, Any]:
     examples = _examples(shape)
     engines: dict[str, Callable[[], Evaluator]] = {
         "resident": lambda: _Resident(base, examples, shape.batch),
-        "torch": lambda: StreamingEvaluator(base, _costs(base, classes), {_SET: examples}),
-        "deepspeed": lambda: _Offloaded(base, _costs(base, classes), examples, shape),
-        "deepspeed-run": lambda: _run(base, _costs(base, classes), examples, shape.batch),
+        "torch": lambda: StreamingEvaluator(base, _memory(base, classes), {_SET: examples}),
+        "deepspeed": lambda: _Offloaded(base, _memory(base, classes), examples, shape),
+        "deepspeed-run": lambda: _run(base, _memory(base, classes), examples, shape.batch),
     }
     make = engines[cell.engine]
     if cell.engine != "deepspeed":
-        warm_up(base)  # it does so by itself
+        warm_up(base)  # the offloaded model warms up the process by itself
     with one_machine() if cell.engine == "deepspeed-run" else nullcontext():
         evaluator = make()
         try:
@@ -94,7 +94,7 @@ def measure(cell: Cell) -> dict[str, Any]:
 
 
 class _Process:
-    """The most that this process held, libraries and all: read after each measurement, which begins by forgetting it."""
+    """The peak of this process, with its libraries. It is read after each measurement, since the next one resets it."""
 
     most = 0
 
@@ -106,7 +106,7 @@ _PROCESS = _Process()
 
 
 class _Resident:
-    """Every layer in memory; rows of the embeddings and slices of a language model's head are read as elsewhere."""
+    """An evaluator that holds every layer in memory. Embeddings and a language model's head are streamed, as elsewhere."""
 
     engine = "resident"
 
@@ -120,32 +120,32 @@ class _Resident:
     @torch.no_grad()
     def evaluate(self, stack: AdapterStack, examples: str) -> Evaluated:
         blocks, matrices = self._blocks, self._blocks.reader()
-        judgement = Predictions.blank(len(self._examples))
+        predictions = Predictions.blank(len(self._examples))
         started = perf_counter()
         with PeakMemory() as peak:
             for indices in self._examples.by_length(self._batch):
                 batch = self._examples.batch(indices)
                 states, calls = embed(blocks, batch)
                 states = through_layers(blocks, stack, enumerate(self._layers), calls, states, batch.mask)
-                judgement.put(torch.from_numpy(indices), predict(blocks, stack, states, batch, matrices))
+                predictions.put(torch.from_numpy(indices), predict(blocks, stack, states, batch, matrices))
         seconds = perf_counter() - started
         _PROCESS.look()
         matrices.close()
         held = 0 if None in (peak.start, self._loading.start) else (peak.start or 0) - (self._loading.start or 0)
-        return Evaluated(judgement, seconds, seconds, None, held + (peak.bytes or 0))
+        return Evaluated(predictions, seconds, seconds, None, held + (peak.bytes or 0))
 
     def close(self) -> None:
         self._blocks.close()
 
 
 class _Offloaded:
-    """The model of one process, without Ray."""
+    """An evaluator that has its model on disk, in this process and without Ray."""
 
     engine = "deepspeed"
 
-    def __init__(self, base: ModelSource, costs: MemoryProfile, examples: Examples, shape: Shape) -> None:
+    def __init__(self, base: ModelSource, memory: MemoryProfile, examples: Examples, shape: Shape) -> None:
         blocks = Blocks(base.folder, base.dtype)
-        self._planned = offload_footprint(blocks, costs, 1, shape.batch, shape.tokens).total
+        self._planned = offload_footprint(blocks, memory, 1, shape.batch, shape.tokens).total
         self._examples, self._batch = examples, shape.batch
         self._make: Callable[[], OffloadedModel] = lambda: OffloadedModel(
             base, base.scratch / "nvme", ops_folder(), _PROCESS.look
@@ -167,16 +167,16 @@ class _Offloaded:
             self._model.close()
 
 
-def _run(base: ModelSource, costs: MemoryProfile, examples: Examples, batch: int) -> Evaluator:
+def _run(base: ModelSource, memory: MemoryProfile, examples: Examples, batch: int) -> Evaluator:
     from chainfed_ray.cluster.offload.evaluator import make_evaluator
 
-    made = make_evaluator(base, costs, {_SET: examples}, batch_size=batch)
+    made = make_evaluator(base, memory, {_SET: examples}, batch_size=batch)
     if isinstance(made, str):
         raise SystemExit(made)
     return made
 
 
-def _costs(base: ModelSource, classes: int | None) -> MemoryProfile:
+def _memory(base: ModelSource, classes: int | None) -> MemoryProfile:
     blocks = Blocks(base.folder, base.dtype)
     try:
         return memory_profile_of(blocks, _BOTTLENECK, classes)

@@ -1,6 +1,6 @@
-"""``python -m benchmarks film-reviews``: a data set from outside this repository, as ``accuracy --data`` takes it.
+"""``python -m benchmarks film-reviews``: makes a data set for ``accuracy --data`` from a package of the Python package index.
 
-Snippets of film reviews, each rated by twenty people (Hutto and Gilbert, 2014), in the source package of vaderSentiment.
+The source package of vaderSentiment holds snippets of film reviews, each rated by twenty people (Hutto and Gilbert, 2014).
 """
 
 import argparse
@@ -12,19 +12,23 @@ from pathlib import Path
 from typing import IO
 
 _INNER, _RATED = "hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt"
-_CLEAR = 0.5  # of a mean of ratings from -4 to 4: what is nearer to 0 is neither
-_TEST = 5  # one row of so many is for testing
+_CLEAR = (
+    0.5  # ratings go from -4 to 4; a snippet with a mean rating nearer to 0 than this is neither positive nor negative
+)
+_TEST = 5  # one row in five is for testing
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
+    """Add the options of the command."""
     parser.add_argument("package", type=Path, help="vaderSentiment-3.3.2.tar.gz, from the Python package index")
-    parser.add_argument("folder", type=Path, help="for train.jsonl and test.jsonl; its name is the data set's")
+    parser.add_argument(
+        "folder", type=Path, help="the folder for train.jsonl and test.jsonl; its name is the data set's name"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the two files, and say how many rows they have."""
+    """Write the two files, and print how many rows they have."""
     try:
         rows = labelled(_text(options.package))
     except (OSError, tarfile.TarError, KeyError) as error:
@@ -40,9 +44,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def labelled(text: str) -> list[tuple[str, str]]:
-    """The snippets that are clearly one or the other, each once: (text, ``positive`` or ``negative``), in order.
+    """The snippets with a clear rating, each once, in order, as pairs of the snippet and ``positive`` or ``negative``.
 
-    ``text`` has a line for each: number, mean rating and snippet, between tabs.
+    ``text`` has a line for each snippet: its number, its mean rating and the snippet, separated by tabs.
     """
     found: dict[str, str] = {}
     for line in text.splitlines():
@@ -59,5 +63,5 @@ def _text(package: Path) -> str:
 
 def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
     member = archive.extractfile(next((path for path in archive.getnames() if Path(path).name == name), name))
-    assert member, "it is a file"
+    assert member, "the name is that of a file, not of a folder"
     return member

@@ -1,4 +1,4 @@
-"""``python -m benchmarks first-round``: how long a job takes from its command to its first round, and with what."""
+"""``python -m benchmarks first-round``: the seconds from a job's command to its first round, and how they are spent."""
 
 import argparse
 import json
@@ -24,20 +24,22 @@ from chainfed_ray.spec.parse import parse_job
 
 
 class _FirstRound(Exception):
-    """It begins."""
+    """The job's first round begins. The benchmark raises it to end the job."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
+    """Add the options of the command."""
     parser.add_argument("--dataset", choices=NAMES, default="banking77")
-    parser.add_argument("--base", default="builtin:minilm", metavar="MODEL", help="as model.base of a job")
-    parser.add_argument("--clients", type=int, default=20, help="each with 64MiB")
+    parser.add_argument(
+        "--base", default="builtin:minilm", metavar="MODEL", help="the base model, as model.base of a job"
+    )
+    parser.add_argument("--clients", type=int, default=20, help="the number of clients, each with 64MiB")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into this file")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run a job with the defaults on a Ray of its own until its first round begins; print what it was busy with until then."""
+    """Run a job with the defaults on its own Ray cluster until its first round begins, and print its activities until then."""
     corpus = named(options.dataset)
     spec = parse_job(
         {
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _rows(spec: JobSpec) -> list[Row]:
-    """Each activity, and how many seconds after the command it began."""
+    """A row for each activity of the job: its name, and how many seconds after the command it began."""
     command = psutil.Process().create_time()
     began: dict[str, float] = {}
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks idle``: what a client's process holds before any client uses it, and what of it is whose."""
+"""``python -m benchmarks idle``: the memory of a client's process before any client uses it, and what takes how much of it."""
 
 import argparse
 import json
@@ -22,14 +22,16 @@ from chainfed_ray.units import format_bytes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
-    parser.add_argument("--base", default="builtin:minilm", metavar="MODEL", help="as model.base of a job")
+    """Add the options of the command."""
+    parser.add_argument(
+        "--base", default="builtin:minilm", metavar="MODEL", help="the base model, as model.base of a job"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into this file")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure the process of a client and, in a process beside it, what it is made of; print both."""
+    """Measure a plain Ray worker as it loads one library after another, then a client's process, and print the table."""
     with tempfile.TemporaryDirectory() as scratch, one_machine():
         rows = list(_rows(options.base, Path(scratch)))
     if options.json:
@@ -64,7 +66,7 @@ def _rows(name: str, scratch: Path) -> Iterator[Row]:
 
 
 class _Worker:
-    """A process of which nothing else is known."""
+    """A Ray actor without any code of its own."""
 
 
 def _call(_worker: _Worker, load: Callable[[], None]) -> None:
@@ -72,7 +74,7 @@ def _call(_worker: _Worker, load: Callable[[], None]) -> None:
 
 
 def _held(_actor: object) -> dict[str, int]:
-    """What the process has resident: all of it, what is its own, and pages of files, which processes of a machine share."""
+    """The resident bytes of the process: all, its own, and the pages of files, which the processes of a machine share."""
     return {
         "resident_bytes": status("VmRSS"),
         "own_bytes": status("RssAnon"),
@@ -82,7 +84,7 @@ def _held(_actor: object) -> dict[str, int]:
 
 
 def _load_nothing() -> None:
-    """A worker's first calls load a few packages, such as pyarrow, whatever they do."""
+    """Do nothing. Even so, a worker's first call loads a few packages, such as pyarrow."""
 
 
 def _load_torch() -> None:

@@ -1,4 +1,7 @@
-"""``python -m benchmarks memory``: the memory of a client's step against that of the whole model, one process a cell."""
+"""``python -m benchmarks memory``: the memory of a client's step, beside that of training the whole model.
+
+Each cell of the table is measured in its own process.
+"""
 
 import argparse
 import json
@@ -18,13 +21,13 @@ from chainfed_ray.units import format_bytes
 
 _WINDOWS = [1, 2, 4, 8]
 _BASELINES = ("end-to-end", "checkpointed")
-_COMPARED = 2  # the window for which the ways of the plan are compared
+_COMPARED = 2  # the width of window for which streamed and resident weights are compared
 _BUDGETS = {"llama2-7b-4x256": (512 * 2**20, 256 * 2**20)}
 _progress = Console(stderr=True, highlight=False)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
+    """Add the options of the command."""
     methods = ("end-to-end", "checkpointed", "chain", "chain-streamed", "chain-resident", "turn")
     parser.add_argument(
         "--shapes",
@@ -32,13 +35,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_shapes,
         default=[list(SHAPES)],
         metavar="SHAPE",
-        help=f"{', '.join(SHAPES)}, or how some of them begin",
+        help=f"shapes, by their names or the beginning of names: {', '.join(SHAPES)}",
     )
     parser.add_argument(
         "--windows", nargs="+", type=int, default=_WINDOWS, metavar="Q", help="adapters trained together"
     )
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="all by default")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="for the weights, meanwhile")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="by default all")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="the folder for the temporary weights"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into this file")
     parser.set_defaults(run=run)
 
@@ -51,14 +56,14 @@ def _shapes(start: str) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure the rows that were asked for, and print them; each is written as soon as it is there."""
+    """Measure the rows that were asked for, write each as soon as it is measured, and print the table."""
     shapes = [SHAPES[name] for name in dict.fromkeys(name for names in options.shapes for name in names)]
     rows: list[Row] = []
     for model in dict.fromkeys(shape.model for shape in shapes):
         alike = [shape for shape in shapes if shape.model == model]
         with written(alike[0], options.scratch) as folder:
             if isinstance(folder, str):
-                _progress.print(f"{', '.join(shape.name for shape in alike)} is left out: {folder}.")
+                _progress.print(f"{', '.join(shape.name for shape in alike)} is skipped: {folder}.")
                 continue
             for shape in alike:
                 for row in _rows(shape, folder, options):
@@ -70,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _rows(shape: Shape, folder: Path, options: argparse.Namespace) -> Iterator[Row]:
-    """The rows of a shape, each with its ratio to the first, which is the whole model."""
+    """The rows of a shape. ``ratio`` is the peak of training the whole model, divided by the row's own peak."""
     baseline: Row = {}
     for method, window, budget in _cells(shape, options.windows):
         if method in options.methods:

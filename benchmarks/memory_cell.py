@@ -1,6 +1,7 @@
-"""One cell of the memory benchmark, in a process of its own: ``python -m benchmarks.memory_cell CELL-AS-JSON``.
+"""Measures one cell of the memory benchmark: ``python -m benchmarks.memory_cell CELL-AS-JSON``.
 
-It prints one JSON object: the peak above the idle process, the seconds of a step, what was planned.
+Each cell has its own process. It prints one JSON object: the peak above the idle process, the planned bytes, and the seconds of
+a step.
 """
 
 import json
@@ -40,8 +41,9 @@ from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.source import ModelSource
 
 _BOTTLENECK, _CLASSES, _LAMBDA = 64, 4, 0.1
-_STEPS = 3  # of a turn that is timed, against a turn of one
-_WAYS: dict[str, tuple[WeightPlacement, bool]] = {
+_STEPS = 3  # steps of the timed turn; a turn of one step is subtracted from it
+# For each method of the chain: where the weights are, and whether activations are offloaded.
+_PLACEMENTS: dict[str, tuple[WeightPlacement, bool]] = {
     "chain": ("streamed", True),
     "chain-streamed": ("streamed", False),
     "chain-resident": ("resident", False),
@@ -50,7 +52,7 @@ _WAYS: dict[str, tuple[WeightPlacement, bool]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured: ``budget`` is for a whole turn under the cap, in bytes."""
+    """The cell that is measured. ``budget`` is the cap in bytes of a whole turn, for the method ``turn``."""
 
     shape: str
     method: str
@@ -61,7 +63,7 @@ class Cell:
 
 
 def measure(cell: Cell) -> dict[str, Any]:
-    """The cell's row."""
+    """Measure a cell, and give the measured fields of its row."""
     torch.set_num_threads(1)
     shape = SHAPES[cell.shape]
     base = ModelSource(Path(cell.folder), getattr(torch, shape.dtype), Path(cell.scratch))
@@ -71,11 +73,11 @@ def measure(cell: Cell) -> dict[str, Any]:
     if cell.method == "turn":
         assert cell.budget is not None
         return _turn(shape, base, cell.window, cell.budget)
-    return _chain(shape, base, cell.window, *_WAYS[cell.method])
+    return _chain(shape, base, cell.window, *_PLACEMENTS[cell.method])
 
 
 def _end_to_end(shape: Shape, folder: Path, checkpointed: bool) -> dict[str, Any]:
-    """A step of the whole model with an adapter after each layer."""
+    """A step of end-to-end training: the whole model, with an adapter after each layer."""
     examples = _examples(shape)
     batch = examples.batch(np.arange(shape.batch))
     with PeakMemory() as peak:
@@ -85,7 +87,7 @@ def _end_to_end(shape: Shape, folder: Path, checkpointed: bool) -> dict[str, Any
         width = model.config.hidden_size
         adapters = [Adapter(width, _BOTTLENECK, seed) for seed in range(len(layers))]
         for layer, adapter in zip(layers, adapters, strict=True):
-            layer.forward = _followed(layer.forward, adapter, checkpointed)
+            layer.forward = _with_adapter(layer.forward, adapter, checkpointed)
         head = Head(width, _CLASSES)
         trained = [parameter for adapter in adapters for parameter in adapter.parameters()]
         trained += [] if shape.language_model else list(head.parameters())
@@ -103,8 +105,8 @@ def _end_to_end(shape: Shape, folder: Path, checkpointed: bool) -> dict[str, Any
     return {"peak_bytes": peak.bytes, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
-def _followed(forward: Callable[..., Any], adapter: Adapter, checkpointed: bool) -> Callable[..., Any]:
-    """A layer's forward with its adapter behind it; ``checkpointed``: run again on the way back, and nothing saved."""
+def _with_adapter(forward: Callable[..., Any], adapter: Adapter, checkpointed: bool) -> Callable[..., Any]:
+    """A layer's forward, followed by its adapter. With ``checkpointed`` nothing is saved: the backward pass runs both again."""
 
     def both(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
@@ -118,13 +120,13 @@ def _followed(forward: Callable[..., Any], adapter: Adapter, checkpointed: bool)
 def _chain(
     shape: Shape, base: ModelSource, width: int, weights: WeightPlacement, activations_offloaded: bool
 ) -> dict[str, Any]:
-    """A step of the chain's lowest window, above which there are the most adapters; its prefix is in the cache."""
-    costs, task, means = _facts(shape, base, memory=2**40)
+    """A step of the chain's lowest window, which has the most adapters above it. The prefix is already in the cache."""
+    memory, requirements, resources = _planning(shape, base, budget=2**40)
     window = Window(0, width - 1)
-    parts = footprint(costs, task, window, shape.batch, shape.tokens, weights, activations_offloaded)
-    unbounded = plan(costs, task, window, means)
+    parts = footprint(memory, requirements, window, shape.batch, shape.tokens, weights, activations_offloaded)
+    unbounded = plan(memory, requirements, window, resources)
     assert unbounded
-    # The prefix is measured with whole turns: here it is made before, and costs nothing.
+    # An unmeasured turn makes the prefix first, so the plan needs no memory for it. The method ``turn`` measures the prefix.
     made = TurnPlan(
         window, shape.batch, weights, activations_offloaded, replace(unbounded.prefix, planned_bytes=0), parts, 0
     )
@@ -138,15 +140,15 @@ def _chain(
         "seconds": (many[0].seconds - one[0].seconds) / (_STEPS - 1),
         "cpu_seconds": (many[1] - one[1]) / (_STEPS - 1),
         "breakdown": parts.parts(),
-        "floor_bytes": _floor(parts, costs, shape),
+        "floor_bytes": _floor(parts, memory, shape),
     }
 
 
 def _turn(shape: Shape, base: ModelSource, width: int, budget: int) -> dict[str, Any]:
-    """A whole turn under the cap: the prefix of the second window is made, the window trained, the update sent."""
-    costs, task, means = _facts(shape, base, memory=budget)
+    """A whole turn under the cap ``budget``: the prefix of the second window, training, and the update."""
+    memory, requirements, resources = _planning(shape, base, budget)
     window = Window(1, width)
-    made = plan(costs, task, window, means)
+    made = plan(memory, requirements, window, resources)
     if made is None:
         return {"refused": "no plan fits the budget"}
     client = Client("client", "client", _examples(shape), budget, made, min(made.planned_bytes, budget))
@@ -170,23 +172,24 @@ def _turn(shape: Shape, base: ModelSource, width: int, budget: int) -> dict[str,
     }
 
 
-def _facts(shape: Shape, base: ModelSource, memory: int) -> tuple[MemoryProfile, TurnRequirements, ClientResources]:
+def _planning(shape: Shape, base: ModelSource, budget: int) -> tuple[MemoryProfile, TurnRequirements, ClientResources]:
+    """What the planner needs to know of the model, the job and a client with ``budget`` bytes of memory."""
     blocks = Blocks(base.folder, base.dtype)
     try:
-        costs = memory_profile_of(blocks, _BOTTLENECK, None if shape.language_model else _CLASSES)
+        memory = memory_profile_of(blocks, _BOTTLENECK, None if shape.language_model else _CLASSES)
     finally:
         blocks.close()
-    task = TurnRequirements(
+    requirements = TurnRequirements(
         start=0, batch_size=shape.batch, epochs=1, global_branch=True, trains_above=False, profiles=0
     )
-    means = ClientResources(memory, shape.tokens, cached=True, offload_disk=None, batch=shape.batch, one_step=False)
-    return costs, task, means
+    resources = ClientResources(budget, shape.tokens, cached=True, offload_disk=None, batch=shape.batch, one_step=False)
+    return memory, requirements, resources
 
 
 def _step(
     client: Client, base: ModelSource, shape: Shape, window: Window, epochs: int, capped: bool = False
 ) -> tuple[Update, float]:
-    """A turn of so many steps; its update, and its seconds of CPU time."""
+    """A turn of one step for each of ``epochs``: its update, and the CPU seconds that it took."""
     blocks = Blocks(base.folder, base.dtype)
     layers, hidden = blocks.num_layers, blocks.hidden_size
     blocks.close()
@@ -211,9 +214,12 @@ def _step(
     return update, process_time() - started
 
 
-def _floor(parts: Footprint, costs: MemoryProfile, shape: Shape) -> int:
-    """What must be there at this grain, whatever the activations: weights, what is trained, a batch in and a batch out."""
-    rows = shape.batch * shape.tokens * costs.hidden * costs.itemsize
+def _floor(parts: Footprint, memory: MemoryProfile, shape: Shape) -> int:
+    """The bytes that a step needs even without saved activations.
+
+    These are the weights in memory, the trained tensors with gradients and optimizer state, and a batch's input and output.
+    """
+    rows = shape.batch * shape.tokens * memory.hidden * memory.itemsize
     held = parts.layer_weights + parts.buffers + parts.adapters + parts.head + parts.gradients + parts.optimizer
     return held + 2 * rows
 

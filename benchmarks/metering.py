@@ -1,4 +1,4 @@
-"""What the clients of a run spend, turn by turn."""
+"""Counts what the clients of a run spend, turn by turn: steps, CPU seconds and bytes."""
 
 from collections.abc import Iterator, Sequence
 from time import perf_counter
@@ -9,48 +9,48 @@ from chainfed_ray.client.pool import ClientPool, Failure, Outcome
 
 
 class TurnFailed(RuntimeError):
-    """A client's turn gave nothing: a figure on fewer turns would be another's."""
+    """A client's turn failed. The run has no figures then: with a turn less it would be another run."""
 
 
 class Meter:
-    """Every turn so far, and the seconds that they took one after the other."""
+    """The cost of every turn so far. ``seconds`` is their total wall time, one after the other."""
 
     def __init__(self) -> None:
         self.turns: list[Spent] = []
         self.seconds = 0.0
 
     def point(self, accuracy: float) -> Point:
-        """What has been spent up to an accuracy on the validation rows."""
+        """A point of the learning curve: what has been spent so far, and the present accuracy on the validation rows."""
         return self.steps, self.cpu_seconds, self.sent_bytes, self.seconds, accuracy
 
     @property
     def steps(self) -> int:
-        """Optimizer steps."""
+        """The optimizer steps of all turns."""
         return sum(turn.steps for turn in self.turns)
 
     @property
     def cpu_seconds(self) -> float:
-        """Of the clients' processes."""
+        """The CPU seconds of all turns."""
         return sum(turn.cpu_seconds for turn in self.turns)
 
     @property
     def sent_bytes(self) -> int:
-        """From the clients to the server."""
+        """The bytes that clients sent to the server in all turns."""
         return sum(turn.sent_bytes for turn in self.turns)
 
 
 class MeteredPool:
-    """A pool whose turns are counted by ``meter``: those of training, of profiling and of fitting."""
+    """A pool that runs turns in another pool, and counts the cost of each with ``meter``."""
 
     def __init__(self, pool: ClientPool, meter: Meter) -> None:
         self._pool, self._meter = pool, meter
         self.narrowest_window: int | None = None
 
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
-        """As the pool does.
+        """Run the turns in the other pool, and count them.
 
         Raises:
-            TurnFailed: one of the turns did.
+            TurnFailed: one of the turns failed.
         """
         outcomes = self._pool.run(clients, order, deadline)
         while True:
@@ -69,7 +69,7 @@ class MeteredPool:
             yield outcome
 
     def close(self) -> None:
-        """Let the pool go."""
+        """Close the other pool."""
         self._pool.close()
 
 

@@ -1,4 +1,4 @@
-"""The methods that the accuracy benchmark compares. A method of a job's own is a dict of changes to the job document."""
+"""The methods that the accuracy benchmark compares. Each is a kind of training, and changes to a job's document."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,11 +10,11 @@ Part = Literal["budgets", "anyone", "able"]
 END_TO_END = "end-to-end"
 UNTRAINED = ("none", "fitted")  # kinds without rounds or rates
 
-# Chosen on validation rows; ``--rates`` tries others, the same for everyone.
+# Learning rates, chosen on validation rows. The option --rates tries others, the same for every method.
 _ADAPTERS, _HEAD, _FITTED, _PROBE, _LORA = 1e-2, 0.1, 1e-2, 0.3, 1e-2
-_WHOLE_HEAD = 0.03  # under adapters after every layer
+_WHOLE_HEAD = 0.03  # of a head that is trained with adapters after every layer
 
-# The paper's form, whatever the defaults of a job are by now.
+# The paper's method. All its keys are given here, so that it stays the same if the defaults of a job change.
 _CHAIN: Document = {
     "window": 2,
     "schedule": "staged",
@@ -30,10 +30,10 @@ _FEDAVG: Document = {"rule": "mean", "optimizer": "none", "proximal": 0.0}
 
 @dataclass(frozen=True)
 class Method:
-    """``changes`` are made to the job document; ``rates`` are (adapters, head), None for ``JobSpec``'s own.
+    """A method: ``changes`` to the job's document, and learning ``rates`` (adapters, head), None for those of ``JobSpec``.
 
-    ``part``: who takes part. Clients within their ``budgets``, all of them as if given whatever memory it takes
-    (``anyone``), or only those ``able`` to hold the whole model.
+    ``part`` says which clients take part: ``budgets``, the clients whose budget is enough; ``anyone``, all clients, with
+    unlimited memory; ``able``, only the class of clients that can hold the whole model.
     """
 
     name: str
@@ -44,12 +44,15 @@ class Method:
 
     @property
     def follows_defaults(self) -> bool:
-        """Whether it leaves to ``JobSpec`` what it does not change: where the defaults change, it is another method."""
+        """True if the method uses the defaults of ``JobSpec``. Its rows are valid only for the defaults with which they ran."""
         return "aggregation" not in self.changes
 
 
 def methods(layers: int, recipe_rates: tuple[float, float] | None = None) -> dict[str, Method]:
-    """Every method by name, for a base model of so many layers; the recommended recipe with its own rates unless given."""
+    """Every method by name, for a base model with ``layers`` layers.
+
+    The recommended recipe has ``recipe_rates``, or the rates of ``JobSpec`` if they are None.
+    """
     whole = _paper(window=layers, start=0, global_weight=0.0)
     top = layers - _CHAIN["window"]
     starts = range(top + 1)
@@ -84,7 +87,8 @@ AUTOMATIC = {
     "recommended": "recommended-start-",
     "recommended-best-exit": "recommended-start-",
 }
-"""The methods that find their start themselves, and how the names of the same with a fixed start begin."""
+"""The methods that find their start layer themselves. Each maps to the beginning of the names of the same method with a fixed
+start."""
 
 
 def _paper(**changes: Any) -> Document:
@@ -96,12 +100,12 @@ def _with_head(changes: Document, head: str) -> Document:
 
 
 def _top_layer(layers: int) -> Document:
-    """The frozen model alone: its job has a window only for there to be one."""
+    """The changes for methods on the frozen model alone. A job must have a window; this one is at the top and not trained."""
     return _paper(window=1, start=layers - 1)
 
 
 def merged(document: Document, changes: Document) -> Document:
-    """``document`` with ``changes``, section by section."""
+    """A copy of ``document`` with ``changes``. Sections are merged key by key."""
     result = dict(document)
     for key, value in changes.items():
         result[key] = merged(result[key], value) if isinstance(value, dict) and key in result else value

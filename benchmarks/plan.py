@@ -1,4 +1,4 @@
-"""``python -m benchmarks plan``: seconds of CPU until a job's dry run is told, and until it is known that it can run."""
+"""``python -m benchmarks plan``: the CPU seconds of a job's dry run, and of the check that it can run."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from benchmarks.shapes import PLANNED, Shape, written
 from chainfed_ray.units import format_seconds
 
 _WORDS, _ROWS, _CLASSES = 1000, 1000, 4
-# The smallest is left out: so the dry run also looks for the changes with which it would join.
+# The smallest class is excluded, so that the dry run also looks for the changes with which it could take part.
 _FLEET = (("watch", 8, "12MiB"), ("phone", 8, "256MiB"), ("silo", 4, "8GiB"))
 _CODE = {
     "plan": "from chainfed_ray.api.command.cli import main; main()",
@@ -34,23 +34,25 @@ _progress = Console(stderr=True, highlight=False)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
+    """Add the options of the command."""
     names = [shape.name for shape in PLANNED]
-    parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="all by default")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="for the weights, meanwhile")
+    parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="by default all")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="the folder for the temporary weights"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into this file")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure the rows that were asked for, and print them; each is written as soon as it is there."""
+    """Measure the rows that were asked for, write each as soon as it is measured, and print the table."""
     rows: list[Row] = []
     shapes = [shape for shape in PLANNED if shape.name in options.shapes]
     for model in dict.fromkeys(shape.model for shape in shapes):
         alike = [shape for shape in shapes if shape.model == model]
         with written(alike[0], options.scratch) as folder:
             if isinstance(folder, str):
-                _progress.print(f"{', '.join(shape.name for shape in alike)} is left out: {folder}.")
+                _progress.print(f"{', '.join(shape.name for shape in alike)} is skipped: {folder}.")
                 continue
             for shape in alike:
                 rows.append(_measure(shape, folder))
@@ -64,25 +66,25 @@ def run(options: argparse.Namespace) -> None:
 def _measure(shape: Shape, folder: Path) -> Row:
     job = a_job(shape, folder)
     found: Row = {"shape": shape.name, "check_cpu_seconds": _run("check", str(job))[0]}
-    found["plan_cpu_seconds"], told = _run("plan", "plan", str(job), "--json")
-    return found | {"estimated_seconds": json.loads(told)["estimated_seconds"]}
+    found["plan_cpu_seconds"], printed = _run("plan", "plan", str(job), "--json")
+    return found | {"estimated_seconds": json.loads(printed)["estimated_seconds"]}
 
 
 def _run(what: str, *arguments: str) -> tuple[float, str]:
-    """Seconds of CPU of a process of its own, from its start to its end, imports included; and what it printed."""
+    """Run one of ``_CODE`` in its own process; give its CPU seconds, imports included, and what it printed."""
     command = [sys.executable, "-c", _CODE[what], *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        told = process.stdout.read()
+        printed = process.stdout.read()
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{what} ended with {process.returncode}")
-    return used.ru_utime + used.ru_stime, told
+    return used.ru_utime + used.ru_stime, printed
 
 
 def a_job(shape: Shape, folder: Path) -> Path:
-    """A job of texts that all have as many tokens as ``shape``, with a tokenizer for the model in ``folder``."""
+    """Write a job file to ``folder``, with a tokenizer for the model there and texts of ``shape.tokens`` tokens each."""
     _tokenizer(shape).save_pretrained(folder)
     rows = folder / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(row) for row in _texts(shape)))
@@ -101,7 +103,7 @@ def a_job(shape: Shape, folder: Path) -> Path:
 
 
 def _tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
-    """A token for each word."""
+    """A tokenizer with one token for each word."""
     vocabulary = {"<pad>": 0, "<unk>": 1} | {f"w{number}": 2 + number for number in range(_WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

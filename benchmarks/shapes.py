@@ -1,4 +1,4 @@
-"""Models of well-known shapes with random weights, in a folder for as long as they are measured."""
+"""Models of well-known shapes with random weights, which exist in a temporary folder while they are measured."""
 
 import json
 import shutil
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-_BLOCK = 2**22  # random numbers, used again and again: a model of random weights is written in seconds
+_BLOCK = 2**22  # random numbers that all weights repeat, so that a model is written in seconds
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, the dtype of its weights, and the batch that it is measured with."""
+    """A model, the dtype of its weights, and the batch with which it is measured."""
 
     name: str
     family: str
@@ -31,11 +31,11 @@ class Shape:
 
     @property
     def model(self) -> tuple[str, str]:
-        """What its weights are: shapes with the same may share a folder."""
+        """The family and sizes of the model. Shapes with equal ones can share a folder of weights."""
         return self.family, json.dumps(self.sizes)
 
     def build(self) -> Any:
-        """The model without memory."""
+        """The model on the meta device: its parameters have shapes, and take no memory."""
         kind = AutoModelForCausalLM if self.language_model else AutoModel
         with torch.device("meta"):
             config = AutoConfig.for_model(self.family, **self.sizes)
@@ -77,12 +77,12 @@ SHAPES = {
         Shape("llama2-7b-4x256", "llama", _LLAMA2_7B, "bfloat16", 4, 256, language_model=True),
     )
 }
-# Those of the evaluation, with an evaluator's own batch.
+# The shapes of the evaluation benchmark, with an evaluator's batch.
 EVALUATED = (
     Shape("roberta-large-4x128", "roberta", _ROBERTA_LARGE, "float32", 4, 128, language_model=False),
     Shape("llama2-7b-4x128", "llama", _LLAMA2_7B, "bfloat16", 4, 128, language_model=True),
 )
-# Those of a dry run, with the batch of an optimizer step.
+# The shapes of the plan benchmark, with the batch of an optimizer step.
 PLANNED = (
     Shape("smollm2-135m-16x32", "llama", _SMOLLM2_135M, "float32", 16, 32, language_model=True),
     Shape("smollm2-135m-16x96", "llama", _SMOLLM2_135M, "float32", 16, 96, language_model=True),
@@ -93,7 +93,7 @@ PLANNED = (
 
 @contextmanager
 def written(shape: Shape, parent: Path) -> Iterator[Path | str]:
-    """A folder in ``parent`` with the model's configuration and random weights; or why there is no room for it."""
+    """A folder in ``parent`` with the model's configuration and random weights; or a sentence if the disk is too small."""
     model = shape.build()
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     needed = sum(tensor.nbytes for tensor in tensors.values())
@@ -108,7 +108,7 @@ def written(shape: Shape, parent: Path) -> Iterator[Path | str]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file: small random numbers, and ones for norms."""
+    """Write a safetensors file with small random numbers for matrices, and ones for norms and biases."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         header[name] = {

@@ -1,1 +1,1 @@
-"""Example job files, and a script that makes the model and the rows of one of them."""
+"""Example job files, programs that prepare what some of them need, and rules of one's own in Python."""

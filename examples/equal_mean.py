@@ -1,4 +1,4 @@
-"""An aggregation rule of one's own: every client counts the same, however many rows it has.
+"""An aggregation rule of your own: every client has the same weight, no matter how many rows it has.
 
 Run it with ``python -m examples.equal_mean``, from a checkout.
 """

@@ -1,4 +1,4 @@
-"""A client that misbehaves: a pool of one's own that reverses what one client sends, and a rule that withstands it.
+"""A client that misbehaves: a pool of your own reverses the updates of one client, and the median withstands them.
 
 Run it with ``python -m examples.misbehaving_client``, from a checkout.
 """
@@ -17,13 +17,13 @@ from examples.own_job import a_job
 
 
 class Reversing:
-    """A pool in which the client called ``name`` sends the opposite of what it learnt, ten times over."""
+    """A pool in which the client called ``name`` sends the opposite of its update, ten times as large."""
 
     def __init__(self, pool: ClientPool, name: str) -> None:
         self._pool, self._name = pool, name
 
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
-        """See ``ClientPool``."""
+        """Run the turns in the other pool, and alter one client's updates (see ``ClientPool``)."""
         for place, result in self._pool.run(clients, order, deadline):
             if clients[place].name == self._name and isinstance(result, Update) and isinstance(order, Training):
                 tensors = {
@@ -34,17 +34,17 @@ class Reversing:
             yield Outcome(place, result)
 
     def close(self) -> None:
-        """See ``ClientPool``."""
+        """Close the other pool."""
         self._pool.close()
 
 
 def with_a_liar(source: ModelSource, note: Note) -> ClientPool:
-    """The pool of this process, with a client that lies."""
+    """A pool in this process in which the client phone-0 misbehaves."""
     return Reversing(LocalPool(source), "phone-0")
 
 
 if __name__ == "__main__":
-    # A fitted head is made of plain sums, which one client can spoil: the head begins at zero.
+    # A fitted head is made of plain sums, which one client can spoil. So the head starts at zero.
     job = a_job("misbehaving", chain={"head": "zero", "start": 4})
     for record in run_job(job, Path("chainfed-python/misbehaving"), pool=with_a_liar, aggregation=median):
         print(record, flush=True)

@@ -1,4 +1,4 @@
-"""The job of the examples in Python: sentences of docstrings, eight clients of 64 MiB, a minute or two of one core."""
+"""The job that the Python examples share: docstrings, eight clients of 64 MiB. It takes a minute or two on one core."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from chainfed_ray.spec.parse import parse_job
 
 
 def a_job(name: str, **sections: Any) -> JobSpec:
-    """A job called ``name``; ``sections`` are more of its document."""
+    """The job with the name ``name``. ``sections`` are further sections of its document, or replace some."""
     return parse_job(
         {
             "name": name,

@@ -1,4 +1,4 @@
-"""A partition of one's own: each client has rows of about two classes (McMahan et al., 2017, section 3).
+"""A partition of your own: each client has rows of about two classes (McMahan et al., 2017, section 3).
 
 Run it with ``python -m examples.two_classes_each``, from a checkout.
 """
@@ -13,7 +13,7 @@ from examples.own_job import a_job
 
 
 def two_classes_each(labels: np.ndarray, groups: Sequence[str], clients: int, seed: int) -> list[np.ndarray]:
-    """Sort the rows by class, cut them into two pieces a client, and give each client two pieces at random."""
+    """Sort the rows by class, cut them into twice as many pieces as clients, and give each client two random pieces."""
     pieces = np.array_split(np.argsort(labels, kind="stable"), 2 * clients)
     places = np.random.default_rng(seed).permutation(2 * clients)
     return [np.concatenate([pieces[first], pieces[second]]) for first, second in places.reshape(clients, 2)]

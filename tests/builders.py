@@ -1,6 +1,6 @@
-"""Small real jobs and their records: what more than one file of tests builds, runs and compares.
+"""Builds, runs and compares small real jobs and their records, for more than one file of tests.
 
-Models are built in ``models.py``, language models in ``causal.py``, and pools that alter what clients send in ``pools.py``.
+``models.py`` has the models, ``causal.py`` the language models, and ``pools.py`` the pools that alter what clients send.
 """
 
 import io
@@ -32,7 +32,7 @@ MIB = 2**20
 
 
 def a_document(model: Path, data: Path) -> dict[str, Any]:
-    """A job that takes seconds: the fixture ``document``, for fixtures that many tests share."""
+    """The document of a job that takes seconds. The fixture ``document`` is the same; this one is for wider fixtures."""
     return {
         "name": "tiny",
         "model": {"base": f"path:{model}"},
@@ -44,7 +44,7 @@ def a_document(model: Path, data: Path) -> dict[str, Any]:
     }
 
 
-# A job that is submitted, and never run.
+# A job for tests that submit it, and never run it.
 SPEC = parse_job(
     {
         "name": "tiny",
@@ -57,12 +57,15 @@ PRIVACY = {"clip": 0.5, "noise_multiplier": 0.8}
 
 
 def a_job(document: dict[str, Any], folder: Path) -> PlannedJob:
-    """The prepared job of ``document``."""
+    """The job of ``document``, planned and checked."""
     return prepare_job(parse_job(document), folder / "scratch")
 
 
 def like(job: PlannedJob, folder: Path, **sections: Any) -> PlannedJob:
-    """The same rows with other keys, and disk of its own; only for keys that no plan follows from."""
+    """A copy of ``job`` with other keys in some sections, and with its own scratch folder in ``folder``.
+
+    The rows and the plans are kept, so the keys must be ones that do not change them.
+    """
     document = job.spec.document()
     for section, keys in sections.items():
         document[section] = {**(document[section] or {}), **keys}
@@ -83,14 +86,14 @@ def smallest_budget(document: dict[str, Any], folder: Path, width: int) -> int:
 
 
 def with_secret(secret: bytes, folder: Path) -> Path:
-    """A folder for the log of a private job whose secret is known: what else would be the same two times?"""
+    """A folder for the commit log of a private job with the given secret, so that two runs add the same noise."""
     folder.mkdir(parents=True)
     (folder / "privacy.key").write_bytes(secret)
     return folder
 
 
 def noise_of(noise: Noise, name: str, shape: torch.Size) -> Tensor:
-    """The noise of a tensor by itself, in float64."""
+    """The noise that is added to the tensor called ``name``, in float64."""
     drawn = torch.zeros(shape, dtype=torch.float64)
     noise.add_to(name, drawn)
     return drawn
@@ -100,7 +103,10 @@ ROWS = [{"text": f'sentence, "{index}"\nof «{"ab"[index % 2]}»', "label": "ab"
 
 
 def rows_in(folder: Path, form: str) -> str:
-    """The source of ``ROWS`` as a file or, for ``hub``, as a data set with named classes as `datasets` loads it."""
+    """Write ``ROWS`` to ``folder``, and give their source as in a job.
+
+    ``form`` is the format of the file or, for ``hub``, a data set with named classes that `datasets` can load.
+    """
     frame, path = pd.DataFrame(ROWS), folder / f"rows.{form}"
     if form == "csv":
         frame.to_csv(path, index=False)
@@ -124,7 +130,7 @@ def rows_in(folder: Path, form: str) -> str:
 
 
 def run(job: PlannedJob, folder: Path, pool: ClientPool | None = None) -> tuple[Coordinator, Tensors]:
-    """The job from its first round to its end: its coordinator, and the stack that it came to."""
+    """Run a job to its end, and give its coordinator and the tensors of its stack."""
     coordinator = Coordinator(job, pool or LocalPool(job.base), CommitLog(folder))
     list(coordinator.rounds())
     coordinator.finish()
@@ -132,7 +138,7 @@ def run(job: PlannedJob, folder: Path, pool: ClientPool | None = None) -> tuple[
 
 
 def run_some(job: PlannedJob, folder: Path, rounds: int) -> None:
-    """The first ``rounds`` of a job whose coordinator is then no more."""
+    """Run the first ``rounds`` of a job, and then stop its coordinator."""
     records = Coordinator(job, LocalPool(job.base), log := CommitLog(folder)).rounds()
     for _ in range(rounds):
         assert next(records) == log.rounds()[-1], "durable before it is reported"
@@ -140,14 +146,14 @@ def run_some(job: PlannedJob, folder: Path, rounds: int) -> None:
 
 
 def assert_same(first: Tensors, second: Tensors) -> None:
-    """The same tensors, bit for bit."""
+    """Assert that both have the same tensors, bit for bit."""
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
 
 
 def story(folder: Path) -> list[dict[str, Any]]:
-    """The rounds on record, without what time and the machine put there."""
+    """The committed rounds as plain data, without the seconds and bytes that differ from run to run."""
     rounds = [record.model_dump(exclude={"seconds"}) for record in CommitLog(folder).rounds()]
     for record in rounds:
         record["turns"] = [
@@ -172,7 +178,7 @@ FINISHED = JobFinished(accuracy=0.728, loss=0.8, rounds=3, peak_bytes={"phone": 
 
 
 def a_start(layers: int = 6, start: int = 2, fleet: tuple[tuple[str, int, int], ...] = FLEET) -> JobStarted:
-    """Everybody with 32 MiB or more takes part."""
+    """The start of a job in which every client with 32 MiB or more takes part."""
     clients = [(f"{name}-{index}", name, memory * MIB) for name, memory, count in fleet for index in range(count)]
     return JobStarted(
         admitted=tuple(
@@ -193,7 +199,7 @@ def a_start(layers: int = 6, start: int = 2, fleet: tuple[tuple[str, int, int], 
 
 
 def a_round(index: int, job_started: JobStarted, **changes: Any) -> Round:
-    """A round of the first stage, if ``changes`` do not say otherwise, in which the first three clients took part."""
+    """A round in which the first three clients took part: of the first stage, unless ``changes`` say otherwise."""
     bottom = changes.get("bottom", 2)
     turns = tuple(
         Turn(
@@ -213,12 +219,12 @@ def a_round(index: int, job_started: JobStarted, **changes: Any) -> Round:
 
 
 def a_console(terminal: bool = False) -> Console:
-    """A console of 80 columns whose text can be had."""
+    """A console of 80 columns that records its text."""
     return Console(width=80, force_terminal=terminal, record=True, file=io.StringIO(), highlight=False)
 
 
 def told(progress: ProgressDisplay, job_started: JobStarted, rounds: list[Round]) -> None:
-    """Show a job's opening, and then its rounds."""
+    """Show that a job started, and then its rounds."""
     progress.job_started(job_started)
     for record in rounds:
         progress.round(record)

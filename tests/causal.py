@@ -1,4 +1,4 @@
-"""Tiny language models with a tokenizer of bytes, a stack for them, and the plain computation of their logits."""
+"""Builds tiny language models with a tokenizer of bytes, and stacks for them, and computes their logits plainly."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def causal_folder(family: str, folder: Path, chat: bool = False) -> Path:
 
 
 def byte_tokenizer(chat: bool) -> PreTrainedTokenizerFast:
-    """Tokens 0, 1 and 2 stand for padding, the beginning and the end; each other one is a byte."""
+    """A tokenizer of bytes. Tokens 0, 1 and 2 are padding, the beginning and the end; every other token is a byte."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2}
     vocabulary |= {byte: 3 + place for place, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -39,7 +39,7 @@ def byte_tokenizer(chat: bool) -> PreTrainedTokenizerFast:
 
 
 def a_causal_stack(folder: Path, layers: tuple[int, ...] = (0, 1), seed: int = 0) -> SavedStack:
-    """A stack in which no value is one that could hide a mistake."""
+    """A stack with random values: a value of 0 or 1 could hide a mistake."""
     stack = AdapterStack.new(layers, 32, 8, None, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -50,7 +50,10 @@ def a_causal_stack(folder: Path, layers: tuple[int, ...] = (0, 1), seed: int = 0
 
 @torch.no_grad()
 def streamed_logits(folder: Path, stack: AdapterStack, ids: Tensor, mask: Tensor) -> Tensor:
-    """The logits [B, T, V] of token ids and their mask [B, T], a layer and a slice of the head in memory at a time."""
+    """The logits [B, T, V] of token ids and their mask [B, T].
+
+    One layer and one slice of the head are in memory at a time.
+    """
     blocks = Blocks(folder, torch.float32)
     finished = blocks.finish(chain_outputs(blocks, stack, ids, mask)[-1], mask)
     reader = blocks.reader()
@@ -62,7 +65,7 @@ def streamed_logits(folder: Path, stack: AdapterStack, ids: Tensor, mask: Tensor
 
 
 def written(generator: Generator, saved: SavedStack, prompt: str, sampling: Sampling) -> tuple[str, Piece]:
-    """The text, and its last piece."""
+    """The text that the generator writes, and its last piece."""
     pieces: list[Piece] = []
     generator.write(saved, prompt, sampling, pieces.append)
     assert [piece.finish_reason is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]

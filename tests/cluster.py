@@ -1,4 +1,4 @@
-"""A Ray cluster of this process, pools on it, and whether this machine has what DeepSpeed needs."""
+"""Starts a Ray cluster for tests and pools on it, and tells whether this machine has what DeepSpeed needs."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ needs_ops = pytest.mark.skipif(not are_built(ops_folder()), reason="DeepSpeed's 
 
 @contextmanager
 def one_machine() -> Iterator[None]:
-    """Two cores, and room for the clients of several pools."""
+    """A Ray cluster of two cores, with slots for the clients of several pools."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(
         num_cpus=2,
@@ -35,7 +35,7 @@ def one_machine() -> Iterator[None]:
 
 @contextmanager
 def a_pool(base: ModelSource, slots: int, note: Note = lambda words: None) -> Iterator[RayPool]:
-    """A pool with processes of its own."""
+    """A pool with its own client processes, which is closed at the end."""
     pool = RayPool(base, slots, note)
     try:
         yield pool

@@ -1,4 +1,4 @@
-"""What many tests share: a tiny model, rows, a job, and one Ray cluster."""
+"""The fixtures that many tests share: a tiny model, rows, a job, and one Ray cluster."""
 
 import gc
 import json
@@ -26,7 +26,7 @@ from tests.models import tiny
 
 torch.set_num_threads(1)
 
-# Files whose tests share the Ray cluster of one process, and a file that starts clusters of its own.
+# Files whose tests share the Ray cluster of one process, and the file that starts its own clusters.
 WITH_RAY = (
     "test_cohort_ray.py",
     "test_offload.py",
@@ -44,17 +44,17 @@ _WORDS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_collections() -> None:
-    """A measured turn begins with a garbage collection: it need not look at every library each time."""
+    """Freeze the objects of the libraries, so that the garbage collection before each measured turn is quick."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def models_are_rehearsed_once() -> Iterator[None]:
-    """A job begins with seconds of arithmetic on its model; what comes of them is the same for the same model."""
+def models_are_traced_once() -> Iterator[None]:
+    """Keep the memory profile of each model: tracing a model takes seconds, and gives the same profile each time."""
     known = dict[tuple[object, ...], MemoryProfile]()
 
-    def costs_once(blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int) -> MemoryProfile:
+    def traced_once(blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int) -> MemoryProfile:
         weights = tuple(header_of(path) for path in sorted(blocks.folder.glob("*.safetensors")))
         config = (blocks.folder / "config.json").read_bytes()
         key = (config, weights, blocks.dtype, bottleneck, classes, head_layers)
@@ -64,12 +64,12 @@ def models_are_rehearsed_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (job, dry_run):
-            patch.setattr(module, "memory_profile_of", costs_once)
+            patch.setattr(module, "memory_profile_of", traced_once)
         yield
 
 
 def header_of(weights: Path) -> bytes:
-    """The names, shapes and dtypes in a safetensors file."""
+    """The header of a safetensors file: the names, shapes and dtypes of its tensors."""
     with weights.open("rb") as file:
         return file.read(int.from_bytes(file.read(8), "little"))
 
@@ -84,7 +84,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 rows of three classes that differ by their words."""
+    """A file of 120 rows, of three classes with different words."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = [
         {"text": " ".join(words[(row + place) % 4] for place in range(3 + row % 4)), "label": label}
@@ -97,13 +97,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def document(tiny_model_folder: Path, tiny_data: Path) -> dict[str, Any]:
-    """A job that takes seconds; a test changes what it is about."""
+    """The document of a job that takes seconds. A test changes the keys that it is about."""
     return a_document(tiny_model_folder, tiny_data)
 
 
 @pytest.fixture
 def mixed(document: dict[str, Any], tmp_path: Path) -> PlannedJob:
-    """Two clients that can hold a window of 3, and two that can hold one adapter of it."""
+    """A job with two clients that can hold a window of 3, and two that can hold a window of 1."""
     document["chain"] |= {"window": 3, "start": 1, "adapter": {"bottleneck": 4096}}
     document["rounds"] |= {"total": 1, "clients": 4, "quorum": 4}
     small = smallest_budget(document, tmp_path / "any", 2) - 1
@@ -117,28 +117,28 @@ def mixed(document: dict[str, Any], tmp_path: Path) -> PlannedJob:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """The one Ray cluster of this process."""
+    """The Ray cluster of this process, of which there can be only one."""
     with one_machine():
         yield
 
 
 @pytest.fixture(scope="session")
 def shared_pool(cluster: None, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayPool]:
-    """A pool of two processes for jobs on the tiny model: a process takes ten seconds to start."""
+    """A pool of two processes for jobs on the tiny model. Tests share it, since a process takes ten seconds to start."""
     with a_pool(ModelSource(tiny_model_folder, torch.float32, tmp_path_factory.mktemp("shared")), slots=2) as pool:
         yield pool
 
 
 @pytest.fixture
 def ray_pool(shared_pool: RayPool) -> RayPool:
-    """The shared pool, for one job: clients of jobs before it had other rows, of which nothing is kept."""
+    """The shared pool for one job. The caches of earlier jobs are removed, since their clients had other rows."""
     shutil.rmtree(shared_pool.base.scratch, ignore_errors=True)
     return shared_pool
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where several processes run tests, a file is run by one, and all files that share a Ray cluster by the same one."""
+    """Give each file to one process of pytest-xdist, and all files that share a Ray cluster to the same process."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
@@ -150,7 +150,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long comes first, so that at the end no process is left alone with it."""
+    """Run slow files first, so that no process is still busy with one when all others have finished."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     for item in items:
         shares = "cluster" in getattr(item, "fixturenames", ())

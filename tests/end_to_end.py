@@ -1,4 +1,4 @@
-"""The oracle of a chain of one window: the whole Hugging Face model, and autograd through all of it."""
+"""End-to-end training by plain Hugging Face code, against which a chain of one window is tested."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from chainfed_ray.model.pooling import mean_over_tokens
 
 
 class EndToEnd:
-    """The whole Hugging Face model, frozen, with an adapter after each layer: hooks, and nothing of our chain."""
+    """The whole Hugging Face model, frozen, with an adapter after each layer. It uses hooks, and none of the chain's code."""
 
     def __init__(self, folder: Path, examples: Examples) -> None:
         self._model = AutoModel.from_pretrained(folder).eval().requires_grad_(False)
         self._layers = self._model.encoder.layer
         self._examples = examples
-        # What is below the lowest adapter is always run in the same micro-batches, as the cache promises.
+        # The layers below the lowest adapter run in the same micro-batches as in the prefix cache, so that the bits are equal.
         self._lowest: dict[int, Tensor] = {}
         for indices in examples.by_length(PREFIX_BATCH):
             outputs: list[Tensor] = []
@@ -34,7 +34,7 @@ class EndToEnd:
             }  # fmt: skip
 
     def loss(self, stack: AdapterStack, indices: np.ndarray) -> Tensor:
-        """The sum of the cross-entropies of some examples."""
+        """The sum of the cross-entropies of the examples at ``indices``, in nats."""
         lowest = torch.nn.utils.rnn.pad_sequence([self._lowest[index] for index in indices.tolist()], batch_first=True)
         batch = self._examples.batch(indices)
         means: list[Tensor] = []
@@ -43,7 +43,9 @@ class EndToEnd:
         def follow(place: int, output: Tensor) -> Tensor:
             nonlocal last
             last = stack.adapter(place)(lowest if place == 0 else output)
-            if place + 1 < len(self._layers):  # here, so that gradients are added up in the same order
+            if place + 1 < len(
+                self._layers
+            ):  # pooled here, so that gradients are added up in the same order as in the chain
                 means.append(mean_over_tokens(last, batch.mask))
             return last
 

@@ -1,8 +1,7 @@
-"""A process that takes turns of many shapes, each under the cap of its plan: ``python -m tests.measured FOLDER FAMILY``.
+"""Takes turns of many shapes in a fresh process, each under the cap of its plan: ``python -m tests.measured FOLDER FAMILY``.
 
-A family with ``-lm`` is a language model with its own head, of 32,000 tokens; one with ``-bf16`` is in bfloat16.
-
-It prints a JSON object for each: the shape, the bytes planned and the bytes measured.
+A family with ``-lm`` is a language model with its own head, of 32,000 tokens; a family with ``-bf16`` is in bfloat16. It prints
+a JSON object for each turn: the shape, the planned bytes and the measured bytes.
 """
 
 import json
@@ -71,33 +70,33 @@ def main(folder: Path, family: str) -> None:
     base = ModelSource(folder / "model", dtype, folder / "scratch")
     classes = None if is_lm else 8
     blocks = Blocks(base.folder, base.dtype)
-    costs = memory_profile_of(blocks, 64, classes, head_layers=1 if is_lm else 2)
+    memory = memory_profile_of(blocks, 64, classes, head_layers=1 if is_lm else 2)
     blocks.close()
     warm_up(base)
     for shape in grid(family):
-        print(json.dumps(measure(base, costs, *shape, classes)), flush=True)
+        print(json.dumps(measure(base, memory, *shape, classes)), flush=True)
 
 
 def measure(
-    base: ModelSource, costs: MemoryProfile, batch: int, tokens: int, width: int, budget: int, classes: int | None
+    base: ModelSource, memory: MemoryProfile, batch: int, tokens: int, width: int, budget: int, classes: int | None
 ) -> dict[str, object]:
-    """One turn of two steps, of the second window: two layers below it are run."""
+    """Take one turn of two steps in the second window, so that a prefix of two layers is run first."""
     generator = np.random.default_rng(0)
     ids = generator.integers(3, 1000, 2 * batch * tokens).astype(np.int32)
     examples = Examples(ids, np.arange(2 * batch + 1) * tokens, generator.integers(0, 8, 2 * batch))
     examples = replace(examples, targets=examples.every_token)
     fits = classes is not None
-    task = TurnRequirements(
+    requirements = TurnRequirements(
         start=0, batch_size=batch, epochs=1, global_branch=True, trains_above=False, profiles=0, fits_head=fits
     )
-    planner = Planner(costs, task)
+    planner = Planner(memory, requirements)
     candidate = Candidate(f"{batch}-{tokens}-{width}-{budget}", "any", examples, budget, None)
     stage = Window(1, width)
     plan = planner.plan(candidate, stage)
     assert plan is not None
     order = Training(
         AdapterStack.new(
-            range(costs.layers), costs.hidden, 64, classes, seed=0, head_layers=costs.head_layers
+            range(memory.layers), memory.hidden, 64, classes, seed=0, head_layers=memory.head_layers
         ).tensors(),
         stage,
         epochs=1,
@@ -116,7 +115,7 @@ def measure(
         return order
 
     client = as_client(candidate, plan, plan.planned_bytes)
-    # The first turn makes the prefix, and the plan holds for whichever needs more.
+    # With a fitted head the first turn makes the prefix. The plan must hold for the turn that needs more.
     orders: list[Callable[[], TurnOrder]] = [lambda: Fitting(fetch().tensors, stage), fetch] if fits else [fetch]
     peaks = [take_turn(client, base, order, capped=True).peak_bytes for order in orders]
     return {

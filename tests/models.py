@@ -1,4 +1,4 @@
-"""Tiny models with random weights, made in memory and saved as a user's would be; and stacks that are no identity."""
+"""Builds tiny models with random weights, and stacks for them, and computes their outputs plainly."""
 
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def _config(family: str, layers: int, vocabulary: int, **options: Any) -> PreTra
 
 
 def _made(kind: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """The same weights in every process, whatever it drew before."""
+    """A model whose weights depend on ``seed`` alone, not on random numbers that were drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = kind.from_config(config)
@@ -80,7 +80,7 @@ def _made(kind: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def chain_outputs(blocks: Blocks, stack: AdapterStack, ids: Tensor, mask: Tensor) -> list[Tensor]:
-    """What each layer of the chain makes of token ids and their mask [B, T], [B, T, D]: a layer in memory at a time."""
+    """The output [B, T, D] of each layer of the chain, for token ids and their mask [B, T]. One layer is loaded at a time."""
     hidden, calls = blocks.embed(ids, mask)
     outputs = []
     for index in range(blocks.num_layers):
@@ -92,7 +92,7 @@ def chain_outputs(blocks: Blocks, stack: AdapterStack, ids: Tensor, mask: Tensor
 
 
 def a_stack(layers: range, seed: int = 0, head_layers: int = 1) -> AdapterStack:
-    """Adapters that are far from the identity."""
+    """A stack with random values, whose adapters are far from the identity."""
     stack = AdapterStack.new(layers, 32, 4, 2, seed, head_layers)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def a_stack(layers: range, seed: int = 0, head_layers: int = 1) -> AdapterStack:
 
 
 def a_saved_stack(folder: Path, layers: tuple[int, ...] = (1, 2, 3), classes: int = 3, seed: int = 0) -> SavedStack:
-    """A stack in which no value is one that could hide a mistake; another seed's head reads another number of layers."""
+    """A stack with random values: a value of 0 or 1 could hide a mistake. The number of head layers depends on the seed."""
     stack = AdapterStack.new(layers, 32, 8, classes, seed, head_layers=3 - seed % 3)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def a_saved_stack(folder: Path, layers: tuple[int, ...] = (1, 2, 3), classes: in
 
 @torch.no_grad()
 def class_logits(folder: Path, stack: AdapterStack, ids: Tensor, mask: Tensor) -> Tensor:
-    """The logits [B, C] of token ids and their mask [B, T], a layer in memory at a time."""
+    """The logits [B, C] of token ids and their mask [B, T]. One layer is in memory at a time."""
     blocks = Blocks(folder, torch.float32)
     *below, last = chain_outputs(blocks, stack, ids, mask)
     means = torch.stack([mean_over_tokens(hidden, mask) for hidden in below], 1)

@@ -1,4 +1,4 @@
-"""What a planner may be asked, as Hypothesis draws it: base models large and small, jobs, and the means of clients."""
+"""Hypothesis strategies for the planner: memory profiles of base models, jobs' requirements and clients' resources."""
 
 from dataclasses import replace
 
@@ -15,7 +15,11 @@ WAYS: tuple[tuple[WeightPlacement, bool], ...] = (("resident", False), ("streame
 
 
 def demand(saved: int, constant: int, forward: int, backward: int, squares: int) -> PartMemory:
-    """A part that keeps ``saved`` bytes of a token, and has so many more in its hands meanwhile, beside input and output."""
+    """The memory of a part of a turn. It saves ``saved`` bytes a token for the backward pass.
+
+    Beside its input and output it holds ``forward`` and ``backward`` more bytes a token while it runs. ``constant`` is its
+    own bytes, and ``squares`` are bytes for each pair of tokens.
+    """
 
     def terms(*, per_token: int, own: int, per_pair: int) -> BytePolynomial:
         return BytePolynomial(((own, 0, 0), (0, per_token, per_pair)))
@@ -31,12 +35,13 @@ def demand(saved: int, constant: int, forward: int, backward: int, squares: int)
 
 
 def on_disk(part: PartMemory) -> PartMemory:
-    """The same part with what it saved on disk: read again in the backward pass, half of it at a time at the most."""
+    """The same part with its activations offloaded to disk. The backward pass reads at most half of them at a time."""
     per_token = 2 * ROW + part.saved.terms[1][1] // 2
     return replace(part, saved=NOTHING, backward=(BytePolynomial(((0, 0, 0), (0, per_token, part.saved.terms[1][2]))),))
 
 
 def few(most: int) -> st.SearchStrategy[int]:
+    """Whole numbers from 0 to ``most``."""
     return st.integers(0, most)
 
 
@@ -45,7 +50,7 @@ demands = st.builds(demand, few(12 * ROW), few(200), few(4 * ROW), few(4 * ROW),
 
 @st.composite
 def all_costs(draw: st.DrawFn) -> MemoryProfile:
-    """Of base models large and small beside their activations and the buffers of streamed matrices."""
+    """Memory profiles of base models that are large or small beside their activations and the buffers of streamed weights."""
     layer = draw(st.integers(1, 10**7))
     kept = StepMemory(draw(demands), draw(demands), draw(demands), draw(demands))
     return MemoryProfile(
@@ -71,7 +76,7 @@ def all_costs(draw: st.DrawFn) -> MemoryProfile:
 
 @st.composite
 def all_tasks(draw: st.DrawFn) -> tuple[TurnRequirements, Window]:
-    """A job, and one of its stages."""
+    """The requirements of a job, and the window of one of its stages."""
     start = draw(st.integers(0, LAYERS - 1))
     bottom = draw(st.integers(start, LAYERS - 1))
     global_branch = draw(st.booleans())
@@ -99,5 +104,5 @@ planned = settings(deadline=None, max_examples=100)
 
 
 def needed(costs: MemoryProfile, task: TurnRequirements, stage: Window, means: ClientResources) -> int:
-    """The least memory with which there is a plan."""
+    """The least memory, in bytes, with which there is a plan."""
     return shortfall(costs, task, stage, replace(means, memory=0))

@@ -1,4 +1,4 @@
-"""Pools in which something goes wrong: each is another pool whose clients' answers are altered, lost or overheard."""
+"""Pools in which something goes wrong. Each runs turns in another pool, and alters, drops or records the answers."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ _LATE = Failure("missed the deadline")
 
 
 class Altered:
-    """A pool whose answers ``alter`` changes, as they come."""
+    """A pool that passes each answer of another pool through ``alter``."""
 
     def __init__(self, pool: ClientPool, alter: Alter) -> None:
         self._pool, self._alter = pool, alter
@@ -33,7 +33,7 @@ class Altered:
 
 
 class Backwards(Altered):
-    """A pool whose answers come in the opposite order."""
+    """A pool that gives the answers of another pool in reverse order."""
 
     def __init__(self, pool: ClientPool) -> None:
         super().__init__(pool, lambda client, order, answer: answer)
@@ -44,7 +44,7 @@ class Backwards(Altered):
 
 
 class Heard(Altered):
-    """A pool that alters nothing and keeps all: whom it was asked to run each time, and what a reader of the updates sees."""
+    """A pool that alters nothing. It records the names of the clients of each call, and every update with its order."""
 
     def __init__(self, pool: ClientPool) -> None:
         super().__init__(pool, self._hear)
@@ -63,9 +63,9 @@ class Heard(Altered):
 
 
 class Greedy(Altered):
-    """A pool whose clients of some names exceed every plan above ``enough`` bytes.
+    """A pool in which the clients called ``greedy`` exceed every plan of more than ``enough`` bytes.
 
-    Where they are ``modest``, that is so only while they are held to less than what they declared.
+    If they are ``modest``, they do so only under a cap below all the memory that they declared.
     """
 
     def __init__(self, pool: ClientPool, greedy: Collection[str], enough: int = 0, modest: bool = False) -> None:
@@ -84,11 +84,11 @@ class Greedy(Altered):
 
 
 class Killed(BaseException):
-    """The end of a process, as far as it can be had within one: nothing in the code may catch it."""
+    """Stands for the death of a process, within a living one. No code may catch it."""
 
 
 class Nobody:
-    """A pool that no client answers."""
+    """A pool in which no client answers."""
 
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """See ``ClientPool``."""
@@ -99,7 +99,10 @@ class Nobody:
 
 
 def silent(pool: ClientPool, names: Collection[str], exit_of: int | None = None) -> Altered:
-    """Clients of some names never answer; with ``exit_of``, only where a head is fitted to the output of that layer."""
+    """A pool in which the clients called ``names`` never answer.
+
+    With ``exit_of`` they do not answer only if a head is fitted to the output of that layer.
+    """
 
     def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
         asked = exit_of is None or (isinstance(order, Fitting) and order.window.top == exit_of)
@@ -109,8 +112,9 @@ def silent(pool: ClientPool, names: Collection[str], exit_of: int | None = None)
 
 
 def rough(pool: ClientPool) -> Altered:
-    """Updates add up to something else in another order: those of the clients 0 and 1 of a name cancel out, and between them
-    anything that is not enormous is lost.
+    """A pool whose updates have another sum if they are added in another order.
+
+    The updates of clients 0 and 1 are enormous and cancel out. Any update that is added between them is lost to rounding.
     """
 
     def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
@@ -123,7 +127,7 @@ def rough(pool: ClientPool) -> Altered:
 
 
 def spoilt(pool: ClientPool, names: Collection[str], shape: bool = False) -> Altered:
-    """Some clients' updates hold a value that is no number, or with ``shape`` a tensor of the wrong one."""
+    """A pool in which the updates of the clients called ``names`` hold NaN or, with ``shape``, a tensor of a wrong shape."""
 
     def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
         if client.name not in names or not isinstance(answer, Update):
@@ -134,7 +138,7 @@ def spoilt(pool: ClientPool, names: Collection[str], shape: bool = False) -> Alt
 
 
 def poisoned(pool: ClientPool, names: Collection[str]) -> Altered:
-    """Some clients send the opposite of what they learned, a hundred times as strong."""
+    """A pool in which the clients called ``names`` send the opposite of their update, a hundred times as large."""
 
     def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
         if client.name not in names or not isinstance(answer, Update):
@@ -147,7 +151,10 @@ def poisoned(pool: ClientPool, names: Collection[str]) -> Altered:
 
 
 def lying(pool: ClientPool, name: str, lies: Mapping[str, float]) -> Altered:
-    """A client multiplies tensors of its sums for a head by some factor; without ``lies`` it sends no sums at all."""
+    """A pool in which the client called ``name`` multiplies tensors of its sums for a head by the factors in ``lies``.
+
+    Without ``lies`` the client sends an update in place of its sums.
+    """
 
     def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
         if client.name != name or not isinstance(answer, HeadSums):
@@ -160,7 +167,7 @@ def lying(pool: ClientPool, name: str, lies: Mapping[str, float]) -> Altered:
 
 
 def dying(pool: ClientPool, turns: int, kind: type[TurnOrder] = Training) -> Altered:
-    """The process ends once ``turns`` turns of a kind of order were taken."""
+    """A pool whose process dies after ``turns`` turns of a ``kind`` of order."""
     left = turns
 
     def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
@@ -175,7 +182,7 @@ def dying(pool: ClientPool, turns: int, kind: type[TurnOrder] = Training) -> Alt
 
 
 def failing(pool: ClientPool, reason: str) -> Altered:
-    """Every turn fails."""
+    """A pool in which every turn fails with ``reason``."""
     return Altered(pool, lambda client, order, answer: Failure(reason))
 
 

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for the tests, on a socket of its own."""
+"""Starts a real PostgreSQL server for the tests, which listens on its own socket only."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ _NAME = "chainfed"
 
 
 def installed() -> Path | None:
-    """The folder of the server's programs; Debian keeps it off the PATH."""
+    """The folder of the server's programs, None if it is not installed. Debian keeps the folder off the PATH."""
     found = [*map(Path, filter(None, [shutil.which("initdb")])), *Path("/usr/lib/postgresql").glob("*/bin/initdb")]
     return found[-1].parent if found else None
 
@@ -23,7 +23,7 @@ def installed() -> Path | None:
 @contextmanager
 def server(programs: Path) -> Iterator[str]:
     """Start a server, and give the URL of a database in it."""
-    # It refuses to run as root, which is who runs the tests in a container.
+    # PostgreSQL refuses to run as root, and in a container root runs the tests.
     other: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}
     with tempfile.TemporaryDirectory(prefix="chainfed-") as folder:
         if other:
@@ -31,7 +31,7 @@ def server(programs: Path) -> Iterator[str]:
         quiet: dict[str, Any] = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **other}
         data = f"{folder}/data"
         subprocess.run([programs / "initdb", "-D", data, "-U", _NAME, "-A", "trust", "--no-sync"], check=True, **quiet)
-        # On loopback's socket in the folder alone: nobody else can ask.
+        # The server listens on a socket in the folder, and on no network address.
         command = [programs / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses="]
         with subprocess.Popen(command, **quiet) as process:
             try:

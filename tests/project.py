@@ -9,5 +9,5 @@ FOLDERS = ("chainfed_ray", "cluster", "api")
 
 
 def files_of(folder: str) -> list[Path]:
-    """Its Python files; those of the folders that ``chainfed_ray`` has links to are theirs."""
+    """The Python files of a folder. Files behind the links in ``chainfed_ray`` belong to the folders that they link to."""
     return [path for path in (ROOT / folder).rglob("*.py") if path.resolve().relative_to(ROOT).parts[0] == folder]

@@ -1,6 +1,6 @@
-"""Small jobs whose stacks were saved: what is moved or renamed must leave every bit of them as it was.
+"""Small jobs whose stacks are saved, so that a test can show that code was moved or renamed without changing a bit of them.
 
-``python -m tests.saved_stacks`` saves them anew, where a change of the method is meant to change them.
+After a change of the method that is meant to change them, ``python -m tests.saved_stacks`` saves them anew.
 """
 
 import json
@@ -24,7 +24,7 @@ WORDS = {"sea": "wave salt ship tide", "sky": "cloud star wind bird", "soil": "r
 
 
 def encoder(folder: Path) -> dict[str, Any]:
-    """The default method: the start that profiles give, a fitted head, a global loss."""
+    """A job with the default method: the start layer by profiles, a fitted head, and a global loss."""
     document = _classes(folder)
     document["chain"] |= {"start": "auto", "head": "fitted", "profile_examples": 16, "global_weight": 0.3}
     document["rounds"]["total"] = 6
@@ -32,7 +32,7 @@ def encoder(folder: Path) -> dict[str, Any]:
 
 
 def cyclic(folder: Path) -> dict[str, Any]:
-    """The paper's schedule, with momentum on the server and clients that are held back."""
+    """A job with a cyclic schedule, FedAdam on the server, and FedProx."""
     document = _classes(folder)
     document["chain"] |= {"schedule": "cyclic"}
     document["aggregation"] = {"optimizer": "adam", "proximal": 0.1}
@@ -40,17 +40,17 @@ def cyclic(folder: Path) -> dict[str, Any]:
 
 
 def robust(folder: Path) -> dict[str, Any]:
-    """A rule that needs all updates of a round at once."""
+    """A job with the median, a rule that needs all updates of a round at once."""
     return _classes(folder) | {"aggregation": {"rule": "median"}, "seed": 4}
 
 
 def private(folder: Path) -> dict[str, Any]:
-    """Noise that each client adds, from a secret that is known."""
+    """A job with privacy in which each client adds its noise, from a known secret."""
     return _classes(folder) | {"privacy": PRIVACY | {"where": "client"}}
 
 
 def decoder(folder: Path) -> dict[str, Any]:
-    """A language model of questions and answers."""
+    """A job that tunes a language model on questions and answers."""
     base = causal_folder("llama", folder / "llama")
     rows = folder / "questions.jsonl"
     asked = [{"q": f"{word}?", "a": f"{name}."} for name, words in WORDS.items() for word in words.split()]
@@ -72,19 +72,19 @@ JOBS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def stack_of(name: str, folder: Path) -> Tensors:
-    """The stack that the job ``name`` comes to, with its files in ``folder``."""
+    """Run the job called ``name``, with its files in ``folder``, and give the tensors of its stack."""
     job = a_job(JOBS[name](folder), folder)
     return run(job, with_secret(bytes(range(32)), folder / "log"))[1]
 
 
 def saved(name: str) -> tuple[Tensors, str]:
-    """The stack that was saved, and what it was computed on."""
+    """The saved stack of the job called ``name``, and the machine on which it was computed."""
     with safe_open(SAVED / f"{name}.safetensors", "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()["machine"]  # noqa: SIM118
 
 
 def machine() -> str:
-    """What the bits of float arithmetic depend on."""
+    """The processor and the version of torch, on which the bits of float arithmetic depend."""
     about = Path("/proc/cpuinfo")
     processor = (
         next((line for line in about.read_text().splitlines() if "model name" in line), "") if about.exists() else ""
@@ -93,7 +93,7 @@ def machine() -> str:
 
 
 def _classes(folder: Path) -> dict[str, Any]:
-    """Sentences of three classes, for a BERT that has its tokenizer from the package of MiniLM."""
+    """A job on sentences of three classes, with a random BERT and MiniLM's tokenizer."""
     from transformers import AutoTokenizer
 
     from chainfed_ray.hub import resolve

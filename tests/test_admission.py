@@ -31,7 +31,7 @@ def test_who_is_admitted(
     width = data.draw(st.integers(1, LAYERS - task.start))
     just = Window(task.start, task.start + data.draw(st.integers(1, width)) - 1)
     planner = Planner(costs, task)
-    means = planner.means(a_candidate("rich", 0))
+    means = planner.resources(a_candidate("rich", 0))
     widest = min(footprint(costs, task, just, 1, means.longest, *way).total for way in WAYS)
     memories = [*memories, max(widest, needed(costs, task, just, means))]
     candidates = [a_candidate(str(place), size) for place, size in enumerate(memories)]
@@ -45,7 +45,7 @@ def test_who_is_admitted(
 
     stage = Window(task.start, task.start + found.width - 1)
     for candidate, best in found.admitted:
-        assert best == plan(costs, task, stage, planner.means(candidate))
+        assert best == plan(costs, task, stage, planner.resources(candidate))
     for candidate, short in found.excluded:
         assert planner.plan(candidate, stage) is None
         enough = replace(candidate, memory=candidate.memory + short)
@@ -82,8 +82,8 @@ def test_what_the_planner_knows_of_a_client(
         batch=min(3, planner.requirements.batch_size),
         one_step=planner.requirements.batch_size >= 3 and planner.requirements.epochs == 1,
     )
-    assert planner.means(candidate) == expected
-    assert planner.means(replace(candidate, disk=None)) == replace(expected, cached=True, offload_disk=None)
+    assert planner.resources(candidate) == expected
+    assert planner.resources(replace(candidate, disk=None)) == replace(expected, cached=True, offload_disk=None)
     best = planner.plan(candidate, job[1])
     assume(best)
     assert best is not None

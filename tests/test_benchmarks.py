@@ -56,8 +56,8 @@ def test_every_method_has_the_same_job_but_for_itself() -> None:
         assert spec.rounds.clients == (6 if method.part == "able" else 10)
 
 
-def test_a_stage_is_judged_as_often_as_asked() -> None:
-    asked = [parse_job(document(a_study(judge_every=every), "recommended")).evaluation for every in (None, 5)]
+def test_a_stage_is_evaluated_as_often_as_asked() -> None:
+    asked = [parse_job(document(a_study(evaluate_every=every), "recommended")).evaluation for every in (None, 5)]
     assert [evaluation.every for evaluation in asked] == ["stage", 5]
 
 
@@ -231,7 +231,7 @@ def test_a_run_goes_on_where_it_ended(tmp_path: Path) -> None:
         a_study("chain-staged", rates=((3e-3, 0.1),)),
         a_study("chain-staged", alphas=(None,)),
         a_study("chain-staged", seeds=(2, 3)),
-        a_study("chain-staged", judge_every=5),
+        a_study("chain-staged", evaluate_every=5),
     ],
 )
 def test_rows_of_other_options_are_others(tmp_path: Path, other: Study) -> None:
@@ -269,7 +269,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     for text in ('{"a": 1}', "[1]", '[{"dataset": "toy"}]', "not json"):
         file.write_text(text)
-        with pytest.raises(NotOurRows, match=r"rows\.json holds something else"):
+        with pytest.raises(NotOurRows, match=r"rows\.json does not hold rows"):
             Rows(file)
         assert file.read_text() == text
 
@@ -314,7 +314,7 @@ def test_what_tuning_prints() -> None:
 
 
 def test_data_of_one_s_own(tmp_path: Path) -> None:
-    with pytest.raises(corpora.NoCorpus, match="is not there"):
+    with pytest.raises(corpora.NoCorpus, match="does not exist"):
         corpora.at(tmp_path / "nothing")
     (tmp_path / "train.csv").touch()
     with pytest.raises(corpora.NoCorpus, match=r"a folder without test\.jsonl or test\.csv or test\.parquet"):
@@ -358,7 +358,7 @@ def test_killed_and_run_again(tmp_path: Path, toy: Path, tiny_model_folder: Path
         first.send_signal(signal.SIGTERM)  # as Ctrl-C, which a test in the background does not get
         _, said = first.communicate()
     assert first.returncode == 1
-    assert "run it again with the same --json" in said
+    assert "run the command again with the same --json" in said
     before = json.loads((tmp_path / "rows.json").read_text())
     assert 1 <= len(before) < 4
     assert not list(tmp_path.glob("accuracy-*"))
@@ -369,5 +369,5 @@ def test_killed_and_run_again(tmp_path: Path, toy: Path, tiny_model_folder: Path
     after = json.loads((tmp_path / "rows.json").read_text())
     assert after[: len(before)] == before
     assert len(after) == 4
-    assert "the whole model, trained in plain PyTorch, takes" in again.stdout
+    assert "training the whole model in plain PyTorch takes" in again.stdout
     assert "narrowest window of a client: end-to-end 4, last-window 2" in again.stdout

@@ -66,7 +66,7 @@ def test_clients_that_had_no_turn_yet_have_their_advance_to_pay() -> None:
 
 
 @given(rounds=st.integers(1, 1000))
-def test_a_run_is_judged_some_twelve_times_and_at_its_end(rounds: int) -> None:
+def test_a_run_is_evaluated_some_twelve_times_and_at_its_end(rounds: int) -> None:
     due = points(rounds)
     assert max(due) == rounds
     assert min(due) >= 1

@@ -49,7 +49,7 @@ def test_who_does_not_answer_is_lost_and_the_job_goes_on(unreliable: dict[str, A
         assert [lost.client for lost in record.failed_turns] == [
             f"phone-{i}" for i in range(4) if f"phone-{i}" not in there
         ]
-        assert {lost.reason for lost in record.failed_turns} <= {"it did not answer: it does with probability 0.5"}
+        assert {lost.reason for lost in record.failed_turns} <= {"the client did not answer: its availability is 0.5"}
         assert not any(lost.over_budget for lost in record.failed_turns), "it is asked again"
     assert [record.counted for record in records] == [False, True, True, False, True, True]
     assert [record.accuracy is not None for record in records] == [record.counted for record in records]
@@ -74,7 +74,7 @@ def test_a_fleet_that_never_answers_ends_the_job(unreliable: dict[str, Any], tmp
     job = a_job(unreliable, tmp_path)
     log = CommitLog(tmp_path / "log")
     with pytest.raises(
-        QuorumLost, match=r"rounds 1 to 3: .*phone-2: it did not answer: it does with probability 1e-09"
+        QuorumLost, match=r"rounds 1 to 3: .*phone-2: the client did not answer: its availability is 1e-09"
     ):
         list(Coordinator(job, LocalPool(job.base), log).rounds())
     assert [len(record.failed_turns) for record in log.rounds()] == [4, 4, 4]

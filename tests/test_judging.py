@@ -85,7 +85,7 @@ def test_the_best_stack_and_the_last_are_both_kept(serve: str, document: dict[st
     coordinator, rounds, stacks, job_finished = trained(job, tmp_path, [30, 10, 20, 20, 0])
     assert job_finished.best is not None
     assert (job_finished.served, job_finished.best.round, len(rounds)) == (serve, 1, 4)
-    assert "after round 4, the last one judged, it had" in job_finished.best.why
+    assert "after round 4, the last one evaluated, it had" in job_finished.best.why
     coordinator.save(tmp_path)
     for name, stack in (("best", stacks[1]), ("last", stacks[-1])):
         assert_same(load_stack(tmp_path / ("model" if name == serve else name)).stack.tensors(), stack)
@@ -259,7 +259,7 @@ def test_a_server_streams_layers_that_are_large() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_the_server_keeps_to_its_plan_with_layers_and_without(family: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.judged", str(tmp_path), family]
+    command = [sys.executable, "-m", "tests.evaluated", str(tmp_path), family]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     resident, streamed = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))

@@ -182,7 +182,7 @@ def test_another_secret_is_another_sample(plain: PlannedJob, tmp_path: Path) -> 
     assert len(samples) == 3
 
 
-def test_who_was_left_out_is_sampled_all_the_same(plain: PlannedJob, tmp_path: Path) -> None:
+def test_an_excluded_client_is_sampled_all_the_same(plain: PlannedJob, tmp_path: Path) -> None:
     """Else the others were likelier to be, and that somebody was tells of the samples before. Its turn counts as lost."""
     job = like(plain, tmp_path, privacy=PRIVACY)
     gone = FailedTurn(client="phone-1", client_class="phone", reason="it took too much", over_budget=True)
@@ -190,7 +190,7 @@ def test_who_was_left_out_is_sampled_all_the_same(plain: PlannedJob, tmp_path: P
     before, after = cohorts(job, bytes(32), [], 20), cohorts(job, bytes(32), history, 20)
     assert [cohort.sampled for cohort in after] == [cohort.sampled for cohort in before]
     absent = [(client.name, failure.reason) for cohort in after for client, failure in cohort.absent]
-    assert set(absent) == {("phone-1", "it was left out: it took too much")}
+    assert set(absent) == {("phone-1", "the client is excluded: it took too much")}
     assert all("phone-1" not in {client.name for client in cohort.clients} for cohort in after)
     assert len(absent) == sum("phone-1" in {candidate.name for candidate in cohort.sampled} for cohort in before)
 
@@ -311,7 +311,7 @@ def test_a_job_with_a_limit_is_one_of_as_many_rounds_as_it_allows(plain: Planned
 
 def test_a_limit_below_the_first_round_is_refused(plain: PlannedJob, tmp_path: Path) -> None:
     job = like(plain, tmp_path, privacy={**PRIVACY, "epsilon": 0.5})
-    with pytest.raises(InvalidJob, match=r"privacy\.epsilon is 0\.5; expected .* which the first round costs"):
+    with pytest.raises(InvalidJob, match=r"privacy\.epsilon is 0\.5; expected .* or more: the first round costs that"):
         check_fleet(job)
 
 
@@ -319,7 +319,9 @@ def test_who_can_take_part_may_not_change_meanwhile(plain: PlannedJob, tmp_path:
     """Samples, and with them their price, follow from who is admitted."""
     Coordinator(plain, Nobody(), CommitLog(tmp_path)).open()
     fewer = replace(plain, admission=replace(plain.admission, admitted=plain.admitted[1:]))
-    with pytest.raises(InvalidJob, match=r"fleet\.clients is '3 that can take part'; .*gone since: phone-0; new: none"):
+    with pytest.raises(
+        InvalidJob, match=r"fleet\.clients is '3 that can take part'; .*missing now: phone-0; new: none"
+    ):
         Coordinator(fewer, Nobody(), CommitLog(tmp_path)).open()
     assert len(Coordinator(plain, Nobody(), CommitLog(tmp_path)).open().admitted) == 4
 

@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that language models bring, trained on a few words."""
+"""Builds tokenizers of the kinds that language models have, trained on a few words."""
 
 from collections.abc import Callable
 from functools import cache
@@ -12,7 +12,7 @@ _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 @cache
 def byte_level(trimmed: bool = False) -> PreTrainedTokenizerFast:
-    """Byte pairs, as GPT-2 and LLaMA 3 have them; where spaces are ``trimmed`` from offsets, as they trim them."""
+    """A tokenizer of byte pairs, as in GPT-2 and LLaMA 3. With ``trimmed`` a token's offsets do not include its space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -23,7 +23,7 @@ def byte_level(trimmed: bool = False) -> PreTrainedTokenizerFast:
 
 @cache
 def prepending() -> PreTrainedTokenizerFast:
-    """Every text gets a space at its begin, as LLaMA 2 and the first Mistral have it."""
+    """A tokenizer that puts a space before every text, as in LLaMA 2 and the first Mistral."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -34,7 +34,7 @@ def prepending() -> PreTrainedTokenizerFast:
 
 @cache
 def metaspace() -> PreTrainedTokenizerFast:
-    """The same by a pre-tokenizer, and only if the text does not begin with one."""
+    """A tokenizer that puts a space before a text only if the text does not begin with one, by a pre-tokenizer."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(

@@ -1,4 +1,4 @@
-"""What can be seen of a test's own processes from outside: tensors, processes, bytes; and waiting for what is to be seen."""
+"""Watches a test's own processes: lists tensors and processes, measures memory, and waits for a condition."""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
-    """The first true value of ``condition``."""
+    """Wait until ``condition`` gives a true value, and give that value. Fail after ``seconds``: there was no ``what``."""
     ends = monotonic() + seconds
     while not (found := condition()):
         assert monotonic() < ends, f"no {what} within {seconds:g} s"
@@ -22,38 +22,41 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120.0) ->
 
 
 def tensors_alive() -> list[Tensor]:
-    """Every tensor that somebody still holds."""
+    """Every tensor in this process that is still referenced."""
     gc.collect()
-    # By type, not isinstance: that would ask lazy proxies of libraries for their class, and make them load it.
+    # isinstance would ask the libraries' lazy proxies for their class, and make them load their modules.
     return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
 
 
 def processes_below(*names: str, pid: int | None = None) -> list[psutil.Process]:
-    """The processes below this one, or below ``pid``, whose command line has one of ``names``: those of a test's own Ray."""
+    """The descendants of this process, or of ``pid``, whose command line has one of ``names``.
+
+    Processes of another Ray cluster on the machine are not among them.
+    """
     below = psutil.Process(pid).children(recursive=True)
     return [process for process in below if any(name in command_of(process) for name in names)]
 
 
 def command_of(process: psutil.Process) -> str:
-    """Its command line; nothing once it has ended."""
+    """The command line of a process; empty if the process has ended."""
     with suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
 
 
 def client_processes() -> list[psutil.Process]:
-    """The processes of our client actors."""
+    """The processes of client actors below this one."""
     return processes_below("ClientActor")
 
 
 def private_bytes(pid: int) -> int:
-    """What a process holds of its own: not the pages of libraries, nor of the store that it shares."""
+    """The resident bytes of a process, without the pages of libraries and of shared memory."""
     return int(Path(f"/proc/{pid}/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 
 
 @contextmanager
 def watched_from_outside(pids: Iterable[int]) -> Iterator[dict[int, int]]:
-    """The most of their own that some processes held meanwhile, as this process sees it in /proc."""
+    """The peak of ``private_bytes`` of each process during the block, as read from /proc every 5 ms."""
     highest: dict[int, int] = {}
     over = Event()
 

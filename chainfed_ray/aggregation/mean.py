@@ -21,13 +21,13 @@ from chainfed_ray.spec.sections import AggregationSpec
 
 
 def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], examples: int) -> None:
-    """Refuse what must not be averaged.
+    """Refuse an update that must not be averaged. ``expected`` has the names, shapes and dtypes that the client must send.
 
     Raises:
         InvalidUpdate: a name, a shape or a dtype is not the expected one, a value is not finite, or no example was used.
     """
     if examples < 1:
-        raise InvalidUpdate(client, f"it is weighted by {examples} examples")
+        raise InvalidUpdate(client, f"its weight is {examples} examples")
     if missing := sorted(expected.keys() - tensors.keys()):
         raise InvalidUpdate(client, f"{missing[0]} is missing")
     if unknown := sorted(tensors.keys() - expected.keys()):
@@ -43,7 +43,7 @@ def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[s
 
 
 def check_aggregate(rule: str, aggregate: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
-    """Refuse what a rule of one's own must not give.
+    """Refuse the aggregate of the caller's own rule if the ``trained`` tensors cannot be replaced by it.
 
     Raises:
         InvalidJob: a name, a shape or a dtype is not that of a ``trained`` tensor, or a value is not finite.
@@ -83,14 +83,17 @@ def aggregate_by(spec: AggregationSpec) -> Aggregate:
 
 
 class RunningMean:
-    """A weighted mean of named tensors, updates added one by one. A tensor's mean is over the updates that have it."""
+    """A weighted mean of named tensors, to which updates are added one by one.
+
+    A tensor's mean is over the updates that have it: clients with less memory train fewer adapters.
+    """
 
     def __init__(self) -> None:
         self._sums: Tensors = {}
         self._weights: Counter[str] = Counter()
 
     def add(self, tensors: Mapping[str, Tensor], examples: int) -> None:
-        """Add an update with the weight of its examples."""
+        """Add an update, weighted by its example count."""
         for name, tensor in tensors.items():
             weighted = tensor.double() * examples
             self._sums[name] = self._sums[name].add_(weighted) if name in self._sums else weighted

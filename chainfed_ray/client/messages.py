@@ -1,4 +1,4 @@
-"""What a client is asked for, and what it sends back: orders and results, which travel between server and clients."""
+"""The messages between server and clients: the orders that a client is given, and the results that it sends back."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ from chainfed_ray.model.adapters import Tensors
 class Client:
     """A data owner: its examples, the memory that it declared, and the plan of its next turn.
 
-    A turn that would take more than ``cap_bytes`` is stopped. That is what the plan needs or, after a plan that was too small,
-    all that the client declared. ``share`` is the noise that the client adds to its update, if clients add it. ``speed`` is
-    that of its machine, at most 1: at 0.5 a turn takes twice as long as it does here.
+    A turn that would hold more than ``cap_bytes`` is stopped. The cap is what the plan needs or, after a plan that was too
+    small, all that the client declared. ``share`` is the noise that the client adds to its update, in a job where clients add
+    it. ``speed`` is the speed of its machine, at most 1: at 0.5 a turn takes twice as long as it does here.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Training:
     """The order to train the stack ``tensors``, with the learning rates of this round.
 
     A client makes ``steps`` optimizer steps if they are given, and otherwise ``epochs`` passes over its examples. ``proximal``
-    is μ of FedProx, which pulls what is trained towards ``tensors``. A gradient longer than the L2 norm ``clip_norm`` is scaled
-    to it. ``window`` is the stage's; a client trains the window of its plan, which may be narrower and has the same top.
-    ``objective`` is the caller's own, if it is not ``chain_loss``.
+    is μ of FedProx, which pulls the trained tensors towards ``tensors``. A gradient with an L2 norm above ``clip_norm`` is
+    scaled down to it. ``window`` is the stage's; a client trains the window of its plan, which may be narrower and has the
+    same top. ``objective`` is the caller's own loss, in place of ``chain_loss``.
     """
 
     tensors: Tensors
@@ -87,9 +87,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class Update:
-    """What a turn of training sends back, and what it took: optimizer steps, wall seconds and CPU seconds of its process.
+    """The result of a turn of training: the trained ``tensors`` by name, and what the turn took.
 
-    ``seconds`` are those of a machine with the client's speed; ``loss`` is the mean over the examples, in nats.
+    ``loss`` is the mean over the examples, in nats. ``steps`` are optimizer steps. ``seconds`` is the wall time on a machine of
+    the client's speed, ``cpu_seconds`` the CPU time of the process.
     """
 
     tensors: Tensors
@@ -103,7 +104,7 @@ class Update:
 
 @dataclass(frozen=True)
 class HeadSums:
-    """What a turn of fitting a head sends back: the tensors of ``ClassSums``."""
+    """The result of a turn of fitting a head: the tensors of ``ClassSums``, added up over the client's ``examples``."""
 
     tensors: Tensors
     examples: int

@@ -1,4 +1,4 @@
-"""GPO: what a window is trained for. loss = local + λ · global (paper section 3.3)."""
+"""GPO: the loss that a window is trained to minimise, loss = local + λ · global (paper section 3.3)."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
@@ -19,17 +19,20 @@ GlobalTrains = Literal["window", "head", "upper"]
 
 
 class LossFunction(Protocol):
-    """The cross-entropy of a layer's states in nats, summed over the examples: a scalar. The head learns from it or not."""
+    """The cross-entropy that a head gives for a layer's ``states``, in nats, summed over the examples: a scalar.
+
+    With ``head_learns`` the head receives a gradient from it.
+    """
 
     def __call__(self, states: LayerStates, head_learns: bool) -> Tensor: ...
 
 
 class Objective(Protocol):
-    """What a window is trained for: the loss, summed over the batch, of a window whose output is ``states``.
+    """The loss, summed over the batch, of a window whose output is ``states``: what training minimises.
 
     ``stack`` has all adapters and the head, ``mask`` [B, T] is 1 for tokens and 0 for padding, ``loss`` is the job's
-    cross-entropy. One's own objective is one more such function (docs/python.md). It runs in the client's process, within the
-    client's plan, which was made for ``chain_loss``.
+    cross-entropy. You may give a function of your own (docs/python.md). It runs in the client's process, and must not hold
+    more than the client's plan, which is made for ``chain_loss``.
     """
 
     def __call__(
@@ -95,7 +98,10 @@ def chain_loss(
 
 
 def emulate(stack: AdapterStack, layers: Sequence[int], states: LayerStates, mask: Tensor) -> LayerStates:
-    """The states after the adapters of ``layers`` alone, each in the place of its layer, whose features are pooled as well."""
+    """The states after the adapters of ``layers``, each an emulator of its layer: the layers themselves do not run.
+
+    Features are pooled at each adapter, as they would be at its layer.
+    """
     hidden, pooled = states
     for layer in layers:
         pooled = stack.pool(pooled, hidden, mask)

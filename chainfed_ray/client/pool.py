@@ -1,4 +1,7 @@
-"""Who carries out the clients' turns. The algorithm sees a ``ClientPool`` and never knows which."""
+"""Where clients' turns run: the protocol ``ClientPool``, and ``LocalPool``, which runs them in this process.
+
+The algorithm sees the protocol only, so it never knows how clients run. ``cluster/pool`` has the pool on Ray.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,34 +16,34 @@ from chainfed_ray.model.source import ModelSource
 
 @dataclass(frozen=True)
 class Failure:
-    """A turn that gave nothing, and why; ``exceeded`` if it would have taken more memory than it was allowed."""
+    """A turn that failed, and the ``reason``. ``exceeded`` is true if the turn would have held more memory than its cap."""
 
     reason: str
     exceeded: bool = False
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
-        """The failure that an error means."""
+        """The failure of a turn that raised ``error``."""
         return cls(f"{type(error).__name__}: {error}", isinstance(error, BudgetExceeded))
 
     @classmethod
     def late(cls, deadline: float, why: str = "") -> "Failure":
-        """The failure of a turn that was not done after ``deadline`` seconds."""
+        """The failure of a turn that was not finished after ``deadline`` seconds; ``why`` is the cause, if it is known."""
         return cls(f"missed the deadline of {deadline:g} s" + (f": {why}" if why else ""))
 
 
 class Outcome(NamedTuple):
-    """How the turn of the client at ``place`` in the round ended."""
+    """The result or failure of one turn. ``place`` is the index of its client among those that were given the order."""
 
     place: int
     result: TurnResult | Failure
 
 
 def in_order(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
-    """Outcomes by place, each as soon as those before it are there.
+    """The outcomes in the order of their places. Each is given as soon as all outcomes before it have arrived.
 
     Raises:
-        RuntimeError: there are not ``count`` of them.
+        RuntimeError: the places 0 to ``count`` − 1 do not all arrive.
     """
     waiting: dict[int, Outcome] = {}
     due = 0
@@ -54,37 +57,43 @@ def in_order(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
 
 
 class ClientPool(Protocol):
-    """Runs turns, somewhere."""
+    """Runs clients' turns. Write one of your own: docs/python.md."""
 
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
-        """One outcome for each client, in any order; those not done after ``deadline`` seconds are failures."""
+        """Give ``order`` to ``clients``, and give one outcome for each, in any order.
+
+        A turn that is not finished after ``deadline`` seconds is a failure. No exception of a turn is raised here.
+        """
         ...
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release everything that the pool holds."""
         ...
 
 
 class LocalPool:
-    """Turns one after the other in this process: the debugger, and the oracle that other pools are tested against.
+    """Runs turns one after the other in this process, where a debugger can stop in them. Other pools are tested against it.
 
-    They are measured, but not held to their budgets: the process has other things to do.
+    Turns are measured, but not held to their budgets: the cap is on the whole process, which does other work too.
     """
 
     def __init__(self, base: ModelSource) -> None:
         self._base = base
 
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
-        """One outcome for each client, in their order. There is nobody to wait for, so only simulated slowness is late."""
+        """Give one outcome for each client, in their order.
+
+        A turn can miss ``deadline`` only by the simulated slowness of its client: the process works on it all the time.
+        """
         for place, client in enumerate(clients):
             started = perf_counter()
             try:
                 result: TurnResult | Failure = take_turn(client, self._base, lambda: order, capped=False)
-            except Exception as error:  # whatever goes wrong costs this turn only, and is on record
+            except Exception as error:  # any error costs this turn only: it is recorded as a failed turn
                 result = Failure.of(error)
             if client.speed < 1 and (perf_counter() - started) / client.speed > deadline:
                 result = Failure.late(deadline)
             yield Outcome(place, result)
 
     def close(self) -> None:
-        """Nothing is held between turns."""
+        """Do nothing: the pool holds nothing between turns."""

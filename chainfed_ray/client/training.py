@@ -1,4 +1,4 @@
-"""A client's turn of training: a window, on its own examples."""
+"""A client's turn of training: it trains the adapters of its window on its own examples."""
 
 import math
 from collections.abc import Iterator
@@ -36,14 +36,19 @@ from chainfed_ray.streaming.matrices import SliceReader
 
 
 def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Update:
-    """Local epochs of AdamW on the window, from the output of its bottom layer.
+    """Train the window of the client's plan with AdamW, and give the update.
 
-    An optimizer step sees ``batch_size`` examples, in micro-batches whose gradients add up to the whole batch's.
+    Training starts from the output of the window's bottom layer. That layer and those below it are frozen and below every
+    trained adapter, so no backward pass goes through them, and with a prefix cache they run only once. An optimizer step sees
+    ``order.batch_size`` examples, in micro-batches whose gradients add up to the whole batch's.
+
+    Raises:
+        BudgetExceeded: the turn is capped, and would have held more than its cap (``take_turn``).
     """
     started, cpu_started = perf_counter(), process_time()
     examples, plan = client.examples, client.plan
     names = trained_names(order.tensors, plan.window, order.global_weight, order.global_trains)
-    # What is not trained is used as it came, and never copied.
+    # Only tensors that are trained are copied. The others are used as the order brought them, to save memory.
     stack = AdapterStack.from_tensors(
         {name: tensor.clone() if name in names else tensor for name, tensor in order.tensors.items()}
     )
@@ -59,8 +64,8 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
         if plan.activations_offloaded:
             for layer in layers.values():
                 overwrite_activations(layer)
-        spill = resources.enter_context(_spill(scratch, plan))
-        step = _Step(blocks, stack, layers, activations, matrices, spill, plan.window, order)
+        offload = resources.enter_context(_offload(scratch, plan))
+        step = _Step(blocks, stack, layers, activations, matrices, offload, plan.window, order)
         enter_phase("training")
         loss, steps = _train(step, examples, plan.micro_batch, order)
     tensors = {name: parameter.detach() for name, parameter in stack.named_parameters() if name in names}
@@ -73,17 +78,17 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
 
 
 def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training) -> tuple[float, int]:
-    """Every optimizer step; the mean loss of an example, and how many steps there were."""
+    """Make every optimizer step; the mean loss over the examples seen, in nats, and the number of steps."""
     optimizer = _optimizer(step.stack, order)
     total_loss, seen, steps = 0.0, 0, 0
     for batch in step_batches(len(examples), order):
         for start in range(0, len(batch), micro_batch):
             total_loss += step.backward(examples, batch[start : start + micro_batch], len(batch))
         if order.proximal:
-            _hold_back(step.stack, order)
+            _add_proximal_gradients(step.stack, order)
         if order.clip_norm is not None:
             trained = [parameter for parameter in step.stack.parameters() if parameter.grad is not None]
-            # One by one: no temporary copies of all gradients at once.
+            # foreach would make temporary copies of all gradients at once.
             nn.utils.clip_grad_norm_(trained, order.clip_norm, foreach=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -92,10 +97,11 @@ def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training)
     return total_loss / seen, steps
 
 
-def _hold_back(stack: AdapterStack, order: Training) -> None:
+def _add_proximal_gradients(stack: AdapterStack, order: Training) -> None:
     """Add the gradients of μ/2 · |w − w_start|² (FedProx, Li et al., 2020, equation 2); w_start is the order's own tensors.
 
-    One tensor's difference at a time: less than a step of AdamW takes besides its state.
+    Only one tensor's difference is held at a time. That is less than the AdamW step holds besides its state, so the plan
+    need not count it.
     """
     for name, parameter in stack.named_parameters():
         if parameter.grad is not None:
@@ -103,11 +109,11 @@ def _hold_back(stack: AdapterStack, order: Training) -> None:
 
 
 def step_batches(count: int, order: Training) -> Iterator[np.ndarray]:
-    """The indices of each optimizer step's examples, shuffled anew in each epoch."""
-    a_pass = math.ceil(count / order.batch_size)
-    steps = order.steps if order.steps is not None else order.epochs * a_pass
+    """The indices of each optimizer step's examples, out of ``count``, shuffled anew in each epoch."""
+    steps_per_epoch = math.ceil(count / order.batch_size)
+    steps = order.steps if order.steps is not None else order.epochs * steps_per_epoch
     for step in range(steps):
-        epoch, place = divmod(step, a_pass)
+        epoch, place = divmod(step, steps_per_epoch)
         if place == 0:
             places = shuffled(count, derive(order.seed, "epoch", epoch))
         yield places[place * order.batch_size : (place + 1) * order.batch_size]
@@ -115,7 +121,7 @@ def step_batches(count: int, order: Training) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class _Step:
-    """What the micro-batches of a turn have in common."""
+    """The forward and backward pass of a micro-batch, with all that the micro-batches of a turn have in common."""
 
     blocks: Blocks
     stack: AdapterStack
@@ -127,7 +133,7 @@ class _Step:
     order: Training
 
     def backward(self, examples: Examples, indices: np.ndarray, batch_size: int) -> float:
-        """The gradients of a micro-batch, added to those there are; its loss, summed over its examples."""
+        """Add a micro-batch's share of the gradients of a batch; give its loss, summed over its examples."""
         batch = examples.batch(indices)
         with self.saving:
             states = through_window(
@@ -142,28 +148,28 @@ class _Step:
     def _objective(self) -> Objective:
         order = self.order
         follows = order.global_trains != "window"
-        usual = partial(chain_loss, global_weight=order.global_weight, head_follows_global=follows)
-        return order.objective or usual
+        own = partial(chain_loss, global_weight=order.global_weight, head_follows_global=follows)
+        return order.objective or own
 
     def _loss(self, batch: Batch) -> LossFunction:
         if self.stack.head is not None:
             return classification_loss(self.stack.head, batch.mask, batch.labels)
         assert self.matrices is not None, "a language model's head is streamed"
-        assert batch.targets is not None, "and its examples say what it is to predict"
+        assert batch.targets is not None, "a language model's examples have targets"
         return language_modeling_loss(self.blocks, batch.ids.numpy(), batch.mask, batch.targets, self.matrices)
 
 
 @contextmanager
-def _spill(scratch: Path, plan: TurnPlan) -> Iterator[AbstractContextManager[None]]:
-    """Where what autograd saves goes: into memory, or into a file."""
+def _offload(scratch: Path, plan: TurnPlan) -> Iterator[AbstractContextManager[None]]:
+    """A context in which autograd saves activations as the plan says: in memory, or offloaded to a file in ``scratch``."""
     if not plan.activations_offloaded:
         yield nullcontext()
         return
-    spill = OffloadedActivations(scratch)
+    offload = OffloadedActivations(scratch)
     try:
-        yield spill
+        yield offload
     finally:
-        spill.close()
+        offload.close()
 
 
 def _optimizer(stack: AdapterStack, order: Training) -> torch.optim.Optimizer:
@@ -171,10 +177,10 @@ def _optimizer(stack: AdapterStack, order: Training) -> torch.optim.Optimizer:
     groups = [{"params": adapters, "lr": order.learning_rate}]
     if stack.head is not None:
         groups.append({"params": list(stack.head.parameters()), "lr": order.head_learning_rate})
-    # Parameter by parameter: no temporary copies of all of them at once.
+    # foreach would make temporary copies of all parameters at once.
     return torch.optim.AdamW(groups, weight_decay=0.0, foreach=False)
 
 
 def shuffled(count: int, seed: int) -> np.ndarray:
-    """The indices of ``count`` examples, in an order that follows from ``seed``."""
+    """The indices of ``count`` examples, in a random order that follows from ``seed``."""
     return np.random.default_rng(seed).permutation(count)

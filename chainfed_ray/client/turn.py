@@ -1,4 +1,4 @@
-"""A client's turn in a process: what it holds is measured, kept within the client's budget, and let go when it is over."""
+"""Runs a client's turn in this process: measures its memory, holds it to the client's budget, and frees it afterwards."""
 
 import gc
 import tempfile
@@ -28,7 +28,9 @@ from chainfed_ray.streaming.matrices import SLICE_BYTES
 
 
 def take_turn(client: Client, base: ModelSource, fetch: Callable[[], TurnOrder], capped: bool) -> TurnResult:
-    """Carry out the order that ``fetch`` gives. What the order itself takes counts as well, so it comes within the turn.
+    """Carry out the order that ``fetch`` gives, and measure the peak of memory.
+
+    ``fetch`` is called within the measured turn, because the memory of the order itself counts too.
 
     Raises:
         BudgetExceeded: the turn is ``capped`` and would have taken more than ``client.cap_bytes``.
@@ -36,7 +38,7 @@ def take_turn(client: Client, base: ModelSource, fetch: Callable[[], TurnOrder],
     examples = client.examples
     for data in (examples.ids, examples.offsets, examples.labels, examples.targets):
         if data is not None:
-            data.sum()  # a client's data is not what its training takes: its pages are read before
+            data.sum()  # reads the data's pages into memory before the turn is measured: a budget is for training alone
     peak = MemoryCap(client.plan.planned_bytes, client.cap_bytes) if capped else PeakMemory()
     with peak, one_thread():
         result = _carry_out(client, base, fetch())
@@ -45,7 +47,10 @@ def take_turn(client: Client, base: ModelSource, fetch: Callable[[], TurnOrder],
 
 @contextmanager
 def slowed(speed: float) -> Iterator[None]:
-    """The block takes as long as on a machine of ``speed``, whether or not it fails: this process sleeps for the rest."""
+    """Simulate a machine of ``speed``, at most 1: after the block, sleep until it has taken 1/speed times its own time.
+
+    A block that fails is slowed down as well.
+    """
     started = perf_counter()
     try:
         yield
@@ -66,19 +71,21 @@ def _carry_out(client: Client, base: ModelSource, order: TurnOrder) -> TurnResul
 
 
 def warm_up(base: ModelSource) -> None:
-    """Take a turn on a few tokens: what libraries load and keep the first time is the process's, not a client's.
+    """Take a turn on a few tokens, so that libraries load their code and fill their buffers before any client's turn.
 
-    It is taken in the leanest way, so that getting ready needs little: some 30 MiB for libraries' own buffers.
+    That memory belongs to the process, and must not count against the first client's budget. The turn streams weights and
+    offloads activations, so warming up itself needs little memory: some 30 MiB for the libraries' buffers.
     """
     with PeakMemory(), one_thread(), tempfile.TemporaryDirectory(prefix="chainfed-") as folder:
-        _try_everything(base, Path(folder))
+        _train_on_a_few_tokens(base, Path(folder))
         _fill_library_buffers(base.dtype)
-    # What there is now stays: the collection before each turn need not look at it again, which would take a fifth of a second.
+    # Objects that exist now stay for the life of the process. Frozen, they need not be looked at by the collection before each
+    # turn, which would take a fifth of a second.
     gc.collect()
     gc.freeze()
 
 
-def _try_everything(base: ModelSource, scratch: Path) -> None:
+def _train_on_a_few_tokens(base: ModelSource, scratch: Path) -> None:
     examples = Examples(np.ones(16, dtype=np.int32), np.array([0, 6, 16]), np.zeros(2, dtype=np.int64))
     blocks = Blocks(base.folder, base.dtype)
     try:
@@ -103,6 +110,9 @@ def _try_everything(base: ModelSource, scratch: Path) -> None:
 
 
 def _fill_library_buffers(dtype: torch.dtype) -> None:
-    """Libraries that multiply matrices keep the buffers into which they pack them; large ones need no more than this."""
+    """Multiply matrices that fill the packing buffers, which the libraries of linear algebra keep once they have them.
+
+    Larger matrices need no larger buffers.
+    """
     few, many = torch.ones(512, 1024, dtype=dtype), torch.ones(4096, 1024, dtype=dtype)
     (few @ many.T) @ many

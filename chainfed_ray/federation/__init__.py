@@ -1,1 +1,1 @@
-"""The algorithm: a chain of adapters, trained window by window by a fleet."""
+"""The algorithm: a fleet of clients trains a chain of adapters, window by window."""

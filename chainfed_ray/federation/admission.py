@@ -1,4 +1,8 @@
-"""Who of a fleet takes part, and with which plan: the planner (planner.py) asked for each client and stage."""
+"""Which clients of a fleet can take part in a job, and with which plan.
+
+``Planner`` asks the arithmetic of ``budget/planner.py`` for each client and stage. ``admit`` uses it to choose the width of the
+window, and to separate the clients that have a plan from those that have none.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,9 +24,10 @@ from chainfed_ray.data.tokens import Examples
 
 @dataclass(frozen=True)
 class Candidate:
-    """A client of the fleet: its examples, and the bytes that it declared; ``disk`` is None for as many as there are.
+    """A client of the fleet: its examples, and the bytes of memory and disk that it declared.
 
-    ``availability`` is the probability that it answers when it is sampled; at ``speed`` 0.5 its turns take twice as long.
+    ``disk`` is None if the client declared no limit. ``availability`` is the probability that the client answers when it is
+    sampled. ``speed`` is at most 1: at 0.5 a turn takes twice as long.
     """
 
     name: str
@@ -35,18 +40,25 @@ class Candidate:
 
 
 class Planner:
-    """The plans of one job. Clients that are alike have the same plan, so each is made once."""
+    """Plans the turns of one job's clients: ``costs`` is what a turn holds, ``requirements`` what the job asks for.
+
+    Clients with equal resources have the same plan. It is made once and kept.
+    """
 
     def __init__(self, costs: MemoryProfile, requirements: TurnRequirements) -> None:
         self.costs, self.requirements = costs, requirements
         self._plans: dict[tuple[Window, ClientResources], TurnPlan | None] = {}
 
     def starting_at(self, start: int) -> "Planner":
-        """The planner for a chain whose lowest layer has been found."""
+        """The same planner for a chain whose lowest layer is ``start``."""
         return Planner(self.costs, replace(self.requirements, start=start))
 
-    def means(self, candidate: Candidate) -> ClientResources:
-        """What the planner needs to know of a client."""
+    def resources(self, candidate: Candidate) -> ClientResources:
+        """The memory and disk of a client, and the sizes of its data, as the plan's arithmetic needs them.
+
+        A client without enough disk for the prefix cache runs the prefix anew in each step. The disk that the cache leaves
+        may hold offloaded activations.
+        """
         disk, needed = candidate.disk, self._cache_bytes(candidate)
         cached = disk is None or needed <= disk
         few = len(candidate.examples) <= self.requirements.batch_size
@@ -61,22 +73,22 @@ class Planner:
 
     def plan(self, candidate: Candidate, stage: Window) -> TurnPlan | None:
         """The best plan of a client for its turns in ``stage``; None if its memory is too small for any window."""
-        means = self.means(candidate)
-        if (stage, means) not in self._plans:
-            self._plans[stage, means] = plan(self.costs, self.requirements, stage, means)
-        return self._plans[stage, means]
+        resources = self.resources(candidate)
+        if (stage, resources) not in self._plans:
+            self._plans[stage, resources] = plan(self.costs, self.requirements, stage, resources)
+        return self._plans[stage, resources]
 
     def fallback_plan(self, candidate: Candidate, stage: Window) -> TurnPlan | None:
-        """The plan for a client that exceeded its best one; None if there is none."""
+        """The plan with less memory for a client that exceeded its best plan; None if no smaller plan exists."""
         best = self.plan(candidate, stage)
-        return best and fallback_plan(self.costs, self.requirements, stage, self.means(candidate), best)
+        return best and fallback_plan(self.costs, self.requirements, stage, self.resources(candidate), best)
 
     def shortfall(self, candidate: Candidate, stage: Window) -> int:
-        """The bytes of memory that a client lacks for any window."""
-        return shortfall(self.costs, self.requirements, stage, self.means(candidate))
+        """The bytes of memory that a client is short of for the smallest plan in ``stage``."""
+        return shortfall(self.costs, self.requirements, stage, self.resources(candidate))
 
     def disk_bytes(self, candidate: Candidate, plan: TurnPlan) -> int:
-        """The disk that a client's turns use."""
+        """The bytes of disk that a client's turns use with ``plan``: the prefix cache and the offloaded activations."""
         return (self._cache_bytes(candidate) if plan.prefix.cached else 0) + plan.offload_bytes
 
     def _cache_bytes(self, candidate: Candidate) -> int:
@@ -85,7 +97,10 @@ class Planner:
 
 @dataclass(frozen=True)
 class Admission:
-    """Who takes part, with the plan of the first stage; who does not, with the bytes that it lacks; and Q, the width."""
+    """Which clients take part, each with its plan for the first stage, and Q, the ``width`` of the job's window.
+
+    ``excluded`` are the clients without a plan, each with its shortfall in bytes.
+    """
 
     admitted: tuple[tuple[Candidate, TurnPlan], ...]
     excluded: tuple[tuple[Candidate, int], ...]
@@ -93,9 +108,13 @@ class Admission:
 
 
 def admit(planner: Planner, candidates: Iterable[Candidate], width: int, listen: Listener = no_listener) -> Admission:
-    """Plan for the chain's lowest window, which has the most adapters above it and so needs the most memory of all.
+    """Separate the clients that can take part from those that cannot, and find Q.
 
-    Q is ``width``, or as many adapters as the client with the most memory can train together.
+    Clients are planned for the chain's lowest window: it has the most adapters above it, so it needs the most memory. Q is
+    ``width`` if any client can train that many adapters together, and otherwise the most that any client can.
+
+    Raises:
+        ValueError: ``width`` is below 1.
     """
     candidates = tuple(candidates)
     for narrower in range(width, 0, -1):

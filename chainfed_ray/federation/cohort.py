@@ -1,6 +1,7 @@
-"""Who takes part in a round, and with which plan. All of it follows from the committed rounds and the job's seed.
+"""Which clients take part in a round, and with which plan.
 
-In a job with privacy, who is sampled follows from a secret instead of the seed.
+A cohort follows from the committed rounds and the job's seed alone, so a restarted job samples the same clients. In a job with
+privacy the sample follows from a secret instead of the seed.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -21,15 +22,16 @@ from chainfed_ray.spec.job import JobSpec
 
 @dataclass(frozen=True)
 class Cohort:
-    """Those sampled for a round, in the order of the fleet: ``clients`` who answer, and ``absent`` ones who do not.
+    """The clients ``sampled`` for a round, in the order of the fleet, each with the plan of its turn in ``stage``.
 
-    Each has the plan of its turn in ``stage``. Those who are ``lean`` exceeded a plan before, and had their second turn then.
+    ``clients`` answer. ``absent`` clients do not, each with the reason. ``on_fallback`` names the clients that exceeded a plan
+    in an earlier round: they take this turn with their fallback plan, and have no second one.
     """
 
     planner: Planner
     stage: Window
     sampled: tuple[Candidate, ...]
-    lean: frozenset[str]
+    on_fallback: frozenset[str]
     clients: tuple[Client, ...]
     absent: tuple[tuple[Client, Failure], ...]
 
@@ -44,26 +46,30 @@ class Cohort:
         history: Sequence[Round],
         seed: int,
     ) -> "Cohort":
-        """The cohort of round ``index``, after the rounds of ``history``; who is sampled follows from ``seed``.
+        """The cohort of round ``index``, after the rounds of ``history``. The sample is drawn with ``seed``.
 
         Raises:
-            QuorumLost: too few clients are left.
+            QuorumLost: so many clients are excluded that fewer than the quorum remain.
         """
-        sampled, lean, excluded = _sample(spec, candidates, index, history, seed), _lean(history), _left_out(history)
+        sampled = _sample(spec, candidates, index, history, seed)
+        on_fallback, excluded = _on_fallback(history), _excluded(history)
         clients, absent = [], []
         for candidate in sampled:
-            client = _turn(planner, candidate, stage, candidate.name in lean)
+            client = _turn(planner, candidate, stage, candidate.name in on_fallback)
             if candidate.name in excluded:
-                absent.append((client, Failure(f"it was left out: {excluded[candidate.name]}")))
+                absent.append((client, Failure(f"the client is excluded: {excluded[candidate.name]}")))
             elif _answers(spec.seed, index, candidate):
                 clients.append(client)
             else:
-                reason = f"it did not answer: it does with probability {candidate.availability:g}"
+                reason = f"the client did not answer: its availability is {candidate.availability:g}"
                 absent.append((client, Failure(reason)))
-        return cls(planner, stage, sampled, lean, tuple(clients), tuple(absent))
+        return cls(planner, stage, sampled, on_fallback, tuple(clients), tuple(absent))
 
     def second_turns(self, exceeded: Collection[str]) -> list[Client]:
-        """Another turn for each client that has ``exceeded`` its plan in this round, if there is any for it."""
+        """A second turn for each client named in ``exceeded``, which went over its plan in this round.
+
+        A client without a fallback plan and without memory beyond its plan has no second turn.
+        """
         again = (candidate for candidate in self.sampled if candidate.name in exceeded)
         turns = (_second_turn(self.planner, candidate, self.stage) for candidate in again)
         return [client for client in turns if client]
@@ -72,22 +78,25 @@ class Cohort:
 def everyone(
     planner: Planner, candidates: Iterable[Candidate], stage: Window, history: Sequence[Round]
 ) -> list[Client]:
-    """Every client that has not been left out meanwhile, with the plan of its turn in ``stage``."""
-    excluded, lean = _left_out(history), _lean(history)
+    """Every client that ``history`` has not excluded, with the plan of its turn in ``stage``."""
+    excluded, on_fallback = _excluded(history), _on_fallback(history)
     able = (candidate for candidate in candidates if candidate.name not in excluded)
-    return [_turn(planner, candidate, stage, candidate.name in lean) for candidate in able]
+    return [_turn(planner, candidate, stage, candidate.name in on_fallback) for candidate in able]
 
 
-def _left_out(history: Sequence[Round]) -> dict[str, str]:
-    """The clients that exceeded their plans once too often, and how."""
-    return {lost.client: lost.reason for record in history for lost in record.failed_turns if lost.over_budget}
+def _excluded(history: Sequence[Round]) -> dict[str, str]:
+    """The clients whose second turn exceeded its plan as well, each with the reason."""
+    return {failed.client: failed.reason for record in history for failed in record.failed_turns if failed.over_budget}
 
 
 def _sample(
     spec: JobSpec, candidates: Iterable[Candidate], index: int, history: Sequence[Round], seed: int
 ) -> tuple[Candidate, ...]:
-    """Drawn without replacement; without those left out meanwhile, except where privacy has its price for a sample of all."""
-    everybody, excluded = list(candidates), _left_out(history)
+    """Draw the clients of round ``index`` without replacement.
+
+    Excluded clients are not drawn, except with privacy: ε was computed for samples of all admitted clients.
+    """
+    everybody, excluded = list(candidates), _excluded(history)
     able = [candidate for candidate in everybody if candidate.name not in excluded]
     if len(able) < spec.quorum:
         raise QuorumLost(f"round {index + 1}", spec.quorum, excluded)
@@ -99,28 +108,32 @@ def _sample(
 
 
 def _answers(seed: int, index: int, candidate: Candidate) -> bool:
-    """Whether a client is there in a round, by a draw of its own that no other client's changes."""
+    """True if a client answers in round ``index``. Each client has its own draw, which no other client changes."""
     drawn = np.random.default_rng(derive(seed, "available", index, candidate.name)).random()
     return drawn < candidate.availability
 
 
-def _lean(history: Sequence[Round]) -> frozenset[str]:
-    """The clients that exceeded a plan and had a second turn, however that ended."""
+def _on_fallback(history: Sequence[Round]) -> frozenset[str]:
+    """The clients that exceeded a plan and had a second turn, whether or not it counted."""
     counted = {turn.client for record in history for turn in record.turns if turn.exceeded}
-    return frozenset(counted | {lost.client for record in history for lost in record.failed_turns if lost.exceeded})
+    failed = {turn.client for record in history for turn in record.failed_turns if turn.exceeded}
+    return frozenset(counted | failed)
 
 
-def _turn(planner: Planner, candidate: Candidate, stage: Window, lean: bool) -> Client:
-    """A client's turn in ``stage``, held to its plan; one that is ``lean`` exceeded a plan before."""
-    second = _second_turn(planner, candidate, stage) if lean else None
+def _turn(planner: Planner, candidate: Candidate, stage: Window, on_fallback: bool) -> Client:
+    """A client's turn in ``stage``: with its best plan, or as a second turn if the client exceeded a plan before."""
+    second = _second_turn(planner, candidate, stage) if on_fallback else None
     if second:
         return second
     plan = planner.plan(candidate, stage)
-    assert plan, "a client that is admitted has a plan for the window that needs the most"
+    assert plan, "an admitted client has a plan for the window that needs the most memory"
     return as_client(candidate, plan, plan.planned_bytes)
 
 
 def _second_turn(planner: Planner, candidate: Candidate, stage: Window) -> Client | None:
-    """With a leaner plan, if there is any, and held to no less than all that the client declared."""
+    """A turn with the fallback plan if there is one, capped at all the memory that the client declared.
+
+    None if the plan already needs all of that memory: a second turn could hold no more than the first.
+    """
     plan = planner.fallback_plan(candidate, stage) or planner.plan(candidate, stage)
     return as_client(candidate, plan, candidate.memory) if plan and plan.planned_bytes < candidate.memory else None

@@ -1,6 +1,6 @@
-"""A round among the clients: their updates, collected into one aggregate, and a record of every turn.
+"""Collects the updates of one round into one aggregate, with a record of every turn.
 
-Those sampled have their turns, and those that exceeded their plan have one more, with a smaller plan.
+Each sampled client takes a turn. A client that exceeds its plan takes a second turn, with its fallback plan.
 """
 
 import math
@@ -20,9 +20,10 @@ from chainfed_ray.records.rounds import FailedTurn, Turn
 
 
 class UpdateCollector:
-    """The turns of one round; ``trained`` gives the tensors that a client is to send for its window.
+    """Checks the updates of one round, adds them to ``aggregate``, and records every turn.
 
-    Updates are folded into ``aggregate`` as they are added: in the order of the clients, not of their arrival.
+    ``trained`` gives the tensors that a client must send for its window. Results must be added in the order of the clients,
+    not of their arrival, since floating-point sums depend on the order.
     """
 
     def __init__(self, trained: Callable[[Window], Tensors], aggregate: Aggregate) -> None:
@@ -31,7 +32,10 @@ class UpdateCollector:
         self.failed_turns: list[FailedTurn] = []
 
     def add(self, client: Client, result: TurnResult | Failure, exceeded: str | None = None) -> None:
-        """Fold an update, or say why a turn does not count; ``exceeded`` is how the client's first plan failed."""
+        """Add an update to the aggregate, or record a failed turn.
+
+        If this was the client's second turn, ``exceeded`` is the reason why its first one failed.
+        """
         if isinstance(result, Failure):
             self.failed_turns.append(failed_turn(client, result, exceeded))
             return
@@ -40,16 +44,16 @@ class UpdateCollector:
         except InvalidUpdate as error:
             self.failed_turns.append(failed_turn(client, Failure(f"its update was refused: {error.reason}"), exceeded))
             return
-        # The weight is what the server dealt, not what a client says.
+        # The server knows the example count. A client's own claim is not used: it could inflate its weight.
         self._aggregate.add(update.tensors, len(client.examples))
         self.turns.append(_as_turn(client, update, exceeded))
 
     def aggregate(self) -> Tensors:
-        """What the updates come to, each tensor over those that sent it."""
+        """The aggregate of the updates so far. Each tensor is aggregated over the clients that sent it."""
         return self._aggregate.result()
 
     def loss(self) -> float | None:
-        """The mean training loss of an example; None without any update."""
+        """The mean training loss over the examples of all updates, in nats; None without updates."""
         examples = sum(turn.examples for turn in self.turns)
         return sum(turn.loss * turn.examples for turn in self.turns) / examples if self.turns else None
 
@@ -68,40 +72,42 @@ def collect_updates(
     order: TurnOrder,
     deadline: float,
     prepared: Callable[[Sequence[Client]], list[Client]],
-    fold: UpdateCollector,
+    collector: UpdateCollector,
     reporter: Reporter = SILENT,
 ) -> None:
-    """Hand ``order`` to the clients of ``cohort``, and fold what comes of it in client order.
+    """Hand ``order`` to the clients of ``cohort``, and add their results to ``collector`` in client order.
 
-    Clients are ``prepared`` for each turn; ``deadline`` (seconds) is that of both turns together.
+    ``prepared`` changes the clients before each turn: it gives them their share of the noise in a job with privacy.
+    ``deadline`` (seconds) covers the first and the second turns together.
     """
     started = perf_counter()
     clients = prepared(cohort.clients)
     outcomes = reporter.each(pool.run(clients, order, deadline), len(clients), "clients")
-    for client, silence in cohort.absent:
-        fold.add(client, silence)
+    for client, absence in cohort.absent:
+        collector.add(client, absence)
     exceeded: dict[str, Failure] = {}
     for outcome in in_order(outcomes, len(clients)):
         client, result = clients[outcome.place], outcome.result
-        if isinstance(result, Failure) and result.exceeded and client.name not in cohort.lean:
+        if isinstance(result, Failure) and result.exceeded and client.name not in cohort.on_fallback:
             exceeded[client.name] = result
         else:
-            fold.add(client, result)
+            collector.add(client, result)
 
-    # A client is left out only after a turn with a leaner plan, or its whole budget: the first plan may have been wrong.
+    # The first plan may have been too small. So a client is excluded only if its second turn, with the fallback plan or its
+    # whole budget, fails as well.
     able = prepared(cohort.second_turns(exceeded))
     left = max(deadline - (perf_counter() - started), 0.0)
     outcomes = reporter.each(pool.run(able, order, left) if able else (), len(able), "clients")
     for outcome in in_order(outcomes, len(able)):
         first = exceeded.pop(able[outcome.place].name).reason
-        fold.add(able[outcome.place], outcome.result, first)
+        collector.add(able[outcome.place], outcome.result, first)
     for client in clients:
         if failure := exceeded.get(client.name):
-            fold.add(client, replace(failure, reason=f"{failure.reason}; there is no leaner plan"))
+            collector.add(client, replace(failure, reason=f"{failure.reason}; there is no fallback plan"))
 
 
 def failed_turn(client: Client, failure: Failure, exceeded: str | None = None) -> FailedTurn:
-    """The record of a turn that does not count."""
+    """The record of a failed turn. If it was a second turn, ``exceeded`` is the reason why the first one failed."""
     return FailedTurn(
         client=client.name,
         client_class=client.client_class,
@@ -111,9 +117,9 @@ def failed_turn(client: Client, failure: Failure, exceeded: str | None = None) -
     )
 
 
-def reasons(lost: Iterable[FailedTurn]) -> dict[str, str]:
-    """Why each client's turn does not count."""
-    return {turn.client: turn.reason for turn in lost}
+def reasons(failed_turns: Iterable[FailedTurn]) -> dict[str, str]:
+    """The reason of each failed turn, by client."""
+    return {turn.client: turn.reason for turn in failed_turns}
 
 
 def _as_turn(client: Client, update: Update, exceeded: str | None) -> Turn:

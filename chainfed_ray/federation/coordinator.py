@@ -58,13 +58,13 @@ _FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the
 
 
 class Coordinator:
-    """Runs one job over ``pool``; what it has decided is in ``log`` alone.
+    """Runs one job over ``pool``. Everything that it has decided is in ``log``.
 
-    ``evaluation`` is the server's; by default it streams the model. ``aggregation``, ``start`` and ``objective`` are rules of
-    the caller's own, in place of those that the job names (docs/python.md).
+    ``evaluation`` evaluates stacks on the server; by default it streams the model. ``aggregation``, ``start`` and
+    ``objective`` are the caller's own rules, in place of those that the job names (docs/python.md).
 
     Raises:
-        InvalidJob: an aggregation rule of one's own is given to a job with privacy.
+        InvalidJob: the caller's own aggregation rule is given to a job with privacy.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Coordinator:
         """Decide where the chain starts, and commit that; a job that has started before keeps what was committed.
 
         Raises:
-            InvalidJob: the job started with other rows, clients or rules of one's own; or the start rule gave no layer of it.
-            QuorumLost: no client sent what it takes to find the start.
+            InvalidJob: the job started with other rows, clients or rules; or the caller's start rule gave an impossible layer.
+            QuorumLost: no client sent what the start rule needs.
         """
         if started := self._log.job_started():
             self._job.check_begun_with(started)
@@ -177,7 +177,7 @@ class Coordinator:
         return self._state(self._chain(self.open().start_layer), self._log.rounds()).stack
 
     def models(self) -> dict[str, SavedStack]:
-        """The ``last`` stack and, if it is another, the ``best`` one, with what has to be known to use them."""
+        """The ``last`` stack and, if it is another, the ``best`` one, each with the classes and the base model it needs."""
         job, spec = self._job, self._spec
         return {
             name: SavedStack(stack, job.classes, spec.data.max_length, spec.model.base, job.layers_path)
@@ -185,7 +185,7 @@ class Coordinator:
         }
 
     def save(self, folder: Path) -> None:
-        """Write the stack that is to be served to ``folder``/model, and the other one, if there is one, beside it."""
+        """Write the served stack to ``folder``/model, and the other one, if there is one, beside it."""
         save_models(self.models(), self.finish().served, folder)
 
     def _stacks(self, history: Sequence[Round]) -> dict[str, AdapterStack]:
@@ -211,7 +211,7 @@ class Coordinator:
         return found
 
     def _check_rules(self, started: JobStarted) -> None:
-        """A job that is resumed has the rules of one's own with which it started."""
+        """Refuse a resumed job that lacks one of the caller's own rules with which it started, or has another."""
         for what in sorted({*started.own_rules, *self._own_rules}):
             then, now = started.own_rules.get(what), self._own_rules.get(what)
             if then != now:
@@ -385,7 +385,7 @@ class Coordinator:
 
 
 def _best(best: Tensors, record: Round, evaluated: Sequence[Restored], before: Tensors, after: Tensors) -> Tensors:
-    """The tensors that the stage trains, as they were at its best exit; until this round, those were ``best``."""
+    """The tensors that the stage trains, at its best early exit: ``best`` until this round, ``before`` it, or ``after`` it."""
     found = best_exit(evaluated)
     if found is None:
         return {}

@@ -1,7 +1,7 @@
-"""What the server judges of a job's stacks, and when: the chain cut at the window's top, and the whole model.
+"""What the server evaluates, and when: the chain's early exit at the window's top, and the whole model.
 
-Each prefix of a chain is a smaller model, so the cut is judged as what it is, an early exit. The whole model is judged by an
-``Evaluator``; whatever goes wrong there is noted, and costs the job nothing else.
+The chain cut at the window's top is a smaller model by itself, an early exit: it is evaluated on the validation rows. The whole
+model is evaluated by an ``Evaluator``. If that fails, the record says why and the job goes on.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,81 +26,88 @@ _VALIDATION, _TEST, _CHOICES = "validation", "test", "choices"
 
 
 def sets_of(job: PlannedJob) -> EvaluationSets:
-    """What an evaluator of ``job`` judges stacks on."""
+    """The examples on which the stacks of ``job`` are evaluated, by name."""
     choices = {_CHOICES: job.choices.examples} if job.choices else {}
     return {_VALIDATION: job.validation, _TEST: job.test, **choices}
 
 
 def streaming(job: PlannedJob, listen: Listener = no_listener) -> StreamingEvaluator:
-    """The evaluator that needs nothing but torch."""
+    """The evaluator that runs the model layer by layer in this process, in torch alone."""
     return StreamingEvaluator(job.base, job.planner.costs, sets_of(job), listen)
 
 
 def streamed(job: PlannedJob, listen: Listener = no_listener) -> "ServerEvaluation":
-    """The judgements of ``job`` by that evaluator."""
+    """The server's evaluation of ``job`` with the streaming evaluator."""
     return ServerEvaluation(job, streaming(job, listen), listen=listen)
 
 
 def is_due(often: Often | Literal["never"], round_index: int, stage_ends: bool) -> bool:
-    """Whether something that is to be done so often is due after a round; the end of a stage is one, unless it is never."""
+    """True if an evaluation is due after round ``round_index``, counted from 0.
+
+    ``often`` is "never", "stage" (when a stage ends), "round", or a number of rounds. All but "never" include a stage's end.
+    """
     if often == "never":
         return False
     return stage_ends or often == "round" or (isinstance(often, int) and (round_index + 1) % often == 0)
 
 
 def best_round(rounds: Sequence[Round]) -> Round | None:
-    """The one after which the whole model had the least held-out loss; of equals the newest.
+    """The round after which the whole model had the least held-out loss; of equals the newest.
 
-    None if it was never judged; a loss that is no finite number is on no record.
+    None if no evaluation of the whole model gave a finite loss.
     """
-    judged = [record for record in rounds if record.evaluation and record.evaluation.loss is not None]
-    return min(reversed(judged), key=_loss, default=None)
+    evaluated = [record for record in rounds if record.evaluation and record.evaluation.loss is not None]
+    return min(reversed(evaluated), key=_loss, default=None)
 
 
 def best_of(rounds: Sequence[Round]) -> Best | None:
-    """Which round's stack is the best one, and why."""
+    """The round whose stack is the best, with its scores and the reason in words; None if there is none."""
     record = best_round(rounds)
     if record is None or record.evaluation is None:
         return None
     last = next((other for other in reversed(rounds) if other.evaluation and other.evaluation.loss is not None), record)
     why = f"the whole model had the least held-out loss, {_loss(record):.4f}"
     if last.index != record.index:
-        why += f"; after round {last.index + 1}, the last one judged, it had {_loss(last):.4f}"
+        why += f"; after round {last.index + 1}, the last one evaluated, it had {_loss(last):.4f}"
     return Best(
         round=record.index, stage=record.stage, loss=_loss(record), accuracy=record.evaluation.accuracy, why=why
     )
 
 
 def exits(rounds: Iterable[Round]) -> list[Restored]:
-    """The early exits that were judged in a stage of these ``rounds``, in order: what it may go back to as it ends.
+    """The early exits of one stage that were evaluated in its ``rounds``, in order. The stage may end with any of them.
 
-    The first is the stack that it began with, if its head was fitted. A loss that is no finite number is left out.
+    If the stage's head was fitted, the first exit is the stack that the stage began with; its ``round`` is None. Exits without
+    a finite loss are not in the list.
     """
-    judged = list[tuple[int | None, float | None, float | None]]()
+    evaluated = list[tuple[int | None, float | None, float | None]]()
     for record in rounds:
         if fit := record.head_fit:
-            judged.append((None, fit.held_out_loss, fit.accuracy))
-        judged.append((record.index, record.held_out_loss, record.accuracy))
+            evaluated.append((None, fit.held_out_loss, fit.accuracy))
+        evaluated.append((record.index, record.held_out_loss, record.accuracy))
     return [
         Restored(round=index, loss=loss, accuracy=accuracy)
-        for index, loss, accuracy in judged
+        for index, loss, accuracy in evaluated
         if loss is not None and accuracy is not None
     ]
 
 
-def best_exit(judged: Sequence[Restored]) -> Restored | None:
-    """The one with the least loss, of equals the newest; None if there is none."""
-    return min(reversed(judged), key=lambda one: one.loss, default=None)
+def best_exit(evaluated: Sequence[Restored]) -> Restored | None:
+    """The exit with the least held-out loss, of equals the newest; None if there is no exit."""
+    return min(reversed(evaluated), key=lambda one: one.loss, default=None)
 
 
-def stack_to_restore(judged: Sequence[Restored]) -> Restored | None:
-    """What a stage with these exits goes back to as it ends; None if its newest exit is its best."""
-    best = best_exit(judged)
-    return None if best is None or best is judged[-1] else best
+def stack_to_restore(evaluated: Sequence[Restored]) -> Restored | None:
+    """The exit whose stack a stage restores when it ends; None if its newest exit is its best."""
+    best = best_exit(evaluated)
+    return None if best is None or best is evaluated[-1] else best
 
 
 class ServerEvaluation:
-    """The judgements of one job. ``instead`` says why the evaluator is another than the job asks for, if it is."""
+    """Evaluates the stacks of one job with ``evaluator``.
+
+    If the job asks for another evaluator, ``instead`` says why it is not used. The records show that reason.
+    """
 
     def __init__(
         self, job: PlannedJob, evaluator: Evaluator, instead: str | None = None, listen: Listener = no_listener
@@ -109,15 +116,15 @@ class ServerEvaluation:
 
     @property
     def evaluator(self) -> str:
-        """What judges the whole model, in words."""
+        """The name of the evaluator of the whole model, with the reason if it is not the one that the job asks for."""
         return self._evaluator.engine + (f" ({self._instead})" if self._instead else "")
 
     def close(self) -> None:
-        """Let go of the evaluator."""
+        """Release what the evaluator holds."""
         self._evaluator.close()
 
     def early_exit(self, stack: AdapterStack, window: Window) -> tuple[Score, EarlyExit]:
-        """Of the chain cut at the top of ``window``, on the validation rows; and what it took."""
+        """The score of the chain cut at the top of ``window``, on the validation rows; and the time and memory it took."""
         job, rows, started = self._job, self._job.validation, perf_counter()
         planned = evaluation_bytes(job.planner.costs, len(stack.layers), len(window), int(rows.lengths.max()))
         with PeakMemory() as peak, one_thread():
@@ -128,24 +135,32 @@ class ServerEvaluation:
         )
 
     def whole(self, stack: AdapterStack) -> Evaluation:
-        """Of the whole model, on the validation rows and a test of multiple choice, if there is one; or why there is none."""
+        """Evaluate the whole model on the validation rows and, if the job has one, on its multiple-choice test.
+
+        An evaluation that fails has no scores; its ``failure`` is the reason.
+        """
         try:
-            return self._judged(self._evaluator, stack, _VALIDATION, self._instead)
-        except Exception as error:  # whatever goes wrong costs this judgement only, and is on record
+            return self._evaluated(self._evaluator, stack, _VALIDATION, self._instead)
+        except (
+            Exception
+        ) as error:  # any error costs this evaluation only: the record has the reason, and the job goes on
             return Evaluation(engine=self._evaluator.engine, failure=f"{type(error).__name__}: {error}")
 
     def test(self, stack: AdapterStack) -> Evaluation:
-        """Of the whole model, as ``whole`` but on the test rows: by the streaming evaluator where the job's own cannot."""
+        """Evaluate the whole model as ``whole`` does, but on the test rows.
+
+        A job needs this score. So if the job's own evaluator fails, the streaming evaluator takes over.
+        """
         instead = self._instead
         if self._evaluator.engine != StreamingEvaluator.engine:
             try:
-                return self._judged(self._evaluator, stack, _TEST, instead)
-            except Exception as error:  # see above
+                return self._evaluated(self._evaluator, stack, _TEST, instead)
+            except Exception as error:  # as in ``whole``
                 instead = f"{type(error).__name__}: {error}"
-        return self._judged(streaming(self._job, self._listen), stack, _TEST, instead)
+        return self._evaluated(streaming(self._job, self._listen), stack, _TEST, instead)
 
-    def _judged(self, by: Evaluator, stack: AdapterStack, rows: str, instead: str | None) -> Evaluation:
-        """Of the whole model by one evaluator, on ``rows`` and the multiple choice; ``instead`` is as in the class."""
+    def _evaluated(self, by: Evaluator, stack: AdapterStack, rows: str, instead: str | None) -> Evaluation:
+        """The record of an evaluation by one evaluator, on the set ``rows`` and the choices; ``instead`` as in the class."""
         job = self._job
         choices = by.evaluate(stack, _CHOICES) if job.choices else None
         found = by.evaluate(stack, rows)
@@ -172,7 +187,7 @@ class ServerEvaluation:
 
 
 def _most(counts: Iterable[int | None]) -> int | None:
-    """The largest that is known."""
+    """The largest of the counts that were measured; None if none was."""
     return max((count for count in counts if count is not None), default=None)
 
 

@@ -1,4 +1,4 @@
-"""The head in closed form: every client's sums, and the classifier that they give (discriminant.py)."""
+"""Fits a stage's head in closed form: collects every client's sums and computes the classifier (``discriminant.py``)."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,10 @@ from chainfed_ray.records.rounds import FailedTurn, HeadFit
 
 
 class FittedHead(NamedTuple):
-    """The head's tensors by their names in the stack; empty if nobody sent sums, or no classifier follows from them."""
+    """The head's tensors by their names in the stack, and the record of the fit.
+
+    ``tensors`` is empty if no client sent sums, or if no classifier follows from them.
+    """
 
     tensors: Tensors
     record: HeadFit
@@ -36,27 +39,31 @@ class FittedHead(NamedTuple):
 def fit_head(
     job: PlannedJob, pool: ClientPool, clients: Sequence[Client], order: Fitting, reporter: Reporter = SILENT
 ) -> FittedHead:
-    """Ask ``clients`` for their sums, add them up in client order, and settle the rest on the job's validation rows."""
+    """Ask ``clients`` for their sums, add them up in client order, and fit the head to them.
+
+    The classifier is calibrated, and scored, on the job's validation rows. A client whose turn fails, or whose sums are
+    impossible, is on record among the failed turns, and the others go on.
+    """
     deadline = deadline_of_all(job, len(clients))
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
     shape = stack.head.linear.out_features, stack.head.features(order.window.top)
     total = ClassSums.zeros(*shape, torch.float64)
-    with torch.device("meta"):  # their shapes, without their bytes
+    with torch.device("meta"):  # only shapes and dtypes are needed, so no memory is allocated
         expected = ClassSums.zeros(*shape).tensors()
-    cpu_seconds: list[float] = []  # of each client whose sums count; the sums themselves are not kept
-    lost: list[FailedTurn] = []
+    cpu_seconds: list[float] = []  # one entry for each client whose sums were added
+    failed: list[FailedTurn] = []
     outcomes = reporter.each(pool.run(clients, order, deadline), len(clients), "clients")
     for place, result in in_order(outcomes, len(clients)):
         client = clients[place]
         try:
             found = _checked(client, result, expected)
         except InvalidUpdate as error:
-            lost.append(failed_turn(client, Failure(error.reason)))
+            failed.append(failed_turn(client, Failure(error.reason)))
         else:
             if isinstance(found, Failure):
-                # A client that exceeds its plan here is not left out: in a round it may have a second turn.
-                lost.append(failed_turn(client, replace(found, exceeded=False)))
+                # A client that exceeds its plan here is not excluded: it has had no second turn yet, as it would in a round.
+                failed.append(failed_turn(client, replace(found, exceeded=False)))
             else:
                 sums, seconds = found
                 total.add(sums)
@@ -67,7 +74,7 @@ def fit_head(
         examples=int(total.counts.sum()),
         cpu_seconds=sum(cpu_seconds),
         sent_bytes=len(cpu_seconds) * sum(tensor.nbytes for tensor in expected.values()),
-        failed_turns=tuple(lost),
+        failed_turns=tuple(failed),
         held_out_loss=score.loss if score else None,
         accuracy=score.accuracy if score else None,
     )
@@ -75,14 +82,17 @@ def fit_head(
 
 
 def deadline_of_all(job: PlannedJob, clients: int) -> float:
-    """The deadline (seconds) where all the job's ``clients`` are asked: ``rounds.deadline`` is for those of a round."""
+    """The deadline (seconds) for an order that all the job's ``clients`` carry out.
+
+    ``rounds.deadline`` is for the clients of one round. It is multiplied by the rounds that it takes to reach every client.
+    """
     return job.spec.rounds.deadline * math.ceil(clients / job.spec.rounds.clients)
 
 
 def _head(
     total: ClassSums, stack: AdapterStack, window: Window, held_out: Examples, base: ModelSource, reporter: Reporter
 ) -> tuple[Tensors, Score | None]:
-    """The head's tensors, and its score on ``held_out`` examples; none if no classifier follows from the sums."""
+    """The head's tensors, and its score on the ``held_out`` examples; empty and None if the sums give no classifier."""
     with one_thread():
         means, labels = pooled_features(held_out, base, base.scratch / "(validation)", stack, window, reporter)
         hidden = means.shape[-1]
@@ -93,19 +103,23 @@ def _head(
         weight, bias = found
         logits = linear(features, weight, bias)
         score = Score(float(cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean()))
-    # Below the first layer there is nothing to read.
-    unread = stack.head_layers * hidden - weight.shape[1]
+    # Near the bottom of the model fewer layers lie below the window's top than the head has room for: those weights stay 0.
+    unused = stack.head_layers * hidden - weight.shape[1]
     head = {
         "head.norm.weight": torch.ones(hidden),
         "head.norm.bias": torch.zeros(hidden),
-        "head.linear.weight": pad(weight, (unread, 0)),
+        "head.linear.weight": pad(weight, (unused, 0)),
         "head.linear.bias": bias,
     }
     return head, score
 
 
 def _checked(client: Client, result: TurnResult | Failure, expected: Tensors) -> tuple[ClassSums, float] | Failure:
-    """The sums, and the seconds of CPU that they took."""
+    """The client's sums and the CPU seconds that they took; or the failure of its turn.
+
+    Raises:
+        InvalidUpdate: the result is no sums, has other names, shapes or dtypes, or no examples could have given it.
+    """
     if isinstance(result, Failure):
         return result
     if not isinstance(result, HeadSums):

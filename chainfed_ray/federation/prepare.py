@@ -1,4 +1,7 @@
-"""From a ``JobSpec`` to what a coordinator needs; every impossible job is refused here, before anything starts."""
+"""Plans a job: from a ``JobSpec`` to what a coordinator needs.
+
+A job that cannot run is refused here, before anything starts.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,12 +35,15 @@ from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes
 
-FEATURES = 1536  # that a fitted head reads at most by default, if a layer has no more
+FEATURES = 1536  # the most pooled features of a fitted head by default; with a wider model the head has one layer
 
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A job as it is planned: who takes part and how, and the server's held-out examples."""
+    """A job as it is planned: the base model, which clients take part and how, and the server's held-out examples.
+
+    ``layers`` is L, the base model's layers; ``layers_path`` is where the model's module has them; ``hidden`` is D.
+    """
 
     spec: JobSpec
     base: ModelSource
@@ -55,12 +61,12 @@ class PlannedJob:
 
     @property
     def class_count(self) -> int | None:
-        """C, the classes of its head; None for a language model, which has its own."""
+        """C, the classes of the job's head; None for a language model, which keeps its own head."""
         return None if self.spec.model.task == "causal-lm" else len(self.classes)
 
     @property
     def head_layers(self) -> int:
-        """How many layers its head reads."""
+        """The number of layers whose pooled features the job's head takes."""
         return self.planner.costs.head_layers
 
     @property
@@ -70,24 +76,26 @@ class PlannedJob:
 
     @property
     def admitted(self) -> tuple[tuple[Candidate, TurnPlan], ...]:
-        """Those who take part, each with the plan of the lowest window."""
+        """The clients that take part, each with its plan for the lowest window."""
         return self.admission.admitted
 
     @property
     def excluded(self) -> tuple[ExcludedClient, ...]:
-        """Those who cannot."""
-        return tuple(_left_out(candidate, missing) for candidate, missing in self.admission.excluded)
+        """The records of the clients that cannot take part."""
+        return tuple(_excluded(candidate, shortfall) for candidate, shortfall in self.admission.excluded)
 
     @property
     def clients(self) -> tuple[Client, ...]:
-        """Those who take part, each with the plan of the lowest window."""
+        """The clients that take part, ready for a turn in the lowest window."""
         return tuple(as_client(candidate, plan, plan.planned_bytes) for candidate, plan in self.admitted)
 
     def check_begun_with(self, job_started: JobStarted) -> None:
-        """A job that is resumed has the rows, and the clients, with which it began: samples and their price follow from them.
+        """Check that a resumed job has the rows and the clients with which it started.
+
+        The clients' samples, and with privacy their ε, follow from both.
 
         Raises:
-            InvalidJob: one of them has changed since.
+            InvalidJob: the rows or the clients are not those of ``job_started``.
         """
         self.manifest.check_unchanged(job_started.partition_hash)
         now, then = (
@@ -96,14 +104,14 @@ class PlannedJob:
         )
         if now != then:
             expected = (
-                f"the clients that could take part as the job began (gone since: {_listed(set(then) - set(now))}; "
+                f"the clients that could take part when the job started (missing now: {_listed(set(then) - set(now))}; "
                 f"new: {_listed(set(now) - set(then))})"
             )
             raise InvalidJob.at("fleet.clients", f"{len(now)} that can take part", expected)
 
 
 def as_client(candidate: Candidate, plan: TurnPlan, cap_bytes: int) -> Client:
-    """A candidate with the plan of its next turn, held to ``cap_bytes``."""
+    """The client that takes the next turn of ``candidate``: with ``plan``, held to ``cap_bytes`` of memory."""
     name, group, examples, memory = candidate.name, candidate.client_class, candidate.examples, candidate.memory
     return Client(name, group, examples, memory, plan, cap_bytes, speed=candidate.speed)
 
@@ -111,7 +119,9 @@ def as_client(candidate: Candidate, plan: TurnPlan, cap_bytes: int) -> Client:
 def prepare_job(
     spec: JobSpec, scratch: Path, listen: Listener = no_listener, partition: PartitionRule | None = None
 ) -> PlannedJob:
-    """A job that can run. Its clients keep their prefix caches in ``scratch``; ``partition`` is a rule of the caller's own.
+    """Plan a job, and check that enough clients can take part in it.
+
+    Clients keep their prefix caches in ``scratch``. ``partition`` is the caller's own rule, in place of the job's.
 
     Raises:
         InvalidJob: the job cannot run; each problem names the field, its value and what was expected.
@@ -124,22 +134,22 @@ def prepare_job(
 def plan_job(
     spec: JobSpec, scratch: Path, listen: Listener = no_listener, partition: PartitionRule | None = None
 ) -> PlannedJob:
-    """Plan a job, step by step, whether or not enough clients can take part.
+    """Plan a job, step by step, even if too few clients can take part: a dry run shows such a job as well.
 
     Raises:
-        InvalidJob: the job cannot run with any clients.
+        InvalidJob: the job could not run with any clients.
     """
-    # 1. The base model, and the rows as tokens.
+    # 1. Find the base model, and turn the rows into tokens.
     Reporter("finding the base model", listen).begin()
     folder = resolve(spec.model.base)
     source = ModelSource(folder, getattr(torch, spec.model.dtype), scratch)
     examples = examples_of(spec, tokenizer(spec.model.base, folder), listen)
 
-    # 2. What a turn takes, by arithmetic.
+    # 2. Trace how much memory each part of a turn holds.
     model = _traced(spec, source, examples, listen)
     planner = Planner(model.memory, requirements_of(spec))
 
-    # 3. Which client has which rows, and which clients can take part.
+    # 3. Partition the rows among the clients, and plan which clients can take part.
     shares = _shares(spec, examples, partition)
     admission = admit(planner, candidates(spec, examples, shares), spec.chain.window, listen)
     return PlannedJob(
@@ -160,14 +170,18 @@ def plan_job(
 
 
 class _Traced(NamedTuple):
-    """What the base model's own code tells: where it has its layers, and what its parts hold in memory."""
+    """Where the base model's module has its layers, and how much memory the parts of a turn hold."""
 
     layers_path: str
     memory: MemoryProfile
 
 
 def _traced(spec: JobSpec, source: ModelSource, examples: JobExamples, listen: Listener) -> _Traced:
-    """Check that the job fits the model, and trace the memory of the model's parts."""
+    """Check the job against the base model, and trace the memory of the model's parts.
+
+    Raises:
+        InvalidJob: the model cannot be streamed, or a key of the job does not fit it.
+    """
     causal = spec.model.task == "causal-lm"
     try:
         blocks = Blocks(source.folder, source.dtype)
@@ -187,7 +201,7 @@ def _traced(spec: JobSpec, source: ModelSource, examples: JobExamples, listen: L
 
 
 def _classes(spec: JobSpec, examples: JobExamples) -> tuple[str, ...]:
-    """The names of a classifier's classes; a language model has none."""
+    """The names of the classes, in the order of the head's outputs; empty for a language model."""
     return () if spec.model.task == "causal-lm" else examples.corpus.classes
 
 
@@ -201,7 +215,10 @@ def _shares(spec: JobSpec, examples: JobExamples, rule: PartitionRule | None) ->
 
 
 def requirements_of(spec: JobSpec) -> TurnRequirements:
-    """What a job asks of every client. Where its start is still to be found, the chain is planned from the first layer."""
+    """What a job asks of every client's turn.
+
+    If the start layer is not known yet, the chain is planned from the first layer, where a turn needs the most memory.
+    """
     global_branch = spec.chain.global_weight > 0
     return TurnRequirements(
         start=spec.chain.start if isinstance(spec.chain.start, int) else 0,
@@ -215,7 +232,7 @@ def requirements_of(spec: JobSpec) -> TurnRequirements:
 
 
 def candidates(spec: JobSpec, examples: JobExamples, shares: Sequence[np.ndarray]) -> list[Candidate]:
-    """The clients of a job's fleet, with the examples that are dealt to each."""
+    """The clients of a job's fleet. ``shares`` are the row indices of each, in the order of the fleet."""
     return [
         Candidate(
             name, group.name, examples.of_client(share), group.memory, group.disk, group.availability, group.speed
@@ -226,13 +243,19 @@ def candidates(spec: JobSpec, examples: JobExamples, shares: Sequence[np.ndarray
 
 def _check_head(spec: JobSpec, blocks: Blocks) -> None:
     try:
-        blocks.language_head  # noqa: B018  it says itself what is wrong with it
+        blocks.language_head  # noqa: B018  the property raises if the model has no language head
     except UnsupportedModel as error:
         raise InvalidJob.at("model.base", spec.model.base, f"a language model ({error.reason})") from None
 
 
 def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
-    """Every token has an embedding, and the longest text can be embedded: not every model has a table of positions."""
+    """Check that every token id has an embedding, and that the model can embed the longest text.
+
+    The longest text is embedded for a try, since not every model has a table of positions that tells its limit.
+
+    Raises:
+        InvalidJob: the tokenizer, the text length or the model is unsuitable.
+    """
     train = rows.train if rows.pack_length is None else packed(rows.train, rows.pack_length)
     for examples in (train, *rows.held_out):
         if (highest := int(examples.ids.max())) >= blocks.vocabulary:
@@ -241,7 +264,7 @@ def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
             )
             raise InvalidJob.at("model.base", spec.model.base, expected)
         longest = int(examples.lengths.argmax())
-        positions = blocks.positions if spec.model.task == "causal-lm" else None  # an encoder may have relative ones
+        positions = blocks.positions if spec.model.task == "causal-lm" else None  # an encoder's may be relative
         if positions is not None and examples.lengths[longest] > positions:
             expected = f"at most {positions}, the model's positions; a text has {examples.lengths[longest]} tokens"
             raise InvalidJob.at("data.max_length", spec.data.max_length, expected)
@@ -250,14 +273,14 @@ def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
             blocks.embed(batch.ids, batch.mask)
         except (IndexError, RuntimeError):
             expected = (
-                f"fewer: a text has {examples.lengths[longest]} tokens, and the model has no positions for so many"
+                f"a smaller number: a text has {examples.lengths[longest]} tokens, more than the model has positions"
             )
             raise InvalidJob.at("data.max_length", spec.data.max_length, expected) from None
         except (
             AttributeError,
             TypeError,
             ValueError,
-        ) as error:  # from the family's own code, run in another way than its own
+        ) as error:  # the family's own code failed: it does not support running its layers one by one
             expected = f"a model that can be streamed ({type(error).__name__}: {error})"
             raise InvalidJob.at("model.base", spec.model.base, expected) from None
 
@@ -274,29 +297,30 @@ def _check_chain(spec: JobSpec, layers: int) -> None:
 
 
 def _head_layers(spec: JobSpec, blocks: Blocks) -> int:
-    """How many layers the head reads. One that is fitted takes sums as large as the square of what it reads.
+    """The number of head layers: the job's own or, by default, several if the head is fitted anew in each stage.
 
-    One that goes on from window to window would find other layers where those were that it learnt to read.
+    The clients' sums grow with the square of the features, so ``FEATURES`` limits them. A head that is not fitted anew takes
+    one layer: as the window slides, the layers below its top are others than those on which it was trained.
     """
     if spec.chain.head_layers is not None:
         return spec.chain.head_layers
-    anew = spec.chain.head == "fitted" and spec.chain.schedule == "staged"
-    return max(1, min(blocks.num_layers, FEATURES // blocks.hidden_size)) if anew else 1
+    fitted_anew = spec.chain.head == "fitted" and spec.chain.schedule == "staged"
+    return max(1, min(blocks.num_layers, FEATURES // blocks.hidden_size)) if fitted_anew else 1
 
 
 def check_fleet(job: PlannedJob) -> None:
-    """Enough clients can take part, one of them can find the chain's start, and a round can be paid for.
+    """Check that a quorum of clients can take part, that the chain's start can be found, and that ε allows a round.
 
     Raises:
-        InvalidJob: not so.
+        InvalidJob: one of these does not hold.
     """
     spec, admission = job.spec, job.admission
     if spec.quorum > len(admission.admitted):
-        largest, missing = max(admission.excluded, key=lambda excluded: excluded[0].memory)
+        largest, shortfall = max(admission.excluded, key=lambda excluded: excluded[0].memory)
         raise InvalidJob.at(
             "fleet.clients",
             [f"{group.name}: {format_bytes(group.memory)}" for group in spec.fleet.clients],
-            f"{spec.quorum} clients (the quorum) with {format_bytes(largest.memory + missing)} or more, since "
+            f"{spec.quorum} clients (the quorum) with {format_bytes(largest.memory + shortfall)} or more, since "
             f"{len(admission.admitted) or 'none'} of them can hold any window at data.max_length {spec.data.max_length}",
         )
     profiling = [
@@ -306,10 +330,11 @@ def check_fleet(job: PlannedJob) -> None:
         raise InvalidJob.at(
             "chain.start",
             "auto",
-            f"the index of a layer, since no client has the {FEWEST} rows of a profile, and disk for their activations",
+            f"the index of a layer, since no client has both the {FEWEST} rows that a profile needs and the disk for "
+            "their activations",
         )
     if spec.privacy and (ledger := Ledger(spec, len(admission.admitted))).total == 0:
-        expected = f"{ledger.spent(1):.3g} or more, which the first round costs with {len(admission.admitted)} clients"
+        expected = f"{ledger.spent(1):.3g} or more: the first round costs that with {len(admission.admitted)} clients"
         raise InvalidJob.at("privacy.epsilon", spec.privacy.epsilon, expected)
 
 
@@ -317,11 +342,11 @@ def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _left_out(candidate: Candidate, missing: int) -> ExcludedClient:
+def _excluded(candidate: Candidate, shortfall: int) -> ExcludedClient:
     return ExcludedClient(
         client=candidate.name,
         client_class=candidate.client_class,
         budget_bytes=candidate.memory,
-        shortfall_bytes=missing,
-        reason=f"its budget of {format_bytes(candidate.memory)} lacks {format_bytes(missing)} for any window",
+        shortfall_bytes=shortfall,
+        reason=f"its budget of {format_bytes(candidate.memory)} is {format_bytes(shortfall)} short of the smallest window",
     )

@@ -20,10 +20,10 @@ from chainfed_ray.spec.job import JobSpec
 class PrivacyPolicy:
     """The privacy of a job that samples from ``admitted`` clients. Its secret is kept in ``log``.
 
-    ``aggregation`` is a rule of the caller's own, in place of the job's.
+    ``aggregation`` is the caller's own rule, in place of the job's.
 
     Raises:
-        InvalidJob: there is such a rule, and the job has privacy.
+        InvalidJob: the job has privacy, and ``aggregation`` is given.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class PrivacyPolicy:
         return self._ledger.total if self._ledger else self._spec.rounds.total
 
     def counts(self, answered: int) -> bool:
-        """True if a round in which so many clients ``answered`` counts.
+        """True if a round counts in which this number of clients ``answered``.
 
         With privacy every round does: skipping one would tell something about its sample.
         """

@@ -1,4 +1,7 @@
-"""One job from its specification to its finished model, as an iterator of records: the way in from Python (docs/python.md)."""
+"""Runs one job, from its specification to its finished model, as an iterator of records.
+
+Call ``run_job`` from Python (docs/python.md); ``chainfed run`` and the service call it as well.
+"""
 
 import tempfile
 from collections.abc import Callable, Generator
@@ -20,14 +23,14 @@ from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 
 MakePool = Callable[[ModelSource, Note], ClientPool]
-"""Makes the pool that runs the clients' turns; what it waits for, it may note."""
+"""Makes the pool that runs the clients' turns. The pool may use the ``Note`` to tell what it waits for."""
 
 MakeEvaluation = Callable[[PlannedJob, Listener], ServerEvaluation]
-"""Makes what evaluates stacks on the server."""
+"""Makes the object that evaluates stacks on the server."""
 
 
 def in_this_process(source: ModelSource, note: Note) -> ClientPool:
-    """A pool whose clients take their turns one after the other in this process, where a debugger finds them."""
+    """A pool whose clients take their turns one after the other in this process, where a debugger can stop in them."""
     return LocalPool(source)
 
 
@@ -46,15 +49,17 @@ def run_job(
 ) -> Generator[JobStarted | Round | JobFinished, None, None]:
     """Run a job, and yield its records: ``JobStarted``, each ``Round``, ``JobFinished``.
 
-    Commits and the finished model (``folder``/model) are written to ``folder``. A job that was stopped there continues with
-    its next round, after its earlier records were yielded once more. To stop it, stop iterating. ``partition``, ``start``,
-    ``aggregation`` and ``objective`` are rules of the caller's own. Clients keep their caches in ``scratch``, by default a
-    temporary folder.
+    ``folder`` holds the job's commits and at the end the finished model, in ``folder``/model. To stop the job, stop iterating.
+    Run it again with the same folder: it yields the earlier records once more, and continues with the next round.
+
+    ``partition``, ``start``, ``aggregation`` and ``objective`` are the caller's own rules, in place of those that the job
+    names. ``pool`` and ``evaluation`` make what runs the clients' turns and what evaluates stacks. Clients keep their caches
+    in ``scratch``, by default a temporary folder. ``listen`` hears what the job is busy with.
 
     Raises:
         InvalidJob: the job cannot run, or not with these rules.
         QuorumLost: too few clients answered.
-        CorruptCommit: ``folder`` holds something else than this job's commits.
+        CorruptCommit: a commit in ``folder`` was changed, or is not of this job.
     """
     with ExitStack() as until_done:
         if scratch is None:

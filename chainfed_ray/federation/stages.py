@@ -17,7 +17,7 @@ from chainfed_ray.spec.sections import ConvergenceSpec, RoundsSpec
 
 
 class RoundSpec(NamedTuple):
-    """The next round: its window, and how many rounds its stage has had, of how many at most.
+    """The next round: its window, and the rounds that its stage has ``spent`` of its ``limit``.
 
     In a cyclic schedule both counts are the whole job's.
     """

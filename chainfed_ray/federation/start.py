@@ -1,7 +1,9 @@
-"""Where a chain starts: where its job says, where layers have moved from the embeddings (FOAT), or where heads read best.
+"""Finds the start layer of a chain, the lowest layer with an adapter.
 
-The last is ours, not the paper's. The top of each window of the untrained model is an exit, at which a head can be fitted in
-closed form. If that reads best below the last window, the layers above read worse, and training has something to win there.
+``chain.start`` of the job chooses the rule. A number is the layer itself. ``auto`` is the paper's rule (FOAT): the chain starts
+at the first layer whose output differs enough from the embeddings, by CKA. ``best-exit`` is our own rule: a head in closed form
+is fitted to the untrained model at the top of each window, and the chain starts at the window whose head has the least held-out
+loss. The layers above that window do worse, so training them can gain the most.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +27,9 @@ from chainfed_ray.seeds import derive
 
 
 class Start(NamedTuple):
-    """The lowest layer with an adapter, what was found in looking for it, a lost turn of each client that lost any, and CPU
-    seconds.
+    """The start layer, and how it was found: the mean CKA of each layer, or the head fitted at each early exit.
+
+    ``failed_turns`` has one failed turn of each client that had any; ``cpu_seconds`` are the clients'.
     """
 
     layer: int
@@ -37,14 +40,16 @@ class Start(NamedTuple):
 
 
 StartRule = Callable[[PlannedJob, ClientPool, Listener], Start]
-"""Where the chain of a job starts. ``find_start`` is one; one's own may look at the job, or ask clients through the pool."""
+"""A rule that gives the start of a job's chain. ``find_start`` is one. A rule may look at the job, or give orders to clients
+through the pool.
+"""
 
 
 def find_start(job: PlannedJob, pool: ClientPool, listen: Listener = no_listener) -> Start:
-    """Where the chain of ``job`` starts, as ``chain.start`` says.
+    """Find the start of the chain of ``job`` by the rule that its key ``chain.start`` names.
 
     Raises:
-        QuorumLost: no client sent what it takes to find out.
+        QuorumLost: no client sent a profile, or no client sent the sums for a head.
     """
     match job.spec.chain.start:
         case "auto":
@@ -56,9 +61,9 @@ def find_start(job: PlannedJob, pool: ClientPool, listen: Listener = no_listener
 
 
 def _by_profiles(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
-    """The clients' CKA profiles, averaged by example count, in client order.
+    """Start by the clients' CKA profiles, averaged by example count in client order (FOAT).
 
-    Where every client's sums are needed next, for a fitted head, all its examples take part in this one pass.
+    If a head is to be fitted next, its sums need all examples of a client. They then all go through the model in this pass.
     """
     able = [
         replace(client, cap_bytes=client.plan.prefix.profile_bytes)
@@ -75,44 +80,53 @@ def _by_profiles(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
     outcomes = list(in_order(turns, len(able)))
     profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
     failures = ((able[place], result) for place, result in outcomes if isinstance(result, Failure))
-    lost = tuple(failed_turn(client, failure) for client, failure in failures)
+    failed = tuple(failed_turn(client, failure) for client, failure in failures)
     if not profiles:
-        raise QuorumLost("profiling the layers", 1, reasons(lost))
+        raise QuorumLost("profiling the layers", 1, reasons(failed))
     cka = average([(profile.cka, profile.examples) for profile in profiles])
     layer = start_below(cka, chain.cka_threshold, job.window)
-    return Start(layer, cka, (), lost, sum(profile.cpu_seconds for profile in profiles))
+    return Start(layer, cka, (), failed, sum(profile.cpu_seconds for profile in profiles))
 
 
 def _by_exits(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
-    """The window at whose top a head in closed form has the least held-out loss; the last, if none can be fitted."""
+    """Start at the window at whose top a head in closed form has the least held-out loss.
+
+    If no head can be fitted with all clients, the chain starts at the last window.
+    """
     windows = Chain(job.layers, 0, job.window).windows
     if len(windows) == 1:
-        return Start(0)  # the chain can start nowhere else
+        return Start(0)  # the only window holds all layers
     of = f"of {len(windows)}"
     fits = tuple(
         _exit(job, pool, window.top, Reporter(f"fitting a head to exit {place} {of}", listen))
         for place, window in enumerate(windows, start=1)
     )
-    lost = tuple({turn.client: turn for fit in fits for turn in fit.failed_turns}.values())  # each client once
+    failed = tuple({turn.client: turn for fit in fits for turn in fit.failed_turns}.values())  # each client once
     if not any(fit.examples for fit in fits):
-        raise QuorumLost("fitting heads to find the chain's start", 1, reasons(lost))
-    # A head that lacks clients is no reason to start elsewhere.
+        raise QuorumLost("fitting heads to find the chain's start", 1, reasons(failed))
+    # A head that was fitted with fewer clients than others cannot be compared with them.
     whole = complete_fits(fits)
     layer = least_loss_start([fit.held_out_loss if counts else None for fit, counts in zip(fits, whole, strict=True)])
     found = windows[-1].bottom if layer is None else layer
-    return Start(found, (), fits, lost, sum(fit.cpu_seconds for fit in fits))
+    return Start(found, (), fits, failed, sum(fit.cpu_seconds for fit in fits))
 
 
 def least_loss_start(losses: Sequence[float | None]) -> int | None:
-    """The place of the least of ``losses``, of which some may be missing; of equals the highest, with the fewest stages."""
+    """The index of the least of ``losses``; None if all are missing.
+
+    Of equal losses the highest index wins: its chain has the fewest stages.
+    """
     found = [(loss, -place) for place, loss in enumerate(losses) if loss is not None]
     return -min(found)[1] if found else None
 
 
 def _exit(job: PlannedJob, pool: ClientPool, layer: int, reporter: Reporter) -> HeadFit:
-    """A head on the output of ``layer`` of the base model. It reads no other: sums grow with the square of what is read."""
-    # With nothing above its bottom layer a window is all prefix, which for the next exit is one layer more. The planner is that
-    # of the whole chain, so that every exit makes it in the same way.
+    """Fit a head to the output of ``layer`` of the base model.
+
+    The head takes this one layer, since the clients' sums grow with the square of its features.
+    """
+    # A window of one layer is all prefix: its bottom layer's output is in the cache. The next exit advances the cache by one
+    # layer. The job's own planner is used for every exit, so that each computes the prefix in the same micro-batches.
     window = Window(layer, layer)
     clients = everyone(job.planner, (candidate for candidate, _ in job.admitted), window, ())
     bottleneck, seed = job.spec.chain.adapter.bottleneck, derive(job.spec.seed, "stack")

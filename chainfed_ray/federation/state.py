@@ -1,4 +1,7 @@
-"""What a round hands to the next: it is committed with the round's record, so that a restart goes on where it was."""
+"""The state that a round hands to the next.
+
+The state is committed with the round's record, so that a coordinator that was killed continues from it.
+"""
 
 from typing import NamedTuple, Self
 
@@ -11,10 +14,10 @@ _STACK, _MOVEMENT, _SERVER, _BEST = "stack/", "movement/", "server/", "best/"
 
 
 class ChainState(NamedTuple):
-    """The stack, how far the window moved, and the server's optimizer.
+    """The stack, how far the window has moved, and the server's optimizer.
 
-    ``best`` are the tensors that the stage trains, as they were where its exit had the least held-out loss; none if it was
-    not judged yet.
+    ``best`` has the tensors that the stage trains, with the values that they had when the stage's early exit had its least
+    held-out loss. It is empty before the stage's first evaluation.
     """
 
     stack: AdapterStack
@@ -24,17 +27,17 @@ class ChainState(NamedTuple):
 
     @classmethod
     def new(cls, stack: AdapterStack, spec: AggregationSpec) -> Self:
-        """Before the first round."""
+        """The state before the first round."""
         return cls(stack, Movement(), ServerOptimizer(spec), {})
 
     @classmethod
     def of(cls, tensors: Tensors, spec: AggregationSpec) -> Self:
-        """From the tensors that were committed."""
+        """The state of a commit's ``tensors``, the inverse of the method ``tensors``."""
         server = ServerOptimizer(spec, _below(tensors, _SERVER))
         return cls(stack_of(tensors), Movement(_below(tensors, _MOVEMENT)), server, _below(tensors, _BEST))
 
     def tensors(self) -> Tensors:
-        """All of it, by name."""
+        """All tensors of the state, by name, as they are committed."""
         parts = {
             _STACK: self.stack.tensors(),
             _MOVEMENT: self.movement.tensors,
@@ -45,10 +48,10 @@ class ChainState(NamedTuple):
 
 
 def stack_of(tensors: Tensors) -> AdapterStack:
-    """The stack alone, from the tensors that were committed."""
+    """The stack alone, from the tensors of a commit."""
     return AdapterStack.from_tensors(_below(tensors, _STACK))
 
 
 def _below(tensors: Tensors, prefix: str) -> Tensors:
-    """Those whose names begin with ``prefix``, without it."""
+    """The tensors whose names begin with ``prefix``, named without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,6 +1,6 @@
-"""A server that judges a chain with whole layers and with streamed matrices: ``python -m tests.judged FOLDER FAMILY``.
+"""Evaluates a chain with resident and with streamed weights, in a fresh process: ``python -m tests.evaluated FOLDER FAMILY``.
 
-It prints a JSON object for each: the bytes planned and the bytes measured, of an early exit and of the whole model, and losses.
+It prints a JSON object for each: the planned and the measured bytes of an early exit and of the whole model, and both losses.
 """
 
 import json
@@ -35,12 +35,12 @@ _SIZES = {
 
 
 def main(folder: Path, family: str) -> None:
-    """Judge the same chain twice, in as many ways."""
+    """Evaluate the same chain twice: once with resident weights, and once with streamed ones."""
     causal = family == "llama"
     kind = AutoModelForCausalLM if causal else AutoModel
     kind.from_config(AutoConfig.for_model(family, pad_token_id=0, **_SIZES)).save_pretrained(folder / "model")
     blocks = Blocks(folder / "model", torch.float32)
-    costs = memory_profile_of(blocks, bottleneck=64, classes=None if causal else 8)
+    memory = memory_profile_of(blocks, bottleneck=64, classes=None if causal else 8)
     blocks.close()
     generator = np.random.default_rng(0)
     examples = Examples(
@@ -49,15 +49,15 @@ def main(folder: Path, family: str) -> None:
     examples = replace(examples, targets=examples.every_token)
     stack = AdapterStack.new(range(1, 4), 1024, 64, None if causal else 8, seed=0)
     with torch.no_grad():
-        for parameter in stack.parameters():  # fresh ones do nothing
+        for parameter in stack.parameters():  # new adapters are the identity
             parameter.add_(torch.randn(parameter.shape) * 0.02)
     warm_up(ModelSource(folder / "model", torch.float32, folder / "warm"))
-    for way, most in (("resident", server.SERVER_LAYERS), ("streamed", 0)):
+    for weights, most in (("resident", server.SERVER_LAYERS), ("streamed", 0)):
         server.SERVER_LAYERS = most
-        base = ModelSource(folder / "model", torch.float32, folder / way)
-        job = SimpleNamespace(base=base, validation=examples, planner=SimpleNamespace(costs=costs))
-        evaluator = StreamingEvaluator(base, costs, {"validation": examples})
-        # Of the third layer with the two above it, which are resident all at once where layers are whole.
+        base = ModelSource(folder / "model", torch.float32, folder / weights)
+        job = SimpleNamespace(base=base, validation=examples, planner=SimpleNamespace(costs=memory))
+        evaluator = StreamingEvaluator(base, memory, {"validation": examples})
+        # The window's three layers are in memory at the same time where weights are resident.
         score, exit_took = ServerEvaluation(cast("Any", job), evaluator).early_exit(stack, Window(1, 3))
         whole = evaluator.evaluate(stack, "validation")
         document = {
