@@ -32,7 +32,7 @@ from chainfed_ray.evaluation.streaming_evaluator import StreamingEvaluator
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of
-from chainfed_ray.model.forward import embed, through_layers
+from chainfed_ray.model.forward import through_model
 from chainfed_ray.model.source import ModelSource
 
 _BOTTLENECK, _CLASSES = 64, 4
@@ -125,8 +125,7 @@ class _Resident:
         with PeakMemory() as peak:
             for indices in self._examples.by_length(self._batch):
                 batch = self._examples.batch(indices)
-                states, calls = embed(blocks, batch)
-                states = through_layers(blocks, stack, enumerate(self._layers), calls, states, batch.mask)
+                states = through_model(blocks, stack, enumerate(self._layers), batch)
                 predictions.put(torch.from_numpy(indices), predict(blocks, stack, states, batch, matrices))
         seconds = perf_counter() - started
         _PROCESS.look()

@@ -21,7 +21,7 @@ from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.source import ModelSource
 from tests.builders import a_document, a_job, smallest_budget
-from tests.cluster import a_pool, one_machine
+from tests.clusters import a_pool, one_machine
 from tests.models import tiny
 
 torch.set_num_threads(1)

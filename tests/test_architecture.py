@@ -130,16 +130,23 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     assert not below
 
 
+def test_tests_are_in_the_rooms_of_what_they_test() -> None:
+    """Those of more than one room, or of the whole project, are in ``tests`` itself."""
+    rooms = {room.replace(".", "/") for room in FLOOR} | {"benchmarks", "examples"}
+    folders = {str(path.parent.relative_to(ROOT / "tests")) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert folders - {"."} <= rooms
+
+
 def test_no_test_file_imports_another() -> None:
     """Each can be moved, and run in any process, by itself; what several need is in files that hold no tests."""
-    for path in (ROOT / "tests").glob("*.py"):
+    for path in (ROOT / "tests").rglob("*.py"):
         modules = {f"{node.module}.{alias.name}" for node in froms(path) for alias in node.names}
-        assert not {name for name in modules if name.startswith("tests.test_")}, path.name
+        assert not {name for name in modules if name.startswith("tests.") and ".test_" in name}, path.name
 
 
 def test_tests_reach_for_no_private_names() -> None:
     """What they prove is what the code promises; how it does that may change without them."""
-    for path in (ROOT / "tests").glob("*.py"):
+    for path in (ROOT / "tests").rglob("*.py"):
         ours = [node for node in froms(path) if (node.module or "").split(".")[0] in ("chainfed_ray", "benchmarks")]
         assert not {alias.name for node in ours for alias in node.names if alias.name.startswith("_")}, path.name
         of_others = [node for node in attributes(path) if is_private(node)]

@@ -4,7 +4,7 @@ Clients and the server run adapted models only through this file, whether layers
 DeepSpeed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -48,18 +48,13 @@ def through_adapter(stack: AdapterStack, index: int, states: LayerStates) -> Lay
     return states._replace(hidden=stack.adapter(index)(states.hidden))
 
 
-def through_layers(
-    blocks: Blocks,
-    stack: AdapterStack,
-    layers: Iterable[tuple[int, nn.Module]],
-    calls: Sequence[LayerCall],
-    states: LayerStates,
-    mask: Tensor,
+def through_model(
+    blocks: Blocks, stack: AdapterStack, layers: Iterable[tuple[int, nn.Module]], batch: Batch
 ) -> LayerStates:
-    """Run ``layers`` in order, each with its adapter."""
+    """Run all ``layers`` in order, each with its adapter: tokens [B, T] → the states after the last layer."""
+    states, calls = embed(blocks, batch)
     for index, layer in layers:
-        states = through_layer(blocks, stack, index, layer, calls[index], states, mask)
-        states = through_adapter(stack, index, states)
+        states = _through(blocks, stack, index, layer, calls[index], states, batch.mask)
     return states
 
 
@@ -70,6 +65,21 @@ def through_window(
     the bottom one.
     """
     states = through_adapter(stack, window.bottom, states)
-    if not layers:
-        return states
-    return through_layers(blocks, stack, layers.items(), blocks.calls(mask), states, mask)
+    calls = blocks.calls(mask) if layers else []
+    # A loop here, and not a function that is given ``states``: this frame would hold them while the layers run.
+    for index, layer in layers.items():
+        states = _through(blocks, stack, index, layer, calls[index], states, mask)
+    return states
+
+
+def _through(
+    blocks: Blocks,
+    stack: AdapterStack,
+    index: int,
+    layer: nn.Module,
+    call: LayerCall,
+    states: LayerStates,
+    mask: Tensor,
+) -> LayerStates:
+    """Run a layer and its adapter."""
+    return through_adapter(stack, index, through_layer(blocks, stack, index, layer, call, states, mask))

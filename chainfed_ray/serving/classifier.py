@@ -7,7 +7,7 @@ from torch import Tensor
 from chainfed_ray.data.tokens import Examples, tokenize
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.forward import embed, through_layers
+from chainfed_ray.model.forward import through_model
 from chainfed_ray.model.saved_stack import SavedStack
 
 _BATCH = 32
@@ -42,8 +42,7 @@ class Classifier:
     @torch.no_grad()
     def _logits(self, saved: SavedStack, examples: Examples, indices: np.ndarray) -> Tensor:
         batch, stack = examples.batch(indices), saved.stack
-        states, calls = embed(self._blocks, batch)
-        states = through_layers(self._blocks, stack, enumerate(self._layers), calls, states, batch.mask)
+        states = through_model(self._blocks, stack, enumerate(self._layers), batch)
         assert stack.head is not None, "a classifier's stack has a head"
         logits: Tensor = stack.head(states.hidden, batch.mask, states.pooled)
         return logits

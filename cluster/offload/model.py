@@ -32,7 +32,7 @@ from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.evaluation.predictions import Predictions, predict
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.forward import embed, through_layers
+from chainfed_ray.model.forward import through_model
 from chainfed_ray.model.pooling import LayerStates
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes
@@ -138,8 +138,7 @@ class _Chain(nn.Module):
 
     def forward(self, batch: Batch, stack: AdapterStack) -> LayerStates:
         """Tokens [B, T] → the output of the last layer [B, T, D]."""
-        states, calls = embed(self._blocks, batch)
-        return through_layers(self._blocks, stack, enumerate(self.layers), calls, states, batch.mask)
+        return through_model(self._blocks, stack, enumerate(self.layers), batch)
 
 
 def _deepspeed(ops: Path) -> Any:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.aggregation.mean import Aggregate, KeptUpdates, RunningMean, aggregate_by
-from chainfed_ray.aggregation.robust import Weighed, krum, median, trimmed_mean
+from chainfed_ray.aggregation.robust import krum, median, trimmed_mean
+from chainfed_ray.aggregation.rule import WeightedUpdate
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.spec.parse import parse_job, parse_yaml
@@ -22,7 +23,7 @@ _SHAPES = {"adapters.1.up": (3, 2), "adapters.2.up": (4,), "adapters.3.up": (2, 
 
 
 @st.composite
-def rounds_of_updates(draw: st.DrawFn, fewest: int = 1, most: int = 9) -> list[Weighed]:
+def rounds_of_updates(draw: st.DrawFn, fewest: int = 1, most: int = 9) -> list[WeightedUpdate]:
     """Updates of clients whose windows have one top and different widths: each has the last so many tensors."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     widths = draw(st.lists(st.integers(1, len(_SHAPES)), min_size=fewest, max_size=most))
@@ -35,12 +36,12 @@ def rounds_of_updates(draw: st.DrawFn, fewest: int = 1, most: int = 9) -> list[W
     ]
 
 
-def values_of(updates: list[Weighed], name: str) -> np.ndarray:
+def values_of(updates: list[WeightedUpdate], name: str) -> np.ndarray:
     """What was sent of a tensor, [n, …], in float64."""
     return np.stack([tensors[name].double().numpy() for tensors, _ in updates if name in tensors])
 
 
-def names_of(updates: list[Weighed]) -> set[str]:
+def names_of(updates: list[WeightedUpdate]) -> set[str]:
     return {name for tensors, _ in updates for name in tensors}
 
 
@@ -52,7 +53,7 @@ def assert_is(result: Tensors, expected: dict[str, np.ndarray]) -> None:
 
 
 @given(rounds_of_updates())
-def test_the_mean_is_over_those_that_sent_a_tensor(updates: list[Weighed]) -> None:
+def test_the_mean_is_over_those_that_sent_a_tensor(updates: list[WeightedUpdate]) -> None:
     mean = aggregate_by(AggregationSpec())
     for tensors, examples in updates:
         mean.add(tensors, examples)
@@ -62,12 +63,12 @@ def test_the_mean_is_over_those_that_sent_a_tensor(updates: list[Weighed]) -> No
 
 
 @given(rounds_of_updates())
-def test_the_median_is_numpys(updates: list[Weighed]) -> None:
+def test_the_median_is_numpys(updates: list[WeightedUpdate]) -> None:
     assert_is(median(updates), {name: np.median(values_of(updates, name), 0) for name in names_of(updates)})
 
 
 @given(rounds_of_updates(), st.sampled_from([0, 0.07, 0.1, 0.2, 0.25, 1 / 3, 0.4, 0.49]))
-def test_the_trimmed_mean_cuts_its_share_at_each_end(updates: list[Weighed], trim: float) -> None:
+def test_the_trimmed_mean_cuts_its_share_at_each_end(updates: list[WeightedUpdate], trim: float) -> None:
     expected = {}
     for name in names_of(updates):
         ordered = np.sort(values_of(updates, name), 0)
@@ -82,13 +83,13 @@ def test_the_trimmed_mean_cuts_its_share_at_each_end(updates: list[Weighed], tri
 )
 def test_a_share_is_whole_updates(count: int, trim: float, left: int) -> None:
     """Rounded up, but something is left: of squares, whose mean tells how many were cut."""
-    squares: list[Weighed] = [({"x": torch.tensor([float(place**2)])}, 1) for place in range(count)]
+    squares: list[WeightedUpdate] = [({"x": torch.tensor([float(place**2)])}, 1) for place in range(count)]
     kept = [place**2 for place in range((count - left) // 2, (count + left) // 2)]
     assert trimmed_mean(squares, trim)["x"].item() == pytest.approx(sum(kept) / left)
 
 
 @given(rounds_of_updates(fewest=5), st.data())
-def test_outliers_move_neither_median_nor_trimmed_mean(updates: list[Weighed], data: st.DataObject) -> None:
+def test_outliers_move_neither_median_nor_trimmed_mean(updates: list[WeightedUpdate], data: st.DataObject) -> None:
     """However large they are: with a fifth of the updates poisoned, each value stays within those of the others."""
     updates = [({"head": tensors["head"]}, examples) for tensors, examples in updates]
     poisoned = data.draw(st.integers(0, len(updates) - 1))
@@ -117,7 +118,7 @@ def krum_by_definition(vectors: np.ndarray, byzantine: int) -> int:
 
 
 @given(rounds_of_updates(fewest=3), st.integers(0, 3))
-def test_krum_is_its_definition(updates: list[Weighed], byzantine: int) -> None:
+def test_krum_is_its_definition(updates: list[WeightedUpdate], byzantine: int) -> None:
     result = krum(updates, byzantine)
     for name in _SHAPES:
         senders = [tensors for tensors, _ in updates if name in tensors]
@@ -132,7 +133,7 @@ def test_krum_is_its_definition(updates: list[Weighed], byzantine: int) -> None:
 
 
 @given(rounds_of_updates(fewest=5, most=7), st.data())
-def test_krum_rejects_a_poisoned_update(updates: list[Weighed], data: st.DataObject) -> None:
+def test_krum_rejects_a_poisoned_update(updates: list[WeightedUpdate], data: st.DataObject) -> None:
     """Wherever it is, however often it claims to have trained, and in whichever tensor the poison lies."""
     poisoned = data.draw(st.integers(0, len(updates) - 1))
     name = data.draw(st.sampled_from(list(updates[poisoned][0])))
@@ -144,19 +145,19 @@ def test_krum_rejects_a_poisoned_update(updates: list[Weighed], data: st.DataObj
 
 
 def test_krum_takes_one_update_whole_and_copies_it() -> None:
-    updates: list[Weighed] = [
+    updates: list[WeightedUpdate] = [
         ({"a": torch.full((2,), float(at)), "b": torch.tensor([at])}, 1) for at in (0, 4, 5, 6, 9)
     ]
     result = krum(updates, 1)
     assert (result["a"].tolist(), result["b"].tolist()) == ([5, 5], [5])
     assert result["a"].data_ptr() != updates[2][0]["a"].data_ptr()
-    equals: list[Weighed] = [({"a": torch.zeros(1)}, 1)] * 3
+    equals: list[WeightedUpdate] = [({"a": torch.zeros(1)}, 1)] * 3
     assert krum(equals, 0)["a"].item() == 0
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum"])
 @given(updates=rounds_of_updates(fewest=5))
-def test_these_rules_are_unweighted(rule: Any, updates: list[Weighed]) -> None:
+def test_these_rules_are_unweighted(rule: Any, updates: list[WeightedUpdate]) -> None:
     spec = AggregationSpec(rule=rule, trim=0.3)
     claimed, same = aggregate_by(spec), aggregate_by(spec)
     for tensors, examples in updates:

@@ -12,6 +12,7 @@ from chainfed_ray.spec.parse import parse_job, parse_yaml
 from chainfed_ray.units import format_bytes, parse_bytes, parse_seconds
 from tests.builders import a_job
 from tests.models import tiny
+from tests.project import ROOT
 
 
 def test_document_round_trips(document: dict[str, Any]) -> None:
@@ -20,7 +21,7 @@ def test_document_round_trips(document: dict[str, Any]) -> None:
 
 
 def test_every_example_is_a_job() -> None:
-    for path in (Path(__file__).parent.parent / "examples").glob("*.yaml"):
+    for path in (ROOT / "examples").glob("*.yaml"):
         parse_yaml(path.read_text())
 
 

@@ -16,7 +16,7 @@ from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import JobStarted
 from tests.builders import a_job, assert_same, run
-from tests.cluster import a_pool
+from tests.clusters import a_pool
 from tests.project import ROOT
 from tests.watching import client_processes, private_bytes, watched_from_outside
 
@@ -131,7 +131,7 @@ def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> No
     # Where starting takes long, a process makes room for one of another class: that is compared with those before.
     kept = [after[pid] - idle.get(pid, max(idle.values())) for pid in after]
     assert kept
-    # The allocator keeps a few MiB, not always as many; that no tensor is kept is tests/test_client.py's to show.
+    # The allocator keeps a few MiB, not always as many; that no tensor is kept is tests/client/test_training.py's to show.
     assert max(kept) < 16 * 2**20, "a client's memory is given back when its lease ends"
     for turn in (turn for record in records for turn in record.turns):
         assert turn.peak_bytes is not None

@@ -23,6 +23,7 @@ from benchmarks.accuracy_schedule import complete
 from benchmarks.accuracy_table import regrets, results, tuning
 from benchmarks.methods import END_TO_END, UNTRAINED, methods
 from chainfed_ray.spec.parse import parse_job
+from tests.project import ROOT
 
 # --- cells ---------------------------------------------------------------------------------------------------------------
 
@@ -220,7 +221,7 @@ def test_a_run_goes_on_where_it_ended(tmp_path: Path) -> None:
         "bytes_sent",
     }
     assert all(wanted <= each.keys() for each in written)
-    assert str(Path(__file__).parent.parent) not in file.read_text()
+    assert str(ROOT) not in file.read_text()
     assert [asdict(each) for each in Rows(file).all] == [asdict(each) for each in rows.all]
 
 
@@ -351,7 +352,7 @@ def test_killed_and_run_again(tmp_path: Path, toy: Path, tiny_model_folder: Path
     command += ["--alphas", "iid", "--seeds", "0", "--client-steps", "60", "--protocols", "steps", "compute"]
     command += ["--methods", "end-to-end", "last-window", "--jobs", "2"]
     command += ["--json", str(tmp_path / "rows.json"), "--scratch", str(tmp_path)]
-    root = Path(__file__).parent.parent
+    root = ROOT
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
         assert first.stderr
         assert "toy IID seed 0" in first.stderr.readline()

@@ -36,7 +36,7 @@ from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.pooling import LayerStates, mean_over_tokens
 from chainfed_ray.model.source import ModelSource
 from tests.builders import a_job
-from tests.cluster import needs_ops
+from tests.clusters import needs_ops
 from tests.watching import command_of, processes_below, wait_for
 
 _BATCH, _CLASSES = 4, 3

@@ -12,7 +12,7 @@ from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, assert_same, run, story
-from tests.cluster import a_pool
+from tests.clusters import a_pool
 from tests.watching import client_processes, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]

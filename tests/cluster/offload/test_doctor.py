@@ -15,7 +15,7 @@ from chainfed_ray.cluster.offload.build import are_built, build_ops, ops_folder
 from chainfed_ray.cluster.offload.doctor import Machine, findings, is_possible, look, why_not
 from chainfed_ray.cluster.offload.libraries import OPS, library
 from chainfed_ray.errors import InvalidSetting, OpsNotBuilt
-from tests.cluster import needs_ops
+from tests.clusters import needs_ops
 from tests.models import tiny
 from tests.project import COMMAND
 from tests.watching import wait_for
