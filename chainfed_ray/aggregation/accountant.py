@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import PrivacySpec, RoundsSpec
 
 ORDERS = np.array([1 + tenth / 10 for tenth in range(1, 100)] + [*range(11, 64), 80, 96, 128, 256, 512])
 _REPLACED = 2  # the sensitivity of the sum in units of C: one client's contribution is replaced by another
@@ -70,17 +70,15 @@ def rdp_of(release: Release) -> np.ndarray:
 
 
 class Ledger:
-    """The privacy cost of a job's rounds, which sample from ``admitted`` clients.
+    """The privacy cost of the ``rounds`` of a job with ``privacy``, which sample from ``admitted`` clients.
 
     Every round costs the same, and the cost is fixed beforehand. A cost that depended on the outcome of a round would depend on
     who was sampled, and so reveal something about the sample.
     """
 
-    def __init__(self, spec: JobSpec, admitted: int) -> None:
-        assert spec.privacy, "a job without privacy has no ledger"
-        self._privacy, self._asked = spec.privacy, spec.rounds.total
-        sampled = min(spec.rounds.clients, admitted)
-        self._release = Release(sampled / admitted, spec.privacy.noise_multiplier)
+    def __init__(self, privacy: PrivacySpec, rounds: RoundsSpec, admitted: int) -> None:
+        self._privacy, self._asked = privacy, rounds.total
+        self._release = Release(min(rounds.clients, admitted) / admitted, privacy.noise_multiplier)
 
     def spent(self, rounds: int) -> float:
         """ε of the models of ``rounds`` rounds together."""

@@ -131,7 +131,7 @@ class Coordinator:
         """
         started = self.open()
         chain = self._chain(started.start_layer)
-        schedule = StageSchedule(self._spec, chain, self._privacy.total)
+        schedule = StageSchedule(self._spec.rounds, self._spec.chain.schedule, chain, self._privacy.total)
         history = self._log.rounds()
         state = self._state(chain, history)
         while (upcoming := schedule.next(history)) is not None:

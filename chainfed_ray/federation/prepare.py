@@ -333,7 +333,7 @@ def check_fleet(job: PlannedJob) -> None:
             f"the index of a layer, since no client has both the {FEWEST} rows that a profile needs and the disk for "
             "their activations",
         )
-    if spec.privacy and (ledger := Ledger(spec, len(admission.admitted))).total == 0:
+    if spec.privacy and (ledger := Ledger(spec.privacy, spec.rounds, len(admission.admitted))).total == 0:
         expected = f"{ledger.spent(1):.3g} or more: the first round costs that with {len(admission.admitted)} clients"
         raise InvalidJob.at("privacy.epsilon", spec.privacy.epsilon, expected)
 

@@ -33,7 +33,7 @@ class PrivacyPolicy:
         if spec.privacy and aggregation is not None:
             expected = "no rule of one's own in a job with privacy: ε is known for the mean alone"
             raise InvalidJob.at("aggregation", named(aggregation), expected)
-        self._ledger = Ledger(spec, admitted) if spec.privacy else None
+        self._ledger = Ledger(spec.privacy, spec.rounds, admitted) if spec.privacy else None
 
     @property
     def sampling_seed(self) -> int:

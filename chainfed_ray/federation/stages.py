@@ -7,12 +7,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.rounds import Round
-from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import ConvergenceSpec, RoundsSpec
 
 
@@ -37,9 +36,9 @@ class RoundSpec(NamedTuple):
 class StageSchedule:
     """The schedule of a job over ``chain``, of at most ``total`` rounds."""
 
-    def __init__(self, spec: JobSpec, chain: Chain, total: int) -> None:
+    def __init__(self, rounds: RoundsSpec, schedule: Literal["staged", "cyclic"], chain: Chain, total: int) -> None:
         self._chain, self._total = chain, total
-        self._rounds, self._cyclic = spec.rounds, spec.chain.schedule == "cyclic"
+        self._rounds, self._cyclic = rounds, schedule == "cyclic"
 
     @property
     def restores_best(self) -> bool:

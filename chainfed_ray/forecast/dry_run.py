@@ -39,7 +39,7 @@ def dry_run(spec: JobSpec, at_once: int, listen: Listener = no_listener) -> Fore
         InvalidJob: the job cannot run with any clients.
     """
     job = plan_job(spec, Path(), listen)  # the folder is never used: measurements have their own
-    ledger = Ledger(spec, len(job.admitted)) if spec.privacy and job.admitted else None
+    ledger = Ledger(spec.privacy, spec.rounds, len(job.admitted)) if spec.privacy and job.admitted else None
     rounds = ledger.total if ledger else spec.rounds.total
     measured = duration(_of_rounds(job, rounds), at_once, listen) if job.admitted and rounds else None
     cohort = min(spec.rounds.clients, len(job.admitted))

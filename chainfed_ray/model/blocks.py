@@ -6,8 +6,9 @@ last one stops the forward. A layer is then run by itself, with its own weights 
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,8 +175,8 @@ class Blocks:
 
     @property
     def largest_layer(self) -> nn.Module:
-        """The layer with the most weights, on the meta device."""
-        return max(self._meta_layers, key=_parameter_count)
+        """The layer with the most bytes, on the meta device."""
+        return self._meta_layers[self._largest]
 
     @property
     def modules(self) -> int:
@@ -190,43 +191,51 @@ class Blocks:
 
     @property
     def layer_bytes(self) -> int:
-        """The bytes of the largest layer's weights."""
-        return _parameter_count(self.largest_layer) * self.dtype.itemsize
+        """The bytes of the largest layer's weights, once they are loaded."""
+        return self._loaded_bytes(self._sources(self._largest).values())
 
     @property
     def unstreamed_bytes(self) -> int:
         """The bytes of the largest layer that stay resident when its matrices are streamed."""
-        return self.layer_bytes - sum(matrix.numel() for matrix in self._matrices()) * self.dtype.itemsize
+        return self.layer_bytes - self._loaded_bytes(self._matrices(self._largest))
 
     @property
     def longest_row_bytes(self) -> int:
-        """The bytes of the longest row of a matrix, in the wider of the two dtypes. A slice has at least one row."""
-        widest = max(matrix.shape[1] for matrix in self._matrices())
-        return max(widest, self.hidden_size) * max(self.dtype.itemsize, self._stored_itemsize)
+        """The bytes of the longest row of a matrix, stored or loaded, whichever is more. A slice has at least one row."""
+        names = [name for index in range(self.num_layers) for name in self._matrices(index)]
+        rows = [(self._checkpoint.shape(name)[1], self._checkpoint.dtype(name)) for name in names]
+        rows.append((self.hidden_size, self._checkpoint.dtype(self._source(self._word_table))))  # of a language head
+        return max(width * max(stored.itemsize, self.dtype.itemsize) for width, stored in rows)
 
     @property
     def conversion_bytes(self) -> int:
-        """The bytes of the largest parameter in the checkpoint's dtype, if it has to be converted; otherwise 0."""
-        if self._stored_dtype == self.dtype:
-            return 0
-        return max(parameter.numel() for parameter in self.largest_layer.parameters()) * self._stored_itemsize
+        """The bytes of the largest stored parameter of a layer that has to be converted to be used; 0 if there is none."""
+        names = [name for index in range(self.num_layers) for name in self._sources(index).values()]
+        converted = (name for name in names if self._checkpoint.dtype(name) != self.dtype)
+        return max(map(self._checkpoint.stored_bytes, converted), default=0)
 
     def close(self) -> None:
         """Close the checkpoint."""
         self._checkpoint.close()
 
-    def _matrices(self) -> list[Tensor]:
-        return [module.weight for module in self.largest_layer.modules() if is_streamed(module)]
+    @cached_property
+    def _largest(self) -> int:
+        """The index of the layer with the most bytes."""
+        return max(range(self.num_layers), key=lambda index: self._loaded_bytes(self._sources(index).values()))
 
-    @property
-    def _stored_dtype(self) -> torch.dtype:
-        index = next(index for index, layer in enumerate(self._meta_layers) if layer is self.largest_layer)
-        name = next(name for name, _ in self.largest_layer.named_parameters())
-        return self._checkpoint.dtype(self._source(f"{self.layers_path}.{index}.{name}"))
+    def _sources(self, index: int) -> dict[str, str]:
+        """The checkpoint's name of each parameter of layer ``index``."""
+        prefix = f"{self.layers_path}.{index}."
+        return {name: self._source(prefix + name) for name, _ in self._meta_layers[index].named_parameters()}
 
-    @property
-    def _stored_itemsize(self) -> int:
-        return self._stored_dtype.itemsize
+    def _matrices(self, index: int) -> list[str]:
+        """The checkpoint's names of the matrices of layer ``index`` that can be streamed."""
+        sources = self._sources(index)
+        streamed = [path for path, module in self._meta_layers[index].named_modules() if is_streamed(module)]
+        return [sources[f"{path}.weight"] for path in streamed]
+
+    def _loaded_bytes(self, names: Iterable[str]) -> int:
+        return sum(self._checkpoint.loaded_bytes(name, self.dtype) for name in names)
 
     def _placeholder_ids(self, mask: Tensor) -> Tensor:
         """Token ids with padding where ``mask`` is 0: some families find positions by the padding token."""
@@ -383,10 +392,6 @@ def _to_meta(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_to_meta(item) for item in value)
     return {key: _to_meta(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _parameter_count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -88,6 +88,14 @@ class Checkpoint:
         """The dtype of a tensor in the checkpoint."""
         return self._entries[name].dtype
 
+    def stored_bytes(self, name: str) -> int:
+        """The bytes of a tensor in the checkpoint, which it takes while it is read."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def loaded_bytes(self, name: str, dtype: torch.dtype) -> int:
+        """The bytes of a tensor once it is loaded as ``dtype``."""
+        return math.prod(self.shape(name)) * dtype.itemsize
+
     def row_bytes(self, name: str) -> int:
         """The bytes of one row of a matrix in the checkpoint."""
         return math.prod(self.shape(name)[1:]) * self.dtype(name).itemsize

@@ -179,7 +179,9 @@ def a_ledger(admitted: int, where: str = "server", limit: float | None = None, c
     document["chain"] |= {"start": 1, "head": "zero"}
     document["rounds"] |= {"clients": clients, "total": 50}
     document["privacy"] = {"clip": 1.0, "noise_multiplier": 2.0, "where": where, "epsilon": limit}
-    return Ledger(parse_job(document), admitted)
+    spec = parse_job(document)
+    assert spec.privacy
+    return Ledger(spec.privacy, spec.rounds, admitted)
 
 
 @pytest.mark.parametrize("where", ["server", "client"])

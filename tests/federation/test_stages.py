@@ -20,7 +20,8 @@ def a_course(start: int, total: int, **rounds: Any) -> StageSchedule:
     document = SPEC.document()
     document["chain"] |= {"start": start, "schedule": rounds.pop("schedule", "staged")}
     document["rounds"] |= {"total": total, **rounds}
-    return StageSchedule(parse_job(document), Chain(LAYERS, start, WIDTH), total)
+    spec = parse_job(document)
+    return StageSchedule(spec.rounds, spec.chain.schedule, Chain(LAYERS, start, WIDTH), total)
 
 
 def ran(upcoming: RoundSpec, ended: str | None, counted: bool = True) -> Round:

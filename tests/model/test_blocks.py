@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -93,3 +94,20 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UnsupportedModel, match="truncated"):
         Blocks(tmp_path, torch.float32)
+
+
+def test_what_is_stored_in_another_dtype_is_counted_as_it_is(tmp_path: Path) -> None:
+    """One matrix of one layer is kept in bfloat16: it is converted as it is loaded, and nothing else is."""
+    folder = tiny("bert", tmp_path)
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    plain = Blocks(folder, torch.float32)
+    before = plain.layer_bytes, plain.unstreamed_bytes, plain.longest_row_bytes
+    assert plain.conversion_bytes == 0
+    plain.close()
+    name = next(name for name in tensors if name.endswith("layer.2.intermediate.dense.weight"))
+    save_file(tensors | {name: tensors[name].bfloat16()}, path, {"format": "pt"})
+    mixed = Blocks(folder, torch.float32)
+    assert mixed.conversion_bytes == tensors[name].numel() * 2
+    assert (mixed.layer_bytes, mixed.unstreamed_bytes, mixed.longest_row_bytes) == before
+    mixed.close()
