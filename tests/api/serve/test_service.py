@@ -223,8 +223,8 @@ def test_the_whole_service_killed_and_started_again(service: Running, document: 
         events = first.client.follow(job)
         assert next(event for event in events if event["kind"] == "round")
         wait_for(lambda: first.processes("ClientActor"), "client")[0].kill()
-        hurt = next(event["data"] for event in events if event["kind"] == "round" and event["data"]["lost"])
-        assert ["its process died" in lost["reason"] for lost in hurt["lost"]] == [True]
+        hurt = next(event["data"] for event in events if event["kind"] == "round" and event["data"]["failed_turns"])
+        assert ["its process died" in lost["reason"] for lost in hurt["failed_turns"]] == [True]
         orphans = psutil.Process(first.process.pid).children(recursive=True)
         first.process.kill()
         first.close()
