@@ -92,7 +92,7 @@ def test_the_best_stack_and_the_last_are_both_kept(serve: str, document: dict[st
     expected = (
         streaming(job).evaluate(AdapterStack.from_tensors(stacks[1 if serve == "best" else -1]), "test").predictions
     )
-    assert job_finished.accuracy == int(expected.right.sum()) / len(job.test)
+    assert job_finished.accuracy == int(expected.correct.sum()) / len(job.test)
 
 
 @pytest.mark.slow
