@@ -12,6 +12,7 @@
     ├── OpsNotBuilt        (RuntimeError)  DeepSpeed's libraries could not be compiled
     ├── CorruptCommit      (RuntimeError)  the bytes of a commit are not the ones that were written
     ├── CoordinatorLost    (RuntimeError)  a coordinator died several times without finishing a round
+    ├── DiskFailed         (RuntimeError)  a file or folder could not be read or written
     ├── PackageMissing     (ImportError)   a package is not installed; one of our extras installs it
     ├── InvalidSetting     (ValueError)    an environment variable or option of the service is wrong
     ├── StorageInUse       (RuntimeError)  another service uses the same storage
@@ -27,6 +28,7 @@ Each class is also a standard-library error, so that plain Python code can catch
 errors between processes: the exception's ``args`` are the arguments of its constructor.
 """
 
+import reprlib
 from typing import Any, NamedTuple
 
 from chainfed_ray.units import format_bytes
@@ -83,9 +85,28 @@ class _Missing:
 MISSING = _Missing()
 
 
+_BRIEF = reprlib.Repr()  # of lists and mappings: a few entries, a few levels, however large they are
+_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxset, _BRIEF.maxdict = 3, 10, 10, 10, 10
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
+_SHOWN = 120  # characters
+
+
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    """The ``repr`` of a value, cut: what it costs does not depend on the value's size."""
+    try:
+        text = (
+            repr(value[:_SHOWN])
+            if type(value) is str
+            else _BRIEF.repr(value)
+            if isinstance(value, _NESTED)
+            else repr(value)
+        )
+    except ValueError:  # Python writes no integers of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+_NESTED = (list, tuple, dict, set)
 
 
 class InvalidJob(ChainFedError, ValueError):
@@ -211,6 +232,17 @@ class CoordinatorLost(ChainFedError, RuntimeError):
             f"the coordinator of {self.job} died {self.deaths} times without finishing a round in between; Ray's log of its "
             "actor says why (often: the machine has too little memory)"
         )
+
+
+class DiskFailed(ChainFedError, RuntimeError):
+    """A file or folder at ``path`` could not be read or written, for a ``reason`` of the operating system's."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}; what was committed before is kept, and the same command goes on from there"
 
 
 class PackageMissing(ChainFedError, ImportError):

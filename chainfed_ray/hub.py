@@ -3,13 +3,14 @@
 import socket
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from chainfed_ray.errors import InvalidJob, how_to_get
+from chainfed_ray.errors import InvalidJob, UnsupportedModel, how_to_get
 
 _FORMS = "builtin:minilm, path:<folder> or hf:<org>/<name>[@<revision>]"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # *.jinja is the chat template
@@ -30,7 +31,11 @@ def resolve(base: str) -> Path:
         folder = _download(base, name)
     else:
         raise InvalidJob.at("model.base", base, _FORMS)
-    if not folder.is_dir():
+    try:
+        exists = folder.is_dir()
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be read, a null character
+        raise InvalidJob.at("model.base", base, f"a folder that can be read ({first_line(error)})") from None
+    if not exists:
         raise InvalidJob.at("model.base", base, "a folder that exists")
     if not (folder / "config.json").exists():
         raise InvalidJob.at("model.base", base, "a folder with a config.json")
@@ -47,11 +52,32 @@ def tokenizer(base: str, folder: Path) -> PreTrainedTokenizerBase:
         InvalidJob: the folder has no tokenizer that can be loaded.
     """
     try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidJob.at("model.base", base, f"a folder with a tokenizer ({reason})") from None
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a folder may hold anything, and so may what its reader raises
+        raise InvalidJob.at("model.base", base, f"a folder with a tokenizer ({first_line(error)})") from None
     return loaded
+
+
+def configuration(folder: Path) -> Any:
+    """The model's configuration. Code of the model's own is never run, and never asked for.
+
+    Raises:
+        UnsupportedModel: the weights are quantized.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method", "some way") if isinstance(quantized, dict) else "some way"
+        raise UnsupportedModel(
+            str(folder), f"its weights are quantized ({method}); they must be float32, float16 or bfloat16"
+        )
+    return config
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, or its kind if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def hub_is_reachable() -> bool:
@@ -84,5 +110,4 @@ def _download(base: str, name: str) -> Path:
                 raise InvalidJob.at("model.base", base, "a network, or a model that was downloaded before") from None
             return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidJob.at("model.base", base, f"a model on the hub that may be read ({reason})") from None
+        raise InvalidJob.at("model.base", base, f"a model on the hub that may be read ({first_line(error)})") from None

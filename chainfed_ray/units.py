@@ -15,6 +15,7 @@ _BYTES = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
+_MOST = 10**18  # a larger integer may have no float
 _LARGEST = math.log(sys.float_info.max)
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
@@ -41,7 +42,7 @@ def parse_seconds(value: object) -> float:
         ValueError: ``value`` is neither a number nor a number with a unit of time. The message names what is expected.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < _MOST else math.inf
     number, unit = _split(value)
     if unit not in _SECONDS:
         raise ValueError("a duration such as 120s, 5m or 1h")

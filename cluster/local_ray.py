@@ -5,12 +5,14 @@ import os
 import secrets
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.cluster.resources import one_machine_resources
 from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.errors import InvalidSetting
 
 
 @contextmanager
@@ -36,14 +38,20 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         import ray
 
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="chainfed",
-            resources=one_machine_resources(settings.client_slots, settings.parallel_jobs),
-        )
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace="chainfed",
+                resources=one_machine_resources(settings.client_slots, settings.parallel_jobs),
+            )
+        except OSError as error:
+            if "AF_UNIX" not in str(error):
+                raise
+            expected = "a shorter path: Ray's sockets are in it, and the path of a socket has 107 bytes at most"
+            raise InvalidSetting("TMPDIR", tempfile.gettempdir(), expected) from None
         signal.signal(signal.SIGTERM, on_sigterm)  # restore ours: Ray's handler would abort the process
         try:
             yield

@@ -220,7 +220,7 @@ def a_round(index: int, job_started: JobStarted, **changes: Any) -> Round:
 
 def a_console(terminal: bool = False) -> Console:
     """A console of 80 columns that records its text."""
-    return Console(width=80, force_terminal=terminal, record=True, file=io.StringIO(), highlight=False)
+    return Console(width=80, markup=False, force_terminal=terminal, record=True, file=io.StringIO(), highlight=False)
 
 
 def told(progress: ProgressDisplay, job_started: JobStarted, rounds: list[Round]) -> None:

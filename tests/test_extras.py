@@ -56,6 +56,14 @@ def test_a_picture_of_a_plan_is_refused_before_anything_is_planned(document: dic
 
 @pytest.mark.usefixtures("no_matplotlib")
 def test_a_job_is_not_drawn_and_costs_nothing_else(tmp_path: Path) -> None:
-    assert pictures.draw_if_possible(tmp_path / "plots", _NOTHING, [], None, 0.8) == []
+    plots, words = pictures.draw_if_possible(tmp_path / "plots", _NOTHING, [], None, 0.8)
+    assert plots == []
     assert not (tmp_path / "plots").exists()
-    assert "chainfed-ray[plots]" in pictures.NOT_DRAWN
+    assert "chainfed-ray[plots]" in words
+
+
+def test_a_plot_that_cannot_be_written_costs_itself_alone(tmp_path: Path) -> None:
+    (tmp_path / "plots").write_text("a file, where a folder is meant")
+    plots, words = pictures.draw_if_possible(tmp_path / "plots", _NOTHING, [], None, 0.8)
+    assert plots == []
+    assert words.startswith(f"No plots were drawn in {tmp_path / 'plots'}: ")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,9 +21,9 @@ from rich.table import Column, Table
 from chainfed_ray.activity import Reporter
 from chainfed_ray.api.command.client import ServiceClient
 from chainfed_ray.api.command.interruption import Interruption
-from chainfed_ray.api.report.pictures import NOT_DRAWN, check_drawing, draw_if_possible
+from chainfed_ray.api.report.pictures import check_drawing, draw_if_possible
 from chainfed_ray.cluster.storage import Settings, Storage
-from chainfed_ray.errors import ChainFedError, InvalidJob
+from chainfed_ray.errors import ChainFedError, DiskFailed, InvalidJob
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job, parse_yaml
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated fine-tuning of language models for fleets of unequal machines, one window of layers at a time.",
 )
-_progress = Console(stderr=True, highlight=False)
+_progress = Console(stderr=True, highlight=False, markup=False)
 
 JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]
 JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list`")]
@@ -73,9 +74,8 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
     with resumable as interruption, ProgressDisplay(_progress, spec.name, spec, interruption.check) as progress:
         job_started, rounds, job_finished, result = train(spec, folder, Settings(Storage.at(out)), progress)
         Reporter("drawing the plots", progress.listen).begin()
-        plots = draw_if_possible(folder / "plots", job_started, rounds, job_finished, spec.chain.cka_threshold)
+        _, drawn = draw_if_possible(folder / "plots", job_started, rounds, job_finished, spec.chain.cka_threshold)
     saved = f"The model is in {folder / 'model'}."
-    drawn = f"{len(plots)} plots are in {folder / 'plots'}." if plots else NOT_DRAWN
     _answer(as_json, result.model_dump(mode="json"), results(spec, job_started, rounds, job_finished), saved, drawn)
 
 
@@ -276,7 +276,7 @@ def demo(out: Out = Path("chainfed-demo"), as_json: Json = False) -> None:
 
     from chainfed_ray.api.command.demo import demo as tell
 
-    story = _progress if as_json else Console(file=sys.__stdout__, highlight=False)
+    story = _progress if as_json else Console(file=sys.__stdout__, highlight=False, markup=False)
     with _if_interrupted("Interrupted."):
         _answer(as_json, tell(spec, _DEMO, out, story))
 
@@ -287,12 +287,20 @@ def main() -> None:
     The exit code is 2 for an invalid job, and 1 for any other ``ChainFedError``.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(
+                errors="replace"
+            )  # on an ASCII terminal a dash becomes a question mark, and nothing else is lost
     try:
         app()
     except InvalidJob as error:
         _fail(error, [str(problem) for problem in error.problems], 2)
     except ChainFedError as error:
         _fail(error, [str(error)], 1)
+    except OSError as error:  # of the user's own disk, most of all: it is full, or a file is where a folder is meant
+        failed = DiskFailed(str(error.filename or "the disk"), error.strerror or str(error))
+        _fail(failed, [str(failed)], 1)
 
 
 def read_job(path: Path) -> JobSpec:
@@ -349,10 +357,9 @@ def _answer(as_json: bool, document: dict[str, Any], *parts: RenderableType) -> 
     if as_json:
         print(json.dumps(document), file=output, flush=True)
         return
-    console = Console(file=output, highlight=False)
+    console = Console(file=output, highlight=False, markup=False)  # a path or a class may have brackets in its name
     for part in parts:
-        plain = isinstance(part, str)
-        console.print(part, soft_wrap=plain, markup=not plain)
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def _fail(error: ChainFedError, lines: list[str], code: int) -> NoReturn:

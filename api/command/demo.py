@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from chainfed_ray.activity import Reporter
 from chainfed_ray.api.command.client import ServiceClient
 from chainfed_ray.api.command.following import follow
 from chainfed_ray.api.command.local_service import free_port, local_service
 from chainfed_ray.api.report.activity_display import ActivityDisplay
-from chainfed_ray.api.report.pictures import NOT_DRAWN, draw_if_possible
+from chainfed_ray.api.report.pictures import draw_if_possible
 from chainfed_ray.api.report.results import results
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.spec.job import JobSpec
@@ -23,15 +24,13 @@ _QUESTIONS = (
     "Return the symbolic derivative of an expression with respect to a variable.",
     "Reindex the columns of a frame and fill missing values.",
 )
-_STORY = """\
-[bold]Federated fine-tuning in a chain.[/bold] {clients} clients hold sentences from the documentation of Python libraries. \
+_STORY = """ {clients} clients hold sentences from the documentation of Python libraries. \
 They may not give a sentence away, and each has between {least} and {most} of memory for training: most of them less than \
 the weights of the language model alone. So they train small adapters, {window} layers at a time. Each client trains on its \
 own sentences, only the adapters travel, and the server averages them. When a window of layers has had its rounds, it slides \
 one layer up. In the end the model is asked: which library is this sentence from?
 """
-_ONWARDS = """\
-[bold]To go on[/bold]
+_ONWARDS = """
   make serve                           the service, at http://127.0.0.1:8000
   .venv/bin/chainfed submit JOB.yaml   a job of your own: see docs/jobs.md
   {job_file:<35}  the job that you have just seen
@@ -44,16 +43,15 @@ def demo(spec: JobSpec, job_file: Path, out: Path, console: Console) -> dict[str
     The service keeps its data in ``out``. Each step is explained on ``console``. Returns the result, with the model's answers.
     """
     memory = [group.memory for group in spec.fleet.clients]
-    console.print(
-        _STORY.format(
-            clients=sum(group.count for group in spec.fleet.clients),
-            least=format_bytes(min(memory)),
-            most=format_bytes(max(memory)),
-            window=spec.chain.window,
-        )
+    story = _STORY.format(
+        clients=sum(group.count for group in spec.fleet.clients),
+        least=format_bytes(min(memory)),
+        most=format_bytes(max(memory)),
+        window=spec.chain.window,
     )
+    console.print(_headed("Federated fine-tuning in a chain.", story))
     settings = Settings(Storage.at(out))
-    console.print("[bold]1.[/bold] Starting the service on this machine: Ray, and the REST API on Ray Serve.")
+    console.print(_headed("1.", " Starting the service on this machine: Ray, and the REST API on Ray Serve."))
     with ExitStack() as to_the_end:
         with ActivityDisplay(console) as listen:
             address = to_the_end.enter_context(local_service(settings, _HOST, free_port(_HOST), listen))
@@ -65,31 +63,37 @@ def demo(spec: JobSpec, job_file: Path, out: Path, console: Console) -> dict[str
             console.print("Stopping the service.")
 
 
+def _headed(head: str, words: str) -> Text:
+    """Words that begin in bold. What a user named stands in them as it is: a console here reads no markup."""
+    return Text.assemble((head, "bold"), words)
+
+
 def _story(
     client: ServiceClient, address: str, spec: JobSpec, job_file: Path, out: Path, console: Console
 ) -> dict[str, Any]:
     console.print(f"   It answers at {address}.")
-    console.print(f"[bold]2.[/bold] POST /v1/jobs with {job_file}. The job is checked before it is accepted.")
+    console.print(_headed("2.", f" POST /v1/jobs with {job_file}. The job is checked before it is accepted."))
     with ActivityDisplay(console) as listen:
         job = client.submit(spec.document(), listen)["id"]
-    console.print(f"[bold]3.[/bold] The chain trains: job {job}.")
+    console.print(_headed("3.", f" The chain trains: job {job}."))
     job_started, rounds, job_finished = follow(client, job, spec, console)
-    console.print("[bold]4.[/bold] The result.")
+    console.print(_headed("4.", " The result."))
     console.print(results(spec, job_started, rounds, job_finished))
     with ActivityDisplay(console) as listen:
         Reporter("drawing the plots", listen).begin()
-        plots = draw_if_possible(out / "plots", job_started, rounds, job_finished, spec.chain.cka_threshold)
+        plots, drawn = draw_if_possible(out / "plots", job_started, rounds, job_finished, spec.chain.cka_threshold)
     for plot in plots:
         console.print(f"   plot: {plot}")
     if not plots:
-        console.print(f"   {NOT_DRAWN}", markup=False)
+        console.print(f"   {drawn}")
     record = client.job(job)
-    console.print(f"[bold]5.[/bold] POST /v1/classify: three sentences for the model {record['model']}.")
+    console.print(_headed("5.", f" POST /v1/classify: three sentences for the model {record['model']}."))
     answers = client.classify(record["model"], list(_QUESTIONS))["results"]
     for question, answer in zip(_QUESTIONS, answers, strict=True):
-        console.print(f"   “{question}”\n      → [bold]{answer['label']}[/bold] ({answer['score']:.0%})")
+        label = (str(answer["label"]), "bold")
+        console.print(Text.assemble(f"   “{question}”\n      → ", label, f" ({answer['score']:.0%})"))
     console.print()
-    console.print(_ONWARDS.format(job_file=str(job_file)))
+    console.print(_headed("To go on", _ONWARDS.format(job_file=str(job_file))))
     return {
         **record["result"],
         "id": job,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from chainfed_ray.api.report.fleet import short
 from chainfed_ray.records.forecast import ClassForecast, Forecast
@@ -28,8 +29,9 @@ def _summary(forecast: Forecast) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    joins = f"[bold]{forecast.joins} of {forecast.clients}[/bold] clients can join"
-    table.add_row("job", f"{forecast.job}: {joins}" + (", and it is refused" if forecast.refused else ""))
+    joins = (f"{forecast.joins} of {forecast.clients}", "bold")
+    refused = ", and it is refused" if forecast.refused else ""
+    table.add_row("job", Text.assemble(f"{forecast.job}: ", joins, f" clients can join{refused}"))
     table.add_row("base model", f"{forecast.base}, {forecast.layers} layers, frozen")
     start = f"layer {forecast.start} up" if isinstance(forecast.start, int) else "layer 0; the job finds its start"
     table.add_row("chain", f"{forecast.window} layers at a time, planned from {start}")
@@ -96,13 +98,13 @@ def _described(row: ClassForecast) -> str:
     return ", ".join(parts)
 
 
-def _excluded(forecast: Forecast) -> Iterator[str]:
+def _excluded(forecast: Forecast) -> Iterator[str | Text]:
     for row in forecast.classes:
         if row.excluded:
             who, shortfall = f"{row.excluded} of {row.clients}", format_bytes(row.shortfall_bytes)
             yield f"{short(row.name)}: {who} cannot hold any window; with {shortfall} more they would join."
     if forecast.refused:
-        yield f"[bold]The job would be refused:[/bold] {forecast.refused}"
+        yield Text.assemble(("The job would be refused:", "bold"), f" {forecast.refused}")
 
 
 def _changes(forecast: Forecast) -> Iterator[str]:

@@ -8,19 +8,25 @@ from chainfed_ray.errors import PackageMissing
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 
 _NEEDED = PackageMissing("a picture", "matplotlib", "plots")
-NOT_DRAWN = f"No plots were drawn: {_NEEDED}"
 
 
 def draw_if_possible(
     folder: Path, job_started: JobStarted, rounds: Sequence[Round], job_finished: JobFinished | None, threshold: float
-) -> list[Path]:
-    """Write a job's plots into ``folder`` and return their paths. Without matplotlib, return an empty list."""
+) -> tuple[list[Path], str]:
+    """Write a job's plots into ``folder``; return their paths, and a sentence about them.
+
+    A plot that cannot be drawn costs itself alone: the job is done, and its result is still to be told.
+    """
     if find_spec("matplotlib") is None:
-        return []
+        return [], f"No plots were drawn: {_NEEDED}"
 
     from chainfed_ray.api.report.plots import draw
 
-    return draw(folder, job_started, rounds, job_finished, threshold)
+    try:
+        plots = draw(folder, job_started, rounds, job_finished, threshold)
+    except Exception as error:  # the disk may be full, and matplotlib has errors of its own
+        return [], f"No plots were drawn in {folder}: {error}"
+    return plots, f"{len(plots)} plots are in {folder}."
 
 
 def check_drawing() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from chainfed_ray.api.report.fleet import FleetClass, by_class, in_words, short
 from chainfed_ray.api.report.progress import price
@@ -65,13 +66,14 @@ def _sums(fits: Sequence[HeadFit]) -> str:
     return f"sums of {clients} clients, who sent {sent} for it"
 
 
-def _score(spec: JobSpec, job_finished: JobFinished) -> tuple[str, str]:
-    score = f"[bold]{short_score(spec, job_finished.loss, job_finished.accuracy)}[/bold]"
+def _score(spec: JobSpec, job_finished: JobFinished) -> tuple[str, Text]:
+    score = (short_score(spec, job_finished.loss, job_finished.accuracy), "bold")
     if is_causal(spec):
-        return "test perplexity", f"{score} ({job_finished.accuracy:.1%} of the tokens right)"
+        return "test perplexity", Text.assemble(score, f" ({job_finished.accuracy:.1%} of the tokens right)")
     f1 = job_finished.evaluation.macro_f1 if job_finished.evaluation else None
     loss = "not finite" if job_finished.loss is None else f"{job_finished.loss:.3f}"
-    return "test accuracy", f"{score} (loss {loss}" + ("" if f1 is None else f", macro-F1 {f1:.3f}") + ")"
+    others = f" (loss {loss}" + ("" if f1 is None else f", macro-F1 {f1:.3f}") + ")"
+    return "test accuracy", Text.assemble(score, others)
 
 
 def _scheme(partition: PartitionSpec) -> str:

@@ -26,10 +26,10 @@ async def events(
     job: str,
     request: Request,
     service: WithService,
-    after: Annotated[int, Query(ge=0, description="return only events with a higher number than this")] = 0,
+    after: Annotated[int, Query(ge=0, lt=2**31, description="return only events with a higher number than this")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most events of a page")] = 1000,
     last_event_id: Annotated[
-        int | None, Header(ge=0, description="resume a broken stream after the event with this number")
+        int | None, Header(ge=0, lt=2**31, description="resume a broken stream after the event with this number")
     ] = None,
 ) -> Response:
     """A page of events; with `Accept: text/event-stream` a stream, which ends when the job is over.

@@ -4,6 +4,7 @@ import json
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from chainfed_ray.errors import InvalidJob
@@ -21,11 +22,20 @@ BODY = {
         },
     }
 }
+_MOST_BYTES = 256 * 1024
 _YAML = ("application/yaml", "application/x-yaml", "text/yaml")
 
 
 async def _read(request: Request) -> JobSpec:
-    return _parse(await request.body(), request.headers.get("content-type", ""))
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > _MOST_BYTES:
+            raise HTTPException(
+                413, f"a job file has {_MOST_BYTES // 1024} KiB at most; data goes into files that it names"
+            )
+    # In a thread: a job file may take seconds to parse, and others are served meanwhile.
+    return await run_in_threadpool(_parse, bytes(body), request.headers.get("content-type", ""))
 
 
 def _parse(body: bytes, content_type: str) -> JobSpec:
@@ -42,16 +52,18 @@ def _parse(body: bytes, content_type: str) -> JobSpec:
         raise HTTPException(415, f"{given}; send application/json or application/yaml")
     try:
         document: Any = json.loads(text, object_pairs_hook=_without_repeats)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise HTTPException(400, f"the body is not JSON: {error}") from None
+    except InvalidJob:
+        raise
+    except (ValueError, RecursionError) as error:  # also numbers of more digits than Python reads
+        raise HTTPException(400, f"the body is not JSON: {str(error)[:200]}") from None
     return parse_job(document)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+        seen = set[str]()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise InvalidJob.at(repeated, document[repeated], "a key that is given once")
     return document
 

@@ -5,6 +5,7 @@ not of their arrival, so that the result is the same each time. They are added o
 server holds one update and not all. Other rules need all updates of a round (``robust.py``).
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -40,6 +41,18 @@ def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[s
             )
         if not torch.isfinite(found).all():
             raise InvalidUpdate(client, f"{name} is not finite")
+
+
+def check_claims(client: str, **claims: object) -> None:
+    """Refuse what a client says of its turn, unless it is a finite number of 0 or more.
+
+    Raises:
+        InvalidUpdate: a claim is something else; it names the claim.
+    """
+    for what, value in claims.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= float(value) < math.inf:  # type: ignore[arg-type]
+            raise InvalidUpdate(client, f"its {what} is {value!r}")
 
 
 def check_aggregate(rule: str, aggregate: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:

@@ -3,13 +3,12 @@
 Each sampled client takes a turn. A client that exceeds its plan takes a second turn, with its fallback plan.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from time import perf_counter
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.aggregation.mean import Aggregate, check_update
+from chainfed_ray.aggregation.mean import Aggregate, check_claims, check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, TurnOrder, TurnResult, Update
 from chainfed_ray.client.pool import ClientPool, Failure, in_order
@@ -61,8 +60,14 @@ class UpdateCollector:
         if not isinstance(result, Update):
             raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
         check_update(client.name, result.tensors, self._trained(client.plan.window), len(client.examples))
-        if not math.isfinite(result.loss):
-            raise InvalidUpdate(client.name, f"its loss is {result.loss}")
+        check_claims(
+            client.name,
+            loss=result.loss,
+            steps=result.steps,
+            seconds=result.seconds,
+            cpu_seconds=result.cpu_seconds,
+            peak_bytes=result.peak_bytes or 0,
+        )
         return result
 
 

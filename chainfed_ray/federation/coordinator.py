@@ -127,7 +127,7 @@ class Coordinator:
         """The rounds that are still to be run; those that were committed before are in the log.
 
         Raises:
-            QuorumLost: three rounds in a row had too few updates.
+            QuorumLost: three rounds in a row had too few updates, or not one of the job's rounds counted.
         """
         started = self.open()
         chain = self._chain(started.start_layer)
@@ -142,6 +142,9 @@ class Coordinator:
             self._log.commit_round(record, state.tensors(), keep=best.index if best else None)
             yield record
             self._stop_if_fruitless(history)
+        if not any(record.counted for record in history):
+            failed = history[-1].failed_turns if history else ()
+            raise QuorumLost(f"all {len(history)} rounds", self._spec.quorum, reasons(failed))
 
     def finish(self) -> JobFinished:
         """Evaluate the whole model on the test rows, once every round is committed, and commit that."""

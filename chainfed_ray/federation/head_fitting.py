@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, layer_norm, linear, pad
 
 from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.aggregation.discriminant import ClassSums, fitted
-from chainfed_ray.aggregation.mean import check_update
+from chainfed_ray.aggregation.mean import check_claims, check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, Fitting, HeadSums, TurnResult
 from chainfed_ray.client.pool import ClientPool, Failure, in_order
@@ -125,6 +125,7 @@ def _checked(client: Client, result: TurnResult | Failure, expected: Tensors) ->
     if not isinstance(result, HeadSums):
         raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
     check_update(client.name, result.tensors, expected, len(client.examples))
+    check_claims(client.name, cpu_seconds=result.cpu_seconds)
     sums = ClassSums.of(result.tensors)
     if impossible := sums.impossible(len(client.examples)):
         raise InvalidUpdate(client.name, impossible)

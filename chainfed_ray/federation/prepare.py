@@ -3,7 +3,8 @@
 A job that cannot run is refused here, before anything starts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from chainfed_ray.data.targets import packed
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
 from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit
-from chainfed_ray.hub import resolve, tokenizer
+from chainfed_ray.hub import configuration, first_line, resolve, tokenizer
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.source import ModelSource
@@ -143,6 +144,8 @@ def plan_job(
     Reporter("finding the base model", listen).begin()
     folder = resolve(spec.model.base)
     source = ModelSource(folder, getattr(torch, spec.model.dtype), scratch)
+    with _about_the_model(spec):
+        configuration(folder)
     examples = examples_of(spec, tokenizer(spec.model.base, folder), listen)
 
     # 2. Trace how much memory each part of a turn holds.
@@ -183,11 +186,7 @@ def _traced(spec: JobSpec, source: ModelSource, examples: JobExamples, listen: L
         InvalidJob: the model cannot be streamed, or a key of the job does not fit it.
     """
     causal = spec.model.task == "causal-lm"
-    try:
-        blocks = Blocks(source.folder, source.dtype)
-    except UnsupportedModel as error:
-        raise InvalidJob.at("model.base", spec.model.base, f"a model that can be streamed ({error.reason})") from None
-    try:
+    with _about_the_model(spec), closing(Blocks(source.folder, source.dtype)) as blocks:
         if causal:
             _check_head(spec, blocks)
         _check_texts(spec, blocks, examples)
@@ -196,8 +195,24 @@ def _traced(spec: JobSpec, source: ModelSource, examples: JobExamples, listen: L
         classes = None if causal else len(_classes(spec, examples))
         memory = memory_profile_of(blocks, spec.chain.adapter.bottleneck, classes, _head_layers(spec, blocks))
         return _Traced(blocks.causal_layers_path if causal else blocks.layers_path, memory)
-    finally:
-        blocks.close()
+
+
+@contextmanager
+def _about_the_model(spec: JobSpec) -> Iterator[None]:
+    """Whatever goes wrong as a model is opened and traced is about the model: its files and its code are the user's.
+
+    Raises:
+        InvalidJob: with the cause in words.
+    """
+    try:
+        yield
+    except InvalidJob:
+        raise
+    except UnsupportedModel as error:
+        raise InvalidJob.at("model.base", spec.model.base, f"a model that can be streamed ({error.reason})") from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InvalidJob.at("model.base", spec.model.base, f"a model that can be streamed ({reason})") from None
 
 
 def _classes(spec: JobSpec, examples: JobExamples) -> tuple[str, ...]:
@@ -272,17 +287,14 @@ def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
         try:
             blocks.embed(batch.ids, batch.mask)
         except (IndexError, RuntimeError):
+            try:
+                blocks.embed(batch.ids[:, :2], batch.mask[:, :2])
+            except (IndexError, RuntimeError) as error:
+                raise UnsupportedModel(str(blocks.folder), f"{type(error).__name__}: {first_line(error)}") from None
             expected = (
                 f"a smaller number: a text has {examples.lengths[longest]} tokens, more than the model has positions"
             )
             raise InvalidJob.at("data.max_length", spec.data.max_length, expected) from None
-        except (
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:  # the family's own code failed: it does not support running its layers one by one
-            expected = f"a model that can be streamed ({type(error).__name__}: {error})"
-            raise InvalidJob.at("model.base", spec.model.base, expected) from None
 
 
 def _check_chain(spec: JobSpec, layers: int) -> None:

@@ -6,17 +6,19 @@ is fitted to the untrained model at the top of each window, and the chain starts
 loss. The layers above that window do worse, so training them can gain the most.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
+from chainfed_ray.aggregation.mean import check_claims
 from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client.cka import FEWEST, average
 from chainfed_ray.client.first_pass import StartGuess
-from chainfed_ray.client.messages import Fitting, Profile, Profiling
+from chainfed_ray.client.messages import Client, Fitting, Profile, Profiling, TurnResult
 from chainfed_ray.client.pool import ClientPool, Failure, in_order
-from chainfed_ray.errors import QuorumLost
+from chainfed_ray.errors import InvalidUpdate, QuorumLost
 from chainfed_ray.federation.cohort import everyone
 from chainfed_ray.federation.collect import failed_turn, reasons
 from chainfed_ray.federation.head_fitting import deadline_of_all, fit_head
@@ -77,15 +79,36 @@ def _by_profiles(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
     deadline = deadline_of_all(job, len(able)) if fits else job.spec.rounds.deadline
     turns = pool.run(able, order, deadline)
     turns = Reporter("profiling the layers", listen).each(turns, len(able), "clients")
-    outcomes = list(in_order(turns, len(able)))
-    profiles = [outcome.result for outcome in outcomes if isinstance(outcome.result, Profile)]
-    failures = ((able[place], result) for place, result in outcomes if isinstance(result, Failure))
-    failed = tuple(failed_turn(client, failure) for client, failure in failures)
+    profiles, failed = list[tuple[Profile, int]](), list[FailedTurn]()
+    for place, result in in_order(turns, len(able)):
+        client = able[place]
+        if not isinstance(result, Failure):
+            try:
+                # The weight is what the server dealt, and not what a client says.
+                profiles.append((_checked(client, result, job.layers), min(len(client.examples), order.examples)))
+                continue
+            except InvalidUpdate as error:
+                result = Failure(f"its profile was refused: {error.reason}")
+        failed.append(failed_turn(client, result))
     if not profiles:
         raise QuorumLost("profiling the layers", 1, reasons(failed))
-    cka = average([(profile.cka, profile.examples) for profile in profiles])
+    cka = average([(profile.cka, examples) for profile, examples in profiles])
     layer = start_below(cka, chain.cka_threshold, job.window)
-    return Start(layer, cka, (), failed, sum(profile.cpu_seconds for profile in profiles))
+    return Start(layer, cka, (), tuple(failed), sum(profile.cpu_seconds for profile, _ in profiles))
+
+
+def _checked(client: Client, result: TurnResult, layers: int) -> Profile:
+    """The client's profile, if it is one of as many layers as the model has.
+
+    Raises:
+        InvalidUpdate: it is not.
+    """
+    if not isinstance(result, Profile):
+        raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
+    if len(result.cka) != layers or not all(isinstance(value, float) and math.isfinite(value) for value in result.cka):
+        raise InvalidUpdate(client.name, f"its CKA is {result.cka}, not {layers} finite numbers")
+    check_claims(client.name, cpu_seconds=result.cpu_seconds)
+    return result
 
 
 def _by_exits(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:

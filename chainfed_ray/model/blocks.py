@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from chainfed_ray.errors import UnsupportedModel
+from chainfed_ray.hub import configuration
 from chainfed_ray.model.logit_form import LogitForm, form_of
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.embeddings import RowTable, embedding_tables
@@ -44,7 +45,7 @@ class Blocks:
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.folder, self.dtype = folder, dtype
         self._checkpoint = Checkpoint(folder)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = configuration(folder)
         with torch.device("meta"), _RealConstants():
             model = AutoModel.from_config(config, dtype=dtype).eval().requires_grad_(False)
         self._model: Any = model
@@ -57,7 +58,8 @@ class Blocks:
         self._last_output: Tensor | None = None
         self._in_tuple: bool | None = None  # True if a layer returns its output in a tuple
         self._embedded = torch.empty(0)
-        self._word_table = _name_of(model, model.get_input_embeddings()) + ".weight"
+        words = model.get_input_embeddings()
+        self._word_table = next(name for name, module in model.named_modules() if module is words) + ".weight"
         model.set_submodule(self.layers_path, nn.ModuleList(self._recorder(index) for index in range(self.num_layers)))
         self._tables = [self._replace_table(name, module) for name, module in embedding_tables(model)]
         self._materialise_trunk(config)
@@ -224,9 +226,14 @@ class Blocks:
         return max(range(self.num_layers), key=lambda index: self._loaded_bytes(self._sources(index).values()))
 
     def _sources(self, index: int) -> dict[str, str]:
-        """The checkpoint's name of each parameter of layer ``index``."""
-        prefix = f"{self.layers_path}.{index}."
-        return {name: self._source(prefix + name) for name, _ in self._meta_layers[index].named_parameters()}
+        """The checkpoint's name of each parameter of layer ``index``. One that is missing, or of another shape, is an error."""
+        prefix, sources = f"{self.layers_path}.{index}.", {}
+        for name, parameter in self._meta_layers[index].named_parameters():
+            sources[name] = source = self._source(prefix + name)
+            if (stored := self._checkpoint.shape(source)) != tuple(parameter.shape):
+                wanted = f"its configuration has {list(parameter.shape)} for {prefix}{name}, and its checkpoint {list(stored)}"
+                raise UnsupportedModel(str(self.folder), wanted)
+        return sources
 
     def _matrices(self, index: int) -> list[str]:
         """The checkpoint's names of the matrices of layer ``index`` that can be streamed."""
@@ -335,10 +342,8 @@ def find_layers(model: Any, name: str) -> str:
     return min(found, key=lambda path: path.count("."))
 
 
-_DRAWING = (
-    "torch.nn.init",
-    "transformers.initialization",
-)  # transformers replaces the first with the second as it builds a model
+# As it builds a model, transformers replaces the first with the second.
+_DRAWING = ("torch.nn.init", "transformers.initialization")
 
 
 class _RealConstants(TorchFunctionMode):
@@ -392,8 +397,3 @@ def _to_meta(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_to_meta(item) for item in value)
     return {key: _to_meta(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    found: str = next(name for name, module in model.named_modules() if module is wanted)
-    return found

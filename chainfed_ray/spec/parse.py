@@ -1,17 +1,22 @@
 """Parses a job from a YAML or JSON document: checks each key, then the rules between keys."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from chainfed_ray.errors import InvalidJob
+from chainfed_ray.errors import InvalidJob, Problem
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.recipes import with_defaults_of
 from chainfed_ray.spec.rules import contradictions
 from chainfed_ray.spec.wording import problem_of
+
+_MOST_PROBLEMS = 100  # in one answer
+_MOST_REASON = 200  # characters
+_MOST_ALIASES = 20
 
 
 def parse_job(document: object) -> JobSpec:
@@ -23,13 +28,36 @@ def parse_job(document: object) -> JobSpec:
     if not isinstance(document, Mapping):
         raise InvalidJob.at("(job)", document, "a mapping with the keys " + ", ".join(JobSpec.model_fields))
     try:
+        if problems := list(islice(_no_texts(document), _MOST_PROBLEMS)):
+            raise InvalidJob(tuple(problems))
         spec = JobSpec.model_validate(with_defaults_of(document))
+        found = contradictions(spec)
+    except InvalidJob:
+        raise
     except ValidationError as error:
-        by_path = {problem.field: problem for problem in map(problem_of, error.errors())}
+        # Of very many mistakes the first tell enough: an answer does not grow with the question.
+        by_path = {
+            problem.field: problem for problem in map(problem_of, error.errors(include_url=False)[:_MOST_PROBLEMS])
+        }
         raise InvalidJob(tuple(by_path.values())) from None
-    if problems := contradictions(spec):
-        raise InvalidJob(tuple(problems))
+    except Exception as error:  # a document may be anything, also one that no check has thought of
+        reason = f"{type(error).__name__}: {error}"[:_MOST_REASON]
+        raise InvalidJob.at("(job)", document, f"a job that can be read ({reason})") from None
+    if found:
+        raise InvalidJob(tuple(found[:_MOST_PROBLEMS]))
     return spec
+
+
+def _no_texts(value: object, path: str = "") -> Iterator[Problem]:
+    """The strings in a document that no file and no database can hold: those with half a surrogate pair."""
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        yield Problem(path, ascii(value), "a text without lone surrogates")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _no_texts(item, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _no_texts(item, f"{path}[{index}]")
 
 
 def parse_yaml(text: str) -> JobSpec:
@@ -44,13 +72,29 @@ def parse_yaml(text: str) -> JobSpec:
         line = error.problem_mark.line if error.problem_mark else 0
         shown = text.splitlines()[line : line + 1] or ["the end"]
         raise InvalidJob.at("(file)", f"line {line + 1}: {shown[0]}", f"YAML ({error.problem})") from None
-    except yaml.YAMLError as error:
-        raise InvalidJob.at("(file)", " ".join(str(error).split()), "a YAML document") from None
+    except InvalidJob:
+        raise
+    except Exception as error:  # YAML's own errors, and what Python raises for dates, numbers and depths that are none
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MOST_REASON]
+        raise InvalidJob.at("(file)", text[:80], f"a YAML document ({reason})") from None
     return parse_job(document)
 
 
 class _YamlLoader(yaml.SafeLoader):
     """A YAML loader that reads ``1e-3`` as a number, and refuses a key that is given twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """An alias costs nothing to write, and ten of ten of ten of them cost a thousand to read."""
+        if self.check_event(yaml.events.AliasEvent):
+            self._aliases = getattr(self, "_aliases", 0) + 1
+            if self._aliases > _MOST_ALIASES:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"there are more than {_MOST_ALIASES} aliases",
+                    self.peek_event().start_mark,  # type: ignore[no-untyped-call]
+                )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -12,8 +12,8 @@ def _exact_bytes(count: int) -> str | int:
     return shown if parse_bytes(shown) == count else count
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(_exact_bytes), Field(gt=0)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, allow_inf_nan=False)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(_exact_bytes), Field(gt=0, lt=2**60)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, le=30 * 24 * 3600, allow_inf_nan=False)]
 Often = Literal["round", "stage"] | Annotated[int, Field(ge=1)]  # an integer n means every n rounds
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 

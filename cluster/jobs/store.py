@@ -130,6 +130,7 @@ class JobStore:
         Raises:
             JobNotFound: there is no such job.
         """
+        _check_id(job)
         with Session(self._engine) as session:
             row = session.scalars(select(_Job).where(_Job.id == job)).one_or_none()
             if row is None:
@@ -147,6 +148,7 @@ class JobStore:
             query = query.where(_Job.status == status)
         with Session(self._engine) as session:
             if before is not None:
+                _check_id(before)
                 number = session.scalar(select(_Job.number).where(_Job.id == before))
                 if number is None:
                     raise JobNotFound(before)
@@ -326,6 +328,12 @@ def _check_version(engine: Engine) -> None:
         raise InvalidSetting(
             "CHAINFED_DATABASE", shown, f"a database of version {VERSION}; this one was written by {writer}"
         )
+
+
+def _check_id(job: str) -> None:
+    """No id has a null character, and PostgreSQL raises an error of its own when it is asked for one."""
+    if "\0" in job:
+        raise JobNotFound(job)
 
 
 def _append(session: Session, job: str, key: str, kind: str, at: str, data: dict[str, Any]) -> None:

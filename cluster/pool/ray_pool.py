@@ -97,12 +97,17 @@ class RayPool:
 
     def _startable(self, waiting: deque[tuple[int, Client]]) -> Iterator[tuple[int, Client, _Lease]]:
         """Take clients from ``waiting`` for which an actor is idle or may be made, and yield each with its actor."""
+        wanted = Counter(client.client_class for _, client in waiting)
         for _ in range(len(waiting)):
+            if not self._idle and sum(self._made.values()) >= self._slots:
+                return  # nobody can start before a turn ends
             place, client = waiting.popleft()
-            if lease := self._lease(client, Counter(other.client_class for _, other in waiting)):
+            wanted[client.client_class] -= 1
+            if lease := self._lease(client, wanted):
                 yield place, client, lease
             else:
                 waiting.append((place, client))
+                wanted[client.client_class] += 1
 
     def _lease(self, client: Client, wanted: Counter[str]) -> _Lease | None:
         """An idle or new actor for ``client``; None if it has to wait. ``wanted`` counts the other waiting turns by class."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from chainfed_ray.aggregation.mean import RunningMean
 from chainfed_ray.aggregation.robust import median
 from chainfed_ray.aggregation.rule import WeightedUpdate
+from chainfed_ray.client.messages import Client, Profile, TurnOrder, Update
 from chainfed_ray.client.objective import chain_loss
-from chainfed_ray.client.pool import LocalPool
-from chainfed_ray.errors import InvalidJob
+from chainfed_ray.client.pool import Failure, LocalPool
+from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.federation.run import run_job
 from chainfed_ray.federation.start import Start
@@ -29,6 +31,7 @@ from examples.equal_mean import equal_mean
 from examples.misbehaving_client import Reversing
 from examples.two_classes_each import two_classes_each
 from tests.builders import PRIVACY, a_job, assert_same, run
+from tests.pools import Altered, Answer, silent
 from tests.project import ROOT
 
 pytestmark = pytest.mark.slow
@@ -206,3 +209,63 @@ def test_the_ten_lines_of_the_document_run(
     exec(compile(code, "python.md", "exec"), {})
     assert capsys.readouterr().out.count("\n") == 4
     assert load_stack(tmp_path / "chainfed-python" / "libraries" / "model").stack.layers == (2, 3)
+
+
+def test_a_job_in_which_no_round_counted_has_failed_and_saves_nothing(document: dict[str, Any], tmp_path: Path) -> None:
+    """Two rounds are fewer than the three without a quorum that end a longer job."""
+    document["rounds"]["total"] = 2
+    everybody = {f"phone-{index}" for index in range(4)}
+    records = run_job(parse_job(document), tmp_path, pool=lambda source, _: silent(LocalPool(source), everybody))
+    _, *rounds = [next(records) for _ in range(3)]
+    assert [isinstance(record, Round) and record.counted for record in rounds] == [False, False]
+    with pytest.raises(QuorumLost, match=r"all 2 rounds: fewer than 2 clients answered \(phone-\d: "):
+        next(records)
+    assert not (tmp_path / "model").exists()
+    assert CommitLog(tmp_path).job_finished() is None
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [{"seconds": float("nan")}, {"cpu_seconds": -1.0}, {"steps": True}, {"loss": float("inf")}, {"seconds": "1"}],
+    ids=str,
+)
+def test_what_a_client_says_of_its_turn_is_checked(
+    claim: dict[str, Any], document: dict[str, Any], tmp_path: Path
+) -> None:
+    """It goes on record: a number that is none would make the record one that cannot be read again."""
+    document["rounds"] |= {"total": 1, "clients": 4}
+
+    def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
+        lies = client.name == "phone-1" and isinstance(answer, Update)
+        return replace(answer, **claim) if lies else answer
+
+    _, (only,), _, _ = ran(document, tmp_path, pool=lambda source, _: Altered(LocalPool(source), alter))
+    ((what, value),) = claim.items()
+    assert [(turn.client, turn.reason) for turn in only.failed_turns] == [
+        ("phone-1", f"its update was refused: its {what} is {value!r}")
+    ]
+    assert CommitLog(tmp_path).rounds() == [only]
+
+
+@pytest.mark.parametrize("cka", [(1.0, 0.5), (1.0, 0.5, float("nan"), 0.1)], ids=["short", "nan"])
+def test_a_profile_that_is_none_moves_no_start(
+    cka: tuple[float, ...], document: dict[str, Any], tmp_path: Path
+) -> None:
+    """And a client's own count of its examples is no weight."""
+    document["chain"] |= {"start": "auto", "profile_examples": 16}
+    document["rounds"]["total"] = 1
+
+    def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
+        if not isinstance(answer, Profile):
+            return answer
+        return replace(answer, cka=cka) if client.name == "phone-0" else replace(answer, examples=10**9)
+
+    started, *_ = ran(document, tmp_path / "lied", pool=lambda source, _: Altered(LocalPool(source), alter))
+    assert [turn.client for turn in started.failed_turns] == ["phone-0"]
+    assert "its profile was refused: its CKA is" in started.failed_turns[0].reason
+
+    def fails(client: Client, order: TurnOrder, answer: Answer) -> Answer:
+        return Failure("died") if client.name == "phone-0" and isinstance(answer, Profile) else answer
+
+    honest, *_ = ran(document, tmp_path / "honest", pool=lambda source, _: Altered(LocalPool(source), fails))
+    assert (started.cka, started.start_layer) == (honest.cka, honest.start_layer)

@@ -295,7 +295,12 @@ def test_words_fit_a_terminal_and_a_picture_holds_many_classes(fleet_of_many: Fo
 def test_the_command_tells_it_in_json_and_in_words_and_draws_it(
     document: dict[str, Any], tmp_path: Path, untimed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also of a model whose path has brackets, which are no markup."""
     job_file, picture = tmp_path / "job.yaml", tmp_path / "plan.png"
+    bracketed = tmp_path / "v[" / "bold]"
+    bracketed.parent.mkdir()
+    bracketed.symlink_to(document["model"]["base"].removeprefix("path:"))
+    document["model"]["base"] = f"path:{bracketed}"
     job_file.write_text(yaml.safe_dump(document))
     command = ["plan", str(job_file), "--picture", str(picture)]
     done = subprocess.run([*COMMAND, *command, "--json"], capture_output=True, text=True, timeout=120, check=True)
@@ -305,11 +310,12 @@ def test_the_command_tells_it_in_json_and_in_words_and_draws_it(
     assert told.estimated_seconds > 0
     assert told.classes[0].micro_step_seconds is not None
     assert picture.read_bytes().startswith(_PNG)
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["v["]
     monkeypatch.setattr(sys, "__stdout__", told_in_words := io.StringIO())  # where a command answers
     app(command, standalone_mode=False)
     said = told_in_words.getvalue()
     assert "4 of 4 clients can join" in said
+    assert "v[/bold]" in "".join(said.split())
     assert f"The picture is in {picture}." in " ".join(said.split())
 
 

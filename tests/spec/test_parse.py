@@ -136,3 +136,53 @@ def test_a_head_from_zero_has_further_to_go_than_a_fitted_one(document: dict[str
 def test_a_recipe_hides_no_mistake(key: str, value: object, document: dict[str, Any]) -> None:
     with pytest.raises(InvalidJob, match=key):
         parse_job({**document, "recipe": "paper", key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"rounds": {"deadline": 10**400}}, "rounds.deadline"),
+        ({"rounds": {"deadline": "31h31"}}, "rounds.deadline"),
+        ({"rounds": {"deadline": 10**9}}, "rounds.deadline"),
+        ({"fleet": {"clients": [{"name": "a", "memory": 10**400}]}}, "fleet.clients[0].memory"),
+        ({"fleet": {"clients": [{"name": "a", "memory": "9999999999TiB"}]}}, "fleet.clients[0].memory"),
+        ({"model": {"base": "path:\ud800"}}, "model.base"),
+        ({"seed": 10**5000}, "seed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_value_that_no_machine_can_hold_is_refused_by_its_field(change: dict[str, Any], field: str) -> None:
+    document = {
+        "name": "x",
+        "model": {"base": "builtin:minilm"},
+        "data": {"train": "builtin:docstrings"},
+        "fleet": {"clients": [{"name": "a", "memory": "1GiB"}]},
+    }
+    with pytest.raises(InvalidJob) as refused:
+        parse_job(document | change)
+    assert field in {problem.field for problem in refused.value.problems}
+    assert len(str(refused.value)) < 2000
+
+
+_LEVELS = "".join(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: 2001-99-99", "a: !!int x", "a: !!bool x", "a: !!timestamp x", "a: !!float x", 'a: !!int ""', 'a: "\\UFFFFFFFF"',
+        "name: !!map [a]", "seed: 0x" + "f" * 5000, "[" * 900, "[" * 5000, "a: &a [*a]", "a0: &a0 x\n" + _LEVELS,
+    ],
+    ids=lambda text: text[:12],
+)  # fmt: skip
+def test_hostile_yaml_is_refused_at_once_and_briefly(text: str) -> None:
+    """Ten levels of nine aliases would be three thousand million values."""
+    with pytest.raises(InvalidJob) as refused:
+        parse_yaml(text)
+    assert len(str(refused.value)) < 2000
+
+
+def test_of_very_many_mistakes_the_first_are_told() -> None:
+    with pytest.raises(InvalidJob) as refused:
+        parse_job({f"key{index}": 1 for index in range(20_000)})
+    assert 50 < len(refused.value.problems) <= 100

@@ -126,3 +126,27 @@ def test_a_bad_job_ends_in_words(tmp_path: Path, text: str, field: str) -> None:
     assert done.stdout == ""
     assert f"error: {field}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_is_a_file_ends_in_words(document: dict[str, Any], tmp_path: Path) -> None:
+    job_file, out = tmp_path / "job.yaml", tmp_path / "out"
+    job_file.write_text(yaml.safe_dump(document))
+    out.write_text("a file, where a folder is meant")
+    done = subprocess.run(
+        [*COMMAND, "run", str(job_file), "--out", str(out), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {out}/tiny: ")
+    assert "Traceback" not in done.stderr
+    assert json.loads(done.stdout)["error"]["type"] == "DiskFailed"
+
+
+def test_a_terminal_without_a_dash_costs_the_dash_alone() -> None:
+    code = "from chainfed_ray.api.command import cli\ncli.app = lambda: print('perplexity \\u2013 \\u201c5\\u201d')\ncli.main()"
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60, check=True)
+    assert done.stdout == b"perplexity ? ?5?\n"

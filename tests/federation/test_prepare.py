@@ -1,0 +1,88 @@
+"""Promise: a model that cannot be trained as it is in its folder is refused by what it is, before anything is queued."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from chainfed_ray.errors import InvalidJob
+from tests.builders import a_job
+
+Break = Callable[[Path], None]
+
+
+def configured(**changes: Any) -> Break:
+    """Change keys of ``config.json``; a key whose value is None goes."""
+
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+    return change
+
+
+def written(name: str, text: str) -> Break:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def without_layer(index: int) -> Break:
+    """Take the tensors of a layer out of the checkpoint."""
+
+    def change(folder: Path) -> None:
+        path = next(folder.glob("*.safetensors"))
+        tensors = {name: tensor for name, tensor in load_file(path).items() if f".{index}." not in name}
+        save_file(tensors, path, {"format": "pt"})
+
+    return change
+
+
+CODE = "raise SystemExit('the code of a model was run')"
+
+
+def with_code(folder: Path) -> None:
+    configured(model_type="theirs", auto_map={"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"})(folder)
+    (folder / "theirs.py").write_text(CODE)
+
+
+def with_a_broken_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            configured(quantization_config={"quant_method": "bitsandbytes"}),
+            r"its weights are quantized \(bitsandbytes\)",
+        ),
+        (without_layer(3), "its checkpoint has no tensor encoder.layer.3"),
+        (configured(num_hidden_layers=5), "its checkpoint has no tensor encoder.layer.4"),
+        (configured(intermediate_size=96), r"its configuration has \[96, 32\] for .*, and its checkpoint \[64, 32\]"),
+        (configured(num_hidden_layers="six"), "num_hidden_layers"),
+        (configured(model_type="no-such-type"), "no-such-type"),
+        (configured(model_type=None), "model_type"),
+        (with_code, "custom code"),
+        (written("config.json", "[]"), "a model that can be streamed"),
+        (written("config.json", "{"), "config.json"),
+        (written("model.safetensors", "version https://git-lfs.github.com/spec/v1"), "a model that can be streamed"),
+        (with_a_broken_index, "a model that can be streamed"),
+        (written("tokenizer.json", "{}"), "a folder with a tokenizer"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused_by_what_it_is(
+    change: Break, words: str, document: dict[str, Any], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny_model_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    change(folder)
+    document["model"]["base"] = f"path:{folder}"
+    with pytest.raises(InvalidJob, match=words) as refused:
+        a_job(document, tmp_path)
+    assert [problem.field for problem in refused.value.problems] == ["model.base"]
