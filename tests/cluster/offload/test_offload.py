@@ -102,7 +102,7 @@ def plainly(base: ModelSource, stack: AdapterStack, examples: Examples) -> Predi
 
 def assert_equal(found: Predictions, expected: Predictions) -> None:
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-6, atol=1e-6)
-    for name in ("counts", "right", "classes"):
+    for name in ("counts", "correct", "classes"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
