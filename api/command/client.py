@@ -26,7 +26,7 @@ _GENERATION_TIMEOUT = httpx.Timeout(None, connect=5.0)  # a long text may take a
 _RECONNECT_SECONDS = 60.0
 _PAUSE_SECONDS = 0.5
 
-Document = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
 class ServiceClient:
@@ -47,11 +47,11 @@ class ServiceClient:
         """Close the connections."""
         self._http.close()
 
-    def ready(self) -> Document:
+    def ready(self) -> JsonObject:
         """The health of each part of the service. Raises ``ServiceUnavailable`` unless every part works."""
         return self._ask("GET", "/readyz")
 
-    def submit(self, document: Document, listen: Listener = no_listener) -> Document:
+    def submit(self, document: JsonObject, listen: Listener = no_listener) -> JsonObject:
         """Let the service check the job ``document``, and queue it. Returns the queued job.
 
         Raises:
@@ -60,7 +60,7 @@ class ServiceClient:
         Reporter(f"waiting for the service to check the job (at most {format_seconds(_CHECK_SECONDS)})", listen).begin()
         return self._ask("POST", "/v1/jobs", json=document)
 
-    def plan(self, document: Document) -> Document:
+    def plan(self, document: JsonObject) -> JsonObject:
         """The forecast of the job ``document``, from a dry run.
 
         Raises:
@@ -68,12 +68,12 @@ class ServiceClient:
         """
         return self._ask("POST", "/v1/plan", json=document)
 
-    def jobs(self, limit: int = 50) -> list[Document]:
+    def jobs(self, limit: int = 50) -> list[JsonObject]:
         """At most ``limit`` jobs, the newest first."""
-        jobs: list[Document] = self._ask("GET", "/v1/jobs", params={"limit": limit})["jobs"]
+        jobs: list[JsonObject] = self._ask("GET", "/v1/jobs", params={"limit": limit})["jobs"]
         return jobs
 
-    def job(self, job: str) -> Document:
+    def job(self, job: str) -> JsonObject:
         """The job with the id ``job``.
 
         Raises:
@@ -81,7 +81,7 @@ class ServiceClient:
         """
         return self._ask("GET", f"/v1/jobs/{job}", about=job)
 
-    def cancel(self, job: str) -> Document:
+    def cancel(self, job: str) -> JsonObject:
         """Cancel a job.
 
         Raises:
@@ -90,12 +90,12 @@ class ServiceClient:
         """
         return self._ask("POST", f"/v1/jobs/{job}/cancel", about=job)
 
-    def models(self) -> list[Document]:
+    def models(self) -> list[JsonObject]:
         """Every served model."""
-        models: list[Document] = self._ask("GET", "/v1/models")["models"]
+        models: list[JsonObject] = self._ask("GET", "/v1/models")["models"]
         return models
 
-    def classify(self, model: str, texts: list[str]) -> Document:
+    def classify(self, model: str, texts: list[str]) -> JsonObject:
         """Classify any number of texts. Many texts are split over several requests.
 
         Raises:
@@ -109,7 +109,7 @@ class ServiceClient:
         answers = [self._ask("POST", "/v1/classify", json=body, about=model) for body in bodies]
         return {**answers[0], "results": [found for answer in answers for found in answer["results"]]}
 
-    def complete(self, model: str, prompts: list[str], **options: Any) -> Document:
+    def complete(self, model: str, prompts: list[str], **options: Any) -> JsonObject:
         """Continue prompts with a language model. ``options`` are those of ``POST /v1/completions``, such as ``max_tokens``.
 
         Raises:
@@ -119,7 +119,7 @@ class ServiceClient:
         body = {"model": model, "prompt": prompts, **options}
         return self._ask("POST", "/v1/completions", about=model, json=body, timeout=_GENERATION_TIMEOUT)
 
-    def stream(self, model: str, prompts: list[str], **options: Any) -> Iterator[Document]:
+    def stream(self, model: str, prompts: list[str], **options: Any) -> Iterator[JsonObject]:
         """Like ``complete``, but yields each piece of text as it is generated, in the form of one of its ``choices``.
 
         Closing the iterator stops the generation.
@@ -145,7 +145,7 @@ class ServiceClient:
         except httpx.TransportError as error:
             raise ServiceUnavailable(self._address, _words(error)) from None
 
-    def follow(self, job: str, listen: Listener = no_listener) -> Iterator[Document]:
+    def follow(self, job: str, listen: Listener = no_listener) -> Iterator[JsonObject]:
         """Yield every event of a job, from its first to its last, as they happen.
 
         Reconnects when the connection breaks. Between events, ``listen`` is told what the job is doing.
@@ -177,14 +177,14 @@ class ServiceClient:
                     raise ServiceUnavailable(self._address, _words(error)) from None
             sleep(_PAUSE_SECONDS)
 
-    def _ask(self, method: str, path: str, about: str = "", **options: Any) -> Document:
+    def _ask(self, method: str, path: str, about: str = "", **options: Any) -> JsonObject:
         try:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as error:
             raise ServiceUnavailable(self._address, _words(error)) from None
         if response.is_error:
             self._fail(response, about)
-        answer: Document = response.json()
+        answer: JsonObject = response.json()
         return answer
 
     def _fail(self, response: httpx.Response, about: str) -> NoReturn:

@@ -3,7 +3,7 @@
 Two fleets are neighbours if they differ in one client's data, which may be replaced by any other data. The sum of clipped
 updates then moves by 2C at most, so noise of z·C makes it a Gaussian mechanism with the multiplier z/2. A round samples a fixed
 number of clients without replacement. A client that does not answer contributes zero, and the sum is released all the same, so
-every round costs what a round costs in which all answer.
+every round costs as much as one in which all clients answer.
 
 Opacus computes A(a) = E[(P/Q)^a], for P = (1 − q)·N(0, σ²) + q·N(1, σ²) and Q = N(0, σ²). These are the moments of a Gaussian
 mechanism that samples each record independently (Mironov, Talwar and Zhang, 2019). Three steps lead to samples of fixed size:

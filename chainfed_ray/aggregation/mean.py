@@ -44,7 +44,7 @@ def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[s
 
 
 def check_claims(client: str, **claims: object) -> None:
-    """Refuse what a client says of its turn, unless it is a finite number of 0 or more.
+    """Refuse an update whose reported numbers, the ``claims``, are negative or no finite numbers.
 
     Raises:
         InvalidUpdate: a claim is something else; it names the claim.

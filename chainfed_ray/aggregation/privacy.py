@@ -126,7 +126,7 @@ def private_mean(spec: PrivacySpec, secret: bytes, index: int, start: Tensors, c
 def share_of(spec: PrivacySpec, secret: bytes, index: int, client: str, window: Window, clients: int) -> NoiseShare:
     """The noise share of ``client`` for its update of ``window`` in round ``index``. Its key is the only one the client gets.
 
-    The key depends on the window. Updates of two windows with the same noise would have a difference without noise.
+    The key depends on the window: with the same noise for two windows, the difference of two updates would have none.
     """
     deviation = spec.noise_multiplier * spec.clip / math.sqrt(clients)
     return NoiseShare(spec.clip, Noise(deviation, key_of(secret, "client", index, client, window.bottom)))

@@ -151,7 +151,7 @@ def _fill_empty(parts: list[list[int]]) -> None:
 
 
 def _proportions(generator: np.random.Generator, clients: int, alpha: float) -> np.ndarray:
-    """A draw from Dirichlet(alpha), or its limit for an ``alpha`` that floating-point numbers cannot handle."""
+    """A draw from Dirichlet(alpha); for an ``alpha`` too extreme for floating point, from the limiting distribution."""
     drawn = generator.dirichlet(np.full(clients, alpha))
     if np.isfinite(drawn).all() and np.isclose(drawn.sum(), 1):
         return drawn

@@ -3,6 +3,7 @@
 Each sampled client takes a turn. A client that exceeds its plan takes a second turn, with its fallback plan.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -60,9 +61,11 @@ class UpdateCollector:
         if not isinstance(result, Update):
             raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
         check_update(client.name, result.tensors, self._trained(client.plan.window), len(client.examples))
+        # An objective of the caller's own may be negative.
+        if not isinstance(result.loss, float) or not math.isfinite(result.loss):
+            raise InvalidUpdate(client.name, f"its loss is {result.loss!r}")
         check_claims(
             client.name,
-            loss=result.loss,
             steps=result.steps,
             seconds=result.seconds,
             cpu_seconds=result.cpu_seconds,

@@ -388,7 +388,7 @@ class Coordinator:
 
 
 def _best(best: Tensors, record: Round, evaluated: Sequence[Restored], before: Tensors, after: Tensors) -> Tensors:
-    """The tensors that the stage trains, at its best early exit: ``best`` until this round, ``before`` it, or ``after`` it."""
+    """The trained tensors at the stage's best early exit: the ``best`` so far, or those ``before`` or ``after`` the round."""
     found = best_exit(evaluated)
     if found is None:
         return {}

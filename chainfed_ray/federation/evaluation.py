@@ -160,7 +160,10 @@ class ServerEvaluation:
         return self._evaluated(streaming(self._job, self._listen), stack, _TEST, instead)
 
     def _evaluated(self, by: Evaluator, stack: AdapterStack, rows: str, instead: str | None) -> Evaluation:
-        """The record of an evaluation by one evaluator, on the set ``rows`` and the choices; ``instead`` as in the class."""
+        """The record of an evaluation by one evaluator, on the set ``rows`` and the choices.
+
+        ``instead`` says why the job's own evaluator is not used; None if it is.
+        """
         job = self._job
         choices = by.evaluate(stack, _CHOICES) if job.choices else None
         found = by.evaluate(stack, rows)

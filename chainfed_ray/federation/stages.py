@@ -77,7 +77,7 @@ class StageSchedule:
     def ended(self, upcoming: RoundSpec, rounds: int, losses: Sequence[float], movement: float | None) -> str | None:
         """The reason why the stage ends with this round; None if it goes on.
 
-        With this round the stage has ``rounds`` counted rounds, the held-out ``losses`` and, in its span, this ``movement``.
+        ``rounds`` are the stage's counted ones. They, the held-out ``losses`` and the span's ``movement`` include this round.
         """
         if upcoming.last_of_stage:
             return "round limit"

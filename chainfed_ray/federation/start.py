@@ -31,7 +31,7 @@ from chainfed_ray.seeds import derive
 class Start(NamedTuple):
     """The start layer, and how it was found: the mean CKA of each layer, or the head fitted at each early exit.
 
-    ``failed_turns`` has one failed turn of each client that had any; ``cpu_seconds`` are the clients'.
+    ``failed_turns`` has at most one failed turn per client; ``cpu_seconds`` is the sum over the clients.
     """
 
     layer: int

@@ -94,10 +94,6 @@ def pace_of(job: PlannedJob, client: Client) -> Pace:
     return training_pace(job.base, replace(client, plan=replace(plan, window=window)), order)
 
 
-def _lowest(job: PlannedJob) -> Window:
-    return Chain(job.layers, job.planner.requirements.start, job.window).windows[0]
-
-
 def _new_stack(job: PlannedJob, layers: int) -> AdapterStack:
     """A new stack with adapters after the lowest ``layers`` layers."""
     bottleneck, classes, seed = job.spec.chain.adapter.bottleneck, job.class_count, job.spec.seed
@@ -205,7 +201,7 @@ def _trained_on(rounds: RoundsSpec, examples: int) -> int:
 
 
 def _layers_below(job: PlannedJob, plan: TurnPlan, examples: int) -> tuple[float, int]:
-    """The numbers of layers below the window that a client runs its examples through: in each turn, and once in the job."""
+    """How many layers below the window a client runs its examples through: per turn, and once in the job."""
     spec, start = job.spec, job.planner.requirements.start
     chain = Chain(job.layers, start, job.window)
     # Clients with wider windows train the adapters in between, so the output there changes in each round.

@@ -1,7 +1,7 @@
 """The forward pass of a base model with adapters: each layer, its adapter, and the pooled features of the layers below.
 
-Clients and the server run adapted models only through this file, whether layers are resident, streamed, or fetched from disk by
-DeepSpeed.
+Clients and the server run adapted models through this file, whether layers are resident, streamed, or fetched from disk by
+DeepSpeed. The exceptions run in a model's own forward, by hooks: the generator, and our PEFT method.
 """
 
 from collections.abc import Iterable

@@ -19,7 +19,7 @@ class LayerStates(NamedTuple):
 
 
 def no_features(hidden: Tensor) -> Tensor:
-    """[B, 0, D]: the pooled features of the layers below the first one, whose input is ``hidden`` [B, T, D]. There are none."""
+    """The pooled features below the first layer, whose input is ``hidden`` [B, T, D]: an empty tensor [B, 0, D]."""
     return hidden.new_zeros(len(hidden), 0, hidden.shape[-1], dtype=torch.float32)
 
 

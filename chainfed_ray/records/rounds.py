@@ -79,7 +79,7 @@ class HeadFit(Record):
 
 
 def complete_fits(fits: Sequence[HeadFit]) -> list[bool]:
-    """For each head, whether no other has more examples. A head with fewer lacks some clients, and perhaps their classes."""
+    """For each head: True if no other was fitted to more examples. One with fewer lacks clients, and perhaps their classes."""
     most = max(fit.examples for fit in fits)
     return [fit.examples == most for fit in fits]
 

@@ -84,7 +84,7 @@ class _YamlLoader(yaml.SafeLoader):
     """A YAML loader that reads ``1e-3`` as a number, and refuses a key that is given twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """An alias costs nothing to write, and ten of ten of ten of them cost a thousand to read."""
+        """Refuse a document with many aliases: nested ones grow exponentially as they are read."""
         if self.check_event(yaml.events.AliasEvent):
             self._aliases = getattr(self, "_aliases", 0) + 1
             if self._aliases > _MOST_ALIASES:

@@ -27,7 +27,7 @@ def contradictions(spec: JobSpec) -> list[Problem]:
         problems.append(Problem("rounds.quorum", spec.quorum, f"at most {spec.rounds.clients}, rounds.clients"))
     elif spec.aggregation.fewest > spec.quorum:
         problems.append(Problem("rounds.quorum", spec.quorum, _for_krum(spec.aggregation)))
-    problems += _not_robust(spec)
+    problems += _of_aggregation(spec)
     problems += _of_start(spec)
     problems += _of_evaluation(spec)
     if spec.privacy:
@@ -49,8 +49,8 @@ def _of_privacy(spec: JobSpec, privacy: PrivacySpec, clients: int) -> Iterator[P
         yield Problem("privacy.delta", privacy.delta, expected)
 
 
-def _not_robust(spec: JobSpec) -> Iterator[Problem]:
-    """A robust rule protects updates alone. Fitted heads and CKA profiles use plain means, which one client can poison."""
+def _of_aggregation(spec: JobSpec) -> Iterator[Problem]:
+    """A robust rule protects updates alone: one client can poison a fitted head's plain sums. A rate needs an optimizer."""
     rule = spec.aggregation.rule
     if rule != "mean" and spec.chain.head == "fitted":
         expected = f"'zero' with aggregation.rule {rule}: a fitted head uses plain sums, which one client can poison"
