@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.activity import Activity, Listener, no_listener
-from chainfed_ray.api.command.client import Document, ServiceClient
+from chainfed_ray.api.command.client import JsonObject, ServiceClient
 from chainfed_ray.api.command.following import follow
 from chainfed_ray.api.report.fleet import by_class
 from chainfed_ray.api.report.plots import draw
@@ -44,10 +44,10 @@ class Queue(ServiceClient):
         super().__init__("http://127.0.0.1:1")
         self._before, self._mine = before, mine
 
-    def follow(self, job: str, listen: Listener = no_listener) -> Iterator[Document]:
+    def follow(self, job: str, listen: Listener = no_listener) -> Iterator[JsonObject]:
         yield from ({"kind": kind, "data": {}} for kind in ("queued", "cancelled"))
 
-    def jobs(self, limit: int = 50) -> list[Document]:
+    def jobs(self, limit: int = 50) -> list[JsonObject]:
         if self._before is None:
             raise ServiceUnavailable("http://127.0.0.1:1", "no answer")
         states = ["cancelling", "running", *["queued"] * self._before][: self._before]
