@@ -246,9 +246,9 @@ def test_a_machine_that_cannot_be_looked_at_is_judged_by_torch(
 
 @ray.remote(num_cpus=0)
 class Owner:
-    """Judges something, as a coordinator does, and is killed."""
+    """Evaluates a stack, as a coordinator does, and is killed."""
 
-    def predict(self, base: ModelSource) -> int:
+    def evaluate(self, base: ModelSource) -> int:
         with evaluator(base, "bert") as offloaded:
             offloaded.evaluate(stack_of("bert", 0), "test")
             os.kill(os.getpid(), signal.SIGKILL)
