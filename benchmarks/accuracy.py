@@ -6,8 +6,10 @@ import platform
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
+from threading import Event
 
 import torch
 from rich.console import Console
@@ -126,14 +128,13 @@ def run(options: argparse.Namespace) -> None:
         study, rows = _study(options), Rows(options.json)
     except (corpora.NoCorpus, InvalidJob, NotOurRows) as error:
         raise SystemExit(str(error)) from None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts as Ctrl-C does, and ends the runs as well
-    interrupted = False
-    try:
-        complete(study, rows, Processes(options.scratch), options.jobs, _say)
-    except KeyboardInterrupt:
-        interrupted = True
+    interrupted = Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # both end the runs as well
+        signal.signal(number, lambda *_: interrupted.set())
+    with suppress(KeyboardInterrupt):
+        complete(study, rows, Processes(options.scratch), options.jobs, _say, interrupted)
     _report(study, rows)
-    if interrupted:
+    if interrupted.is_set():
         raise SystemExit(
             "interrupted; run the command again with the same --json to continue" if options.json else "interrupted"
         )

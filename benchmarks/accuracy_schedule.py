@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from statistics import fmean
+from threading import Event
 from time import perf_counter
 from typing import Any
 
@@ -12,19 +13,24 @@ from benchmarks.accuracy_rows import Row, Rows
 from benchmarks.accuracy_runs import Runner
 
 Say = Callable[[str], None]
+_POLL_SECONDS = 0.5  # between two looks for an interruption
 
 
-def complete(study: Study, rows: Rows, runner: Runner, jobs: int, say: Say) -> None:
+def complete(study: Study, rows: Rows, runner: Runner, jobs: int, say: Say, interrupted: Event | None = None) -> None:
     """Add to ``rows`` the row of every cell that was asked for, and of those that they need; make ``jobs`` runs at a time.
 
     If a cell fails, so do the cells that need it; the others go on. An interruption ends the runs that are being made.
+
+    Raises:
+        KeyboardInterrupt: ``interrupted`` was set. A signal's handler sets it, and raises nothing: an exception that is raised
+            anywhere may leave a lock of the threads taken for ever.
     """
     schedule = _Schedule(study, rows, runner, jobs, say)
     with ThreadPoolExecutor(jobs) as threads:
         try:
             while schedule.waiting or schedule.running:
                 schedule.start(threads)
-                schedule.collect()
+                schedule.collect(interrupted or Event())
         except BaseException:
             runner.stop()
             raise
@@ -55,9 +61,14 @@ class _Schedule:
                     self.waiting.remove(cell)
                     self.running[threads.submit(_timed, self._runner, found)] = (cell, found)
 
-    def collect(self) -> None:
+    def collect(self, interrupted: Event) -> None:
         """Wait until a run ends, and keep its row."""
-        for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+        done = set[Future[tuple[dict[str, Any], float]]]()
+        while self.running and not done:
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            done = wait(self.running, _POLL_SECONDS, FIRST_COMPLETED).done
+        for future in done:
             cell, _ = self.running.pop(future)
             try:
                 found, seconds = future.result()

@@ -357,7 +357,10 @@ def test_killed_and_run_again(tmp_path: Path, toy: Path, tiny_model_folder: Path
         assert first.stderr
         assert "toy IID seed 0" in first.stderr.readline()
         first.send_signal(signal.SIGTERM)  # as Ctrl-C, which a test in the background does not get
-        _, said = first.communicate()
+        try:
+            _, said = first.communicate(timeout=120)
+        finally:
+            first.kill()  # or nobody would learn that it hangs
     assert first.returncode == 1
     assert "run the command again with the same --json" in said
     before = json.loads((tmp_path / "rows.json").read_text())
