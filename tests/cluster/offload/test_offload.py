@@ -190,7 +190,7 @@ def test_offloaded_is_plain_evaluation(
     assert (whats[0], whats[-1]) == ("starting the processes of DeepSpeed", "evaluating the whole model (test)")
     assert all(activity.total is None or 0 <= activity.done <= activity.total for activity in heard)
     assert len(processes[0]) == count
-    assert is_gone(base)
+    wait_for(lambda: is_gone(base), "free disk")
     wait_for(lambda: not workers(), "end of the workers")
 
 
