@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoTokenizer
 
 from chainfed_ray.budget.demand import MemoryProfile
@@ -25,6 +26,8 @@ from tests.clusters import a_pool, one_machine
 from tests.models import tiny
 
 torch.set_num_threads(1)
+settings.register_profile("any machine", deadline=None)  # one that is busy with other things is slow at times
+settings.load_profile("any machine")
 
 # Files whose tests share the Ray cluster of one process, and the file that starts its own clusters.
 WITH_RAY = (
@@ -42,9 +45,12 @@ _WORDS = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def quick_collections() -> None:
-    """Freeze the objects of the libraries, so that the garbage collection before each measured turn is quick."""
+    """Freeze the objects that are there before a test, so that the garbage collection before each measured turn is quick.
+
+    Libraries load more of themselves from test to test: a collection of all of it takes as long as a small turn.
+    """
     gc.collect()
     gc.freeze()
 

@@ -56,7 +56,7 @@ class Blocks:
         self.vocabulary = int(config.vocab_size)
         self._calls: list[LayerCall] = []
         self._last_output: Tensor | None = None
-        self._in_tuple: bool | None = None  # True if a layer returns its output in a tuple
+        self._kind = type(self._meta_layers[0]), config.to_json_string()
         self._embedded = torch.empty(0)
         words = model.get_input_embeddings()
         self._word_table = next(name for name, module in model.named_modules() if module is words) + ".weight"
@@ -266,15 +266,15 @@ class Blocks:
     def _record(self, index: int, hidden: Tensor, call: LayerCall) -> Any:
         if index == 0:
             self._embedded = hidden
-            if self._in_tuple is None:
-                self._in_tuple = _returns_a_tuple(self._meta_layers[0], hidden, call)
+            if self._kind not in _IN_TUPLE:
+                _IN_TUPLE[self._kind] = _returns_a_tuple(self._meta_layers[0], hidden, call)
         self._calls.append(call)
         output = hidden
         if index == self.num_layers - 1:
             if self._last_output is None:
                 raise _LastLayerReached
             output = self._last_output
-        return (output,) if self._in_tuple else output
+        return (output,) if _IN_TUPLE[self._kind] else output
 
     def _replace_table(self, name: str, table: nn.Embedding) -> "RowTable":
         RowTable.take_over(table, self._checkpoint, self._source(f"{name}.weight"))
@@ -344,6 +344,7 @@ def find_layers(model: Any, name: str) -> str:
 
 # As it builds a model, transformers replaces the first with the second.
 _DRAWING = ("torch.nn.init", "transformers.initialization")
+_IN_TUPLE: dict[tuple[type, str], bool] = {}  # by class and configuration: does a layer return its output in a tuple
 
 
 class _RealConstants(TorchFunctionMode):
