@@ -106,6 +106,7 @@ def test_sums_without_an_inverse_give_no_head() -> None:
     assert fitted(nothing, features, labels) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_layers", [1, 2, 4])
 def test_a_client_adds_up_what_comes_out_of_its_window(
     head_layers: int, document: dict[str, Any], tmp_path: Path

@@ -378,6 +378,7 @@ def test_an_encoder_is_no_language_model(causal: dict[str, Any], tiny_model_fold
         a_job(causal, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["iid", "dirichlet", "quantity", "column"])
 def test_every_partition_deals_running_text(scheme: str, causal: dict[str, Any], tmp_path: Path) -> None:
     """Whole texts are dealt, and each client's own are then joined and cut."""

@@ -102,6 +102,7 @@ def test_below_the_first_layer_there_is_nothing_to_read() -> None:
     assert (head.features(1), head.features(3), head.features(9)) == (16, 32, 32)
 
 
+@pytest.mark.slow
 def test_who_trains_less_of_a_window_reads_the_same(document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"] |= {"head": "fitted", "head_layers": 3}
     job = a_job(document, tmp_path)

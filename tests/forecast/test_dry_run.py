@@ -283,6 +283,7 @@ def words(told: Forecast) -> str:
     return cast("io.StringIO", console.file).getvalue()
 
 
+@pytest.mark.slow
 def test_words_fit_a_terminal_and_a_picture_holds_many_classes(fleet_of_many: Forecast) -> None:
     text = words(fleet_of_many)
     assert all(len(line) <= 80 for line in text.splitlines())

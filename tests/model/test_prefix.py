@@ -75,6 +75,7 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Blocks:
     return Blocks(tiny("bert", tmp_path_factory.mktemp("model")), torch.float32)
 
 
+@pytest.mark.slow
 @given(
     visits=st.lists(
         st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 4), st.booleans()), min_size=1, max_size=6

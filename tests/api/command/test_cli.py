@@ -128,6 +128,7 @@ def test_a_bad_job_ends_in_words(tmp_path: Path, text: str, field: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_a_file_ends_in_words(document: dict[str, Any], tmp_path: Path) -> None:
     job_file, out = tmp_path / "job.yaml", tmp_path / "out"
     job_file.write_text(yaml.safe_dump(document))

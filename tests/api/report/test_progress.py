@@ -387,6 +387,7 @@ def test_plots_of_any_job(tmp_path: Path, case: str) -> None:
         assert (int.from_bytes(data[16:20]), int.from_bytes(data[20:24])) == (1200, 750)
 
 
+@pytest.mark.slow
 def test_a_plot_shows_its_data(tmp_path: Path) -> None:
     job_started = a_start()
     usual = pictures(tmp_path, [a_round(0, job_started)], 0.8)

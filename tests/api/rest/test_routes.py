@@ -87,6 +87,7 @@ def run(job: str, storage: Storage, store: JobStore) -> None:
     run_queued_job(job, storage, in_this_process)
 
 
+@pytest.mark.slow
 def test_a_job_from_submission_to_an_answer(
     client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore
 ) -> None:

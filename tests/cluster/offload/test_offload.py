@@ -232,6 +232,7 @@ def test_what_only_passes_work_on_loads_no_torch() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_a_machine_that_cannot_be_looked_at_is_judged_by_torch(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
