@@ -92,15 +92,20 @@ class SavedStack:
 
 
 def save_stack(saved: SavedStack, folder: Path) -> None:
-    """Write ``folder`` as a whole. A process that is killed at any moment leaves the old folder, the new one, or none."""
-    aside = folder.with_name(f"{folder.name}.partial")
+    """Write ``folder`` as a whole. A process that is killed at any moment leaves ``load_stack`` the old stack or the new one.
+
+    A folder cannot replace another in one step, so the old one is first put where ``load_stack`` looks if there is no other.
+    """
+    aside, before = folder.with_name(f"{folder.name}.partial"), _before(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     _write(aside / _WEIGHTS, save(saved.tensors(), metadata={"format": "pt"}))
     _write(aside / _CONFIG, json.dumps(saved.config(), indent=2).encode())
-    # A folder cannot replace another in one step. One that exists has the same content, written before the process was killed.
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
     aside.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def save_models(models: Mapping[str, SavedStack], served: str, folder: Path) -> None:
@@ -115,6 +120,8 @@ def load_stack(folder: Path) -> SavedStack:
     Raises:
         CorruptCommit: the folder is missing, has another version, or lacks tensors that its configuration names.
     """
+    if not folder.exists() and _before(folder).exists():
+        folder = _before(folder)  # who was writing the new one was killed
     try:
         config = json.loads((folder / _CONFIG).read_bytes())
         version = config.get("version")
@@ -142,6 +149,11 @@ def load_stack(folder: Path) -> SavedStack:
     if not complete:
         raise CorruptCommit(str(folder), "its adapters are not those that its configuration names")
     return saved
+
+
+def _before(folder: Path) -> Path:
+    """Where the old stack is while a new one takes its place."""
+    return folder.with_name(f"{folder.name}.before")
 
 
 def _plain(name: str) -> str:
