@@ -3,6 +3,7 @@
 Nothing is kept in Ray, because any process may be killed at any time, even Ray's head. Inside the folder ::
 
     chainfed.db                    the database, unless a URL names another
+    service.log                    what the service on this machine and Ray print
     jobs/<job>/                    a job's commits (see commit_log)
     jobs/<job>/model/              the trained adapter stack that is served, in PEFT's format
     jobs/<job>/best/               the stack with the least held-out loss, if the served one is another …
@@ -15,8 +16,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from chainfed_ray.errors import InvalidSetting
+
+_PROBE_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,24 @@ class Storage:
         return self.scratch_root / job
 
     def clear_scratch(self, job: str) -> None:
-        """Delete a job's prefix caches, to free the disk."""
+        """Delete a job's prefix caches on this machine, to free the disk."""
         shutil.rmtree(self.scratch(job), ignore_errors=True)
+
+    def check(self) -> None:
+        """Write a little into each folder.
+
+        Raises:
+            OSError: one is full, may not be written to, or is gone.
+        """
+        folders = {self.root, self.scratch_root if self.scratch_root.exists() else self.root}
+        for folder in sorted(folders):
+            try:
+                with TemporaryFile(dir=folder) as file:
+                    file.write(bytes(_PROBE_BYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,8 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 
 
 def test_tests_are_in_the_rooms_of_what_they_test() -> None:
-    """Those of more than one room, or of the whole project, are in ``tests`` itself."""
-    rooms = {room.replace(".", "/") for room in FLOOR} | {"benchmarks", "examples"}
+    """Those of more than one room, or of the whole project, are in ``tests`` itself; kills of processes are in ``faults``."""
+    rooms = {room.replace(".", "/") for room in FLOOR} | {"benchmarks", "examples", "faults"}
     folders = {str(path.parent.relative_to(ROOT / "tests")) for path in (ROOT / "tests").rglob("test_*.py")}
     assert folders - {"."} <= rooms
 

@@ -22,7 +22,13 @@ from chainfed_ray.serving.generator import Piece, Prompt, Sampling
 from chainfed_ray.spec.job import JobSpec
 
 
-@serve.deployment(name="Api", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+@serve.deployment(
+    name="Api",
+    num_replicas=2,  # requests go to the other one while Serve makes one again
+    ray_actor_options={"num_cpus": 0},
+    max_ongoing_requests=1000,
+    health_check_period_s=1,  # a replica that is gone is noticed as soon
+)
 @serve.ingress()
 class Api:
     """Serves the routes. Each replica makes sure that the cluster has a controller of jobs."""
@@ -30,11 +36,16 @@ class Api:
     def __init__(self, settings: Settings, inference: DeploymentHandle[Any]) -> None:
         self._settings, self._inference = settings, inference
         self._writing: Any = inference.options(stream=True)
-        self._store = JobStore(settings.storage.database)
+        self._store = JobStore(settings.storage.database, existing=True)
         ensure_controller(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        parts = {"database": self._database, "controller": self._controller, "inference": self._inference_alive}
+        parts = {
+            "database": self._database,
+            "storage": self._storage,
+            "controller": self._controller,
+            "inference": self._inference_alive,
+        }
         return create_app(Service(self._store, check, self._plan, self._classify, self._write, parts))
 
     async def _plan(self, spec: JobSpec) -> Forecast:
@@ -60,6 +71,9 @@ class Api:
     async def _database(self) -> None:
         await run_in_threadpool(self._store.check)
 
+    async def _storage(self) -> None:
+        await run_in_threadpool(self._settings.storage.check)
+
     async def _controller(self) -> None:
         await ensure_controller(self._settings).ping.remote()
 
@@ -73,6 +87,9 @@ def build(arguments: Mapping[str, str]) -> serve.Application:
     The settings come from the environment; Serve requires ``arguments``, and nothing in them is used.
     """
     settings = Settings.from_environment()
+    JobStore(
+        settings.storage.database
+    ).close()  # makes the tables; a replica that starts later does not make a lost file anew
     api: Any = Api  # serve.deployment adds `bind`, which the types do not show
     inference: Any = Inference
     application: serve.Application = api.bind(settings, inference.bind(settings.storage))

@@ -19,7 +19,7 @@ _MODELS_IN_MEMORY = 2
 _STACKS_IN_MEMORY = 256
 
 
-@serve.deployment(name="Inference", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=64)
+@serve.deployment(name="Inference", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=64, health_check_period_s=1)
 class Inference:
     """Classifies and generates text. It loads base models and adapter stacks on demand, and keeps those used last."""
 

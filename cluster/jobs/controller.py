@@ -5,18 +5,19 @@ that it finds, whatever that is.
 """
 
 import logging
+from collections.abc import Sequence
 from threading import Event
 from typing import Protocol
 
-from sqlalchemy.exc import OperationalError
-
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.jobs.engine import NO_ANSWER
+from chainfed_ray.cluster.jobs.run import OF_DISKS, clean_up, described
+from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.records.commit_log import CommitLog
 
 _INTERVAL_SECONDS = 0.5  # between two steps
 _DATABASE_RETRY_SECONDS = 5.0
+_OVER_BEFORE = 1000  # jobs, the newest
 
 _log = logging.getLogger(__name__)
 
@@ -32,8 +33,12 @@ class Coordinators(Protocol):
         """Start a coordinator for ``job``, unless it has one."""
         ...
 
-    def end(self, job: str) -> None:
-        """End the coordinator of ``job``, and the processes of its clients."""
+    def end(self, job: str) -> bool:
+        """End the coordinator of ``job``, and the processes of its clients. True once its own process is gone."""
+        ...
+
+    def clear_scratch(self, jobs: Sequence[str]) -> None:
+        """Delete the prefix caches of ``jobs`` on every machine, as soon as no process uses them any more."""
         ...
 
 
@@ -42,13 +47,14 @@ class Controller:
 
     def __init__(self, settings: Settings, store: JobStore, coordinators: Coordinators) -> None:
         self._settings, self._store, self._coordinators = settings, store, coordinators
+        self._begun = False
 
     def run(self, stop: Event) -> None:
         """Call ``step`` until ``stop`` is set. If the database does not answer, try again later."""
         while not stop.is_set():
             try:
                 self.step()
-            except OperationalError as error:
+            except NO_ANSWER as error:
                 _log.warning("the database does not answer (%s); waiting for it", error)
                 stop.wait(_DATABASE_RETRY_SECONDS)
             stop.wait(_INTERVAL_SECONDS)
@@ -56,19 +62,26 @@ class Controller:
     def step(self) -> None:
         """Compare jobs and coordinators once, and start or end coordinators so that they match."""
         alive = self._coordinators.alive()
+        over: set[str] = set() if self._begun else self._over_before()
 
         # 1. End cancelled jobs. Their commits are kept; their prefix caches and the secret that samples are drawn from are not.
         for job in self._store.page(status="cancelling"):
-            if job.id in alive:
-                self._coordinators.end(job.id)
-            self._settings.storage.clear_scratch(job.id)
-            CommitLog(self._settings.storage.job(job.id)).erase_secret()
-            self._store.move(job.id, "cancelled")
+            if self._coordinators.end(job.id):  # or the coordinator would make them anew
+                broken = clean_up(job.id, self._settings.storage)
+                if broken and broken.errno in OF_DISKS:  # a later step tries again
+                    continue
+                self._store.move(job.id, "cancelled", error=described(broken) if broken else None)
+                over.add(job.id)
 
         # 2. End coordinators whose job is over. An idle one would keep the autoscaler from giving its machine back.
         running = {job.id for job in self._store.page(limit=self._settings.parallel_jobs + 1000, status="running")}
-        for finished in alive - running:
+        cancelling = {job.id for job in self._store.page(status="cancelling")}
+        for finished in alive - running - cancelling:
             self._coordinators.end(finished)
+            over.add(finished)
+        if over:
+            self._coordinators.clear_scratch(sorted(over))
+        self._begun = True
 
         # 3. Start a coordinator for each running job that has none, as after the loss of the whole cluster.
         for job_id in running - alive:
@@ -78,6 +91,10 @@ class Controller:
         for queued in self._store.queue(limit=max(self._settings.parallel_jobs - len(running), 0)):
             if self._store.move(queued.id, "running"):
                 self._start(queued.id)
+
+    def _over_before(self) -> set[str]:
+        """Jobs that were over before this controller began: the one before may have died before it deleted their caches."""
+        return {job.id for job in self._store.page(limit=_OVER_BEFORE) if job.status in FINISHED}
 
     def _start(self, job: str) -> None:
         """Start the coordinator of ``job``. It takes seconds, so the job's record says that it is starting."""

@@ -5,6 +5,8 @@ They outlive the process that made them, and Ray starts them again when they are
 
 import logging
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from threading import Event, Thread
 from typing import Any
 
@@ -13,9 +15,11 @@ import ray
 from chainfed_ray.cluster.jobs.controller import Controller
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.occupancy import is_free
 from chainfed_ray.cluster.offload.engine import server_evaluation
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.resources import controller_options, coordinator_options
+from chainfed_ray.cluster.scratch import delete_everywhere
 from chainfed_ray.cluster.storage import Settings
 
 NAMESPACE = "chainfed"
@@ -42,6 +46,7 @@ class CoordinatorActor:
                 settings.storage,
                 lambda source, note: RayPool(source, settings.client_slots, note),
                 server_evaluation,
+                restarted=ray.get_runtime_context().was_current_actor_reconstructed,
             )
         except Exception:
             _log.exception("the coordinator of job %s failed before the job was over; Ray starts it again", job)
@@ -61,7 +66,9 @@ class ControllerActor:
 
     def _run(self, settings: Settings) -> None:
         try:
-            Controller(settings, JobStore(settings.storage.database), RayCoordinators(settings)).run(Event())
+            Controller(settings, JobStore(settings.storage.database, existing=True), RayCoordinators(settings)).run(
+                Event()
+            )
         except Exception:
             _log.exception("the controller failed; Ray starts it again")
             os._exit(1)
@@ -90,13 +97,15 @@ class RayCoordinators:
             **coordinator_options(),
         ).remote(job, self._settings)
 
-    def end(self, job: str) -> None:
+    def end(self, job: str) -> bool:
         """End the coordinator of ``job``. Ray then ends the actors of its clients, because the coordinator made them."""
-        try:
-            actor = ray.get_actor(_COORDINATOR + job, NAMESPACE)
-        except ValueError:
-            return
-        ray.kill(actor)
+        with suppress(ValueError):  # there is none, or it has ended
+            ray.kill(ray.get_actor(_COORDINATOR + job, NAMESPACE))
+        return is_free(self._settings.storage.job(job))
+
+    def clear_scratch(self, jobs: Sequence[str]) -> None:
+        """See ``Coordinators``."""
+        delete_everywhere([self._settings.storage.scratch(job) for job in jobs])
 
 
 def ensure_controller(settings: Settings) -> Any:

@@ -2,14 +2,16 @@
 
 import logging
 import traceback
-from contextlib import closing
+from contextlib import closing, suppress
+from errno import EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE
 from time import sleep
+from typing import Any
 
-from sqlalchemy.exc import OperationalError
-
-from chainfed_ray.activity import Listener
+from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
+from chainfed_ray.cluster.jobs.engine import NO_ANSWER
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import ChainFedError, CoordinatorLost
 from chainfed_ray.federation.evaluation import streamed
@@ -21,7 +23,9 @@ from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
 _DEATHS = 5  # after this many deaths of its coordinator without a finished round, a job fails
-_DATABASE_RETRY_SECONDS = 5.0
+_RETRY_SECONDS = 5.0  # until a database, or a disk, is asked again
+OF_DISKS = (EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE)
+"""What the operating system says of a disk that is full, read-only or gone. It comes back, so it is waited for."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,57 +35,110 @@ def run_queued_job(
     storage: Storage,
     make_pool: MakePool,
     make_evaluation: MakeEvaluation = streamed,
+    restarted: bool = False,
 ) -> None:
     """Run a job, or resume it from its commit log, and record how it ended.
 
-    Events of rounds that were committed before are published if they are missing. If the database does not answer, the job
-    waits and then resumes: it never fails because of that.
+    Events of rounds that were committed before are published if they are missing. If the database does not answer, or a disk
+    is full or gone, the job waits and then resumes: it never fails because of that. ``restarted`` says that Ray started this
+    process in place of one that died. A job that resumes with the whole service is no sign that it kills its coordinators.
     """
     while True:
         try:
-            store = JobStore(storage.database)
-            try:
-                _run(job, store, storage, make_pool, make_evaluation)
-            finally:
-                store.close()
-            return
-        except OperationalError as error:
+            with closing(JobStore(storage.database, existing=True)) as store:
+                if store.get(job).status != "running":
+                    return
+                deaths = store.count_restart(job) if restarted else 0
+                restarted = False  # from here on it is this process that tries again
+                trouble = _run(job, deaths, store, storage, make_pool, make_evaluation)
+                if trouble is None:
+                    return
+                _wait_for_disk(job, trouble, store, storage)
+        except NO_ANSWER as error:
             _log.warning("the database does not answer (%s); job %s waits for it", error, job)
-            sleep(_DATABASE_RETRY_SECONDS)
+            sleep(_RETRY_SECONDS)
 
 
 def _run(
     job: str,
+    deaths: int,
     store: JobStore,
     storage: Storage,
     make_pool: MakePool,
     make_evaluation: MakeEvaluation,
-) -> None:
-    record = store.get(job)
-    if record.status != "running":
-        return
-    deaths = store.count_start(job) - 1
+) -> OSError | None:
+    """Run the job to its end, and record that. Returns the trouble of a disk instead, if there is one."""
     try:
         if deaths >= _DEATHS:
             raise CoordinatorLost(job, deaths)
-        with ActivityRecord(store, job) as listen:
-            result = _train(job, parse_job(record.spec), store, storage, make_pool, make_evaluation, listen)
-    except OperationalError:
+        storage.check()
+        spec = parse_job(store.get(job).spec)
+        with occupy(storage.job(job)), ActivityRecord(store, job) as listen:
+            result = _train(job, spec, store, storage, make_pool, make_evaluation, listen)
+    except NO_ANSWER:
         raise
     except Exception as error:  # whatever it is, it made the job fail, and belongs on the job's record
+        if trouble := _disk_trouble(error, storage):
+            return trouble
         _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)))
-        storage.clear_scratch(job)
-        CommitLog(storage.job(job)).erase_secret()
-        document = (
-            error.document()
-            if isinstance(error, ChainFedError)
-            else {"type": type(error).__name__, "message": str(error)}
-        )
-        store.move(job, "failed", error=document)
+        clean_up(job, storage)
+        store.move(job, "failed", error=described(error))
     else:
         # The status comes last: as soon as it is recorded, the controller may end this process.
         storage.clear_scratch(job)
         store.move(job, "succeeded", result=result.model_dump(mode="json"))
+    return None
+
+
+def _disk_trouble(error: BaseException, storage: Storage) -> OSError | None:
+    """The trouble of a disk that is behind ``error``, or that there is now; None if every disk works.
+
+    A client whose disk is full sends no more than words, so the disks are also tried.
+    """
+    behind: BaseException | None = error
+    while behind:
+        if isinstance(behind, OSError) and behind.errno in OF_DISKS:
+            return behind
+        behind = behind.__cause__ or behind.__context__
+    return _present_trouble(storage)
+
+
+def _present_trouble(storage: Storage) -> OSError | None:
+    try:
+        storage.check()
+    except OSError as trouble:
+        return trouble
+    return None
+
+
+def _wait_for_disk(job: str, trouble: OSError, store: JobStore, storage: Storage) -> None:
+    """Wait until the disks work again. The job's caches, which may have filled one, are removed and made again later."""
+    storage.clear_scratch(job)
+    waiting: OSError | None = trouble
+    while waiting:
+        _log.warning("job %s waits for a disk: %s", job, waiting)
+        with suppress(*NO_ANSWER):  # the database may be on the same disk
+            store.note_activity(job, Activity(what="waiting for a disk", note=str(waiting)))
+        sleep(_RETRY_SECONDS)
+        waiting = _present_trouble(storage)
+
+
+def clean_up(job: str, storage: Storage) -> OSError | None:
+    """Remove a job's prefix caches and the secret of its noise. Returns what went wrong, if the job's folder is broken."""
+    storage.clear_scratch(job)
+    try:
+        CommitLog(storage.job(job)).erase_secret()
+    except OSError as error:
+        _log.warning("job %s could not be cleaned up: %s", job, error)
+        return error
+    return None
+
+
+def described(error: Exception) -> dict[str, Any]:
+    """An error as it stands on a job's record."""
+    if isinstance(error, ChainFedError):
+        return error.document()
+    return {"type": type(error).__name__, "message": str(error)}
 
 
 def _train(

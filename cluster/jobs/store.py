@@ -15,12 +15,13 @@ from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, Literal, cast
 
-from sqlalchemy import JSON, ForeignKey, UniqueConstraint, create_engine, event, func, select, text, update
-from sqlalchemy.engine import CursorResult, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy import JSON, ForeignKey, UniqueConstraint, func, select, text, update
+from sqlalchemy.engine import CursorResult, Engine
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from chainfed_ray.activity import Activity
+from chainfed_ray.cluster.jobs.engine import open_database
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
 from chainfed_ray.record import VERSION
 from chainfed_ray.spec.job import JobSpec
@@ -40,7 +41,7 @@ _BEFORE: dict[Status, tuple[Status, ...]] = {
 class JobRecord:
     """A job in the database.
 
-    Times are ISO 8601 in UTC. ``starts`` counts how often a coordinator started since the last finished round.
+    Times are ISO 8601 in UTC. ``restarts`` counts how often a coordinator died since the last finished round.
     ``activity`` is what the job is doing, as JSON; None unless it is running.
     """
 
@@ -49,7 +50,7 @@ class JobRecord:
     model: str
     spec: dict[str, Any]
     status: Status
-    starts: int
+    restarts: int
     submitted_at: str
     started_at: str | None
     finished_at: str | None
@@ -71,12 +72,15 @@ class Event:
 class JobStore:
     """The jobs in the database at ``url``; safe to use from several threads and processes.
 
+    Its tables are made if they are missing, and so is the file of SQLite unless it must be an ``existing`` one. A file that is
+    removed while it is in use is a database that does not answer: what we wrote into it would be lost.
+
     Raises:
         InvalidSetting: ``url`` is not an SQLAlchemy URL, its driver is not installed, or its database has another version.
     """
 
-    def __init__(self, url: str) -> None:
-        self._engine = _engine(url)
+    def __init__(self, url: str, existing: bool = False) -> None:
+        self._engine = open_database(url, existing)
         try:
             _make_tables(self._engine)
             _check_version(self._engine)
@@ -208,20 +212,20 @@ class JobStore:
         with Session(self._engine) as session:
             return session.scalar(query)
 
-    def count_start(self, job: str) -> int:
-        """Count a start of the job's coordinator. Returns the number of starts since the last finished round."""
+    def count_restart(self, job: str) -> int:
+        """Count a restart of the job's coordinator. Returns how many there were since the last finished round."""
         with Session(self._engine) as session, session.begin():
-            session.execute(update(_Job).where(_Job.id == job).values(starts=_Job.starts + 1))
-            return session.scalars(select(_Job.starts).where(_Job.id == job)).one()
+            session.execute(update(_Job).where(_Job.id == job).values(restarts=_Job.restarts + 1))
+            return session.scalars(select(_Job.restarts).where(_Job.id == job)).one()
 
     def publish(self, job: str, key: str, kind: str, data: dict[str, Any]) -> None:
         """Append an event, unless the job has one with this ``key``."""
         with Session(self._engine) as session, session.begin():
             # Write first, to lock the job's row (on SQLite, the database): no other process may number an event meanwhile.
-            session.execute(update(_Job).where(_Job.id == job).values(starts=_Job.starts))
+            session.execute(update(_Job).where(_Job.id == job).values(restarts=_Job.restarts))
             if session.scalar(select(_Event.seq).where(_Event.job == job, _Event.key == key)) is None:
                 _append(session, job, key, kind, _now(), data)
-                session.execute(update(_Job).where(_Job.id == job).values(starts=0))
+                session.execute(update(_Job).where(_Job.id == job).values(restarts=0))
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> list[Event]:
         """At most ``limit`` events of a job with numbers above ``after``, the oldest first.
@@ -257,7 +261,7 @@ class _Job(_Base):
     model: Mapped[str] = mapped_column(index=True)
     spec: Mapped[dict[str, Any]] = mapped_column(JSON)
     status: Mapped[str] = mapped_column(index=True)
-    starts: Mapped[int] = mapped_column(default=0)
+    restarts: Mapped[int] = mapped_column("starts", default=0)
     submitted_at: Mapped[str]
     started_at: Mapped[str | None] = mapped_column(default=None)
     finished_at: Mapped[str | None] = mapped_column(default=None)
@@ -273,7 +277,7 @@ class _Job(_Base):
             model=self.model,
             spec=self.spec,
             status=cast("Status", self.status),
-            starts=self.starts,
+            restarts=self.restarts,
             submitted_at=self.submitted_at,
             started_at=self.started_at,
             finished_at=self.finished_at,
@@ -341,26 +345,6 @@ def _append(session: Session, job: str, key: str, kind: str, at: str, data: dict
     seq = (session.scalar(select(func.max(_Event.seq)).where(_Event.job == job)) or 0) + 1
     session.add(_Event(job=job, seq=seq, key=key, kind=kind, at=at, data=data))
     session.flush()
-
-
-def _engine(url: str) -> Engine:
-    try:
-        parsed = make_url(url)
-        engine = create_engine(parsed, pool_pre_ping=True)
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-        shown = url.rpartition("@")[2]  # the part before may contain a password
-        raise InvalidSetting(
-            "CHAINFED_DATABASE", shown, f"an SQLAlchemy URL with its driver installed ({error})"
-        ) from None
-    if parsed.get_backend_name() == "sqlite":
-        event.listen(engine, "connect", _tune_sqlite)
-    return engine
-
-
-def _tune_sqlite(connection: Any, _: Any) -> None:
-    """Set SQLite up so that readers do not wait for a writer, writers wait for each other, and commits survive power loss."""
-    for setting in ("journal_mode = wal", "synchronous = full", "busy_timeout = 30000", "foreign_keys = on"):
-        connection.execute(f"pragma {setting}")
 
 
 def _now() -> str:

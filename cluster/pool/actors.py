@@ -6,6 +6,7 @@ import ray
 
 from chainfed_ray.client.messages import Client, TurnResult
 from chainfed_ray.client.turn import slowed, take_turn, warm_up
+from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.pool.orders import receive
 from chainfed_ray.lean_imports import without_scipy
 from chainfed_ray.model.source import ModelSource
@@ -26,6 +27,7 @@ class ClientActor:
 
     def __init__(self, base: ModelSource) -> None:
         self._base = base
+        self._lock = occupy(base.scratch)  # as long as this process lives, it may write there
         ready(base)
 
     def take_turn(self, client: Client, order: list[Any]) -> TurnResult:

@@ -243,9 +243,9 @@ def test_a_coordinator_that_dies_again_and_again_ends_its_job(
 ) -> None:
     job = store.submit(parse_job(small)).id
     store.move(job, "running")
-    for _ in range(5):
-        store.count_start(job)
-    run_queued_job(job, storage, in_this_process)
+    for _ in range(4):
+        store.count_restart(job)
+    run_queued_job(job, storage, in_this_process, restarted=True)
     failed = store.get(job)
     assert failed.status == "failed"
     assert failed.error is not None

@@ -1,5 +1,6 @@
 """Promises of the controller: from any state, a step leads to where things should be."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from tests.builders import SPEC
 
 
 class Processes:
-    """Coordinators of which only the names are kept."""
+    """Coordinators of which only the names are kept. The process of a ``stubborn`` one lives on when it is told to end."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage: Storage) -> None:
         self.jobs: set[str] = set()
+        self.stubborn: set[str] = set()
+        self._storage = storage
 
     def alive(self) -> set[str]:
         return set(self.jobs)
@@ -26,13 +29,18 @@ class Processes:
     def ensure(self, job: str) -> None:
         self.jobs.add(job)
 
-    def end(self, job: str) -> None:
+    def end(self, job: str) -> bool:
         self.jobs.discard(job)
+        return job not in self.stubborn
+
+    def clear_scratch(self, jobs: Sequence[str]) -> None:
+        for job in jobs:
+            self._storage.clear_scratch(job)
 
 
 def a_controller(folder: Path, parallel_jobs: int = 1) -> tuple[Controller, JobStore, Processes, Settings]:
     settings = Settings(Storage.at(folder), parallel_jobs)
-    store, processes = JobStore(settings.storage.database), Processes()
+    store, processes = JobStore(settings.storage.database), Processes(settings.storage)
     return Controller(settings, store, processes), store, processes, settings
 
 
@@ -76,6 +84,51 @@ def test_a_cancelled_job_ends_and_gives_its_disk_back(parts: tuple[Controller, J
     assert not settings.storage.scratch(job).exists()
     assert not (settings.storage.job(job) / "privacy.key").exists(), "of noise that is made no more"
     assert processes.jobs == {other}
+
+
+def test_what_a_cancelled_job_may_make_anew_is_removed_when_its_process_is_gone(
+    parts: tuple[Controller, JobStore, Processes, Settings],
+) -> None:
+    controller, store, processes, settings = parts
+    job = store.submit(SPEC).id
+    controller.step()
+    processes.stubborn.add(job)
+    CommitLog(settings.storage.job(job)).secret()
+    store.move(job, "cancelling")
+    controller.step()
+    assert store.get(job).status == "cancelling"
+    assert (settings.storage.job(job) / "privacy.key").exists()
+    processes.stubborn.clear()
+    controller.step()
+    assert store.get(job).status == "cancelled"
+    assert not (settings.storage.job(job) / "privacy.key").exists()
+
+
+def test_a_broken_job_folder_stops_nobody_else(parts: tuple[Controller, JobStore, Processes, Settings]) -> None:
+    controller, store, processes, settings = parts
+    job, other = store.submit(SPEC).id, store.submit(SPEC).id
+    controller.step()
+    (settings.storage.root / "jobs").mkdir()
+    settings.storage.job(job).write_text("a file where a folder is meant")
+    store.move(job, "cancelling")
+    controller.step()
+    broken = store.get(job)
+    assert broken.status == "cancelled"
+    assert broken.error is not None
+    assert broken.error["type"] == "NotADirectoryError"
+    assert processes.jobs == {other}
+
+
+def test_caches_that_an_earlier_controller_left_are_deleted(tmp_path: Path) -> None:
+    _, store, _, settings = a_controller(tmp_path)
+    job = store.submit(SPEC).id
+    store.move(job, "cancelled")
+    settings.storage.scratch(job).mkdir(parents=True)
+    controller, again, _, _ = a_controller(tmp_path)
+    controller.step()
+    assert not settings.storage.scratch(job).exists()
+    store.close()
+    again.close()
 
 
 ACTS = st.lists(st.sampled_from(["submit", "step", "lose", "cancel", "succeed"]), max_size=14)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.store import FINISHED, JobStore, Status
@@ -156,13 +157,13 @@ def test_one_of_many_moves_counts(store: JobStore) -> None:
     assert moved.count(True) == 1
 
 
-def test_starts_count_until_a_new_round(store: JobStore) -> None:
+def test_restarts_count_until_a_new_round(store: JobStore) -> None:
     job = store.submit(SPEC).id
-    assert [store.count_start(job) for _ in range(3)] == [1, 2, 3]
+    assert [store.count_restart(job) for _ in range(3)] == [1, 2, 3]
     store.publish(job, "round-0", "round", {})
-    assert store.count_start(job) == 1
+    assert store.count_restart(job) == 1
     store.publish(job, "round-0", "round", {})  # the same round told again is no progress
-    assert store.count_start(job) == 2
+    assert store.count_restart(job) == 2
 
 
 def test_a_retry_of_a_submission_makes_no_second_job(store: JobStore) -> None:
@@ -191,3 +192,21 @@ def test_what_is_not_there_and_what_is_no_database(store: JobStore) -> None:
     with pytest.raises(InvalidSetting, match="CHAINFED_DATABASE") as caught:
         JobStore("nosuch://user:secret@host/jobs")
     assert "secret" not in str(caught.value)
+
+
+def test_a_database_file_that_is_removed_gets_no_more_jobs(tmp_path: Path) -> None:
+    file = tmp_path / "jobs.db"
+    store = JobStore(f"sqlite:///{file}")
+    assert file.stat().st_mode & 0o077 == 0, "job files may name what is private"
+    store.submit(SPEC)
+    file.rename(tmp_path / "away.db")
+    for ask in (store.check, lambda: store.submit(SPEC)):
+        with pytest.raises(OperationalError):
+            ask()
+    with pytest.raises(OperationalError):
+        JobStore(f"sqlite:///{file}", existing=True)
+    assert not file.exists(), "an empty one in its place would hide the loss"
+    (tmp_path / "away.db").rename(file)
+    store.submit(SPEC)
+    assert len(store.page()) == 2
+    store.close()

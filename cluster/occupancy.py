@@ -1,0 +1,30 @@
+"""Tells whether processes still use a folder: each holds a lock in it, which the kernel frees when the process has ended.
+
+Ray says that an actor is dead as soon as it has asked for that. Its process may go on for a while, and write what we removed.
+"""
+
+import fcntl
+from pathlib import Path
+from typing import BinaryIO
+
+_LOCK = "in-use"
+
+
+def occupy(folder: Path) -> BinaryIO:
+    """Make ``folder``, and hold it, with any number of others, until the file returned is closed or this process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / _LOCK).open("ab")
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
+
+
+def is_free(folder: Path) -> bool:
+    """Whether no process of this machine holds ``folder``; of other machines neither, where they share its file system."""
+    try:
+        with (folder / _LOCK).open("rb+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except BlockingIOError:
+        return False
+    return True

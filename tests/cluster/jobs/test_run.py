@@ -1,0 +1,131 @@
+"""Promises of a queued job's run: a trouble outside is waited for, and only what is the job's own ends it."""
+
+from collections.abc import Callable, Iterator
+from errno import ENOSPC, EROFS
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from chainfed_ray.cluster.jobs.run import run_queued_job
+from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.errors import QuorumLost
+from chainfed_ray.federation.run import in_this_process
+from tests.builders import SPEC
+
+RUN = "chainfed_ray.cluster.jobs.run"
+FULL = OSError(ENOSPC, "No space left on device", "/data/jobs")
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage.at(tmp_path / "storage")
+
+
+@pytest.fixture
+def store(storage: Storage) -> Iterator[JobStore]:
+    made = JobStore(storage.database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def job(store: JobStore) -> str:
+    made = store.submit(SPEC).id
+    store.move(made, "running")
+    return made
+
+
+@pytest.fixture
+def waits(job: str, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> list[JobRecord]:
+    """The job's record at each wait. None lasts."""
+    seen: list[JobRecord] = []
+    monkeypatch.setattr(f"{RUN}.sleep", lambda seconds: seen.append(store.get(job)))
+    return seen
+
+
+def raising(*errors: Exception) -> Callable[..., NoReturn]:
+    """In place of ``run_job``: each call raises the next of ``errors``."""
+    left = iter(errors)
+
+    def run_job(*_: Any, **__: Any) -> NoReturn:
+        raise next(left)
+
+    return run_job
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("trouble", [FULL, OSError(EROFS, "Read-only file system"), caused(ValueError("x"), FULL)])
+def test_a_disk_that_fails_is_waited_for(
+    trouble: Exception,
+    job: str,
+    storage: Storage,
+    store: JobStore,
+    waits: list[JobRecord],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(f"{RUN}.run_job", raising(trouble, ValueError("of the job")))
+    storage.scratch(job).mkdir(parents=True)
+    run_queued_job(job, storage, in_this_process)
+    (waiting,) = waits
+    assert waiting.status == "running"
+    assert waiting.activity is not None
+    assert waiting.activity["what"] == "waiting for a disk"
+    assert str(trouble.__cause__ or trouble) in waiting.activity["note"]
+    assert not storage.scratch(job).exists(), "it may be what filled the disk"
+    assert store.get(job).error == {"type": "ValueError", "message": "of the job"}
+
+
+def test_clients_whose_disk_fails_are_waited_for(
+    job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They tell in words, so the disk is tried: here it fails for two more tries."""
+    lost = QuorumLost("rounds 1 to 3", 2, {"phone-0": "OSError: no space left"})
+    checks = iter([None, FULL, FULL, FULL])
+
+    def check(_: Storage) -> None:
+        if error := next(checks, None):
+            raise error
+
+    monkeypatch.setattr(f"{RUN}.run_job", raising(lost, lost))
+    monkeypatch.setattr(Storage, "check", check)
+    run_queued_job(job, storage, in_this_process)
+    assert [record.status for record in waits] == ["running"] * 3
+    ended = store.get(job)
+    assert ended.error is not None
+    assert ended.error["type"] == "QuorumLost", "the disk works, and it is lost again"
+
+
+def test_a_database_that_flaps_kills_no_coordinator(
+    job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = [kind("select 1", {}, ConnectionError("no answer")) for kind in (OperationalError, InterfaceError) * 4]
+    monkeypatch.setattr(f"{RUN}.run_job", raising(*away, ValueError("of the job")))
+    run_queued_job(job, storage, in_this_process, restarted=True)
+    assert len(waits) == 8
+    ended = store.get(job)
+    assert (ended.restarts, ended.error) == (1, {"type": "ValueError", "message": "of the job"})
+
+
+def test_the_end_of_the_whole_service_kills_no_job(
+    job: str, storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(7):
+        monkeypatch.setattr(f"{RUN}.run_job", raising(KeyboardInterrupt()))  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):
+            run_queued_job(job, storage, in_this_process)
+    assert (store.get(job).status, store.get(job).restarts) == ("running", 0)
+
+
+def test_a_broken_folder_is_the_job_s_own(job: str, storage: Storage, store: JobStore) -> None:
+    (storage.root / "jobs").mkdir()
+    storage.job(job).write_text("a file where a folder is meant")
+    run_queued_job(job, storage, in_this_process)
+    ended = store.get(job)
+    assert (ended.status, ended.error and ended.error["type"]) == ("failed", "FileExistsError")
