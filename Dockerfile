@@ -17,6 +17,7 @@ COPY chainfed_ray chainfed_ray
 COPY cluster cluster
 COPY api api
 RUN pip install --no-cache-dir --no-deps .
+RUN python3 -c "from pathlib import Path; from chainfed_ray.api.serve.front_door import write_launcher; write_launcher(Path('/opt/chainfed/bin/chainfed-haproxy'))"
 # DeepSpeed's libraries are compiled where the compiler is, and kept for the next build: they change with the packages and the C library.
 RUN --mount=type=cache,target=/var/cache/chainfed CHAINFED_EXTENSIONS="/var/cache/chainfed/$(ldd --version | awk 'NR == 1 {print $NF}')" python3 -c "\
 from pathlib import Path; from shutil import copytree; from chainfed_ray.cluster.offload.build import build_ops, ops_folder; \
@@ -36,6 +37,7 @@ ENV PATH=/opt/chainfed/bin:$PATH \
     ONEDNN_PRIMITIVE_CACHE_CAPACITY=8 \
     LRU_CACHE_CAPACITY=8 \
     RAY_SERVE_ENABLE_HA_PROXY=1 \
+    RAY_SERVE_HAPROXY_BINARY_PATH=/opt/chainfed/bin/chainfed-haproxy \
     CHAINFED_EXTENSIONS=/opt/chainfed-ops \
     CHAINFED_STORAGE=/data
 USER chainfed

@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST = .venv/bin/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve ops image test check lowest format clean
+.PHONY: help demo serve ops image test faults check lowest format clean
 
 help:  ## what there is to do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -32,6 +32,9 @@ image:  ## the image for Kubernetes, by docker or buildah; BUILD='--build-arg â€
 
 test: .venv/.installed  ## every test, in two processes
 	$(PYTEST) --durations=10
+
+faults: .venv/.installed  ## kill each kind of process of a service, and see that nobody has to help; a quarter of an hour
+	.venv/bin/pytest -m faults -s tests/faults
 
 check: .venv/.installed  ## lint, types and the fast tests
 	.venv/bin/ruff check

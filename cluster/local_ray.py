@@ -19,8 +19,9 @@ from chainfed_ray.errors import InvalidSetting
 def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listener = no_listener) -> Iterator[None]:
     """Start Ray with the variables of ``environment`` in all its processes, and stop it when the block ends.
 
-    Ray accepts connections only with a secret that is made here. It reads the secret when it is first imported, so nothing
-    may import Ray earlier. Its messages stay in its own logs, because our standard output is for the answers of commands.
+    Ray listens on loopback only, and accepts connections only with a secret that is made here. It reads both when it is first
+    imported, so nothing may import Ray earlier. Its messages stay in its own logs, because our standard output is for the
+    answers of commands.
 
     Raises:
         RuntimeError: Ray was imported before.
@@ -31,6 +32,7 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
     os.environ |= {
         **settings.environment(),
         **environment,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without clusters of several machines, Ray uses loopback, on Linux too
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }

@@ -116,7 +116,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="the port to listen on")] = 8000,
     as_json: Json = False,
 ) -> None:
-    """Run the service on this machine until it is interrupted. Running jobs resume when it starts again."""
+    """Run the service on this machine until it is interrupted. A service that fails is started again, and its jobs resume."""
     from chainfed_ray.api.command.local_service import local_service
     from chainfed_ray.api.report.activity_display import ActivityDisplay
 
@@ -124,12 +124,12 @@ def serve(
     _progress.print(f"Jobs and models are kept in {settings.storage.root}.")
     with ExitStack() as until_interrupted:
         with ActivityDisplay(_progress) as listen:
-            address = until_interrupted.enter_context(local_service(settings, host, port, listen))
+            service = until_interrupted.enter_context(local_service(settings, host, port, listen, _progress.print))
+        address = service.address
         ready = {"status": "ready", "address": address, "storage": str(settings.storage.root)}
         _answer(as_json, ready, f"The service answers at {address} (routes: {address}/docs). Ctrl-C stops it.")
         with suppress(KeyboardInterrupt):
-            while True:
-                signal.pause()
+            service.watch()
         _progress.print("Stopping the service. Running jobs resume when it starts again.")
 
 

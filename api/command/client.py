@@ -23,7 +23,8 @@ _CHECK_SECONDS = 150.0  # before it accepts a job, the service loads the job's d
 _TIMEOUT = httpx.Timeout(_CHECK_SECONDS, connect=5.0)
 _TEXTS_PER_REQUEST = 128  # the service accepts up to 256
 _GENERATION_TIMEOUT = httpx.Timeout(None, connect=5.0)  # a long text may take any time to generate
-_RECONNECT_SECONDS = 60.0
+_RECONNECT_SECONDS = 120.0  # a service that fails starts again within a minute, on an idle machine
+_COMES_BACK = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
 _PAUSE_SECONDS = 0.5
 
 JsonObject = dict[str, Any]
@@ -148,7 +149,8 @@ class ServiceClient:
     def follow(self, job: str, listen: Listener = no_listener) -> Iterator[JsonObject]:
         """Yield every event of a job, from its first to its last, as they happen.
 
-        Reconnects when the connection breaks. Between events, ``listen`` is told what the job is doing.
+        Reconnects when the connection breaks, or the service starts again. Between events, ``listen`` is told what the job is
+        doing.
 
         Raises:
             JobNotFound: there is no such job.
@@ -162,8 +164,9 @@ class ServiceClient:
                         return
                     if response.is_error:
                         response.read()
-                        self._fail(response, job)
-                    for line in response.iter_lines():
+                        if response.status_code not in _COMES_BACK or monotonic() - heard > _RECONNECT_SECONDS:
+                            self._fail(response, job)
+                    for line in () if response.is_error else response.iter_lines():
                         heard = monotonic()
                         if line.startswith("data: "):
                             event = json.loads(line.removeprefix("data: "))

@@ -54,10 +54,10 @@ def demo(spec: JobSpec, job_file: Path, out: Path, console: Console) -> dict[str
     console.print(_headed("1.", " Starting the service on this machine: Ray, and the REST API on Ray Serve."))
     with ExitStack() as to_the_end:
         with ActivityDisplay(console) as listen:
-            address = to_the_end.enter_context(local_service(settings, _HOST, free_port(_HOST), listen))
-        client = ServiceClient(address)
+            service = to_the_end.enter_context(local_service(settings, _HOST, free_port(_HOST), listen))
+        client = ServiceClient(service.address)
         try:
-            return _story(client, address, spec, job_file, out, console)
+            return _story(client, service.address, spec, job_file, out, console)
         finally:
             client.close()
             console.print("Stopping the service.")

@@ -1,80 +1,224 @@
-"""Runs the whole service on this machine while a block runs: a Ray cluster of its own, with the REST API on it."""
+"""Runs the whole service on this machine while a block runs, and starts it again when a part of it has failed.
+
+The service is a process of its own (``service_process``), with a Ray cluster below it. Here it is watched from outside, since
+what watches must outlive what it watches. Nothing is lost with it: jobs continue from their commits.
+"""
 
 import fcntl
-import logging
+import multiprocessing
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from time import monotonic, sleep
+from typing import NoReturn
 
+import httpx
 import psutil
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
-from chainfed_ray.activity import Listener, Reporter, no_listener
-from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.activity import Activity, Listener, no_listener
+from chainfed_ray.api.command.service_process import READY_SECONDS, STOP, Ready, address_of, run
+from chainfed_ray.api.serve.front_door import environment as front_door
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.local_ray import local_ray
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
+from chainfed_ray.units import format_seconds
 
-_READY_SECONDS = 240.0  # an idle machine needs 20 s; one that is busy with other work needs far longer
-_POLL_SECONDS = 0.2
+_PAUSES = (0.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try; after the last one there is none
+_STEADY_SECONDS = 60.0  # a service that answered for as long has all its tries again
+_LOOK_SECONDS = 1.0  # between two looks at the processes
+_ANSWER_SECONDS = 10.0  # for one health check; a machine that is busy with other work takes seconds
+_PATIENCE_SECONDS = 45.0  # without an answer; Ray itself makes most of its processes again within 15 s
+_STOP_SECONDS = 30.0  # to stop in order
+_DATABASE_SECONDS = 5.0  # between two questions to a database that does not answer
 _OWNER = "CHAINFED_SERVICE_OF"  # set to the storage folder in every process of a service, to find them later
+
+Tell = Callable[[str], None]
+"""Is told in a line what has failed, and what is done about it."""
+
+
+def silent(_: str) -> None:
+    """The default of ``Tell``."""
 
 
 @contextmanager
-def local_service(settings: Settings, host: str, port: int, listen: Listener = no_listener) -> Iterator[str]:
-    """Start the service, yield its address once every part answers, and stop the service when the block ends.
+def local_service(
+    settings: Settings, host: str, port: int, listen: Listener = no_listener, tell: Tell = silent
+) -> Iterator["LocalService"]:
+    """Start the service, yield it once every part answers, and stop it when the block ends, with all its processes.
+
+    ``listen`` hears what the start is busy with, and ``tell`` each failure and what is done about it, in a line.
 
     Raises:
         StorageInUse: another service uses the same storage folder.
         InvalidSetting: another program listens on the port, or the database does not answer.
-        ServiceNotStarted: Ray, Ray Serve or a part of the service did not start.
+        ServiceNotStarted: Ray, Ray Serve or a part of the service did not start, try after try.
     """
-    with _alone(settings):
-        _end_orphans(settings)
+    # HAProxy's sockets have long names, and the path of a socket has 107 bytes at most: so not in TMPDIR.
+    with (
+        _alone(settings),
+        tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp", ignore_cleanup_errors=True) as private,
+    ):
+        _end_left_overs(settings)
         _check_port(host, port)
         _check_database(settings.storage.database)
-        with local_ray(settings, _environment(settings), listen):
-            from ray import serve
+        service = LocalService(settings, host, port, Path(private), tell)
+        try:
+            service.start(listen)
+            yield service
+        finally:
+            service.stop()
 
-            address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+class LocalService:
+    """The service on this machine: one process, and all those below it."""
+
+    def __init__(self, settings: Settings, host: str, port: int, private: Path, tell: Tell) -> None:
+        self.address = address_of(host, port)
+        self._settings, self._host, self._port, self._private = settings, host, port, private
+        self._tell = tell
+        self._process: SpawnProcess | None = None
+        self._core: dict[str, psutil.Process] = {}
+        self._failures = 0  # in a row
+        self._http = httpx.Client(base_url=self.address, timeout=_ANSWER_SECONDS, trust_env=False)
+
+    def start(self, listen: Listener = no_listener) -> None:
+        """Start the service. A start that fails, as on a busy machine, is tried again after a pause.
+
+        Raises:
+            InvalidSetting: it cannot start with these settings.
+            ServiceNotStarted: it did not start, try after try.
+        """
+        while True:
             try:
-                _start(host, port, address, listen)
-                yield address
-            finally:
-                serve.shutdown()  # type: ignore[no-untyped-call]
+                self._start_once(listen)
+                return
+            except ServiceNotStarted as error:
+                self._end()
+                self._pause("The service did not start", error.reason)
 
+    def watch(self) -> NoReturn:
+        """Start the service again whenever a part of it has failed that Ray does not make again.
 
-def _environment(settings: Settings) -> dict[str, str]:
-    return {
-        _OWNER: str(settings.storage.root),
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        # Draining gives load balancers time to notice that a machine stops. Here there is only one machine.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
-        # Two services on one machine must not use the same ports. HAProxy opens two more ports of its own. The proxy behind it
-        # opens its port shared: with the same port, the kernel would hand one service's requests to the other.
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port("0.0.0.0")),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("0.0.0.0")),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port("0.0.0.0")),
-    }
+        Raises:
+            ServiceNotStarted: it failed again and again.
+        """
+        while True:
+            began = monotonic()
+            reason = self._wait_for_failure()
+            failed = monotonic()
+            self._end()
+            if failed - began > _STEADY_SECONDS:
+                self._failures = 0
+            self._pause("The service has failed", reason)
+            self._wait_for_database()
+            self.start()
+            self._tell(f"The service answers again, after {format_seconds(monotonic() - failed)}. Its jobs go on.")
 
+    def stop(self) -> None:
+        """End the service in order, if it runs, and then whatever is left of it."""
+        if self._process and self._core:
+            with suppress(OSError):  # it has ended
+                self._owned.send(STOP)
+            self._process.join(_STOP_SECONDS)
+        self._end()
+        self._http.close()
 
-def _start(host: str, port: int, address: str, listen: Listener) -> None:
-    Reporter("starting the REST API on Ray Serve", listen).begin()
-    from ray import serve
+    def _start_once(self, listen: Listener) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._owned, theirs = context.Pipe()
+        arguments = (self._settings, self._environment(), self._host, self._port, theirs)
+        self._process = context.Process(target=run, args=arguments, name="chainfed service")
+        self._process.start()
+        theirs.close()
+        ends = monotonic() + READY_SECONDS
+        while self._owned.poll(max(ends - monotonic(), 0)):
+            try:
+                said = self._owned.recv()
+            except (EOFError, OSError):
+                log = self._settings.storage.root / "service.log"
+                raise ServiceNotStarted(self.address, f"its process has ended; {log} may say why") from None
+            match said:
+                case Activity():
+                    listen(said)
+                case ChainFedError():
+                    raise said
+                case Ready():
+                    with suppress(psutil.Error):  # one that has ended since is noticed as the next health check fails
+                        self._core = {name: psutil.Process(pid) for name, pid in said.core.items()}
+                    return
+        raise ServiceNotStarted(self.address, f"it is not ready after {READY_SECONDS:g} s")
 
-    from chainfed_ray.api.serve.deployment import build
+    def _environment(self) -> dict[str, str]:
+        """Ray's own settings. Each start has other ports, since any program may have taken one of the last start's."""
+        return {
+            _OWNER: str(self._settings.storage.root),
+            **front_door(self._private),
+            # Draining gives load balancers time to notice that a machine stops. Here there is only one machine.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a lost HAProxy is noticed by the third check
+            # Two services on one machine must not use the same ports. HAProxy opens two more ports of its own. The proxy behind
+            # it opens its port shared: with the same port, the kernel would hand one service's requests to the other.
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port("0.0.0.0")),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("0.0.0.0")),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port("0.0.0.0")),
+        }
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    try:
-        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
-        serve.run(build({}), name="chainfed", route_prefix="/")
-    except RuntimeError as error:  # errors of Ray Serve, and of Ray's other processes, are of this kind
-        raise ServiceNotStarted(address, str(error)) from error
-    Reporter("waiting for every part of the service", listen).begin()
-    _wait_until_ready(address)
+    def _wait_for_failure(self) -> str:
+        """Watch the service, and tell what has failed."""
+        answered = monotonic()
+        assert self._process, "it was started"
+        while not wait([self._process.sentinel], _LOOK_SECONDS):
+            for name, process in self._core.items():
+                if not _runs(process):
+                    return f"Ray's {name} has ended"
+            if self._answers():
+                answered = monotonic()
+            elif monotonic() - answered > _PATIENCE_SECONDS:
+                return f"it has not answered for {format_seconds(monotonic() - answered)}"
+        return "its process has ended"
+
+    def _answers(self) -> bool:
+        try:
+            return self._http.get("/healthz").is_success
+        except httpx.TransportError:
+            return False
+
+    def _pause(self, what: str, reason: str) -> None:
+        """Wait before another try, longer from failure to failure."""
+        if self._failures == len(_PAUSES):
+            raise ServiceNotStarted(self.address, f"{reason} (the last of {self._failures + 1} tries)")
+        pause = _PAUSES[self._failures]
+        self._failures += 1
+        self._tell(f"{what}: {reason}. Starting it again" + (f" in {pause:g} s." if pause else "."))
+        sleep(pause)
+
+    def _wait_for_database(self) -> None:
+        """A database that does not answer is waited for: it is not the service that has failed."""
+        told = False
+        while True:
+            try:
+                _check_database(self._settings.storage.database, existing=True)
+                return
+            except InvalidSetting as error:
+                if not told:
+                    self._tell(f"Waiting for the database: {error}.")
+                told = True
+                sleep(_DATABASE_SECONDS)
+
+    def _end(self) -> None:
+        """Kill every process of the service."""
+        self._core = {}
+        if self._process:
+            self._process.kill()
+            self._process.join()
+            self._owned.close()
+        _end_left_overs(self._settings)
 
 
 def free_port(host: str) -> int:
@@ -83,6 +227,14 @@ def free_port(host: str) -> int:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process runs. One that its parent has not asked for is listed after its end."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
@@ -96,20 +248,24 @@ def _alone(settings: Settings) -> Iterator[None]:
         yield
 
 
-def _end_orphans(settings: Settings) -> None:
-    """Kill processes that an earlier, killed service left behind. HAProxy outlives Ray, and would keep its port for ever.
+def _end_left_overs(settings: Settings) -> None:
+    """Kill the processes of this storage's service, which may have lost those that started them.
 
-    We hold the storage's lock, so no other service of this storage runs: its processes must be left-overs.
+    We hold the storage's lock, so no other service of this storage runs: they are ours, or those of an earlier one.
     """
-    orphans = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(_OWNER) == str(settings.storage.root):
+    while found := [process for process in psutil.process_iter() if _is_of(process, settings)]:
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-                orphans.append(process)
-        except psutil.Error:  # the process has ended, or belongs to another user
-            continue
-    psutil.wait_procs(orphans)
+        psutil.wait_procs(found, _STOP_SECONDS)
+
+
+def _is_of(process: psutil.Process, settings: Settings) -> bool:
+    """Whether a process was started by a service of this storage."""
+    try:
+        return process.environ().get(_OWNER) == str(settings.storage.root)
+    except psutil.Error:  # it has ended, or belongs to another user
+        return False
 
 
 def _check_port(host: str, port: int) -> None:
@@ -121,24 +277,9 @@ def _check_port(host: str, port: int) -> None:
             raise InvalidSetting("--host and --port", f"{host}:{port}", f"an address to listen on ({error})") from None
 
 
-def _check_database(url: str) -> None:
+def _check_database(url: str, existing: bool = False) -> None:
     try:
-        JobStore(url).close()
+        JobStore(url, existing).close()
     except DBAPIError as error:
         shown = make_url(url).render_as_string()  # without the password
         raise InvalidSetting("CHAINFED_DATABASE", shown, f"a database that answers ({error.orig})") from None
-
-
-def _wait_until_ready(address: str) -> None:
-    client, ends = ServiceClient(address), monotonic() + _READY_SECONDS
-    try:
-        while True:
-            try:
-                client.ready()
-                return
-            except ChainFedError as error:
-                if monotonic() > ends:
-                    raise ServiceNotStarted(address, f"it is not ready after {_READY_SECONDS:g} s: {error}") from None
-            sleep(_POLL_SECONDS)
-    finally:
-        client.close()

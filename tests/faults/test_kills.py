@@ -1,0 +1,157 @@
+"""Promise: whichever process of a service is killed, and whenever, its jobs end as if nothing had been, and nobody helps.
+
+A job is hurt several times, each time after a number of rounds that the seed gives. It ends with the bits of a job that was
+not hurt, or with the turns that it lost on record. Meanwhile a caller asks again and again: no answer may be other than those
+of the API. How long the caller went without one is printed; docs/RESULTS.md has the figures.
+"""
+
+import os
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+from time import monotonic
+from typing import Any, Self
+
+import httpx
+import psutil
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.records.commit_log import CommitLog
+from tests.builders import a_job, assert_same, run
+from tests.services import Running
+from tests.watching import wait_for
+
+SEED, KILLS = int(os.environ.get("CHAINFED_FAULTS_SEED", "0")), int(os.environ.get("CHAINFED_FAULTS", "24"))
+ROUNDS = 40  # of a job, which is hurt until it is over
+GAP_SECONDS, STEADY_SECONDS = 1.0, 6.0
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(120 * KILLS)]
+
+# What is killed → what the command line of its process has. A whole service is all of them at once.
+TARGETS = {
+    "an API replica": "ServeReplica:chainfed:Api",
+    "the inference replica": "ServeReplica:chainfed:Inference",
+    "the controller of jobs": "ControllerActor",
+    "the job's coordinator": "CoordinatorActor",
+    "a client": "ClientActor",
+    "Serve's controller": "ServeController",
+    "Serve's proxy": "HAProxyManager",
+    "HAProxy": "haproxy -db",
+    "Ray's raylet": "raylet/raylet",
+    "Ray's GCS": "gcs_server",
+    "the process of the service": "spawn_main",
+    "every process of the service": "",
+}
+
+
+class Caller:
+    """Asks the service again and again, and keeps the longest time without an answer."""
+
+    def __init__(self, address: str) -> None:
+        self._http = httpx.Client(base_url=address, timeout=5, trust_env=False)
+        self._over, self._thread = Event(), Thread(target=self._ask)
+        self.begin()
+        self.strange: list[str] = []
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._http.close()
+
+    def begin(self) -> None:
+        """Forget what was, and measure from now on."""
+        self.longest, self._answered, self._steady_since = 0.0, monotonic(), monotonic()
+
+    def is_steady(self) -> bool:
+        """Whether the service has answered without a gap for a while: long enough to notice what was killed."""
+        return self._answered - self._steady_since > STEADY_SECONDS
+
+    def _ask(self) -> None:
+        while not self._over.wait(0.1):
+            try:
+                answer = self._http.get("/v1/jobs", params={"limit": 1})
+            except httpx.TransportError:
+                continue
+            if answer.is_success:
+                now = monotonic()
+                gap, self._answered = now - self._answered, now
+                self.longest = max(self.longest, gap)
+                if gap > GAP_SECONDS:
+                    self._steady_since = now
+            elif answer.status_code < 500 or answer.headers["content-type"] != "application/problem+json":
+                self.strange.append(f"{answer.status_code} {answer.headers['content-type']}: {answer.text[:200]}")
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Running]:
+    with Running(tmp_path / "storage") as running:
+        yield running
+
+
+def test_whatever_is_killed_nobody_has_to_help(service: Running, document: dict[str, Any], tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    plan = [kind for _ in range(-(-KILLS // len(TARGETS))) for kind in chance.sample(sorted(TARGETS), len(TARGETS))]
+    document["rounds"] |= {"total": ROUNDS, "quorum": 1}
+    _, expected = run(a_job(document, tmp_path), tmp_path / "log")
+    hurt, waits = defaultdict[str, list[str]](list), defaultdict[str, list[float]](list)
+    with Caller(service.address) as caller:
+        for kind in plan[:KILLS]:
+            job = wait_for_rounds(service, document, chance.randint(1, 3))
+            hurt[job].append(kind)
+            caller.begin()
+            kill(service, kind, chance)
+            wait_for(caller.is_steady, "answers", 300)
+            waits[kind].append(caller.longest)
+        for job in hurt:
+            last = list(service.client.follow(job))[-1]
+            assert last["kind"] == "succeeded", last["data"]
+    assert not caller.strange
+    for job, kinds in hurt.items():
+        folder = service.storage / "jobs" / job
+        lost = [turn for record in CommitLog(folder).rounds() for turn in record.failed_turns]
+        if "a client" not in kinds:
+            assert not lost, kinds
+        if not lost:
+            assert_same(load_stack(folder / "model").stack.tensors(), expected)
+    show(waits, len(hurt))
+
+
+def wait_for_rounds(service: Running, document: dict[str, Any], rounds: int) -> str:
+    """The job that runs, as soon as it has finished so many further rounds; a new one if there is none with as many left."""
+    newest = service.client.jobs(limit=1)
+    before = len(CommitLog(service.storage / "jobs" / newest[0]["id"]).rounds()) if newest else ROUNDS
+    if before + rounds + 1 > ROUNDS:
+        if newest:
+            list(service.client.follow(newest[0]["id"]))
+        newest, before = [service.client.submit({**document, "name": "hurt"})], 0
+    log = CommitLog(service.storage / "jobs" / newest[0]["id"])
+    wait_for(lambda: len(log.rounds()) >= before + rounds, "rounds", 300)
+    return str(newest[0]["id"])
+
+
+def kill(service: Running, kind: str, chance: random.Random) -> None:
+    """Kill one process of this kind, or the whole service, as soon as there is one."""
+    found = wait_for(lambda: service.processes(TARGETS[kind]), kind)
+    chosen = found if kind.startswith("every") else [chance.choice(found)]
+    for process in chosen:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def show(waits: dict[str, list[float]], jobs: int) -> None:
+    """Print the table of docs/RESULTS.md."""
+    table = Table("killed", "times", "longest time without an answer", box=None)
+    for kind in TARGETS:
+        if waits[kind]:
+            table.add_row(kind, str(len(waits[kind])), f"{max(waits[kind]):.1f} s")
+    Console().print(f"\nseed {SEED}, {KILLS} kills, {jobs} jobs", table)

@@ -1,0 +1,75 @@
+"""Runs `chainfed serve` for tests, in a process of its own, as an operator does."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import pytest
+
+from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.command.local_service import free_port
+from tests.project import COMMAND, ROOT
+from tests.watching import processes_below
+
+DEADLINE = 120.0
+
+
+class Running:
+    """`chainfed serve` in a process of its own."""
+
+    def __init__(self, storage: Path, port: int | None = None) -> None:
+        self.storage, self.port = storage, port or free_port("127.0.0.1")
+        environment = {**os.environ, "CHAINFED_STORAGE": str(storage), "CHAINFED_CLIENT_SLOTS": "1"}
+        environment |= {"PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [*COMMAND, "serve", "--port", str(self.port), "--json"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        said = json.loads(self.process.stdout.readline() or "{}")
+        if "address" not in said:  # it ends, and this is why
+            self.process.wait(DEADLINE)
+            self.process.stdout.close()
+            pytest.fail(f"the service did not start: {said}")
+        self.address: str = said["address"]
+        self.client = ServiceClient(self.address)
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """The processes below the service whose command line has ``name``."""
+        return processes_below(name, pid=self.process.pid)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            self.stop()
+
+    def stop(self) -> None:
+        """As an operator does, and then nothing is left of it."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        self.close()
+        assert self.process.returncode == 0
+        psutil.wait_procs(below, DEADLINE)
+        assert not [process for process in below if process.is_running()]
+
+    def close(self) -> None:
+        """Wait for the end of the process, and let go of it."""
+        self.client.close()
+        self.process.wait(DEADLINE)
+        assert self.process.stdout is not None
+        assert self.process.stdout.read() == "", "only what was asked for"
+        self.process.stdout.close()
+
+    def chainfed(self, *arguments: str) -> tuple[int, dict[str, Any]]:
+        """The exit code of a command, and its JSON."""
+        command = [*COMMAND, *arguments, "--address", self.address, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+        assert "Traceback" not in done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return done.returncode, answer
