@@ -14,8 +14,32 @@ import torch
 from chainfed_ray.client.messages import Fitting, Training, TurnOrder
 
 
-def send(order: TurnOrder) -> Any:
-    """Put an order into shared memory, and return a reference. Ray sends it once to each machine, not to each client."""
+class SentOrder:
+    """An order in shared memory. Ray sends it once to each machine, not to each client.
+
+    It is put there when the first client needs it, and again after it was lost: Ray cannot make it anew by itself.
+    """
+
+    def __init__(self, order: TurnOrder) -> None:
+        self._order = order
+        self._reference: Any = None
+
+    def reference(self) -> Any:
+        """Ray's reference to the order.
+
+        Raises:
+            RayError: there is no room for it, in memory or on disk.
+        """
+        if self._reference is None:
+            self._reference = _put(self._order)
+        return self._reference
+
+    def lost(self) -> None:
+        """Note that a client did not find the order: the next one gets it anew."""
+        self._reference = None
+
+
+def _put(order: TurnOrder) -> Any:
     if isinstance(order, Training | Fitting):
         arrays: Any = {name: tensor.numpy() for name, tensor in order.tensors.items()}
         order = replace(order, tensors=arrays)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
+from ray.exceptions import NodeDiedError, ObjectStoreFullError
 
 from chainfed_ray.client.messages import Profile, Profiling
 from chainfed_ray.client.pool import Failure, LocalPool
@@ -21,6 +23,15 @@ from tests.project import ROOT
 from tests.watching import client_processes, private_bytes, watched_from_outside
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+
+
+@ray.remote(num_cpus=0)
+class _Owner:
+    """Owns an object, which is lost when this process dies."""
+
+    def put(self) -> list[Any]:
+        """A reference to a new object. In a list, because Ray would fetch a bare one."""
+        return [ray.put("an order")]
 
 
 def _untimed(job_started: JobStarted) -> JobStarted:
@@ -94,6 +105,42 @@ def test_a_killed_client_costs_its_turn_and_the_job_goes_on(document: dict[str, 
         assert "died" in died.reason
         records = list(Coordinator(job, pool, CommitLog(tmp_path / "log")).rounds())
         assert all(record.counted and not record.failed_turns for record in records)
+
+
+def test_whatever_ray_raises_costs_a_turn_and_a_lost_order_is_sent_anew(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other: no room for the order, an order that is gone when the client asks for it, a result that is gone."""
+    job = a_job(document, tmp_path)
+    put, get = ray.put, ray.get
+    puts, results = iter((ObjectStoreFullError("no room"), "gone", None)), iter((None, NodeDiedError("it is gone")))
+
+    def put_once(order: Any) -> Any:
+        if isinstance(trouble := next(puts), Exception):
+            raise trouble
+        return of_a_dead_owner() if trouble else put(order)
+
+    def of_a_dead_owner() -> Any:
+        owner: Any = _Owner.remote()  # type: ignore[attr-defined]
+        (reference,) = get(owner.put.remote())
+        ray.kill(owner)
+        return reference
+
+    def get_once(reference: Any, timeout: float) -> Any:
+        if trouble := next(results, None):
+            raise trouble
+        return get(reference, timeout=timeout)
+
+    monkeypatch.setattr(ray, "put", put_once)
+    monkeypatch.setattr(ray, "get", get_once)
+    with a_pool(job.base, slots=1) as pool:
+        outcomes = list(pool.run(job.clients, Profiling(8, 0), 300.0))
+    assert [outcome.place for outcome in outcomes] == [0, 1, 2, 3]
+    reasons = [outcome.result.reason if isinstance(outcome.result, Failure) else "" for outcome in outcomes]
+    assert reasons[0].startswith("Ray could not run it (ObjectStoreFullError: no room")
+    assert reasons[1].startswith("OwnerDiedError: ")
+    assert reasons[2] == "Ray could not run it (NodeDiedError: it is gone)"
+    assert isinstance(outcomes[3].result, Profile)
 
 
 def test_a_missed_deadline_is_a_failure_and_nothing_hangs(document: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""The actors of a pool, each leased to one client at a time. Each serves one budget class, and at most ``slots`` exist.
+
+An actor reserves the memory of its class as a Ray resource. Starting one takes seconds, so an idle actor is kept for the next
+turn of its class, and turns wait a little for a busy one. An idle actor is ended when another class has no actor, or far too
+few.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import ray
+
+from chainfed_ray.client.messages import Client
+from chainfed_ray.cluster.pool.actors import ClientActor
+from chainfed_ray.cluster.resources import IDLE_BYTES, client_options
+from chainfed_ray.model.source import ModelSource
+
+_QUEUE = 3  # how many turns per actor wait in a class, before an idle actor of another class is ended for it
+
+
+@dataclass(eq=False)
+class Lease:
+    """An actor, leased to one client at a time."""
+
+    actor: Any
+    client_class: str
+    memory: int  # bytes that the actor reserves
+    ready: Any  # Ray's reference that resolves when the process has started
+    made_at: float = field(default_factory=monotonic)
+    placed: bool = False
+
+    def is_placed(self) -> bool:
+        """True once Ray has found a machine for the actor and its process has started."""
+        if not self.placed:
+            ready, _ = ray.wait([self.ready], timeout=0)
+            self.placed = bool(ready)
+        return self.placed
+
+
+class Leases:
+    """Makes actors that take turns on the model ``base``, keeps those that are idle, and ends those that are not needed."""
+
+    def __init__(self, base: ModelSource, slots: int) -> None:
+        self._base, self._slots = base, slots
+        self._idle: list[Lease] = []
+        self._made: Counter[str] = Counter()
+
+    def lease(self, client: Client, wanted: Mapping[str, int]) -> Lease | None:
+        """An idle or new actor for ``client``; None if it has to wait. ``wanted`` counts the other waiting turns by class."""
+        own = next((lease for lease in self._idle if lease.client_class == client.client_class), None)
+        if own:
+            self._idle.remove(own)
+            return own
+        if sum(self._made.values()) >= self._slots:
+            if wanted[client.client_class] < _QUEUE * self._made[client.client_class]:
+                return None
+            spare = next((lease for lease in self._idle if not wanted.get(lease.client_class)), None)
+            if spare is None:
+                return None
+            self._idle.remove(spare)
+            self.end(spare)
+        return self._new(client)
+
+    def give_back(self, lease: Lease) -> None:
+        """Keep an actor whose turn has ended for the next turn of its class."""
+        self._idle.append(lease)
+
+    def end(self, lease: Lease) -> None:
+        """End an actor that is leased: its process died, or is given up."""
+        ray.kill(lease.actor)
+        self._made[lease.client_class] -= 1
+
+    def end_idle(self) -> None:
+        """End every idle actor."""
+        while self._idle:
+            self.end(self._idle.pop())
+
+    def _new(self, client: Client) -> Lease:
+        actor_class: Any = ClientActor  # ray.remote adds `options`, which the type does not show
+        actor = actor_class.options(**client_options(client.budget_bytes)).remote(self._base)
+        self._made[client.client_class] += 1
+        return Lease(actor, client.client_class, IDLE_BYTES + client.budget_bytes, actor.__ray_ready__.remote())
