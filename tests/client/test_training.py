@@ -9,6 +9,7 @@ import pytest
 
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Profiling, Training, Update
+from chainfed_ray.client.training import step_batches
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.model.adapters import AdapterStack
 from tests.builders import a_job
@@ -54,3 +55,12 @@ def test_a_turn_has_the_steps_it_is_ordered(
     assert isinstance(update, Update)
     assert update.steps == expected
     assert update.cpu_seconds > 0
+
+
+def test_each_epoch_takes_every_example_once_in_an_order_of_its_own() -> None:
+    order = Training({}, Window(0, 0), 2, 8, 0.1, 0.1, 0.0, "head", seed=3)
+    batches = list(step_batches(20, order))
+    assert [len(batch) for batch in batches] == [8, 8, 4] * 2
+    first, second = np.concatenate(batches[:3]), np.concatenate(batches[3:])
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert list(first) != list(second)
