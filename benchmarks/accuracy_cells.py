@@ -16,8 +16,16 @@ _CLIENTS, _LOCAL_STEPS = 10, 3  # clients of a round, and optimizer steps of a c
 PHONE, SILO = {"name": "phone", "count": 14, "memory": "64MiB"}, {"name": "silo", "count": 6, "memory": "1GiB"}
 _UNLIMITED = "1TiB"  # more memory than any turn takes
 
-# The keys of a job that a row has under other names. The rest of a job with its defaults belongs to the row's options.
-_NAMED: Any = {"name": True, "model": True, "data": True, "fleet": True, "seed": True, "rounds": {"total": True}}
+# The keys of a job that a row has under other names, and the deadline, on which no result depends: here no client is slow. The
+# rest of a job with its defaults belongs to the row's options.
+_NAMED: Any = {
+    "name": True,
+    "model": True,
+    "data": True,
+    "fleet": True,
+    "seed": True,
+    "rounds": {"total": True, "deadline": True},
+}
 
 Rates = tuple[float, float]
 

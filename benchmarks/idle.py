@@ -62,6 +62,7 @@ def _rows(name: str, scratch: Path) -> Iterator[Row]:
     ray.kill(worker)
     client_actor: Any = ClientActor
     client = client_actor.options(**client_options(0)).remote(base)
+    ray.get(client.prepare.remote())
     yield {"process": "a client, idle", **ray.get(client.__ray_call__.remote(_held))}
 
 

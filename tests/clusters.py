@@ -34,9 +34,9 @@ def one_machine() -> Iterator[None]:
 
 
 @contextmanager
-def a_pool(base: ModelSource, slots: int, note: Note = lambda words: None) -> Iterator[RayPool]:
+def a_pool(base: ModelSource, slots: int, note: Note = lambda words: None, silence: float = 300.0) -> Iterator[RayPool]:
     """A pool with its own client processes, which is closed at the end."""
-    pool = RayPool(base, slots, note)
+    pool = RayPool(base, slots, note, silence=silence)
     try:
         yield pool
     finally:

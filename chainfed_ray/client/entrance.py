@@ -7,6 +7,7 @@ from pathlib import Path
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
+from chainfed_ray.client.progress import begin
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.prefix import Activations, PrefixCache, PrefixRunner, RecomputedActivations
@@ -18,13 +19,15 @@ def window_inputs(
 ) -> Activations:
     """The activations that enter the client's window, in a turn of ``stage``.
 
-    They come from the prefix cache. A client without the disk for a cache recomputes them for each step.
+    They come from the prefix cache, which runs the layers that it lacks now. A client without the disk for a cache recomputes
+    them for each step.
     """
     plan = client.plan
+    reporter = begin(f"running the layers below layer {plan.window.bottom}")
     runner = prefix_runner(blocks, plan, matrices)
     if not plan.prefix.cached:
         return RecomputedActivations(plan.window.bottom, stack, runner, client.examples)
-    return PrefixCache(scratch, runner, client.examples).at(plan.window.bottom, stack, keep=stage.bottom)
+    return PrefixCache(scratch, runner, client.examples).at(plan.window.bottom, stack, stage.bottom, reporter)
 
 
 def prefix_runner(blocks: Blocks, plan: TurnPlan, matrices: SliceReader | None) -> PrefixRunner:

@@ -14,7 +14,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.entrance import matrix_reader, prefix_runner, window_inputs
 from chainfed_ray.client.first_pass import FirstPass
 from chainfed_ray.client.messages import Client, Fitting, HeadSums
-from chainfed_ray.device.cap import enter_phase
+from chainfed_ray.client.progress import begin
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import through_window
@@ -59,11 +59,11 @@ def _first_pass_features(
     first_pass = FirstPass(
         PrefixCache(scratch, prefix_runner(blocks, client.plan, matrices), examples), stack.head_layers
     )
-    enter_phase(f"running the layers up to layer {stage.top}")
     first_pass.keep(min(stack.layers), stage.bottom)
-    for _ in first_pass.up_to(stage.top):
+    reporter = begin(f"running the layers up to layer {stage.top}")
+    for _ in reporter.each(first_pass.up_to(stage.top), stage.top + 1, "layers"):
         pass
-    enter_phase("fitting the head")
+    begin("fitting the head")
     pooled = range(max(stage.top - stack.head_layers + 1, 0), stage.top + 1)
     return (
         (first_pass.features.of(pooled, indices), torch.from_numpy(examples.labels[indices]))
@@ -76,9 +76,8 @@ def _window_features(
 ) -> Features:
     """The features at the top of the client's own window, which may be narrower than ``stage``."""
     plan, examples, window = client.plan, client.examples, client.plan.window
-    enter_phase(f"running the layers below layer {window.bottom}")
     activations = window_inputs(client, blocks, scratch, stack, matrices, stage)
-    enter_phase("fitting the head")
+    begin("fitting the head")
     streamed = matrices if plan.weights == "streamed" else None
     layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
 

@@ -13,7 +13,6 @@ from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import BudgetExceeded
 from chainfed_ray.model.source import ModelSource
 
-
 @dataclass(frozen=True)
 class Failure:
     """A turn that failed, and the ``reason``. ``exceeded`` is true if the turn would have held more memory than its cap."""
@@ -62,7 +61,8 @@ class ClientPool(Protocol):
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """Give ``order`` to ``clients``, and give one outcome for each, in any order.
 
-        A turn that is not finished after ``deadline`` seconds is a failure. No exception of a turn is raised here.
+        A turn that is not finished after ``deadline`` seconds is a failure. If that is infinite, a turn may take as long as it
+        works. No exception of a turn is raised here.
         """
         ...
 

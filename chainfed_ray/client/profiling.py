@@ -1,5 +1,6 @@
 """A client's profiling turn: it computes the CKA between each layer's output and the embeddings (FOAT, paper section 3.4)."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from time import process_time
 
@@ -11,9 +12,9 @@ from chainfed_ray.client.cka import debiased_cka
 from chainfed_ray.client.entrance import matrix_reader, prefix_runner
 from chainfed_ray.client.first_pass import FirstPass, StartGuess
 from chainfed_ray.client.messages import Client, Profile, Profiling
+from chainfed_ray.client.progress import begin
 from chainfed_ray.client.training import shuffled
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.device.cap import enter_phase
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens
 from chainfed_ray.model.prefix import PrefixCache, PrefixRunner
@@ -26,7 +27,6 @@ def profile(client: Client, blocks: Blocks, scratch: Path, order: Profiling) -> 
     CKA compares at most ``order.examples`` of the client's examples, chosen at random. With ``order.guess`` all examples run,
     and the pass is the client's first pass (first_pass.py); otherwise only the compared examples run.
     """
-    enter_phase("profiling the layers")
     started = process_time()
     compared = np.sort(shuffled(len(client.examples), order.seed)[: order.examples])
     examples = client.examples.take(compared)
@@ -50,7 +50,7 @@ def _profile_in_first_pass(
 ) -> tuple[float, ...]:
     """The CKA of each layer, while all examples run. Keeps the activations at the guessed start of the chain."""
     cka: tuple[float, ...] = ()
-    for layer in first_pass.up_to(layers - 1):
+    for layer in _counted(first_pass, layers):
         cka += (debiased_cka(embedded, first_pass.features.at(layer, compared)),)
         first_pass.keep(*guess.kept(cka, layers))
     return cka
@@ -60,10 +60,15 @@ def _profile_alone(first_pass: FirstPass, embedded: Tensor, layers: int) -> tupl
     """The CKA of each layer, while only the compared examples run. Keeps nothing."""
     every = np.arange(len(embedded))
     cka: tuple[float, ...] = ()
-    for layer in first_pass.up_to(layers - 1):
+    for layer in _counted(first_pass, layers):
         cka += (debiased_cka(embedded, first_pass.features.at(layer, every)),)
         first_pass.features.forget(layer)  # no head will be fitted to these examples
     return cka
+
+
+def _counted(first_pass: FirstPass, layers: int) -> Iterator[int]:
+    """Each of the model's ``layers`` as soon as its pooled features are there."""
+    return begin("profiling the layers").each(first_pass.up_to(layers - 1), layers, "layers")
 
 
 def _embedded(runner: PrefixRunner, examples: Examples) -> Tensor:

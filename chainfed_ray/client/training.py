@@ -24,8 +24,8 @@ from chainfed_ray.client.objective import (
     language_modeling_loss,
     trained_names,
 )
+from chainfed_ray.client.progress import begin
 from chainfed_ray.data.tokens import Batch, Examples
-from chainfed_ray.device.cap import enter_phase
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import through_window
@@ -56,9 +56,8 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
         parameter.requires_grad_(name in names)
     with ExitStack() as resources:
         matrices = resources.enter_context(matrix_reader(blocks, plan))
-        enter_phase(f"running the layers below layer {plan.window.bottom}")
         activations = window_inputs(client, blocks, scratch, stack, matrices, order.window)
-        enter_phase("loading the window")
+        begin("loading the window")
         streamed = matrices if plan.weights == "streamed" else None
         layers = {layer: blocks.load_layer(layer, streamed) for layer in list(plan.window)[1:]}
         if plan.activations_offloaded:
@@ -66,11 +65,10 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
                 overwrite_activations(layer)
         offload = resources.enter_context(_offload(scratch, plan))
         step = _Step(blocks, stack, layers, activations, matrices, offload, plan.window, order)
-        enter_phase("training")
         loss, steps = _train(step, examples, plan.micro_batch, order)
     tensors = {name: parameter.detach() for name, parameter in stack.named_parameters() if name in names}
     if client.share:
-        enter_phase("clipping the update and adding noise")
+        begin("clipping the update and adding noise")
         sent = trained_names(order.tensors, order.window, order.global_weight, order.global_trains)
         tensors = client.share.applied({name: order.tensors[name] for name in sorted(sent)}, tensors)
     seconds = (perf_counter() - started) / client.speed
@@ -81,7 +79,8 @@ def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training)
     """Make every optimizer step; the mean loss over the examples seen, in nats, and the number of steps."""
     optimizer = _optimizer(step.stack, order)
     total_loss, seen, steps = 0.0, 0, 0
-    for batch in step_batches(len(examples), order):
+    batches = step_batches(len(examples), order)
+    for batch in begin("training").each(batches, _steps(len(examples), order), "steps"):
         for start in range(0, len(batch), micro_batch):
             total_loss += step.backward(examples, batch[start : start + micro_batch], len(batch))
         if order.proximal:
@@ -111,12 +110,16 @@ def _add_proximal_gradients(stack: AdapterStack, order: Training) -> None:
 def step_batches(count: int, order: Training) -> Iterator[np.ndarray]:
     """The indices of each optimizer step's examples, out of ``count``, shuffled anew in each epoch."""
     steps_per_epoch = math.ceil(count / order.batch_size)
-    steps = order.steps if order.steps is not None else order.epochs * steps_per_epoch
-    for step in range(steps):
+    for step in range(_steps(count, order)):
         epoch, place = divmod(step, steps_per_epoch)
         if place == 0:
             places = shuffled(count, derive(order.seed, "epoch", epoch))
         yield places[place * order.batch_size : (place + 1) * order.batch_size]
+
+
+def _steps(count: int, order: Training) -> int:
+    """The optimizer steps of a turn on ``count`` examples."""
+    return order.steps if order.steps is not None else order.epochs * math.ceil(count / order.batch_size)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.head_sums import sum_features
 from chainfed_ray.client.messages import Client, Fitting, Profiling, Training, TurnOrder, TurnResult
 from chainfed_ray.client.profiling import profile
+from chainfed_ray.client.progress import simulate
 from chainfed_ray.client.training import train
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.cap import MemoryCap
@@ -55,7 +56,8 @@ def slowed(speed: float) -> Iterator[None]:
     try:
         yield
     finally:
-        sleep((perf_counter() - started) * (1 / speed - 1))
+        if speed < 1:
+            simulate((perf_counter() - started) * (1 / speed - 1))
 
 
 def _carry_out(client: Client, base: ModelSource, order: TurnOrder) -> TurnResult:

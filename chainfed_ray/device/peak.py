@@ -7,11 +7,13 @@ from types import TracebackType
 from typing import Self
 
 # The environment of a process that takes turns; glibc and oneDNN read it as they are loaded. Blocks of 64 KiB or more get pages
-# of their own, which are returned to the system when they are freed. oneDNN caches a compiled product of half a MiB for each
+# of their own, which are returned to the system when they are freed. All threads share one heap: a turn runs in another thread
+# than the process's first. oneDNN caches a compiled product of half a MiB for each
 # shape of matrices. Texts have many lengths, so this cache is kept small.
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(64 * 1024),
     "MALLOC_TRIM_THRESHOLD_": str(128 * 1024),
+    "MALLOC_ARENA_MAX": "1",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
     "LRU_CACHE_CAPACITY": "8",
 }

@@ -1,10 +1,13 @@
 """The sections of a job's document, with the type, default and meaning of each key. ``job.py`` combines them."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from chainfed_ray.units import format_bytes, parse_bytes, parse_seconds
+
+_LONGEST = 30 * 24 * 3600  # seconds
 
 
 def _exact_bytes(count: int) -> str | int:
@@ -12,8 +15,27 @@ def _exact_bytes(count: int) -> str | int:
     return shown if parse_bytes(shown) == count else count
 
 
+def _deadline(value: object) -> float:
+    if value == "auto":
+        return math.inf
+    try:
+        seconds = parse_seconds(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _LONGEST:
+        raise ValueError("'auto' or a duration such as 120s, 5m or 1h, 30 days at most")
+    return seconds
+
+
+def _exact_deadline(seconds: float) -> str | float:
+    return "auto" if seconds == math.inf else seconds
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(_exact_bytes), Field(gt=0, lt=2**60)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, le=30 * 24 * 3600, allow_inf_nan=False)]
+# In seconds; infinity for "auto".
+Deadline = Annotated[
+    float, BeforeValidator(_deadline, json_schema_input_type=float | str), PlainSerializer(_exact_deadline)
+]
 Often = Literal["round", "stage"] | Annotated[int, Field(ge=1)]  # an integer n means every n rounds
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 
@@ -196,8 +218,11 @@ class RoundsSpec(Section):
     quorum: int | None = Field(
         None, ge=1, description="the fewest updates with which a round counts; by default half of `rounds.clients`"
     )
-    deadline: Seconds = Field(
-        300.0, description="the time after which a round stops waiting for clients that have not answered"
+    deadline: Deadline = Field(
+        "auto",
+        validate_default=True,
+        description="the time after which a round stops waiting for clients that have not answered; `auto`: it waits for "
+        "each as long as it works",
     )
     local_epochs: int = Field(1, ge=1, le=100, description="how often a client passes over its examples in a turn")
     local_steps: int | None = Field(

@@ -1,10 +1,15 @@
-"""The Ray actor that runs clients' turns. It only forwards to ``client.turn``, which computes them."""
+"""The Ray actor that runs clients' turns. It only forwards to ``client.turn``, which computes them.
+
+Turns run in one thread of the process, in which ``prepare`` runs before: libraries keep buffers for each thread. Another thread
+answers how far the turn is.
+"""
 
 from typing import Any
 
 import ray
 
 from chainfed_ray.client.messages import Client, TurnResult
+from chainfed_ray.client.progress import Progress, progress
 from chainfed_ray.client.turn import slowed, take_turn, warm_up
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.pool.orders import receive
@@ -21,14 +26,22 @@ def ready(base: ModelSource) -> None:
         warm_up(base)
 
 
-@ray.remote
+@ray.remote(concurrency_groups={"asked": 1})  # type: ignore[call-overload]  # its types lack this option
 class ClientActor:
     """A process that runs turns for one client at a time, all of one budget class. It keeps nothing between turns."""
 
     def __init__(self, base: ModelSource) -> None:
         self._base = base
         self._lock = occupy(base.scratch)  # as long as this process lives, it may write there
-        ready(base)
+
+    def prepare(self) -> None:
+        """Get ready for turns: once, before the first."""
+        ready(self._base)
+
+    @ray.method(concurrency_group="asked")
+    def progress(self) -> Progress:
+        """How far the turn is that runs now."""
+        return progress()
 
     def take_turn(self, client: Client, order: list[Any]) -> TurnResult:
         """Run a turn for ``client``, limited to its memory budget and slowed to the speed of its machine.

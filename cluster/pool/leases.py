@@ -82,4 +82,4 @@ class Leases:
         actor_class: Any = ClientActor  # ray.remote adds `options`, which the type does not show
         actor = actor_class.options(**client_options(client.budget_bytes)).remote(self._base)
         self._made[client.client_class] += 1
-        return Lease(actor, client.client_class, IDLE_BYTES + client.budget_bytes, actor.__ray_ready__.remote())
+        return Lease(actor, client.client_class, IDLE_BYTES + client.budget_bytes, actor.prepare.remote())

@@ -6,12 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Profiling, Training, Update
+from chainfed_ray.client.objective import LossFunction
+from chainfed_ray.client.progress import Progress, progress
 from chainfed_ray.client.training import step_batches
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.pooling import LayerStates
 from tests.builders import a_job
 from tests.watching import tensors_alive
 
@@ -64,3 +68,24 @@ def test_each_epoch_takes_every_example_once_in_an_order_of_its_own() -> None:
     first, second = np.concatenate(batches[:3]), np.concatenate(batches[3:])
     assert sorted(first) == sorted(second) == list(range(20))
     assert list(first) != list(second)
+
+
+def test_a_turn_says_how_far_it_is_while_it_runs(document: dict[str, Any], tmp_path: Path) -> None:
+    """Asked in the middle of each step, as another thread may ask."""
+    job = a_job(document, tmp_path)
+    heard: list[Progress] = []
+
+    def objective(stack: AdapterStack, window: Window, states: LayerStates, mask: Tensor, loss: LossFunction) -> Tensor:
+        heard.append(progress())
+        return loss(states, head_learns=True)
+
+    stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0).tensors()
+    order = Training(
+        stack, Window(2, 3), epochs=1, batch_size=8, learning_rate=0.01, head_learning_rate=0.01, global_weight=0.0,
+        global_trains="window", seed=0, steps=3, objective=objective,
+    )  # fmt: skip
+    client = replace(job.clients[0], plan=replace(job.clients[0].plan, window=order.window, micro_batch=8))
+    take_turn(client, job.base, lambda: order, capped=False)
+    told = [(each.doing.what, each.doing.done, each.doing.total, each.doing.unit) for each in heard]
+    assert told == [("training", done, 3, "steps") for done in range(3)]
+    assert sorted(each.worked for each in heard) == [each.worked for each in heard]

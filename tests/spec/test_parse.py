@@ -1,6 +1,7 @@
 """Bad jobs are refused before anything starts, and the error names the field, the value and what would do."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,26 @@ def test_a_recipe_hides_no_mistake(key: str, value: object, document: dict[str, 
 
 
 @pytest.mark.parametrize(
+    ("given", "seconds", "written"),
+    [({}, math.inf, "auto"), ({"deadline": "auto"}, math.inf, "auto"), ({"deadline": "20m"}, 1200.0, 1200.0)],
+)
+def test_a_deadline_is_a_duration_or_none(
+    document: dict[str, Any], given: dict[str, Any], seconds: float, written: object
+) -> None:
+    document["rounds"] |= given
+    spec = parse_job(document)
+    assert spec.rounds.deadline == seconds
+    assert spec.document()["rounds"]["deadline"] == written
+    assert parse_job(spec.document()) == spec
+
+
+@pytest.mark.parametrize(
     ("change", "field"),
     [
         ({"rounds": {"deadline": 10**400}}, "rounds.deadline"),
         ({"rounds": {"deadline": "31h31"}}, "rounds.deadline"),
         ({"rounds": {"deadline": 10**9}}, "rounds.deadline"),
+        ({"rounds": {"deadline": math.inf}}, "rounds.deadline"),
         ({"fleet": {"clients": [{"name": "a", "memory": 10**400}]}}, "fleet.clients[0].memory"),
         ({"fleet": {"clients": [{"name": "a", "memory": "9999999999TiB"}]}}, "fleet.clients[0].memory"),
         ({"model": {"base": "path:\ud800"}}, "model.base"),
