@@ -13,6 +13,7 @@ from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import BudgetExceeded
 from chainfed_ray.model.source import ModelSource
 
+
 @dataclass(frozen=True)
 class Failure:
     """A turn that failed, and the ``reason``. ``exceeded`` is true if the turn would have held more memory than its cap."""
