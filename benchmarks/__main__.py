@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import accuracy, evaluation, film_reviews, first_round, idle, memory, plan
+from benchmarks import accuracy, evaluation, film_reviews, first_round, idle, memory, plan, serving
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures the published figures.")
 names = parser.add_subparsers(metavar="NAME", required=True)
@@ -16,6 +16,7 @@ first_round.add_options(names.add_parser("first-round", help="the seconds from a
 idle.add_options(names.add_parser("idle", help="the memory of a client's process before any client uses it"))
 evaluation.add_options(names.add_parser("evaluation", help="the server's memory while it evaluates the whole model"))
 plan.add_options(names.add_parser("plan", help="the CPU seconds of a dry run, and of the check of a job"))
+serving.add_options(names.add_parser("serving", help="the time to classify for many stacks in one batch"))
 film_reviews.add_options(names.add_parser("film-reviews", help="make a data set of film reviews for accuracy --data"))
 chosen = parser.parse_args()
 chosen.run(chosen)

@@ -101,9 +101,11 @@ def a_stack(layers: range, seed: int = 0, head_layers: int = 1) -> AdapterStack:
     return stack
 
 
-def a_saved_stack(folder: Path, layers: tuple[int, ...] = (1, 2, 3), classes: int = 3, seed: int = 0) -> SavedStack:
+def a_saved_stack(
+    folder: Path, layers: tuple[int, ...] = (1, 2, 3), classes: int = 3, seed: int = 0, bottleneck: int = 8
+) -> SavedStack:
     """A stack with random values: a value of 0 or 1 could hide a mistake. The number of head layers depends on the seed."""
-    stack = AdapterStack.new(layers, 32, 8, classes, seed, head_layers=3 - seed % 3)
+    stack = AdapterStack.new(layers, 32, bottleneck, classes, seed, head_layers=3 - seed % 3)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in stack.parameters():

@@ -1,9 +1,9 @@
 """The Ray Serve deployment that answers with trained models."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Event
 from typing import Any
 
@@ -11,12 +11,19 @@ import torch
 from ray import serve
 
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.model.saved_stack import SavedStack, load_stack
+from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.serving.classifier import Classifier
 from chainfed_ray.serving.generator import Generator, Piece, Prompt, Sampling
+from chainfed_ray.serving.questions import Answer, Question, answer_together
 
 _MODELS_IN_MEMORY = 2
 _STACKS_IN_MEMORY = 256
+_TEXTS_AT_ONCE = 256  # as many as one request may have
+_WAIT_SECONDS = 0.004  # for other requests, to be answered in one batch with them
+
+
+def _texts_of(questions: list[Question]) -> int:
+    return sum(len(question.texts) for question in questions)
 
 
 @serve.deployment(name="Inference", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=64, health_check_period_s=1)
@@ -25,8 +32,9 @@ class Inference:
 
     def __init__(self, storage: Storage) -> None:
         torch.set_num_threads(1)
-        # One request at a time: the base model's forward pass is not thread-safe, and other processes share the cores.
-        self._worker = ThreadPoolExecutor(max_workers=1)
+        # A base model's forward pass is not thread-safe, so each kind of work has one thread. A long text that is generated
+        # does not hold up a classification.
+        self._classifying, self._writing = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
         self._loaded: Callable[..., Any] = lru_cache(_MODELS_IN_MEMORY)(
             lambda kind, base, dtype: kind(base, getattr(torch, dtype))  # the dtype's name as in a job file
         )
@@ -35,7 +43,15 @@ class Inference:
 
     async def classify(self, job: str, base: str, dtype: str, texts: list[str]) -> list[list[float]]:
         """The probability of each class for each text, by the model of ``job`` on the base model ``base``."""
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._classify, job, base, dtype, texts)
+        answer: Answer | Exception = await self._classify_together(Question(job, base, dtype, texts))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    @serve.batch(max_batch_size=_TEXTS_AT_ONCE, batch_wait_timeout_s=_WAIT_SECONDS, batch_size_fn=_texts_of)
+    async def _classify_together(self, questions: list[Question]) -> list[Answer | Exception]:
+        """Answer requests that come at about the same time in one pass through the base model, whatever their stacks."""
+        return await asyncio.get_running_loop().run_in_executor(self._classifying, self._classify, questions)
 
     async def write(
         self, job: str, base: str, dtype: str, prompt: Prompt, sampling: Sampling
@@ -49,7 +65,7 @@ class Inference:
         def emit(piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        work = loop.run_in_executor(self._worker, self._write, job, base, dtype, prompt, sampling, emit, cancelled)
+        work = loop.run_in_executor(self._writing, self._write, job, base, dtype, prompt, sampling, emit, cancelled)
         work.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             while (piece := await pieces.get()) is not None:
@@ -62,10 +78,8 @@ class Inference:
     async def alive(self) -> None:
         """Return, which shows that this process works."""
 
-    def _classify(self, job: str, base: str, dtype: str, texts: list[str]) -> list[list[float]]:
-        saved: SavedStack = self._stack(job)
-        probabilities: list[list[float]] = self._loaded(Classifier, base, dtype).probabilities(saved, texts).tolist()
-        return probabilities
+    def _classify(self, questions: Sequence[Question]) -> list[Answer | Exception]:
+        return answer_together(questions, self._stack, partial(self._loaded, Classifier))
 
     def _write(
         self,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,17 @@ class Examples:
         """The indices of all examples in batches of ``count``, by length: batches of like lengths need little padding."""
         order = np.argsort(self.lengths, kind="stable")
         return (order[first : first + count] for first in range(0, len(order), count))
+
+    def by_tokens(self, most: int) -> Iterator[np.ndarray]:
+        """The indices of all examples in batches, by length. A padded batch has at most ``most`` tokens, or one example."""
+        chosen: list[int] = []
+        for index in np.argsort(self.lengths, kind="stable"):
+            if chosen and (len(chosen) + 1) * self.lengths[index] > most:
+                yield np.array(chosen)
+                chosen = []
+            chosen.append(index)
+        if chosen:
+            yield np.array(chosen)
 
     @property
     def every_token(self) -> np.ndarray:
@@ -103,3 +115,9 @@ def ragged(rows: list[np.ndarray], labels: np.ndarray, targets: list[np.ndarray]
     ids = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
     wanted = None if targets is None else np.concatenate([*targets, np.zeros(0, dtype=bool)])
     return Examples(ids.astype(np.int32), offsets, labels, wanted)
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """The examples of all ``parts``, one part after the other. None of them has targets."""
+    rows = [part.ids[start:end] for part in parts for start, end in pairwise(part.offsets)]
+    return ragged(rows, np.concatenate([part.labels for part in parts]))

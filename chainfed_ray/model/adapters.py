@@ -6,7 +6,8 @@ updates.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,25 @@ def _linear(inputs: int, outputs: int, blank: bool = False) -> nn.Linear:
     """A linear layer without initial values. Torch's own initialisation would advance the global random generator."""
     made: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, device="meta" if blank else "cpu")  # type: ignore[assignment]
     return made
+
+
+class Adapted(Protocol):
+    """What the forward pass needs of the adapters: those of one stack, or of a stack for each row of a batch."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have an adapter, from the bottom to the top."""
+        ...
+
+    def adapter(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """The adapter that follows ``layer``: [B, T, D] → [B, T, D]."""
+        ...
+
+    def pool(self, pooled: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+        """The pooled features for the next layer up: ``pooled`` [B, r, D], and those of a layer's output
+        ``hidden`` [B, T, D].
+        """
+        ...
 
 
 class AdapterStack(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Batch
-from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.adapters import Adapted
 from chainfed_ray.model.blocks import Blocks, LayerCall
 from chainfed_ray.model.pooling import LayerStates, no_features
 
@@ -23,7 +23,7 @@ def embed(blocks: Blocks, batch: Batch) -> tuple[LayerStates, list[LayerCall]]:
 
 def through_layer(
     blocks: Blocks,
-    stack: AdapterStack,
+    stack: Adapted,
     index: int,
     layer: nn.Module,
     call: LayerCall,
@@ -41,16 +41,14 @@ def through_layer(
     return LayerStates(blocks.run(layer, hidden, call), pooled)
 
 
-def through_adapter(stack: AdapterStack, index: int, states: LayerStates) -> LayerStates:
+def through_adapter(stack: Adapted, index: int, states: LayerStates) -> LayerStates:
     """Run the adapter of layer ``index``. Without an adapter the states are unchanged."""
     if index not in stack.layers:
         return states
     return states._replace(hidden=stack.adapter(index)(states.hidden))
 
 
-def through_model(
-    blocks: Blocks, stack: AdapterStack, layers: Iterable[tuple[int, nn.Module]], batch: Batch
-) -> LayerStates:
+def through_model(blocks: Blocks, stack: Adapted, layers: Iterable[tuple[int, nn.Module]], batch: Batch) -> LayerStates:
     """Run all ``layers`` in order, each with its adapter: tokens [B, T] → the states after the last layer."""
     states, calls = embed(blocks, batch)
     for index, layer in layers:
@@ -59,7 +57,7 @@ def through_model(
 
 
 def through_window(
-    blocks: Blocks, stack: AdapterStack, window: Window, layers: dict[int, nn.Module], states: LayerStates, mask: Tensor
+    blocks: Blocks, stack: Adapted, window: Window, layers: dict[int, nn.Module], states: LayerStates, mask: Tensor
 ) -> LayerStates:
     """Run a window: its bottom layer's output u → its top adapter's output h. ``layers`` are the layers above
     the bottom one.
@@ -74,7 +72,7 @@ def through_window(
 
 def _through(
     blocks: Blocks,
-    stack: AdapterStack,
+    stack: Adapted,
     index: int,
     layer: nn.Module,
     call: LayerCall,

@@ -37,3 +37,17 @@ def test_stacks_do_not_disturb_each_other(tiny_model_folder: Path) -> None:
     before = classifier.probabilities(first, TEXTS)
     assert classifier.probabilities(second, TEXTS).shape == (len(TEXTS), 5)
     assert torch.equal(classifier.probabilities(first, TEXTS), before)
+
+
+def test_texts_of_many_stacks_in_one_batch_are_each_stack_alone(tiny_model_folder: Path) -> None:
+    """Of other layers, bottlenecks, classes and numbers of head layers, in an order that mixes their rows by length."""
+    stacks = [
+        a_saved_stack(tiny_model_folder),
+        a_saved_stack(tiny_model_folder, layers=(0, 3), classes=5, seed=1, bottleneck=3),
+        a_saved_stack(tiny_model_folder, layers=(3,), classes=2, seed=2),
+        a_saved_stack(tiny_model_folder, layers=(0, 1, 2, 3), classes=4, seed=3, bottleneck=16),
+    ]
+    classifier = Classifier(f"path:{tiny_model_folder}", torch.float32)
+    asked = [(saved, TEXTS[place:] + TEXTS[:1]) for place, saved in enumerate(stacks)]
+    for (saved, texts), found in zip(asked, classifier.of_each(asked), strict=True):
+        torch.testing.assert_close(found, classifier.probabilities(saved, texts), rtol=0, atol=1e-6)

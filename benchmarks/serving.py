@@ -1,0 +1,104 @@
+"""``python -m benchmarks serving``: the time to classify for many stacks at once, against one stack, and one after another.
+
+Both sides of each ratio are timed in turns in the same process, and the least CPU time of each counts: noise only adds to it.
+The answers of both sides are compared.
+"""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from time import process_time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cell_process import Row
+from chainfed_ray.data.docstrings import rows
+from chainfed_ray.hub import resolve
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.saved_stack import SavedStack
+from chainfed_ray.serving.classifier import Classifier
+
+_ROUNDS = 7
+_CLASSES, _BOTTLENECK, _MAX_LENGTH, _TOLERANCE = 8, 64, 64, 1e-5
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--stacks", type=int, default=32, help="how many stacks, and texts of a batch")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into this file")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, and print the table."""
+    torch.set_num_threads(1)
+    found = _rows(options.stacks)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+    table = Table("texts", "together", "compared with", "its CPU time", "throughput")
+    for row in found:
+        times = (f"{1000 * row[name]:.0f} ms" for name in ("together_seconds", "other_seconds"))
+        table.add_row(str(row["texts"]), next(times), row["other"], next(times), f"{row['ratio']:.2f}×")
+    Console(highlight=False).print(table)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, one thread; least CPU time of {_ROUNDS}; {date.today()}")
+
+
+def _rows(count: int) -> list[Row]:
+    base = "builtin:minilm"
+    classifier = Classifier(base, torch.float32)
+    stacks = [_stack(base, seed) for seed in range(count)]
+    texts = [text for text, _ in rows()[:count]]
+    asked = [(saved, [text]) for saved, text in zip(stacks, texts, strict=True)]
+
+    def together() -> torch.Tensor:
+        return torch.cat(classifier.of_each(asked))
+
+    def one_stack() -> torch.Tensor:
+        return classifier.probabilities(stacks[0], texts)
+
+    def one_after_another() -> torch.Tensor:
+        return torch.cat([classifier.probabilities(saved, own) for saved, own in asked])
+
+    difference = (together() - one_after_another()).abs().max().item()
+    assert difference < _TOLERANCE, f"the answers differ by {difference}"
+    return [
+        _compared(count, together, "one stack for all texts", one_stack),
+        _compared(count, together, "each text alone, one after another", one_after_another),
+    ]
+
+
+def _compared(count: int, together: Callable[[], object], other: str, run_other: Callable[[], object]) -> Row:
+    pairs = [(_cpu_seconds(together), _cpu_seconds(run_other)) for _ in range(_ROUNDS)]
+    ours, theirs = (min(times) for times in zip(*pairs, strict=True))
+    return {
+        "texts": count,
+        "together_seconds": ours,
+        "other": other,
+        "other_seconds": theirs,
+        "ratio": theirs / ours,
+    }
+
+
+def _cpu_seconds(work: Callable[[], object]) -> float:
+    started = process_time()
+    work()
+    return process_time() - started
+
+
+def _stack(base: str, seed: int) -> SavedStack:
+    """A stack with random values after each layer of the model. The time does not depend on the values."""
+    blocks = Blocks(resolve(base), torch.float32)
+    stack = AdapterStack.new(range(blocks.num_layers), blocks.hidden_size, _BOTTLENECK, _CLASSES, seed, head_layers=4)
+    blocks.close()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return SavedStack(stack, tuple(map(str, range(_CLASSES))), _MAX_LENGTH, base, blocks.layers_path)

@@ -1,0 +1,80 @@
+"""Many finished stacks in one batch: each row goes through its own adapters and its own head, all rows in one product.
+
+The rows' matrices are put side by side, [B, R, D] for a layer's adapters, and a batched product takes each row through its own.
+Stacks may differ in their layers, bottlenecks, heads and classes. What a stack lacks counts as zeros, which change nothing: an
+adapter of zeros is the identity, and a feature with the weight zero is not used.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from chainfed_ray.model.adapters import Adapter, AdapterStack, Head
+from chainfed_ray.model.pooling import append_pooled
+
+
+class StackBatch:
+    """The classifiers' stacks of B rows: row i has the adapters and the head of ``stacks[i]``."""
+
+    def __init__(self, stacks: Sequence[AdapterStack]) -> None:
+        self._stacks = stacks
+        self._heads = [_head_of(stack) for stack in stacks]
+        self.layers = tuple(sorted({layer for stack in stacks for layer in stack.layers}))
+        self._pooled_layers = max(stack.pooled_layers for stack in stacks)
+
+    def pool(self, pooled: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+        """The pooled features for the next layer up, as many as the widest head uses. See ``AdapterStack.pool``."""
+        return append_pooled(pooled, hidden, mask, self._pooled_layers)
+
+    def adapter(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """The rows' adapters that follow ``layer``: [B, T, D] → [B, T, D]."""
+        adapters = [stack.adapter(layer) if layer in stack.layers else None for stack in self._stacks]
+        return _side_by_side(adapters)
+
+    def head(self, hidden: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
+        """Hidden states [B, T, D], mask [B, T] and pooled features [B, r, D] → logits [B, C].
+
+        C is the number of classes of the stack that has most. What stands beyond a row's own classes has no meaning.
+        """
+        features = append_pooled(pooled, hidden, mask, self._pooled_layers + 1)
+        norms = [head.norm for head in self._heads]
+        normed = nn.functional.layer_norm(features, features.shape[-1:], eps=norms[0].eps)
+        scale, shift = (torch.stack([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
+        normed = (normed * scale.unsqueeze(1) + shift.unsqueeze(1)).flatten(1)
+
+        classes = max(head.linear.out_features for head in self._heads)
+        weights, biases = (
+            normed.new_zeros(len(normed), classes, normed.shape[1]),
+            normed.new_zeros(len(normed), classes),
+        )
+        for row, head in enumerate(self._heads):
+            own = head.linear.weight[:, -normed.shape[1] :]  # where there are fewer layers than it can use, the highest
+            weights[row, : len(own), -own.shape[1] :] = own
+            biases[row, : len(own)] = head.linear.bias
+        return torch.baddbmm(biases.unsqueeze(2), weights, normed.unsqueeze(2)).squeeze(2)
+
+
+def _head_of(stack: AdapterStack) -> Head:
+    assert stack.head is not None, "a classifier's stack has a head"
+    return stack.head
+
+
+def _side_by_side(adapters: Sequence[Adapter | None]) -> Callable[[Tensor], Tensor]:
+    """One function of hidden states [B, T, D] for the adapters of B rows. A row without one passes through unchanged."""
+    given = [adapter for adapter in adapters if adapter is not None]
+    width, dtype = given[0].down.in_features, given[0].down.weight.dtype
+    bottleneck = max(adapter.down.out_features for adapter in given)
+    down, into = torch.zeros(len(adapters), bottleneck, width, dtype=dtype), torch.zeros(len(adapters), 1, bottleneck)
+    up, out = torch.zeros(len(adapters), width, bottleneck, dtype=dtype), torch.zeros(len(adapters), 1, width)
+    for row, adapter in enumerate(adapters):
+        if adapter is not None:
+            own = adapter.down.out_features
+            down[row, :own], into[row, 0, :own] = adapter.down.weight, adapter.down.bias
+            up[row, :, :own], out[row, 0] = adapter.up.weight, adapter.up.bias
+
+    def adapted(hidden: Tensor) -> Tensor:
+        inner = nn.functional.gelu(torch.baddbmm(into, hidden.to(dtype), down.transpose(1, 2)))
+        return hidden + torch.baddbmm(out, inner, up.transpose(1, 2)).to(hidden.dtype)
+
+    return adapted
