@@ -36,9 +36,10 @@ from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.model.adapters import Adapter, AdapterStack, Head
-from chainfed_ray.model.blocks import Blocks, find_layers
+from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.model.trunk import find_layers
 
 _BOTTLENECK, _CLASSES, _LAMBDA = 64, 4, 0.1
 _STEPS = 3  # steps of the timed turn; a turn of one step is subtracted from it

@@ -1,7 +1,8 @@
 """Finds a base model: a local folder with ``config.json``, safetensors weights and a tokenizer."""
 
+import json
 import socket
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -9,6 +10,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from chainfed_ray.errors import InvalidJob, InvalidSetting, PackageMissing, UnsupportedModel, how_to_get
 from chainfed_ray.gguf_file import converted
@@ -70,8 +72,9 @@ def configuration(folder: Path) -> Any:
     """The model's configuration. Code of the model's own is never run, and never asked for.
 
     Raises:
-        UnsupportedModel: the weights are quantized.
+        UnsupportedModel: the model's type is not known, or its weights are quantized.
     """
+    _check_type(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method", "some way") if isinstance(quantized, dict) else "some way"
@@ -79,6 +82,19 @@ def configuration(folder: Path) -> Any:
             str(folder), f"its weights are quantized ({method}); they must be float32, float16 or bfloat16"
         )
     return config
+
+
+def _check_type(folder: Path) -> None:
+    try:
+        document = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UnsupportedModel(str(folder), f"its config.json is no JSON ({first_line(error)})") from None
+    kind = document.get("model_type") if isinstance(document, dict) else None
+    if kind is not None and kind not in CONFIG_MAPPING:
+        own = "; code of the model's own is never run" if "auto_map" in document else ""
+        raise UnsupportedModel(
+            str(folder), f"transformers {version('transformers')} does not know its type {kind!r}{own}"
+        )
 
 
 def first_line(error: Exception) -> str:

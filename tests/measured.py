@@ -37,6 +37,8 @@ _SIZES = {
 }
 _OTHERWISE = {
     "distilbert": {"dim": 512, "hidden_dim": 2048, "n_heads": 8, "n_layers": 4, "vocab_size": 1000},
+    "mixtral": _SIZES | {"num_key_value_heads": 4, "intermediate_size": 384, "num_local_experts": 8},
+    "t5": {"d_model": 512, "d_ff": 1536, "d_kv": 64, "num_heads": 8, "num_layers": 4, "vocab_size": 1000},
     "gpt2": {"n_embd": 512, "n_head": 8, "n_layer": 4, "vocab_size": 1000, "bos_token_id": 1, "eos_token_id": 2},
 }
 _GRID = (  # examples of a batch, tokens, Q, budget
@@ -51,10 +53,10 @@ _GRID_16 = ((4, 128, 2, 96 * MIB), *_GRID[3::2])  # not all processors compute i
 
 
 def grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
-    """What is measured of a family: of an encoder all, of decoders one half or the other, and of bfloat16 less at a time."""
+    """What is measured: of an encoder and a mixture all, of others one half or the other, of bfloat16 less at a time."""
     if family.endswith("-bf16"):
         return _GRID_16
-    return _GRID if family == "bert" else _GRID[family != "gpt2" :: 2]
+    return _GRID if family in ("bert", "mixtral") else _GRID[family != "gpt2" :: 2]
 
 
 def main(folder: Path, family: str) -> None:

@@ -1,6 +1,7 @@
-"""Watches a test's own processes: lists tensors and processes, measures memory, and waits for a condition."""
+"""Watches a test's own processes: counts slices, lists tensors and processes, measures memory, and waits for a condition."""
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,7 +10,11 @@ from time import monotonic, sleep
 from typing import Any
 
 import psutil
+import torch
 from torch import Tensor
+
+from chainfed_ray.streaming.checkpoint import Checkpoint
+from chainfed_ray.streaming.matrices import SliceReader
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
@@ -26,6 +31,33 @@ def tensors_alive() -> list[Tensor]:
     gc.collect()
     # isinstance would ask the libraries' lazy proxies for their class, and make them load their modules.
     return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+
+
+class CountedSlices:
+    """A reader that counts the slices of each matrix."""
+
+    def __init__(self, reader: SliceReader) -> None:
+        self.reader, self.counts = reader, Counter[str]()
+
+    def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        for piece in self.reader.slices(name):
+            self.counts[name] += 1
+            yield piece
+
+    def numbers(self, name: str, first: int, count: int) -> Tensor:
+        return self.reader.numbers(name, first, count)
+
+
+class CountedReads(Checkpoint):
+    """A checkpoint that counts the bytes of the slices read from it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.read_bytes = 0
+
+    def slice(self, name: str, first: int, count: int, buffer: Tensor, dtype: torch.dtype) -> Tensor:
+        self.read_bytes += count * self.row_bytes(name)
+        return super().slice(name, first, count, buffer, dtype)
 
 
 def processes_below(*names: str, pid: int | None = None) -> list[psutil.Process]:

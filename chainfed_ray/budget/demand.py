@@ -43,6 +43,16 @@ class PartMemory:
         return max((moment.at(batch, tokens) for moment in self.backward), default=0)
 
 
+def largest_of(parts: list[PartMemory]) -> PartMemory:
+    """The memory of a part that is one of ``parts``: at no moment less than any of them."""
+    factors = zip(*(part.saved.terms for part in parts), strict=True)
+    return PartMemory(
+        saved=BytePolynomial(tuple(tuple(map(max, zip(*rows, strict=True))) for rows in factors)),
+        forward=tuple(dict.fromkeys(moment for part in parts for moment in part.forward)),
+        backward=tuple(dict.fromkeys(moment for part in parts for moment in part.backward)),
+    )
+
+
 @dataclass(frozen=True)
 class StepMemory:
     """The parts of a training step."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from chainfed_ray.chain import start_below
 from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.model.features import PooledFeatures
 from chainfed_ray.model.prefix import PrefixCache
+from chainfed_ray.streaming.features import PooledFeatures
 
 
 class FirstPass:

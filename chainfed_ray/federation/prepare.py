@@ -187,13 +187,16 @@ def _traced(spec: JobSpec, source: ModelSource, examples: JobExamples, listen: L
     """
     causal = spec.model.task == "causal-lm"
     with _about_the_model(spec), closing(Blocks(source.folder, source.dtype)) as blocks:
+        Reporter("checking the base model", listen).begin()
+        blocks.check()
         if causal:
             _check_head(spec, blocks)
         _check_texts(spec, blocks, examples)
         _check_chain(spec, blocks.num_layers)
         Reporter("tracing the memory of the model's parts", listen).begin()
         classes = None if causal else len(_classes(spec, examples))
-        memory = memory_profile_of(blocks, spec.chain.adapter.bottleneck, classes, _head_layers(spec, blocks))
+        with blocks.named_errors("has layers whose memory cannot be planned"):
+            memory = memory_profile_of(blocks, spec.chain.adapter.bottleneck, classes, _head_layers(spec, blocks))
         return _Traced(blocks.causal_layers_path if causal else blocks.layers_path, memory)
 
 
@@ -287,10 +290,6 @@ def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
         try:
             blocks.embed(batch.ids, batch.mask)
         except (IndexError, RuntimeError):
-            try:
-                blocks.embed(batch.ids[:, :2], batch.mask[:, :2])
-            except (IndexError, RuntimeError) as error:
-                raise UnsupportedModel(str(blocks.folder), f"{type(error).__name__}: {first_line(error)}") from None
             expected = (
                 f"a smaller number: a text has {examples.lengths[longest]} tokens, more than the model has positions"
             )

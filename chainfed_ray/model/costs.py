@@ -10,11 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # it has no public nam
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from chainfed_ray.budget.demand import MemoryProfile, PartMemory, StepMemory
+from chainfed_ray.budget.demand import MemoryProfile, PartMemory, StepMemory, largest_of
 from chainfed_ray.model.adapters import Adapter, Head
-from chainfed_ray.model.blocks import Blocks, LayerCall
+from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.lm_head import next_token_loss
 from chainfed_ray.model.trace import Prepare, polynomial_of, trace_memory, with_blank_weights
+from chainfed_ray.model.trunk import LayerCall
 from chainfed_ray.streaming.activations import overwrite_activations
 from chainfed_ray.streaming.matrices import SLICE_BYTES
 
@@ -36,9 +37,7 @@ def memory_profile_of(blocks: Blocks, bottleneck: int, classes: int | None, head
 
     def step(activations_offloaded: bool) -> StepMemory:
         return StepMemory(
-            layer=trace_memory(
-                parts.layer(activations_offloaded), width, blocks.dtype, activations_offloaded=activations_offloaded
-            ),
+            layer=_of_layers(parts, activations_offloaded),
             head=trace_memory(parts.head, width, blocks.dtype, activations_offloaded=activations_offloaded),
             **_of_adapters(width, blocks.dtype, bottleneck, activations_offloaded),
         )
@@ -60,7 +59,7 @@ def memory_profile_of(blocks: Blocks, bottleneck: int, classes: int | None, head
         streamed_head=classes is None,
         kept=step(activations_offloaded=False),
         activations_offloaded=step(activations_offloaded=True),
-        advance=trace_memory(parts.layer(activations_offloaded=False), width, blocks.dtype, gradients=False),
+        advance=_of_layers(parts, activations_offloaded=False, gradients=False),
         advance_adapter=_advancing(width, blocks.dtype, bottleneck),
     )
 
@@ -75,6 +74,23 @@ def with_bottleneck(memory: MemoryProfile, dtype: torch.dtype, bottleneck: int) 
             memory.activations_offloaded, **_of_adapters(memory.hidden, dtype, bottleneck, activations_offloaded=True)
         ),
         advance_adapter=_advancing(memory.hidden, dtype, bottleneck),
+    )
+
+
+def _of_layers(parts: "Parts", activations_offloaded: bool, gradients: bool = True) -> PartMemory:
+    """The memory of whichever layer holds the most: a layer of each kind is traced."""
+    blocks = parts.blocks
+    return largest_of(
+        [
+            trace_memory(
+                parts.layer(activations_offloaded, index),
+                blocks.hidden_size,
+                blocks.dtype,
+                gradients=gradients,
+                activations_offloaded=activations_offloaded,
+            )
+            for index in blocks.kinds
+        ]
     )
 
 
@@ -113,16 +129,16 @@ class Parts:
     classes: int | None
     head_layers: int
 
-    def layer(self, activations_offloaded: bool) -> Prepare:
-        """Makes the largest layer of the base model."""
-        return lambda fake, batch, tokens: self._layer(fake, batch, tokens, activations_offloaded)
+    def layer(self, activations_offloaded: bool, index: int = 0) -> Prepare:
+        """Makes a layer of the base model."""
+        return lambda fake, batch, tokens: self._layer(fake, batch, tokens, activations_offloaded, index)
 
     def _layer(
-        self, fake: FakeTensorMode, batch: int, tokens: int, activations_offloaded: bool
+        self, fake: FakeTensorMode, batch: int, tokens: int, activations_offloaded: bool, index: int
     ) -> Callable[[Tensor], Tensor]:
-        real = self.blocks.calls(padded(batch, tokens))[0]
+        real = self.blocks.calls(padded(batch, tokens))[index]
         call = LayerCall(*tree_map(lambda it: fake.from_tensor(it) if isinstance(it, Tensor) else it, tuple(real)))
-        layer = with_blank_weights(self.blocks.largest_layer, fake)
+        layer = with_blank_weights(self.blocks.blank_layers[index], fake)
         if activations_offloaded:
             overwrite_activations(layer)
         return lambda hidden: self.blocks.run(layer, hidden, call)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Batch
 from chainfed_ray.model.adapters import Adapted
-from chainfed_ray.model.blocks import Blocks, LayerCall
+from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import LayerStates, no_features
+from chainfed_ray.model.trunk import LayerCall
 
 
 def embed(blocks: Blocks, batch: Batch) -> tuple[LayerStates, list[LayerCall]]:

@@ -29,9 +29,9 @@ from chainfed_ray.budget.planner import PREFIX_BATCH, WeightPlacement
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.features import FeatureWriter, PooledFeatures
 from chainfed_ray.model.forward import embed, through_adapter, through_layer
 from chainfed_ray.model.pooling import LayerStates, mean_over_tokens
+from chainfed_ray.streaming.features import FeatureWriter, PooledFeatures
 from chainfed_ray.streaming.matrices import RowSlices
 
 

@@ -14,8 +14,8 @@ from chainfed_ray.data.targets import chat_ids, prompt_ids
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.adapters import Adapter, AdapterStack
-from chainfed_ray.model.blocks import find_layers
 from chainfed_ray.model.saved_stack import SavedStack
+from chainfed_ray.model.trunk import find_layers
 from chainfed_ray.serving.detokenizer import Detokenizer
 
 MOST_TOKENS = 256  # the limit of a text's tokens where the caller gives none

@@ -28,10 +28,11 @@ from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.adapters import Adapter, Head
-from chainfed_ray.model.blocks import find_layers
 from chainfed_ray.model.pooling import LayerStates, append_pooled, no_features
 from chainfed_ray.model.saved_stack import ADAPTERS, HEAD, HEADS, PEFT_TYPE
+from chainfed_ray.model.trunk import TOKENS_FIRST, find_layers, text_part
 from chainfed_ray.record import VERSION
 
 _PREFIX = "chainfed_"
@@ -49,6 +50,12 @@ class SequenceClassifier(nn.Module):
         self.base = base
         self.head = _NoHead()
         self._layers_path = find_layers(base, type(base).__name__)
+        self._reader_path = text_part(base)
+        config: Any = base.get_submodule(self._reader_path).config
+        layers: Any = base.get_submodule(self._layers_path)
+        if config.model_type in TOKENS_FIRST or len(layers) != config.num_hidden_layers:
+            # XLNet has tokens before examples; ALBERT's layers are one module, which would have one adapter for all its uses.
+            raise UnsupportedModel(type(base).__name__, "PEFT cannot put adapters between its layers; the service can")
 
     @classmethod
     def from_folder(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "SequenceClassifier":
@@ -73,7 +80,9 @@ class SequenceClassifier(nn.Module):
         # trained with.
         hooks = [layer.register_forward_hook(keep) for layer in layers]
         try:
-            self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            self.base.get_submodule(self._reader_path)(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            )
         finally:
             for hook in hooks:
                 hook.remove()

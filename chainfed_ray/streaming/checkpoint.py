@@ -6,6 +6,7 @@ Files are never memory-mapped: the pages of a mapping stay resident, and count a
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +29,14 @@ _DTYPES = {
 }
 
 
-class _Entry(NamedTuple):
+class _Range(NamedTuple):
     file: int  # file descriptor
     start: int  # byte offset in the file
+    size: int  # bytes
+
+
+class _Entry(NamedTuple):
+    ranges: tuple[_Range, ...]  # where the tensor's bytes are, in their order
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -43,7 +49,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._entries: dict[str, _Entry] = {}
         self._files: list[int] = []
         try:
@@ -62,7 +68,7 @@ class Checkpoint:
         """A whole tensor. Floating-point tensors are cast to ``dtype``, others keep theirs."""
         entry = self._entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        self._fill(tensor, entry.file, entry.start)
+        self._fill(tensor, entry, 0)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     def rows(self, name: str, indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,7 +83,7 @@ class Checkpoint:
         table = torch.empty((len(indices), *entry.shape[1:]), dtype=entry.dtype)
         stride = table[0].nbytes if len(indices) else 0
         for row, index in zip(table, indices.tolist(), strict=True):
-            self._fill(row, entry.file, entry.start + index * stride)
+            self._fill(row, entry, index * stride)
         return table.to(dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -108,8 +114,31 @@ class Checkpoint:
         """
         entry, stride = self._entries[name], self.row_bytes(name)
         rows = buffer[: count * stride]
-        self._fill(rows, entry.file, entry.start + first * stride)
+        self._fill(rows, entry, first * stride)
         return rows.view(entry.dtype).view(count, *entry.shape[1:]).to(dtype)
+
+    def join(self, name: str, parts: Sequence[str], shape: tuple[int, ...]) -> None:
+        """Call the numbers of several tensors, one after the other, a tensor ``name`` of this ``shape``.
+
+        Raises:
+            UnsupportedModel: the tensors have several dtypes, or another number of elements.
+        """
+        entries = [self._entries[part] for part in parts]
+        found = sum(math.prod(entry.shape) for entry in entries)
+        if len({entry.dtype for entry in entries}) > 1 or found != math.prod(shape):
+            wanted = f"{name} has the shape {list(shape)}, and its {len(parts)} parts in the checkpoint do not fill it"
+            raise UnsupportedModel(str(self.folder), wanted)
+        ranges = tuple(place for entry in entries for place in entry.ranges)
+        self._entries[name] = _Entry(ranges, shape, entries[0].dtype)
+
+    def matrix(self, name: str, index: int) -> str:
+        """The name of one matrix [N, K] of a tensor [E, N, K]."""
+        whole, one = self._entries[name], f"{name}[{index}]"
+        if one not in self._entries:
+            size = self.stored_bytes(name) // whole.shape[0]
+            places = tuple(_within(whole.ranges, index * size, size))
+            self._entries[one] = _Entry(places, whole.shape[1:], whole.dtype)
+        return one
 
     def close(self) -> None:
         """Close the files."""
@@ -137,16 +166,33 @@ class Checkpoint:
                 raise UnsupportedModel(str(path), f"{name} has the dtype {item['dtype']}, which is not supported")
             if 8 + length + end > size:
                 raise UnsupportedModel(str(path), f"truncated: {name} ends beyond the file")
-            self._entries[name] = _Entry(file, 8 + length + start, tuple(item["shape"]), _DTYPES[item["dtype"]])
+            place = _Range(file, 8 + length + start, end - start)
+            self._entries[name] = _Entry((place,), tuple(item["shape"]), _DTYPES[item["dtype"]])
 
-    def _fill(self, tensor: Tensor, file: int, start: int) -> None:
+    def _fill(self, tensor: Tensor, entry: _Entry, start: int) -> None:
+        """Read the bytes of ``tensor`` from the byte ``start`` of an entry on."""
         view = memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
+        for file, first, size in _within(entry.ranges, start, len(view)):
+            self._read_into(view[:size], file, first)
+            view = view[size:]
+
+    def _read_into(self, view: memoryview, file: int, start: int) -> None:
         done = 0
         while done < len(view):
             count = os.preadv(file, [view[done:]], start + done)
             if count == 0:
-                raise UnsupportedModel(str(self._folder), "the checkpoint got shorter while it was being read")
+                raise UnsupportedModel(str(self.folder), "the checkpoint got shorter while it was being read")
             done += count
+
+
+def _within(ranges: tuple[_Range, ...], start: int, size: int) -> Iterator[_Range]:
+    """The parts of ``ranges`` that hold ``size`` bytes, from the byte ``start`` of all of them on."""
+    for file, first, length in ranges:
+        if start < length and size > 0:
+            part = min(length - start, size)
+            yield _Range(file, first + start, part)
+            size -= part
+        start = max(start - length, 0)
 
 
 def _shards(folder: Path) -> list[Path]:

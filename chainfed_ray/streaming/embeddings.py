@@ -24,6 +24,9 @@ class RowTable(nn.Embedding):
         table.__class__ = type(own.__name__, (cls,) if own is nn.Embedding else (own, cls), {})
         for name, value in (("_checkpoint", checkpoint), ("_source", source), ("enabled", True)):
             object.__setattr__(table, name, value)
+        # Some families look at the device of a table before they use it. One that reads the table itself gets no numbers.
+        blank = torch.full((), torch.nan, dtype=table.weight.dtype).expand(table.weight.shape)
+        table.weight = nn.Parameter(blank, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids of any shape → rows [..., D]."""
@@ -35,5 +38,9 @@ class RowTable(nn.Embedding):
 
 
 def embedding_tables(model: nn.Module) -> list[tuple[str, nn.Embedding]]:
-    """Every embedding table of a model, with its name."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    """Every embedding table of which a model looks up rows, with its name.
+
+    DeBERTa's table of relative positions is none: each layer is given the whole of it.
+    """
+    tables = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return [(name, table) for name, table in tables if not name.endswith("rel_embeddings")]

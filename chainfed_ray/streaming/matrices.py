@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from chainfed_ray.streaming.checkpoint import Checkpoint
 
 SLICE_BYTES = 4 * 2**20
+_REMEMBERED = 2**14  # pairs of matrices whose successor is known; experts come in many orders
 
 
 class _Piece(NamedTuple):
@@ -60,6 +61,8 @@ class SliceReader:
 
     def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """See ``RowSlices``. The slices need no gradient."""
+        if len(self._followed) >= _REMEMBERED:
+            self._followed.clear()
         self._followed[self._before, self._present] = name
         self._before, self._present = self._present, name
         pieces = self._pieces(name)
@@ -144,25 +147,40 @@ class StreamedLinear(nn.Module):
         product: Tensor = _Product.apply(inputs, self)  # type: ignore[no-untyped-call]
         return product
 
-    def multiply(self, flat: Tensor, product: Tensor, backward: bool) -> None:
-        """Compute ``product`` [M, N] = ``flat`` [M, K] · matrixᵀ + bias or, for ``backward``, [M, K] = [M, N] · matrix."""
-        # A slice of the matrix's rows is multiplied with some columns of ``flat``, or gives some columns of ``product``.
-        if self.transposed == backward:
-            for first, rows in self.source.slices(self.name):
-                columns = product[:, first : first + len(rows)]
-                if backward or self.bias is None:
-                    torch.mm(flat, rows.T, out=columns)
-                else:
-                    torch.addmm(self.bias[first : first + len(rows)], flat, rows.T, out=columns)
-            return
-        for first, rows in self.source.slices(self.name):
-            columns = flat[:, first : first + len(rows)]
-            if first > 0:
-                product.addmm_(columns, rows)
-            elif backward or self.bias is None:
-                torch.mm(columns, rows, out=product)
+
+def multiply(
+    source: RowSlices, name: str, flat: Tensor, product: Tensor, by_columns: bool, bias: Tensor | None = None
+) -> None:
+    """Compute ``product`` = ``flat`` · matrixᵀ (+ ``bias``) if ``by_columns``, or else ``flat`` · matrix (+ ``bias``).
+
+    The matrix, called ``name`` in ``source``, is read by slices of its rows. In the first case a slice gives some columns of
+    ``product``; in the second it is multiplied with some columns of ``flat``.
+    """
+    for first, rows in source.slices(name):
+        if by_columns:
+            columns = product[:, first : first + len(rows)]
+            if bias is None:
+                torch.mm(flat, rows.T, out=columns)
             else:
-                torch.addmm(self.bias, columns, rows, out=product)
+                torch.addmm(bias[first : first + len(rows)], flat, rows.T, out=columns)
+            continue
+        columns = flat[:, first : first + len(rows)]
+        if first > 0:
+            product.addmm_(columns, rows)
+        elif bias is None:
+            torch.mm(columns, rows, out=product)
+        else:
+            torch.addmm(bias, columns, rows, out=product)
+
+
+class _OnlyForm(Tensor):
+    """Stands in the place of a streamed matrix. A family may look at its dtype, shape and device, but use no number of it."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__ not in ("__get__", "size", "dim"):
+            raise TypeError(f"{function.__name__} of a matrix that is streamed")
+        return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 class _Product(torch.autograd.Function):
@@ -180,7 +198,8 @@ class _Product(torch.autograd.Function):
 def _multiplied(layer: StreamedLinear, given: Tensor, width: int, wanted: int, backward: bool) -> Tensor:
     """[..., ``width``] → [..., ``wanted``]. The result is not a view, because the base model may change it in place."""
     result = given.new_empty(*given.shape[:-1], wanted)
-    layer.multiply(given.reshape(-1, width), result.view(-1, wanted), backward)
+    flat, bias = given.reshape(-1, width), None if backward else layer.bias
+    multiply(layer.source, layer.name, flat, result.view(-1, wanted), layer.transposed == backward, bias)
     return result
 
 
@@ -198,6 +217,7 @@ def stream_matrices(layer: nn.Module, prefix: str, source: RowSlices, names: "So
             name = names(f"{prefix}{path}.weight")
             count, width = module.weight.shape
             streamed = StreamedLinear(source, name, (count, width), module.bias is not None, isinstance(module, Conv1D))
+            streamed.weight = torch.empty((), dtype=module.weight.dtype).expand(count, width).as_subclass(_OnlyForm)
             layer.set_submodule(path, streamed)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from chainfed_ray.errors import InvalidJob
@@ -40,6 +41,19 @@ def without_layer(index: int) -> Break:
     return change
 
 
+def with_a_number(number: float) -> Break:
+    """Put a number into a matrix of layer 2."""
+
+    def change(folder: Path) -> None:
+        path = next(folder.glob("*.safetensors"))
+        tensors = load_file(path)
+        name = next(name for name in tensors if name.endswith("layer.2.output.dense.weight"))
+        tensors[name][-1, -1] = number
+        save_file(tensors, path, {"format": "pt"})
+
+    return change
+
+
 CODE = "raise SystemExit('the code of a model was run')"
 
 
@@ -64,9 +78,11 @@ def with_a_broken_index(folder: Path) -> None:
         (configured(num_hidden_layers=5), "its checkpoint has no tensor encoder.layer.4"),
         (configured(intermediate_size=96), r"its configuration has \[96, 32\] for .*, and its checkpoint \[64, 32\]"),
         (configured(num_hidden_layers="six"), "num_hidden_layers"),
-        (configured(model_type="no-such-type"), "no-such-type"),
+        (configured(model_type="no-such-type"), "does not know its type 'no-such-type'"),
         (configured(model_type=None), "model_type"),
-        (with_code, "custom code"),
+        (with_a_number(torch.nan), r"layer.2.output.dense.weight has weights that are no numbers"),
+        (with_a_number(-torch.inf), r"layer.2.output.dense.weight has weights that are no numbers"),
+        (with_code, "does not know its type 'theirs'; code of the model's own is never run"),
         (written("config.json", "[]"), "a model that can be streamed"),
         (written("config.json", "{"), "config.json"),
         (written("model.safetensors", "version https://git-lfs.github.com/spec/v1"), "a model that can be streamed"),

@@ -23,13 +23,13 @@ from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.lm_head import logits_by_slices, next_token_loss, next_token_scores
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.matrices import SliceReader
-from tests.models import tiny_causal_model
+from tests.models import MIXTURES, tiny_causal_model
 
-TIED = ("llama", "gpt2", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "granite")
-UNTIED = ("llama", "gpt2", "qwen2", "mistral", "phi", "phi3", "gptj")
+TIED = ("llama", "gpt2", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma3", "cohere", "granite")
+UNTIED = ("llama", "gpt2", "qwen2", "mistral", "phi", "phi3", "gptj", *MIXTURES)
 DECODERS = [*((family, True) for family in TIED), *((family, False) for family in UNTIED)]
 # Ours makes logits of the products in float32; theirs in bfloat16, with a rounding or three.
-ROUNDS = {"gemma2", "gemma3_text", "cohere", "granite"}
+ROUNDS = {"gemma2", "gemma3_text", "gemma3", "cohere", "granite"}
 LENGTHS = (9, 2, 7, 1, 9)
 every_decoder = pytest.mark.parametrize(
     ("family", "tied"), DECODERS, ids=[f"{family}-{'tied' if tied else 'untied'}" for family, tied in DECODERS]

@@ -168,7 +168,7 @@ def test_scores_are_those_of_the_whole_logits(data: st.DataObject, step: int, fo
         assert right[row] == (before.argmax(1) == wanted).sum()
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "xlnet"])
 def test_a_model_without_a_language_head_is_refused(family: str, tmp_path: Path) -> None:
     blocks = Blocks(tiny(family, tmp_path), torch.float32)
     with pytest.raises(UnsupportedModel, match="no head of a language model"):

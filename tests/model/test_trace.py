@@ -79,7 +79,8 @@ def assert_told(prepare: Prepare, real: Real, dtype: torch.dtype, activations_of
 KEPT_32, SPILLED_16 = (torch.float32, False), (torch.bfloat16, True)
 KEPT_16, SPILLED_32 = (torch.bfloat16, False), (torch.float32, True)
 CASES = [(family, *way) for family in FAMILIES for way in (KEPT_32, SPILLED_16)]
-CASES += [(family, *way) for family in ("bert", "llama") for way in (KEPT_16, SPILLED_32)]
+CASES += [(family, *way) for family in ("bert", "llama", "mixtral") for way in (KEPT_16, SPILLED_32)]
+CASES += [(family, *way) for family in ("gpt_oss", "xlnet", "t5", "deberta-v2") for way in (KEPT_32, SPILLED_32)]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.errors import CorruptCommit
+from chainfed_ray.errors import CorruptCommit, UnsupportedModel
 from chainfed_ray.model.saved_stack import load_stack, save_stack
 from chainfed_ray.serving.peft_method import ChainFedLayer, SequenceClassifier
 from tests.models import FAMILIES, a_saved_stack, class_logits, tiny
@@ -35,7 +35,7 @@ def ask(model: PeftModel, **options: object) -> torch.Tensor:
     return answer
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, "deberta-v2", "t5", "bart", "mixtral"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tiny(request.param, tmp_path / "base")
 
@@ -61,6 +61,12 @@ def test_saved_by_peft_is_what_we_save(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     again = load_stack(tmp_path / "theirs")
     assert again.config() == a_saved_stack(folder).config()
+
+
+@pytest.mark.parametrize("family", ["albert", "xlnet"])
+def test_layers_that_peft_cannot_tell_apart_are_refused(family: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="PEFT cannot put adapters between its layers; the service can"):
+        SequenceClassifier.from_folder(tiny(family, tmp_path))
 
 
 def test_only_the_chain_has_adapters(bert: Path, tmp_path: Path) -> None:

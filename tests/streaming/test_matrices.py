@@ -2,8 +2,6 @@
 
 import os
 import threading
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.matrices import SliceReader, StreamedLinear
 from tests.models import FAMILIES, tiny
-from tests.watching import tensors_alive
+from tests.watching import CountedSlices, tensors_alive
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 SHAPES = {"a": (7, 5), "b": (1, 3), "c": (12, 16), "d": (9, 1)}
@@ -190,20 +188,8 @@ def test_the_gradient_is_that_of_the_function(transposed: bool, bias: bool, tmp_
     assert torch.autograd.gradcheck(streamed, (inputs,))
 
 
-class Counted:
-    """A reader that counts the slices of each matrix."""
-
-    def __init__(self, reader: SliceReader) -> None:
-        self.reader, self.counts = reader, Counter[str]()
-
-    def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        for piece in self.reader.slices(name):
-            self.counts[name] += 1
-            yield piece
-
-
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2", "albert", "t5", "bart"])
 def test_a_streamed_layer_is_the_resident_one(family: str, shards: bool, tmp_path: Path) -> None:
     folder = tiny(family, tmp_path / "single")
     if shards:
@@ -211,7 +197,7 @@ def test_a_streamed_layer_is_the_resident_one(family: str, shards: bool, tmp_pat
         folder = tmp_path / "shards"
         assert len(list(folder.glob("*.safetensors"))) > 1
     blocks = Blocks(folder, torch.float32)
-    source = Counted(SliceReader(Checkpoint(folder), torch.float32, slice_bytes=512))
+    source = CountedSlices(blocks.reader(slice_bytes=512))
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     call = blocks.calls(mask)[1]
     found = []
@@ -225,6 +211,8 @@ def test_a_streamed_layer_is_the_resident_one(family: str, shards: bool, tmp_pat
     assert min(source.counts.values()) >= 2 * 4, "forward and backward, in several slices"
     assert not any(isinstance(module, nn.Linear | Conv1D) for module in layer.modules())
     resident = [*layer.parameters(), *layer.buffers()]
-    assert sum(tensor.nbytes for tensor in resident) == blocks.unstreamed_bytes < blocks.layer_bytes / 20
+    # T5's first layer, its largest, has a table of positions besides.
+    assert sum(tensor.nbytes for tensor in resident) <= blocks.unstreamed_bytes < blocks.layer_bytes / 15
+    assert family == "t5" or sum(tensor.nbytes for tensor in resident) == blocks.unstreamed_bytes
     assert all(tensor.dim() == 1 and not tensor.requires_grad for tensor in resident)
     source.reader.close()

@@ -1,0 +1,89 @@
+"""Finds the parameters of a model in its checkpoint, by the rules of transformers' own loading.
+
+A checkpoint may have other names than the model: a prefix, the names of an older version, or a tensor for each expert where the
+model has one for all. Transformers knows these forms, and its rules are used here to find tensors, not to load them. Experts'
+tensors are joined: their bytes, one after the other, are the model's parameter.
+"""
+
+from typing import Any, cast
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from chainfed_ray.errors import UnsupportedModel
+from chainfed_ray.streaming.checkpoint import Checkpoint
+
+
+class StoredNames:
+    """The checkpoint's name of each parameter of ``model``, which may be on the meta device.
+
+    A parameter that the checkpoint holds in parts is joined in ``checkpoint`` when it is asked for.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        rules = get_model_conversion_mapping(model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._rules = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tied: dict[int, list[str]] = {}  # the names of one parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            tied.setdefault(id(parameter), []).append(name)
+        self._same = {name: names for names in tied.values() if len(names) > 1 for name in names}
+        self._names: dict[str, str] = {}
+        self._parts: dict[str, dict[str, list[str]]] = {}  # of a parameter, by the pattern that their names match
+        for stored in sorted(checkpoint.names, key=dot_natural_key):
+            name, pattern = rename_source_key(
+                stored, renamings, converters, model.base_model_prefix, cast(Any, self._shapes)
+            )
+            if pattern is not None:
+                self._parts.setdefault(name, {}).setdefault(pattern, []).append(stored)
+            else:
+                self._names[name] = stored
+
+    def find(self, name: str) -> str | None:
+        """The checkpoint's name for a parameter, or None.
+
+        Raises:
+            UnsupportedModel: the checkpoint has it in a form that cannot be read by byte ranges.
+        """
+        if name not in self._names and name in self._parts:
+            self._names[name] = self._joined(name, self._parts[name])
+        return next((self._names[same] for same in (name, *self._same.get(name, ())) if same in self._names), None)
+
+    def _joined(self, name: str, parts: dict[str, list[str]]) -> str:
+        rule = self._rules[next(iter(parts))]
+        found = [parts.get(pattern, []) for pattern in rule.source_patterns]
+        if len({len(names) for names in found}) > 1:
+            raise UnsupportedModel(str(self._checkpoint.folder), f"its checkpoint lacks parts of {name}")
+        order = _order(rule, found)
+        if order is None:
+            steps = " and ".join(type(step).__name__ for step in rule.operations)
+            wanted = (
+                f"its checkpoint has {name} in another form ({steps} would be needed), which chainfed-ray does not read"
+            )
+            raise UnsupportedModel(str(self._checkpoint.folder), wanted)
+        self._checkpoint.join(f"{name} (joined)", order, self._shapes[name])
+        return f"{name} (joined)"
+
+
+def _order(rule: WeightConverter, parts: list[list[str]]) -> list[str] | None:
+    """Stored tensors in the order of their parameter's bytes, or None if the rule would move bytes within a tensor.
+
+    ``parts`` has a list for each of the rule's patterns, such as all experts' gates and all experts' ups.
+    """
+    steps = [(type(step), getattr(step, "dim", None)) for step in rule.operations]
+    if steps == [(MergeModulelist, 0), (Concatenate, 1)]:
+        return [name for expert in zip(*parts, strict=True) for name in expert]
+    if steps in ([(MergeModulelist, 0)], [(Concatenate, 0)]):
+        return [name for names in parts for name in names]
+    return None
