@@ -17,7 +17,7 @@ COPY chainfed_ray chainfed_ray
 COPY cluster cluster
 COPY api api
 RUN pip install --no-cache-dir --no-deps .
-RUN python3 -c "from pathlib import Path; from chainfed_ray.api.serve.front_door import write_launcher; write_launcher(Path('/opt/chainfed/bin/chainfed-haproxy'))"
+RUN python3 -c "from pathlib import Path; from chainfed_ray.api.serve.haproxy import write_launcher; write_launcher(Path('/opt/chainfed/bin/chainfed-haproxy'))"
 # DeepSpeed's libraries are compiled where the compiler is, and kept for the next build: they change with the packages and the C library.
 RUN --mount=type=cache,target=/var/cache/chainfed CHAINFED_EXTENSIONS="/var/cache/chainfed/$(ldd --version | awk 'NR == 1 {print $NF}')" python3 -c "\
 from pathlib import Path; from shutil import copytree; from chainfed_ray.cluster.offload.build import build_ops, ops_folder; \

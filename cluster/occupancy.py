@@ -4,6 +4,7 @@ Ray says that an actor is dead as soon as it has asked for that. Its process may
 """
 
 import fcntl
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +15,8 @@ def occupy(folder: Path) -> BinaryIO:
     """Make ``folder``, and hold it, with any number of others, until the file returned is closed or this process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / _LOCK).open("ab")
-    fcntl.flock(lock, fcntl.LOCK_SH)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_SH)
     return lock
 
 
@@ -23,8 +25,8 @@ def is_free(folder: Path) -> bool:
     try:
         with (folder / _LOCK).open("rb+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
     except BlockingIOError:
         return False
+    except OSError:  # nobody has made it, or its file system has no locks
+        return True
     return True

@@ -1,7 +1,7 @@
 """A Python client of the REST API, for the command line and for users' own programs."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from time import monotonic, sleep
 from typing import Any, NoReturn
 
@@ -48,9 +48,20 @@ class ServiceClient:
         """Close the connections."""
         self._http.close()
 
-    def ready(self) -> JsonObject:
-        """The health of each part of the service. Raises ``ServiceUnavailable`` unless every part works."""
-        return self._ask("GET", "/readyz")
+    def ready(self, but: Collection[str] = ()) -> JsonObject:
+        """The health of each part of the service. Raises ``ServiceUnavailable`` unless every part ``but`` these works."""
+        try:
+            health: JsonObject = self._http.get("/readyz").json()
+            wrong = [
+                f"{part}: {state}" for part, state in health["checks"].items() if state != "ok" and part not in but
+            ]
+        except httpx.TransportError as error:
+            raise ServiceUnavailable(self._address, _words(error)) from None
+        except (ValueError, KeyError, TypeError):
+            raise ServiceUnavailable(self._address, "no part of it answers") from None
+        if wrong:
+            raise ServiceUnavailable(self._address, "; ".join(wrong))
+        return health
 
     def submit(self, document: JsonObject, listen: Listener = no_listener) -> JsonObject:
         """Let the service check the job ``document``, and queue it. Returns the queued job.

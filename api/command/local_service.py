@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError
 
 from chainfed_ray.activity import Activity, Listener, no_listener
 from chainfed_ray.api.command.service_process import READY_SECONDS, STOP, Ready, address_of, run
-from chainfed_ray.api.serve.front_door import environment as front_door
+from chainfed_ray.api.serve.haproxy import environment as haproxy
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
@@ -158,7 +158,7 @@ class LocalService:
         """Ray's own settings. Each start has other ports, since any program may have taken one of the last start's."""
         return {
             _OWNER: str(self._settings.storage.root),
-            **front_door(self._private),
+            **haproxy(self._private),
             # Draining gives load balancers time to notice that a machine stops. Here there is only one machine.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a lost HAProxy is noticed by the third check

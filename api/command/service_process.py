@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -74,7 +75,8 @@ def _heed(owner: "Connection[Any, Any]", stop: Event) -> None:
         owner.recv()
     except (EOFError, OSError):
         for process in psutil.Process().children(recursive=True):
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         os._exit(1)
     stop.set()
 
@@ -97,7 +99,7 @@ def _wait_until_ready(address: str) -> None:
     try:
         while True:
             try:
-                client.ready()
+                client.ready(but=("database", "storage"))  # while it runs, these are waited for
                 return
             except ChainFedError as error:
                 if monotonic() > ends:

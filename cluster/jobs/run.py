@@ -9,7 +9,7 @@ from typing import Any
 
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
-from chainfed_ray.cluster.jobs.engine import NO_ANSWER
+from chainfed_ray.cluster.jobs.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.jobs.engine import open_database
+from chainfed_ray.cluster.jobs.database import open_database
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
 from chainfed_ray.record import VERSION
 from chainfed_ray.spec.job import JobSpec

@@ -128,7 +128,7 @@ def wait_for_rounds(service: Running, document: dict[str, Any], rounds: int) -> 
     """The job that runs, as soon as it has finished so many further rounds; a new one if there is none with as many left."""
     newest = service.client.jobs(limit=1)
     before = len(CommitLog(service.storage / "jobs" / newest[0]["id"]).rounds()) if newest else ROUNDS
-    if before + rounds + 1 > ROUNDS:
+    if before + rounds + 5 > ROUNDS:
         if newest:
             list(service.client.follow(newest[0]["id"]))
         newest, before = [service.client.submit({**document, "name": "hurt"})], 0

@@ -1,4 +1,4 @@
-"""Runs HAProxy, the service's front door, with the answers of our API where Ray Serve's configuration has others.
+"""Runs HAProxy, in front of the service, with the answers of our API where Ray Serve's configuration has others.
 
 Ray writes HAProxy's configuration, and starts the program that ``RAY_SERVE_HAPROXY_BINARY_PATH`` names. That program is this
 file: it rewrites the configuration and becomes HAProxy. So a request that reaches no replica is answered as any other error
@@ -76,15 +76,18 @@ def rewritten(configuration: str, folder: Path) -> str:
 
 def answer(status: HTTPStatus) -> str:
     """The whole answer, as HTTP."""
+    slug = status.phrase.lower().replace(" ", "-")
+    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
     body = json.dumps(
         {
-            "type": f"urn:chainfed:problem:{status.phrase.lower().replace(' ', '-')}",
+            "type": f"urn:chainfed:problem:{slug}",
             "title": status.phrase.capitalize(),
             "status": status.value,
             "detail": _DETAILS[status],
             "instance": "",
             "request_id": "",
             "errors": [],
+            "error": {"message": _DETAILS[status], "type": kind, "param": None, "code": slug.replace("-", "_")},
         }
     )
     head = [

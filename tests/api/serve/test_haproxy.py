@@ -1,4 +1,4 @@
-"""Promises of the front door: what is no answer of a replica is one of the API all the same, and it goes with who opened it."""
+"""Promises of HAProxy: what no replica answers is answered as the API does all the same, and it ends with who started it."""
 
 import os
 import re
@@ -15,7 +15,7 @@ import pytest
 
 from chainfed_ray.api.command.local_service import free_port
 from chainfed_ray.api.rest.schemas import ProblemDetails
-from chainfed_ray.api.serve.front_door import environment
+from chainfed_ray.api.serve.haproxy import environment
 from tests.project import ROOT
 from tests.watching import wait_for
 
@@ -72,7 +72,7 @@ def test_nothing_that_ray_says_of_routes_is_left(private: Path) -> None:
     """Its configuration is text, which the next Ray may write in other words."""
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-    from chainfed_ray.api.serve.front_door import rewritten
+    from chainfed_ray.api.serve.haproxy import rewritten
 
     before = HAPROXY_CONFIG_TEMPLATE
     after = rewritten(before, private)

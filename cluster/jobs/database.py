@@ -32,7 +32,7 @@ def open_database(url: str, existing: bool) -> Engine:
         parsed = make_url(url)
         file = _sqlite_file(parsed)
         engine = create_engine(_of_existing(parsed) if file else parsed, pool_pre_ping=True)
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ValueError) as error:  # ValueError: of the port
         shown = url.rpartition("@")[2]  # the part before may contain a password
         raise InvalidSetting(
             "CHAINFED_DATABASE", shown, f"an SQLAlchemy URL with its driver installed ({error})"
