@@ -2,7 +2,7 @@
 
 Memory is one of Ray's own resources. Two custom resources choose the machines: a machine has a ``client_slot`` for each client
 that it may run at a time, and a ``coordinator_slot`` for each job that it may coordinate. A cluster's head has neither, so no
-actor of ours runs there.
+actor of ours runs there. A third, ``only_machine``, marks a cluster that is one machine: nobody asks for it.
 """
 
 import shlex
@@ -14,6 +14,7 @@ from chainfed_ray.device.peak import ENVIRONMENT
 
 CLIENT_SLOT = "client_slot"
 COORDINATOR_SLOT = "coordinator_slot"
+ONLY_MACHINE = "only_machine"
 
 # The memory of a client's process before a client uses it: 450 MiB (`python -m benchmarks idle`), and a margin. 157 MiB of it
 # are pages of libraries' files, which the processes of a machine share.
@@ -66,4 +67,4 @@ def evaluation_resources(planned_bytes: int) -> dict[str, float]:
 
 def one_machine_resources(client_slots: int, parallel_jobs: int) -> dict[str, float]:
     """The custom resources of a cluster that is a single machine."""
-    return {CLIENT_SLOT: client_slots, COORDINATOR_SLOT: parallel_jobs + 1}
+    return {CLIENT_SLOT: client_slots, COORDINATOR_SLOT: parallel_jobs + 1, ONLY_MACHINE: 1}

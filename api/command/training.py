@@ -41,7 +41,8 @@ def train(
     """Train a job, or the rest of it, and save its model in ``folder``."""
     log = CommitLog(folder)
     done = len(log.rounds())
-    with on_local_ray(settings, progress.listen) as pool:
+    memories = [group.memory for group in spec.fleet.clients]
+    with on_local_ray(settings, progress.listen, memories) as pool:
         records = run_job(spec, folder, pool=pool, evaluation=server_evaluation, listen=progress.listen)
         with closing(records):
             for record in records:

@@ -14,9 +14,11 @@ from chainfed_ray.spec.job import JobSpec
 @ray.remote(max_retries=1)
 def _problems(spec: JobSpec) -> list[Problem]:
     # It imports torch and transformers, which the caller's process need not load.
+    from chainfed_ray.cluster.pool.placement import check_memories
     from chainfed_ray.federation.prepare import prepare_job
 
     try:
+        check_memories([group.memory for group in spec.fleet.clients])
         prepare_job(spec, Path())  # preparing writes nothing into the scratch folder
     except InvalidJob as error:
         return _plain(error)

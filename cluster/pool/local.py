@@ -1,6 +1,6 @@
 """Pools on a Ray cluster of this process alone, for as long as a block runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from chainfed_ray.activity import Listener, Note, no_listener
@@ -12,10 +12,13 @@ from chainfed_ray.model.source import ModelSource
 
 
 @contextmanager
-def on_local_ray(settings: Settings, listen: Listener = no_listener) -> Iterator[MakePool]:
+def on_local_ray(
+    settings: Settings, listen: Listener = no_listener, memories: Sequence[int] = ()
+) -> Iterator[MakePool]:
     """Give what makes a ``RayPool``. It starts Ray when it is first called, so that a job that cannot run starts nothing.
 
-    Nothing may have imported Ray before (see ``local_ray``).
+    Nothing may have imported Ray before (see ``local_ray``). ``memories`` are those of the job's classes of clients, in bytes:
+    one that this machine can never give is an ``InvalidJob``.
     """
     with ExitStack() as until_done:
         started = False
@@ -25,8 +28,10 @@ def on_local_ray(settings: Settings, listen: Listener = no_listener) -> Iterator
             if not started:
                 until_done.enter_context(local_ray(settings, {}, listen))
                 started = True
+            from chainfed_ray.cluster.pool.placement import check_memories
             from chainfed_ray.cluster.pool.ray_pool import RayPool
 
+            check_memories(memories)
             return RayPool(source, settings.client_slots, note)
 
         yield make

@@ -18,6 +18,7 @@ from chainfed_ray.client.pool import Failure, Outcome
 from chainfed_ray.client.progress import Progress
 from chainfed_ray.cluster.pool.leases import Lease, Leases
 from chainfed_ray.cluster.pool.orders import SentOrder
+from chainfed_ray.cluster.pool.placement import never_placed
 from chainfed_ray.cluster.pool.waiting import Waiting
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes, format_seconds
@@ -57,8 +58,9 @@ class RayPool:
 
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """Run ``order`` for each client, for at most ``deadline`` seconds. Yields an outcome for each, in order of arrival."""
-        ends = monotonic() + deadline
-        sent, waiting = SentOrder(order), Waiting(enumerate(clients))
+        ends, sent, never = monotonic() + deadline, SentOrder(order), never_placed(clients)
+        yield from (Outcome(place, failure) for place, failure in never.items())
+        waiting = Waiting((place, client) for place, client in enumerate(clients) if place not in never)
         running: dict[Any, _Turn] = {}
         try:
             while waiting or running:

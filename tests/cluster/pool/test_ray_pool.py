@@ -1,5 +1,6 @@
 """Promises of the Ray pool: it is the local pool, bit for bit, and a client that dies costs its turn."""
 
+import math
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from ray.exceptions import NodeDiedError, ObjectStoreFullError
 
 from chainfed_ray.client.messages import Profile, Profiling
 from chainfed_ray.client.pool import Failure, LocalPool
+from chainfed_ray.cluster.pool.placement import check_memories
 from chainfed_ray.cluster.pool.ray_pool import RayPool
+from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.admission import Planner, admit
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.records.commit_log import CommitLog
@@ -141,6 +144,26 @@ def test_whatever_ray_raises_costs_a_turn_and_a_lost_order_is_sent_anew(
     assert reasons[1].startswith("OwnerDiedError: ")
     assert reasons[2] == "Ray could not run it (NodeDiedError: it is gone)"
     assert isinstance(outcomes[3].result, Profile)
+
+
+def test_a_client_that_no_machine_can_hold_fails_at_once_and_holds_no_place(
+    document: dict[str, Any], tmp_path: Path, ray_pool: RayPool
+) -> None:
+    job = a_job(document, tmp_path)
+    giant = replace(job.clients[1], budget_bytes=90 * 2**40)
+    outcomes = list(ray_pool.run([job.clients[0], giant, job.clients[2]], Profiling(8, 0), math.inf))
+    assert outcomes[0].place == 1, "before any turn"
+    failure = next(result for place, result in outcomes if place == 1)
+    assert isinstance(failure, Failure)
+    assert failure.reason.startswith("no machine has the 90TiB that it may use: the most is ")
+    assert [isinstance(result, Profile) for place, result in sorted(outcomes[1:])] == [True, True]
+
+
+def test_a_class_of_clients_that_this_machine_can_never_hold_is_refused_by_its_field() -> None:
+    check_memories([2**20])
+    words = r"fleet\.clients\[1\]\.memory is '90TiB'; expected at most .*[MG]iB, the memory of this machine"
+    with pytest.raises(InvalidJob, match=words):
+        check_memories([2**20, 90 * 2**40])
 
 
 def test_a_missed_deadline_is_a_failure_and_nothing_hangs(document: dict[str, Any], tmp_path: Path) -> None:
