@@ -15,13 +15,9 @@ from chainfed_ray.errors import BudgetExceeded
 
 # Room for address space that a turn maps and does not use, such as 8 MiB for a thread's stack. MemoryCap also checks the peak.
 _UNUSED = 16 * 2**20
-_OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "not enough memory",
-    "bad_alloc",
-    "could not create",
-    "can't start new thread",
-)
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
+# What oneDNN and Python's threads say without a cause. It is a lack of memory only if the block held much of its cap.
+_PERHAPS_OUT_OF_MEMORY = ("could not create", "can't start new thread")
 
 _phase: ContextVar[str] = ContextVar("phase", default="getting ready")
 
@@ -45,7 +41,8 @@ class MemoryCap(PeakMemory):
         super().__enter__()
         enter_phase("getting ready")
         self._before, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + self._cap + _UNUSED, hard))
+        self._data = status("VmData")
+        resource.setrlimit(resource.RLIMIT_DATA, (self._data + self._cap + _UNUSED, hard))
         return self
 
     def __exit__(
@@ -53,13 +50,17 @@ class MemoryCap(PeakMemory):
     ) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (self._before, resource.getrlimit(resource.RLIMIT_DATA)[1]))
         super().__exit__(kind, error, trace)
-        if isinstance(error, Exception) and _is_out_of_memory(error):
+        if isinstance(error, Exception) and self._is_out_of_memory(error):
             raise BudgetExceeded(self._planned, self._cap, None, _phase.get()) from error
         if error is None and self.bytes is not None and self.bytes > self._cap:
             raise BudgetExceeded(self._planned, self._cap, self.bytes, _phase.get())
 
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    def _is_out_of_memory(self, error: Exception) -> bool:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        if not isinstance(error, RuntimeError):
+            return False
+        # What the block held is still there: the error's traceback refers to it.
+        held = max(status("VmData") - self._data, self.bytes or 0)
+        perhaps = _PERHAPS_OUT_OF_MEMORY if held >= self._cap // 2 else ()
+        return any(words in str(error) for words in _OUT_OF_MEMORY + perhaps)

@@ -154,6 +154,8 @@ told["limits"] = [before, limit()]
         ("ValueError('a typo')", "ValueError"),
         ("OSError(28, 'No space left on device')", "OSError"),
         ("RuntimeError('shapes do not match')", "RuntimeError"),
+        ("RuntimeError('could not create a primitive descriptor')", "RuntimeError"),
+        ('RuntimeError("can\'t start new thread")', "RuntimeError"),
         ("KeyboardInterrupt()", "KeyboardInterrupt"),
     ],
 )
@@ -170,6 +172,24 @@ told["limits"] = [before, limit()]
 """)
     assert told["kind"] == kind
     assert told["limits"][0] == told["limits"][1]
+
+
+@pytest.mark.parametrize(("held", "exceeded"), [(60, True), (8, False)])
+def test_words_without_a_cause_are_a_lack_of_memory_if_the_block_held_much_of_its_cap(
+    held: int, exceeded: bool
+) -> None:
+    told = process(f"""
+def fail():
+    held = bytearray({held} * MIB)
+    raise RuntimeError("could not create a primitive")
+
+try:
+    told["error"] = caught(fail)
+except RuntimeError as error:
+    told["other"] = str(error)
+""")
+    assert ("error" in told) == exceeded
+    assert told.get("other") == (None if exceeded else "could not create a primitive")
 
 
 @pytest.mark.parametrize("peak", [None, 5 * MIB])
