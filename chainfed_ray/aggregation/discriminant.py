@@ -63,12 +63,16 @@ class ClassSums:
         Features come from LayerNorms, so the squares of an example's F features add up to F at most.
         """
         size = self.sums.shape[1]
-        if (self.counts < 0).any() or self.counts.sum() != examples:
+        if (self.counts < 0).any() or (self.counts != self.counts.round()).any() or self.counts.sum() != examples:
             return f"it counts {self.counts.sum():g} examples, not {examples}"
         if (self.sums.norm(dim=1) > _SLACK * size**0.5 * self.counts + _SLACK - 1).any():
             return "its features are larger than any that a LayerNorm gives"
         if not 0 <= self.products.trace() <= _SLACK * size * examples:
             return "its products are larger than any of features from a LayerNorm"
+        # Of any features, |Σ f_i f_j| is at most the root of Σ f_i² · Σ f_j².
+        roots = self.products.diagonal().clamp(min=0).sqrt()
+        if (self.products.abs() > _SLACK * torch.outer(roots, roots) + _SLACK - 1).any():
+            return "its products are not those of any features"
         return None
 
     def tensors(self) -> Tensors:

@@ -5,7 +5,7 @@ not of their arrival, so that the result is the same each time. They are added o
 server holds one update and not all. Other rules need all updates of a round (``robust.py``).
 """
 
-import math
+import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -19,6 +19,8 @@ from chainfed_ray.aggregation.rule import AggregationRule, WeightedUpdate
 from chainfed_ray.errors import InvalidJob, InvalidUpdate
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.spec.sections import AggregationSpec
+
+_MOST_CLAIMED = 2**60  # seconds, steps or bytes
 
 
 def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], examples: int) -> None:
@@ -35,6 +37,8 @@ def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[s
         raise InvalidUpdate(client, f"{unknown[0]} was not to be trained")
     for name, wanted in expected.items():
         found = tensors[name]
+        if type(found) is not Tensor or found.requires_grad:
+            raise InvalidUpdate(client, f"{name} is a {type(found).__name__}, not a plain tensor")
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise InvalidUpdate(
                 client, f"{name} is {found.dtype} {list(found.shape)}, not {wanted.dtype} {list(wanted.shape)}"
@@ -43,16 +47,20 @@ def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[s
             raise InvalidUpdate(client, f"{name} is not finite")
 
 
-def check_claims(client: str, **claims: object) -> None:
-    """Refuse an update whose reported numbers, the ``claims``, are negative or no finite numbers.
+def check_claims(client: str, peak_bytes: object, **claims: object) -> None:
+    """Refuse an update whose reported numbers, the ``claims``, are negative, no numbers or so large that none can be true.
+
+    Sums of claims are on record, so each must be finite by far. ``peak_bytes`` may be None: not every kernel measures it.
 
     Raises:
         InvalidUpdate: a claim is something else; it names the claim.
     """
+    if peak_bytes is not None:
+        claims["peak_bytes"] = peak_bytes
     for what, value in claims.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= float(value) < math.inf:  # type: ignore[arg-type]
-            raise InvalidUpdate(client, f"its {what} is {value!r}")
+        if not number or not 0 <= value < _MOST_CLAIMED:  # type: ignore[operator]
+            raise InvalidUpdate(client, f"its {what} is {reprlib.repr(value)}")
 
 
 def check_aggregate(rule: str, aggregate: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,8 @@ from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import BudgetExceeded
 from chainfed_ray.model.source import ModelSource
 
+_WORDS = 1000  # the most characters of an error
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -23,8 +25,9 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
-        """The failure of a turn that raised ``error``."""
-        return cls(f"{type(error).__name__}: {error}", isinstance(error, BudgetExceeded))
+        """The failure of a turn that raised ``error``. What a client's error says goes on record: cut, and as text that can."""
+        words = f"{type(error).__name__}: {error}"[:_WORDS].encode(errors="replace").decode()
+        return cls(words, isinstance(error, BudgetExceeded))
 
     @classmethod
     def late(cls, deadline: float, why: str = "") -> "Failure":

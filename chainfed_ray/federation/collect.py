@@ -4,7 +4,9 @@ Each sampled client takes a turn. A client that exceeds its plan takes a second 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
 
@@ -15,8 +17,9 @@ from chainfed_ray.client.messages import Client, TurnOrder, TurnResult, Update
 from chainfed_ray.client.pool import ClientPool, Failure, in_order
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.federation.cohort import Cohort
+from chainfed_ray.hub import first_line
 from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.records.rounds import FailedTurn, Turn
+from chainfed_ray.records.rounds import FailedTurn, Turn, finite
 
 
 class UpdateCollector:
@@ -40,13 +43,15 @@ class UpdateCollector:
             self.failed_turns.append(failed_turn(client, result, exceeded))
             return
         try:
-            update = self._checked(client, result)
+            with readable(client):
+                update = self._checked(client, result)
+                turn = _as_turn(client, update, exceeded)
         except InvalidUpdate as error:
             self.failed_turns.append(failed_turn(client, Failure(f"its update was refused: {error.reason}"), exceeded))
             return
         # The server knows the example count. A client's own claim is not used: it could inflate its weight.
         self._aggregate.add(update.tensors, len(client.examples))
-        self.turns.append(_as_turn(client, update, exceeded))
+        self.turns.append(turn)
 
     def aggregate(self) -> Tensors:
         """The aggregate of the updates so far. Each tensor is aggregated over the clients that sent it."""
@@ -55,7 +60,7 @@ class UpdateCollector:
     def loss(self) -> float | None:
         """The mean training loss over the examples of all updates, in nats; None without updates."""
         examples = sum(turn.examples for turn in self.turns)
-        return sum(turn.loss * turn.examples for turn in self.turns) / examples if self.turns else None
+        return finite(sum(turn.loss * turn.examples for turn in self.turns) / examples) if self.turns else None
 
     def _checked(self, client: Client, result: TurnResult) -> Update:
         if not isinstance(result, Update):
@@ -63,13 +68,13 @@ class UpdateCollector:
         check_update(client.name, result.tensors, self._trained(client.plan.window), len(client.examples))
         # An objective of the caller's own may be negative.
         if not isinstance(result.loss, float) or not math.isfinite(result.loss):
-            raise InvalidUpdate(client.name, f"its loss is {result.loss!r}")
+            raise InvalidUpdate(client.name, f"its loss is {reprlib.repr(result.loss)}")
         check_claims(
             client.name,
+            result.peak_bytes,
             steps=result.steps,
             seconds=result.seconds,
             cpu_seconds=result.cpu_seconds,
-            peak_bytes=result.peak_bytes or 0,
         )
         return result
 
@@ -112,6 +117,21 @@ def collect_updates(
     for client in clients:
         if failure := exceeded.get(client.name):
             collector.add(client, replace(failure, reason=f"{failure.reason}; there is no fallback plan"))
+
+
+@contextmanager
+def readable(client: Client) -> Iterator[None]:
+    """Read a client's answer in the block. Whatever goes wrong there is wrong with the answer, and costs its turn.
+
+    Raises:
+        InvalidUpdate: the answer is refused, or is nothing that an honest client sends.
+    """
+    try:
+        yield
+    except InvalidUpdate:
+        raise
+    except Exception as error:
+        raise InvalidUpdate(client.name, f"it cannot be read ({type(error).__name__}: {first_line(error)})") from None
 
 
 def failed_turn(client: Client, failure: Failure, exceeded: str | None = None) -> FailedTurn:

@@ -19,7 +19,7 @@ from chainfed_ray.device.threads import one_thread
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.evaluation.early_exit import pooled_features
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.federation.collect import failed_turn
+from chainfed_ray.federation.collect import failed_turn, readable
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.source import ModelSource
@@ -57,7 +57,8 @@ def fit_head(
     for place, result in in_order(outcomes, len(clients)):
         client = clients[place]
         try:
-            found = _checked(client, result, expected)
+            with readable(client):
+                found = _checked(client, result, expected)
         except InvalidUpdate as error:
             failed.append(failed_turn(client, Failure(error.reason)))
         else:
@@ -125,7 +126,7 @@ def _checked(client: Client, result: TurnResult | Failure, expected: Tensors) ->
     if not isinstance(result, HeadSums):
         raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
     check_update(client.name, result.tensors, expected, len(client.examples))
-    check_claims(client.name, cpu_seconds=result.cpu_seconds)
+    check_claims(client.name, result.peak_bytes, cpu_seconds=result.cpu_seconds)
     sums = ClassSums.of(result.tensors)
     if impossible := sums.impossible(len(client.examples)):
         raise InvalidUpdate(client.name, impossible)

@@ -6,7 +6,7 @@ is fitted to the untrained model at the top of each window, and the chain starts
 loss. The layers above that window do worse, so training them can gain the most.
 """
 
-import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,12 +20,14 @@ from chainfed_ray.client.messages import Client, Fitting, Profile, Profiling, Tu
 from chainfed_ray.client.pool import ClientPool, Failure, in_order
 from chainfed_ray.errors import InvalidUpdate, QuorumLost
 from chainfed_ray.federation.cohort import everyone
-from chainfed_ray.federation.collect import failed_turn, reasons
+from chainfed_ray.federation.collect import failed_turn, readable, reasons
 from chainfed_ray.federation.head_fitting import deadline_of_all, fit_head
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.records.rounds import FailedTurn, HeadFit, complete_fits
 from chainfed_ray.seeds import derive
+
+_MOST_CKA = 1.01  # allows for rounding
 
 
 class Start(NamedTuple):
@@ -84,8 +86,10 @@ def _by_profiles(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
         client = able[place]
         if not isinstance(result, Failure):
             try:
+                with readable(client):
+                    profile = _checked(client, result, job.layers)
                 # The weight is what the server dealt, and not what a client says.
-                profiles.append((_checked(client, result, job.layers), min(len(client.examples), order.examples)))
+                profiles.append((profile, min(len(client.examples), order.examples)))
                 continue
             except InvalidUpdate as error:
                 result = Failure(f"its profile was refused: {error.reason}")
@@ -105,9 +109,11 @@ def _checked(client: Client, result: TurnResult, layers: int) -> Profile:
     """
     if not isinstance(result, Profile):
         raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
-    if len(result.cka) != layers or not all(isinstance(value, float) and math.isfinite(value) for value in result.cka):
-        raise InvalidUpdate(client.name, f"its CKA is {result.cka}, not {layers} finite numbers")
-    check_claims(client.name, cpu_seconds=result.cpu_seconds)
+    if len(result.cka) != layers or not all(
+        isinstance(value, float) and abs(value) <= _MOST_CKA for value in result.cka
+    ):
+        raise InvalidUpdate(client.name, f"its CKA is {reprlib.repr(result.cka)}, not {layers} numbers from -1 to 1")
+    check_claims(client.name, result.peak_bytes, cpu_seconds=result.cpu_seconds)
     return result
 
 
