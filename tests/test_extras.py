@@ -1,5 +1,7 @@
 """What is asked for without its extra says how to install it; what nobody asked for is left out, and the job goes on."""
 
+import errno
+import os
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.data import docstrings
 from chainfed_ray.errors import InvalidJob, PackageMissing
+from tests.builders import FINISHED, a_round, a_start
 
 _NOTHING: Any = None
 
@@ -67,3 +70,18 @@ def test_a_plot_that_cannot_be_written_costs_itself_alone(tmp_path: Path) -> Non
     plots, words = pictures.draw_if_possible(tmp_path / "plots", _NOTHING, [], None, 0.8)
     assert plots == []
     assert words.startswith(f"No plots were drawn in {tmp_path / 'plots'}: ")
+
+
+def test_a_disk_that_is_full_costs_the_plots_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fills up in the middle of a plot."""
+
+    def write(figure: object, path: Path, dpi: int) -> None:
+        path.write_bytes(b"half of a plot")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", write)
+    started = a_start()
+    plots, words = pictures.draw_if_possible(tmp_path / "plots", started, [a_round(0, started)], FINISHED, 0.8)
+    assert plots == []
+    assert words.startswith(f"No plots were drawn in {tmp_path / 'plots'}: [Errno 28] No space left on device")
+    assert not list((tmp_path / "plots").iterdir()), "half a plot is none"

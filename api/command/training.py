@@ -1,7 +1,8 @@
 """``chainfed run``: trains a job without a service, on a Ray cluster that this process starts."""
 
 import json
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from chainfed_ray.api.report.progress import ProgressDisplay
@@ -44,7 +45,7 @@ def train(
     memories = [group.memory for group in spec.fleet.clients]
     with on_local_ray(settings, progress.listen, memories) as pool:
         records = run_job(spec, folder, pool=pool, evaluation=server_evaluation, listen=progress.listen)
-        with closing(records):
+        with closing(records), _naming(folder):
             for record in records:
                 match record:
                     case JobStarted():
@@ -57,3 +58,13 @@ def train(
     assert started is not None, "a job that ran to its end has started"
     assert finished is not None, "and finished"
     return started, rounds, finished, JobResult.of(spec.name, started, rounds, finished)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Name ``folder`` in an error of the disk that names no file, as that of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise

@@ -33,7 +33,11 @@ def draw(
     elif job_started.exits:
         figures["start-layer.png"] = _exits(job_started)
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=_DPI)
+        try:
+            figure.savefig(folder / name, dpi=_DPI)
+        except OSError:
+            (folder / name).unlink(missing_ok=True)  # half a plot is none
+            raise
     return [folder / name for name in figures]
 
 
