@@ -19,6 +19,8 @@
     ├── ServiceNotStarted  (RuntimeError)  the service did not start
     ├── ServiceUnavailable (RuntimeError)  no service answers at the address given
     ├── ServiceFailed      (RuntimeError)  the service answered with an internal error
+    ├── ServiceBusy        (RuntimeError)  the service does as much of this at once as it can
+    ├── PartUnavailable    (RuntimeError)  a process of the service ended, or took too long
     ├── JobFailed          (RuntimeError)  a job finished without a model
     ├── JobNotFound        (LookupError)   the job does not exist
     ├── JobConflict        (RuntimeError)  the job's status does not allow what was requested
@@ -316,6 +318,28 @@ class ServiceFailed(ChainFedError, RuntimeError):
         return f"the service at {self.address} failed: {self.reason} (request {self.request_id})"
 
 
+class ServiceBusy(ChainFedError, RuntimeError):
+    """The service does as much as it can of ``work``; it may be asked again after ``seconds``."""
+
+    def __init__(self, work: str, seconds: int) -> None:
+        super().__init__(work, seconds)
+        self.work, self.seconds = work, seconds
+
+    def __str__(self) -> str:
+        return f"too many {self.work} at once; try again in {self.seconds} s"
+
+
+class PartUnavailable(ChainFedError, RuntimeError):
+    """A ``part`` of the service that a request needs ended or took too long; it may be asked again after ``seconds``."""
+
+    def __init__(self, part: str, reason: str, seconds: int) -> None:
+        super().__init__(part, reason, seconds)
+        self.part, self.reason, self.seconds = part, reason, seconds
+
+    def __str__(self) -> str:
+        return f"{self.part} {self.reason}; nothing was changed, so the request can be sent again"
+
+
 class JobFailed(ChainFedError, RuntimeError):
     """A job finished without a model; ``status`` is ``failed`` or ``cancelled``."""
 
@@ -335,7 +359,7 @@ class JobNotFound(ChainFedError, LookupError):
         self.job = job
 
     def __str__(self) -> str:
-        return f"there is no job {self.job!r}; `chainfed list` shows all jobs"
+        return f"there is no job {_shown(self.job)}; `chainfed list` shows all jobs"
 
 
 class JobConflict(ChainFedError, RuntimeError):
@@ -357,4 +381,4 @@ class ModelNotFound(ChainFedError, LookupError):
         self.model, self.served = model, served
 
     def __str__(self) -> str:
-        return f"there is no model {self.model!r}; served now: {', '.join(self.served) or 'none'}"
+        return f"there is no model {_shown(self.model)}; served now: {', '.join(self.served) or 'none'}"

@@ -1,8 +1,8 @@
 """The route of a job's events: as a page, or as a stream of server-sent events that can be resumed."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -12,17 +12,23 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from chainfed_ray.api.rest.schemas import EventPage, EventResource
 from chainfed_ray.api.rest.service import WithService
-from chainfed_ray.cluster.jobs.store import FINISHED, Event, JobStore
+from chainfed_ray.cluster.jobs.feed import Busy, EventFeed
+from chainfed_ray.cluster.jobs.store import FINISHED, Event
 
 router = APIRouter(prefix="/v1/jobs/{job}/events", tags=["jobs"])
 
 _MEDIA_TYPE = "text/event-stream"
-_POLL_SECONDS = 0.5
-_POLLS_PER_KEEPALIVE = 30
 
 
-@router.get("", response_model=EventPage, responses={200: {"content": {_MEDIA_TYPE: {}}}})
-async def events(
+@router.get(
+    "",
+    response_model=EventPage,
+    responses={
+        200: {"content": {_MEDIA_TYPE: {"schema": {"type": "string"}}}},
+        204: {"description": "The job is over, and a stream would have no events"},
+    },
+)
+async def list_events(
     job: str,
     request: Request,
     service: WithService,
@@ -46,30 +52,22 @@ async def events(
         return JSONResponse(page.model_dump())
     if over:
         return Response(status_code=204)  # the standard of server-sent events: the client must not reconnect
+    service.feed.check_room()
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_stream(service.store, job, after), media_type=_MEDIA_TYPE, headers=headers)
+    return StreamingResponse(_stream(service.feed, job, after), media_type=_MEDIA_TYPE, headers=headers)
 
 
-async def _stream(store: JobStore, job: str, after: int) -> AsyncIterator[bytes]:
-    polls, sent = 0, None
-    while True:
-        found = await run_in_threadpool(store.events, job, after)
-        for event in found:
-            yield _encoded(event)
-            if event.kind in FINISHED:
-                return
-            after = event.seq
-        activity = await run_in_threadpool(store.activity, job)
-        if activity is not None and activity != sent:
-            yield format_sse_event(event="activity", data_str=json.dumps({"kind": "activity", "data": activity}))
-        sent = activity
-        if found:
-            polls = 0
-            continue
-        polls += 1
-        if polls % _POLLS_PER_KEEPALIVE == 0:
-            yield KEEPALIVE_COMMENT  # a proxy may close a connection that stays silent
-        await asyncio.sleep(_POLL_SECONDS)
+async def _stream(feed: EventFeed, job: str, after: int) -> AsyncIterator[bytes]:
+    async with aclosing(feed.watch(job, after)) as happenings:
+        async for happening in happenings:
+            match happening:
+                case Event():
+                    yield _encoded(happening)
+                case Busy():
+                    data = json.dumps({"kind": "activity", "data": happening.activity})
+                    yield format_sse_event(event="activity", data_str=data)
+                case None:
+                    yield KEEPALIVE_COMMENT  # a proxy may close a connection that stays silent
 
 
 def _encoded(event: Event) -> bytes:

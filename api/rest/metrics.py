@@ -1,10 +1,9 @@
 """The route that Prometheus scrapes: jobs, rounds, and the memory of clients and the server.
 
-Metrics are computed from the database at each request, so that every replica gives the same answer.
+Metrics are sums of what is in the database, so every replica gives the same answer.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import get_args
 
 from fastapi import APIRouter, Response
@@ -13,100 +12,28 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from chainfed_ray.api.rest.schemas import JobStatus
 from chainfed_ray.api.rest.service import WithService
-from chainfed_ray.cluster.jobs.store import FINISHED, Event, JobRecord, JobStore
-from chainfed_ray.records.rounds import EarlyExit, Evaluation, JobFinished, JobStarted, Round, StageMemory
+from chainfed_ray.cluster.jobs.store import FINISHED, JobRecord, JobStore
+from chainfed_ray.cluster.jobs.totals import JobTotals, TotalsOfJobs
+from chainfed_ray.records.rounds import Evaluation
 
 router = APIRouter(tags=["health"])
 
 _RUNNING_JOBS = 100  # the most jobs at work that have metrics
 FINISHED_JOBS = 10  # how many of the newest finished jobs have metrics
-PAGE = 1000  # how many events are read at a time
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": _TEXT}})
 def metrics(service: WithService) -> Response:
     """Metrics in Prometheus's text format: jobs by status, and rounds, accuracy and memory of running and recent jobs."""
-    return Response(generate_latest(_Metrics(service.store)), media_type=CONTENT_TYPE_LATEST)
-
-
-@dataclass
-class _ClassTotals:
-    """A class of clients: bytes of its newest round (the plan, before its first round), and turns of the whole job."""
-
-    budget: int
-    planned: int
-    peak: int | None = None
-    turns: int = 0
-    failed_turns: int = 0
-    over_budget: int = 0
-
-
-@dataclass
-class _JobTotals:
-    """The sums of a job's events. They are added up page by page: all events of a long job may not fit into memory."""
-
-    rounds: int = 0
-    limit: int = 0
-    validation: float | None = None
-    test: float | None = None
-    epsilon: float | None = None
-    classes: dict[str, _ClassTotals] = field(default_factory=dict)
-    early_exit: EarlyExit | None = None  # the newest
-    whole: Evaluation | None = None  # the newest with known memory: one that failed has none
-
-    @classmethod
-    def of(cls, store: JobStore, job: str) -> "_JobTotals":
-        """The totals of a job."""
-        totals, after = cls(), 0
-        while found := store.events(job, after, PAGE):
-            for event in found:
-                totals._add(event)
-            after = found[-1].seq
-        return totals
-
-    def _add(self, event: Event) -> None:
-        match event.kind:
-            case "started":
-                self._add_start(JobStarted.model_validate(event.data))
-            case "round":
-                self._add_round(Round.model_validate(event.data))
-            case "finished":
-                job_finished = JobFinished.model_validate(event.data)
-                self.test = job_finished.accuracy
-                self._add_evaluation(job_finished.evaluation)
-
-    def _add_start(self, job_started: JobStarted) -> None:
-        self.limit = job_started.total_rounds
-        for client in job_started.admitted:
-            totals = self.classes.setdefault(client.client_class, _ClassTotals(client.budget_bytes, 0))
-            totals.planned = max(totals.planned, client.planned_bytes)
-
-    def _add_round(self, record: Round) -> None:
-        self.rounds = record.index + 1
-        self.validation = record.accuracy if record.accuracy is not None else self.validation
-        self.epsilon = record.epsilon
-        self.early_exit = record.early_exit or self.early_exit
-        self._add_evaluation(record.evaluation)
-        for memory in StageMemory.of([record]):
-            totals = self.classes[memory.client_class]
-            totals.planned, totals.peak = memory.planned_bytes, memory.peak_bytes
-            totals.turns += memory.turns
-            totals.over_budget += memory.exceeded
-        for failed in record.failed_turns:
-            self.classes[failed.client_class].failed_turns += 1
-            self.classes[failed.client_class].over_budget += failed.over_budget
-
-    def _add_evaluation(self, evaluation: Evaluation | None) -> None:
-        if evaluation and evaluation.planned_bytes is not None:
-            self.whole = evaluation
+    return Response(generate_latest(_Metrics(service.store, service.totals)), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Metrics:
     """Collects the metrics of the jobs in ``store``, as the Prometheus client expects a registry to do."""
 
-    def __init__(self, store: JobStore) -> None:
-        self._store = store
+    def __init__(self, store: JobStore, totals: TotalsOfJobs) -> None:
+        self._store, self._totals = store, totals
 
     def collect(self) -> Iterator[Metric]:
         """Every metric, as it is now."""
@@ -115,7 +42,7 @@ class _Metrics:
         for status in get_args(JobStatus):
             jobs.add_metric([status], counts.get(status, 0))
         yield jobs
-        totals = {job.id: _JobTotals.of(self._store, job.id) for job in self._shown()}
+        totals = self._totals.of(job.id for job in self._shown())
         yield from _job_metrics(totals)
         yield from _class_metrics(totals)
         yield _server_memory(totals)
@@ -131,7 +58,7 @@ class _Metrics:
         return at_work + newest[:FINISHED_JOBS]
 
 
-def _job_metrics(totals: dict[str, _JobTotals]) -> Iterator[Metric]:
+def _job_metrics(totals: dict[str, JobTotals]) -> Iterator[Metric]:
     done = CounterMetricFamily("chainfed_rounds", "Finished rounds.", labels=["job"])
     limit = GaugeMetricFamily("chainfed_rounds_limit", "The most rounds that the job may have.", labels=["job"])
     accuracy = GaugeMetricFamily(
@@ -150,7 +77,7 @@ def _job_metrics(totals: dict[str, _JobTotals]) -> Iterator[Metric]:
     yield from (done, limit, accuracy, epsilon)
 
 
-def _server_memory(totals: dict[str, _JobTotals]) -> Metric:
+def _server_memory(totals: dict[str, JobTotals]) -> Metric:
     memory = GaugeMetricFamily(
         "chainfed_server_memory_bytes",
         "Planned and measured memory of the newest evaluation: of an early exit, or of the whole model (per process).",
@@ -167,7 +94,7 @@ def _server_memory(totals: dict[str, _JobTotals]) -> Metric:
     return memory
 
 
-def _class_metrics(totals: dict[str, _JobTotals]) -> Iterator[Metric]:
+def _class_metrics(totals: dict[str, JobTotals]) -> Iterator[Metric]:
     memory = GaugeMetricFamily(
         "chainfed_client_memory_bytes",
         "A client's budget, and the largest planned and measured memory of a turn in the newest round of the class.",

@@ -2,11 +2,14 @@
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
+from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
+from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.generator import Piece, Prompt, Sampling
 from chainfed_ray.spec.job import JobSpec
@@ -58,6 +61,16 @@ class Service:
     classify: Classify
     write: Write
     parts: dict[str, Alive]
+
+    @cached_property
+    def feed(self) -> EventFeed:
+        """The events of jobs as they come, for all who watch."""
+        return EventFeed(self.store)
+
+    @cached_property
+    def totals(self) -> TotalsOfJobs:
+        """The sums of jobs' events."""
+        return TotalsOfJobs(self.store)
 
 
 def _service(request: Request) -> Service:

@@ -9,11 +9,12 @@ all its events again. ::
        └──────────────────────────────► cancelled
 """
 
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from secrets import token_hex
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from sqlalchemy import JSON, ForeignKey, UniqueConstraint, func, select, text, update
 from sqlalchemy.engine import CursorResult, Engine
@@ -67,6 +68,13 @@ class Event:
     kind: str
     at: str
     data: dict[str, Any]
+
+
+class Latest(NamedTuple):
+    """The number of a job's newest event; and what the job is doing, as JSON, unless it is not running."""
+
+    seq: int
+    activity: dict[str, Any] | None
 
 
 class JobStore:
@@ -178,6 +186,21 @@ class JobStore:
         with Session(self._engine) as session:
             return [row.record() for row in session.scalars(query)]
 
+    def model(self, name: str) -> JobRecord | None:
+        """The newest job that succeeded and whose model is called ``name``."""
+        if "\0" in name:  # as for ids
+            return None
+        query = select(_Job).where(_Job.model == name, _Job.status == "succeeded").order_by(_Job.number.desc()).limit(1)
+        with Session(self._engine) as session:
+            row = session.scalars(query).one_or_none()
+            return row.record() if row else None
+
+    def model_names(self, limit: int) -> list[str]:
+        """The names of at most ``limit`` models of jobs that succeeded, sorted."""
+        query = select(_Job.model).where(_Job.status == "succeeded").distinct().order_by(_Job.model).limit(limit)
+        with Session(self._engine) as session:
+            return list(session.scalars(query))
+
     def move(
         self,
         job: str,
@@ -206,11 +229,16 @@ class JobStore:
         with Session(self._engine) as session, session.begin():
             session.execute(update(_Job).where(_Job.id == job, _Job.status == "running").values(**values))
 
-    def activity(self, job: str) -> dict[str, Any] | None:
-        """What a job is doing, as JSON; None unless it is running."""
-        query = select(_Job.activity).where(_Job.id == job, _Job.status == "running")
+    def latest(self, jobs: Collection[str]) -> dict[str, Latest]:
+        """What is new about each of ``jobs``."""
+        last = select(_Event.job, func.max(_Event.seq).label("seq")).where(_Event.job.in_(jobs)).group_by(_Event.job)
+        events = last.subquery()
+        query = select(_Job.id, events.c.seq, _Job.status, _Job.activity).join(events, events.c.job == _Job.id)
         with Session(self._engine) as session:
-            return session.scalar(query)
+            return {
+                job: Latest(seq, activity if status == "running" else None)
+                for job, seq, status, activity in session.execute(query)
+            }
 
     def count_restart(self, job: str) -> int:
         """Count a restart of the job's coordinator. Returns how many there were since the last finished round."""

@@ -23,6 +23,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation.cohort import Cohort
@@ -370,7 +371,9 @@ def test_no_record_and_no_route_shows_the_secret(finished: Finished, tmp_path: P
         for key, record in records:
             store.publish(name, key, key.partition("-")[0], record.model_dump(mode="json"))
         store.move(name, "succeeded", result=result.model_dump(mode="json"))
-        with TestClient(create_app(cast("Service", SimpleNamespace(store=store)))) as client:
+        with TestClient(
+            create_app(cast("Service", SimpleNamespace(store=store, totals=TotalsOfJobs(store)))), "http://localhost"
+        ) as client:
             answers = [
                 client.get(path) for path in ("/v1/jobs", f"/v1/jobs/{name}", f"/v1/jobs/{name}/events", "/metrics")
             ]

@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from chainfed_ray.api.rest.metrics import FINISHED_JOBS
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
-from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.jobs.store import Event, JobStore
+from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
 from chainfed_ray.record import Record
 from chainfed_ray.records.rounds import EarlyExit, Evaluation, FailedTurn, JobStarted
 from tests.builders import FINISHED, MIB, SPEC, a_round, a_start
@@ -29,8 +30,8 @@ def store(tmp_path: Path) -> Iterator[JobStore]:
 
 def scraped(store: JobStore) -> Samples:
     """Every sample, as a new process of the API gives it to Prometheus."""
-    service = cast("Service", SimpleNamespace(store=store))  # it asks for nothing else
-    with TestClient(create_app(service)) as client:
+    service = cast("Service", SimpleNamespace(store=store, totals=TotalsOfJobs(store)))  # it asks for nothing else
+    with TestClient(create_app(service), "http://localhost") as client:
         answer = client.get("/metrics")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain; version=")
@@ -148,7 +149,7 @@ def test_a_job_that_is_over_is_among_the_newest_for_a_while(store: JobStore) -> 
 
 
 def test_more_events_than_a_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chainfed_ray.api.rest.metrics.PAGE", 2)
+    monkeypatch.setattr("chainfed_ray.cluster.jobs.totals.PAGE", 2)
     job_started = a_start()
     job = a_running_job(store, job_started)
     for index in range(5):
@@ -156,3 +157,20 @@ def test_more_events_than_a_page(store: JobStore, monkeypatch: pytest.MonkeyPatc
     samples = scraped(store)
     assert value(samples, "chainfed_rounds_total", job=job) == 5
     assert value(samples, "chainfed_turns_total", job=job, class_="phone") == 15
+
+
+def test_an_event_is_read_once(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_started = a_start()
+    job = a_running_job(store, job_started)
+    totals, events, read = TotalsOfJobs(store), store.events, list[int]()
+
+    def counted(job: str, after: int, limit: int) -> list[Event]:
+        found = events(job, after, limit)
+        read.extend(event.seq for event in found)
+        return found
+
+    monkeypatch.setattr(store, "events", counted)
+    for index in range(3):
+        publish(store, job, f"round-{index}", a_round(index, job_started))
+        assert totals.of([job])[job].rounds == index + 1
+    assert read == list(range(1, 7))

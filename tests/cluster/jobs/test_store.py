@@ -91,13 +91,13 @@ def test_what_a_job_is_busy_with_is_on_its_record_while_it_runs(store: JobStore)
         store.note_activity(job, activity.model_copy(update={"done": done}))
         found = store.get(job).activity
         assert found is not None
-        assert found == store.activity(job)
+        assert found == store.latest([job])[job].activity
         assert Activity.model_validate(found) == activity.model_copy(update={"done": done})
     store.move(job, "cancelling")
-    assert (store.get(job).activity, store.activity(job)) == (None, None)
+    assert (store.get(job).activity, store.latest([job])[job].activity) == (None, None)
     store.move(job, "cancelled")
     store.note_activity(job, activity)  # by a process that has not heard of it yet
-    assert (store.get(job).activity, store.activity(job)) == (None, None)
+    assert (store.get(job).activity, store.latest([job])[job].activity) == (None, None)
     assert [event.kind for event in store.events(job)] == ["queued", "running", "cancelling", "cancelled"]
 
 
@@ -210,3 +210,23 @@ def test_a_database_file_that_is_removed_gets_no_more_jobs(tmp_path: Path) -> No
     store.submit(SPEC)
     assert len(store.page()) == 2
     store.close()
+
+
+def test_the_file_of_a_new_database_is_its_owners_alone(tmp_path: Path) -> None:
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+    store.submit(SPEC)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+    store.close()
+
+
+def test_the_newest_model_by_its_name(store: JobStore) -> None:
+    jobs = [store.submit(SPEC).id for _ in range(3)]
+    assert store.model(SPEC.model_name) is None
+    for job in jobs[:2]:
+        store.move(job, "running")
+        store.move(job, "succeeded", result={})
+    found = store.model(SPEC.model_name)
+    assert found is not None
+    assert found.id == jobs[1]
+    assert store.model_names(5) == [SPEC.model_name]
+    assert store.model("a\0b") is None

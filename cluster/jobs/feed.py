@@ -1,0 +1,128 @@
+"""Tells what happens to jobs to all who watch: one poll of the database serves every watcher of a process."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from chainfed_ray.cluster.jobs.store import FINISHED, Event, JobStore
+from chainfed_ray.errors import ServiceBusy
+
+POLL_SECONDS = 0.5
+_SILENCE_SECONDS = 15.0
+MOST_WATCHERS = 500
+_MOST_RECENT = 100  # events that are kept for those who watch a job
+_PAGE = 1000
+_RETRY_SECONDS = 10
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Watched:
+    """A job that somebody watches. ``change`` is set, and replaced, when something new is known about it."""
+
+    watchers: int = 0
+    seq: int = 0
+    activity: dict[str, Any] | None = None
+    recent: deque[Event] = field(default_factory=lambda: deque(maxlen=_MOST_RECENT))
+    change: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True)
+class Busy:
+    """What a job is doing, as JSON."""
+
+    activity: dict[str, Any]
+
+
+class EventFeed:
+    """The events of jobs as they come. It polls ``store`` while anybody watches. All calls come from one event loop."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+        self._jobs: dict[str, _Watched] = {}
+        self._polling: asyncio.Task[None] | None = None
+
+    def check_room(self) -> None:
+        """Check that one more may watch.
+
+        Raises:
+            ServiceBusy: too many watch already.
+        """
+        if sum(watched.watchers for watched in self._jobs.values()) >= MOST_WATCHERS:
+            raise ServiceBusy("watchers of jobs", _RETRY_SECONDS)
+
+    async def watch(self, job: str, after: int) -> AsyncGenerator[Event | Busy | None, None]:
+        """Yield the events of ``job`` with numbers above ``after`` until the job is over, and what it is doing.
+
+        Yields None after some silence.
+        """
+        told = None
+        with self._watched(job) as watched:
+            while True:
+                change = watched.change
+                while found := await self._after(job, watched, after):
+                    for event in found:
+                        yield event
+                        if event.kind in FINISHED:
+                            return
+                    after = found[-1].seq
+                if watched.activity is not None and watched.activity != told:
+                    yield Busy(watched.activity)
+                told = watched.activity
+                try:
+                    await asyncio.wait_for(change.wait(), _SILENCE_SECONDS)
+                except TimeoutError:
+                    yield None
+
+    async def _after(self, job: str, watched: _Watched, after: int) -> list[Event]:
+        """The events with numbers above ``after``: from those that were read for all, if none is missing there."""
+        new = [event for event in watched.recent if event.seq > after]
+        if new and new[0].seq == after + 1:
+            return new
+        if 0 < watched.seq <= after:
+            return []
+        return await asyncio.to_thread(self._store.events, job, after, _PAGE)
+
+    @contextmanager
+    def _watched(self, job: str) -> Iterator[_Watched]:
+        watched = self._jobs.setdefault(job, _Watched())
+        watched.watchers += 1
+        if self._polling is None:
+            self._polling = asyncio.create_task(self._poll())
+        try:
+            yield watched
+        finally:
+            watched.watchers -= 1
+            if not watched.watchers:
+                del self._jobs[job]
+            if not self._jobs and self._polling is not None:
+                self._polling.cancel()
+                self._polling = None
+
+    async def _poll(self) -> None:
+        while True:
+            try:
+                await self._look()
+            except SQLAlchemyError as error:
+                _log.warning("the database does not answer (%s); watchers of jobs wait for it", type(error).__name__)
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _look(self) -> None:
+        latest = await asyncio.to_thread(self._store.latest, list(self._jobs))
+        for job, (seq, activity) in latest.items():
+            watched = self._jobs.get(job)
+            if watched is None or (seq, activity) == (watched.seq, watched.activity):
+                continue
+            if 0 < watched.seq < seq:
+                watched.recent.extend(await asyncio.to_thread(self._store.events, job, watched.seq, _PAGE))
+                seq = watched.recent[-1].seq
+            watched.seq, watched.activity = seq, activity
+            watched.change.set()
+            watched.change = asyncio.Event()

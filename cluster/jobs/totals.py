@@ -1,0 +1,94 @@
+"""Adds up the events of jobs as they come, for metrics: each event is read once in a process."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from threading import Lock
+
+from chainfed_ray.cluster.jobs.store import Event, JobStore
+from chainfed_ray.records.rounds import EarlyExit, Evaluation, JobFinished, JobStarted, Round, StageMemory
+
+PAGE = 1000  # how many events are read at a time
+
+
+@dataclass
+class ClassTotals:
+    """A class of clients: bytes of its newest round (the plan, before its first round), and turns of the whole job."""
+
+    budget: int
+    planned: int
+    peak: int | None = None
+    turns: int = 0
+    failed_turns: int = 0
+    over_budget: int = 0
+
+
+@dataclass
+class JobTotals:
+    """The sums of a job's events. ``last`` is the number of the newest event among them."""
+
+    last: int = 0
+    rounds: int = 0
+    limit: int = 0
+    validation: float | None = None
+    test: float | None = None
+    epsilon: float | None = None
+    classes: dict[str, ClassTotals] = field(default_factory=dict)
+    early_exit: EarlyExit | None = None  # the newest
+    whole: Evaluation | None = None  # the newest with known memory: one that failed has none
+
+    def add(self, event: Event) -> None:
+        """Add the job's next event."""
+        match event.kind:
+            case "started":
+                self._add_start(JobStarted.model_validate(event.data))
+            case "round":
+                self._add_round(Round.model_validate(event.data))
+            case "finished":
+                job_finished = JobFinished.model_validate(event.data)
+                self.test = job_finished.accuracy
+                self._add_evaluation(job_finished.evaluation)
+        self.last = event.seq
+
+    def _add_start(self, job_started: JobStarted) -> None:
+        self.limit = job_started.total_rounds
+        for client in job_started.admitted:
+            totals = self.classes.setdefault(client.client_class, ClassTotals(client.budget_bytes, 0))
+            totals.planned = max(totals.planned, client.planned_bytes)
+
+    def _add_round(self, record: Round) -> None:
+        self.rounds = record.index + 1
+        self.validation = record.accuracy if record.accuracy is not None else self.validation
+        self.epsilon = record.epsilon
+        self.early_exit = record.early_exit or self.early_exit
+        self._add_evaluation(record.evaluation)
+        for memory in StageMemory.of([record]):
+            totals = self.classes[memory.client_class]
+            totals.planned, totals.peak = memory.planned_bytes, memory.peak_bytes
+            totals.turns += memory.turns
+            totals.over_budget += memory.exceeded
+        for failed in record.failed_turns:
+            self.classes[failed.client_class].failed_turns += 1
+            self.classes[failed.client_class].over_budget += failed.over_budget
+
+    def _add_evaluation(self, evaluation: Evaluation | None) -> None:
+        if evaluation and evaluation.planned_bytes is not None:
+            self.whole = evaluation
+
+
+class TotalsOfJobs:
+    """The totals of jobs in ``store``. They are kept, so that the next call reads only the events that are new."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+        self._known: dict[str, JobTotals] = {}
+        self._lock = Lock()
+
+    def of(self, jobs: Iterable[str]) -> dict[str, JobTotals]:
+        """The totals of ``jobs``, as they are now. Those of other jobs are forgotten."""
+        with self._lock:
+            self._known = {job: self._known.get(job) or JobTotals() for job in jobs}
+            for job, totals in self._known.items():
+                while found := self._store.events(job, totals.last, PAGE):
+                    for event in found:
+                        totals.add(event)
+            return dict(self._known)

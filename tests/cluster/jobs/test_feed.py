@@ -1,0 +1,91 @@
+"""Promises of the feed: each watcher hears each event once and in order, and one poll of the database serves them all."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from chainfed_ray.activity import Activity
+from chainfed_ray.cluster.jobs.feed import MOST_WATCHERS, Busy, EventFeed
+from chainfed_ray.cluster.jobs.store import Event, JobStore
+from chainfed_ray.errors import ServiceBusy
+from tests.builders import SPEC
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    made = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+    yield made
+    made.close()
+
+
+async def heard(feed: EventFeed, job: str, after: int = 0) -> list[int | str]:
+    """The numbers of the events that a watcher hears until the job is over, and what it hears that the job is doing."""
+    found: list[int | str] = []
+    async with aclosing(feed.watch(job, after)) as happenings:
+        async for happening in happenings:
+            if isinstance(happening, Event):
+                found.append(happening.seq)
+            elif isinstance(happening, Busy):
+                found.append(happening.activity["what"])
+    return found
+
+
+def test_everyone_hears_everything_once(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chainfed_ray.cluster.jobs.feed.POLL_SECONDS", 0.01)
+    job, other = store.submit(SPEC).id, store.submit(SPEC).id
+    polls, latest = [0], store.latest
+
+    def counted(jobs: list[str]) -> object:
+        polls[0] += 1
+        return latest(jobs)
+
+    monkeypatch.setattr(store, "latest", counted)
+
+    async def story() -> list[list[int | str]]:
+        feed = EventFeed(store)
+        watchers = [asyncio.create_task(heard(feed, job, after)) for after in (0, 0, 1, 150)]
+        watchers.append(asyncio.create_task(heard(feed, other)))
+        store.move(job, "running")
+        for index in range(250):
+            store.publish(job, f"round-{index}", "round", {})
+            if index % 20 == 0:
+                await asyncio.sleep(0.02)
+        late = asyncio.create_task(heard(feed, job))
+        store.note_activity(job, Activity(what="resting"))
+        before = polls[0]
+        while polls[0] < before + 3:
+            await asyncio.sleep(0.01)
+        store.move(job, "failed")
+        store.move(other, "cancelled")
+        found = list(await asyncio.gather(*watchers, late))
+        at_the_end = polls[0]
+        await asyncio.sleep(0.05)
+        assert polls[0] <= at_the_end + 1, "it polls while somebody watches, and no longer"
+        return found
+
+    *watchers, of_other, late = asyncio.run(story())
+    for after, found in zip((0, 0, 1, 150, 0), (*watchers, late), strict=True):
+        assert [each for each in found if isinstance(each, int)] == list(range(after + 1, 254))
+        assert [each for each in found if isinstance(each, str)] == ["resting"]
+    assert of_other == [1, 2]
+
+
+def test_no_more_watch_than_there_is_room_for(store: JobStore) -> None:
+    job = store.submit(SPEC).id
+
+    async def story() -> None:
+        feed = EventFeed(store)
+        watchers = [feed.watch(job, 0) for _ in range(MOST_WATCHERS)]
+        for watcher in watchers:
+            await anext(watcher)
+        with pytest.raises(ServiceBusy, match="watchers"):
+            feed.check_room()
+        await watchers[0].aclose()
+        feed.check_room()
+        for watcher in watchers:
+            await watcher.aclose()
+
+    asyncio.run(story())
