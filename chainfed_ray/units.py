@@ -18,6 +18,9 @@ _BYTES = {
 _MOST = 10**18  # a larger integer may have no float
 _LARGEST = math.log(sys.float_info.max)
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+# The texts that ``parse_bytes`` and ``parse_seconds`` take, as JSON Schema says it.
+BYTES_PATTERN = rf"^\s*[0-9]+(\.[0-9]+)?\s*({'|'.join(_BYTES)})\s*$"
+SECONDS_PATTERN = rf"^\s*[0-9]+(\.[0-9]+)?\s*({'|'.join(_SECONDS)})\s*$"
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
 
 

@@ -23,6 +23,9 @@ IDLE_BYTES = 460 * 2**20
 # The same for a process of an offloaded evaluation, which also loads DeepSpeed and Ray Train.
 OFFLOAD_IDLE_BYTES = 550 * 2**20
 
+# What the check of a job holds above its idle process, for most jobs.
+PREFLIGHT_BYTES = 512 * 2**20
+
 # A part of a coordinator_slot so small that it takes no coordinator's place. It requests such a machine for light work.
 _BESIDE_COORDINATORS = 0.001
 
@@ -53,8 +56,22 @@ def coordinator_options() -> dict[str, Any]:
 
 
 def controller_options() -> dict[str, Any]:
-    """The options of light actors and tasks: the controller, the check of a job, and the actor of an evaluation's run."""
+    """The options of light actors: the controller, and the actor of an evaluation's run."""
     return {"num_cpus": 0, "resources": {COORDINATOR_SLOT: _BESIDE_COORDINATORS}}
+
+
+def preflight_options() -> dict[str, Any]:
+    """The options of the check of a job, or of a dry run. Most hold no more than this; a few are limited to more."""
+    return {
+        "num_cpus": 1,
+        "memory": IDLE_BYTES + PREFLIGHT_BYTES,
+        "resources": {COORDINATOR_SLOT: _BESIDE_COORDINATORS},
+    }
+
+
+def inference_options() -> dict[str, Any]:
+    """The options of the actor that answers with trained models. It returns freed memory to the system."""
+    return {"num_cpus": 0, "runtime_env": runtime_env(ENVIRONMENT)}
 
 
 def evaluation_resources(planned_bytes: int) -> dict[str, float]:

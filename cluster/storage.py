@@ -90,11 +90,12 @@ class Settings:
     storage: Storage
     parallel_jobs: int = 1  # jobs that run at once
     client_slots: int = 4  # clients of a job that train at once
+    allowed_hosts: tuple[str, ...] = ()  # names that the API answers to, besides addresses and localhost
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_DATABASE``, ``CHAINFED_SCRATCH``,
-        ``CHAINFED_PARALLEL_JOBS`` and ``CHAINFED_CLIENT_SLOTS``.
+        ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS`` and ``CHAINFED_ALLOWED_HOSTS``.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
@@ -109,6 +110,7 @@ class Settings:
             storage,
             _count(environment, "CHAINFED_PARALLEL_JOBS", 1),
             _count(environment, "CHAINFED_CLIENT_SLOTS", 2 * (os.cpu_count() or 1)),
+            tuple(environment.get("CHAINFED_ALLOWED_HOSTS", "").replace(",", " ").split()),
         )
 
     def environment(self) -> dict[str, str]:
@@ -119,6 +121,7 @@ class Settings:
             "CHAINFED_SCRATCH": str(self.storage.scratch_root),
             "CHAINFED_PARALLEL_JOBS": str(self.parallel_jobs),
             "CHAINFED_CLIENT_SLOTS": str(self.client_slots),
+            "CHAINFED_ALLOWED_HOSTS": ",".join(self.allowed_hosts),
         }
 
 

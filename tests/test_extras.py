@@ -50,7 +50,7 @@ def test_a_picture_of_a_plan_is_refused_before_anything_is_planned(document: dic
         cli.plan(job_file, picture=tmp_path / "plan.png")
 
     service = Service(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, {})
-    with TestClient(create_app(service)) as client:
+    with TestClient(create_app(service), "http://localhost") as client:
         refused = client.post("/v1/plan", json=document, headers={"Accept": "image/png"})
     assert refused.status_code == 501
     assert refused.json()["type"] == "urn:chainfed:problem:package-missing"

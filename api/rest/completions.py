@@ -12,13 +12,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
+from chainfed_ray.api.rest.callers import while_connected
 from chainfed_ray.api.rest.models import served
 from chainfed_ray.api.rest.openai_schemas import (
+    AssistantMessage,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
-    ChatMessage,
     ChatRequest,
     Completion,
     CompletionChoice,
@@ -36,20 +37,20 @@ from chainfed_ray.serving.generator import Piece
 router = APIRouter(prefix="/v1", tags=["models"])
 
 _MEDIA_TYPE = "text/event-stream"
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {_MEDIA_TYPE: {"schema": {"type": "string"}}}}}
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-_CLIENT_CLOSED = 499  # nginx's status for a caller that has disconnected; only logs see it
 
 TokenStream = AsyncGenerator[tuple[int, Piece], None]
 """Yields a prompt's index, and a piece of the text that follows it."""
 
 
-@router.post("/completions", response_model=Completion, responses={200: {"content": {_MEDIA_TYPE: {}}}})
+@router.post("/completions", response_model=Completion, responses=_STREAMED)
 async def completions(body: CompletionRequest, request: Request, service: WithService) -> Response:
     """Continue a prompt, or each of several."""
     return await _answer(body, body.prompt, _Completions("cmpl", body.model), request, service)
 
 
-@router.post("/chat/completions", response_model=ChatCompletion, responses={200: {"content": {_MEDIA_TYPE: {}}}})
+@router.post("/chat/completions", response_model=ChatCompletion, responses=_STREAMED)
 async def chat_completions(body: ChatRequest, request: Request, service: WithService) -> Response:
     """Answer a chat. The model's tokenizer must have a chat template."""
     return await _answer(body, [body.chat], _Chats("chatcmpl", body.model), request, service)
@@ -95,7 +96,7 @@ class _Chats(_SharedFields):
     def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel:
         reason = last[0].finish_reason
         assert reason is not None, "the last piece of a text has a finish reason"
-        choice = ChatChoice(index=0, message=ChatMessage(role="assistant", content=texts[0]), finish_reason=reason)
+        choice = ChatChoice(index=0, message=AssistantMessage(content=texts[0]), finish_reason=reason)
         return ChatCompletion(**self._common, choices=[choice], usage=_usage(last))
 
     def chunk(self, index: int, piece: Piece) -> BaseModel:
@@ -113,19 +114,23 @@ async def _answer(
     stream = _stream(service, job, prompts, options)
     if options.stream:
         # Wait for the first piece: an invalid prompt raises here, while the response can still have an error status.
-        first = await anext(stream)
+        first = await while_connected(request, anext(stream))
         return StreamingResponse(
             _events(first, stream, form, options.wants_usage), media_type=_MEDIA_TYPE, headers=_HEADERS
         )
-    texts, last = [""] * len(prompts), list[Piece]()
+    texts, last = await while_connected(request, _collected(stream, len(prompts)))
+    return JSONResponse(form.whole(texts, last).model_dump())
+
+
+async def _collected(stream: TokenStream, prompts: int) -> tuple[list[str], list[Piece]]:
+    """The text that follows each prompt, and its last piece."""
+    texts, last = [""] * prompts, list[Piece]()
     async with aclosing(stream):
         async for index, piece in stream:
-            if await request.is_disconnected():
-                return Response(status_code=_CLIENT_CLOSED)
             texts[index] += piece.text
             if piece.finish_reason:
                 last.append(piece)
-    return JSONResponse(form.whole(texts, last).model_dump())
+    return texts, last
 
 
 async def _stream(

@@ -5,25 +5,36 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
-from uuid import uuid4
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import Match
 
-from chainfed_ray.api.rest.schemas import FieldProblem, ProblemDetails
-from chainfed_ray.errors import ChainFedError, InvalidJob, JobConflict, JobNotFound, ModelNotFound, PackageMissing
+from chainfed_ray.api.rest.callers import CallerGone
+from chainfed_ray.api.rest.schemas import FieldProblem, OpenAIError, ProblemDetails
+from chainfed_ray.errors import (
+    MISSING,
+    ChainFedError,
+    InvalidJob,
+    JobConflict,
+    JobNotFound,
+    ModelNotFound,
+    PackageMissing,
+    PartUnavailable,
+    Problem,
+    ServiceBusy,
+)
 
 MEDIA_TYPE = "application/problem+json"
 REQUEST_ID = "x-request-id"
 _RETRY_SECONDS = "5"
 _PREAMBLE = re.compile(r"^Value error, |^\w+ should (be|have) ")
-_SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
-Handler = Callable[[Request, Exception], Awaitable[JSONResponse]]
+Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 _STATUS: Mapping[type[ChainFedError], HTTPStatus] = {
     InvalidJob: HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -31,7 +42,13 @@ _STATUS: Mapping[type[ChainFedError], HTTPStatus] = {
     ModelNotFound: HTTPStatus.NOT_FOUND,
     JobConflict: HTTPStatus.CONFLICT,
     PackageMissing: HTTPStatus.NOT_IMPLEMENTED,
+    ServiceBusy: HTTPStatus.TOO_MANY_REQUESTS,
+    PartUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
+# What the database raises when it does not answer: it is gone, it is locked, or all connections to it are taken.
+_DATABASE_ERRORS = (OperationalError, InterfaceError, PoolTimeout)
+_CLIENT_CLOSED = 499  # nginx's status for a caller that has disconnected; only logs see it
+_MOST_PROBLEMS = 100  # in one answer
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +58,9 @@ def handle_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, _handler(status))
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(OperationalError, _on_database_error)
+    app.add_exception_handler(CallerGone, _on_caller_gone)
+    for database_error in _DATABASE_ERRORS:
+        app.add_exception_handler(database_error, _on_database_error)
     app.add_exception_handler(Exception, _on_unexpected_error)
 
 
@@ -62,57 +81,47 @@ def problem(
         instance=request.url.path,
         request_id=request.scope["state"]["request_id"],
         errors=list(errors),
+        error=OpenAIError(
+            message=detail,
+            type="invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error",
+            param=errors[0].field if errors else None,
+            code=slug.replace("-", "_"),
+        ),
     )
     return JSONResponse(body.model_dump(), status_code=status, media_type=MEDIA_TYPE, headers=headers)
-
-
-class RequestIds:
-    """Middleware that gives every request an id. It keeps a given id if that is safe to write into a log."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection (the ASGI protocol)."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(REQUEST_ID.encode(), b"").decode("latin-1")
-        request_id = given if _SAFE_ID.fullmatch(given) else uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            # A request that has an id came through Ray Serve, which adds the header to the response itself.
-            if message["type"] == "http.response.start" and not given:
-                message["headers"] = [*message["headers"], (REQUEST_ID.encode(), request_id.encode())]
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
 
 
 def _handler(status: HTTPStatus) -> Handler:
     """The handler of a kind of ``ChainFedError`` that is answered with ``status``."""
 
-    async def handle(request: Request, error: Exception) -> JSONResponse:
+    async def handle(request: Request, error: Exception) -> Response:
         problems = error.problems if isinstance(error, InvalidJob) else ()
         errors = [FieldProblem.model_validate(found.document()) for found in problems]
-        return problem(request, status, _slug(type(error).__name__), str(error), errors)
+        seconds = error.seconds if isinstance(error, ServiceBusy | PartUnavailable) else None
+        headers = None if seconds is None else {"Retry-After": str(seconds)}
+        return problem(request, status, _slug(type(error).__name__), str(error), errors, headers)
 
     return handle
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> JSONResponse:
     """Answer a query, header or body that FastAPI found invalid. Job files never get here: ``parse_job`` checks them."""
-    errors = []
-    for found in error.errors() if isinstance(error, RequestValidationError) else ():
-        where = [str(part) for part in found["loc"] if part != "body"]
-        value = None if found["type"] == "missing" else repr(found["input"])[:120]
-        if found["type"] == "json_invalid":
-            return problem(
-                request, HTTPStatus.BAD_REQUEST, "bad-request", f"the body is not JSON: {found['ctx']['error']}"
-            )
-        errors.append(FieldProblem(field=".".join(where) or "(body)", value=value, expected=_expected(found)))
-    detail = "; ".join(f"{one.field} is {one.value or 'missing'}; expected {one.expected}" for one in errors)
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()[:_MOST_PROBLEMS]
+    for one in found:
+        if one["type"] == "json_invalid":
+            detail = f"the body is not JSON: {one['ctx']['error']}"
+            return problem(request, HTTPStatus.BAD_REQUEST, "bad-request", detail)
+    problems = [
+        Problem(
+            ".".join(str(part) for part in one["loc"] if part != "body") or "(body)",
+            MISSING if one["type"] == "missing" else one["input"],
+            _expected(one),
+        )
+        for one in found
+    ]
+    detail = "; ".join(map(str, problems))
+    errors = [FieldProblem.model_validate(one.document()) for one in problems]
     return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-request", detail, errors)
 
 
@@ -123,18 +132,35 @@ def _expected(found: Any) -> str:
             return "a value"
         case "extra_forbidden":
             return "no field of this name"
+        case "none_required":
+            return "null"
     return _PREAMBLE.sub("", found["msg"]).replace(" after validation", "")
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     status = HTTPStatus(error.status_code)
-    detail = error.detail
+    detail, headers = error.detail, error.headers
     if status is HTTPStatus.NOT_FOUND:
         detail = f"there is no route {request.url.path}; /docs lists the routes"
     elif status is HTTPStatus.METHOD_NOT_ALLOWED:
         detail = f"the route {request.url.path} does not accept {request.method}"
-    return problem(request, status, _slug(status.phrase), detail, headers=error.headers)
+        headers = {"Allow": ", ".join(_methods_of(request))}
+    return problem(request, status, _slug(status.phrase), detail, headers=headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """The methods that some route with the request's path accepts. Starlette names those of the first route alone."""
+    routes, scope = request.app.routes, request.scope
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
+
+
+async def _on_caller_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED)
 
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:

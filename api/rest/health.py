@@ -1,6 +1,7 @@
 """Routes of health checks: the process is alive, and every part of the service works."""
 
 import asyncio
+import logging
 
 from fastapi import APIRouter, Response
 
@@ -9,6 +10,7 @@ from chainfed_ray.api.rest.service import WithService
 
 router = APIRouter(tags=["health"])
 
+_log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 5.0
 
 
@@ -28,7 +30,8 @@ async def readyz(response: Response, service: WithService) -> Health:
         except TimeoutError:
             checks[name] = f"no answer within {_PATIENCE_SECONDS:g} s"
         except Exception as error:  # whatever one part raises, the others are still checked
-            checks[name] = f"{type(error).__name__}: {error}"
+            _log.warning("%s does not work", name, exc_info=error)
+            checks[name] = f"{type(error).__name__}; the service's log says more"
         else:
             checks[name] = "ok"
     works = all(state == "ok" for state in checks.values())

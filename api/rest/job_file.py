@@ -3,6 +3,7 @@
 import json
 from typing import Annotated, Any
 
+import yaml
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -11,14 +12,20 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job, parse_yaml
 
-# The description of such a body in the OpenAPI document. app.py adds the schema that it refers to.
+EXAMPLE = {
+    "name": "docstrings",
+    "model": {"base": "builtin:minilm"},
+    "data": {"train": "builtin:docstrings"},
+    "fleet": {"clients": [{"name": "phone", "count": 10, "memory": "96MiB"}]},
+}
+# The description of such a body in the OpenAPI document. api/serve adds the schema that it refers to.
 BODY = {
     "requestBody": {
         "required": True,
         "description": "The job file, as JSON or as YAML.",
         "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}},
-            "application/yaml": {"schema": {"type": "string"}},
+            "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}, "example": EXAMPLE},
+            "application/yaml": {"schema": {"type": "string"}, "example": yaml.safe_dump(EXAMPLE, sort_keys=False)},
         },
     }
 }

@@ -1,37 +1,67 @@
-"""Routes of jobs: submit, list, show and cancel."""
+"""Routes of jobs: forecast, submit, list, show and cancel."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
+from chainfed_ray.api.report.pictures import check_drawing
+from chainfed_ray.api.rest.callers import while_connected
 from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
 from chainfed_ray.api.rest.schemas import JobPage, JobProgress, JobResource, JobStatus, JobSummary
 from chainfed_ray.api.rest.service import WithService
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.errors import JobConflict
+from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.records.rounds import JobStarted, Round
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1", tags=["jobs"])
+
+_PNG = "image/png"
+_PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {_PNG: {"schema": {"type": "string", "format": "binary"}}}}
+}
 
 IdempotencyKey = Annotated[
-    str | None, Header(max_length=200, description="a repeated key returns the same job, so that a retry is safe")
+    str | None,
+    Header(
+        pattern="^[ -~]{1,200}$",
+        description="1 to 200 printable ASCII characters; a repeated key returns the same job, so that a retry is safe",
+    ),
 ]
 
 
-@router.post("", status_code=201, openapi_extra=BODY)
-async def submit(
-    spec: SubmittedJob, response: Response, service: WithService, idempotency_key: IdempotencyKey = None
+@router.post("/plan", response_model=Forecast, openapi_extra=BODY, responses=_PICTURE)
+async def plan_job(spec: SubmittedJob, request: Request, service: WithService) -> Forecast | Response:
+    """Forecast a job without training it: which clients join, memory, network, time, and what one change would gain."""
+    with_picture = _PNG in request.headers.get("accept", "")
+    if with_picture:
+        check_drawing()
+    forecast = await while_connected(request, service.plan(spec))
+    if with_picture:
+        from chainfed_ray.api.report.forecast_picture import png  # imports matplotlib, which is an optional extra
+
+        return Response(await run_in_threadpool(png, forecast), media_type=_PNG)
+    return forecast
+
+
+@router.post("/jobs", status_code=201, openapi_extra=BODY)
+async def submit_job(
+    spec: SubmittedJob,
+    request: Request,
+    response: Response,
+    service: WithService,
+    idempotency_key: IdempotencyKey = None,
 ) -> JobResource:
     """Check a job and queue it. A job that cannot run is refused with every field that is wrong."""
-    await service.check(spec)
+    await while_connected(request, service.check(spec))
     record = await run_in_threadpool(service.store.submit, spec, idempotency_key)
     response.headers["Location"] = f"/v1/jobs/{record.id}"
     return JobResource.full(record, None)
 
 
-@router.get("")
-def page(
+@router.get("/jobs")
+def list_jobs(
     service: WithService,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most jobs of a page")] = 50,
     before: Annotated[str | None, Query(description="return only jobs older than the job with this id")] = None,
@@ -45,14 +75,14 @@ def page(
     )
 
 
-@router.get("/{job}")
-def get(job: str, service: WithService) -> JobResource:
+@router.get("/jobs/{job}")
+def get_job(job: str, service: WithService) -> JobResource:
     """A job, with its progress and, once it is over, its result or its error."""
     return _full(service.store, service.store.get(job))
 
 
-@router.post("/{job}/cancel", status_code=202)
-def cancel(job: str, service: WithService) -> JobResource:
+@router.post("/jobs/{job}/cancel", status_code=202)
+def cancel_job(job: str, service: WithService) -> JobResource:
     """Cancel a job. Its finished rounds are kept; a running job is `cancelling` until its processes have ended."""
     store = service.store
     # The job may start between the two calls. Then the first move fails, and the one to `cancelling` succeeds.

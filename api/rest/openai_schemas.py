@@ -1,9 +1,14 @@
-"""The requests and answers of the two routes in the format of OpenAI's API, so that programs written for that API work."""
+"""The requests and answers of the two routes in the format of OpenAI's API, so that programs written for that API work.
+
+Such programs send null for an option that is not set, and options that ask for nothing, such as ``tools: []``. Both are
+accepted. An option that asks for something that we cannot do is refused by its name.
+"""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
+from chainfed_ray.api.rest.schemas import MOST_CHARACTERS, bounded
 from chainfed_ray.data.chats import Chat, Message
 from chainfed_ray.serving.generator import MOST_TOKENS, FinishReason, Sampling
 
@@ -16,58 +21,87 @@ _MAX_TOKENS = f"the most tokens to generate; by default as many as fit into the 
 Strings = BeforeValidator(_listed, json_schema_input_type=str | list[str])
 PromptText = Annotated[str, Field(max_length=100_000)]
 
+# The values of an option that ask for nothing.
+Zero = Annotated[float, Field(ge=0, le=0)]
+No = Literal[False]
+EmptyList = Annotated[list[Any], Field(max_length=0)]
+EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 
-class StreamOptions(BaseModel):
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Request):
     """Options of a stream."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool | None = Field(None, description="add a last chunk with the `usage` and no choices")
+    include_obfuscation: No | None = Field(None, description="not supported: no chunk is padded")
 
-    include_usage: bool = Field(False, description="add a last chunk with the `usage` and no choices")
+
+class _Unsupported(_Request):
+    """Options of both routes that are accepted only with a value that asks for nothing."""
+
+    frequency_penalty: Zero | None = Field(None, description="not supported")
+    presence_penalty: Zero | None = Field(None, description="not supported")
+    logit_bias: EmptyObject | None = Field(None, description="not supported")
+    n: Literal[1] | None = Field(None, description="texts per prompt; only 1 is possible")
 
 
-class GenerationOptions(BaseModel):
-    """How text is generated."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+class GenerationOptions(_Unsupported):
+    """How text is generated. Null means that an option is not set."""
 
     model: str = Field(description="a name from `GET /v1/models` whose task is `causal-lm`")
     max_tokens: int | None = Field(None, ge=1, description=_MAX_TOKENS)
-    temperature: float = Field(
-        1.0, ge=0, le=2, description="randomness of sampling; 0 always takes the likeliest token"
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="randomness of sampling, by default 1; 0 always takes the likeliest token"
     )
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="sample only from the likeliest tokens whose probabilities add up to this"
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="sample only from the likeliest tokens with this probability together, by default 1",
     )
-    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Strings] | None = Field(
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]] | None, Strings] = Field(
         None, max_length=4, description="the text ends before the first of these strings"
     )
-    n: Literal[1] | None = Field(None, description="texts per prompt; only 1 is possible")
     user: str | None = Field(None, description="accepted and ignored; it is not stored")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="the same seed generates the same text again")
-    stream: bool = Field(False, description="send the text as server-sent events while it is generated")
+    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="the same seed generates the same text again")
+    stream: bool | None = Field(None, description="send the text as server-sent events while it is generated")
     stream_options: StreamOptions | None = None
 
     @property
     def sampling(self) -> Sampling:
         """The options in the form that the generator takes."""
-        return Sampling(self.max_tokens, self.temperature, self.top_p, tuple(self.stop or ()), self.seed)
+        temperature = 1.0 if self.temperature is None else self.temperature
+        top_p = 1.0 if self.top_p is None else self.top_p
+        return Sampling(self.most_tokens, temperature, top_p, tuple(self.stop or ()), self.seed)
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The most tokens to generate, if the caller says so."""
+        return self.max_tokens
 
     @property
     def wants_usage(self) -> bool:
         """True if a stream ends with the counts of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class CompletionRequest(GenerationOptions):
     """Prompts to continue."""
 
-    prompt: Annotated[list[PromptText], Strings] = Field(min_length=1, max_length=16)
+    prompt: Annotated[list[PromptText], Strings, AfterValidator(bounded)] = Field(
+        min_length=1, max_length=16, description=f"{MOST_CHARACTERS:,} characters in all, at most"
+    )
+    best_of: Literal[1] | None = Field(None, description="not supported")
+    echo: No | None = Field(None, description="not supported")
+    logprobs: None = Field(None, description="not supported")
+    suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description="not supported")
 
 
-class TextPart(BaseModel):
+class TextPart(_Request):
     """A part of a message. Programs that can also send pictures send text in this form."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
     text: str
@@ -80,29 +114,60 @@ def _joined(value: Any) -> Any:
 _PARTS = TypeAdapter(list[TextPart])
 
 
-class ChatMessage(BaseModel):
-    """One message of a chat."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+class ChatMessage(_Request):
+    """One message of a chat. A message that a model answered with may be sent back as it is."""
 
     role: str = Field(
         description="a role of the model's template, mostly `system`, `user` or `assistant`", max_length=100
     )
     content: Annotated[PromptText, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
+    name: str | None = Field(None, description="accepted and ignored")
+    refusal: None = Field(None, description="not supported")
+    annotations: EmptyList | None = Field(None, description="not supported")
+    audio: None = Field(None, description="not supported")
+    function_call: None = Field(None, description="not supported")
+    tool_calls: EmptyList | None = Field(None, description="not supported")
+
+
+def _bounded_chat(messages: list[ChatMessage]) -> list[ChatMessage]:
+    bounded([message.content for message in messages])
+    return messages
+
+
+class ResponseFormat(_Request):
+    """The form of an answer: text."""
+
+    type: Literal["text"]
 
 
 class ChatRequest(GenerationOptions):
     """A chat to answer."""
 
-    max_tokens: int | None = Field(
-        None, ge=1, description=_MAX_TOKENS, validation_alias=AliasChoices("max_tokens", "max_completion_tokens")
+    messages: Annotated[list[ChatMessage], AfterValidator(_bounded_chat)] = Field(
+        min_length=1, max_length=256, description=f"{MOST_CHARACTERS:,} characters in all, at most"
     )
-    messages: list[ChatMessage] = Field(min_length=1, max_length=256)
+    max_completion_tokens: int | None = Field(None, ge=1, description="the later name of `max_tokens`")
+    functions: EmptyList | None = Field(None, description="not supported")
+    function_call: Literal["none", "auto"] | None = Field(None, description="without `functions` it asks for nothing")
+    logprobs: No | None = Field(None, description="not supported")
+    metadata: EmptyObject | None = Field(None, description="not supported")
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description="only text")
+    parallel_tool_calls: bool | None = Field(None, description="without `tools` it asks for nothing")
+    response_format: ResponseFormat | None = Field(None, description="only text")
+    store: No | None = Field(None, description="not supported")
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="without `tools` it asks for nothing")
+    tools: EmptyList | None = Field(None, description="not supported")
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = Field(None, description="not supported")
 
     @property
     def chat(self) -> Chat:
         """The messages in the form that the generator takes."""
         return tuple(Message(message.role, message.content) for message in self.messages)
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The most tokens to generate, by the lower of the two options if both are given."""
+        return min((most for most in (self.max_tokens, self.max_completion_tokens) if most is not None), default=None)
 
 
 class Usage(BaseModel):
@@ -145,11 +210,18 @@ class Completion(_Answer):
     choices: list[CompletionChoice]
 
 
+class AssistantMessage(BaseModel):
+    """The message that the model answers a chat with."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
 class ChatChoice(BaseModel):
     """The answer to a chat."""
 
     index: int
-    message: ChatMessage
+    message: AssistantMessage
     finish_reason: FinishReason
 
 

@@ -1,14 +1,25 @@
 """The JSON of the REST API, version 1: what requests send, and what answers contain."""
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.budget.planner import WeightPlacement
 from chainfed_ray.cluster.jobs.store import JobRecord
 from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn
+
+MOST_CHARACTERS = 500_000  # of all texts of a request to a model
+
+
+def bounded(texts: Sequence[str]) -> Sequence[str]:
+    """Check that texts have no more than ``MOST_CHARACTERS`` together: the time and memory for them grow with that."""
+    if sum(map(len, texts)) > MOST_CHARACTERS:
+        raise ValueError(f"at most {MOST_CHARACTERS:,} characters in all")
+    return texts
+
 
 ModelTask = Literal["sequence-classification", "causal-lm"]
 JobStatus = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
@@ -146,10 +157,19 @@ class EventPage(BaseModel):
     finished: bool = Field(description="true if the job is over and no events follow")
 
 
-class ServedModel(BaseModel):
+class ModelEntry(BaseModel):
+    """A served model in the form of OpenAI's API."""
+
+    id: str = Field(description="the model's name")
+    object: Literal["model"] = "model"
+    created: int = Field(description="seconds since 1970, UTC")
+    owned_by: Literal["chainfed"] = "chainfed"
+
+
+class ServedModel(ModelEntry):
     """A trained model that the service answers with."""
 
-    name: str
+    name: str = Field(description="the same as `id`")
     job: str = Field(description="the id of the job that trained it")
     task: ModelTask
     base: str = Field(description="the base model, as in the job file")
@@ -161,21 +181,29 @@ class ServedModel(BaseModel):
     def of(cls, record: JobRecord) -> "ServedModel":
         """The model of the job in ``record``, which must have succeeded."""
         result, model = record.result or {}, record.spec["model"]
+        finished_at = record.finished_at or ""
         return cls(
+            id=record.model,
+            created=int(datetime.fromisoformat(finished_at).timestamp()),
             name=record.model,
             job=record.id,
             task=model["task"],
             base=model["base"],
             classes=result["classes"],
             accuracy=result["accuracy"],
-            created_at=record.finished_at or "",
+            created_at=finished_at,
         )
 
 
 class ModelList(BaseModel):
-    """Every served model. If several jobs have the same model name, the newest one that succeeded is served."""
+    """Every served model: in ``models``, and in the form of OpenAI's API in ``data``.
+
+    If several jobs have the same model name, the newest one that succeeded is served.
+    """
 
     models: list[ServedModel]
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
 
 
 class ClassifyRequest(BaseModel):
@@ -184,7 +212,9 @@ class ClassifyRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str = Field(description="a name from `GET /v1/models`, such as `minilm:docstrings`")
-    texts: list[Annotated[str, Field(max_length=100_000)]] = Field(min_length=1, max_length=256)
+    texts: Annotated[list[Annotated[str, Field(max_length=100_000)]], AfterValidator(bounded)] = Field(
+        min_length=1, max_length=256, description=f"{MOST_CHARACTERS:,} characters in all, at most"
+    )
 
 
 class Label(BaseModel):
@@ -218,8 +248,17 @@ class FieldProblem(BaseModel):
     expected: str = Field(description="what the field must be")
 
 
+class OpenAIError(BaseModel):
+    """An error in the form of OpenAI's API, whose clients look for it."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None = Field(description="the first field that is wrong")
+    code: str = Field(description="the kind of problem, such as `model_not_found`")
+
+
 class ProblemDetails(BaseModel):
-    """The format of every error: problem details (RFC 9457)."""
+    """The format of every error: problem details (RFC 9457), with the same in the form of OpenAI's API as `error`."""
 
     type: str = Field(description="the kind of problem, for programs: `urn:chainfed:problem:…`")
     title: str
@@ -227,7 +266,8 @@ class ProblemDetails(BaseModel):
     detail: str = Field(description="what is wrong, for people")
     instance: str = Field(description="the path of the request")
     request_id: str = Field(description="the request's id, also in the header X-Request-ID and in the service's log")
-    errors: list[FieldProblem] = Field(default_factory=list)
+    errors: list[FieldProblem]
+    error: OpenAIError
 
 
 def _classes(job_started: JobStarted) -> list[str]:

@@ -1,25 +1,27 @@
 """The Ray Serve application of the service: one deployment for the routes, one for inference."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from ray import serve
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.api.serve.inference import Inference
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
-from chainfed_ray.cluster.jobs.preflight import check, plan
+from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.errors import ChainFedError
-from chainfed_ray.records.forecast import Forecast
+from chainfed_ray.errors import ChainFedError, PartUnavailable, ServiceBusy
 from chainfed_ray.serving.generator import Piece, Prompt, Sampling
-from chainfed_ray.spec.job import JobSpec
+
+_RETRY_SECONDS = 5
 
 
 @serve.deployment(
@@ -37,6 +39,7 @@ class Api:
         self._settings, self._inference = settings, inference
         self._writing: Any = inference.options(stream=True)
         self._store = JobStore(settings.storage.database, existing=True)
+        self._preflight = Preflight(settings.client_slots)
         ensure_controller(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -46,25 +49,27 @@ class Api:
             "controller": self._controller,
             "inference": self._inference_alive,
         }
-        return create_app(Service(self._store, check, self._plan, self._classify, self._write, parts))
-
-    async def _plan(self, spec: JobSpec) -> Forecast:
-        return await plan(spec, self._settings.client_slots)
+        check, plan = self._preflight.check, self._preflight.plan
+        service = Service(self._store, check, plan, self._classify, self._write, parts)
+        return create_app(service, self._settings.allowed_hosts)
 
     async def _classify(self, job: JobRecord, texts: list[str]) -> list[list[float]]:
         model = job.spec["model"]
-        answers: list[list[float]] = await self._inference.classify.remote(job.id, model["base"], model["dtype"], texts)
-        return answers
+        with _errors_of_inference():
+            answer: Any = self._inference.classify.remote(job.id, model["base"], model["dtype"], texts)
+            try:
+                probabilities: list[list[float]] = await answer
+            finally:
+                answer.cancel()  # nothing, if it has answered
+        return probabilities
 
     async def _write(self, job: JobRecord, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         model = job.spec["model"]
         pieces = self._writing.write.remote(job.id, model["base"], model["dtype"], prompt, sampling)
         try:
-            async for piece in pieces:
-                yield piece
-        except RayTaskError as error:
-            # Ray's message is a whole traceback. The caller gets the original error, if it is one of ours.
-            raise error.cause if isinstance(error.cause, ChainFedError) else error from None
+            with _errors_of_inference():
+                async for piece in pieces:
+                    yield piece
         finally:
             pieces.cancel()
 
@@ -79,6 +84,25 @@ class Api:
 
     async def _inference_alive(self) -> None:
         await self._inference.alive.remote()
+
+
+@contextmanager
+def _errors_of_inference() -> Iterator[None]:
+    """Raise what went wrong there as an error of ours. Ray's own message is a whole traceback.
+
+    Raises:
+        ChainFedError: it is one of ours.
+        ServiceBusy: too many requests wait already.
+        PartUnavailable: the process ended.
+    """
+    try:
+        yield
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ChainFedError) else error from None
+    except BackPressureError:
+        raise ServiceBusy("requests to the models", _RETRY_SECONDS) from None
+    except RayError as error:
+        raise PartUnavailable("the process of the models", f"ended ({type(error).__name__})", _RETRY_SECONDS) from error
 
 
 def build(arguments: Mapping[str, str]) -> serve.Application:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from ray import serve
 
+from chainfed_ray.cluster.resources import inference_options
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.serving.classifier import Classifier
@@ -26,7 +27,13 @@ def _texts_of(questions: list[Question]) -> int:
     return sum(len(question.texts) for question in questions)
 
 
-@serve.deployment(name="Inference", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=64, health_check_period_s=1)
+@serve.deployment(
+    name="Inference",
+    ray_actor_options=inference_options(),
+    max_ongoing_requests=64,
+    max_queued_requests=64,
+    health_check_period_s=1,
+)
 class Inference:
     """Classifies and generates text. It loads base models and adapter stacks on demand, and keeps those used last."""
 

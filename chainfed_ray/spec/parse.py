@@ -17,6 +17,7 @@ from chainfed_ray.spec.wording import problem_of
 _MOST_PROBLEMS = 100  # in one answer
 _MOST_REASON = 200  # characters
 _MOST_ALIASES = 20
+_UNKEPT = re.compile("[\\0\\ud800-\\udfff]")
 
 
 def parse_job(document: object) -> JobSpec:
@@ -49,9 +50,9 @@ def parse_job(document: object) -> JobSpec:
 
 
 def _no_texts(value: object, path: str = "") -> Iterator[Problem]:
-    """The strings in a document that no file and no database can hold: those with half a surrogate pair."""
-    if isinstance(value, str) and not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        yield Problem(path, ascii(value), "a text without lone surrogates")
+    """The strings in a document that no path and no database can hold: with half a surrogate pair, or a null character."""
+    if isinstance(value, str) and _UNKEPT.search(value):
+        yield Problem(path, ascii(value), "a text without lone surrogates and null characters")
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _no_texts(item, f"{path}.{key}".lstrip("."))

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from chainfed_ray.units import format_bytes, parse_bytes, parse_seconds
+from chainfed_ray.units import BYTES_PATTERN, SECONDS_PATTERN, format_bytes, parse_bytes, parse_seconds
 
 _LONGEST = 30 * 24 * 3600  # seconds
 
@@ -31,10 +31,21 @@ def _exact_deadline(seconds: float) -> str | float:
     return "auto" if seconds == math.inf else seconds
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(_exact_bytes), Field(gt=0, lt=2**60)]
+_ByteCount = Annotated[int, Field(gt=0, lt=2**60)]
+_SecondCount = Annotated[float, Field(gt=0, le=_LONGEST)]
+Bytes = Annotated[
+    _ByteCount,
+    BeforeValidator(parse_bytes, json_schema_input_type=_ByteCount | Annotated[str, Field(pattern=BYTES_PATTERN)]),
+    PlainSerializer(_exact_bytes),
+]
 # In seconds; infinity for "auto".
 Deadline = Annotated[
-    float, BeforeValidator(_deadline, json_schema_input_type=float | str), PlainSerializer(_exact_deadline)
+    float,
+    BeforeValidator(
+        _deadline,
+        json_schema_input_type=_SecondCount | Literal["auto"] | Annotated[str, Field(pattern=SECONDS_PATTERN)],
+    ),
+    PlainSerializer(_exact_deadline),
 ]
 Often = Literal["round", "stage"] | Annotated[int, Field(ge=1)]  # an integer n means every n rounds
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]

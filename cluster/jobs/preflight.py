@@ -1,67 +1,147 @@
-"""Checks and forecasts a job before it is accepted, each in a Ray process of its own."""
+"""Checks and forecasts jobs before they are accepted: a few at a time, each in a Ray process with limits.
 
+What a caller sends decides what a check does, so it may take any time and any memory that it is given. It is given a core,
+memory and seconds. It ends when its caller goes away.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
-from chainfed_ray.cluster.resources import controller_options
-from chainfed_ray.errors import InvalidJob, Problem
+from chainfed_ray.cluster.limits import memory_limit
+from chainfed_ray.cluster.resources import preflight_options
+from chainfed_ray.errors import InvalidJob, PartUnavailable, Problem, ServiceBusy
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.units import format_bytes
+
+_RETRY_SECONDS = 10
 
 
-@ray.remote(max_retries=1)
-def _problems(spec: JobSpec) -> list[Problem]:
+@dataclass(frozen=True)
+class Limits:
+    """What checks and dry runs may take: ``most_bytes`` counts above an idle process.
+
+    Beyond ``at_once`` a few more wait for a place, for ``wait_seconds`` at most.
+    """
+
+    at_once: int = 2
+    waiting: int = 8
+    wait_seconds: float = 20.0
+    check_seconds: float = 120.0
+    plan_seconds: float = 300.0
+    most_bytes: int = 2 * 2**30
+
+
+class Preflight:
+    """Checks and forecasts jobs, for a cluster where at most ``client_slots`` clients train at once."""
+
+    def __init__(self, client_slots: int, limits: Limits = Limits()) -> None:
+        self._client_slots, self._limits = client_slots, limits
+        self._places = asyncio.Semaphore(limits.at_once)
+        self._waiting = 0
+
+    async def check(self, spec: JobSpec) -> None:
+        """Prepare a job and discard the result. This finds what is wrong before the job is accepted.
+
+        Raises:
+            InvalidJob: the job cannot run.
+            ServiceBusy: there are too many checks already.
+            PartUnavailable: the check took too long, or its process died.
+        """
+        if problems := await self._run("the check of the job", self._limits.check_seconds, _problems, spec):
+            raise InvalidJob(tuple(problems))
+
+    async def plan(self, spec: JobSpec) -> Forecast:
+        """Forecast a job by a dry run.
+
+        Raises:
+            InvalidJob: the job cannot run, whichever clients join.
+            ServiceBusy: there are too many dry runs already.
+            PartUnavailable: the dry run took too long, or its process died.
+        """
+        answer: Forecast | list[Problem] = await self._run(
+            "the dry run", self._limits.plan_seconds, _forecast, spec, self._client_slots
+        )
+        if isinstance(answer, list):
+            raise InvalidJob(tuple(answer))
+        return answer
+
+    async def _run(self, what: str, seconds: float, task: Any, *arguments: Any) -> Any:
+        async with self._place():
+            reference = task.options(**preflight_options()).remote(self._limits.most_bytes, *arguments)
+            try:
+                async with asyncio.timeout(seconds):
+                    return await reference
+            except TimeoutError:
+                raise PartUnavailable(what, f"took longer than {seconds:g} s", _RETRY_SECONDS) from None
+            except RayError as error:
+                raise PartUnavailable(what, f"ended ({type(error).__name__})", _RETRY_SECONDS) from error
+            finally:
+                ray.cancel(reference, force=True)  # it ends the process, unless the task is done
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """Hold one of the places. A few callers wait for one, a short time."""
+        if self._waiting >= self._limits.waiting:
+            raise ServiceBusy("checks of jobs and dry runs", _RETRY_SECONDS)
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self._limits.wait_seconds):
+                await self._places.acquire()
+        except TimeoutError:
+            raise ServiceBusy("checks of jobs and dry runs", _RETRY_SECONDS) from None
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._places.release()
+
+
+@ray.remote(max_retries=0)
+def _problems(most_bytes: int, spec: JobSpec) -> list[Problem]:
     # It imports torch and transformers, which the caller's process need not load.
     from chainfed_ray.cluster.pool.placement import check_memories
     from chainfed_ray.federation.prepare import prepare_job
 
     try:
         check_memories([group.memory for group in spec.fleet.clients])
-        prepare_job(spec, Path())  # preparing writes nothing into the scratch folder
+        with memory_limit(most_bytes):
+            prepare_job(spec, Path())  # preparing writes nothing into the scratch folder
     except InvalidJob as error:
         return _plain(error)
+    except MemoryError:
+        return [_too_large(spec, most_bytes)]
     return []
 
 
 @ray.remote(
-    max_retries=1, max_calls=1
+    max_retries=0, max_calls=1
 )  # a dry run times training steps, and leaves its process changed: do not reuse it
-def _forecast(spec: JobSpec, client_slots: int) -> Forecast | list[Problem]:
+def _forecast(most_bytes: int, spec: JobSpec, client_slots: int) -> Forecast | list[Problem]:
     from chainfed_ray.forecast.dry_run import dry_run
 
     cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     try:
-        return dry_run(spec, max(min(client_slots, cores), 1))  # a turn takes one core
+        with memory_limit(most_bytes):
+            return dry_run(spec, max(min(client_slots, cores), 1))  # a turn takes one core
     except InvalidJob as error:
         return _plain(error)
+    except MemoryError:
+        return [_too_large(spec, most_bytes)]
+
+
+def _too_large(spec: JobSpec, most_bytes: int) -> Problem:
+    return Problem("(job)", spec.name, f"a job whose rows and model can be checked with {format_bytes(most_bytes)}")
 
 
 def _plain(error: InvalidJob) -> list[Problem]:
     """The problems of ``error``, with values as text: the original values may not unpickle in another process."""
     return [Problem.from_document(problem.document()) for problem in error.problems]
-
-
-async def check(spec: JobSpec) -> None:
-    """Prepare a job in a process of its own and discard the result. This finds what is wrong before the job is accepted.
-
-    Raises:
-        InvalidJob: the job cannot run.
-    """
-    task: Any = _problems
-    if problems := await task.options(**controller_options()).remote(spec):
-        raise InvalidJob(tuple(problems))
-
-
-async def plan(spec: JobSpec, client_slots: int) -> Forecast:
-    """Forecast a job by a dry run, for a cluster where at most ``client_slots`` clients train at once.
-
-    Raises:
-        InvalidJob: the job cannot run, whichever clients join.
-    """
-    task: Any = _forecast
-    answer: Forecast | list[Problem] = await task.options(**controller_options()).remote(spec, client_slots)
-    if isinstance(answer, list):
-        raise InvalidJob(tuple(answer))
-    return answer

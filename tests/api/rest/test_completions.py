@@ -10,6 +10,8 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -89,7 +91,7 @@ def client(storage: Storage, inference: Any) -> Iterator[TestClient]:
 
     store = JobStore(storage.database)
     with TestClient(
-        create_app(Service(store, check, plan, classify, write, {})), raise_server_exceptions=False
+        create_app(Service(store, check, plan, classify, write, {})), "http://localhost", raise_server_exceptions=False
     ) as made:
         yield made
     store.close()
@@ -196,7 +198,15 @@ def test_next_to_no_temperature_is_none(client: TestClient) -> None:
         ("completions", {"top_p": 0}, 422, "top_p", "greater than 0"),
         ("completions", {"stop": ["a"] * 5}, 422, "stop", "at most 4"),
         ("completions", {"stop": ""}, 422, "stop.0", "at least 1 character"),
-        ("completions", {"logprobs": 3}, 422, "logprobs", "logprobs is 3; expected no field of this name"),
+        ("completions", {"logprobs": 3}, 422, "logprobs", "logprobs is 3; expected null"),
+        ("completions", {"echo": True}, 422, "echo", "echo is True; expected False"),
+        ("completions", {"frequency_penalty": 0.5}, 422, "frequency_penalty", "less than or equal to 0"),
+        ("completions", {"logit_bias": {"5": 1}}, 422, "logit_bias", "at most 0"),
+        ("completions", {"guided": 1}, 422, "guided", "guided is 1; expected no field of this name"),
+        ("completions", {"prompt": ["x" * 90_000] * 12}, 422, "prompt", "500,000 characters"),
+        ("completions", {"prompt": [[1, 2]]}, 422, "prompt.0", "a valid string"),
+        ("chat/completions", {"tools": [{"type": "function"}]}, 422, "tools", "at most 0"),
+        ("chat/completions", {"response_format": {"type": "json_object"}}, 422, "response_format.type", "'text'"),
         ("completions", {"n": 2}, 422, "n", "n is 2; expected 1"),
         ("chat/completions", {"messages": [{"role": "user", "content": [1]}]}, 422, "messages.0.content.0", "expected"),
     ],
@@ -231,6 +241,76 @@ def test_models_say_their_task(client: TestClient) -> None:
         CHATTER: "causal-lm",
         CLASSIFIER: "sequence-classification",
     }
+    assert client.get(f"/v1/models/{CHATTER}").json() == next(model for model in models if model["name"] == CHATTER)
+    assert client.get("/v1/models/none").status_code == 404
+
+
+CHAT = [{"role": "user", "content": "hi"}]
+ASKS_FOR_NOTHING: list[dict[str, Any]] = [
+    {"temperature": None, "top_p": None, "stop": None, "seed": None, "n": None, "user": None, "max_tokens": None},
+    {"stream": None, "stream_options": None},
+    {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "n": 1},
+    {"logprobs": False, "top_logprobs": None, "response_format": {"type": "text"}, "modalities": ["text"]},
+    {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "functions": [], "function_call": "auto"},
+    {"store": False, "metadata": {}},
+]
+
+
+@pytest.fixture
+def official(client: TestClient) -> openai.OpenAI:
+    """OpenAI's own client. The test client is one of HTTP, and it may use that."""
+    return openai.OpenAI(base_url="http://localhost/v1", api_key="any", max_retries=0, http_client=client)
+
+
+@pytest.mark.parametrize("options", ASKS_FOR_NOTHING)
+def test_openais_client_may_say_that_it_asks_for_nothing(official: openai.OpenAI, options: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"model": CHATTER, "messages": CHAT, "seed": 1, "max_completion_tokens": 4}
+    plain = official.chat.completions.create(**asked)
+    again = official.chat.completions.create(**asked | options | {"seed": 1})
+    assert again.choices == plain.choices
+    assert plain.choices[0].message.content
+
+
+def test_openais_client_continues_a_chat(official: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": CHATTER, "max_tokens": 4, "temperature": 0}
+    answer = official.chat.completions.create(messages=CHAT, **asked).choices[0].message
+    more = [*CHAT, answer.model_dump(), {"role": "user", "content": "and", "name": "me"}]
+    longer = official.chat.completions.create(messages=more, **asked)
+    assert longer.usage is not None
+    assert longer.usage.prompt_tokens > 10
+    parts = list(official.chat.completions.create(messages=more, stream=True, **asked))
+    assert "".join(part.choices[0].delta.content for part in parts) == longer.choices[0].message.content
+    options = {"echo": False, "best_of": 1, "suffix": None, "logprobs": None}
+    text = official.completions.create(model=WRITER, prompt="tide", max_tokens=4, **options).choices[0].text
+    assert text
+
+
+def test_openais_client_sees_models_and_reasons(official: openai.OpenAI) -> None:
+    assert [model.id for model in official.models.list()] == [CHATTER, CLASSIFIER, WRITER]
+    assert official.models.retrieve(CHATTER).owned_by == "chainfed"
+    with pytest.raises(openai.NotFoundError, match="served now: tiny:chatter") as missing:
+        official.chat.completions.create(model="none", messages=CHAT)
+    assert (missing.value.code, missing.value.type) == ("model_not_found", "invalid_request_error")
+    with pytest.raises(openai.UnprocessableEntityError, match="tools") as refused:
+        official.chat.completions.create(model=CHATTER, messages=CHAT, tools=[{"type": "function"}])
+    assert refused.value.param == "tools"
+    assert "at most 0" in refused.value.message
+    with pytest.raises(openai.APIError, match="fewer than"):
+        list(official.completions.create(model=WRITER, prompt=["salt", "x" * 5000], stream=True))
+
+
+def test_openais_client_that_does_not_wait(client: TestClient) -> None:
+    async def story() -> tuple[list[str], str | None]:
+        transport = httpx.ASGITransport(app=client.app)
+        async with httpx.AsyncClient(transport=transport) as http:
+            official = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="any", http_client=http)
+            names = [model.id async for model in official.models.list()]
+            answer = await official.chat.completions.create(model=CHATTER, messages=CHAT, max_tokens=4, temperature=0)
+            return names, answer.choices[0].message.content
+
+    names, content = asyncio.run(story())
+    assert CHATTER in names
+    assert content
 
 
 def test_a_caller_who_goes_away_ends_the_writing(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.rest.service import Service
@@ -22,6 +23,7 @@ from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.errors import PartUnavailable, ServiceBusy
 from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.forecast.dry_run import dry_run
@@ -70,7 +72,7 @@ def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
         store.check()
 
     app = create_app(Service(store, check, plan, classify, write, {"database": works, "inference": broken}))
-    with TestClient(app, raise_server_exceptions=False) as made:
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as made:
         yield made
 
 
@@ -96,7 +98,7 @@ def test_a_job_from_submission_to_an_answer(
     job = created.json()["id"]
     assert created.headers["location"] == f"/v1/jobs/{job}"
     assert created.json()["spec"] == parse_job(small).document()
-    assert client.get("/v1/models").json() == {"models": []}
+    assert client.get("/v1/models").json() == {"models": [], "object": "list", "data": []}
 
     run(job, storage, store)
     done = client.get(f"/v1/jobs/{job}").json()
@@ -205,16 +207,16 @@ def test_a_stream_of_events_tells_what_goes_on_without_a_number(
     job, activity = store.submit(parse_job(small)).id, Activity(what="fitting the head", done=3, total=12)
     store.move(job, "running")
     store.note_activity(job, activity)
-    look, looks = store.activity, [0]
+    look, looks = store.latest, [0]
 
-    def looked(asked: str) -> dict[str, Any] | None:
+    def looked(asked: list[str]) -> Any:
         found = look(asked)
         looks[0] += 1
         if looks[0] == 2:
             store.move(job, "failed", error={"message": "enough"})
         return found
 
-    monkeypatch.setattr(store, "activity", looked)
+    monkeypatch.setattr(store, "latest", looked)
     text = client.get(f"/v1/jobs/{job}/events", headers={"Accept": "text/event-stream"}).text
     told = events_of(text)
     assert [event["kind"] for event in told] == ["queued", "running", "activity", "failed"]
@@ -318,6 +320,7 @@ def test_a_retried_submission_and_a_yaml_one(client: TestClient, small: dict[str
     first, second = (client.post("/v1/jobs", json=small, headers=key).json() for _ in range(2))
     assert first["id"] == second["id"]
     assert client.post("/v1/jobs", json={**small, "seed": 9}, headers=key).status_code == 409
+    assert client.post("/v1/jobs", json=small, headers={"Idempotency-Key": ""}).status_code == 422
     text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in small.items())
     by_yaml = client.post("/v1/jobs", content=text, headers={"Content-Type": "application/yaml"})
     assert by_yaml.json()["spec"] == first["spec"]
@@ -381,7 +384,9 @@ def test_a_bad_job_is_refused_with_its_field(
         ("POST", "/v1/classify", {"json": {"model": 1}}, 422, "invalid-request"),
         ("POST", "/v1/classify", {"content": b"{"}, 400, "bad-request"),
         ("GET", "/nowhere", {}, 404, "not-found"),
+        ("GET", "/v1/jobs/", {}, 404, "not-found"),
         ("DELETE", "/v1/jobs", {}, 405, "method-not-allowed"),
+        ("GET", "/v1/jobs", {"headers": {"Host": "evil.example"}}, 421, "host-not-allowed"),
     ],
 )
 def test_every_error_has_one_shape(
@@ -395,7 +400,41 @@ def test_every_error_has_one_shape(
     assert problem["type"] == f"urn:chainfed:problem:{slug}"
     assert problem["request_id"] == "mine"
     assert problem["instance"] == path.partition("?")[0]
-    assert problem["detail"]
+    assert problem["detail"] == problem["error"]["message"]
+    assert problem["error"]["code"] == slug.replace("-", "_")
+
+
+def test_a_method_that_is_not_allowed_says_which_are(client: TestClient) -> None:
+    assert client.delete("/v1/jobs").headers["allow"] == "GET, POST"
+    assert client.put("/v1/models").headers["allow"] == "GET"
+
+
+@pytest.mark.parametrize("error", [PoolTimeout(), OperationalError("select", {}, Exception("database is locked"))])
+def test_a_database_that_does_not_answer_is_waited_for(
+    client: TestClient, store: JobStore, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(store, "get", away)
+    answer = client.get("/v1/jobs/any")
+    assert (answer.status_code, answer.json()["type"]) == (503, "urn:chainfed:problem:database-unavailable")
+    assert int(answer.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ServiceBusy("checks", 7), 429), (PartUnavailable("it", "ended", 7), 503)]
+)
+def test_what_cannot_be_done_now_may_be_asked_again(
+    client: TestClient, document: dict[str, Any], error: Exception, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"{__name__}.prepare_job", busy)
+    answer = client.post("/v1/jobs", json=document)
+    assert (answer.status_code, answer.headers["retry-after"]) == (status, "7")
+    assert answer.json()["detail"] == str(error)
 
 
 def test_a_mistake_of_ours_is_logged_and_not_shown(client: TestClient, store: JobStore, caplog: Any) -> None:
@@ -411,7 +450,7 @@ def test_health(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok", "checks": {}}
     ready = client.get("/readyz")
     assert ready.status_code == 503
-    assert ready.json()["checks"] == {"database": "ok", "inference": "OSError: out of order"}
+    assert ready.json()["checks"] == {"database": "ok", "inference": "OSError; the service's log says more"}
 
 
 def test_the_schema_describes_a_job_file(client: TestClient) -> None:

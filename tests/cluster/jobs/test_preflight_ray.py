@@ -1,28 +1,91 @@
-"""A dry run in a process of Ray's tells what it tells here, and refuses what is refused here."""
+"""Promises of checks and dry runs in processes of Ray's: they tell what they tell here, and have their limits."""
 
 import asyncio
+import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from chainfed_ray.cluster.jobs.preflight import plan
-from chainfed_ray.errors import InvalidJob
+from chainfed_ray.cluster.jobs.preflight import Limits, Preflight
+from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
 from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.parse import parse_job
+from tests.watching import processes_below, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
 def test_a_process_of_its_own_tells_the_same(document: dict[str, Any]) -> None:
     here = dry_run(parse_job(document), at_once=1)
-    there = asyncio.run(plan(parse_job(document), client_slots=4))
-    assert without_times(there) == without_times(here)
-    document["data"]["label"] = "class"
-    with pytest.raises(InvalidJob, match="a column"):
-        asyncio.run(plan(parse_job(document), client_slots=4))
+
+    async def story() -> Forecast:
+        preflight = Preflight(client_slots=4)
+        await preflight.check(parse_job(document))
+        there = await preflight.plan(parse_job(document))
+        document["data"]["label"] = "class"
+        for refuses in (preflight.check, preflight.plan):
+            with pytest.raises(InvalidJob, match="a column"):
+                await refuses(parse_job(document))
+        return there
+
+    assert without_times(asyncio.run(story())) == without_times(here)
 
 
 def without_times(told: Forecast) -> Forecast:
     rows = tuple(row.model_copy(update={"micro_step_seconds": None}) for row in told.classes)
     return told.model_copy(update={"estimated_seconds": None, "classes": rows})
+
+
+def test_a_small_file_does_not_take_the_memory_of_the_machine(document: dict[str, Any], tmp_path: Path) -> None:
+    """The same long text many times is a small file of Parquet's, and hundreds of MiB as Python's strings."""
+    rows, path = 800_000, tmp_path / "rows.parquet"
+    text = pa.array(["x" * 500]).dictionary_encode().take(pa.array([0] * rows))
+    label = pa.array(["a", "b"]).dictionary_encode().take(pa.array([0, 1] * (rows // 2)))
+    pq.write_table(pa.table({"text": text, "label": label}), path)
+    assert path.stat().st_size < 2**20
+    fits = json.loads(json.dumps(document))
+    document["data"]["train"] = f"path:{path}"
+
+    async def story() -> None:
+        preflight = Preflight(4, Limits(most_bytes=256 * 2**20))
+        with pytest.raises(InvalidJob):
+            await preflight.check(parse_job(document))
+        await preflight.check(parse_job(fits))
+
+    asyncio.run(story())
+
+
+def test_a_check_ends_in_time_and_with_its_caller(document: dict[str, Any]) -> None:
+    spec = parse_job(document)
+
+    async def story() -> None:
+        with pytest.raises(PartUnavailable, match=r"the check of the job took longer than 0\.01 s"):
+            await Preflight(4, Limits(check_seconds=0.01)).check(spec)
+        left = asyncio.create_task(Preflight(4).plan(spec))
+        await asyncio.to_thread(wait_for, lambda: processes_below("ray::_forecast"), "the process of the dry run")
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        await asyncio.to_thread(wait_for, lambda: not processes_below("ray::_forecast"), "its end")
+
+    asyncio.run(story())
+
+
+def test_a_few_at_a_time(document: dict[str, Any]) -> None:
+    spec = parse_job(document)
+
+    async def story() -> None:
+        preflight = Preflight(4, Limits(at_once=1, waiting=1, wait_seconds=0.05))
+        first = asyncio.create_task(preflight.check(spec))
+        await asyncio.sleep(0)
+        late, refused = await asyncio.gather(preflight.check(spec), preflight.check(spec), return_exceptions=True)
+        assert isinstance(late, ServiceBusy)
+        assert isinstance(refused, ServiceBusy)
+        await first
+        await preflight.check(spec)
+
+    asyncio.run(story())

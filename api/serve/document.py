@@ -1,0 +1,67 @@
+"""The OpenAPI document of the REST API: what FastAPI derives from the routes, and what it cannot know."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from chainfed_ray.api.rest.errors import MEDIA_TYPE
+from chainfed_ray.spec.job import JobSpec
+
+_PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
+_RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
+_METHODS_WITH_BODY = ("post", "put", "patch")
+_ERRORS = {
+    "400": "The body is not what its type says",
+    "404": "There is no such job, model or route",
+    "405": "The route does not accept this method",
+    "408": "The body was not there in time",
+    "409": "The job's state does not allow this, or the key was used for another job",
+    "413": "The body is too large",
+    "415": "The body has another type",
+    "421": "The service does not answer to this host",
+    "422": "The request is not valid; `errors` has every field",
+    "429": "The service does as much of this as it can",
+    "500": "A mistake of the service",
+    "501": "A package is not installed",
+    "503": "The database or a process of the service does not answer",
+}
+_WITH_BODY = frozenset({"400", "408", "413", "415"})
+_RETRIED = frozenset({"429", "503"})
+
+
+def operation_id(route: APIRoute) -> str:
+    """The id of an operation: the name of its function."""
+    return route.name
+
+
+def describe(app: FastAPI) -> None:
+    """Complete the OpenAPI document of ``app``: the schema of job files, and every error as problem details."""
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = plain()
+            schema = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
+            parts = document["components"]["schemas"]
+            parts.update(schema.pop("$defs"))
+            parts["JobSpec"] = schema
+            for unused in ("HTTPValidationError", "ValidationError"):
+                parts.pop(unused, None)
+            for path in document["paths"].values():
+                for method, operation in path.items():
+                    _add_errors(operation, method in _METHODS_WITH_BODY and "requestBody" in operation)
+        return app.openapi_schema or document
+
+    app.openapi = described  # type: ignore[method-assign]
+
+
+def _add_errors(operation: dict[str, Any], has_body: bool) -> None:
+    """Say that each error is problem details. A response that a route describes itself is left as it is."""
+    responses = operation["responses"]
+    for known in ("4XX", "5XX", "422"):  # FastAPI's own words for them
+        responses.pop(known, None)
+    for status, description in _ERRORS.items():
+        if status not in responses and (has_body or status not in _WITH_BODY):
+            headers = {"headers": _RETRY_AFTER} if status in _RETRIED else {}
+            responses[status] = {"description": description, "content": _PROBLEM, **headers}

@@ -1,0 +1,113 @@
+"""What every request passes before it reaches a route: an id, a look at its host, and a time for its body."""
+
+import asyncio
+import re
+from collections.abc import Sequence
+from http import HTTPStatus
+from ipaddress import ip_address
+from uuid import uuid4
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chainfed_ray.api.rest.errors import REQUEST_ID, problem
+
+BODY_SECONDS = 30.0
+_SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+def add_front_door(app: FastAPI, allowed_hosts: Sequence[str]) -> None:
+    """Add the three to ``app``. See ``AllowedHosts`` for ``allowed_hosts``."""
+    app.add_middleware(BodyDeadline)
+    app.add_middleware(AllowedHosts, allowed_hosts)
+    app.add_middleware(RequestIds)  # the last that is added is the first that a request passes
+
+
+class RequestIds:
+    """Middleware that gives every request an id. It keeps a given id if that is safe to write into a log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (the ASGI protocol)."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(REQUEST_ID.encode(), b"").decode("latin-1")
+        request_id = given if _SAFE_ID.fullmatch(given) else uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            # A request that has an id came through Ray Serve, which adds the header to the response itself.
+            if message["type"] == "http.response.start" and not given:
+                message["headers"] = [*message["headers"], (REQUEST_ID.encode(), request_id.encode())]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class AllowedHosts:
+    """Middleware that answers only to addresses, ``localhost`` and ``allowed`` names, which may begin with ``*.``.
+
+    A web page may give its own name to this machine's address, and a browser would then let it read our answers (DNS
+    rebinding). Such a request has the page's name as its host.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self._app, self._allowed = app, tuple(name.lower() for name in allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (the ASGI protocol)."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        host = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1").lower()
+        name = re.sub(r":[0-9]*$", "", host)
+        if self._is_allowed(name):
+            await self._app(scope, receive, send)
+            return
+        detail = f"the host is {name[:100]!r}; expected an address, localhost or a name in CHAINFED_ALLOWED_HOSTS"
+        answer = problem(Request(scope), HTTPStatus.MISDIRECTED_REQUEST, "host-not-allowed", detail)
+        await answer(scope, receive, send)
+
+    def _is_allowed(self, name: str) -> bool:
+        if name == "localhost" or name.endswith(".localhost") or _is_address(name):
+            return True
+        return any(name == one or (one.startswith("*") and name.endswith(one[1:])) for one in self._allowed)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
+
+
+class BodyDeadline:
+    """Middleware that refuses a body that is not there ``BODY_SECONDS`` after the application began to read it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (the ASGI protocol)."""
+        ends: float | None = None
+        whole = scope["type"] != "http"
+
+        async def receive_in_time() -> Message:
+            nonlocal ends, whole
+            if whole:  # what comes now is that the caller goes away
+                return await receive()
+            ends = ends or asyncio.get_running_loop().time() + BODY_SECONDS
+            try:
+                async with asyncio.timeout_at(ends):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body was not there after {BODY_SECONDS:g} s") from None
+            whole = not message.get("more_body", False)
+            return message
+
+        await self._app(scope, receive_in_time, send)

@@ -1,0 +1,79 @@
+"""Promises of the front door: who is answered, and how long a body may take."""
+
+import asyncio
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+from starlette.types import Message
+
+from chainfed_ray.api.rest.errors import handle_errors
+from chainfed_ray.api.serve.front_door import add_front_door
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    app = FastAPI()
+    add_front_door(app, ["cluster.example", "*.Internal.example"])
+    handle_errors(app)
+
+    @app.post("/")
+    async def count(request: Request) -> int:
+        return len(await request.body())
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("host", "answered"),
+    [
+        ("localhost:8000", True),
+        ("api.localhost", True),
+        ("127.0.0.1:8000", True),
+        ("[::1]:8000", True),
+        ("10.1.2.3", True),
+        ("Cluster.example", True),
+        ("a.internal.example:80", True),
+        ("internal.example", False),
+        ("evil.example", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("", False),
+    ],
+)
+def test_it_answers_to_names_that_a_web_page_cannot_give_itself(app: FastAPI, host: str, answered: bool) -> None:
+    answer = TestClient(app).post("/", content=b"abc", headers={"Host": host})
+    assert answer.status_code == (200 if answered else 421)
+    if not answered:
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert "CHAINFED_ALLOWED_HOSTS" in answer.json()["detail"]
+
+
+def test_half_a_body_is_not_waited_for(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chainfed_ray.api.serve.front_door.BODY_SECONDS", 0.05)
+    sent: list[Message] = []
+    parts: list[Message] = [{"type": "http.request", "body": b"a", "more_body": True}]
+
+    async def receive() -> Message:
+        if parts:
+            return parts.pop()
+        await asyncio.sleep(60)
+        raise AssertionError("nobody waits as long")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/",
+        "raw_path": b"/",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost")],
+        "server": ("localhost", 80),
+        "scheme": "http",
+        "http_version": "1.1",
+    }
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 10))
+    assert sent[0]["status"] == 408
+    assert b"the body was not there" in sent[1]["body"]
