@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST = .venv/bin/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve ops image test faults check lowest format clean
+.PHONY: help demo serve ops image test faults fuzz check lowest format clean
 
 help:  ## what there is to do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -36,6 +36,11 @@ test: .venv/.installed  ## every test, in two processes
 
 faults: .venv/.installed  ## kill each kind of process of a service, and see that nobody has to help; a quarter of an hour
 	.venv/bin/pytest -m faults -s tests/faults
+
+FUZZ_EXAMPLES ?= 300
+
+fuzz: .venv/.installed  ## generated requests, in minutes; CHAINFED_FUZZ_ADDRESS=http://… asks a running service
+	CHAINFED_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) timeout 1200 .venv/bin/pytest -q --timeout 1200 tests/api/rest/test_fuzz.py
 
 check: .venv/.installed  ## lint, types and the fast tests
 	.venv/bin/ruff check

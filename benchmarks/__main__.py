@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import accuracy, evaluation, film_reviews, first_round, idle, memory, plan, serving, zoo
+from benchmarks import accuracy, evaluation, film_reviews, first_round, hostile, idle, memory, plan, serving, zoo
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures the published figures.")
 names = parser.add_subparsers(metavar="NAME", required=True)
@@ -17,6 +17,7 @@ idle.add_options(names.add_parser("idle", help="the memory of a client's process
 evaluation.add_options(names.add_parser("evaluation", help="the server's memory while it evaluates the whole model"))
 plan.add_options(names.add_parser("plan", help="the CPU seconds of a dry run, and of the check of a job"))
 serving.add_options(names.add_parser("serving", help="the time to classify for many stacks in one batch"))
+hostile.add_options(names.add_parser("hostile", help="hostile requests to a service, and how long others wait"))
 film_reviews.add_options(names.add_parser("film-reviews", help="make a data set of film reviews for accuracy --data"))
 zoo.add_options(names.add_parser("zoo", help="which model families run, and how the others are refused"))
 chosen = parser.parse_args()

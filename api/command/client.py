@@ -21,11 +21,19 @@ from chainfed_ray.units import format_seconds
 
 _CHECK_SECONDS = 150.0  # before it accepts a job, the service loads the job's data
 _TIMEOUT = httpx.Timeout(_CHECK_SECONDS, connect=5.0)
-_TEXTS_PER_REQUEST = 128  # the service accepts up to 256
+_PLAN_TIMEOUT = httpx.Timeout(330.0, connect=5.0)  # a dry run also times training steps
+_TEXTS_PER_REQUEST = 128  # the service accepts up to 256 …
+_CHARACTERS_PER_REQUEST = 400_000  # … of up to 500,000 characters in all
 _GENERATION_TIMEOUT = httpx.Timeout(None, connect=5.0)  # a long text may take any time to generate
 _RECONNECT_SECONDS = 120.0  # a service that fails starts again within a minute, on an idle machine
-_COMES_BACK = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
+_COMES_BACK = (
+    httpx.codes.TOO_MANY_REQUESTS,
+    httpx.codes.BAD_GATEWAY,
+    httpx.codes.SERVICE_UNAVAILABLE,
+    httpx.codes.GATEWAY_TIMEOUT,
+)
 _PAUSE_SECONDS = 0.5
+
 
 JsonObject = dict[str, Any]
 
@@ -78,7 +86,7 @@ class ServiceClient:
         Raises:
             InvalidJob: the job cannot run, whichever clients join.
         """
-        return self._ask("POST", "/v1/plan", json=document)
+        return self._ask("POST", "/v1/plan", json=document, timeout=_PLAN_TIMEOUT)
 
     def jobs(self, limit: int = 50) -> list[JsonObject]:
         """At most ``limit`` jobs, the newest first."""
@@ -114,10 +122,7 @@ class ServiceClient:
             ModelNotFound: no such model is served.
             InvalidJob: there are no texts, or one is too long.
         """
-        parts = [texts[first : first + _TEXTS_PER_REQUEST] for first in range(0, len(texts), _TEXTS_PER_REQUEST)] or [
-            []
-        ]
-        bodies = ({"model": model, "texts": part} for part in parts)
+        bodies = ({"model": model, "texts": part} for part in _parts(texts))
         answers = [self._ask("POST", "/v1/classify", json=body, about=model) for body in bodies]
         return {**answers[0], "results": [found for answer in answers for found in answer["results"]]}
 
@@ -160,8 +165,8 @@ class ServiceClient:
     def follow(self, job: str, listen: Listener = no_listener) -> Iterator[JsonObject]:
         """Yield every event of a job, from its first to its last, as they happen.
 
-        Reconnects when the connection breaks, or the service starts again. Between events, ``listen`` is told what the job is
-        doing.
+        Reconnects when the connection breaks, or the service is busy or starts again. Between events, ``listen`` is told what
+        the job is doing.
 
         Raises:
             JobNotFound: there is no such job.
@@ -218,6 +223,18 @@ class ServiceClient:
             case "model-not-found":
                 raise ModelNotFound(about, tuple(model["name"] for model in self.models()))
         raise ServiceFailed(self._address, problem["detail"], problem["request_id"])
+
+
+def _parts(texts: list[str]) -> Iterator[list[str]]:
+    """The texts of each request; one request without texts, if there are none."""
+    part: list[str] = []
+    for text in texts:
+        characters = sum(map(len, part)) + len(text)
+        if part and (len(part) == _TEXTS_PER_REQUEST or characters > _CHARACTERS_PER_REQUEST):
+            yield part
+            part = []
+        part.append(text)
+    yield part
 
 
 def _words(error: httpx.TransportError) -> str:

@@ -9,13 +9,12 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from chainfed_ray.api.rest.callers import CallerGone
 from chainfed_ray.api.rest.schemas import FieldProblem, OpenAIError, ProblemDetails
+from chainfed_ray.cluster.jobs.database import NO_ANSWER
 from chainfed_ray.errors import (
     MISSING,
     ChainFedError,
@@ -45,8 +44,6 @@ _STATUS: Mapping[type[ChainFedError], HTTPStatus] = {
     ServiceBusy: HTTPStatus.TOO_MANY_REQUESTS,
     PartUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
-# What the database raises when it does not answer: it is gone, it is locked, or all connections to it are taken.
-_DATABASE_ERRORS = (OperationalError, InterfaceError, PoolTimeout)
 _CLIENT_CLOSED = 499  # nginx's status for a caller that has disconnected; only logs see it
 _MOST_PROBLEMS = 100  # in one answer
 _log = logging.getLogger(__name__)
@@ -59,7 +56,7 @@ def handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(CallerGone, _on_caller_gone)
-    for database_error in _DATABASE_ERRORS:
+    for database_error in NO_ANSWER:
         app.add_exception_handler(database_error, _on_database_error)
     app.add_exception_handler(Exception, _on_unexpected_error)
 

@@ -6,9 +6,9 @@ accepted. An option that asks for something that we cannot do is refused by its 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, FailFast, Field, TypeAdapter
 
-from chainfed_ray.api.rest.schemas import MOST_CHARACTERS, bounded
+from chainfed_ray.api.rest.schemas import MOST_CHARACTERS, RequestBody, bounded
 from chainfed_ray.data.chats import Chat, Message
 from chainfed_ray.serving.generator import MOST_TOKENS, FinishReason, Sampling
 
@@ -28,18 +28,14 @@ EmptyList = Annotated[list[Any], Field(max_length=0)]
 EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class StreamOptions(_Request):
+class StreamOptions(RequestBody):
     """Options of a stream."""
 
     include_usage: bool | None = Field(None, description="add a last chunk with the `usage` and no choices")
     include_obfuscation: No | None = Field(None, description="not supported: no chunk is padded")
 
 
-class _Unsupported(_Request):
+class _Unsupported(RequestBody):
     """Options of both routes that are accepted only with a value that asks for nothing."""
 
     frequency_penalty: Zero | None = Field(None, description="not supported")
@@ -91,7 +87,7 @@ class GenerationOptions(_Unsupported):
 class CompletionRequest(GenerationOptions):
     """Prompts to continue."""
 
-    prompt: Annotated[list[PromptText], Strings, AfterValidator(bounded)] = Field(
+    prompt: Annotated[list[PromptText], FailFast(), Strings, AfterValidator(bounded)] = Field(
         min_length=1, max_length=16, description=f"{MOST_CHARACTERS:,} characters in all, at most"
     )
     best_of: Literal[1] | None = Field(None, description="not supported")
@@ -100,7 +96,7 @@ class CompletionRequest(GenerationOptions):
     suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description="not supported")
 
 
-class TextPart(_Request):
+class TextPart(RequestBody):
     """A part of a message. Programs that can also send pictures send text in this form."""
 
     type: Literal["text"]
@@ -111,10 +107,10 @@ def _joined(value: Any) -> Any:
     return "".join(part.text for part in _PARTS.validate_python(value)) if isinstance(value, list) else value
 
 
-_PARTS = TypeAdapter(list[TextPart])
+_PARTS = TypeAdapter(Annotated[list[TextPart], FailFast()])
 
 
-class ChatMessage(_Request):
+class ChatMessage(RequestBody):
     """One message of a chat. A message that a model answered with may be sent back as it is."""
 
     role: str = Field(
@@ -134,7 +130,7 @@ def _bounded_chat(messages: list[ChatMessage]) -> list[ChatMessage]:
     return messages
 
 
-class ResponseFormat(_Request):
+class ResponseFormat(RequestBody):
     """The form of an answer: text."""
 
     type: Literal["text"]
@@ -143,7 +139,7 @@ class ResponseFormat(_Request):
 class ChatRequest(GenerationOptions):
     """A chat to answer."""
 
-    messages: Annotated[list[ChatMessage], AfterValidator(_bounded_chat)] = Field(
+    messages: Annotated[list[ChatMessage], FailFast(), AfterValidator(_bounded_chat)] = Field(
         min_length=1, max_length=256, description=f"{MOST_CHARACTERS:,} characters in all, at most"
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="the later name of `max_tokens`")

@@ -4,13 +4,14 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.budget.planner import WeightPlacement
 from chainfed_ray.cluster.jobs.store import JobRecord
 from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn
 
+_MOST_KEYS = 100
 MOST_CHARACTERS = 500_000  # of all texts of a request to a model
 
 
@@ -19,6 +20,19 @@ def bounded(texts: Sequence[str]) -> Sequence[str]:
     if sum(map(len, texts)) > MOST_CHARACTERS:
         raise ValueError(f"at most {MOST_CHARACTERS:,} characters in all")
     return texts
+
+
+class RequestBody(BaseModel):
+    """A body in JSON, or an object in it. Its errors are few, however much is wrong with it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > _MOST_KEYS:
+            raise ValueError(f"an object of at most {_MOST_KEYS} fields")
+        return value
 
 
 ModelTask = Literal["sequence-classification", "causal-lm"]
@@ -206,13 +220,11 @@ class ModelList(BaseModel):
     data: list[ModelEntry]
 
 
-class ClassifyRequest(BaseModel):
+class ClassifyRequest(RequestBody):
     """Texts to classify, and the model to use."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     model: str = Field(description="a name from `GET /v1/models`, such as `minilm:docstrings`")
-    texts: Annotated[list[Annotated[str, Field(max_length=100_000)]], AfterValidator(bounded)] = Field(
+    texts: Annotated[list[Annotated[str, Field(max_length=100_000)]], FailFast(), AfterValidator(bounded)] = Field(
         min_length=1, max_length=256, description=f"{MOST_CHARACTERS:,} characters in all, at most"
     )
 

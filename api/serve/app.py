@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from chainfed_ray.api.rest import completions, events, health, jobs, metrics, models
 from chainfed_ray.api.rest.errors import handle_errors
@@ -12,20 +13,18 @@ from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.document import describe, operation_id
 from chainfed_ray.api.serve.front_door import add_front_door
 
-_LARGEST_BODY = 8 * 2**20  # bytes of a request
-
 
 def create_app(service: Service, allowed_hosts: Sequence[str] = ()) -> FastAPI:
     """The application with every route, error handler and health check, on top of ``service``.
 
     Besides addresses and ``localhost``, it answers to ``allowed_hosts``.
     """
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs with scripts of our own, and of no other host
+        redoc_url=None,
         title="chainfed-ray",
         version=version("chainfed-ray"),
         summary="Federated fine-tuning of language models for fleets of unequal machines",
         responses={"4XX": {"model": ProblemDetails}},
-        max_body_size=_LARGEST_BODY,
         redirect_slashes=False,
         generate_unique_id_function=operation_id,
     )

@@ -1,4 +1,4 @@
-"""What every request passes before it reaches a route: an id, a look at its host, and a time for its body."""
+"""What every request passes before it reaches a route: an id, a look at its host, and limits of its body."""
 
 import asyncio
 import re
@@ -14,12 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chainfed_ray.api.rest.errors import REQUEST_ID, problem
 
 BODY_SECONDS = 30.0
+MOST_BYTES = 4 * 2**20
 _SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
 def add_front_door(app: FastAPI, allowed_hosts: Sequence[str]) -> None:
     """Add the three to ``app``. See ``AllowedHosts`` for ``allowed_hosts``."""
-    app.add_middleware(BodyDeadline)
+    app.add_middleware(BodyLimits)
     app.add_middleware(AllowedHosts, allowed_hosts)
     app.add_middleware(RequestIds)  # the last that is added is the first that a request passes
 
@@ -86,8 +87,8 @@ def _is_address(name: str) -> bool:
     return True
 
 
-class BodyDeadline:
-    """Middleware that refuses a body that is not there ``BODY_SECONDS`` after the application began to read it."""
+class BodyLimits:
+    """Middleware that refuses a body of more than ``MOST_BYTES``, and one that is not there after ``BODY_SECONDS``."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -95,10 +96,10 @@ class BodyDeadline:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (the ASGI protocol)."""
         ends: float | None = None
-        whole = scope["type"] != "http"
+        count, whole = 0, scope["type"] != "http"
 
         async def receive_in_time() -> Message:
-            nonlocal ends, whole
+            nonlocal ends, count, whole
             if whole:  # what comes now is that the caller goes away
                 return await receive()
             ends = ends or asyncio.get_running_loop().time() + BODY_SECONDS
@@ -107,6 +108,9 @@ class BodyDeadline:
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, f"the body was not there after {BODY_SECONDS:g} s") from None
+            count += len(message.get("body", b""))
+            if count > MOST_BYTES:
+                raise HTTPException(413, f"the body has more than {MOST_BYTES // 2**20} MiB")
             whole = not message.get("more_body", False)
             return message
 

@@ -226,7 +226,7 @@ def _classes(spec: JobSpec, examples: JobExamples) -> tuple[str, ...]:
 def _shares(spec: JobSpec, examples: JobExamples, rule: PartitionRule | None) -> list[np.ndarray]:
     """The row indices of each client, in the order of the fleet."""
     labels, groups = examples.train.labels, examples.corpus.train.groups
-    count, seed = len(spec.fleet.members), derive(spec.seed, "partition")
+    count, seed = spec.fleet.size, derive(spec.seed, "partition")
     if rule is not None:
         return partition_by(rule, labels, groups, count, seed)
     return partition_examples(spec.fleet.partition, labels, groups, count, seed)

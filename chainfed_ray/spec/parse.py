@@ -17,6 +17,7 @@ from chainfed_ray.spec.wording import problem_of
 _MOST_PROBLEMS = 100  # in one answer
 _MOST_REASON = 200  # characters
 _MOST_ALIASES = 20
+_MOST_DEPTH = 20
 _UNKEPT = re.compile("[\\0\\ud800-\\udfff]")
 
 
@@ -68,6 +69,7 @@ def parse_yaml(text: str) -> JobSpec:
         InvalidJob: the text is not YAML, or a field of the document is wrong.
     """
     try:
+        _check_shape(text)
         document = yaml.load(text, Loader=_YamlLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line if error.problem_mark else 0
@@ -81,21 +83,8 @@ def parse_yaml(text: str) -> JobSpec:
     return parse_job(document)
 
 
-class _YamlLoader(yaml.SafeLoader):
+class _YamlLoader(yaml.CSafeLoader):
     """A YAML loader that reads ``1e-3`` as a number, and refuses a key that is given twice."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse a document with many aliases: nested ones grow exponentially as they are read."""
-        if self.check_event(yaml.events.AliasEvent):
-            self._aliases = getattr(self, "_aliases", 0) + 1
-            if self._aliases > _MOST_ALIASES:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"there are more than {_MOST_ALIASES} aliases",
-                    self.peek_event().start_mark,  # type: ignore[no-untyped-call]
-                )
-        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -107,6 +96,23 @@ class _YamlLoader(yaml.SafeLoader):
                 )
             seen.add(key if isinstance(key, str) else None)
         return super().construct_mapping(node, deep)
+
+
+def _check_shape(text: str) -> None:
+    """Refuse what grows as it is read: many aliases, of which nested ones grow exponentially, and great depth.
+
+    Raises:
+        ComposerError: there are too many of them.
+    """
+    aliases = depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if aliases > _MOST_ALIASES or depth > _MOST_DEPTH:
+            wrong = (
+                f"more than {_MOST_ALIASES} aliases" if aliases > _MOST_ALIASES else f"deeper than {_MOST_DEPTH} levels"
+            )
+            raise yaml.composer.ComposerError(None, None, wrong, event.start_mark)
 
 
 _YamlLoader.add_implicit_resolver(

@@ -18,7 +18,7 @@ def contradictions(spec: JobSpec) -> list[Problem]:
             problems.append(Problem(f"fleet.clients[{index}].name", name, "a name that no other class has"))
     problems += _of_partition(spec.fleet.partition)
     problems += _of_task(spec)
-    count = sum(group.count for group in spec.fleet.clients)
+    count = spec.fleet.size
     if spec.rounds.clients > count:
         problems.append(Problem("rounds.clients", spec.rounds.clients, f"at most {count}, the clients in the fleet"))
     elif spec.aggregation.fewest > spec.rounds.clients:

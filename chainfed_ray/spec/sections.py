@@ -144,13 +144,30 @@ class ClientClass(Section):
     )
 
 
+_MOST_CLASSES = 1000
+
+
+def _few_classes(value: object) -> object:
+    """Refuse very many classes before each is looked at."""
+    if isinstance(value, list | tuple) and len(value) > _MOST_CLASSES:
+        raise ValueError(f"a list of at most {_MOST_CLASSES:,} classes")
+    return value
+
+
 class FleetSpec(Section):
     """The clients that take part, and how the examples are partitioned among them."""
 
     partition: PartitionSpec = Field(
         default_factory=lambda: PartitionSpec(), description="how examples are partitioned"
     )
-    clients: Annotated[tuple[ClientClass, ...], Field(strict=False)] = Field(description="a list of client classes")
+    clients: Annotated[
+        tuple[ClientClass, ...], Field(strict=False, max_length=_MOST_CLASSES), BeforeValidator(_few_classes)
+    ] = Field(description="a list of client classes")
+
+    @property
+    def size(self) -> int:
+        """How many clients there are."""
+        return sum(group.count for group in self.clients)
 
     @property
     def members(self) -> tuple[tuple[str, ClientClass], ...]:

@@ -49,6 +49,14 @@ def test_it_answers_to_names_that_a_web_page_cannot_give_itself(app: FastAPI, ho
         assert "CHAINFED_ALLOWED_HOSTS" in answer.json()["detail"]
 
 
+def test_a_large_body_is_refused(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chainfed_ray.api.serve.front_door.MOST_BYTES", 100)
+    client = TestClient(app, "http://localhost")
+    assert client.post("/", content=b"x" * 100).json() == 100
+    answer = client.post("/", content=iter([b"x" * 60, b"x" * 60]))
+    assert (answer.status_code, answer.headers["content-type"]) == (413, "application/problem+json")
+
+
 def test_half_a_body_is_not_waited_for(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chainfed_ray.api.serve.front_door.BODY_SECONDS", 0.05)
     sent: list[Message] = []

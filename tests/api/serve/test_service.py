@@ -58,6 +58,8 @@ def test_a_job_over_the_command_line(service: Running, document: dict[str, Any],
     assert (code, [found["label"] for found in answer["results"]]) == (0, ["sea", "soil"])
     many = service.client.classify("tiny:first", ["salt tide wave"] * 300 + ["worm seed root"])["results"]
     assert [found["label"] for found in many] == ["sea"] * 300 + ["soil"]
+    long = service.client.classify("tiny:first", ["salt tide wave " * 6000] * 8)["results"]
+    assert [found["label"] for found in long] == ["sea"] * 8, "of more characters than one request may have"
     code, refused = service.chainfed("predict", "tiny:none", "x")
     assert (code, refused["error"]["message"]) == (1, "there is no model 'tiny:none'; served now: tiny:first")
     code, refused = service.chainfed("cancel", done["id"])

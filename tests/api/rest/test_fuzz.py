@@ -1,0 +1,140 @@
+"""Promises about requests that nobody thought of: no answer is a mistake of ours, and each is what the document says.
+
+A few examples here; ``make fuzz`` tries many, and with ``CHAINFED_FUZZ_ADDRESS`` it asks a running service.
+"""
+
+import json
+import os
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+import yaml
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis.openapi import from_asgi, from_url
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
+
+from chainfed_ray.api.rest.job_file import EXAMPLE
+from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.serve.app import create_app
+from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.records.forecast import Forecast
+from chainfed_ray.serving.generator import Piece, Sampling
+from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job, parse_yaml
+
+ADDRESS = os.environ.get("CHAINFED_FUZZ_ADDRESS")
+EXAMPLES = int(os.environ.get("CHAINFED_FUZZ_EXAMPLES", "10"))
+many = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES == 10)
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The real application over a real database. Checks find nothing, and there is no model."""
+
+    async def check(spec: JobSpec) -> None:
+        pass
+
+    async def plan(spec: JobSpec) -> Forecast:
+        raise InvalidJob.at("model.base", spec.model.base, "a model that is here")
+
+    async def classify(job: JobRecord, texts: list[str]) -> list[list[float]]:
+        raise NotImplementedError
+
+    def write(job: JobRecord, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        raise NotImplementedError
+
+    store = JobStore(f"sqlite:///{tmp_path_factory.mktemp('store') / 'jobs.db'}")
+    yield create_app(
+        Service(store, check, plan, classify, write, {}), ["testserver"]
+    )  # the name that schemathesis gives it
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def document(app: Any) -> Any:
+    """The OpenAPI document of the application, or of the running service."""
+    return from_url(f"{ADDRESS}/openapi.json") if ADDRESS else from_asgi("/openapi.json", app)
+
+
+described = schemathesis.pytest.from_fixture("document")
+
+
+@described.parametrize()
+@many
+def test_every_answer_is_what_the_document_says(case: schemathesis.Case) -> None:
+    answer = case.call()
+    # A job may be refused although its schema allows it, for a rule between keys or a file that is not there. Schemathesis
+    # does not know 413 as a refusal.
+    too_large = [negative_data_rejection] if answer.status_code == 413 else []
+    case.validate_response(answer, excluded_checks=[positive_data_acceptance, *too_large])
+
+
+# --- job files -----------------------------------------------------------------------------------------------------------
+
+keys = st.sampled_from(sorted({*JobSpec.model_fields, "base", "train", "count", "memory", "total", "<<"})) | st.text()
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(min_value=-(10**400), max_value=10**400)
+    | st.floats()
+    | st.text(st.characters())
+    | st.sampled_from(["96MiB", "5m", "path:/none", "builtin:minilm", "1e999", "0x" + "f" * 5000, "2001-99-99"]),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(keys, inner, max_size=5),
+    max_leaves=20,
+)
+
+
+@st.composite
+def job_files(draw: st.DrawFn) -> Any:
+    """A job that is accepted, with anything at some of its keys; or anything at all."""
+    if draw(st.booleans()):
+        return draw(values)
+    job = json.loads(json.dumps(EXAMPLE))
+    for _ in range(draw(st.integers(1, 3))):
+        place = job
+        while isinstance(place, dict) and place and draw(st.booleans()):
+            inner = place.get(draw(st.sampled_from(sorted(place))))
+            place = inner if isinstance(inner, dict) else place
+        place[draw(keys)] = draw(values)
+    return job
+
+
+@pytest.fixture(scope="module")
+def http(app: Any) -> Iterator[httpx.Client | TestClient]:
+    if ADDRESS:
+        with httpx.Client(base_url=ADDRESS, timeout=200) as made:
+            yield made
+    else:
+        with TestClient(app, "http://localhost", raise_server_exceptions=False) as made:
+            yield made
+
+
+@many
+@given(job_files())
+def test_a_job_file_is_a_job_or_is_refused_in_words(http: Any, job: Any) -> None:
+    as_json = json.dumps(job).encode()
+    as_yaml = yaml.safe_dump(job, allow_unicode=True).encode("utf-8", "surrogatepass")
+    for media_type, body in (("application/json", as_json), ("application/yaml", as_yaml)):
+        answer = http.post("/v1/plan", content=body, headers={"Content-Type": media_type})
+        assert answer.status_code in (200, 400, 422), answer.text
+        if answer.status_code != 200:
+            assert answer.headers["content-type"] == "application/problem+json"
+
+
+@many
+@given(st.text(st.characters(exclude_categories=["Cs"])) | st.text("-?:,[]{}#&*!|>'\"%@` \n\t0x1eabc"))
+def test_any_text_is_yaml_of_a_job_or_is_refused_in_words(text: str) -> None:
+    with pytest.raises(InvalidJob) as refused:
+        parse_yaml(text)
+    assert len(str(refused.value)) < 5000
+
+
+def test_the_documents_examples_are_jobs() -> None:
+    assert parse_job(EXAMPLE) == parse_yaml(yaml.safe_dump(EXAMPLE))

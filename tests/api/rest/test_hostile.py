@@ -1,0 +1,53 @@
+"""Promises about requests that ask for what cannot be: each is refused in words, none is a mistake of ours."""
+
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from benchmarks.hostile_requests import HostileRequest, hostile_requests
+from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.serve.app import create_app
+from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
+from chainfed_ray.federation.prepare import prepare_job
+from chainfed_ray.forecast.dry_run import dry_run
+from chainfed_ray.records.forecast import Forecast
+from chainfed_ray.serving.generator import Piece, Sampling
+from chainfed_ray.spec.job import JobSpec
+
+_MOST_ANSWERED = 64 * 2**10  # bytes
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """The real application over a real database, with real checks, and no model."""
+
+    async def check(spec: JobSpec) -> None:
+        prepare_job(spec, Path())
+
+    async def plan(spec: JobSpec) -> Forecast:
+        return dry_run(spec, at_once=1)
+
+    async def classify(job: JobRecord, texts: list[str]) -> list[list[float]]:
+        raise NotImplementedError
+
+    def write(job: JobRecord, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        raise NotImplementedError
+
+    store = JobStore(f"sqlite:///{tmp_path_factory.mktemp('store') / 'jobs.db'}")
+    app = create_app(Service(store, check, plan, classify, write, {}))
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as made:
+        yield made
+    store.close()
+
+
+@pytest.mark.parametrize("request_", list(hostile_requests()), ids=lambda request: f"{request.method}-{request.what}")
+def test_it_is_refused_in_words(client: TestClient, request_: HostileRequest) -> None:
+    _, method, path, headers, body = request_
+    answer = client.request(method, path, headers=dict(headers), content=body)
+    assert 400 <= answer.status_code < 500, answer.text[:500]
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert len(answer.content) < _MOST_ANSWERED
+    if method != "HEAD":
+        assert answer.json()["status"] == answer.status_code

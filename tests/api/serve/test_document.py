@@ -1,0 +1,71 @@
+"""Promises of the OpenAPI document, which programs read, and of the page that shows it."""
+
+import re
+from typing import Any, cast
+
+import pytest
+from fastapi.testclient import TestClient
+
+from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.serve.app import create_app
+from chainfed_ray.spec.sections import RoundsSpec
+
+
+@pytest.fixture(scope="module")
+def client() -> TestClient:
+    return TestClient(create_app(cast("Service", None)), "http://localhost")
+
+
+@pytest.fixture(scope="module")
+def document(client: TestClient) -> dict[str, Any]:
+    found: dict[str, Any] = client.get("/openapi.json").json()
+    return found
+
+
+def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{method.upper()} {path}": operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def test_programs_have_names_for_the_operations(document: dict[str, Any]) -> None:
+    names = [operation["operationId"] for operation in operations(document).values()]
+    assert len(set(names)) == len(names)
+    assert {"submit_job", "list_jobs", "get_job", "cancel_job", "plan_job", "list_events", "chat_completions"} <= set(
+        names
+    )
+
+
+def test_every_error_is_a_problem(document: dict[str, Any]) -> None:
+    for name, operation in operations(document).items():
+        responses = operation["responses"]
+        assert {"404", "405", "421", "422", "429", "500", "503"} <= set(responses), name
+        for status, response in responses.items():
+            if status >= "400" and (name, status) != ("GET /readyz", "503"):
+                assert set(response["content"]) == {"application/problem+json"}, (name, status)
+        assert all("Retry-After" in responses[status].get("headers", {}) for status in ("429",)), name
+        assert ("413" in responses) == ("requestBody" in operation), name
+    assert "204" in operations(document)["GET /v1/jobs/{job}/events"]["responses"]
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_what_is_refused_has_bounds_that_are_exact(document: dict[str, Any]) -> None:
+    parts = document["components"]["schemas"]
+    seed = parts["CompletionRequest"]["properties"]["seed"]["anyOf"][0]
+    assert (seed["minimum"], seed["maximum"]) == (0, 2**63 - 1)
+    deadline = parts["RoundsSpec"]["properties"]["deadline"]["anyOf"]
+    assert re.search(deadline[1]["pattern"], "5m")
+    assert not re.search(deadline[1]["pattern"], "5 days")
+    assert RoundsSpec(deadline="5m").deadline == 300  # type: ignore[arg-type]
+
+
+def test_the_page_that_shows_it_loads_nothing_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/docs")
+    assert page.status_code == 200
+    loaded = re.findall(r"(?:src|href)=\"([^\"]+)\"", page.text)
+    assert any(path.endswith(".js") for path in loaded)
+    for path in loaded:
+        assert path.startswith("/")
+        assert client.get(path).status_code == 200
