@@ -46,6 +46,7 @@ def describe(app: FastAPI) -> None:
             parts = document["components"]["schemas"]
             parts.update(schema.pop("$defs"))
             parts["JobSpec"] = schema
+            _make_exact(document)
             for unused in ("HTTPValidationError", "ValidationError"):
                 parts.pop(unused, None)
             for path in document["paths"].values():
@@ -54,6 +55,17 @@ def describe(app: FastAPI) -> None:
         return app.openapi_schema or document
 
     app.openapi = described  # type: ignore[method-assign]
+
+
+def _make_exact(part: Any) -> None:
+    """Correct the largest seed: FastAPI keeps bounds as floats, and none of them is 2**63 − 1."""
+    if isinstance(part, dict):
+        if part.get("maximum") == 2.0**63:
+            part["maximum"] = 2**63 - 1
+        part = list(part.values())
+    if isinstance(part, list):
+        for inner in part:
+            _make_exact(inner)
 
 
 def _add_errors(operation: dict[str, Any], has_body: bool) -> None:
