@@ -112,7 +112,8 @@ def _check_shape(text: str) -> None:
             wrong = (
                 f"more than {_MOST_ALIASES} aliases" if aliases > _MOST_ALIASES else f"deeper than {_MOST_DEPTH} levels"
             )
-            raise yaml.composer.ComposerError(None, None, wrong, event.start_mark)
+            mark: Any = event.start_mark  # the C parser's, which the types do not know here
+            raise yaml.composer.ComposerError(None, None, wrong, mark)
 
 
 _YamlLoader.add_implicit_resolver(

@@ -15,6 +15,7 @@ import yaml
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from schemathesis import GenerationMode
 from schemathesis.openapi import from_asgi, from_url
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
@@ -62,17 +63,26 @@ def document(app: Any) -> Any:
     return from_url(f"{ADDRESS}/openapi.json") if ADDRESS else from_asgi("/openapi.json", app)
 
 
-described = schemathesis.pytest.from_fixture("document")
+def test_every_answer_is_what_the_document_says(document: Any) -> None:
+    """Schemathesis makes requests that fit the document, and requests that do not. (Its plugin does not know this pytest.)"""
+    for operation in document.get_all_operations():
+        for mode in GenerationMode if _can_be_wrong(operation.ok()) else [GenerationMode.POSITIVE]:
+
+            @many
+            @given(operation.ok().as_strategy(generation_mode=mode))
+            def answers(case: schemathesis.Case) -> None:
+                answer = case.call()
+                # A job may be refused although its schema allows it, for a rule between keys or a file that is not there.
+                # Schemathesis does not know 413 as a refusal.
+                too_large = [negative_data_rejection] if answer.status_code == 413 else []
+                case.validate_response(answer, excluded_checks=[positive_data_acceptance, *too_large])
+
+            answers()
 
 
-@described.parametrize()
-@many
-def test_every_answer_is_what_the_document_says(case: schemathesis.Case) -> None:
-    answer = case.call()
-    # A job may be refused although its schema allows it, for a rule between keys or a file that is not there. Schemathesis
-    # does not know 413 as a refusal.
-    too_large = [negative_data_rejection] if answer.status_code == 413 else []
-    case.validate_response(answer, excluded_checks=[positive_data_acceptance, *too_large])
+def _can_be_wrong(operation: Any) -> bool:
+    """Whether a request can break the schema: names in a path may be any text."""
+    return bool(operation.body or operation.query)
 
 
 # --- job files -----------------------------------------------------------------------------------------------------------
