@@ -60,15 +60,18 @@ def test_who_stays_has_the_answer(result: Any) -> None:
 def test_work_ends_with_the_one_who_waits_for_it() -> None:
     ended = []
 
-    async def work() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append(True)
-
     async def story() -> None:
+        begun = asyncio.Event()
+
+        async def work() -> None:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(True)
+
         waiting = asyncio.create_task(while_connected(a_request(), work()))
-        await asyncio.sleep(0.01)
+        await begun.wait()
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
