@@ -14,6 +14,9 @@ from chainfed_ray.model.saved_stack import SavedStack
 
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama", "qwen2")
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+# Decoders whose head is their table of embeddings, or is not.
+TIED = ("llama", "gpt2", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma3", "cohere", "granite")
+UNTIED = ("llama", "gpt2", "qwen2", "mistral", "phi", "phi3", "gptj", *MIXTURES)
 # Encoders with a way of their own: positions given to each layer, one layer many times, two stacks, tokens before examples.
 ENCODERS = ("deberta-v2", "albert", "t5", "bart", "xlnet")
 

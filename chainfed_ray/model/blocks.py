@@ -39,10 +39,9 @@ class Blocks:
         except BaseException:
             self.close()
             raise
-        self._config = self._trunk.config
+        self._config, self.family = self._trunk.config, self._trunk.family
         self.layers_path, self.num_layers = self._trunk.layers_path, self._trunk.num_layers
-        self.hidden_size = int(self._config.hidden_size)
-        self.vocabulary = int(self._config.vocab_size)
+        self.hidden_size, self.vocabulary = self._trunk.hidden_size, self._trunk.vocabulary
 
     @property
     def causal_layers_path(self) -> str:
@@ -61,16 +60,14 @@ class Blocks:
         Raises:
             UnsupportedModel: with what stands in the way.
         """
+        layers = [source for index in range(self.num_layers) for source in self._sources(index).values()]
+        check_numbers(self._checkpoint, dict.fromkeys([*self._trunk.parameters, *layers]))
         hidden, calls = self._trunk.try_texts()
-        sources = [self._sources(index) for index in range(self.num_layers)]
         for index, call in enumerate(calls):
             with self._trunk.named_errors("has layers that cannot be run one by one"):
                 self._try_layer(copy.deepcopy(self._trunk.layers[index]), hidden, call)
             with self._trunk.named_errors("has layers whose matrices cannot be streamed"):
-                streamed = self._streamed(index, _BlankSlices(self._checkpoint, self.dtype))
-                self._try_layer(streamed, hidden, call)
-        layers = [source for names in sources for source in names.values()]
-        check_numbers(self._checkpoint, dict.fromkeys([*self._trunk.parameters, *layers]))
+                self._try_layer(self._streamed(index, _BlankSlices(self._checkpoint, self.dtype)), hidden, call)
 
     def _try_layer(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> None:
         """Run a layer without values, on the meta device."""
@@ -177,6 +174,11 @@ class Blocks:
     def modules(self) -> int:
         """The number of modules, in the layers and around them."""
         return self._trunk.modules + sum(1 for layer in self._trunk.layers for _ in layer.modules())
+
+    @property
+    def parts(self) -> int:
+        """The number of tensors of the checkpoint that are parts of a parameter, such as the matrices of single experts."""
+        return self._trunk.parts
 
     @property
     def buffer_bytes(self) -> int:

@@ -20,9 +20,10 @@ from chainfed_ray.streaming.activations import overwrite_activations
 from chainfed_ray.streaming.matrices import SLICE_BYTES
 
 _FLOAT32 = 4
-# Measured: the bytes of a module without weights, as a Python object; and of oneDNN's compiled programs, which multiply
-# bfloat16 matrices.
+# Measured: the bytes of a module without weights, as a Python object; of the names and places of a tensor that is part of a
+# parameter; and of oneDNN's compiled programs, which multiply bfloat16 matrices.
 _MODULE = 9 * 2**10
+_PART = 2**9
 _COMPILED = 2**20
 
 
@@ -51,7 +52,10 @@ def memory_profile_of(blocks: Blocks, bottleneck: int, classes: int | None, head
         # oneDNN packs a slice of bfloat16 numbers into a third buffer.
         slices=(3 if blocks.dtype == torch.bfloat16 else 2) * max(SLICE_BYTES, blocks.longest_row_bytes),
         conversion=blocks.conversion_bytes,
-        skeleton=blocks.modules * _MODULE + blocks.buffer_bytes + (_COMPILED if blocks.dtype == torch.bfloat16 else 0),
+        skeleton=blocks.modules * _MODULE
+        + blocks.parts * _PART
+        + blocks.buffer_bytes
+        + (_COMPILED if blocks.dtype == torch.bfloat16 else 0),
         call=polynomial_of(parts.call_bytes),
         adapter=_adapter_bytes(width, bottleneck),
         head=0 if classes is None else (head_layers * width * classes + classes + 2 * width) * _FLOAT32,

@@ -51,11 +51,11 @@ class Trunk:
         with self.named_errors("has no list of equal layers above a table of embeddings"):
             self._take_apart(whole)
         self._position_bias = self._read_position_bias()
+        self._tables = [self._replace_table(name, table) for name, table in embedding_tables(self._model)]
+        self._materialise()
         self._calls: list[LayerCall] = []
         self._embedded = torch.empty(0)
         self._last_output: Tensor | None = None
-        self._tables = [self._replace_table(name, table) for name, table in embedding_tables(self._model)]
-        self._materialise()
 
     def _take_apart(self, whole: Any) -> None:
         """Find the part of the model that reads texts and its layers, and put recorders in their place."""
@@ -65,9 +65,10 @@ class Trunk:
         within = text_part(whole)
         self._within = f"{within}." if within else ""
         self._model: Any = whole.get_submodule(within)
-        self.config = self._model.config
+        self.config = getattr(self._model, "config", whole.config)  # a few encoders have none of their own
         if (given := self._model.main_input_name) != "input_ids":
             raise UnsupportedModel(str(self.folder), f"{self.family} reads no texts, but {given}")
+        self.hidden_size, self.vocabulary = int(self.config.hidden_size), int(self.config.vocab_size)
         words = self._model.get_input_embeddings()
         table = next(name for name, module in self._model.named_modules() if module is words)
         self.word_table = self.source(f"{self._within}{table}.weight")
@@ -115,7 +116,7 @@ class Trunk:
     def run(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
         """One layer: [B, T, D] → [B, T, D]."""
         output = layer(self.turned(hidden), *call.args, **call.kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple | list) else output
         return self.turned(result)
 
     def turned(self, hidden: Tensor) -> Tensor:
@@ -141,8 +142,7 @@ class Trunk:
             UnsupportedModel: they cannot; with what stands in the way.
         """
         mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-        vocabulary = int(self.config.vocab_size)
-        ids = torch.where(mask.bool(), torch.arange(3, 15).view(2, 6) % vocabulary, self._placeholder_ids(mask))
+        ids = torch.where(mask.bool(), torch.arange(3, 15).view(2, 6) % self.vocabulary, self._placeholder_ids(mask))
         with self.named_errors("cannot be run on texts alone"):
             (hidden, calls), without = self.embed(ids, mask), self.calls(mask)
         if len(calls) < self.num_layers:
@@ -151,7 +151,7 @@ class Trunk:
             raise self._unlike("gives its layers a whole embedding table")
         if not all(map(torch.equal, _tensors(calls), _tensors(without))):
             raise self._unlike("gives its layers more than hidden states of the tokens")
-        if hidden.shape != (*mask.shape, int(self.config.hidden_size)):
+        if hidden.shape != (*mask.shape, self.hidden_size):
             raise self._unlike(f"has hidden states {list(hidden.shape)} for texts of {list(mask.shape)} tokens")
         return hidden, calls
 
@@ -159,6 +159,11 @@ class Trunk:
     def modules(self) -> int:
         """The number of modules around the layers."""
         return sum(1 for _ in self._model.modules())
+
+    @property
+    def parts(self) -> int:
+        """The number of tensors of the checkpoint that are parts of a parameter."""
+        return self._names.parts
 
     @property
     def parameters(self) -> list[str]:
@@ -292,8 +297,9 @@ def find_layers(model: Any, name: str) -> str:
     """
     within = text_part(model)
     part = model.get_submodule(within)
+    config = getattr(part, "config", model.config)
     # ALBERT has a module for each group of layers, which share their weights.
-    count = int(getattr(part.config, "num_hidden_groups", part.config.num_hidden_layers))
+    count = int(getattr(config, "num_hidden_groups", config.num_hidden_layers))
     found: list[str] = [
         path
         for path, module in part.named_modules()

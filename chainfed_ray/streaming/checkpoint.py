@@ -133,12 +133,22 @@ class Checkpoint:
 
     def matrix(self, name: str, index: int) -> str:
         """The name of one matrix [N, K] of a tensor [E, N, K]."""
-        whole, one = self._entries[name], f"{name}[{index}]"
+        one, count = f"{name}[{index}]", self._entries[name].shape[0]
         if one not in self._entries:
-            size = self.stored_bytes(name) // whole.shape[0]
-            places = tuple(_within(whole.ranges, index * size, size))
-            self._entries[one] = _Entry(places, whole.shape[1:], whole.dtype)
+            self.cut(one, name, index, count, self._entries[name].shape[1:])
         return one
+
+    def cut(self, name: str, source: str, place: int, count: int, shape: tuple[int, ...]) -> None:
+        """Call one of ``count`` equal shares of a tensor's numbers a tensor ``name`` of this ``shape``.
+
+        Raises:
+            UnsupportedModel: a share has another number of elements.
+        """
+        whole, size = self._entries[source], self.stored_bytes(source) // count
+        if math.prod(shape) * count != math.prod(whole.shape):
+            wanted = f"{name} has the shape {list(shape)}, which is not one of {count} shares of {list(whole.shape)}"
+            raise UnsupportedModel(str(self.folder), wanted)
+        self._entries[name] = _Entry(tuple(_within(whole.ranges, place * size, size)), shape, whole.dtype)
 
     def close(self) -> None:
         """Close the files."""

@@ -25,9 +25,8 @@ def run_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -
     count = chosen.shape[-1]
     expert_of, order = chosen.reshape(-1).sort()
     rows = _rows_by_expert(expert_of, experts.num_experts)
-    inner = _product(
-        experts, "gate_up_proj" if experts.has_gate else "up_proj", hidden[order // count], expert_of, rows
-    )
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    inner = _product(experts, first, hidden[order // count], expert_of, rows)
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     outer = _product(experts, "down_proj", inner, expert_of, rows)
     if experts.has_post_expert_norm:

@@ -179,7 +179,7 @@ class _OnlyForm(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.__name__ not in ("__get__", "size", "dim"):
-            raise TypeError(f"{function.__name__} of a matrix that is streamed")
+            raise RuntimeError(f"{function.__name__} of a matrix that is read from the checkpoint by slices")
         return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
@@ -204,8 +204,8 @@ def _multiplied(layer: StreamedLinear, given: Tensor, width: int, wanted: int, b
 
 
 def is_streamed(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
-    """True for a linear layer whose matrix can be streamed."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """True for a linear layer whose matrix can be streamed; a subclass with a forward of its own is another kind of layer."""
+    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
 def stream_matrices(layer: nn.Module, prefix: str, source: RowSlices, names: "SourceNames") -> None:

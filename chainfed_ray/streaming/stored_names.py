@@ -1,8 +1,8 @@
 """Finds the parameters of a model in its checkpoint, by the rules of transformers' own loading.
 
-A checkpoint may have other names than the model: a prefix, the names of an older version, or a tensor for each expert where the
-model has one for all. Transformers knows these forms, and its rules are used here to find tensors, not to load them. Experts'
-tensors are joined: their bytes, one after the other, are the model's parameter.
+A checkpoint may have other names than the model: a prefix, or the names of an older version. It may have a tensor for each
+expert where the model has one for all, or one for queries, keys and values. Transformers knows these forms, and its rules are
+used here to find tensors, not to load them: such a parameter is the bytes of several tensors in turn, or a share of one.
 """
 
 from typing import Any, cast
@@ -10,6 +10,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
     Concatenate,
     MergeModulelist,
     WeightConverter,
@@ -25,7 +26,8 @@ from chainfed_ray.streaming.checkpoint import Checkpoint
 class StoredNames:
     """The checkpoint's name of each parameter of ``model``, which may be on the meta device.
 
-    A parameter that the checkpoint holds in parts is joined in ``checkpoint`` when it is asked for.
+    A parameter that the checkpoint holds in parts is joined in ``checkpoint`` when it is asked for, and one that it holds with
+    others is cut from them.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -40,15 +42,25 @@ class StoredNames:
             tied.setdefault(id(parameter), []).append(name)
         self._same = {name: names for names in tied.values() if len(names) > 1 for name in names}
         self._names: dict[str, str] = {}
+        self._shares: dict[str, tuple[str, int, int]] = {}  # parameters that are shares of one stored tensor
         self._parts: dict[str, dict[str, list[str]]] = {}  # of a parameter, by the pattern that their names match
         for stored in sorted(checkpoint.names, key=dot_natural_key):
             name, pattern = rename_source_key(
                 stored, renamings, converters, model.base_model_prefix, cast(Any, self._shapes)
             )
-            if pattern is not None:
+            if pattern is not None and _steps(self._rules[pattern]) == [(Chunk, 0)]:
+                targets = self._rules[pattern].target_patterns
+                for place, target in enumerate(targets):
+                    self._shares[name.replace(targets[0], target)] = (stored, place, len(targets))
+            elif pattern is not None:
                 self._parts.setdefault(name, {}).setdefault(pattern, []).append(stored)
             else:
                 self._names[name] = stored
+
+    @property
+    def parts(self) -> int:
+        """The number of stored tensors that are parts of a parameter. A model of many experts has thousands."""
+        return sum(len(names) for by_pattern in self._parts.values() for names in by_pattern.values())
 
     def find(self, name: str) -> str | None:
         """The checkpoint's name for a parameter, or None.
@@ -58,6 +70,9 @@ class StoredNames:
         """
         if name not in self._names and name in self._parts:
             self._names[name] = self._joined(name, self._parts[name])
+        if name not in self._names and name in self._shares:
+            self._checkpoint.cut(f"{name} (cut)", *self._shares[name], self._shapes[name])
+            self._names[name] = f"{name} (cut)"
         return next((self._names[same] for same in (name, *self._same.get(name, ())) if same in self._names), None)
 
     def _joined(self, name: str, parts: dict[str, list[str]]) -> str:
@@ -81,9 +96,14 @@ def _order(rule: WeightConverter, parts: list[list[str]]) -> list[str] | None:
 
     ``parts`` has a list for each of the rule's patterns, such as all experts' gates and all experts' ups.
     """
-    steps = [(type(step), getattr(step, "dim", None)) for step in rule.operations]
+    steps = _steps(rule)
     if steps == [(MergeModulelist, 0), (Concatenate, 1)]:
         return [name for expert in zip(*parts, strict=True) for name in expert]
     if steps in ([(MergeModulelist, 0)], [(Concatenate, 0)]):
         return [name for names in parts for name in names]
     return None
+
+
+def _steps(rule: WeightConverter) -> list[tuple[type, int | None]]:
+    """The operations of a rule, and the dimension of each."""
+    return [(type(step), getattr(step, "dim", None)) for step in rule.operations]

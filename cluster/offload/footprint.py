@@ -8,6 +8,7 @@ from chainfed_ray.model.blocks import Blocks
 
 SWAPPED_BYTES = 2**20  # DeepSpeed keeps smaller parameters in memory
 
+_LOOKING_AHEAD = ("t5", "mt5", "umt5")
 _PADDING = 1024  # elements added to each buffer, because a disk is read in whole blocks
 _RUNTIME = 20 * 2**20  # measured: what DeepSpeed and the interpreter hold
 
@@ -62,14 +63,17 @@ def disk_bytes(blocks: Blocks) -> int:
 
 
 def buffer_count(blocks: Blocks) -> int:
-    """The number of buffers: the most parameters on disk that one module has. It needs all at once, each in a buffer."""
+    """The number of buffers: the most parameters on disk that one module has. It needs all at once, each in a buffer.
+
+    T5 looks at the dtype of a feed-forward layer's second matrix before it uses the first, and DeepSpeed reads it then.
+    """
     size = blocks.dtype.itemsize
     large = (
         sum(p.numel() * size >= SWAPPED_BYTES for p in module.parameters(recurse=False))
         for layer in blocks.blank_layers
         for module in layer.modules()
     )
-    return max(max(large), 1)
+    return max(max(large), 1) + (blocks.family in _LOOKING_AHEAD)
 
 
 def buffer_elements(blocks: Blocks, workers: int) -> int:

@@ -148,6 +148,20 @@ def test_adapters_and_the_head_hold_what_was_told(
 
 
 @pytest.mark.slow
+def test_layers_of_several_kinds_are_planned_by_the_largest_of_each(tmp_path: Path) -> None:
+    """The first layer has no experts; its feed-forward is wide, and it has fewer weights."""
+    folder = tiny("qwen3_moe", tmp_path, mlp_only_layers=[0], intermediate_size=200, moe_intermediate_size=96)
+    blocks = Blocks(folder, torch.float32)
+    assert blocks.kinds == [0, 1]
+    whole = memory_profile_of(blocks, 8, 3).kept.layer
+    parts = [trace_memory(Parts(blocks, 3, 1).layer(False, index), WIDTH, torch.float32) for index in blocks.kinds]
+    for shape in ELSEWHERE:
+        assert whole.forward_at(*shape) == max(part.forward_at(*shape) for part in parts)
+        assert whole.backward_at(*shape) == max(part.backward_at(*shape) for part in parts)
+        assert whole.saved.at(*shape) >= max(part.saved.at(*shape) for part in parts)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 3), (torch.bfloat16, None)], ids=str)
 def test_adapters_of_another_width_change_nothing_else(dtype: torch.dtype, classes: int | None, tmp_path: Path) -> None:
     blocks = Blocks(causal_folder("llama", tmp_path), dtype)

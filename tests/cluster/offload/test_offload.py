@@ -40,13 +40,14 @@ from tests.clusters import needs_ops
 from tests.watching import command_of, processes_below, wait_for
 
 _BATCH, _CLASSES = 4, 3
+_ENCODERS = ("bert", "t5")
 # A matrix of 512 × 512 numbers in float32 is just large enough for DeepSpeed to keep it on the disk.
 _SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 3}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An encoder and a decoder of random weights, with matrices that go to the disk and others that do not."""
+    """Encoders and decoders of random weights, with matrices that go to the disk and others that do not."""
     folder = tmp_path_factory.mktemp("models")
     made = {
         "bert": AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=200, **_SIZES)),
@@ -54,6 +55,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             AutoConfig.for_model("llama", vocab_size=200, num_key_value_heads=4, **_SIZES)
         ),
     }
+    made["t5"] = AutoModel.from_config(AutoConfig.for_model("t5", vocab_size=200, num_layers=3, pad_token_id=0))
+    experts = {"num_key_value_heads": 4, "num_local_experts": 4, **_SIZES, "intermediate_size": 512}
+    made["mixtral"] = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", vocab_size=200, **experts))
     for name, model in made.items():
         model.save_pretrained(folder / name)
     return {name: folder / name for name in made}
@@ -64,12 +68,12 @@ def examples_of(family: str, count: int = 21) -> Examples:
     offsets = np.concatenate([[0], np.cumsum(generator.integers(5, 17, count))])
     ids = generator.integers(3, 200, int(offsets[-1])).astype(np.int32)
     made = Examples(ids, offsets, generator.integers(0, _CLASSES, count))
-    return made if family == "bert" else replace(made, targets=made.every_token)
+    return made if family in _ENCODERS else replace(made, targets=made.every_token)
 
 
 def stack_of(family: str, seed: int) -> AdapterStack:
     """One that does something: fresh adapters are the identity."""
-    classes = _CLASSES if family == "bert" else None
+    classes = _CLASSES if family in _ENCODERS else None
     stack = AdapterStack.new(range(1, 3), 512, 16, classes, seed, head_layers=2)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -111,7 +115,7 @@ def evaluator(
     base: ModelSource, family: str, workers: int = 1, listen: Listener = no_listener
 ) -> Iterator[OffloadedEvaluator]:
     blocks = Blocks(base.folder, base.dtype)
-    costs = memory_profile_of(blocks, 16, _CLASSES if family == "bert" else None)
+    costs = memory_profile_of(blocks, 16, _CLASSES if family in _ENCODERS else None)
     blocks.close()
     sets = {"test": examples_of(family)}
     made = make_evaluator(base, costs, sets, workers=workers, batch_size=_BATCH, listen=listen)
@@ -148,7 +152,13 @@ def is_gone(base: ModelSource) -> bool:
 @pytest.mark.parametrize(
     ("family", "dtype", "count"),
     # Each family, each dtype and each number of processes, and not all of them with each other: a run takes 20 seconds.
-    [("bert", torch.float32, 1), ("llama", torch.float32, 2), ("llama", torch.bfloat16, 1)],
+    [
+        ("bert", torch.float32, 1),
+        ("llama", torch.float32, 2),
+        ("llama", torch.bfloat16, 1),
+        ("t5", torch.float32, 1),
+        ("mixtral", torch.bfloat16, 2),
+    ],
 )
 def test_offloaded_is_plain_evaluation(
     models: dict[str, Path], tmp_path: Path, family: str, dtype: torch.dtype, count: int
