@@ -5,6 +5,7 @@ So each turn is located in the whole chat, not rendered by itself.
 """
 
 import json
+from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
 
@@ -25,11 +26,26 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, chat: Chat, add_generatio
         InvalidJob: the template does not accept the chat.
     """
     messages = [_as_template_has_it(message) for message in chat]
+
+    def text(count: int) -> str:
+        first = messages[:count]
+        return str(tokenizer.apply_chat_template(first, tokenize=False, add_generation_prompt=add_generation_prompt))
+
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        return text(len(messages))
     except Exception as error:  # templates raise any error, for example for two user turns in a row
-        newest = messages[-1] if messages else None
-        raise InvalidJob.at(field, newest, f"a chat that the model's template accepts ({error})") from None
+        place = next((count for count in range(1, len(messages)) if _says(text, count) == str(error)), len(messages))
+        refused = messages[place - 1] if messages else None
+        raise InvalidJob.at(field, refused, f"a chat that the model's template accepts ({error})") from None
+
+
+def _says(text: Callable[[int], str], count: int) -> str | None:
+    """What the template says of a chat that ends after ``count`` messages, if it refuses it."""
+    try:
+        text(count)
+    except Exception as error:
+        return str(error)
+    return None
 
 
 def _as_template_has_it(message: Message) -> dict[str, Any]:

@@ -81,7 +81,9 @@ class SavedStack:
     def _base_for_others(self) -> str | None:
         """The base model's name on the Hugging Face hub, or its path; None for a model that comes with a package."""
         scheme, _, name = self.base.partition(":")
-        return None if scheme == "builtin" else name.partition("@")[0]
+        if scheme == "builtin":
+            return None
+        return name.partition("@")[0] if scheme == "hf" else name  # a folder may have an @ in its name
 
     def _name(self, name: str) -> str:
         kind, _, rest = name.partition(".")

@@ -243,6 +243,13 @@ class ChainFedModel(BaseTuner):
             setattr(parent, target_name, target)
         target.update_layer(adapter_name, part, self.active_adapters)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put ``new_module`` in the place of ``child``, as ``unload`` does with the layers of the base model.
+
+        PEFT's own method would also look for the weight of ``new_module``; a layer has many.
+        """
+        setattr(parent, child_name, new_module)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
         """For one forward pass, tell the layers which stack each row belongs to.

@@ -61,5 +61,6 @@ class JobSpec(Section):
     @property
     def model_name(self) -> str:
         """The finished model's name, ``<base>:<name>``, where ``<base>`` is the last part of the base model's path."""
-        path = self.model.base.partition(":")[2].partition("@")[0]
+        scheme, _, path = self.model.base.partition(":")
+        path = path.partition("@")[0] if scheme == "hf" else path  # a folder may have an @ in its name
         return f"{path.rstrip('/').rpartition('/')[2]}:{self.name}"

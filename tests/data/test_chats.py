@@ -206,6 +206,26 @@ CALLS = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}
 CALL = {"role": "assistant", "content": None, "tool_calls": CALLS}
 TOOL = {"role": "tool", "content": "4 degrees"}
 A, B = Message("user", "A"), Message("assistant", "B")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "at_fault", "says"),
+    [
+        (_EACH + "{% if m.role == 'system' %}{{ raise_exception('No system') }}{% endif %}{{ m.content }}{% endfor %}",
+         (Message("system", "Be brief"), A, B), "Be brief", "No system"),
+        (TEMPLATES["gemma"], (A, B, B, A), "B", "Take turns"),
+    ],
+)  # fmt: skip
+def test_a_chat_that_the_template_refuses_is_refused_by_the_message_at_fault(
+    template: str, messages: Chat, at_fault: str, says: str
+) -> None:
+    words = (
+        rf"data\.messages is .*'content': '{at_fault}'.*; expected a chat that the model's template accepts .*{says}"
+    )
+    with pytest.raises(InvalidJob, match=words):
+        chat_ids(with_template(template), messages, add_generation_prompt=False, field="data.messages")
+
+
 CALLED = Message("assistant", "", tool_calls=json.dumps(CALLS))
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,17 @@ def test_a_save_that_is_killed_leaves_the_old_stack_or_the_new_one(tmp_path: Pat
         assert is_same(load_stack(folder), new), f"killed at {point}, and saved again"
         assert [path.name for path in folder.parent.iterdir()] == ["model"]
     assert point > 8, "it was killed at each point"
+
+
+def test_what_others_find_the_base_by_is_its_name_on_the_hub_or_its_folder(tmp_path: Path) -> None:
+    saved = a_saved_stack(tiny("bert", tmp_path / "base"))
+    named = {
+        "hf:org/llama@v2": "org/llama",
+        "path:/models/llama@v2/final": "/models/llama@v2/final",
+        "builtin:minilm": None,
+    }
+    for base, expected in named.items():
+        assert replace(saved, base=base).config()["base_model_name_or_path"] == expected
 
 
 def is_same(found: SavedStack, expected: SavedStack) -> bool:

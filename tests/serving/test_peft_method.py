@@ -110,6 +110,13 @@ def test_a_stack_cannot_be_merged_and_without_one_there_are_no_logits(bert: Path
         ask(model)
 
 
+def test_without_its_stack_the_base_model_is_as_before(bert: Path, tmp_path: Path) -> None:
+    save_stack(a_saved_stack(bert), tmp_path / "model")
+    model = loaded(bert, tmp_path / "model")
+    modules = {name: type(module) for name, module in SequenceClassifier.from_folder(bert).named_modules()}
+    assert {name: type(module) for name, module in model.unload().named_modules()} == modules
+
+
 def test_saved_and_loaded_is_the_same_stack(bert: Path, tmp_path: Path) -> None:
     saved = a_saved_stack(bert)
     save_stack(saved, tmp_path / "model")

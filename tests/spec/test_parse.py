@@ -140,6 +140,20 @@ def test_a_recipe_hides_no_mistake(key: str, value: object, document: dict[str, 
 
 
 @pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("path:/models/llama@v2/final", "final:tiny"),
+        ("path:/models/llama@v2/", "llama@v2:tiny"),
+        ("hf:org/llama@v2", "llama:tiny"),
+        ("builtin:minilm", "minilm:tiny"),
+    ],
+)
+def test_a_revision_is_no_part_of_a_models_name_and_a_folder_is(document: dict[str, Any], base: str, name: str) -> None:
+    document["model"]["base"] = base
+    assert parse_job(document).model_name == name
+
+
+@pytest.mark.parametrize(
     ("given", "seconds", "written"),
     [({}, math.inf, "auto"), ({"deadline": "auto"}, math.inf, "auto"), ({"deadline": "20m"}, 1200.0, 1200.0)],
 )
