@@ -109,11 +109,10 @@ def _check_shape(text: str) -> None:
         aliases += isinstance(event, yaml.AliasEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if aliases > _MOST_ALIASES or depth > _MOST_DEPTH:
-            wrong = (
-                f"more than {_MOST_ALIASES} aliases" if aliases > _MOST_ALIASES else f"deeper than {_MOST_DEPTH} levels"
+            found = (
+                f"more than {_MOST_ALIASES} aliases" if aliases > _MOST_ALIASES else f"more than {_MOST_DEPTH} levels"
             )
-            mark: Any = event.start_mark  # the C parser's, which the types do not know here
-            raise yaml.composer.ComposerError(None, None, wrong, mark)
+            raise yaml.composer.ComposerError(None, None, found, event.start_mark)  # type: ignore[arg-type]
 
 
 _YamlLoader.add_implicit_resolver(
