@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import resource
-import signal
 import sys
 import tempfile
 from collections import Counter
@@ -30,7 +29,7 @@ from chainfed_ray.model.costs import Parts
 from chainfed_ray.model.trace import trace_memory
 from chainfed_ray.model.trunk import text_part
 
-_SECONDS, _MEMORY = 90, 6 * 2**30  # of a family
+_SECONDS, _MEMORY = 60, 6 * 2**30  # of a family
 _BEGIN, _END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
 EQUAL, REFUSED, NO_TEXTS, NOT_MADE, WRONG = "streamed, equal", "refused", "no texts", "not made", "WRONG"
 
@@ -144,11 +143,11 @@ def _texts() -> tuple[Tensor, Tensor]:
 
 
 def _in_a_process(family: str) -> Verdict:
-    """Try a family in a copy of this process, which the kernel ends when it takes too long."""
+    """Try a family in a copy of this process, which the kernel ends when it computes for too long."""
     reading, writing = os.pipe()
     if not (child := os.fork()):
         resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
-        signal.alarm(_SECONDS)
+        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
         with tempfile.TemporaryDirectory() as folder, os.fdopen(writing, "w") as file:
             file.write(json.dumps(try_family(family, Path(folder))))
         os._exit(0)
@@ -156,4 +155,8 @@ def _in_a_process(family: str) -> Verdict:
     with os.fdopen(reading) as file:
         told = file.read()
     os.waitpid(child, 0)
-    return Verdict(*json.loads(told)) if told else Verdict(family, WRONG, f"no answer within {_SECONDS} s")
+    return (
+        Verdict(*json.loads(told))
+        if told
+        else Verdict(family, WRONG, f"no answer within {_SECONDS} seconds of the processor")
+    )

@@ -18,7 +18,7 @@ MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 TIED = ("llama", "gpt2", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma3", "cohere", "granite")
 UNTIED = ("llama", "gpt2", "qwen2", "mistral", "phi", "phi3", "gptj", *MIXTURES)
 # Encoders with a way of their own: positions given to each layer, one layer many times, two stacks, tokens before examples.
-ENCODERS = ("deberta-v2", "albert", "t5", "bart", "xlnet")
+ENCODERS = ("deberta-v2", "mpnet", "roformer", "albert", "t5", "bart", "xlnet")
 
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 _GROUPED = {"num_key_value_heads": 2}

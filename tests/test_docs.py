@@ -9,11 +9,13 @@ from typing import Any, cast
 import pytest
 from typer.main import get_command
 
+from benchmarks.zoo import WRONG
 from chainfed_ray import errors
 from chainfed_ray.api.command.cli import app
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.storage import Settings, Storage
+from tests.models import ENCODERS, FAMILIES, MIXTURES, TIED, UNTIED
 from tests.project import ROOT
 
 API, CLI, ERRORS = ((ROOT / "docs" / name).read_text() for name in ("api.md", "cli.md", "errors.md"))
@@ -49,6 +51,16 @@ def test_every_command_and_its_options() -> None:
 def test_every_variable(tmp_path: Path) -> None:
     for name in Settings(Storage.at(tmp_path)).environment():
         assert f"| `{name}` |" in CLI, name
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES, *ENCODERS, *MIXTURES, *TIED, *UNTIED}))
+def test_every_family_under_test(family: str) -> None:
+    """``python -m benchmarks zoo --document docs/models.md`` writes the table anew."""
+    assert f"| `{family}` | streamed, equal |" in (ROOT / "docs" / "models.md").read_text()
+
+
+def test_no_family_of_the_table_is_wrong() -> None:
+    assert f"| {WRONG} |" not in (ROOT / "docs" / "models.md").read_text()
 
 
 DOCUMENTS = ["README.md", "benchmarks/LOG.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]

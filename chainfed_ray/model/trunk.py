@@ -8,6 +8,7 @@ last one stops the forward. A layer can then be run by itself, with its own weig
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ class Trunk:
         self.folder, self._checkpoint, self._dtype = folder, checkpoint, dtype
         config = configuration(folder)
         self.family = config.model_type
+        if self.family in _DIFFERENT:
+            raise self._unlike("gives other values layer by layer than as a whole")
         with self.named_errors("cannot be built"), torch.device("meta"), _RealConstants():
             whole = AutoModel.from_config(config, dtype=dtype, experts_implementation=GROUPED)
             whole.eval().requires_grad_(False)
@@ -54,7 +57,7 @@ class Trunk:
         self._tables = [self._replace_table(name, table) for name, table in embedding_tables(self._model)]
         self._materialise()
         self._calls: list[LayerCall] = []
-        self._embedded = torch.empty(0)
+        self._embedded, self._bias = torch.empty(0), torch.empty(0)
         self._last_output: Tensor | None = None
 
     def _take_apart(self, whole: Any) -> None:
@@ -70,6 +73,7 @@ class Trunk:
             raise UnsupportedModel(str(self.folder), f"{self.family} reads no texts, but {given}")
         self.hidden_size, self.vocabulary = int(self.config.hidden_size), int(self.config.vocab_size)
         words = self._model.get_input_embeddings()
+        self._tokens = words.num_embeddings
         table = next(name for name, module in self._model.named_modules() if module is words)
         self.word_table = self.source(f"{self._within}{table}.weight")
         self.layers_path = find_layers(whole, str(self.folder))
@@ -105,7 +109,7 @@ class Trunk:
         with torch.no_grad(), suppress(_LastLayerReached):
             self._model(input_ids=ids, attention_mask=mask, use_cache=False)
         embedded, calls = self._embedded, self._calls
-        self._embedded, self._calls = torch.empty(0), []
+        self._embedded, self._bias, self._calls = torch.empty(0), torch.empty(0), []
         return self.turned(embedded), calls
 
     def calls(self, mask: Tensor) -> list[LayerCall]:
@@ -150,7 +154,7 @@ class Trunk:
         if any(tensor.isnan().any() for tensor in _tensors((hidden, calls))):
             raise self._unlike("gives its layers a whole embedding table")
         if not all(map(torch.equal, _tensors(calls), _tensors(without))):
-            raise self._unlike("gives its layers more than hidden states of the tokens")
+            raise self._unlike("gives its layers rows of embedding tables besides hidden states")
         if hidden.shape != (*mask.shape, self.hidden_size):
             raise self._unlike(f"has hidden states {list(hidden.shape)} for texts of {list(mask.shape)} tokens")
         return hidden, calls
@@ -193,13 +197,14 @@ class Trunk:
 
     @contextmanager
     def _without_tables(self) -> Iterator[None]:
-        """Read no embedding row, for the length of the block."""
-        for table in self._tables:
+        """Read no row of a table of tokens, for the length of the block. Tables of positions may be what layers are given."""
+        tables = [table for table in self._tables if table.num_embeddings == self._tokens]
+        for table in tables:
             table.enabled = False
         try:
             yield
         finally:
-            for table in self._tables:
+            for table in tables:
                 table.enabled = True
 
     def _record(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> Any:
@@ -213,6 +218,8 @@ class Trunk:
             raise self._unlike("does not run its layers one after the other")
         if any(tensor.is_meta for tensor in _tensors(call)):
             raise self._unlike("hands more than hidden states from layer to layer")
+        if place == 0 and self._position_bias:
+            call = self._with_position_bias(layer, hidden, call)
         self._calls.append(call)
         output = hidden
         if place == self.num_layers - 1:
@@ -221,8 +228,7 @@ class Trunk:
             output = self._last_output
         beside = self._beside_hidden(layer, hidden, call)
         if self._position_bias and beside:
-            tokens = hidden.shape[1]
-            beside = (self._position_bias.compute_bias(tokens, tokens), *beside[1:])
+            beside = (self._bias, *beside[1:])
         return output if beside is None else (output, *beside)
 
     def _beside_hidden(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> tuple[Any, ...] | None:
@@ -251,6 +257,13 @@ class Trunk:
         table = self._checkpoint.read(self.source(name), self._dtype)
         made.relative_attention_bias.weight = nn.Parameter(table, requires_grad=False)
         return made.eval()
+
+    def _with_position_bias(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> LayerCall:
+        """The call of T5's first layer with the bias that the others are given, so that all layers hold the same."""
+        tokens = hidden.shape[1]
+        given = signature(layer.forward).bind(hidden, *call.args, **call.kwargs)
+        self._bias = given.arguments["position_bias"] = self._position_bias.compute_bias(tokens, tokens)
+        return LayerCall(given.args[1:], given.kwargs)
 
     def _unlike(self, what: str) -> UnsupportedModel:
         return UnsupportedModel(str(self.folder), f"{self.family} {what}, so they cannot be run one by one")
@@ -341,6 +354,7 @@ def _tensors(values: Any) -> list[Tensor]:
 _DRAWING = ("torch.nn.init", "transformers.initialization")
 _FILLING = (torch.tensor, torch.arange, torch.ones, torch.zeros, torch.full, torch.linspace)
 TOKENS_FIRST = ("xlnet",)
+_DIFFERENT = ("inkling_text",)  # found by `python -m benchmarks zoo`; why is not known
 _BESIDE: dict[tuple[type, str], tuple[Any, ...] | None] = {}  # by class and configuration
 
 
