@@ -114,7 +114,8 @@ class Trunk:
 
     def calls(self, mask: Tensor) -> list[LayerCall]:
         """The calls for right-padded examples with the mask [B, T]. The ids do not matter, and no embedding row is read."""
-        with self._without_tables():
+        # Tables of positions may be what layers are given; those of tokens are not.
+        with self._without([table for table in self._tables if table.num_embeddings == self._tokens]):
             return self.embed(self._placeholder_ids(mask), mask)[1]
 
     def run(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -131,7 +132,7 @@ class Trunk:
         """The model's operations after its last layer (for most, a norm): [B, T, D] → [B, T, D]."""
         self._last_output = self.turned(hidden)
         try:
-            with self._without_tables():
+            with self._without(self._tables):
                 finished: Tensor = self._model(
                     input_ids=self._placeholder_ids(mask), attention_mask=mask, use_cache=False
                 ).last_hidden_state
@@ -196,9 +197,8 @@ class Trunk:
         return torch.where(mask.bool(), pad + 1, pad)
 
     @contextmanager
-    def _without_tables(self) -> Iterator[None]:
-        """Read no row of a table of tokens, for the length of the block. Tables of positions may be what layers are given."""
-        tables = [table for table in self._tables if table.num_embeddings == self._tokens]
+    def _without(self, tables: list[RowTable]) -> Iterator[None]:
+        """Read no row of ``tables``, for the length of the block."""
         for table in tables:
             table.enabled = False
         try:

@@ -148,6 +148,11 @@ def test_adapters_and_the_head_hold_what_was_told(
 
 
 @pytest.mark.slow
+def test_a_head_is_traced_without_reading_a_table_of_positions(tmp_path: Path) -> None:
+    assert memory_profile_of(Blocks(causal_folder("gpt2", tmp_path), torch.float32), 8, None).streamed_head
+
+
+@pytest.mark.slow
 def test_layers_of_several_kinds_are_planned_by_the_largest_of_each(tmp_path: Path) -> None:
     """The first layer has no experts; its feed-forward is wide, and it has fewer weights."""
     folder = tiny("qwen3_moe", tmp_path, mlp_only_layers=[0], intermediate_size=200, moe_intermediate_size=96)
