@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 
 from chainfed_ray.errors import ChainFedError, UnsupportedModel
 from chainfed_ray.hub import configuration, first_line
@@ -292,6 +292,9 @@ def text_part(model: Any) -> str:
     Raises:
         ValueError: the model has no such part.
     """
+    # Imported here, where a client's process has kept SciPy out (lean_imports.py).
+    from transformers import PreTrainedModel
+
     if getattr(model.config, "is_encoder_decoder", False):
         part = model.get_encoder()
         return str(next(name for name, module in model.named_modules() if module is part))

@@ -217,6 +217,8 @@ def stream_matrices(layer: nn.Module, prefix: str, source: RowSlices, names: "So
             name = names(f"{prefix}{path}.weight")
             count, width = module.weight.shape
             streamed = StreamedLinear(source, name, (count, width), module.bias is not None, isinstance(module, Conv1D))
+            if module.bias is not None:
+                streamed.bias = nn.Parameter(torch.empty_like(module.bias, device="meta"), requires_grad=False)
             streamed.weight = torch.empty((), dtype=module.weight.dtype).expand(count, width).as_subclass(_OnlyForm)
             layer.set_submodule(path, streamed)
 

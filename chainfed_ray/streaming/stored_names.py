@@ -5,9 +5,8 @@ expert where the model has one for all, or one for queries, keys and values. Tra
 used here to find tensors, not to load them: such a parameter is the bytes of several tensors in turn, or a share of one.
 """
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
@@ -22,6 +21,9 @@ from transformers.core_model_loading import (
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.streaming.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class StoredNames:
     """The checkpoint's name of each parameter of ``model``, which may be on the meta device.
@@ -30,7 +32,7 @@ class StoredNames:
     others is cut from them.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         rules = get_model_conversion_mapping(model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]

@@ -48,7 +48,7 @@ def activities(count: int) -> Iterator[Activity]:
 
 def test_the_newest_is_written(store: Counting, job: str) -> None:
     def last_is_on_record() -> bool:
-        found = store.activity(job)
+        found = store.latest([job])[job].activity
         return found is not None and found["done"] == 500
 
     with ActivityRecord(store, job, interval=0.0) as listen:
