@@ -5,9 +5,7 @@ quantized ones stand for.
 """
 
 import hashlib
-import os
 import shutil
-from collections.abc import Mapping
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
@@ -18,7 +16,8 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainfed_ray.errors import InvalidSetting, PackageMissing
+from chainfed_ray.cache_folder import cache_folder
+from chainfed_ray.errors import PackageMissing
 
 
 def converted(file: Path) -> Path:
@@ -34,30 +33,17 @@ def converted(file: Path) -> Path:
     """
     if find_spec("gguf") is None:
         raise PackageMissing(f"the model in {file.name}", "gguf", "smollm2")
-    folder = models_folder() / f"{file.stem}-{_identity(file)}"
+    folder = cache_folder("CHAINFED_MODELS", "models") / f"{file.stem}-{_identity(file)}"
     if folder.is_dir():  # look before locking: where models are converted beforehand, the cache may be read-only
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():  # another process may have made it while this one waited
-            unfinished = folder.with_suffix(".unfinished")
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
             _convert(file, unfinished)
             unfinished.rename(folder)
     return folder
-
-
-def models_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """The folder of converted models: ``CHAINFED_MODELS``, or ``chainfed/models`` in the user's cache.
-
-    Raises:
-        InvalidSetting: ``CHAINFED_MODELS`` is not an absolute path.
-    """
-    named = environment.get("CHAINFED_MODELS")
-    if named and not Path(named).is_absolute():
-        raise InvalidSetting("CHAINFED_MODELS", named, "an absolute path")
-    cache = environment.get("XDG_CACHE_HOME") or f"{environment.get('HOME') or '/tmp'}/.cache"
-    return Path(named or f"{cache}/chainfed/models")
 
 
 def _convert(file: Path, folder: Path) -> None:

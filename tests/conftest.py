@@ -13,7 +13,9 @@ from hypothesis import settings
 from transformers import AutoTokenizer
 
 from chainfed_ray.budget.demand import MemoryProfile
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.pool.ray_pool import RayPool
+from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.federation import prepare as job
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.forecast import dry_run
@@ -162,3 +164,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         shares = "cluster" in getattr(item, "fixturenames", ())
         assert item.path.name in WITH_RAY or not shares, f"{item.path.name} is missing in WITH_RAY of conftest.py"
     items.sort(key=lambda item: (item.path.name not in WITH_RAY, item.path.name != WITH_SERVICE, item.path not in slow))
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage.at(tmp_path / "storage")
+
+
+@pytest.fixture
+def store(storage: Storage) -> Iterator[JobStore]:
+    made = JobStore(storage.database)
+    yield made
+    made.close()

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from chainfed_ray import gguf_file, hub
+from chainfed_ray.cache_folder import cache_folder
 from chainfed_ray.errors import InvalidJob, InvalidSetting
-from chainfed_ray.gguf_file import models_folder
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.blocks import Blocks
 from tests.project import ROOT
@@ -106,13 +106,20 @@ def test_a_file_is_converted_once_and_anew_when_it_changes(tmp_path: Path, cache
     assert resolve(f"path:{file}") != first
 
 
-def test_what_a_killed_conversion_left_is_made_anew(tmp_path: Path) -> None:
-    file = a_gguf(tmp_path / "small.gguf", gguf.GGMLQuantizationType.Q8_0)
+def test_what_a_killed_conversion_left_is_made_anew_and_another_model_being_made_is_left_alone(
+    tmp_path: Path, cache: Path
+) -> None:
+    file = a_gguf(tmp_path / "small.Q8_0.gguf", gguf.GGMLQuantizationType.Q8_0)
     whole = resolve(f"path:{file}")
-    shutil.move(whole, whole.with_suffix(".unfinished"))
-    (whole.with_suffix(".unfinished") / "model.safetensors").write_bytes(b"cut")
+    cut, other = cache / f"{whole.name}.unfinished", cache / "small.Q4_0-0123.unfinished"
+    shutil.move(whole, cut)
+    (cut / "model.safetensors").write_bytes(b"cut")
+    for of_another in (other, cache / "small.unfinished"):
+        of_another.mkdir()
     assert (resolve(f"path:{file}") / "model.safetensors").stat().st_size > 1000
-    assert not whole.with_suffix(".unfinished").exists()
+    assert not cut.exists()
+    assert other.exists()
+    assert (cache / "small.unfinished").exists()
 
 
 @pytest.mark.slow
@@ -151,7 +158,9 @@ def test_what_is_not_installed_is_said_with_how_to_get_it(tmp_path: Path, monkey
 
 def test_the_cache_is_an_absolute_path() -> None:
     with pytest.raises(InvalidSetting, match=r"CHAINFED_MODELS is 'here'; expected an absolute path"):
-        models_folder({"CHAINFED_MODELS": "here"})
+        cache_folder("CHAINFED_MODELS", "models", {"CHAINFED_MODELS": "here"})
+    by_default = cache_folder("CHAINFED_MODELS", "models", {"HOME": "/home/someone"})
+    assert by_default == Path("/home/someone/.cache/chainfed/models")
 
 
 def test_the_packaged_file_is_where_the_package_has_it() -> None:

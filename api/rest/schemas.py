@@ -12,6 +12,7 @@ from chainfed_ray.cluster.jobs.store import JobRecord
 from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn
 
 _MOST_KEYS = 100
+MOST_TEXTS = 256  # of a request
 MOST_CHARACTERS = 500_000  # of all texts of a request to a model
 
 
@@ -225,7 +226,7 @@ class ClassifyRequest(RequestBody):
 
     model: str = Field(description="a name from `GET /v1/models`, such as `minilm:docstrings`")
     texts: Annotated[list[Annotated[str, Field(max_length=100_000)]], FailFast(), AfterValidator(bounded)] = Field(
-        min_length=1, max_length=256, description=f"{MOST_CHARACTERS:,} characters in all, at most"
+        min_length=1, max_length=MOST_TEXTS, description=f"{MOST_CHARACTERS:,} characters in all, at most"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from ray import serve
 
+from chainfed_ray.api.rest.schemas import MOST_TEXTS
 from chainfed_ray.cluster.resources import inference_options
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.model.saved_stack import load_stack
@@ -19,7 +20,6 @@ from chainfed_ray.serving.questions import Answer, Question, answer_together
 
 _MODELS_IN_MEMORY = 2
 _STACKS_IN_MEMORY = 256
-_TEXTS_AT_ONCE = 256  # as many as one request may have
 _WAIT_SECONDS = 0.004  # for other requests, to be answered in one batch with them
 
 
@@ -55,7 +55,7 @@ class Inference:
             raise answer
         return answer
 
-    @serve.batch(max_batch_size=_TEXTS_AT_ONCE, batch_wait_timeout_s=_WAIT_SECONDS, batch_size_fn=_texts_of)
+    @serve.batch(max_batch_size=MOST_TEXTS, batch_wait_timeout_s=_WAIT_SECONDS, batch_size_fn=_texts_of)
     async def _classify_together(self, questions: list[Question]) -> list[Answer | Exception]:
         """Answer requests that come at about the same time in one pass through the base model, whatever their stacks."""
         return await asyncio.get_running_loop().run_in_executor(self._classifying, self._classify, questions)

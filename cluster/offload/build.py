@@ -17,8 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from chainfed_ray.cache_folder import cache_folder
 from chainfed_ray.cluster.offload.libraries import OPS, library
-from chainfed_ray.errors import InvalidSetting, OpsNotBuilt
+from chainfed_ray.errors import OpsNotBuilt
 
 _TEMPORARY = "compiling-"
 
@@ -29,12 +30,9 @@ def ops_folder(environment: Mapping[str, str] = os.environ) -> Path:
     Raises:
         InvalidSetting: ``CHAINFED_EXTENSIONS`` is not an absolute path.
     """
-    named = environment.get("CHAINFED_EXTENSIONS")
-    if named and not Path(named).is_absolute():
-        raise InvalidSetting("CHAINFED_EXTENSIONS", named, "an absolute path")
-    cache = environment.get("XDG_CACHE_HOME") or f"{environment.get('HOME') or '/tmp'}/.cache"
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    return Path(named or f"{cache}/chainfed") / f"{python}-torch{version('torch')}-deepspeed{version('deepspeed')}"
+    versions = f"{python}-torch{version('torch')}-deepspeed{version('deepspeed')}"
+    return cache_folder("CHAINFED_EXTENSIONS", environment=environment) / versions
 
 
 def are_built(folder: Path) -> bool:

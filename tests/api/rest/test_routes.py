@@ -38,18 +38,6 @@ from tests.watching import wait_for
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage.at(tmp_path / "storage")
-
-
-@pytest.fixture
-def store(storage: Storage) -> Iterator[JobStore]:
-    made = JobStore(storage.database)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
     async def check(spec: JobSpec) -> None:
         prepare_job(spec, Path())

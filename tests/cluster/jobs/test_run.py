@@ -1,8 +1,7 @@
 """Promises of a queued job's run: a trouble outside is waited for, and only what is the job's own ends it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from errno import ENOSPC, EROFS
-from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -17,18 +16,6 @@ from tests.builders import SPEC
 
 RUN = "chainfed_ray.cluster.jobs.run"
 FULL = OSError(ENOSPC, "No space left on device", "/data/jobs")
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage.at(tmp_path / "storage")
-
-
-@pytest.fixture
-def store(storage: Storage) -> Iterator[JobStore]:
-    made = JobStore(storage.database)
-    yield made
-    made.close()
 
 
 @pytest.fixture
