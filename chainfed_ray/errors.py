@@ -374,11 +374,12 @@ class JobConflict(ChainFedError, RuntimeError):
 
 
 class ModelNotFound(ChainFedError, LookupError):
-    """No served model has this name."""
+    """No served model has this name. ``near`` are names like it."""
 
-    def __init__(self, model: str, served: tuple[str, ...]) -> None:
-        super().__init__(model, served)
-        self.model, self.served = model, served
+    def __init__(self, model: str, served: tuple[str, ...], near: tuple[str, ...] = ()) -> None:
+        super().__init__(model, served, near)
+        self.model, self.served, self.near = model, served, near
 
     def __str__(self) -> str:
-        return f"there is no model {_shown(self.model)}; served now: {', '.join(self.served) or 'none'}"
+        meant = f"; did you mean {' or '.join(self.near)}?" if self.near else ""
+        return f"there is no model {_shown(self.model)}{meant}; served now: {', '.join(self.served) or 'none'}"

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.saved_stack import SavedStack
-from chainfed_ray.serving.generator import Generator, Piece, Sampling
+from chainfed_ray.serving.generator import Generator
+from chainfed_ray.serving.messages import Piece, Sampling
 from tests.models import chain_outputs, tiny_causal_model
 
 FAMILIES = ("llama", "gpt2", "qwen2")

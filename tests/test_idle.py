@@ -1,4 +1,4 @@
-"""What a client's process loads: no more than its turns need, since each client of a machine has one."""
+"""What processes load: a client's no more than its turns need, those of the API and of the controller no torch."""
 
 import subprocess
 import sys
@@ -40,3 +40,12 @@ def test_an_idle_client_has_loaded_only_what_its_turns_need(tiny_model_folder: P
     loaded = set(done.stdout.split())
     assert {"ray", "torch", "transformers.models.bert.modeling_bert"} <= loaded
     assert not loaded & NOT_LOADED
+
+
+@pytest.mark.parametrize("module", ["api.serve.deployment", "cluster.jobs.coordinators"])
+def test_who_only_passes_work_on_loads_no_torch(module: str) -> None:
+    """There are three such processes in a service, and it waits for them to start."""
+    code = f"import chainfed_ray.{module}, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not {"torch", "transformers", "datasets"} & set(done.stdout.split())

@@ -1,8 +1,10 @@
 """Routes that generate text with served language models, in the format of OpenAI's API: whole, or as a stream of events."""
 
 import json
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from time import time
 from typing import Any, Protocol
 from uuid import uuid4
@@ -20,19 +22,21 @@ from chainfed_ray.api.rest.openai_schemas import (
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
+    ChatLogprobs,
     ChatRequest,
     Completion,
     CompletionChoice,
+    CompletionLogprobs,
     CompletionRequest,
     Delta,
     GenerationOptions,
     Usage,
 )
 from chainfed_ray.api.rest.service import Service, WithService
-from chainfed_ray.cluster.jobs.store import JobRecord
-from chainfed_ray.data.chats import Chat
+from chainfed_ray.api.rest.texts import Text, TextStream, together, whole
+from chainfed_ray.data.messages import Chat
 from chainfed_ray.errors import ChainFedError
-from chainfed_ray.serving.generator import Piece
+from chainfed_ray.serving.messages import FinishReason, Piece, Sampling, TokenChances
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
@@ -40,27 +44,24 @@ _MEDIA_TYPE = "text/event-stream"
 _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {_MEDIA_TYPE: {"schema": {"type": "string"}}}}}
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
-TokenStream = AsyncGenerator[tuple[int, Piece], None]
-"""Yields a prompt's index, and a piece of the text that follows it."""
-
 
 @router.post("/completions", response_model=Completion, responses=_STREAMED)
 async def completions(body: CompletionRequest, request: Request, service: WithService) -> Response:
     """Continue a prompt, or each of several."""
-    return await _answer(body, body.prompt, _Completions("cmpl", body.model), request, service)
+    return await _answer(body, body.prompt, _Completions("cmpl", body), request, service)
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=_STREAMED)
 async def chat_completions(body: ChatRequest, request: Request, service: WithService) -> Response:
     """Answer a chat. The model's tokenizer must have a chat template."""
-    return await _answer(body, [body.chat], _Chats("chatcmpl", body.model), request, service)
+    return await _answer(body, [body.chat], _Chats("chatcmpl", body), request, service)
 
 
 class _Format(Protocol):
     """The format of an answer: OpenAI has one for completions, and one for chats."""
 
-    def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel:
-        """The whole answer, from the text of each prompt and its last piece."""
+    def whole(self, texts: Sequence[Text]) -> BaseModel:
+        """The whole answer."""
 
     def chunk(self, index: int, piece: Piece) -> BaseModel:
         """The chunk of a stream that carries one piece."""
@@ -69,97 +70,105 @@ class _Format(Protocol):
         """The last chunk of a stream, if the caller wants the token counts."""
 
 
-class _SharedFields:
-    """Holds the fields that all parts of an answer share."""
+class _Common:
+    """What all parts of an answer share, and the options that were asked for."""
 
-    def __init__(self, prefix: str, model: str) -> None:
-        self._common: dict[str, Any] = {"id": f"{prefix}-{uuid4().hex}", "created": int(time()), "model": model}
+    def __init__(self, prefix: str, options: GenerationOptions) -> None:
+        self._fields: dict[str, Any] = {"id": f"{prefix}-{uuid4().hex}", "created": int(time()), "model": options.model}
+        self._options = options
+        self._offsets = defaultdict[int, int](int)  # of each text, where its next token begins
+
+    def _counted(self, last: Sequence[Piece]) -> Usage:
+        """The counts of tokens. A prompt that has several texts is counted once."""
+        prompts = last[:: self._options.texts]
+        return Usage.of(sum(piece.prompt_tokens for piece in prompts), sum(piece.tokens for piece in last))
 
 
-class _Completions(_SharedFields):
-    def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel:
+class _Completions(_Common):
+    def whole(self, texts: Sequence[Text]) -> BaseModel:
         choices = [
-            CompletionChoice(index=index, text=text, finish_reason=last[index].finish_reason)
-            for index, text in enumerate(texts)
+            self._choice(index, text.text, text.chances, _last(text).finish_reason) for index, text in enumerate(texts)
         ]
-        return Completion(**self._common, choices=choices, usage=_usage(last))
+        return Completion(**self._fields, choices=choices, usage=self._counted([_last(text) for text in texts]))
 
     def chunk(self, index: int, piece: Piece) -> BaseModel:
-        choice = CompletionChoice(index=index, text=piece.text, finish_reason=piece.finish_reason)
-        return Completion(**self._common, choices=[choice])
+        return Completion(**self._fields, choices=[self._choice(index, piece.text, piece.chances, piece.finish_reason)])
 
     def usage(self, last: Sequence[Piece]) -> BaseModel:
-        return Completion(**self._common, choices=[], usage=_usage(last))
+        return Completion(**self._fields, choices=[], usage=self._counted(last))
+
+    def _choice(
+        self, index: int, text: str, chances: Sequence[TokenChances], reason: FinishReason | None
+    ) -> CompletionChoice:
+        logprobs = None
+        if self._options.chances is not None:
+            logprobs = CompletionLogprobs.of(chances, self._offsets[index])
+            self._offsets[index] += sum(len(chance.chosen.token) for chance in chances)
+        return CompletionChoice(index=index, text=text, finish_reason=reason, logprobs=logprobs)
 
 
-class _Chats(_SharedFields):
-    def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel:
-        reason = last[0].finish_reason
-        assert reason is not None, "the last piece of a text has a finish reason"
-        choice = ChatChoice(index=0, message=AssistantMessage(content=texts[0]), finish_reason=reason)
-        return ChatCompletion(**self._common, choices=[choice], usage=_usage(last))
+class _Chats(_Common):
+    def whole(self, texts: Sequence[Text]) -> BaseModel:
+        choices = []
+        for index, text in enumerate(texts):
+            reason = _last(text).finish_reason
+            assert reason is not None, "the last piece of a text has a finish reason"
+            message, logprobs = AssistantMessage(content=text.text), self._logprobs(text.chances)
+            choices.append(ChatChoice(index=index, message=message, finish_reason=reason, logprobs=logprobs))
+        return ChatCompletion(**self._fields, choices=choices, usage=self._counted([_last(text) for text in texts]))
 
     def chunk(self, index: int, piece: Piece) -> BaseModel:
-        choice = ChatChunkChoice(index=index, delta=Delta(content=piece.text), finish_reason=piece.finish_reason)
-        return ChatChunk(**self._common, choices=[choice])
+        delta, logprobs = Delta(content=piece.text), self._logprobs(piece.chances)
+        choice = ChatChunkChoice(index=index, delta=delta, finish_reason=piece.finish_reason, logprobs=logprobs)
+        return ChatChunk(**self._fields, choices=[choice])
 
     def usage(self, last: Sequence[Piece]) -> BaseModel:
-        return ChatChunk(**self._common, choices=[], usage=_usage(last))
+        return ChatChunk(**self._fields, choices=[], usage=self._counted(last))
+
+    def _logprobs(self, chances: Sequence[TokenChances]) -> ChatLogprobs | None:
+        return None if self._options.chances is None else ChatLogprobs.of(chances)
 
 
 async def _answer(
     options: GenerationOptions, prompts: Sequence[str | Chat], form: _Format, request: Request, service: Service
 ) -> Response:
-    job = await served(service, options.model, "causal-lm")
-    stream = _stream(service, job, prompts, options)
+    model = (await served(service, options.model, "causal-lm")).key
+    asked = [(prompt, sampling) for prompt in prompts for sampling in _samplings(options)]
+    stream = together([service.write(model, prompt, sampling) for prompt, sampling in asked])
     if options.stream:
         # Wait for the first piece: an invalid prompt raises here, while the response can still have an error status.
         first = await while_connected(request, anext(stream))
         return StreamingResponse(
             _events(first, stream, form, options.wants_usage), media_type=_MEDIA_TYPE, headers=_HEADERS
         )
-    texts, last = await while_connected(request, _collected(stream, len(prompts)))
-    return JSONResponse(form.whole(texts, last).model_dump())
+    texts = await while_connected(request, whole(stream, len(asked)))
+    return JSONResponse(form.whole(texts).model_dump())
 
 
-async def _collected(stream: TokenStream, prompts: int) -> tuple[list[str], list[Piece]]:
-    """The text that follows each prompt, and its last piece."""
-    texts, last = [""] * prompts, list[Piece]()
-    async with aclosing(stream):
-        async for index, piece in stream:
-            texts[index] += piece.text
-            if piece.finish_reason:
-                last.append(piece)
-    return texts, last
-
-
-async def _stream(
-    service: Service, job: JobRecord, prompts: Sequence[str | Chat], options: GenerationOptions
-) -> TokenStream:
-    """Generate for one prompt after the other. Closing the stream stops the generation."""
-    for index, prompt in enumerate(prompts):
-        async with aclosing(service.write(job, prompt, options.sampling)) as pieces:
-            async for piece in pieces:
-                yield index, piece
+def _samplings(options: GenerationOptions) -> list[Sampling]:
+    """How each of the texts for one prompt is sampled. Each has its own seed, or they would be the same text."""
+    sampling = options.sampling
+    if sampling.seed is None:
+        return [sampling] * options.texts
+    return [replace(sampling, seed=(sampling.seed + place) % 2**63) for place in range(options.texts)]
 
 
 async def _events(
-    first: tuple[int, Piece], stream: TokenStream, form: _Format, wants_usage: bool
+    first: tuple[int, Piece], stream: TextStream, form: _Format, wants_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     """The server-sent events of a stream whose ``first`` piece was taken already."""
-    last = [first[1]] if first[1].finish_reason else []
+    last = {first[0]: first[1]}
     async with aclosing(stream):
         yield _event(form.chunk(*first))
         try:
             async for index, piece in stream:
                 yield _event(form.chunk(index, piece))
-                if piece.finish_reason:
-                    last.append(piece)
-        except ChainFedError as error:  # a later prompt is invalid; the response has begun, so an event tells the error
+                last[index] = piece
+        except ChainFedError as error:  # another prompt is invalid; the response has begun, so an event tells the error
             yield format_sse_event(data_str=json.dumps({"error": error.document()}))
             return
     if wants_usage:
-        yield _event(form.usage(last))
+        yield _event(form.usage([last[index] for index in sorted(last)]))
     yield format_sse_event(data_str="[DONE]")
 
 
@@ -167,5 +176,6 @@ def _event(chunk: BaseModel) -> bytes:
     return format_sse_event(data_str=chunk.model_dump_json())
 
 
-def _usage(last: Sequence[Piece]) -> Usage:
-    return Usage.of(sum(piece.prompt_tokens for piece in last), sum(piece.tokens for piece in last))
+def _last(text: Text) -> Piece:
+    assert text.last is not None, "every text has a last piece"
+    return text.last

@@ -1,5 +1,8 @@
 """Routes of served models: list them, and classify texts."""
 
+from dataclasses import dataclass
+from difflib import get_close_matches
+
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
@@ -14,22 +17,32 @@ from chainfed_ray.api.rest.schemas import (
     ServedModel,
 )
 from chainfed_ray.api.rest.service import Service, WithService
-from chainfed_ray.cluster.jobs.store import JobRecord
 from chainfed_ray.errors import InvalidJob, ModelNotFound
+from chainfed_ray.serving.messages import ModelKey
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
 _NAMED_MODELS = 20  # in the error that there is no such model
+_MOST_COMPARED = 1000  # names, to find those that are like one that does not exist
 _ROUTES: dict[ModelTask, str] = {
     "sequence-classification": "POST /v1/classify",
     "causal-lm": "POST /v1/completions and POST /v1/chat/completions",
 }
 
 
+@dataclass(frozen=True)
+class Found:
+    """A model by its name: how it stands in the list of models, and its name for the process that answers with it."""
+
+    model: ServedModel
+    key: ModelKey
+
+
 @router.get("/models")
 def list_models(service: WithService) -> ModelList:
     """Every served model. A job's model is served as soon as the job has succeeded."""
-    served_models = [ServedModel.of(record) for record in service.store.models()]
+    bases = [ServedModel.of_base(record) for record in service.store.bases()]
+    served_models = [*bases, *(ServedModel.of(record) for record in service.store.models())]
     return ModelList(
         models=served_models, data=[ModelEntry.model_validate(model, from_attributes=True) for model in served_models]
     )
@@ -38,39 +51,50 @@ def list_models(service: WithService) -> ModelList:
 @router.get("/models/{name}")
 def get_model(name: str, service: WithService) -> ServedModel:
     """A served model."""
-    return ServedModel.of(_newest(service, name))
+    return _find(service, name, None).model
 
 
 @router.post("/classify")
 async def classify(body: ClassifyRequest, request: Request, service: WithService) -> ClassifyResponse:
     """Classify texts with a model."""
-    job = await served(service, body.model, "sequence-classification")
-    classes = ServedModel.of(job).classes
-    answers = await while_connected(request, service.classify(job, body.texts))
+    found = await served(service, body.model, "sequence-classification")
+    job, classes = found.model.job, found.model.classes
+    if job is None:
+        raise InvalidJob.at("model", body.model, "a model that a job trained; a base model alone has no classes")
+    answers = await while_connected(request, service.classify(found.key, body.texts))
     results = []
     for probabilities in answers:
         scores = dict(zip(classes, probabilities, strict=True))
         best = max(scores, key=scores.__getitem__)
         results.append(Label(label=best, score=scores[best], scores=scores))
-    return ClassifyResponse(model=body.model, job=job.id, results=results)
+    return ClassifyResponse(model=body.model, job=job, results=results)
 
 
-async def served(service: Service, name: str, task: ModelTask) -> JobRecord:
-    """The newest job whose model is called ``name``.
+async def served(service: Service, name: str, task: ModelTask) -> Found:
+    """The model called ``name``: of the newest job with that model, or a base model alone.
 
     Raises:
         ModelNotFound: there is no such model.
         InvalidJob: the model is not for ``task``.
     """
-    found = await run_in_threadpool(_newest, service, name)
-    own = ServedModel.of(found).task
+    found = await run_in_threadpool(_find, service, name, task)
+    own = found.model.task
     if own != task:
         raise InvalidJob.at("model", name, f"a model for {task}; this one is for {own}, and answers {_ROUTES[own]}")
     return found
 
 
-def _newest(service: Service, name: str) -> JobRecord:
-    found = service.store.model(name)
-    if found is None:
-        raise ModelNotFound(name, tuple(service.store.model_names(_NAMED_MODELS)))
-    return found
+def _find(service: Service, name: str, task: ModelTask | None) -> Found:
+    """The model called ``name``. Of base models with that name, one that has been used for ``task``, if there is any."""
+    if ":" in name and (record := service.store.model(name)):
+        return Found(ServedModel.of(record), _key(record.spec["model"], record.id))
+    if ":" not in name and (records := service.store.on_base(name, _MOST_COMPARED)):
+        record = next((record for record in records if record.spec["model"]["task"] == task), records[0])
+        return Found(ServedModel.of_base(record), _key(record.spec["model"], None))
+    names = service.store.model_names(_MOST_COMPARED)
+    names += sorted({model.partition(":")[0] for model in names})
+    raise ModelNotFound(name, tuple(names[:_NAMED_MODELS]), tuple(get_close_matches(name, names)))
+
+
+def _key(model: dict[str, str], job: str | None) -> ModelKey:
+    return ModelKey(model["base"], model["dtype"], job)

@@ -4,13 +4,17 @@ Such programs send null for an option that is not set, and options that ask for 
 accepted. An option that asks for something that we cannot do is refused by its name.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, FailFast, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, FailFast, Field, TypeAdapter, model_validator
 
 from chainfed_ray.api.rest.schemas import MOST_CHARACTERS, RequestBody, bounded
-from chainfed_ray.data.chats import Chat, Message
-from chainfed_ray.serving.generator import MOST_TOKENS, FinishReason, Sampling
+from chainfed_ray.data.messages import Chat, Message
+from chainfed_ray.serving.messages import MOST_TOKENS, Chance, FinishReason, Sampling, TokenChances
+
+_UNFINISHED = "\ufffd"  # what tokenizers decode the bytes of an incomplete character to
 
 
 def _listed(value: Any) -> Any:
@@ -19,6 +23,8 @@ def _listed(value: Any) -> Any:
 
 _MAX_TOKENS = f"the most tokens to generate; by default as many as fit into the model's positions, up to {MOST_TOKENS}"
 Strings = BeforeValidator(_listed, json_schema_input_type=str | list[str])
+MOST_CHOICES = 8  # texts for one prompt
+MOST_LIKELIEST = 20  # tokens whose chances are told
 PromptText = Annotated[str, Field(max_length=100_000)]
 
 # The values of an option that ask for nothing.
@@ -41,7 +47,6 @@ class _Unsupported(RequestBody):
     frequency_penalty: Zero | None = Field(None, description="not supported")
     presence_penalty: Zero | None = Field(None, description="not supported")
     logit_bias: EmptyObject | None = Field(None, description="not supported")
-    n: Literal[1] | None = Field(None, description="texts per prompt; only 1 is possible")
 
 
 class GenerationOptions(_Unsupported):
@@ -61,6 +66,7 @@ class GenerationOptions(_Unsupported):
     stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]] | None, Strings] = Field(
         None, max_length=4, description="the text ends before the first of these strings"
     )
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="texts per prompt, by default 1")
     user: str | None = Field(None, description="accepted and ignored; it is not stored")
     seed: int | None = Field(None, ge=0, le=2**63 - 1, description="the same seed generates the same text again")
     stream: bool | None = Field(None, description="send the text as server-sent events while it is generated")
@@ -71,7 +77,17 @@ class GenerationOptions(_Unsupported):
         """The options in the form that the generator takes."""
         temperature = 1.0 if self.temperature is None else self.temperature
         top_p = 1.0 if self.top_p is None else self.top_p
-        return Sampling(self.most_tokens, temperature, top_p, tuple(self.stop or ()), self.seed)
+        return Sampling(self.most_tokens, temperature, top_p, tuple(self.stop or ()), self.seed, self.chances)
+
+    @property
+    def texts(self) -> int:
+        """How many texts are asked for, for each prompt."""
+        return self.n or 1
+
+    @property
+    def chances(self) -> int | None:
+        """How many of the likeliest tokens are to be told at each place; None if no chances are."""
+        return None
 
     @property
     def most_tokens(self) -> int | None:
@@ -92,8 +108,18 @@ class CompletionRequest(GenerationOptions):
     )
     best_of: Literal[1] | None = Field(None, description="not supported")
     echo: No | None = Field(None, description="not supported")
-    logprobs: None = Field(None, description="not supported")
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MOST_LIKELIEST,
+        description="tell each token's chance, and those of so many of the likeliest ones",
+    )
     suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description="not supported")
+
+    @property
+    def chances(self) -> int | None:
+        """See ``GenerationOptions``."""
+        return self.logprobs
 
 
 class TextPart(RequestBody):
@@ -145,7 +171,7 @@ class ChatRequest(GenerationOptions):
     max_completion_tokens: int | None = Field(None, ge=1, description="the later name of `max_tokens`")
     functions: EmptyList | None = Field(None, description="not supported")
     function_call: Literal["none", "auto"] | None = Field(None, description="without `functions` it asks for nothing")
-    logprobs: No | None = Field(None, description="not supported")
+    logprobs: bool | None = Field(None, description="tell each token's chance")
     metadata: EmptyObject | None = Field(None, description="not supported")
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description="only text")
     parallel_tool_calls: bool | None = Field(None, description="without `tools` it asks for nothing")
@@ -153,7 +179,23 @@ class ChatRequest(GenerationOptions):
     store: No | None = Field(None, description="not supported")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="without `tools` it asks for nothing")
     tools: EmptyList | None = Field(None, description="not supported")
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = Field(None, description="not supported")
+    top_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MOST_LIKELIEST,
+        description="tell the chances of so many of the likeliest tokens; needs `logprobs`",
+    )
+
+    @model_validator(mode="after")
+    def _likeliest_with_chances(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs only together with logprobs: true")
+        return self
+
+    @property
+    def chances(self) -> int | None:
+        """See ``GenerationOptions``."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def chat(self) -> Chat:
@@ -188,11 +230,32 @@ class _Answer(BaseModel):
     usage: Usage | None = None
 
 
+class CompletionLogprobs(BaseModel):
+    """The chances of a completion's tokens: natural logarithms of probabilities, before temperature and top-p."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int] = Field(description="where each token begins, in characters after the prompt")
+
+    @classmethod
+    def of(cls, chances: Sequence[TokenChances], offset: int) -> "CompletionLogprobs":
+        """The chances of tokens that begin ``offset`` characters after the prompt."""
+        lengths = [len(chance.chosen.token) for chance in chances]
+        return cls(
+            tokens=[chance.chosen.token for chance in chances],
+            token_logprobs=[chance.chosen.logprob for chance in chances],
+            top_logprobs=[{other.token: other.logprob for other in reversed(chance.likeliest)} for chance in chances],
+            text_offset=[offset + length for length in accumulate(lengths, initial=0)][:-1],
+        )
+
+
 class CompletionChoice(BaseModel):
     """The text that follows one prompt."""
 
-    index: int = Field(description="which prompt, counted from 0")
+    index: int = Field(description="which text, counted from 0: the texts of the first prompt come first")
     text: str
+    logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = Field(
         description="`stop`: the model ended the text, or a stop string did; `length`: the text has `max_tokens`; "
         "null in every chunk but the last"
@@ -213,16 +276,61 @@ class AssistantMessage(BaseModel):
     content: str
 
 
+class TokenLogprob(BaseModel):
+    """A token, and the natural logarithm of its probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = Field(description="its text in UTF-8; null if it is a part of a character")
+
+    @classmethod
+    def fields(cls, chance: Chance) -> dict[str, Any]:
+        """The fields of a token's chance."""
+        part = _UNFINISHED in chance.token
+        return {
+            "token": chance.token,
+            "logprob": chance.logprob,
+            "bytes": None if part else list(chance.token.encode()),
+        }
+
+
+class ChosenLogprob(TokenLogprob):
+    """A token of the answer, with the likeliest tokens in its place."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """The chances of an answer's tokens, before temperature and top-p."""
+
+    content: list[ChosenLogprob]
+    refusal: None = None
+
+    @classmethod
+    def of(cls, chances: Sequence[TokenChances]) -> "ChatLogprobs":
+        """The chances in OpenAI's form."""
+        return cls(
+            content=[
+                ChosenLogprob(
+                    **TokenLogprob.fields(chance.chosen),
+                    top_logprobs=[TokenLogprob(**TokenLogprob.fields(other)) for other in chance.likeliest],
+                )
+                for chance in chances
+            ]
+        )
+
+
 class ChatChoice(BaseModel):
     """The answer to a chat."""
 
     index: int
     message: AssistantMessage
     finish_reason: FinishReason
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(_Answer):
-    """The answer to a chat. `choices` has one element."""
+    """The answer to a chat: as many `choices` as were asked for."""
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
@@ -241,6 +349,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: Delta
     finish_reason: FinishReason | None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatChunk(_Answer):

@@ -182,15 +182,35 @@ class ModelEntry(BaseModel):
 
 
 class ServedModel(ModelEntry):
-    """A trained model that the service answers with."""
+    """A model that the service answers with."""
 
     name: str = Field(description="the same as `id`")
-    job: str = Field(description="the id of the job that trained it")
+    kind: Literal["stack", "base"] = Field(description="a `stack` of adapters on a base model, or a `base` model alone")
+    job: str | None = Field(description="the id of the job that trained it; null for a base model")
     task: ModelTask
     base: str = Field(description="the base model, as in the job file")
-    classes: list[str] = Field(description="the classes of a classifier; empty for a language model")
-    accuracy: float = Field(description="accuracy on the test rows; of a language model, on their tokens")
+    classes: list[str] = Field(description="the classes of a classifier; empty for a language model and a base model")
+    accuracy: float | None = Field(
+        description="accuracy on the test rows; of a language model, on their tokens; null for a base model"
+    )
     created_at: str = Field(description="ISO 8601, UTC")
+
+    @classmethod
+    def of_base(cls, record: JobRecord) -> "ServedModel":
+        """The base model of the job in ``record``, alone."""
+        name, model = record.model.partition(":")[0], record.spec["model"]
+        return cls(
+            id=name,
+            created=int(datetime.fromisoformat(record.submitted_at).timestamp()),
+            name=name,
+            kind="base",
+            job=None,
+            task=model["task"],
+            base=model["base"],
+            classes=[],
+            accuracy=None,
+            created_at=record.submitted_at,
+        )
 
     @classmethod
     def of(cls, record: JobRecord) -> "ServedModel":
@@ -201,6 +221,7 @@ class ServedModel(ModelEntry):
             id=record.model,
             created=int(datetime.fromisoformat(finished_at).timestamp()),
             name=record.model,
+            kind="stack",
             job=record.id,
             task=model["task"],
             base=model["base"],
@@ -211,8 +232,9 @@ class ServedModel(ModelEntry):
 
 
 class ModelList(BaseModel):
-    """Every served model: in ``models``, and in the form of OpenAI's API in ``data``.
+    """Every served model: in ``models``, and in the form of OpenAI's API in ``data``. Base models come first.
 
+    A base model is served as soon as a job on it runs.
     If several jobs have the same model name, the newest one that succeeded is served.
     """
 

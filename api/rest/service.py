@@ -8,10 +8,10 @@ from typing import Annotated, Protocol
 from fastapi import Depends, Request
 
 from chainfed_ray.cluster.jobs.feed import EventFeed
-from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
 from chainfed_ray.records.forecast import Forecast
-from chainfed_ray.serving.generator import Piece, Prompt, Sampling
+from chainfed_ray.serving.messages import ModelKey, Piece, Prompt, Sampling
 from chainfed_ray.spec.job import JobSpec
 
 
@@ -28,21 +28,21 @@ class DryRun(Protocol):
 
 
 class Classify(Protocol):
-    """Classifies texts with the model of ``job``.
+    """Classifies texts with ``model``, which has a stack.
 
     Returns for each text the probability of each class, in the order of the model's classes.
     """
 
-    async def __call__(self, job: JobRecord, texts: list[str]) -> list[list[float]]: ...
+    async def __call__(self, model: ModelKey, texts: list[str]) -> list[list[float]]: ...
 
 
 class Write(Protocol):
-    """Continues a prompt, or answers a chat, with the language model of ``job``. Yields the text piece by piece.
+    """Continues a prompt, or answers a chat, with a language model. Yields the text piece by piece.
 
     Closing the generator stops the generation. Asking for the first piece raises ``InvalidJob`` if the prompt is invalid.
     """
 
-    def __call__(self, job: JobRecord, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]: ...
+    def __call__(self, model: ModelKey, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]: ...
 
 
 class Alive(Protocol):

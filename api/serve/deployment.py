@@ -16,10 +16,10 @@ from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.api.serve.inference import Inference
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import Preflight
-from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import ChainFedError, PartUnavailable, ServiceBusy
-from chainfed_ray.serving.generator import Piece, Prompt, Sampling
+from chainfed_ray.serving.messages import ModelKey, Piece, Prompt, Sampling
 
 _RETRY_SECONDS = 5
 
@@ -53,19 +53,17 @@ class Api:
         service = Service(self._store, check, plan, self._classify, self._write, parts)
         return create_app(service, self._settings.allowed_hosts)
 
-    async def _classify(self, job: JobRecord, texts: list[str]) -> list[list[float]]:
-        model = job.spec["model"]
+    async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
         with _errors_of_inference():
-            answer: Any = self._inference.classify.remote(job.id, model["base"], model["dtype"], texts)
+            answer: Any = self._inference.classify.remote(model, texts)
             try:
                 probabilities: list[list[float]] = await answer
             finally:
                 answer.cancel()  # nothing, if it has answered
         return probabilities
 
-    async def _write(self, job: JobRecord, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        model = job.spec["model"]
-        pieces = self._writing.write.remote(job.id, model["base"], model["dtype"], prompt, sampling)
+    async def _write(self, model: ModelKey, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        pieces = self._writing.write.remote(model, prompt, sampling)
         try:
             with _errors_of_inference():
                 async for piece in pieces:

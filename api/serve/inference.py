@@ -1,25 +1,17 @@
-"""The Ray Serve deployment that answers with trained models."""
+"""The Ray Serve deployment that answers with trained models, in one pass for requests that come at about the same time."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
 from threading import Event
-from typing import Any
 
-import torch
 from ray import serve
 
 from chainfed_ray.api.rest.schemas import MOST_TEXTS
 from chainfed_ray.cluster.resources import inference_options
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.model.saved_stack import load_stack
-from chainfed_ray.serving.classifier import Classifier
-from chainfed_ray.serving.generator import Generator, Piece, Prompt, Sampling
-from chainfed_ray.serving.questions import Answer, Question, answer_together
+from chainfed_ray.serving.messages import Answer, ModelKey, Piece, Prompt, Question, Sampling
 
-_MODELS_IN_MEMORY = 2
-_STACKS_IN_MEMORY = 256
 _WAIT_SECONDS = 0.004  # for other requests, to be answered in one batch with them
 
 
@@ -35,22 +27,20 @@ def _texts_of(questions: list[Question]) -> int:
     health_check_period_s=1,
 )
 class Inference:
-    """Classifies and generates text. It loads base models and adapter stacks on demand, and keeps those used last."""
+    """Classifies and generates text. See ``Engine``."""
 
     def __init__(self, storage: Storage) -> None:
-        torch.set_num_threads(1)
-        # A base model's forward pass is not thread-safe, so each kind of work has one thread. A long text that is generated
-        # does not hold up a classification.
-        self._classifying, self._writing = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
-        self._loaded: Callable[..., Any] = lru_cache(_MODELS_IN_MEMORY)(
-            lambda kind, base, dtype: kind(base, getattr(torch, dtype))  # the dtype's name as in a job file
-        )
-        self._storage = storage
-        self._stack = lru_cache(_STACKS_IN_MEMORY)(lambda job: load_stack(storage.model(job)))
+        # They import torch, which the processes that only make this deployment do without.
+        from chainfed_ray.model.saved_stack import load_stack
+        from chainfed_ray.serving.engine import Engine
 
-    async def classify(self, job: str, base: str, dtype: str, texts: list[str]) -> list[list[float]]:
-        """The probability of each class for each text, by the model of ``job`` on the base model ``base``."""
-        answer: Answer | Exception = await self._classify_together(Question(job, base, dtype, texts))
+        self._engine = Engine(lambda model: load_stack(storage.model(str(model.job))))
+        # One thread for each kind of work, so that neither a long text nor a model that is loaded holds up a classification.
+        self._classifying, self._beginning = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+
+    async def classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
+        """The probability of each class for each text, by ``model``."""
+        answer: Answer | Exception = await self._classify_together(Question(model, texts))
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -58,44 +48,31 @@ class Inference:
     @serve.batch(max_batch_size=MOST_TEXTS, batch_wait_timeout_s=_WAIT_SECONDS, batch_size_fn=_texts_of)
     async def _classify_together(self, questions: list[Question]) -> list[Answer | Exception]:
         """Answer requests that come at about the same time in one pass through the base model, whatever their stacks."""
-        return await asyncio.get_running_loop().run_in_executor(self._classifying, self._classify, questions)
+        return await asyncio.get_running_loop().run_in_executor(self._classifying, self._engine.classify, questions)
 
-    async def write(
-        self, job: str, base: str, dtype: str, prompt: Prompt, sampling: Sampling
-    ) -> AsyncGenerator[Piece, None]:
-        """Continue a prompt, or answer a chat, with the model of ``job``. Yields the text piece by piece.
+    async def write(self, model: ModelKey, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        """Continue a prompt, or answer a chat, with ``model``. Yields the text piece by piece.
 
         If the caller disconnects, generation stops after the next token.
         """
-        loop, pieces, cancelled = asyncio.get_running_loop(), asyncio.Queue[Piece | None](), Event()
+        loop, told, cancelled = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception](), Event()
 
-        def emit(piece: Piece) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        def emit(piece: Piece | Exception) -> None:
+            loop.call_soon_threadsafe(told.put_nowait, piece)
 
-        work = loop.run_in_executor(self._writing, self._write, job, base, dtype, prompt, sampling, emit, cancelled)
-        work.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
-            while (piece := await pieces.get()) is not None:
+            await loop.run_in_executor(
+                self._beginning, self._engine.begin, model, prompt, sampling, emit, cancelled.is_set
+            )
+            while True:
+                piece = await told.get()
+                if isinstance(piece, Exception):
+                    raise piece
                 yield piece
-            await work  # raises the error of the generation, if it failed
+                if piece.finish_reason:
+                    return
         finally:
             cancelled.set()
-            work.cancel()  # a request that still waits for the worker never starts
 
     async def alive(self) -> None:
         """Return, which shows that this process works."""
-
-    def _classify(self, questions: Sequence[Question]) -> list[Answer | Exception]:
-        return answer_together(questions, self._stack, partial(self._loaded, Classifier))
-
-    def _write(
-        self,
-        job: str,
-        base: str,
-        dtype: str,
-        prompt: Prompt,
-        sampling: Sampling,
-        emit: Callable[[Piece], None],
-        cancelled: Event,
-    ) -> None:
-        self._loaded(Generator, base, dtype).write(self._stack(job), prompt, sampling, emit, cancelled.is_set)

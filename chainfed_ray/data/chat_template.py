@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from chainfed_ray.data.chats import Chat, Message
+from chainfed_ray.data.messages import Chat, Message
 from chainfed_ray.errors import InvalidJob
 
 _PRIVATE_USE = range(0xE000, 0xF900)  # Unicode's private use area: characters without a meaning

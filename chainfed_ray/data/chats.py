@@ -2,29 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from chainfed_ray.data.cells import as_list
+from chainfed_ray.data.messages import Chat, Message
 from chainfed_ray.data.tables import shown
 from chainfed_ray.errors import InvalidJob
 
 # Other names of the roles, as data sets and models have them.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
-
-
-class Message(NamedTuple):
-    """One message of a chat. An assistant's is ``learnt``, unless its weight is 0.
-
-    ``tool_calls`` are the calls of tools that it makes, as JSON for the model's template; None if it makes none.
-    """
-
-    role: str
-    content: str
-    learnt: bool = True
-    tool_calls: str | None = None
-
-
-Chat = tuple[Message, ...]
 
 
 def chat(cell: Any, column: str, where: str) -> Chat:

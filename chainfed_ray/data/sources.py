@@ -10,7 +10,8 @@ import numpy as np
 
 from chainfed_ray.data import docstrings
 from chainfed_ray.data.cells import labels, texts
-from chainfed_ray.data.chats import Message, chat
+from chainfed_ray.data.chats import chat
+from chainfed_ray.data.messages import Message
 from chainfed_ray.data.tables import FORMS, Table, from_arrow, read_path
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import hub_is_reachable

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.data.chat_template import apply_template, assistant_spans
-from chainfed_ray.data.chats import Chat
+from chainfed_ray.data.messages import Chat
 from chainfed_ray.data.sources import Text
 from chainfed_ray.data.tokens import Examples, ragged
 

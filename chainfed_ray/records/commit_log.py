@@ -24,6 +24,7 @@ from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.record import VERSION, Document
 from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
+from chainfed_ray.records.secret import erase_secret, secret_path
 
 _SECRET_BYTES = 32
 _Kind = TypeVar("_Kind", bound=Document)
@@ -110,7 +111,7 @@ class CommitLog:
             CorruptCommit: the file is not what was written, or it is missing though rounds were committed. With a new secret, a
                 round that is run again would get other noise, and two draws of noise on one update weaken its privacy.
         """
-        path = self._secret_path
+        path = secret_path(self._folder)
         if not path.exists():
             if any(self._rounds.glob("*.json")):
                 raise CorruptCommit(str(path), "missing, though rounds were committed")
@@ -121,12 +122,8 @@ class CommitLog:
         return secret
 
     def erase_secret(self) -> None:
-        """Delete the secret. Call this when no more noise is needed: whoever has the secret can subtract the noise."""
-        self._secret_path.unlink(missing_ok=True)
-
-    @property
-    def _secret_path(self) -> Path:
-        return self._folder / "privacy.key"
+        """Delete the secret. Call this when no more noise is needed."""
+        erase_secret(self._folder)
 
     def _record_path(self, index: int) -> Path:
         return self._rounds / f"{index:06d}.json"

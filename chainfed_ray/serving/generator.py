@@ -1,200 +1,202 @@
-"""Generates text with finished stacks on a causal language model that stays in memory."""
+"""Writes many texts at once with one language model, each with a finished stack of its own: continuous batching.
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+A step adds a token to every text. Texts join between two steps and leave when they end, so none waits for another. A prompt is
+read in parts, one between two steps, so a long one does not hold up the texts that are being written.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from torch import Tensor
 
-from chainfed_ray.data.chats import Chat
-from chainfed_ray.data.targets import chat_ids, prompt_ids
-from chainfed_ray.errors import InvalidJob
-from chainfed_ray.hub import resolve, tokenizer
-from chainfed_ray.model.adapters import Adapter, AdapterStack
 from chainfed_ray.model.saved_stack import SavedStack
-from chainfed_ray.model.trunk import find_layers
-from chainfed_ray.serving.detokenizer import Detokenizer
+from chainfed_ray.serving.language_model import LanguageModel
+from chainfed_ray.serving.messages import FinishReason, Piece, Prompt, Sampling, TokenChances
+from chainfed_ray.serving.row_cache import RowCache
+from chainfed_ray.serving.sampler import Sampler
+from chainfed_ray.serving.stack_batch import RowAdapters, adapters_of
 
-MOST_TOKENS = 256  # the limit of a text's tokens where the caller gives none
-_COLDEST = 1e-5  # below this temperature, dividing the logits by it may overflow; the likeliest token is taken instead
+Emit = Callable[[Piece | Exception], None]
+"""Takes the pieces of a text as they come. The last one has a finish reason, unless an exception ends the text."""
 
-FinishReason = Literal["stop", "length"]
-Prompt = str | Chat  # a text to continue, or the messages of a chat to answer
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How each token is chosen, and when a text ends."""
-
-    max_tokens: int | None = None  # None: MOST_TOKENS, or the positions that the prompt leaves if those are fewer
-    temperature: float = 1.0  # 0: always the likeliest token
-    top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
-    stop: tuple[str, ...] = ()  # the text ends before any of these strings
-    seed: int | None = None  # None: a different text each time
+_PART = 64  # tokens of a prompt that are read between two steps
+_WHOLE = 1024  # tokens of it that are read at once while no other text is written
 
 
-class Piece(NamedTuple):
-    """A piece of a text that is being generated. The last piece has the ``finish_reason``."""
+@dataclass(eq=False)
+class _Row:
+    """A text that is written, or whose prompt is read."""
 
-    text: str
-    prompt_tokens: int  # tokens of the prompt
-    tokens: int  # tokens generated so far
-    finish_reason: FinishReason | None = None  # "stop": an end token or a stop string; "length": the limit of tokens
+    saved: SavedStack | None
+    prompt: list[int]
+    most: int  # tokens that may follow the prompt
+    sampler: Sampler
+    likeliest: int | None  # see Sampling
+    text: Any  # a Detokenizer
+    emit: Emit
+    cancelled: Callable[[], bool]
+    read: int = 0  # tokens that are in the cache
+    written: list[int] = field(default_factory=list)
+    chances: list[TokenChances] = field(default_factory=list)  # of tokens that no piece has told yet
+
+    def tell(self, text: str, reason: FinishReason | None = None) -> None:
+        """Emit a piece."""
+        self.emit(Piece(text, len(self.prompt), len(self.written), reason, tuple(self.chances)))
+        self.chances = []
 
 
 class Generator:
-    """The language model ``base``, loaded once. Each call names the stack to use.
-
-    It is not thread-safe: callers make one call at a time.
+    """Writes texts with the language model ``base``, up to ``most_rows`` at once. It is not thread-safe.
 
     Raises:
         InvalidJob: there is no such base model.
     """
 
-    def __init__(self, base: str, dtype: torch.dtype) -> None:
-        folder = resolve(base)
-        self._tokenizer = tokenizer(base, folder)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        self._model.eval().requires_grad_(False)
-        self._layers: Any = self._model.get_submodule(find_layers(self._model, base))
-        self._ends = _ends(self._model.generation_config.eos_token_id) | _ends(self._tokenizer.eos_token_id)
-        # The caller alone says how to sample: a checkpoint's own settings (penalties, a top_k) would change the result.
-        self._model.generation_config = GenerationConfig()
-        self._positions: int | None = getattr(self._model.config, "max_position_embeddings", None)
+    def __init__(self, base: str, dtype: torch.dtype, most_rows: int = 16) -> None:
+        self._model = LanguageModel(base, dtype)
+        self._most_rows = most_rows if self._model.has_rows else 1
+        self._waiting = deque[_Row]()
+        self._reading: tuple[_Row, Any] | None = None  # with its cache
+        self._rows, self._cache = list[_Row](), self._model.new_cache()
+        self._adapters: RowAdapters = {}
+
+    def begin(
+        self,
+        saved: SavedStack | None,
+        prompt: Prompt,
+        sampling: Sampling,
+        emit: Emit,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Let ``step`` continue a text, or answer a chat, with the adapters of ``saved``, or with none.
+
+        ``cancelled`` is asked at each step; the text ends as soon as it returns True. Another thread than the one that calls
+        ``step`` may call this.
+
+        Raises:
+            InvalidJob: the prompt is empty or too long, or the model cannot chat.
+        """
+        ids = self._model.tokens_of(prompt)
+        most = self._model.most_after(prompt, len(ids), sampling.max_tokens)
+        text = self._model.detokenizer(ids, sampling.stop)
+        self._waiting.append(_Row(saved, ids, most, Sampler(sampling), sampling.likeliest, text, emit, cancelled))
+
+    @property
+    def is_idle(self) -> bool:
+        """True if there is no text to write."""
+        return not (self._rows or self._reading or self._waiting)
+
+    def step(self) -> bool:
+        """Add a token to every text, and read a part of the next prompt. False if there is nothing left to do."""
+        try:
+            if self._rows:
+                self._write()
+            self._read()
+        except (
+            Exception
+        ) as error:  # of the model's code, or for want of memory: it cost the texts what their cache held
+            self._fail(error)
+        return not self.is_idle
 
     def write(
         self,
-        saved: SavedStack,
+        saved: SavedStack | None,
         prompt: Prompt,
         sampling: Sampling,
         emit: Callable[[Piece], None],
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Continue a text, or answer a chat, and pass the new text to ``emit`` piece by piece.
+        """Write one text from its beginning to its end. See ``begin``."""
+        failed = list[Exception]()
 
-        ``cancelled`` is asked after each token; the text ends as soon as it returns True.
+        def sort(told: Piece | Exception) -> None:
+            failed.append(told) if isinstance(told, Exception) else emit(told)
 
-        Raises:
-            InvalidJob: the prompt is empty or too long, or the model cannot chat.
-        """
-        ids = self._prompt(prompt)
-        most = self._most(prompt, len(ids), sampling.max_tokens)
-        writing = _Writing(Detokenizer(self._tokenizer, ids, sampling.stop), self._ends, len(ids), emit, cancelled)
-        inputs = torch.tensor([ids])
-        # torch's random generator belongs to the whole process. The fork keeps a caller's seed from affecting other work.
-        with torch.random.fork_rng(devices=[]), self._adapted(saved.stack):
-            torch.seed() if sampling.seed is None else torch.manual_seed(sampling.seed)
-            self._model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                generation_config=self._configuration(sampling, most),
-                stopping_criteria=StoppingCriteriaList([writing]),
-            )
-        writing.finish()
+        self.begin(saved, prompt, sampling, sort, cancelled)
+        while self.step():
+            pass
+        if failed:
+            raise failed[0]
 
-    def _prompt(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt, made in the same way as those of a job's training rows."""
-        ids = prompt_ids(self._tokenizer, prompt) if isinstance(prompt, str) else self._chat(prompt)
-        if not ids and self._tokenizer.bos_token_id is not None:
-            return [int(self._tokenizer.bos_token_id)]
-        if not ids:
-            expected = "a prompt of one token or more, because this model has no token for the beginning of a text"
-            raise InvalidJob.at("prompt", prompt, expected)
-        return ids
+    def _write(self) -> None:
+        """Run the last token of every row, and choose the next ones."""
+        tokens = torch.tensor([[row.written[-1]] for row in self._rows])
+        logits = self._model.logits(tokens, [row.read for row in self._rows], self._adapters, self._cache)
+        for row in self._rows:
+            row.read += 1
+        self._keep([row for row, own in zip(self._rows, logits, strict=True) if self._goes_on(row, own)])
 
-    def _chat(self, messages: Chat) -> list[int]:
-        if not self._tokenizer.chat_template:
-            expected = "a prompt for POST /v1/completions, because this model's tokenizer has no chat template"
-            raise InvalidJob.at("messages", messages[-1].content, expected)
-        return chat_ids(self._tokenizer, messages, add_generation_prompt=True, field="messages")
+    def _read(self) -> None:
+        """Read a part of a prompt. With its last part, the text has its first token and joins the others."""
+        if self._reading is None and self._waiting and len(self._rows) < self._most_rows:
+            self._reading = self._waiting.popleft(), self._model.new_cache()
+        if self._reading is None:
+            return
+        row, cache = self._reading
+        if row.cancelled():
+            self._reading = None
+            self._end(row, "length")
+            return
+        part = row.prompt[row.read : row.read + (_PART if self._rows else _WHOLE)]
+        stack = row.saved.stack if row.saved else None
+        logits = self._model.logits(torch.tensor([part]), [row.read], adapters_of([stack]), cache)
+        row.read += len(part)
+        if row.read < len(row.prompt):
+            return
+        self._reading = None
+        if self._goes_on(row, logits[0]):
+            self._join(row, cache)
 
-    def _most(self, prompt: Prompt, length: int, asked: int | None) -> int:
-        """The most tokens that may follow a prompt of ``length`` tokens, where the caller asked for ``asked``."""
-        if self._positions is None:
-            return asked or MOST_TOKENS
-        room = self._positions - length
-        if room < 1:
-            field = "prompt" if isinstance(prompt, str) else "messages"
-            most = self._positions
-            expected = f"fewer than {most} tokens, because the model has {most} positions; this prompt has {length}"
-            raise InvalidJob.at(field, prompt, expected)
-        if asked is not None and asked > room:
-            expected = (
-                f"at most {room}, because the model has {self._positions} positions and the prompt takes {length}"
-            )
-            raise InvalidJob.at("max_tokens", asked, expected)
-        return asked or min(MOST_TOKENS, room)
+    def _goes_on(self, row: _Row, logits: Tensor) -> bool:
+        """Choose the next token of a text, and emit what it adds. False if that is the end of the text."""
+        token = row.sampler.choose(logits)
+        row.written.append(token)
+        if row.likeliest is not None:
+            row.chances.append(self._model.chances(logits, token, row.likeliest))
+        ended = token in self._model.ends
+        if not ended and (new := row.text.add(token)):
+            row.tell(new)
+        if ended or row.text.stopped:
+            self._end(row, "stop")
+        elif len(row.written) == row.most or row.cancelled():
+            self._end(row, "length")
+        else:
+            return True
+        return False
 
-    def _configuration(self, sampling: Sampling, most: int) -> GenerationConfig:
-        common = {
-            "max_new_tokens": most,
-            "eos_token_id": sorted(self._ends) or None,
-            "pad_token_id": min(self._ends, default=0),  # required by transformers; a single text needs no padding
-        }
-        if sampling.temperature < _COLDEST:
-            return GenerationConfig(do_sample=False, **common)
-        return GenerationConfig(
-            do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, **common
-        )
+    def _end(self, row: _Row, reason: FinishReason) -> None:
+        """Emit the last piece of a text. What was held back may end with a stop string."""
+        text = row.text.end()
+        row.tell(text, "stop" if row.text.stopped else reason)
 
-    @contextmanager
-    def _adapted(self, stack: AdapterStack) -> Iterator[None]:
-        """Within this context, each layer's output passes through its adapter of ``stack``."""
-        hooks = [self._layers[layer].register_forward_hook(_through(stack.adapter(layer))) for layer in stack.layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _join(self, row: _Row, cache: Any) -> None:
+        if self._rows:
+            self._cache.join(cache)
+        else:
+            self._cache = cache
+        self._rows.append(row)
+        self._adapters = self._adapters_now()
 
+    def _keep(self, rows: list[_Row]) -> None:
+        """Let go of the rows that are not in ``rows``, and of what the cache holds for them alone."""
+        if len(rows) == len(self._rows):
+            return
+        if not rows:
+            self._cache = self._model.new_cache()
+        elif isinstance(self._cache, RowCache):
+            self._cache.keep([self._rows.index(row) for row in rows], max(row.read for row in rows))
+        self._rows = rows
+        self._adapters = self._adapters_now()
 
-class _Writing(StoppingCriteria):
-    """Emits the text token by token, and tells ``generate`` when to stop."""
+    def _adapters_now(self) -> RowAdapters:
+        return adapters_of([row.saved.stack if row.saved else None for row in self._rows]) if self._rows else {}
 
-    def __init__(
-        self,
-        text: Detokenizer,
-        ends: set[int],
-        prompt_tokens: int,
-        emit: Callable[[Piece], None],
-        cancelled: Callable[[], bool],
-    ) -> None:
-        self._text, self._ends, self._prompt_tokens, self._emit, self._cancelled = (
-            text,
-            ends,
-            prompt_tokens,
-            emit,
-            cancelled,
-        )
-        self._tokens = 0
-        self._ended = False
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        """Token ids so far [1, T] → True to stop, [1]."""
-        token = int(input_ids[0, -1])
-        self._tokens += 1
-        self._ended = token in self._ends
-        if not self._ended and (text := self._text.add(token)):
-            self._emit(Piece(text, self._prompt_tokens, self._tokens))
-        return torch.tensor([self._ended or self._text.stopped or self._cancelled()], device=input_ids.device)
-
-    def finish(self) -> None:
-        """Emit the last piece, with the reason for which the text ended."""
-        text = self._text.end()
-        reason: FinishReason = "stop" if self._ended or self._text.stopped else "length"
-        self._emit(Piece(text, self._prompt_tokens, self._tokens, reason))
-
-
-def _through(adapter: Adapter) -> Callable[[nn.Module, Any, Any], Any]:
-    def adapted(_layer: nn.Module, _inputs: Any, output: Any) -> Any:
-        return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
-
-    return adapted
-
-
-def _ends(token: int | list[int] | None) -> set[int]:
-    """The end tokens of a configuration, which gives none, one or several."""
-    return set() if token is None else {token} if isinstance(token, int) else set(token)
+    def _fail(self, error: Exception) -> None:
+        """End every text that the cache holds a part of."""
+        failed = [*self._rows, *([self._reading[0]] if self._reading else [])]
+        self._rows, self._reading, self._cache = [], None, self._model.new_cache()
+        for row in failed:
+            row.emit(error)

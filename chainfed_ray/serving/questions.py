@@ -2,39 +2,27 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.serving.classifier import Classifier
-
-Answer = list[list[float]]
-"""The probability of each class, for each text."""
-
-
-class Question(NamedTuple):
-    """The texts to be classified with the stack of ``job``, on the base model ``base``."""
-
-    job: str
-    base: str
-    dtype: str
-    texts: list[str]
+from chainfed_ray.serving.messages import Answer, ModelKey, Question
 
 
 def answer_together(
     questions: Sequence[Question],
-    stack_of: Callable[[str], SavedStack],
+    stack_of: Callable[[ModelKey], SavedStack],
     classifier_on: Callable[[str, str], Classifier],
 ) -> list[Answer | Exception]:
     """The answer to each question, or the error because of which it has none.
 
-    ``stack_of`` loads the stack of a job, and ``classifier_on`` a base model in a dtype. What they raise fails the questions
+    ``stack_of`` loads the stack of a model, and ``classifier_on`` a base model in a dtype. What they raise fails the questions
     that need it, and no others.
     """
     answers: list[Answer | Exception] = [[] for _ in questions]
     loaded = defaultdict[tuple[str, str], dict[int, SavedStack]](dict)
     for place, question in enumerate(questions):
         try:
-            loaded[question.base, question.dtype][place] = stack_of(question.job)
+            loaded[question.model.base, question.model.dtype][place] = stack_of(question.model)
         except Exception as error:
             answers[place] = error
     for (base, dtype), stacks in loaded.items():

@@ -5,13 +5,25 @@ Stacks may differ in their layers, bottlenecks, heads and classes. What a stack 
 adapter of zeros is the identity, and a feature with the weight zero is not used.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from chainfed_ray.model.adapters import Adapter, AdapterStack, Head
 from chainfed_ray.model.pooling import append_pooled
+
+RowAdapters = Mapping[int, Callable[[Tensor], Tensor]]
+"""What follows each layer of that index, for the rows of one batch: [B, T, D] → [B, T, D]."""
+
+
+def adapters_of(stacks: Sequence[AdapterStack | None]) -> RowAdapters:
+    """The adapters of B rows: row i has those of ``stacks[i]``, or none."""
+    first = stacks[0]
+    if all(stack is first for stack in stacks):
+        return {} if first is None else {layer: first.adapter(layer) for layer in first.layers}
+    layers = sorted({layer for stack in stacks if stack for layer in stack.layers})
+    return {layer: _at(layer, stacks) for layer in layers}
 
 
 class StackBatch:
@@ -29,8 +41,7 @@ class StackBatch:
 
     def adapter(self, layer: int) -> Callable[[Tensor], Tensor]:
         """The rows' adapters that follow ``layer``: [B, T, D] → [B, T, D]."""
-        adapters = [stack.adapter(layer) if layer in stack.layers else None for stack in self._stacks]
-        return _side_by_side(adapters)
+        return _at(layer, self._stacks)
 
     def head(self, hidden: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
         """Hidden states [B, T, D], mask [B, T] and pooled features [B, r, D] → logits [B, C].
@@ -58,6 +69,10 @@ class StackBatch:
 def _head_of(stack: AdapterStack) -> Head:
     assert stack.head is not None, "a classifier's stack has a head"
     return stack.head
+
+
+def _at(layer: int, stacks: Sequence[AdapterStack | None]) -> Callable[[Tensor], Tensor]:
+    return _side_by_side([stack.adapter(layer) if stack and layer in stack.layers else None for stack in stacks])
 
 
 def _side_by_side(adapters: Sequence[Adapter | None]) -> Callable[[Tensor], Tensor]:

@@ -13,11 +13,8 @@ from typing import Any
 import ray
 
 from chainfed_ray.cluster.jobs.controller import Controller
-from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import is_free
-from chainfed_ray.cluster.offload.engine import server_evaluation
-from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.resources import controller_options, coordinator_options
 from chainfed_ray.cluster.scratch import delete_everywhere
 from chainfed_ray.cluster.storage import Settings
@@ -40,6 +37,11 @@ class CoordinatorActor:
         return os.getpid()
 
     def _run(self, job: str, settings: Settings) -> None:
+        # The coordinator alone needs torch. The controller and the API import this file too, and start sooner without.
+        from chainfed_ray.cluster.jobs.run import run_queued_job
+        from chainfed_ray.cluster.offload.engine import server_evaluation
+        from chainfed_ray.cluster.pool.ray_pool import RayPool
+
         try:
             run_queued_job(
                 job,

@@ -3,17 +3,16 @@
 import logging
 import traceback
 from contextlib import closing, suppress
-from errno import EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE
 from time import sleep
-from typing import Any
 
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
+from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
 from chainfed_ray.cluster.jobs.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.errors import ChainFedError, CoordinatorLost
+from chainfed_ray.errors import CoordinatorLost
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
 from chainfed_ray.record import Record
@@ -24,8 +23,6 @@ from chainfed_ray.spec.parse import parse_job
 
 _DEATHS = 5  # after this many deaths of its coordinator without a finished round, a job fails
 _RETRY_SECONDS = 5.0  # until a database, or a disk, is asked again
-OF_DISKS = (EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE)
-"""What the operating system says of a disk that is full, read-only or gone. It comes back, so it is waited for."""
 
 _log = logging.getLogger(__name__)
 
@@ -121,24 +118,6 @@ def _wait_for_disk(job: str, trouble: OSError, store: JobStore, storage: Storage
             store.note_activity(job, Activity(what="waiting for a disk", note=str(waiting)))
         sleep(_RETRY_SECONDS)
         waiting = _present_trouble(storage)
-
-
-def clean_up(job: str, storage: Storage) -> OSError | None:
-    """Remove a job's prefix caches and the secret of its noise. Returns what went wrong, if the job's folder is broken."""
-    storage.clear_scratch(job)
-    try:
-        CommitLog(storage.job(job)).erase_secret()
-    except OSError as error:
-        _log.warning("job %s could not be cleaned up: %s", job, error)
-        return error
-    return None
-
-
-def described(error: Exception) -> dict[str, Any]:
-    """An error as it stands on a job's record."""
-    if isinstance(error, ChainFedError):
-        return error.document()
-    return {"type": type(error).__name__, "message": str(error)}
 
 
 def _train(

@@ -29,6 +29,7 @@ from chainfed_ray.spec.job import JobSpec
 
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 FINISHED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+_CHECKED: tuple[Status, ...] = ("running", "succeeded")  # jobs whose base model is known to load
 _BEFORE: dict[Status, tuple[Status, ...]] = {
     "running": ("queued",),
     "cancelling": ("running",),
@@ -194,6 +195,26 @@ class JobStore:
         with Session(self._engine) as session:
             row = session.scalars(query).one_or_none()
             return row.record() if row else None
+
+    def bases(self) -> list[JobRecord]:
+        """For each base model's name, the newest job that runs or succeeded on it, sorted by that name.
+
+        Such a job has been checked, so its base model is there and can be loaded.
+        """
+        newest = select(func.max(_Job.number)).where(_Job.status.in_(_CHECKED)).group_by(_Job.model)
+        query = select(_Job).where(_Job.number.in_(newest)).order_by(_Job.number)
+        with Session(self._engine) as session:
+            found = {row.model.partition(":")[0]: row.record() for row in session.scalars(query)}
+        return [found[name] for name in sorted(found)]
+
+    def on_base(self, name: str, limit: int) -> list[JobRecord]:
+        """At most ``limit`` jobs that run or succeeded on a base model called ``name``, the newest first."""
+        if "\0" in name:
+            return []
+        of_base = _Job.model.startswith(f"{name}:", autoescape=True)
+        query = select(_Job).where(of_base, _Job.status.in_(_CHECKED)).order_by(_Job.number.desc()).limit(limit)
+        with Session(self._engine) as session:
+            return [row.record() for row in session.scalars(query)]
 
     def model_names(self, limit: int) -> list[str]:
         """The names of at most ``limit`` models of jobs that succeeded, sorted."""

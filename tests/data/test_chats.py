@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from chainfed_ray.data.chats import Chat, Message, chat
+from chainfed_ray.data.chats import chat
+from chainfed_ray.data.messages import Chat, Message
 from chainfed_ray.data.targets import chat_ids, tokenize_texts
 from chainfed_ray.errors import InvalidJob
 from tests.causal import byte_tokenizer

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chainfed_ray.data.chats import Message
+from chainfed_ray.data.messages import Message
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.serving.detokenizer import Detokenizer
-from chainfed_ray.serving.generator import Generator, Piece, Sampling
+from chainfed_ray.serving.generator import Generator
+from chainfed_ray.serving.messages import Piece, Sampling
 from tests.causal import FAMILIES, a_causal_stack, byte_tokenizer, causal_folder, streamed_logits, written
 
 BYTES = byte_tokenizer(chat=False)
@@ -50,7 +51,7 @@ def test_greedy_text_is_that_of_the_streamed_chain(family: str, tmp_path: Path) 
         text, last = written(generator, saved, prompt, GREEDY)
         assert text == BYTES.decode(tokens, skip_special_tokens=True)
         reason = "stop" if tokens[-1] == BYTES.eos_token_id else "length"
-        assert last[1:] == (len(prompt), len(tokens), reason)
+        assert last[1:4] == (len(prompt), len(tokens), reason)
 
 
 def test_stacks_take_turns_and_leave_nothing_behind(llama: Path, generator: Generator) -> None:
@@ -135,3 +136,51 @@ def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, prompt: str, st
         # Of stop strings that begin in turn, the one that ends first is found first.
         first = min((text.find(one) + len(one), text.find(one)) for one in stop if one in text)
         assert said == text[: first[1]]
+
+
+def test_texts_that_are_written_together_are_what_they_are_alone(llama: Path) -> None:
+    """Whenever they join, however long they are, and whatever stack they have; also those of the base model alone."""
+    stacks = [a_causal_stack(llama, seed=0), a_causal_stack(llama, layers=(1,), seed=1), None]
+    generator, alone = Generator(f"path:{llama}", torch.float32, most_rows=3), Generator(f"path:{llama}", torch.float32)
+    prompts = ["salt " * length for length in (1, 9, 3, 1, 5, 2, 4)]
+    samplings = [Sampling(most, temperature=most % 2, seed=most) for most in (3, 12, 5, 20, 1, 9, 2)]
+    told: list[list[Piece | Exception]] = [[] for _ in prompts]
+    for place, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+        generator.begin(stacks[place % 3], prompt, sampling, told[place].append)
+        generator.step()
+    while generator.step():
+        pass
+    for place, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+        expected = list[Piece]()
+        alone.write(stacks[place % 3], prompt, sampling, expected.append)
+        assert told[place] == expected
+
+
+def test_a_long_prompt_does_not_hold_up_a_text(llama: Path) -> None:
+    generator, saved = Generator(f"path:{llama}", torch.float32), a_causal_stack(llama)
+    written_first, long = list[Piece | Exception](), list[Piece | Exception]()
+    generator.begin(saved, PROMPT, Sampling(30, temperature=1.5, seed=3), written_first.append)
+    generator.step()
+    generator.begin(saved, "x" * 120, GREEDY, long.append)
+    before = len(written_first)
+    generator.step()
+    assert len(written_first) > before
+    assert not long, "its prompt is read in parts"
+    while generator.step():
+        pass
+    assert long[-1] == written(generator, saved, "x" * 120, GREEDY)[1]
+
+
+def test_an_error_of_the_model_ends_the_texts_that_it_concerns(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, saved = Generator(f"path:{llama}", torch.float32), a_causal_stack(llama)
+    ended, waiting = list[Piece | Exception](), list[Piece | Exception]()
+    generator.begin(saved, PROMPT, GREEDY, ended.append)
+    generator.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(torch.nn.functional, "gelu", lambda *_: (_ for _ in ()).throw(MemoryError("no more")))
+        generator.begin(saved, PROMPT, GREEDY, waiting.append)
+        generator.step()
+    assert isinstance(ended[-1], MemoryError)
+    while generator.step():
+        pass
+    assert waiting[-1] == written(generator, saved, PROMPT, GREEDY)[1]

@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
@@ -19,13 +19,15 @@ from fastapi.testclient import TestClient
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.api.serve.inference import Inference
-from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.data.chats import Chat
+from chainfed_ray.data.messages import Chat
+from chainfed_ray.errors import PartUnavailable
 from chainfed_ray.model.saved_stack import save_stack
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.detokenizer import Detokenizer
-from chainfed_ray.serving.generator import Generator, Piece, Sampling
+from chainfed_ray.serving.generator import Generator
+from chainfed_ray.serving.messages import ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 from tests.causal import a_causal_stack, causal_folder, written
@@ -81,12 +83,11 @@ def client(storage: Storage, inference: Any) -> Iterator[TestClient]:
     async def plan(spec: JobSpec) -> Forecast:
         raise NotImplementedError
 
-    async def classify(job: JobRecord, texts: list[str]) -> list[list[float]]:
+    async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:
         raise NotImplementedError
 
-    def write(job: JobRecord, prompt: str | Chat, sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        model = job.spec["model"]
-        pieces: AsyncGenerator[Piece, None] = inference.write(job.id, model["base"], model["dtype"], prompt, sampling)
+    def write(model: ModelKey, prompt: str | Chat, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        pieces: AsyncGenerator[Piece, None] = inference.write(model, prompt, sampling)
         return pieces
 
     store = JobStore(storage.database)
@@ -114,7 +115,8 @@ def test_a_completion_has_openais_form(client: TestClient, bases: dict[str, Path
     answer = client.post("/v1/completions", json=ASKED).json()
     assert answer["id"].startswith("cmpl-")
     assert (answer["object"], answer["model"]) == ("text_completion", WRITER)
-    assert answer["choices"] == [{"index": 0, "text": greedy(bases["writer"], "tide and "), "finish_reason": "length"}]
+    text = greedy(bases["writer"], "tide and ")
+    assert answer["choices"] == [{"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}]
     assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 8, "total_tokens": 17}
     two = client.post("/v1/completions", json={**ASKED, "prompt": ["tide and ", "salt"]}).json()
     assert [choice["index"] for choice in two["choices"]] == [0, 1]
@@ -198,7 +200,9 @@ def test_next_to_no_temperature_is_none(client: TestClient) -> None:
         ("completions", {"top_p": 0}, 422, "top_p", "greater than 0"),
         ("completions", {"stop": ["a"] * 5}, 422, "stop", "at most 4"),
         ("completions", {"stop": ""}, 422, "stop.0", "at least 1 character"),
-        ("completions", {"logprobs": 3}, 422, "logprobs", "logprobs is 3; expected null"),
+        ("completions", {"model": "tiny:writ"}, 404, None, "did you mean tiny:writer or"),
+        ("completions", {"logprobs": 21}, 422, "logprobs", "less than or equal to 20"),
+        ("chat/completions", {"top_logprobs": 2}, 422, "(body)", "together with logprobs"),
         ("completions", {"echo": True}, 422, "echo", "echo is True; expected False"),
         ("completions", {"frequency_penalty": 0.5}, 422, "frequency_penalty", "less than or equal to 0"),
         ("completions", {"logit_bias": {"5": 1}}, 422, "logit_bias", "at most 0"),
@@ -207,7 +211,8 @@ def test_next_to_no_temperature_is_none(client: TestClient) -> None:
         ("completions", {"prompt": [[1, 2]]}, 422, "prompt.0", "a valid string"),
         ("chat/completions", {"tools": [{"type": "function"}]}, 422, "tools", "at most 0"),
         ("chat/completions", {"response_format": {"type": "json_object"}}, 422, "response_format.type", "'text'"),
-        ("completions", {"n": 2}, 422, "n", "n is 2; expected 1"),
+        ("completions", {"n": 9}, 422, "n", "less than or equal to 8"),
+        ("classify", {"model": "tiny"}, 422, "model", "a base model alone has no classes"),
         ("chat/completions", {"messages": [{"role": "user", "content": [1]}]}, 422, "messages.0.content.0", "expected"),
     ],
 )
@@ -227,16 +232,24 @@ def test_what_cannot_be_asked_says_why(
     assert [found["field"] for found in problem["errors"]] == ([field] if field else [])
 
 
-def test_a_stream_that_has_begun_says_what_went_wrong(client: TestClient) -> None:
-    asked = {**ASKED, "prompt": ["salt", "x" * 5000], "stream": True}
-    *_, last, after = client.post("/v1/completions", json=asked).text.split("\n\n")
-    assert json.loads(last.removeprefix("data: "))["error"]["problems"][0]["field"] == "prompt"
+def test_a_stream_that_has_begun_says_what_went_wrong(storage: Storage) -> None:
+    async def write(model: ModelKey, prompt: str | Chat, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        yield Piece("salt", 4, 1)
+        raise PartUnavailable("the process of the models", "ended", 5)
+
+    store, unused = JobStore(storage.database), cast("Any", None)
+    app = create_app(Service(store, unused, unused, unused, write, {}))
+    with TestClient(app, "http://localhost") as client:
+        first, last, after = client.post("/v1/completions", json={**ASKED, "stream": True}).text.split("\n\n")
+    store.close()
+    assert json.loads(first.removeprefix("data: "))["choices"][0]["text"] == "salt"
+    assert "the process of the models ended" in json.loads(last.removeprefix("data: "))["error"]["message"]
     assert after == ""
 
 
 def test_models_say_their_task(client: TestClient) -> None:
     models = client.get("/v1/models").json()["models"]
-    assert {model["name"]: model["task"] for model in models} == {
+    assert {model["name"]: model["task"] for model in models if model["kind"] == "stack"} == {
         WRITER: "causal-lm",
         CHATTER: "causal-lm",
         CLASSIFIER: "sequence-classification",
@@ -286,7 +299,7 @@ def test_openais_client_continues_a_chat(official: openai.OpenAI) -> None:
 
 
 def test_openais_client_sees_models_and_reasons(official: openai.OpenAI) -> None:
-    assert [model.id for model in official.models.list()] == [CHATTER, CLASSIFIER, WRITER]
+    assert [model.id for model in official.models.list()] == ["tiny", CHATTER, CLASSIFIER, WRITER]
     assert official.models.retrieve(CHATTER).owned_by == "chainfed"
     with pytest.raises(openai.NotFoundError, match="served now: tiny:chatter") as missing:
         official.chat.completions.create(model="none", messages=CHAT)
@@ -295,7 +308,7 @@ def test_openais_client_sees_models_and_reasons(official: openai.OpenAI) -> None
         official.chat.completions.create(model=CHATTER, messages=CHAT, tools=[{"type": "function"}])
     assert refused.value.param == "tools"
     assert "at most 0" in refused.value.message
-    with pytest.raises(openai.APIError, match="fewer than"):
+    with pytest.raises(openai.APIError, match="fewer than"):  # at once, or in the stream
         list(official.completions.create(model=WRITER, prompt=["salt", "x" * 5000], stream=True))
 
 
@@ -329,7 +342,7 @@ def test_a_caller_who_goes_away_ends_the_writing(
     monkeypatch.setattr(Detokenizer, "add", counting)
 
     async def pieces(sampling: Sampling, at_most: int) -> list[Piece]:
-        asked = inference.write(job, base, "float32", "tide and ", sampling)
+        asked = inference.write(ModelKey(base, "float32", job), "tide and ", sampling)
         found: list[Piece] = []
         async with aclosing(asked):
             async for piece in asked:
@@ -351,3 +364,60 @@ def test_a_caller_who_goes_away_ends_the_writing(
     assert left == waiting
     assert last[-1].tokens == 8
     assert len(written) < 500, "of the 6000 that were asked for"
+
+
+def test_a_prompt_may_have_several_texts_with_their_chances(official: openai.OpenAI, client: TestClient) -> None:
+    asked: dict[str, Any] = {
+        "model": WRITER,
+        "prompt": ["tide", "salt"],
+        "max_tokens": 6,
+        "seed": 3,
+        "temperature": 1.5,
+    }
+    answer = official.completions.create(n=2, logprobs=3, **asked)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert len({choice.text for choice in answer.choices}) == 4
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (8, 24)
+    alone = official.completions.create(**asked | {"prompt": "tide", "seed": 4})
+    assert answer.choices[1].text == alone.choices[0].text, "each has a seed of its own, and is written as if alone"
+    for choice in answer.choices:
+        found = choice.logprobs
+        assert found is not None
+        assert found.tokens is not None
+        assert found.top_logprobs is not None
+        assert found.token_logprobs is not None
+        assert len(found.tokens) == 6
+        for token, logprob, likeliest in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+            assert likeliest, "those with the same text are one"
+            assert max(likeliest.values()) >= logprob
+            assert likeliest.get(token, logprob) >= logprob
+    streamed = official.completions.create(n=2, logprobs=3, stream=True, **asked)
+    told: dict[int, list[str]] = {}
+    for part in streamed:
+        for choice in part.choices:
+            told.setdefault(choice.index, []).extend((choice.logprobs and choice.logprobs.tokens) or [])
+    assert told == {choice.index: choice.logprobs and choice.logprobs.tokens for choice in answer.choices}
+
+
+def test_a_chat_with_chances(official: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": CHATTER, "messages": CHAT, "max_tokens": 5, "temperature": 0}
+    answer = official.chat.completions.create(n=2, logprobs=True, top_logprobs=2, **asked)
+    assert len(answer.choices) == 2
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert len(choice.logprobs.content) == 5
+        for token in choice.logprobs.content:
+            assert token.top_logprobs[0].token == token.token, "the likeliest token was taken"
+            assert token.top_logprobs[0].logprob == token.logprob
+
+
+def test_a_base_model_is_called_by_its_own_name(official: openai.OpenAI, bases: dict[str, Path]) -> None:
+    """Beside its stacks, so that both can be compared."""
+    base = "tiny"
+    answer = official.completions.create(model=base, prompt="tide and ", max_tokens=8, temperature=0)
+    tuned = official.completions.create(model=WRITER, prompt="tide and ", max_tokens=8, temperature=0)
+    assert answer.choices[0].text != tuned.choices[0].text
+    listed = official.models.retrieve(base).model_dump()
+    assert (listed["kind"], listed["job"], listed["accuracy"]) == ("base", None, None)

@@ -24,10 +24,10 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 from chainfed_ray.api.rest.job_file import EXAMPLE
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
-from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.records.forecast import Forecast
-from chainfed_ray.serving.generator import Piece, Sampling
+from chainfed_ray.serving.messages import ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job, parse_yaml
 
@@ -46,10 +46,10 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     async def plan(spec: JobSpec) -> Forecast:
         raise InvalidJob.at("model.base", spec.model.base, "a model that is here")
 
-    async def classify(job: JobRecord, texts: list[str]) -> list[list[float]]:
+    async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:
         raise NotImplementedError
 
-    def write(job: JobRecord, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    def write(model: ModelKey, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         raise NotImplementedError
 
     store = JobStore(f"sqlite:///{tmp_path_factory.mktemp('store') / 'jobs.db'}")

@@ -9,11 +9,11 @@ from fastapi.testclient import TestClient
 from benchmarks.hostile_requests import HostileRequest, hostile_requests
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
-from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.records.forecast import Forecast
-from chainfed_ray.serving.generator import Piece, Sampling
+from chainfed_ray.serving.messages import ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 
 _MOST_ANSWERED = 64 * 2**10  # bytes
@@ -29,10 +29,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     async def plan(spec: JobSpec) -> Forecast:
         return dry_run(spec, at_once=1)
 
-    async def classify(job: JobRecord, texts: list[str]) -> list[list[float]]:
+    async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:
         raise NotImplementedError
 
-    def write(job: JobRecord, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    def write(model: ModelKey, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         raise NotImplementedError
 
     store = JobStore(f"sqlite:///{tmp_path_factory.mktemp('store') / 'jobs.db'}")

@@ -21,7 +21,7 @@ from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.cluster.jobs.run import run_queued_job
-from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import PartUnavailable, ServiceBusy
 from chainfed_ray.federation.prepare import prepare_job
@@ -30,7 +30,7 @@ from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.classifier import Classifier
-from chainfed_ray.serving.generator import Piece, Sampling
+from chainfed_ray.serving.messages import ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 from tests.pools import Killed, dying
@@ -45,12 +45,12 @@ def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
     async def plan(spec: JobSpec) -> Forecast:
         return dry_run(spec, at_once=1)
 
-    async def classify(job: JobRecord, texts: list[str]) -> list[list[float]]:
-        classifier = Classifier(job.spec["model"]["base"], torch.float32)
-        answers: list[list[float]] = classifier.probabilities(load_stack(storage.model(job.id)), texts).tolist()
+    async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:
+        classifier = Classifier(model.base, torch.float32)
+        answers: list[list[float]] = classifier.probabilities(load_stack(storage.model(str(model.job))), texts).tolist()
         return answers
 
-    def write(job: JobRecord, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    def write(model: ModelKey, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         raise NotImplementedError
 
     async def broken() -> None:
@@ -102,7 +102,7 @@ def test_a_job_from_submission_to_an_answer(
     assert done["result"]["classes"] == ["sea", "sky", "soil"]
     assert not storage.scratch(job).exists()
 
-    model = client.get("/v1/models").json()["models"][0]
+    model = client.get("/v1/models/tiny:tiny").json()
     assert (model["name"], model["job"], model["classes"]) == ("tiny:tiny", job, ["sea", "sky", "soil"])
     answer = client.post("/v1/classify", json={"model": "tiny:tiny", "texts": ["salt tide", "root"]}).json()
     assert answer["job"] == job

@@ -25,7 +25,8 @@ from chainfed_ray.api.command.following import follow
 from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound, ModelNotFound
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.serving.generator import Generator, Piece, Sampling
+from chainfed_ray.serving.generator import Generator
+from chainfed_ray.serving.messages import Piece, Sampling
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, assert_same, run
 from tests.causal import causal_folder

@@ -1,0 +1,146 @@
+"""A causal language model in memory: its tokens, its limits, and its forward pass with other adapters for each row."""
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from chainfed_ray.data.messages import Chat
+from chainfed_ray.data.targets import chat_ids, prompt_ids
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.hub import resolve, tokenizer
+from chainfed_ray.model.trunk import find_layers
+from chainfed_ray.serving.detokenizer import Detokenizer
+from chainfed_ray.serving.messages import MOST_TOKENS, Chance, Prompt, TokenChances
+from chainfed_ray.serving.row_cache import RowCache
+from chainfed_ray.serving.stack_batch import RowAdapters
+
+
+class LanguageModel:
+    """The language model ``base``, loaded once. It is not thread-safe.
+
+    Raises:
+        InvalidJob: there is no such base model.
+    """
+
+    def __init__(self, base: str, dtype: torch.dtype) -> None:
+        folder = resolve(base)
+        self._tokenizer = tokenizer(base, folder)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        self._model.eval().requires_grad_(False)
+        self._positions: int | None = getattr(self._model.config, "max_position_embeddings", None)
+        self.ends = _tokens(self._model.generation_config.eos_token_id) | _tokens(self._tokenizer.eos_token_id)
+        # Keys and values alone can be kept in rows. What other layers keep (recurrent ones, say) cannot.
+        self.has_rows = all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=self._model.config).layers)
+        self._takes = set(signature(self._model.forward).parameters)
+        self._adapters: RowAdapters = {}
+        layers: Any = self._model.get_submodule(find_layers(self._model, base))
+        for index, layer in enumerate(layers):
+            layer.register_forward_hook(self._hook(index))
+
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values: a ``RowCache`` if this model's can be kept in rows."""
+        return RowCache() if self.has_rows else DynamicCache(config=self._model.config)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, lengths: Sequence[int], adapters: RowAdapters, cache: Any) -> Tensor:
+        """Run new tokens [B, T] of B rows, and add them to ``cache``, where the rows have ``lengths`` tokens already.
+
+        Returns the logits of the token that follows each row, [B, V].
+        """
+        held, new = max(lengths), tokens.shape[1]
+        own = torch.tensor(lengths).unsqueeze(1)
+        given = {
+            "attention_mask": (torch.arange(held + new) >= held - own).long(),  # rows are aligned at their ends
+            "position_ids": own + torch.arange(new),
+            "logits_to_keep": 1,
+        }
+        self._adapters = adapters
+        try:
+            output = self._model(
+                input_ids=tokens,
+                past_key_values=cache,
+                use_cache=True,
+                **{name: value for name, value in given.items() if name in self._takes},
+            )
+        finally:
+            self._adapters = {}
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def chances(self, logits: Tensor, token: int, count: int) -> TokenChances:
+        """The chances by logits [V] of ``token``, and of the ``count`` likeliest tokens."""
+        logprobs = torch.log_softmax(logits.float(), -1)
+        best = logprobs.topk(min(count, len(logprobs)))
+        likeliest = (self._chance(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return TokenChances(self._chance(token, float(logprobs[token])), tuple(likeliest))
+
+    def _chance(self, token: int, logprob: float) -> Chance:
+        text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return Chance(text, logprob)
+
+    def detokenizer(self, prompt: Sequence[int], stop: tuple[str, ...]) -> Detokenizer:
+        """What turns the tokens after ``prompt`` into text, up to a ``stop`` string."""
+        return Detokenizer(self._tokenizer, prompt, stop)
+
+    def tokens_of(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt, one or more, made in the same way as those of a job's training rows.
+
+        Raises:
+            InvalidJob: the prompt is empty, or the model cannot chat.
+        """
+        ids = prompt_ids(self._tokenizer, prompt) if isinstance(prompt, str) else self._chat(prompt)
+        if not ids and self._tokenizer.bos_token_id is not None:
+            return [int(self._tokenizer.bos_token_id)]
+        if not ids:
+            expected = "a prompt of one token or more, because this model has no token for the beginning of a text"
+            raise InvalidJob.at("prompt", prompt, expected)
+        return ids
+
+    def most_after(self, prompt: Prompt, length: int, asked: int | None) -> int:
+        """The most tokens that may follow a prompt of ``length`` tokens, where the caller asked for ``asked``.
+
+        Raises:
+            InvalidJob: the model's positions are too few.
+        """
+        if self._positions is None:
+            return asked or MOST_TOKENS
+        room = self._positions - length
+        if room < 1:
+            field = "prompt" if isinstance(prompt, str) else "messages"
+            most = self._positions
+            expected = f"fewer than {most} tokens, because the model has {most} positions; this prompt has {length}"
+            raise InvalidJob.at(field, prompt, expected)
+        if asked is not None and asked > room:
+            expected = (
+                f"at most {room}, because the model has {self._positions} positions and the prompt takes {length}"
+            )
+            raise InvalidJob.at("max_tokens", asked, expected)
+        return asked or min(MOST_TOKENS, room)
+
+    def _chat(self, messages: Chat) -> list[int]:
+        if not self._tokenizer.chat_template:
+            expected = "a prompt for POST /v1/completions, because this model's tokenizer has no chat template"
+            raise InvalidJob.at("messages", messages[-1].content, expected)
+        return chat_ids(self._tokenizer, messages, add_generation_prompt=True, field="messages")
+
+    def _hook(self, index: int) -> Callable[[nn.Module, Any, Any], Any]:
+        """What passes the output of layer ``index`` through the rows' adapters."""
+
+        def through(_layer: nn.Module, _inputs: Any, output: Any) -> Any:
+            adapter = self._adapters.get(index)
+            if adapter is None:
+                return None  # the output stays as it is
+            return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
+
+        return through
+
+
+def _tokens(token: int | list[int] | None) -> set[int]:
+    """The end tokens of a configuration, which gives none, one or several."""
+    return set() if token is None else {token} if isinstance(token, int) else set(token)

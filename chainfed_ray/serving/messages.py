@@ -1,0 +1,65 @@
+"""What the processes of the API and of the models send each other. It imports no torch, which the API's do without."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from chainfed_ray.data.messages import Chat
+
+MOST_TOKENS = 256  # the limit of a text's tokens where the caller gives none
+
+Answer = list[list[float]]
+"""The probability of each class, for each text."""
+
+FinishReason = Literal["stop", "length"]
+Prompt = str | Chat  # a text to continue, or the messages of a chat to answer
+
+
+class ModelKey(NamedTuple):
+    """The base model ``base`` in ``dtype``, as in a job file, with the stack of ``job`` on it; alone if that is None."""
+
+    base: str
+    dtype: str
+    job: str | None = None
+
+
+class Question(NamedTuple):
+    """The texts to be classified with ``model``, which has a stack."""
+
+    model: ModelKey
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each token is chosen, and when a text ends."""
+
+    max_tokens: int | None = None  # None: MOST_TOKENS, or the positions that the prompt leaves if those are fewer
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
+    stop: tuple[str, ...] = ()  # the text ends before any of these strings
+    seed: int | None = None  # None: a different text each time
+    likeliest: int | None = None  # how many of the likeliest tokens to tell at each place; None: tell no chances
+
+
+class Chance(NamedTuple):
+    """A token's text, and the natural logarithm of its probability before temperature and top-p."""
+
+    token: str
+    logprob: float
+
+
+class TokenChances(NamedTuple):
+    """The chance of a token that was generated, and those of the likeliest tokens in its place."""
+
+    chosen: Chance
+    likeliest: tuple[Chance, ...]
+
+
+class Piece(NamedTuple):
+    """A piece of a text that is being generated. The last piece has the ``finish_reason``."""
+
+    text: str
+    prompt_tokens: int  # tokens of the prompt
+    tokens: int  # tokens generated so far
+    finish_reason: FinishReason | None = None  # "stop": an end token or a stop string; "length": the limit of tokens
+    chances: tuple[TokenChances, ...] = ()  # of the tokens since the piece before, if they were asked for

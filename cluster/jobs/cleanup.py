@@ -1,0 +1,35 @@
+"""What is left to do when a job ends: what is deleted, and how an error stands on the job's record.
+
+The controller does this too. It imports no torch, so that the process of the controller starts at once and stays small.
+"""
+
+import logging
+from errno import EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE
+from typing import Any
+
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.errors import ChainFedError
+from chainfed_ray.records.secret import erase_secret
+
+OF_DISKS = (EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE)
+"""What the operating system says of a disk that is full, read-only or gone. It comes back, so it is waited for."""
+
+_log = logging.getLogger(__name__)
+
+
+def clean_up(job: str, storage: Storage) -> OSError | None:
+    """Remove a job's prefix caches and the secret of its noise. Returns what went wrong, if the job's folder is broken."""
+    storage.clear_scratch(job)
+    try:
+        erase_secret(storage.job(job))
+    except OSError as error:
+        _log.warning("job %s could not be cleaned up: %s", job, error)
+        return error
+    return None
+
+
+def described(error: Exception) -> dict[str, Any]:
+    """An error as it stands on a job's record."""
+    if isinstance(error, ChainFedError):
+        return error.document()
+    return {"type": type(error).__name__, "message": str(error)}
