@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST = .venv/bin/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve ops image test faults fuzz check lowest format clean
+.PHONY: help demo demo-chat serve ops image test faults fuzz check lowest format clean
 
 help:  ## what there is to do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -17,6 +17,9 @@ help:  ## what there is to do
 
 demo: .venv/.installed  ## the whole story in a few minutes: train a chain, call the model
 	.venv/bin/chainfed demo
+
+demo-chat: .venv/.installed  ## the same with a language model of 135 million weights, in ten minutes
+	.venv/bin/chainfed demo --chat
 
 serve: .venv/.installed  ## the service on this machine, until Ctrl-C
 	.venv/bin/chainfed serve

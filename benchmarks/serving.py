@@ -1,7 +1,7 @@
-"""``python -m benchmarks serving``: the time to classify for many stacks at once, against one stack, and one after another.
+"""``python -m benchmarks serving``: the time to answer with many stacks at once, against one stack, and one after another.
 
 Both sides of each ratio are timed in turns in the same process, and the least CPU time of each counts: noise only adds to it.
-The answers of both sides are compared.
+Texts are written once, because they take long. The answers of both sides are compared.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cell_process import Row
+from benchmarks.serving_texts import text_rows
 from chainfed_ray.data.docstrings import rows
 from chainfed_ray.hub import resolve
 from chainfed_ray.model.adapters import AdapterStack
@@ -32,6 +33,9 @@ _CLASSES, _BOTTLENECK, _MAX_LENGTH, _TOLERANCE = 8, 64, 64, 1e-5
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--stacks", type=int, default=32, help="how many stacks, and texts of a batch")
+    parser.add_argument(
+        "--texts", type=int, default=16, help="how many texts are written together, over half as many stacks"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into this file")
     parser.set_defaults(run=run)
 
@@ -39,13 +43,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure, and print the table."""
     torch.set_num_threads(1)
-    found = _rows(options.stacks)
+    found = [*_rows(options.stacks), *text_rows(options.texts, options.texts // 2)]
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
-    table = Table("texts", "together", "compared with", "its CPU time", "throughput")
+    table = Table("work", "together", "compared with", "its CPU time", "throughput")
     for row in found:
-        times = (f"{1000 * row[name]:.0f} ms" for name in ("together_seconds", "other_seconds"))
-        table.add_row(str(row["texts"]), next(times), row["other"], next(times), f"{row['ratio']:.2f}×")
+        times = (f"{row[name]:.2f} s" for name in ("together_seconds", "other_seconds"))
+        table.add_row(row["what"], next(times), row["other"], next(times), f"{row['ratio']:.2f}×")
     Console(highlight=False).print(table)
     print(f"{platform.machine()}, {os.cpu_count()} cores, one thread; least CPU time of {_ROUNDS}; {date.today()}")
 
@@ -78,7 +82,7 @@ def _compared(count: int, together: Callable[[], object], other: str, run_other:
     pairs = [(_cpu_seconds(together), _cpu_seconds(run_other)) for _ in range(_ROUNDS)]
     ours, theirs = (min(times) for times in zip(*pairs, strict=True))
     return {
-        "texts": count,
+        "what": f"{count} texts classified, {count} stacks",
         "together_seconds": ours,
         "other": other,
         "other_seconds": theirs,

@@ -31,9 +31,12 @@ errors between processes: the exception's ``args`` are the arguments of its cons
 """
 
 import reprlib
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from chainfed_ray.units import format_bytes
+
+_NAMED = 20  # models in the error that there is none of a name
 
 
 class ChainFedError(Exception):
@@ -374,12 +377,14 @@ class JobConflict(ChainFedError, RuntimeError):
 
 
 class ModelNotFound(ChainFedError, LookupError):
-    """No served model has this name. ``near`` are names like it."""
+    """No model of those that are ``served`` has this name."""
 
-    def __init__(self, model: str, served: tuple[str, ...], near: tuple[str, ...] = ()) -> None:
-        super().__init__(model, served, near)
-        self.model, self.served, self.near = model, served, near
+    def __init__(self, model: str, served: tuple[str, ...]) -> None:
+        super().__init__(model, served)
+        self.model, self.served = model, served
 
     def __str__(self) -> str:
-        meant = f"; did you mean {' or '.join(self.near)}?" if self.near else ""
-        return f"there is no model {_shown(self.model)}{meant}; served now: {', '.join(self.served) or 'none'}"
+        near = get_close_matches(self.model, self.served)
+        meant = f"; did you mean {' or '.join(near)}?" if near else "."
+        more = ", …" if len(self.served) > _NAMED else ""
+        return f"there is no model {_shown(self.model)}{meant} Served now: {', '.join(self.served[:_NAMED]) or 'none'}{more}"

@@ -6,11 +6,12 @@ Nothing is kept in Ray, because any process may be killed at any time, even Ray'
     service.log                    what the service on this machine and Ray print
     jobs/<job>/                    a job's commits (see commit_log)
     jobs/<job>/model/              the trained adapter stack that is served, in PEFT's format
-    jobs/<job>/best/               the stack with the least held-out loss, if the served one is another …
-    jobs/<job>/last/               … or the last stack, if the best one is served
+    jobs/<job>/last/               the last stack, while the job trains, and later if another one is served
+    jobs/<job>/best/               the stack with the least held-out loss, if it is neither the last nor the served one
     scratch/<job>/                 prefix caches, unless CHAINFED_SCRATCH names another folder; they may be deleted at any time
 """
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from chainfed_ray.errors import InvalidSetting
+from chainfed_ray.errors import InvalidJob, InvalidSetting
 
 _PROBE_BYTES = 65536
 
@@ -57,6 +58,20 @@ class Storage:
     def model(self, job: str) -> Path:
         """The folder of a job's trained adapter stack."""
         return self.job(job) / "model"
+
+    def stack(self, job: str, index: int | None) -> Path:
+        """The folder of the stack that a job had after round ``index``; of its model, without an index.
+
+        Raises:
+            InvalidJob: that stack is kept no more.
+        """
+        if index is None:
+            return self.model(job)
+        kept = {_round_of(self.job(job) / name): self.job(job) / name for name in ("best", "last", "model")}
+        if index not in kept:
+            rounds = ", ".join(str(found) for found in sorted(found for found in kept if found is not None))
+            raise InvalidJob.at("model", f"…@{index}", f"a round whose stack is kept, such as {rounds or 'none yet'}")
+        return kept[index]
 
     def scratch(self, job: str) -> Path:
         """The folder of a job's prefix caches."""
@@ -123,6 +138,15 @@ class Settings:
             "CHAINFED_CLIENT_SLOTS": str(self.client_slots),
             "CHAINFED_ALLOWED_HOSTS": ",".join(self.allowed_hosts),
         }
+
+
+def _round_of(stack: Path) -> int | None:
+    """The round of the stack in a folder; None if there is no stack, or none that can be read."""
+    try:
+        found = json.loads((stack / "adapter_config.json").read_bytes()).get("round")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, int) else None
 
 
 def _count(environment: Mapping[str, str], name: str, default: int) -> int:

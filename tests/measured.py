@@ -53,10 +53,10 @@ _GRID_16 = ((4, 128, 2, 96 * MIB), *_GRID[3::2])  # not all processors compute i
 
 
 def grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
-    """What is measured: of an encoder and a mixture all, of others one half or the other, of bfloat16 less at a time."""
+    """What is measured: of an encoder all, of others one half or the other, of bfloat16 less at a time."""
     if family.endswith("-bf16"):
         return _GRID_16
-    return _GRID if family in ("bert", "mixtral") else _GRID[family != "gpt2" :: 2]
+    return _GRID if family == "bert" else _GRID[family != "gpt2" :: 2]
 
 
 def main(folder: Path, family: str) -> None:

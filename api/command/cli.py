@@ -41,7 +41,7 @@ Out = Annotated[Path, typer.Option(help="the folder for commits, models and plot
 Address = Annotated[str, typer.Option(envvar="CHAINFED_ADDRESS", help="the address of the service")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
 _INTERRUPTED = 130  # the exit code that shells give to a command ended by Ctrl-C
-_DEMO = Path("examples/demo.yaml")
+_DEMO, _CHAT_DEMO = Path("examples/demo.yaml"), Path("examples/chat.yaml")
 _ADDRESS = "http://127.0.0.1:8000"
 
 
@@ -270,15 +270,26 @@ def doctor(
 
 
 @app.command()
-def demo(out: Out = Path("chainfed-demo"), as_json: Json = False) -> None:
+def demo(
+    out: Annotated[Path | None, typer.Option(help="the folder for commits, models and plots")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="a language model of 135 million weights, in ten minutes")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show everything in a few minutes, from a checkout: start the service, train a chain, call the model, and stop."""
-    spec = read_job(_DEMO)
+    job_file = _CHAT_DEMO if chat else _DEMO
+    spec = read_job(job_file)
 
-    from chainfed_ray.api.command.demo import demo as tell
+    from chainfed_ray.api.command.chat_demo import chat_demo
+    from chainfed_ray.api.command.demo import demo as plain_demo
 
     story = _progress if as_json else Console(file=sys.__stdout__, highlight=False, markup=False)
     with _if_interrupted("Interrupted."):
-        _answer(as_json, tell(spec, _DEMO, out, story))
+        if chat:
+            _answer(as_json, chat_demo(spec, job_file, out or Path("chainfed-chat"), story))
+        else:
+            _answer(as_json, plain_demo(spec, job_file, out or Path("chainfed-demo"), story))
 
 
 def main() -> None:

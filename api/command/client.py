@@ -136,6 +136,18 @@ class ServiceClient:
         body = {"model": model, "prompt": prompts, **options}
         return self._ask("POST", "/v1/completions", about=model, json=body, timeout=_GENERATION_TIMEOUT)
 
+    def chat(self, model: str, messages: list[JsonObject], **options: Any) -> str:
+        """What a language model answers to a chat. ``options`` are those of ``POST /v1/chat/completions``.
+
+        Raises:
+            ModelNotFound: no such model is served.
+            InvalidJob: the model is not a language model, or an option or a message is invalid.
+        """
+        body = {"model": model, "messages": messages, **options}
+        answer = self._ask("POST", "/v1/chat/completions", about=model, json=body, timeout=_GENERATION_TIMEOUT)
+        text: str = answer["choices"][0]["message"]["content"]
+        return text
+
     def stream(self, model: str, prompts: list[str], **options: Any) -> Iterator[JsonObject]:
         """Like ``complete``, but yields each piece of text as it is generated, in the form of one of its ``choices``.
 

@@ -1,5 +1,6 @@
 """``chainfed demo``: runs a job from its file to a served model, and explains each step. It uses the public REST API."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ _ONWARDS = """
 """
 
 
+Tell = Callable[[ServiceClient, JobSpec, str, Path, Console], dict[str, Any]]
+"""Explains the job with an id, from the moment when it was accepted, and returns the result."""
+
+
 def demo(spec: JobSpec, job_file: Path, out: Path, console: Console) -> dict[str, Any]:
     """Start the service, train the job, draw its plots, call its model, and stop the service.
 
@@ -49,35 +54,41 @@ def demo(spec: JobSpec, job_file: Path, out: Path, console: Console) -> dict[str
         most=format_bytes(max(memory)),
         window=spec.chain.window,
     )
-    console.print(_headed("Federated fine-tuning in a chain.", story))
+    told = explained(story, spec, job_file, out, console, _tell)
+    console.print()
+    console.print(headed("To go on", _ONWARDS.format(job_file=str(job_file))))
+    return told
+
+
+def explained(story: str, spec: JobSpec, job_file: Path, out: Path, console: Console, tell: Tell) -> dict[str, Any]:
+    """Start the service, submit the job, let ``tell`` explain the rest, and stop the service."""
+    console.print(headed("Federated fine-tuning in a chain.", story))
     settings = Settings(Storage.at(out))
-    console.print(_headed("1.", " Starting the service on this machine: Ray, and the REST API on Ray Serve."))
+    console.print(headed("1.", " Starting the service on this machine: Ray, and the REST API on Ray Serve."))
     with ExitStack() as to_the_end:
         with ActivityDisplay(console) as listen:
             service = to_the_end.enter_context(local_service(settings, _HOST, free_port(_HOST), listen))
         client = ServiceClient(service.address)
         try:
-            return _story(client, service.address, spec, job_file, out, console)
+            console.print(f"   It answers at {service.address}.")
+            console.print(headed("2.", f" POST /v1/jobs with {job_file}. The job is checked before it is accepted."))
+            with ActivityDisplay(console) as listen:
+                job = client.submit(spec.document(), listen)["id"]
+            console.print(headed("3.", f" The chain trains: job {job}."))
+            return tell(client, spec, job, out, console)
         finally:
             client.close()
             console.print("Stopping the service.")
 
 
-def _headed(head: str, words: str) -> Text:
+def headed(head: str, words: str) -> Text:
     """Words that begin in bold. What a user named stands in them as it is: a console here reads no markup."""
     return Text.assemble((head, "bold"), words)
 
 
-def _story(
-    client: ServiceClient, address: str, spec: JobSpec, job_file: Path, out: Path, console: Console
-) -> dict[str, Any]:
-    console.print(f"   It answers at {address}.")
-    console.print(_headed("2.", f" POST /v1/jobs with {job_file}. The job is checked before it is accepted."))
-    with ActivityDisplay(console) as listen:
-        job = client.submit(spec.document(), listen)["id"]
-    console.print(_headed("3.", f" The chain trains: job {job}."))
+def _tell(client: ServiceClient, spec: JobSpec, job: str, out: Path, console: Console) -> dict[str, Any]:
     job_started, rounds, job_finished = follow(client, job, spec, console)
-    console.print(_headed("4.", " The result."))
+    console.print(headed("4.", " The result."))
     console.print(results(spec, job_started, rounds, job_finished))
     with ActivityDisplay(console) as listen:
         Reporter("drawing the plots", listen).begin()
@@ -87,13 +98,11 @@ def _story(
     if not plots:
         console.print(f"   {drawn}")
     record = client.job(job)
-    console.print(_headed("5.", f" POST /v1/classify: three sentences for the model {record['model']}."))
+    console.print(headed("5.", f" POST /v1/classify: three sentences for the model {record['model']}."))
     answers = client.classify(record["model"], list(_QUESTIONS))["results"]
     for question, answer in zip(_QUESTIONS, answers, strict=True):
         label = (str(answer["label"]), "bold")
         console.print(Text.assemble(f"   “{question}”\n      → ", label, f" ({answer['score']:.0%})"))
-    console.print()
-    console.print(_headed("To go on", _ONWARDS.format(job_file=str(job_file))))
     return {
         **record["result"],
         "id": job,

@@ -1,10 +1,11 @@
 """Routes that generate text with served language models, in the format of OpenAI's API: whole, or as a stream of events."""
 
+import asyncio
 import json
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from time import time
 from typing import Any, Protocol
 from uuid import uuid4
@@ -33,7 +34,6 @@ from chainfed_ray.api.rest.openai_schemas import (
     Usage,
 )
 from chainfed_ray.api.rest.service import Service, WithService
-from chainfed_ray.api.rest.texts import Text, TextStream, together, whole
 from chainfed_ray.data.messages import Chat
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.serving.messages import FinishReason, Piece, Sampling, TokenChances
@@ -57,10 +57,29 @@ async def chat_completions(body: ChatRequest, request: Request, service: WithSer
     return await _answer(body, [body.chat], _Chats("chatcmpl", body), request, service)
 
 
+TextStream = AsyncGenerator[tuple[int, Piece], None]
+"""Yields a text's index, and a piece of that text."""
+
+
+@dataclass
+class _Text:
+    """A text in full: what its pieces say together, and its last piece."""
+
+    text: str = ""
+    chances: list[TokenChances] = field(default_factory=list)
+    last: Piece | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Add the next piece."""
+        self.text += piece.text
+        self.chances += piece.chances
+        self.last = piece
+
+
 class _Format(Protocol):
     """The format of an answer: OpenAI has one for completions, and one for chats."""
 
-    def whole(self, texts: Sequence[Text]) -> BaseModel:
+    def whole(self, texts: Sequence[_Text]) -> BaseModel:
         """The whole answer."""
 
     def chunk(self, index: int, piece: Piece) -> BaseModel:
@@ -85,7 +104,7 @@ class _Common:
 
 
 class _Completions(_Common):
-    def whole(self, texts: Sequence[Text]) -> BaseModel:
+    def whole(self, texts: Sequence[_Text]) -> BaseModel:
         choices = [
             self._choice(index, text.text, text.chances, _last(text).finish_reason) for index, text in enumerate(texts)
         ]
@@ -108,7 +127,7 @@ class _Completions(_Common):
 
 
 class _Chats(_Common):
-    def whole(self, texts: Sequence[Text]) -> BaseModel:
+    def whole(self, texts: Sequence[_Text]) -> BaseModel:
         choices = []
         for index, text in enumerate(texts):
             reason = _last(text).finish_reason
@@ -134,14 +153,14 @@ async def _answer(
 ) -> Response:
     model = (await served(service, options.model, "causal-lm")).key
     asked = [(prompt, sampling) for prompt in prompts for sampling in _samplings(options)]
-    stream = together([service.write(model, prompt, sampling) for prompt, sampling in asked])
+    stream = _together([service.write(model, prompt, sampling) for prompt, sampling in asked])
     if options.stream:
         # Wait for the first piece: an invalid prompt raises here, while the response can still have an error status.
         first = await while_connected(request, anext(stream))
         return StreamingResponse(
             _events(first, stream, form, options.wants_usage), media_type=_MEDIA_TYPE, headers=_HEADERS
         )
-    texts = await while_connected(request, whole(stream, len(asked)))
+    texts = await while_connected(request, _whole(stream, len(asked)))
     return JSONResponse(form.whole(texts).model_dump())
 
 
@@ -151,6 +170,45 @@ def _samplings(options: GenerationOptions) -> list[Sampling]:
     if sampling.seed is None:
         return [sampling] * options.texts
     return [replace(sampling, seed=(sampling.seed + place) % 2**63) for place in range(options.texts)]
+
+
+async def _together(texts: Sequence[AsyncGenerator[Piece, None]]) -> TextStream:
+    """The pieces of all texts as they come. The first error ends all of them; so does closing the stream."""
+    told = asyncio.Queue[tuple[int, Piece] | Exception | None]()
+
+    async def listen(index: int, text: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async with aclosing(text):
+                async for piece in text:
+                    told.put_nowait((index, piece))
+            told.put_nowait(None)
+        except Exception as error:
+            told.put_nowait(error)
+
+    listening = [asyncio.create_task(listen(index, text)) for index, text in enumerate(texts)]
+    try:
+        writing = len(listening)
+        while writing:
+            piece = await told.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                writing -= 1
+            else:
+                yield piece
+    finally:
+        for task in listening:
+            task.cancel()
+        await asyncio.wait(listening)
+
+
+async def _whole(stream: TextStream, count: int) -> list[_Text]:
+    """Each of ``count`` texts in full."""
+    texts = [_Text() for _ in range(count)]
+    async with aclosing(stream):
+        async for index, piece in stream:
+            texts[index].add(piece)
+    return texts
 
 
 async def _events(
@@ -176,6 +234,6 @@ def _event(chunk: BaseModel) -> bytes:
     return format_sse_event(data_str=chunk.model_dump_json())
 
 
-def _last(text: Text) -> Piece:
+def _last(text: _Text) -> Piece:
     assert text.last is not None, "every text has a last piece"
     return text.last

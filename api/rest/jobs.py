@@ -10,7 +10,8 @@ from chainfed_ray.api.rest.callers import while_connected
 from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
 from chainfed_ray.api.rest.schemas import JobPage, JobProgress, JobResource, JobStatus, JobSummary
 from chainfed_ray.api.rest.service import WithService
-from chainfed_ray.cluster.jobs.store import JobRecord, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.jobs.tables import JobRecord
 from chainfed_ray.errors import JobConflict
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.records.rounds import JobStarted, Round

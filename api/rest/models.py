@@ -1,7 +1,6 @@
 """Routes of served models: list them, and classify texts."""
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
@@ -17,13 +16,14 @@ from chainfed_ray.api.rest.schemas import (
     ServedModel,
 )
 from chainfed_ray.api.rest.service import Service, WithService
+from chainfed_ray.cluster.jobs.versions import Version, trained
 from chainfed_ray.errors import InvalidJob, ModelNotFound
 from chainfed_ray.serving.messages import ModelKey
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
-_NAMED_MODELS = 20  # in the error that there is no such model
-_MOST_COMPARED = 1000  # names, to find those that are like one that does not exist
+_MOST_COMPARED = 1000  # names, to find those that are like one that does not exist; jobs on a base model of one name
+_MOST_DIGITS = 10  # of a round
 _ROUTES: dict[ModelTask, str] = {
     "sequence-classification": "POST /v1/classify",
     "causal-lm": "POST /v1/completions and POST /v1/chat/completions",
@@ -86,6 +86,10 @@ async def served(service: Service, name: str, task: ModelTask) -> Found:
 
 def _find(service: Service, name: str, task: ModelTask | None) -> Found:
     """The model called ``name``. Of base models with that name, one that has been used for ``task``, if there is any."""
+    stem, _, version = name.rpartition("@")
+    if ":" in stem and (wanted := _version(version)) is not None and (found := trained(service.store, stem, wanted)):
+        key = _key(found.record.spec["model"], found.record.id)._replace(round=found.round["index"])
+        return Found(ServedModel.of_round(found), key)
     if ":" in name and (record := service.store.model(name)):
         return Found(ServedModel.of(record), _key(record.spec["model"], record.id))
     if ":" not in name and (records := service.store.on_base(name, _MOST_COMPARED)):
@@ -93,7 +97,15 @@ def _find(service: Service, name: str, task: ModelTask | None) -> Found:
         return Found(ServedModel.of_base(record), _key(record.spec["model"], None))
     names = service.store.model_names(_MOST_COMPARED)
     names += sorted({model.partition(":")[0] for model in names})
-    raise ModelNotFound(name, tuple(names[:_NAMED_MODELS]), tuple(get_close_matches(name, names)))
+    raise ModelNotFound(name, tuple(names))
+
+
+def _version(text: str) -> Version | None:
+    if text == "latest":
+        return "latest"
+    if text == "best":
+        return "best"
+    return int(text) if text.isdecimal() and len(text) < _MOST_DIGITS else None
 
 
 def _key(model: dict[str, str], job: str | None) -> ModelKey:

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, mod
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.budget.planner import WeightPlacement
-from chainfed_ray.cluster.jobs.store import JobRecord
+from chainfed_ray.cluster.jobs.tables import JobRecord
+from chainfed_ray.cluster.jobs.versions import Trained
 from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn
 
 _MOST_KEYS = 100
@@ -187,6 +188,7 @@ class ServedModel(ModelEntry):
     name: str = Field(description="the same as `id`")
     kind: Literal["stack", "base"] = Field(description="a `stack` of adapters on a base model, or a `base` model alone")
     job: str | None = Field(description="the id of the job that trained it; null for a base model")
+    round: int | None = Field(None, description="the round after which it was committed, if that is in the name")
     task: ModelTask
     base: str = Field(description="the base model, as in the job file")
     classes: list[str] = Field(description="the classes of a classifier; empty for a language model and a base model")
@@ -194,6 +196,26 @@ class ServedModel(ModelEntry):
         description="accuracy on the test rows; of a language model, on their tokens; null for a base model"
     )
     created_at: str = Field(description="ISO 8601, UTC")
+
+    @classmethod
+    def of_round(cls, trained: Trained) -> "ServedModel":
+        """The stack of a job after one of its rounds. The job may still train."""
+        record, index, model = trained.record, trained.round["index"], trained.record.spec["model"]
+        name, at = f"{record.model}@{index}", record.started_at or record.submitted_at
+        evaluation = trained.round.get("evaluation") or {}
+        return cls(
+            id=name,
+            created=int(datetime.fromisoformat(at).timestamp()),
+            name=name,
+            kind="stack",
+            job=record.id,
+            round=index,
+            task=model["task"],
+            base=model["base"],
+            classes=list(trained.classes),
+            accuracy=evaluation.get("accuracy"),
+            created_at=at,
+        )
 
     @classmethod
     def of_base(cls, record: JobRecord) -> "ServedModel":

@@ -30,11 +30,10 @@ class Inference:
     """Classifies and generates text. See ``Engine``."""
 
     def __init__(self, storage: Storage) -> None:
-        # They import torch, which the processes that only make this deployment do without.
-        from chainfed_ray.model.saved_stack import load_stack
+        # It imports torch, which the processes that only make this deployment do without.
         from chainfed_ray.serving.engine import Engine
 
-        self._engine = Engine(lambda model: load_stack(storage.model(str(model.job))))
+        self._engine = Engine(lambda model: storage.stack(str(model.job), model.round))
         # One thread for each kind of work, so that neither a long text nor a model that is loaded holds up a classification.
         self._classifying, self._beginning = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
 

@@ -181,11 +181,10 @@ class Coordinator:
 
     def models(self) -> dict[str, SavedStack]:
         """The ``last`` stack and, if it is another, the ``best`` one, each with the classes and the base model it needs."""
-        job, spec = self._job, self._spec
-        return {
-            name: SavedStack(stack, job.classes, spec.data.max_length, spec.model.base, job.layers_path)
-            for name, stack in self._stacks(self._log.rounds()).items()
-        }
+        history = self._log.rounds()
+        best = best_round(history)
+        ends = {"last": history[-1].index if history else None, "best": best.index if best else None}
+        return {name: self._job.saved(stack, ends[name]) for name, stack in self._stacks(history).items()}
 
     def save(self, folder: Path) -> None:
         """Write the served stack to ``folder``/model, and the other one, if there is one, beside it."""

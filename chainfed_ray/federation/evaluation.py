@@ -159,6 +159,11 @@ class ServerEvaluation:
                 instead = f"{type(error).__name__}: {error}"
         return self._evaluated(streaming(self._job, self._listen), stack, _TEST, instead)
 
+    def untuned(self) -> Evaluation:
+        """Evaluate the base model alone on the test rows, to compare: new adapters change nothing."""
+        job = self._job
+        return self.test(AdapterStack.new(range(job.layers), job.hidden, 1, job.class_count, seed=0))
+
     def _evaluated(self, by: Evaluator, stack: AdapterStack, rows: str, instead: str | None) -> Evaluation:
         """The record of an evaluation by one evaluator, on the set ``rows`` and the choices.
 

@@ -26,8 +26,10 @@ from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
 from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit
 from chainfed_ray.hub import configuration, first_line, resolve, tokenizer
+from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of
+from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.record import named
 from chainfed_ray.records.manifest import Manifest
@@ -64,6 +66,11 @@ class PlannedJob:
     def class_count(self) -> int | None:
         """C, the classes of the job's head; None for a language model, which keeps its own head."""
         return None if self.spec.model.task == "causal-lm" else len(self.classes)
+
+    def saved(self, stack: AdapterStack, index: int | None) -> SavedStack:
+        """The stack of the job after round ``index``, with the classes and the base model it needs."""
+        data, base = self.spec.data, self.spec.model.base
+        return SavedStack(stack, self.classes, data.max_length, base, self.layers_path, index)
 
     @property
     def head_layers(self) -> int:

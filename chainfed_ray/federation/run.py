@@ -17,6 +17,7 @@ from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import ServerEvaluation, streamed
 from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.federation.start import StartRule
+from chainfed_ray.model.saved_stack import save_so_far
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
@@ -49,7 +50,9 @@ def run_job(
 ) -> Generator[JobStarted | Round | JobFinished, None, None]:
     """Run a job, and yield its records: ``JobStarted``, each ``Round``, ``JobFinished``.
 
-    ``folder`` holds the job's commits and at the end the finished model, in ``folder``/model. To stop the job, stop iterating.
+    ``folder`` holds the job's commits and at the end the finished model, in ``folder``/model. After each round, ``folder``/last
+    has the newest stack, and ``folder``/best the one with the least held-out loss, if that is another. To stop the job, stop
+    iterating.
     Run it again with the same folder: it yields the earlier records once more, and continues with the next round.
 
     ``partition``, ``start``, ``aggregation`` and ``objective`` are the caller's own rules, in place of those that the job
@@ -72,8 +75,14 @@ def run_job(
             job, clients, log, server, notes, aggregation=aggregation, start=start, objective=objective
         )
         yield coordinator.open()
-        yield from log.rounds()
-        yield from coordinator.rounds()
+        if history := log.rounds():
+            save_so_far(
+                coordinator.models(), folder
+            )  # who was killed after a commit left the stacks of the round before
+            yield from history
+        for record in coordinator.rounds():
+            save_so_far(coordinator.models(), folder)
+            yield record
         finished = coordinator.finish()
         Reporter("saving the model", listen).begin()
         coordinator.save(folder)

@@ -35,6 +35,7 @@ _ROOT = "base_model.model"
 class SavedStack:
     """A stack, and what is needed to use it: its classes, its maximum length, its base model, and the path of the layers there.
 
+    ``round`` is the round after which it was committed, counted from 0; None if its job had none.
     ``layers_path`` is a path in the base model. For a language model's stack it is a path in the causal model, such as
     ``model.layers``, and ``classes`` is empty.
     """
@@ -44,6 +45,7 @@ class SavedStack:
     max_length: int
     base: str
     layers_path: str
+    round: int | None = None
 
     @property
     def modules(self) -> list[str]:
@@ -67,6 +69,7 @@ class SavedStack:
             "classes": list(self.classes),
             "head_layers": self.stack.head_layers,
             "max_length": self.max_length,
+            **({"round": self.round} if self.round is not None else {}),
         }
 
     def tensors(self) -> Tensors:
@@ -114,6 +117,13 @@ def save_models(models: Mapping[str, SavedStack], served: str, folder: Path) -> 
     """Write the stack called ``served`` as ``folder``/model, and each other stack in ``folder`` by its own name."""
     for name, saved in models.items():
         save_stack(saved, folder / ("model" if name == served else name))
+    shutil.rmtree(folder / served, ignore_errors=True)  # what it had by its own name while the job trained
+
+
+def save_so_far(models: Mapping[str, SavedStack], folder: Path) -> None:
+    """Write each stack of a job that trains in ``folder`` by its own name."""
+    for name, saved in models.items():
+        save_stack(saved, folder / name)
 
 
 def load_stack(folder: Path) -> SavedStack:
@@ -137,7 +147,9 @@ def load_stack(folder: Path) -> SavedStack:
         if not causal:
             path = path.removeprefix(f"{BASE}.")
         stack = AdapterStack.from_tensors({_plain(name): tensor for name, tensor in tensors.items()})
-        saved = SavedStack(stack, tuple(config["classes"]), config["max_length"], config["base"], path)
+        saved = SavedStack(
+            stack, tuple(config["classes"]), config["max_length"], config["base"], path, config.get("round")
+        )
         complete = (
             causal == (stack.head is None)
             and config["head_layers"] == stack.head_layers

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from threading import Condition, Thread
 
 import torch
 
-from chainfed_ray.model.saved_stack import SavedStack
+from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.serving.classifier import Classifier
 from chainfed_ray.serving.generator import Emit, Generator
 from chainfed_ray.serving.messages import Answer, ModelKey, Prompt, Question, Sampling
@@ -17,14 +18,14 @@ _STACKS_IN_MEMORY = 256
 
 
 class Engine:
-    """Classifies and writes with stacks that ``load_stack`` loads.
+    """Classifies and writes with stacks; ``folder_of`` says where that of a model is.
 
     One thread may classify and one may begin texts, at the same time. A thread of its own writes the texts.
     """
 
-    def __init__(self, load_stack: Callable[[ModelKey], SavedStack]) -> None:
+    def __init__(self, folder_of: Callable[[ModelKey], Path]) -> None:
         torch.set_num_threads(1)
-        self._stack = lru_cache(_STACKS_IN_MEMORY)(load_stack)
+        self._stack = lru_cache(_STACKS_IN_MEMORY)(lambda model: load_stack(folder_of(model)))
         self._classifier = lru_cache(_MODELS_IN_MEMORY)(lambda base, dtype: Classifier(base, _dtype(dtype)))
         self._generator = lru_cache(_MODELS_IN_MEMORY)(lambda base, dtype: Generator(base, _dtype(dtype)))
         self._writing = list[Generator]()

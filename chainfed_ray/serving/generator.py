@@ -22,8 +22,8 @@ from chainfed_ray.serving.stack_batch import RowAdapters, adapters_of
 Emit = Callable[[Piece | Exception], None]
 """Takes the pieces of a text as they come. The last one has a finish reason, unless an exception ends the text."""
 
-_PART = 64  # tokens of a prompt that are read between two steps
-_WHOLE = 1024  # tokens of it that are read at once while no other text is written
+_BETWEEN = 128  # tokens of prompts that are read between two steps: several short prompts, or a part of a long one
+_AT_ONCE = 1024  # the same while no text is written
 
 
 @dataclass(eq=False)
@@ -92,9 +92,11 @@ class Generator:
     def step(self) -> bool:
         """Add a token to every text, and read a part of the next prompt. False if there is nothing left to do."""
         try:
+            room = _BETWEEN if self._rows else _AT_ONCE
             if self._rows:
                 self._write()
-            self._read()
+            while room > 0 and (read := self._read(room)):
+                room -= read
         except (
             Exception
         ) as error:  # of the model's code, or for want of memory: it cost the texts what their cache held
@@ -129,26 +131,29 @@ class Generator:
             row.read += 1
         self._keep([row for row, own in zip(self._rows, logits, strict=True) if self._goes_on(row, own)])
 
-    def _read(self) -> None:
-        """Read a part of a prompt. With its last part, the text has its first token and joins the others."""
+    def _read(self, most: int) -> int:
+        """Read up to ``most`` tokens of a prompt. With its last one, the text has its first token and joins the others.
+
+        Returns how many were read: none if no prompt waits, or if there is no room for its text.
+        """
         if self._reading is None and self._waiting and len(self._rows) < self._most_rows:
             self._reading = self._waiting.popleft(), self._model.new_cache()
         if self._reading is None:
-            return
+            return 0
         row, cache = self._reading
+        part = row.prompt[row.read : row.read + most]
         if row.cancelled():
             self._reading = None
             self._end(row, "length")
-            return
-        part = row.prompt[row.read : row.read + (_PART if self._rows else _WHOLE)]
+            return len(part)
         stack = row.saved.stack if row.saved else None
         logits = self._model.logits(torch.tensor([part]), [row.read], adapters_of([stack]), cache)
         row.read += len(part)
-        if row.read < len(row.prompt):
-            return
-        self._reading = None
-        if self._goes_on(row, logits[0]):
-            self._join(row, cache)
+        if row.read == len(row.prompt):
+            self._reading = None
+            if self._goes_on(row, logits[0]):
+                self._join(row, cache)
+        return len(part)
 
     def _goes_on(self, row: _Row, logits: Tensor) -> bool:
         """Choose the next token of a text, and emit what it adds. False if that is the end of the text."""

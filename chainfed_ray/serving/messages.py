@@ -15,11 +15,15 @@ Prompt = str | Chat  # a text to continue, or the messages of a chat to answer
 
 
 class ModelKey(NamedTuple):
-    """The base model ``base`` in ``dtype``, as in a job file, with the stack of ``job`` on it; alone if that is None."""
+    """The base model ``base`` in ``dtype``, as in a job file, with the stack of ``job`` on it; alone if that is None.
+
+    The stack is that of the job's ``round``, or of its model.
+    """
 
     base: str
     dtype: str
     job: str | None = None
+    round: int | None = None
 
 
 class Question(NamedTuple):

@@ -107,6 +107,7 @@ class ChainFedConfig(PeftConfig):
     classes: list[str] = field(default_factory=list)
     head_layers: int = 1
     max_length: int = 128
+    round: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]

@@ -10,24 +10,22 @@ all its events again. ::
 """
 
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from secrets import token_hex
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-from sqlalchemy import JSON, ForeignKey, UniqueConstraint, func, select, text, update
-from sqlalchemy.engine import CursorResult, Engine
-from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import func, select, text, update
+from sqlalchemy.engine import CursorResult
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.database import open_database
-from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
-from chainfed_ray.record import VERSION
+from chainfed_ray.cluster.jobs.tables import EventRow, JobRecord, JobRow, Status, check_version, make_tables
+from chainfed_ray.errors import JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
 
-Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 FINISHED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 _CHECKED: tuple[Status, ...] = ("running", "succeeded")  # jobs whose base model is known to load
 _BEFORE: dict[Status, tuple[Status, ...]] = {
@@ -37,28 +35,6 @@ _BEFORE: dict[Status, tuple[Status, ...]] = {
     "succeeded": ("running",),
     "failed": ("running",),
 }
-
-
-@dataclass(frozen=True)
-class JobRecord:
-    """A job in the database.
-
-    Times are ISO 8601 in UTC. ``restarts`` counts how often a coordinator died since the last finished round.
-    ``activity`` is what the job is doing, as JSON; None unless it is running.
-    """
-
-    id: str
-    name: str
-    model: str
-    spec: dict[str, Any]
-    status: Status
-    restarts: int
-    submitted_at: str
-    started_at: str | None
-    finished_at: str | None
-    activity: dict[str, Any] | None
-    result: dict[str, Any] | None
-    error: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -91,8 +67,8 @@ class JobStore:
     def __init__(self, url: str, existing: bool = False) -> None:
         self._engine = open_database(url, existing)
         try:
-            _make_tables(self._engine)
-            _check_version(self._engine)
+            make_tables(self._engine)
+            check_version(self._engine)
         except BaseException:
             self._engine.dispose()
             raise
@@ -113,7 +89,7 @@ class JobStore:
             JobConflict: the earlier call had another specification.
         """
         document = spec.document()
-        row = _Job(
+        row = JobRow(
             id=f"{spec.name}-{token_hex(4)}",
             name=spec.name,
             model=spec.model_name,
@@ -132,7 +108,7 @@ class JobStore:
             if request_key is None:
                 raise
         with Session(self._engine) as session:
-            earlier = session.scalars(select(_Job).where(_Job.request_key == request_key)).one().record()
+            earlier = session.scalars(select(JobRow).where(JobRow.request_key == request_key)).one().record()
         if earlier.spec != document:
             raise JobConflict(earlier.id, earlier.status, "be submitted again with another specification") from None
         return earlier
@@ -145,7 +121,7 @@ class JobStore:
         """
         _check_id(job)
         with Session(self._engine) as session:
-            row = session.scalars(select(_Job).where(_Job.id == job)).one_or_none()
+            row = session.scalars(select(JobRow).where(JobRow.id == job)).one_or_none()
             if row is None:
                 raise JobNotFound(job)
             return row.record()
@@ -156,34 +132,34 @@ class JobStore:
         Raises:
             JobNotFound: there is no job with the id ``before``.
         """
-        query = select(_Job).order_by(_Job.number.desc()).limit(limit)
+        query = select(JobRow).order_by(JobRow.number.desc()).limit(limit)
         if status is not None:
-            query = query.where(_Job.status == status)
+            query = query.where(JobRow.status == status)
         with Session(self._engine) as session:
             if before is not None:
                 _check_id(before)
-                number = session.scalar(select(_Job.number).where(_Job.id == before))
+                number = session.scalar(select(JobRow.number).where(JobRow.id == before))
                 if number is None:
                     raise JobNotFound(before)
-                query = query.where(_Job.number < number)
+                query = query.where(JobRow.number < number)
             return [row.record() for row in session.scalars(query)]
 
     def count(self) -> dict[Status, int]:
         """How many jobs are in each state. States without jobs are missing."""
-        query = select(_Job.status, func.count()).group_by(_Job.status)
+        query = select(JobRow.status, func.count()).group_by(JobRow.status)
         with Session(self._engine) as session:
             return {cast("Status", status): count for status, count in session.execute(query)}
 
     def queue(self, limit: int) -> list[JobRecord]:
         """At most ``limit`` queued jobs, the oldest first."""
-        query = select(_Job).where(_Job.status == "queued").order_by(_Job.number).limit(limit)
+        query = select(JobRow).where(JobRow.status == "queued").order_by(JobRow.number).limit(limit)
         with Session(self._engine) as session:
             return [row.record() for row in session.scalars(query)]
 
     def models(self) -> list[JobRecord]:
         """For each model name the newest job that succeeded, sorted by that name."""
-        newest = select(func.max(_Job.number)).where(_Job.status == "succeeded").group_by(_Job.model)
-        query = select(_Job).where(_Job.number.in_(newest)).order_by(_Job.model)
+        newest = select(func.max(JobRow.number)).where(JobRow.status == "succeeded").group_by(JobRow.model)
+        query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.model)
         with Session(self._engine) as session:
             return [row.record() for row in session.scalars(query)]
 
@@ -191,18 +167,36 @@ class JobStore:
         """The newest job that succeeded and whose model is called ``name``."""
         if "\0" in name:  # as for ids
             return None
-        query = select(_Job).where(_Job.model == name, _Job.status == "succeeded").order_by(_Job.number.desc()).limit(1)
+        query = (
+            select(JobRow)
+            .where(JobRow.model == name, JobRow.status == "succeeded")
+            .order_by(JobRow.number.desc())
+            .limit(1)
+        )
         with Session(self._engine) as session:
             row = session.scalars(query).one_or_none()
             return row.record() if row else None
+
+    def of_model(self, name: str, limit: int = 100) -> list[JobRecord]:
+        """At most ``limit`` jobs that run or succeeded and whose model is called ``name``, the newest first."""
+        if "\0" in name:
+            return []
+        query = (
+            select(JobRow)
+            .where(JobRow.model == name, JobRow.status.in_(_CHECKED))
+            .order_by(JobRow.number.desc())
+            .limit(limit)
+        )
+        with Session(self._engine) as session:
+            return [row.record() for row in session.scalars(query)]
 
     def bases(self) -> list[JobRecord]:
         """For each base model's name, the newest job that runs or succeeded on it, sorted by that name.
 
         Such a job has been checked, so its base model is there and can be loaded.
         """
-        newest = select(func.max(_Job.number)).where(_Job.status.in_(_CHECKED)).group_by(_Job.model)
-        query = select(_Job).where(_Job.number.in_(newest)).order_by(_Job.number)
+        newest = select(func.max(JobRow.number)).where(JobRow.status.in_(_CHECKED)).group_by(JobRow.model)
+        query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.number)
         with Session(self._engine) as session:
             found = {row.model.partition(":")[0]: row.record() for row in session.scalars(query)}
         return [found[name] for name in sorted(found)]
@@ -211,14 +205,14 @@ class JobStore:
         """At most ``limit`` jobs that run or succeeded on a base model called ``name``, the newest first."""
         if "\0" in name:
             return []
-        of_base = _Job.model.startswith(f"{name}:", autoescape=True)
-        query = select(_Job).where(of_base, _Job.status.in_(_CHECKED)).order_by(_Job.number.desc()).limit(limit)
+        of_base = JobRow.model.startswith(f"{name}:", autoescape=True)
+        query = select(JobRow).where(of_base, JobRow.status.in_(_CHECKED)).order_by(JobRow.number.desc()).limit(limit)
         with Session(self._engine) as session:
             return [row.record() for row in session.scalars(query)]
 
     def model_names(self, limit: int) -> list[str]:
         """The names of at most ``limit`` models of jobs that succeeded, sorted."""
-        query = select(_Job.model).where(_Job.status == "succeeded").distinct().order_by(_Job.model).limit(limit)
+        query = select(JobRow.model).where(JobRow.status == "succeeded").distinct().order_by(JobRow.model).limit(limit)
         with Session(self._engine) as session:
             return list(session.scalars(query))
 
@@ -238,7 +232,9 @@ class JobStore:
         if to in FINISHED:
             values |= {"finished_at": now, "activity": None, "result": result, "error": error}
         with Session(self._engine) as session, session.begin():
-            changed = session.execute(update(_Job).where(_Job.id == job, _Job.status.in_(_BEFORE[to])).values(**values))
+            changed = session.execute(
+                update(JobRow).where(JobRow.id == job, JobRow.status.in_(_BEFORE[to])).values(**values)
+            )
             if cast("CursorResult[Any]", changed).rowcount == 0:
                 return False
             _append(session, job, key=to, kind=to, at=now, data=error or {})
@@ -248,13 +244,17 @@ class JobStore:
         """Record what a job is doing, in place of what was recorded. Does nothing unless the job is running."""
         values = {"activity": activity.model_dump(mode="json")}
         with Session(self._engine) as session, session.begin():
-            session.execute(update(_Job).where(_Job.id == job, _Job.status == "running").values(**values))
+            session.execute(update(JobRow).where(JobRow.id == job, JobRow.status == "running").values(**values))
 
     def latest(self, jobs: Collection[str]) -> dict[str, Latest]:
         """What is new about each of ``jobs``."""
-        last = select(_Event.job, func.max(_Event.seq).label("seq")).where(_Event.job.in_(jobs)).group_by(_Event.job)
+        last = (
+            select(EventRow.job, func.max(EventRow.seq).label("seq"))
+            .where(EventRow.job.in_(jobs))
+            .group_by(EventRow.job)
+        )
         events = last.subquery()
-        query = select(_Job.id, events.c.seq, _Job.status, _Job.activity).join(events, events.c.job == _Job.id)
+        query = select(JobRow.id, events.c.seq, JobRow.status, JobRow.activity).join(events, events.c.job == JobRow.id)
         with Session(self._engine) as session:
             return {
                 job: Latest(seq, activity if status == "running" else None)
@@ -264,17 +264,17 @@ class JobStore:
     def count_restart(self, job: str) -> int:
         """Count a restart of the job's coordinator. Returns how many there were since the last finished round."""
         with Session(self._engine) as session, session.begin():
-            session.execute(update(_Job).where(_Job.id == job).values(restarts=_Job.restarts + 1))
-            return session.scalars(select(_Job.restarts).where(_Job.id == job)).one()
+            session.execute(update(JobRow).where(JobRow.id == job).values(restarts=JobRow.restarts + 1))
+            return session.scalars(select(JobRow.restarts).where(JobRow.id == job)).one()
 
     def publish(self, job: str, key: str, kind: str, data: dict[str, Any]) -> None:
         """Append an event, unless the job has one with this ``key``."""
         with Session(self._engine) as session, session.begin():
             # Write first, to lock the job's row (on SQLite, the database): no other process may number an event meanwhile.
-            session.execute(update(_Job).where(_Job.id == job).values(restarts=_Job.restarts))
-            if session.scalar(select(_Event.seq).where(_Event.job == job, _Event.key == key)) is None:
+            session.execute(update(JobRow).where(JobRow.id == job).values(restarts=JobRow.restarts))
+            if session.scalar(select(EventRow.seq).where(EventRow.job == job, EventRow.key == key)) is None:
                 _append(session, job, key, kind, _now(), data)
-                session.execute(update(_Job).where(_Job.id == job).values(restarts=0))
+                session.execute(update(JobRow).where(JobRow.id == job).values(restarts=0))
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> list[Event]:
         """At most ``limit`` events of a job with numbers above ``after``, the oldest first.
@@ -282,105 +282,27 @@ class JobStore:
         Raises:
             JobNotFound: there is no such job.
         """
-        query = select(_Event).where(_Event.job == job, _Event.seq > after).order_by(_Event.seq).limit(limit)
+        query = select(EventRow).where(EventRow.job == job, EventRow.seq > after).order_by(EventRow.seq).limit(limit)
         with Session(self._engine) as session:
             found = [Event(row.seq, row.kind, row.at, row.data) for row in session.scalars(query)]
         if not found:
             self.get(job)
         return found
 
+    def of_kind(self, job: str, kind: str) -> list[Event]:
+        """Every event of a job of one ``kind``, the oldest first."""
+        query = select(EventRow).where(EventRow.job == job, EventRow.kind == kind).order_by(EventRow.seq)
+        with Session(self._engine) as session:
+            return [Event(row.seq, row.kind, row.at, row.data) for row in session.scalars(query)]
+
     def newest(self, job: str, kind: str) -> Event | None:
         """The job's newest event of this kind, or None."""
-        query = select(_Event).where(_Event.job == job, _Event.kind == kind).order_by(_Event.seq.desc()).limit(1)
+        query = (
+            select(EventRow).where(EventRow.job == job, EventRow.kind == kind).order_by(EventRow.seq.desc()).limit(1)
+        )
         with Session(self._engine) as session:
             row = session.scalars(query).one_or_none()
             return Event(row.seq, row.kind, row.at, row.data) if row else None
-
-
-class _Base(DeclarativeBase):
-    pass
-
-
-class _Job(_Base):
-    __tablename__ = "jobs"
-
-    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    id: Mapped[str] = mapped_column(unique=True)
-    name: Mapped[str] = mapped_column(index=True)
-    model: Mapped[str] = mapped_column(index=True)
-    spec: Mapped[dict[str, Any]] = mapped_column(JSON)
-    status: Mapped[str] = mapped_column(index=True)
-    restarts: Mapped[int] = mapped_column("starts", default=0)
-    submitted_at: Mapped[str]
-    started_at: Mapped[str | None] = mapped_column(default=None)
-    finished_at: Mapped[str | None] = mapped_column(default=None)
-    activity: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
-    result: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
-    error: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
-    request_key: Mapped[str | None] = mapped_column(unique=True, default=None)
-
-    def record(self) -> JobRecord:
-        return JobRecord(
-            id=self.id,
-            name=self.name,
-            model=self.model,
-            spec=self.spec,
-            status=cast("Status", self.status),
-            restarts=self.restarts,
-            submitted_at=self.submitted_at,
-            started_at=self.started_at,
-            finished_at=self.finished_at,
-            activity=self.activity if self.status == "running" else None,
-            result=self.result,
-            error=self.error,
-        )
-
-
-class _Event(_Base):
-    __tablename__ = "events"
-    __table_args__ = (UniqueConstraint("job", "key"),)
-
-    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
-    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    key: Mapped[str]
-    kind: Mapped[str]
-    at: Mapped[str]
-    data: Mapped[dict[str, Any]] = mapped_column(JSON)
-
-
-class _Schema(_Base):
-    __tablename__ = "schema"
-
-    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-
-
-def _make_tables(engine: Engine) -> None:
-    """Make the tables that are missing.
-
-    ``create_all`` fails if another process makes a table at the same moment. Each further try has a table fewer to make.
-    """
-    for _ in _Base.metadata.tables:
-        with suppress(DBAPIError):
-            _Base.metadata.create_all(engine)
-            return
-    _Base.metadata.create_all(engine)
-
-
-def _check_version(engine: Engine) -> None:
-    """Check that the tables have the version that this code writes. A database without jobs is marked with this version."""
-    with Session(engine) as session:
-        found = session.scalar(select(func.max(_Schema.version)))
-        if found is None and session.scalar(select(_Job.id).limit(1)) is None:
-            with suppress(IntegrityError):  # another process marks it at the same moment
-                session.add(_Schema(version=VERSION))
-                session.commit()
-            return
-    if found != VERSION:
-        shown = engine.url.render_as_string()  # without the password
-        writer = "an earlier chainfed-ray" if found is None or found < VERSION else "a later chainfed-ray"
-        raise InvalidSetting(
-            "CHAINFED_DATABASE", shown, f"a database of version {VERSION}; this one was written by {writer}"
-        )
 
 
 def _check_id(job: str) -> None:
@@ -391,8 +313,8 @@ def _check_id(job: str) -> None:
 
 def _append(session: Session, job: str, key: str, kind: str, at: str, data: dict[str, Any]) -> None:
     """Add the next event. The caller's transaction must hold the lock of the job's row."""
-    seq = (session.scalar(select(func.max(_Event.seq)).where(_Event.job == job)) or 0) + 1
-    session.add(_Event(job=job, seq=seq, key=key, kind=kind, at=at, data=data))
+    seq = (session.scalar(select(func.max(EventRow.seq)).where(EventRow.job == job)) or 0) + 1
+    session.add(EventRow(job=job, seq=seq, key=key, kind=kind, at=at, data=data))
     session.flush()
 
 

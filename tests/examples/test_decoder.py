@@ -22,7 +22,7 @@ def test_held_out_perplexity_falls_along_the_chain(tmp_path: Path) -> None:
     document = yaml.safe_load(
         (ROOT / "examples" / "decoder.yaml").read_text().replace("path:decoder", f"path:{tmp_path}")
     )
-    document["rounds"] |= {"total": 3, "clients": 3, "local_steps": 8}
+    document["rounds"] |= {"total": 3, "clients": 2, "local_steps": 6}
     job = prepare_job(parse_job(document), tmp_path / "scratch")
     assert {excluded.client_class for excluded in job.excluded} == {"watch"}
 

@@ -161,14 +161,14 @@ def test_a_long_prompt_does_not_hold_up_a_text(llama: Path) -> None:
     written_first, long = list[Piece | Exception](), list[Piece | Exception]()
     generator.begin(saved, PROMPT, Sampling(30, temperature=1.5, seed=3), written_first.append)
     generator.step()
-    generator.begin(saved, "x" * 120, GREEDY, long.append)
+    generator.begin(saved, "x" * 300, GREEDY, long.append)
     before = len(written_first)
     generator.step()
     assert len(written_first) > before
     assert not long, "its prompt is read in parts"
     while generator.step():
         pass
-    assert long[-1] == written(generator, saved, "x" * 120, GREEDY)[1]
+    assert long[-1] == written(generator, saved, "x" * 300, GREEDY)[1]
 
 
 def test_an_error_of_the_model_ends_the_texts_that_it_concerns(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

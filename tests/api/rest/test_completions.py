@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.data.messages import Chat
 from chainfed_ray.errors import PartUnavailable
-from chainfed_ray.model.saved_stack import save_stack
+from chainfed_ray.model.saved_stack import save_so_far, save_stack
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.generator import Generator
@@ -186,7 +187,7 @@ def test_next_to_no_temperature_is_none(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("path", "change", "status", "field", "expected"),
     [
-        ("completions", {"model": "x:y"}, 404, None, "served now: tiny:chatter, tiny:classifier, tiny:writer"),
+        ("completions", {"model": "x:y"}, 404, None, "Served now: tiny:chatter, tiny:classifier, tiny:writer, tiny"),
         ("completions", {"model": CLASSIFIER}, 422, "model", "POST /v1/classify"),
         ("chat/completions", {"model": CLASSIFIER}, 422, "model", "POST /v1/classify"),
         ("classify", {"model": WRITER}, 422, "model", "POST /v1/completions"),
@@ -301,7 +302,7 @@ def test_openais_client_continues_a_chat(official: openai.OpenAI) -> None:
 def test_openais_client_sees_models_and_reasons(official: openai.OpenAI) -> None:
     assert [model.id for model in official.models.list()] == ["tiny", CHATTER, CLASSIFIER, WRITER]
     assert official.models.retrieve(CHATTER).owned_by == "chainfed"
-    with pytest.raises(openai.NotFoundError, match="served now: tiny:chatter") as missing:
+    with pytest.raises(openai.NotFoundError, match="Served now: tiny:chatter") as missing:
         official.chat.completions.create(model="none", messages=CHAT)
     assert (missing.value.code, missing.value.type) == ("model_not_found", "invalid_request_error")
     with pytest.raises(openai.UnprocessableEntityError, match="tools") as refused:
@@ -421,3 +422,39 @@ def test_a_base_model_is_called_by_its_own_name(official: openai.OpenAI, bases: 
     assert answer.choices[0].text != tuned.choices[0].text
     listed = official.models.retrieve(base).model_dump()
     assert (listed["kind"], listed["job"], listed["accuracy"]) == ("base", None, None)
+
+
+def test_a_stack_is_called_by_its_round_while_its_job_trains(
+    storage: Storage, client: TestClient, official: openai.OpenAI, bases: dict[str, Path]
+) -> None:
+    """The newest, the best, or one of them by its number. What comes after a round moves the names, and nothing else."""
+    store = JobStore(storage.database)
+    document = next(record for record in store.models() if record.model == WRITER).spec | {"name": "trains"}
+    job = store.submit(parse_job(document)).id
+    store.move(job, "running")
+
+    def commit(index: int, loss: float) -> None:
+        saved = replace(a_causal_stack(bases["writer"], seed=index), round=index)
+        save_so_far({"last": saved, **({"best": saved} if index == 0 else {})}, storage.job(job))
+        evaluation = {"loss": loss, "accuracy": 1 / loss}
+        store.publish(job, f"round-{index}", "round", {"index": index, "evaluation": evaluation})
+
+    def said(name: str) -> str:
+        asked: dict[str, Any] = {"prompt": "tide and ", "max_tokens": 8, "temperature": 0}
+        return str(official.completions.create(model=name, **asked).choices[0].text)
+
+    with pytest.raises(openai.NotFoundError, match="did you mean tiny:"):
+        said("tiny:trains@latest")
+    store.publish(job, "started", "started", {"classes": []})
+    commit(0, loss=2.0)
+    first = said("tiny:trains@latest")
+    assert first == said("tiny:trains@best") == said("tiny:trains@0")
+    commit(1, loss=3.0)
+    assert said("tiny:trains@best") == said("tiny:trains@0") == first
+    assert said("tiny:trains@latest") == said("tiny:trains@1") != first
+    found = client.get("/v1/models/tiny:trains@latest").json()
+    assert (found["id"], found["round"], found["accuracy"]) == ("tiny:trains@1", 1, pytest.approx(1 / 3))
+    commit(2, loss=4.0)
+    assert client.get("/v1/models/tiny:trains@1").status_code == 404, "it is neither the newest nor the best"
+    store.move(job, "failed", error={})
+    store.close()

@@ -179,7 +179,7 @@ def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> No
     demo = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
     # Sums for a fitted head come from the whole fleet, and others would have these processes by the end.
     demo["chain"] |= {"start": 2, "head": "zero"}
-    demo["rounds"] |= {"total": 3, "clients": 3, "local_steps": 6}
+    demo["rounds"] |= {"total": 3, "clients": 3, "local_steps": 3}
     demo["data"] |= {"max_length": 24}  # few rows are shorter: the largest batch that was planned for is among so few
     job = a_job(demo, tmp_path)
     others = {process.pid for process in client_processes()}

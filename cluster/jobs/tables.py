@@ -1,0 +1,132 @@
+"""The tables of the database of jobs, and their version."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from sqlalchemy import JSON, ForeignKey, UniqueConstraint, func, select
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from chainfed_ray.errors import InvalidSetting
+from chainfed_ray.record import VERSION
+
+Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job in the database.
+
+    Times are ISO 8601 in UTC. ``restarts`` counts how often a coordinator died since the last finished round.
+    ``activity`` is what the job is doing, as JSON; None unless it is running.
+    """
+
+    id: str
+    name: str
+    model: str
+    spec: dict[str, Any]
+    status: Status
+    restarts: int
+    submitted_at: str
+    started_at: str | None
+    finished_at: str | None
+    activity: dict[str, Any] | None
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+
+
+class _Table(DeclarativeBase):
+    pass
+
+
+class JobRow(_Table):
+    """A job."""
+
+    __tablename__ = "jobs"
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str] = mapped_column(index=True)
+    model: Mapped[str] = mapped_column(index=True)
+    spec: Mapped[dict[str, Any]] = mapped_column(JSON)
+    status: Mapped[str] = mapped_column(index=True)
+    restarts: Mapped[int] = mapped_column("starts", default=0)
+    submitted_at: Mapped[str]
+    started_at: Mapped[str | None] = mapped_column(default=None)
+    finished_at: Mapped[str | None] = mapped_column(default=None)
+    activity: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    request_key: Mapped[str | None] = mapped_column(unique=True, default=None)
+
+    def record(self) -> JobRecord:
+        """The job as it is now."""
+        return JobRecord(
+            id=self.id,
+            name=self.name,
+            model=self.model,
+            spec=self.spec,
+            status=cast("Status", self.status),
+            restarts=self.restarts,
+            submitted_at=self.submitted_at,
+            started_at=self.started_at,
+            finished_at=self.finished_at,
+            activity=self.activity if self.status == "running" else None,
+            result=self.result,
+            error=self.error,
+        )
+
+
+class EventRow(_Table):
+    """An event of a job. Its ``key`` is written once."""
+
+    __tablename__ = "events"
+    __table_args__ = (UniqueConstraint("job", "key"),)
+
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    key: Mapped[str]
+    kind: Mapped[str]
+    at: Mapped[str]
+    data: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class _Schema(_Table):
+    __tablename__ = "schema"
+
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+def make_tables(engine: Engine) -> None:
+    """Make the tables that are missing.
+
+    ``create_all`` fails if another process makes a table at the same moment. Each further try has a table fewer to make.
+    """
+    for _ in _Table.metadata.tables:
+        with suppress(DBAPIError):
+            _Table.metadata.create_all(engine)
+            return
+    _Table.metadata.create_all(engine)
+
+
+def check_version(engine: Engine) -> None:
+    """Check that the tables have the version that this code writes. A database without jobs is marked with this version.
+
+    Raises:
+        InvalidSetting: the database has another version.
+    """
+    with Session(engine) as session:
+        found = session.scalar(select(func.max(_Schema.version)))
+        if found is None and session.scalar(select(JobRow.id).limit(1)) is None:
+            with suppress(IntegrityError):  # another process marks it at the same moment
+                session.add(_Schema(version=VERSION))
+                session.commit()
+            return
+    if found != VERSION:
+        shown = engine.url.render_as_string()  # without the password
+        writer = "an earlier chainfed-ray" if found is None or found < VERSION else "a later chainfed-ray"
+        raise InvalidSetting(
+            "CHAINFED_DATABASE", shown, f"a database of version {VERSION}; this one was written by {writer}"
+        )
