@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from chainfed_ray.errors import InvalidJob, InvalidSetting
+from chainfed_ray.units import parse_bytes
 
 _PROBE_BYTES = 65536
 
@@ -105,12 +106,15 @@ class Settings:
     storage: Storage
     parallel_jobs: int = 1  # jobs that run at once
     client_slots: int = 4  # clients of a job that train at once
+    serving_bytes: int | None = (
+        None  # of models in a process that answers with them; None: half of its machine's memory
+    )
     allowed_hosts: tuple[str, ...] = ()  # names that the API answers to, besides addresses and localhost
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_DATABASE``, ``CHAINFED_SCRATCH``,
-        ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS`` and ``CHAINFED_ALLOWED_HOSTS``.
+        ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY`` and ``CHAINFED_ALLOWED_HOSTS``.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
@@ -125,6 +129,7 @@ class Settings:
             storage,
             _count(environment, "CHAINFED_PARALLEL_JOBS", 1),
             _count(environment, "CHAINFED_CLIENT_SLOTS", 2 * (os.cpu_count() or 1)),
+            _bytes(environment, "CHAINFED_SERVING_MEMORY"),
             tuple(environment.get("CHAINFED_ALLOWED_HOSTS", "").replace(",", " ").split()),
         )
 
@@ -136,8 +141,19 @@ class Settings:
             "CHAINFED_SCRATCH": str(self.storage.scratch_root),
             "CHAINFED_PARALLEL_JOBS": str(self.parallel_jobs),
             "CHAINFED_CLIENT_SLOTS": str(self.client_slots),
+            **({"CHAINFED_SERVING_MEMORY": str(self.serving_bytes)} if self.serving_bytes else {}),
             "CHAINFED_ALLOWED_HOSTS": ",".join(self.allowed_hosts),
         }
+
+
+def _bytes(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name)
+    if not text:
+        return None
+    try:
+        return parse_bytes(int(text) if text.isdecimal() else text)
+    except ValueError:
+        raise InvalidSetting(name, text, "a number of bytes such as 8GiB") from None
 
 
 def _round_of(stack: Path) -> int | None:

@@ -49,7 +49,7 @@ def test_a_picture_of_a_plan_is_refused_before_anything_is_planned(document: dic
     with pytest.raises(PackageMissing, match=r"matplotlib.*pip install 'chainfed-ray\[plots\]'"):
         cli.plan(job_file, picture=tmp_path / "plan.png")
 
-    service = Service(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, {})
+    service = Service(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, {})
     with TestClient(create_app(service), "http://localhost") as client:
         refused = client.post("/v1/plan", json=document, headers={"Accept": "image/png"})
     assert refused.status_code == 501

@@ -25,8 +25,8 @@ from chainfed_ray.spec.parse import parse_job
 from chainfed_ray.units import perplexity
 
 _QUESTION = "Which Python library is this from?\n"
-_SPLITS = {"train": 640, "validation": 80, "test": 160}  # rows
-_ASKED, _SHOWN = 64, 4  # test rows that are asked of both models, and that are shown
+_SPLITS = {"train": 640, "validation": 48, "test": 64}  # rows
+_ASKED, _SHOWN = 32, 4  # test rows that are asked of both models, and that are shown
 _AT_ONCE = 16
 _WORDS = 12  # the most tokens of an answer
 _STORY = """ SmolLM2 is a language model of 135 million weights: 513 MiB. Eight clients with 96 to 256 MiB hold \

@@ -25,7 +25,7 @@ router = APIRouter(prefix="/v1", tags=["models"])
 _MOST_COMPARED = 1000  # names, to find those that are like one that does not exist; jobs on a base model of one name
 _MOST_DIGITS = 10  # of a round
 _ROUTES: dict[ModelTask, str] = {
-    "sequence-classification": "POST /v1/classify",
+    "sequence-classification": "POST /v1/classify and POST /v1/embeddings",
     "causal-lm": "POST /v1/completions and POST /v1/chat/completions",
 }
 
@@ -64,9 +64,9 @@ async def classify(body: ClassifyRequest, request: Request, service: WithService
     answers = await while_connected(request, service.classify(found.key, body.texts))
     results = []
     for probabilities in answers:
-        scores = dict(zip(classes, probabilities, strict=True))
-        best = max(scores, key=scores.__getitem__)
-        results.append(Label(label=best, score=scores[best], scores=scores))
+        ordered = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])
+        best, score = ordered[0]
+        results.append(Label(label=best, score=score, scores=dict(ordered[: body.top_k])))
     return ClassifyResponse(model=body.model, job=job, results=results)
 
 

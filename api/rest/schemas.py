@@ -272,6 +272,7 @@ class ClassifyRequest(RequestBody):
     texts: Annotated[list[Annotated[str, Field(max_length=100_000)]], FailFast(), AfterValidator(bounded)] = Field(
         min_length=1, max_length=MOST_TEXTS, description=f"{MOST_CHARACTERS:,} characters in all, at most"
     )
+    top_k: int | None = Field(None, ge=1, description="give the scores of so many of the likeliest classes, not of all")
 
 
 class Label(BaseModel):
@@ -279,7 +280,9 @@ class Label(BaseModel):
 
     label: str
     score: float = Field(description="the probability of `label`")
-    scores: dict[str, float] = Field(description="the probability of every class")
+    scores: dict[str, float] = Field(
+        description="the probability of every class, or of the `top_k`; the likeliest first"
+    )
 
 
 class ClassifyResponse(BaseModel):

@@ -11,7 +11,7 @@ from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
 from chainfed_ray.records.forecast import Forecast
-from chainfed_ray.serving.messages import ModelKey, Piece, Prompt, Sampling
+from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
 from chainfed_ray.spec.job import JobSpec
 
 
@@ -34,6 +34,12 @@ class Classify(Protocol):
     """
 
     async def __call__(self, model: ModelKey, texts: list[str]) -> list[list[float]]: ...
+
+
+class Embed(Protocol):
+    """Embeds texts with ``model``, an encoder. Returns the embedding of each text."""
+
+    async def __call__(self, model: ModelKey, texts: list[str]) -> list[Embedding]: ...
 
 
 class Write(Protocol):
@@ -59,6 +65,7 @@ class Service:
     check: Check
     plan: DryRun
     classify: Classify
+    embed: Embed
     write: Write
     parts: dict[str, Alive]
 

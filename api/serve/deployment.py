@@ -19,7 +19,7 @@ from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import ChainFedError, PartUnavailable, ServiceBusy
-from chainfed_ray.serving.messages import ModelKey, Piece, Prompt, Sampling
+from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
 
 _RETRY_SECONDS = 5
 
@@ -50,17 +50,16 @@ class Api:
             "inference": self._inference_alive,
         }
         check, plan = self._preflight.check, self._preflight.plan
-        service = Service(self._store, check, plan, self._classify, self._write, parts)
+        service = Service(self._store, check, plan, self._classify, self._embed, self._write, parts)
         return create_app(service, self._settings.allowed_hosts)
 
     async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
-        with _errors_of_inference():
-            answer: Any = self._inference.classify.remote(model, texts)
-            try:
-                probabilities: list[list[float]] = await answer
-            finally:
-                answer.cancel()  # nothing, if it has answered
+        probabilities: list[list[float]] = await _answered(self._inference.classify.remote(model, texts))
         return probabilities
+
+    async def _embed(self, model: ModelKey, texts: list[str]) -> list[Embedding]:
+        embeddings: list[Embedding] = await _answered(self._inference.embed.remote(model, texts))
+        return embeddings
 
     async def _write(self, model: ModelKey, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         pieces = self._writing.write.remote(model, prompt, sampling)
@@ -82,6 +81,15 @@ class Api:
 
     async def _inference_alive(self) -> None:
         await self._inference.alive.remote()
+
+
+async def _answered(answer: Any) -> Any:
+    """The answer of the process of the models. It is given up if nobody waits for it any more."""
+    with _errors_of_inference():
+        try:
+            return await answer
+        finally:
+            answer.cancel()  # nothing, if it has answered
 
 
 @contextmanager
@@ -114,5 +122,5 @@ def build(arguments: Mapping[str, str]) -> serve.Application:
     ).close()  # makes the tables; a replica that starts later does not make a lost file anew
     api: Any = Api  # serve.deployment adds `bind`, which the types do not show
     inference: Any = Inference
-    application: serve.Application = api.bind(settings, inference.bind(settings.storage))
+    application: serve.Application = api.bind(settings, inference.bind(settings))
     return application

@@ -5,12 +5,13 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
+from psutil import virtual_memory
 from ray import serve
 
 from chainfed_ray.api.rest.schemas import MOST_TEXTS
 from chainfed_ray.cluster.resources import inference_options
-from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.serving.messages import Answer, ModelKey, Piece, Prompt, Question, Sampling
+from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Probabilities, Prompt, Question, Sampling
 
 _WAIT_SECONDS = 0.004  # for other requests, to be answered in one batch with them
 
@@ -27,27 +28,40 @@ def _texts_of(questions: list[Question]) -> int:
     health_check_period_s=1,
 )
 class Inference:
-    """Classifies and generates text. See ``Engine``."""
+    """Classifies, embeds and generates text. See ``Engine``."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, settings: Settings) -> None:
         # It imports torch, which the processes that only make this deployment do without.
         from chainfed_ray.serving.engine import Engine
 
-        self._engine = Engine(lambda model: storage.stack(str(model.job), model.round))
+        most_bytes = settings.serving_bytes or virtual_memory().total // 2
+        self._engine = Engine(lambda model: settings.storage.stack(str(model.job), model.round), most_bytes)
         # One thread for each kind of work, so that neither a long text nor a model that is loaded holds up a classification.
         self._classifying, self._beginning = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
 
     async def classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
         """The probability of each class for each text, by ``model``."""
-        answer: Answer | Exception = await self._classify_together(Question(model, texts))
+        answer: Probabilities | Exception = await self._classify_together(Question(model, texts))
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     @serve.batch(max_batch_size=MOST_TEXTS, batch_wait_timeout_s=_WAIT_SECONDS, batch_size_fn=_texts_of)
-    async def _classify_together(self, questions: list[Question]) -> list[Answer | Exception]:
+    async def _classify_together(self, questions: list[Question]) -> list[Probabilities | Exception]:
         """Answer requests that come at about the same time in one pass through the base model, whatever their stacks."""
         return await asyncio.get_running_loop().run_in_executor(self._classifying, self._engine.classify, questions)
+
+    async def embed(self, model: ModelKey, texts: list[str]) -> list[Embedding]:
+        """The embedding of each text, by ``model``."""
+        answer: list[Embedding] | Exception = await self._embed_together(Question(model, texts))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    @serve.batch(max_batch_size=MOST_TEXTS, batch_wait_timeout_s=_WAIT_SECONDS, batch_size_fn=_texts_of)
+    async def _embed_together(self, questions: list[Question]) -> list[list[Embedding] | Exception]:
+        """As ``_classify_together``."""
+        return await asyncio.get_running_loop().run_in_executor(self._classifying, self._engine.embed, questions)
 
     async def write(self, model: ModelKey, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         """Continue a prompt, or answer a chat, with ``model``. Yields the text piece by piece.

@@ -165,6 +165,14 @@ def load_stack(folder: Path) -> SavedStack:
     return saved
 
 
+def stored_bytes(folder: Path) -> int:
+    """The bytes of the tensors in a folder that ``save_stack`` wrote; 0 if there is none."""
+    try:
+        return (folder / _WEIGHTS).stat().st_size
+    except OSError:
+        return 0
+
+
 def _before(folder: Path) -> Path:
     """Where the old stack is while a new one takes its place."""
     return folder.with_name(f"{folder.name}.before")

@@ -1,19 +1,22 @@
-"""Classifies texts with finished stacks on a base model that stays in memory."""
+"""Classifies texts, and embeds them, with finished stacks on a base model that stays in memory."""
 
 from collections.abc import Sequence
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chainfed_ray.data.tokens import Batch, joined, tokenize
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import through_model
+from chainfed_ray.model.pooling import mean_over_tokens
 from chainfed_ray.model.saved_stack import SavedStack
-from chainfed_ray.serving.stack_batch import StackBatch
+from chainfed_ray.serving.messages import Embedding
+from chainfed_ray.serving.stack_batch import RowStacks, StackBatch
 
+_MOST_TOKENS = 512  # of a text that is embedded with the base model alone, if the model has as many positions
 _TOKENS = 256  # of a padded batch: on a processor, larger ones are slower, because less of them stays in its cache
 
 
@@ -53,6 +56,34 @@ class Classifier:
                 found[index] = torch.softmax(logits[: len(saved.classes)], -1)
         answers = iter(found)
         return [torch.stack(list(islice(answers, len(texts)))) for _, texts in asked]
+
+    def embeddings(self, asked: Sequence[tuple[SavedStack | None, Sequence[str]]]) -> list[list[Embedding]]:
+        """For each stack, or the base model alone, and its texts, the embedding of each text.
+
+        It is the mean over the text's tokens of the model's output, with length 1, as sentence-transformers computes it.
+        """
+        owners = [saved for saved, texts in asked for _ in texts]
+        examples = joined(
+            [tokenize(self._tokenizer, texts, [0] * len(texts), self._most_tokens(saved)) for saved, texts in asked]
+        )
+        found: list[Embedding] = [Embedding([], 0)] * len(owners)
+        for indices in examples.by_tokens(_TOKENS):
+            vectors = self._vectors(examples.batch(indices), [owners[index] for index in indices])
+            for index, vector in zip(indices, vectors, strict=True):
+                found[index] = Embedding(vector.tolist(), int(examples.lengths[index]))
+        answers = iter(found)
+        return [list(islice(answers, len(texts))) for _, texts in asked]
+
+    def _most_tokens(self, saved: SavedStack | None) -> int:
+        return saved.max_length if saved else min(self._blocks.positions or _MOST_TOKENS, _MOST_TOKENS)
+
+    @torch.no_grad()
+    def _vectors(self, batch: Batch, owners: Sequence[SavedStack | None]) -> Tensor:
+        """The embeddings of a batch, [B, D]."""
+        stacks = RowStacks([saved.stack if saved else None for saved in owners])
+        states = through_model(self._blocks, stacks, enumerate(self._layers), batch)
+        finished = self._blocks.finish(states.hidden, batch.mask)
+        return nn.functional.normalize(mean_over_tokens(finished.float(), batch.mask), dim=-1)
 
     @torch.no_grad()
     def _logits(self, batch: Batch, owners: Sequence[SavedStack]) -> Tensor:

@@ -1,52 +1,90 @@
-"""Answers with every model of one process: base models and stacks are loaded when they are asked for, and kept if used."""
+"""Answers with every model of one process: base models and stacks are loaded when they are asked for, within its memory."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Condition, Thread
 
 import torch
 
-from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.hub import resolve
+from chainfed_ray.model.saved_stack import SavedStack, load_stack, stored_bytes
 from chainfed_ray.serving.classifier import Classifier
 from chainfed_ray.serving.generator import Emit, Generator
-from chainfed_ray.serving.messages import Answer, ModelKey, Prompt, Question, Sampling
-from chainfed_ray.serving.questions import answer_together
+from chainfed_ray.serving.messages import Embedding, ModelKey, Probabilities, Prompt, Question, Sampling
+from chainfed_ray.serving.questions import Asked, answer_together
+from chainfed_ray.serving.shelf import Shelf
+from chainfed_ray.streaming.checkpoint import Checkpoint
 
-_MODELS_IN_MEMORY = 2  # for each of the two kinds of work
-_STACKS_IN_MEMORY = 256
+_FOR_ROWS = 8  # one part in so many of the memory is for the keys and values of the texts of one language model
 
 
 class Engine:
-    """Classifies and writes with stacks; ``folder_of`` says where that of a model is.
+    """Classifies, embeds and writes with models of ``most_bytes`` together; ``folder_of`` says where a model's stack is.
 
-    One thread may classify and one may begin texts, at the same time. A thread of its own writes the texts.
+    One thread may classify and embed, and one may begin texts, at the same time. A thread of its own writes the texts.
     """
 
-    def __init__(self, folder_of: Callable[[ModelKey], Path]) -> None:
+    def __init__(self, folder_of: Callable[[ModelKey], Path], most_bytes: int) -> None:
         torch.set_num_threads(1)
-        self._stack = lru_cache(_STACKS_IN_MEMORY)(lambda model: load_stack(folder_of(model)))
-        self._classifier = lru_cache(_MODELS_IN_MEMORY)(lambda base, dtype: Classifier(base, _dtype(dtype)))
-        self._generator = lru_cache(_MODELS_IN_MEMORY)(lambda base, dtype: Generator(base, _dtype(dtype)))
+        self._folder_of = folder_of
+        self._shelf = Shelf(most_bytes)
+        self._row_bytes = most_bytes // _FOR_ROWS
         self._writing = list[Generator]()
         self._begun = Condition()
         Thread(target=self._write, name="writing", daemon=True).start()
 
-    def classify(self, questions: Sequence[Question]) -> list[Answer | Exception]:
-        """See ``answer_together``."""
-        return answer_together(questions, self._stack, self._classifier)
+    def classify(self, questions: Sequence[Question]) -> list[Probabilities | Exception]:
+        """The probability of each class for each text of each question. See ``answer_together``."""
+
+        def answer(base: str, dtype: str, asked: Asked) -> list[Probabilities]:
+            stacks = [(saved, texts) for saved, texts in asked if saved]
+            assert len(stacks) == len(asked), "a base model alone has no classes"
+            with self._encoder(base, dtype) as encoder:
+                return [found.tolist() for found in encoder.of_each(stacks)]
+
+        return answer_together(questions, self._stack, answer)
+
+    def embed(self, questions: Sequence[Question]) -> list[list[Embedding] | Exception]:
+        """The embedding of each text of each question. See ``answer_together``."""
+
+        def answer(base: str, dtype: str, asked: Asked) -> list[list[Embedding]]:
+            with self._encoder(base, dtype) as encoder:
+                return encoder.embeddings(asked)
+
+        return answer_together(questions, self._stack, answer)
 
     def begin(
         self, model: ModelKey, prompt: Prompt, sampling: Sampling, emit: Emit, cancelled: Callable[[], bool]
     ) -> None:
         """Load what ``model`` needs, and begin a text with it. See ``Generator.begin``."""
-        saved = self._stack(model) if model.job else None
-        generator = self._generator(model.base, model.dtype)
-        generator.begin(saved, prompt, sampling, emit, cancelled)
+        saved = self._stack(model)
+        with self._generator(model.base, model.dtype) as generator:
+            generator.begin(saved, prompt, sampling, emit, cancelled)
         with self._begun:
             if generator not in self._writing:
                 self._writing.append(generator)
             self._begun.notify()
+
+    def _stack(self, model: ModelKey) -> SavedStack | None:
+        if model.job is None:
+            return None
+        folder = self._folder_of(model)
+        with self._shelf.using(model, lambda: stored_bytes(folder), lambda: load_stack(folder)) as saved:
+            found: SavedStack = saved
+            return found
+
+    def _encoder(self, base: str, dtype: str) -> AbstractContextManager[Classifier]:
+        return self._shelf.using(
+            ("encoder", base, dtype), lambda: _weight_bytes(base, dtype), lambda: Classifier(base, _dtype(dtype))
+        )
+
+    def _generator(self, base: str, dtype: str) -> AbstractContextManager[Generator]:
+        return self._shelf.using(
+            ("generator", base, dtype),
+            lambda: _weight_bytes(base, dtype) + self._row_bytes,
+            lambda: Generator(base, _dtype(dtype), row_bytes=self._row_bytes),
+        )
 
     def _write(self) -> None:
         """Let every text grow by a token, again and again; wait while there is none."""
@@ -63,6 +101,15 @@ class Engine:
         with self._begun:
             if generator.is_idle:
                 self._writing.remove(generator)
+
+
+def _weight_bytes(base: str, dtype: str) -> int:
+    """The bytes of all tensors of a base model's checkpoint, once they are loaded."""
+    checkpoint = Checkpoint(resolve(base))
+    try:
+        return sum(checkpoint.loaded_bytes(name, _dtype(dtype)) for name in checkpoint.names)
+    finally:
+        checkpoint.close()
 
 
 def _dtype(name: str) -> torch.dtype:

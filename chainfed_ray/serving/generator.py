@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chainfed_ray.errors import InvalidJob
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import FinishReason, Piece, Prompt, Sampling, TokenChances
@@ -22,6 +23,7 @@ from chainfed_ray.serving.stack_batch import RowAdapters, adapters_of
 Emit = Callable[[Piece | Exception], None]
 """Takes the pieces of a text as they come. The last one has a finish reason, unless an exception ends the text."""
 
+MOST_ROWS = 16
 _BETWEEN = 128  # tokens of prompts that are read between two steps: several short prompts, or a part of a long one
 _AT_ONCE = 1024  # the same while no text is written
 
@@ -42,6 +44,11 @@ class _Row:
     written: list[int] = field(default_factory=list)
     chances: list[TokenChances] = field(default_factory=list)  # of tokens that no piece has told yet
 
+    @property
+    def columns(self) -> int:
+        """The columns of the cache that it may take."""
+        return len(self.prompt) + self.most
+
     def tell(self, text: str, reason: FinishReason | None = None) -> None:
         """Emit a piece."""
         self.emit(Piece(text, len(self.prompt), len(self.written), reason, tuple(self.chances)))
@@ -51,13 +58,16 @@ class _Row:
 class Generator:
     """Writes texts with the language model ``base``, up to ``most_rows`` at once. It is not thread-safe.
 
+    The keys and values of the texts take ``row_bytes`` at most. A text waits until there is room for all that it may become.
+
     Raises:
         InvalidJob: there is no such base model.
     """
 
-    def __init__(self, base: str, dtype: torch.dtype, most_rows: int = 16) -> None:
+    def __init__(self, base: str, dtype: torch.dtype, most_rows: int = MOST_ROWS, row_bytes: int | None = None) -> None:
         self._model = LanguageModel(base, dtype)
         self._most_rows = most_rows if self._model.has_rows else 1
+        self._most_columns = None if row_bytes is None else row_bytes // self._model.token_bytes()
         self._waiting = deque[_Row]()
         self._reading: tuple[_Row, Any] | None = None  # with its cache
         self._rows, self._cache = list[_Row](), self._model.new_cache()
@@ -81,6 +91,11 @@ class Generator:
         """
         ids = self._model.tokens_of(prompt)
         most = self._model.most_after(prompt, len(ids), sampling.max_tokens)
+        if self._most_columns is not None and len(ids) + most > self._most_columns:
+            expected = (
+                f"at most {self._most_columns} tokens, the prompt's {len(ids)} included: there is memory for no more"
+            )
+            raise InvalidJob.at("max_tokens", most, expected)
         text = self._model.detokenizer(ids, sampling.stop)
         self._waiting.append(_Row(saved, ids, most, Sampler(sampling), sampling.likeliest, text, emit, cancelled))
 
@@ -136,7 +151,7 @@ class Generator:
 
         Returns how many were read: none if no prompt waits, or if there is no room for its text.
         """
-        if self._reading is None and self._waiting and len(self._rows) < self._most_rows:
+        if self._reading is None and self._waiting and self._has_room(self._waiting[0]):
             self._reading = self._waiting.popleft(), self._model.new_cache()
         if self._reading is None:
             return 0
@@ -154,6 +169,12 @@ class Generator:
             if self._goes_on(row, logits[0]):
                 self._join(row, cache)
         return len(part)
+
+    def _has_room(self, row: _Row) -> bool:
+        """True if the row can join. All rows take the columns of the longest."""
+        columns = max(one.columns for one in (*self._rows, row))
+        fits = self._most_columns is None or (len(self._rows) + 1) * columns <= self._most_columns
+        return fits and len(self._rows) < self._most_rows
 
     def _goes_on(self, row: _Row, logits: Tensor) -> bool:
         """Choose the next token of a text, and emit what it adds. False if that is the end of the text."""

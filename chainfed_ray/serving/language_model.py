@@ -72,6 +72,12 @@ class LanguageModel:
         logits: Tensor = output.logits[:, -1]
         return logits
 
+    def token_bytes(self) -> int:
+        """The bytes that the cache holds for each token of a row."""
+        cache = self.new_cache()
+        self.logits(torch.tensor([[0]]), [0], {}, cache)
+        return sum(states[:, :, :1].nbytes for layer in cache.layers for states in (layer.keys, layer.values)) or 1
+
     def chances(self, logits: Tensor, token: int, count: int) -> TokenChances:
         """The chances by logits [V] of ``token``, and of the ``count`` likeliest tokens."""
         logprobs = torch.log_softmax(logits.float(), -1)

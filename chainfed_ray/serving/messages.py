@@ -7,7 +7,7 @@ from chainfed_ray.data.messages import Chat
 
 MOST_TOKENS = 256  # the limit of a text's tokens where the caller gives none
 
-Answer = list[list[float]]
+Probabilities = list[list[float]]
 """The probability of each class, for each text."""
 
 FinishReason = Literal["stop", "length"]
@@ -27,10 +27,17 @@ class ModelKey(NamedTuple):
 
 
 class Question(NamedTuple):
-    """The texts to be classified with ``model``, which has a stack."""
+    """The texts to be classified with ``model``, which then has a stack, or to be embedded."""
 
     model: ModelKey
     texts: list[str]
+
+
+class Embedding(NamedTuple):
+    """The embedding of a text, D numbers, and how many tokens the text has."""
+
+    values: list[float]
+    tokens: int
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,22 @@ def adapters_of(stacks: Sequence[AdapterStack | None]) -> RowAdapters:
     return {layer: _at(layer, stacks) for layer in layers}
 
 
+class RowStacks:
+    """The adapters of B rows, whatever comes after them: row i has those of ``stacks[i]``, or none. No features are pooled."""
+
+    def __init__(self, stacks: Sequence[AdapterStack | None]) -> None:
+        self._adapters = adapters_of(stacks)
+        self.layers = tuple(sorted(self._adapters))
+
+    def adapter(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """The rows' adapters that follow ``layer``: [B, T, D] → [B, T, D]."""
+        return self._adapters[layer]
+
+    def pool(self, pooled: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+        """See ``Adapted``."""
+        return pooled
+
+
 class StackBatch:
     """The classifiers' stacks of B rows: row i has the adapters and the head of ``stacks[i]``."""
 

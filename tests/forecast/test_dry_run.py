@@ -327,7 +327,9 @@ def client(untimed: None) -> Iterator[TestClient]:
 
     unused = cast("Any", None)
     with TestClient(
-        create_app(Service(unused, unused, plan, unused, unused, {})), "http://localhost", raise_server_exceptions=False
+        create_app(Service(unused, unused, plan, unused, unused, unused, {})),
+        "http://localhost",
+        raise_server_exceptions=False,
     ) as made:
         yield made
 

@@ -13,6 +13,7 @@ from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.generator import Generator
+from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import Piece, Sampling
 from tests.causal import FAMILIES, a_causal_stack, byte_tokenizer, causal_folder, streamed_logits, written
 
@@ -184,3 +185,21 @@ def test_an_error_of_the_model_ends_the_texts_that_it_concerns(llama: Path, monk
     while generator.step():
         pass
     assert waiting[-1] == written(generator, saved, PROMPT, GREEDY)[1]
+
+
+def test_texts_wait_for_the_memory_of_what_they_may_become(llama: Path) -> None:
+    saved, alone = a_causal_stack(llama), Generator(f"path:{llama}", torch.float32)
+    token_bytes = LanguageModel(f"path:{llama}", torch.float32).token_bytes()
+    assert token_bytes == 2 * 2 * 16 * 4, "keys and values, two layers, 16 numbers of four bytes"
+    generator = Generator(f"path:{llama}", torch.float32, row_bytes=token_bytes * 60)
+    told: list[list[Piece | Exception]] = [[] for _ in range(3)]
+    for pieces in told:  # each may take 9 + 12 columns, so there is room for two
+        generator.begin(saved, PROMPT, GREEDY, pieces.append)
+    while len(told[0]) < 2:
+        generator.step()
+    assert [bool(pieces) for pieces in told] == [True, True, False]
+    while generator.step():
+        pass
+    assert {pieces[-1] for pieces in told} == {written(alone, saved, PROMPT, GREEDY)[1]}
+    with pytest.raises(InvalidJob, match=r"max_tokens is 52; expected at most 60 tokens, the prompt's 9 included"):
+        generator.begin(saved, PROMPT, Sampling(52), print)

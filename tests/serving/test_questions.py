@@ -1,24 +1,20 @@
 """Questions that come together are answered together, each as if it had come alone."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
-from chainfed_ray.errors import InvalidJob
-from chainfed_ray.model.saved_stack import SavedStack
+from chainfed_ray.errors import CorruptCommit, InvalidJob
+from chainfed_ray.model.saved_stack import SavedStack, save_stack
 from chainfed_ray.serving.classifier import Classifier
+from chainfed_ray.serving.engine import Engine
 from chainfed_ray.serving.messages import ModelKey, Question
-from chainfed_ray.serving.questions import answer_together
 from tests.models import a_saved_stack
 
 TEXTS = ["salt tide wave", "worm", "a longer text about ships and stars", "wind"]
-
-
-def of_job(stacks: dict[str, SavedStack]) -> Callable[[ModelKey], SavedStack]:
-    return lambda model: stacks[str(model.job)]
 
 
 @pytest.fixture
@@ -26,8 +22,15 @@ def stacks(tiny_model_folder: Path) -> dict[str, SavedStack]:
     return {f"job-{seed}": a_saved_stack(tiny_model_folder, classes=3 + seed, seed=seed) for seed in range(3)}
 
 
+@pytest.fixture
+def engine(stacks: dict[str, SavedStack], tmp_path: Path) -> Engine:
+    for job, saved in stacks.items():
+        save_stack(saved, tmp_path / job)
+    return Engine(lambda model: tmp_path / str(model.job), 2**30)
+
+
 def test_questions_to_many_stacks_are_answered_in_one_pass(
-    tiny_model_folder: Path, stacks: dict[str, SavedStack], monkeypatch: pytest.MonkeyPatch
+    tiny_model_folder: Path, stacks: dict[str, SavedStack], engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, plain, passes = f"path:{tiny_model_folder}", Classifier.of_each, list[int]()
 
@@ -36,22 +39,18 @@ def test_questions_to_many_stacks_are_answered_in_one_pass(
         return plain(self, asked)
 
     monkeypatch.setattr(Classifier, "of_each", counted)
-    classifier = Classifier(base, torch.float32)
-    questions = [
-        Question(ModelKey(base, "float32", job), TEXTS[place % 2 :]) for place, job in enumerate([*stacks, *stacks])
-    ]
-    answers = answer_together(questions, of_job(stacks), lambda base, dtype: classifier)
+    jobs = [*stacks, *stacks]
+    questions = [Question(ModelKey(base, "float32", job), TEXTS[place % 2 :]) for place, job in enumerate(jobs)]
+    answers = engine.classify(questions)
     assert passes == [len(questions)]
+    classifier = Classifier(base, torch.float32)
     for question, answer in zip(questions, answers, strict=True):
         expected = classifier.probabilities(stacks[str(question.model.job)], question.texts)
         assert not isinstance(answer, Exception)
         torch.testing.assert_close(torch.tensor(answer), expected, rtol=0, atol=1e-6)
 
 
-def test_what_one_question_lacks_is_its_own_error(tiny_model_folder: Path, stacks: dict[str, SavedStack]) -> None:
-    def load(base: str, dtype: str) -> Classifier:
-        return Classifier(base, getattr(torch, dtype))
-
+def test_what_one_question_lacks_is_its_own_error(tiny_model_folder: Path, engine: Engine) -> None:
     there = f"path:{tiny_model_folder}"
     questions = [
         Question(ModelKey(there, "float32", "job-0"), TEXTS),
@@ -59,9 +58,31 @@ def test_what_one_question_lacks_is_its_own_error(tiny_model_folder: Path, stack
         Question(ModelKey("path:/nowhere", "float32", "job-1"), TEXTS),
         Question(ModelKey(there, "float32", "job-2"), TEXTS),
     ]
-    first, no_stack, no_base, last = answer_together(questions, of_job(stacks), load)
-    assert isinstance(no_stack, KeyError)
+    first, no_stack, no_base, last = engine.classify(questions)
+    assert isinstance(no_stack, CorruptCommit)
     assert isinstance(no_base, InvalidJob)
     assert isinstance(first, list)
     assert isinstance(last, list)
     assert (len(first), len(last)) == (len(TEXTS), len(TEXTS))
+
+
+@torch.no_grad()
+def test_an_embedding_is_the_mean_of_the_models_output(tiny_model_folder: Path, engine: Engine) -> None:
+    """Of the base model alone it is what Hugging Face's own code gives; a stack changes it, in the same pass."""
+    base = f"path:{tiny_model_folder}"
+    alone, tuned = engine.embed(
+        [Question(ModelKey(base, "float32"), TEXTS), Question(ModelKey(base, "float32", "job-1"), TEXTS)]
+    )
+    assert isinstance(alone, list)
+    assert isinstance(tuned, list)
+    model, tokenizer = AutoModel.from_pretrained(tiny_model_folder), AutoTokenizer.from_pretrained(tiny_model_folder)
+    for text, found, other in zip(TEXTS, alone, tuned, strict=True):
+        encoded = tokenizer(text, return_tensors="pt")
+        mean = model.eval()(**encoded).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(torch.tensor(found.values), mean / mean.norm(), rtol=0, atol=1e-6)
+        assert found.tokens == encoded["input_ids"].shape[1]
+        assert torch.tensor(other.values).norm() == pytest.approx(1)
+        assert other.values != found.values
+    lone = engine.embed([Question(ModelKey(base, "float32", "job-1"), TEXTS)])[0]
+    assert isinstance(lone, list)
+    torch.testing.assert_close(torch.tensor([one.values for one in lone]), torch.tensor([one.values for one in tuned]))

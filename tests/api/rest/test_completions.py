@@ -21,14 +21,14 @@ from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.api.serve.inference import Inference
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.data.messages import Chat
 from chainfed_ray.errors import PartUnavailable
 from chainfed_ray.model.saved_stack import save_so_far, save_stack
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.generator import Generator
-from chainfed_ray.serving.messages import ModelKey, Piece, Sampling
+from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 from tests.causal import a_causal_stack, causal_folder, written
@@ -73,7 +73,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path], ti
 @pytest.fixture(scope="module")
 def inference(storage: Storage) -> Any:
     """The class of the deployment, without Ray around it."""
-    return Inference.func_or_class(storage)
+    return Inference.func_or_class(Settings(storage))
 
 
 @pytest.fixture
@@ -87,13 +87,18 @@ def client(storage: Storage, inference: Any) -> Iterator[TestClient]:
     async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:
         raise NotImplementedError
 
+    async def embed(model: ModelKey, texts: list[str]) -> list[Embedding]:
+        raise NotImplementedError
+
     def write(model: ModelKey, prompt: str | Chat, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         pieces: AsyncGenerator[Piece, None] = inference.write(model, prompt, sampling)
         return pieces
 
     store = JobStore(storage.database)
     with TestClient(
-        create_app(Service(store, check, plan, classify, write, {})), "http://localhost", raise_server_exceptions=False
+        create_app(Service(store, check, plan, classify, embed, write, {})),
+        "http://localhost",
+        raise_server_exceptions=False,
     ) as made:
         yield made
     store.close()
@@ -239,7 +244,7 @@ def test_a_stream_that_has_begun_says_what_went_wrong(storage: Storage) -> None:
         raise PartUnavailable("the process of the models", "ended", 5)
 
     store, unused = JobStore(storage.database), cast("Any", None)
-    app = create_app(Service(store, unused, unused, unused, write, {}))
+    app = create_app(Service(store, unused, unused, unused, unused, write, {}))
     with TestClient(app, "http://localhost") as client:
         first, last, after = client.post("/v1/completions", json={**ASKED, "stream": True}).text.split("\n\n")
     store.close()

@@ -27,7 +27,7 @@ from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.records.forecast import Forecast
-from chainfed_ray.serving.messages import ModelKey, Piece, Sampling
+from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job, parse_yaml
 
@@ -49,12 +49,15 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:
         raise NotImplementedError
 
+    async def embed(model: ModelKey, texts: list[str]) -> list[Embedding]:
+        raise NotImplementedError
+
     def write(model: ModelKey, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         raise NotImplementedError
 
     store = JobStore(f"sqlite:///{tmp_path_factory.mktemp('store') / 'jobs.db'}")
     yield create_app(
-        Service(store, check, plan, classify, write, {}), ["testserver"]
+        Service(store, check, plan, classify, embed, write, {}), ["testserver"]
     )  # the name that schemathesis gives it
     store.close()
 

@@ -13,7 +13,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.records.forecast import Forecast
-from chainfed_ray.serving.messages import ModelKey, Piece, Sampling
+from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 
 _MOST_ANSWERED = 64 * 2**10  # bytes
@@ -32,11 +32,14 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:
         raise NotImplementedError
 
+    async def embed(model: ModelKey, texts: list[str]) -> list[Embedding]:
+        raise NotImplementedError
+
     def write(model: ModelKey, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         raise NotImplementedError
 
     store = JobStore(f"sqlite:///{tmp_path_factory.mktemp('store') / 'jobs.db'}")
-    app = create_app(Service(store, check, plan, classify, write, {}))
+    app = create_app(Service(store, check, plan, classify, embed, write, {}))
     with TestClient(app, "http://localhost", raise_server_exceptions=False) as made:
         yield made
     store.close()

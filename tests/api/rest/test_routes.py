@@ -30,7 +30,7 @@ from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.classifier import Classifier
-from chainfed_ray.serving.messages import ModelKey, Piece, Sampling
+from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 from tests.pools import Killed, dying
@@ -50,6 +50,9 @@ def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
         answers: list[list[float]] = classifier.probabilities(load_stack(storage.model(str(model.job))), texts).tolist()
         return answers
 
+    async def embed(model: ModelKey, texts: list[str]) -> list[Embedding]:
+        raise NotImplementedError
+
     def write(model: ModelKey, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         raise NotImplementedError
 
@@ -59,7 +62,7 @@ def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
     async def works() -> None:
         store.check()
 
-    app = create_app(Service(store, check, plan, classify, write, {"database": works, "inference": broken}))
+    app = create_app(Service(store, check, plan, classify, embed, write, {"database": works, "inference": broken}))
     with TestClient(app, "http://localhost", raise_server_exceptions=False) as made:
         yield made
 

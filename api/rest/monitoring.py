@@ -1,8 +1,10 @@
-"""The route that Prometheus scrapes: jobs, rounds, and the memory of clients and the server.
+"""Routes for operators: whether the process is alive, whether every part works, and what Prometheus scrapes.
 
 Metrics are sums of what is in the database, so every replica gives the same answer.
 """
 
+import asyncio
+import logging
 from collections.abc import Iterator
 from typing import get_args
 
@@ -10,7 +12,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from chainfed_ray.api.rest.schemas import JobStatus
+from chainfed_ray.api.rest.schemas import Health, JobStatus
 from chainfed_ray.api.rest.service import WithService
 from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
 from chainfed_ray.cluster.jobs.tables import JobRecord
@@ -22,6 +24,35 @@ router = APIRouter(tags=["health"])
 _RUNNING_JOBS = 100  # the most jobs at work that have metrics
 FINISHED_JOBS = 10  # how many of the newest finished jobs have metrics
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
+
+
+_PATIENCE_SECONDS = 5.0  # for a part of the service
+_log = logging.getLogger(__name__)
+
+
+@router.get("/healthz")
+async def healthz() -> Health:
+    """Answer that the process is alive."""
+    return Health(status="ok", checks={})
+
+
+@router.get("/readyz", responses={503: {"model": Health}})
+async def readyz(response: Response, service: WithService) -> Health:
+    """Check the database, the controller and inference. If one fails, the status is 503 and `checks` says why."""
+    checks = {}
+    for name, alive in service.parts.items():
+        try:
+            await asyncio.wait_for(alive(), _PATIENCE_SECONDS)
+        except TimeoutError:
+            checks[name] = f"no answer within {_PATIENCE_SECONDS:g} s"
+        except Exception as error:  # whatever one part raises, the others are still checked
+            _log.warning("%s does not work", name, exc_info=error)
+            checks[name] = f"{type(error).__name__}; the service's log says more"
+        else:
+            checks[name] = "ok"
+    works = all(state == "ok" for state in checks.values())
+    response.status_code = 200 if works else 503
+    return Health(status="ok" if works else "unavailable", checks=checks)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": _TEXT}})

@@ -1,0 +1,83 @@
+"""The route that embeds texts, in the format of OpenAI's API."""
+
+import struct
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import AfterValidator, BaseModel, FailFast, Field
+
+from chainfed_ray.api.rest.callers import while_connected
+from chainfed_ray.api.rest.models import served
+from chainfed_ray.api.rest.openai_schemas import PromptText, Strings
+from chainfed_ray.api.rest.schemas import MOST_CHARACTERS, MOST_TEXTS, RequestBody, bounded
+from chainfed_ray.api.rest.service import WithService
+from chainfed_ray.serving.messages import Embedding
+
+router = APIRouter(prefix="/v1", tags=["models"])
+
+
+class EmbeddingRequest(RequestBody):
+    """Texts to embed."""
+
+    model: str = Field(description="a name from `GET /v1/models` whose task is `sequence-classification`")
+    input: Annotated[list[PromptText], FailFast(), Strings, AfterValidator(bounded)] = Field(
+        min_length=1, max_length=MOST_TEXTS, description=f"{MOST_CHARACTERS:,} characters in all, at most"
+    )
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="`base64`: each embedding as 32-bit floats, little-endian, in base64"
+    )
+    dimensions: None = Field(None, description="not supported: an embedding has the model's dimensions")
+    user: str | None = Field(None, description="accepted and ignored; it is not stored")
+
+
+class EmbeddingUsage(BaseModel):
+    """Counts of tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingEntry(BaseModel):
+    """The embedding of one text."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int = Field(description="which text, counted from 0")
+    embedding: list[float] | str
+
+
+class EmbeddingList(BaseModel):
+    """The embeddings of all texts."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[EmbeddingEntry]
+    usage: EmbeddingUsage
+
+    @classmethod
+    def of(cls, request: EmbeddingRequest, found: Sequence[Embedding]) -> "EmbeddingList":
+        """The answer to ``request``."""
+        packed = request.encoding_format == "base64"
+        return cls(
+            model=request.model,
+            data=[
+                EmbeddingEntry(index=index, embedding=_packed(text.values) if packed else text.values)
+                for index, text in enumerate(found)
+            ],
+            usage=EmbeddingUsage(
+                prompt_tokens=sum(text.tokens for text in found), total_tokens=sum(text.tokens for text in found)
+            ),
+        )
+
+
+def _packed(values: list[float]) -> str:
+    return b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+
+@router.post("/embeddings")
+async def embeddings(body: EmbeddingRequest, request: Request, service: WithService) -> EmbeddingList:
+    """Embed texts with an encoder, or with a classifier's stack on it. In the format of OpenAI's API."""
+    found = await served(service, body.model, "sequence-classification")
+    answers = await while_connected(request, service.embed(found.key, body.input))
+    return EmbeddingList.of(body, answers)
