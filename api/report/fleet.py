@@ -4,8 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from chainfed_ray.budget.planner import WeightPlacement
-from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn
+from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn, Weights
 
 _NAME_LENGTH = 14
 
@@ -19,7 +18,7 @@ class TurnSettings(NamedTuple):
 
     window: int
     micro_batch: int
-    weights: WeightPlacement
+    weights: Weights
     activations_offloaded: bool
 
     @classmethod

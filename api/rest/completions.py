@@ -34,9 +34,8 @@ from chainfed_ray.api.rest.openai_schemas import (
     Usage,
 )
 from chainfed_ray.api.rest.service import Service, WithService
-from chainfed_ray.data.messages import Chat
 from chainfed_ray.errors import ChainFedError
-from chainfed_ray.serving.messages import FinishReason, Piece, Sampling, TokenChances
+from chainfed_ray.serving.messages import FinishReason, Piece, Prompt, Sampling, TokenChances
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
@@ -149,7 +148,7 @@ class _Chats(_Common):
 
 
 async def _answer(
-    options: GenerationOptions, prompts: Sequence[str | Chat], form: _Format, request: Request, service: Service
+    options: GenerationOptions, prompts: Sequence[Prompt], form: _Format, request: Request, service: Service
 ) -> Response:
     model = (await served(service, options.model, "causal-lm")).key
     asked = [(prompt, sampling) for prompt in prompts for sampling in _samplings(options)]

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, FailFast, Field, TypeAdapter, model_validator
 
 from chainfed_ray.api.rest.schemas import MOST_CHARACTERS, RequestBody, bounded
-from chainfed_ray.data.messages import Chat, Message
-from chainfed_ray.serving.messages import MOST_TOKENS, Chance, FinishReason, Sampling, TokenChances
+from chainfed_ray.serving.messages import MOST_TOKENS, Chance, FinishReason, Prompt, Sampling, TokenChances, chat_of
 
 _UNFINISHED = "\ufffd"  # what tokenizers decode the bytes of an incomplete character to
 
@@ -198,9 +197,9 @@ class ChatRequest(GenerationOptions):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def chat(self) -> Chat:
+    def chat(self) -> Prompt:
         """The messages in the form that the generator takes."""
-        return tuple(Message(message.role, message.content) for message in self.messages)
+        return chat_of((message.role, message.content) for message in self.messages)
 
     @property
     def most_tokens(self) -> int | None:

@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.budget.planner import WeightPlacement
 from chainfed_ray.cluster.jobs.tables import JobRecord
 from chainfed_ray.cluster.jobs.versions import Trained
-from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn
+from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn, Weights
 
 _MOST_KEYS = 100
 MOST_TEXTS = 256  # of a request
@@ -49,7 +48,7 @@ class ClassMemory(BaseModel):
     peak: int | None = Field(description="the largest measured memory of a turn, in bytes; null if none was measured")
     window: int = Field(description="the fewest adapters that a client trains together")
     micro_batch: int = Field(description="the fewest examples that a client holds at a time")
-    weights: WeightPlacement = Field(
+    weights: Weights = Field(
         description="`resident`: all clients hold whole layers in memory; `streamed`: some stream a layer's matrices"
     )
     activations_offloaded: bool = Field(description="true if some client keeps saved activations on disk")

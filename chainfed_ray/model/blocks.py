@@ -253,6 +253,19 @@ class Blocks:
         module.load_state_dict(tensors, assign=True)
 
 
+def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """The bytes of all tensors of the checkpoint in ``folder``, once they are loaded as ``dtype``.
+
+    Raises:
+        UnsupportedModel: the folder has no checkpoint.
+    """
+    checkpoint = Checkpoint(folder)
+    try:
+        return sum(checkpoint.loaded_bytes(name, dtype) for name in checkpoint.names)
+    finally:
+        checkpoint.close()
+
+
 class _BlankSlices:
     """Each matrix as one slice, without values."""
 

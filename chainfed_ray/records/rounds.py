@@ -18,6 +18,9 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+Weights = WeightPlacement
+"""Where the weights of a turn's layers are: in memory, or read in slices."""
+
 Measured = Annotated[float | None, BeforeValidator(finite)]
 """A measured value of a model, such as a loss. A value that is not finite is recorded as None."""
 
@@ -33,7 +36,7 @@ class AdmittedClient(Record):
     disk_bytes: int
     window: int
     micro_batch: int
-    weights: WeightPlacement
+    weights: Weights
     activations_offloaded: bool
     cached: bool
 
@@ -129,7 +132,7 @@ class Turn(Record):
     cpu_seconds: float
     bottom: int
     micro_batch: int
-    weights: WeightPlacement
+    weights: Weights
     activations_offloaded: bool
     budget_bytes: int
     planned_bytes: int

@@ -8,13 +8,13 @@ from threading import Condition, Thread
 import torch
 
 from chainfed_ray.hub import resolve
+from chainfed_ray.model.blocks import weight_bytes
 from chainfed_ray.model.saved_stack import SavedStack, load_stack, stored_bytes
 from chainfed_ray.serving.classifier import Classifier
 from chainfed_ray.serving.generator import Emit, Generator
 from chainfed_ray.serving.messages import Embedding, ModelKey, Probabilities, Prompt, Question, Sampling
 from chainfed_ray.serving.questions import Asked, answer_together
 from chainfed_ray.serving.shelf import Shelf
-from chainfed_ray.streaming.checkpoint import Checkpoint
 
 _FOR_ROWS = 8  # one part in so many of the memory is for the keys and values of the texts of one language model
 
@@ -76,13 +76,15 @@ class Engine:
 
     def _encoder(self, base: str, dtype: str) -> AbstractContextManager[Classifier]:
         return self._shelf.using(
-            ("encoder", base, dtype), lambda: _weight_bytes(base, dtype), lambda: Classifier(base, _dtype(dtype))
+            ("encoder", base, dtype),
+            lambda: weight_bytes(resolve(base), _dtype(dtype)),
+            lambda: Classifier(base, _dtype(dtype)),
         )
 
     def _generator(self, base: str, dtype: str) -> AbstractContextManager[Generator]:
         return self._shelf.using(
             ("generator", base, dtype),
-            lambda: _weight_bytes(base, dtype) + self._row_bytes,
+            lambda: weight_bytes(resolve(base), _dtype(dtype)) + self._row_bytes,
             lambda: Generator(base, _dtype(dtype), row_bytes=self._row_bytes),
         )
 
@@ -101,15 +103,6 @@ class Engine:
         with self._begun:
             if generator.is_idle:
                 self._writing.remove(generator)
-
-
-def _weight_bytes(base: str, dtype: str) -> int:
-    """The bytes of all tensors of a base model's checkpoint, once they are loaded."""
-    checkpoint = Checkpoint(resolve(base))
-    try:
-        return sum(checkpoint.loaded_bytes(name, _dtype(dtype)) for name in checkpoint.names)
-    finally:
-        checkpoint.close()
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -1,9 +1,10 @@
 """What the processes of the API and of the models send each other. It imports no torch, which the API's do without."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from chainfed_ray.data.messages import Chat
+from chainfed_ray.data.messages import Chat, Message
 
 MOST_TOKENS = 256  # the limit of a text's tokens where the caller gives none
 
@@ -12,6 +13,11 @@ Probabilities = list[list[float]]
 
 FinishReason = Literal["stop", "length"]
 Prompt = str | Chat  # a text to continue, or the messages of a chat to answer
+
+
+def chat_of(turns: Iterable[tuple[str, str]]) -> Chat:
+    """A chat, from the role and the content of each message."""
+    return tuple(Message(role, content) for role, content in turns)
 
 
 class ModelKey(NamedTuple):
