@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import accuracy, evaluation, film_reviews, first_round, hostile, idle, memory, plan, serving, zoo
+from benchmarks import accuracy, evaluation, film_reviews, first_round, hostile, idle, load, memory, plan, serving, zoo
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures the published figures.")
 names = parser.add_subparsers(metavar="NAME", required=True)
@@ -18,6 +18,7 @@ evaluation.add_options(names.add_parser("evaluation", help="the server's memory 
 plan.add_options(names.add_parser("plan", help="the CPU seconds of a dry run, and of the check of a job"))
 serving.add_options(names.add_parser("serving", help="the time to classify for many stacks in one batch"))
 hostile.add_options(names.add_parser("hostile", help="hostile requests to a service, and how long others wait"))
+load.add_options(names.add_parser("load", help="a service under load: throughput, waiting times, a killed process"))
 film_reviews.add_options(names.add_parser("film-reviews", help="make a data set of film reviews for accuracy --data"))
 zoo.add_options(names.add_parser("zoo", help="which model families run, and how the others are refused"))
 chosen = parser.parse_args()

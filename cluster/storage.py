@@ -109,12 +109,14 @@ class Settings:
     serving_bytes: int | None = (
         None  # of models in a process that answers with them; None: half of its machine's memory
     )
+    serving_replicas: int = 1  # processes that answer with models, at most; there is one until more requests wait
     allowed_hosts: tuple[str, ...] = ()  # names that the API answers to, besides addresses and localhost
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_DATABASE``, ``CHAINFED_SCRATCH``,
-        ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY`` and ``CHAINFED_ALLOWED_HOSTS``.
+        ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``, ``CHAINFED_SERVING_REPLICAS`` and
+        ``CHAINFED_ALLOWED_HOSTS``.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
@@ -130,6 +132,7 @@ class Settings:
             _count(environment, "CHAINFED_PARALLEL_JOBS", 1),
             _count(environment, "CHAINFED_CLIENT_SLOTS", 2 * (os.cpu_count() or 1)),
             _bytes(environment, "CHAINFED_SERVING_MEMORY"),
+            _count(environment, "CHAINFED_SERVING_REPLICAS", 1),
             tuple(environment.get("CHAINFED_ALLOWED_HOSTS", "").replace(",", " ").split()),
         )
 
@@ -141,6 +144,7 @@ class Settings:
             "CHAINFED_SCRATCH": str(self.storage.scratch_root),
             "CHAINFED_PARALLEL_JOBS": str(self.parallel_jobs),
             "CHAINFED_CLIENT_SLOTS": str(self.client_slots),
+            "CHAINFED_SERVING_REPLICAS": str(self.serving_replicas),
             **({"CHAINFED_SERVING_MEMORY": str(self.serving_bytes)} if self.serving_bytes else {}),
             "CHAINFED_ALLOWED_HOSTS": ",".join(self.allowed_hosts),
         }

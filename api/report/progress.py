@@ -102,8 +102,8 @@ class ProgressDisplay:
         if job_started.window < (wanted := self._spec.chain.window):
             self.say(f"The job asks for windows of {wanted} layers, but no client's budget holds one.")
         self.say(
-            f"Its windows of {job_started.window} layer{'s' if job_started.window > 1 else ''} go up to layer "
-            f"{job_started.layers - 1}: {job_started.stages} stages, {job_started.total_rounds} rounds at most."
+            f"Its windows of {_counted(job_started.window, 'layer')} go up to layer {job_started.layers - 1}: "
+            f"{_counted(job_started.stages, 'stage')}, {_counted(job_started.total_rounds, 'round')} at most."
         )
         if job_started.evaluator != self._spec.evaluation.engine:
             self.say(f"The whole model is evaluated by {job_started.evaluator}.")
@@ -292,3 +292,7 @@ def _memory(job_started: JobStarted, rounds: Sequence[Round]) -> Table:
             examples = span(one.micro_batch for one in fleet.settings)
             table.add_row(fleet.name, format_bytes(fleet.budget), format_bytes(fleet.planned), peak, window, examples)
     return table
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"

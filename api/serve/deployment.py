@@ -1,27 +1,24 @@
 """The Ray Serve application of the service: one deployment for the routes, one for inference."""
 
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
+from chainfed_ray.api.serve.asking import answered, written
 from chainfed_ray.api.serve.inference import Inference
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.errors import ChainFedError, PartUnavailable, ServiceBusy
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
 
-_RETRY_SECONDS = 5
+_AT_ONCE = 16  # requests that a process with models answers together; more are a reason for another process
 
 
 @serve.deployment(
@@ -54,21 +51,15 @@ class Api:
         return create_app(service, self._settings.allowed_hosts)
 
     async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
-        probabilities: list[list[float]] = await _answered(self._inference.classify.remote(model, texts))
+        probabilities: list[list[float]] = await answered(lambda: self._inference.classify.remote(model, texts))
         return probabilities
 
     async def _embed(self, model: ModelKey, texts: list[str]) -> list[Embedding]:
-        embeddings: list[Embedding] = await _answered(self._inference.embed.remote(model, texts))
+        embeddings: list[Embedding] = await answered(lambda: self._inference.embed.remote(model, texts))
         return embeddings
 
-    async def _write(self, model: ModelKey, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        pieces = self._writing.write.remote(model, prompt, sampling)
-        try:
-            with _errors_of_inference():
-                async for piece in pieces:
-                    yield piece
-        finally:
-            pieces.cancel()
+    def _write(self, model: ModelKey, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        return written(lambda: self._writing.write.remote(model, prompt, sampling))
 
     async def _database(self) -> None:
         await run_in_threadpool(self._store.check)
@@ -83,34 +74,6 @@ class Api:
         await self._inference.alive.remote()
 
 
-async def _answered(answer: Any) -> Any:
-    """The answer of the process of the models. It is given up if nobody waits for it any more."""
-    with _errors_of_inference():
-        try:
-            return await answer
-        finally:
-            answer.cancel()  # nothing, if it has answered
-
-
-@contextmanager
-def _errors_of_inference() -> Iterator[None]:
-    """Raise what went wrong there as an error of ours. Ray's own message is a whole traceback.
-
-    Raises:
-        ChainFedError: it is one of ours.
-        ServiceBusy: too many requests wait already.
-        PartUnavailable: the process ended.
-    """
-    try:
-        yield
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, ChainFedError) else error from None
-    except BackPressureError:
-        raise ServiceBusy("requests to the models", _RETRY_SECONDS) from None
-    except RayError as error:
-        raise PartUnavailable("the process of the models", f"ended ({type(error).__name__})", _RETRY_SECONDS) from error
-
-
 def build(arguments: Mapping[str, str]) -> serve.Application:
     """Build the Serve application, for ``import_path: chainfed_ray.api.serve.deployment:build``.
 
@@ -122,5 +85,8 @@ def build(arguments: Mapping[str, str]) -> serve.Application:
     ).close()  # makes the tables; a replica that starts later does not make a lost file anew
     api: Any = Api  # serve.deployment adds `bind`, which the types do not show
     inference: Any = Inference
+    if settings.serving_replicas > 1:
+        scaling = {"min_replicas": 1, "max_replicas": settings.serving_replicas, "target_ongoing_requests": _AT_ONCE}
+        inference = inference.options(autoscaling_config=scaling)
     application: serve.Application = api.bind(settings, inference.bind(settings))
     return application

@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from typing import Any
 
 from psutil import virtual_memory
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from chainfed_ray.api.rest.schemas import MOST_TEXTS
 from chainfed_ray.cluster.resources import inference_options
@@ -14,6 +16,9 @@ from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Probabilities, Prompt, Question, Sampling
 
 _WAIT_SECONDS = 0.004  # for other requests, to be answered in one batch with them
+
+
+_ROUTER: Any = {"request_router_class": "chainfed_ray.api.serve.stack_router:StackRouter"}
 
 
 def _texts_of(questions: list[Question]) -> int:
@@ -26,6 +31,7 @@ def _texts_of(questions: list[Question]) -> int:
     max_ongoing_requests=64,
     max_queued_requests=64,
     health_check_period_s=1,
+    request_router_config=RequestRouterConfig(**_ROUTER),
 )
 class Inference:
     """Classifies, embeds and generates text. See ``Engine``."""
