@@ -3,11 +3,11 @@
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from time import time
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
@@ -47,13 +47,13 @@ _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 @router.post("/completions", response_model=Completion, responses=_STREAMED)
 async def completions(body: CompletionRequest, request: Request, service: WithService) -> Response:
     """Continue a prompt, or each of several."""
-    return await _answer(body, body.prompt, _Completions("cmpl", body), request, service)
+    return await _answer(body, body.prompt, _Completions, request, service)
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=_STREAMED)
 async def chat_completions(body: ChatRequest, request: Request, service: WithService) -> Response:
     """Answer a chat. The model's tokenizer must have a chat template."""
-    return await _answer(body, [body.chat], _Chats("chatcmpl", body), request, service)
+    return await _answer(body, [body.chat], _Chats, request, service)
 
 
 TextStream = AsyncGenerator[tuple[int, Piece], None]
@@ -91,8 +91,10 @@ class _Format(Protocol):
 class _Common:
     """What all parts of an answer share, and the options that were asked for."""
 
-    def __init__(self, prefix: str, options: GenerationOptions) -> None:
-        self._fields: dict[str, Any] = {"id": f"{prefix}-{uuid4().hex}", "created": int(time()), "model": options.model}
+    prefix: ClassVar[str]  # of the answer's id
+
+    def __init__(self, model: str, options: GenerationOptions) -> None:
+        self._fields: dict[str, Any] = {"id": f"{self.prefix}-{uuid4().hex}", "created": int(time()), "model": model}
         self._options = options
         self._offsets = defaultdict[int, int](int)  # of each text, where its next token begins
 
@@ -103,6 +105,8 @@ class _Common:
 
 
 class _Completions(_Common):
+    prefix = "cmpl"
+
     def whole(self, texts: Sequence[_Text]) -> BaseModel:
         choices = [
             self._choice(index, text.text, text.chances, _last(text).finish_reason) for index, text in enumerate(texts)
@@ -126,6 +130,8 @@ class _Completions(_Common):
 
 
 class _Chats(_Common):
+    prefix = "chatcmpl"
+
     def whole(self, texts: Sequence[_Text]) -> BaseModel:
         choices = []
         for index, text in enumerate(texts):
@@ -148,11 +154,16 @@ class _Chats(_Common):
 
 
 async def _answer(
-    options: GenerationOptions, prompts: Sequence[Prompt], form: _Format, request: Request, service: Service
+    options: GenerationOptions,
+    prompts: Sequence[Prompt],
+    kind: Callable[[str, GenerationOptions], _Format],
+    request: Request,
+    service: Service,
 ) -> Response:
-    model = (await served(service, options.model, "causal-lm")).key
+    found = await served(service, options.model, "causal-lm")
+    form = kind(found.model.id, options)  # an alias is answered with the name of the model that it stands for
     asked = [(prompt, sampling) for prompt in prompts for sampling in _samplings(options)]
-    stream = _together([service.write(model, prompt, sampling) for prompt, sampling in asked])
+    stream = _together([service.write(found.key, prompt, sampling) for prompt, sampling in asked])
     if options.stream:
         # Wait for the first piece: an invalid prompt raises here, while the response can still have an error status.
         first = await while_connected(request, anext(stream))

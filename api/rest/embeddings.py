@@ -56,11 +56,11 @@ class EmbeddingList(BaseModel):
     usage: EmbeddingUsage
 
     @classmethod
-    def of(cls, request: EmbeddingRequest, found: Sequence[Embedding]) -> "EmbeddingList":
-        """The answer to ``request``."""
+    def of(cls, model: str, request: EmbeddingRequest, found: Sequence[Embedding]) -> "EmbeddingList":
+        """The answer of ``model`` to ``request``."""
         packed = request.encoding_format == "base64"
         return cls(
-            model=request.model,
+            model=model,
             data=[
                 EmbeddingEntry(index=index, embedding=_packed(text.values) if packed else text.values)
                 for index, text in enumerate(found)
@@ -80,4 +80,4 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: WithServ
     """Embed texts with an encoder, or with a classifier's stack on it. In the format of OpenAI's API."""
     found = await served(service, body.model, "sequence-classification")
     answers = await while_connected(request, service.embed(found.key, body.input))
-    return EmbeddingList.of(body, answers)
+    return EmbeddingList.of(found.model.id, body, answers)

@@ -1,12 +1,17 @@
-"""Routes of served models: list them, and classify texts."""
+"""Routes of served models: list them, give them other names, and classify texts."""
 
 from dataclasses import dataclass
+from random import choices
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.rest.callers import while_connected
 from chainfed_ray.api.rest.schemas import (
+    AliasList,
+    AliasResource,
+    AliasTargets,
     ClassifyRequest,
     ClassifyResponse,
     Label,
@@ -54,6 +59,44 @@ def get_model(name: str, service: WithService) -> ServedModel:
     return _find(service, name, None).model
 
 
+AliasName = Annotated[str, Path(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$", description="such as `support`")]
+
+
+@router.get("/aliases")
+def list_aliases(service: WithService) -> AliasList:
+    """Every alias: a name under which callers ask for a model, whichever it is today."""
+    return AliasList(
+        aliases=[AliasResource(name=name, targets=shares) for name, shares in service.store.aliases().items()]
+    )
+
+
+@router.put("/aliases/{alias}")
+def set_alias(alias: AliasName, body: AliasTargets, service: WithService) -> AliasResource:
+    """Let an alias stand for a model, or for several with a share of the requests each. Requests that run go on."""
+    if service.store.on_base(alias, 1):
+        raise InvalidJob.at("alias", alias, "a name that no base model has")
+    tasks = {_find(service, name, None).model.task for name in body.targets}
+    if len(tasks) > 1:
+        raise InvalidJob.at("targets", sorted(body.targets), "models of one task")
+    service.store.set_alias(alias, body.targets)
+    return AliasResource(name=alias, targets=body.targets)
+
+
+@router.post("/aliases/{alias}/rollback")
+def roll_back(alias: AliasName, service: WithService) -> AliasResource:
+    """Return an alias to what it stood for before."""
+    if (shares := service.store.roll_back(alias)) is None:
+        raise ModelNotFound(f"{alias}, with something to return to", tuple(service.store.aliases()))
+    return AliasResource(name=alias, targets=shares)
+
+
+@router.delete("/aliases/{alias}", status_code=204)
+def delete_alias(alias: AliasName, service: WithService) -> None:
+    """Delete an alias. The models stay."""
+    if not service.store.delete_alias(alias):
+        raise ModelNotFound(alias, tuple(service.store.aliases()))
+
+
 @router.post("/classify")
 async def classify(body: ClassifyRequest, request: Request, service: WithService) -> ClassifyResponse:
     """Classify texts with a model."""
@@ -67,7 +110,7 @@ async def classify(body: ClassifyRequest, request: Request, service: WithService
         ordered = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])
         best, score = ordered[0]
         results.append(Label(label=best, score=score, scores=dict(ordered[: body.top_k])))
-    return ClassifyResponse(model=body.model, job=job, results=results)
+    return ClassifyResponse(model=found.model.id, job=job, results=results)
 
 
 async def served(service: Service, name: str, task: ModelTask) -> Found:
@@ -86,6 +129,8 @@ async def served(service: Service, name: str, task: ModelTask) -> Found:
 
 def _find(service: Service, name: str, task: ModelTask | None) -> Found:
     """The model called ``name``. Of base models with that name, one that has been used for ``task``, if there is any."""
+    if ":" not in name and (shares := service.store.alias(name)):
+        (name,) = choices(list(shares), list(shares.values()))
     stem, _, version = name.rpartition("@")
     if ":" in stem and (wanted := _version(version)) is not None and (found := trained(service.store, stem, wanted)):
         key = _key(found.record.spec["model"], found.record.id)._replace(round=found.round["index"])
@@ -96,7 +141,7 @@ def _find(service: Service, name: str, task: ModelTask | None) -> Found:
         record = next((record for record in records if record.spec["model"]["task"] == task), records[0])
         return Found(ServedModel.of_base(record), _key(record.spec["model"], None))
     names = service.store.model_names(_MOST_COMPARED)
-    names += sorted({model.partition(":")[0] for model in names})
+    names += sorted({model.partition(":")[0] for model in names} | service.store.aliases().keys())
     raise ModelNotFound(name, tuple(names))
 
 

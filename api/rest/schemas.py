@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.tables import JobRecord
@@ -12,6 +12,7 @@ from chainfed_ray.cluster.jobs.versions import Trained
 from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn, Weights
 
 _MOST_KEYS = 100
+_SUM_TOLERANCE = 1e-6
 MOST_TEXTS = 256  # of a request
 MOST_CHARACTERS = 500_000  # of all texts of a request to a model
 
@@ -262,6 +263,36 @@ class ModelList(BaseModel):
     models: list[ServedModel]
     object: Literal["list"] = "list"
     data: list[ModelEntry]
+
+
+class AliasTargets(RequestBody):
+    """What an alias stands for. A new model may be tried with a small share of the requests first."""
+
+    targets: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        min_length=1,
+        max_length=8,
+        description="names of models, and the share of the requests that each has; together 1",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _whole(cls, targets: dict[str, float]) -> dict[str, float]:
+        if abs(sum(targets.values()) - 1) > _SUM_TOLERANCE:
+            raise ValueError(f"shares that are 1 together; these are {sum(targets.values()):g}")
+        return targets
+
+
+class AliasResource(BaseModel):
+    """A name that stands for one model, or for several."""
+
+    name: str
+    targets: dict[str, float] = Field(description="names of models, and the share of the requests that each has")
+
+
+class AliasList(BaseModel):
+    """Every alias."""
+
+    aliases: list[AliasResource]
 
 
 class ClassifyRequest(RequestBody):

@@ -22,12 +22,15 @@ from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.database import open_database
-from chainfed_ray.cluster.jobs.tables import EventRow, JobRecord, JobRow, Status, check_version, make_tables
+from chainfed_ray.cluster.jobs.tables import AliasRow, EventRow, JobRecord, JobRow, Status, check_version, make_tables
 from chainfed_ray.errors import JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
 
 FINISHED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 _CHECKED: tuple[Status, ...] = ("running", "succeeded")  # jobs whose base model is known to load
+_KEPT_TARGETS = 20  # that an alias had before
+Shares = dict[str, float]
+"""Models, and the share of the requests that each has."""
 _BEFORE: dict[Status, tuple[Status, ...]] = {
     "running": ("queued",),
     "cancelling": ("running",),
@@ -215,6 +218,43 @@ class JobStore:
         query = select(JobRow.model).where(JobRow.status == "succeeded").distinct().order_by(JobRow.model).limit(limit)
         with Session(self._engine) as session:
             return list(session.scalars(query))
+
+    def aliases(self) -> dict[str, Shares]:
+        """Every alias, with the share that each of its models has of the requests."""
+        with Session(self._engine) as session:
+            return {row.name: row.targets[-1] for row in session.scalars(select(AliasRow).order_by(AliasRow.name))}
+
+    def alias(self, name: str) -> Shares | None:
+        """What one alias stands for; None if there is none of this name."""
+        with Session(self._engine) as session:
+            row = None if "\0" in name else session.get(AliasRow, name)
+            return row.targets[-1] if row else None
+
+    def set_alias(self, name: str, shares: Shares) -> None:
+        """Let an alias stand for other models. What it stood for is kept, so that ``roll_back`` can return to it."""
+        with Session(self._engine) as session, session.begin():
+            row = session.get(AliasRow, name, with_for_update=True)
+            if row is None:
+                session.add(AliasRow(name=name, targets=[shares]))
+            elif row.targets[-1] != shares:
+                row.targets = [*row.targets[-_KEPT_TARGETS:], shares]
+
+    def roll_back(self, name: str) -> Shares | None:
+        """Return an alias to what it stood for before. None if there is no such alias, or nothing before."""
+        with Session(self._engine) as session, session.begin():
+            row = None if "\0" in name else session.get(AliasRow, name, with_for_update=True)
+            if row is None or len(row.targets) == 1:
+                return None
+            row.targets = row.targets[:-1]
+            return row.targets[-1]
+
+    def delete_alias(self, name: str) -> bool:
+        """Delete an alias. False if there is none of this name."""
+        with Session(self._engine) as session, session.begin():
+            row = None if "\0" in name else session.get(AliasRow, name)
+            if row:
+                session.delete(row)
+            return row is not None
 
     def move(
         self,

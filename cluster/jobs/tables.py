@@ -93,6 +93,15 @@ class EventRow(_Table):
     data: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
+class AliasRow(_Table):
+    """A name that stands for models. The newest of its ``targets`` come last; those before can be gone back to."""
+
+    __tablename__ = "aliases"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    targets: Mapped[list[dict[str, float]]] = mapped_column(JSON)
+
+
 class _Schema(_Table):
     __tablename__ = "schema"
 
