@@ -69,9 +69,10 @@ def preflight_options() -> dict[str, Any]:
     }
 
 
-def inference_options() -> dict[str, Any]:
-    """The options of the actor that answers with trained models. It returns freed memory to the system."""
-    return {"num_cpus": 0, "runtime_env": runtime_env(ENVIRONMENT)}
+def inference_options(most_bytes: int | None = None) -> dict[str, Any]:
+    """The options of an actor that answers with models of ``most_bytes``. It returns freed memory to the system."""
+    memory = {} if most_bytes is None else {"memory": IDLE_BYTES + most_bytes}
+    return {"num_cpus": 0, "runtime_env": runtime_env(ENVIRONMENT), **memory}
 
 
 def evaluation_resources(planned_bytes: int) -> dict[str, float]:

@@ -145,7 +145,7 @@ class Settings:
             "CHAINFED_PARALLEL_JOBS": str(self.parallel_jobs),
             "CHAINFED_CLIENT_SLOTS": str(self.client_slots),
             "CHAINFED_SERVING_REPLICAS": str(self.serving_replicas),
-            **({"CHAINFED_SERVING_MEMORY": str(self.serving_bytes)} if self.serving_bytes else {}),
+            "CHAINFED_SERVING_MEMORY": str(self.serving_bytes or ""),
             "CHAINFED_ALLOWED_HOSTS": ",".join(self.allowed_hosts),
         }
 

@@ -15,6 +15,7 @@ from chainfed_ray.api.serve.inference import Inference
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.resources import inference_options
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
 
@@ -85,6 +86,7 @@ def build(arguments: Mapping[str, str]) -> serve.Application:
     ).close()  # makes the tables; a replica that starts later does not make a lost file anew
     api: Any = Api  # serve.deployment adds `bind`, which the types do not show
     inference: Any = Inference
+    inference = inference.options(ray_actor_options=inference_options(settings.serving_bytes))
     if settings.serving_replicas > 1:
         scaling = {"min_replicas": 1, "max_replicas": settings.serving_replicas, "target_ongoing_requests": _AT_ONCE}
         inference = inference.options(autoscaling_config=scaling)

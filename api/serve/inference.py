@@ -6,12 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
 
-from psutil import virtual_memory
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from chainfed_ray.api.rest.schemas import MOST_TEXTS
-from chainfed_ray.cluster.resources import inference_options
+from chainfed_ray.cluster.limits import machine_bytes
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Probabilities, Prompt, Question, Sampling
 
@@ -27,7 +26,6 @@ def _texts_of(questions: list[Question]) -> int:
 
 @serve.deployment(
     name="Inference",
-    ray_actor_options=inference_options(),
     max_ongoing_requests=64,
     max_queued_requests=64,
     health_check_period_s=1,
@@ -40,7 +38,7 @@ class Inference:
         # It imports torch, which the processes that only make this deployment do without.
         from chainfed_ray.serving.engine import Engine
 
-        most_bytes = settings.serving_bytes or virtual_memory().total // 2
+        most_bytes = settings.serving_bytes or machine_bytes() // 2
         self._engine = Engine(lambda model: settings.storage.stack(str(model.job), model.round), most_bytes)
         # One thread for each kind of work, so that neither a long text nor a model that is loaded holds up a classification.
         self._classifying, self._beginning = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
