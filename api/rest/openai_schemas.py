@@ -4,6 +4,7 @@ Such programs send null for an option that is not set, and options that ask for 
 accepted. An option that asks for something that we cannot do is refused by its name.
 """
 
+import json
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
@@ -76,7 +77,14 @@ class GenerationOptions(_Unsupported):
         """The options in the form that the generator takes."""
         temperature = 1.0 if self.temperature is None else self.temperature
         top_p = 1.0 if self.top_p is None else self.top_p
-        return Sampling(self.most_tokens, temperature, top_p, tuple(self.stop or ()), self.seed, self.chances)
+        return Sampling(
+            self.most_tokens, temperature, top_p, tuple(self.stop or ()), self.seed, self.schema_text, self.chances
+        )
+
+    @property
+    def schema_text(self) -> str | None:
+        """The JSON schema that a text is to match, if there is one."""
+        return None
 
     @property
     def texts(self) -> int:
@@ -155,10 +163,29 @@ def _bounded_chat(messages: list[ChatMessage]) -> list[ChatMessage]:
     return messages
 
 
-class ResponseFormat(RequestBody):
-    """The form of an answer: text."""
+class PlainFormat(RequestBody):
+    """The form of an answer: text, or any JSON object."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object"]
+
+
+class JsonSchema(RequestBody):
+    """A JSON schema. The answer always follows it, whatever `strict` says."""
+
+    name: str = Field(description="accepted and ignored", max_length=64)
+    description: str | None = Field(None, description="accepted and ignored")
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(RequestBody):
+    """The form of an answer: a JSON document that matches a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
 
 
 class ChatRequest(GenerationOptions):
@@ -174,7 +201,9 @@ class ChatRequest(GenerationOptions):
     metadata: EmptyObject | None = Field(None, description="not supported")
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description="only text")
     parallel_tool_calls: bool | None = Field(None, description="without `tools` it asks for nothing")
-    response_format: ResponseFormat | None = Field(None, description="only text")
+    response_format: ResponseFormat | None = Field(
+        None, description="text, or a JSON document; one that `max_tokens` cuts off is not whole"
+    )
     store: No | None = Field(None, description="not supported")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="without `tools` it asks for nothing")
     tools: EmptyList | None = Field(None, description="not supported")
@@ -195,6 +224,16 @@ class ChatRequest(GenerationOptions):
     def chances(self) -> int | None:
         """See ``GenerationOptions``."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def schema_text(self) -> str | None:
+        """See ``GenerationOptions``."""
+        match self.response_format:
+            case SchemaFormat(json_schema=wanted):
+                return json.dumps(wanted.json_schema)
+            case PlainFormat(type="json_object"):
+                return json.dumps({"type": "object"})
+        return None
 
     @property
     def chat(self) -> Prompt:

@@ -27,7 +27,7 @@ def _texts_of(questions: list[Question]) -> int:
 @serve.deployment(
     name="Inference",
     max_ongoing_requests=64,
-    max_queued_requests=64,
+    max_queued_requests=256,  # a request may ask for 128 texts
     health_check_period_s=1,
     request_router_config=RequestRouterConfig(**_ROUTER),
 )

@@ -87,7 +87,7 @@ class Generator:
         ``step`` may call this.
 
         Raises:
-            InvalidJob: the prompt is empty or too long, or the model cannot chat.
+            InvalidJob: the prompt is empty or too long, the model cannot chat, or the schema cannot be followed.
         """
         ids = self._model.tokens_of(prompt)
         most = self._model.most_after(prompt, len(ids), sampling.max_tokens)
@@ -97,7 +97,8 @@ class Generator:
             )
             raise InvalidJob.at("max_tokens", most, expected)
         text = self._model.detokenizer(ids, sampling.stop)
-        self._waiting.append(_Row(saved, ids, most, Sampler(sampling), sampling.likeliest, text, emit, cancelled))
+        sampler = Sampler(sampling, None if sampling.schema is None else self._model.grammar(sampling.schema))
+        self._waiting.append(_Row(saved, ids, most, sampler, sampling.likeliest, text, emit, cancelled))
 
     @property
     def is_idle(self) -> bool:
@@ -185,7 +186,7 @@ class Generator:
         ended = token in self._model.ends
         if not ended and (new := row.text.add(token)):
             row.tell(new)
-        if ended or row.text.stopped:
+        if ended or row.text.stopped or row.sampler.is_complete:
             self._end(row, "stop")
         elif len(row.written) == row.most or row.cancelled():
             self._end(row, "length")

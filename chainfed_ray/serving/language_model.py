@@ -1,10 +1,13 @@
 """A causal language model in memory: its tokens, its limits, and its forward pass with other adapters for each row."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
 import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -18,6 +21,8 @@ from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.messages import MOST_TOKENS, Chance, Prompt, TokenChances
 from chainfed_ray.serving.row_cache import RowCache
 from chainfed_ray.serving.stack_batch import RowAdapters
+
+_SCHEMA = "response_format.json_schema.schema"
 
 
 class LanguageModel:
@@ -71,6 +76,29 @@ class LanguageModel:
             self._adapters = {}
         logits: Tensor = output.logits[:, -1]
         return logits
+
+    def grammar(self, schema: str) -> LLMatcher:
+        """What allows the tokens of a JSON document that matches ``schema``.
+
+        Raises:
+            InvalidJob: the schema cannot be followed.
+        """
+        expected = "a JSON schema that can be followed"
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema)
+            if not (wrong := LLMatcher.validate_grammar(grammar, self._guided)):
+                return LLMatcher(self._guided, grammar)
+        except ValueError as error:
+            wrong = str(error)
+        raise InvalidJob.at(_SCHEMA, schema, f"{expected} ({wrong.splitlines()[0]})")
+
+    @cached_property
+    def _guided(self) -> LLTokenizer:
+        fast: Any = self._tokenizer  # another kind is refused
+        try:
+            return from_tokenizer(fast, self._model.config.vocab_size, sorted(self.ends))
+        except ValueError as error:
+            raise InvalidJob.at(_SCHEMA, "a schema", f"none, because of this model's tokenizer ({error})") from None
 
     def token_bytes(self) -> int:
         """The bytes that the cache holds for each token of a row."""

@@ -55,6 +55,7 @@ class Sampling:
     top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
     stop: tuple[str, ...] = ()  # the text ends before any of these strings
     seed: int | None = None  # None: a different text each time
+    schema: str | None = None  # a JSON schema: the text is a JSON document that matches it
     likeliest: int | None = None  # how many of the likeliest tokens to tell at each place; None: tell no chances
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
+import jsonschema
 import openai
 import pytest
 import torch
@@ -216,7 +217,7 @@ def test_next_to_no_temperature_is_none(client: TestClient) -> None:
         ("completions", {"prompt": ["x" * 90_000] * 12}, 422, "prompt", "500,000 characters"),
         ("completions", {"prompt": [[1, 2]]}, 422, "prompt.0", "a valid string"),
         ("chat/completions", {"tools": [{"type": "function"}]}, 422, "tools", "at most 0"),
-        ("chat/completions", {"response_format": {"type": "json_object"}}, 422, "response_format.type", "'text'"),
+        ("chat/completions", {"response_format": {"type": "yaml"}}, 422, "response_format", "json_schema"),
         ("completions", {"n": 9}, 422, "n", "less than or equal to 8"),
         ("classify", {"model": "tiny"}, 422, "model", "a base model alone has no classes"),
         ("chat/completions", {"messages": [{"role": "user", "content": [1]}]}, 422, "messages.0.content.0", "expected"),
@@ -463,3 +464,22 @@ def test_a_stack_is_called_by_its_round_while_its_job_trains(
     assert client.get("/v1/models/tiny:trains@1").status_code == 404, "it is neither the newest nor the best"
     store.move(job, "failed", error={})
     store.close()
+
+
+def test_an_answer_in_a_form(official: openai.OpenAI) -> None:
+    """Whatever the model would say: this one is random, and knows no JSON."""
+    schema = {
+        "type": "object",
+        "properties": {"sea": {"enum": ["calm", "rough"]}, "waves": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["sea", "waves"],
+        "additionalProperties": False,
+    }
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "report", "schema": schema, "strict": True}}
+    asked: dict[str, Any] = {"model": CHATTER, "messages": CHAT, "max_tokens": 200, "n": 3, "seed": 5}
+    for choice in official.chat.completions.create(response_format=wanted, **asked).choices:
+        jsonschema.validate(json.loads(str(choice.message.content)), schema)
+        assert choice.finish_reason == "stop"
+    broken: Any = {"type": "json_schema", "json_schema": {"name": "report", "schema": {"type": "wave"}}}
+    with pytest.raises(openai.UnprocessableEntityError, match="a JSON schema that can be followed") as refused:
+        official.chat.completions.create(response_format=broken, **asked)
+    assert refused.value.param == "response_format.json_schema.schema"
