@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from threading import Event
 from typing import Any
 
@@ -75,7 +76,8 @@ class Inference:
         loop, told, cancelled = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception](), Event()
 
         def emit(piece: Piece | Exception) -> None:
-            loop.call_soon_threadsafe(told.put_nowait, piece)
+            with suppress(RuntimeError):  # this process ends, and its loop is closed
+                loop.call_soon_threadsafe(told.put_nowait, piece)
 
         try:
             await loop.run_in_executor(

@@ -152,6 +152,8 @@ class Generator:
 
         Returns how many were read: none if no prompt waits, or if there is no room for its text.
         """
+        while self._waiting and self._waiting[0].cancelled():
+            self._end(self._waiting.popleft(), "length")
         if self._reading is None and self._waiting and self._has_room(self._waiting[0]):
             self._reading = self._waiting.popleft(), self._model.new_cache()
         if self._reading is None:

@@ -203,3 +203,17 @@ def test_texts_wait_for_the_memory_of_what_they_may_become(llama: Path) -> None:
     assert {pieces[-1] for pieces in told} == {written(alone, saved, PROMPT, GREEDY)[1]}
     with pytest.raises(InvalidJob, match=r"max_tokens is 52; expected at most 60 tokens, the prompt's 9 included"):
         generator.begin(saved, PROMPT, Sampling(52), print)
+
+
+def test_who_leaves_while_his_text_waits_holds_up_nobody(llama: Path) -> None:
+    generator, saved = Generator(f"path:{llama}", torch.float32, most_rows=1), a_causal_stack(llama)
+    first, left, last = (list[Piece | Exception]() for _ in range(3))
+    generator.begin(saved, PROMPT, GREEDY, first.append)
+    generator.step()
+    generator.begin(saved, PROMPT, GREEDY, left.append, cancelled=lambda: True)
+    generator.begin(saved, PROMPT, GREEDY, last.append)
+    generator.step()
+    assert [isinstance(piece, Piece) and piece.tokens for piece in left] == [0]
+    while generator.step():
+        pass
+    assert first[-1] == last[-1] == written(generator, saved, PROMPT, GREEDY)[1]
