@@ -34,15 +34,16 @@ def hand_over(folder: Path, out: Path, form: str) -> list[str]:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InvalidJob.at("out", str(out), "a folder that does not exist yet, or an empty one")
     saved = _stack(folder)
-    partial = out.with_name(f"{out.name}.partial")
+    whole = out.resolve()  # "." has no name of its own
+    partial = whole.with_name(f"{whole.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
         write(saved, partial)
         (partial / "README.md").write_text(model_card(saved, form, folder), encoding="utf-8")
-        partial.rename(out)
+        partial.rename(whole)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return sorted(path.name for path in out.iterdir())
+    return sorted(path.name for path in whole.iterdir())
 
 
 def _stack(folder: Path) -> SavedStack:

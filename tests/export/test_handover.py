@@ -285,9 +285,15 @@ def test_what_cannot_be_handed_over_ends_in_words(classifier: tuple[Path, SavedS
 
 
 @pytest.mark.parametrize("form", ["peft", "transformers"])
-def test_an_empty_folder_is_filled(classifier: tuple[Path, SavedStack], form: str, tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled(
+    classifier: tuple[Path, SavedStack], form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "out").mkdir()
-    assert "README.md" in hand_over(classifier[0], tmp_path / "out", form)
+    monkeypatch.chdir(tmp_path / "out")
+    files = hand_over(classifier[0], Path(), form)
+    assert "README.md" in files
+    assert files == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
 def test_a_stack_that_its_job_left_beside_its_model_has_no_scores(tmp_path: Path, tiny_model_folder: Path) -> None:
