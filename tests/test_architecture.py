@@ -18,6 +18,7 @@ FLOORS = (
     ("data",),
     ("model",),
     ("aggregation", "evaluation", "serving", "records"),
+    ("export",),
     ("client",),
     ("federation",),
     ("forecast",),

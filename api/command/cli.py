@@ -20,6 +20,7 @@ from rich.table import Column, Table
 
 from chainfed_ray.activity import Reporter
 from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.command.export_command import Format, NewFolder, StackFolder, export_model
 from chainfed_ray.api.command.interruption import Interruption
 from chainfed_ray.api.report.pictures import check_drawing, draw_if_possible
 from chainfed_ray.cluster.storage import Settings, Storage
@@ -239,6 +240,13 @@ def complete(
         for piece in client.stream(model, prompts, **options):
             end = "\n" if piece["finish_reason"] else ""
             print(piece["text"], end=end, file=sys.__stdout__, flush=True)
+
+
+@app.command()
+def export(folder: StackFolder, out: NewFolder, form: Format, as_json: Json = False) -> None:
+    """Write a finished model in the form of another engine: PEFT, Transformers or ONNX."""
+    with _if_interrupted("Interrupted. Nothing was written."):
+        _answer(as_json, *export_model(folder, out, form))
 
 
 @app.command()

@@ -1,10 +1,13 @@
 """The forward pass of a base model with adapters: each layer, its adapter, and the pooled features of the layers below.
 
 Clients and the server run adapted models through this file, whether layers are resident, streamed, or fetched from disk by
-DeepSpeed. The exceptions run in a model's own forward, by hooks: the generator, and our PEFT method.
+DeepSpeed. The exceptions run in a model's own forward, by hooks: the generator, our PEFT method, and models that are handed
+over to other engines.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +15,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Batch
 from chainfed_ray.model.adapters import Adapted
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.pooling import LayerStates, no_features
+from chainfed_ray.model.pooling import LayerStates, append_pooled, no_features
 from chainfed_ray.model.trunk import LayerCall
 
 
@@ -69,6 +72,42 @@ def through_window(
     for index, layer in layers.items():
         states = _through(blocks, stack, index, layer, calls[index], states, mask)
     return states
+
+
+def through_whole(
+    reader: nn.Module, layers: nn.ModuleList, adapters: Mapping[int, nn.Module], ids: Tensor, mask: Tensor
+) -> LayerStates:
+    """Run a Hugging Face model by its own forward: ids and mask [B, T] → the states after its last layer.
+
+    ``reader`` is the part of the model that reads texts, ``layers`` are its layers, and ``adapters`` follow theirs. The pooled
+    features are those of all layers below the last one.
+    """
+    passed: list[LayerStates] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        pooled = no_features(hidden)
+        if passed:
+            below = passed.pop()
+            pooled = append_pooled(below.pooled, below.hidden, mask, len(layers))
+        passed.append(LayerStates(hidden, pooled))
+
+    # The hooks take the output of the last layer. Some families apply a norm after it, which the chain's head was not
+    # trained with.
+    hooks = [layers[index].register_forward_hook(partial(adapt, adapter)) for index, adapter in adapters.items()]
+    hooks += [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        reader(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    (states,) = passed
+    return states
+
+
+def adapt(adapter: nn.Module, _layer: nn.Module, _inputs: Any, output: Any) -> Any:
+    """A hook for a layer, once ``adapter`` is given: the output [B, T, D] of the layer, with its adapter."""
+    return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
 
 
 def _through(

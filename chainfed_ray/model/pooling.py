@@ -20,7 +20,8 @@ class LayerStates(NamedTuple):
 
 def no_features(hidden: Tensor) -> Tensor:
     """The pooled features below the first layer, whose input is ``hidden`` [B, T, D]: an empty tensor [B, 0, D]."""
-    return hidden.new_zeros(len(hidden), 0, hidden.shape[-1], dtype=torch.float32)
+    # `shape[0]` and not `len`, which would fix the number of examples in an exported graph
+    return hidden.new_zeros(hidden.shape[0], 0, hidden.shape[-1], dtype=torch.float32)
 
 
 def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from transformers import AutoModel
 
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.adapters import Adapter, Head
-from chainfed_ray.model.pooling import LayerStates, append_pooled, no_features
+from chainfed_ray.model.forward import through_whole
 from chainfed_ray.model.saved_stack import ADAPTERS, HEAD, HEADS, PEFT_TYPE
 from chainfed_ray.model.trunk import TOKENS_FIRST, find_layers, text_part
 from chainfed_ray.record import VERSION
@@ -66,27 +66,8 @@ class SequenceClassifier(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Token ids and mask [B, T] → logits [B, C]."""
         layers: Any = self.base.get_submodule(self._layers_path)
-        passed: list[LayerStates] = []
-
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            pooled = no_features(hidden)
-            if passed:
-                below = passed.pop()
-                pooled = append_pooled(below.pooled, below.hidden, attention_mask, len(layers))
-            passed.append(LayerStates(hidden, pooled))
-
-        # The hooks take the output of the last layer. Some families apply a norm after it, which the chain's head was not
-        # trained with.
-        hooks = [layer.register_forward_hook(keep) for layer in layers]
-        try:
-            self.base.get_submodule(self._reader_path)(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        (states,) = passed
+        reader = self.base.get_submodule(self._reader_path)
+        states = through_whole(reader, layers, {}, input_ids, attention_mask)  # the layers have their adapters
         logits: Tensor = self.head(states.hidden, attention_mask, states.pooled)
         return logits
 

@@ -1,0 +1,54 @@
+"""Hands a finished model over to other engines: a job's stack → a folder in the form that they load."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from chainfed_ray.errors import CorruptCommit, InvalidJob
+from chainfed_ray.export.model_card import model_card
+from chainfed_ray.export.onnx_folder import write_onnx
+from chainfed_ray.export.transformers_folder import write_transformers
+from chainfed_ray.model.saved_stack import SavedStack, load_stack, save_stack
+
+_FORMATS: dict[str, Callable[[SavedStack, Path], None]] = {
+    "peft": save_stack,
+    "transformers": write_transformers,
+    "onnx": write_onnx,
+}
+
+
+def hand_over(folder: Path, out: Path, form: str) -> list[str]:
+    """Write the stack in ``folder`` to ``out`` in the format ``form``, with a model card. Returns the names of the files.
+
+    ``out`` is there when it is whole: until then its files are in a folder beside it, whose name ends in ``.partial``.
+
+    Raises:
+        InvalidJob: ``folder`` holds no stack, ``out`` exists, there is no such format, or it is not for this model.
+        CorruptCommit: the record of the job beside ``folder`` cannot be read.
+        PackageMissing: the format needs a package that is not installed.
+        UnsupportedModel: the base model cannot be written in this format.
+    """
+    write = _FORMATS.get(form)
+    if write is None:
+        raise InvalidJob.at("format", form, "peft, transformers or onnx")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InvalidJob.at("out", str(out), "a folder that does not exist yet, or an empty one")
+    saved = _stack(folder)
+    whole = out.resolve()  # "." has no name of its own
+    partial = whole.with_name(f"{whole.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        write(saved, partial)
+        (partial / "README.md").write_text(model_card(saved, form, folder), encoding="utf-8")
+        partial.rename(whole)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sorted(path.name for path in whole.iterdir())
+
+
+def _stack(folder: Path) -> SavedStack:
+    try:
+        return load_stack(folder)
+    except CorruptCommit as error:
+        expected = f"the folder of a finished model, such as chainfed-data/<job>/model ({error.reason})"
+        raise InvalidJob.at("folder", str(folder), expected) from None

@@ -1,0 +1,152 @@
+"""The model card of a finished model: what it is, how to load it, and how good it was, in the Hugging Face hub's form."""
+
+import json
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import yaml
+
+from chainfed_ray.errors import CorruptCommit
+from chainfed_ray.model.saved_stack import SavedStack
+
+_NAMED = 100  # classes; a card of more says how many there are
+_RESULTS = {"accuracy": "accuracy", "loss": "loss", "rounds": "rounds", "epsilon": "ε (differential privacy)"}
+
+
+def model_card(saved: SavedStack, form: str, folder: Path) -> str:
+    """The README.md of ``saved`` in the format ``form``, with the scores of its job if its record is beside ``folder``.
+
+    Raises:
+        CorruptCommit: the record cannot be read.
+    """
+    about = {
+        "base_model": _base_name(saved.base),
+        "library_name": form,
+        "pipeline_tag": "text-classification" if saved.classes else "text-generation",
+        "tags": ["chainfed-ray", "adapters", "federated-learning"],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
+        f"# {_base_name(saved.base)}, fine-tuned with chainfed-ray",
+        _what(saved),
+        f"## How to load it\n\n{_NEEDS[form]}\n\n```python\n{_code(saved, form)}```",
+        _scores(folder),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _base_name(base: str) -> str:
+    """The base model's name on the hub, or that of its folder or file, without the path to it."""
+    scheme, _, name = base.partition(":")
+    return name.partition("@")[0] if scheme == "hf" else Path(name).name
+
+
+def _what(saved: SavedStack) -> str:
+    layers = ", ".join(map(str, saved.stack.layers))
+    size = saved.config()["bottleneck"]
+    trained = (
+        f"Its clients trained an adapter of {size} units after each of the layers {layers}, counted from 0. "
+        "The base model's own weights are as they were."
+    )
+    if not saved.classes:
+        return f"A language model. {trained}"
+    named = "\n".join(f"- `{name}`" for name in saved.classes[:_NAMED])
+    more = f"\n- … {len(saved.classes)} in all" if len(saved.classes) > _NAMED else ""
+    return (
+        f"A classifier of texts of up to {saved.max_length} tokens; longer ones are cut. {trained}\n\n"
+        f"Its classes:\n\n{named}{more}"
+    )
+
+
+def _scores(folder: Path) -> str:
+    """The job's scores on its test rows. They are of its model, not of the other stacks that it may have left."""
+    record = folder.resolve().parent / "finished.json"
+    if folder.resolve().name != "model" or not record.exists():
+        return ""
+    try:
+        document = json.loads(record.read_text(encoding="utf-8"))
+        found = [(words, document[name]) for name, words in _RESULTS.items() if document.get(name) is not None]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CorruptCommit(str(record), f"it is no record of a job ({type(error).__name__}: {error})") from None
+    rows = "\n".join(f"| {words} | {_number(value)} |" for words, value in found)
+    return f"## Results\n\nOf the whole model, on the test rows of its job.\n\n| | |\n|---|---|\n{rows}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+_NEEDS = {
+    "peft": "It is an adapter: the base model is loaded beside it. It needs chainfed-ray, whose import registers the method.",
+    "transformers": "All weights are in this folder. It needs chainfed-ray, whose import registers the model.",
+    "onnx": "The graph has all weights, in float32. It needs onnxruntime, and transformers for the tokenizer.",
+}
+
+
+def _code(saved: SavedStack, form: str) -> str:
+    """The code of the card. ``FOLDER`` is for the reader to set."""
+    code = _CODE[form, bool(saved.classes)]
+    return 'FOLDER = "."  # where this file is\n\n' + dedent(code).lstrip().replace("BASE", repr(saved.base))
+
+
+_CODE = {
+    ("peft", True): """
+        from peft import PeftModel
+        from chainfed_ray.hub import resolve, tokenizer
+        from chainfed_ray.serving.peft_method import SequenceClassifier
+
+        base = BASE
+        model = PeftModel.from_pretrained(SequenceClassifier.from_folder(resolve(base)), FOLDER)
+        config = model.peft_config["default"]
+        words = tokenizer(base, resolve(base))
+        batch = words(["A text."], return_tensors="pt", padding=True, truncation=True, max_length=config.max_length)
+        logits = model(batch["input_ids"], batch["attention_mask"])
+        print(config.classes[logits[0].argmax()])
+        """,
+    ("peft", False): """
+        import chainfed_ray.serving.peft_method
+        from chainfed_ray.hub import resolve, tokenizer
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        base = BASE
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(resolve(base)), FOLDER)
+        words = tokenizer(base, resolve(base))
+        written = model.generate(**words("Once", return_tensors="pt"), max_new_tokens=40)
+        print(words.decode(written[0]))
+        """,
+    ("transformers", True): """
+        import chainfed_ray.export
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
+        words = AutoTokenizer.from_pretrained(FOLDER)
+        batch = words(["A text."], return_tensors="pt", padding=True, truncation=True)
+        logits = model(**batch).logits
+        print(model.config.id2label[int(logits[0].argmax())])
+        """,
+    ("transformers", False): """
+        import chainfed_ray.export
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(FOLDER)
+        words = AutoTokenizer.from_pretrained(FOLDER)
+        written = model.generate(**words("Once", return_tensors="pt"), max_new_tokens=40)
+        print(words.decode(written[0]))
+        """,
+    ("onnx", True): """
+        import json
+        from pathlib import Path
+
+        import onnxruntime
+        from transformers import AutoTokenizer
+
+        words = AutoTokenizer.from_pretrained(FOLDER)
+        labels = json.loads((Path(FOLDER) / "labels.json").read_text())
+        session = onnxruntime.InferenceSession(str(Path(FOLDER) / "model.onnx"))
+        batch = words(["A text."], return_tensors="np", padding=True, truncation=True)
+        (logits,) = session.run(["logits"], {name: batch[name] for name in ("input_ids", "attention_mask")})
+        print(labels[logits[0].argmax()])
+        """,
+}

@@ -1,0 +1,53 @@
+"""Writes a finished model as one folder that Transformers loads: all weights, the tokenizer, and nothing of elsewhere."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from chainfed_ray.export.whole_model import WholeClassifier, WholeConfig, WholeLanguageModel
+from chainfed_ray.hub import configuration, resolve, tokenizer
+from chainfed_ray.model.saved_stack import SavedStack
+
+
+def write_transformers(saved: SavedStack, folder: Path) -> None:
+    """Write the base model of ``saved``, in the dtype that it has on disk, with its adapters and its tokenizer.
+
+    Raises:
+        InvalidJob: the base model is not there.
+        UnsupportedModel: the layers of the base model cannot be told apart.
+    """
+    base = resolve(saved.base)
+    whole_model(saved, "auto").save_pretrained(folder)
+    words = tokenizer(saved.base, base)
+    if saved.classes:
+        prepare_for_classes(words, saved.max_length)
+    words.save_pretrained(folder)
+
+
+def whole_model(saved: SavedStack, dtype: str) -> WholeClassifier | WholeLanguageModel:
+    """The base model in ``dtype``, ``auto`` for its own, with the adapters of ``saved``; frozen, in evaluation mode.
+
+    Raises:
+        InvalidJob: the base model is not there.
+        UnsupportedModel: the layers of the base model cannot be told apart.
+    """
+    folder = resolve(saved.base)
+    configuration(folder)  # refuses a quantized model, in words
+    kind, whole = (AutoModel, WholeClassifier) if saved.classes else (AutoModelForCausalLM, WholeLanguageModel)
+    base = kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    base.config._name_or_path = ""  # a path of this machine
+    made: Any = whole(WholeConfig.of(saved, base.config), base)
+    made.stack.load_state_dict(saved.stack.tensors())
+    if made.can_generate():
+        made.generation_config = base.generation_config
+    made.config.dtype = base.dtype
+    frozen: WholeClassifier | WholeLanguageModel = made.eval().requires_grad_(False)
+    return frozen
+
+
+def prepare_for_classes(words: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Make ``words(texts, padding=True, truncation=True)`` give what a classifier was trained on."""
+    words.model_max_length, words.padding_side, words.truncation_side = max_length, "right", "right"
+    if words.pad_token is None:  # of many decoders; the mask keeps it out
+        words.pad_token = words.eos_token
