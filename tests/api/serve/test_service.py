@@ -62,7 +62,10 @@ def test_a_job_over_the_command_line(service: Running, document: dict[str, Any],
     long = service.client.classify("tiny:first", ["salt tide wave " * 6000] * 8)["results"]
     assert [found["label"] for found in long] == ["sea"] * 8, "of more characters than one request may have"
     code, refused = service.chainfed("predict", "tiny:none", "x")
-    assert (code, refused["error"]["message"]) == (1, "there is no model 'tiny:none'; did you mean tiny? Served now: tiny, tiny:first")
+    assert (code, refused["error"]["message"]) == (
+        1,
+        "there is no model 'tiny:none'; did you mean tiny? Served now: tiny, tiny:first",
+    )
     code, refused = service.chainfed("cancel", done["id"])
     assert (code, refused["error"]["type"]) == (1, "JobConflict")
 
