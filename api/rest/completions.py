@@ -163,7 +163,8 @@ async def _answer(
     found = await served(service, options.model, "causal-lm")
     form = kind(found.model.id, options)  # an alias is answered with the name of the model that it stands for
     asked = [(prompt, sampling) for prompt in prompts for sampling in _samplings(options)]
-    stream = _together([service.write(found.key, prompt, sampling) for prompt, sampling in asked])
+    in_pieces = bool(options.stream)
+    stream = _together([service.write(found.key, prompt, sampling, in_pieces) for prompt, sampling in asked])
     if options.stream:
         # Wait for the first piece: an invalid prompt raises here, while the response can still have an error status.
         first = await while_connected(request, anext(stream))

@@ -43,12 +43,14 @@ class Embed(Protocol):
 
 
 class Write(Protocol):
-    """Continues a prompt, or answers a chat, with a language model. Yields the text piece by piece.
+    """Continues a prompt, or answers a chat, with a language model. Yields the text in pieces as they come, or as a whole.
 
     Closing the generator stops the generation. Asking for the first piece raises ``InvalidJob`` if the prompt is invalid.
     """
 
-    def __call__(self, model: ModelKey, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]: ...
+    def __call__(
+        self, model: ModelKey, prompt: Prompt, sampling: Sampling, in_pieces: bool
+    ) -> AsyncGenerator[Piece, None]: ...
 
 
 class Alive(Protocol):

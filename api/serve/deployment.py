@@ -59,8 +59,10 @@ class Api:
         embeddings: list[Embedding] = await answered(lambda: self._inference.embed.remote(model, texts))
         return embeddings
 
-    def _write(self, model: ModelKey, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        return written(lambda: self._writing.write.remote(model, prompt, sampling))
+    def _write(
+        self, model: ModelKey, prompt: Prompt, sampling: Sampling, in_pieces: bool
+    ) -> AsyncGenerator[Piece, None]:
+        return written(lambda: self._writing.write.remote(model, prompt, sampling, in_pieces))
 
     async def _database(self) -> None:
         await run_in_threadpool(self._store.check)

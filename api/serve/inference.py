@@ -13,7 +13,7 @@ from ray.serve.config import RequestRouterConfig
 from chainfed_ray.api.rest.schemas import MOST_TEXTS
 from chainfed_ray.cluster.limits import machine_bytes
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Probabilities, Prompt, Question, Sampling
+from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Probabilities, Prompt, Question, Sampling, joined
 
 _WAIT_SECONDS = 0.004  # for other requests, to be answered in one batch with them
 
@@ -68,8 +68,10 @@ class Inference:
         """As ``_classify_together``."""
         return await asyncio.get_running_loop().run_in_executor(self._classifying, self._engine.embed, questions)
 
-    async def write(self, model: ModelKey, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        """Continue a prompt, or answer a chat, with ``model``. Yields the text piece by piece.
+    async def write(
+        self, model: ModelKey, prompt: Prompt, sampling: Sampling, in_pieces: bool
+    ) -> AsyncGenerator[Piece, None]:
+        """Continue a prompt, or answer a chat, with ``model``. Yields the text piece by piece, or as a single one.
 
         If the caller disconnects, generation stops after the next token.
         """
@@ -83,13 +85,16 @@ class Inference:
             await loop.run_in_executor(
                 self._beginning, self._engine.begin, model, prompt, sampling, emit, cancelled.is_set
             )
-            while True:
+            pieces, ended = list[Piece](), False
+            while not ended:
                 piece = await told.get()
                 if isinstance(piece, Exception):
                     raise piece
-                yield piece
-                if piece.finish_reason:
-                    return
+                pieces.append(piece)
+                ended = piece.finish_reason is not None
+                if ended or (in_pieces and told.empty()):  # what has come meanwhile is told in one message
+                    yield joined(pieces)
+                    pieces = []
         finally:
             cancelled.set()
 

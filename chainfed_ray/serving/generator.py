@@ -106,13 +106,13 @@ class Generator:
         return not (self._rows or self._reading or self._waiting)
 
     def step(self) -> bool:
-        """Add a token to every text, and read a part of the next prompt. False if there is nothing left to do."""
+        """Read a part of the next prompts, and add a token to every text. False if there is nothing left to do."""
         try:
             room = _BETWEEN if self._rows else _AT_ONCE
-            if self._rows:
-                self._write()
             while room > 0 and (read := self._read(room)):
                 room -= read
+            if self._rows:
+                self._write()
         except (
             Exception
         ) as error:  # of the model's code, or for want of memory: it cost the texts what their cache held

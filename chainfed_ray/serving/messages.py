@@ -1,6 +1,6 @@
 """What the processes of the API and of the models send each other. It imports no torch, which the API's do without."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -71,6 +71,15 @@ class TokenChances(NamedTuple):
 
     chosen: Chance
     likeliest: tuple[Chance, ...]
+
+
+def joined(pieces: "Sequence[Piece]") -> "Piece":
+    """Several pieces of one text as one, which ends as the last of them."""
+    text, chances = (
+        "".join(piece.text for piece in pieces),
+        tuple(chance for piece in pieces for chance in piece.chances),
+    )
+    return pieces[-1]._replace(text=text, chances=chances)
 
 
 class Piece(NamedTuple):

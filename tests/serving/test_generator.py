@@ -164,7 +164,8 @@ def test_a_long_prompt_does_not_hold_up_a_text(llama: Path) -> None:
     generator.step()
     generator.begin(saved, "x" * 300, GREEDY, long.append)
     before = len(written_first)
-    generator.step()
+    for _ in range(2):  # one token may be a part of a character
+        generator.step()
     assert len(written_first) > before
     assert not long, "its prompt is read in parts"
     while generator.step():
@@ -173,7 +174,7 @@ def test_a_long_prompt_does_not_hold_up_a_text(llama: Path) -> None:
 
 
 def test_an_error_of_the_model_ends_the_texts_that_it_concerns(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator, saved = Generator(f"path:{llama}", torch.float32), a_causal_stack(llama)
+    generator, saved = Generator(f"path:{llama}", torch.float32, most_rows=1), a_causal_stack(llama)
     ended, waiting = list[Piece | Exception](), list[Piece | Exception]()
     generator.begin(saved, PROMPT, GREEDY, ended.append)
     generator.step()

@@ -91,8 +91,8 @@ def client(storage: Storage, inference: Any) -> Iterator[TestClient]:
     async def embed(model: ModelKey, texts: list[str]) -> list[Embedding]:
         raise NotImplementedError
 
-    def write(model: ModelKey, prompt: str | Chat, sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        pieces: AsyncGenerator[Piece, None] = inference.write(model, prompt, sampling)
+    def write(model: ModelKey, prompt: str | Chat, sampling: Sampling, in_pieces: bool) -> AsyncGenerator[Piece, None]:
+        pieces: AsyncGenerator[Piece, None] = inference.write(model, prompt, sampling, in_pieces)
         return pieces
 
     store = JobStore(storage.database)
@@ -240,7 +240,9 @@ def test_what_cannot_be_asked_says_why(
 
 
 def test_a_stream_that_has_begun_says_what_went_wrong(storage: Storage) -> None:
-    async def write(model: ModelKey, prompt: str | Chat, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    async def write(
+        model: ModelKey, prompt: str | Chat, sampling: Sampling, in_pieces: bool
+    ) -> AsyncGenerator[Piece, None]:
         yield Piece("salt", 4, 1)
         raise PartUnavailable("the process of the models", "ended", 5)
 
@@ -349,7 +351,7 @@ def test_a_caller_who_goes_away_ends_the_writing(
     monkeypatch.setattr(Detokenizer, "add", counting)
 
     async def pieces(sampling: Sampling, at_most: int) -> list[Piece]:
-        asked = inference.write(ModelKey(base, "float32", job), "tide and ", sampling)
+        asked = inference.write(ModelKey(base, "float32", job), "tide and ", sampling, True)
         found: list[Piece] = []
         async with aclosing(asked):
             async for piece in asked:

@@ -52,7 +52,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     async def embed(model: ModelKey, texts: list[str]) -> list[Embedding]:
         raise NotImplementedError
 
-    def write(model: ModelKey, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    def write(model: ModelKey, prompt: object, sampling: Sampling, in_pieces: bool) -> AsyncGenerator[Piece, None]:
         raise NotImplementedError
 
     store = JobStore(f"sqlite:///{tmp_path_factory.mktemp('store') / 'jobs.db'}")

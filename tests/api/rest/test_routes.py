@@ -53,7 +53,7 @@ def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
     async def embed(model: ModelKey, texts: list[str]) -> list[Embedding]:
         raise NotImplementedError
 
-    def write(model: ModelKey, prompt: object, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    def write(model: ModelKey, prompt: object, sampling: Sampling, in_pieces: bool) -> AsyncGenerator[Piece, None]:
         raise NotImplementedError
 
     async def broken() -> None:
