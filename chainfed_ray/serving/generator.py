@@ -18,7 +18,7 @@ from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import FinishReason, Piece, Prompt, Sampling, TokenChances
 from chainfed_ray.serving.row_cache import RowCache
 from chainfed_ray.serving.sampler import Sampler
-from chainfed_ray.serving.stack_batch import RowAdapters, adapters_of
+from chainfed_ray.serving.stack_batch import AdapterRows, adapters_of
 
 Emit = Callable[[Piece | Exception], None]
 """Takes the pieces of a text as they come. The last one has a finish reason, unless an exception ends the text."""
@@ -71,7 +71,7 @@ class Generator:
         self._waiting = deque[_Row]()
         self._reading: tuple[_Row, Any] | None = None  # with its cache
         self._rows, self._cache = list[_Row](), self._model.new_cache()
-        self._adapters: RowAdapters = {}
+        self._adapters = AdapterRows()
 
     def begin(
         self,
@@ -142,10 +142,10 @@ class Generator:
     def _write(self) -> None:
         """Run the last token of every row, and choose the next ones."""
         tokens = torch.tensor([[row.written[-1]] for row in self._rows])
-        logits = self._model.logits(tokens, [row.read for row in self._rows], self._adapters, self._cache)
+        logits = self._model.logits(tokens, [row.read for row in self._rows], self._adapters.adapters(), self._cache)
         for row in self._rows:
             row.read += 1
-        self._keep([row for row, own in zip(self._rows, logits, strict=True) if self._goes_on(row, own)])
+        self._let_go([place for place, row in enumerate(self._rows) if not self._goes_on(row, logits[place])])
 
     def _read(self, most: int) -> int:
         """Read up to ``most`` tokens of a prompt. With its last one, the text has its first token and joins the others.
@@ -207,25 +207,27 @@ class Generator:
         else:
             self._cache = cache
         self._rows.append(row)
-        self._adapters = self._adapters_now()
+        self._adapters.join(row.saved.stack if row.saved else None)
 
-    def _keep(self, rows: list[_Row]) -> None:
-        """Let go of the rows that are not in ``rows``, and of what the cache holds for them alone."""
-        if len(rows) == len(self._rows):
+    def _let_go(self, places: list[int]) -> None:
+        """Let go of the rows at ``places``, and of what the cache holds for them alone. The last rows take their places."""
+        if not places:
             return
-        if not rows:
+        order = list(range(len(self._rows)))
+        for place in reversed(places):
+            self._adapters.leave(place)
+            order[place] = order[-1]
+            order.pop()
+        self._rows = [self._rows[place] for place in order]
+        if not self._rows:
             self._cache = self._model.new_cache()
         elif isinstance(self._cache, RowCache):
-            self._cache.keep([self._rows.index(row) for row in rows], max(row.read for row in rows))
-        self._rows = rows
-        self._adapters = self._adapters_now()
-
-    def _adapters_now(self) -> RowAdapters:
-        return adapters_of([row.saved.stack if row.saved else None for row in self._rows]) if self._rows else {}
+            self._cache.keep(order, max(row.read for row in self._rows))
 
     def _fail(self, error: Exception) -> None:
         """End every text that the cache holds a part of."""
         failed = [*self._rows, *([self._reading[0]] if self._reading else [])]
         self._rows, self._reading, self._cache = [], None, self._model.new_cache()
+        self._adapters = AdapterRows()
         for row in failed:
             row.emit(error)

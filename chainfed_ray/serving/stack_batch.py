@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from chainfed_ray.model.adapters import Adapter, AdapterStack, Head
 from chainfed_ray.model.pooling import append_pooled
 
+_ROWS_MORE = 4  # than there are, when room is made for them
 RowAdapters = Mapping[int, Callable[[Tensor], Tensor]]
 """What follows each layer of that index, for the rows of one batch: [B, T, D] → [B, T, D]."""
 
@@ -104,8 +105,87 @@ def _side_by_side(adapters: Sequence[Adapter | None]) -> Callable[[Tensor], Tens
             down[row, :own], into[row, 0, :own] = adapter.down.weight, adapter.down.bias
             up[row, :, :own], out[row, 0] = adapter.up.weight, adapter.up.bias
 
-    def adapted(hidden: Tensor) -> Tensor:
-        inner = nn.functional.gelu(torch.baddbmm(into, hidden.to(dtype), down.transpose(1, 2)))
-        return hidden + torch.baddbmm(out, inner, up.transpose(1, 2)).to(hidden.dtype)
+    return lambda hidden: _adapted(hidden, down, into, up, out)
 
-    return adapted
+
+def _adapted(hidden: Tensor, down: Tensor, into: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    """Rows [B, T, D] through adapters with the matrices [B, R, D] and [B, D, R], and the biases [B, 1, R] and [B, 1, D]."""
+    inner = nn.functional.gelu(torch.baddbmm(into, hidden.to(down.dtype), down.transpose(1, 2)))
+    return hidden + torch.baddbmm(out, inner, up.transpose(1, 2)).to(hidden.dtype)
+
+
+class AdapterRows:
+    """The adapters of rows that come and go, side by side: a row that joins or leaves costs a copy of one stack, not of all.
+
+    The rows are 0 … count - 1, without gaps: where one leaves, the last one takes its place.
+    """
+
+    def __init__(self) -> None:
+        self._stacks = list[AdapterStack | None]()
+        self._layers: dict[int, _LayerRows] = {}
+
+    def join(self, stack: AdapterStack | None) -> None:
+        """Add a row at the end."""
+        row = len(self._stacks)
+        self._stacks.append(stack)
+        for layer in stack.layers if stack else ():
+            self._layers.setdefault(layer, _LayerRows())
+        for layer, rows in self._layers.items():
+            rows.put(row, stack.adapter(layer) if stack and layer in stack.layers else None)
+
+    def leave(self, row: int) -> None:
+        """Let the last row take the place of ``row``."""
+        last = self._stacks.pop()
+        if row == len(self._stacks):
+            return
+        self._stacks[row] = last
+        for layer, rows in self._layers.items():
+            rows.put(row, last.adapter(layer) if last and layer in last.layers else None)
+
+    def adapters(self) -> RowAdapters:
+        """The adapters of all rows. If they have the same stack, its own, which is faster."""
+        if all(stack is self._stacks[0] for stack in self._stacks):
+            return adapters_of(self._stacks[:1])
+        count = len(self._stacks)
+        return {layer: rows.first(count) for layer, rows in self._layers.items()}
+
+
+class _LayerRows:
+    """The matrices of one layer's adapters, a row each. Rows without an adapter are zeros: the identity."""
+
+    def __init__(self) -> None:
+        self._matrices: tuple[Tensor, ...] | None = None
+
+    def put(self, row: int, adapter: Adapter | None) -> None:
+        if adapter is None and self._matrices is None:
+            return
+        self._make_room(row, adapter)
+        assert self._matrices is not None
+        for matrix in self._matrices:
+            matrix[row] = 0
+        if adapter is not None:
+            down, into, up, out = self._matrices
+            own = adapter.down.out_features
+            down[row, :own], into[row, 0, :own] = adapter.down.weight, adapter.down.bias
+            up[row, :, :own], out[row, 0] = adapter.up.weight, adapter.up.bias
+
+    def first(self, count: int) -> Callable[[Tensor], Tensor]:
+        """The adapters of the first ``count`` rows."""
+        assert self._matrices is not None, "the layer of some row's adapter"
+        down, into, up, out = (matrix[:count] for matrix in self._matrices)
+        return lambda hidden: _adapted(hidden, down, into, up, out)
+
+    def _make_room(self, row: int, adapter: Adapter | None) -> None:
+        """Make the matrices, or larger ones, so that they have ``row`` and are as wide as ``adapter``."""
+        held = self._matrices
+        rows, bottleneck = (held[0].shape[0], held[0].shape[1]) if held else (0, 0)
+        wanted = max(bottleneck, adapter.down.out_features if adapter else 0)
+        if row < rows and wanted == bottleneck:
+            return
+        like = held[0] if held else adapter.down.weight if adapter else None
+        assert like is not None
+        width, rows = like.shape[-1], max(rows, row + _ROWS_MORE)
+        shapes = ((rows, wanted, width), (rows, 1, wanted), (rows, width, wanted), (rows, 1, width))
+        self._matrices = tuple(like.new_zeros(shape) for shape in shapes)
+        for new, old in zip(self._matrices, held or (), strict=False):
+            new[tuple(slice(size) for size in old.shape)] = old
