@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -60,8 +61,10 @@ class Storage:
         """The folder of a job's trained adapter stack."""
         return self.job(job) / "model"
 
-    def stack(self, job: str, index: int | None) -> Path:
+    def stack(self, job: str, index: int | None, moving: str | None = None) -> Path:
         """The folder of the stack that a job had after round ``index``; of its model, without an index.
+
+        With ``moving``, ``latest`` or ``best``, the newest or the best stack will do, if that of the round is kept no more.
 
         Raises:
             InvalidJob: that stack is kept no more.
@@ -70,6 +73,9 @@ class Storage:
             return self.model(job)
         kept = {_round_of(self.job(job) / name): self.job(job) / name for name in ("best", "last", "model")}
         if index not in kept:
+            found = [round_ for round_ in kept if round_ is not None]
+            if moving and found:  # a better round than the newest has a folder of its own
+                return kept[max(found) if moving == "latest" else min(found)]
             rounds = ", ".join(str(found) for found in sorted(found for found in kept if found is not None))
             raise InvalidJob.at("model", f"…@{index}", f"a round whose stack is kept, such as {rounds or 'none yet'}")
         return kept[index]
@@ -162,11 +168,11 @@ def _bytes(environment: Mapping[str, str], name: str) -> int | None:
 
 def _round_of(stack: Path) -> int | None:
     """The round of the stack in a folder; None if there is no stack, or none that can be read."""
-    try:
-        found = json.loads((stack / "adapter_config.json").read_bytes()).get("round")
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, int) else None
+    for folder in (stack, stack.with_name(f"{stack.name}.before")):  # the latter while a new one takes its place
+        with suppress(OSError, ValueError):
+            found = json.loads((folder / "adapter_config.json").read_bytes()).get("round")
+            return found if isinstance(found, int) else None
+    return None
 
 
 def _count(environment: Mapping[str, str], name: str, default: int) -> int:

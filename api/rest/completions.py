@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -39,6 +40,8 @@ from chainfed_ray.serving.messages import FinishReason, Piece, Prompt, Sampling,
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
+_log = logging.getLogger(__name__)
+_MISTAKE = {"type": "InternalError", "message": "a mistake of the service; its log says more"}
 _MEDIA_TYPE = "text/event-stream"
 _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {_MEDIA_TYPE: {"schema": {"type": "string"}}}}}
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -235,6 +238,10 @@ async def _events(
                 last[index] = piece
         except ChainFedError as error:  # another prompt is invalid; the response has begun, so an event tells the error
             yield format_sse_event(data_str=json.dumps({"error": error.document()}))
+            return
+        except Exception:
+            _log.exception("a stream that had begun failed")
+            yield format_sse_event(data_str=json.dumps({"error": _MISTAKE}))
             return
     if wants_usage:
         yield _event(form.usage([last[index] for index in sorted(last)]))

@@ -75,6 +75,8 @@ def set_alias(alias: AliasName, body: AliasTargets, service: WithService) -> Ali
     """Let an alias stand for a model, or for several with a share of the requests each. Requests that run go on."""
     if service.store.on_base(alias, 1):
         raise InvalidJob.at("alias", alias, "a name that no base model has")
+    if others := service.store.aliases().keys() & body.targets.keys():
+        raise InvalidJob.at("targets", sorted(others), "names of models, not of aliases")
     tasks = {_find(service, name, None).model.task for name in body.targets}
     if len(tasks) > 1:
         raise InvalidJob.at("targets", sorted(body.targets), "models of one task")
@@ -129,17 +131,19 @@ async def served(service: Service, name: str, task: ModelTask) -> Found:
 
 def _find(service: Service, name: str, task: ModelTask | None) -> Found:
     """The model called ``name``. Of base models with that name, one that has been used for ``task``, if there is any."""
-    if ":" not in name and (shares := service.store.alias(name)):
-        (name,) = choices(list(shares), list(shares.values()))
     stem, _, version = name.rpartition("@")
     if ":" in stem and (wanted := _version(version)) is not None and (found := trained(service.store, stem, wanted)):
-        key = _key(found.record.spec["model"], found.record.id)._replace(round=found.round["index"])
+        key = _key(found.record.spec["model"], found.record.id)._replace(
+            round=found.round["index"], moving=None if isinstance(wanted, int) else wanted
+        )
         return Found(ServedModel.of_round(found), key)
     if ":" in name and (record := service.store.model(name)):
         return Found(ServedModel.of(record), _key(record.spec["model"], record.id))
     if ":" not in name and (records := service.store.on_base(name, _MOST_COMPARED)):
         record = next((record for record in records if record.spec["model"]["task"] == task), records[0])
         return Found(ServedModel.of_base(record), _key(record.spec["model"], None))
+    if ":" not in name and (shares := service.store.alias(name)):
+        return _find(service, choices(list(shares), list(shares.values()))[0], task)
     names = service.store.model_names(_MOST_COMPARED)
     names += sorted({model.partition(":")[0] for model in names} | service.store.aliases().keys())
     raise ModelNotFound(name, tuple(names))

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RayServeException
 
 from chainfed_ray.errors import ChainFedError, PartUnavailable, ServiceBusy
 from chainfed_ray.serving.messages import Piece
@@ -63,5 +63,5 @@ def _errors_of_ours() -> Iterator[None]:
         raise error.cause if isinstance(error.cause, ChainFedError) else error from None
     except BackPressureError:
         raise ServiceBusy("requests to the models", _RETRY_SECONDS) from None
-    except RayError as error:
+    except (RayError, RayServeException) as error:
         raise PartUnavailable("the process of the models", f"ended ({type(error).__name__})", _RETRY_SECONDS) from error

@@ -39,8 +39,10 @@ class Inference:
         # It imports torch, which the processes that only make this deployment do without.
         from chainfed_ray.serving.engine import Engine
 
-        most_bytes = settings.serving_bytes or machine_bytes() // 2
-        self._engine = Engine(lambda model: settings.storage.stack(str(model.job), model.round), most_bytes)
+        most_bytes = settings.serving_bytes or machine_bytes() // 2 // settings.serving_replicas
+        self._engine = Engine(
+            lambda model: settings.storage.stack(str(model.job), model.round, model.moving), most_bytes
+        )
         # One thread for each kind of work, so that neither a long text nor a model that is loaded holds up a classification.
         self._classifying, self._beginning = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
 

@@ -20,7 +20,8 @@ _FORMATS: dict[str, Callable[[SavedStack, Path], None]] = {
 def hand_over(folder: Path, out: Path, form: str) -> list[str]:
     """Write the stack in ``folder`` to ``out`` in the format ``form``, with a model card. Returns the names of the files.
 
-    ``out`` is there when it is whole: until then its files are in a folder beside it, whose name ends in ``.partial``.
+    ``out`` is there when it is whole: until then its files are in a folder beside it, whose name ends in ``.partial``. Into a
+    folder that exists they are moved one by one, README.md at the end.
 
     Raises:
         InvalidJob: ``folder`` holds no stack, ``out`` exists, there is no such format, or it is not for this model.
@@ -40,7 +41,11 @@ def hand_over(folder: Path, out: Path, form: str) -> list[str]:
     try:
         write(saved, partial)
         (partial / "README.md").write_text(model_card(saved, form, folder), encoding="utf-8")
-        partial.rename(whole)
+        if whole.exists():  # a folder that is somebody's current one, or a disk's, stays the one that it is
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "README.md"):
+                path.rename(whole / path.name)
+        else:
+            partial.rename(whole)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return sorted(path.name for path in whole.iterdir())

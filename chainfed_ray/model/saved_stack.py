@@ -10,7 +10,7 @@ for a ``SequenceClassifier``. A stack without one is for a causal language model
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ CAUSAL_LM = "CAUSAL_LM"  # PEFT's name for the task of a language model
 BASE, HEAD = "base", "head"
 ADAPTERS, HEADS = "chainfed_adapters", "chainfed_heads"
 
+KEPT = frozenset({"best", "last"})  # the names of stacks beside the model
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "base_model.model"
 
@@ -117,13 +118,19 @@ def save_models(models: Mapping[str, SavedStack], served: str, folder: Path) -> 
     """Write the stack called ``served`` as ``folder``/model, and each other stack in ``folder`` by its own name."""
     for name, saved in models.items():
         save_stack(saved, folder / ("model" if name == served else name))
-    shutil.rmtree(folder / served, ignore_errors=True)  # what it had by its own name while the job trained
+    _remove(folder, KEPT - (models.keys() - {served}))  # what they had by their own names while the job trained
 
 
 def save_so_far(models: Mapping[str, SavedStack], folder: Path) -> None:
-    """Write each stack of a job that trains in ``folder`` by its own name."""
-    for name, saved in models.items():
-        save_stack(saved, folder / name)
+    """Write each stack of a job that trains in ``folder`` by its name; the best one first, as it may be the last no more."""
+    for name in sorted(models):
+        save_stack(models[name], folder / name)
+    _remove(folder, KEPT - models.keys())
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def load_stack(folder: Path) -> SavedStack:

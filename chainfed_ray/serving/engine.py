@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from math import isfinite
 from pathlib import Path
 from threading import Condition, Thread
 
 import torch
 
+from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.hub import resolve
 from chainfed_ray.model.blocks import weight_bytes
 from chainfed_ray.model.saved_stack import SavedStack, load_stack, stored_bytes
 from chainfed_ray.serving.classifier import Classifier
 from chainfed_ray.serving.generator import Emit, Generator
-from chainfed_ray.serving.messages import Embedding, ModelKey, Probabilities, Prompt, Question, Sampling
+from chainfed_ray.serving.messages import Embedding, ModelKey, Probabilities, Prompt, Question, Sampling, no_numbers
 from chainfed_ray.serving.questions import Asked, answer_together
 from chainfed_ray.serving.shelf import Shelf
 
@@ -37,20 +39,22 @@ class Engine:
     def classify(self, questions: Sequence[Question]) -> list[Probabilities | Exception]:
         """The probability of each class for each text of each question. See ``answer_together``."""
 
-        def answer(base: str, dtype: str, asked: Asked) -> list[Probabilities]:
+        def answer(base: str, dtype: str, asked: Asked) -> list[Probabilities | Exception]:
             stacks = [(saved, texts) for saved, texts in asked if saved]
             assert len(stacks) == len(asked), "a base model alone has no classes"
             with self._encoder(base, dtype) as encoder:
-                return [found.tolist() for found in encoder.of_each(stacks)]
+                found = encoder.of_each(stacks)
+            return [each.tolist() if each.isfinite().all() else no_numbers() for each in found]
 
         return answer_together(questions, self._stack, answer)
 
     def embed(self, questions: Sequence[Question]) -> list[list[Embedding] | Exception]:
         """The embedding of each text of each question. See ``answer_together``."""
 
-        def answer(base: str, dtype: str, asked: Asked) -> list[list[Embedding]]:
+        def answer(base: str, dtype: str, asked: Asked) -> list[list[Embedding] | Exception]:
             with self._encoder(base, dtype) as encoder:
-                return encoder.embeddings(asked)
+                found = encoder.embeddings(asked)
+            return [each if all(map(isfinite, each[0].values)) else no_numbers() for each in found]
 
         return answer_together(questions, self._stack, answer)
 
@@ -67,10 +71,17 @@ class Engine:
             self._begun.notify()
 
     def _stack(self, model: ModelKey) -> SavedStack | None:
+        """The stack of a model, as it is now: the folder of a job that trains is replaced after each round."""
         if model.job is None:
             return None
-        folder = self._folder_of(model)
-        with self._shelf.using(model, lambda: stored_bytes(folder), lambda: load_stack(folder)) as saved:
+        try:
+            return self._loaded(self._folder_of(model))
+        except CorruptCommit:  # it was replaced while it was read
+            return self._loaded(self._folder_of(model))
+
+    def _loaded(self, folder: Path) -> SavedStack:
+        version = folder.stat().st_mtime_ns if folder.exists() else None
+        with self._shelf.using((folder, version), lambda: stored_bytes(folder), lambda: load_stack(folder)) as saved:
             found: SavedStack = saved
             return found
 
@@ -93,10 +104,14 @@ class Engine:
         while True:
             with self._begun:
                 self._begun.wait_for(lambda: self._writing)
-                generators = list(self._writing)
-            for generator in generators:
-                if not generator.step():
-                    self._rest(generator)
+            self._step()  # a function of its own, which holds no model while this one waits
+
+    def _step(self) -> None:
+        with self._begun:
+            generators = list(self._writing)
+        for generator in generators:
+            if not generator.step():
+                self._rest(generator)
 
     def _rest(self, generator: Generator) -> None:
         """Leave a generator alone, unless a text was begun in the meantime."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.serving.language_model import LanguageModel
-from chainfed_ray.serving.messages import FinishReason, Piece, Prompt, Sampling, TokenChances
+from chainfed_ray.serving.messages import FinishReason, Piece, Prompt, Sampling, TokenChances, no_numbers
 from chainfed_ray.serving.row_cache import RowCache
 from chainfed_ray.serving.sampler import Sampler
 from chainfed_ray.serving.stack_batch import AdapterRows, adapters_of
@@ -113,9 +113,7 @@ class Generator:
                 room -= read
             if self._rows:
                 self._write()
-        except (
-            Exception
-        ) as error:  # of the model's code, or for want of memory: it cost the texts what their cache held
+        except Exception as error:  # of the model's code, or for want of memory
             self._fail(error)
         return not self.is_idle
 
@@ -142,7 +140,8 @@ class Generator:
     def _write(self) -> None:
         """Run the last token of every row, and choose the next ones."""
         tokens = torch.tensor([[row.written[-1]] for row in self._rows])
-        logits = self._model.logits(tokens, [row.read for row in self._rows], self._adapters.adapters(), self._cache)
+        lengths = [row.read for row in self._rows]
+        logits = self._model.logits(tokens, lengths, self._adapters.adapters(), self._cache)
         for row in self._rows:
             row.read += 1
         self._let_go([place for place, row in enumerate(self._rows) if not self._goes_on(row, logits[place])])
@@ -155,7 +154,8 @@ class Generator:
         while self._waiting and self._waiting[0].cancelled():
             self._end(self._waiting.popleft(), "length")
         if self._reading is None and self._waiting and self._has_room(self._waiting[0]):
-            self._reading = self._waiting.popleft(), self._model.new_cache()
+            self._reading = self._waiting[0], self._model.new_cache()
+            self._waiting.popleft()  # afterwards: another thread asks whether there is anything to do
         if self._reading is None:
             return 0
         row, cache = self._reading
@@ -164,13 +164,18 @@ class Generator:
             self._reading = None
             self._end(row, "length")
             return len(part)
-        stack = row.saved.stack if row.saved else None
-        logits = self._model.logits(torch.tensor([part]), [row.read], adapters_of([stack]), cache)
+        adapters = adapters_of([row.saved.stack if row.saved else None])
+        try:
+            logits = self._model.logits(torch.tensor([part]), [row.read], adapters, cache)
+        except Exception as error:  # it concerns this text alone
+            self._reading = None
+            row.emit(error)
+            return len(part)
         row.read += len(part)
         if row.read == len(row.prompt):
-            self._reading = None
             if self._goes_on(row, logits[0]):
                 self._join(row, cache)
+            self._reading = None
         return len(part)
 
     def _has_room(self, row: _Row) -> bool:
@@ -181,6 +186,15 @@ class Generator:
 
     def _goes_on(self, row: _Row, logits: Tensor) -> bool:
         """Choose the next token of a text, and emit what it adds. False if that is the end of the text."""
+        try:
+            return self._chosen(row, logits)
+        except Exception as error:  # such as that of a broken stack: the others go on
+            row.emit(error)
+            return False
+
+    def _chosen(self, row: _Row, logits: Tensor) -> bool:
+        if not logits.isfinite().any():
+            raise no_numbers()
         token = row.sampler.choose(logits)
         row.written.append(token)
         if row.likeliest is not None:
@@ -220,14 +234,14 @@ class Generator:
             order.pop()
         self._rows = [self._rows[place] for place in order]
         if not self._rows:
-            self._cache = self._model.new_cache()
+            self._cache, self._adapters = self._model.new_cache(), AdapterRows()
         elif isinstance(self._cache, RowCache):
             self._cache.keep(order, max(row.read for row in self._rows))
 
     def _fail(self, error: Exception) -> None:
-        """End every text that the cache holds a part of."""
-        failed = [*self._rows, *([self._reading[0]] if self._reading else [])]
-        self._rows, self._reading, self._cache = [], None, self._model.new_cache()
-        self._adapters = AdapterRows()
+        """End every text that the cache holds a part of, and the one that was to join them."""
+        failed = list(dict.fromkeys([*self._rows, *([self._reading[0]] if self._reading else [])]))
+        self._rows, self._reading = [], None
+        self._cache, self._adapters = self._model.new_cache(), AdapterRows()
         for row in failed:
             row.emit(error)

@@ -10,7 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chainfed_ray.data.messages import Chat
 from chainfed_ray.data.targets import chat_ids, prompt_ids
@@ -18,11 +18,12 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.trunk import find_layers
 from chainfed_ray.serving.detokenizer import Detokenizer
-from chainfed_ray.serving.messages import MOST_TOKENS, Chance, Prompt, TokenChances
+from chainfed_ray.serving.messages import MOST_TOKENS, SCHEMA, Chance, Prompt, TokenChances
 from chainfed_ray.serving.row_cache import RowCache
 from chainfed_ray.serving.stack_batch import RowAdapters
 
-_SCHEMA = "response_format.json_schema.schema"
+_COUNT_POSITIONS = ("roberta", "camembert", "data2vec")  # types of models that add to the positions of tokens
+_BY_DISTANCE = ("bloom", "mpt")  # types whose attention knows distances alone
 
 
 class LanguageModel:
@@ -37,11 +38,12 @@ class LanguageModel:
         self._tokenizer = tokenizer(base, folder)
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         self._model.eval().requires_grad_(False)
-        self._positions: int | None = getattr(self._model.config, "max_position_embeddings", None)
+        config = self._model.config.get_text_config()
+        self._positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._vocabulary: int = config.vocab_size
         self.ends = _tokens(self._model.generation_config.eos_token_id) | _tokens(self._tokenizer.eos_token_id)
-        # Keys and values alone can be kept in rows. What other layers keep (recurrent ones, say) cannot.
-        self.has_rows = all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=self._model.config).layers)
         self._takes = set(signature(self._model.forward).parameters)
+        self.has_rows = self._can_have_rows()
         self._adapters: RowAdapters = {}
         layers: Any = self._model.get_submodule(find_layers(self._model, base))
         for index, layer in enumerate(layers):
@@ -61,7 +63,7 @@ class LanguageModel:
         own = torch.tensor(lengths).unsqueeze(1)
         given = {
             "attention_mask": (torch.arange(held + new) >= held - own).long(),  # rows are aligned at their ends
-            "position_ids": own + torch.arange(new),
+            **({"position_ids": own + torch.arange(new)} if self.has_rows else {}),
             "logits_to_keep": 1,
         }
         self._adapters = adapters
@@ -90,21 +92,33 @@ class LanguageModel:
                 return LLMatcher(self._guided, grammar)
         except ValueError as error:
             wrong = str(error)
-        raise InvalidJob.at(_SCHEMA, schema, f"{expected} ({wrong.splitlines()[0]})")
+        raise InvalidJob.at(SCHEMA, schema, f"{expected} ({wrong.splitlines()[0]})")
 
     @cached_property
     def _guided(self) -> LLTokenizer:
         fast: Any = self._tokenizer  # another kind is refused
         try:
-            return from_tokenizer(fast, self._model.config.vocab_size, sorted(self.ends))
+            return from_tokenizer(fast, self._vocabulary, sorted(self.ends))
         except ValueError as error:
-            raise InvalidJob.at(_SCHEMA, "a schema", f"none, because of this model's tokenizer ({error})") from None
+            raise InvalidJob.at(SCHEMA, "a schema", f"none, because of this model's tokenizer ({error})") from None
 
     def token_bytes(self) -> int:
         """The bytes that the cache holds for each token of a row."""
         cache = self.new_cache()
         self.logits(torch.tensor([[0]]), [0], {}, cache)
-        return sum(states[:, :, :1].nbytes for layer in cache.layers for states in (layer.keys, layer.values)) or 1
+        held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+        return sum(states[:, :, :1].nbytes for states in held if states is not None) or 1
+
+    def _can_have_rows(self) -> bool:
+        """True if rows of other lengths can be run together: if keys and values are all that is kept, and positions are given.
+
+        Recurrent layers keep more. Some models count positions by themselves, in which shorter rows would be wrong.
+        """
+        config = self._model.config
+        layers = {type(layer) for layer in DynamicCache(config=config).layers}
+        counts = any(word in config.model_type for word in _COUNT_POSITIONS)
+        placed = "position_ids" in self._takes or config.model_type in _BY_DISTANCE
+        return layers <= {DynamicLayer, DynamicSlidingWindowLayer} and placed and not counts
 
     def chances(self, logits: Tensor, token: int, count: int) -> TokenChances:
         """The chances by logits [V] of ``token``, and of the ``count`` likeliest tokens."""
@@ -114,9 +128,19 @@ class LanguageModel:
         return TokenChances(self._chance(token, float(logprobs[token])), tuple(likeliest))
 
     def _chance(self, token: int, logprob: float) -> Chance:
-        text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        # Behind another token: many tokenizers drop the leading space of a text.
+        alone, both = (self._text([*self._before, *tokens]) for tokens in ([], [token]))
+        return Chance(both[len(alone) :], logprob)
+
+    def _text(self, tokens: list[int]) -> str:
+        text = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
-        return Chance(text, logprob)
+        return text
+
+    @cached_property
+    def _before(self) -> list[int]:
+        tokens: list[int] = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        return tokens
 
     def detokenizer(self, prompt: Sequence[int], stop: tuple[str, ...]) -> Detokenizer:
         """What turns the tokens after ``prompt`` into text, up to a ``stop`` string."""

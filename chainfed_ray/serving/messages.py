@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from chainfed_ray.data.messages import Chat, Message
+from chainfed_ray.errors import InvalidJob
 
+SCHEMA = "response_format.json_schema.schema"  # where a request has the schema of its answer
 MOST_TOKENS = 256  # the limit of a text's tokens where the caller gives none
 
 Probabilities = list[list[float]]
@@ -23,13 +25,15 @@ def chat_of(turns: Iterable[tuple[str, str]]) -> Chat:
 class ModelKey(NamedTuple):
     """The base model ``base`` in ``dtype``, as in a job file, with the stack of ``job`` on it; alone if that is None.
 
-    The stack is that of the job's ``round``, or of its model.
+    The stack is that of the job's ``round``, or of its model. If ``moving`` is set, that was the newest round, or the best, a
+    moment ago, and the one that is so now will do.
     """
 
     base: str
     dtype: str
     job: str | None = None
     round: int | None = None
+    moving: Literal["latest", "best"] | None = None
 
 
 class Question(NamedTuple):
@@ -37,6 +41,11 @@ class Question(NamedTuple):
 
     model: ModelKey
     texts: list[str]
+
+
+def no_numbers() -> InvalidJob:
+    """The error of a model whose output is not finite, such as one whose training went astray."""
+    return InvalidJob.at("model", "(its output)", "numbers that are finite; the training of this model went astray")
 
 
 class Embedding(NamedTuple):

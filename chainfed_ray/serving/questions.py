@@ -15,7 +15,7 @@ Asked = list[tuple[SavedStack | None, list[str]]]
 def answer_together(
     questions: Sequence[Question],
     stack_of: Callable[[ModelKey], SavedStack | None],
-    answer: Callable[[str, str, Asked], Sequence[Answer]],
+    answer: Callable[[str, str, Asked], Sequence[Answer | Exception]],
 ) -> list[Answer | Exception]:
     """The answer to each question, or the error because of which it has none.
 

@@ -5,7 +5,8 @@ import torch
 from llguidance import LLMatcher
 from torch import Tensor
 
-from chainfed_ray.serving.messages import Sampling
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.serving.messages import SCHEMA, Sampling
 
 _COLDEST = 1e-5  # below this temperature, dividing the logits by it may overflow; the likeliest token is taken instead
 
@@ -27,11 +28,18 @@ class Sampler:
         return self._grammar is not None and self._grammar.is_stopped()
 
     def choose(self, logits: Tensor) -> int:
-        """A token, from the logits of all tokens, [V]."""
+        """A token, from the logits of all tokens, [V].
+
+        Raises:
+            InvalidJob: the grammar is too large to be followed any further.
+        """
         if self._grammar is None:
             return self._chosen(logits)
         token = self._chosen(logits.masked_fill(~_allowed(self._grammar, len(logits)), -torch.inf))
         self._grammar.consume_token(token)
+        if self._grammar.is_error():
+            why = self._grammar.get_error().splitlines()[0]
+            raise InvalidJob.at(SCHEMA, "the schema", f"one that can be followed to the end of the answer ({why})")
         return token
 
     def _chosen(self, logits: Tensor) -> int:

@@ -65,13 +65,14 @@ class Shelf:
 
     def _entry(self, key: Hashable, size: Callable[[], int]) -> tuple[_Entry, bool]:
         """The entry of ``key``, and whether it is new."""
+        needed = 0 if key in self._held else size()  # before the lock: it may have to wait for a download
         with self._lock:
             if entry := self._held.get(key):
                 self._held.move_to_end(key)
                 entry.users += 1
                 self.found += 1
                 return entry, False
-            entry = _Entry(size())
+            entry = _Entry(needed or size())
             self._make_room(entry.num_bytes)
             self._held[key] = entry
             self.loaded += 1

@@ -10,6 +10,7 @@ all its events again. ::
 """
 
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from secrets import token_hex
@@ -211,7 +212,8 @@ class JobStore:
         of_base = JobRow.model.startswith(f"{name}:", autoescape=True)
         query = select(JobRow).where(of_base, JobRow.status.in_(_CHECKED)).order_by(JobRow.number.desc()).limit(limit)
         with Session(self._engine) as session:
-            return [row.record() for row in session.scalars(query)]
+            # SQLite compares without regard to case.
+            return [row.record() for row in session.scalars(query) if row.model.partition(":")[0] == name]
 
     def model_names(self, limit: int) -> list[str]:
         """The names of at most ``limit`` models of jobs that succeeded, sorted."""
@@ -232,8 +234,15 @@ class JobStore:
 
     def set_alias(self, name: str, shares: Shares) -> None:
         """Let an alias stand for other models. What it stood for is kept, so that ``roll_back`` can return to it."""
+        with suppress(IntegrityError):  # another process adds it at the same moment
+            return self._set_alias(name, shares)
+        self._set_alias(name, shares)
+
+    def _set_alias(self, name: str, shares: Shares) -> None:
         with Session(self._engine) as session, session.begin():
-            row = session.get(AliasRow, name, with_for_update=True)
+            # Write first, to lock the row (on SQLite, the database): no other process may change it meanwhile.
+            session.execute(update(AliasRow).where(AliasRow.name == name).values(name=name))
+            row = session.get(AliasRow, name)
             if row is None:
                 session.add(AliasRow(name=name, targets=[shares]))
             elif row.targets[-1] != shares:

@@ -24,11 +24,13 @@ def trained(store: JobStore, model: str, version: Version) -> Trained | None:
     Of a job's stacks the newest one is kept, and the one after whose round the whole model had the least held-out loss.
     """
     for record in store.of_model(model):
-        rounds = [event.data for event in store.of_kind(record.id, "round")]
-        if not rounds:
+        if (newest := store.newest(record.id, "round")) is None:
             continue
-        best = _best(rounds)
-        kept = {"latest": rounds[-1], rounds[-1]["index"]: rounds[-1], "best": best, best["index"]: best}
+        last = newest.data
+        kept: dict[Version, dict[str, Any]] = {"latest": last, last["index"]: last}
+        if version not in kept:  # all rounds are read only where the best one may be meant
+            best = _best([event.data for event in store.of_kind(record.id, "round")])
+            kept |= {"best": best, best["index"]: best}
         started = store.newest(record.id, "started")
         classes = tuple(started.data["classes"]) if started else ()
         return Trained(record, kept[version], classes) if version in kept else None

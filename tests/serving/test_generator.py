@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from chainfed_ray.data.messages import Message
 from chainfed_ray.errors import InvalidJob
@@ -15,6 +16,7 @@ from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.generator import Generator
 from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import Piece, Sampling
+from chainfed_ray.serving.row_cache import RowCache
 from tests.causal import FAMILIES, a_causal_stack, byte_tokenizer, causal_folder, streamed_logits, written
 
 BYTES = byte_tokenizer(chat=False)
@@ -218,3 +220,79 @@ def test_who_leaves_while_his_text_waits_holds_up_nobody(llama: Path) -> None:
     while generator.step():
         pass
     assert first[-1] == last[-1] == written(generator, saved, PROMPT, GREEDY)[1]
+
+
+def test_a_stack_that_is_broken_fails_its_own_text_alone(llama: Path) -> None:
+    generator, broken = Generator(f"path:{llama}", torch.float32), a_causal_stack(llama, seed=1)
+    with torch.no_grad():
+        next(broken.stack.parameters()).fill_(torch.nan)
+    sampling, told, failed = Sampling(12, temperature=1, seed=2), list[Piece | Exception](), list[Piece | Exception]()
+    whole = a_causal_stack(llama)
+    generator.begin(whole, PROMPT, sampling, told.append)
+    generator.step()
+    generator.begin(broken, PROMPT, sampling, failed.append)
+    while generator.step():
+        pass
+    assert isinstance(failed[-1], InvalidJob)
+    assert "numbers that are finite" in str(failed[-1])
+    assert told[-1] == written(generator, whole, PROMPT, sampling)[1]
+
+
+def test_a_cache_that_cannot_take_a_text_ends_those_that_it_concerns_and_no_other(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, saved = Generator(f"path:{llama}", torch.float32), a_causal_stack(llama)
+    first, second, later = (list[Piece | Exception]() for _ in range(3))
+
+    def full(self: RowCache, other: RowCache) -> None:
+        raise MemoryError("no more")
+
+    generator.begin(saved, PROMPT, GREEDY, first.append)
+    generator.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(RowCache, "join", full)
+        generator.begin(saved, PROMPT, GREEDY, second.append)
+        generator.step()
+    assert isinstance(first[-1], MemoryError)
+    assert isinstance(second[-1], MemoryError)
+    assert generator.is_idle
+    generator.begin(saved, PROMPT, GREEDY, later.append)
+    while generator.step():
+        pass
+    assert later[-1] == written(generator, saved, PROMPT, GREEDY)[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("lfm2", False), ("roberta", False), ("bloom", True), ("gemma3_text", True)]
+)
+def test_models_that_keep_more_than_keys_and_values_write_one_text_at_a_time(
+    kind: str, rows: bool, tmp_path: Path
+) -> None:
+    """Or those that count positions by themselves. They write what Hugging Face's own code gives without a cache."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260, "pad_token_id": 0}
+    more = {
+        "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"], "intermediate_size": 64},
+        "roberta": {"is_decoder": True, "intermediate_size": 64, "max_position_embeddings": 130},
+        "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64, "sliding_window": 8},
+        "bloom": {"n_head": 4, "n_layer": 2},
+    }[kind]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | more)).eval()
+    model.save_pretrained(tmp_path / "base")
+    BYTES.save_pretrained(tmp_path / "base")
+    generator = Generator(f"path:{tmp_path / 'base'}", torch.float32)
+    assert LanguageModel(f"path:{tmp_path / 'base'}", torch.float32).has_rows == rows
+    told = [list[Piece | Exception]() for _ in range(3)]
+    prompts = ["tide and salt", "worm", "a longer text of many more bytes"]
+    for prompt, pieces in zip(prompts, told, strict=True):
+        generator.begin(None, prompt, GREEDY, pieces.append)
+    while generator.step():
+        pass
+    for prompt, pieces in zip(prompts, told, strict=True):
+        ids: list[int] = BYTES(prompt)["input_ids"]
+        begun = len(ids)
+        while len(ids) < begun + 12 and ids[-1] != BYTES.eos_token_id:
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        said = "".join(piece.text for piece in pieces if isinstance(piece, Piece))
+        assert said == BYTES.decode(ids[begun:], skip_special_tokens=True), prompt

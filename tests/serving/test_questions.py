@@ -66,6 +66,22 @@ def test_what_one_question_lacks_is_its_own_error(tiny_model_folder: Path, engin
     assert (len(first), len(last)) == (len(TEXTS), len(TEXTS))
 
 
+def test_a_model_that_went_astray_says_so(
+    tiny_model_folder: Path, stacks: dict[str, SavedStack], tmp_path: Path
+) -> None:
+    """And those who ask another one at the same time are answered."""
+    with torch.no_grad():
+        next(stacks["job-1"].stack.parameters()).fill_(torch.nan)
+    for job, saved in stacks.items():
+        save_stack(saved, tmp_path / job)
+    engine = Engine(lambda model: tmp_path / str(model.job), 2**30)
+    keys = [ModelKey(f"path:{tiny_model_folder}", "float32", job) for job in stacks]
+    well, astray, also_well = engine.classify([Question(key, TEXTS) for key in keys])
+    assert isinstance(astray, InvalidJob)
+    assert isinstance(well, list)
+    assert isinstance(also_well, list)
+
+
 @torch.no_grad()
 def test_an_embedding_is_the_mean_of_the_models_output(tiny_model_folder: Path, engine: Engine) -> None:
     """Of the base model alone it is what Hugging Face's own code gives; a stack changes it, in the same pass."""

@@ -78,6 +78,7 @@ def test_a_share_of_the_requests_tries_a_new_model(client: TestClient) -> None:
         ("support", {OLD: 0.5, NEW: 0.4}, 422, "these are 0.9"),
         ("support", {OLD: -1, NEW: 2}, 422, "greater than 0"),
         ("support", {"tiny:none": 1}, 404, "there is no model"),
+        ("support", {"other": 1}, 422, "names of models, not of aliases"),
         ("tiny", {OLD: 1}, 422, "a name that no base model has"),
         ("with:colon", {OLD: 1}, 422, "alias"),
         ("UPPER", {OLD: 1}, 422, "alias"),
@@ -86,7 +87,8 @@ def test_a_share_of_the_requests_tries_a_new_model(client: TestClient) -> None:
 def test_what_no_alias_can_be_says_why(
     client: TestClient, alias: str, targets: dict[str, float], status: int, words: str
 ) -> None:
+    assert client.put("/v1/aliases/other", json={"targets": {OLD: 1}}).status_code == 200
     refused = client.put(f"/v1/aliases/{alias}", json={"targets": targets})
     assert refused.status_code == status
     assert words in refused.json()["detail"]
-    assert client.get("/v1/aliases").json() == {"aliases": []}
+    assert [found["name"] for found in client.get("/v1/aliases").json()["aliases"]] == ["other"]

@@ -442,8 +442,8 @@ def test_a_stack_is_called_by_its_round_while_its_job_trains(
     store.move(job, "running")
 
     def commit(index: int, loss: float) -> None:
-        saved = replace(a_causal_stack(bases["writer"], seed=index), round=index)
-        save_so_far({"last": saved, **({"best": saved} if index == 0 else {})}, storage.job(job))
+        last, best = (replace(a_causal_stack(bases["writer"], seed=round_), round=round_) for round_ in (index, 0))
+        save_so_far({"last": last, **({"best": best} if index else {})}, storage.job(job))
         evaluation = {"loss": loss, "accuracy": 1 / loss}
         store.publish(job, f"round-{index}", "round", {"index": index, "evaluation": evaluation})
 
@@ -484,4 +484,12 @@ def test_an_answer_in_a_form(official: openai.OpenAI) -> None:
     broken: Any = {"type": "json_schema", "json_schema": {"name": "report", "schema": {"type": "wave"}}}
     with pytest.raises(openai.UnprocessableEntityError, match="a JSON schema that can be followed") as refused:
         official.chat.completions.create(response_format=broken, **asked)
+    assert refused.value.param == "response_format.json_schema.schema"
+
+
+def test_a_schema_that_grows_too_large_says_so(official: openai.OpenAI) -> None:
+    kinds = [{"type": "array", "prefixItems": [{"type": "integer"}, {"const": number}]} for number in range(2500)]
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "many", "schema": {"anyOf": kinds}}}
+    with pytest.raises(openai.UnprocessableEntityError, match="followed") as refused:
+        official.chat.completions.create(model=CHATTER, messages=CHAT, max_tokens=20, response_format=wanted)
     assert refused.value.param == "response_format.json_schema.schema"
