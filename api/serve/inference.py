@@ -13,16 +13,9 @@ from ray.serve.config import RequestRouterConfig
 from chainfed_ray.api.rest.schemas import MOST_TEXTS
 from chainfed_ray.cluster.limits import machine_bytes
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Probabilities, Prompt, Question, Sampling, joined
-
-_WAIT_SECONDS = 0.004  # for other requests, to be answered in one batch with them
-
+from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Question, Sampling, joined
 
 _ROUTER: Any = {"request_router_class": "chainfed_ray.api.serve.stack_router:StackRouter"}
-
-
-def _texts_of(questions: list[Question]) -> int:
-    return sum(len(question.texts) for question in questions)
 
 
 @serve.deployment(
@@ -36,39 +29,28 @@ class Inference:
     """Classifies, embeds and generates text. See ``Engine``."""
 
     def __init__(self, settings: Settings) -> None:
-        # It imports torch, which the processes that only make this deployment do without.
+        # They import torch, which the processes that only make this deployment do without.
         from chainfed_ray.serving.engine import Engine
+        from chainfed_ray.serving.questions import Answering
 
         most_bytes = settings.serving_bytes or machine_bytes() // 2 // settings.serving_replicas
         self._engine = Engine(
             lambda model: settings.storage.stack(str(model.job), model.round, model.moving), most_bytes
         )
-        # One thread for each kind of work, so that neither a long text nor a model that is loaded holds up a classification.
-        self._classifying, self._beginning = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+        # A thread for each kind of work, so that neither a long text nor a model that is loaded holds up a classification.
+        self._answering, self._beginning = Answering(MOST_TEXTS), ThreadPoolExecutor(max_workers=1)
 
     async def classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
         """The probability of each class for each text, by ``model``."""
-        answer: Probabilities | Exception = await self._classify_together(Question(model, texts))
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    @serve.batch(max_batch_size=MOST_TEXTS, batch_wait_timeout_s=_WAIT_SECONDS, batch_size_fn=_texts_of)
-    async def _classify_together(self, questions: list[Question]) -> list[Probabilities | Exception]:
-        """Answer requests that come at about the same time in one pass through the base model, whatever their stacks."""
-        return await asyncio.get_running_loop().run_in_executor(self._classifying, self._engine.classify, questions)
+        answer = self._answering.ask(self._engine.classify, Question(model, texts))
+        probabilities: list[list[float]] = await asyncio.wrap_future(answer)
+        return probabilities
 
     async def embed(self, model: ModelKey, texts: list[str]) -> list[Embedding]:
         """The embedding of each text, by ``model``."""
-        answer: list[Embedding] | Exception = await self._embed_together(Question(model, texts))
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    @serve.batch(max_batch_size=MOST_TEXTS, batch_wait_timeout_s=_WAIT_SECONDS, batch_size_fn=_texts_of)
-    async def _embed_together(self, questions: list[Question]) -> list[list[Embedding] | Exception]:
-        """As ``_classify_together``."""
-        return await asyncio.get_running_loop().run_in_executor(self._classifying, self._engine.embed, questions)
+        answer = self._answering.ask(self._engine.embed, Question(model, texts))
+        embeddings: list[Embedding] = await asyncio.wrap_future(answer)
+        return embeddings
 
     async def write(
         self, model: ModelKey, prompt: Prompt, sampling: Sampling, in_pieces: bool

@@ -1,6 +1,9 @@
 """Questions that come together are answered together, each as if it had come alone."""
 
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -12,7 +15,9 @@ from chainfed_ray.model.saved_stack import SavedStack, save_stack
 from chainfed_ray.serving.classifier import Classifier
 from chainfed_ray.serving.engine import Engine
 from chainfed_ray.serving.messages import ModelKey, Question
+from chainfed_ray.serving.questions import Answering
 from tests.models import a_saved_stack
+from tests.watching import wait_for
 
 TEXTS = ["salt tide wave", "worm", "a longer text about ships and stars", "wind"]
 
@@ -64,6 +69,31 @@ def test_what_one_question_lacks_is_its_own_error(tiny_model_folder: Path, engin
     assert isinstance(first, list)
     assert isinstance(last, list)
     assert (len(first), len(last)) == (len(TEXTS), len(TEXTS))
+
+
+def test_what_comes_while_another_is_answered_is_answered_together() -> None:
+    """As many texts as may be, what nobody wants any more not at all, and an error is that of those it concerns."""
+    answering, go_on, passes = Answering(most_texts=4), Event(), list[list[str]]()
+
+    def lengths(questions: Sequence[Question]) -> list[int | Exception]:
+        passes.append([question.texts[0] for question in questions])
+        go_on.wait(30)
+        if questions[0].texts == ["broken"]:
+            raise OSError("broken")
+        return [len(question.texts) for question in questions]
+
+    def ask(*texts: str) -> "Future[int]":
+        return answering.ask(lengths, Question(ModelKey("base", "float32"), list(texts)))
+
+    first = ask("first")
+    wait_for(lambda: passes, "the first pass")
+    second, unwanted, third, fourth = ask("a", "a"), ask("b"), ask("c", "c"), ask("d")
+    assert unwanted.cancel()
+    go_on.set()
+    assert [answer.result(30) for answer in (first, second, third, fourth)] == [1, 2, 2, 1]
+    assert passes == [["first"], ["a", "c"], ["d"]]
+    with pytest.raises(OSError, match="broken"):
+        ask("broken").result(30)
 
 
 def test_a_model_that_went_astray_says_so(
