@@ -37,7 +37,7 @@ _HOST, _PATIENCE = "127.0.0.1", 120.0
 _CALLERS, _EACH = 32, 8  # callers at once, and requests of each
 _ALONE, _LONG = 100, 256  # requests of one caller, and tokens of a long text
 _ZIPF, _REQUESTS, _ROOM = 1.1, 600, 32  # exponent, requests, and stacks that there is room for
-_STREAMS = 15
+_STREAMS, _BESIDE = 15, 96  # texts, and tokens of each
 _SEED = 0
 
 
@@ -135,11 +135,10 @@ def _first_token(made: Prepared, address: str, _: psutil.Process) -> Iterator[Ro
     with httpx.Client(base_url=address, timeout=_PATIENCE, trust_env=False) as http:
         alone = min(_to_first_token(http, made.writers[0]) for _ in range(3))
         with ThreadPoolExecutor(_STREAMS) as others:
-            running = [
-                others.submit(_written, http, made.writers[place % len(made.writers)], 96) for place in range(_STREAMS)
-            ]
-            while not all(future.running() or future.done() for future in running):
-                pass
+            begun = [Event() for _ in range(_STREAMS)]
+            for place, event in enumerate(begun):
+                others.submit(_streamed, http, made.writers[place % len(made.writers)], event)
+            assert all(event.wait(_PATIENCE) for event in begun)
             beside = [_to_first_token(http, made.writers[0]) for _ in range(3)]
     ratio = sorted(beside)[1] / alone
     said = f"{1000 * sorted(beside)[1]:.0f} ms, alone {1000 * alone:.0f} ms: {ratio:.1f}×"
@@ -222,6 +221,14 @@ def _classified(http: httpx.Client, model: str, text: str) -> list[float]:
 def _written(http: httpx.Client, model: str, tokens: int) -> None:
     body = {"model": model, "prompt": "The tide", "max_tokens": tokens, "temperature": 1.0, "seed": 1}
     http.post("/v1/completions", json=body).raise_for_status()
+
+
+def _streamed(http: httpx.Client, model: str, begun: Event) -> None:
+    """Read a text piece by piece; ``begun`` is set with the first one."""
+    body = {"model": model, "prompt": "The tide", "max_tokens": _BESIDE, "seed": 1, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as answer:
+        for _ in answer.iter_lines():
+            begun.set()
 
 
 def _to_first_token(http: httpx.Client, model: str) -> float:
