@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.random_stacks import RandomStacks
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.hub import resolve
-from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.model.blocks import Blocks, weight_bytes
+from chainfed_ray.model.blocks import weight_bytes
 from chainfed_ray.model.saved_stack import SavedStack, save_so_far, save_stack, stored_bytes
 from chainfed_ray.serving.messages import ModelKey
 from chainfed_ray.spec.parse import parse_job
 
 _ENCODER, _WRITER = "builtin:minilm", "builtin:smollm2"
-_WRITERS, _CLASSES, _BOTTLENECK, _MAX_LENGTH = 8, 8, 64, 64
+_WRITERS, _CLASSES, _BOTTLENECK = 8, 8, 64
 CLASSIFIERS = [f"minilm:classifier-{place}" for place in range(200)]
 
 
@@ -36,7 +36,7 @@ def prepared(folder: Path, room: int) -> Prepared:
     """Make the storage. A process that answers has memory for both base models, and for ``room`` classifiers' stacks."""
     storage = Storage.at(folder)
     store, keys = JobStore(storage.database), dict[str, ModelKey]()
-    sizes = _Sizes(_ENCODER), _Sizes(_WRITER)
+    sizes = RandomStacks(_ENCODER, _BOTTLENECK), RandomStacks(_WRITER, _BOTTLENECK)
     for place in range(len(CLASSIFIERS)):
         keys[CLASSIFIERS[place]] = _finished(
             store, storage, f"classifier-{place}", _ENCODER, sizes[0].stack(place, _CLASSES)
@@ -61,24 +61,6 @@ def prepared(folder: Path, room: int) -> Prepared:
     most = (models + stacks) * 8 // 7  # an eighth is for texts
     writers = [name for name in keys if "writer" in name]
     return Prepared(Settings(storage, client_slots=1, serving_bytes=most), keys, writers, "minilm:trains", commit)
-
-
-class _Sizes:
-    """A base model's sizes, and stacks of random values for it."""
-
-    def __init__(self, base: str) -> None:
-        blocks = Blocks(resolve(base), torch.float32)
-        self._base, self._layers, self._hidden = base, blocks.num_layers, blocks.hidden_size
-        self._path = blocks.layers_path if base == _ENCODER else blocks.causal_layers_path
-        blocks.close()
-
-    def stack(self, seed: int, classes: int | None) -> SavedStack:
-        stack = AdapterStack.new(range(self._layers), self._hidden, _BOTTLENECK, classes, seed)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in stack.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-        return SavedStack(stack, tuple(map(str, range(classes or 0))), _MAX_LENGTH, self._base, self._path)
 
 
 def _finished(store: JobStore, storage: Storage, name: str, base: str, saved: SavedStack) -> ModelKey:

@@ -18,16 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cell_process import Row
+from benchmarks.random_stacks import RandomStacks
 from benchmarks.serving_texts import text_rows
 from chainfed_ray.data.docstrings import rows
-from chainfed_ray.hub import resolve
-from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.serving.classifier import Classifier
 
 _ROUNDS = 7
-_CLASSES, _BOTTLENECK, _MAX_LENGTH, _TOLERANCE = 8, 64, 64, 1e-5
+_CLASSES, _BOTTLENECK, _TOLERANCE = 8, 64, 1e-5
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +54,8 @@ def run(options: argparse.Namespace) -> None:
 def _rows(count: int) -> list[Row]:
     base = "builtin:minilm"
     classifier = Classifier(base, torch.float32)
-    stacks = [_stack(base, seed) for seed in range(count)]
+    made = RandomStacks(base, _BOTTLENECK)
+    stacks = [made.stack(seed, _CLASSES, head_layers=4) for seed in range(count)]
     texts = [text for text, _ in rows()[:count]]
     asked = [(saved, [text]) for saved, text in zip(stacks, texts, strict=True)]
 
@@ -94,15 +92,3 @@ def _cpu_seconds(work: Callable[[], object]) -> float:
     started = process_time()
     work()
     return process_time() - started
-
-
-def _stack(base: str, seed: int) -> SavedStack:
-    """A stack with random values after each layer of the model. The time does not depend on the values."""
-    blocks = Blocks(resolve(base), torch.float32)
-    stack = AdapterStack.new(range(blocks.num_layers), blocks.hidden_size, _BOTTLENECK, _CLASSES, seed, head_layers=4)
-    blocks.close()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in stack.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    return SavedStack(stack, tuple(map(str, range(_CLASSES))), _MAX_LENGTH, base, blocks.layers_path)

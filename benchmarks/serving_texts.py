@@ -10,11 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from benchmarks.cell_process import Row
+from benchmarks.random_stacks import RandomStacks
 from chainfed_ray.data.docstrings import rows
 from chainfed_ray.hub import resolve, tokenizer
-from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.serving.generator import Generator
 from chainfed_ray.serving.messages import Piece, Sampling
 
@@ -23,7 +21,8 @@ _BASE, _BOTTLENECK, _SHORTEST, _LONGEST = "builtin:smollm2", 32, 8, 96
 
 def text_rows(count: int, stacks: int) -> list[Row]:
     """``count`` texts over ``stacks`` stacks, each way."""
-    saved = [_stack(seed) for seed in range(stacks)]
+    made = RandomStacks(_BASE, _BOTTLENECK)
+    saved = [made.stack(seed, None) for seed in range(stacks)]
     prompts = [text[:200] for text, _ in rows()[:count]]
     lengths = [_SHORTEST + (_LONGEST - _SHORTEST) * place // (count - 1) for place in range(count)]
     asked = [(saved[place % stacks], prompts[place], lengths[place]) for place in range(count)]
@@ -97,14 +96,3 @@ def _by_transformers(prompts: list[str], lengths: list[int]) -> tuple[list[str],
     finally:
         manager.stop(block=True)
     return [str(words.decode(found[name], skip_special_tokens=True)) for name in names], seconds
-
-
-def _stack(seed: int) -> SavedStack:
-    blocks = Blocks(resolve(_BASE), torch.float32)
-    stack = AdapterStack.new(range(blocks.num_layers), blocks.hidden_size, _BOTTLENECK, None, seed)
-    blocks.close()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in stack.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    return SavedStack(stack, (), 64, _BASE, blocks.causal_layers_path)

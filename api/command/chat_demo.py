@@ -13,10 +13,8 @@ from rich.table import Table
 
 from chainfed_ray.activity import Reporter
 from chainfed_ray.api.command.client import ServiceClient
-from chainfed_ray.api.command.demo import explained, headed
-from chainfed_ray.api.command.following import follow
+from chainfed_ray.api.command.demo import Records, explained, headed
 from chainfed_ray.api.report.activity_display import ActivityDisplay
-from chainfed_ray.api.report.results import results
 from chainfed_ray.data.docstrings import rows
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.prepare import prepare_job
@@ -54,10 +52,9 @@ def _with_rows(spec: JobSpec, folder: Path) -> JobSpec:
     return parse_job(document)
 
 
-def _tell(client: ServiceClient, spec: JobSpec, job: str, out: Path, console: Console) -> dict[str, Any]:
-    job_started, rounds_, job_finished = follow(client, job, spec, console)
-    console.print(headed("4.", " The result."))
-    console.print(results(spec, job_started, rounds_, job_finished))
+def _tell(
+    client: ServiceClient, spec: JobSpec, job: str, records: Records, out: Path, console: Console
+) -> dict[str, Any]:
     with ActivityDisplay(console) as listen:
         Reporter("evaluating the untuned model, to compare", listen).begin()
         before = _untuned_loss(spec)
@@ -68,7 +65,7 @@ def _tell(client: ServiceClient, spec: JobSpec, job: str, out: Path, console: Co
         Reporter("asking both models", listen).begin()
         answers = {model: _answers(client, model, [sentence for sentence, _ in asked]) for model in (base, tuned)}
     console.print(headed("5.", f" POST /v1/chat/completions: the same {_ASKED} questions for {base} and for {tuned}."))
-    after = job_finished.loss
+    after = records[-1].loss
     assert after is not None
     exact = {
         model: sum(answer == library for answer, (_, library) in zip(said, asked, strict=True))

@@ -16,6 +16,7 @@ from chainfed_ray.api.report.activity_display import ActivityDisplay
 from chainfed_ray.api.report.pictures import draw_if_possible
 from chainfed_ray.api.report.results import results
 from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes
 
@@ -38,8 +39,9 @@ _ONWARDS = """
 """
 
 
-Tell = Callable[[ServiceClient, JobSpec, str, Path, Console], dict[str, Any]]
-"""Explains the job with an id, from the moment when it was accepted, and returns the result."""
+Records = tuple[JobStarted, list[Round], JobFinished]
+Tell = Callable[[ServiceClient, JobSpec, str, Records, Path, Console], dict[str, Any]]
+"""Explains the job with an id, from the moment when it is over, and returns the result."""
 
 
 def demo(spec: JobSpec, job_file: Path, out: Path, console: Console) -> dict[str, Any]:
@@ -75,7 +77,10 @@ def explained(story: str, spec: JobSpec, job_file: Path, out: Path, console: Con
             with ActivityDisplay(console) as listen:
                 job = client.submit(spec.document(), listen)["id"]
             console.print(headed("3.", f" The chain trains: job {job}."))
-            return tell(client, spec, job, out, console)
+            records = follow(client, job, spec, console)
+            console.print(headed("4.", " The result."))
+            console.print(results(spec, *records))
+            return tell(client, spec, job, records, out, console)
         finally:
             client.close()
             console.print("Stopping the service.")
@@ -86,13 +91,12 @@ def headed(head: str, words: str) -> Text:
     return Text.assemble((head, "bold"), words)
 
 
-def _tell(client: ServiceClient, spec: JobSpec, job: str, out: Path, console: Console) -> dict[str, Any]:
-    job_started, rounds, job_finished = follow(client, job, spec, console)
-    console.print(headed("4.", " The result."))
-    console.print(results(spec, job_started, rounds, job_finished))
+def _tell(
+    client: ServiceClient, spec: JobSpec, job: str, records: Records, out: Path, console: Console
+) -> dict[str, Any]:
     with ActivityDisplay(console) as listen:
         Reporter("drawing the plots", listen).begin()
-        plots, drawn = draw_if_possible(out / "plots", job_started, rounds, job_finished, spec.chain.cka_threshold)
+        plots, drawn = draw_if_possible(out / "plots", *records, spec.chain.cka_threshold)
     for plot in plots:
         console.print(f"   plot: {plot}")
     if not plots:

@@ -5,7 +5,7 @@ DeepSpeed. The exceptions run in a model's own forward, by hooks: the generator,
 over to other engines.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -105,7 +105,7 @@ def through_whole(
     return states
 
 
-def adapt(adapter: nn.Module, _layer: nn.Module, _inputs: Any, output: Any) -> Any:
+def adapt(adapter: Callable[[Tensor], Tensor], _layer: nn.Module, _inputs: Any, output: Any) -> Any:
     """A hook for a layer, once ``adapter`` is given: the output [B, T, D] of the layer, with its adapter."""
     return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
 

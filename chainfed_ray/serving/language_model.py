@@ -16,6 +16,7 @@ from chainfed_ray.data.messages import Chat
 from chainfed_ray.data.targets import chat_ids, prompt_ids
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import resolve, tokenizer
+from chainfed_ray.model.forward import adapt
 from chainfed_ray.model.trunk import find_layers
 from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.messages import MOST_TOKENS, SCHEMA, Chance, Prompt, TokenChances
@@ -190,11 +191,9 @@ class LanguageModel:
     def _hook(self, index: int) -> Callable[[nn.Module, Any, Any], Any]:
         """What passes the output of layer ``index`` through the rows' adapters."""
 
-        def through(_layer: nn.Module, _inputs: Any, output: Any) -> Any:
+        def through(layer: nn.Module, inputs: Any, output: Any) -> Any:
             adapter = self._adapters.get(index)
-            if adapter is None:
-                return None  # the output stays as it is
-            return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
+            return adapt(adapter, layer, inputs, output) if adapter else None  # None: the output stays as it is
 
         return through
 

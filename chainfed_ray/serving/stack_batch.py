@@ -20,45 +20,43 @@ RowAdapters = Mapping[int, Callable[[Tensor], Tensor]]
 
 def adapters_of(stacks: Sequence[AdapterStack | None]) -> RowAdapters:
     """The adapters of B rows: row i has those of ``stacks[i]``, or none."""
-    first = stacks[0]
-    if all(stack is first for stack in stacks):
-        return {} if first is None else {layer: first.adapter(layer) for layer in first.layers}
-    layers = sorted({layer for stack in stacks if stack for layer in stack.layers})
-    return {layer: _at(layer, stacks) for layer in layers}
+    rows = RowStacks(stacks)
+    return {layer: rows.adapter(layer) for layer in rows.layers}
 
 
 class RowStacks:
     """The adapters of B rows, whatever comes after them: row i has those of ``stacks[i]``, or none. No features are pooled."""
 
     def __init__(self, stacks: Sequence[AdapterStack | None]) -> None:
-        self._adapters = adapters_of(stacks)
-        self.layers = tuple(sorted(self._adapters))
+        self._stacks = stacks
+        self.layers = tuple(sorted({layer for stack in stacks if stack for layer in stack.layers}))
 
     def adapter(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """The rows' adapters that follow ``layer``: [B, T, D] → [B, T, D]."""
-        return self._adapters[layer]
+        """The rows' adapters that follow ``layer``: [B, T, D] → [B, T, D]. If all have one stack, its own."""
+        first = self._stacks[0]
+        if first and all(stack is first for stack in self._stacks):
+            return first.adapter(layer)
+        rows = _LayerRows(len(self._stacks))
+        for row, stack in enumerate(self._stacks):
+            rows.put(row, _adapter(stack, layer))
+        return rows.first(len(self._stacks))
 
     def pool(self, pooled: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
         """See ``Adapted``."""
         return pooled
 
 
-class StackBatch:
+class StackBatch(RowStacks):
     """The classifiers' stacks of B rows: row i has the adapters and the head of ``stacks[i]``."""
 
     def __init__(self, stacks: Sequence[AdapterStack]) -> None:
-        self._stacks = stacks
+        super().__init__(stacks)
         self._heads = [_head_of(stack) for stack in stacks]
-        self.layers = tuple(sorted({layer for stack in stacks for layer in stack.layers}))
         self._pooled_layers = max(stack.pooled_layers for stack in stacks)
 
     def pool(self, pooled: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
         """The pooled features for the next layer up, as many as the widest head uses. See ``AdapterStack.pool``."""
         return append_pooled(pooled, hidden, mask, self._pooled_layers)
-
-    def adapter(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """The rows' adapters that follow ``layer``: [B, T, D] → [B, T, D]."""
-        return _at(layer, self._stacks)
 
     def head(self, hidden: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
         """Hidden states [B, T, D], mask [B, T] and pooled features [B, r, D] → logits [B, C].
@@ -88,24 +86,8 @@ def _head_of(stack: AdapterStack) -> Head:
     return stack.head
 
 
-def _at(layer: int, stacks: Sequence[AdapterStack | None]) -> Callable[[Tensor], Tensor]:
-    return _side_by_side([stack.adapter(layer) if stack and layer in stack.layers else None for stack in stacks])
-
-
-def _side_by_side(adapters: Sequence[Adapter | None]) -> Callable[[Tensor], Tensor]:
-    """One function of hidden states [B, T, D] for the adapters of B rows. A row without one passes through unchanged."""
-    given = [adapter for adapter in adapters if adapter is not None]
-    width, dtype = given[0].down.in_features, given[0].down.weight.dtype
-    bottleneck = max(adapter.down.out_features for adapter in given)
-    down, into = torch.zeros(len(adapters), bottleneck, width, dtype=dtype), torch.zeros(len(adapters), 1, bottleneck)
-    up, out = torch.zeros(len(adapters), width, bottleneck, dtype=dtype), torch.zeros(len(adapters), 1, width)
-    for row, adapter in enumerate(adapters):
-        if adapter is not None:
-            own = adapter.down.out_features
-            down[row, :own], into[row, 0, :own] = adapter.down.weight, adapter.down.bias
-            up[row, :, :own], out[row, 0] = adapter.up.weight, adapter.up.bias
-
-    return lambda hidden: _adapted(hidden, down, into, up, out)
+def _adapter(stack: AdapterStack | None, layer: int) -> Adapter | None:
+    return stack.adapter(layer) if stack and layer in stack.layers else None
 
 
 def _adapted(hidden: Tensor, down: Tensor, into: Tensor, up: Tensor, out: Tensor) -> Tensor:
@@ -131,7 +113,7 @@ class AdapterRows:
         for layer in stack.layers if stack else ():
             self._layers.setdefault(layer, _LayerRows())
         for layer, rows in self._layers.items():
-            rows.put(row, stack.adapter(layer) if stack and layer in stack.layers else None)
+            rows.put(row, _adapter(stack, layer))
 
     def leave(self, row: int) -> None:
         """Let the last row take the place of ``row``."""
@@ -140,7 +122,7 @@ class AdapterRows:
             return
         self._stacks[row] = last
         for layer, rows in self._layers.items():
-            rows.put(row, last.adapter(layer) if last and layer in last.layers else None)
+            rows.put(row, _adapter(last, layer))
 
     def adapters(self) -> RowAdapters:
         """The adapters of all rows. If they have the same stack, its own, which is faster."""
@@ -153,7 +135,8 @@ class AdapterRows:
 class _LayerRows:
     """The matrices of one layer's adapters, a row each. Rows without an adapter are zeros: the identity."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected: int = 0) -> None:
+        self._expected = expected  # rows, as far as that is known
         self._matrices: tuple[Tensor, ...] | None = None
 
     def put(self, row: int, adapter: Adapter | None) -> None:
@@ -184,7 +167,7 @@ class _LayerRows:
             return
         like = held[0] if held else adapter.down.weight if adapter else None
         assert like is not None
-        width, rows = like.shape[-1], max(rows, row + _ROWS_MORE)
+        width, rows = like.shape[-1], rows if row < rows else max(self._expected, row + _ROWS_MORE)
         shapes = ((rows, wanted, width), (rows, 1, wanted), (rows, width, wanted), (rows, 1, width))
         self._matrices = tuple(like.new_zeros(shape) for shape in shapes)
         for new, old in zip(self._matrices, held or (), strict=False):

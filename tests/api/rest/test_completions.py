@@ -370,7 +370,10 @@ def test_a_caller_who_goes_away_ends_the_writing(
         return [left, await waiting, await pieces(Sampling(8, 0), at_most=100)]
 
     left, waiting, last = asyncio.run(story())
-    assert left == waiting
+    # What comes quickly is told in one piece, so one of the two texts may have got further.
+    shorter, longer = sorted(("".join(piece.text for piece in found) for found in (left, waiting)), key=len)
+    assert shorter
+    assert longer.startswith(shorter)
     assert last[-1].tokens == 8
     assert len(written) < 500, "of the 6000 that were asked for"
 
