@@ -21,15 +21,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from benchmarks.shapes import SHAPES, Shape
 from chainfed_ray.budget.demand import MemoryProfile
-from chainfed_ray.budget.planner import (
-    ClientResources,
-    Footprint,
-    TurnPlan,
-    TurnRequirements,
-    WeightPlacement,
-    footprint,
-    plan,
-)
+from chainfed_ray.budget.footprint import Footprint, SavedActivations, TurnRequirements, WeightPlacement, footprint
+from chainfed_ray.budget.planner import ClientResources, TurnPlan, plan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, Training, Update
 from chainfed_ray.client.turn import take_turn, warm_up
@@ -43,11 +36,11 @@ from chainfed_ray.model.trunk import find_layers
 
 _BOTTLENECK, _CLASSES, _LAMBDA = 64, 4, 0.1
 _STEPS = 3  # steps of the timed turn; a turn of one step is subtracted from it
-# For each method of the chain: where the weights are, and whether activations are offloaded.
-_PLACEMENTS: dict[str, tuple[WeightPlacement, bool]] = {
-    "chain": ("streamed", True),
-    "chain-streamed": ("streamed", False),
-    "chain-resident": ("resident", False),
+# For each method of the chain: where the weights are, and what becomes of saved activations.
+_PLACEMENTS: dict[str, tuple[WeightPlacement, SavedActivations]] = {
+    "chain": ("streamed", "offloaded"),
+    "chain-streamed": ("streamed", "kept"),
+    "chain-resident": ("resident", "kept"),
 }
 
 
@@ -119,18 +112,16 @@ def _with_adapter(forward: Callable[..., Any], adapter: Adapter, checkpointed: b
 
 
 def _chain(
-    shape: Shape, base: ModelSource, width: int, weights: WeightPlacement, activations_offloaded: bool
+    shape: Shape, base: ModelSource, width: int, weights: WeightPlacement, activations: SavedActivations
 ) -> dict[str, Any]:
     """A step of the chain's lowest window, which has the most adapters above it. The prefix is already in the cache."""
     memory, requirements, resources = _planning(shape, base, budget=2**40)
     window = Window(0, width - 1)
-    parts = footprint(memory, requirements, window, shape.batch, shape.tokens, weights, activations_offloaded)
+    parts = footprint(memory, requirements, window, shape.batch, shape.tokens, weights, activations)
     unbounded = plan(memory, requirements, window, resources)
     assert unbounded
     # An unmeasured turn makes the prefix first, so the plan needs no memory for it. The method ``turn`` measures the prefix.
-    made = TurnPlan(
-        window, shape.batch, weights, activations_offloaded, replace(unbounded.prefix, planned_bytes=0), parts, 0
-    )
+    made = TurnPlan(window, shape.batch, weights, activations, replace(unbounded.prefix, planned_bytes=0), parts, 0)
     client = Client("client", "client", _examples(shape), 2**40, made, 2**40)
     _step(client, base, shape, window, epochs=1)
     one = _step(client, base, shape, window, epochs=1)
@@ -167,7 +158,7 @@ def _turn(shape: Shape, base: ModelSource, width: int, budget: int) -> dict[str,
             "window": [made.window.bottom, made.window.top],
             "micro_batch": made.micro_batch,
             "weights": made.weights,
-            "activations_offloaded": made.activations_offloaded,
+            "activations": made.activations,
             "prefix": asdict(made.prefix),
         },
     }
@@ -200,6 +191,7 @@ def _step(
         return Training(
             AdapterStack.new(range(layers), hidden, _BOTTLENECK, classes, seed=0).state_dict(),
             window,
+            window.top,
             epochs=epochs,
             batch_size=shape.batch,
             learning_rate=1e-3,

@@ -1,12 +1,19 @@
 """The window rule: which adapters are trained in which round. Integers only.
 
 A **chain** is the adapters of layers ``start`` … ``layers - 1``. A **window** is ``width`` adjacent adapters, trained together
-(DLCT, paper section 3.2). It slides by one, so neighbouring windows share ``width - 1`` adapters. A **stage** is a window with
-its share of the job's rounds.
+(DLCT, paper section 3.2). The paper slides it up by one, so neighbouring windows share ``width - 1`` adapters. A **stage** is a
+window with its share of the job's rounds. The **exit** of a window is the layer on whose output its loss is computed: the
+window's top or, with an exact look-ahead, the model's last layer.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
+
+LookAhead = Literal["none", "adapters", "exact"]
+"""What a window's loss knows of the layers above: nothing, their adapters as stand-ins (GPO), or the layers themselves."""
+Direction = Literal["up", "down"]
+"""Which way a window slides."""
 
 
 @dataclass(frozen=True, order=True)
@@ -36,17 +43,24 @@ class Stage:
 class Chain:
     """The adapters of layers ``start`` … ``layers - 1``, trained ``width`` at a time.
 
+    The window slides by ``slide`` layers in ``direction``.
+
     Raises:
-        ValueError: the chain is shorter than one window, or ``start`` is negative.
+        ValueError: the chain is shorter than one window, ``start`` is negative, or ``slide`` is not positive.
     """
 
     layers: int
     start: int
     width: int
+    slide: int = 1
+    direction: Direction = "up"
+    look_ahead: LookAhead = "adapters"
 
     def __post_init__(self) -> None:
         if not (self.start >= 0 and 1 <= self.width <= self.layers - self.start):
             raise ValueError(f"no window of {self.width} fits between layer {self.start} and layer {self.layers - 1}")
+        if self.slide < 1:
+            raise ValueError(f"a window slides by 1 layer or more, not by {self.slide}")
 
     @property
     def adapters(self) -> range:
@@ -55,16 +69,31 @@ class Chain:
 
     @property
     def windows(self) -> tuple[Window, ...]:
-        """Every window, from the bottom to the top."""
-        return tuple(Window(low, low + self.width - 1) for low in range(self.start, self.layers - self.width + 1))
+        """Every window, in the order in which they are trained.
+
+        One is at the model's top, and one at the chain's start, which may be nearer to its neighbour than ``slide``.
+        """
+        bottoms = [*range(self.layers - self.width, self.start, -self.slide), self.start]
+        downwards = [Window(bottom, bottom + self.width - 1) for bottom in bottoms]
+        return tuple(downwards if self.direction == "down" else reversed(downwards))
+
+    @property
+    def lowest(self) -> Window:
+        """The window at the chain's start. It has the most layers and adapters above it."""
+        return Window(self.start, self.start + self.width - 1)
+
+    def exit(self, window: Window) -> int:
+        """The layer on whose output the loss of ``window`` is computed."""
+        return self.layers - 1 if self.look_ahead == "exact" else window.top
 
     def staged(self, total: int, last_share: float) -> tuple[Stage, ...]:
         """The stages of the staged schedule, one for each window.
 
-        The last stage gets ``last_share`` of the ``total`` rounds, because it is the only one that trains end to end. The
-        others share the rest evenly. If there are fewer rounds than windows, the lowest windows are skipped.
+        The last stage gets ``last_share`` of the ``total`` rounds, because without an exact look-ahead it is the only one that
+        trains end to end. The others share the rest evenly. If there are fewer rounds than windows, the lowest windows are
+        skipped.
         """
-        windows = self.windows[-total:]
+        windows = self.windows[:total] if self.direction == "down" else self.windows[-total:]
         if len(windows) == 1:
             return (Stage(0, windows[0], total),)
         others = len(windows) - 1
@@ -78,7 +107,7 @@ class Chain:
     def cyclic(self, round_index: int, total: int) -> Window:
         """The window of a round in the cyclic schedule, which slides every round and wraps round.
 
-        The last of the ``total`` rounds has the top window.
+        The last of the ``total`` rounds has the last window.
         """
         windows = self.windows
         return windows[(round_index - total) % len(windows)]

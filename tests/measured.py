@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chainfed_ray.budget.demand import MemoryProfile
-from chainfed_ray.budget.planner import TurnRequirements
+from chainfed_ray.budget.footprint import TurnRequirements
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Fitting, Training, TurnOrder
 from chainfed_ray.client.turn import take_turn, warm_up
@@ -49,6 +49,11 @@ _GRID = (  # examples of a batch, tokens, Q, budget
     (8, 256, 3, 1024 * MIB),
     (2, 384, 2, 80 * MIB),
 )
+_EXACT = (
+    (16, 128, 1, 1024 * MIB),
+    (2, 384, 1, 36 * MIB),
+    (2, 384, 1, 46 * MIB),
+)  # the same, with an exact look-ahead
 _GRID_16 = ((4, 128, 2, 96 * MIB), *_GRID[3::2])  # not all processors compute in bfloat16, and then it takes minutes
 
 
@@ -57,6 +62,11 @@ def grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
     if family.endswith("-bf16"):
         return _GRID_16
     return _GRID if family == "bert" else _GRID[family != "gpt2" :: 2]
+
+
+def exact_grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
+    """What is measured with an exact look-ahead: of an encoder and a language model that are in float32."""
+    return _EXACT if family in ("bert", "phi-lm") else ()
 
 
 def main(folder: Path, family: str) -> None:
@@ -75,12 +85,20 @@ def main(folder: Path, family: str) -> None:
     memory = memory_profile_of(blocks, 64, classes, head_layers=1 if is_lm else 2)
     blocks.close()
     warm_up(base)
-    for shape in grid(family):
-        print(json.dumps(measure(base, memory, *shape, classes)), flush=True)
+    for exact, shapes in ((False, grid(family)), (True, exact_grid(family))):
+        for shape in shapes:
+            print(json.dumps(measure(base, memory, *shape, classes, exact)), flush=True)
 
 
 def measure(
-    base: ModelSource, memory: MemoryProfile, batch: int, tokens: int, width: int, budget: int, classes: int | None
+    base: ModelSource,
+    memory: MemoryProfile,
+    batch: int,
+    tokens: int,
+    width: int,
+    budget: int,
+    classes: int | None,
+    exact: bool,
 ) -> dict[str, object]:
     """Take one turn of two steps in the second window, so that a prefix of two layers is run first."""
     generator = np.random.default_rng(0)
@@ -89,23 +107,26 @@ def measure(
     examples = replace(examples, targets=examples.every_token)
     fits = classes is not None
     requirements = TurnRequirements(
-        start=0, batch_size=batch, epochs=1, global_branch=True, trains_above=False, profiles=0, fits_head=fits
-    )
+        start=0, batch_size=batch, epochs=1, global_branch=not exact, trains_above=False, profiles=0, fits_head=fits,
+        exact=exact,
+    )  # fmt: skip
     planner = Planner(memory, requirements)
     candidate = Candidate(f"{batch}-{tokens}-{width}-{budget}", "any", examples, budget, None)
     stage = Window(1, width)
     plan = planner.plan(candidate, stage)
     assert plan is not None
+    exit_layer = memory.layers - 1 if exact else width
     order = Training(
         AdapterStack.new(
             range(memory.layers), memory.hidden, 64, classes, seed=0, head_layers=memory.head_layers
         ).tensors(),
         stage,
+        exit_layer,
         epochs=1,
         batch_size=batch,
         learning_rate=1e-3,
         head_learning_rate=1e-3,
-        global_weight=0.1,
+        global_weight=0 if exact else 0.1,
         global_trains="head",
         seed=0,
     )
@@ -118,7 +139,9 @@ def measure(
 
     client = as_client(candidate, plan, plan.planned_bytes)
     # With a fitted head the first turn makes the prefix. The plan must hold for the turn that needs more.
-    orders: list[Callable[[], TurnOrder]] = [lambda: Fitting(fetch().tensors, stage), fetch] if fits else [fetch]
+    orders: list[Callable[[], TurnOrder]] = (
+        [lambda: Fitting(fetch().tensors, stage, exit_layer), fetch] if fits else [fetch]
+    )
     peaks = [take_turn(client, base, order, capped=True).peak_bytes for order in orders]
     return {
         "shape": [batch, tokens, width, budget // MIB],
@@ -126,7 +149,7 @@ def measure(
             len(plan.window),
             plan.micro_batch,
             plan.weights,
-            plan.activations_offloaded,
+            plan.activations,
             plan.prefix.batch,
             plan.prefix.weights,
         ],

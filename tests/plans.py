@@ -6,12 +6,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from chainfed_ray.budget.demand import NOTHING, BytePolynomial, MemoryProfile, PartMemory, StepMemory
-from chainfed_ray.budget.planner import ClientResources, TurnRequirements, WeightPlacement, shortfall
+from chainfed_ray.budget.footprint import SavedActivations, TurnRequirements, WeightPlacement
+from chainfed_ray.budget.planner import ClientResources, shortfall
 from chainfed_ray.chain import Window
 
 LAYERS, HIDDEN, ITEMSIZE = 6, 16, 4
 ROW = HIDDEN * ITEMSIZE
-WAYS: tuple[tuple[WeightPlacement, bool], ...] = (("resident", False), ("streamed", False), ("streamed", True))
+WAYS: tuple[tuple[WeightPlacement, SavedActivations], ...] = (
+    ("resident", "kept"),
+    ("streamed", "kept"),
+    ("resident", "recomputed"),
+    ("streamed", "recomputed"),
+    ("streamed", "offloaded"),
+)
 
 
 def demand(saved: int, constant: int, forward: int, backward: int, squares: int) -> PartMemory:
@@ -87,6 +94,7 @@ def all_tasks(draw: st.DrawFn) -> tuple[TurnRequirements, Window]:
         global_branch=global_branch,
         trains_above=global_branch and draw(st.booleans()),
         profiles=draw(st.sampled_from([0, 8, 64])),
+        exact=draw(st.booleans()),
     )
     return task, Window(bottom, draw(st.integers(bottom, LAYERS - 1)))
 

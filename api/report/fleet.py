@@ -13,23 +13,37 @@ class TurnSettings(NamedTuple):
     """How a client runs a turn within its memory.
 
     ``window`` counts the adapters trained together, ``micro_batch`` the examples held at a time. ``weights`` says whether
-    layers are resident or streamed; ``activations_offloaded`` whether saved activations go to disk.
+    layers are resident or streamed; ``activations_offloaded`` whether saved activations go to disk, ``activations_recomputed``
+    whether they are computed again in the backward pass.
     """
 
     window: int
     micro_batch: int
     weights: Weights
     activations_offloaded: bool
+    activations_recomputed: bool
 
     @classmethod
     def planned(cls, client: AdmittedClient) -> "TurnSettings":
         """The client's plan for the first stage."""
-        return cls(client.window, client.micro_batch, client.weights, client.activations_offloaded)
+        return cls(
+            client.window,
+            client.micro_batch,
+            client.weights,
+            client.activations_offloaded,
+            client.activations_recomputed,
+        )
 
     @classmethod
     def used(cls, record: Round, turn: Turn) -> "TurnSettings":
         """The settings that ``turn`` had in its round ``record``."""
-        return cls(record.top - turn.bottom + 1, turn.micro_batch, turn.weights, turn.activations_offloaded)
+        return cls(
+            record.top - turn.bottom + 1,
+            turn.micro_batch,
+            turn.weights,
+            turn.activations_offloaded,
+            turn.activations_recomputed,
+        )
 
 
 @dataclass
@@ -95,6 +109,7 @@ def in_words(settings: Collection[TurnSettings]) -> str:
     for option, chosen in (
         ("weights streamed", [one.weights == "streamed" for one in settings]),
         ("activations on disk", [one.activations_offloaded for one in settings]),
+        ("activations computed again", [one.activations_recomputed for one in settings]),
     ):
         if any(chosen):
             words.append(option if all(chosen) else f"{option} in some")

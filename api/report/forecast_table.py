@@ -90,6 +90,7 @@ def _described(row: ClassForecast) -> str:
     parts = [_LOADED[row.weights]]
     for words, count in (
         ("saved activations on disk", row.activations_offloaded),
+        ("activations computed again in the backward pass", row.activations_recomputed),
         ("the prefix cached on disk", row.cached),
         ("the prefix run again in each step", row.joins - row.cached),
     ):

@@ -123,7 +123,8 @@ class ProgressDisplay:
         reduced: dict[str, list[AdmittedClient]] = {}
         for client in job_started.admitted:
             batch = min(self._spec.rounds.batch_size, client.examples)
-            if TurnSettings.planned(client) != (job_started.window, batch, "resident", False) or not client.cached:
+            full = TurnSettings(job_started.window, batch, "resident", False, False)
+            if TurnSettings.planned(client) != full or not client.cached:
                 reduced.setdefault(client.client_class, []).append(client)
         for name, clients in reduced.items():
             words = in_words({TurnSettings.planned(client) for client in clients})

@@ -53,6 +53,9 @@ class ClassMemory(BaseModel):
         description="`resident`: all clients hold whole layers in memory; `streamed`: some stream a layer's matrices"
     )
     activations_offloaded: bool = Field(description="true if some client keeps saved activations on disk")
+    activations_recomputed: bool = Field(
+        description="true if some client computes saved activations again in the backward pass"
+    )
 
     @classmethod
     def of(
@@ -67,6 +70,7 @@ class ClassMemory(BaseModel):
             micro_batch=min(member.micro_batch for member in members),
             weights="streamed" if any(member.weights == "streamed" for member in members) else "resident",
             activations_offloaded=any(member.activations_offloaded for member in members),
+            activations_recomputed=any(member.activations_recomputed for member in members),
         )
 
 

@@ -4,7 +4,10 @@
 (``planner.py``) then needs integer arithmetic only.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,10 @@ class BytePolynomial:
     def at(self, batch: int, tokens: int) -> int:
         """The bytes for ``batch`` examples of ``tokens`` tokens."""
         return sum(factor * batch**i * tokens**j for i, row in enumerate(self.terms) for j, factor in enumerate(row))
+
+    def __add__(self, other: "BytePolynomial") -> "BytePolynomial":
+        pairs = zip_longest(self.terms, other.terms, fillvalue=())
+        return BytePolynomial(tuple(tuple(map(sum, zip_longest(*pair, fillvalue=0))) for pair in pairs))
 
 
 NOTHING = BytePolynomial(())
@@ -84,3 +91,19 @@ class MemoryProfile:
     activations_offloaded: StepMemory  # a step with its saved activations on disk
     advance: PartMemory  # a layer without gradients, as the prefix is run
     advance_adapter: PartMemory  # an adapter without gradients
+
+    @cached_property
+    def recomputed(self) -> PartMemory:
+        """A layer with its adapter, whose activations are computed again in the backward pass: its input alone is saved."""
+        states = BytePolynomial(((0, 0), (0, self.hidden * self.itemsize)))  # [B, T, D]: the input, or a gradient of it
+        layer, adapter = self.kept.layer, self.kept.adapter
+        forward = [*self.advance.forward, *_beside(states, self.advance_adapter.forward)]
+        # First the forward pass again, beside the gradient that came; then the backward pass, beside the input.
+        again = _beside(states, [*layer.forward, *_beside(layer.saved, adapter.forward)])
+        back = _beside(states, [*layer.backward, *_beside(layer.saved, adapter.backward)])
+        return PartMemory(saved=states, forward=tuple(forward), backward=(*again, *back))
+
+
+def _beside(held: BytePolynomial, moments: Iterable[BytePolynomial]) -> list[BytePolynomial]:
+    """``moments`` while ``held`` bytes are alive as well."""
+    return [held + moment for moment in moments]

@@ -1,59 +1,36 @@
 """The planner: how a client takes its turn, and how many bytes that needs. It computes with integers before anything runs.
 
-A turn first advances the prefix cache and then takes training steps; it needs the larger of the two. What a step holds follows
-from the order of its parts (adapters, layers, head, emulators): in the forward pass each part leaves what it saved for the
-backward pass. ``MemoryProfile`` (``demand.py``) has the bytes of each part.
+A turn first advances the prefix cache and then takes training steps (``footprint.py``); it needs the larger of the two.
 
-A client gets the widest window that fits its budget. For that window the planner prefers resident weights, then streamed
-weights, then streamed weights with activations offloaded to disk; and last the largest micro-batch. The gradients of
-micro-batches add up to the batch's, so these choices do not change what is trained.
+A client gets the widest window that fits its budget. For that window the planner prefers saved activations in memory to
+activations that are computed again in the backward pass, and these to activations on disk; resident weights to streamed ones;
+and last the largest micro-batch. The gradients of micro-batches add up to the batch's, so these choices do not change what is
+trained.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal
 
-from chainfed_ray.budget.demand import MemoryProfile, PartMemory, StepMemory
+from chainfed_ray.budget.demand import MemoryProfile
+from chainfed_ray.budget.footprint import (
+    FLOAT32,
+    RUNTIME,
+    Footprint,
+    SavedActivations,
+    TurnRequirements,
+    WeightPlacement,
+    footprint,
+    pooled_bytes,
+    saved_bytes,
+)
 from chainfed_ray.chain import Window
 
-# How a layer's weights are loaded: ``resident`` keeps whole layers while they are used, ``streamed`` reads one matrix at a
-# time, slice by slice.
-WeightPlacement = Literal["resident", "streamed"]
-
-# Measured, because arithmetic cannot know it: what libraries allocate besides tensors, and what the interpreter keeps.
-RUNTIME = 6 * 2**20
 PREFIX_BATCH = 8  # the most examples that are run through the prefix together
-_ADAM_STATES = 2
-_FLOAT32, _FLOAT64 = 4, 8
+_FLOAT64 = 8
 _EMBEDDING_STATES = 6  # token rows, rows by position, sums with positions and types, and their norm
 _POOLING_STATES = 2  # hidden states and their product with the mask
 _COMPARED, _GRAMS = 6, 5  # representations [n, D] and Gram matrices [n, n] of a CKA, and products of them
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """The bytes of a training step at its peak, by part."""
-
-    layer_weights: int
-    buffers: int  # slices of streamed matrices
-    adapters: int
-    head: int
-    gradients: int
-    optimizer: int
-    cache_pages: int  # the batch read from the prefix cache; the cache itself is never mapped
-    saved_activations: int
-    transients: int
-    runtime: int  # the model's modules without weights, and what libraries and the interpreter keep
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return sum(self.parts().values())
-
-    def parts(self) -> dict[str, int]:
-        """The bytes of each part, by its name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -66,19 +43,6 @@ class ClientResources:
     offload_disk: int | None  # bytes of disk for offloaded activations; None: unlimited
     batch: int  # examples in its largest batch: an optimizer step's, or all that it has if they are fewer
     one_step: bool  # True if its turn is one optimizer step: the optimizer's state is made when activations are gone
-
-
-@dataclass(frozen=True)
-class TurnRequirements:
-    """What a job asks of every client."""
-
-    start: int  # the chain's lowest layer
-    batch_size: int  # examples in an optimizer step
-    epochs: int  # epochs of a turn, or its optimizer steps if the job gives these
-    global_branch: bool  # True if the loss has a global branch, through the adapters above the window
-    trains_above: bool  # True if those adapters are trained as well
-    profiles: int  # examples in a CKA profile; 0 if the chain's start is given
-    fits_head: bool = False  # True if the head is fitted in closed form, from sums over a client's examples
 
 
 @dataclass(frozen=True)
@@ -99,7 +63,7 @@ class TurnPlan:
     window: Window
     micro_batch: int
     weights: WeightPlacement
-    activations_offloaded: bool
+    activations: SavedActivations
     prefix: Prefix
     footprint: Footprint
     offload_bytes: int  # disk for offloaded activations
@@ -110,8 +74,14 @@ class TurnPlan:
         return max(self.footprint.total, self.prefix.planned_bytes)
 
 
-# The fastest first. Activations are offloaded only if even one example at a time does not fit without.
-_STRATEGIES: tuple[tuple[WeightPlacement, bool], ...] = (("resident", False), ("streamed", False), ("streamed", True))
+# The fastest first. A layer that computes its activations again runs three times in a step and not twice.
+_STRATEGIES: tuple[tuple[WeightPlacement, SavedActivations], ...] = (
+    ("resident", "kept"),
+    ("streamed", "kept"),
+    ("resident", "recomputed"),
+    ("streamed", "recomputed"),
+    ("streamed", "offloaded"),
+)
 _PLACEMENTS: tuple[WeightPlacement, ...] = ("resident", "streamed")
 
 
@@ -127,11 +97,9 @@ def plan(
         # Every stage uses the cache, and its bits depend on how it was made: so it is always made in the fastest way that fits.
         prefixes = prefixes[:1]
     for window in (Window(bottom, stage.top) for bottom in stage):
-        for (weights, activations_offloaded), prefix in product(_STRATEGIES, prefixes):
+        for (weights, activations), prefix in product(_STRATEGIES, prefixes):
             for micro_batch in _halvings(resources.batch):
-                made = _plan(
-                    memory, requirements, window, micro_batch, weights, activations_offloaded, prefix, resources
-                )
+                made = _plan(memory, requirements, window, micro_batch, weights, activations, prefix, resources)
                 if made.footprint.total <= resources.memory and _has_room(made, resources):
                     return made
     return None
@@ -149,18 +117,10 @@ def shortfall(memory: MemoryProfile, requirements: TurnRequirements, stage: Wind
     if plan(memory, requirements, stage, resources):
         return 0
     top = Window(stage.top, stage.top)
+    prefixes = [_prefix(memory, requirements, resources, 1, weights) for weights in _PLACEMENTS]
     smallest = [
-        _plan(
-            memory,
-            requirements,
-            top,
-            1,
-            "streamed",
-            activations_offloaded,
-            _prefix(memory, requirements, resources, 1, weights),
-            resources,
-        )
-        for weights, activations_offloaded in product(_PLACEMENTS, (False, True))
+        _plan(memory, requirements, top, 1, weights, activations, prefix, resources)
+        for (weights, activations), prefix in product(_STRATEGIES, prefixes)
     ]
     needs = (max(way.planned_bytes, way.prefix.profile_bytes) for way in smallest if _has_room(way, resources))
     return min(needs) - resources.memory
@@ -173,8 +133,8 @@ def cache_bytes(memory: MemoryProfile, requirements: TurnRequirements, examples:
     The cache holds up to four layers at once: the lowest of the chain, the lowest of the stage, and two while it advances. A
     fitted head needs the pooled features of every layer as well.
     """
-    features = examples * memory.layers * memory.hidden * _FLOAT32 if requirements.fits_head else 0
-    return 4 * (tokens * memory.hidden * memory.itemsize + _pooled_bytes(memory, examples)) + features
+    features = examples * memory.layers * memory.hidden * FLOAT32 if requirements.fits_head else 0
+    return 4 * (tokens * memory.hidden * memory.itemsize + pooled_bytes(memory, examples)) + features
 
 
 def running_bytes(memory: MemoryProfile, batch: int, tokens: int) -> int:
@@ -204,115 +164,20 @@ def _prefixes_that_fit(
                 yield made
 
 
-def footprint(
-    memory: MemoryProfile,
-    requirements: TurnRequirements,
-    window: Window,
-    micro_batch: int,
-    tokens: int,
-    weights: WeightPlacement,
-    activations_offloaded: bool,
-) -> Footprint:
-    """The bytes of a training step at its peak, with ``micro_batch`` examples of ``tokens`` tokens."""
-    peak, saved = _highest(
-        memory,
-        memory.activations_offloaded if activations_offloaded else memory.kept,
-        requirements,
-        window,
-        micro_batch,
-        tokens,
-    )
-    above = memory.layers - 1 - window.top
-    trained = (len(window) + (above if requirements.trains_above else 0)) * memory.adapter
-    trained_head = 0 if memory.streamed_head else memory.head
-    resident = len(window) - 1
-    streams = memory.streamed_head or (weights == "streamed" and resident > 0)
-    rows = 0 if activations_offloaded else min(peak, micro_batch * tokens * memory.hidden * memory.itemsize)
-    saved = max(saved - rows, 0)  # `rows` are the first adapter's saved input: count them once
-    return Footprint(
-        layer_weights=resident * (memory.layer if weights == "resident" else memory.unstreamed),
-        buffers=memory.slices if streams else 0,
-        adapters=(memory.layers - requirements.start) * memory.adapter
-        + trained,  # the stack received, and copies of what is trained
-        head=memory.head + trained_head,
-        gradients=trained + trained_head,
-        optimizer=_ADAM_STATES * (trained + trained_head),
-        cache_pages=rows,
-        saved_activations=saved,
-        transients=peak - rows - saved + memory.call.at(micro_batch, tokens) + _pooled_bytes(memory, micro_batch),
-        runtime=memory.skeleton + RUNTIME,
-    )
-
-
-def _highest(
-    memory: MemoryProfile, step: StepMemory, requirements: TurnRequirements, window: Window, batch: int, tokens: int
-) -> tuple[int, int]:
-    """The peak in bytes of a step's activations, and how many of these bytes were saved for the backward pass."""
-    sequence = _sequence(memory, step, requirements, window)
-    # The window's output is kept for the global branch. In the backward pass its gradient is kept until the local branch is
-    # done.
-    branch = 2 * len(window) - 1
-    waiting = batch * tokens * memory.hidden * memory.itemsize if len(sequence) > branch + 1 else 0
-    moments = {id(part): _Moments.of(part, batch, tokens) for part in sequence}
-    peak, at_peak, saved = 0, 0, 0
-    for place, part in enumerate(sequence):
-        total = saved + moments[id(part)].forward + (waiting if place > branch else 0)
-        saved += moments[id(part)].saved
-        if total > peak:
-            peak, at_peak = total, min(saved, total)
-    for place, part in reversed(list(enumerate(sequence))):
-        below = saved - moments[id(part)].saved
-        total = below + moments[id(part)].backward + (waiting if place == branch else 0)
-        if total > peak:
-            peak, at_peak = total, saved
-        saved = below
-    return peak, at_peak
-
-
-def _sequence(
-    memory: MemoryProfile, step: StepMemory, requirements: TurnRequirements, window: Window
-) -> list[PartMemory]:
-    """The parts of a step in forward order: the window, the head and, for a global branch, the emulators and the head again."""
-    inside = [step.adapter, *(len(window) - 1) * (step.layer, step.adapter), step.head]
-    above = memory.layers - 1 - window.top
-    if not (above and requirements.global_branch):
-        return inside
-    return [*inside, *above * (step.adapter if requirements.trains_above else step.emulator,), step.head]
-
-
-def _saved(
-    memory: MemoryProfile, step: StepMemory, requirements: TurnRequirements, window: Window, batch: int, tokens: int
-) -> int:
-    return sum(part.saved.at(batch, tokens) for part in _sequence(memory, step, requirements, window))
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """A part's bytes for one shape of the batch."""
-
-    forward: int
-    saved: int
-    backward: int
-
-    @classmethod
-    def of(cls, part: PartMemory, batch: int, tokens: int) -> "_Moments":
-        return cls(part.forward_at(batch, tokens), part.saved.at(batch, tokens), part.backward_at(batch, tokens))
-
-
 def _plan(
     memory: MemoryProfile,
     requirements: TurnRequirements,
     window: Window,
     micro_batch: int,
     weights: WeightPlacement,
-    activations_offloaded: bool,
+    activations: SavedActivations,
     prefix: Prefix,
     resources: ClientResources,
 ) -> TurnPlan:
-    parts = footprint(memory, requirements, window, micro_batch, resources.longest, weights, activations_offloaded)
+    parts = footprint(memory, requirements, window, micro_batch, resources.longest, weights, activations)
     offload = 0
-    if activations_offloaded:
-        offload = _saved(memory, memory.kept, requirements, window, micro_batch, resources.longest)
+    if activations == "offloaded":
+        offload = saved_bytes(memory, requirements, window, micro_batch, resources.longest)
     if prefix.weights == "streamed":
         parts = replace(parts, buffers=memory.slices)  # the prefix's buffers stay allocated during the steps
     if not prefix.cached:
@@ -322,12 +187,12 @@ def _plan(
         step = parts.cache_pages + parts.saved_activations + parts.transients
         parts = replace(parts, transients=parts.transients + max(beside - step, 0))
     if resources.one_step:
-        activations = parts.cache_pages + parts.saved_activations + parts.transients
-        parts = replace(parts, optimizer=max(parts.optimizer - activations, 0))
+        freed = parts.cache_pages + parts.saved_activations + parts.transients
+        parts = replace(parts, optimizer=max(parts.optimizer - freed, 0))
     if requirements.fits_head:
         fit = _fitting(memory, requirements, parts, micro_batch, prefix, resources)
         parts = replace(parts, transients=parts.transients + max(fit - parts.total, 0))
-    return TurnPlan(window, micro_batch, weights, activations_offloaded, prefix, parts, offload)
+    return TurnPlan(window, micro_batch, weights, activations, prefix, parts, offload)
 
 
 def _fitting(
@@ -344,10 +209,10 @@ def _fitting(
     running += memory.call.at(micro_batch, resources.longest)
     if not prefix.cached:
         running = max(running, prefix.planned_bytes - held_bytes(memory, requirements) + rows * memory.itemsize)
-    pooling = rows * (memory.itemsize + _POOLING_STATES * _FLOAT32)
+    pooling = rows * (memory.itemsize + _POOLING_STATES * FLOAT32)
     features = min(memory.head_layers, memory.layers) * memory.hidden
-    sums = features**2 * _FLOAT32 + memory.head
-    sent = sums // 2 + features * _FLOAT32  # half of the products is sent, after the last batch is freed
+    sums = features**2 * FLOAT32 + memory.head
+    sent = sums // 2 + features * FLOAT32  # half of the products is sent, after the last batch is freed
     return held_bytes(memory, requirements) + parts.layer_weights + parts.buffers + max(running, pooling, sent) + sums
 
 
@@ -365,18 +230,13 @@ def _prefix(
         running_bytes(memory, batch, resources.longest),
         embedding_bytes(memory, batch, resources.longest),
     )
-    running += memory.call.at(batch, resources.longest) + 2 * _pooled_bytes(memory, batch)
+    running += memory.call.at(batch, resources.longest) + 2 * pooled_bytes(memory, batch)
     needed = loaded + max(running, embedding) + held_bytes(memory, requirements)
     # A profile's means over tokens are taken in float64, when no layer is loaded.
     pooling = states * (memory.itemsize + _POOLING_STATES * _FLOAT64)
     compared = requirements.profiles * (_COMPARED * memory.hidden + _GRAMS * requirements.profiles) * _FLOAT64
     profile = max(needed, pooling + held_bytes(memory, requirements)) + compared if requirements.profiles else 0
     return Prefix(batch, weights, resources.cached, needed, profile)
-
-
-def _pooled_bytes(memory: MemoryProfile, batch: int) -> int:
-    """The bytes of the pooled features that accompany the hidden states of a batch."""
-    return batch * (memory.head_layers - 1) * memory.hidden * _FLOAT32
 
 
 def _has_room(made: TurnPlan, resources: ClientResources) -> bool:

@@ -1,7 +1,8 @@
 """Plans the memory of the server's evaluation: small layers are loaded whole, and the matrices of large ones are streamed."""
 
 from chainfed_ray.budget.demand import MemoryProfile
-from chainfed_ray.budget.planner import PREFIX_BATCH, RUNTIME, WeightPlacement, embedding_bytes, running_bytes
+from chainfed_ray.budget.footprint import RUNTIME, WeightPlacement
+from chainfed_ray.budget.planner import PREFIX_BATCH, embedding_bytes, running_bytes
 
 SERVER_LAYERS = 256 * 2**20  # bytes; layers are streamed if more would have to be resident at once
 

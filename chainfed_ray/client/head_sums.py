@@ -29,42 +29,42 @@ Features = Iterator[tuple[Tensor, Tensor]]  # for each micro-batch: pooled featu
 def sum_features(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> HeadSums:
     """The sums over all examples of the client.
 
-    If no adapter up to the window's top is trained yet and the client has the disk for a cache, the features come from the
+    If no adapter up to the exit is trained yet and the client has the disk for a cache, the features come from the
     first pass (first_pass.py), which runs the missing layers now. Otherwise the examples run through the window.
     """
     started = process_time()
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model has its own head, which is never fitted"
     with matrix_reader(blocks, client.plan) as matrices:
-        if client.plan.prefix.cached and stack.is_new(order.window.top):
-            features = _first_pass_features(client, blocks, scratch, stack, matrices, order.window)
+        if client.plan.prefix.cached and stack.is_new(order.exit):
+            features = _first_pass_features(client, blocks, scratch, stack, matrices, order)
         else:
-            features = _window_features(client, blocks, scratch, stack, matrices, order.window)
+            features = _window_features(client, blocks, scratch, stack, matrices, order)
         # Allocated after the layers below are freed: with both at once, the turn would exceed its plan.
-        total = ClassSums.zeros(stack.head.linear.out_features, stack.head.features(order.window.top))
+        total = ClassSums.zeros(stack.head.linear.out_features, stack.head.features(order.exit))
         for pooled, labels in features:
             total.count(layer_norm(pooled, pooled.shape[-1:]).flatten(1), labels)
     return HeadSums(total.tensors(), len(client.examples), process_time() - started)
 
 
 def _first_pass_features(
-    client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, stage: Window
+    client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, order: Fitting
 ) -> Features:
     """The features of the base model's layers. Layers whose features are missing run now.
 
-    The activations at the bottom of ``stage`` are kept for training. So are those at the chain's lowest layer, which never
+    The activations at the bottom of the window are kept for training. So are those at the chain's lowest layer, which never
     change.
     """
     examples = client.examples
     first_pass = FirstPass(
         PrefixCache(scratch, prefix_runner(blocks, client.plan, matrices), examples), stack.head_layers
     )
-    first_pass.keep(min(stack.layers), stage.bottom)
-    reporter = begin(f"running the layers up to layer {stage.top}")
-    for _ in reporter.each(first_pass.up_to(stage.top), stage.top + 1, "layers"):
+    first_pass.keep(min(stack.layers), order.window.bottom)
+    reporter = begin(f"running the layers up to layer {order.exit}")
+    for _ in reporter.each(first_pass.up_to(order.exit), order.exit + 1, "layers"):
         pass
     begin("fitting the head")
-    pooled = range(max(stage.top - stack.head_layers + 1, 0), stage.top + 1)
+    pooled = range(max(order.exit - stack.head_layers + 1, 0), order.exit + 1)
     return (
         (first_pass.features.of(pooled, indices), torch.from_numpy(examples.labels[indices]))
         for indices in examples.by_length(client.plan.micro_batch)
@@ -72,11 +72,12 @@ def _first_pass_features(
 
 
 def _window_features(
-    client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, stage: Window
+    client: Client, blocks: Blocks, scratch: Path, stack: AdapterStack, matrices: SliceReader | None, order: Fitting
 ) -> Features:
-    """The features at the top of the client's own window, which may be narrower than ``stage``."""
-    plan, examples, window = client.plan, client.examples, client.plan.window
-    activations = window_inputs(client, blocks, scratch, stack, matrices, stage)
+    """The features at the order's exit. They come through the client's own window, which may be narrower than the order's."""
+    plan, examples = client.plan, client.examples
+    window = Window(plan.window.bottom, order.exit)
+    activations = window_inputs(client, blocks, scratch, stack, matrices, order.window)
     begin("fitting the head")
     streamed = matrices if plan.weights == "streamed" else None
     layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}

@@ -49,11 +49,13 @@ class Training:
     A client makes ``steps`` optimizer steps if they are given, and otherwise ``epochs`` passes over its examples. ``proximal``
     is μ of FedProx, which pulls the trained tensors towards ``tensors``. A gradient with an L2 norm above ``clip_norm`` is
     scaled down to it. ``window`` is the stage's; a client trains the window of its plan, which may be narrower and has the
-    same top. ``objective`` is the caller's own loss, in place of ``chain_loss``.
+    same top. The loss is computed on the output of layer ``exit``, at the window's top or above it. ``objective`` is a loss of
+    the caller's own, in place of ``chain_loss``.
     """
 
     tensors: Tensors
     window: Window
+    exit: int
     epochs: int
     batch_size: int
     learning_rate: float
@@ -69,10 +71,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Fitting:
-    """The order to sum the features at the output of ``window`` of the stack ``tensors``, for a head in closed form."""
+    """The order to sum the features of the stack ``tensors`` at the output of layer ``exit``, for a head in closed form.
+
+    ``window`` is the one that is trained next.
+    """
 
     tensors: Tensors
     window: Window
+    exit: int
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class LossFunction(Protocol):
 class Objective(Protocol):
     """The loss, summed over the batch, of a window whose output is ``states``: what training minimises.
 
+    With an exact look-ahead ``window`` has the layers above the trained ones as well, up to the model's top.
+
     ``stack`` has all adapters and the head, ``mask`` [B, T] is 1 for tokens and 0 for padding, ``loss`` is the job's
     cross-entropy. You may give a function of your own (docs/python.md). It runs in the client's process, and must not hold
     more than the client's plan, which is made for ``chain_loss``.

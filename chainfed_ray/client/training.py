@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from chainfed_ray.budget.footprint import SavedActivations
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.entrance import matrix_reader, window_inputs
@@ -39,14 +40,16 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
     """Train the window of the client's plan with AdamW, and give the update.
 
     Training starts from the output of the window's bottom layer. That layer and those below it are frozen and below every
-    trained adapter, so no backward pass goes through them, and with a prefix cache they run only once. An optimizer step sees
-    ``order.batch_size`` examples, in micro-batches whose gradients add up to the whole batch's.
+    trained adapter, so no backward pass goes through them, and with a prefix cache they run only once. If the order's exit is
+    above the window, the window's output goes on through the layers in between, and the gradient comes back through them. An
+    optimizer step sees ``order.batch_size`` examples, in micro-batches whose gradients add up to the whole batch's.
 
     Raises:
         BudgetExceeded: the turn is capped, and would have held more than its cap (``take_turn``).
     """
     started, cpu_started = perf_counter(), process_time()
     examples, plan = client.examples, client.plan
+    run = Window(plan.window.bottom, order.exit)
     names = trained_names(order.tensors, plan.window, order.global_weight, order.global_trains)
     # Only tensors that are trained are copied. The others are used as the order brought them, to save memory.
     stack = AdapterStack.from_tensors(
@@ -59,12 +62,12 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
         activations = window_inputs(client, blocks, scratch, stack, matrices, order.window)
         begin("loading the window")
         streamed = matrices if plan.weights == "streamed" else None
-        layers = {layer: blocks.load_layer(layer, streamed) for layer in list(plan.window)[1:]}
-        if plan.activations_offloaded:
+        layers = {layer: blocks.load_layer(layer, streamed) for layer in list(run)[1:]}
+        if plan.activations == "offloaded":
             for layer in layers.values():
                 overwrite_activations(layer)
         offload = resources.enter_context(_offload(scratch, plan))
-        step = _Step(blocks, stack, layers, activations, matrices, offload, plan.window, order)
+        step = _Step(blocks, stack, layers, activations, matrices, offload, plan.activations, run, order)
         loss, steps = _train(step, examples, plan.micro_batch, order)
     tensors = {name: parameter.detach() for name, parameter in stack.named_parameters() if name in names}
     if client.share:
@@ -132,7 +135,8 @@ class _Step:
     activations: Activations
     matrices: SliceReader | None
     saving: AbstractContextManager[None]
-    window: Window
+    saved: SavedActivations
+    run: Window  # the layers that a step runs: the window and, with an exact look-ahead, all above it
     order: Training
 
     def backward(self, examples: Examples, indices: np.ndarray, batch_size: int) -> float:
@@ -140,9 +144,15 @@ class _Step:
         batch = examples.batch(indices)
         with self.saving:
             states = through_window(
-                self.blocks, self.stack, self.window, self.layers, self.activations.batch(indices), batch.mask
+                self.blocks,
+                self.stack,
+                self.run,
+                self.layers,
+                self.activations.batch(indices),
+                batch.mask,
+                recompute=self.saved == "recomputed",
             )
-            loss = self._objective(self.stack, self.window, states, batch.mask, self._loss(batch))
+            loss = self._objective(self.stack, self.run, states, batch.mask, self._loss(batch))
             del states
         (loss / batch_size).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
@@ -165,7 +175,7 @@ class _Step:
 @contextmanager
 def _offload(scratch: Path, plan: TurnPlan) -> Iterator[AbstractContextManager[None]]:
     """A context in which autograd saves activations as the plan says: in memory, or offloaded to a file in ``scratch``."""
-    if not plan.activations_offloaded:
+    if plan.activations != "offloaded":
         yield nullcontext()
         return
     offload = OffloadedActivations(scratch)

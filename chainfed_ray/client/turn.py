@@ -11,7 +11,8 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from chainfed_ray.budget.planner import Footprint, Prefix, TurnPlan
+from chainfed_ray.budget.footprint import Footprint
+from chainfed_ray.budget.planner import Prefix, TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.head_sums import sum_features
 from chainfed_ray.client.messages import Client, Fitting, Profiling, Training, TurnOrder, TurnResult
@@ -94,10 +95,13 @@ def _train_on_a_few_tokens(base: ModelSource, scratch: Path) -> None:
         window = Window(0, min(1, blocks.num_layers - 1))
         footprint = Footprint(0, 2 * SLICE_BYTES, 0, 0, 0, 0, 0, 0, 0, 0)
         prefix = Prefix(2, "streamed", cached=True, planned_bytes=0, profile_bytes=0)
-        client = Client("(all)", "(all)", examples, 0, TurnPlan(window, 1, "streamed", True, prefix, footprint, 0), 0)
+        client = Client(
+            "(all)", "(all)", examples, 0, TurnPlan(window, 1, "streamed", "offloaded", prefix, footprint, 0), 0
+        )
         order = Training(
             AdapterStack.new(window, blocks.hidden_size, 1, 2, seed=0).tensors(),
             window,
+            window.top,
             epochs=1,
             batch_size=2,
             learning_rate=0,

@@ -9,15 +9,8 @@ from dataclasses import dataclass, replace
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.budget.demand import MemoryProfile
-from chainfed_ray.budget.planner import (
-    ClientResources,
-    TurnPlan,
-    TurnRequirements,
-    cache_bytes,
-    fallback_plan,
-    plan,
-    shortfall,
-)
+from chainfed_ray.budget.footprint import TurnRequirements
+from chainfed_ray.budget.planner import ClientResources, TurnPlan, cache_bytes, fallback_plan, plan, shortfall
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Examples
 

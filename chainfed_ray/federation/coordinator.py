@@ -112,7 +112,7 @@ class Coordinator:
             cka=found.cka,
             exits=found.exits,
             failed_turns=found.failed_turns,
-            stages=len(self._chain(found.layer).windows),
+            stages=len(self._job.chain_from(found.layer).windows),
             total_rounds=self._privacy.total,
             partition_hash=self._job.manifest.hash,
             profile_cpu_seconds=found.cpu_seconds,
@@ -130,7 +130,7 @@ class Coordinator:
             QuorumLost: three rounds in a row had too few updates, or not one of the job's rounds counted.
         """
         started = self.open()
-        chain = self._chain(started.start_layer)
+        chain = self._job.chain_from(started.start_layer)
         schedule = StageSchedule(self._spec.rounds, self._spec.chain.schedule, chain, self._privacy.total)
         history = self._log.rounds()
         state = self._state(chain, history)
@@ -177,7 +177,7 @@ class Coordinator:
 
     def stack(self) -> AdapterStack:
         """The stack as it was last committed."""
-        return self._state(self._chain(self.open().start_layer), self._log.rounds()).stack
+        return self._state(self._job.chain_from(self.open().start_layer), self._log.rounds()).stack
 
     def models(self) -> dict[str, SavedStack]:
         """The ``last`` stack and, if it is another, the ``best`` one, each with the classes and the base model it needs."""
@@ -196,9 +196,6 @@ class Coordinator:
         if best and best.index != history[-1].index:
             stacks["best"] = stack_of(self._log.tensors(best.index))
         return stacks
-
-    def _chain(self, start: int) -> Chain:
-        return Chain(self._job.layers, start, self._job.window)
 
     def _find_start(self) -> Start:
         if self._start is None:
@@ -220,8 +217,8 @@ class Coordinator:
                 raise InvalidJob.at(what, now or "none", f"{then or 'none'}, with which the job started")
 
     def _admitted(self, candidate: Candidate, start: int) -> AdmittedClient:
-        """A client, with the plan of its turns in the chain's first stage."""
-        plan = self._planner.plan(candidate, self._chain(start).windows[0])
+        """A client, with the plan of its turns in the chain's lowest window."""
+        plan = self._planner.plan(candidate, self._job.chain_from(start).lowest)
         assert plan, "an admitted client has a plan for the window that needs the most memory"
         return AdmittedClient(
             client=candidate.name,
@@ -233,7 +230,8 @@ class Coordinator:
             window=len(plan.window),
             micro_batch=plan.micro_batch,
             weights=plan.weights,
-            activations_offloaded=plan.activations_offloaded,
+            activations_offloaded=plan.activations == "offloaded",
+            activations_recomputed=plan.activations == "recomputed",
             cached=plan.prefix.cached,
         )
 
@@ -252,7 +250,7 @@ class Coordinator:
         """One round: its record, and the state after it. ``state`` itself does not change."""
         began = perf_counter()
         before, movement, server = state.stack.tensors(), state.movement, state.server
-        fit = self._fit_head(upcoming, before, history) if schedule.starts_stage(upcoming, history) else None
+        fit = self._fit_head(upcoming, before, history) if schedule.starts_head(upcoming, history) else None
         if fit:
             before |= fit.tensors
             server = server.without(fit.tensors)
@@ -315,7 +313,7 @@ class Coordinator:
         admitted = (candidate for candidate, _ in self._job.admitted)
         clients = everyone(self._planner, admitted, upcoming.window, history)
         reporter = Reporter(f"fitting the head of stage {upcoming.stage + 1}", self._listen)
-        return fit_head(self._job, self._pool, clients, Fitting(tensors, upcoming.window), reporter)
+        return fit_head(self._job, self._pool, clients, Fitting(tensors, upcoming.window, upcoming.exit), reporter)
 
     def _collected(
         self, upcoming: RoundSpec, before: Tensors, trained: Tensors, history: Sequence[Round]
@@ -349,7 +347,7 @@ class Coordinator:
 
     def _trained(self, tensors: Tensors, window: Window) -> Tensors:
         """The tensors that a client trains in ``window``."""
-        names = trained_names(tensors, window, self._spec.chain.global_weight, self._spec.chain.global_trains)
+        names = trained_names(tensors, window, self._spec.chain.stand_in_weight, self._spec.chain.global_trains)
         return {name: tensors[name] for name in sorted(names)}
 
     def _order(self, upcoming: RoundSpec, tensors: Tensors) -> Training:
@@ -358,11 +356,12 @@ class Coordinator:
         return Training(
             tensors=tensors,
             window=upcoming.window,
+            exit=upcoming.exit,
             epochs=rounds.local_epochs,
             batch_size=rounds.batch_size,
             learning_rate=rounds.learning_rate * rate,
             head_learning_rate=rounds.head_learning_rate * rate,
-            global_weight=self._spec.chain.global_weight,
+            global_weight=self._spec.chain.stand_in_weight,
             global_trains=self._spec.chain.global_trains,
             seed=derive(self._spec.seed, "round", upcoming.round_index),
             steps=rounds.local_steps,
@@ -373,7 +372,9 @@ class Coordinator:
 
     def _score(self, upcoming: RoundSpec, stack: AdapterStack) -> tuple[Score, EarlyExit] | tuple[None, None]:
         due = is_due(self._spec.evaluation.every, upcoming.round_index, upcoming.last_of_stage)
-        return self._evaluation.early_exit(stack, upcoming.window) if due else (None, None)
+        return (
+            self._evaluation.early_exit(stack, Window(upcoming.window.bottom, upcoming.exit)) if due else (None, None)
+        )
 
     def _evaluated(self, upcoming: RoundSpec, stack: AdapterStack, ended: str | None) -> Evaluation | None:
         due = is_due(self._spec.evaluation.whole_every, upcoming.round_index, ended is not None)

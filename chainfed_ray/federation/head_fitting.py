@@ -47,7 +47,7 @@ def fit_head(
     deadline = deadline_of_all(job, len(clients))
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
-    shape = stack.head.linear.out_features, stack.head.features(order.window.top)
+    shape = stack.head.linear.out_features, stack.head.features(order.exit)
     total = ClassSums.zeros(*shape, torch.float64)
     with torch.device("meta"):  # only shapes and dtypes are needed, so no memory is allocated
         expected = ClassSums.zeros(*shape).tensors()
@@ -69,7 +69,11 @@ def fit_head(
                 sums, seconds = found
                 total.add(sums)
                 cpu_seconds.append(seconds)
-    head, score = _head(total, stack, order.window, job.validation, job.base, reporter) if cpu_seconds else ({}, None)
+    head, score = (
+        _head(total, stack, Window(order.window.bottom, order.exit), job.validation, job.base, reporter)
+        if cpu_seconds
+        else ({}, None)
+    )
     record = HeadFit(
         clients=len(cpu_seconds),
         examples=int(total.counts.sum()),

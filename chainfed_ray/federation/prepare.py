@@ -15,7 +15,9 @@ import torch
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.budget.demand import MemoryProfile
-from chainfed_ray.budget.planner import TurnPlan, TurnRequirements
+from chainfed_ray.budget.footprint import TurnRequirements
+from chainfed_ray.budget.planner import TurnPlan
+from chainfed_ray.chain import Chain
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client
 from chainfed_ray.data.choices import Choices
@@ -81,6 +83,11 @@ class PlannedJob:
     def window(self) -> int:
         """Q, the adapters trained together."""
         return self.admission.width
+
+    def chain_from(self, start: int) -> Chain:
+        """The job's chain, if its lowest adapter is that of layer ``start``."""
+        chain = self.spec.chain
+        return Chain(self.layers, start, self.window, chain.slide, chain.direction, chain.look_ahead)
 
     @property
     def admitted(self) -> tuple[tuple[Candidate, TurnPlan], ...]:
@@ -244,7 +251,7 @@ def requirements_of(spec: JobSpec) -> TurnRequirements:
 
     If the start layer is not known yet, the chain is planned from the first layer, where a turn needs the most memory.
     """
-    global_branch = spec.chain.global_weight > 0
+    global_branch = spec.chain.stand_in_weight > 0
     return TurnRequirements(
         start=spec.chain.start if isinstance(spec.chain.start, int) else 0,
         batch_size=spec.rounds.batch_size,
@@ -253,6 +260,7 @@ def requirements_of(spec: JobSpec) -> TurnRequirements:
         trains_above=global_branch and spec.chain.global_trains == "upper",
         profiles=spec.chain.profile_examples if spec.chain.start == "auto" else 0,
         fits_head=spec.chain.head == "fitted",
+        exact=spec.chain.look_ahead == "exact",
     )
 
 

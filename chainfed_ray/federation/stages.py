@@ -16,7 +16,7 @@ from chainfed_ray.spec.sections import ConvergenceSpec, RoundsSpec
 
 
 class RoundSpec(NamedTuple):
-    """The next round: its window, and the rounds that its stage has ``spent`` of its ``limit``.
+    """The next round: its window with its exit, and the rounds that its stage has ``spent`` of its ``limit``.
 
     In a cyclic schedule both counts are the whole job's.
     """
@@ -24,6 +24,7 @@ class RoundSpec(NamedTuple):
     round_index: int
     stage: int
     window: Window
+    exit: int
     spent: int
     limit: int
 
@@ -52,7 +53,8 @@ class StageSchedule:
             return None
         if self._cyclic:
             window = self._chain.cyclic(done, self._total)
-            return RoundSpec(done, window.bottom - self._chain.start, window, done, self._total)
+            stage = self._chain.windows.index(window)
+            return RoundSpec(done, stage, window, self._chain.exit(window), done, self._total)
         stages = self._chain.staged(self._total, self._rounds.last_stage_share)
         index = sum(record.ended is not None for record in history)
         if index == len(stages):
@@ -60,15 +62,29 @@ class StageSchedule:
         spent = sum(record.stage == index for record in history)
         # The last stage gets the rounds that earlier stages did not need.
         limit = stages[index].rounds if index < len(stages) - 1 else self._total - (done - spent)
-        return RoundSpec(done, index, stages[index].window, spent, limit)
+        window = stages[index].window
+        return RoundSpec(done, index, window, self._chain.exit(window), spent, limit)
 
-    def starts_stage(self, upcoming: RoundSpec, history: Sequence[Round]) -> bool:
-        """True for a stage's first round. A cyclic schedule keeps one head, so only the job's first round qualifies."""
-        return not (history if self._cyclic else any(record.stage == upcoming.stage for record in history))
+    def starts_head(self, upcoming: RoundSpec, history: Sequence[Round]) -> bool:
+        """True for the first round of a head. With an exact look-ahead, and in a cyclic schedule, a job has one head.
+
+        Otherwise each stage has a head of its own, on the output of its own window.
+        """
+        single = self._cyclic or self._chain.look_ahead == "exact"
+        return not (history if single else any(record.stage == upcoming.stage for record in history))
 
     def counted_rounds(self, upcoming: RoundSpec, history: Sequence[Round]) -> list[Round]:
         """The rounds of its stage so far that had a quorum."""
         return [record for record in history if record.stage == upcoming.stage and record.counted]
+
+    @property
+    def windows(self) -> list[tuple[Window, int]]:
+        """The windows of the job, each with the most rounds that it may have."""
+        if self._cyclic:
+            visits = [self._chain.cyclic(index, self._total) for index in range(self._total)]
+            return [(window, visits.count(window)) for window in self._chain.windows]
+        stages = self._chain.staged(self._total, self._rounds.last_stage_share)
+        return [(stage.window, stage.rounds) for stage in stages]
 
     def starts_span(self, upcoming: RoundSpec, history: Sequence[Round]) -> bool:
         """True for the first round of a span, over which the window's movement is measured."""

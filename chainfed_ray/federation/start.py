@@ -160,4 +160,4 @@ def _exit(job: PlannedJob, pool: ClientPool, layer: int, reporter: Reporter) -> 
     clients = everyone(job.planner, (candidate for candidate, _ in job.admitted), window, ())
     bottleneck, seed = job.spec.chain.adapter.bottleneck, derive(job.spec.seed, "stack")
     stack = AdapterStack.new(window, job.hidden, bottleneck, job.class_count, seed)
-    return fit_head(job, pool, clients, Fitting(stack.tensors(), window), reporter).record
+    return fit_head(job, pool, clients, Fitting(stack.tensors(), window, layer), reporter).record

@@ -16,7 +16,6 @@ from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.aggregation.discriminant import ClassSums
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.planner import TurnPlan, held_bytes
-from chainfed_ray.chain import Chain
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit
@@ -147,7 +146,8 @@ def _class(
         window=(min(widths), max(widths)),
         micro_batch=(min(micro_batches), max(micro_batches)),
         weights=tuple(sorted({plan.weights for plan in plans})),
-        activations_offloaded=sum(plan.activations_offloaded for _, plan in joining),
+        activations_offloaded=sum(plan.activations == "offloaded" for _, plan in joining),
+        activations_recomputed=sum(plan.activations == "recomputed" for _, plan in joining),
         cached=sum(plan.prefix.cached for _, plan in joining),
         disk_bytes=max(job.planner.disk_bytes(candidate, plan) for candidate, plan in planned),
         sent_bytes=max(_sent_bytes(job, plan) for plan in plans),
@@ -158,8 +158,7 @@ def _class(
 def _with_enough(job: PlannedJob, candidate: Candidate, shortfall: int) -> tuple[Candidate, TurnPlan]:
     """The plan that an excluded client would get with ``shortfall`` more bytes."""
     enough = replace(candidate, memory=candidate.memory + shortfall)
-    stage = Chain(job.layers, job.planner.requirements.start, job.window).windows[0]
-    plan = job.planner.plan(enough, stage)
+    plan = job.planner.plan(enough, job.chain_from(job.planner.requirements.start).lowest)
     assert plan, "the shortfall is the memory that a plan needs"
     return enough, plan
 

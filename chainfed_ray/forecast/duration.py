@@ -16,6 +16,7 @@ from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client, Training
 from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.federation.prepare import PlannedJob, as_client
+from chainfed_ray.federation.stages import StageSchedule
 from chainfed_ray.forecast.pace import Pace, evaluation_pace, training_pace
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.seeds import derive
@@ -66,7 +67,7 @@ def _paces(job: PlannedJob, typical: Mapping[str, tuple[Candidate, TurnPlan]], r
             plan.window,
             plan.micro_batch,
             plan.weights,
-            plan.activations_offloaded,
+            plan.activations,
             plan.prefix.batch,
             plan.prefix.weights,
         )
@@ -83,11 +84,12 @@ def pace_of(job: PlannedJob, client: Client) -> Pace:
     order = Training(
         _new_stack(job, job.layers - plan.window.bottom).tensors(),
         window,
+        _chain(job).exit(plan.window) - plan.window.bottom,
         epochs=1,
         batch_size=spec.rounds.batch_size,
         learning_rate=spec.rounds.learning_rate,
         head_learning_rate=spec.rounds.head_learning_rate,
-        global_weight=spec.chain.global_weight,
+        global_weight=spec.chain.stand_in_weight,
         global_trains=spec.chain.global_trains,
         seed=derive(spec.seed, "pace"),
     )
@@ -113,13 +115,38 @@ def _rounds(job: PlannedJob, paces: Mapping[str, Pace], at_once: int) -> float:
     for candidate, plan in job.admitted:
         pace, examples = paces[candidate.client_class], len(candidate.examples)
         in_each_turn, _ = _layers_below(job, plan, examples)
-        turn = pace.turn + _trained_on(rounds, examples) * pace.step + _through(in_each_turn, examples, plan, pace)
+        step = pace.step * _run_of(job, plan)
+        turn = pace.turn + _trained_on(rounds, examples) * step + _through(in_each_turn, examples, plan, pace)
         turns.append(min(turn / candidate.speed, rounds.deadline))
         once += _once(job, plan, pace, examples) / candidate.speed
     # The share of clients that take a turn at all. For a fitted head, all do.
     seen = 1 if _fits(job) else min(1, rounds.total * cohort / clients)
     in_turn = math.ceil(cohort / at_once) * sum(turns) / clients
     return rounds.total * max(in_turn, _longest(turns, cohort)) + seen * once / min(at_once, clients)
+
+
+def _run_of(job: PlannedJob, plan: TurnPlan) -> float:
+    """The layers that an average step of the job runs, as a share of those that a step of ``plan`` runs.
+
+    With an exact look-ahead a step of the lowest window, for which the plan is, runs the most.
+    """
+    chain, windows = _chain(job), _visits(job)
+    narrower, total = plan.window.bottom - chain.start, job.spec.rounds.total
+    # Each layer runs with its adapter; the bottom layer does not run, but its adapter does.
+    planned = chain.exit(plan.window) - plan.window.bottom + 1
+    return sum(rounds * (chain.exit(window) - window.bottom - narrower + 1) for window, rounds in windows) / (
+        total * planned
+    )
+
+
+def _chain(job: PlannedJob) -> Chain:
+    return job.chain_from(job.planner.requirements.start)
+
+
+def _visits(job: PlannedJob) -> list[tuple[Window, int]]:
+    """The windows of the job, each with the rounds that it has if no stage ends early."""
+    rounds = job.spec.rounds
+    return StageSchedule(rounds, job.spec.chain.schedule, _chain(job), rounds.total).windows
 
 
 def _once(job: PlannedJob, plan: TurnPlan, pace: Pace, examples: int) -> float:
@@ -139,17 +166,15 @@ def _once(job: PlannedJob, plan: TurnPlan, pace: Pace, examples: int) -> float:
     # A single pass gives the profile, the sums for the first head and the prefix (first_pass.py). After a search for the best
     # exit, the prefix needs a pass of its own.
     start = job.planner.requirements.start
-    first = job.layers if profiles or exits else start + job.window
+    first = job.layers if profiles or exits else _chain(job).exit(_chain(job).windows[0]) + 1
     further = prefix if exits else prefix - (start + 1)
     return turns + (fits - 1) * window + _through(first + further, examples, plan, pace)
 
 
 def _below_all_stages(job: PlannedJob, plan: TurnPlan) -> int:
     """The number of layers that a client without a cache runs its examples through for the heads of all stages."""
-    start = job.planner.requirements.start
-    windows = Chain(job.layers, start, job.window).windows[-job.spec.rounds.total :]
-    narrower = plan.window.bottom - start
-    return sum(window.bottom + narrower + 1 for window in windows[: _fits(job)])
+    narrower = plan.window.bottom - job.planner.requirements.start
+    return sum(window.bottom + narrower + 1 for window, _ in _visits(job)[: _fits(job)])
 
 
 def _through(layers: float, examples: int, plan: TurnPlan, pace: Pace) -> float:
@@ -162,7 +187,7 @@ def _fits(job: PlannedJob) -> int:
     """The number of heads that the job fits in closed form, each to the examples of all clients."""
     if job.spec.chain.head != "fitted":
         return 0
-    return _stages(job)
+    return 1 if job.spec.chain.look_ahead == "exact" else _stages(job)
 
 
 def layers_of_exits(job: PlannedJob, cached: bool) -> int:
@@ -179,7 +204,7 @@ def _stages(job: PlannedJob) -> int:
     """The number of stages: at most one for each round, and a single one with the schedule ``cyclic``."""
     if job.spec.chain.schedule == "cyclic":
         return 1
-    return min(len(Chain(job.layers, job.planner.requirements.start, job.window).windows), job.spec.rounds.total)
+    return len(_visits(job))
 
 
 def _longest(turns: Sequence[float], cohort: int) -> float:
@@ -202,17 +227,17 @@ def _trained_on(rounds: RoundsSpec, examples: int) -> int:
 
 def _layers_below(job: PlannedJob, plan: TurnPlan, examples: int) -> tuple[float, int]:
     """How many layers below the window a client runs its examples through: per turn, and once in the job."""
-    spec, start = job.spec, job.planner.requirements.start
-    chain = Chain(job.layers, start, job.window)
+    spec, chain = job.spec, _chain(job)
+    start, visits = chain.start, _visits(job)
     # Clients with wider windows train the adapters in between, so the output there changes in each round.
     narrower = plan.window.bottom - start
+    mean = sum(rounds * window.bottom for window, rounds in visits) / spec.rounds.total
     if spec.chain.schedule == "cyclic":
-        bottoms = [window.bottom for window in chain.windows]
-        mean, highest = sum(bottoms) / len(bottoms), start
+        highest = start
+    elif chain.direction == "down":  # each slide runs the layers from the chain's start on again
+        highest = sum(window.bottom - start for window, _ in visits) + start
     else:
-        stages = chain.staged(spec.rounds.total, spec.rounds.last_stage_share)
-        mean = sum(stage.rounds * stage.window.bottom for stage in stages) / spec.rounds.total
-        highest = stages[-1].window.bottom
+        highest = visits[-1][0].bottom
     if not plan.prefix.cached:
         passes = _trained_on(spec.rounds, examples) / examples
         return passes * (mean + narrower + 1), 0
@@ -222,7 +247,8 @@ def _layers_below(job: PlannedJob, plan: TurnPlan, examples: int) -> tuple[float
 
 def evaluation_seconds(job: PlannedJob) -> float:
     """The seconds of the server's evaluations: early exits and the whole model on validation rows, and the test rows once."""
-    spec, inside = job.spec, job.window - 1
+    spec, chain, visits = job.spec, _chain(job), _visits(job)
+    inside = sum(rounds * (chain.exit(window) - window.bottom) for window, rounds in visits) / spec.rounds.total
     pace = evaluation_pace(job.base, job.validation, _new_stack(job, job.layers), job.window)
     early = pace.setup + inside * pace.load + len(job.validation) * (inside * pace.layer + pace.row)
     exits, whole = (times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))

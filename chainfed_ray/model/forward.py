@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Batch
@@ -61,16 +62,28 @@ def through_model(blocks: Blocks, stack: Adapted, layers: Iterable[tuple[int, nn
 
 
 def through_window(
-    blocks: Blocks, stack: Adapted, window: Window, layers: dict[int, nn.Module], states: LayerStates, mask: Tensor
+    blocks: Blocks,
+    stack: Adapted,
+    window: Window,
+    layers: dict[int, nn.Module],
+    states: LayerStates,
+    mask: Tensor,
+    recompute: bool = False,
 ) -> LayerStates:
     """Run a window: its bottom layer's output u → its top adapter's output h. ``layers`` are the layers above
     the bottom one.
+
+    With ``recompute`` a layer's input alone is kept for the backward pass, where the layer runs again. So the activations of
+    one layer at a time are in memory (gradient checkpointing: Chen et al., 2016).
     """
     states = through_adapter(stack, window.bottom, states)
     calls = blocks.calls(mask) if layers else []
     # A loop here, and not a function that is given ``states``: this frame would hold them while the layers run.
     for index, layer in layers.items():
-        states = _through(blocks, stack, index, layer, calls[index], states, mask)
+        if recompute:
+            states = _recomputed(blocks, stack, index, layer, calls[index], states, mask)
+        else:
+            states = _through(blocks, stack, index, layer, calls[index], states, mask)
     return states
 
 
@@ -121,3 +134,20 @@ def _through(
 ) -> LayerStates:
     """Run a layer and its adapter."""
     return through_adapter(stack, index, through_layer(blocks, stack, index, layer, call, states, mask))
+
+
+def _recomputed(
+    blocks: Blocks,
+    stack: Adapted,
+    index: int,
+    layer: nn.Module,
+    call: LayerCall,
+    states: LayerStates,
+    mask: Tensor,
+) -> LayerStates:
+    """Run a layer and its adapter, and again in the backward pass. No layer draws random numbers: none is in training mode."""
+
+    def run(hidden: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        return _through(blocks, stack, index, layer, call, LayerStates(hidden, pooled), mask)
+
+    return LayerStates(*checkpoint(run, *states, use_reentrant=False, preserve_rng_state=False))

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.budget.planner import PREFIX_BATCH, WeightPlacement
+from chainfed_ray.budget.footprint import WeightPlacement
+from chainfed_ray.budget.planner import PREFIX_BATCH
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from chainfed_ray.budget.planner import WeightPlacement
+from chainfed_ray.budget.footprint import WeightPlacement
 from chainfed_ray.record import Document, Record
 
 PREFIX = "prefix"  # the name of a part of the plan that ``Footprint`` does not have
@@ -33,6 +33,9 @@ class ClassForecast(Record):
     weights: tuple[WeightPlacement, ...]
     activations_offloaded: int = Field(
         description="the number of joining clients that offload saved activations to disk"
+    )
+    activations_recomputed: int = Field(
+        description="the number of joining clients that compute saved activations again in the backward pass"
     )
     cached: int = Field(description="the number of joining clients that cache the prefix on disk")
     disk_bytes: int

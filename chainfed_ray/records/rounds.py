@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from chainfed_ray.budget.planner import WeightPlacement
+from chainfed_ray.budget.footprint import WeightPlacement
 from chainfed_ray.record import Document, Record
 
 
@@ -38,6 +38,7 @@ class AdmittedClient(Record):
     micro_batch: int
     weights: Weights
     activations_offloaded: bool
+    activations_recomputed: bool = False
     cached: bool
 
 
@@ -138,6 +139,7 @@ class Turn(Record):
     planned_bytes: int
     peak_bytes: int | None
     sent_bytes: int
+    activations_recomputed: bool = False
     exceeded: str | None = None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from chainfed_ray.errors import MISSING, Problem
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.spec.sections import AggregationSpec, DataSpec, PartitionSpec, PrivacySpec
+from chainfed_ray.spec.sections import AggregationSpec, ChainSpec, DataSpec, PartitionSpec, PrivacySpec
 
 
 def contradictions(spec: JobSpec) -> list[Problem]:
@@ -29,6 +29,7 @@ def contradictions(spec: JobSpec) -> list[Problem]:
         problems.append(Problem("rounds.quorum", spec.quorum, _for_krum(spec.aggregation)))
     problems += _of_aggregation(spec)
     problems += _of_start(spec)
+    problems += _of_look_ahead(spec.chain)
     problems += _of_evaluation(spec)
     if spec.privacy:
         problems += _of_privacy(spec, spec.privacy, count)
@@ -118,6 +119,21 @@ def _of_start(spec: JobSpec) -> Iterator[Problem]:
     elif start == "best-exit" and head != "fitted":
         expected = f"'auto' or the index of a layer with chain.head {head}: 'best-exit' compares fitted heads"
         yield Problem("chain.start", start, expected)
+
+
+def _of_look_ahead(chain: ChainSpec) -> Iterator[Problem]:
+    """Keys that belong to another look-ahead. As above, only values other than the defaults show that the user gave them."""
+    if chain.look_ahead == "adapters" and chain.direction == "up":
+        return
+    default = ChainSpec.model_fields["global_weight"].default
+    if chain.look_ahead != "adapters" and chain.global_weight not in (0, default):
+        expected = f"no value with chain.look_ahead {chain.look_ahead}: λ weighs the loss of look_ahead adapters"
+        yield Problem("chain.global_weight", chain.global_weight, expected)
+    if chain.direction == "down" and chain.look_ahead != "exact":
+        expected = (
+            "'exact' with chain.direction down: a window below trained adapters must know what they make of its output"
+        )
+        yield Problem("chain.look_ahead", chain.look_ahead, expected)
 
 
 def _of_evaluation(spec: JobSpec) -> Iterator[Problem]:

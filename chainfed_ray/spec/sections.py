@@ -194,9 +194,20 @@ class ChainSpec(Section):
         "auto",
         description="the first layer with an adapter: `auto` finds it by CKA, `best-exit` by heads fitted at each window",
     )
+    slide: int = Field(1, ge=1, description="by how many layers the window slides")
+    direction: Literal["up", "down"] = Field(
+        "up", description="which way the window slides; `down` begins at the model's top and needs `look_ahead: exact`"
+    )
     cka_threshold: float = Field(0.5, ge=0, le=1, description="`auto` starts at the first layer whose CKA is below it")
     profile_examples: int = Field(64, ge=4, le=4096, description="how many examples a client uses for its CKA profile")
-    global_weight: float = Field(0.1, ge=0, le=10, description="λ: loss = local + λ · global")
+    look_ahead: Literal["none", "adapters", "exact"] = Field(
+        "adapters",
+        description="what a window's loss knows of the layers above: nothing (`none`), their `adapters` as stand-ins, or the "
+        "layers themselves (`exact`: the loss of the whole model)",
+    )
+    global_weight: float = Field(
+        0.1, ge=0, le=10, description="λ: loss = local + λ · global; the global loss is that of `look_ahead: adapters`"
+    )
     head: Literal["zero", "fitted", "model"] = Field(
         "fitted",
         description="how the head starts: `fitted` in closed form at each stage, at `zero`, or as the language `model`'s own",
@@ -213,6 +224,11 @@ class ChainSpec(Section):
         "the `upper` adapters",
     )
     adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec(), description="the shape of the adapters")
+
+    @property
+    def stand_in_weight(self) -> float:
+        """λ of the global loss through stand-ins; 0 with another look-ahead, which has no such loss."""
+        return self.global_weight if self.look_ahead == "adapters" else 0.0
 
 
 class ConvergenceSpec(Section):

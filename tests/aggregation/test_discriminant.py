@@ -117,7 +117,7 @@ def test_a_client_adds_up_what_comes_out_of_its_window(
     stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0, head_layers=head_layers)
     for layer in stack.layers:
         torch.nn.init.normal_(stack.adapter(layer).up.weight, std=0.1, generator=torch.Generator().manual_seed(layer))
-    sums = take_turn(client, job.base, lambda: Fitting(stack.tensors(), Window(1, 2)), capped=False)
+    sums = take_turn(client, job.base, lambda: Fitting(stack.tensors(), Window(1, 2), 2), capped=False)
     assert isinstance(sums, HeadSums)
     blocks = Blocks(job.base.folder, job.base.dtype)
     features = []  # of the lowest layer as of those of the window: the head reads all three

@@ -81,7 +81,7 @@ def features(job: PlannedJob) -> Iterator[Features]:
 
 def test_batches_are_those_of_a_job_s_own_turn() -> None:
     for count, steps in ((5, 7), (16, 3), (33, 5)):
-        order = Training({}, None, 1, 8, 0, 0, 0, "head", seed=11, steps=steps)  # type: ignore[arg-type]
+        order = Training({}, None, 0, 1, 8, 0, 0, 0, "head", seed=11, steps=steps)  # type: ignore[arg-type]
         ours = batches(count, Steps(steps, 8, 0, 0, seed=11))
         for found, expected in zip(ours, step_batches(count, order), strict=True):
             assert found.tolist() == expected.tolist()

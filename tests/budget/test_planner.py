@@ -10,15 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from chainfed_ray.budget.demand import NOTHING, BytePolynomial, MemoryProfile, PartMemory, StepMemory
-from chainfed_ray.budget.planner import (
-    ClientResources,
-    TurnRequirements,
-    WeightPlacement,
-    fallback_plan,
-    footprint,
-    plan,
-    shortfall,
-)
+from chainfed_ray.budget.footprint import TurnRequirements, WeightPlacement, footprint
+from chainfed_ray.budget.planner import ClientResources, fallback_plan, plan, shortfall
 from chainfed_ray.chain import Window
 from tests.plans import HIDDEN, ITEMSIZE, LAYERS, ROW, WAYS, all_costs, all_means, all_tasks, demand, needed, planned
 from tests.project import ROOT
@@ -36,7 +29,7 @@ def test_a_plan_fits(costs: MemoryProfile, job: tuple[TurnRequirements, Window],
     assert found.prefix.profile_bytes <= means.memory
     assert found.prefix.cached == means.cached
     assert means.offload_disk is None or found.offload_bytes <= means.offload_disk
-    assert (found.offload_bytes > 0) <= found.activations_offloaded
+    assert (found.offload_bytes > 0) <= (found.activations == "offloaded")
     assert 1 <= found.micro_batch <= means.batch
     assert found.window.top == stage.top
     assert found.window.bottom >= stage.bottom
@@ -102,7 +95,7 @@ def test_a_step_with_more_in_it_never_needs_less(
     task = replace(task, global_branch=False, trains_above=False)
 
     def total(task: TurnRequirements = task, window: Window = stage, batch: int = 2) -> int:
-        return footprint(costs, task, window, batch, means.longest, weights, activations_offloaded=False).total
+        return footprint(costs, task, window, batch, means.longest, weights, "kept").total
 
     assert total(batch=3) >= total()
     ahead = replace(task, global_branch=True)
@@ -148,7 +141,7 @@ def test_nothing_better_fits(
     if found.prefix.weights == "streamed":  # its buffers stay for the steps
         totals = [part.total - part.buffers + costs.slices for part in parts]
     first = next(choice for choice, total in zip(choices, totals, strict=True) if total <= budget)
-    assert (found.window, (found.weights, found.activations_offloaded), found.micro_batch) == first
+    assert (found.window, (found.weights, found.activations), found.micro_batch) == first
 
 
 @given(all_costs(), all_tasks(), all_means)
@@ -193,7 +186,7 @@ def test_the_highest_moment_of_a_step(changed: dict[str, PartMemory], peak: int,
         1,
         1,
         "resident",
-        activations_offloaded=False,
+        "kept",
     )
     assert found.cache_pages + found.saved_activations + found.transients == peak
     assert found.cache_pages + found.saved_activations == saved
@@ -225,9 +218,7 @@ def test_the_parts_of_a_step() -> None:
     task, window = TurnRequirements(1, 8, 1, False, False, False), Window(1, 2)
 
     def parts(costs: MemoryProfile = COSTS, task: TurnRequirements = task, **way: Any) -> dict[str, int]:
-        found = footprint(
-            costs, task, window, 2, 10, **{"weights": "resident", "activations_offloaded": False, **way}
-        ).parts()
+        found = footprint(costs, task, window, 2, 10, **{"weights": "resident", "activations": "kept", **way}).parts()
         assert all(size >= 0 for size in found.values())
         return found
 
@@ -249,8 +240,8 @@ def test_the_parts_of_a_step() -> None:
     assert (above["adapters"], above["gradients"], above["optimizer"]) == (10_000, 5080, 2 * 5080)
     language = parts(replace(COSTS, head=0, streamed_head=True))
     assert (language["head"], language["gradients"], language["buffers"]) == (0, 2000, 9000)
-    activations_offloaded = parts(weights="streamed", activations_offloaded=True)
-    assert activations_offloaded["cache_pages"] == 0
+    offloaded = parts(weights="streamed", activations="offloaded")
+    assert offloaded["cache_pages"] == 0
 
 
 def test_no_part_is_negative_when_the_first_moment_is_the_highest() -> None:
@@ -262,14 +253,19 @@ def test_no_part_is_negative_when_the_first_moment_is_the_highest() -> None:
         1,
         1,
         "resident",
-        activations_offloaded=False,
+        "kept",
     )
     assert (found.cache_pages, found.saved_activations) == (ROW, 0)
     assert found.cache_pages + found.transients == 500 + 3
 
 
 @pytest.mark.parametrize(
-    ("module", "imports"), [("planner", {"chainfed_ray.chain", "chainfed_ray.budget.demand"}), ("demand", set())]
+    ("module", "imports"),
+    [
+        ("planner", {"chainfed_ray.chain", "chainfed_ray.budget.demand", "chainfed_ray.budget.footprint"}),
+        ("footprint", {"chainfed_ray.chain", "chainfed_ray.budget.demand"}),
+        ("demand", set()),
+    ],
 )
 def test_the_planner_knows_no_tensors(module: str, imports: set[str]) -> None:
     """Of what is not Python's own, it imports the window and what its parts take, which needs nothing itself."""

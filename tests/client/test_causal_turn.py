@@ -1,8 +1,9 @@
 """Promise: a turn of a language model's chain is the plain computation: the whole model, adapters by hooks, AdamW."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from chainfed_ray.budget.planner import Footprint, Prefix, TurnPlan, WeightPlacement
+from chainfed_ray.budget.footprint import Footprint, SavedActivations, WeightPlacement
+from chainfed_ray.budget.planner import Prefix, TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, Training
 from chainfed_ray.client.training import train
@@ -51,10 +53,11 @@ def a_stack() -> AdapterStack:
     return stack
 
 
-def an_order(window: Window, weight: float, trains: Any = "head") -> Training:
+def an_order(window: Window, weight: float, trains: Any = "head", exact: bool = False) -> Training:
     return Training(
         a_stack().tensors(),
         window,
+        LAYERS - 1 if exact else window.top,
         epochs=EPOCHS,
         batch_size=5,
         learning_rate=RATE,
@@ -66,14 +69,12 @@ def an_order(window: Window, weight: float, trains: Any = "head") -> Training:
 
 
 def a_client(
-    window: Window, weights: WeightPlacement = "resident", activations_offloaded: bool = False, cached: bool = True
+    window: Window, weights: WeightPlacement = "resident", activations: SavedActivations = "kept", cached: bool = True
 ) -> Client:
     """It takes two examples at a time."""
     buffers = Footprint(0, 2 * SLICE_BYTES, 0, 0, 0, 0, 0, 0, 0, 0)
     prefix = Prefix(2, weights, cached, planned_bytes=0, profile_bytes=0)
-    return Client(
-        "client", "any", instructions(), 0, TurnPlan(window, 2, weights, activations_offloaded, prefix, buffers, 0), 0
-    )
+    return Client("client", "any", instructions(), 0, TurnPlan(window, 2, weights, activations, prefix, buffers, 0), 0)
 
 
 def a_turn(folder: Path, scratch: Path, client: Client, order: Training) -> tuple[Tensors, float]:
@@ -86,7 +87,12 @@ def a_turn(folder: Path, scratch: Path, client: Client, order: Training) -> tupl
 
 
 def plainly(
-    folder: Path, window: Window, weight: float, trains: str = "head", clip_norm: float | None = None
+    folder: Path,
+    window: Window,
+    weight: float,
+    trains: str = "head",
+    clip_norm: float | None = None,
+    exact: bool = False,
 ) -> tuple[Tensors, float]:
     """What is trained, and the mean loss of an example; nothing is streamed, cached or added up in parts."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
@@ -103,14 +109,14 @@ def plainly(
     optimizer = torch.optim.AdamW([parameters[name].requires_grad_() for name in names], RATE, weight_decay=0.0)
 
     def loss_of(stand_ins: bool) -> Tensor:
-        """Above the window there are no layers: with ``stand_ins`` their adapters, and otherwise nothing."""
+        """Above the window there are no layers: with ``stand_ins`` their adapters, otherwise nothing; or all, if ``exact``."""
 
         def after(index: int) -> Any:
             def hook(_: Any, inputs: tuple[Tensor], given: dict[str, Any], output: Any) -> Any:
                 hidden = output[0] if isinstance(output, tuple) else output
-                if index > window.top:
+                if index > window.top and not exact:
                     hidden = inputs[0] if inputs else given["hidden_states"]
-                if START <= index <= window.top or (index > window.top and stand_ins):
+                if START <= index <= window.top or (index > window.top and (stand_ins or exact)):
                     hidden = stack.adapter(index)(hidden)
                 return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -163,14 +169,42 @@ def test_a_turn_is_the_plain_computation(folder: Path, window: Window, weight: f
 
 
 @pytest.mark.parametrize(
-    ("weights", "activations_offloaded", "cached"),
-    [("streamed", False, True), ("streamed", True, True), ("resident", False, False)],
+    ("weights", "activations", "cached"),
+    [
+        ("streamed", "kept", True),
+        ("streamed", "recomputed", True),
+        ("streamed", "offloaded", True),
+        ("resident", "kept", False),
+    ],
 )
 def test_so_is_one_in_any_other_way(
-    weights: WeightPlacement, activations_offloaded: bool, cached: bool, folder: Path, tmp_path: Path
+    weights: WeightPlacement, activations: SavedActivations, cached: bool, folder: Path, tmp_path: Path
 ) -> None:
-    client = a_client(MIDDLE, weights, activations_offloaded, cached)
+    client = a_client(MIDDLE, weights, activations, cached)
     assert_alike(a_turn(folder, tmp_path, client, an_order(MIDDLE, 0.3)), plainly(folder, MIDDLE, 0.3))
+
+
+@pytest.mark.parametrize("window", [Window(1, 1), BOTTOM, TOP, Window(1, 4)], ids=str)
+def test_an_exact_look_ahead_has_the_gradient_of_the_whole_model(folder: Path, window: Window, tmp_path: Path) -> None:
+    """Whether weights are resident or streamed, and whatever becomes of saved activations. Two of these ways change no bit."""
+    expected = plainly(folder, window, 0.0, exact=True)
+    ways = product(get_args(WeightPlacement), get_args(SavedActivations))
+    found = {
+        way: a_turn(folder, tmp_path / "-".join(way), a_client(window, *way), an_order(window, 0.0, exact=True))
+        for way in ways
+    }
+    for turn in found.values():
+        assert_alike(turn, expected)
+    plain, loss = found["resident", "kept"]
+    for way in (("streamed", "kept"), ("resident", "recomputed"), ("streamed", "recomputed")):
+        assert found[way][1] == loss
+        assert all(torch.equal(tensor, plain[name]) for name, tensor in found[way][0].items())
+
+
+def test_the_layers_above_are_part_of_what_is_compared(folder: Path) -> None:
+    ahead, local = (plainly(folder, BOTTOM, 0.0, exact=exact) for exact in (True, False))
+    name = "adapters.1.down.weight"
+    assert (ahead[0][name] - local[0][name]).abs().max() > RATE / 10
 
 
 def test_the_global_branch_may_train_the_adapters_above(folder: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def tensors_of(job: PlannedJob, trained: bool = False, start: int = START) -> di
 
 def training(tensors: dict[str, Tensor]) -> Training:
     return Training(
-        tensors, Window(START, START + 1), epochs=1, batch_size=8, learning_rate=0, head_learning_rate=0,
+        tensors, Window(START, START + 1), START + 1, epochs=1, batch_size=8, learning_rate=0, head_learning_rate=0,
         global_weight=0, global_trains="window", seed=0, steps=1,
     )  # fmt: skip
 
@@ -87,7 +87,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_profile_sums_and_prefix_cache_are_made_in_one_pass(job: PlannedJob, passes: Counter[int]) -> None:
     client = job.clients[0]
     every = len(client.examples)
-    fitting = Fitting(tensors_of(job), Window(START, START + 1))
+    fitting = Fitting(tensors_of(job), Window(START, START + 1), START + 1)
     profile = done(client, job.base, profiling(NEVER))
     assert isinstance(profile, Profile)
     assert profile.examples == 16
@@ -124,7 +124,7 @@ def test_training_goes_on_from_the_activations_where_the_client_guessed(
 def test_without_a_search_for_the_start_the_sums_are_the_first_pass(job: PlannedJob, passes: Counter[int]) -> None:
     client = job.clients[0]
     tensors = tensors_of(job)
-    done(client, job.base, Fitting(tensors, Window(START, START + 1)))
+    done(client, job.base, Fitting(tensors, Window(START, START + 1), START + 1))
     assert passes == dict.fromkeys(range(START + 2), len(client.examples))
     passes.clear()
     done(client, job.base, training(tensors))
@@ -138,13 +138,13 @@ def test_the_sums_are_those_of_the_window_itself(job: PlannedJob) -> None:
     moved = {name: tensor + 1e-30 if name.endswith("up.bias") else tensor for name, tensor in new.items()}
     assert AdapterStack.from_tensors(new).is_new(window.top)
     assert not AdapterStack.from_tensors(moved).is_new(window.top)
-    first, through = (sums(client, job.base, Fitting(tensors, window)) for tensors in (new, moved))
+    first, through = (sums(client, job.base, Fitting(tensors, window, window.top)) for tensors in (new, moved))
     for name in first:
         torch.testing.assert_close(first[name], through[name], rtol=1e-5, atol=1e-5)
 
 
 def test_what_was_lost_is_made_again_bit_for_bit(job: PlannedJob) -> None:
-    client, fitting = job.clients[0], Fitting(tensors_of(job), Window(START, START + 1))
+    client, fitting = job.clients[0], Fitting(tensors_of(job), Window(START, START + 1), START + 1)
     done(client, job.base, profiling(NEVER))
     kept = sums(client, job.base, fitting)
     folder = job.base.scratch / client.name
@@ -185,14 +185,14 @@ def test_a_trained_window_and_a_client_without_a_disk_run_through_the_window(
     client, window = job.clients[0], Window(START, START + 1)
     done(client, job.base, profiling(NEVER))
     passes.clear()
-    done(client, job.base, Fitting(tensors_of(job, trained=True), window))
+    done(client, job.base, Fitting(tensors_of(job, trained=True), window, window.top))
     assert passes[START + 1] == len(client.examples)
 
     passes.clear()
     plan = replace(client.plan, prefix=replace(client.plan.prefix, batch=1, cached=False))
-    bare = sums(replace(client, plan=plan), job.base, Fitting(tensors_of(job), window))
+    bare = sums(replace(client, plan=plan), job.base, Fitting(tensors_of(job), window, window.top))
     assert passes[START + 1] == len(client.examples)
-    for name, tensor in sums(client, job.base, Fitting(tensors_of(job), window)).items():
+    for name, tensor in sums(client, job.base, Fitting(tensors_of(job), window, window.top)).items():
         torch.testing.assert_close(tensor, bare[name], rtol=1e-4, atol=1e-4)
 
 

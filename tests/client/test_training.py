@@ -26,6 +26,7 @@ def test_a_turn_leaves_no_tensor_behind(document: dict[str, Any], tmp_path: Path
     training = Training(
         stack,
         Window(1, 2),
+        2,
         epochs=1,
         batch_size=8,
         learning_rate=0.01,
@@ -52,7 +53,7 @@ def test_a_turn_has_the_steps_it_is_ordered(
     client = replace(job.clients[0], examples=job.clients[0].examples.take(np.arange(20)))
     stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0).tensors()
     order = Training(
-        stack, Window(1, 2), epochs=2, batch_size=8, learning_rate=0.01, head_learning_rate=0.01, global_weight=0.0,
+        stack, Window(1, 2), 2, epochs=2, batch_size=8, learning_rate=0.01, head_learning_rate=0.01, global_weight=0.0,
         global_trains="window", seed=0, steps=steps,
     )  # fmt: skip
     update = take_turn(client, job.base, lambda: order, capped=False)
@@ -62,7 +63,7 @@ def test_a_turn_has_the_steps_it_is_ordered(
 
 
 def test_each_epoch_takes_every_example_once_in_an_order_of_its_own() -> None:
-    order = Training({}, Window(0, 0), 2, 8, 0.1, 0.1, 0.0, "head", seed=3)
+    order = Training({}, Window(0, 0), 0, 2, 8, 0.1, 0.1, 0.0, "head", seed=3)
     batches = list(step_batches(20, order))
     assert [len(batch) for batch in batches] == [8, 8, 4] * 2
     first, second = np.concatenate(batches[:3]), np.concatenate(batches[3:])
@@ -81,7 +82,7 @@ def test_a_turn_says_how_far_it_is_while_it_runs(document: dict[str, Any], tmp_p
 
     stack = AdapterStack.new(range(1, 4), job.hidden, bottleneck=8, classes=3, seed=0).tensors()
     order = Training(
-        stack, Window(2, 3), epochs=1, batch_size=8, learning_rate=0.01, head_learning_rate=0.01, global_weight=0.0,
+        stack, Window(2, 3), 3, epochs=1, batch_size=8, learning_rate=0.01, head_learning_rate=0.01, global_weight=0.0,
         global_trains="window", seed=0, steps=3, objective=objective,
     )  # fmt: skip
     client = replace(job.clients[0], plan=replace(job.clients[0].plan, window=order.window, micro_batch=8))

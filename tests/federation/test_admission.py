@@ -7,7 +7,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from chainfed_ray.budget.demand import MemoryProfile
-from chainfed_ray.budget.planner import ClientResources, TurnRequirements, footprint, plan
+from chainfed_ray.budget.footprint import TurnRequirements, footprint
+from chainfed_ray.budget.planner import ClientResources, plan
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.federation.admission import Candidate, Planner, admit

@@ -31,7 +31,7 @@ def test_fedprox_is_the_gradient_of_the_penalised_loss(document: dict[str, Any],
     client = replace(job.clients[0], plan=replace(job.clients[0].plan, window=Window(0, 3)))
     start = AdapterStack.new(range(4), job.hidden, bottleneck=8, classes=3, seed=0).tensors()
     order = Training(
-        start, Window(0, 3), epochs=1, batch_size=8, learning_rate=0.01, head_learning_rate=0.01, global_weight=0.0,
+        start, Window(0, 3), 3, epochs=1, batch_size=8, learning_rate=0.01, head_learning_rate=0.01, global_weight=0.0,
         global_trains="window", seed=5, steps=steps, proximal=4.0,
     )  # fmt: skip
     update = take_turn(client, job.base, lambda: order, capped=False)

@@ -35,6 +35,7 @@ def test_an_adapter_is_averaged_over_those_that_trained_it(mixed: PlannedJob, tm
     order = Training(
         before,
         Window(1, 3),
+        3,
         epochs=1,
         batch_size=8,
         learning_rate=0.01,
@@ -134,6 +135,7 @@ def test_a_client_without_disk_makes_the_prefix_anew(document: dict[str, Any], t
     order = Training(
         coordinator.stack().tensors(),
         Window(2, 2),
+        2,
         epochs=1,
         batch_size=8,
         learning_rate=0.01,

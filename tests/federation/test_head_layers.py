@@ -114,7 +114,7 @@ def test_who_trains_less_of_a_window_reads_the_same(document: dict[str, Any], tm
     for name, window, cached in (("wide", stage, True), ("narrow", Window(3, 3), True), ("bare", stage, False)):
         plan = replace(wide.plan, window=window, prefix=replace(wide.plan.prefix, cached=cached))
         client = replace(wide, name=name, plan=plan, cap_bytes=2**40)
-        sums = take_turn(client, job.base, lambda: Fitting(stack.tensors(), stage), capped=False)
+        sums = take_turn(client, job.base, lambda: Fitting(stack.tensors(), stage, stage.top), capped=False)
         assert isinstance(sums, HeadSums)
         found.append(sums.tensors)
     for others in found[1:]:

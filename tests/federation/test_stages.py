@@ -44,7 +44,7 @@ def test_each_window_has_its_stage_and_all_rounds_are_used(start: int, total: in
     history = list[Round]()
     opened = list[int]()
     while (upcoming := course.next(history)) is not None:
-        if course.starts_stage(upcoming, history):
+        if course.starts_head(upcoming, history):
             opened.append(upcoming.window.top)
         last = upcoming.window.top == LAYERS - 1
         early = "converged" if len(history) in converges and not last else None
@@ -62,7 +62,7 @@ def test_windows_that_take_turns_begin_once_and_end_at_the_top(start: int, total
     history = list[Round]()
     opened = 0
     while (upcoming := course.next(history)) is not None:
-        opened += course.starts_stage(upcoming, history)
+        opened += course.starts_head(upcoming, history)
         history.append(ran(upcoming, course.ended(upcoming, 99, [1.0] * 99, 0.0)))
     assert (len(history), opened) == (total, 1)
     assert history[-1].top == LAYERS - 1
