@@ -49,6 +49,18 @@ def a_causal_stack(folder: Path, layers: tuple[int, ...] = (0, 1), seed: int = 0
     return SavedStack(stack, (), 64, f"path:{folder}", Blocks(folder, torch.float32).causal_layers_path)
 
 
+def a_lora_stack(folder: Path, layers: tuple[int, ...] = (0, 1), rank: int = 3, seed: int = 0) -> SavedStack:
+    """LoRAs with random values on all linear modules of these layers."""
+    blocks = Blocks(folder, torch.float32)
+    stack = AdapterStack.new_lora({layer: blocks.linear_modules(layer) for layer in layers}, rank, seed)
+    blocks.close()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return SavedStack(stack, (), 64, f"path:{folder}", blocks.causal_layers_path)
+
+
 @torch.no_grad()
 def streamed_logits(folder: Path, stack: AdapterStack, ids: Tensor, mask: Tensor) -> Tensor:
     """The logits [B, T, V] of token ids and their mask [B, T].

@@ -20,6 +20,7 @@ from chainfed_ray.federation import prepare as job
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.forecast import dry_run
 from chainfed_ray.hub import resolve
+from chainfed_ray.model.adapters import LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.source import ModelSource
@@ -62,12 +63,14 @@ def models_are_traced_once() -> Iterator[None]:
     """Keep the memory profile of each model: tracing a model takes seconds, and gives the same profile each time."""
     known = dict[tuple[object, ...], MemoryProfile]()
 
-    def traced_once(blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int) -> MemoryProfile:
+    def traced_once(
+        blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int, lora: LoraShapes | None
+    ) -> MemoryProfile:
         weights = tuple(header_of(path) for path in sorted(blocks.folder.glob("*.safetensors")))
         config = (blocks.folder / "config.json").read_bytes()
-        key = (config, weights, blocks.dtype, bottleneck, classes, head_layers)
+        key = (config, weights, blocks.dtype, bottleneck, classes, head_layers, str(lora))
         if key not in known:
-            known[key] = memory_profile_of(blocks, bottleneck, classes, head_layers)
+            known[key] = memory_profile_of(blocks, bottleneck, classes, head_layers, lora)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,7 @@ from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.federation.admission import Candidate, Planner
 from chainfed_ray.federation.prepare import as_client
-from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.adapters import AdapterStack, LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.source import ModelSource
@@ -61,18 +61,20 @@ def grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
     """What is measured: of an encoder all, of others one half or the other, of bfloat16 less at a time."""
     if family.endswith("-bf16"):
         return _GRID_16
+    if family.endswith("-lora"):
+        return ()  # no stand-ins, so no global loss
     return _GRID if family == "bert" else _GRID[family != "gpt2" :: 2]
 
 
 def exact_grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
-    """What is measured with an exact look-ahead: of an encoder and a language model that are in float32."""
-    return _EXACT if family in ("bert", "phi-lm") else ()
+    """What is measured with an exact look-ahead: of an encoder, of a language model, and of one with LoRAs; in float32."""
+    return _EXACT if family in ("bert", "phi-lm", "llama-lm-lora") else ()
 
 
 def main(folder: Path, family: str) -> None:
     """Measure the ``grid`` of one family and dtype."""
     dtype = torch.bfloat16 if family.endswith("-bf16") else torch.float32
-    name, is_lm = family.removesuffix("-bf16").removesuffix("-lm"), "-lm" in family
+    name, is_lm = family.removesuffix("-bf16").removesuffix("-lora").removesuffix("-lm"), "-lm" in family
     sizes = _OTHERWISE.get(name, _SIZES | ({"num_key_value_heads": 4} if name not in ("bert", "roberta") else {}))
     if is_lm:
         sizes = sizes | {"vocab_size": 32_000}
@@ -82,12 +84,14 @@ def main(folder: Path, family: str) -> None:
     base = ModelSource(folder / "model", dtype, folder / "scratch")
     classes = None if is_lm else 8
     blocks = Blocks(base.folder, base.dtype)
-    memory = memory_profile_of(blocks, 64, classes, head_layers=1 if is_lm else 2)
+    shapes = {index: blocks.linear_modules(index) for index in range(blocks.num_layers)}
+    lora = shapes if family.endswith("-lora") else None
+    memory = memory_profile_of(blocks, 8 if lora else 64, classes, 1 if is_lm else 2, lora)
     blocks.close()
     warm_up(base)
     for exact, shapes in ((False, grid(family)), (True, exact_grid(family))):
         for shape in shapes:
-            print(json.dumps(measure(base, memory, *shape, classes, exact)), flush=True)
+            print(json.dumps(measure(base, memory, *shape, classes, exact, lora)), flush=True)
 
 
 def measure(
@@ -99,6 +103,7 @@ def measure(
     budget: int,
     classes: int | None,
     exact: bool,
+    lora: LoraShapes | None,
 ) -> dict[str, object]:
     """Take one turn of two steps in the second window, so that a prefix of two layers is run first."""
     generator = np.random.default_rng(0)
@@ -116,10 +121,13 @@ def measure(
     plan = planner.plan(candidate, stage)
     assert plan is not None
     exit_layer = memory.layers - 1 if exact else width
+    stack = (
+        AdapterStack.new_lora(lora, 8, seed=0)
+        if lora
+        else AdapterStack.new(range(memory.layers), memory.hidden, 64, classes, seed=0, head_layers=memory.head_layers)
+    )
     order = Training(
-        AdapterStack.new(
-            range(memory.layers), memory.hidden, 64, classes, seed=0, head_layers=memory.head_layers
-        ).tensors(),
+        stack.tensors(),
         stage,
         exit_layer,
         epochs=1,
@@ -130,6 +138,7 @@ def measure(
         global_trains="head",
         seed=0,
     )
+    del stack
     stored = {name: tensor.numpy() for name, tensor in order.tensors.items()}
     order.tensors.clear()
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.forward import added
 from chainfed_ray.model.pooling import mean_over_tokens
 from chainfed_ray.model.saved_stack import SavedStack
 
@@ -139,9 +140,11 @@ def chain_outputs(blocks: Blocks, stack: AdapterStack, ids: Tensor, mask: Tensor
     hidden, calls = blocks.embed(ids, mask)
     outputs = []
     for index in range(blocks.num_layers):
-        hidden = blocks.run(blocks.load_layer(index), hidden, calls[index])
-        if index in stack.layers:
-            hidden = stack.adapter(index)(hidden)
+        layer = blocks.load_layer(index)
+        with added(layer, stack.inside(index)):
+            hidden = blocks.run(layer, hidden, calls[index])
+        if adapter := stack.after(index):
+            hidden = adapter(hidden)
         outputs.append(hidden)
     return outputs
 

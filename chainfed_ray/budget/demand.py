@@ -50,6 +50,9 @@ class PartMemory:
         return max((moment.at(batch, tokens) for moment in self.backward), default=0)
 
 
+NO_MEMORY = PartMemory(NOTHING, (), ())
+
+
 def largest_of(parts: list[PartMemory]) -> PartMemory:
     """The memory of a part that is one of ``parts``: at no moment less than any of them."""
     factors = zip(*(part.saved.terms for part in parts), strict=True)
@@ -62,10 +65,10 @@ def largest_of(parts: list[PartMemory]) -> PartMemory:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """The parts of a training step."""
+    """The parts of a training step. With adapters ``inside`` their layers, ``adapter`` is a layer with one that is trained."""
 
     adapter: PartMemory  # an adapter that is trained
-    layer: PartMemory
+    layer: PartMemory  # with a frozen adapter, if that is inside it
     head: PartMemory  # the head and the loss
     emulator: PartMemory  # a frozen adapter above the window, in place of its layer on the global branch
 
@@ -87,6 +90,7 @@ class MemoryProfile:
     head: int
     head_layers: int  # the number of layers whose pooled features the head uses
     streamed_head: bool  # True for a language model's own head: never resident, not trained
+    inside: bool  # True if adapters are inside their layers: a step begins at the input of the window's bottom layer
     kept: StepMemory  # a step with its saved activations in memory
     activations_offloaded: StepMemory  # a step with its saved activations on disk
     advance: PartMemory  # a layer without gradients, as the prefix is run
@@ -97,6 +101,9 @@ class MemoryProfile:
         """A layer with its adapter, whose activations are computed again in the backward pass: its input alone is saved."""
         states = BytePolynomial(((0, 0), (0, self.hidden * self.itemsize)))  # [B, T, D]: the input, or a gradient of it
         layer, adapter = self.kept.layer, self.kept.adapter
+        if self.inside:
+            again, back = _beside(states, adapter.forward), _beside(states, adapter.backward)
+            return PartMemory(saved=states, forward=self.advance.forward, backward=(*again, *back))
         forward = [*self.advance.forward, *_beside(states, self.advance_adapter.forward)]
         # First the forward pass again, beside the gradient that came; then the backward pass, beside the input.
         again = _beside(states, [*layer.forward, *_beside(layer.saved, adapter.forward)])

@@ -63,8 +63,11 @@ class TurnRequirements:
 
 
 def layers_run(memory: MemoryProfile, requirements: TurnRequirements, window: Window) -> int:
-    """How many layers a step runs: those of the window but its bottom one and, with an exact look-ahead, all above."""
-    return (memory.layers - 1 if requirements.exact else window.top) - window.bottom
+    """How many layers a step runs: those of the window and, with an exact look-ahead, all above.
+
+    The window's bottom layer does not run if its adapter follows it: its output is in the prefix cache.
+    """
+    return (memory.layers - 1 if requirements.exact else window.top) - window.bottom + memory.inside
 
 
 def footprint(
@@ -143,7 +146,10 @@ def _sequence_of(
     step = memory.activations_offloaded if activations == "offloaded" else memory.kept
     above = memory.layers - 1 - window.top
     if activations == "recomputed":
-        local = [step.adapter, *layers_run(memory, requirements, window) * (memory.recomputed,), step.head]
+        entrance = () if memory.inside else (step.adapter,)
+        local = [*entrance, *layers_run(memory, requirements, window) * (memory.recomputed,), step.head]
+    elif memory.inside:
+        local = [*len(window) * (step.adapter,), *above * requirements.exact * (step.layer,), step.head]
     else:
         beyond = above * (step.layer, step.emulator) if requirements.exact else ()
         local = [step.adapter, *(len(window) - 1) * (step.layer, step.adapter), *beyond, step.head]

@@ -10,7 +10,7 @@ from chainfed_ray.client.messages import Client
 from chainfed_ray.client.progress import begin
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.prefix import Activations, PrefixCache, PrefixRunner, RecomputedActivations
+from chainfed_ray.model.prefix import Activations, EmbeddedTexts, PrefixCache, PrefixRunner, RecomputedActivations
 from chainfed_ray.streaming.matrices import SliceReader
 
 
@@ -23,11 +23,14 @@ def window_inputs(
     them for each step.
     """
     plan = client.plan
+    below = stack.below(plan.window.bottom)
     reporter = begin(f"running the layers below layer {plan.window.bottom}")
     runner = prefix_runner(blocks, plan, matrices)
+    if below < 0:
+        return EmbeddedTexts(blocks, client.examples)
     if not plan.prefix.cached:
-        return RecomputedActivations(plan.window.bottom, stack, runner, client.examples)
-    return PrefixCache(scratch, runner, client.examples).at(plan.window.bottom, stack, stage.bottom, reporter)
+        return RecomputedActivations(below, stack, runner, client.examples)
+    return PrefixCache(scratch, runner, client.examples).at(below, stack, stack.below(stage.bottom), reporter)
 
 
 def prefix_runner(blocks: Blocks, plan: TurnPlan, matrices: SliceReader | None) -> PrefixRunner:

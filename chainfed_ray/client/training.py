@@ -39,17 +39,16 @@ from chainfed_ray.streaming.matrices import SliceReader
 def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Update:
     """Train the window of the client's plan with AdamW, and give the update.
 
-    Training starts from the output of the window's bottom layer. That layer and those below it are frozen and below every
-    trained adapter, so no backward pass goes through them, and with a prefix cache they run only once. If the order's exit is
-    above the window, the window's output goes on through the layers in between, and the gradient comes back through them. An
-    optimizer step sees ``order.batch_size`` examples, in micro-batches whose gradients add up to the whole batch's.
+    Training starts from the output of the highest layer that is below every trained adapter: the window's bottom layer, or the
+    one below it if adapters are inside their layers. No backward pass goes through it, and with a prefix cache it runs once. If
+    the order's exit is above the window, the window's output goes on through the layers in between, and the gradient comes back
+    through them. An optimizer step sees ``order.batch_size`` examples, in micro-batches whose gradients add up to the batch's.
 
     Raises:
         BudgetExceeded: the turn is capped, and would have held more than its cap (``take_turn``).
     """
     started, cpu_started = perf_counter(), process_time()
     examples, plan = client.examples, client.plan
-    run = Window(plan.window.bottom, order.exit)
     names = trained_names(order.tensors, plan.window, order.global_weight, order.global_trains)
     # Only tensors that are trained are copied. The others are used as the order brought them, to save memory.
     stack = AdapterStack.from_tensors(
@@ -57,6 +56,7 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
     )
     for name, parameter in stack.named_parameters():
         parameter.requires_grad_(name in names)
+    run = Window(stack.below(plan.window.bottom), order.exit)
     with ExitStack() as resources:
         matrices = resources.enter_context(matrix_reader(blocks, plan))
         activations = window_inputs(client, blocks, scratch, stack, matrices, order.window)
@@ -136,7 +136,7 @@ class _Step:
     matrices: SliceReader | None
     saving: AbstractContextManager[None]
     saved: SavedActivations
-    run: Window  # the layers that a step runs: the window and, with an exact look-ahead, all above it
+    run: Window  # the layers that a step runs, and the one below them, whose output enters
     order: Training
 
     def backward(self, examples: Examples, indices: np.ndarray, batch_size: int) -> float:

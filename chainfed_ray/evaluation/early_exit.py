@@ -92,11 +92,12 @@ def _outputs(
     reporter: Reporter,
 ) -> Iterator[tuple[np.ndarray, Batch, LayerStates]]:
     """For each batch: the indices of its examples, the batch, and the output of ``window`` for it."""
-    below, inside = evaluation_weights(blocks.layer_bytes, blocks.conversion_bytes, len(window))
+    run = Window(stack.below(window.bottom), window.top)
+    below, inside = evaluation_weights(blocks.layer_bytes, blocks.conversion_bytes, len(run))
     runner = PrefixRunner(blocks, matrices=matrices if below == "streamed" else None)
-    activations = PrefixCache(cache, runner, examples).at(window.bottom, stack, reporter=reporter)
+    activations = PrefixCache(cache, runner, examples).at(run.bottom, stack, reporter=reporter)
     streamed = matrices if inside == "streamed" else None
-    layers = {layer: blocks.load_layer(layer, streamed) for layer in list(window)[1:]}
+    layers = {layer: blocks.load_layer(layer, streamed) for layer in list(run)[1:]}
     for indices in reporter.each(examples.by_length(PREFIX_BATCH), len(examples), "rows", len):
         batch = examples.batch(indices)
-        yield indices, batch, through_window(blocks, stack, window, layers, activations.batch(indices), batch.mask)
+        yield indices, batch, through_window(blocks, stack, run, layers, activations.batch(indices), batch.mask)

@@ -30,7 +30,7 @@ def model_card(saved: SavedStack, form: str, folder: Path) -> str:
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
         f"# {_base_name(saved.base)}, fine-tuned with chainfed-ray",
         _what(saved),
-        f"## How to load it\n\n{_NEEDS[form]}\n\n```python\n{_code(saved, form)}```",
+        f"## How to load it\n\n{_needs(saved, form)}\n\n```python\n{_code(saved, form)}```",
         _scores(folder),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -44,11 +44,15 @@ def _base_name(base: str) -> str:
 
 def _what(saved: SavedStack) -> str:
     layers = ", ".join(map(str, saved.stack.layers))
-    size = saved.config()["bottleneck"]
-    trained = (
-        f"Its clients trained an adapter of {size} units after each of the layers {layers}, counted from 0. "
-        "The base model's own weights are as they were."
-    )
+    if saved.stack.is_lora:
+        rank = saved.config()["r"]
+        trained = f"Its clients trained a LoRA of rank {rank} inside each of the layers {layers}, counted from 0."
+    else:
+        size = saved.config()["bottleneck"]
+        trained = (
+            f"Its clients trained an adapter of {size} units after each of the layers {layers}, counted from 0. "
+            "The base model's own weights are as they were."
+        )
     if not saved.classes:
         return f"A language model. {trained}"
     named = "\n".join(f"- `{name}`" for name in saved.classes[:_NAMED])
@@ -84,12 +88,44 @@ _NEEDS = {
 }
 
 
+def _needs(saved: SavedStack, form: str) -> str:
+    return _LORA_NEEDS[form] if saved.stack.is_lora else _NEEDS[form]
+
+
+_LORA_NEEDS = {
+    "peft": "It is a plain LoRA: whatever loads PEFT's LoRAs loads it beside the base model. It does not need chainfed-ray.",
+    "transformers": "The LoRA is in the weights, which are all in this folder. It does not need chainfed-ray.",
+}
+
+
 def _code(saved: SavedStack, form: str) -> str:
     """The code of the card. ``FOLDER`` is for the reader to set."""
-    code = _CODE[form, bool(saved.classes)]
-    return 'FOLDER = "."  # where this file is\n\n' + dedent(code).lstrip().replace("BASE", repr(saved.base))
+    code = _LORA_CODE[form] if saved.stack.is_lora else _CODE[form, bool(saved.classes)]
+    base = saved.config()["base_model_name_or_path"] or saved.base
+    code = dedent(code).lstrip().replace("BASE", repr(saved.base)).replace("PATH", base)
+    return 'FOLDER = "."  # where this file is\n\n' + code
 
 
+_LORA_CODE = {
+    "peft": """
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        base = "PATH"  # the base model's name on the hub, or its folder
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), FOLDER)
+        words = AutoTokenizer.from_pretrained(base)
+        written = model.generate(**words("Once", return_tensors="pt"), max_new_tokens=40)
+        print(words.decode(written[0]))
+        """,
+    "transformers": """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(FOLDER)
+        words = AutoTokenizer.from_pretrained(FOLDER)
+        written = model.generate(**words("Once", return_tensors="pt"), max_new_tokens=40)
+        print(words.decode(written[0]))
+        """,
+}
 _CODE = {
     ("peft", True): """
         from peft import PeftModel

@@ -3,22 +3,27 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from chainfed_ray.export.whole_model import WholeClassifier, WholeConfig, WholeLanguageModel
 from chainfed_ray.hub import configuration, resolve, tokenizer
+from chainfed_ray.model.adapters import LORA_SCALE
 from chainfed_ray.model.saved_stack import SavedStack
 
 
 def write_transformers(saved: SavedStack, folder: Path) -> None:
     """Write the base model of ``saved``, in the dtype that it has on disk, with its adapters and its tokenizer.
 
+    LoRAs are added to the base model's own weights, so the folder is a plain model of its family.
+
     Raises:
         InvalidJob: the base model is not there.
         UnsupportedModel: the layers of the base model cannot be told apart.
     """
     base = resolve(saved.base)
-    whole_model(saved, "auto").save_pretrained(folder)
+    made = merged_model(saved, "auto") if saved.stack.is_lora else whole_model(saved, "auto")
+    made.save_pretrained(folder)
     words = tokenizer(saved.base, base)
     if saved.classes:
         prepare_for_classes(words, saved.max_length)
@@ -43,6 +48,26 @@ def whole_model(saved: SavedStack, dtype: str) -> WholeClassifier | WholeLanguag
         made.generation_config = base.generation_config
     made.config.dtype = base.dtype
     frozen: WholeClassifier | WholeLanguageModel = made.eval().requires_grad_(False)
+    return frozen
+
+
+def merged_model(saved: SavedStack, dtype: str) -> PreTrainedModel:
+    """The language model in ``dtype``, ``auto`` for its own, with the LoRAs of ``saved`` added to its weights.
+
+    Raises:
+        InvalidJob: the base model is not there.
+    """
+    folder = resolve(saved.base)
+    configuration(folder)  # refuses a quantized model, in words
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model.config._name_or_path = ""  # a path of this machine
+    for layer in saved.stack.layers:
+        lora = saved.stack.lora(layer)
+        for path in lora.paths:
+            part, module = lora.part(path), model.get_submodule(f"{saved.layers_path}.{layer}.{path}")
+            change = LORA_SCALE * part.lora_B.weight @ part.lora_A.weight
+            module.weight.data += (change.T if isinstance(module, Conv1D) else change).to(module.weight.dtype)
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
     return frozen
 
 

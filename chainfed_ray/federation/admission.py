@@ -4,15 +4,19 @@
 window, and to separate the clients that have a plan from those that have none.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.footprint import TurnRequirements
 from chainfed_ray.budget.planner import ClientResources, TurnPlan, cache_bytes, fallback_plan, plan, shortfall
 from chainfed_ray.chain import Window
+from chainfed_ray.data.examples import JobExamples
 from chainfed_ray.data.tokens import Examples
+from chainfed_ray.spec.job import JobSpec
 
 
 @dataclass(frozen=True)
@@ -120,3 +124,31 @@ def admit(planner: Planner, candidates: Iterable[Candidate], width: int, listen:
             excluded = tuple((candidate, planner.shortfall(candidate, stage)) for candidate, plan in plans if not plan)
             return Admission(admitted, excluded, narrower)
     raise ValueError(f"a window of {width} adapters")
+
+
+def requirements_of(spec: JobSpec) -> TurnRequirements:
+    """What a job asks of every client's turn.
+
+    If the start layer is not known yet, the chain is planned from the first layer, where a turn needs the most memory.
+    """
+    global_branch = spec.chain.stand_in_weight > 0
+    return TurnRequirements(
+        start=spec.chain.start if isinstance(spec.chain.start, int) else 0,
+        batch_size=spec.rounds.batch_size,
+        epochs=spec.rounds.local_steps or spec.rounds.local_epochs,
+        global_branch=global_branch,
+        trains_above=global_branch and spec.chain.global_trains == "upper",
+        profiles=spec.chain.profile_examples if spec.chain.start == "auto" else 0,
+        fits_head=spec.chain.head == "fitted",
+        exact=spec.chain.look_ahead == "exact",
+    )
+
+
+def candidates(spec: JobSpec, examples: JobExamples, shares: Sequence[np.ndarray]) -> list[Candidate]:
+    """The clients of a job's fleet. ``shares`` are the row indices of each, in the order of the fleet."""
+    return [
+        Candidate(
+            name, group.name, examples.of_client(share), group.memory, group.disk, group.availability, group.speed
+        )
+        for (name, group), share in zip(spec.fleet.members, shares, strict=True)
+    ]

@@ -239,9 +239,7 @@ class Coordinator:
         """The state after the last round of ``history``, as it was committed."""
         if history:
             return ChainState.of(self._log.tensors(history[-1].index), self._spec.aggregation)
-        bottleneck, classes = self._spec.chain.adapter.bottleneck, self._job.class_count
-        seed = derive(self._spec.seed, "stack")
-        stack = AdapterStack.new(chain.adapters, self._job.hidden, bottleneck, classes, seed, self._job.head_layers)
+        stack = self._job.new_stack(chain.adapters, derive(self._spec.seed, "stack"))
         return ChainState.new(stack, self._spec.aggregation)
 
     def _round(

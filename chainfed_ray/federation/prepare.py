@@ -3,7 +3,7 @@
 A job that cannot run is refused here, before anything starts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ import torch
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.budget.demand import MemoryProfile
-from chainfed_ray.budget.footprint import TurnRequirements
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Chain
 from chainfed_ray.client.cka import FEWEST
@@ -26,9 +25,9 @@ from chainfed_ray.data.partition import PartitionRule, partition_by, partition_e
 from chainfed_ray.data.targets import packed
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
-from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit
+from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit, candidates, requirements_of
 from chainfed_ray.hub import configuration, first_line, resolve, tokenizer
-from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.adapters import AdapterStack, LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.saved_stack import SavedStack
@@ -38,6 +37,7 @@ from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.rounds import ExcludedClient, JobStarted
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import AdapterSpec
 from chainfed_ray.units import format_bytes
 
 FEATURES = 1536  # the most pooled features of a fitted head by default; with a wider model the head has one layer
@@ -47,7 +47,8 @@ FEATURES = 1536  # the most pooled features of a fitted head by default; with a 
 class PlannedJob:
     """A job as it is planned: the base model, which clients take part and how, and the server's held-out examples.
 
-    ``layers`` is L, the base model's layers; ``layers_path`` is where the model's module has them; ``hidden`` is D.
+    ``layers`` is L, the base model's layers; ``layers_path`` is where the model's module has them; ``hidden`` is D. ``lora``
+    has the modules that a LoRA is on, if the job's adapters are LoRAs.
     """
 
     spec: JobSpec
@@ -63,6 +64,7 @@ class PlannedJob:
     test: Examples
     choices: Choices | None
     partition: PartitionRule | None = None
+    lora: LoraShapes | None = None
 
     @property
     def class_count(self) -> int | None:
@@ -83,6 +85,13 @@ class PlannedJob:
     def window(self) -> int:
         """Q, the adapters trained together."""
         return self.admission.width
+
+    def new_stack(self, layers: Iterable[int], seed: int) -> AdapterStack:
+        """A new stack that changes nothing, with adapters of the job's kind for ``layers``."""
+        adapter = self.spec.chain.adapter
+        if self.lora:
+            return AdapterStack.new_lora({layer: self.lora[layer] for layer in layers}, adapter.rank, seed)
+        return AdapterStack.new(layers, self.hidden, adapter.bottleneck, self.class_count, seed, self.head_layers)
 
     def chain_from(self, start: int) -> Chain:
         """The job's chain, if its lowest adapter is that of layer ``start``."""
@@ -183,13 +192,15 @@ def plan_job(
         test=examples.test,
         choices=examples.choices,
         partition=partition,
+        lora=model.lora,
     )
 
 
 class _Traced(NamedTuple):
-    """Where the base model's module has its layers, and how much memory the parts of a turn hold."""
+    """Where the base model's module has its layers, what a LoRA is on, and how much memory the parts of a turn hold."""
 
     layers_path: str
+    lora: LoraShapes | None
     memory: MemoryProfile
 
 
@@ -209,9 +220,35 @@ def _traced(spec: JobSpec, source: ModelSource, examples: JobExamples, listen: L
         _check_chain(spec, blocks.num_layers)
         Reporter("tracing the memory of the model's parts", listen).begin()
         classes = None if causal else len(_classes(spec, examples))
+        lora = _lora(spec.chain.adapter, blocks)
         with blocks.named_errors("has layers whose memory cannot be planned"):
-            memory = memory_profile_of(blocks, spec.chain.adapter.bottleneck, classes, _head_layers(spec, blocks))
-        return _Traced(blocks.causal_layers_path if causal else blocks.layers_path, memory)
+            memory = memory_profile_of(blocks, spec.chain.adapter.width, classes, _head_layers(spec, blocks), lora)
+        return _Traced(blocks.causal_layers_path if causal else blocks.layers_path, lora, memory)
+
+
+def _lora(adapter: AdapterSpec, blocks: Blocks) -> LoraShapes | None:
+    """The linear modules of each layer that a LoRA is on; None if the adapters are bottlenecks.
+
+    Raises:
+        InvalidJob: a target is the name of no linear module.
+    """
+    if adapter.kind != "lora":
+        return None
+    modules = {index: blocks.linear_modules(index) for index in range(blocks.num_layers)}
+    names = {path.rpartition(".")[2] for layer in modules.values() for path in layer}
+    wanted = names if adapter.targets is None else set(adapter.targets)
+    if unknown := sorted(wanted - names):
+        raise InvalidJob.at(
+            "chain.adapter.targets", unknown[0], f"a linear module of the model's layers: {_listed(names)}"
+        )
+    chosen = {
+        index: {path: shape for path, shape in layer.items() if path.rpartition(".")[2] in wanted}
+        for index, layer in modules.items()
+    }
+    if without := [index for index, layer in chosen.items() if not layer]:
+        expected = f"modules that every layer has; layer {without[0]} has {_listed(set(modules[without[0]]))}"
+        raise InvalidJob.at("chain.adapter.targets", list(adapter.targets or ()), expected)
+    return chosen
 
 
 @contextmanager
@@ -244,34 +281,6 @@ def _shares(spec: JobSpec, examples: JobExamples, rule: PartitionRule | None) ->
     if rule is not None:
         return partition_by(rule, labels, groups, count, seed)
     return partition_examples(spec.fleet.partition, labels, groups, count, seed)
-
-
-def requirements_of(spec: JobSpec) -> TurnRequirements:
-    """What a job asks of every client's turn.
-
-    If the start layer is not known yet, the chain is planned from the first layer, where a turn needs the most memory.
-    """
-    global_branch = spec.chain.stand_in_weight > 0
-    return TurnRequirements(
-        start=spec.chain.start if isinstance(spec.chain.start, int) else 0,
-        batch_size=spec.rounds.batch_size,
-        epochs=spec.rounds.local_steps or spec.rounds.local_epochs,
-        global_branch=global_branch,
-        trains_above=global_branch and spec.chain.global_trains == "upper",
-        profiles=spec.chain.profile_examples if spec.chain.start == "auto" else 0,
-        fits_head=spec.chain.head == "fitted",
-        exact=spec.chain.look_ahead == "exact",
-    )
-
-
-def candidates(spec: JobSpec, examples: JobExamples, shares: Sequence[np.ndarray]) -> list[Candidate]:
-    """The clients of a job's fleet. ``shares`` are the row indices of each, in the order of the fleet."""
-    return [
-        Candidate(
-            name, group.name, examples.of_client(share), group.memory, group.disk, group.availability, group.speed
-        )
-        for (name, group), share in zip(spec.fleet.members, shares, strict=True)
-    ]
 
 
 def _check_head(spec: JobSpec, blocks: Blocks) -> None:

@@ -18,8 +18,8 @@ from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.planner import TurnPlan, held_bytes
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit
-from chainfed_ray.federation.prepare import PlannedJob, check_fleet, plan_job, requirements_of
+from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit, requirements_of
+from chainfed_ray.federation.prepare import PlannedJob, check_fleet, plan_job
 from chainfed_ray.forecast.duration import duration
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of, with_bottleneck
@@ -170,7 +170,8 @@ def _changes(job: PlannedJob) -> Iterator[Change]:
             yield from _window_change(job, width)
     if job.admission.excluded:
         spec = job.spec
-        yield from _joining(job, "chain.adapter.bottleneck", _halvings(spec.chain.adapter.bottleneck, 1))
+        key = "rank" if job.lora else "bottleneck"
+        yield from _joining(job, f"chain.adapter.{key}", _halvings(spec.chain.adapter.width, 1))
         yield from _joining(job, "chain.head_layers", _halvings(job.head_layers, 1))
         yield from _joining(job, "data.max_length", _halvings(spec.data.max_length, 2))
         yield from _joining(job, "rounds.batch_size", [2 * spec.rounds.batch_size])
@@ -245,13 +246,15 @@ def _readmit(job: PlannedJob, spec: JobSpec) -> Admission:
 
 def _memory_profile(job: PlannedJob, spec: JobSpec) -> MemoryProfile:
     """The memory profile of ``spec``. Parts that are the same as in ``job`` are not traced again."""
-    head_layers, bottleneck = spec.chain.head_layers or job.head_layers, spec.chain.adapter.bottleneck
+    head_layers, width = spec.chain.head_layers or job.head_layers, spec.chain.adapter.width
     if spec.model == job.spec.model and head_layers == job.head_layers:
-        same = bottleneck == job.spec.chain.adapter.bottleneck
-        return job.planner.costs if same else with_bottleneck(job.planner.costs, job.base.dtype, bottleneck)
+        if width == job.spec.chain.adapter.width:
+            return job.planner.costs
+        if not job.lora:
+            return with_bottleneck(job.planner.costs, job.base.dtype, width)
     blocks = Blocks(job.base.folder, getattr(torch, spec.model.dtype))
     try:
-        return memory_profile_of(blocks, bottleneck, job.class_count, head_layers)
+        return memory_profile_of(blocks, width, job.class_count, head_layers, job.lora)
     finally:
         blocks.close()
 

@@ -18,7 +18,6 @@ from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.federation.prepare import PlannedJob, as_client
 from chainfed_ray.federation.stages import StageSchedule
 from chainfed_ray.forecast.pace import Pace, evaluation_pace, training_pace
-from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.sections import Often, RoundsSpec
 
@@ -82,7 +81,7 @@ def pace_of(job: PlannedJob, client: Client) -> Pace:
     spec, plan = job.spec, client.plan
     window = Window(0, len(plan.window) - 1)
     order = Training(
-        _new_stack(job, job.layers - plan.window.bottom).tensors(),
+        job.new_stack(range(job.layers - plan.window.bottom), job.spec.seed).tensors(),
         window,
         _chain(job).exit(plan.window) - plan.window.bottom,
         epochs=1,
@@ -94,12 +93,6 @@ def pace_of(job: PlannedJob, client: Client) -> Pace:
         seed=derive(spec.seed, "pace"),
     )
     return training_pace(job.base, replace(client, plan=replace(plan, window=window)), order)
-
-
-def _new_stack(job: PlannedJob, layers: int) -> AdapterStack:
-    """A new stack with adapters after the lowest ``layers`` layers."""
-    bottleneck, classes, seed = job.spec.chain.adapter.bottleneck, job.class_count, job.spec.seed
-    return AdapterStack.new(range(layers), job.hidden, bottleneck, classes, seed, job.head_layers)
 
 
 def _rounds(job: PlannedJob, paces: Mapping[str, Pace], at_once: int) -> float:
@@ -249,7 +242,7 @@ def evaluation_seconds(job: PlannedJob) -> float:
     """The seconds of the server's evaluations: early exits and the whole model on validation rows, and the test rows once."""
     spec, chain, visits = job.spec, _chain(job), _visits(job)
     inside = sum(rounds * (chain.exit(window) - window.bottom) for window, rounds in visits) / spec.rounds.total
-    pace = evaluation_pace(job.base, job.validation, _new_stack(job, job.layers), job.window)
+    pace = evaluation_pace(job.base, job.validation, job.new_stack(range(job.layers), spec.seed), job.window)
     early = pace.setup + inside * pace.load + len(job.validation) * (inside * pace.layer + pace.row)
     exits, whole = (times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
     rows = whole * len(job.validation) + len(job.test)

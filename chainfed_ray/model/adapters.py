@@ -1,12 +1,13 @@
-"""The trained part of a model: a bottleneck **Adapter** after each layer of the chain, and a **Head** on top.
+"""The trained part of a model: an adapter for each layer of the chain, and a **Head** on top.
 
-An **AdapterStack** holds them all; its ``state_dict`` is what is committed, sent to clients and saved. Adapters and head
-compute in float32 whatever the base model's dtype is: they are a few per cent of the work, and lower precision would lose small
-updates.
+There are two kinds of adapters. A bottleneck **Adapter** follows its layer. A **Lora** is inside its layer, beside the layer's
+linear modules. An **AdapterStack** holds adapters of one kind and the head; its ``state_dict`` is what is committed, sent to
+clients and saved. Adapters and head compute in float32 whatever the base model's dtype is: they are a few per cent of the work,
+and lower precision would lose small updates.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -15,7 +16,11 @@ from torch import Tensor, nn
 from chainfed_ray.model.pooling import append_pooled, no_features
 from chainfed_ray.seeds import derive
 
+LORA_SCALE = 2.0  # α/r, the factor of what a LoRA adds
+
 Tensors = dict[str, Tensor]
+LoraShapes = Mapping[int, Mapping[str, tuple[int, int]]]
+"""The linear modules that a LoRA is on: for each layer their K and N, by their paths in the layer."""
 
 
 class Adapter(nn.Module):
@@ -47,6 +52,79 @@ class Adapter(nn.Module):
         return hidden + change.to(hidden.dtype)
 
 
+class LowRank(nn.Module):
+    """What a linear module of a layer gets added: 2 · B · A · x, with weights A [r, K] and B [N, r] (LoRA: Hu et al., 2022).
+
+    B starts at zero, so that it adds nothing. The factor α/r is 2 whatever the rank is. ``seed`` determines A's initial
+    weights; without a seed the weights are on the meta device.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, seed: int | None = None) -> None:
+        super().__init__()
+        blank = seed is None
+        self.lora_A, self.lora_B = (_linear(*shape, blank, bias=False) for shape in ((inputs, rank), (rank, outputs)))
+        if seed is not None:
+            bound = 1 / math.sqrt(inputs)
+            nn.init.uniform_(self.lora_A.weight, -bound, bound, generator=torch.Generator().manual_seed(seed))
+            nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., K] → [..., N], in the dtype of ``inputs``."""
+        change: Tensor = self.lora_B(self.lora_A(inputs.to(self.lora_A.weight.dtype))) * LORA_SCALE
+        return change.to(inputs.dtype)
+
+
+class Lora(nn.Module):
+    """The LoRA of one layer: a ``LowRank`` for each of its linear modules in ``shapes``, which has their K and N by path.
+
+    The names of its tensors are PEFT's, such as ``self_attn.q_proj.lora_A.weight``.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], rank: int, seed: int | None = None) -> None:
+        super().__init__()
+        self.paths = tuple(sorted(shapes))
+        for path in self.paths:
+            inside: nn.Module = self
+            for name in path.split(".")[:-1]:
+                if not hasattr(inside, name):
+                    inside.add_module(name, nn.Module())
+                inside = inside.get_submodule(name)
+            own = None if seed is None else derive(seed, path)
+            inside.add_module(path.rpartition(".")[2], LowRank(*shapes[path], rank, own))
+
+    @classmethod
+    def from_tensors(cls, tensors: Tensors) -> "Lora":
+        """A LoRA of these sizes on the meta device. ``tensors`` has A and B of each module.
+
+        Raises:
+            ValueError: A and B do not fit each other.
+        """
+        shapes, ranks = dict[str, tuple[int, int]](), set[int]()
+        for name, tensor in tensors.items():
+            path, _, rest = name.rpartition(".lora_A.")
+            if rest == "weight":
+                (rank, inputs), (outputs, other) = tensor.shape, tensors[f"{path}.lora_B.weight"].shape
+                shapes[path], ranks = (inputs, outputs), ranks | {rank, other}
+        if len(ranks) != 1:
+            raise ValueError(f"a LoRA of the ranks {sorted(ranks)}, not of one")
+        return cls(shapes, ranks.pop())
+
+    def part(self, path: str) -> LowRank:
+        """What the module at ``path`` gets added."""
+        part: LowRank = self.get_submodule(path)  # type: ignore[assignment]
+        return part
+
+    @property
+    def rank(self) -> int:
+        """r, the same for all modules."""
+        return int(self.part(self.paths[0]).lora_A.out_features)
+
+    @property
+    def is_identity(self) -> bool:
+        """True if the LoRA changes nothing, as before it is trained."""
+        return not any(self.part(path).lora_B.weight.any() for path in self.paths)
+
+
 class Head(nn.Module):
     """A linear classifier over pooled features: the LayerNorm of the mean over an example's tokens, for each of ``layers``
     layers.
@@ -76,6 +154,14 @@ class Head(nn.Module):
         return nn.functional.linear(features, self.linear.weight[:, -features.shape[1] :], self.linear.bias)
 
 
+def _adapter_for(tensors: Tensors) -> Adapter | Lora:
+    """An adapter of the sizes of these tensors, on the meta device."""
+    if "down.weight" not in tensors:
+        return Lora.from_tensors(tensors)
+    bottleneck, hidden = tensors["down.weight"].shape
+    return Adapter(hidden, bottleneck)
+
+
 def _head_for(tensors: Tensors) -> Head | None:
     if "head.linear.weight" not in tensors:
         return None
@@ -85,9 +171,10 @@ def _head_for(tensors: Tensors) -> Head | None:
     return Head(hidden, classes, features // hidden)
 
 
-def _linear(inputs: int, outputs: int, blank: bool = False) -> nn.Linear:
+def _linear(inputs: int, outputs: int, blank: bool = False, bias: bool = True) -> nn.Linear:
     """A linear layer without initial values. Torch's own initialisation would advance the global random generator."""
-    made: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, device="meta" if blank else "cpu")  # type: ignore[assignment]
+    device = "meta" if blank else "cpu"
+    made: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=device)  # type: ignore[assignment]
     return made
 
 
@@ -99,8 +186,12 @@ class Adapted(Protocol):
         """The layers that have an adapter, from the bottom to the top."""
         ...
 
-    def adapter(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """The adapter that follows ``layer``: [B, T, D] → [B, T, D]."""
+    def after(self, layer: int) -> Callable[[Tensor], Tensor] | None:
+        """What follows ``layer``: [B, T, D] → [B, T, D]; None if nothing does."""
+        ...
+
+    def inside(self, layer: int) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """What the linear modules inside ``layer`` get added, by their paths: [B, T, K] → [B, T, N]."""
         ...
 
     def pool(self, pooled: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -116,7 +207,7 @@ class AdapterStack(nn.Module):
     ``head`` is None for a language model, whose own head is not trained.
     """
 
-    def __init__(self, adapters: dict[int, Adapter], head: Head | None) -> None:
+    def __init__(self, adapters: Mapping[int, Adapter | Lora], head: Head | None) -> None:
         super().__init__()
         self.adapters = nn.ModuleDict({str(layer): adapters[layer] for layer in sorted(adapters)})
         self.head = head
@@ -132,10 +223,27 @@ class AdapterStack(nn.Module):
         made = {layer: Adapter(hidden, bottleneck, derive(seed, "adapter", layer)) for layer in layers}
         return cls(made, None if classes is None else Head(hidden, classes, head_layers))
 
+    @classmethod
+    def new_lora(cls, shapes: LoraShapes, rank: int, seed: int) -> "AdapterStack":
+        """A new stack of LoRAs that change nothing. ``shapes`` has each layer's linear modules, as ``Lora`` takes them."""
+        return cls({layer: Lora(of, rank, derive(seed, "adapter", layer)) for layer, of in shapes.items()}, None)
+
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that have an adapter, from the bottom to the top."""
         return tuple(int(layer) for layer in self.adapters)
+
+    @property
+    def is_lora(self) -> bool:
+        """True if the adapters are inside their layers."""
+        return any(isinstance(adapter, Lora) for adapter in self.adapters.values())
+
+    def below(self, layer: int) -> int:
+        """The highest layer whose output does not depend on the adapter of ``layer``; -1 stands for the embeddings.
+
+        A bottleneck follows the output of its own layer.
+        """
+        return layer - 1 if self.is_lora else layer
 
     @property
     def head_layers(self) -> int:
@@ -155,15 +263,39 @@ class AdapterStack(nn.Module):
 
     def is_new(self, top: int) -> bool:
         """True if the adapters up to the layer ``top`` are the identity, as before they are trained."""
-        return all(self.adapter(layer).is_identity for layer in self.layers if layer <= top)
+        return all(self.part(layer).is_identity for layer in self.layers if layer <= top)
+
+    def part(self, layer: int) -> Adapter | Lora:
+        """The adapter of ``layer``."""
+        part: Adapter | Lora = self.adapters[str(layer)]  # type: ignore[assignment]
+        return part
 
     def adapter(self, layer: int) -> Adapter:
-        """The adapter that follows ``layer``."""
-        adapter: Adapter = self.adapters[str(layer)]  # type: ignore[assignment]
+        """The bottleneck that follows ``layer``."""
+        adapter = self.part(layer)
+        assert isinstance(adapter, Adapter), "a stack of bottlenecks"
         return adapter
 
+    def lora(self, layer: int) -> Lora:
+        """The LoRA inside ``layer``."""
+        lora = self.part(layer)
+        assert isinstance(lora, Lora), "a stack of LoRAs"
+        return lora
+
+    def after(self, layer: int) -> Adapter | None:
+        """See ``Adapted``."""
+        return self.adapter(layer) if layer in self.layers and not self.is_lora else None
+
+    def inside(self, layer: int) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """See ``Adapted``."""
+        lora = self.part(layer) if layer in self.layers else None
+        return {path: lora.part(path) for path in lora.paths} if isinstance(lora, Lora) else {}
+
     def tensors(self) -> Tensors:
-        """Copies of every tensor by name: ``adapters.<layer>.down.weight``, …, ``head.linear.bias``."""
+        """Copies of every tensor by name: ``adapters.<layer>.down.weight``, …, ``head.linear.bias``.
+
+        Those of a LoRA are called ``adapters.<layer>.<path>.lora_A.weight``, …
+        """
         return {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
 
     @classmethod
@@ -171,10 +303,14 @@ class AdapterStack(nn.Module):
         """The stack with these ``tensors``, which it uses without copying them.
 
         Raises:
-            ValueError: the head's tensors do not fit each other.
+            ValueError: the tensors of the head, or of a LoRA, do not fit each other.
         """
-        downs = {name.split(".")[1]: tensor for name, tensor in tensors.items() if name.endswith(".down.weight")}
-        adapters = {int(layer): Adapter(down.shape[1], down.shape[0]) for layer, down in downs.items()}
-        stack = cls(adapters, _head_for(tensors))
+        layers: dict[int, Tensors] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "adapters":
+                layer, _, own = rest.partition(".")
+                layers.setdefault(int(layer), {})[own] = tensor
+        stack = cls({layer: _adapter_for(own) for layer, own in layers.items()}, _head_for(tensors))
         stack.load_state_dict(tensors, assign=True)
         return stack

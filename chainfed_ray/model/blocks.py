@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.logit_form import LogitForm, form_of
 from chainfed_ray.model.trunk import TOKENS_FIRST, LayerCall, Trunk, on_meta
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.experts import expert_matrices, stream_experts
-from chainfed_ray.streaming.matrices import SLICE_BYTES, RowSlices, SliceReader, is_streamed, stream_matrices
+from chainfed_ray.streaming.matrices import SLICE_BYTES, RowSlices, SliceReader, is_linear, stream_matrices
 from chainfed_ray.streaming.numbers import check_numbers
 
 
@@ -161,6 +162,15 @@ class Blocks:
         """The layers on the meta device, without weights."""
         return tuple(self._trunk.layers)
 
+    def linear_modules(self, index: int) -> dict[str, tuple[int, int]]:
+        """The linear modules of layer ``index``: how many numbers each takes (K) and gives (N), by their paths in the layer."""
+        found = {}
+        for path, module in self._trunk.layers[index].named_modules():
+            if is_linear(module):
+                shape = tuple(module.weight.shape)
+                found[path] = (shape[0], shape[1]) if isinstance(module, Conv1D) else (shape[1], shape[0])
+        return found
+
     @property
     def kinds(self) -> list[int]:
         """A layer of each kind: layers of one kind have parameters of the same names and shapes."""
@@ -232,7 +242,7 @@ class Blocks:
         """The checkpoint's names of the matrices of layer ``index`` that can be streamed."""
         sources = self._sources(index)
         modules = list(self._trunk.layers[index].named_modules())
-        streamed = [f"{path}.weight" for path, module in modules if is_streamed(module)]
+        streamed = [f"{path}.weight" for path, module in modules if is_linear(module)]
         streamed += [f"{path}.{name}" for path, module in modules for name in expert_matrices(module)]
         return [sources[name] for name in streamed]
 

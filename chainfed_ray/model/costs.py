@@ -1,7 +1,7 @@
 """Makes the memory profile of a base model and its stack for the planner, by tracing the parts of a client's turn."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -10,9 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # it has no public nam
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from chainfed_ray.budget.demand import MemoryProfile, PartMemory, StepMemory, largest_of
-from chainfed_ray.model.adapters import Adapter, Head
+from chainfed_ray.budget.demand import NO_MEMORY, MemoryProfile, PartMemory, StepMemory, largest_of
+from chainfed_ray.model.adapters import Adapter, Head, Lora, LoraShapes
 from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.forward import added
 from chainfed_ray.model.lm_head import next_token_loss
 from chainfed_ray.model.trace import Prepare, polynomial_of, trace_memory, with_blank_weights
 from chainfed_ray.model.trunk import LayerCall
@@ -27,20 +28,26 @@ _PART = 2**9
 _COMPILED = 2**20
 
 
-def memory_profile_of(blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int = 1) -> MemoryProfile:
+def memory_profile_of(
+    blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int = 1, lora: LoraShapes | None = None
+) -> MemoryProfile:
     """The memory profile of tuning ``blocks`` with adapters of R = ``bottleneck`` and a classifier of C = ``classes``.
 
-    The classifier uses the pooled features of ``head_layers`` layers. ``classes`` is None for a language model, whose own head
+    With ``lora`` the adapters are LoRAs of rank r = ``bottleneck`` inside the layers, on the modules of these shapes. The
+    classifier uses the pooled features of ``head_layers`` layers. ``classes`` is None for a language model, whose own head
     is used and not trained.
     """
-    parts = Parts(blocks, classes, head_layers)
+    ranks = {index: Lora(shapes, bottleneck) for index, shapes in (lora or {}).items()}
+    parts = Parts(blocks, classes, head_layers, ranks)
     width = blocks.hidden_size
 
     def step(activations_offloaded: bool) -> StepMemory:
         return StepMemory(
             layer=_of_layers(parts, activations_offloaded),
             head=trace_memory(parts.head, width, blocks.dtype, activations_offloaded=activations_offloaded),
-            **_of_adapters(width, blocks.dtype, bottleneck, activations_offloaded),
+            **_of_loras(parts, activations_offloaded)
+            if ranks
+            else _of_adapters(width, blocks.dtype, bottleneck, activations_offloaded),
         )
 
     return MemoryProfile(
@@ -57,14 +64,15 @@ def memory_profile_of(blocks: Blocks, bottleneck: int, classes: int | None, head
         + blocks.buffer_bytes
         + (_COMPILED if blocks.dtype == torch.bfloat16 else 0),
         call=polynomial_of(parts.call_bytes),
-        adapter=_adapter_bytes(width, bottleneck),
+        adapter=max(map(_lora_bytes, ranks.values())) if ranks else _adapter_bytes(width, bottleneck),
         head=0 if classes is None else (head_layers * width * classes + classes + 2 * width) * _FLOAT32,
         head_layers=head_layers,
         streamed_head=classes is None,
+        inside=bool(ranks),
         kept=step(activations_offloaded=False),
         activations_offloaded=step(activations_offloaded=True),
         advance=_of_layers(parts, activations_offloaded=False, gradients=False),
-        advance_adapter=_advancing(width, blocks.dtype, bottleneck),
+        advance_adapter=NO_MEMORY if ranks else _advancing(width, blocks.dtype, bottleneck),
     )
 
 
@@ -81,13 +89,20 @@ def with_bottleneck(memory: MemoryProfile, dtype: torch.dtype, bottleneck: int) 
     )
 
 
-def _of_layers(parts: "Parts", activations_offloaded: bool, gradients: bool = True) -> PartMemory:
-    """The memory of whichever layer holds the most: a layer of each kind is traced."""
+def _of_loras(parts: "Parts", activations_offloaded: bool) -> dict[str, PartMemory]:
+    """The memory of a step's layers with LoRAs that are trained, by the names of the fields of ``StepMemory``."""
+    return {"adapter": _of_layers(parts, activations_offloaded, trained=True), "emulator": NO_MEMORY}
+
+
+def _of_layers(
+    parts: "Parts", activations_offloaded: bool, gradients: bool = True, trained: bool = False
+) -> PartMemory:
+    """The memory of whichever layer holds the most: a layer of each kind is traced. A LoRA inside it may be ``trained``."""
     blocks = parts.blocks
     return largest_of(
         [
             trace_memory(
-                parts.layer(activations_offloaded, index),
+                parts.layer(activations_offloaded, index, trained),
                 blocks.hidden_size,
                 blocks.dtype,
                 gradients=gradients,
@@ -96,6 +111,10 @@ def _of_layers(parts: "Parts", activations_offloaded: bool, gradients: bool = Tr
             for index in blocks.kinds
         ]
     )
+
+
+def _lora_bytes(lora: Lora) -> int:
+    return sum(parameter.numel() for parameter in lora.parameters()) * _FLOAT32
 
 
 def _adapter_bytes(width: int, bottleneck: int) -> int:
@@ -132,20 +151,30 @@ class Parts:
     blocks: Blocks
     classes: int | None
     head_layers: int
+    loras: Mapping[int, Lora] = field(default_factory=dict)
 
-    def layer(self, activations_offloaded: bool, index: int = 0) -> Prepare:
-        """Makes a layer of the base model."""
-        return lambda fake, batch, tokens: self._layer(fake, batch, tokens, activations_offloaded, index)
+    def layer(self, activations_offloaded: bool, index: int = 0, trained: bool = False) -> Prepare:
+        """Makes a layer of the base model, with the LoRA inside it, if there is one, which may be ``trained``."""
+        return lambda fake, batch, tokens: self._layer(fake, batch, tokens, activations_offloaded, index, trained)
 
     def _layer(
-        self, fake: FakeTensorMode, batch: int, tokens: int, activations_offloaded: bool, index: int
+        self, fake: FakeTensorMode, batch: int, tokens: int, activations_offloaded: bool, index: int, trained: bool
     ) -> Callable[[Tensor], Tensor]:
         real = self.blocks.calls(padded(batch, tokens))[index]
         call = LayerCall(*tree_map(lambda it: fake.from_tensor(it) if isinstance(it, Tensor) else it, tuple(real)))
         layer = with_blank_weights(self.blocks.blank_layers[index], fake)
         if activations_offloaded:
             overwrite_activations(layer)
-        return lambda hidden: self.blocks.run(layer, hidden, call)
+        if index not in self.loras:
+            return lambda hidden: self.blocks.run(layer, hidden, call)
+        lora = with_blank_weights(self.loras[index].requires_grad_(trained), fake)
+        changes = {path: lora.get_submodule(path) for path in self.loras[index].paths}
+
+        def run(hidden: Tensor) -> Tensor:
+            with added(layer, changes):
+                return self.blocks.run(layer, hidden, call)
+
+        return run
 
     def head(self, fake: FakeTensorMode, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
         """Makes the head and its loss."""

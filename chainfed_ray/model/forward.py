@@ -5,7 +5,8 @@ DeepSpeed. The exceptions run in a model's own forward, by hooks: the generator,
 over to other engines.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,7 @@ def through_layer(
     states: LayerStates,
     mask: Tensor,
 ) -> LayerStates:
-    """Run layer ``index`` without its adapter.
+    """Run layer ``index``, with what the stack adds inside it, and without what follows it.
 
     ``states`` are the embeddings or the output of the adapter below; their pooled features are appended before the layer runs.
     """
@@ -43,14 +44,31 @@ def through_layer(
     del states  # frees its pooled features
     if index:
         pooled = stack.pool(pooled, hidden, mask)
-    return LayerStates(blocks.run(layer, hidden, call), pooled)
+    with added(layer, stack.inside(index)):
+        return LayerStates(blocks.run(layer, hidden, call), pooled)
 
 
 def through_adapter(stack: Adapted, index: int, states: LayerStates) -> LayerStates:
-    """Run the adapter of layer ``index``. Without an adapter the states are unchanged."""
-    if index not in stack.layers:
-        return states
-    return states._replace(hidden=stack.adapter(index)(states.hidden))
+    """Run what follows layer ``index``. If nothing does, the states are unchanged."""
+    adapter = stack.after(index)
+    return states if adapter is None else states._replace(hidden=adapter(states.hidden))
+
+
+@contextmanager
+def added(layer: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Within the block, add to the output of each module at a path in ``layer`` what ``changes`` makes of its input."""
+
+    def add(
+        change: Callable[[Tensor], Tensor], _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        return output + change(inputs[0])
+
+    hooks = [layer.get_submodule(path).register_forward_hook(partial(add, change)) for path, change in changes.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def through_model(blocks: Blocks, stack: Adapted, layers: Iterable[tuple[int, nn.Module]], batch: Batch) -> LayerStates:

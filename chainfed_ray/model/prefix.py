@@ -96,7 +96,7 @@ class PrefixRunner:
                 states, calls = below, self.blocks.calls(batch.mask)
                 del below  # the last other reference, so that it is freed as soon as the adapter has run
                 # Identity adapters are skipped, and the cache's file names ignore them too.
-                if index - 1 in stack.layers and not stack.adapter(index - 1).is_identity:
+                if index - 1 in stack.layers and not stack.part(index - 1).is_identity:
                     states = through_adapter(stack, index - 1, states)
             return through_layer(self.blocks, stack, index, layer, calls[index], states, batch.mask)
 
@@ -118,14 +118,16 @@ class PrefixCache:
 
     def at(
         self, layer: int, stack: AdapterStack, keep: int | None = None, reporter: Reporter = SILENT
-    ) -> "CachedActivations":
+    ) -> "Activations":
         """The activations u of ``layer``, made from the highest cached layer below it.
 
         Other layers' files are deleted, except those that will be needed again: the layer ``keep``, and the chain's lowest
-        layer, below which nothing ever changes.
+        layer, below which nothing ever changes. The layer -1 stands for the embeddings, which are not cached.
         """
+        if layer < 0:
+            return EmbeddedTexts(self._runner.blocks, self._examples)
         have = self._highest_cached(layer, stack)
-        lasting = {keep, min(stack.layers, default=layer)}
+        lasting = {keep, stack.below(min(stack.layers)) if stack.layers else layer}
         self.forget_all_but({have, *lasting}, stack)
         missing = range(have + 1, layer + 1)
         for index, module in reporter.each(self._runner.layers(missing), len(missing), "layers"):
@@ -231,6 +233,20 @@ class CachedActivations:
 
 
 @dataclass(frozen=True)
+class EmbeddedTexts:
+    """Embeds examples whenever they are needed: what enters the model's lowest layer."""
+
+    blocks: Blocks
+    examples: Examples
+
+    @torch.no_grad()
+    def batch(self, indices: np.ndarray) -> LayerStates:
+        """See ``Activations``."""
+        states, _ = embed(self.blocks, self.examples.batch(indices))
+        return states
+
+
+@dataclass(frozen=True)
 class RecomputedActivations:
     """Recomputes the output of ``layer`` whenever it is needed, for a client without the disk for a cache."""
 
@@ -258,11 +274,11 @@ class RecomputedActivations:
 
 
 def _digest(stack: AdapterStack, layer: int) -> str:
-    """A digest of the trained adapters below ``layer``, on which the layer's output depends."""
+    """A digest of the trained adapters on which the output of ``layer`` depends."""
     digest = blake2b(digest_size=16)
-    below = (index for index in stack.layers if index < layer)
-    for index in (index for index in below if not stack.adapter(index).is_identity):
-        for name, tensor in stack.adapter(index).state_dict().items():
+    felt = (index for index in stack.layers if stack.below(index) < layer)
+    for index in (index for index in felt if not stack.part(index).is_identity):
+        for name, tensor in stack.part(index).state_dict().items():
             digest.update(f"{index}.{name}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -5,6 +5,13 @@ for a ``SequenceClassifier``. A stack without one is for a causal language model
 
     adapter_config.json           the method, its sizes, the modules that have an adapter
     adapter_model.safetensors     base_model.model.<module>.chainfed_…
+
+A stack of LoRAs is a plain LoRA of PEFT's, which every engine loads that loads these. What only this project needs is beside
+it. ::
+
+    adapter_config.json           what PEFT's LoraConfig has
+    adapter_model.safetensors     base_model.model.<module>.lora_A.weight, …
+    chainfed.json                 the base model and the maximum length
 """
 
 import json
@@ -18,17 +25,17 @@ from typing import Any
 from safetensors.torch import load, save
 
 from chainfed_ray.errors import CorruptCommit
-from chainfed_ray.model.adapters import AdapterStack, Tensors
+from chainfed_ray.model.adapters import LORA_SCALE, AdapterStack, Tensors
 from chainfed_ray.record import VERSION
 
-PEFT_TYPE = "CHAINFED"
+PEFT_TYPE, LORA = "CHAINFED", "LORA"
 CAUSAL_LM = "CAUSAL_LM"  # PEFT's name for the task of a language model
 # The names of a SequenceClassifier's base model and head, and of the containers of trained parts in PEFT's layers.
 BASE, HEAD = "base", "head"
 ADAPTERS, HEADS = "chainfed_adapters", "chainfed_heads"
 
 KEPT = frozenset({"best", "last"})  # the names of stacks beside the model
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG, _WEIGHTS, _OWN = "adapter_config.json", "adapter_model.safetensors", "chainfed.json"
 _ROOT = "base_model.model"
 
 
@@ -56,6 +63,33 @@ class SavedStack:
 
     def config(self) -> dict[str, Any]:
         """The content of PEFT's ``adapter_config.json``."""
+        return self._lora_config() if self.stack.is_lora else self._own_config()
+
+    def _lora_config(self) -> dict[str, Any]:
+        """That of a plain LoRA. PEFT finds the layers by the name that is before their index."""
+        loras = [self.stack.lora(layer) for layer in self.stack.layers]
+        return {
+            "peft_type": LORA,
+            "task_type": CAUSAL_LM,
+            "base_model_name_or_path": self._base_for_others(),
+            "inference_mode": True,
+            "r": loras[0].rank,
+            "lora_alpha": LORA_SCALE * loras[0].rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": sorted({path.rpartition(".")[2] for lora in loras for path in lora.paths}),
+            "layers_to_transform": list(self.stack.layers),
+            "layers_pattern": self.layers_path.rpartition(".")[2],
+        }
+
+    def own(self) -> dict[str, Any] | None:
+        """What is beside a plain LoRA; None if ``config`` has it all."""
+        if not self.stack.is_lora:
+            return None
+        own = {"version": VERSION, "base": self.base, "layers_path": self.layers_path, "max_length": self.max_length}
+        return own if self.round is None else own | {"round": self.round}
+
+    def _own_config(self) -> dict[str, Any]:
         down = self.stack.adapter(self.stack.layers[0]).down
         return {
             "peft_type": PEFT_TYPE,
@@ -94,7 +128,8 @@ class SavedStack:
         if kind == "head":
             return f"{_ROOT}.{HEAD}.{HEADS}.{rest}"
         layer, _, parameter = rest.partition(".")
-        return f"{_ROOT}.{self._layers}.{layer}.{ADAPTERS}.{parameter}"
+        inside = "" if self.stack.is_lora else f"{ADAPTERS}."
+        return f"{_ROOT}.{self._layers}.{layer}.{inside}{parameter}"
 
 
 def save_stack(saved: SavedStack, folder: Path) -> None:
@@ -107,6 +142,8 @@ def save_stack(saved: SavedStack, folder: Path) -> None:
     aside.mkdir(parents=True)
     _write(aside / _WEIGHTS, save(saved.tensors(), metadata={"format": "pt"}))
     _write(aside / _CONFIG, json.dumps(saved.config(), indent=2).encode())
+    if own := saved.own():
+        _write(aside / _OWN, json.dumps(own, indent=2).encode())
     if folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
@@ -143,11 +180,15 @@ def load_stack(folder: Path) -> SavedStack:
         folder = _before(folder)  # who was writing the new one was killed
     try:
         config = json.loads((folder / _CONFIG).read_bytes())
-        version = config.get("version")
+        plain_lora = config.get("peft_type") == LORA
+        own = json.loads((folder / _OWN).read_bytes()) if plain_lora else config
+        version = own.get("version")
         if version != VERSION:
             expected = f"it has version {version}; this chainfed-ray reads version {VERSION}"
             raise CorruptCommit(str(folder), expected)
         tensors = load((folder / _WEIGHTS).read_bytes())
+        if plain_lora:
+            return _lora_of(own, config, tensors)
         layers = [module for module in config["target_modules"] if module != HEAD]
         path = layers[0].rpartition(".")[0]
         causal = config.get("task_type") == CAUSAL_LM
@@ -169,6 +210,25 @@ def load_stack(folder: Path) -> SavedStack:
         ) from None
     if not complete:
         raise CorruptCommit(str(folder), "its adapters are not those that its configuration names")
+    return saved
+
+
+def _lora_of(own: Mapping[str, Any], config: Mapping[str, Any], tensors: Tensors) -> SavedStack:
+    """The stack of a plain LoRA, whose tensors have PEFT's names.
+
+    Raises:
+        ValueError: the tensors are not those that ``config`` names.
+    """
+    before = f"{_ROOT}.{own['layers_path']}."
+    stack = AdapterStack.from_tensors(
+        {f"adapters.{name.removeprefix(before)}": tensor for name, tensor in tensors.items()}
+    )
+    saved = SavedStack(stack, (), own["max_length"], own["base"], own["layers_path"], own.get("round"))
+    if (
+        saved.tensors().keys() != tensors.keys()
+        or saved.config()["layers_to_transform"] != config["layers_to_transform"]
+    ):
+        raise ValueError("its tensors are not those that its configuration names")
     return saved
 
 

@@ -22,6 +22,7 @@ from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.messages import MOST_TOKENS, SCHEMA, Chance, Prompt, TokenChances
 from chainfed_ray.serving.row_cache import RowCache
 from chainfed_ray.serving.stack_batch import RowAdapters
+from chainfed_ray.streaming.matrices import is_linear
 
 _COUNT_POSITIONS = ("roberta", "camembert", "data2vec")  # types of models that add to the positions of tokens
 _BY_DISTANCE = ("bloom", "mpt")  # types whose attention knows distances alone
@@ -49,6 +50,9 @@ class LanguageModel:
         layers: Any = self._model.get_submodule(find_layers(self._model, base))
         for index, layer in enumerate(layers):
             layer.register_forward_hook(self._hook(index))
+            for path, module in layer.named_modules():
+                if is_linear(module):
+                    module.register_forward_hook(self._inner_hook(index, path))
 
     def new_cache(self) -> Any:
         """An empty cache of keys and values: a ``RowCache`` if this model's can be kept in rows."""
@@ -192,10 +196,19 @@ class LanguageModel:
         """What passes the output of layer ``index`` through the rows' adapters."""
 
         def through(layer: nn.Module, inputs: Any, output: Any) -> Any:
-            adapter = self._adapters.get(index)
+            adapter = self._adapters.get((index, ""))
             return adapt(adapter, layer, inputs, output) if adapter else None  # None: the output stays as it is
 
         return through
+
+    def _inner_hook(self, index: int, path: str) -> Callable[[nn.Module, Any, Any], Any]:
+        """What adds to the output of the module at ``path`` in layer ``index`` what the rows' LoRAs make of its input."""
+
+        def add(_module: nn.Module, inputs: Any, output: Any) -> Any:
+            change = self._adapters.get((index, path))
+            return output + change(inputs[0]) if change else None
+
+        return add
 
 
 def _tokens(token: int | list[int] | None) -> set[int]:

@@ -10,18 +10,34 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from chainfed_ray.model.adapters import Adapter, AdapterStack, Head
+from chainfed_ray.model.adapters import LORA_SCALE, Adapter, AdapterStack, Head, Lora, LowRank
 from chainfed_ray.model.pooling import append_pooled
 
 _ROWS_MORE = 4  # than there are, when room is made for them
-RowAdapters = Mapping[int, Callable[[Tensor], Tensor]]
-"""What follows each layer of that index, for the rows of one batch: [B, T, D] → [B, T, D]."""
+Place = tuple[int, str]
+"""A layer, and the path of a linear module inside it. An empty path stands for what follows the layer."""
+RowAdapters = Mapping[Place, Callable[[Tensor], Tensor]]
+"""Of the rows of one batch: what follows a layer, [B, T, D] → [B, T, D]; what a module gets added, [B, T, K] → [B, T, N]."""
 
 
 def adapters_of(stacks: Sequence[AdapterStack | None]) -> RowAdapters:
     """The adapters of B rows: row i has those of ``stacks[i]``, or none."""
-    rows = RowStacks(stacks)
-    return {layer: rows.adapter(layer) for layer in rows.layers}
+    rows = AdapterRows()
+    for stack in stacks:
+        rows.join(stack)
+    return rows.adapters()
+
+
+def _parts(stack: AdapterStack | None) -> dict[Place, Adapter | LowRank]:
+    """The parts of a stack by their places."""
+    parts = dict[Place, Adapter | LowRank]()
+    for layer in stack.layers if stack else ():
+        match stack.part(layer):  # type: ignore[union-attr]
+            case Adapter() as adapter:
+                parts[layer, ""] = adapter
+            case Lora() as lora:
+                parts |= {(layer, path): lora.part(path) for path in lora.paths}
+    return parts
 
 
 class RowStacks:
@@ -31,15 +47,21 @@ class RowStacks:
         self._stacks = stacks
         self.layers = tuple(sorted({layer for stack in stacks if stack for layer in stack.layers}))
 
-    def adapter(self, layer: int) -> Callable[[Tensor], Tensor]:
+    def after(self, layer: int) -> Callable[[Tensor], Tensor] | None:
         """The rows' adapters that follow ``layer``: [B, T, D] → [B, T, D]. If all have one stack, its own."""
         first = self._stacks[0]
         if first and all(stack is first for stack in self._stacks):
-            return first.adapter(layer)
-        rows = _LayerRows(len(self._stacks))
+            return first.after(layer)
+        if layer not in self.layers:
+            return None
+        rows = _PartRows(len(self._stacks))
         for row, stack in enumerate(self._stacks):
-            rows.put(row, _adapter(stack, layer))
+            rows.put(row, stack.after(layer) if stack else None)
         return rows.first(len(self._stacks))
+
+    def inside(self, layer: int) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """Nothing: a LoRA is a language model's, and these are not."""
+        return {}
 
     def pool(self, pooled: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
         """See ``Adapted``."""
@@ -86,14 +108,16 @@ def _head_of(stack: AdapterStack) -> Head:
     return stack.head
 
 
-def _adapter(stack: AdapterStack | None, layer: int) -> Adapter | None:
-    return stack.adapter(layer) if stack and layer in stack.layers else None
-
-
 def _adapted(hidden: Tensor, down: Tensor, into: Tensor, up: Tensor, out: Tensor) -> Tensor:
     """Rows [B, T, D] through adapters with the matrices [B, R, D] and [B, D, R], and the biases [B, 1, R] and [B, 1, D]."""
     inner = nn.functional.gelu(torch.baddbmm(into, hidden.to(down.dtype), down.transpose(1, 2)))
     return hidden + torch.baddbmm(out, inner, up.transpose(1, 2)).to(hidden.dtype)
+
+
+def _low_rank(inputs: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Rows [B, T, K] through LoRAs with the matrices [B, r, K] and [B, N, r]."""
+    inner = torch.bmm(inputs.to(first.dtype), first.transpose(1, 2))
+    return (torch.bmm(inner, second.transpose(1, 2)) * LORA_SCALE).to(inputs.dtype)
 
 
 class AdapterRows:
@@ -104,71 +128,81 @@ class AdapterRows:
 
     def __init__(self) -> None:
         self._stacks = list[AdapterStack | None]()
-        self._layers: dict[int, _LayerRows] = {}
+        self._places: dict[Place, _PartRows] = {}
 
     def join(self, stack: AdapterStack | None) -> None:
         """Add a row at the end."""
-        row = len(self._stacks)
         self._stacks.append(stack)
-        for layer in stack.layers if stack else ():
-            self._layers.setdefault(layer, _LayerRows())
-        for layer, rows in self._layers.items():
-            rows.put(row, _adapter(stack, layer))
+        self._put(len(self._stacks) - 1, stack)
 
     def leave(self, row: int) -> None:
         """Let the last row take the place of ``row``."""
         last = self._stacks.pop()
-        if row == len(self._stacks):
-            return
-        self._stacks[row] = last
-        for layer, rows in self._layers.items():
-            rows.put(row, _adapter(last, layer))
+        if row < len(self._stacks):
+            self._stacks[row] = last
+            self._put(row, last)
 
     def adapters(self) -> RowAdapters:
         """The adapters of all rows. If they have the same stack, its own, which is faster."""
-        if all(stack is self._stacks[0] for stack in self._stacks):
-            return adapters_of(self._stacks[:1])
-        count = len(self._stacks)
-        return {layer: rows.first(count) for layer, rows in self._layers.items()}
+        first, count = self._stacks[0], len(self._stacks)
+        if all(stack is first for stack in self._stacks):
+            return _parts(first)
+        return {place: rows.first(count) for place, rows in self._places.items()}
+
+    def _put(self, row: int, stack: AdapterStack | None) -> None:
+        parts = _parts(stack)
+        for place in parts:
+            self._places.setdefault(place, _PartRows())
+        for place, rows in self._places.items():
+            rows.put(row, parts.get(place))
 
 
-class _LayerRows:
-    """The matrices of one layer's adapters, a row each. Rows without an adapter are zeros: the identity."""
+class _PartRows:
+    """The matrices of one part of the stacks, a row each. A row without the part has zeros, which change nothing."""
 
     def __init__(self, expected: int = 0) -> None:
         self._expected = expected  # rows, as far as that is known
+        self._run: Callable[..., Tensor] = _adapted
         self._matrices: tuple[Tensor, ...] | None = None
 
-    def put(self, row: int, adapter: Adapter | None) -> None:
-        if adapter is None and self._matrices is None:
+    def put(self, row: int, part: Adapter | LowRank | None) -> None:
+        if part is None and self._matrices is None:
             return
-        self._make_room(row, adapter)
+        own = _matrices_of(part)
+        self._make_room(row, own)
         assert self._matrices is not None
         for matrix in self._matrices:
             matrix[row] = 0
-        if adapter is not None:
-            down, into, up, out = self._matrices
-            own = adapter.down.out_features
-            down[row, :own], into[row, 0, :own] = adapter.down.weight, adapter.down.bias
-            up[row, :, :own], out[row, 0] = adapter.up.weight, adapter.up.bias
+        if part is not None:
+            self._run = _adapted if isinstance(part, Adapter) else _low_rank
+            for matrix, values in zip(self._matrices, own, strict=True):
+                matrix[row, : values.shape[0], : values.shape[1]] = values  # another stack may be wider
 
     def first(self, count: int) -> Callable[[Tensor], Tensor]:
-        """The adapters of the first ``count`` rows."""
-        assert self._matrices is not None, "the layer of some row's adapter"
-        down, into, up, out = (matrix[:count] for matrix in self._matrices)
-        return lambda hidden: _adapted(hidden, down, into, up, out)
+        """The parts of the first ``count`` rows."""
+        assert self._matrices is not None, "the place of some row's part"
+        run, matrices = self._run, [matrix[:count] for matrix in self._matrices]
+        return lambda hidden: run(hidden, *matrices)
 
-    def _make_room(self, row: int, adapter: Adapter | None) -> None:
-        """Make the matrices, or larger ones, so that they have ``row`` and are as wide as ``adapter``."""
-        held = self._matrices
-        rows, bottleneck = (held[0].shape[0], held[0].shape[1]) if held else (0, 0)
-        wanted = max(bottleneck, adapter.down.out_features if adapter else 0)
-        if row < rows and wanted == bottleneck:
+    def _make_room(self, row: int, own: tuple[Tensor, ...]) -> None:
+        """Make the matrices, or larger ones, so that they have ``row`` and are as wide as a row's ``own``."""
+        held = self._matrices or tuple(values.new_zeros(0, *values.shape) for values in own)
+        rows, needed = len(held[0]), own or tuple(matrix[0] for matrix in held)
+        shapes = [tuple(map(max, matrix.shape[1:], of.shape)) for matrix, of in zip(held, needed, strict=True)]
+        if row < rows and all(shape == matrix.shape[1:] for shape, matrix in zip(shapes, held, strict=True)):
             return
-        like = held[0] if held else adapter.down.weight if adapter else None
-        assert like is not None
-        width, rows = like.shape[-1], rows if row < rows else max(self._expected, row + _ROWS_MORE)
-        shapes = ((rows, wanted, width), (rows, 1, wanted), (rows, width, wanted), (rows, 1, width))
-        self._matrices = tuple(like.new_zeros(shape) for shape in shapes)
-        for new, old in zip(self._matrices, held or (), strict=False):
+        rows = rows if row < rows else max(self._expected, row + _ROWS_MORE)
+        self._matrices = tuple(matrix.new_zeros(rows, *shape) for matrix, shape in zip(held, shapes, strict=True))
+        for new, old in zip(self._matrices, held, strict=True):
             new[tuple(slice(size) for size in old.shape)] = old
+
+
+def _matrices_of(part: Adapter | LowRank | None) -> tuple[Tensor, ...]:
+    """The matrices of a part, in the order in which its function takes them."""
+    match part:
+        case Adapter(down=down, up=up):
+            return down.weight.data, down.bias.data.unsqueeze(0), up.weight.data, up.bias.data.unsqueeze(0)
+        case LowRank(lora_A=first, lora_B=second):
+            return first.weight.data, second.weight.data
+        case _:
+            return ()

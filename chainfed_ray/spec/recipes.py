@@ -25,17 +25,28 @@ _CAUSAL: Mapping[str, Mapping[str, Any]] = {
     "rounds": {"learning_rate": 1e-3, "clip_norm": 1.0},
 }
 
+# A LoRA cannot stand in for its layer, so a window looks ahead through the layers themselves.
+_LORA: Mapping[str, Mapping[str, Any]] = {"chain": {"look_ahead": "exact"}}
+
 
 def with_defaults_of(document: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """``document`` with the defaults of its recipe, task and head filled in. Invalid values are left to the parser."""
     model = document.get("model")
     causal = isinstance(model, Mapping) and model.get("task") == "causal-lm"
     filled = _filled(document, _CAUSAL) if causal else document
+    if _adapter_kind(document) == "lora":
+        filled = _filled(filled, _LORA)
     if document.get("recipe") == "paper":
         return _filled(filled, _PAPER)
     chain = document.get("chain")
     from_zero = isinstance(chain, Mapping) and chain.get("head") == "zero"
     return _filled(filled, _FROM_ZERO) if from_zero else filled
+
+
+def _adapter_kind(document: Mapping[Any, Any]) -> object:
+    chain = document.get("chain")
+    adapter = chain.get("adapter") if isinstance(chain, Mapping) else None
+    return adapter.get("kind") if isinstance(adapter, Mapping) else None
 
 
 def _filled(document: Mapping[Any, Any], defaults: Mapping[str, Mapping[str, Any]]) -> Mapping[Any, Any]:

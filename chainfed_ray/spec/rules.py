@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from chainfed_ray.errors import MISSING, Problem
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.spec.sections import AggregationSpec, ChainSpec, DataSpec, PartitionSpec, PrivacySpec
+from chainfed_ray.spec.sections import AdapterSpec, AggregationSpec, ChainSpec, DataSpec, PartitionSpec, PrivacySpec
 
 
 def contradictions(spec: JobSpec) -> list[Problem]:
@@ -30,6 +30,7 @@ def contradictions(spec: JobSpec) -> list[Problem]:
     problems += _of_aggregation(spec)
     problems += _of_start(spec)
     problems += _of_look_ahead(spec.chain)
+    problems += _of_adapter(spec)
     problems += _of_evaluation(spec)
     if spec.privacy:
         problems += _of_privacy(spec, spec.privacy, count)
@@ -119,6 +120,21 @@ def _of_start(spec: JobSpec) -> Iterator[Problem]:
     elif start == "best-exit" and head != "fitted":
         expected = f"'auto' or the index of a layer with chain.head {head}: 'best-exit' compares fitted heads"
         yield Problem("chain.start", start, expected)
+
+
+def _of_adapter(spec: JobSpec) -> Iterator[Problem]:
+    """Keys of the other kind of adapter, and what a LoRA cannot be combined with."""
+    adapter, fields = spec.chain.adapter, AdapterSpec.model_fields
+    other = ("rank", "targets") if adapter.kind == "bottleneck" else ("bottleneck",)
+    for key in other:
+        if (value := getattr(adapter, key)) != fields[key].default:
+            yield Problem(f"chain.adapter.{key}", value, f"no value with chain.adapter.kind {adapter.kind}")
+    if adapter.kind == "lora" and spec.model.task != "causal-lm":
+        expected = "'bottleneck', unless model.task is causal-lm"
+        yield Problem("chain.adapter.kind", adapter.kind, expected)
+    if adapter.kind == "lora" and spec.chain.look_ahead == "adapters":
+        expected = "'exact' or 'none' with chain.adapter.kind lora: a LoRA cannot stand in for its layer"
+        yield Problem("chain.look_ahead", spec.chain.look_ahead, expected)
 
 
 def _of_look_ahead(chain: ChainSpec) -> Iterator[Problem]:

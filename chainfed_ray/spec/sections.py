@@ -176,9 +176,22 @@ class FleetSpec(Section):
 
 
 class AdapterSpec(Section):
-    """The bottleneck adapter that follows each layer."""
+    """The adapter of each layer: a bottleneck that follows it, or a LoRA inside it."""
 
-    bottleneck: int = Field(64, ge=1, le=65536, description="R, the adapter's inner width")
+    kind: Literal["bottleneck", "lora"] = Field(
+        "bottleneck",
+        description="a `bottleneck` after each layer, or a `lora` on its linear modules, which other engines load as it is",
+    )
+    bottleneck: int = Field(64, ge=1, le=65536, description="R, the inner width of a bottleneck")
+    rank: int = Field(8, ge=1, le=1024, description="r, the rank of a LoRA; its factor α/r is 2")
+    targets: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=64)] | None = Field(
+        None, description="the names of the linear modules that a LoRA is on, such as `q_proj`; by default all"
+    )
+
+    @property
+    def width(self) -> int:
+        """The inner width of an adapter: R of a bottleneck, r of a LoRA."""
+        return self.rank if self.kind == "lora" else self.bottleneck
 
 
 class ChainSpec(Section):

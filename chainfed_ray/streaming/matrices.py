@@ -203,8 +203,8 @@ def _multiplied(layer: StreamedLinear, given: Tensor, width: int, wanted: int, b
     return result
 
 
-def is_streamed(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
-    """True for a linear layer whose matrix can be streamed; a subclass with a forward of its own is another kind of layer."""
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """True for a linear layer, whose matrix can be streamed; a subclass with a forward of its own is another kind of layer."""
     return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
@@ -213,7 +213,7 @@ def stream_matrices(layer: nn.Module, prefix: str, source: RowSlices, names: "So
     layer's parameters.
     """
     for path, module in list(layer.named_modules()):
-        if is_streamed(module):
+        if is_linear(module):
             name = names(f"{prefix}{path}.weight")
             count, width = module.weight.shape
             streamed = StreamedLinear(source, name, (count, width), module.bias is not None, isinstance(module, Conv1D))

@@ -23,7 +23,9 @@ _A_THIRD, _A_HALF = 1.35, 1.5
 _NO_BFLOAT16 = torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama-bf16", "phi-lm", "gemma2-lm-bf16", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["bert", "gpt2", "llama-bf16", "phi-lm", "llama-lm-lora", "gemma2-lm-bf16", "mixtral"]
+)
 def test_planned_is_enough_and_not_much_more(family: str, tmp_path: Path) -> None:
     if family == "gemma2-lm-bf16" and _NO_BFLOAT16:
         pytest.skip("a head in bfloat16 takes minutes on this processor")

@@ -157,13 +157,26 @@ def test_packing_loses_no_more_than_one_token_and_pads_nothing(lengths: list[int
     assert len(targets_of(chunks, 0)) == chunks.lengths[0] - 1
 
 
+LORA = {"adapter": {"kind": "lora", "rank": 4}}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "chain"),
+    [
+        *((form, {}) for form in FORMS),
+        ("text", LORA | {"look_ahead": "exact"}),
+        ("text", LORA | {"look_ahead": "exact", "direction": "down", "start": 1}),
+        ("text", LORA | {"look_ahead": "none", "window": 2}),
+    ],
+    ids=str,
+)
 def test_the_saved_model_has_the_perplexity_that_the_job_tells(
-    form: str, causal: dict[str, Any], tmp_path: Path
+    form: str, chain: dict[str, Any], causal: dict[str, Any], tmp_path: Path
 ) -> None:
     """Every form of rows, through the whole chain; judged by plain Hugging Face code, example by example."""
     causal["data"] |= FORMS[form]
+    causal["chain"] |= chain
     job = a_job(causal, tmp_path)
     coordinator, rounds = trained(job, tmp_path)
     job_finished = coordinator.finish()

@@ -91,3 +91,24 @@ def test_the_last_window_is_at_an_end_of_the_chain() -> None:
         ordered = windows if direction == "up" else windows[::-1]
         assert (ordered[0].bottom, ordered[-1].top) == (3, 29)
         assert all(below.bottom < above.bottom <= below.bottom + 5 for below, above in pairwise(ordered))
+
+
+@pytest.mark.parametrize(
+    ("task", "chain", "expected"),
+    [
+        ("sequence-classification", {"kind": "lora"}, "chain.adapter.kind is 'lora'; expected 'bottleneck', unless"),
+        ("causal-lm", {"kind": "lora", "bottleneck": 8}, "chain.adapter.bottleneck is 8; expected no value"),
+        ("causal-lm", {"rank": 4}, "chain.adapter.rank is 4; expected no value"),
+        ("causal-lm", {"kind": "lora", "targets": []}, "chain.adapter.targets is"),
+        ("causal-lm", {"kind": "lora"}, "chain.look_ahead is 'adapters'; expected 'exact' or 'none'"),
+    ],
+)
+def test_keys_of_an_adapter_that_do_not_fit(
+    task: str, chain: dict[str, Any], expected: str, document: dict[str, Any]
+) -> None:
+    document["model"]["task"] = task
+    del document["chain"]["head"]
+    document["chain"] |= {"adapter": chain, "look_ahead": "adapters"}
+    with pytest.raises(InvalidJob) as caught:
+        parse_job(document)
+    assert expected in str(caught.value)

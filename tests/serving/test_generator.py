@@ -1,5 +1,6 @@
 """Promises of a served language model: its text is that of the streamed chain, ends where it is to, and is nobody else's."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from chainfed_ray.serving.generator import Generator
 from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import Piece, Sampling
 from chainfed_ray.serving.row_cache import RowCache
-from tests.causal import FAMILIES, a_causal_stack, byte_tokenizer, causal_folder, streamed_logits, written
+from tests.causal import FAMILIES, a_causal_stack, a_lora_stack, byte_tokenizer, causal_folder, streamed_logits, written
 
 BYTES = byte_tokenizer(chat=False)
 GREEDY = Sampling(max_tokens=12, temperature=0)
@@ -45,9 +46,12 @@ def generator(llama: Path) -> Generator:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_text_is_that_of_the_streamed_chain(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stack", [a_causal_stack, a_lora_stack])
+def test_greedy_text_is_that_of_the_streamed_chain(
+    stack: Callable[[Path], SavedStack], family: str, tmp_path: Path
+) -> None:
     folder = causal_folder(family, tmp_path / "base")
-    saved = a_causal_stack(folder)
+    saved = stack(folder)
     generator = Generator(f"path:{folder}", torch.float32)
     for prompt in (PROMPT, "salt", "0123456789"):
         tokens = likeliest(folder, saved, prompt, count=12)
@@ -143,19 +147,19 @@ def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, prompt: str, st
 
 def test_texts_that_are_written_together_are_what_they_are_alone(llama: Path) -> None:
     """Whenever they join, however long they are, and whatever stack they have; also those of the base model alone."""
-    stacks = [a_causal_stack(llama, seed=0), a_causal_stack(llama, layers=(1,), seed=1), None]
+    stacks = [a_causal_stack(llama, seed=0), a_causal_stack(llama, layers=(1,), seed=1), a_lora_stack(llama), None]
     generator, alone = Generator(f"path:{llama}", torch.float32, most_rows=3), Generator(f"path:{llama}", torch.float32)
     prompts = ["salt " * length for length in (1, 9, 3, 1, 5, 2, 4)]
     samplings = [Sampling(most, temperature=most % 2, seed=most) for most in (3, 12, 5, 20, 1, 9, 2)]
     told: list[list[Piece | Exception]] = [[] for _ in prompts]
     for place, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-        generator.begin(stacks[place % 3], prompt, sampling, told[place].append)
+        generator.begin(stacks[place % 4], prompt, sampling, told[place].append)
         generator.step()
     while generator.step():
         pass
     for place, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
         expected = list[Piece]()
-        alone.write(stacks[place % 3], prompt, sampling, expected.append)
+        alone.write(stacks[place % 4], prompt, sampling, expected.append)
         assert told[place] == expected
 
 

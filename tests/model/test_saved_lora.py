@@ -1,0 +1,109 @@
+"""Promise: a finished stack of LoRAs is a plain LoRA, which PEFT loads and merges without this project."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from chainfed_ray.errors import CorruptCommit
+from chainfed_ray.export.handover import hand_over
+from chainfed_ray.model.saved_stack import load_stack, save_stack
+from tests.causal import a_lora_stack, causal_folder, streamed_logits
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT asks for it
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),  # and sets it
+]
+IDS = torch.arange(3, 23).reshape(2, 10)
+MASK = torch.ones_like(IDS)
+PLAIN = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base, folder, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+ids = torch.arange(3, 23).reshape(2, 10)
+with torch.no_grad():
+    logits = model(input_ids=ids).logits
+    merged = model.merge_and_unload()(input_ids=ids).logits
+assert not [name for name in sys.modules if name.startswith("chainfed")]
+torch.save((logits, merged), out)
+"""
+
+
+@pytest.fixture(params=["llama", "gpt2", "qwen2"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return causal_folder(request.param, tmp_path / "base")
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=str)
+def test_peft_gives_the_same_logits_without_this_project(base: Path, layers: tuple[int, ...], tmp_path: Path) -> None:
+    saved = a_lora_stack(base, layers)
+    save_stack(saved, tmp_path / "model")
+    command = [sys.executable, "-c", PLAIN, str(base), str(tmp_path / "model"), str(tmp_path / "logits")]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=120)
+    logits, merged = torch.load(tmp_path / "logits")
+    expected = streamed_logits(base, saved.stack, IDS, MASK)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+    bare = AutoModelForCausalLM.from_pretrained(base)(input_ids=IDS).logits
+    assert (bare - expected).abs().max() > 0.01
+
+
+def test_the_names_are_those_that_other_engines_read(tmp_path: Path) -> None:
+    """What vLLM looks for: rank and modules in the configuration, and A [r, K] and B [N, r] by the module's path."""
+    base = causal_folder("llama", tmp_path / "base")
+    save_stack(a_lora_stack(base, (1,)), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["bias"]) == ("LORA", 3, 6, "none")
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert config["target_modules"] == sorted(modules)
+    tensors = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    paths = {f"self_attn.{name}" if name[0] in "qkvo" else f"mlp.{name}" for name in modules[:4]}
+    paths |= {f"mlp.{name}" for name in modules[4:]}
+    before = "base_model.model.model.layers.1"
+    assert set(tensors) == {f"{before}.{path}.lora_{part}.weight" for path in paths for part in "AB"}
+    assert tensors[f"{before}.mlp.down_proj.lora_A.weight"].shape == (3, 64)
+    assert tensors[f"{before}.mlp.down_proj.lora_B.weight"].shape == (32, 3)
+
+
+def test_what_is_saved_is_loaded(base: Path, tmp_path: Path) -> None:
+    saved = a_lora_stack(base)
+    save_stack(saved, tmp_path / "model")
+    found = load_stack(tmp_path / "model")
+    assert (found.base, found.layers_path, found.max_length) == (saved.base, saved.layers_path, saved.max_length)
+    tensors = saved.stack.tensors()
+    assert found.stack.tensors().keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.stack.tensors().items())
+
+
+@pytest.mark.parametrize("spoilt", ["chainfed.json", "adapter_model.safetensors", "layers"])
+def test_a_folder_that_is_not_whole_is_refused(spoilt: str, tmp_path: Path) -> None:
+    save_stack(a_lora_stack(causal_folder("llama", tmp_path / "base")), tmp_path / "model")
+    if spoilt == "layers":
+        config = json.loads((tmp_path / "model" / "adapter_config.json").read_text())
+        (tmp_path / "model" / "adapter_config.json").write_text(json.dumps(config | {"layers_to_transform": [0]}))
+    else:
+        (tmp_path / "model" / spoilt).unlink()
+    with pytest.raises(CorruptCommit):
+        load_stack(tmp_path / "model")
+
+
+@pytest.mark.parametrize("form", ["peft", "transformers"])
+def test_it_is_handed_over_in_plain_forms(base: Path, form: str, tmp_path: Path) -> None:
+    saved = a_lora_stack(base)
+    save_stack(saved, tmp_path / "model")
+    hand_over(tmp_path / "model", tmp_path / "out", form)
+    assert "It does not need chainfed-ray" in (tmp_path / "out" / "README.md").read_text()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out" if form == "transformers" else base)
+    if form == "peft":
+        found = PeftModel.from_pretrained(found, tmp_path / "out")
+    logits = found(input_ids=IDS).logits
+    torch.testing.assert_close(logits, streamed_logits(base, saved.stack, IDS, MASK), rtol=1e-4, atol=1e-4)
