@@ -2,7 +2,20 @@
 
 import argparse
 
-from benchmarks import accuracy, evaluation, film_reviews, first_round, hostile, idle, load, memory, plan, serving, zoo
+from benchmarks import (
+    accuracy,
+    evaluation,
+    film_reviews,
+    first_round,
+    hostile,
+    idle,
+    language,
+    load,
+    memory,
+    plan,
+    serving,
+    zoo,
+)
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures the published figures.")
 names = parser.add_subparsers(metavar="NAME", required=True)
@@ -12,6 +25,7 @@ accuracy.add_options(
         "accuracy", help="the accuracy that a fleet reaches by each method, at equal steps, compute or bytes"
     )
 )
+language.add_options(names.add_parser("language", help="the answers of a language model, by each way of training it"))
 first_round.add_options(names.add_parser("first-round", help="the seconds from a job's command to its first round"))
 idle.add_options(names.add_parser("idle", help="the memory of a client's process before any client uses it"))
 evaluation.add_options(names.add_parser("evaluation", help="the server's memory while it evaluates the whole model"))

@@ -21,6 +21,7 @@ from chainfed_ray.units import format_bytes
 
 _WINDOWS = [1, 2, 4, 8]
 _BASELINES = ("end-to-end", "checkpointed")
+_LOOKING_AHEAD = ("end-to-end-streamed", "exact")  # against the loss of the whole model, with one layer in memory
 _COMPARED = 2  # the width of window for which streamed and resident weights are compared
 _BUDGETS = {"llama2-7b-4x256": (512 * 2**20, 256 * 2**20)}
 _progress = Console(stderr=True, highlight=False)
@@ -28,7 +29,7 @@ _progress = Console(stderr=True, highlight=False)
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    methods = ("end-to-end", "checkpointed", "chain", "chain-streamed", "chain-resident", "turn")
+    methods = (*_BASELINES, *_LOOKING_AHEAD, "chain", "chain-streamed", "chain-resident", "turn", "exact-turn")
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -89,14 +90,18 @@ def _rows(shape: Shape, folder: Path, options: argparse.Namespace) -> Iterator[R
 
 
 def _cells(shape: Shape, windows: list[int]) -> Iterator[tuple[str, int, int | None]]:
-    yield from ((method, shape.sizes["num_hidden_layers"], None) for method in _BASELINES)
+    whole = shape.sizes["num_hidden_layers"]
+    yield from ((method, whole, None) for method in _BASELINES)
+    yield from ((method, width, None) for method, width in zip(_LOOKING_AHEAD, (whole, _COMPARED), strict=True))
     for window in windows:
         yield "chain", window, None
         if window == _COMPARED:
             yield "chain-streamed", window, None
             yield "chain-resident", window, None
     if _COMPARED in windows:
-        yield from (("turn", _COMPARED, budget) for budget in _BUDGETS.get(shape.name, ()))
+        budgets = _BUDGETS.get(shape.name, ())
+        yield from (("turn", _COMPARED, budget) for budget in budgets)
+        yield from (("exact-turn", 1, budget) for budget in budgets[:1])
 
 
 def _measure(shape: Shape, folder: Path, scratch: Path, method: str, window: int, budget: int | None) -> Row:

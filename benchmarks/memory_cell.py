@@ -36,11 +36,14 @@ from chainfed_ray.model.trunk import find_layers
 
 _BOTTLENECK, _CLASSES, _LAMBDA = 64, 4, 0.1
 _STEPS = 3  # steps of the timed turn; a turn of one step is subtracted from it
-# For each method of the chain: where the weights are, and what becomes of saved activations.
-_PLACEMENTS: dict[str, tuple[WeightPlacement, SavedActivations]] = {
-    "chain": ("streamed", "offloaded"),
-    "chain-streamed": ("streamed", "kept"),
-    "chain-resident": ("resident", "kept"),
+_ABOVE = 3  # layers above the window of a turn with an exact look-ahead
+# For each method of the chain: where the weights are, what becomes of saved activations, and whether it looks ahead exactly.
+_PLACEMENTS: dict[str, tuple[WeightPlacement, SavedActivations, bool]] = {
+    "chain": ("streamed", "offloaded", False),
+    "chain-streamed": ("streamed", "kept", False),
+    "chain-resident": ("resident", "kept", False),
+    "exact": ("streamed", "recomputed", True),
+    "end-to-end-streamed": ("streamed", "recomputed", True),
 }
 
 
@@ -64,9 +67,9 @@ def measure(cell: Cell) -> dict[str, Any]:
     warm_up(base)
     if cell.method in ("end-to-end", "checkpointed"):
         return _end_to_end(shape, base.folder, checkpointed=cell.method == "checkpointed")
-    if cell.method == "turn":
+    if cell.method in ("turn", "exact-turn"):
         assert cell.budget is not None
-        return _turn(shape, base, cell.window, cell.budget)
+        return _turn(shape, base, cell.window, cell.budget, exact=cell.method == "exact-turn")
     return _chain(shape, base, cell.window, *_PLACEMENTS[cell.method])
 
 
@@ -112,10 +115,10 @@ def _with_adapter(forward: Callable[..., Any], adapter: Adapter, checkpointed: b
 
 
 def _chain(
-    shape: Shape, base: ModelSource, width: int, weights: WeightPlacement, activations: SavedActivations
+    shape: Shape, base: ModelSource, width: int, weights: WeightPlacement, activations: SavedActivations, exact: bool
 ) -> dict[str, Any]:
-    """A step of the chain's lowest window, which has the most adapters above it. The prefix is already in the cache."""
-    memory, requirements, resources = _planning(shape, base, budget=2**40)
+    """A step of the chain's lowest window, which has the most above it. The prefix is already in the cache."""
+    memory, requirements, resources = _planning(shape, base, 2**40, exact)
     window = Window(0, width - 1)
     parts = footprint(memory, requirements, window, shape.batch, shape.tokens, weights, activations)
     unbounded = plan(memory, requirements, window, resources)
@@ -123,9 +126,9 @@ def _chain(
     # An unmeasured turn makes the prefix first, so the plan needs no memory for it. The method ``turn`` measures the prefix.
     made = TurnPlan(window, shape.batch, weights, activations, replace(unbounded.prefix, planned_bytes=0), parts, 0)
     client = Client("client", "client", _examples(shape), 2**40, made, 2**40)
-    _step(client, base, shape, window, epochs=1)
-    one = _step(client, base, shape, window, epochs=1)
-    many = _step(client, base, shape, window, epochs=_STEPS)
+    _step(client, base, shape, exact, epochs=1)
+    one = _step(client, base, shape, exact, epochs=1)
+    many = _step(client, base, shape, exact, epochs=_STEPS)
     return {
         "peak_bytes": many[0].peak_bytes,
         "planned_bytes": made.planned_bytes,
@@ -136,16 +139,20 @@ def _chain(
     }
 
 
-def _turn(shape: Shape, base: ModelSource, width: int, budget: int) -> dict[str, Any]:
-    """A whole turn under the cap ``budget``: the prefix of the second window, training, and the update."""
-    memory, requirements, resources = _planning(shape, base, budget)
-    window = Window(1, width)
+def _turn(shape: Shape, base: ModelSource, width: int, budget: int, exact: bool) -> dict[str, Any]:
+    """A whole turn under the cap ``budget``: the prefix, training, and the update.
+
+    The window is the second one or, with an ``exact`` look-ahead, one with a few layers above it.
+    """
+    memory, requirements, resources = _planning(shape, base, budget, exact)
+    bottom = memory.layers - _ABOVE - width if exact else 1
+    window = Window(bottom, bottom + width - 1)
     made = plan(memory, requirements, window, resources)
     if made is None:
         return {"refused": "no plan fits the budget"}
     client = Client("client", "client", _examples(shape), budget, made, min(made.planned_bytes, budget))
     started = perf_counter()
-    update, cpu = _step(client, base, shape, window, epochs=1, capped=True)
+    update, cpu = _step(client, base, shape, exact, epochs=1, capped=True)
     return {
         "peak_bytes": update.peak_bytes,
         "planned_bytes": made.planned_bytes,
@@ -164,7 +171,9 @@ def _turn(shape: Shape, base: ModelSource, width: int, budget: int) -> dict[str,
     }
 
 
-def _planning(shape: Shape, base: ModelSource, budget: int) -> tuple[MemoryProfile, TurnRequirements, ClientResources]:
+def _planning(
+    shape: Shape, base: ModelSource, budget: int, exact: bool
+) -> tuple[MemoryProfile, TurnRequirements, ClientResources]:
     """What the planner needs to know of the model, the job and a client with ``budget`` bytes of memory."""
     blocks = Blocks(base.folder, base.dtype)
     try:
@@ -172,14 +181,15 @@ def _planning(shape: Shape, base: ModelSource, budget: int) -> tuple[MemoryProfi
     finally:
         blocks.close()
     requirements = TurnRequirements(
-        start=0, batch_size=shape.batch, epochs=1, global_branch=True, trains_above=False, profiles=0
-    )
+        start=0, batch_size=shape.batch, epochs=1, global_branch=not exact, trains_above=False, profiles=0,
+        exact=exact,
+    )  # fmt: skip
     resources = ClientResources(budget, shape.tokens, cached=True, offload_disk=None, batch=shape.batch, one_step=False)
     return memory, requirements, resources
 
 
 def _step(
-    client: Client, base: ModelSource, shape: Shape, window: Window, epochs: int, capped: bool = False
+    client: Client, base: ModelSource, shape: Shape, exact: bool, epochs: int, capped: bool = False
 ) -> tuple[Update, float]:
     """A turn of one step for each of ``epochs``: its update, and the CPU seconds that it took."""
     blocks = Blocks(base.folder, base.dtype)
@@ -190,13 +200,13 @@ def _step(
         classes = None if shape.language_model else _CLASSES
         return Training(
             AdapterStack.new(range(layers), hidden, _BOTTLENECK, classes, seed=0).state_dict(),
-            window,
-            window.top,
+            client.plan.window,
+            layers - 1 if exact else client.plan.window.top,
             epochs=epochs,
             batch_size=shape.batch,
             learning_rate=1e-3,
             head_learning_rate=1e-3,
-            global_weight=_LAMBDA,
+            global_weight=0 if exact else _LAMBDA,
             global_trains="head",
             seed=0,
         )

@@ -73,6 +73,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("roberta-large-16x128", "roberta", _ROBERTA_LARGE, "float32", 16, 128, language_model=False),
+        Shape("smollm2-135m-16x64", "llama", _SMOLLM2_135M, "float32", 16, 64, language_model=True),
         Shape("llama2-7b-1x128", "llama", _LLAMA2_7B, "bfloat16", 1, 128, language_model=True),
         Shape("llama2-7b-4x256", "llama", _LLAMA2_7B, "bfloat16", 4, 256, language_model=True),
     )

@@ -317,6 +317,7 @@ def test_the_progress_of_a_job_says_how_turns_are_taken() -> None:
     assert planned.memory["phone"].model_dump() == {
         "budget": 64 * MIB, "planned": 20 * MIB, "peak": None, "window": 1, "micro_batch": 4, "weights": "streamed",
         "activations_offloaded": False,
+        "activations_recomputed": False,
     }  # fmt: skip
     assert (planned.bottom, planned.top, planned.exceeded) == (2, 3, 0)
     newest = Resource.of(job_started, two_stages(job_started)[1])
