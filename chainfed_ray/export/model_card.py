@@ -107,11 +107,12 @@ _CODE = {
     ("peft", False): """
         import chainfed_ray.serving.peft_method
         from chainfed_ray.hub import resolve, tokenizer
+        from chainfed_ray.model.source import load_whole
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         base = BASE
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(resolve(base)), FOLDER)
+        model = PeftModel.from_pretrained(load_whole(AutoModelForCausalLM, resolve(base)), FOLDER)
         words = tokenizer(base, resolve(base))
         written = model.generate(**words("Once", return_tensors="pt"), max_new_tokens=40)
         print(words.decode(written[0]))
