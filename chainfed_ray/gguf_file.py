@@ -62,7 +62,9 @@ def _convert(file: Path, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # A tied head has no matrix of its own. transformers' way of saving would load DeepSpeed.
-    own = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    tied = model.all_tied_weights_keys
+    # Those of GPT-2 are transposed in memory, which safetensors does not notice in arrays.
+    own = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     blocks = _blocks(file, model, own)
     path = folder / "model.safetensors"
     if not blocks:
@@ -112,7 +114,8 @@ def _blocks(file: Path, model: Any, own: Mapping[str, Any]) -> dict[str, tuple[s
 
 
 def _as_numpy(tensor: Any) -> Any:
-    return tensor.numpy() if hasattr(tensor, "numpy") else tensor
+    array = tensor.numpy() if hasattr(tensor, "numpy") else tensor
+    return array if array.flags["C_CONTIGUOUS"] else array.copy(order="C")
 
 
 def _stands_for(form: str, blocks: Any, values: Any) -> bool:

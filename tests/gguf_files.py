@@ -20,6 +20,7 @@ _SIZES = {
     "max_position_embeddings": 64,
 }
 _OWN_SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_ctx": 64, "n_positions": 1024},
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
     "qwen3_moe": _SIZES | {"num_experts": 4, "num_experts_per_tok": 2},
 }
@@ -60,6 +61,8 @@ def a_gguf(path: Path, form: str, family: str = "llama", ups: str | None = None,
         if "_exps" in name:
             name = f"{name.removesuffix('.weight')}.weight"
             shape[1] //= 2 if "gate_up" in parameter else 1
+        if family == "gpt2" and "blk" in name:  # its matrices are transposed
+            shape.reverse()
         if len(shape) == 1:
             writer.add_tensor(name, generator.normal(size=shape, scale=0.2).astype(np.float32))
             continue

@@ -49,6 +49,7 @@ CASES = [
     ("qwen2", "Q4_0"),
     ("qwen3_moe", "Q4_0"),
     ("bloom", "Q4_0"),
+    ("gpt2", "Q4_0"),
 ]
 
 
@@ -107,7 +108,11 @@ def test_matrices_stay_quantized_where_their_blocks_are_those_of_the_model(tmp_p
 
 
 def test_others_are_kept_as_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bloom's are put in another order in a way that needs values; gates and ups of two forms are one parameter."""
+    """GPT-2's are transposed, Bloom's moved in a way that needs values; gates and ups of two forms are one parameter."""
+    quantized, plain = kept(resolve(f"path:{a_gguf(tmp_path / 'gpt2.gguf', 'Q4_0', 'gpt2')}"))
+    assert plain == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    assert "transformer.wte.weight" in quantized
+
     quantized, plain = kept(resolve(f"path:{a_gguf(tmp_path / 'bloom.gguf', 'Q4_0', 'bloom')}"))
     assert plain == {"self_attention.query_key_value"}
     assert "mlp.dense_4h_to_h" in quantized
