@@ -15,8 +15,6 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from gguf import GGMLQuantizationType
-from gguf.quants import quantize
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -106,6 +104,9 @@ def _compared(found: Row, plain: Row) -> Row:
 
 def _write_quantized(shape: Shape, form: str, folder: Path) -> None:
     """A model of ``shape`` whose matrices are random blocks of ``form``, and whose norms are ones."""
+    from gguf import GGMLQuantizationType  # of the extra `smollm2`
+    from gguf.quants import quantize
+
     model = shape.build()
     model.config.save_pretrained(folder)
     values = torch.randn(_REPEATED // 256, 256, generator=torch.Generator().manual_seed(0)) * 0.02
