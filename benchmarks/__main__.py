@@ -13,6 +13,7 @@ from benchmarks import (
     load,
     memory,
     plan,
+    quantized,
     serving,
     zoo,
 )
@@ -30,6 +31,9 @@ first_round.add_options(names.add_parser("first-round", help="the seconds from a
 idle.add_options(names.add_parser("idle", help="the memory of a client's process before any client uses it"))
 evaluation.add_options(names.add_parser("evaluation", help="the server's memory while it evaluates the whole model"))
 plan.add_options(names.add_parser("plan", help="the CPU seconds of a dry run, and of the check of a job"))
+quantized.add_options(
+    names.add_parser("quantized", help="the bytes read from disk in a turn, with quantized weights and without")
+)
 serving.add_options(names.add_parser("serving", help="the time to classify for many stacks in one batch"))
 hostile.add_options(names.add_parser("hostile", help="hostile requests to a service, and how long others wait"))
 load.add_options(names.add_parser("load", help="a service under load: throughput, waiting times, a killed process"))

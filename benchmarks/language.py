@@ -1,8 +1,8 @@
 """``python -m benchmarks language``: the answers of a language model that a fleet has tuned, by each way of training it.
 
 A row of a data set becomes a prompt and its label the answer. An answer is exact if each of its tokens, and the end after it,
-is the likeliest. Compute is counted in passes of 16 texts through a layer, forward or backward, so that it has no noise. Each cell
-runs in a process of its own, and a run that is started again with the same file goes on where it was.
+is the likeliest. Compute is counted in passes of 16 texts through a layer, forward or backward, so that it has no noise. Each
+cell runs in a process of its own, and a run that is started again with the same file goes on where it was.
 """
 
 import argparse

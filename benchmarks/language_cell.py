@@ -101,7 +101,7 @@ def counted() -> Iterator[list[int]]:
         passes[output.requires_grad] += len(hidden) * (2 if output.requires_grad else 1)
         return output
 
-    Blocks.run = counting  # type: ignore[method-assign]
+    Blocks.run = counting  # type: ignore[method-assign, assignment]
     try:
         yield passes
     finally:

@@ -13,6 +13,7 @@ from benchmarks.cell_process import Row
 from benchmarks.random_stacks import RandomStacks
 from chainfed_ray.data.docstrings import rows
 from chainfed_ray.hub import resolve, tokenizer
+from chainfed_ray.model.source import load_whole
 from chainfed_ray.serving.generator import Generator
 from chainfed_ray.serving.messages import Piece, Sampling
 
@@ -78,7 +79,7 @@ def _one_after_another(generator: Generator, asked: list[Any]) -> tuple[list[str
 def _by_transformers(prompts: list[str], lengths: list[int]) -> tuple[list[str], float]:
     folder = resolve(_BASE)
     words = tokenizer(_BASE, folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model: Any = load_whole(AutoModelForCausalLM, folder, torch.float32)
     settings = GenerationConfig(do_sample=False, eos_token_id=model.generation_config.eos_token_id, pad_token_id=0)
     manager = model.init_continuous_batching(generation_config=settings)
     manager.start()

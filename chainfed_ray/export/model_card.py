@@ -89,7 +89,15 @@ _NEEDS = {
 
 
 def _needs(saved: SavedStack, form: str) -> str:
-    return _LORA_NEEDS[form] if saved.stack.is_lora else _NEEDS[form]
+    if not saved.stack.is_lora:
+        return _NEEDS[form]
+    finds = " Below, chainfed-ray finds the base model." if form == "peft" and _is_ours_to_find(saved) else ""
+    return _LORA_NEEDS[form] + finds
+
+
+def _is_ours_to_find(saved: SavedStack) -> bool:
+    """True if transformers alone cannot load the base model: it comes with a package, or as a GGUF file."""
+    return saved.base.startswith("builtin:") or saved.base.endswith(".gguf")
 
 
 _LORA_NEEDS = {
@@ -100,7 +108,8 @@ _LORA_NEEDS = {
 
 def _code(saved: SavedStack, form: str) -> str:
     """The code of the card. ``FOLDER`` is for the reader to set."""
-    code = _LORA_CODE[form] if saved.stack.is_lora else _CODE[form, bool(saved.classes)]
+    plain = saved.stack.is_lora and not (form == "peft" and _is_ours_to_find(saved))
+    code = _LORA_CODE[form] if plain else _CODE[form, bool(saved.classes)]
     base = saved.config()["base_model_name_or_path"] or saved.base
     code = dedent(code).lstrip().replace("BASE", repr(saved.base)).replace("PATH", base)
     return 'FOLDER = "."  # where this file is\n\n' + code
@@ -143,11 +152,12 @@ _CODE = {
     ("peft", False): """
         import chainfed_ray.serving.peft_method
         from chainfed_ray.hub import resolve, tokenizer
+        from chainfed_ray.model.source import load_whole
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         base = BASE
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(resolve(base)), FOLDER)
+        model = PeftModel.from_pretrained(load_whole(AutoModelForCausalLM, resolve(base)), FOLDER)
         words = tokenizer(base, resolve(base))
         written = model.generate(**words("Once", return_tensors="pt"), max_new_tokens=40)
         print(words.decode(written[0]))

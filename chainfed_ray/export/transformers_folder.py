@@ -10,6 +10,7 @@ from chainfed_ray.export.whole_model import WholeClassifier, WholeConfig, WholeL
 from chainfed_ray.hub import configuration, resolve, tokenizer
 from chainfed_ray.model.adapters import LORA_SCALE
 from chainfed_ray.model.saved_stack import SavedStack
+from chainfed_ray.model.source import load_whole
 
 
 def write_transformers(saved: SavedStack, folder: Path) -> None:
@@ -40,7 +41,7 @@ def whole_model(saved: SavedStack, dtype: str) -> WholeClassifier | WholeLanguag
     folder = resolve(saved.base)
     configuration(folder)  # refuses a quantized model, in words
     kind, whole = (AutoModel, WholeClassifier) if saved.classes else (AutoModelForCausalLM, WholeLanguageModel)
-    base = kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    base = load_whole(kind, folder, dtype)
     base.config._name_or_path = ""  # a path of this machine
     made: Any = whole(WholeConfig.of(saved, base.config), base)
     made.stack.load_state_dict(saved.stack.tensors())
@@ -59,7 +60,7 @@ def merged_model(saved: SavedStack, dtype: str) -> PreTrainedModel:
     """
     folder = resolve(saved.base)
     configuration(folder)  # refuses a quantized model, in words
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model: Any = load_whole(AutoModelForCausalLM, folder, dtype)
     model.config._name_or_path = ""  # a path of this machine
     for layer in saved.stack.layers:
         lora = saved.stack.lora(layer)

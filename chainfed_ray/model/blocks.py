@@ -18,6 +18,7 @@ from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.logit_form import LogitForm, form_of
 from chainfed_ray.model.trunk import TOKENS_FIRST, LayerCall, Trunk, on_meta
 from chainfed_ray.streaming.checkpoint import Checkpoint
+from chainfed_ray.streaming.dequantize import dequantizing_bytes
 from chainfed_ray.streaming.experts import expert_matrices, stream_experts
 from chainfed_ray.streaming.matrices import SLICE_BYTES, RowSlices, SliceReader, is_linear, stream_matrices
 from chainfed_ray.streaming.numbers import check_numbers
@@ -219,10 +220,20 @@ class Blocks:
 
     @property
     def conversion_bytes(self) -> int:
-        """The bytes of the largest stored parameter of a layer that has to be converted to be used; 0 if there is none."""
+        """The most bytes that are held beside a parameter of a layer while it is read; 0 if none has to be converted."""
         names = [name for index in range(self.num_layers) for name in self._sources(index).values()]
-        converted = (name for name in names if self._checkpoint.dtype(name) != self.dtype)
-        return max(map(self._checkpoint.stored_bytes, converted), default=0)
+        return max((self._checkpoint.conversion_bytes(name, self.dtype) for name in names), default=0)
+
+    @property
+    def dequantizing_bytes(self) -> int:
+        """The bytes that are held beside the slices of streamed matrices; 0 if none is quantized."""
+        forms = set(map(self._checkpoint.form, self._checkpoint.names))
+        return max((dequantizing_bytes(form) for form in forms if form), default=0)
+
+    @property
+    def bytes_read(self) -> int:
+        """The bytes of weights that were read from the checkpoint so far."""
+        return self._checkpoint.bytes_read
 
     def close(self) -> None:
         """Close the checkpoint."""

@@ -57,7 +57,8 @@ def memory_profile_of(
         layer=blocks.layer_bytes,
         unstreamed=blocks.unstreamed_bytes,
         # oneDNN packs a slice of bfloat16 numbers into a third buffer.
-        slices=(3 if blocks.dtype == torch.bfloat16 else 2) * max(SLICE_BYTES, blocks.longest_row_bytes),
+        slices=(3 if blocks.dtype == torch.bfloat16 else 2) * max(SLICE_BYTES, blocks.longest_row_bytes)
+        + blocks.dequantizing_bytes,
         conversion=blocks.conversion_bytes,
         skeleton=blocks.modules * _MODULE
         + blocks.parts * _PART

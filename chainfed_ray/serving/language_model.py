@@ -17,6 +17,7 @@ from chainfed_ray.data.targets import chat_ids, prompt_ids
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.forward import adapt
+from chainfed_ray.model.source import load_whole
 from chainfed_ray.model.trunk import find_layers
 from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.messages import MOST_TOKENS, SCHEMA, Chance, Prompt, TokenChances
@@ -38,7 +39,7 @@ class LanguageModel:
     def __init__(self, base: str, dtype: torch.dtype) -> None:
         folder = resolve(base)
         self._tokenizer = tokenizer(base, folder)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        self._model: Any = load_whole(AutoModelForCausalLM, folder, dtype)
         self._model.eval().requires_grad_(False)
         config = self._model.config.get_text_config()
         self._positions: int | None = getattr(config, "max_position_embeddings", None)

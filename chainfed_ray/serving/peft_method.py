@@ -12,7 +12,7 @@ batch may name a stack for each row (``adapter_names=``), if these stacks have t
 The stack of a language model is loaded on the causal model itself. The model's own head gives the logits [B, T, V], and its
 ``generate`` writes text. ::
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), "jobs/<job>/model")
+    model = PeftModel.from_pretrained(load_whole(AutoModelForCausalLM, base_folder), "jobs/<job>/model")
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,6 +32,7 @@ from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.adapters import Adapter, Head
 from chainfed_ray.model.forward import through_whole
 from chainfed_ray.model.saved_stack import ADAPTERS, HEAD, HEADS, PEFT_TYPE
+from chainfed_ray.model.source import load_whole
 from chainfed_ray.model.trunk import TOKENS_FIRST, find_layers, text_part
 from chainfed_ray.record import VERSION
 
@@ -60,8 +61,7 @@ class SequenceClassifier(nn.Module):
     @classmethod
     def from_folder(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "SequenceClassifier":
         """The base model in ``folder``, frozen and in evaluation mode."""
-        base = AutoModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        return cls(base).eval().requires_grad_(False)
+        return cls(load_whole(AutoModel, folder, dtype)).eval().requires_grad_(False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Token ids and mask [B, T] → logits [B, C]."""

@@ -1,6 +1,7 @@
 """Reads a safetensors checkpoint by byte ranges, into memory that this process owns.
 
-Files are never memory-mapped: the pages of a mapping stay resident, and count against a client's budget.
+Files are never memory-mapped: the pages of a mapping stay resident, and count against a client's budget. A matrix that is
+quantized (``block_forms.py``) looks like one of float32 numbers, which are computed as its blocks are read.
 """
 
 import json
@@ -8,12 +9,15 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from chainfed_ray.block_forms import FORMS, from_metadata
 from chainfed_ray.errors import UnsupportedModel
+from chainfed_ray.streaming.dequantize import AT_ONCE, dequantizing_bytes, to_values
 
 _DTYPES = {
     "F64": torch.float64,
@@ -39,6 +43,7 @@ class _Entry(NamedTuple):
     ranges: tuple[_Range, ...]  # where the tensor's bytes are, in their order
     shape: tuple[int, ...]
     dtype: torch.dtype
+    form: str | None = None  # of its blocks, if it is quantized: then the dtype is that of the values
 
 
 class Checkpoint:
@@ -52,6 +57,7 @@ class Checkpoint:
         self.folder = folder
         self._entries: dict[str, _Entry] = {}
         self._files: list[int] = []
+        self._bytes_read, self._counting = 0, Lock()
         try:
             for path in _shards(folder):
                 self._open(path)
@@ -64,10 +70,15 @@ class Checkpoint:
         """The names of the tensors."""
         return frozenset(self._entries)
 
+    @property
+    def bytes_read(self) -> int:
+        """The bytes of tensors that were read so far."""
+        return self._bytes_read
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A whole tensor. Floating-point tensors are cast to ``dtype``, others keep theirs."""
         entry = self._entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        tensor = torch.empty(entry.shape, dtype=dtype if entry.form else entry.dtype)
         self._fill(tensor, entry, 0)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
@@ -80,56 +91,72 @@ class Checkpoint:
         entry = self._entries[name]
         if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < entry.shape[0]):
             raise IndexError(f"a row of {name} outside 0 … {entry.shape[0] - 1}")
-        table = torch.empty((len(indices), *entry.shape[1:]), dtype=entry.dtype)
-        stride = table[0].nbytes if len(indices) else 0
-        for row, index in zip(table, indices.tolist(), strict=True):
-            self._fill(row, entry, index * stride)
-        return table.to(dtype)
+        stored = self.stored_bytes(name) // entry.shape[0]  # of a row
+        rows = torch.empty((len(indices), stored), dtype=torch.uint8)
+        for row, index in zip(rows, indices.tolist(), strict=True):
+            self._read(row, entry, index * stored)
+        shape = (len(indices), *entry.shape[1:])
+        if entry.form is None:
+            return rows.view(entry.dtype).view(shape).to(dtype)
+        table = torch.empty(shape, dtype=dtype)
+        to_values(entry.form, rows.view(-1), table.view(-1))
+        return table
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
         return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor in the checkpoint."""
+        """The dtype of a tensor in the checkpoint; of one that is quantized, float32."""
         return self._entries[name].dtype
 
+    def form(self, name: str) -> str | None:
+        """The form of a tensor's blocks if it is quantized, such as ``Q4_0``."""
+        return self._entries[name].form
+
     def stored_bytes(self, name: str) -> int:
-        """The bytes of a tensor in the checkpoint, which it takes while it is read."""
-        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+        """The bytes of a tensor in the checkpoint's files."""
+        return sum(place.size for place in self._entries[name].ranges)
 
     def loaded_bytes(self, name: str, dtype: torch.dtype) -> int:
         """The bytes of a tensor once it is loaded as ``dtype``."""
         return math.prod(self.shape(name)) * dtype.itemsize
 
+    def conversion_bytes(self, name: str, dtype: torch.dtype) -> int:
+        """The bytes that are held beside a tensor while it is read as ``dtype``."""
+        if form := self.form(name):
+            return dequantizing_bytes(form)
+        return 0 if self.dtype(name) == dtype else self.stored_bytes(name)
+
     def row_bytes(self, name: str) -> int:
-        """The bytes of one row of a matrix in the checkpoint."""
+        """The bytes of one row of a matrix in its dtype."""
         return math.prod(self.shape(name)[1:]) * self.dtype(name).itemsize
 
     def slice(self, name: str, first: int, count: int, buffer: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows ``first`` … ``first + count - 1`` of a matrix [N, K], as [count, K] in ``dtype``.
 
-        They are read into ``buffer``, a tensor of bytes. The result is a view of it, or a copy if ``dtype`` is not the
-        checkpoint's.
+        They are read into ``buffer``, a tensor of bytes with room for them in the checkpoint's dtype, and in ``dtype``. The
+        result is a view of it; or a copy if ``dtype`` is not the checkpoint's, and the matrix not quantized.
         """
-        entry, stride = self._entries[name], self.row_bytes(name)
-        rows = buffer[: count * stride]
-        self._fill(rows, entry, first * stride)
-        return rows.view(entry.dtype).view(count, *entry.shape[1:]).to(dtype)
+        entry = self._entries[name]
+        shape, read = (count, *entry.shape[1:]), dtype if entry.form else entry.dtype
+        rows = buffer[: math.prod(shape) * read.itemsize].view(read).view(shape)
+        self._fill(rows, entry, first * math.prod(shape[1:]))
+        return rows.to(dtype)
 
     def join(self, name: str, parts: Sequence[str], shape: tuple[int, ...]) -> None:
         """Call the numbers of several tensors, one after the other, a tensor ``name`` of this ``shape``.
 
         Raises:
-            UnsupportedModel: the tensors have several dtypes, or another number of elements.
+            UnsupportedModel: the tensors have several dtypes or forms, or another number of elements.
         """
         entries = [self._entries[part] for part in parts]
         found = sum(math.prod(entry.shape) for entry in entries)
-        if len({entry.dtype for entry in entries}) > 1 or found != math.prod(shape):
+        if len({(entry.dtype, entry.form) for entry in entries}) > 1 or found != math.prod(shape):
             wanted = f"{name} has the shape {list(shape)}, and its {len(parts)} parts in the checkpoint do not fill it"
             raise UnsupportedModel(str(self.folder), wanted)
         ranges = tuple(place for entry in entries for place in entry.ranges)
-        self._entries[name] = _Entry(ranges, shape, entries[0].dtype)
+        self._entries[name] = entries[0]._replace(ranges=ranges, shape=shape)
 
     def matrix(self, name: str, index: int) -> str:
         """The name of one matrix [N, K] of a tensor [E, N, K]."""
@@ -148,7 +175,7 @@ class Checkpoint:
         if math.prod(shape) * count != math.prod(whole.shape):
             wanted = f"{name} has the shape {list(shape)}, which is not one of {count} shares of {list(whole.shape)}"
             raise UnsupportedModel(str(self.folder), wanted)
-        self._entries[name] = _Entry(tuple(_within(whole.ranges, place * size, size)), shape, whole.dtype)
+        self._entries[name] = whole._replace(ranges=tuple(_within(whole.ranges, place * size, size)), shape=shape)
 
     def close(self) -> None:
         """Close the files."""
@@ -169,7 +196,10 @@ class Checkpoint:
             header = json.loads(os.pread(file, length, 8))
         except ValueError:
             raise UnsupportedModel(str(path), "not a safetensors file: its header is not JSON") from None
-        header.pop("__metadata__", None)
+        try:
+            forms = from_metadata(header.pop("__metadata__", {}))
+        except (ValueError, KeyError) as error:
+            raise UnsupportedModel(str(path), str(error)) from None
         for name, item in header.items():
             start, end = item["data_offsets"]
             if item["dtype"] not in _DTYPES:
@@ -177,11 +207,28 @@ class Checkpoint:
             if 8 + length + end > size:
                 raise UnsupportedModel(str(path), f"truncated: {name} ends beyond the file")
             place = _Range(file, 8 + length + start, end - start)
-            self._entries[name] = _Entry((place,), tuple(item["shape"]), _DTYPES[item["dtype"]])
+            entry = _Entry((place,), tuple(item["shape"]), _DTYPES[item["dtype"]])
+            if name in forms:
+                block, (*above, bytes_of_row) = FORMS[forms[name]], entry.shape
+                shape = (*above, bytes_of_row // block.bytes * block.values)
+                entry = _Entry((place,), shape, torch.float32, forms[name])
+            self._entries[name] = entry
 
-    def _fill(self, tensor: Tensor, entry: _Entry, start: int) -> None:
-        """Read the bytes of ``tensor`` from the byte ``start`` of an entry on."""
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
+    def _fill(self, tensor: Tensor, entry: _Entry, first: int) -> None:
+        """Read the elements of ``tensor`` from the element ``first`` of an entry on."""
+        if entry.form is None:
+            self._read(tensor.view(-1).view(torch.uint8), entry, first * tensor.itemsize)
+            return
+        block = FORMS[entry.form]
+        for values in tensor.view(-1).split(AT_ONCE):
+            blocks = torch.empty(len(values) // block.values * block.bytes, dtype=torch.uint8)
+            self._read(blocks, entry, first // block.values * block.bytes)
+            to_values(entry.form, blocks, values)
+            first += len(values)
+
+    def _read(self, room: Tensor, entry: _Entry, start: int) -> None:
+        """Read bytes into ``room`` from the byte ``start`` of an entry on."""
+        view = memoryview(room.numpy().data) if room.numel() else memoryview(b"")
         for file, first, size in _within(entry.ranges, start, len(view)):
             self._read_into(view[:size], file, first)
             view = view[size:]
@@ -193,6 +240,8 @@ class Checkpoint:
             if count == 0:
                 raise UnsupportedModel(str(self.folder), "the checkpoint got shorter while it was being read")
             done += count
+        with self._counting:
+            self._bytes_read += done
 
 
 def _within(ranges: tuple[_Range, ...], start: int, size: int) -> Iterator[_Range]:

@@ -45,8 +45,8 @@ class RowSlices(Protocol):
 class SliceReader:
     """Reads slices of a checkpoint's matrices in ``dtype``, each of at most ``slice_bytes``, or of one row if a row is larger.
 
-    If the checkpoint has another dtype, ``slice_bytes`` include the slice in both dtypes. Only one matrix can be read at a
-    time.
+    If the checkpoint has another dtype, ``slice_bytes`` include the slice in both dtypes. A quantized matrix has the slices of
+    its float32 values, so that a sum over slices has the same bits. Only one matrix can be read at a time.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, slice_bytes: int = SLICE_BYTES) -> None:
@@ -108,8 +108,8 @@ class SliceReader:
     def _load(self, piece: _Piece, buffer: int) -> Tensor:
         used, stored = (piece.rows * size for size in self._row_bytes(piece.name))
         room, stored_dtype = self._room(buffer, used + stored), self._checkpoint.dtype(piece.name)
-        if not stored:
-            return self._checkpoint.slice(piece.name, piece.first, piece.rows, room, stored_dtype)
+        if not stored or self._checkpoint.form(piece.name):
+            return self._checkpoint.slice(piece.name, piece.first, piece.rows, room, self._dtype)
         # The wider dtype comes first in the buffer, so that the narrower one is aligned.
         rows, source = (room[:used], room[used:]) if used > stored else (room[stored:], room[:stored])
         whole = self._checkpoint.slice(piece.name, piece.first, piece.rows, source, stored_dtype)
