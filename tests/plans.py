@@ -74,6 +74,7 @@ def all_costs(draw: st.DrawFn) -> MemoryProfile:
         head=draw(few(10**4)),
         head_layers=draw(st.integers(1, LAYERS)),
         streamed_head=draw(st.booleans()),
+        inside=draw(st.booleans()),
         kept=kept,
         activations_offloaded=StepMemory(*map(on_disk, (kept.adapter, kept.layer, kept.head, kept.emulator))),
         advance=replace(kept.layer, saved=NOTHING, backward=()),

@@ -206,6 +206,7 @@ COSTS = MemoryProfile(
     head=80,
     head_layers=1,
     streamed_head=False,
+    inside=False,
     kept=StepMemory(*[demand(0, 0, 0, 0, 0)] * 4),
     activations_offloaded=StepMemory(*[demand(0, 0, 0, 0, 0)] * 4),
     advance=demand(0, 0, 0, 0, 0),
