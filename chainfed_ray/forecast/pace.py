@@ -33,6 +33,7 @@ _ENOUGH_SECONDS = 0.4  # CPU time after which a measurement is long enough: cloc
 _LONG_SECONDS = 2.0  # CPU time from which a first measurement is not repeated
 _FEWEST_TOKENS = 2  # tokens of the first measurement: a single one would have no next token to predict
 _MORE = 4  # the factor by which the tokens grow from one measurement to the next
+_MANY_MORE = 16  # the factor after a measurement that was long enough, but did not tell what a token takes
 _DRAWN = 64  # batches drawn to find one of usual size
 
 
@@ -167,16 +168,26 @@ def seconds_of(batch: Examples, timed: _Timed) -> float:
     """The seconds that the work ``timed`` takes for ``batch``, extrapolated if a part of the batch takes long enough."""
     whole = tokens_of(batch)
     tokens = min(_FEWEST_TOKENS, whole)
-    shorter, part, taken = (0, 0.0), part_of(batch, tokens), timed(part_of(batch, tokens))
+    part, taken = part_of(batch, tokens), timed(part_of(batch, tokens))
     if taken.cpu_seconds < _LONG_SECONDS:  # repeated, because the first call also loads code and tables
         taken = timed(part)
-    while tokens_of(part) < whole and taken.cpu_seconds < _ENOUGH_SECONDS:
-        shorter = tokens_of(part), taken.seconds
-        tokens = min(tokens * _MORE, whole)
+    fewer, before = 0, Taken(0.0, 0.0)
+    while tokens_of(part) < whole and not _tells(taken, before, fewer):
+        fewer, before = tokens_of(part), taken
+        tokens = min(tokens * (_MANY_MORE if taken.cpu_seconds > _ENOUGH_SECONDS else _MORE), whole)
         part = part_of(batch, tokens)
         taken = timed(part)
-    slope = max(taken.seconds - shorter[1], 0) / (tokens_of(part) - shorter[0])
+    slope = max(taken.seconds - before.seconds, 0) / (tokens_of(part) - fewer)
     return taken.seconds + (whole - tokens_of(part)) * slope
+
+
+def _tells(taken: Taken, before: Taken, fewer: int) -> bool:
+    """True if a measurement tells how long a token takes: it is long, and much longer than that ``before`` on ``fewer`` tokens.
+
+    Otherwise most of it may be what a step takes for any number of tokens, such as reading the weights.
+    """
+    much_longer = fewer > 0 and taken.cpu_seconds >= max(_ENOUGH_SECONDS, 2 * before.cpu_seconds)
+    return much_longer or taken.cpu_seconds >= _LONG_SECONDS
 
 
 def part_of(batch: Examples, tokens: int) -> Examples:

@@ -33,9 +33,21 @@ def test_what_grows_with_its_tokens_is_told_exactly(cpu: float) -> None:
 
 
 def test_the_first_time_is_not_counted_unless_it_is_long() -> None:
-    taken = iter([Taken(9.0, 1.0), Taken(2.0, 1.0)])
+    taken = iter([Taken(9.0, 1.0), Taken(2.0, 2.0)])
     assert seconds_of(a_batch(8), lambda _: next(taken)) == pytest.approx(8.0)
     assert seconds_of(a_batch(8), lambda _: Taken(5.0, 5.0)) == pytest.approx(20.0)
+
+
+def test_what_a_step_takes_anyway_is_not_taken_for_its_tokens() -> None:
+    """Where weights are read in each step, a measurement on a few tokens is long whatever a token takes."""
+    asked = list[int]()
+
+    def work(part: Examples) -> Taken:
+        asked.append(tokens_of(part))
+        return Taken(*[0.5 + 0.001 * tokens_of(part)] * 2)
+
+    assert seconds_of(a_batch(*[24] * 16), work) == pytest.approx(0.5 + 0.001 * 16 * 24)
+    assert max(asked) == 16 * 24
 
 
 def test_a_part_is_of_the_longest_examples_and_goes_over_all_of_one() -> None:
