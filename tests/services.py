@@ -13,7 +13,7 @@ import pytest
 from chainfed_ray.api.command.client import ServiceClient
 from chainfed_ray.api.command.local_service import free_port
 from tests.project import COMMAND, ROOT
-from tests.watching import processes_below
+from tests.watching import command_of, processes_below
 
 DEADLINE = 120.0
 
@@ -73,3 +73,14 @@ class Running:
         assert "Traceback" not in done.stderr
         answer: dict[str, Any] = json.loads(done.stdout)
         return done.returncode, answer
+
+
+def listening(running: Running) -> set[int]:
+    """The ports of a service. All are on loopback, but one of each replica, for which Ray Serve has no setting."""
+    found = set()
+    for process in [psutil.Process(running.process.pid), *running.processes("")]:
+        addresses = [one.laddr for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+        others = [address for address in addresses if address.ip.removeprefix("::ffff:") != "127.0.0.1"]
+        assert len(others) <= ("ServeReplica" in command_of(process)), command_of(process)
+        found |= {address.port for address in addresses}
+    return found

@@ -128,7 +128,8 @@ def plainly(folder: Path, window: Window) -> tuple[Tensors, float]:
     return {name: parameter.detach() for name, parameter in trained.items()}, sum(losses) / EPOCHS
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("window", WINDOWS[:2], ids=str)
 def test_a_turn_has_the_gradient_of_the_whole_model(folder: Path, window: Window, tmp_path: Path) -> None:
     """Whether weights are resident or streamed, and whatever becomes of saved activations. Two of these ways change no bit."""
     expected, loss = plainly(folder, window)

@@ -23,7 +23,7 @@ from rich.table import Table
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, assert_same, run
-from tests.services import Running
+from tests.services import Running, listening
 from tests.watching import wait_for
 
 SEED, KILLS = int(os.environ.get("CHAINFED_FAULTS_SEED", "0")), int(os.environ.get("CHAINFED_FAULTS", "24"))
@@ -122,6 +122,26 @@ def test_whatever_is_killed_nobody_has_to_help(service: Running, document: dict[
         if not lost:
             assert_same(load_stack(folder / "model").stack.tensors(), expected)
     show(waits, len(hurt))
+
+
+def test_serve_itself_killed_and_started_again(service: Running, document: dict[str, Any], tmp_path: Path) -> None:
+    """It is a second service on this machine: where two listen on one port, either is given the other's requests."""
+    document["rounds"] |= {"total": 8}
+    with Running(tmp_path / "storage") as first:
+        ports = [listening(running) for running in (service, first)]
+        assert all(ports), "each listens somewhere"
+        assert not ports[0] & ports[1]
+        job = first.client.submit(document)["id"]
+        events = first.client.follow(job)
+        assert next(event for event in events if event["kind"] == "round")
+        orphans = psutil.Process(first.process.pid).children(recursive=True)
+        first.process.kill()
+        first.close()
+        wait_for(lambda: not [process for process in orphans if process.is_running()], "end of what it had started")
+    assert len(CommitLog(tmp_path / "storage" / "jobs" / job).rounds()) < 8
+    with Running(tmp_path / "storage", first.port) as second:  # where the first one was
+        kinds = [event["kind"] for event in second.client.follow(job)]
+        assert kinds == ["queued", "running", "started", *["round"] * 8, "finished", "succeeded"]
 
 
 def wait_for_rounds(service: Running, document: dict[str, Any], rounds: int) -> str:

@@ -43,9 +43,9 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return causal_folder(request.param, tmp_path / "base")
 
 
-@pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=str)
-def test_peft_gives_the_same_logits_without_this_project(base: Path, layers: tuple[int, ...], tmp_path: Path) -> None:
-    saved = a_lora_stack(base, layers)
+@pytest.mark.slow
+def test_peft_gives_the_same_logits_without_this_project(base: Path, tmp_path: Path) -> None:
+    saved = a_lora_stack(base, (1,))
     save_stack(saved, tmp_path / "model")
     command = [sys.executable, "-c", PLAIN, str(base), str(tmp_path / "model"), str(tmp_path / "logits")]
     subprocess.run(command, check=True, cwd=tmp_path, timeout=120)

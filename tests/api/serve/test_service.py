@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import torch
 import yaml
@@ -24,15 +23,14 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.api.command.following import follow
 from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound, ModelNotFound
 from chainfed_ray.model.saved_stack import load_stack
-from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.serving.generator import Generator
 from chainfed_ray.serving.messages import Piece, Sampling
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, assert_same, run
 from tests.causal import causal_folder
 from tests.project import COMMAND
-from tests.services import Running
-from tests.watching import command_of, wait_for
+from tests.services import Running, listening
+from tests.watching import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -154,26 +152,6 @@ def test_cancelling_ends_the_processes(service: Running, document: dict[str, Any
     wait_for(lambda: not service.processes("ClientActor"), "end of the clients")
 
 
-def test_the_whole_service_killed_and_started_again(service: Running, document: dict[str, Any], tmp_path: Path) -> None:
-    """It is a second service on this machine: where two listen on one port, either is given the other's requests."""
-    document["rounds"] |= {"total": 8}
-    with Running(tmp_path / "storage") as first:
-        ports = [_listening(running) for running in (service, first)]
-        assert all(ports), "each listens somewhere"
-        assert not ports[0] & ports[1]
-        job = first.client.submit(document)["id"]
-        events = first.client.follow(job)
-        assert next(event for event in events if event["kind"] == "round")
-        orphans = psutil.Process(first.process.pid).children(recursive=True)
-        first.process.kill()
-        first.close()
-        wait_for(lambda: not [process for process in orphans if process.is_running()], "end of what it had started")
-    assert len(CommitLog(tmp_path / "storage" / "jobs" / job).rounds()) < 8
-    with Running(tmp_path / "storage", first.port) as second:  # where the first one was
-        kinds = [event["kind"] for event in second.client.follow(job)]
-        assert kinds == ["queued", "running", "started", *["round"] * 8, "finished", "succeeded"]
-
-
 def test_the_client_raises_what_the_service_means(service: Running, document: dict[str, Any]) -> None:
     parts = ("database", "storage", "controller", "inference")
     assert service.client.ready()["checks"] == dict.fromkeys(parts, "ok")
@@ -193,15 +171,8 @@ def test_the_client_raises_what_the_service_means(service: Running, document: di
     assert httpx.get(f"{service.address}/healthz").headers["x-request-id"]
 
 
-def _listening(running: Running) -> set[int]:
-    """The ports of a service. All are on loopback, but one of each replica, for which Ray Serve has no setting."""
-    found = set()
-    for process in [psutil.Process(running.process.pid), *running.processes("")]:
-        addresses = [one.laddr for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-        others = [address for address in addresses if address.ip.removeprefix("::ffff:") != "127.0.0.1"]
-        assert len(others) <= ("ServeReplica" in command_of(process)), command_of(process)
-        found |= {address.port for address in addresses}
-    return found
+def test_nothing_listens_beyond_the_machine(service: Running) -> None:
+    assert listening(service)
 
 
 def test_two_services_do_not_share_a_storage(service: Running, storage: Path) -> None:
