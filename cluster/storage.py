@@ -170,7 +170,8 @@ def _round_of(stack: Path) -> int | None:
     """The round of the stack in a folder; None if there is no stack, or none that can be read."""
     for folder in (stack, stack.with_name(f"{stack.name}.before")):  # the latter while a new one takes its place
         with suppress(OSError, ValueError):
-            found = json.loads((folder / "adapter_config.json").read_bytes()).get("round")
+            own = folder / "chainfed.json"  # beside a LoRA, whose configuration is PEFT's
+            found = json.loads((own if own.exists() else folder / "adapter_config.json").read_bytes()).get("round")
             return found if isinstance(found, int) else None
     return None
 

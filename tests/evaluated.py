@@ -40,14 +40,16 @@ def main(folder: Path, family: str) -> None:
     kind = AutoModelForCausalLM if causal else AutoModel
     kind.from_config(AutoConfig.for_model(family, pad_token_id=0, **_SIZES)).save_pretrained(folder / "model")
     blocks = Blocks(folder / "model", torch.float32)
-    memory = memory_profile_of(blocks, bottleneck=64, classes=None if causal else 8)
+    # The language model's adapters are LoRAs, which need the window's bottom layer as well.
+    lora = {layer: blocks.linear_modules(layer) for layer in range(1, 4)} if causal else None
+    memory = memory_profile_of(blocks, bottleneck=64, classes=None if causal else 8, lora=lora)
     blocks.close()
     generator = np.random.default_rng(0)
     examples = Examples(
         generator.integers(3, 1000, 16 * 64).astype(np.int32), np.arange(17) * 64, generator.integers(0, 8, 16)
     )
     examples = replace(examples, targets=examples.every_token)
-    stack = AdapterStack.new(range(1, 4), 1024, 64, None if causal else 8, seed=0)
+    stack = AdapterStack.new_lora(lora, 64, seed=0) if lora else AdapterStack.new(range(1, 4), 1024, 64, 8, seed=0)
     with torch.no_grad():
         for parameter in stack.parameters():  # new adapters are the identity
             parameter.add_(torch.randn(parameter.shape) * 0.02)

@@ -87,7 +87,8 @@ def _stages(spec: JobSpec, rounds: Sequence[Round]) -> Table:
     """The held-out scores at the end of each stage: of the early exit at the window's top, and of the whole model."""
     table = Table(box=None, header_style="bold", pad_edge=False, caption_justify="left", caption_style="dim")
     score = "perplexity" if is_causal(spec) else "accuracy"
-    table.caption = f"held-out {score}: cut at the window's top (early exit), and whole model"
+    exit_words = "the model's end" if spec.chain.look_ahead == "exact" else "cut at the window's top (early exit)"
+    table.caption = f"held-out {score}: {exit_words}, and whole model"
     for name in ("stage", "layers", "rounds", "cut", "whole"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why it ended", overflow="fold")

@@ -24,6 +24,7 @@ def evaluation_bytes(memory: MemoryProfile, adapters: int, window: int, tokens: 
     and its batch.
     """
     batch = PREFIX_BATCH
+    window += memory.inside  # the bottom layer of such a window runs as well
     prefix, weights = evaluation_weights(memory.layer, memory.conversion, window)
     buffers = memory.slices if "streamed" in (prefix, weights) or memory.streamed_head else 0
     running = max(running_bytes(memory, batch, tokens), embedding_bytes(memory, batch, tokens))

@@ -56,7 +56,8 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
     )
     for name, parameter in stack.named_parameters():
         parameter.requires_grad_(name in names)
-    run = Window(stack.below(plan.window.bottom), order.exit)
+    window = Window(plan.window.bottom, order.exit)
+    run = Window(stack.below(window.bottom), order.exit)
     with ExitStack() as resources:
         matrices = resources.enter_context(matrix_reader(blocks, plan))
         activations = window_inputs(client, blocks, scratch, stack, matrices, order.window)
@@ -67,7 +68,7 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
             for layer in layers.values():
                 overwrite_activations(layer)
         offload = resources.enter_context(_offload(scratch, plan))
-        step = _Step(blocks, stack, layers, activations, matrices, offload, plan.activations, run, order)
+        step = _Step(blocks, stack, layers, activations, matrices, offload, plan.activations, window, run, order)
         loss, steps = _train(step, examples, plan.micro_batch, order)
     tensors = {name: parameter.detach() for name, parameter in stack.named_parameters() if name in names}
     if client.share:
@@ -136,6 +137,7 @@ class _Step:
     matrices: SliceReader | None
     saving: AbstractContextManager[None]
     saved: SavedActivations
+    window: Window  # the trained layers and, with an exact look-ahead, those above
     run: Window  # the layers that a step runs, and the one below them, whose output enters
     order: Training
 
@@ -152,7 +154,7 @@ class _Step:
                 batch.mask,
                 recompute=self.saved == "recomputed",
             )
-            loss = self._objective(self.stack, self.run, states, batch.mask, self._loss(batch))
+            loss = self._objective(self.stack, self.window, states, batch.mask, self._loss(batch))
             del states
         (loss / batch_size).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())

@@ -112,6 +112,7 @@ def _code(saved: SavedStack, form: str) -> str:
     code = _LORA_CODE[form] if plain else _CODE[form, bool(saved.classes)]
     base = saved.config()["base_model_name_or_path"] or saved.base
     code = dedent(code).lstrip().replace("BASE", repr(saved.base)).replace("PATH", base)
+    code = code.replace("REVISION", f', revision="{saved.revision}"' if saved.revision else "")
     return 'FOLDER = "."  # where this file is\n\n' + code
 
 
@@ -121,8 +122,8 @@ _LORA_CODE = {
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         base = "PATH"  # the base model's name on the hub, or its folder
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), FOLDER)
-        words = AutoTokenizer.from_pretrained(base)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(baseREVISION), FOLDER)
+        words = AutoTokenizer.from_pretrained(baseREVISION)
         written = model.generate(**words("Once", return_tensors="pt"), max_new_tokens=40)
         print(words.decode(written[0]))
         """,

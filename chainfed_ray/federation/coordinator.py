@@ -6,6 +6,7 @@ again continues with the same bits. To cancel a job, stop iterating.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -98,6 +99,8 @@ class Coordinator:
         if started := self._log.job_started():
             self._job.check_begun_with(started)
             self._check_rules(started)
+            # Another version of the planner may find room for wider windows.
+            self._job = replace(self._job, admission=replace(self._job.admission, width=started.window))
             self._planner = self._job.planner.starting_at(started.start_layer)
             return started
         found = self._find_start()
@@ -292,9 +295,11 @@ class Coordinator:
         )
 
         # 4. A stage that ends goes back to its best stack, if that is not the last. The stack that is kept is evaluated.
-        evaluated = exits([*(each for each in history if each.stage == upcoming.stage), record])
+        of_stage = [each for each in history if each.stage == upcoming.stage]
+        evaluated = exits([*of_stage, record], schedule.begun_with(upcoming, history))
         kept = {name: after[name] for name in trained}
-        best = _best(state.best, record, evaluated, trained, kept) if schedule.restores_best else {}
+        earlier_best = state.best if of_stage else trained
+        best = _best(earlier_best, record, evaluated, kept) if schedule.restores_best else {}
         restored = stack_to_restore(evaluated) if ended and schedule.restores_best else None
         if restored:
             stack = AdapterStack.from_tensors(after | best)
@@ -385,12 +390,9 @@ class Coordinator:
             raise QuorumLost(rounds, self._spec.quorum, reasons(newest[-1].failed_turns))
 
 
-def _best(best: Tensors, record: Round, evaluated: Sequence[Restored], before: Tensors, after: Tensors) -> Tensors:
-    """The trained tensors at the stage's best early exit: the ``best`` so far, or those ``before`` or ``after`` the round."""
+def _best(best: Tensors, record: Round, evaluated: Sequence[Restored], after: Tensors) -> Tensors:
+    """The trained tensors at the stage's best early exit: the ``best`` so far, or those ``after`` the round."""
     found = best_exit(evaluated)
     if found is None:
         return {}
-    if found.round == record.index:
-        return after
-    at_the_start = found.round is None and record.head_fit is not None
-    return before if at_the_start else best
+    return after if found.round == record.index else best

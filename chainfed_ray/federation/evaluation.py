@@ -74,13 +74,15 @@ def best_of(rounds: Sequence[Round]) -> Best | None:
     )
 
 
-def exits(rounds: Iterable[Round]) -> list[Restored]:
+def exits(rounds: Iterable[Round], begun_with: Restored | None = None) -> list[Restored]:
     """The early exits of one stage that were evaluated in its ``rounds``, in order. The stage may end with any of them.
 
-    If the stage's head was fitted, the first exit is the stack that the stage began with; its ``round`` is None. Exits without
-    a finite loss are not in the list.
+    The first exit is the stack that the stage began with, and its ``round`` is None, if the stage's head was fitted or the exit
+    with which the stage has ``begun_with`` is given. Exits without a finite loss are not in the list.
     """
     evaluated = list[tuple[int | None, float | None, float | None]]()
+    if begun_with:
+        evaluated.append((None, begun_with.loss, begun_with.accuracy))
     for record in rounds:
         if fit := record.head_fit:
             evaluated.append((None, fit.held_out_loss, fit.accuracy))
@@ -90,6 +92,13 @@ def exits(rounds: Iterable[Round]) -> list[Restored]:
         for index, loss, accuracy in evaluated
         if loss is not None and accuracy is not None
     ]
+
+
+def kept_exit(record: Round) -> Restored | None:
+    """The exit whose stack a stage has after its last round ``record``; None if it was not evaluated."""
+    if record.restored or record.held_out_loss is None or record.accuracy is None:
+        return record.restored
+    return Restored(round=record.index, loss=record.held_out_loss, accuracy=record.accuracy)
 
 
 def best_exit(evaluated: Sequence[Restored]) -> Restored | None:

@@ -96,7 +96,8 @@ class PlannedJob:
     def chain_from(self, start: int) -> Chain:
         """The job's chain, if its lowest adapter is that of layer ``start``."""
         chain = self.spec.chain
-        return Chain(self.layers, start, self.window, chain.slide, chain.direction, chain.look_ahead)
+        slide = min(chain.slide, self.window)  # no layer is skipped where no client holds the whole window
+        return Chain(self.layers, start, self.window, slide, chain.direction, chain.look_ahead)
 
     @property
     def admitted(self) -> tuple[tuple[Candidate, TurnPlan], ...]:

@@ -10,8 +10,9 @@ from statistics import fmean
 from typing import Literal, NamedTuple
 
 from chainfed_ray.chain import Chain, Window
+from chainfed_ray.federation.evaluation import kept_exit
 from chainfed_ray.model.adapters import Tensors
-from chainfed_ray.records.rounds import Round
+from chainfed_ray.records.rounds import Restored, Round
 from chainfed_ray.spec.sections import ConvergenceSpec, RoundsSpec
 
 
@@ -45,6 +46,11 @@ class StageSchedule:
     def restores_best(self) -> bool:
         """True if a stage ends with its best stack. A cyclic schedule does not: exits at different tops cannot be compared."""
         return self._rounds.restore_best and not self._cyclic
+
+    def begun_with(self, upcoming: RoundSpec, history: Sequence[Round]) -> Restored | None:
+        """The exit with which a stage begins, if it can be compared with the stage's own: they are at the same layer."""
+        before = [record for record in history if record.stage < upcoming.stage]
+        return kept_exit(before[-1]) if before and self._chain.look_ahead == "exact" else None
 
     def next(self, history: Sequence[Round]) -> RoundSpec | None:
         """The round after those of ``history``; None if the job has had all its rounds."""

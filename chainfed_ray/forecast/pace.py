@@ -72,12 +72,13 @@ def training_pace(base: ModelSource, client: Client, order: Training) -> Pace:
     plan, examples = client.plan, client.examples
     with _opened(base) as (blocks, setup), matrix_reader(blocks, plan) as matrices:
         runner = PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.weights == "streamed" else None)
-        layer, load = _layer_pace(runner, AdapterStack.from_tensors(order.tensors), examples)
+        stack = AdapterStack.from_tensors(order.tensors)
+        layer, load = _layer_pace(runner, stack, examples)
         batch = usual_batch(examples, _random_batches(len(examples), plan.micro_batch, order.seed))
         step = seconds_of(batch, lambda part: _time_step(blocks, replace(client, examples=part), order))
-    # Each timed step also loaded the window. A turn loads it once, so that time moves from the step to the turn.
-    window = (len(plan.window) - 1) * load if plan.weights == "resident" else 0.0
-    return Pace(setup + window, max(step - window, 0) / len(batch), layer, load)
+    # Each timed step also loaded the layers that it runs. A turn loads them once, so that time moves from the step to the turn.
+    loading = (order.exit - stack.below(plan.window.bottom)) * load if plan.weights == "resident" else 0.0
+    return Pace(setup + loading, max(step - loading, 0) / len(batch), layer, load)
 
 
 def evaluation_pace(base: ModelSource, rows: Examples, stack: AdapterStack, window: int) -> EvaluationPace:

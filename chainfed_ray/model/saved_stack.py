@@ -67,20 +67,33 @@ class SavedStack:
 
     def _lora_config(self) -> dict[str, Any]:
         """That of a plain LoRA. PEFT finds the layers by the name that is before their index."""
-        loras = [self.stack.lora(layer) for layer in self.stack.layers]
+        loras = {layer: self.stack.lora(layer) for layer in self.stack.layers}
+        rank = next(iter(loras.values())).rank
+        if "language_model" in self.layers_path:  # beside it are layers of pictures, with modules of the same names
+            paths = [f"{self.layers_path}.{layer}.{path}" for layer, lora in loras.items() for path in lora.paths]
+            modules: dict[str, Any] = {"target_modules": sorted(paths)}
+        else:
+            names = {path.rpartition(".")[2] for lora in loras.values() for path in lora.paths}
+            pattern = self.layers_path.rpartition(".")[2]
+            modules = {"target_modules": sorted(names), "layers_to_transform": list(loras), "layers_pattern": pattern}
         return {
             "peft_type": LORA,
             "task_type": CAUSAL_LM,
             "base_model_name_or_path": self._base_for_others(),
             "inference_mode": True,
-            "r": loras[0].rank,
-            "lora_alpha": LORA_SCALE * loras[0].rank,
+            "revision": self.revision,
+            "r": rank,
+            "lora_alpha": LORA_SCALE * rank,
             "lora_dropout": 0.0,
             "bias": "none",
-            "target_modules": sorted({path.rpartition(".")[2] for lora in loras for path in lora.paths}),
-            "layers_to_transform": list(self.stack.layers),
-            "layers_pattern": self.layers_path.rpartition(".")[2],
+            **modules,
         }
+
+    @property
+    def revision(self) -> str | None:
+        """The revision of a base model on the Hugging Face hub, if the job gave one."""
+        scheme, _, name = self.base.partition(":")
+        return (name.partition("@")[2] or None) if scheme == "hf" else None
 
     def own(self) -> dict[str, Any] | None:
         """What is beside a plain LoRA; None if ``config`` has it all."""
@@ -171,7 +184,7 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 
 def load_stack(folder: Path) -> SavedStack:
-    """Read a folder that ``save_stack`` or PEFT's ``save_pretrained`` wrote.
+    """Read a folder that ``save_stack`` wrote; or PEFT's ``save_pretrained``, if the adapters are bottlenecks.
 
     Raises:
         CorruptCommit: the folder is missing, has another version, or lacks tensors that its configuration names.
@@ -181,6 +194,8 @@ def load_stack(folder: Path) -> SavedStack:
     try:
         config = json.loads((folder / _CONFIG).read_bytes())
         plain_lora = config.get("peft_type") == LORA
+        if plain_lora and not (folder / _OWN).exists():
+            raise CorruptCommit(str(folder), f"a LoRA without the {_OWN} that chainfed-ray writes beside it")
         own = json.loads((folder / _OWN).read_bytes()) if plain_lora else config
         version = own.get("version")
         if version != VERSION:
@@ -224,10 +239,8 @@ def _lora_of(own: Mapping[str, Any], config: Mapping[str, Any], tensors: Tensors
         {f"adapters.{name.removeprefix(before)}": tensor for name, tensor in tensors.items()}
     )
     saved = SavedStack(stack, (), own["max_length"], own["base"], own["layers_path"], own.get("round"))
-    if (
-        saved.tensors().keys() != tensors.keys()
-        or saved.config()["layers_to_transform"] != config["layers_to_transform"]
-    ):
+    layers = (found.get("layers_to_transform") for found in (saved.config(), config))
+    if saved.tensors().keys() != tensors.keys() or len({str(given) for given in layers}) > 1:
         raise ValueError("its tensors are not those that its configuration names")
     return saved
 

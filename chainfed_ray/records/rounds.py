@@ -26,7 +26,7 @@ Measured = Annotated[float | None, BeforeValidator(finite)]
 
 
 class AdmittedClient(Record):
-    """A client that takes part, with the plan of its turns in the first stage."""
+    """A client that takes part, with the plan of its turns in the chain's lowest window, which needs the most memory."""
 
     client: str
     client_class: str
@@ -199,7 +199,8 @@ class Restored(Record):
 class Round(Document):
     """One federated round.
 
-    ``held_out_loss`` and ``accuracy`` are of the early exit at the window's top; ``early_exit`` is the cost of evaluating it.
+    ``held_out_loss`` and ``accuracy`` are of the early exit at the window's top or, with an exact look-ahead, at the model's
+    end; ``early_exit`` is the cost of evaluating it.
     ``evaluation`` is of the whole model. Both are None if they were not due. If the stage ended with this round, ``ended`` says
     why, and ``restored`` which earlier stack it went back to. ``head_fit`` is the head fitted as the stage began, in its first
     round. ``counted`` says whether the round met the quorum; with DP every round counts, since skipping one would reveal who

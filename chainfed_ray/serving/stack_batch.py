@@ -45,7 +45,8 @@ class RowStacks:
 
     def __init__(self, stacks: Sequence[AdapterStack | None]) -> None:
         self._stacks = stacks
-        self.layers = tuple(sorted({layer for stack in stacks if stack for layer in stack.layers}))
+        followed = (stack for stack in stacks if stack and not stack.is_lora)
+        self.layers = tuple(sorted({layer for stack in followed for layer in stack.layers}))
 
     def after(self, layer: int) -> Callable[[Tensor], Tensor] | None:
         """The rows' adapters that follow ``layer``: [B, T, D] → [B, T, D]. If all have one stack, its own."""
@@ -115,9 +116,10 @@ def _adapted(hidden: Tensor, down: Tensor, into: Tensor, up: Tensor, out: Tensor
 
 
 def _low_rank(inputs: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Rows [B, T, K] through LoRAs with the matrices [B, r, K] and [B, N, r]."""
-    inner = torch.bmm(inputs.to(first.dtype), first.transpose(1, 2))
-    return (torch.bmm(inner, second.transpose(1, 2)) * LORA_SCALE).to(inputs.dtype)
+    """Rows [B, T, K] through LoRAs with the matrices [B, r, K] and [B, N, r]. Some families hand over [B · T, K]."""
+    rows = inputs.reshape(len(first), -1, inputs.shape[-1]).to(first.dtype)
+    changes = torch.bmm(torch.bmm(rows, first.transpose(1, 2)), second.transpose(1, 2)) * LORA_SCALE
+    return changes.reshape(*inputs.shape[:-1], changes.shape[-1]).to(inputs.dtype)
 
 
 class AdapterRows:

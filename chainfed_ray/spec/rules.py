@@ -139,12 +139,14 @@ def _of_adapter(spec: JobSpec) -> Iterator[Problem]:
 
 def _of_look_ahead(chain: ChainSpec) -> Iterator[Problem]:
     """Keys that belong to another look-ahead. As above, only values other than the defaults show that the user gave them."""
-    if chain.look_ahead == "adapters" and chain.direction == "up":
-        return
-    default = ChainSpec.model_fields["global_weight"].default
-    if chain.look_ahead != "adapters" and chain.global_weight not in (0, default):
-        expected = f"no value with chain.look_ahead {chain.look_ahead}: λ weighs the loss of look_ahead adapters"
-        yield Problem("chain.global_weight", chain.global_weight, expected)
+    if chain.slide > chain.window:
+        expected = f"at most {chain.window}, chain.window: a longer slide would leave layers out"
+        yield Problem("chain.slide", chain.slide, expected)
+    defaults = {key: ChainSpec.model_fields[key].default for key in ("global_weight", "global_trains")}
+    for key, default in defaults.items() if chain.look_ahead != "adapters" else ():
+        if (value := getattr(chain, key)) not in (0, default):
+            expected = f"no value with chain.look_ahead {chain.look_ahead}: there is no global loss"
+            yield Problem(f"chain.{key}", value, expected)
     if chain.direction == "down" and chain.look_ahead != "exact":
         expected = (
             "'exact' with chain.direction down: a window below trained adapters must know what they make of its output"

@@ -207,7 +207,7 @@ class ChainSpec(Section):
         "auto",
         description="the first layer with an adapter: `auto` finds it by CKA, `best-exit` by heads fitted at each window",
     )
-    slide: int = Field(1, ge=1, description="by how many layers the window slides")
+    slide: int = Field(1, ge=1, description="by how many layers the window slides, at most `window`")
     direction: Literal["up", "down"] = Field(
         "up", description="which way the window slides; `down` begins at the model's top and needs `look_ahead: exact`"
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -15,10 +16,12 @@ from chainfed_ray.budget.footprint import Footprint, SavedActivations, WeightPla
 from chainfed_ray.budget.planner import Prefix, TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, Training
+from chainfed_ray.client.objective import LossFunction, Objective
 from chainfed_ray.client.training import train
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.model.adapters import AdapterStack, LowRank, Tensors
 from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.pooling import LayerStates
 from chainfed_ray.streaming.matrices import SLICE_BYTES
 from tests.models import tiny_causal_model
 
@@ -65,6 +68,7 @@ def a_turn(
     weights: WeightPlacement = "resident",
     activations: SavedActivations = "kept",
     cached: bool = True,
+    objective: Objective | None = None,
 ) -> tuple[Tensors, float]:
     """It takes two examples at a time."""
     buffers = Footprint(0, 2 * SLICE_BYTES, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -81,6 +85,7 @@ def a_turn(
         global_weight=0,
         global_trains="head",
         seed=0,
+        objective=objective,
     )
     blocks = Blocks(folder, torch.float32)
     try:
@@ -159,6 +164,18 @@ def test_without_a_look_ahead_the_head_is_on_the_windows_output(folder: Path, tm
     exact = a_turn(folder, tmp_path / "exact", WINDOWS[1], True)
     assert top[1] == pytest.approx(plainly(folder, WINDOWS[2])[1], rel=1e-6)
     assert below[1] != pytest.approx(exact[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("window", WINDOWS[:2], ids=str)
+def test_an_objective_of_ones_own_is_told_the_window(folder: Path, window: Window, tmp_path: Path) -> None:
+    told = set[Window]()
+
+    def objective(stack: AdapterStack, given: Window, states: LayerStates, mask: Tensor, loss: LossFunction) -> Tensor:
+        told.add(given)
+        return loss(states, head_learns=True)
+
+    a_turn(folder, tmp_path, window, True, objective=objective)
+    assert told == {Window(window.bottom, LAYERS - 1)}
 
 
 def test_a_new_lora_adds_nothing() -> None:

@@ -1,5 +1,6 @@
 """Promises of `chain.look_ahead: exact`: one loss, that of the whole model, from whichever side the window comes."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,43 @@ def test_clients_with_narrower_windows_take_part(document: dict[str, Any], tmp_p
         ({"look_ahead": "exact", "global_weight": 0.3}, "chain.global_weight is 0.3; expected no value"),
         ({"look_ahead": "none", "global_weight": 0.3}, "chain.global_weight is 0.3; expected no value"),
         ({"slide": 0}, "chain.slide is 0"),
+        ({"slide": 3}, "chain.slide is 3; expected at most 2, chain.window"),
+        ({"look_ahead": "exact", "global_trains": "upper"}, "chain.global_trains is 'upper'; expected no value"),
     ],
 )
 def test_keys_that_contradict_each_other(chain: dict[str, Any], expected: str, document: dict[str, Any]) -> None:
     document["chain"] |= chain
     with pytest.raises(InvalidJob, match=expected.replace("'", ".")):
         parse_job(document)
+
+
+def test_no_layer_is_skipped_where_the_window_is_narrowed(document: dict[str, Any], tmp_path: Path) -> None:
+    document["chain"] |= EXACT | {"window": 4, "slide": 4}
+    job = a_job(document, tmp_path)
+    narrow = replace(job, admission=replace(job.admission, width=1))
+    assert [window.bottom for window in narrow.chain_from(0).windows] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_resumed_job_keeps_its_window(document: dict[str, Any], tmp_path: Path) -> None:
+    """Also if another version of the planner finds room for a wider one."""
+    document["chain"] |= EXACT
+    job = a_job(document, tmp_path)
+    run_some(replace(job, admission=replace(job.admission, width=1)), tmp_path / "log", 1)
+    run(job, tmp_path / "log")
+    records = CommitLog(tmp_path / "log").rounds()
+    assert {record.top - record.bottom for record in records} == {0}
+    assert [record.bottom for record in records] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_no_stage_ends_worse_than_the_one_before(document: dict[str, Any], tmp_path: Path) -> None:
+    document["chain"] |= EXACT | {"start": 1, "head": "zero"}
+    document["rounds"] |= {"total": 6, "learning_rate": 0.5, "head_learning_rate": 0.5, "convergence": {"rule": "none"}}
+    run(a_job(document, tmp_path), tmp_path / "log")
+    kept = [record.kept_loss for record in CommitLog(tmp_path / "log").rounds() if record.ended]
+    assert len(kept) == 2
+    assert all(after <= before for before, after in pairwise(kept) if before is not None and after is not None)
 
 
 def test_the_last_window_is_at_an_end_of_the_chain() -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.export.handover import hand_over
 from chainfed_ray.model.saved_stack import load_stack, save_stack
@@ -107,3 +109,25 @@ def test_it_is_handed_over_in_plain_forms(base: Path, form: str, tmp_path: Path)
         found = PeftModel.from_pretrained(found, tmp_path / "out")
     logits = found(input_ids=IDS).logits
     torch.testing.assert_close(logits, streamed_logits(base, saved.stack, IDS, MASK), rtol=1e-4, atol=1e-4)
+
+
+def test_the_revision_of_a_base_model_is_part_of_it(tmp_path: Path) -> None:
+    saved = replace(a_lora_stack(causal_folder("llama", tmp_path / "base")), base="hf:org/name@abc123")
+    save_stack(saved, tmp_path / "model")
+    hand_over(tmp_path / "model", tmp_path / "out", "peft")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "abc123")
+    assert 'from_pretrained(base, revision="abc123")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_lora_of_elsewhere_is_told_from_a_broken_stack(tmp_path: Path) -> None:
+    save_stack(a_lora_stack(causal_folder("llama", tmp_path / "base")), tmp_path / "model")
+    (tmp_path / "model" / "chainfed.json").unlink()
+    with pytest.raises(CorruptCommit, match=r"a LoRA without the chainfed.json"):
+        load_stack(tmp_path / "model")
+
+
+def test_the_round_of_a_job_that_trains_is_found(tmp_path: Path) -> None:
+    saved, storage = a_lora_stack(causal_folder("llama", tmp_path / "base")), Storage.at(tmp_path / "data", None, None)
+    save_stack(replace(saved, round=5), storage.job("job") / "last")
+    assert storage.stack("job", 5) == storage.job("job") / "last"

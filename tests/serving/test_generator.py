@@ -18,6 +18,7 @@ from chainfed_ray.serving.generator import Generator
 from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import Piece, Sampling
 from chainfed_ray.serving.row_cache import RowCache
+from chainfed_ray.serving.stack_batch import adapters_of
 from tests.causal import FAMILIES, a_causal_stack, a_lora_stack, byte_tokenizer, causal_folder, streamed_logits, written
 
 BYTES = byte_tokenizer(chat=False)
@@ -143,6 +144,18 @@ def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, prompt: str, st
         # Of stop strings that begin in turn, the one that ends first is found first.
         first = min((text.find(one) + len(one), text.find(one)) for one in stop if one in text)
         assert said == text[: first[1]]
+
+
+def test_loras_are_told_apart_where_a_model_flattens_its_tokens(tmp_path: Path) -> None:
+    """The shared experts of Qwen2-MoE are given [B · T, D]."""
+    base = causal_folder("qwen2_moe", tmp_path / "base")
+    model = LanguageModel(f"path:{base}", torch.float32)
+    stacks = [a_lora_stack(base, rank=2, seed=0).stack, a_lora_stack(base, rank=3, seed=1).stack, None]
+    tokens = torch.arange(3, 15).reshape(3, 4)
+    both = model.logits(tokens, [0, 0, 0], adapters_of(stacks), model.new_cache())
+    for row, stack in enumerate(stacks):
+        alone = model.logits(tokens[row : row + 1], [0], adapters_of([stack]), model.new_cache())
+        torch.testing.assert_close(both[row : row + 1], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_texts_that_are_written_together_are_what_they_are_alone(llama: Path) -> None:
