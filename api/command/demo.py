@@ -54,7 +54,7 @@ def demo(spec: JobSpec, job_file: Path, out: Path, console: Console) -> dict[str
         clients=sum(group.count for group in spec.fleet.clients),
         least=format_bytes(min(memory)),
         most=format_bytes(max(memory)),
-        window=spec.chain.window,
+        window=spec.chain.window or 2,
     )
     told = explained(story, spec, job_file, out, console, _tell)
     console.print()

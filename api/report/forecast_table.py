@@ -33,8 +33,12 @@ def _summary(forecast: Forecast) -> Table:
     refused = ", and it is refused" if forecast.refused else ""
     table.add_row("job", Text.assemble(f"{forecast.job}: ", joins, f" clients can join{refused}"))
     table.add_row("base model", f"{forecast.base}, {forecast.layers} layers, frozen")
-    start = f"layer {forecast.start} up" if isinstance(forecast.start, int) else "layer 0; the job finds its start"
-    table.add_row("chain", f"{forecast.window} layers at a time, planned from {start}")
+    if forecast.start == "last":
+        chain = f"the last {forecast.window} layers together"
+    else:
+        start = f"layer {forecast.start} up" if isinstance(forecast.start, int) else "layer 0; the job finds its start"
+        chain = f"{forecast.window} layers at a time, planned from {start}"
+    table.add_row("chain", chain)
     table.add_row("rounds", f"{forecast.rounds} at most, {forecast.clients_per_round} clients in each")
     if forecast.stopped:
         table.add_row("", forecast.stopped)

@@ -96,10 +96,10 @@ class ProgressDisplay:
             self._say_why(job_started.failed_turns)
             self.say(f"The chain starts at layer {job_started.start_layer}, where that loss is least.")
         else:
-            given = isinstance(self._spec.chain.start, int)
+            given = isinstance(self._spec.chain.start, int) or self._spec.chain.start == "last"
             why = "as the job asks" if given else "with its only window"
             self.say(f"The chain starts at layer {job_started.start_layer}, {why}.")
-        if job_started.window < (wanted := self._spec.chain.window):
+        if job_started.window < (wanted := self._spec.window(job_started.layers)):
             self.say(f"The job asks for windows of {wanted} layers, but no client's budget holds one.")
         self.say(
             f"Its windows of {_counted(job_started.window, 'layer')} go up to layer {job_started.layers - 1}: "

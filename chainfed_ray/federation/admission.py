@@ -126,14 +126,14 @@ def admit(planner: Planner, candidates: Iterable[Candidate], width: int, listen:
     raise ValueError(f"a window of {width} adapters")
 
 
-def requirements_of(spec: JobSpec) -> TurnRequirements:
-    """What a job asks of every client's turn.
+def requirements_of(spec: JobSpec, layers: int) -> TurnRequirements:
+    """What a job asks of every client's turn, on a base model of L = ``layers``.
 
     If the start layer is not known yet, the chain is planned from the first layer, where a turn needs the most memory.
     """
     global_branch = spec.chain.stand_in_weight > 0
     return TurnRequirements(
-        start=spec.chain.start if isinstance(spec.chain.start, int) else 0,
+        start=spec.lowest_start(layers),
         batch_size=spec.rounds.batch_size,
         epochs=spec.rounds.local_steps or spec.rounds.local_epochs,
         global_branch=global_branch,

@@ -174,11 +174,11 @@ def plan_job(
 
     # 2. Trace how much memory each part of a turn holds.
     model = _traced(spec, source, examples, listen)
-    planner = Planner(model.memory, requirements_of(spec))
+    planner = Planner(model.memory, requirements_of(spec, model.memory.layers))
 
     # 3. Partition the rows among the clients, and plan which clients can take part.
     shares = _shares(spec, examples, partition)
-    admission = admit(planner, candidates(spec, examples, shares), spec.chain.window, listen)
+    admission = admit(planner, candidates(spec, examples, shares), spec.window(model.memory.layers), listen)
     return PlannedJob(
         spec=spec,
         base=source,
@@ -322,12 +322,11 @@ def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
 
 
 def _check_chain(spec: JobSpec, layers: int) -> None:
-    if spec.chain.window > layers:
-        raise InvalidJob.at("chain.window", spec.chain.window, f"at most {layers}, the model's layers")
-    if isinstance(spec.chain.start, int) and spec.chain.start > layers - spec.chain.window:
-        raise InvalidJob.at(
-            "chain.start", spec.chain.start, f"at most {layers - spec.chain.window}, where a window fits"
-        )
+    window = spec.window(layers)
+    if window > layers:
+        raise InvalidJob.at("chain.window", window, f"at most {layers}, the model's layers")
+    if isinstance(spec.chain.start, int) and spec.chain.start > layers - window:
+        raise InvalidJob.at("chain.start", spec.chain.start, f"at most {layers - window}, where a window fits")
     if spec.chain.head_layers is not None and spec.chain.head_layers > layers:
         raise InvalidJob.at("chain.head_layers", spec.chain.head_layers, f"at most {layers}, the model's layers")
 

@@ -1,9 +1,10 @@
 """Finds the start layer of a chain, the lowest layer with an adapter.
 
-``chain.start`` of the job chooses the rule. A number is the layer itself. ``auto`` is the paper's rule (FOAT): the chain starts
-at the first layer whose output differs enough from the embeddings, by CKA. ``best-exit`` is our own rule: a head in closed form
-is fitted to the untrained model at the top of each window, and the chain starts at the window whose head has the least held-out
-loss. The layers above that window do worse, so training them can gain the most.
+``chain.start`` of the job chooses the rule. A number is the layer itself, ``last`` that of the model's last window. ``auto``
+is the paper's rule (FOAT): the chain starts at the first layer whose output differs enough from the embeddings, by CKA.
+``best-exit`` is our own rule: a head in closed form is fitted to the untrained model at the top of each window, and the chain
+starts at the window whose head has the least held-out loss. The layers above that window do worse, so training them can gain
+the most.
 """
 
 import reprlib
@@ -60,6 +61,8 @@ def find_start(job: PlannedJob, pool: ClientPool, listen: Listener = no_listener
             return _by_profiles(job, pool, listen)
         case "best-exit":
             return _by_exits(job, pool, listen)
+        case "last":
+            return Start(job.layers - job.window)
         case layer:
             return Start(layer)
 

@@ -241,7 +241,9 @@ def _readmit(job: PlannedJob, spec: JobSpec) -> Admission:
     everybody = [candidate for candidate, _ in (*job.admission.admitted, *job.admission.excluded)]
     if spec.data.max_length < job.spec.data.max_length:
         everybody = [replace(one, examples=_cut(one.examples, spec.data.max_length)) for one in everybody]
-    return admit(Planner(_memory_profile(job, spec), requirements_of(spec)), everybody, spec.chain.window)
+    return admit(
+        Planner(_memory_profile(job, spec), requirements_of(spec, job.layers)), everybody, spec.window(job.layers)
+    )
 
 
 def _memory_profile(job: PlannedJob, spec: JobSpec) -> MemoryProfile:

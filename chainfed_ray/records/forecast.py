@@ -61,7 +61,7 @@ class Forecast(Document):
     job: str
     base: str
     layers: int
-    start: Literal["auto", "best-exit"] | int = Field(
+    start: Literal["auto", "best-exit", "last"] | int = Field(
         description="the chain's lowest layer; with `auto` or `best-exit` it is found when the job runs, and this forecast is "
         "planned from layer 0"
     )

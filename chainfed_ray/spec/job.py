@@ -58,6 +58,23 @@ class JobSpec(Section):
             return self.rounds.quorum
         return max((self.rounds.clients + 1) // 2, self.aggregation.fewest)
 
+    def window(self, layers: int) -> int:
+        """Q on a base model of L = ``layers``: the job's own or, by default, as many of 2, or 8 of a language model, as fit."""
+        if self.chain.window is not None:
+            return self.chain.window
+        start = self.chain.start if isinstance(self.chain.start, int) else 0
+        return max(1, min(8 if self.model.task == "causal-lm" else 2, layers - start))
+
+    def lowest_start(self, layers: int) -> int:
+        """The lowest layer where the chain may start, on a base model of L = ``layers``: 0 if it is not known yet."""
+        match self.chain.start:
+            case "last":
+                return layers - self.window(layers)
+            case int() as layer:
+                return layer
+            case _:
+                return 0
+
     @property
     def model_name(self) -> str:
         """The finished model's name, ``<base>:<name>``, where ``<base>`` is the last part of the base model's path."""

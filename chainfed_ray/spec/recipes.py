@@ -11,7 +11,7 @@ Recipe = Literal["chainfed-ray", "paper"]
 
 # ChainFed (Wu et al., 2026): a head that is trained from zero, both losses, and a chain that starts where CKA falls below 0.8.
 _PAPER: Mapping[str, Mapping[str, Any]] = {
-    "chain": {"head": "zero", "cka_threshold": 0.8, "global_weight": 0.1, "global_trains": "head"},
+    "chain": {"window": 2, "head": "zero", "cka_threshold": 0.8, "global_weight": 0.1, "global_trains": "head"},
     "rounds": {"learning_rate": 3e-3, "head_learning_rate": 0.1, "restore_best": False},
 }
 
@@ -24,6 +24,9 @@ _CAUSAL: Mapping[str, Mapping[str, Any]] = {
     "chain": {"head": "model"},
     "rounds": {"learning_rate": 1e-3, "clip_norm": 1.0},
 }
+
+# A deep model's upper layers gain the most for each pass, and a wide window of them more than several (benchmarks/LOG.md).
+_DEEP: Mapping[str, Mapping[str, Any]] = {"chain": {"start": "last"}}
 
 # A LoRA cannot stand in for its layer, so a window looks ahead through the layers themselves.
 _LORA: Mapping[str, Mapping[str, Any]] = {"chain": {"look_ahead": "exact"}}
@@ -38,6 +41,8 @@ def with_defaults_of(document: Mapping[Any, Any]) -> Mapping[Any, Any]:
         filled = _filled(filled, _LORA)
     if document.get("recipe") == "paper":
         return _filled(filled, _PAPER)
+    if causal:
+        filled = _filled(filled, _DEEP)
     chain = document.get("chain")
     from_zero = isinstance(chain, Mapping) and chain.get("head") == "zero"
     return _filled(filled, _FROM_ZERO) if from_zero else filled

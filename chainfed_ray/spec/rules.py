@@ -107,7 +107,7 @@ def _of_task(spec: JobSpec) -> Iterator[Problem]:
 def _of_start(spec: JobSpec) -> Iterator[Problem]:
     """The automatic starts need profiles or sums from the clients, which privacy, robust rules or other heads rule out."""
     start, rule, head = spec.chain.start, spec.aggregation.rule, spec.chain.head
-    if isinstance(start, int):
+    if isinstance(start, int) or start == "last":
         return
     if spec.privacy:
         expected = f"the index of a layer: privacy does not cover what clients send to find {start!r}"
@@ -139,7 +139,7 @@ def _of_adapter(spec: JobSpec) -> Iterator[Problem]:
 
 def _of_look_ahead(chain: ChainSpec) -> Iterator[Problem]:
     """Keys that belong to another look-ahead. As above, only values other than the defaults show that the user gave them."""
-    if chain.slide > chain.window:
+    if chain.window is not None and chain.slide > chain.window:
         expected = f"at most {chain.window}, chain.window: a longer slide would leave layers out"
         yield Problem("chain.slide", chain.slide, expected)
     defaults = {key: ChainSpec.model_fields[key].default for key in ("global_weight", "global_trains")}

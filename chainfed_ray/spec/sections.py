@@ -197,15 +197,19 @@ class AdapterSpec(Section):
 class ChainSpec(Section):
     """The chain and its windows (DLCT, GPO and FOAT: paper sections 3.2, 3.3 and 3.4)."""
 
-    window: int = Field(
-        2, ge=1, description="Q, the number of adjacent adapters trained together; clients with less memory train fewer"
+    window: int | None = Field(
+        None,
+        ge=1,
+        description="Q, the number of adjacent adapters trained together; clients with less memory train fewer; by default 2, "
+        "or 8 of a language model",
     )
     schedule: Literal["staged", "cyclic"] = Field(
         "staged", description="when the window slides: on convergence (`staged`), or every round (`cyclic`)"
     )
-    start: Literal["auto", "best-exit"] | Annotated[int, Field(ge=0)] = Field(
+    start: Literal["auto", "best-exit", "last"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
-        description="the first layer with an adapter: `auto` finds it by CKA, `best-exit` by heads fitted at each window",
+        description="the first layer with an adapter: `auto` finds it by CKA, `best-exit` by heads fitted at each window; "
+        "`last` is that of the model's last window, the only one that is trained then",
     )
     slide: int = Field(1, ge=1, description="by how many layers the window slides, at most `window`")
     direction: Literal["up", "down"] = Field(

@@ -26,7 +26,7 @@ def problem_of(error: Any) -> Problem:
 
 # Pydantic adds the branch of a union to an error's location. The user's document has no such key.
 _UNION_BRANCHES = frozenset(
-    {"literal['auto','best-exit']", "literal['round','stage']", "literal['never']", "constrained-int"}
+    {"literal['auto','best-exit','last']", "literal['round','stage']", "literal['never']", "constrained-int"}
 )
 
 _IN_OUR_WORDS = {
