@@ -126,7 +126,7 @@ def _document(run: Run, folder: Path) -> dict[str, Any]:
         "fleet": {"clients": [{"name": "client", "count": run.clients, "memory": "64GiB"}]},
         "chain": chain | {"look_ahead": look_ahead, "adapter": {"kind": "lora"}},
         "rounds": {
-            "total": _rounds(run, chain | {"look_ahead": look_ahead}, last_share),
+            "total": rounds_of(run, chain | {"look_ahead": look_ahead}, last_share),
             "clients": run.clients,
             "local_steps": _STEPS,
             "batch_size": _BATCH,
@@ -140,7 +140,7 @@ def _document(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
-def _rounds(run: Run, chain: dict[str, Any], last_share: float) -> int:
+def rounds_of(run: Run, chain: dict[str, Any], last_share: float) -> int:
     """As many rounds as there are passes for. A window's prefix is run once for each row; going down, from the start again."""
     windows = Chain(
         _LAYERS,

@@ -84,7 +84,7 @@ def _scheme(partition: PartitionSpec) -> str:
 
 
 def _stages(spec: JobSpec, rounds: Sequence[Round]) -> Table:
-    """The held-out scores at the end of each stage: of the early exit at the window's top, and of the whole model."""
+    """The held-out scores at the end of each stage: of the early exit, and of the whole model."""
     table = Table(box=None, header_style="bold", pad_edge=False, caption_justify="left", caption_style="dim")
     score = "perplexity" if is_causal(spec) else "accuracy"
     exit_words = "the model's end" if spec.chain.look_ahead == "exact" else "cut at the window's top (early exit)"

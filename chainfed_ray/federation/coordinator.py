@@ -269,7 +269,7 @@ class Coordinator:
             movement = movement.with_round(trained, {name: after[name] for name in trained})
         stack = AdapterStack.from_tensors(after)
 
-        # 3. The chain cut at the window's top is evaluated on held-out rows. The stage ends by its convergence rule.
+        # 3. The early exit is evaluated on held-out rows. The stage ends by its convergence rule.
         moved = movement.value() if counted else None
         score, early_exit = self._score(upcoming, stack) if counted else (None, None)
         held_out = finite(score.loss) if score else None

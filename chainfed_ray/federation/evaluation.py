@@ -1,7 +1,8 @@
-"""What the server evaluates, and when: the chain's early exit at the window's top, and the whole model.
+"""What the server evaluates, and when: the chain's early exit, and the whole model.
 
-The chain cut at the window's top is a smaller model by itself, an early exit: it is evaluated on the validation rows. The whole
-model is evaluated by an ``Evaluator``. If that fails, the record says why and the job goes on.
+The chain cut at the window's top is a smaller model by itself, an early exit: it is evaluated on the validation rows. With an
+exact look-ahead nothing is cut, and the early exit is the model's end. The whole model is evaluated by an ``Evaluator``. If that
+fails, the record says why and the job goes on.
 """
 
 from collections.abc import Iterable, Sequence

@@ -69,7 +69,7 @@ class FailedTurn(Record):
 class HeadFit(Record):
     """A head that was fitted in closed form, before a stage's first round or to find the chain's start.
 
-    ``clients`` sent sums over ``examples``. ``held_out_loss`` and ``accuracy`` are of the early exit at the window's top with
+    ``clients`` sent sums over ``examples``. ``held_out_loss`` and ``accuracy`` are of the early exit with
     this head, before the window is trained. Both are None if no client sent sums.
     """
 

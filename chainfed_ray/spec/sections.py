@@ -232,7 +232,7 @@ class ChainSpec(Section):
     head_layers: int | None = Field(
         None,
         ge=1,
-        description="how many layers' pooled features the head uses, from the window's top down; by default as many as have "
+        description="how many layers' pooled features the head uses, from the exit down; by default as many as have "
         "1,536 features together if the head is `fitted` for each stage, otherwise 1",
     )
     global_trains: Literal["window", "head", "upper"] = Field(
@@ -376,7 +376,7 @@ class EvaluationSpec(Section):
     """The server's evaluation on held-out rows."""
 
     every: Often | Literal["never"] = Field(
-        "round", description="how often the early exit at the window's top is evaluated"
+        "round", description="how often the early exit is evaluated: the chain cut at the window's top"
     )
     whole_every: Often | Literal["never"] = Field(
         "stage", description="how often the whole model with the current stack is evaluated"

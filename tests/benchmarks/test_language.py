@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.language_cell import METHODS, Run, _rounds, counted
+from benchmarks.language_cell import METHODS, Run, counted, rounds_of
 from chainfed_ray.chain import Window
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import through_window
@@ -31,6 +31,6 @@ def test_a_layer_counts_forward_and_backward(tmp_path: Path) -> None:
 def test_a_run_has_as_many_rounds_as_there_are_passes_for(method: str) -> None:
     chain, share = METHODS[method]
     run = Run("", "banking77", method, 0.002, 0, 8000, 1, 1600)
-    rounds = _rounds(run, chain | {"look_ahead": chain.get("look_ahead", "exact")}, share)
+    rounds = rounds_of(run, chain | {"look_ahead": chain.get("look_ahead", "exact")}, share)
     assert rounds == {"end-to-end": 26, "last-8": 75}.get(method, rounds)
     assert rounds > 10
