@@ -1,7 +1,7 @@
 """What the server evaluates, and when: the chain's early exit, and the whole model.
 
 The chain cut at the window's top is a smaller model by itself, an early exit: it is evaluated on the validation rows. With an
-exact look-ahead nothing is cut, and the early exit is the model's end. The whole model is evaluated by an ``Evaluator``. If that
+exact look-ahead nothing is cut, and the early exit is the model's end. The whole model is evaluated by an ``Evaluator``. If it
 fails, the record says why and the job goes on.
 """
 
