@@ -127,7 +127,7 @@ def test_whatever_is_killed_nobody_has_to_help(service: Running, document: dict[
 def test_serve_itself_killed_and_started_again(service: Running, document: dict[str, Any], tmp_path: Path) -> None:
     """It is a second service on this machine: where two listen on one port, either is given the other's requests."""
     document["rounds"] |= {"total": 8}
-    with Running(tmp_path / "storage") as first:
+    with Running(tmp_path / "other") as first:
         ports = [listening(running) for running in (service, first)]
         assert all(ports), "each listens somewhere"
         assert not ports[0] & ports[1]
@@ -138,8 +138,8 @@ def test_serve_itself_killed_and_started_again(service: Running, document: dict[
         first.process.kill()
         first.close()
         wait_for(lambda: not [process for process in orphans if process.is_running()], "end of what it had started")
-    assert len(CommitLog(tmp_path / "storage" / "jobs" / job).rounds()) < 8
-    with Running(tmp_path / "storage", first.port) as second:  # where the first one was
+    assert len(CommitLog(tmp_path / "other" / "jobs" / job).rounds()) < 8
+    with Running(tmp_path / "other", first.port) as second:  # where the first one was
         kinds = [event["kind"] for event in second.client.follow(job)]
         assert kinds == ["queued", "running", "started", *["round"] * 8, "finished", "succeeded"]
 
