@@ -32,24 +32,24 @@ from chainfed_ray.spec.parse import parse_job
 
 _LAYERS, _BATCH, _STEPS = 30, 16, 5  # of the model; texts of a step; steps of a turn
 _TEST = 400  # rows
-TASKS = {"banking77": ("Question: {}\nIntent: ", "intent"), "ag_news": ("News: {}\nTopic: ", "topic")}
+TASKS = {"banking77": "Question: {}\nIntent: ", "ag_news": "News: {}\nTopic: "}  # the prompt of a row
 
 
 def _last(width: int) -> dict[str, Any]:
     return {"window": width, "start": _LAYERS - width}
 
 
-def _down(width: int, start: int, slide: int) -> dict[str, Any]:
-    return {"window": width, "start": start, "slide": slide, "direction": "down"}
+def _several(width: int, start: int, slide: int, **chain: str) -> dict[str, Any]:
+    return {"window": width, "start": start, "slide": slide, **chain}
 
 
 METHODS: dict[str, tuple[dict[str, Any], float]] = {  # a chain, and the share of its rounds that its last stage has
     "end-to-end": (_last(_LAYERS), 1.0),
     **{f"last-{width}": (_last(width), 1.0) for width in (2, 4, 8, 15)},
-    "down-8-from-14": (_down(8, 14, 8), 0.4),
-    "down-8-by-4-from-14": (_down(8, 14, 4), 0.25),
-    "up-8-from-14": (_down(8, 14, 8) | {"direction": "up"}, 0.6),
-    "up-4-from-22-local": (_down(4, 22, 2) | {"direction": "up", "look_ahead": "none"}, 0.5),
+    "down-8-from-14": (_several(8, 14, 8, direction="down"), 0.4),
+    "down-8-by-4-from-14": (_several(8, 14, 4, direction="down"), 0.25),
+    "up-8-from-14": (_several(8, 14, 8), 0.6),
+    "up-4-from-22-local": (_several(4, 22, 2, look_ahead="none"), 0.5),
 }
 
 
@@ -170,12 +170,11 @@ def _prefix(chain: Chain, bottoms: list[int]) -> int:
 
 
 def _write_rows(run: Run, split: str, count: int, path: Path) -> None:
-    form, _ = TASKS[run.task]
     lines = (Path(run.data) / run.task / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     chosen = np.random.default_rng(run.seed if split == "train" else 99).permutation(len(lines))[:count]
     with path.open("w", encoding="utf-8") as file:
         for row in (json.loads(lines[place]) for place in chosen):
-            made = {"prompt": form.format(row["text"]), "response": str(row["label"]).replace("_", " ")}
+            made = {"prompt": TASKS[run.task].format(row["text"]), "response": str(row["label"]).replace("_", " ")}
             file.write(json.dumps(made) + "\n")
 
 

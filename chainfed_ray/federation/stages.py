@@ -87,8 +87,12 @@ class StageSchedule:
     def windows(self) -> list[tuple[Window, int]]:
         """The windows of the job, each with the most rounds that it may have."""
         if self._cyclic:
-            visits = [self._chain.cyclic(index, self._total) for index in range(self._total)]
-            return [(window, visits.count(window)) for window in self._chain.windows]
+            windows = self._chain.windows
+            each, more = divmod(
+                self._total, len(windows)
+            )  # the last window ends the job, so the last ones have one more
+            counts = [each + (place >= len(windows) - more) for place in range(len(windows))]
+            return [(window, count) for window, count in zip(windows, counts, strict=True) if count]
         stages = self._chain.staged(self._total, self._rounds.last_stage_share)
         return [(stage.window, stage.rounds) for stage in stages]
 

@@ -98,10 +98,8 @@ def through_window(
     calls = blocks.calls(mask) if layers else []
     # A loop here, and not a function that is given ``states``: this frame would hold them while the layers run.
     for index, layer in layers.items():
-        if recompute:
-            states = _recomputed(blocks, stack, index, layer, calls[index], states, mask)
-        else:
-            states = _through(blocks, stack, index, layer, calls[index], states, mask)
+        run = partial(_through, blocks, stack, index, layer, calls[index], mask=mask)
+        states = _recomputed(run, states) if recompute else run(states=states)
     return states
 
 
@@ -154,18 +152,10 @@ def _through(
     return through_adapter(stack, index, through_layer(blocks, stack, index, layer, call, states, mask))
 
 
-def _recomputed(
-    blocks: Blocks,
-    stack: Adapted,
-    index: int,
-    layer: nn.Module,
-    call: LayerCall,
-    states: LayerStates,
-    mask: Tensor,
-) -> LayerStates:
-    """Run a layer and its adapter, and again in the backward pass. No layer draws random numbers: none is in training mode."""
+def _recomputed(run: Callable[..., LayerStates], states: LayerStates) -> LayerStates:
+    """Run a layer, and again in the backward pass. No layer draws random numbers: none is in training mode."""
 
-    def run(hidden: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        return _through(blocks, stack, index, layer, call, LayerStates(hidden, pooled), mask)
+    def again(hidden: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        return run(states=LayerStates(hidden, pooled))
 
-    return LayerStates(*checkpoint(run, *states, use_reentrant=False, preserve_rng_state=False))
+    return LayerStates(*checkpoint(again, *states, use_reentrant=False, preserve_rng_state=False))
