@@ -12,7 +12,7 @@ import numpy as np
 
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.record import named
-from chainfed_ray.spec.sections import PartitionSpec
+from chainfed_ray.spec.fleet import PartitionSpec
 
 
 class PartitionRule(Protocol):

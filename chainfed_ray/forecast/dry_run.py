@@ -24,9 +24,9 @@ from chainfed_ray.forecast.duration import duration
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of, with_bottleneck
 from chainfed_ray.records.forecast import PREFIX, Change, ClassForecast, Forecast
+from chainfed_ray.spec.fleet import ClientClass
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
-from chainfed_ray.spec.sections import ClientClass
 
 _HALVINGS = 3  # how often a value is halved in the search for one that lets more clients join
 

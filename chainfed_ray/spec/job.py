@@ -10,13 +10,13 @@ from typing import Any
 from pydantic import Field
 
 from chainfed_ray.record import VERSION, Version
+from chainfed_ray.spec.fleet import FleetSpec
 from chainfed_ray.spec.recipes import Recipe
 from chainfed_ray.spec.sections import (
     AggregationSpec,
     ChainSpec,
     DataSpec,
     EvaluationSpec,
-    FleetSpec,
     ModelSpec,
     PrivacySpec,
     RoundsSpec,

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 from chainfed_ray.errors import MISSING, Problem
+from chainfed_ray.spec.fleet import PartitionSpec
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.spec.sections import AdapterSpec, AggregationSpec, ChainSpec, DataSpec, PartitionSpec, PrivacySpec
+from chainfed_ray.spec.sections import AdapterSpec, AggregationSpec, ChainSpec, DataSpec, PrivacySpec
 
 
 def contradictions(spec: JobSpec) -> list[Problem]:

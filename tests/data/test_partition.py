@@ -14,8 +14,9 @@ from chainfed_ray.data import docstrings
 from chainfed_ray.data.partition import by_column, dirichlet, partition_examples, quantity
 from chainfed_ray.data.sources import load
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.spec.fleet import PartitionSpec
 from chainfed_ray.spec.parse import parse_job
-from chainfed_ray.spec.sections import DataSpec, PartitionSpec
+from chainfed_ray.spec.sections import DataSpec
 from tests.builders import ROWS, a_job, rows_in
 
 SPECS = st.one_of(
