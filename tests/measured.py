@@ -20,8 +20,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Fitting, Training, TurnOrder
 from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.federation.admission import Candidate, Planner
-from chainfed_ray.federation.prepare import as_client
+from chainfed_ray.federation.admission import Candidate, Planner, as_client
 from chainfed_ray.model.adapters import AdapterStack, LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of

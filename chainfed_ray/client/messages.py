@@ -7,7 +7,8 @@ from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.first_pass import StartGuess
 from chainfed_ray.client.objective import GlobalTrains, Objective
-from chainfed_ray.data.tokens import Examples
+from chainfed_ray.client.survey import SiteRows
+from chainfed_ray.data.tokens import ExampleCounts, Examples
 from chainfed_ray.model.adapters import Tensors
 
 
@@ -17,7 +18,8 @@ class Client:
 
     A turn that would hold more than ``cap_bytes`` is stopped. The cap is what the plan needs or, after a plan that was too
     small, all that the client declared. ``share`` is the noise that the client adds to its update, in a job where clients add
-    it. ``speed`` is the speed of its machine, at most 1: at 0.5 a turn takes twice as long as it does here.
+    it. ``speed`` is the speed of its machine, at most 1: at 0.5 a turn takes twice as long as it does here. ``remote`` says
+    where the rows of a client at a site are; on the server it has no ``examples``.
     """
 
     name: str
@@ -28,6 +30,12 @@ class Client:
     cap_bytes: int
     share: NoiseShare | None = None
     speed: float = 1.0
+    remote: SiteRows | None = None
+
+    @property
+    def counts(self) -> ExampleCounts:
+        """How many examples the client has, and how long they are."""
+        return self.remote.counts if self.remote else self.examples.counts
 
 
 @dataclass(frozen=True)

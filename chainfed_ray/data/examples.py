@@ -1,17 +1,17 @@
 """Reads a job's rows and tokenises them, with labels for a classifier or targets for a language model."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from chainfed_ray.activity import Listener, Reporter, no_listener
+from chainfed_ray.activity import SILENT, Listener, Reporter, no_listener
 from chainfed_ray.data.choices import Choices, read_choices
-from chainfed_ray.data.sources import Corpus, Split, load
+from chainfed_ray.data.sources import ColumnSelection, Corpus, Split, check_labels, load, read_split
 from chainfed_ray.data.targets import learnable, packed, tokenize_texts
-from chainfed_ray.data.tokens import Examples, tokenize
+from chainfed_ray.data.tokens import NO_EXAMPLES, Examples, tokenize
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
@@ -54,8 +54,13 @@ class JobExamples:
         return (self.validation, self.test, *([self.choices.examples] if self.choices else []))
 
 
-def examples_of(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Listener = no_listener) -> JobExamples:
-    """Read a job's rows and tokenise them.
+def examples_of(
+    spec: JobSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    listen: Listener = no_listener,
+    elsewhere: Collection[str] = (),
+) -> JobExamples:
+    """Read a job's rows and tokenise them. ``elsewhere`` are the classes of training rows that are at sites.
 
     Raises:
         InvalidJob: the rows cannot be read, or they have too little to learn from.
@@ -63,19 +68,54 @@ def examples_of(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Liste
     Reporter("reading the data", listen).begin()
     if spec.model.task == "causal-lm":
         return _of_language(spec, tokenizer, listen)
-    corpus = _load(spec, classes=True)
-    number = {name: place for place, name in enumerate(corpus.classes)}
+    corpus = _load(spec, classes=True, elsewhere=elsewhere)
     train, validation, test = (
-        tokenize(
-            tokenizer,
-            _texts(split),
-            [number[label] for label in split.labels],
-            spec.data.max_length,
-            _tokenizing(name, listen),
-        )
-        for name, split in corpus.splits
+        _classified(spec, tokenizer, split, corpus.classes, _tokenizing(name, listen)) for name, split in corpus.splits
     )
     return JobExamples(corpus, train, validation, test, choices=None, pack_length=None)
+
+
+def rows_of_site(spec: JobSpec, source: str) -> Split:
+    """The training rows of ``source``, a ``path:`` at the site where this process runs.
+
+    Raises:
+        InvalidJob: the file cannot be read, or its rows cannot be used.
+    """
+    label = None if spec.model.task == "causal-lm" else spec.data.label
+    split = read_split("data", source, "train", ColumnSelection(spec.data.columns, label))
+    if spec.data.classes is not None:
+        check_labels("data", split, spec.data.classes)
+    return split
+
+
+def examples_of_site(
+    spec: JobSpec, tokenizer: PreTrainedTokenizerBase, rows: Split, classes: Sequence[str]
+) -> Examples:
+    """The tokenised ``rows`` of a client at a site, as a client with the same rows has them that the server deals.
+
+    ``classes`` are those of the job; empty for a language model. Of a language model's rows, some may have nothing to learn.
+    """
+    if spec.model.task != "causal-lm":
+        return _classified(spec, tokenizer, rows, classes)
+    _check_tokenizer(spec, tokenizer)
+    length, running = spec.data.max_length, _is_running(spec)
+    examples = tokenize_texts(tokenizer, rows.texts, length)
+    if not running:
+        return examples.take(learnable(examples))
+    examples = examples.take(np.flatnonzero(examples.lengths))
+    return packed(examples, length) if len(examples.ids) > 1 else examples.take(np.arange(0))
+
+
+def _classified(
+    spec: JobSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    classes: Sequence[str],
+    reporter: Reporter = SILENT,
+) -> Examples:
+    number = {name: place for place, name in enumerate(classes)}
+    labels = [number[label] for label in split.labels]
+    return tokenize(tokenizer, _texts(split), labels, spec.data.max_length, reporter)
 
 
 def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Listener) -> JobExamples:
@@ -84,6 +124,9 @@ def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: List
     corpus = _load(spec, classes=spec.fleet.partition.scheme == "dirichlet")
     splits = []
     for name, split in corpus.splits:
+        if name == "train" and spec.data.train is None:
+            splits.append(NO_EXAMPLES)
+            continue
         examples = tokenize_texts(tokenizer, split.texts, length, _tokenizing(name, listen))
         if running and name != "train":
             examples = packed(examples, length)
@@ -139,15 +182,15 @@ def _too_little(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, name: str, sp
     if whole >= _fewest(name):
         expected = f"more tokens: of {whole} {name} rows with something to learn, {kept} keep some of it"
         return InvalidJob.at("data.max_length", data.max_length, expected)
-    own = {"train": data.train, "validation": data.validation, "test": data.test}[name]
+    own: str | None = {"train": data.train, "validation": data.validation, "test": data.test}[name]
     key, source = ("data.train", data.train) if own is None else (f"data.{name}", own)
     held_out = ", once others are held out" if key == "data.train" and None in (data.validation, data.test) else ""
     expected = f"{_fewest(name)} {name} rows or more with something to learn{held_out}; of {len(split)}, {whole} have"
     return InvalidJob.at(key, source, expected)
 
 
-def _load(spec: JobSpec, classes: bool) -> Corpus:
-    return load(spec.data, derive(spec.seed, "split"), spec.fleet.partition.column, classes)
+def _load(spec: JobSpec, classes: bool, elsewhere: Collection[str] = ()) -> Corpus:
+    return load(spec.data, derive(spec.seed, "split"), spec.fleet.partition.column, classes, elsewhere)
 
 
 def _texts(split: Split) -> Sequence[str]:

@@ -67,9 +67,9 @@ class ColumnSelection:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The three splits, and the classes of the training rows in alphabetical order.
+    """The three splits, and the classes: the job's own, or those of the training rows in alphabetical order.
 
-    ``classes`` is empty if no labels are read.
+    ``classes`` is empty if no labels are read. ``train`` is empty if the job has no training rows of its own.
     """
 
     train: Split
@@ -83,17 +83,20 @@ class Corpus:
         return ("train", self.train), ("validation", self.validation), ("test", self.test)
 
 
-def load(spec: DataSpec, seed: int, column: str | None = None, classes: bool = True) -> Corpus:
+def load(
+    spec: DataSpec, seed: int, column: str | None = None, classes: bool = True, elsewhere: Collection[str] = ()
+) -> Corpus:
     """Read the job's rows. A validation or test split that is not given is a tenth of ``train``, drawn with ``seed``.
 
     ``column`` is the column by which training rows are partitioned, if any. Without ``classes`` no labels are read.
+    ``elsewhere`` are the classes of training rows that are at sites.
 
     Raises:
         InvalidJob: a source cannot be read, or its rows cannot be used.
     """
     selection = ColumnSelection(spec.columns, spec.label if classes else None, column)
-    train = _read("data.train", spec.train, "train", selection)
-    if len(train) < _FEWEST:
+    train = Split((), ()) if spec.train is None else read_split("data.train", spec.train, "train", selection)
+    if spec.train is not None and len(train) < _FEWEST:
         raise InvalidJob.at("data.train", spec.train, f"{_FEWEST} rows or more; there are {len(train)}")
     held_out: list[Split] = []
     # Held-out rows go to no client, so they need no groups.
@@ -105,12 +108,23 @@ def load(spec: DataSpec, seed: int, column: str | None = None, classes: bool = T
             drawn, left = _hold_out(left, tenth, train.labels)
             held_out.append(train.take(np.sort(drawn)))
         else:
-            held_out.append(_read(f"data.{field}", source, field, ungrouped))
+            held_out.append(read_split(f"data.{field}", source, field, ungrouped))
     train = train.take(np.sort(left))
-    found = tuple(sorted(set(train.labels)))
+    found = spec.classes if spec.classes is not None else tuple(sorted({*train.labels, *elsewhere}))
     if selection.label is not None:
+        check_labels("data.train", train, found)
         _check_classes(selection.label, found, held_out)
     return Corpus(train, held_out[0], held_out[1], found)
+
+
+def check_labels(field: str, split: Split, classes: Collection[str]) -> None:
+    """Check that the rows which ``field`` names have no label but ``classes``.
+
+    Raises:
+        InvalidJob: a row has another one.
+    """
+    if unknown := sorted(set(split.labels) - set(classes)):
+        raise InvalidJob.at(field, unknown[0], "only labels that data.classes lists")
 
 
 def read_table(field: str, source: str, split: str, wanted: Collection[str] | None = None) -> Table:
@@ -155,14 +169,20 @@ def _hold_out(order: np.ndarray, count: int, labels: Sequence[str]) -> tuple[np.
 
 def _check_classes(label: str, classes: tuple[str, ...], held_out: list[Split]) -> None:
     if len(classes) < 2:
-        raise InvalidJob.at("data.label", label, f"two classes or more; every training row has {classes[0]!r}")
+        only = f"; every training row has {classes[0]!r}" if classes else ", in data.classes or at the sites"
+        raise InvalidJob.at("data.label", label, f"two classes or more{only}")
     for field, split in (("validation", held_out[0]), ("test", held_out[1])):
         if unknown := sorted(set(split.labels) - set(classes)):
             hidden = "; those of this split seem to be hidden" if unknown == ["-1"] else ""
             raise InvalidJob.at(f"data.{field}", unknown[0], f"only labels that the training rows have{hidden}")
 
 
-def _read(field: str, source: str, split: str, selection: ColumnSelection) -> Split:
+def read_split(field: str, source: str, split: str, selection: ColumnSelection) -> Split:
+    """The rows of ``source``, which the key ``field`` names. On the hub it reads the split called ``split``.
+
+    Raises:
+        InvalidJob: the source cannot be read, or it has no rows, or they lack a column or a value.
+    """
     table = read_table(field, source, split, {name for _, name in selection.columns})
     for key, name in selection.columns:
         if name not in table.columns:

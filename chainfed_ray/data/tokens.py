@@ -26,6 +26,15 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ExampleCounts:
+    """What a plan must know of examples: how many there are, and the tokens of the longest and of all."""
+
+    examples: int
+    longest: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Examples:
     """n examples: their tokens end to end, where each begins, their classes, and which tokens are to be predicted."""
 
@@ -41,6 +50,11 @@ class Examples:
     def lengths(self) -> np.ndarray:
         """The number of tokens of each example, [n]."""
         return np.diff(self.offsets)
+
+    @property
+    def counts(self) -> ExampleCounts:
+        """How many there are, and how long."""
+        return ExampleCounts(len(self), int(self.lengths.max(initial=0)), len(self.ids))
 
     def by_length(self, count: int) -> Iterator[np.ndarray]:
         """The indices of all examples in batches of ``count``, by length: batches of like lengths need little padding."""
@@ -90,6 +104,10 @@ class Examples:
         for row, given in zip(padded, rows, strict=True):
             row[: len(given)] = torch.from_numpy(given.astype(bool if dtype == torch.bool else np.int64))
         return padded
+
+
+NO_EXAMPLES = Examples(np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64))
+"""No examples, such as the server has of a client whose rows are at a site."""
 
 
 def tokenize(

@@ -4,8 +4,11 @@
 window, and to separate the clients that have a plan from those that have none.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from types import MappingProxyType
 
 import numpy as np
 
@@ -14,9 +17,17 @@ from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.footprint import TurnRequirements
 from chainfed_ray.budget.planner import ClientResources, TurnPlan, cache_bytes, fallback_plan, plan, shortfall
 from chainfed_ray.chain import Window
+from chainfed_ray.client.messages import Client
+from chainfed_ray.client.survey import Absence, SiteRows, Survey
 from chainfed_ray.data.examples import JobExamples
-from chainfed_ray.data.tokens import Examples
+from chainfed_ray.data.partition import PartitionRule, partition_by, partition_examples
+from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts, Examples
+from chainfed_ray.records.manifest import ClientPartition, Manifest
+from chainfed_ray.records.rounds import ExcludedClient
+from chainfed_ray.seeds import derive
+from chainfed_ray.spec.fleet import ClientClass
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,8 @@ class Candidate:
     """A client of the fleet: its examples, and the bytes of memory and disk that it declared.
 
     ``disk`` is None if the client declared no limit. ``availability`` is the probability that the client answers when it is
-    sampled. ``speed`` is at most 1: at 0.5 a turn takes twice as long.
+    sampled. ``speed`` is at most 1: at 0.5 a turn takes twice as long. ``remote`` says where the rows of a client at a site
+    are; it has no ``examples``.
     """
 
     name: str
@@ -34,6 +46,12 @@ class Candidate:
     disk: int | None
     availability: float = 1.0
     speed: float = 1.0
+    remote: SiteRows | None = None
+
+    @cached_property
+    def counts(self) -> ExampleCounts:
+        """How many examples the client has, and how long they are."""
+        return self.remote.counts if self.remote else self.examples.counts
 
 
 class Planner:
@@ -58,13 +76,14 @@ class Planner:
         """
         disk, needed = candidate.disk, self._cache_bytes(candidate)
         cached = disk is None or needed <= disk
-        few = len(candidate.examples) <= self.requirements.batch_size
+        counts = candidate.counts
+        few = counts.examples <= self.requirements.batch_size
         return ClientResources(
             memory=candidate.memory,
-            longest=int(candidate.examples.lengths.max()),
+            longest=counts.longest,
             cached=cached,
             offload_disk=None if disk is None else disk - (needed if cached else 0),
-            batch=min(len(candidate.examples), self.requirements.batch_size),
+            batch=min(counts.examples, self.requirements.batch_size),
             one_step=few and self.requirements.epochs == 1,
         )
 
@@ -89,7 +108,7 @@ class Planner:
         return (self._cache_bytes(candidate) if plan.prefix.cached else 0) + plan.offload_bytes
 
     def _cache_bytes(self, candidate: Candidate) -> int:
-        return cache_bytes(self.costs, self.requirements, len(candidate.examples), len(candidate.examples.ids))
+        return cache_bytes(self.costs, self.requirements, candidate.counts.examples, candidate.counts.tokens)
 
 
 @dataclass(frozen=True)
@@ -144,11 +163,112 @@ def requirements_of(spec: JobSpec, layers: int) -> TurnRequirements:
     )
 
 
-def candidates(spec: JobSpec, examples: JobExamples, shares: Sequence[np.ndarray]) -> list[Candidate]:
-    """The clients of a job's fleet. ``shares`` are the row indices of each, in the order of the fleet."""
-    return [
-        Candidate(
-            name, group.name, examples.of_client(share), group.memory, group.disk, group.availability, group.speed
+def candidates(
+    spec: JobSpec,
+    examples: JobExamples,
+    shares: Sequence[np.ndarray],
+    surveys: Mapping[str, Survey | Absence] = MappingProxyType({}),
+) -> list[Candidate]:
+    """The clients of a job's fleet. ``shares`` are the row indices of each simulated one, in the order of the fleet.
+
+    ``surveys`` are the answers of sites. A site that takes no part has no clients.
+    """
+    simulated = iter(zip(spec.fleet.members, shares, strict=True))
+    found = list[Candidate]()
+    for group in spec.fleet.clients:
+        survey = surveys.get(group.name)
+        if isinstance(survey, Survey):
+            found += _at_site(group, survey)
+        elif group.site is None:
+            for (name, _), share in islice(simulated, group.count):
+                rows = examples.of_client(share)
+                found.append(
+                    Candidate(name, group.name, rows, group.memory, group.disk, group.availability, group.speed)
+                )
+    return found
+
+
+def _at_site(group: ClientClass, survey: Survey) -> Iterator[Candidate]:
+    assert group.site is not None, "a site was surveyed"
+    assert group.data is not None, "the rules refuse a site without a file"
+    for part, client in enumerate(survey.clients):
+        rows = SiteRows(group.site, group.data, part, len(survey.clients), client.counts)
+        name = f"{group.name}-{part}"
+        yield Candidate(name, group.name, NO_EXAMPLES, group.memory, group.disk, remote=rows)
+
+
+def as_client(candidate: Candidate, plan: TurnPlan, cap_bytes: int) -> Client:
+    """The client that takes the next turn of ``candidate``: with ``plan``, held to ``cap_bytes`` of memory."""
+    name, group, examples, memory = candidate.name, candidate.client_class, candidate.examples, candidate.memory
+    return Client(name, group, examples, memory, plan, cap_bytes, speed=candidate.speed, remote=candidate.remote)
+
+
+def classes_at_sites(surveys: Mapping[str, Survey | Absence]) -> set[str]:
+    """The names of all classes that sites tell of."""
+    answers = (survey for survey in surveys.values() if isinstance(survey, Survey))
+    return {name for survey in answers for client in survey.clients for name in client.classes}
+
+
+def absent_clients(spec: JobSpec, surveys: Mapping[str, Survey | Absence]) -> tuple[ExcludedClient, ...]:
+    """The records of clients whose site takes no part, with its reason."""
+    answers = ((group, surveys.get(group.name)) for group in spec.fleet.at_sites)
+    return tuple(
+        ExcludedClient(
+            client=f"{group.name}-0",
+            client_class=group.name,
+            budget_bytes=group.memory,
+            shortfall_bytes=0,
+            reason=f"site {group.site} takes no part: {answer.reason}",
         )
-        for (name, group), share in zip(spec.fleet.members, shares, strict=True)
-    ]
+        for group, answer in answers
+        if isinstance(answer, Absence)
+    )
+
+
+def manifest_of(
+    spec: JobSpec,
+    examples: JobExamples,
+    everybody: Sequence[Candidate],
+    shares: Sequence[np.ndarray],
+    surveys: Mapping[str, Survey | Absence],
+    rule: str | None,
+) -> Manifest:
+    """The manifest of the partition. ``shares`` are the row indices of simulated clients, in the order of the fleet."""
+    rows, labels = iter(shares), examples.corpus.train.labels
+    clients = list[ClientPartition]()
+    for candidate in everybody:
+        name, group = candidate.name, candidate.client_class
+        survey = surveys.get(group)
+        if candidate.remote and isinstance(survey, Survey):
+            classes = survey.clients[candidate.remote.part].classes
+            clients.append(ClientPartition.at_site(name, group, candidate.counts, classes))
+        else:
+            clients.append(ClientPartition.simulated(name, group, next(rows), labels))
+    return Manifest.of(spec, examples.corpus, clients, rule)
+
+
+def excluded_client(candidate: Candidate, shortfall: int) -> ExcludedClient:
+    """The record of a client whose memory is too small by ``shortfall`` bytes."""
+    return ExcludedClient(
+        client=candidate.name,
+        client_class=candidate.client_class,
+        budget_bytes=candidate.memory,
+        shortfall_bytes=shortfall,
+        reason=f"its budget of {format_bytes(candidate.memory)} is {format_bytes(shortfall)} short of the smallest window",
+    )
+
+
+def shares_of(spec: JobSpec, examples: JobExamples, rule: PartitionRule | None) -> list[np.ndarray]:
+    """The row indices of each simulated client, in the order of the fleet, by the job's partition or the caller's ``rule``."""
+    labels, groups = examples.train.labels, examples.corpus.train.groups
+    count, seed = spec.fleet.size, derive(spec.seed, "partition")
+    if not count:
+        return []
+    if rule is not None:
+        return partition_by(rule, labels, groups, count, seed)
+    return partition_examples(spec.fleet.partition, labels, groups, count, seed)
+
+
+def listed(names: set[str]) -> str:
+    """Names as words."""
+    return ", ".join(sorted(names)) or "none"

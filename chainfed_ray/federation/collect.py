@@ -50,7 +50,7 @@ class UpdateCollector:
             self.failed_turns.append(failed_turn(client, Failure(f"its update was refused: {error.reason}"), exceeded))
             return
         # The server knows the example count. A client's own claim is not used: it could inflate its weight.
-        self._aggregate.add(update.tensors, len(client.examples))
+        self._aggregate.add(update.tensors, client.counts.examples)
         self.turns.append(turn)
 
     def aggregate(self) -> Tensors:
@@ -65,7 +65,7 @@ class UpdateCollector:
     def _checked(self, client: Client, result: TurnResult) -> Update:
         if not isinstance(result, Update):
             raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
-        check_update(client.name, result.tensors, self._trained(client.plan.window), len(client.examples))
+        check_update(client.name, result.tensors, self._trained(client.plan.window), client.counts.examples)
         # An objective of the caller's own may be negative.
         if not isinstance(result.loss, float) or not math.isfinite(result.loss):
             raise InvalidUpdate(client.name, f"its loss is {reprlib.repr(result.loss)}")
@@ -155,7 +155,7 @@ def _as_turn(client: Client, update: Update, exceeded: str | None) -> Turn:
     return Turn(
         client=client.name,
         client_class=client.client_class,
-        examples=len(client.examples),
+        examples=client.counts.examples,
         loss=update.loss,
         steps=update.steps,
         seconds=update.seconds,

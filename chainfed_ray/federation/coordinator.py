@@ -226,7 +226,7 @@ class Coordinator:
         return AdmittedClient(
             client=candidate.name,
             client_class=candidate.client_class,
-            examples=len(candidate.examples),
+            examples=candidate.counts.examples,
             budget_bytes=candidate.memory,
             planned_bytes=plan.planned_bytes,
             disk_bytes=self._planner.disk_bytes(candidate, plan),

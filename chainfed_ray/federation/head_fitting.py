@@ -129,9 +129,9 @@ def _checked(client: Client, result: TurnResult | Failure, expected: Tensors) ->
         return result
     if not isinstance(result, HeadSums):
         raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
-    check_update(client.name, result.tensors, expected, len(client.examples))
+    check_update(client.name, result.tensors, expected, client.counts.examples)
     check_claims(client.name, result.peak_bytes, cpu_seconds=result.cpu_seconds)
     sums = ClassSums.of(result.tensors)
-    if impossible := sums.impossible(len(client.examples)):
+    if impossible := sums.impossible(client.counts.examples):
         raise InvalidUpdate(client.name, impossible)
     return sums, result.cpu_seconds

@@ -19,13 +19,28 @@ from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Chain
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client
+from chainfed_ray.client.survey import Sites
 from chainfed_ray.data.choices import Choices
 from chainfed_ray.data.examples import JobExamples, examples_of
-from chainfed_ray.data.partition import PartitionRule, partition_by, partition_examples
+from chainfed_ray.data.partition import PartitionRule
 from chainfed_ray.data.targets import packed
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
-from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit, candidates, requirements_of
+from chainfed_ray.federation.admission import (
+    Admission,
+    Candidate,
+    Planner,
+    absent_clients,
+    admit,
+    as_client,
+    candidates,
+    classes_at_sites,
+    excluded_client,
+    listed,
+    manifest_of,
+    requirements_of,
+    shares_of,
+)
 from chainfed_ray.hub import configuration, first_line, resolve, tokenizer
 from chainfed_ray.model.adapters import AdapterStack, LoraShapes
 from chainfed_ray.model.blocks import Blocks
@@ -35,7 +50,6 @@ from chainfed_ray.model.source import ModelSource
 from chainfed_ray.record import named
 from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.rounds import ExcludedClient, JobStarted
-from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import AdapterSpec
 from chainfed_ray.units import format_bytes
@@ -47,6 +61,7 @@ FEATURES = 1536  # the most pooled features of a fitted head by default; with a 
 class PlannedJob:
     """A job as it is planned: the base model, which clients take part and how, and the server's held-out examples.
 
+    ``absent`` are clients whose site takes no part; ``sites_unasked`` says that there are sites which were not asked yet.
     ``layers`` is L, the base model's layers; ``layers_path`` is where the model's module has them; ``hidden`` is D. ``lora``
     has the modules that a LoRA is on, if the job's adapters are LoRAs.
     """
@@ -65,6 +80,8 @@ class PlannedJob:
     choices: Choices | None
     partition: PartitionRule | None = None
     lora: LoraShapes | None = None
+    absent: tuple[ExcludedClient, ...] = ()
+    sites_unasked: bool = False
 
     @property
     def class_count(self) -> int | None:
@@ -107,7 +124,10 @@ class PlannedJob:
     @property
     def excluded(self) -> tuple[ExcludedClient, ...]:
         """The records of the clients that cannot take part."""
-        return tuple(_excluded(candidate, shortfall) for candidate, shortfall in self.admission.excluded)
+        return (
+            *(excluded_client(candidate, shortfall) for candidate, shortfall in self.admission.excluded),
+            *self.absent,
+        )
 
     @property
     def clients(self) -> tuple[Client, ...]:
@@ -129,35 +149,39 @@ class PlannedJob:
         )
         if now != then:
             expected = (
-                f"the clients that could take part when the job started (missing now: {_listed(set(then) - set(now))}; "
-                f"new: {_listed(set(now) - set(then))})"
+                f"the clients that could take part when the job started (missing now: {listed(set(then) - set(now))}; "
+                f"new: {listed(set(now) - set(then))})"
             )
             raise InvalidJob.at("fleet.clients", f"{len(now)} that can take part", expected)
 
 
-def as_client(candidate: Candidate, plan: TurnPlan, cap_bytes: int) -> Client:
-    """The client that takes the next turn of ``candidate``: with ``plan``, held to ``cap_bytes`` of memory."""
-    name, group, examples, memory = candidate.name, candidate.client_class, candidate.examples, candidate.memory
-    return Client(name, group, examples, memory, plan, cap_bytes, speed=candidate.speed)
-
-
 def prepare_job(
-    spec: JobSpec, scratch: Path, listen: Listener = no_listener, partition: PartitionRule | None = None
+    spec: JobSpec,
+    scratch: Path,
+    listen: Listener = no_listener,
+    partition: PartitionRule | None = None,
+    sites: Sites | None = None,
 ) -> PlannedJob:
     """Plan a job, and check that enough clients can take part in it.
 
-    Clients keep their prefix caches in ``scratch``. ``partition`` is the caller's own rule, in place of the job's.
+    Clients keep their prefix caches in ``scratch``. ``partition`` is the caller's own rule, in place of the job's. ``sites``
+    answer for the clients whose rows they have; without them these clients, and the fleet, are not checked.
 
     Raises:
         InvalidJob: the job cannot run; each problem names the field, its value and what was expected.
     """
-    job = plan_job(spec, scratch, listen, partition)
-    check_fleet(job)
+    job = plan_job(spec, scratch, listen, partition, sites)
+    if not job.sites_unasked:
+        check_fleet(job)
     return job
 
 
 def plan_job(
-    spec: JobSpec, scratch: Path, listen: Listener = no_listener, partition: PartitionRule | None = None
+    spec: JobSpec,
+    scratch: Path,
+    listen: Listener = no_listener,
+    partition: PartitionRule | None = None,
+    sites: Sites | None = None,
 ) -> PlannedJob:
     """Plan a job, step by step, even if too few clients can take part: a dry run shows such a job as well.
 
@@ -170,15 +194,17 @@ def plan_job(
     source = ModelSource(folder, getattr(torch, spec.model.dtype), scratch)
     with _about_the_model(spec):
         configuration(folder)
-    examples = examples_of(spec, tokenizer(spec.model.base, folder), listen)
+    surveys = sites.survey(spec, folder, listen) if sites and spec.fleet.at_sites else {}
+    examples = examples_of(spec, tokenizer(spec.model.base, folder), listen, classes_at_sites(surveys))
 
     # 2. Trace how much memory each part of a turn holds.
     model = _traced(spec, source, examples, listen)
     planner = Planner(model.memory, requirements_of(spec, model.memory.layers))
 
     # 3. Partition the rows among the clients, and plan which clients can take part.
-    shares = _shares(spec, examples, partition)
-    admission = admit(planner, candidates(spec, examples, shares), spec.window(model.memory.layers), listen)
+    shares = shares_of(spec, examples, partition)
+    everybody = candidates(spec, examples, shares, surveys)
+    admission = admit(planner, everybody, spec.window(model.memory.layers), listen)
     return PlannedJob(
         spec=spec,
         base=source,
@@ -186,7 +212,7 @@ def plan_job(
         layers_path=model.layers_path,
         hidden=model.memory.hidden,
         classes=_classes(spec, examples),
-        manifest=Manifest.of(spec, examples.corpus, shares, named(partition) if partition else None),
+        manifest=manifest_of(spec, examples, everybody, shares, surveys, named(partition) if partition else None),
         planner=planner,
         admission=admission,
         validation=examples.validation,
@@ -194,6 +220,8 @@ def plan_job(
         choices=examples.choices,
         partition=partition,
         lora=model.lora,
+        absent=absent_clients(spec, surveys),
+        sites_unasked=any(group.name not in surveys for group in spec.fleet.at_sites),
     )
 
 
@@ -240,14 +268,14 @@ def _lora(adapter: AdapterSpec, blocks: Blocks) -> LoraShapes | None:
     wanted = names if adapter.targets is None else set(adapter.targets)
     if unknown := sorted(wanted - names):
         raise InvalidJob.at(
-            "chain.adapter.targets", unknown[0], f"a linear module of the model's layers: {_listed(names)}"
+            "chain.adapter.targets", unknown[0], f"a linear module of the model's layers: {listed(names)}"
         )
     chosen = {
         index: {path: shape for path, shape in layer.items() if path.rpartition(".")[2] in wanted}
         for index, layer in modules.items()
     }
     if without := [index for index, layer in chosen.items() if not layer]:
-        expected = f"modules that every layer has; layer {without[0]} has {_listed(set(modules[without[0]]))}"
+        expected = f"modules that every layer has; layer {without[0]} has {listed(set(modules[without[0]]))}"
         raise InvalidJob.at("chain.adapter.targets", list(adapter.targets or ()), expected)
     return chosen
 
@@ -275,15 +303,6 @@ def _classes(spec: JobSpec, examples: JobExamples) -> tuple[str, ...]:
     return () if spec.model.task == "causal-lm" else examples.corpus.classes
 
 
-def _shares(spec: JobSpec, examples: JobExamples, rule: PartitionRule | None) -> list[np.ndarray]:
-    """The row indices of each client, in the order of the fleet."""
-    labels, groups = examples.train.labels, examples.corpus.train.groups
-    count, seed = spec.fleet.size, derive(spec.seed, "partition")
-    if rule is not None:
-        return partition_by(rule, labels, groups, count, seed)
-    return partition_examples(spec.fleet.partition, labels, groups, count, seed)
-
-
 def _check_head(spec: JobSpec, blocks: Blocks) -> None:
     try:
         blocks.language_head  # noqa: B018  the property raises if the model has no language head
@@ -301,6 +320,8 @@ def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
     """
     train = rows.train if rows.pack_length is None else packed(rows.train, rows.pack_length)
     for examples in (train, *rows.held_out):
+        if not len(examples):
+            continue  # every client is at a site, which checks its own rows
         if (highest := int(examples.ids.max())) >= blocks.vocabulary:
             expected = (
                 f"a tokenizer made for the model, which has {blocks.vocabulary} token ids; this one gives {highest}"
@@ -350,6 +371,10 @@ def check_fleet(job: PlannedJob) -> None:
         InvalidJob: one of these does not hold.
     """
     spec, admission = job.spec, job.admission
+    if spec.quorum > len(admission.admitted) and not admission.excluded:
+        told = "; ".join(f"{client.client_class}: {client.reason}" for client in job.absent) or "there are no more"
+        expected = f"{spec.quorum} clients (the quorum) that can take part; {len(admission.admitted)} can ({told})"
+        raise InvalidJob.at("fleet.clients", [group.name for group in spec.fleet.clients], expected)
     if spec.quorum > len(admission.admitted):
         largest, shortfall = max(admission.excluded, key=lambda excluded: excluded[0].memory)
         raise InvalidJob.at(
@@ -359,7 +384,9 @@ def check_fleet(job: PlannedJob) -> None:
             f"{len(admission.admitted) or 'none'} of them can hold any window at data.max_length {spec.data.max_length}",
         )
     profiling = [
-        candidate for candidate, plan in admission.admitted if len(candidate.examples) >= FEWEST and plan.prefix.cached
+        candidate
+        for candidate, plan in admission.admitted
+        if candidate.counts.examples >= FEWEST and plan.prefix.cached
     ]
     if spec.chain.start == "auto" and not profiling:
         raise InvalidJob.at(
@@ -371,17 +398,3 @@ def check_fleet(job: PlannedJob) -> None:
     if spec.privacy and (ledger := Ledger(spec.privacy, spec.rounds, len(admission.admitted))).total == 0:
         expected = f"{ledger.spent(1):.3g} or more: the first round costs that with {len(admission.admitted)} clients"
         raise InvalidJob.at("privacy.epsilon", spec.privacy.epsilon, expected)
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
-
-
-def _excluded(candidate: Candidate, shortfall: int) -> ExcludedClient:
-    return ExcludedClient(
-        client=candidate.name,
-        client_class=candidate.client_class,
-        budget_bytes=candidate.memory,
-        shortfall_bytes=shortfall,
-        reason=f"its budget of {format_bytes(candidate.memory)} is {format_bytes(shortfall)} short of the smallest window",
-    )

@@ -12,7 +12,9 @@ from chainfed_ray.activity import Listener, Note, Notes, Reporter, no_listener
 from chainfed_ray.aggregation.rule import AggregationRule
 from chainfed_ray.client.objective import Objective
 from chainfed_ray.client.pool import ClientPool, LocalPool
+from chainfed_ray.client.survey import Sites
 from chainfed_ray.data.partition import PartitionRule
+from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import ServerEvaluation, streamed
 from chainfed_ray.federation.prepare import PlannedJob, prepare_job
@@ -45,6 +47,7 @@ def run_job(
     aggregation: AggregationRule | None = None,
     objective: Objective | None = None,
     evaluation: MakeEvaluation = streamed,
+    sites: Sites | None = None,
     scratch: Path | None = None,
     listen: Listener = no_listener,
 ) -> Generator[JobStarted | Round | JobFinished, None, None]:
@@ -56,19 +59,25 @@ def run_job(
     Run it again with the same folder: it yields the earlier records once more, and continues with the next round.
 
     ``partition``, ``start``, ``aggregation`` and ``objective`` are the caller's own rules, in place of those that the job
-    names. ``pool`` and ``evaluation`` make what runs the clients' turns and what evaluates stacks. Clients keep their caches
-    in ``scratch``, by default a temporary folder. ``listen`` hears what the job is busy with.
+    names. ``pool`` and ``evaluation`` make what runs the clients' turns and what evaluates stacks. ``sites`` answer for clients
+    whose rows are at a site; a service has them. Clients keep their caches in ``scratch``, by default a temporary folder.
+    ``listen`` hears what the job is busy with.
 
     Raises:
         InvalidJob: the job cannot run, or not with these rules.
         QuorumLost: too few clients answered.
         CorruptCommit: a commit in ``folder`` was changed, or is not of this job.
     """
+    for index, group in enumerate(spec.fleet.clients if sites is None else ()):
+        if group.site is not None:
+            expected = "no value outside of a service, which sites join with `chainfed join`"
+            raise InvalidJob.at(f"fleet.clients[{index}].site", group.site, expected)
     with ExitStack() as until_done:
         if scratch is None:
             scratch = Path(until_done.enter_context(tempfile.TemporaryDirectory(prefix="chainfed-")))
-        job = prepare_job(spec, scratch, listen, partition)
-        log, notes = CommitLog(folder), Notes(listen)
+        notes = Notes(listen)
+        job = prepare_job(spec, scratch, notes, partition, sites)
+        log = CommitLog(folder)
         clients = until_done.enter_context(closing(pool(job.base, notes.note)))
         server = until_done.enter_context(closing(evaluation(job, notes)))
         coordinator = Coordinator(

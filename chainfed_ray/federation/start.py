@@ -75,7 +75,7 @@ def _by_profiles(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
     able = [
         replace(client, cap_bytes=client.plan.prefix.profile_bytes)
         for client in job.clients
-        if len(client.examples) >= FEWEST and client.plan.prefix.cached
+        if client.counts.examples >= FEWEST and client.plan.prefix.cached
     ]
     chain = job.spec.chain
     fits = chain.head == "fitted"
@@ -92,7 +92,7 @@ def _by_profiles(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
                 with readable(client):
                     profile = _checked(client, result, job.layers)
                 # The weight is what the server dealt, and not what a client says.
-                profiles.append((profile, min(len(client.examples), order.examples)))
+                profiles.append((profile, min(client.counts.examples, order.examples)))
                 continue
             except InvalidUpdate as error:
                 result = Failure(f"its profile was refused: {error.reason}")

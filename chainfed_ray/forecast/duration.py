@@ -14,8 +14,8 @@ from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client, Training
-from chainfed_ray.federation.admission import Candidate
-from chainfed_ray.federation.prepare import PlannedJob, as_client
+from chainfed_ray.federation.admission import Candidate, as_client
+from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.federation.stages import StageSchedule
 from chainfed_ray.forecast.pace import Pace, evaluation_pace, training_pace
 from chainfed_ray.seeds import derive
@@ -39,7 +39,7 @@ def duration(job: PlannedJob, at_once: int, listen: Listener = no_listener) -> D
     typical = {name: _median(members) for name, members in _by_class(job).items()}
     paces = _paces(job, typical, Reporter("timing turns of each class", listen))
     micro_steps = {
-        name: paces[name].step * min(plan.micro_batch, len(candidate.examples)) / candidate.speed
+        name: paces[name].step * min(plan.micro_batch, candidate.counts.examples) / candidate.speed
         for name, (candidate, plan) in typical.items()
     }
     return Duration(_rounds(job, paces, at_once) + evaluations, micro_steps)
@@ -106,7 +106,7 @@ def _rounds(job: PlannedJob, paces: Mapping[str, Pace], at_once: int) -> float:
     turns: list[float] = []
     once = 0.0
     for candidate, plan in job.admitted:
-        pace, examples = paces[candidate.client_class], len(candidate.examples)
+        pace, examples = paces[candidate.client_class], candidate.counts.examples
         in_each_turn, _ = _layers_below(job, plan, examples)
         step = pace.step * _run_of(job, plan)
         turn = pace.turn + _trained_on(rounds, examples) * step + _through(in_each_turn, examples, plan, pace)

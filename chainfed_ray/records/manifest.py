@@ -6,16 +6,19 @@ job and its rows alone, so a job has the same hash on any machine (docs/heteroge
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Literal
 
 import numpy as np
 
 from chainfed_ray.data.sources import Corpus, Split
+from chainfed_ray.data.tokens import ExampleCounts
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.record import Document, Record
 from chainfed_ray.spec.job import JobSpec
+
+SplitName = Literal["train", "validation", "test"]
 
 
 class SplitRows(Record):
@@ -25,20 +28,49 @@ class SplitRows(Record):
     labels and, if the rows are partitioned by a column, its value in that column.
     """
 
-    split: Literal["train", "validation", "test"]
+    split: SplitName
     source: str
     rows: int
     sha256: str
 
 
 class ClientPartition(Record):
-    """The rows of one client. ``sha256`` is the digest of their indices in the training rows, as a JSON list."""
+    """The rows of one client. ``sha256`` is the digest of their indices in the training rows, as a JSON list.
+
+    The server does not know the rows of a client at a site: ``sha256`` is then the digest of their counts.
+    """
 
     client: str
     client_class: str
     rows: int
     rows_per_class: dict[str, int]
     sha256: str
+
+    @classmethod
+    def simulated(cls, client: str, client_class: str, rows: np.ndarray, labels: Sequence[str]) -> "ClientPartition":
+        """The rows at the indices ``rows`` of the training rows, which have ``labels``; empty without classes."""
+        indices = rows.tolist()
+        return cls(
+            client=client,
+            client_class=client_class,
+            rows=len(indices),
+            rows_per_class=dict(Counter(labels[index] for index in indices)) if labels else {},
+            sha256=sha256(_canonical(indices).encode()).hexdigest(),
+        )
+
+    @classmethod
+    def at_site(
+        cls, client: str, client_class: str, counts: ExampleCounts, classes: Mapping[str, int]
+    ) -> "ClientPartition":
+        """The rows of a client at a site, which are known by their ``counts`` and how many each of the ``classes`` has."""
+        known = [counts.examples, counts.longest, counts.tokens]
+        return cls(
+            client=client,
+            client_class=client_class,
+            rows=counts.examples,
+            rows_per_class=dict(classes),
+            sha256=sha256(_canonical(known).encode()).hexdigest(),
+        )
 
 
 class Manifest(Document):
@@ -56,12 +88,12 @@ class Manifest(Document):
 
     @classmethod
     def of(
-        cls, spec: JobSpec, corpus: Corpus, client_rows: Sequence[np.ndarray], rule: str | None = None
+        cls, spec: JobSpec, corpus: Corpus, clients: Sequence[ClientPartition], rule: str | None = None
     ) -> "Manifest":
         """The manifest of a partition.
 
-        ``client_rows`` has each client's row indices, in the order of the fleet. ``rule`` is the name of the caller's own
-        partition rule, if it is not the job's.
+        ``clients`` are those of the fleet, in its order. ``rule`` is the name of the caller's own partition rule, if it is not
+        the job's.
         """
         partition, data = spec.fleet.partition, spec.data
         return cls(
@@ -70,14 +102,11 @@ class Manifest(Document):
             column=partition.column,
             seed=spec.seed,
             splits=(
-                _split_rows("train", data.train, corpus.train),
-                _split_rows("validation", data.validation or data.train, corpus.validation),
-                _split_rows("test", data.test or data.train, corpus.test),
+                *_split_rows("train", data.train, corpus.train),
+                *_split_rows("validation", data.validation or data.train, corpus.validation),
+                *_split_rows("test", data.test or data.train, corpus.test),
             ),
-            clients=tuple(
-                _client_partition(name, group.name, rows, corpus.train.labels)
-                for (name, group), rows in zip(spec.fleet.members, client_rows, strict=True)
-            ),
+            clients=tuple(clients),
         )
 
     def canonical(self) -> bytes:
@@ -101,23 +130,15 @@ class Manifest(Document):
             raise InvalidJob.at("data.train", self.splits[0].source, expected)
 
 
-def _split_rows(name: Literal["train", "validation", "test"], source: str, split: Split) -> SplitRows:
+def _split_rows(name: SplitName, source: str | None, split: Split) -> tuple[SplitRows, ...]:
+    """The rows of one split; none if the job has none of its own, since every client is at a site."""
+    if source is None:
+        return ()
     digest = sha256()
     columns = [column for column in (split.texts, split.labels, split.groups) if column]
     for row in zip(*columns, strict=True):
         digest.update(_canonical(row).encode() + b"\n")
-    return SplitRows(split=name, source=source, rows=len(split), sha256=digest.hexdigest())
-
-
-def _client_partition(client: str, client_class: str, rows: np.ndarray, labels: Sequence[str]) -> ClientPartition:
-    indices = rows.tolist()
-    return ClientPartition(
-        client=client,
-        client_class=client_class,
-        rows=len(indices),
-        rows_per_class=dict(Counter(labels[index] for index in indices)) if labels else {},
-        sha256=sha256(_canonical(indices).encode()).hexdigest(),
-    )
+    return (SplitRows(split=name, source=source, rows=len(split), sha256=digest.hexdigest()),)
 
 
 def _canonical(value: object) -> str:

@@ -26,6 +26,9 @@ class PartitionSpec(Section):
     )
 
 
+SitePath = Annotated[str, Field(pattern=r"^site:[^\x00]{1,1000}$")]
+
+
 class ClientClass(Section):
     """A class of clients that have the same resources."""
 
@@ -43,6 +46,12 @@ class ClientClass(Section):
     )
     speed: float = Field(
         1.0, ge=1e-8, le=1, description="the speed of a client's machine; at 0.5 a turn takes twice as long (simulated)"
+    )
+    site: Slug | None = Field(
+        None, description="the site whose rows these clients have; by default they have a share of `data.train`"
+    )
+    data: SitePath | None = Field(
+        None, description="with `site`: `site:<path>`, a file in the folder that the site offers"
     )
 
 
@@ -67,11 +76,17 @@ class FleetSpec(Section):
     ] = Field(description="a list of client classes")
 
     @property
+    def at_sites(self) -> tuple[ClientClass, ...]:
+        """The classes of clients whose rows are at a site."""
+        return tuple(group for group in self.clients if group.site is not None)
+
+    @property
     def size(self) -> int:
-        """How many clients there are."""
-        return sum(group.count for group in self.clients)
+        """How many simulated clients there are: those that have a share of the job's rows."""
+        return sum(group.count for group in self.clients if group.site is None)
 
     @property
     def members(self) -> tuple[tuple[str, ClientClass], ...]:
-        """The name and class of every client, class by class."""
-        return tuple((f"{group.name}-{index}", group) for group in self.clients for index in range(group.count))
+        """The name and class of every simulated client, class by class."""
+        simulated = (group for group in self.clients if group.site is None)
+        return tuple((f"{group.name}-{index}", group) for group in simulated for index in range(group.count))

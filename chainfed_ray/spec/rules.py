@@ -18,9 +18,11 @@ def contradictions(spec: JobSpec) -> list[Problem]:
         if name in names[:index]:
             problems.append(Problem(f"fleet.clients[{index}].name", name, "a name that no other class has"))
     problems += _of_partition(spec.fleet.partition)
+    problems += _of_sites(spec)
     problems += _of_task(spec)
-    count = spec.fleet.size
-    if spec.rounds.clients > count:
+    count = spec.fleet.size + len(spec.fleet.at_sites)
+    # How many clients a site has is known when the job starts.
+    if spec.rounds.clients > count and not spec.fleet.at_sites:
         problems.append(Problem("rounds.clients", spec.rounds.clients, f"at most {count}, the clients in the fleet"))
     elif spec.aggregation.fewest > spec.rounds.clients:
         problems.append(Problem("rounds.clients", spec.rounds.clients, _for_krum(spec.aggregation)))
@@ -182,6 +184,46 @@ def _of_partition(partition: PartitionSpec) -> list[Problem]:
         expected = f"column, since fleet.partition.column is {partition.column!r}"
         return [Problem("fleet.partition.scheme", partition.scheme, expected)]
     return []
+
+
+def _of_sites(spec: JobSpec) -> Iterator[Problem]:
+    """What a client at a site needs, and what is said of simulated clients alone. Rows are needed somewhere."""
+    for index, group in enumerate(spec.fleet.clients):
+        path = f"fleet.clients[{index}]"
+        if group.site is None:
+            if group.data is not None:
+                yield Problem(f"{path}.data", group.data, "no value without a site: the rows are a share of data.train")
+            continue
+        if group.data is None:
+            yield Problem(f"{path}.data", MISSING, "`site:<path>`, a file in the folder that the site offers")
+        for key, value in (("count", group.count), ("availability", group.availability), ("speed", group.speed)):
+            if value != 1:
+                expected = (
+                    "1 for clients at a site: `chainfed join --split` makes several of a file, and none is simulated"
+                )
+                yield Problem(f"{path}.{key}", value, expected)
+    yield from _of_rows(spec)
+
+
+def _of_rows(spec: JobSpec) -> Iterator[Problem]:
+    """Rows are needed somewhere, and classes once each."""
+    data = spec.data
+    if data.train is None and spec.fleet.size:
+        description = DataSpec.model_fields["train"].description
+        yield Problem("data.train", MISSING, description or "")
+    if data.train is None and not spec.fleet.size:
+        for name, source in (("data.validation", data.validation), ("data.test", data.test)):
+            if source is None:
+                expected = "held-out rows of the server, since without data.train there are none to hold out"
+                yield Problem(name, MISSING, expected)
+    if data.classes is not None:
+        if spec.model.task == "causal-lm":
+            yield Problem(
+                "data.classes", list(data.classes[:3]), "no value, unless model.task is sequence-classification"
+            )
+        elif len(set(data.classes)) < len(data.classes):
+            twice = next(name for name in data.classes if data.classes.count(name) > 1)
+            yield Problem("data.classes", twice, "each class once")
 
 
 def _for_krum(aggregation: AggregationSpec) -> str:

@@ -74,7 +74,11 @@ class ModelSpec(Section):
 class DataSpec(Section):
     """The examples: where they are, and which columns to use."""
 
-    train: str = Field(description="`builtin:docstrings`, `hf:<dataset>[:<configuration>]` or `path:<file or folder>`")
+    train: str | None = Field(
+        None,
+        description="`builtin:docstrings`, `hf:<dataset>[:<configuration>]` or `path:<file or folder>`; not needed if every "
+        "client is at a site",
+    )
     validation: str | None = Field(
         None, description="held-out rows for the losses during training; by default a tenth of `train`"
     )
@@ -92,6 +96,9 @@ class DataSpec(Section):
     messages: str | None = Field(
         None,
         description="for `causal-lm`: the column of chats, lists of `role` and `content`; the assistants' turns are learnt",
+    )
+    classes: Annotated[tuple[str, ...], Field(strict=False, min_length=2, max_length=65536)] | None = Field(
+        None, description="the names of all classes; by default those of the training rows, at sites as well"
     )
     max_length: int = Field(128, ge=2, le=32768, description="the most tokens of an example; longer texts are cut")
 

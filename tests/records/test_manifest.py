@@ -16,7 +16,7 @@ from chainfed_ray.data.sources import load
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.manifest import Manifest
+from chainfed_ray.records.manifest import ClientPartition, Manifest
 from chainfed_ray.records.rounds import JobResult
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
@@ -52,7 +52,11 @@ def manifest(document: dict[str, Any] = JOB, rows: list[dict[str, Any]] = ROWS) 
     shares = partition_examples(
         spec.fleet.partition, np.array(numbers), corpus.train.groups, len(spec.fleet.members), spec.seed
     )
-    return Manifest.of(spec, corpus, shares)
+    clients = [
+        ClientPartition.simulated(name, group.name, share, corpus.train.labels)
+        for (name, group), share in zip(spec.fleet.members, shares, strict=True)
+    ]
+    return Manifest.of(spec, corpus, clients)
 
 
 def test_the_same_job_has_the_same_hash_on_any_machine() -> None:

@@ -1,0 +1,57 @@
+"""What a site tells of its rows before a job begins: what plans and weights need, and nothing else.
+
+A site is a machine of the rows' owner. Its rows stay there: the server knows how many there are and how long they are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from chainfed_ray.activity import Listener
+from chainfed_ray.data.tokens import ExampleCounts
+from chainfed_ray.spec.job import JobSpec
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """Where a client's rows are: part ``part`` of ``parts`` of the file ``data`` at ``site``."""
+
+    site: str
+    data: str
+    part: int
+    parts: int
+    counts: ExampleCounts
+
+
+@dataclass(frozen=True)
+class ClientSurvey:
+    """The rows of one client at a site: their ``counts``, and how many there are of each class (none for a language model)."""
+
+    counts: ExampleCounts
+    classes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The clients that a site makes of its file, one or more."""
+
+    clients: tuple[ClientSurvey, ...]
+
+
+@dataclass(frozen=True)
+class Absence:
+    """Why a site does not take part: it refuses the job, or it did not come."""
+
+    reason: str
+
+
+class Sites(Protocol):
+    """The sites that a service knows."""
+
+    def survey(self, spec: JobSpec, base: Path, listen: Listener) -> Mapping[str, Survey | Absence]:
+        """Ask each site of the job for a survey, and wait for the answers. ``base`` is the folder of the base model.
+
+        Gives the answers by the names of the classes of clients.
+        """
+        ...

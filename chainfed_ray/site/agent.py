@@ -1,0 +1,140 @@
+"""The process at a site: it asks the service for orders, has them carried out, and sends the answers."""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from time import monotonic
+from typing import Any
+
+from chainfed_ray.errors import ChainFedError, ServiceFailed
+from chainfed_ray.site.connection import Connection, Withdrawn
+from chainfed_ray.site.envelope import Answer, NotDone, Order
+from chainfed_ray.site.policy import Policy, in_words
+from chainfed_ray.site.turn_process import TurnProcess
+
+_WAIT_SECONDS = 20.0
+_LOOK_SECONDS = 0.2
+_PAUSE_SECONDS = 5.0  # after an order that the service could not handle
+_KEPT_TENSORS = 8  # files of adapters that are kept, the newest
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a site offers: the folder ``data``, of whose files ``parts`` clients are made, and ``slots`` turns at a time.
+
+    Caches of prefixes, adapters and updates are in ``scratch``. With ``tells_classes`` the names of classes may cross the
+    boundary.
+    """
+
+    data: Path
+    scratch: Path
+    parts: int
+    slots: int
+    tells_classes: bool
+    policy: Policy
+
+    def worker(self, slot: int) -> dict[str, Any]:
+        """The arguments of the worker of a slot."""
+        scratch = str(self.scratch / f"slot-{slot}")
+        return {"folder": str(self.data), "scratch": scratch, "parts": self.parts, "tells_classes": self.tells_classes}
+
+
+class Agent:
+    """Takes orders from ``connection`` until ``stop`` is set. ``told`` hears what goes on, in words."""
+
+    def __init__(self, connection: Connection, offer: Offer, stop: Event, told: Callable[[str], None]) -> None:
+        self._connection, self._offer, self._stop, self._told = connection, offer, stop, told
+        self._worked: defaultdict[str, float] = defaultdict(float)  # seconds, by job
+        self._jobs: set[str] = set()
+        self._failure: ChainFedError | None = None
+
+    def run(self) -> None:
+        """Carry out orders until ``stop`` is set. Orders in flight are then given back.
+
+        Raises:
+            ChainFedError: the service refuses the site.
+        """
+        slots = [Thread(target=self._slot, args=(slot,), daemon=True) for slot in range(self._offer.slots)]
+        for thread in slots:
+            thread.start()
+        while not self._stop.wait(_LOOK_SECONDS):
+            pass
+        if not self._failure:
+            self._connection.leave()  # at once: it also ends the wait for the next order
+        for thread in slots:
+            thread.join()
+        if self._failure:
+            raise self._failure
+
+    def _slot(self, slot: int) -> None:
+        """Carry out one order after the other."""
+        process = TurnProcess(self._offer.worker(slot))
+        try:
+            while not self._stop.is_set():
+                try:
+                    if order := self._connection.next(_WAIT_SECONDS):
+                        self._carry_out(order, process, self._offer.scratch / f"slot-{slot}")
+                    else:
+                        process.end()  # there is no work, so its memory is given back
+                except Withdrawn:
+                    continue
+                except ServiceFailed as error:
+                    self._told(str(error))
+                    self._stop.wait(_PAUSE_SECONDS)
+        except ChainFedError as error:
+            self._failure = error
+            self._stop.set()
+        finally:
+            process.end()
+
+    def _carry_out(self, order: Order, process: TurnProcess, scratch: Path) -> None:
+        scratch.mkdir(parents=True, exist_ok=True)
+        if order.job not in self._jobs:
+            self._jobs.add(order.job)
+            self._told(f"Job {order.name} ({order.job}): {order.spec.get('model', {}).get('base', '?')}.")
+        answer: Answer | None = self._offer.policy.refusal(order, self._worked[order.job])
+        sent = scratch / f"{order.id}.answer.safetensors"
+        started = monotonic()
+        try:
+            if answer is None:
+                tensors = self._connection.fetch(order, scratch / "adapters")
+                answer = process.carry_out(order, tensors, sent, lambda doing: self._heard(order, doing))
+                self._worked[order.job] += monotonic() - started
+                if not isinstance(answer, NotDone) and answer.tensors is not None:
+                    self._connection.send(order.id, sent)
+            self._connection.answer(order.id, answer)
+            how = in_words(answer) if isinstance(answer, NotDone) else "done"
+            self._told(f"{order.name}: {order.kind} {_client(order)}: {how} ({monotonic() - started:.1f} s)")
+        except Withdrawn as error:
+            self._told(f"{order.name}: {order.kind} {_client(order)}: given up ({error})")
+            process.end()
+            raise
+        finally:
+            sent.unlink(missing_ok=True)
+            _forget_all_but(_KEPT_TENSORS, scratch / "adapters")
+
+    def _heard(self, order: Order, doing: Mapping[str, Any]) -> None:
+        if self._stop.is_set():
+            raise Withdrawn("the site leaves")
+        self._connection.heartbeat(order.id, doing)
+
+
+def forget_caches(scratch: Path) -> None:
+    """Delete what an earlier process left in ``scratch``."""
+    for folder in scratch.glob("slot-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _client(order: Order) -> str:
+    client: Mapping[str, Any] = order.content.get("client", {})
+    return str(client.get("name") or order.content.get("data", ""))
+
+
+def _forget_all_but(count: int, folder: Path) -> None:
+    """Delete the files of ``folder`` that were not used lately."""
+    files = sorted(folder.glob("*"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in files[count:]:
+        file.unlink(missing_ok=True)

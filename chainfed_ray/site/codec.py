@@ -1,0 +1,262 @@
+"""Orders and results as the documents that cross the boundary, and back.
+
+Every number is checked for its type. What a result says is checked further where each client's is (``federation/collect.py``).
+"""
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from chainfed_ray.aggregation.privacy import Noise, NoiseShare
+from chainfed_ray.budget.planner import TurnPlan
+from chainfed_ray.chain import Window
+from chainfed_ray.client.first_pass import StartGuess
+from chainfed_ray.client.messages import (
+    Client,
+    Fitting,
+    HeadSums,
+    Profile,
+    Profiling,
+    Training,
+    TurnOrder,
+    TurnResult,
+    Update,
+)
+from chainfed_ray.client.survey import ClientSurvey, SiteRows, Survey
+from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
+from chainfed_ray.errors import InvalidUpdate
+from chainfed_ray.model.adapters import AdapterStack, Tensors
+from chainfed_ray.site.envelope import Kind, Order, TensorFile
+
+_PLAN = TypeAdapter(TurnPlan)
+_WINDOW = TypeAdapter(Window)
+_GUESS = TypeAdapter(StartGuess)
+_HEADER_BYTES = 2**20  # of a file of tensors
+_MOST_CLIENTS, _MOST_CLASSES = 1000, 65536  # of a site
+
+
+class _ClientDocument(TypedDict):
+    examples: int
+    longest: int
+    tokens: int
+    classes: dict[str, int]
+
+
+class _SurveyDocument(TypedDict):
+    clients: list[_ClientDocument]
+
+
+_SURVEY = TypeAdapter(_SurveyDocument)
+_RESULTS: Mapping[str, type] = {"profiling": Profile, "training": Update, "fitting": HeadSums}
+
+
+def survey_order(job: str, name: str, spec: Mapping[str, Any], base_digest: str, client_class: str, data: str) -> Order:
+    """The order to survey the file ``data`` for the clients of ``client_class``."""
+    content = {"client_class": client_class, "data": data}
+    return _order(job, name, "survey", spec, base_digest, content, None, 0)
+
+
+def turn_order(
+    job: str,
+    name: str,
+    spec: Mapping[str, Any],
+    base_digest: str,
+    classes: tuple[str, ...],
+    client: Client,
+    order: TurnOrder,
+    tensors: TensorFile | None,
+) -> Order:
+    """The order that ``client`` is given. Its tensors are in a file that ``tensors`` describes.
+
+    Raises:
+        ValueError: the order has an objective of the caller's own, which is code.
+    """
+    assert client.remote is not None, "a client at a site"
+    match order:
+        case Profiling():
+            kind: Kind = "profiling"
+            guess = None if order.guess is None else _GUESS.dump_python(order.guess)
+            turn: dict[str, Any] = {"examples": order.examples, "seed": order.seed, "guess": guess}
+            most = 0
+        case Training():
+            if order.objective is not None:
+                raise ValueError("an objective of one's own is code, which no site is sent")
+            kind = "training"
+            kept = {
+                name: value for name, value in vars(order).items() if name not in ("tensors", "window", "objective")
+            }
+            turn = {**kept, "window": _WINDOW.dump_python(order.window)}
+            most = sum(tensor.nbytes for tensor in order.tensors.values()) + _HEADER_BYTES
+        case Fitting():
+            kind = "fitting"
+            turn = {"window": _WINDOW.dump_python(order.window), "exit": order.exit}
+            most = _sums_bytes(order) + _HEADER_BYTES
+    share = client.share and {
+        "clip": client.share.clip,
+        "deviation": client.share.noise.deviation,
+        "key": client.share.noise.key.hex(),
+    }
+    content = {
+        "client": {
+            "name": client.name,
+            "client_class": client.client_class,
+            "budget_bytes": client.budget_bytes,
+            "cap_bytes": client.cap_bytes,
+            "plan": _PLAN.dump_python(client.plan),
+            "share": share,
+            "data": client.remote.data,
+            "part": client.remote.part,
+            "parts": client.remote.parts,
+        },
+        "classes": list(classes),
+        "turn": turn,
+    }
+    return _order(job, name, kind, spec, base_digest, content, tensors, most)
+
+
+def client_of(order: Order) -> Client:
+    """The client of a turn, as it is known at the site: without its examples, which the site has.
+
+    Raises:
+        ValueError: the order is not what a service of this version sends.
+    """
+    given = dict(order.content["client"])
+    share = given["share"] and NoiseShare(
+        given["share"]["clip"], Noise(given["share"]["deviation"], bytes.fromhex(given["share"]["key"]))
+    )
+    rows = SiteRows("", given["data"], given["part"], given["parts"], ExampleCounts(0, 0, 0))
+    return Client(
+        given["name"],
+        given["client_class"],
+        NO_EXAMPLES,
+        given["budget_bytes"],
+        _PLAN.validate_python(given["plan"]),
+        given["cap_bytes"],
+        share,
+        remote=rows,
+    )
+
+
+def turn_of(order: Order, tensors: Path | None) -> TurnOrder:
+    """The turn that a site is asked to take. Its tensors are read from the file ``tensors``.
+
+    Raises:
+        ValueError: the order is not what a service of this version sends.
+    """
+    turn = dict(order.content["turn"])
+    if order.kind == "profiling":
+        guess = None if turn["guess"] is None else _GUESS.validate_python(turn["guess"])
+        return Profiling(turn["examples"], turn["seed"], guess)
+    if tensors is None:
+        raise ValueError("the order has no tensors")
+    turn["window"] = _WINDOW.validate_python(turn["window"])
+    kind = Training if order.kind == "training" else Fitting
+    return kind(tensors=load_file(tensors), **turn)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write ``tensors`` into ``file``."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+
+
+def result_document(result: TurnResult) -> tuple[dict[str, Any], Tensors]:
+    """The result of a turn: what goes into the answer's JSON, and its tensors."""
+    fields = dict(vars(result))
+    tensors = fields.pop("tensors", {})
+    return fields, tensors
+
+
+def result_of(client: str, kind: Kind, content: Mapping[str, Any], tensors: Path | None) -> TurnResult:
+    """The result that a site sent.
+
+    Raises:
+        InvalidUpdate: the answer is no such result.
+    """
+    fields = dict(content)
+    try:
+        if kind != "profiling":
+            fields["tensors"] = load_file(tensors) if tensors else {}
+        made: TurnResult = _RESULTS[kind](**fields)
+        if isinstance(made, Profile):
+            made = Profile(tuple(map(float, made.cka)), made.examples, made.cpu_seconds, made.peak_bytes)
+    except (TypeError, ValueError, OSError, SafetensorError) as error:
+        raise InvalidUpdate(client, f"it cannot be read ({type(error).__name__})") from None
+    return made
+
+
+def survey_document(survey: Survey) -> dict[str, Any]:
+    """A survey as JSON."""
+    clients = [{**vars(client.counts), "classes": dict(client.classes)} for client in survey.clients]
+    return {"clients": clients}
+
+
+def survey_of(content: Mapping[str, Any]) -> Survey:
+    """The survey that a site sent.
+
+    Raises:
+        ValueError: the answer is no survey that an honest site sends.
+    """
+    found = _SURVEY.validate_python(content)["clients"]
+    if not 1 <= len(found) <= _MOST_CLIENTS:
+        raise ValueError(f"it has {len(found)} clients; expected 1 to {_MOST_CLIENTS}")
+    clients = []
+    for one in found:
+        counts, classes = ExampleCounts(one["examples"], one["longest"], one["tokens"]), one["classes"]
+        _check_counts(counts, classes)
+        clients.append(ClientSurvey(counts, classes))
+    return Survey(tuple(clients))
+
+
+def _check_counts(counts: ExampleCounts, classes: Mapping[str, int]) -> None:
+    """Refuse counts that contradict each other, or that nobody has."""
+    if not 1 <= counts.examples < 2**40 or not 1 <= counts.longest <= counts.tokens < 2**50:
+        raise ValueError(
+            f"it counts {counts.examples} examples of {counts.tokens} tokens, {counts.longest} in the longest"
+        )
+    if counts.tokens > counts.examples * counts.longest:
+        raise ValueError(f"{counts.examples} examples of at most {counts.longest} tokens do not have {counts.tokens}")
+    if len(classes) > _MOST_CLASSES or any(len(name) > 1000 for name in classes):
+        raise ValueError("it has too many classes, or a name that is too long")
+    if any(count < 0 for count in classes.values()) or sum(classes.values()) not in (0, counts.examples):
+        raise ValueError(f"its classes have {sum(classes.values())} examples in all, not {counts.examples}")
+
+
+def _sums_bytes(order: Fitting) -> int:
+    """The bytes of the sums of a head that is fitted: counts [C], sums [C, F] and products [F, F] in float64."""
+    stack = AdapterStack.from_tensors(order.tensors)
+    assert stack.head is not None, "a language model's head is never fitted"
+    classes, features = stack.head.linear.out_features, stack.head.features(order.exit)
+    return 8 * (classes + classes * features + features * features)
+
+
+def _order(
+    job: str,
+    name: str,
+    kind: Kind,
+    spec: Mapping[str, Any],
+    base_digest: str,
+    content: dict[str, Any],
+    tensors: TensorFile | None,
+    most_bytes: int,
+) -> Order:
+    known = [job, kind, dict(spec), base_digest, content, tensors.sha256 if tensors else None]
+    digest = sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+    return Order(
+        id=digest,
+        job=job,
+        name=name,
+        kind=kind,
+        spec=dict(spec),
+        base_digest=base_digest,
+        content=content,
+        tensors=tensors,
+        most_bytes=most_bytes,
+    )

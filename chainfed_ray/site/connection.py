@@ -1,0 +1,229 @@
+"""A site's connection to the service: requests that it makes itself, over HTTPS. Nothing listens at the site.
+
+A service that does not answer is waited for: it may be starting again. A transfer of tensors goes on where it stopped.
+"""
+
+import ssl
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from threading import Event
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from chainfed_ray.errors import InvalidSetting, ServiceFailed, SiteRefused
+from chainfed_ray.site.envelope import (
+    PROTOCOL,
+    Answer,
+    AnswerMessage,
+    Asking,
+    Heartbeat,
+    Joining,
+    Leaving,
+    Order,
+    Received,
+    TensorFile,
+    Welcome,
+)
+from chainfed_ray.site.transcript import Transcript
+
+_PIECE_BYTES = 2**20
+_TIMEOUT = httpx.Timeout(60.0, connect=10.0)
+_COMES_BACK = (408, 421, 429, 500, 502, 503, 504)  # a service that starts again gives them for a while
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+class Withdrawn(Exception):
+    """The order is not wanted any more: its job ended, or another process has it."""
+
+
+class Connection:
+    """Requests to the service at ``address`` with the site's ``key``, in the name of this process, ``session``.
+
+    ``authority`` is a file with the certificate of an authority of one's own. ``told`` hears in words when the service does not
+    answer, and when it does again. Waiting ends when ``stop`` is set.
+
+    Raises:
+        InvalidSetting: the address is no URL, or it sends the key over a network unencrypted; or the certificate is none.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        key: str,
+        session: str,
+        transcript: Transcript,
+        stop: Event,
+        told: Callable[[str], None],
+        authority: Path | None = None,
+        insecure: bool = False,
+    ) -> None:
+        self._session, self._transcript, self._stop, self._told = session, transcript, stop, told
+        self._address = _checked(address, insecure)
+        self._http = httpx.Client(
+            base_url=self._address,
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=_TIMEOUT,
+            verify=_verified_by(authority),
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def join(self, version: str) -> str:
+        """Begin to take orders. Gives the name under which the service knows the site.
+
+        Raises:
+            SiteRefused: the service does not know the key, or speaks another version.
+        """
+        joining = Joining(protocol=PROTOCOL, session=self._session, version=version)
+        return Welcome.model_validate_json(self._post("/v1/site/session", joining).content).site
+
+    def leave(self) -> None:
+        """Give back every order that this process has taken. The service is not waited for."""
+        leaving = Leaving(session=self._session)
+        self._transcript.sent("POST", "/v1/site/leave", leaving.model_dump(mode="json"))
+        try:
+            self._http.post("/v1/site/leave", json=leaving.model_dump(mode="json"), timeout=5.0)
+        except httpx.HTTPError:
+            self._told("The service did not hear that this site leaves; it notices when the site comes back.")
+
+    def next(self, wait: float) -> Order | None:
+        """The next order, or None if there is none within ``wait`` seconds."""
+        answer = self._post("/v1/site/orders/next", Asking(session=self._session, wait=wait))
+        if answer.status_code == httpx.codes.NO_CONTENT:
+            return None
+        try:
+            return Order.model_validate_json(answer.content)
+        except ValidationError as error:
+            raise ServiceFailed(self._address, f"its order cannot be read: {error.error_count()} errors", "-") from None
+
+    def heartbeat(self, order: str, doing: Mapping[str, Any]) -> None:
+        """Say how far the turn of ``order`` is.
+
+        Raises:
+            Withdrawn: the order is not wanted any more.
+        """
+        self._post(f"/v1/site/orders/{order}/heartbeat", Heartbeat(session=self._session, **doing))
+
+    def fetch(self, order: Order, folder: Path) -> Path | None:
+        """The file of the order's tensors, in ``folder``. A file that is there already is not fetched again.
+
+        Raises:
+            Withdrawn: the order is not wanted any more.
+        """
+        if order.tensors is None:
+            return None
+        file = folder / f"{order.tensors.sha256}.safetensors"
+        partial = file.with_suffix(".partial")
+        if file.exists():
+            return file
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            have = partial.stat().st_size if partial.exists() else 0
+            if have < order.tensors.size:
+                self._fetch_rest(order.id, partial, have)
+            elif TensorFile.of(partial) == order.tensors:
+                return partial.replace(file)
+            else:  # a piece of another file
+                partial.unlink()
+
+    def send(self, order: str, tensors: Path) -> None:
+        """Send the file ``tensors`` of an answer in pieces, from where an earlier transfer stopped.
+
+        Raises:
+            Withdrawn: the order is not wanted any more.
+        """
+        path, size = f"/v1/site/orders/{order}/tensors", tensors.stat().st_size
+        sent = Received.model_validate_json(self._request("GET", f"{path}/received").content).received
+        self._transcript.sent_tensors(path, tensors, sent)
+        with tensors.open("rb") as opened:
+            while sent < size:
+                opened.seek(sent)
+                piece = opened.read(_PIECE_BYTES)
+                answer = self._request("PUT", path, content=piece, params={"offset": sent, "session": self._session})
+                sent = Received.model_validate_json(answer.content).received
+
+    def answer(self, order: str, answer: Answer) -> None:
+        """Give the answer of ``order``. It counts once, however often it is given.
+
+        Raises:
+            Withdrawn: the order is not wanted any more.
+        """
+        self._post(f"/v1/site/orders/{order}/answer", AnswerMessage(session=self._session, answer=answer))
+
+    def _post(self, path: str, body: BaseModel) -> httpx.Response:
+        document = body.model_dump(mode="json")
+        self._transcript.sent("POST", path, document)
+        return self._request("POST", path, json=document)
+
+    def _fetch_rest(self, order: str, partial: Path, have: int) -> None:
+        end = have + _PIECE_BYTES - 1
+        answer = self._request("GET", f"/v1/site/orders/{order}/tensors", headers={"Range": f"bytes={have}-{end}"})
+        with partial.open("ab") as opened:
+            opened.write(answer.content)
+
+    def _request(self, method: str, path: str, **given: Any) -> httpx.Response:
+        """Make a request, again and again until the service answers it."""
+        pause, waiting = _FIRST_PAUSE, False
+        while True:
+            try:
+                answer = self._http.request(method, path, **given)
+                reason = f"it answered {answer.status_code}" if answer.status_code in _COMES_BACK else None
+            except httpx.TransportError as error:
+                reason = str(error) or type(error).__name__
+            if reason is None:
+                if waiting:
+                    self._told("The service answers again.")
+                return _understood(answer, self._address)
+            if not waiting:
+                self._told(f"{self._address} does not answer ({reason}); waiting for it.")
+            waiting = True
+            if self._stop.wait(pause):
+                raise Withdrawn("the site leaves")
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def key_digest(key: str) -> str:
+    """The digest by which two keys can be told apart in words: the first characters of its sha256."""
+    return sha256(key.encode()).hexdigest()[:8]
+
+
+def _understood(answer: httpx.Response, address: str) -> httpx.Response:
+    if answer.is_success:
+        return answer
+    try:
+        detail = str(answer.json().get("detail", answer.text))[:500]
+    except (ValueError, AttributeError):
+        detail = answer.text[:500]
+    if answer.status_code == httpx.codes.GONE:
+        raise Withdrawn(detail)
+    if answer.status_code in (401, 403, 404, 409, 426):
+        raise SiteRefused(f"{address} refuses this site: {detail}")
+    raise ServiceFailed(address, f"{answer.status_code}: {detail}", answer.headers.get("x-request-id", "-"))
+
+
+def _checked(address: str, insecure: bool) -> str:
+    try:
+        parts = urlsplit(address)
+        host = parts.hostname
+    except ValueError:
+        host = None
+    if host is None or parts.scheme not in ("http", "https"):
+        raise InvalidSetting("address", address, "a URL such as https://chainfed.example.org")
+    if parts.scheme == "http" and host not in _LOCAL and not insecure:
+        expected = "https://…, since the key and all updates would cross the network unencrypted; or --insecure"
+        raise InvalidSetting("address", address, expected)
+    return address.rstrip("/")
+
+
+def _verified_by(authority: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=str(authority) if authority else None)
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidSetting("--ca", str(authority), f"a file with certificates in PEM's form ({error})") from None

@@ -1,0 +1,150 @@
+"""What crosses the boundary between the service and a site: orders and answers, as JSON, with tensors as safetensors files.
+
+Both sides check what they receive against these classes, and nothing is pickled. The classes need no torch: the API and the
+process that talks to it pass the contents on, and ``codec.py`` reads them. docs/sites.md lists what crosses.
+"""
+
+from hashlib import sha256
+from pathlib import Path
+from re import fullmatch
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROTOCOL = 1
+"""The version of these documents. A site of another version is refused, with both numbers."""
+
+MOST_CHARACTERS = 1_000_000  # of an answer's JSON
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+OrderId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+Session = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="a random name of the process at the site")]
+KEY = r"^[a-z_.\[\]0-9]{1,100}$"
+Kind = Literal["survey", "profiling", "training", "fitting"]
+Reason = Literal["budget", "job", "model", "refused", "classes", "error"]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TensorFile(_Message):
+    """A file of tensors, by the digest of its bytes and their number."""
+
+    sha256: Digest
+    size: int = Field(ge=0, lt=2**50)
+
+    @classmethod
+    def of(cls, file: Path) -> "TensorFile":
+        """The description of ``file``."""
+        digest, size = sha256(), 0
+        with file.open("rb") as opened:
+            while block := opened.read(2**20):
+                digest.update(block)
+                size += len(block)
+        return cls(sha256=digest.hexdigest(), size=size)
+
+
+class Order(_Message):
+    """What a site is asked. ``spec`` is the job's document, ``base_digest`` that of the base model's files.
+
+    The same order has the same ``id`` whenever it is given, so its answer is known again. ``most_bytes`` is the most that the
+    tensors of the answer may have.
+    """
+
+    protocol: int = PROTOCOL
+    id: OrderId
+    job: str = Field(max_length=100)
+    name: str = Field(max_length=100, description="the name of the job")
+    kind: Kind
+    spec: dict[str, Any]
+    base_digest: Digest
+    content: dict[str, Any]
+    tensors: TensorFile | None
+    most_bytes: int
+
+
+class Done(_Message):
+    """An order was carried out. ``content`` has the result, and ``tensors`` describes the file that was sent with it."""
+
+    outcome: Literal["done"] = "done"
+    content: dict[str, Any]
+    tensors: TensorFile | None = None
+
+
+class NotDone(_Message):
+    """An order was not carried out. Words of an error stay at the site, since they may quote rows: only a reason is sent.
+
+    ``numbers`` are bytes or counts that belong to the reason; ``phase`` is the part of the turn that exceeded its budget.
+    """
+
+    outcome: Literal["not-done"] = "not-done"
+    reason: Reason
+    key: str | None = Field(None, pattern=KEY, description="the key of the job that it is about")
+    kind: str | None = Field(None, pattern="^[A-Za-z_]{1,60}$", description="the name of the error's class")
+    phase: str | None = Field(None, pattern="^[a-z ]{1,60}$")
+    numbers: tuple[float, ...] = Field((), max_length=3, strict=False)
+
+    @classmethod
+    def about(cls, reason: Reason, key: str) -> "NotDone":
+        """An order that was not carried out because of the value of ``key``."""
+        return cls(reason=reason, key=key if fullmatch(KEY, key) else None)
+
+
+Answer = Annotated[Done | NotDone, Field(discriminator="outcome")]
+
+
+class AnswerMessage(_Message):
+    """An answer, and the process that sends it."""
+
+    session: Session
+    answer: Answer
+
+
+class Joining(_Message):
+    """A process at a site that begins to take orders."""
+
+    protocol: int
+    session: Session
+    version: str = Field(max_length=50, description="the version of chainfed-ray at the site")
+
+
+class Asking(_Message):
+    """A process at a site that asks for its next order, and waits for one at most ``wait`` seconds."""
+
+    session: Session
+    wait: float = Field(0.0, ge=0, le=25, strict=False)
+
+
+class Heartbeat(_Message):
+    """How far a turn at a site is: what it does, of how many parts how many are done, and how many seconds it has worked."""
+
+    session: Session
+    doing: str = Field(pattern="^[a-z0-9 ,-]{1,80}$")
+    done: int = Field(0, ge=0)
+    total: int | None = Field(None, ge=0)
+    unit: str | None = Field(None, pattern="^[a-z ]{1,20}$")
+    worked: float = Field(ge=0, lt=2**40, strict=False)
+
+
+class Leaving(_Message):
+    """A process at a site that ends. Orders that it has taken are given back."""
+
+    session: Session
+
+
+class Received(_Message):
+    """How many bytes of an answer's tensors have arrived: a transfer that was cut off goes on from there."""
+
+    received: int
+
+
+class Accepted(_Message):
+    """What was sent is taken."""
+
+    accepted: Literal[True] = True
+
+
+class Welcome(_Message):
+    """The name under which the service knows the site that the key belongs to."""
+
+    site: str

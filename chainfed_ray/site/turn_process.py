@@ -1,0 +1,94 @@
+"""The worker of a site as its parent sees it: a process that is asked, and that can be ended at any time."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from chainfed_ray.device.peak import ENVIRONMENT
+from chainfed_ray.site.envelope import Answer, NotDone, Order
+
+_ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
+_END_SECONDS = 5.0
+
+
+class TurnProcess:
+    """Starts a worker (``worker.py``) when an order comes, and keeps it for the next one of the same job.
+
+    ``settings`` are the worker's arguments.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = dict(settings)
+        self._process: subprocess.Popen[str] | None = None
+        self._job: str | None = None
+
+    def carry_out(
+        self, order: Order, tensors: Path | None, sent: Path, heard: Callable[[Mapping[str, Any]], None]
+    ) -> Answer:
+        """Have ``order`` carried out. ``heard`` is told how far the turn is; if it raises, the process is ended."""
+        process = self._started(order.job)
+        asked = {"order": order.model_dump(mode="json"), "tensors": tensors and str(tensors), "sent": str(sent)}
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps(asked) + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                document = _document(line)
+                if "heartbeat" in document:
+                    heard(document["heartbeat"])
+                if "answer" in document:
+                    return _ANSWER.validate_json(json.dumps(document["answer"]))
+        except (OSError, ValidationError):
+            self.end()
+            return NotDone(reason="error", kind="WorkerDied")
+        except BaseException:
+            self.end()
+            raise
+        self.end()
+        return NotDone(reason="error", kind="WorkerDied")
+
+    def end(self) -> None:
+        """End the process, if there is one."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream:
+                stream.close()
+
+    def _started(self, job: str) -> subprocess.Popen[str]:
+        if self._process and (self._job != job or self._process.poll() is not None):
+            self.end()
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "chainfed_ray.site.worker", json.dumps(self._settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **ENVIRONMENT},
+                start_new_session=True,  # Ctrl-C is for the parent, which ends this process in its own time
+            )
+            self._job = job
+        return self._process
+
+
+def _document(line: str) -> dict[str, Any]:
+    """What a line says; nothing if it is not the worker's: a library may print as well."""
+    try:
+        document = json.loads(line)
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}

@@ -1,0 +1,164 @@
+"""The process at a site that reads its rows and takes turns on them, held to its budget. It talks to nobody but its parent.
+
+It is asked by a line of JSON on its standard input, and answers by lines on its standard output: how far it is, and the answer.
+What goes wrong is told to people at the site on standard error. The answer has no words of an error, since they may quote rows.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+import torch
+
+from chainfed_ray.client.progress import progress
+from chainfed_ray.client.survey import ClientSurvey, Survey
+from chainfed_ray.client.turn import take_turn, warm_up
+from chainfed_ray.data.examples import examples_of_site, rows_of_site
+from chainfed_ray.data.sources import Split
+from chainfed_ray.data.tokens import Examples
+from chainfed_ray.errors import BudgetExceeded, InvalidJob
+from chainfed_ray.hub import digest_of, resolve, tokenizer
+from chainfed_ray.model.source import ModelSource
+from chainfed_ray.site.codec import client_of, result_document, survey_document, turn_of, write_tensors
+from chainfed_ray.site.envelope import Answer, Done, NotDone, Order, TensorFile
+from chainfed_ray.site.folder import offered
+from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
+
+_HEARTBEAT_SECONDS = 1.0
+_log = logging.getLogger("chainfed")
+
+
+class RowsOfJob:
+    """One job at this site: its base model, and the examples of its clients, which are read once."""
+
+    def __init__(self, order: Order, folder: Path, scratch: Path, parts: int) -> None:
+        self.spec: JobSpec = parse_job(order.spec)
+        self._folder, self._parts = folder, parts
+        base = resolve(self.spec.model.base)
+        self.same_base = digest_of(base) == order.base_digest
+        self.source = ModelSource(base, getattr(torch, self.spec.model.dtype), scratch / order.job)
+        self._tokenizer = tokenizer(self.spec.model.base, base)
+        self._examples = lru_cache(self._tokenized)
+
+    def survey(self, data: str) -> Survey:
+        """The clients that are made of the file ``data``, each with the counts of its rows."""
+        labels = sorted(set(self._rows(data).labels))
+        return Survey(tuple(self._survey(data, part, labels) for part in range(self._parts)))
+
+    def examples(self, data: str, part: int, classes: Sequence[str]) -> Examples:
+        """The examples of a client: part ``part`` of the file ``data``, with the numbers of ``classes`` as labels."""
+        return self._examples(data, part, tuple(classes))
+
+    def _survey(self, data: str, part: int, labels: Sequence[str]) -> ClientSurvey:
+        examples = self._tokenized(data, part, tuple(labels))
+        found = np.bincount(examples.labels, minlength=len(labels)).tolist() if labels else []
+        return ClientSurvey(
+            examples.counts, {label: count for label, count in zip(labels, found, strict=True) if count}
+        )
+
+    def _tokenized(self, data: str, part: int, classes: tuple[str, ...]) -> Examples:
+        rows = self._rows(data)
+        own = rows.take(np.arange(part, len(rows), self._parts))
+        if not len(own):
+            raise InvalidJob.at("fleet.clients.data", data, f"{self._parts} rows or more, one for each client")
+        return examples_of_site(self.spec, self._tokenizer, own, classes)
+
+    def _rows(self, data: str) -> Split:
+        return rows_of_site(self.spec, f"path:{offered(self._folder, data)}")
+
+
+class Worker:
+    """Carries out orders, one at a time, on files in ``folder``. ``parts`` clients are made of each file.
+
+    With ``tells_classes`` a survey has the names of the classes; otherwise a job must list them itself.
+    """
+
+    def __init__(self, folder: Path, scratch: Path, parts: int, tells_classes: bool) -> None:
+        self._folder, self._scratch, self._parts, self._tells_classes = folder, scratch, parts, tells_classes
+        self._job: tuple[str, RowsOfJob] | None = None
+        self._warm: set[torch.dtype] = set()
+
+    def carry_out(self, order: Order, tensors: Path | None, sent: Path) -> Answer:
+        """Carry out ``order``, whose tensors are in the file ``tensors``. Tensors of the answer are written into ``sent``."""
+        try:
+            return self._answer(order, tensors, sent)
+        except BudgetExceeded as error:
+            _log.warning("%s", error)
+            planned, cap, peak, phase = error.args
+            return NotDone(reason="budget", phase=phase, numbers=(planned, cap, *([peak] if peak else [])))
+        except InvalidJob as error:
+            _log.warning("%s", error)
+            return NotDone.about("job", error.problems[0].field)
+        except Exception as error:
+            _log.exception("an order could not be carried out")
+            return NotDone(reason="error", kind=type(error).__name__)
+
+    def _answer(self, order: Order, tensors: Path | None, sent: Path) -> Answer:
+        job = self._of(order)
+        if not job.same_base:
+            return NotDone(reason="model")
+        if order.kind == "survey":
+            survey = job.survey(order.content["data"])
+            if job.spec.data.classes is None and not self._tells_classes and survey.clients[0].classes:
+                return NotDone(reason="classes")
+            return Done(content=survey_document(survey))
+        client = client_of(order)
+        assert client.remote is not None, "a client at this site"
+        examples = job.examples(client.remote.data, client.remote.part, order.content["classes"])
+        if job.source.dtype not in self._warm:
+            warm_up(job.source)
+            self._warm.add(job.source.dtype)
+        turn = replace(client, examples=examples, remote=None)
+        result = take_turn(turn, job.source, lambda: turn_of(order, tensors), capped=True)
+        content, sent_tensors = result_document(result)
+        if not sent_tensors:
+            return Done(content=content)
+        write_tensors(sent_tensors, sent)
+        return Done(content=content, tensors=TensorFile.of(sent))
+
+    def _of(self, order: Order) -> RowsOfJob:
+        known = self._job
+        if known is None or known[0] != order.job:
+            known = self._job = (order.job, RowsOfJob(order, self._folder, self._scratch, self._parts))
+        return known[1]
+
+
+def main() -> None:
+    """Carry out orders until standard input ends. The arguments are those of ``Worker``, as JSON."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    given = json.loads(sys.argv[1])
+    worker = Worker(Path(given["folder"]), Path(given["scratch"]), given["parts"], given["tells_classes"])
+    for line in sys.stdin:
+        asked = json.loads(line)
+        tensors = Path(asked["tensors"]) if asked["tensors"] else None
+        over = Event()
+        beating = Thread(target=_beat, args=(over,), daemon=True)
+        beating.start()
+        answer = worker.carry_out(Order.model_validate(asked["order"]), tensors, Path(asked["sent"]))
+        over.set()
+        beating.join()
+        _say({"answer": answer.model_dump(mode="json")})
+
+
+def _beat(over: Event) -> None:
+    """Say once a second how far the turn is, until it is ``over``."""
+    while not over.wait(_HEARTBEAT_SECONDS):
+        now = progress()
+        doing = {"doing": now.doing.what, "done": now.doing.done, "total": now.doing.total, "unit": now.doing.unit}
+        _say({"heartbeat": {**doing, "worked": now.worked}})
+
+
+def _say(document: dict[str, Any]) -> None:
+    print(json.dumps(document), flush=True)
+
+
+if __name__ == "__main__":
+    main()
