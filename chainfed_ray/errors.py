@@ -25,16 +25,17 @@
     ├── JobFailed          (RuntimeError)  a job finished without a model
     ├── JobNotFound        (LookupError)   the job does not exist
     ├── JobConflict        (RuntimeError)  the job's status does not allow what was requested
+    ├── KeyNotFound        (LookupError)   no API key has this id
     └── ModelNotFound      (LookupError)   the model is not served
 
 Each class is also a standard-library error, so that plain Python code can catch it. Each survives pickling, because Ray carries
 errors between processes: the exception's ``args`` are the arguments of its constructor.
 """
 
-import reprlib
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any
 
+from chainfed_ray.problem import Problem, shown
 from chainfed_ray.units import format_bytes
 
 _NAMED = 20  # models in the error that there is none of a name
@@ -46,73 +47,6 @@ class ChainFedError(Exception):
     def document(self) -> dict[str, Any]:
         """The error as JSON."""
         return {"type": type(self).__name__, "message": str(self)}
-
-
-class Problem(NamedTuple):
-    """One thing that is wrong with an input: the field's path, its value, and the value that was expected."""
-
-    field: str
-    value: Any
-    expected: str
-
-    def __str__(self) -> str:
-        found = "is missing" if self.value is MISSING else f"is {_shown(self.value)}"
-        return f"{self.field} {found}; expected {self.expected}"
-
-    def document(self) -> dict[str, str | None]:
-        """The problem as JSON. The value is written as Python's ``repr``; it is None if the field is missing."""
-        value = None if self.value is MISSING else _shown(self.value)
-        return {"field": self.field, "value": value, "expected": self.expected}
-
-    @classmethod
-    def from_document(cls, document: dict[str, Any]) -> "Problem":
-        """The problem that ``document()`` was called on, in another process. Of the value, only its ``repr`` is known."""
-        value = document["value"]
-        return cls(str(document["field"]), MISSING if value is None else _Shown(value), str(document["expected"]))
-
-
-class _Shown(str):
-    """A value that is known by its ``repr`` alone."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-class _Missing:
-    """The value of a field that was not given. It has a class of its own because ``None`` is a valid value."""
-
-    def __repr__(self) -> str:
-        return "(missing)"
-
-    def __reduce__(self) -> str:
-        return "MISSING"
-
-
-MISSING = _Missing()
-
-
-_BRIEF = reprlib.Repr()  # of lists and mappings: a few entries, a few levels, however large they are
-_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxset, _BRIEF.maxdict = 3, 10, 10, 10, 10
-_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
-_SHOWN = 120  # characters
-
-
-def _shown(value: Any) -> str:
-    """The ``repr`` of a value, cut: what it costs does not depend on the value's size."""
-    try:
-        text = (
-            repr(value[:_SHOWN])
-            if type(value) is str
-            else _BRIEF.repr(value)
-            if isinstance(value, _NESTED)
-            else repr(value)
-        )
-    except ValueError:  # Python writes no integers of more than 4,300 digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
-
-
-_NESTED = (list, tuple, dict, set)
 
 
 class InvalidJob(ChainFedError, ValueError):
@@ -367,7 +301,7 @@ class JobNotFound(ChainFedError, LookupError):
         self.job = job
 
     def __str__(self) -> str:
-        return f"there is no job {_shown(self.job)}; `chainfed list` shows all jobs"
+        return f"there is no job {shown(self.job)}; `chainfed list` shows all jobs"
 
 
 class JobConflict(ChainFedError, RuntimeError):
@@ -381,6 +315,17 @@ class JobConflict(ChainFedError, RuntimeError):
         return f"job {self.job} is {self.status}; it cannot {self.asked}"
 
 
+class KeyNotFound(ChainFedError, LookupError):
+    """No API key has this id."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"there is no key {shown(self.key)}; `chainfed keys list` shows the ids of all keys"
+
+
 class ModelNotFound(ChainFedError, LookupError):
     """No model of those that are ``served`` has this name."""
 
@@ -392,4 +337,4 @@ class ModelNotFound(ChainFedError, LookupError):
         near = get_close_matches(self.model, self.served)
         meant = f"; did you mean {' or '.join(near)}?" if near else "."
         more = ", …" if len(self.served) > _NAMED else ""
-        return f"there is no model {_shown(self.model)}{meant} Served now: {', '.join(self.served[:_NAMED]) or 'none'}{more}"
+        return f"there is no model {shown(self.model)}{meant} Served now: {', '.join(self.served[:_NAMED]) or 'none'}{more}"

@@ -3,6 +3,7 @@
 import inspect
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,12 +41,21 @@ def test_every_error() -> None:
 
 
 def test_every_command_and_its_options() -> None:
-    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    commands = dict(commands_of(get_command(app)))
     assert commands
     for name, command in commands.items():
         assert f"`chainfed {name}" in CLI, name
         assert {"--json"} <= {option for parameter in command.params for option in parameter.opts}, name
         assert command.help, name
+
+
+def commands_of(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each command by its words, such as ``keys create``."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands_of(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def test_every_variable(tmp_path: Path) -> None:

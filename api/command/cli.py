@@ -3,7 +3,6 @@
 Progress goes to standard error. The answer goes to standard output: as text, or with ``--json`` as one JSON object.
 """
 
-import json
 import os
 import signal
 import sys
@@ -22,6 +21,8 @@ from chainfed_ray.activity import Reporter
 from chainfed_ray.api.command.client import ServiceClient
 from chainfed_ray.api.command.export_command import Format, NewFolder, StackFolder, export_model
 from chainfed_ray.api.command.interruption import Interruption
+from chainfed_ray.api.operator.answers import Json, answer
+from chainfed_ray.api.operator.keys_command import keys_app
 from chainfed_ray.api.report.pictures import check_drawing, draw_if_possible
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import ChainFedError, DiskFailed, InvalidJob
@@ -34,13 +35,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated fine-tuning of language models for fleets of unequal machines, one window of layers at a time.",
 )
+app.add_typer(keys_app, name="keys")
 _progress = Console(stderr=True, highlight=False, markup=False)
 
 JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]
 JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list`")]
 Out = Annotated[Path, typer.Option(help="the folder for commits, models and plots")]
 Address = Annotated[str, typer.Option(envvar="CHAINFED_ADDRESS", help="the address of the service")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
 _INTERRUPTED = 130  # the exit code that shells give to a command ended by Ctrl-C
 _DEMO, _CHAT_DEMO = Path("examples/demo.yaml"), Path("examples/chat.yaml")
 _ADDRESS = "http://127.0.0.1:8000"
@@ -77,7 +78,7 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
         Reporter("drawing the plots", progress.listen).begin()
         _, drawn = draw_if_possible(folder / "plots", job_started, rounds, job_finished, spec.chain.cka_threshold)
     saved = f"The model is in {folder / 'model'}."
-    _answer(as_json, result.model_dump(mode="json"), results(spec, job_started, rounds, job_finished), saved, drawn)
+    answer(as_json, result.model_dump(mode="json"), results(spec, job_started, rounds, job_finished), saved, drawn)
 
 
 @app.command()
@@ -106,7 +107,7 @@ def plan(
 
         picture.write_bytes(png(forecast))
         parts.append(f"The picture is in {picture}.")
-    _answer(as_json, forecast.model_dump(mode="json"), *parts)
+    answer(as_json, forecast.model_dump(mode="json"), *parts)
 
 
 @app.command()
@@ -128,7 +129,7 @@ def serve(
             service = until_interrupted.enter_context(local_service(settings, host, port, listen, _progress.print))
         address = service.address
         ready = {"status": "ready", "address": address, "storage": str(settings.storage.root)}
-        _answer(as_json, ready, f"The service answers at {address} (routes: {address}/docs). Ctrl-C stops it.")
+        answer(as_json, ready, f"The service answers at {address} (routes: {address}/docs). Ctrl-C stops it.")
         with suppress(KeyboardInterrupt):
             service.watch()
         _progress.print("Stopping the service. Running jobs resume when it starts again.")
@@ -152,7 +153,7 @@ def submit(
         _progress.print(queued)
         _follow(client, record, as_json)
     else:
-        _answer(as_json, record, queued)
+        answer(as_json, record, queued)
 
 
 @app.command("list")
@@ -171,7 +172,7 @@ def list_jobs(
         accuracy = "" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
         submitted = job["submitted_at"][:19].replace("T", " ")
         table.add_row(job["id"], job["status"], submitted, accuracy, job["model"] if accuracy else "")
-    _answer(as_json, {"jobs": jobs}, table if jobs else "There are no jobs yet; `chainfed submit job.yaml` sends one.")
+    answer(as_json, {"jobs": jobs}, table if jobs else "There are no jobs yet; `chainfed submit job.yaml` sends one.")
 
 
 @app.command()
@@ -185,7 +186,7 @@ def watch(job: JobId, address: Address = _ADDRESS, as_json: Json = False) -> Non
 def cancel(job: JobId, address: Address = _ADDRESS, as_json: Json = False) -> None:
     """Cancel a job that is queued or running."""
     record = ServiceClient(address).cancel(job)
-    _answer(as_json, record, f"Job {job} is {record['status']}.")
+    answer(as_json, record, f"Job {job} is {record['status']}.")
 
 
 @app.command()
@@ -199,11 +200,11 @@ def predict(
 ) -> None:
     """Classify texts with a model of the service."""
     texts = text or [line for line in sys.stdin.read().splitlines() if line.strip()]
-    answer = ServiceClient(address).classify(model, texts)
+    found = ServiceClient(address).classify(model, texts)
     lines = [
-        f"{label['label']} ({label['score']:.0%})  {line}" for line, label in zip(texts, answer["results"], strict=True)
+        f"{label['label']} ({label['score']:.0%})  {line}" for line, label in zip(texts, found["results"], strict=True)
     ]
-    _answer(as_json, answer, *lines)
+    answer(as_json, found, *lines)
 
 
 @app.command()
@@ -235,7 +236,7 @@ def complete(
     }  # fmt: skip
     with _if_interrupted("Interrupted."):
         if as_json:
-            _answer(as_json, client.complete(model, prompts, **options))
+            answer(as_json, client.complete(model, prompts, **options))
             return
         for piece in client.stream(model, prompts, **options):
             end = "\n" if piece["finish_reason"] else ""
@@ -246,7 +247,7 @@ def complete(
 def export(folder: StackFolder, out: NewFolder, form: Format, as_json: Json = False) -> None:
     """Write a finished model in the form of another engine: PEFT, Transformers or ONNX."""
     with _if_interrupted("Interrupted. Nothing was written."):
-        _answer(as_json, *export_model(folder, out, form))
+        answer(as_json, *export_model(folder, out, form))
 
 
 @app.command()
@@ -272,7 +273,7 @@ def doctor(
     found = findings(look(scratch))
     possible = is_possible(found)
     document = {"deepspeed": possible, "torch": True, "findings": [finding.document() for finding in found]}
-    _answer(as_json, document, doctor_table(found), *verdict(found))
+    answer(as_json, document, doctor_table(found), *verdict(found))
     if not possible:
         raise typer.Exit(1)
 
@@ -295,9 +296,9 @@ def demo(
     story = _progress if as_json else Console(file=sys.__stdout__, highlight=False, markup=False)
     with _if_interrupted("Interrupted."):
         if chat:
-            _answer(as_json, chat_demo(spec, job_file, out or Path("chainfed-chat"), story))
+            answer(as_json, chat_demo(spec, job_file, out or Path("chainfed-chat"), story))
         else:
-            _answer(as_json, plain_demo(spec, job_file, out or Path("chainfed-demo"), story))
+            answer(as_json, plain_demo(spec, job_file, out or Path("chainfed-demo"), story))
 
 
 def main() -> None:
@@ -356,7 +357,7 @@ def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> Non
         job_started, rounds, job_finished = follow(client, record["id"], spec, _progress)
     command = "complete" if spec.model.task == "causal-lm" else "predict"
     how_to_call = f"To call the model: chainfed {command} {record['model']} 'a text'"
-    _answer(as_json, client.job(record["id"]), results(spec, job_started, rounds, job_finished), how_to_call)
+    answer(as_json, client.job(record["id"]), results(spec, job_started, rounds, job_finished), how_to_call)
 
 
 @contextmanager
@@ -370,21 +371,10 @@ def _if_interrupted(message: str) -> Iterator[Interruption]:
         raise typer.Exit(_INTERRUPTED) from None
 
 
-def _answer(as_json: bool, document: dict[str, Any], *parts: RenderableType) -> None:
-    """Print the answer on standard output: ``document`` as JSON for programs, or ``parts`` for people."""
-    output = sys.__stdout__  # local_ray redirects sys.stdout, to keep Ray's own output out of the answer
-    if as_json:
-        print(json.dumps(document), file=output, flush=True)
-        return
-    console = Console(file=output, highlight=False, markup=False)  # a path or a class may have brackets in its name
-    for part in parts:
-        console.print(part, soft_wrap=isinstance(part, str))
-
-
 def _fail(error: ChainFedError, lines: list[str], code: int) -> NoReturn:
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
-    _answer("--json" in sys.argv, {"status": "failed", "error": error.document()})
+    answer("--json" in sys.argv, {"status": "failed", "error": error.document()})
     raise SystemExit(code) from None
 
 

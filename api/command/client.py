@@ -13,10 +13,10 @@ from chainfed_ray.errors import (
     JobConflict,
     JobNotFound,
     ModelNotFound,
-    Problem,
     ServiceFailed,
     ServiceUnavailable,
 )
+from chainfed_ray.problem import Problem
 from chainfed_ray.units import format_seconds
 
 _CHECK_SECONDS = 150.0  # before it accepts a job, the service loads the job's data

@@ -16,7 +16,6 @@ from chainfed_ray.api.rest.callers import CallerGone
 from chainfed_ray.api.rest.schemas import FieldProblem, OpenAIError, ProblemDetails
 from chainfed_ray.cluster.jobs.database import NO_ANSWER
 from chainfed_ray.errors import (
-    MISSING,
     ChainFedError,
     InvalidJob,
     JobConflict,
@@ -24,9 +23,9 @@ from chainfed_ray.errors import (
     ModelNotFound,
     PackageMissing,
     PartUnavailable,
-    Problem,
     ServiceBusy,
 )
+from chainfed_ray.problem import MISSING, Problem
 
 MEDIA_TYPE = "application/problem+json"
 REQUEST_ID = "x-request-id"

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from chainfed_ray.errors import InvalidJob, Problem
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.problem import Problem
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.recipes import with_defaults_of
 from chainfed_ray.spec.rules import contradictions

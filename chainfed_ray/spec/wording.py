@@ -3,7 +3,7 @@
 import difflib
 from typing import Any, get_args
 
-from chainfed_ray.errors import MISSING, Problem
+from chainfed_ray.problem import MISSING, Problem
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import Section
 

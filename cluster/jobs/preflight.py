@@ -16,7 +16,8 @@ from ray.exceptions import RayError
 
 from chainfed_ray.cluster.limits import memory_limit
 from chainfed_ray.cluster.resources import preflight_options
-from chainfed_ray.errors import InvalidJob, PartUnavailable, Problem, ServiceBusy
+from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
+from chainfed_ray.problem import Problem
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes

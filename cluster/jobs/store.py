@@ -12,7 +12,6 @@ all its events again. ::
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, NamedTuple, cast
 
@@ -22,8 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.jobs.database import open_database
-from chainfed_ray.cluster.jobs.tables import AliasRow, EventRow, JobRecord, JobRow, Status, check_version, make_tables
+from chainfed_ray.cluster.jobs.tables import AliasRow, EventRow, JobRecord, JobRow, Status, moment, open_tables
 from chainfed_ray.errors import JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
 
@@ -69,13 +67,7 @@ class JobStore:
     """
 
     def __init__(self, url: str, existing: bool = False) -> None:
-        self._engine = open_database(url, existing)
-        try:
-            make_tables(self._engine)
-            check_version(self._engine)
-        except BaseException:
-            self._engine.dispose()
-            raise
+        self._engine = open_tables(url, existing)
 
     def close(self) -> None:
         """Close every connection."""
@@ -99,7 +91,7 @@ class JobStore:
             model=spec.model_name,
             spec=document,
             status="queued",
-            submitted_at=_now(),
+            submitted_at=moment(),
             request_key=request_key,
         )
         try:
@@ -274,7 +266,7 @@ class JobStore:
         error: dict[str, Any] | None = None,
     ) -> bool:
         """Move a job to the state ``to``, and record the event. False if that is not possible from the job's present state."""
-        now = _now()
+        now = moment()
         values: dict[str, Any] = {"status": to}
         if to == "running":
             values["started_at"] = now
@@ -322,7 +314,7 @@ class JobStore:
             # Write first, to lock the job's row (on SQLite, the database): no other process may number an event meanwhile.
             session.execute(update(JobRow).where(JobRow.id == job).values(restarts=JobRow.restarts))
             if session.scalar(select(EventRow.seq).where(EventRow.job == job, EventRow.key == key)) is None:
-                _append(session, job, key, kind, _now(), data)
+                _append(session, job, key, kind, moment(), data)
                 session.execute(update(JobRow).where(JobRow.id == job).values(restarts=0))
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> list[Event]:
@@ -365,7 +357,3 @@ def _append(session: Session, job: str, key: str, kind: str, at: str, data: dict
     seq = (session.scalar(select(func.max(EventRow.seq)).where(EventRow.job == job)) or 0) + 1
     session.add(EventRow(job=job, seq=seq, key=key, kind=kind, at=at, data=data))
     session.flush()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
 from sqlalchemy import JSON, ForeignKey, UniqueConstraint, func, select
@@ -9,6 +10,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from chainfed_ray.cluster.jobs.database import open_database
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.record import VERSION
 
@@ -102,10 +104,49 @@ class AliasRow(_Table):
     targets: Mapped[list[dict[str, float]]] = mapped_column(JSON)
 
 
+class KeyRow(_Table):
+    """An API key, without its secret."""
+
+    __tablename__ = "keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    hash: Mapped[str]
+    owner: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str]
+    scopes: Mapped[list[str]] = mapped_column(JSON)
+    created_at: Mapped[str]
+    expires_at: Mapped[str | None] = mapped_column(default=None)
+    revoked_at: Mapped[str | None] = mapped_column(default=None)
+    used_at: Mapped[str | None] = mapped_column(default=None)
+
+
 class _Schema(_Table):
     __tablename__ = "schema"
 
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+def open_tables(url: str, existing: bool = False) -> Engine:
+    """An engine for the database at ``url``. Its tables are made if they are missing.
+
+    The file of SQLite is made as well, unless it must be an ``existing`` one.
+
+    Raises:
+        InvalidSetting: ``url`` is not an SQLAlchemy URL, its driver is not installed, or its database has another version.
+    """
+    engine = open_database(url, existing)
+    try:
+        make_tables(engine)
+        check_version(engine)
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+def moment(at: datetime | None = None) -> str:
+    """A time, by default now, as the tables have it: ISO 8601 in UTC, to the millisecond. Later times are greater texts."""
+    return (at or datetime.now(UTC)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def make_tables(engine: Engine) -> None:

@@ -14,29 +14,7 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.store import FINISHED, JobStore, Status
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
 from chainfed_ray.spec.parse import parse_job
-from tests import postgres
 from tests.builders import SPEC
-
-
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[str]:
-    if (programs := postgres.installed()) is None:
-        pytest.skip("no PostgreSQL server is installed")
-    with postgres.server(programs) as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a database without a job."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'jobs.db'}"
-    url: str = request.getfixturevalue("postgresql")
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        connection.execute(text("drop table if exists events, jobs, schema"))
-    engine.dispose()
-    return url
 
 
 @pytest.fixture

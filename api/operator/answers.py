@@ -1,0 +1,21 @@
+"""The answer of a command, on standard output: as one JSON object for programs, or as text for people."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
+
+
+def answer(as_json: bool, document: dict[str, Any], *parts: RenderableType) -> None:
+    """Print the answer on standard output: ``document`` as JSON for programs, or ``parts`` for people."""
+    output = sys.__stdout__  # local_ray redirects sys.stdout, to keep Ray's own output out of the answer
+    if as_json:
+        print(json.dumps(document), file=output, flush=True)
+        return
+    console = Console(file=output, highlight=False, markup=False)  # a path or a class may have brackets in its name
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))

@@ -1,0 +1,71 @@
+"""One thing that is wrong with an input, and values as errors show them."""
+
+import reprlib
+from typing import Any, NamedTuple
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with an input: the field's path, its value, and the value that was expected."""
+
+    field: str
+    value: Any
+    expected: str
+
+    def __str__(self) -> str:
+        found = "is missing" if self.value is MISSING else f"is {shown(self.value)}"
+        return f"{self.field} {found}; expected {self.expected}"
+
+    def document(self) -> dict[str, str | None]:
+        """The problem as JSON. The value is written as Python's ``repr``; it is None if the field is missing."""
+        value = None if self.value is MISSING else shown(self.value)
+        return {"field": self.field, "value": value, "expected": self.expected}
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> "Problem":
+        """The problem that ``document()`` was called on, in another process. Of the value, only its ``repr`` is known."""
+        value = document["value"]
+        return cls(str(document["field"]), MISSING if value is None else _Shown(value), str(document["expected"]))
+
+
+class _Shown(str):
+    """A value that is known by its ``repr`` alone."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class _Missing:
+    """The value of a field that was not given. It has a class of its own because ``None`` is a valid value."""
+
+    def __repr__(self) -> str:
+        return "(missing)"
+
+    def __reduce__(self) -> str:
+        return "MISSING"
+
+
+MISSING = _Missing()
+
+
+_BRIEF = reprlib.Repr()  # of lists and mappings: a few entries, a few levels, however large they are
+_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxset, _BRIEF.maxdict = 3, 10, 10, 10, 10
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
+_SHOWN = 120  # characters
+
+
+def shown(value: Any) -> str:
+    """The ``repr`` of a value, cut: what it costs does not depend on the value's size."""
+    try:
+        text = (
+            repr(value[:_SHOWN])
+            if type(value) is str
+            else _BRIEF.repr(value)
+            if isinstance(value, _NESTED)
+            else repr(value)
+        )
+    except ValueError:  # Python writes no integers of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+_NESTED = (list, tuple, dict, set)

@@ -1,0 +1,34 @@
+"""Who sends a request, and what that allows."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Scope = Literal["submit", "read", "infer", "admin", "site"]
+"""What a key allows: change jobs and aliases, look at them, ask models, everything, or be a site."""
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+DEFAULT_OWNER = "default"
+"""Whose everything is in a service without keys."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who sends a request: the key ``key``, which ``owner`` has and calls ``name``, and which allows ``scopes``."""
+
+    key: str
+    owner: str
+    name: str
+    scopes: frozenset[Scope]
+
+    @property
+    def tenant(self) -> str:
+        """Whose jobs and models these are: each owner is a tenant."""
+        return self.owner
+
+    @property
+    def site(self) -> str | None:
+        """The name of the site whose key this is; None for a key of another kind."""
+        return self.name if "site" in self.scopes else None
+
+    def allows(self, scope: Scope) -> bool:
+        """Whether the key allows what needs ``scope``. ``admin`` allows everything but to be a site, which has a name."""
+        return scope in self.scopes or ("admin" in self.scopes and scope != "site")

@@ -1,0 +1,78 @@
+"""The keys of a service as one of its processes knows them: looked at every few seconds, and not at every request."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from time import monotonic
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from chainfed_ray.cluster.access.identity import Identity
+from chainfed_ray.cluster.access.keys import Key, KeyStore, parts_of
+
+KEPT_SECONDS = 3.0
+_log = logging.getLogger(__name__)
+
+
+class KeyRing:
+    """The keys in ``store``, which are read again when they are older than ``seconds``. All calls come from one event loop.
+
+    So a request costs no query, and a key that is revoked is accepted for ``seconds`` at most. A new key is accepted at once:
+    before a key is refused because nothing is known of it, the keys are read anew. Requests that need that at the same time
+    share one query, so unknown keys, however many, cause one query at a time.
+
+    If the database does not answer, the errors of ``NO_ANSWER`` are raised, and nobody is let in by what was known before.
+    """
+
+    def __init__(self, store: KeyStore, seconds: float = KEPT_SECONDS, clock: Callable[[], float] = monotonic) -> None:
+        self._store, self._seconds, self._clock = store, seconds, clock
+        self._keys: dict[str, Key] = {}
+        self._read_at: float | None = None  # when the query began
+        self._reading = asyncio.Lock()
+        self._uses_told: dict[str, Key] = {}
+
+    async def is_open(self) -> bool:
+        """Whether no key was ever made. A service is open then, and stays closed once there was one, even a revoked one."""
+        await self._read(self._clock() - self._seconds)
+        return not self._keys
+
+    async def identify(self, token: str) -> Identity | None:
+        """Who sends ``token``. None unless it is the token of a key that is neither revoked nor expired."""
+        if (parts := parts_of(token)) is None:
+            return None
+        asked = self._clock()
+        await self._read(asked - self._seconds)
+        if (key := self._keys.get(parts[0])) is None:
+            await self._read(asked)
+            key = self._keys.get(parts[0])
+        if key is None or not key.is_of(parts[1]) or not key.is_valid():
+            return None
+        self._note_use(key)
+        return key.identity
+
+    async def _read(self, since: float) -> None:
+        """Read the keys, unless they were read at the time ``since`` or later."""
+        if self._was_read(since):
+            return
+        async with self._reading:
+            if self._was_read(since):  # another request did it meanwhile
+                return
+            began = self._clock()
+            self._keys = {key.id: key for key in await asyncio.to_thread(self._store.keys)}
+            self._read_at = began
+
+    def _was_read(self, since: float) -> bool:
+        return self._read_at is not None and self._read_at >= since
+
+    def _note_use(self, key: Key) -> None:
+        """Put the use of a key on record, once an hour. Nobody waits for it: a busy database does not hold up a request."""
+        if key.use_is_told() or self._uses_told.get(key.id) == key:
+            return
+        self._uses_told[key.id] = key
+        asyncio.get_running_loop().run_in_executor(None, self._write_use, key.id)
+
+    def _write_use(self, key: str) -> None:
+        try:
+            self._store.note_use(key)
+        except SQLAlchemyError as error:
+            _log.warning("the use of the key %s was not put on record (%s)", key, type(error).__name__)
