@@ -22,6 +22,10 @@
     ├── ServiceBusy        (RuntimeError)  the service does as much of this at once as it can
     ├── PartUnavailable    (RuntimeError)  a process of the service ended, or took too long
     ├── SiteRefused        (RuntimeError)  the service refuses a site: its key, its version, or it has joined twice
+    ├── TurnNotTaken       (RuntimeError)  a site refused a turn, or could not take it
+    ├── SiteSuperseded     (RuntimeError)  another process of the same site has joined
+    ├── OrderWithdrawn     (RuntimeError)  a site has an order that is not wanted any more
+    ├── AnswerRefused      (RuntimeError)  a site's answer is not what the order allows
     ├── JobFailed          (RuntimeError)  a job finished without a model
     ├── JobNotFound        (LookupError)   the job does not exist
     ├── JobConflict        (RuntimeError)  the job's status does not allow what was requested
@@ -280,6 +284,31 @@ class PartUnavailable(ChainFedError, RuntimeError):
 
 class SiteRefused(ChainFedError, RuntimeError):
     """The service refuses a site. The message says why."""
+
+
+class TurnNotTaken(ChainFedError, RuntimeError):
+    """A site did not carry out an order. The message says which site, and why."""
+
+
+class SiteSuperseded(ChainFedError, RuntimeError):
+    """The process of ``site`` takes no more orders: another one has joined since, or this one has left."""
+
+    def __str__(self) -> str:
+        return f"another process of site {self.args[0]} has joined since, or this one has left"
+
+
+class OrderWithdrawn(ChainFedError, RuntimeError):
+    """The site does not have ``order`` any more: its job is over, it was withdrawn, or another process has it."""
+
+    def __str__(self) -> str:
+        return f"order {self.args[0]} is not wanted any more"
+
+
+class AnswerRefused(ChainFedError, ValueError):
+    """The answer of ``order`` is refused for the ``reason``."""
+
+    def __str__(self) -> str:
+        return f"the answer of order {self.args[0]} is refused: {self.args[1]}"
 
 
 class JobFailed(ChainFedError, RuntimeError):

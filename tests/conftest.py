@@ -36,6 +36,7 @@ settings.load_profile("any machine")
 WITH_RAY = (
     "test_cohort_ray.py",
     "test_offload.py",
+    "test_over_sites.py",
     "test_preflight_ray.py",
     "test_privacy_ray.py",
     "test_ray_pool.py",

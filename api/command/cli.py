@@ -23,6 +23,7 @@ from chainfed_ray.api.command.export_command import Format, NewFolder, StackFold
 from chainfed_ray.api.command.interruption import Interruption
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.api.operator.keys_command import keys_app
+from chainfed_ray.api.operator.sites_command import sites_app
 from chainfed_ray.api.report.pictures import check_drawing, draw_if_possible
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import ChainFedError, DiskFailed, InvalidJob
@@ -36,6 +37,7 @@ app = typer.Typer(
     help="Federated fine-tuning of language models for fleets of unequal machines, one window of layers at a time.",
 )
 app.add_typer(keys_app, name="keys")
+app.add_typer(sites_app, name="sites")
 _progress = Console(stderr=True, highlight=False, markup=False)
 
 JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]

@@ -35,7 +35,7 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Make a key, and print it once: the database does not have it."""
-    period, wanted = _period(expires), [scope.strip() for scope in scopes.split(",") if scope.strip()]
+    period, wanted = period_of(expires), [scope.strip() for scope in scopes.split(",") if scope.strip()]
     with key_store() as store:
         made = store.make_key(owner, wanted, name, period)
     until = f"until {_shown(made.key.expires_at)} UTC" if made.key.expires_at else "until it is revoked"
@@ -98,7 +98,7 @@ def key_store() -> Iterator["KeyStore"]:
         raise InvalidSetting("CHAINFED_DATABASE", shown, f"a database that answers ({error.orig})") from None
 
 
-def _period(text: str) -> timedelta | None:
+def period_of(text: str) -> timedelta | None:
     """How long a key is valid: ``90d``, ``12h``, or None for ``never``."""
     if text == _NEVER:
         return None

@@ -16,7 +16,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
-from chainfed_ray.api.rest.callers import while_connected
 from chainfed_ray.api.rest.models import served
 from chainfed_ray.api.rest.openai_schemas import (
     AssistantMessage,
@@ -34,7 +33,7 @@ from chainfed_ray.api.rest.openai_schemas import (
     GenerationOptions,
     Usage,
 )
-from chainfed_ray.api.rest.service import Service, WithService
+from chainfed_ray.api.rest.service import Service, WithService, while_connected
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.serving.messages import FinishReason, Piece, Prompt, Sampling, TokenChances
 

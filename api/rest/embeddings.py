@@ -8,11 +8,10 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request
 from pydantic import AfterValidator, BaseModel, FailFast, Field
 
-from chainfed_ray.api.rest.callers import while_connected
 from chainfed_ray.api.rest.models import served
 from chainfed_ray.api.rest.openai_schemas import PromptText, Strings
 from chainfed_ray.api.rest.schemas import MOST_CHARACTERS, MOST_TEXTS, RequestBody, bounded
-from chainfed_ray.api.rest.service import WithService
+from chainfed_ray.api.rest.service import WithService, while_connected
 from chainfed_ray.serving.messages import Embedding
 
 router = APIRouter(prefix="/v1", tags=["models"])

@@ -12,18 +12,21 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from chainfed_ray.api.rest.callers import CallerGone
 from chainfed_ray.api.rest.schemas import FieldProblem, OpenAIError, ProblemDetails
-from chainfed_ray.cluster.jobs.database import NO_ANSWER
+from chainfed_ray.api.rest.service import CallerGone
+from chainfed_ray.cluster.database.connection import NO_ANSWER
 from chainfed_ray.errors import (
+    AnswerRefused,
     ChainFedError,
     InvalidJob,
     JobConflict,
     JobNotFound,
     ModelNotFound,
+    OrderWithdrawn,
     PackageMissing,
     PartUnavailable,
     ServiceBusy,
+    SiteSuperseded,
 )
 from chainfed_ray.problem import MISSING, Problem
 
@@ -42,6 +45,9 @@ _STATUS: Mapping[type[ChainFedError], HTTPStatus] = {
     PackageMissing: HTTPStatus.NOT_IMPLEMENTED,
     ServiceBusy: HTTPStatus.TOO_MANY_REQUESTS,
     PartUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    OrderWithdrawn: HTTPStatus.GONE,
+    AnswerRefused: HTTPStatus.UNPROCESSABLE_ENTITY,
+    SiteSuperseded: HTTPStatus.CONFLICT,
 }
 _CLIENT_CLOSED = 499  # nginx's status for a caller that has disconnected; only logs see it
 _MOST_PROBLEMS = 100  # in one answer

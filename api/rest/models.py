@@ -7,7 +7,6 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request
 from fastapi.concurrency import run_in_threadpool
 
-from chainfed_ray.api.rest.callers import while_connected
 from chainfed_ray.api.rest.schemas import (
     AliasList,
     AliasResource,
@@ -20,7 +19,7 @@ from chainfed_ray.api.rest.schemas import (
     ModelTask,
     ServedModel,
 )
-from chainfed_ray.api.rest.service import Service, WithService
+from chainfed_ray.api.rest.service import Service, WithService, while_connected
 from chainfed_ray.cluster.jobs.versions import Version, trained
 from chainfed_ray.errors import InvalidJob, ModelNotFound
 from chainfed_ray.serving.messages import ModelKey

@@ -1,18 +1,53 @@
-"""What the routes need from the rest of the program, as protocols: routes do not know where or how it runs."""
+"""What the routes need from the rest of the program, as protocols: routes do not know where or how it runs.
 
-from collections.abc import AsyncGenerator
+Work that a caller asked for ends when the caller goes away (``while_connected``).
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Depends, HTTPException, Request
 
 from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
+from chainfed_ray.cluster.sites.mailbox import Mailbox
+from chainfed_ray.cluster.sites.order_feed import OrderFeed
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
 from chainfed_ray.spec.job import JobSpec
+
+Result = TypeVar("Result")
+
+
+class CallerGone(Exception):
+    """The caller has closed the connection, so nobody waits for the answer."""
+
+
+async def while_connected(request: Request, work: Awaitable[Result]) -> Result:
+    """Do ``work``, and cancel it if the caller goes away. The request's body must have been read.
+
+    Raises:
+        CallerGone: the caller has gone.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.create_task(_disconnect(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise CallerGone
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.wait((working, leaving))  # until it has let go of what it holds
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class Check(Protocol):
@@ -61,7 +96,7 @@ class Alive(Protocol):
 
 @dataclass(frozen=True)
 class Service:
-    """The database of jobs, the work that other processes do, and the health check of each part by its name."""
+    """The database of jobs, the work of other processes, the health check of each part by its name, and the orders of sites."""
 
     store: JobStore
     check: Check
@@ -70,11 +105,28 @@ class Service:
     embed: Embed
     write: Write
     parts: dict[str, Alive]
+    sites: Mailbox | None = None
 
     @cached_property
     def feed(self) -> EventFeed:
         """The events of jobs as they come, for all who watch."""
         return EventFeed(self.store)
+
+    @cached_property
+    def orders(self) -> OrderFeed:
+        """Which sites have an order that waits, for all sites that ask."""
+        return OrderFeed(self.mailbox)
+
+    @property
+    def mailbox(self) -> Mailbox:
+        """The orders of sites.
+
+        Raises:
+            HTTPException: 404, if this service has no sites.
+        """
+        if self.sites is None:
+            raise HTTPException(404, "this service has no sites")
+        return self.sites
 
     @cached_property
     def totals(self) -> TotalsOfJobs:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from chainfed_ray.api.rest import completions, embeddings, events, jobs, models, monitoring
+from chainfed_ray.api.rest import completions, embeddings, events, jobs, models, monitoring, sites
 from chainfed_ray.api.rest.errors import handle_errors
 from chainfed_ray.api.rest.schemas import ProblemDetails
 from chainfed_ray.api.rest.service import Service
@@ -31,7 +31,7 @@ def create_app(service: Service, allowed_hosts: Sequence[str] = ()) -> FastAPI:
     app.state.service = service
     add_front_door(app, allowed_hosts)
     handle_errors(app)
-    for part in (jobs, events, models, completions, embeddings, monitoring):
+    for part in (jobs, events, models, completions, embeddings, monitoring, sites):
         app.include_router(part.router)
     describe(app)
     return app

@@ -16,6 +16,7 @@ from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.resources import inference_options
+from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
 
@@ -48,7 +49,9 @@ class Api:
             "inference": self._inference_alive,
         }
         check, plan = self._preflight.check, self._preflight.plan
-        service = Service(self._store, check, plan, self._classify, self._embed, self._write, parts)
+        service = Service(
+            self._store, check, plan, self._classify, self._embed, self._write, parts, Mailbox(self._settings.storage)
+        )
         return create_app(service, self._settings.allowed_hosts)
 
     async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:

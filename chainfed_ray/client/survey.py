@@ -15,13 +15,17 @@ from chainfed_ray.spec.job import JobSpec
 
 @dataclass(frozen=True)
 class SiteRows:
-    """Where a client's rows are: part ``part`` of ``parts`` of the file ``data`` at ``site``."""
+    """Where a client's rows are: part ``part`` of ``parts`` of the file ``data`` at ``site``.
+
+    ``classes`` are those of the job, in the order of the head's outputs; empty for a language model.
+    """
 
     site: str
     data: str
     part: int
     parts: int
     counts: ExampleCounts
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def candidates(
     for group in spec.fleet.clients:
         survey = surveys.get(group.name)
         if isinstance(survey, Survey):
-            found += _at_site(group, survey)
+            found += _at_site(group, survey, () if spec.model.task == "causal-lm" else examples.corpus.classes)
         elif group.site is None:
             for (name, _), share in islice(simulated, group.count):
                 rows = examples.of_client(share)
@@ -188,11 +188,11 @@ def candidates(
     return found
 
 
-def _at_site(group: ClientClass, survey: Survey) -> Iterator[Candidate]:
+def _at_site(group: ClientClass, survey: Survey, classes: tuple[str, ...]) -> Iterator[Candidate]:
     assert group.site is not None, "a site was surveyed"
     assert group.data is not None, "the rules refuse a site without a file"
     for part, client in enumerate(survey.clients):
-        rows = SiteRows(group.site, group.data, part, len(survey.clients), client.counts)
+        rows = SiteRows(group.site, group.data, part, len(survey.clients), client.counts, classes)
         name = f"{group.name}-{part}"
         yield Candidate(name, group.name, NO_EXAMPLES, group.memory, group.disk, remote=rows)
 

@@ -75,9 +75,8 @@ def run_job(
     with ExitStack() as until_done:
         if scratch is None:
             scratch = Path(until_done.enter_context(tempfile.TemporaryDirectory(prefix="chainfed-")))
-        notes = Notes(listen)
-        job = prepare_job(spec, scratch, notes, partition, sites)
-        log = CommitLog(folder)
+        job = prepare_job(spec, scratch, listen, partition, sites)
+        log, notes = CommitLog(folder), Notes(listen)
         clients = until_done.enter_context(closing(pool(job.base, notes.note)))
         server = until_done.enter_context(closing(evaluation(job, notes)))
         coordinator = Coordinator(

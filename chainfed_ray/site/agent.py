@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from time import monotonic
 from typing import Any
 
@@ -17,6 +17,7 @@ from chainfed_ray.site.turn_process import TurnProcess
 
 _WAIT_SECONDS = 20.0
 _LOOK_SECONDS = 0.2
+_HEARTBEAT_SECONDS = 3.0
 _PAUSE_SECONDS = 5.0  # after an order that the service could not handle
 _KEPT_TENSORS = 8  # files of adapters that are kept, the newest
 
@@ -50,6 +51,9 @@ class Agent:
         self._worked: defaultdict[str, float] = defaultdict(float)  # seconds, by job
         self._jobs: set[str] = set()
         self._failure: ChainFedError | None = None
+        self._running: set[str] = set()
+        self._asking = Lock()
+        self._told_at: defaultdict[str, float] = defaultdict(float)  # when the service heard of an order
 
     def run(self) -> None:
         """Carry out orders until ``stop`` is set. Orders in flight are then given back.
@@ -75,8 +79,11 @@ class Agent:
         try:
             while not self._stop.is_set():
                 try:
-                    if order := self._connection.next(_WAIT_SECONDS):
-                        self._carry_out(order, process, self._offer.scratch / f"slot-{slot}")
+                    if order := self._next():
+                        try:
+                            self._carry_out(order, process, self._offer.scratch / f"slot-{slot}")
+                        finally:
+                            self._running.discard(order.id)
                     else:
                         process.end()  # there is no work, so its memory is given back
                 except Withdrawn:
@@ -85,10 +92,19 @@ class Agent:
                     self._told(str(error))
                     self._stop.wait(_PAUSE_SECONDS)
         except ChainFedError as error:
-            self._failure = error
-            self._stop.set()
+            if not self._stop.is_set():  # a process that leaves is given no more orders
+                self._failure = error
+                self._stop.set()
         finally:
             process.end()
+
+    def _next(self) -> Order | None:
+        """The next order. One slot asks at a time, so that the service knows which orders this process has."""
+        with self._asking:
+            order = None if self._stop.is_set() else self._connection.next(_WAIT_SECONDS, self._running)
+            if order:
+                self._running.add(order.id)
+        return order
 
     def _carry_out(self, order: Order, process: TurnProcess, scratch: Path) -> None:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -113,13 +129,16 @@ class Agent:
             process.end()
             raise
         finally:
+            self._told_at.pop(order.id, None)
             sent.unlink(missing_ok=True)
             _forget_all_but(_KEPT_TENSORS, scratch / "adapters")
 
     def _heard(self, order: Order, doing: Mapping[str, Any]) -> None:
         if self._stop.is_set():
             raise Withdrawn("the site leaves")
-        self._connection.heartbeat(order.id, doing)
+        if monotonic() - self._told_at[order.id] >= _HEARTBEAT_SECONDS:
+            self._connection.heartbeat(order.id, doing)
+            self._told_at[order.id] = monotonic()
 
 
 def forget_caches(scratch: Path) -> None:

@@ -69,7 +69,6 @@ def turn_order(
     name: str,
     spec: Mapping[str, Any],
     base_digest: str,
-    classes: tuple[str, ...],
     client: Client,
     order: TurnOrder,
     tensors: TensorFile | None,
@@ -116,7 +115,7 @@ def turn_order(
             "part": client.remote.part,
             "parts": client.remote.parts,
         },
-        "classes": list(classes),
+        "classes": list(client.remote.classes),
         "turn": turn,
     }
     return _order(job, name, kind, spec, base_digest, content, tensors, most)

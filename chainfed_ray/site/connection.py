@@ -4,7 +4,7 @@ A service that does not answer is waited for: it may be starting again. A transf
 """
 
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
@@ -93,9 +93,10 @@ class Connection:
         except httpx.HTTPError:
             self._told("The service did not hear that this site leaves; it notices when the site comes back.")
 
-    def next(self, wait: float) -> Order | None:
-        """The next order, or None if there is none within ``wait`` seconds."""
-        answer = self._post("/v1/site/orders/next", Asking(session=self._session, wait=wait))
+    def next(self, wait: float, running: Collection[str]) -> Order | None:
+        """The next order, or None if there is none within ``wait`` seconds. ``running`` are those that this process has."""
+        asking = Asking(session=self._session, wait=wait, running=tuple(sorted(running)))
+        answer = self._post("/v1/site/orders/next", asking)
         if answer.status_code == httpx.codes.NO_CONTENT:
             return None
         try:

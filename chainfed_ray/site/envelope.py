@@ -109,9 +109,13 @@ class Joining(_Message):
 
 
 class Asking(_Message):
-    """A process at a site that asks for its next order, and waits for one at most ``wait`` seconds."""
+    """A process at a site that asks for its next order, and waits for one at most ``wait`` seconds.
+
+    ``running`` are the orders that it has. It is given again what it was given before and does not have: the answer was lost.
+    """
 
     session: Session
+    running: tuple[OrderId, ...] = Field((), max_length=1000, strict=False)
     wait: float = Field(0.0, ge=0, le=25, strict=False)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from chainfed_ray.problem import MISSING, Problem
+from chainfed_ray.spec.fleet import PartitionSpec
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import AdapterSpec, AggregationSpec, ChainSpec, DataSpec, PrivacySpec
 

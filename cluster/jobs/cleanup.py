@@ -7,6 +7,7 @@ import logging
 from errno import EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE
 from typing import Any
 
+from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.records.secret import erase_secret
@@ -18,8 +19,16 @@ _log = logging.getLogger(__name__)
 
 
 def clean_up(job: str, storage: Storage) -> OSError | None:
-    """Remove a job's prefix caches and the secret of its noise. Returns what went wrong, if the job's folder is broken."""
+    """Remove a job's prefix caches, the orders of its sites and the secret of its noise.
+
+    Returns what went wrong, if the job's folder is broken.
+    """
     storage.clear_scratch(job)
+    mailbox = Mailbox(storage)
+    try:
+        mailbox.forget(job)
+    finally:
+        mailbox.close()
     try:
         erase_secret(storage.job(job))
     except OSError as error:

@@ -41,13 +41,16 @@ class CoordinatorActor:
         from chainfed_ray.cluster.jobs.run import run_queued_job
         from chainfed_ray.cluster.offload.engine import server_evaluation
         from chainfed_ray.cluster.pool.ray_pool import RayPool
+        from chainfed_ray.cluster.sites.desk import Desk
 
+        desk = Desk(job, settings.storage)
         try:
             run_queued_job(
                 job,
                 settings.storage,
-                lambda source, note: RayPool(source, settings.client_slots, note),
+                lambda source, note: RayPool(source, settings.client_slots, note, at_site=desk.lease),
                 server_evaluation,
+                desk,
                 restarted=ray.get_runtime_context().was_current_actor_reconstructed,
             )
         except Exception:

@@ -6,9 +6,10 @@ from contextlib import closing, suppress
 from time import sleep
 
 from chainfed_ray.activity import Activity, Listener
+from chainfed_ray.client.survey import Sites
+from chainfed_ray.cluster.database.connection import NO_ANSWER
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
-from chainfed_ray.cluster.jobs.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
@@ -32,6 +33,7 @@ def run_queued_job(
     storage: Storage,
     make_pool: MakePool,
     make_evaluation: MakeEvaluation = streamed,
+    sites: Sites | None = None,
     restarted: bool = False,
 ) -> None:
     """Run a job, or resume it from its commit log, and record how it ended.
@@ -47,7 +49,7 @@ def run_queued_job(
                     return
                 deaths = store.count_restart(job) if restarted else 0
                 restarted = False  # from here on it is this process that tries again
-                trouble = _run(job, deaths, store, storage, make_pool, make_evaluation)
+                trouble = _run(job, deaths, store, storage, make_pool, make_evaluation, sites)
                 if trouble is None:
                     return
                 _wait_for_disk(job, trouble, store, storage)
@@ -63,6 +65,7 @@ def _run(
     storage: Storage,
     make_pool: MakePool,
     make_evaluation: MakeEvaluation,
+    sites: Sites | None,
 ) -> OSError | None:
     """Run the job to its end, and record that. Returns the trouble of a disk instead, if there is one."""
     try:
@@ -71,7 +74,7 @@ def _run(
         storage.check()
         spec = parse_job(store.get(job).spec)
         with occupy(storage.job(job)), ActivityRecord(store, job) as listen:
-            result = _train(job, spec, store, storage, make_pool, make_evaluation, listen)
+            result = _train(job, spec, store, storage, make_pool, make_evaluation, sites, listen)
     except NO_ANSWER:
         raise
     except Exception as error:  # whatever it is, it made the job fail, and belongs on the job's record
@@ -82,7 +85,7 @@ def _run(
         store.move(job, "failed", error=described(error))
     else:
         # The status comes last: as soon as it is recorded, the controller may end this process.
-        storage.clear_scratch(job)
+        clean_up(job, storage)
         store.move(job, "succeeded", result=result.model_dump(mode="json"))
     return None
 
@@ -127,11 +130,14 @@ def _train(
     storage: Storage,
     make_pool: MakePool,
     make_evaluation: MakeEvaluation,
+    sites: Sites | None,
     listen: Listener,
 ) -> JobResult:
     folder, scratch = storage.job(job), storage.scratch(job)
     started: JobStarted | None = None
-    records = run_job(spec, folder, pool=make_pool, evaluation=make_evaluation, scratch=scratch, listen=listen)
+    records = run_job(
+        spec, folder, pool=make_pool, evaluation=make_evaluation, sites=sites, scratch=scratch, listen=listen
+    )
     with closing(records):
         for record in records:
             match record:

@@ -6,7 +6,7 @@ few.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -17,6 +17,7 @@ from chainfed_ray.client.messages import Client
 from chainfed_ray.cluster.pool.actors import ClientActor
 from chainfed_ray.cluster.resources import IDLE_BYTES, client_options
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.units import format_bytes
 
 _QUEUE = 3  # how many turns per actor wait in a class, before an idle actor of another class is ended for it
 
@@ -25,12 +26,13 @@ _QUEUE = 3  # how many turns per actor wait in a class, before an idle actor of 
 class Lease:
     """An actor, leased to one client at a time."""
 
-    actor: Any
+    actor: Any  # has the methods of ``ClientActor``
     client_class: str
     memory: int  # bytes that the actor reserves
     ready: Any  # Ray's reference that resolves when the process has started
     made_at: float = field(default_factory=monotonic)
     placed: bool = False
+    kept: bool = True  # for the next turn of its class
 
     def is_placed(self) -> bool:
         """True once Ray has found a machine for the actor and its process has started."""
@@ -39,17 +41,40 @@ class Lease:
             self.placed = bool(ready)
         return self.placed
 
+    def start(self, client: Client, order: Any) -> Any:
+        """Begin the turn of ``client``; ``order`` is Ray's reference to what it is to do. Gives the reference to the result."""
+        return self.actor.take_turn.remote(client, [order])
+
+    def ask(self) -> Any:
+        """Ask how far the turn is. Gives Ray's reference to a ``Progress``."""
+        return self.actor.progress.remote()
+
+    def why_waiting(self) -> str:
+        """Why the turn has not begun."""
+        return f"no machine with {format_bytes(self.memory)} was free for it"
+
+    def end(self) -> None:
+        """End the actor."""
+        ray.kill(self.actor)
+
+
+LeaseOfSite = Callable[[Client], Lease]
+"""Gives a lease for one turn of a client at a site. It takes no slot: the site decides how many turns it takes at once."""
+
 
 class Leases:
     """Makes actors that take turns on the model ``base``, keeps those that are idle, and ends those that are not needed."""
 
-    def __init__(self, base: ModelSource, slots: int) -> None:
-        self._base, self._slots = base, slots
+    def __init__(self, base: ModelSource, slots: int, at_site: LeaseOfSite | None = None) -> None:
+        self._base, self._slots, self._at_site = base, slots, at_site
         self._idle: list[Lease] = []
         self._made: Counter[str] = Counter()
 
     def lease(self, client: Client, wanted: Mapping[str, int]) -> Lease | None:
         """An idle or new actor for ``client``; None if it has to wait. ``wanted`` counts the other waiting turns by class."""
+        if client.remote:
+            assert self._at_site, "a job with clients at sites has what stands for them"
+            return self._at_site(client)
         own = next((lease for lease in self._idle if lease.client_class == client.client_class), None)
         if own:
             self._idle.remove(own)
@@ -66,12 +91,14 @@ class Leases:
 
     def give_back(self, lease: Lease) -> None:
         """Keep an actor whose turn has ended for the next turn of its class."""
-        self._idle.append(lease)
+        if lease.kept:
+            self._idle.append(lease)
 
     def end(self, lease: Lease) -> None:
         """End an actor that is leased: its process died, or is given up."""
-        ray.kill(lease.actor)
-        self._made[lease.client_class] -= 1
+        lease.end()
+        if lease.kept:
+            self._made[lease.client_class] -= 1
 
     def end_idle(self) -> None:
         """End every idle actor."""

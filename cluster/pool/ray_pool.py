@@ -16,7 +16,7 @@ from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, HeadSums, Profile, TurnOrder, Update
 from chainfed_ray.client.pool import Failure, Outcome
 from chainfed_ray.client.progress import Progress
-from chainfed_ray.cluster.pool.leases import Lease, Leases
+from chainfed_ray.cluster.pool.leases import Lease, LeaseOfSite, Leases
 from chainfed_ray.cluster.pool.orders import SentOrder
 from chainfed_ray.cluster.pool.placement import never_placed
 from chainfed_ray.cluster.pool.waiting import Waiting
@@ -48,13 +48,20 @@ class RayPool:
 
     ``note`` is told when turns wait for processes to start. That takes seconds, or longer if no machine has room. Without a
     deadline, a turn is given up if its process does nothing for ``silence`` seconds, or if it has no machine for as long.
+    ``at_site`` gives leases for clients at sites.
     """
 
     def __init__(
-        self, base: ModelSource, slots: int, note: Note = lambda words: None, *, silence: float = 300.0
+        self,
+        base: ModelSource,
+        slots: int,
+        note: Note = lambda words: None,
+        *,
+        silence: float = 300.0,
+        at_site: LeaseOfSite | None = None,
     ) -> None:
         self.base, self._note, self._silence = base, note, silence
-        self._leases = Leases(base, slots)
+        self._leases = Leases(base, slots, at_site)
 
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """Run ``order`` for each client, for at most ``deadline`` seconds. Yields an outcome for each, in order of arrival."""
@@ -66,7 +73,7 @@ class RayPool:
             while waiting or running:
                 for place, client, lease in waiting.startable(self._leases.lease):
                     try:
-                        running[lease.actor.take_turn.remote(client, [sent.reference()])] = _Turn(place, lease)
+                        running[lease.start(client, sent.reference())] = _Turn(place, lease)
                     except RayError as error:  # such as a full object store
                         self._leases.give_back(lease)
                         yield Outcome(place, _failure(error))
@@ -140,15 +147,18 @@ class RayPool:
     def _make_room(self, running: Collection[Lease]) -> None:
         """Report waiting actors. If one has waited too long, end all idle actors: they may hold the memory that it needs."""
         now, waiting = monotonic(), [lease for lease in running if not lease.is_placed()]
-        late = [lease for lease in waiting if now - lease.made_at > _PATIENCE_SECONDS]
-        self._note(_in_words(len(running), len(waiting), max((lease.memory for lease in late), default=None)))
+        processes = [lease for lease in waiting if lease.kept]
+        late = [lease for lease in processes if now - lease.made_at > _PATIENCE_SECONDS]
+        words = _in_words(len(running), len(processes), max((lease.memory for lease in late), default=None))
+        for_sites = sorted({lease.why_waiting() for lease in waiting if not lease.kept})
+        self._note("; ".join([*([words] if words else []), *for_sites]) or None)
         if late:
             self._leases.end_idle()
 
 
 def _asked(turns: dict[Any, _Turn]) -> dict[Any, Progress]:
     """How far each of ``turns`` is, of those whose processes have started and answer."""
-    asked = {turn.lease.actor.progress.remote(): key for key, turn in turns.items() if turn.lease.is_placed()}
+    asked = {turn.lease.ask(): key for key, turn in turns.items() if turn.lease.is_placed()}
     if not asked:
         return {}
     answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
@@ -164,7 +174,7 @@ def _asked(turns: dict[Any, _Turn]) -> dict[Any, Progress]:
 def _why(lease: Lease, answer: Progress | None) -> str:
     """Why a turn is not done, from its process's ``answer``: how far it is."""
     if not lease.placed:
-        return f"no machine with {format_bytes(lease.memory)} was free for it"
+        return lease.why_waiting()
     if answer is None:
         return "its process does not answer"
     doing = answer.doing

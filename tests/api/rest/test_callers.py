@@ -7,7 +7,7 @@ import pytest
 from fastapi import Request
 from starlette.types import Message
 
-from chainfed_ray.api.rest.callers import CallerGone, while_connected
+from chainfed_ray.api.rest.service import CallerGone, while_connected
 
 
 def a_request(*messages: Message) -> Request:

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from chainfed_ray.cluster.jobs.database import open_database
+from chainfed_ray.cluster.database.connection import open_database
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.record import VERSION
 
@@ -118,6 +118,40 @@ class KeyRow(_Table):
     expires_at: Mapped[str | None] = mapped_column(default=None)
     revoked_at: Mapped[str | None] = mapped_column(default=None)
     used_at: Mapped[str | None] = mapped_column(default=None)
+
+
+class SiteRow(_Table):
+    """A site that has joined. ``session`` is its newest process; None once that has left. Times are seconds since 1970."""
+
+    __tablename__ = "sites"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    session: Mapped[str | None]
+    version: Mapped[str]
+    joined_at: Mapped[float]
+    seen_at: Mapped[float]
+
+
+class SiteOrderRow(_Table):
+    """An order for a site, and its answer. ``document`` and ``answer`` are JSON; ``session`` is the process that has taken it.
+
+    ``worked`` are the seconds that the process has said it worked, and ``doing`` what it does.
+    """
+
+    __tablename__ = "site_orders"
+    __table_args__ = (UniqueConstraint("site", "order"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    order: Mapped[str] = mapped_column(index=True)
+    site: Mapped[str] = mapped_column(index=True)
+    job: Mapped[str] = mapped_column(index=True)
+    document: Mapped[str]
+    tensors: Mapped[str | None]
+    state: Mapped[str] = mapped_column(default="waiting")
+    session: Mapped[str | None] = mapped_column(default=None)
+    answer: Mapped[str | None] = mapped_column(default=None)
+    doing: Mapped[str | None] = mapped_column(default=None)
+    worked: Mapped[float] = mapped_column(default=0.0)
 
 
 class _Schema(_Table):

@@ -1,0 +1,123 @@
+"""Routes for the processes at sites: they join, take orders, and send answers. Each needs a site's key (docs/sites.md)."""
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse
+
+from chainfed_ray.api.rest.service import WithService
+from chainfed_ray.site.envelope import (
+    MOST_CHARACTERS,
+    PROTOCOL,
+    Accepted,
+    AnswerMessage,
+    Asking,
+    Heartbeat,
+    Joining,
+    Leaving,
+    Order,
+    Received,
+    Welcome,
+)
+
+router = APIRouter(prefix="/v1/site", tags=["sites"])
+
+_LOOK_SECONDS = 5.0  # until it is looked again whether the process that waits is still the site's
+_BINARY = "application/octet-stream"
+
+
+def _site(request: Request) -> str:
+    """The site whose key the request has."""
+    site: str | None = getattr(getattr(request.state, "identity", None), "site", None)
+    if site is None:
+        raise HTTPException(403, "this needs the key of a site, which `chainfed sites add` makes")
+    return site
+
+
+SiteName = Annotated[str, Depends(_site)]
+OrderPath = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="the id of an order")]
+
+
+@router.post("/session")
+def join_site(body: Joining, site: SiteName, service: WithService) -> Welcome:
+    """Begin to take the orders of a site. An earlier process of the site is given no more, and its orders wait again."""
+    if body.protocol != PROTOCOL:
+        detail = f"the site speaks version {body.protocol} of the protocol, and this service version {PROTOCOL}"
+        raise HTTPException(426, detail)
+    service.mailbox.join(site, body.session, body.version)
+    return Welcome(site=site)
+
+
+@router.post("/leave")
+def leave_site(body: Leaving, site: SiteName, service: WithService) -> Accepted:
+    """Take no more orders. Those that were taken wait for the next process of the site."""
+    service.mailbox.leave(site, body.session)
+    return Accepted()
+
+
+@router.post("/orders/next", responses={204: {"description": "No order came in time"}}, response_model=Order)
+async def next_order(body: Asking, site: SiteName, service: WithService) -> Order | Response:
+    """The next order for the site. It is waited for."""
+    loop = asyncio.get_running_loop()
+    ends = loop.time() + body.wait
+    while True:
+        if order := await run_in_threadpool(service.mailbox.next, site, body.session, body.running):
+            return order
+        left = ends - loop.time()
+        if left <= 0:
+            return Response(status_code=204)
+        await service.orders.wait(site, min(left, _LOOK_SECONDS))
+
+
+@router.post("/orders/{order}/heartbeat")
+def hear_order(order: OrderPath, body: Heartbeat, site: SiteName, service: WithService) -> Accepted:
+    """Note how far an order is. 410 if it is not wanted any more."""
+    service.mailbox.heartbeat(site, order, body)
+    return Accepted()
+
+
+@router.get(
+    "/orders/{order}/tensors",
+    response_class=FileResponse,
+    responses={200: {"content": {_BINARY: {}}}, 206: {"content": {_BINARY: {}}}},
+)
+def get_order_tensors(order: OrderPath, site: SiteName, service: WithService) -> FileResponse:
+    """The tensors of an order, as a safetensors file; with `Range` a part of it."""
+    file = service.mailbox.tensors_of(site, order)
+    if file is None or not file.exists():
+        raise HTTPException(404, "the order has no tensors")
+    return FileResponse(file, media_type=_BINARY)
+
+
+@router.get("/orders/{order}/tensors/received")
+def get_received(order: OrderPath, site: SiteName, service: WithService) -> Received:
+    """How many bytes of the answer's tensors have arrived."""
+    return Received(received=service.mailbox.received(site, order))
+
+
+@router.put(
+    "/orders/{order}/tensors",
+    openapi_extra={"requestBody": {"required": True, "content": {_BINARY: {"schema": {"type": "string"}}}}},
+)
+async def put_answer_tensors(
+    order: OrderPath,
+    request: Request,
+    site: SiteName,
+    service: WithService,
+    session: Annotated[str, Query(pattern="^[0-9a-f]{32}$", description="the process at the site")],
+    offset: Annotated[int, Query(ge=0, lt=2**50, description="how many bytes come before this piece")],
+) -> Received:
+    """Send a piece of the answer's tensors. A piece that is not the next one is not kept; the answer says what has arrived."""
+    piece = await request.body()
+    return Received(received=await run_in_threadpool(service.mailbox.receive, site, order, session, offset, piece))
+
+
+@router.post("/orders/{order}/answer")
+def answer_order(order: OrderPath, body: AnswerMessage, site: SiteName, service: WithService) -> Accepted:
+    """Answer an order. The same answer may be sent again: it counts once."""
+    if len(body.answer.model_dump_json()) > MOST_CHARACTERS:
+        raise HTTPException(413, f"the answer has more than {MOST_CHARACTERS} characters")
+    service.mailbox.answer(site, order, body.session, body.answer)
+    return Accepted()

@@ -1,0 +1,161 @@
+"""The Ray actor that stands for a job's clients at sites: it gives their orders to the mailbox, and waits for the answers.
+
+One process stands for all of them, since it only waits. What a site sends is read here and not in the coordinator.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ray
+from sqlalchemy.exc import SQLAlchemyError
+
+from chainfed_ray.activity import Activity
+from chainfed_ray.client.messages import Client, Fitting, Training, TurnResult
+from chainfed_ray.client.progress import Progress
+from chainfed_ray.cluster.pool.orders import receive
+from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.errors import BudgetExceeded, TurnNotTaken
+from chainfed_ray.site.codec import result_of, turn_order, write_tensors
+from chainfed_ray.site.envelope import Done, NotDone, Order, TensorFile
+from chainfed_ray.site.policy import in_words
+
+_POLL_SECONDS = 0.1
+_WAITING = OrderState("waiting", None, None)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JobForSites:
+    """What sites must know of a job. ``spec`` is its document, ``base_digest`` that of the base model's files."""
+
+    id: str
+    name: str
+    spec: Mapping[str, Any]
+    base_digest: str
+
+
+class Seen(NamedTuple):
+    """Whether a process at the site has taken the turn, and whether there is one."""
+
+    taken: bool
+    joined: bool
+
+
+@ray.remote(max_concurrency=10_000, max_restarts=-1, max_task_retries=-1)  # type: ignore[call-overload]  # its types lack this option
+class SitesActor:
+    """Stands for the clients of ``job`` that are at sites. All calls run in one event loop."""
+
+    def __init__(self, job: JobForSites, storage: Storage) -> None:
+        self._job, self._mailbox = job, Mailbox(storage)
+        self._pending: dict[tuple[str, str], asyncio.Future[OrderState]] = {}
+        self._seen: dict[tuple[str, str], OrderState] = {}
+        self._joined: set[str] = set()
+        self._orders: dict[str, tuple[str, str]] = {}  # by the names of clients
+        self._files: dict[str, TensorFile | None] = {}  # by Ray's names of orders
+        self._lock = asyncio.Lock()
+        self._polling: asyncio.Task[None] | None = None
+
+    async def take_turn(self, client: Client, order: list[Any]) -> TurnResult:
+        """Have the site of ``client`` carry out an order. See ``ClientActor.take_turn``.
+
+        Raises:
+            BudgetExceeded: the turn exceeded its budget at the site.
+            TurnNotTaken: the site refused it, or could not carry it out.
+            InvalidUpdate: the answer cannot be read.
+        """
+        assert client.remote is not None, "a client at a site"
+        async with self._lock:  # clients of a round have the same order: its tensors are written once
+            given = await asyncio.to_thread(self._given, client, order[0])
+        key = (client.remote.site, given.id)
+        self._orders[client.name] = key
+        try:
+            state = await self._answered(key)
+        finally:
+            self._seen.pop(key, None)
+        return await asyncio.to_thread(self._result, client, given, state)
+
+    async def look(self, client: str, site: str) -> Seen:
+        """Where the turn of ``client`` is."""
+        state = self._seen.get(self._orders.get(client, ("", "")), _WAITING)
+        return Seen(state.state != "waiting", site in self._joined)
+
+    async def progress(self, client: str) -> Progress:
+        """How far the turn of ``client`` is, as the site said last."""
+        doing = self._seen.get(self._orders.get(client, ("", "")), _WAITING).doing
+        if doing is None:
+            return Progress(Activity(what="getting ready at its site"), 0.0)
+        activity = Activity(what=doing.doing, done=doing.done, total=doing.total, unit=doing.unit)
+        return Progress(activity, doing.worked)
+
+    async def withdraw(self, client: str) -> None:
+        """Take the order of ``client`` back."""
+        if key := self._orders.get(client):
+            await asyncio.to_thread(self._mailbox.withdraw, *key)
+
+    def _given(self, client: Client, reference: Any) -> Order:
+        """Put the order for ``client`` into the mailbox."""
+        assert client.remote is not None, "a client at a site"
+        turn = receive(reference)
+        if (name := reference.hex()) not in self._files:
+            self._files = {name: None}
+            if isinstance(turn, Training | Fitting):
+                self._files[name] = self._written(turn)
+        order = turn_order(
+            self._job.id, self._job.name, self._job.spec, self._job.base_digest, client, turn, self._files[name]
+        )
+        self._mailbox.give(client.remote.site, order)
+        return order
+
+    def _written(self, turn: Training | Fitting) -> TensorFile:
+        file = self._mailbox.tensor_file(self._job.id, "new")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(turn.tensors, file)
+        written = TensorFile.of(file)
+        file.replace(self._mailbox.tensor_file(self._job.id, written.sha256))
+        self._mailbox.forget_others(self._job.id, written.sha256)
+        return written
+
+    async def _answered(self, key: tuple[str, str]) -> OrderState:
+        """Wait until the order with this site and id is answered or withdrawn."""
+        self._pending[key] = asyncio.get_running_loop().create_future()
+        if self._polling is None or self._polling.done():
+            self._polling = asyncio.create_task(self._poll())
+        try:
+            return await self._pending[key]
+        finally:
+            del self._pending[key]
+
+    async def _poll(self) -> None:
+        """Look at all orders in flight, while there are any. A database that does not answer is waited for."""
+        while self._pending:
+            try:
+                states = await asyncio.to_thread(self._mailbox.states, set(self._pending))
+                self._joined = {site.name for site in await asyncio.to_thread(self._mailbox.sites) if site.joined}
+            except SQLAlchemyError as error:
+                _log.warning("the database does not answer (%s); turns at sites wait for it", type(error).__name__)
+                states = {}
+            self._seen.update(states)
+            for key, state in states.items():
+                future = self._pending.get(key)
+                if future and not future.done() and state.state in ("answered", "withdrawn"):
+                    future.set_result(state)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _result(self, client: Client, order: Order, state: OrderState) -> TurnResult:
+        assert client.remote is not None, "a client at a site"
+        site = client.remote.site
+        match state.answer:
+            case Done() as done:
+                file = self._mailbox.answer_file(self._job.id, site, order.id) if done.tensors else None
+                return result_of(client.name, order.kind, done.content, file)
+            case NotDone(reason="budget", numbers=numbers, phase=phase) if len(numbers) >= 2:
+                planned, cap, *peak = map(int, numbers)
+                raise BudgetExceeded(planned, cap, peak[0] if peak else None, phase or "training")
+            case NotDone() as answer:
+                raise TurnNotTaken(f"site {site}: {in_words(answer)}")
+            case _:
+                raise TurnNotTaken(f"site {site}: the order was withdrawn")

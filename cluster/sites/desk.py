@@ -1,0 +1,136 @@
+"""What the coordinator of a job has of its sites: their surveys before it begins, and leases for their clients' turns."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from time import monotonic
+from typing import Any
+
+import ray
+
+from chainfed_ray.activity import Activity, Listener
+from chainfed_ray.client.messages import Client
+from chainfed_ray.client.survey import Absence, Survey
+from chainfed_ray.cluster.pool.leases import Lease
+from chainfed_ray.cluster.resources import controller_options
+from chainfed_ray.cluster.sites.actor import JobForSites, Seen, SitesActor
+from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.hub import digest_of
+from chainfed_ray.site.codec import survey_of, survey_order
+from chainfed_ray.site.envelope import Done, NotDone
+from chainfed_ray.site.policy import in_words
+from chainfed_ray.spec.job import JobSpec
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(eq=False)
+class SiteLease(Lease):
+    """A turn of one client at a site. It is placed when a process at the site has taken it."""
+
+    client: str = ""
+    site: str = ""
+    joined: bool = True
+    asked: Any = None
+
+    def is_placed(self) -> bool:
+        """True once the site has taken the turn. The actor is asked anew after each answer, and not waited for."""
+        if self.placed:
+            return True
+        if self.asked is None:
+            self.asked = self.actor.look.remote(self.client, self.site)
+        answered, _ = ray.wait([self.asked], timeout=0)
+        if answered:
+            seen: Seen = ray.get(self.asked)
+            self.placed, self.joined, self.asked = seen.taken, seen.joined, None
+        return self.placed
+
+    def ask(self) -> Any:
+        """See ``Lease``."""
+        return self.actor.progress.remote(self.client)
+
+    def why_waiting(self) -> str:
+        """See ``Lease``."""
+        return f"site {self.site} is busy" if self.joined else f"waiting for site {self.site}, which has not joined"
+
+    def end(self) -> None:
+        """Take the turn back. The actor stands for other clients as well."""
+        self.actor.withdraw.remote(self.client)
+
+
+class Desk:
+    """See ``Sites``; for the job with the id ``job``."""
+
+    def __init__(self, job: str, storage: Storage) -> None:
+        self._id, self._storage = job, storage
+        self._job: JobForSites | None = None
+        self._actor: Any = None
+
+    def survey(self, spec: JobSpec, base: Path, listen: Listener) -> Mapping[str, Survey | Absence]:
+        """See ``Sites``. It waits for a site as long as for an update: ``rounds.deadline``; without one, until it comes."""
+        self._job = JobForSites(self._id, spec.name, spec.document(), digest_of(base))
+        mailbox = Mailbox(self._storage)
+        try:
+            return self._surveyed(mailbox, self._job, spec, listen)
+        finally:
+            mailbox.close()
+
+    def lease(self, client: Client) -> Lease:
+        """A lease for one turn of ``client``, which is at a site."""
+        assert client.remote is not None, "a client at a site"
+        if self._actor is None:
+            actor_class: Any = SitesActor  # ray.remote adds `options`, which the type does not show
+            self._actor = actor_class.options(**controller_options()).remote(self._job, self._storage)
+        return SiteLease(
+            self._actor, client.client_class, 0, None, kept=False, client=client.name, site=client.remote.site
+        )
+
+    def _surveyed(
+        self, mailbox: Mailbox, job: JobForSites, spec: JobSpec, listen: Listener
+    ) -> Mapping[str, Survey | Absence]:
+        orders, deadline = {}, spec.rounds.deadline
+        for group in spec.fleet.at_sites:
+            assert group.site is not None, "a class of clients at a site"
+            order = survey_order(job.id, job.name, job.spec, job.base_digest, group.name, group.data or "")
+            mailbox.give(group.site, order)
+            orders[group.site, order.id] = group.name
+        ends, found, told, nobody = monotonic() + deadline, dict[str, Survey | Absence](), "", Event()
+        while len(found) < len(orders):
+            states = mailbox.states(orders.keys() - {key for key, name in orders.items() if name in found})
+            answers = {orders[key]: _surveyed(state) for key, state in states.items() if state.answer}
+            found |= answers
+            missing = sorted(site for (site, _), name in orders.items() if name not in found)
+            if missing and monotonic() > ends:
+                for (site, number), name in orders.items():
+                    if name not in found:
+                        mailbox.withdraw(site, number)
+                        found[name] = Absence(f"it did not answer within {deadline:g} s")
+            elif missing:
+                joined = {site.name for site in mailbox.sites() if site.joined}
+                if (words := _waiting(missing, joined)) != told:
+                    listen(Activity(what="asking sites for their rows", done=len(found), total=len(orders), note=words))
+                    told = words
+                nobody.wait(_POLL_SECONDS)
+        return found
+
+
+def _waiting(missing: Sequence[str], joined: Collection[str]) -> str:
+    """What the survey waits for: sites that work on it, and sites that are not there."""
+    busy, absent = ([site for site in missing if (site in joined) is there] for there in (True, False))
+    parts = [f"waiting for {', '.join(busy)}"] if busy else []
+    return "; ".join([*parts, *([f"not joined: {', '.join(absent)}"] if absent else [])])
+
+
+def _surveyed(state: OrderState) -> Survey | Absence:
+    match state.answer:
+        case Done() as done:
+            try:
+                return survey_of(done.content)
+            except ValueError as error:
+                return Absence(f"its answer was refused: {error}")
+        case NotDone() as answer:
+            return Absence(in_words(answer))
+        case _:
+            return Absence("its order was withdrawn")

@@ -1,0 +1,285 @@
+"""Orders for sites and their answers, in the database and in files beside a job's commits. Any process may die at any time.
+
+An order waits, is taken by a process at the site, and is answered. A process that joins makes what earlier ones had taken wait
+again. An order has its name from what it asks, so a coordinator that is made again finds the answer of an order that it gave
+before. ::
+
+    jobs/<job>/sites/tensors/<sha256>.safetensors      what orders bring
+    jobs/<job>/sites/answers/<order>.safetensors       what answers bring
+"""
+
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+from typing import Any, NamedTuple, cast
+
+from pydantic import TypeAdapter
+from sqlalchemy import and_, delete, or_, select, update
+from sqlalchemy.engine import CursorResult, Engine
+from sqlalchemy.orm import Session
+
+from chainfed_ray.cluster.database.tables import SiteOrderRow, SiteRow, open_tables
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.errors import AnswerRefused, OrderWithdrawn, SiteSuperseded
+from chainfed_ray.site.envelope import Answer, Done, Heartbeat, NotDone, Order, TensorFile
+
+_ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
+_IN_FLIGHT = ("waiting", "taken")
+
+
+class OrderState(NamedTuple):
+    """Where an order is: its ``state``, its answer if it has one, and how far the turn is."""
+
+    state: str
+    answer: Answer | None
+    doing: Heartbeat | None
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """A site as it is known: whether a process of it is there, and when it was last heard, in seconds since 1970."""
+
+    name: str
+    joined: bool
+    version: str
+    seen_at: float
+
+
+class Mailbox:
+    """The orders of every job. Safe to use from several threads and processes."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._engine: Engine = open_tables(storage.database, existing=True)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+
+    # The side of the coordinator.
+
+    def give(self, site: str, order: Order) -> None:
+        """Give ``order`` to ``site``, unless the site has it or has carried it out. One that failed is given again."""
+        with Session(self._engine) as session, session.begin():
+            row = session.scalar(_of(site, order.id))
+            if row is None:
+                digest = order.tensors.sha256 if order.tensors else None
+                document = order.model_dump_json()
+                session.add(SiteOrderRow(order=order.id, site=site, job=order.job, document=document, tensors=digest))
+            elif row.state == "withdrawn" or (row.answer and isinstance(_ANSWER.validate_json(row.answer), NotDone)):
+                row.state, row.session, row.answer, row.worked, row.doing = "waiting", None, None, 0.0, None
+
+    def states(self, orders: Collection[tuple[str, str]]) -> dict[tuple[str, str], OrderState]:
+        """Where each of the ``orders`` is, by its site and id."""
+        query = select(SiteOrderRow).where(SiteOrderRow.order.in_({order for _, order in orders}))
+        with Session(self._engine) as session:
+            return {
+                (row.site, row.order): OrderState(
+                    row.state,
+                    _ANSWER.validate_json(row.answer) if row.answer else None,
+                    Heartbeat.model_validate_json(row.doing) if row.doing else None,
+                )
+                for row in session.scalars(query)
+                if (row.site, row.order) in orders
+            }
+
+    def withdraw(self, site: str, order: str) -> None:
+        """Take an order back that is not answered yet."""
+        with Session(self._engine) as session, session.begin():
+            wanted = (SiteOrderRow.site == site, SiteOrderRow.order == order, SiteOrderRow.state.in_(_IN_FLIGHT))
+            session.execute(update(SiteOrderRow).where(*wanted).values(state="withdrawn"))
+
+    def forget_others(self, job: str, tensors: str | None) -> None:
+        """Delete the turns of ``job`` that were given with other tensors: their round is committed."""
+        other = (SiteOrderRow.job == job, SiteOrderRow.tensors.is_not(None), SiteOrderRow.tensors != tensors)
+        with Session(self._engine) as session, session.begin():
+            old = list(session.scalars(select(SiteOrderRow).where(*other)))
+            for row in old:
+                self.answer_file(job, row.site, row.order).unlink(missing_ok=True)
+                session.delete(row)
+        for digest in {row.tensors for row in old}:
+            if digest:
+                self.tensor_file(job, digest).unlink(missing_ok=True)
+
+    def forget(self, job: str) -> None:
+        """Delete every order of ``job``, with its files. Sites that work on them notice."""
+        with Session(self._engine) as session, session.begin():
+            session.execute(delete(SiteOrderRow).where(SiteOrderRow.job == job))
+        shutil.rmtree(self._folder(job), ignore_errors=True)
+
+    def sites(self) -> list[SiteState]:
+        """Every site that ever joined, by name."""
+        with Session(self._engine) as session:
+            rows = session.scalars(select(SiteRow).order_by(SiteRow.name))
+            return [SiteState(row.name, row.session is not None, row.version, row.seen_at) for row in rows]
+
+    def tensor_file(self, job: str, digest: str) -> Path:
+        """Where the tensors of orders are."""
+        return self._folder(job) / "tensors" / f"{digest}.safetensors"
+
+    def answer_file(self, job: str, site: str, order: str) -> Path:
+        """Where the tensors of an answer are."""
+        return self._folder(job) / "answers" / f"{site}.{order}.safetensors"
+
+    def _folder(self, job: str) -> Path:
+        return self._storage.job(job) / "sites"
+
+    # The side of the site.
+
+    def join(self, site: str, session: str, version: str) -> None:
+        """Let the process ``session`` take the orders of ``site``. What an earlier process had taken waits again."""
+        with Session(self._engine) as database, database.begin():
+            row = database.get(SiteRow, site)
+            if row is None:
+                row = SiteRow(name=site, session=session, version=version, joined_at=time(), seen_at=time())
+                database.add(row)
+            row.session, row.version, row.joined_at, row.seen_at = session, version, time(), time()
+            self._give_back(database, site, besides=session)
+
+    def leave(self, site: str, session: str) -> None:
+        """Let the process ``session`` leave. What it has taken waits for the next one."""
+        with Session(self._engine) as database, database.begin():
+            self._check(database, site, session)
+            database.execute(update(SiteRow).where(SiteRow.name == site).values(session=None, seen_at=time()))
+            self._give_back(database, site, besides=None)
+
+    def next(self, site: str, session: str, running: Collection[str] = ()) -> Order | None:
+        """The oldest order that waits for ``site``, taken by the process ``session``; None if none waits.
+
+        The process has the orders ``running``. One that it has taken and does not have got lost on its way, and is given again.
+
+        Raises:
+            SiteSuperseded: another process of the site has joined since, or this one has left.
+        """
+        with Session(self._engine) as database, database.begin():
+            self._check(database, site, session)
+            database.execute(update(SiteRow).where(SiteRow.name == site).values(seen_at=time()))
+            lost = and_(SiteOrderRow.state == "taken", SiteOrderRow.order.not_in(running))
+            waits = (SiteOrderRow.site == site, or_(SiteOrderRow.state == "waiting", lost))
+            row = database.scalar(select(SiteOrderRow).where(*waits).order_by(SiteOrderRow.number).limit(1))
+            if row is None:
+                return None
+            taken = update(SiteOrderRow).where(SiteOrderRow.number == row.number, SiteOrderRow.state == row.state)
+            found = cast("CursorResult[Any]", database.execute(taken.values(state="taken", session=session)))
+            return Order.model_validate_json(row.document) if found.rowcount else None
+
+    def waiting(self, sites: Collection[str]) -> set[str]:
+        """Those of ``sites`` for which an order waits."""
+        query = (
+            select(SiteOrderRow.site).where(SiteOrderRow.site.in_(sites), SiteOrderRow.state == "waiting").distinct()
+        )
+        with Session(self._engine) as session:
+            return set(session.scalars(query))
+
+    def heartbeat(self, site: str, order: str, beat: Heartbeat) -> None:
+        """Note how far the turn of ``order`` is.
+
+        Raises:
+            OrderWithdrawn: the process does not have the order any more.
+        """
+        with Session(self._engine) as session, session.begin():
+            row = self._taken(session, site, order, beat.session)
+            row.doing, row.worked = beat.model_dump_json(), beat.worked
+            session.execute(update(SiteRow).where(SiteRow.name == site).values(seen_at=time()))
+
+    def tensors_of(self, site: str, order: str) -> Path | None:
+        """The file of the tensors of an order that ``site`` has; None if it has none.
+
+        Raises:
+            OrderWithdrawn: the site does not have the order any more.
+        """
+        with Session(self._engine) as session:
+            row = session.scalar(_of(site, order))
+            if row is None or row.state != "taken":
+                raise OrderWithdrawn(order)
+            return self.tensor_file(row.job, row.tensors) if row.tensors else None
+
+    def received(self, site: str, order: str) -> int:
+        """How many bytes of the answer's tensors have arrived.
+
+        Raises:
+            OrderWithdrawn: the site does not have the order any more.
+        """
+        with Session(self._engine) as session:
+            row = session.scalar(_of(site, order))
+            if row is None or row.state != "taken":
+                raise OrderWithdrawn(order)
+            return _size(self._arriving(row))
+
+    def receive(self, site: str, order: str, session: str, offset: int, piece: bytes) -> int:
+        """Keep a piece of the answer's tensors, if it is the next one. Gives how many bytes have arrived.
+
+        Raises:
+            OrderWithdrawn: the process does not have the order any more.
+            AnswerRefused: there are more bytes than the order allows.
+        """
+        with Session(self._engine) as database:
+            row = self._taken(database, site, order, session)
+            most = Order.model_validate_json(row.document).most_bytes
+            file = self._arriving(row)
+        if offset + len(piece) > most:
+            raise AnswerRefused(order, f"its tensors have more than {most} bytes")
+        if _size(file) != offset:
+            return _size(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab") as opened:
+            opened.write(piece)
+        return _size(file)
+
+    def answer(self, site: str, order: str, session: str, answer: Answer) -> None:
+        """Keep the answer of an order. The same answer may be given again; it counts once.
+
+        Raises:
+            OrderWithdrawn: the process does not have the order any more.
+            AnswerRefused: the tensors that have arrived are not those that the answer describes.
+        """
+        text = answer.model_dump_json()
+        with Session(self._engine) as database, database.begin():
+            row = database.scalar(_of(site, order))
+            if row is not None and row.state == "answered" and row.answer == text:
+                return
+            row = self._taken(database, site, order, session)
+            if isinstance(answer, Done) and answer.tensors is not None:
+                self._keep(row, answer.tensors)
+            row.state, row.answer, row.doing = "answered", text, None
+
+    def _keep(self, row: SiteOrderRow, tensors: TensorFile) -> None:
+        file = self._arriving(row)
+        found = TensorFile.of(file) if file.exists() else None
+        if found != tensors:
+            file.unlink(missing_ok=True)
+            raise AnswerRefused(row.order, "the tensors that arrived are not those that it describes; send them again")
+        file.replace(self.answer_file(row.job, row.site, row.order))
+
+    def _arriving(self, row: SiteOrderRow) -> Path:
+        return self.answer_file(row.job, row.site, row.order).with_suffix(".partial")
+
+    def _taken(self, database: Session, site: str, order: str, session: str) -> SiteOrderRow:
+        row: SiteOrderRow | None = database.scalar(_of(site, order))
+        if row is None or row.state != "taken" or row.session != session:
+            raise OrderWithdrawn(order)
+        return row
+
+    def _check(self, database: Session, site: str, session: str) -> None:
+        row = database.get(SiteRow, site)
+        if row is None or row.session != session:
+            raise SiteSuperseded(site)
+
+    def _give_back(self, database: Session, site: str, besides: str | None) -> None:
+        taken = (
+            SiteOrderRow.site == site,
+            SiteOrderRow.state == "taken",
+            SiteOrderRow.session.is_distinct_from(besides),
+        )
+        values = {"state": "waiting", "session": None, "doing": None}
+        database.execute(update(SiteOrderRow).where(*taken).values(**values))
+
+
+def _of(site: str, order: str) -> Any:
+    return select(SiteOrderRow).where(SiteOrderRow.site == site, SiteOrderRow.order == order)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
