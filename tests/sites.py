@@ -1,6 +1,10 @@
 """A service that sites can join, on loopback, and processes at sites: with every byte that sites send on record."""
 
+import json
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,12 +17,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
+from chainfed_ray.client.messages import Training, Update
+from chainfed_ray.client.objective import trained_names
+from chainfed_ray.client.survey import ClientSurvey, Survey
 from chainfed_ray.cluster.access.identity import Identity
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.data.tokens import ExampleCounts
 from chainfed_ray.site.agent import Agent, Offer
+from chainfed_ray.site.codec import result_document, survey_document, turn_of, write_tensors
 from chainfed_ray.site.connection import Connection
+from chainfed_ray.site.envelope import Done, Order, TensorFile
 from chainfed_ray.site.policy import Policy
 from chainfed_ray.site.transcript import Transcript
 from tests.watching import wait_for
@@ -28,12 +38,16 @@ from tests.watching import wait_for
 class Wire:
     """Every request of a site: its path, and its body."""
 
-    requests: list[tuple[str, bytes]] = field(default_factory=list)
+    requests: list[tuple[str, str, bytes]] = field(default_factory=list)  # site, path, body
 
     @property
     def bytes(self) -> bytes:
         """All that was sent."""
-        return b"\n".join(path.encode() + b" " + body for path, body in self.requests)
+        return b"\n".join(path.encode() + b" " + body for _, path, body in self.requests)
+
+    def has(self, site: str, words: str) -> bool:
+        """True if ``site`` has sent a request with ``words`` in its path."""
+        return any(sender == site and words in path for sender, path, _ in self.requests)
 
 
 class _Tap:
@@ -57,7 +71,7 @@ class _Tap:
 
         await self._app(scope, tapped, send)
         query = scope["query_string"].decode()
-        self._wire.requests.append((f"{scope['path']}?{query}", bytes(kept)))
+        self._wire.requests.append((site, f"{scope['path']}?{query}", bytes(kept)))
 
 
 @dataclass
@@ -90,6 +104,59 @@ class SitesService:
 
         self.stops.append(leave)
         return leave
+
+    def process(self, site: str, data: Path) -> "subprocess.Popen[bytes]":
+        """A process at ``site``: ``chainfed join``, as people start it."""
+        command = [sys.executable, "-c", "from chainfed_ray.api.command.cli import main; main()", "join", self.address]
+        command += ["--site", site, "--data", str(data), "--cache", str(self.folder / f"cache-{site}")]
+        process = subprocess.Popen(command, env={**os.environ, "CHAINFED_SITE_KEY": site})
+
+        def leave() -> None:
+            process.terminate()
+            process.wait(30)
+
+        self.stops.append(leave)
+        return process
+
+    def liar(self, site: str, lie: Callable[[Update], Update]) -> None:
+        """Answer the orders of ``site`` as an honest site whose updates are changed by ``lie``."""
+        stop, session = Event(), f"{len(self.stops):032x}"
+        connection = Connection(self.address, site, session, Transcript(None), stop, print)
+        connection.join("1.0")
+
+        def answers() -> None:
+            while not stop.is_set():
+                order = self.mailbox.next(site, session)
+                if order is None:
+                    stop.wait(0.05)
+                elif order.kind == "survey":
+                    counts = ClientSurvey(ExampleCounts(24, 8, 100), {"sea": 8, "sky": 8, "soil": 8})
+                    self.mailbox.answer(site, order.id, session, Done(content=survey_document(Survey((counts,)))))
+                else:
+                    self._lie(site, session, connection, order, lie)
+
+        thread = Thread(target=answers, daemon=True)
+        thread.start()
+
+        def leave() -> None:
+            stop.set()
+            thread.join()
+            connection.close()
+
+        self.stops.append(leave)
+
+    def _lie(
+        self, site: str, session: str, connection: Connection, order: Order, lie: Callable[[Update], Update]
+    ) -> None:
+        turn = turn_of(order, self.mailbox.tensors_of(site, order.id))
+        assert isinstance(turn, Training)
+        names = trained_names(turn.tensors, turn.window, turn.global_weight, turn.global_trains)
+        honest = Update({name: turn.tensors[name] for name in names}, 24, 1.0, 3, 0.1, 0.1)
+        content, tensors = result_document(lie(honest))
+        sent = self.folder / f"{site}.safetensors"
+        write_tensors(tensors, sent)
+        connection.send(order.id, sent)
+        connection.answer(order.id, Done(content=json.loads(json.dumps(content)), tensors=TensorFile.of(sent)))
 
 
 @contextmanager

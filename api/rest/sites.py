@@ -24,7 +24,7 @@ from chainfed_ray.site.envelope import (
 
 router = APIRouter(prefix="/v1/site", tags=["sites"])
 
-_LOOK_SECONDS = 5.0  # until it is looked again whether the process that waits is still the site's
+_LOOK_SECONDS = 1.0  # until it is looked again whether the process that waits is still the site's
 _BINARY = "application/octet-stream"
 
 

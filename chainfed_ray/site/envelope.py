@@ -19,8 +19,18 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 OrderId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 Session = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="a random name of the process at the site")]
 KEY = r"^[a-z_.\[\]0-9]{1,100}$"
+# The phases of a turn. No other words cross: words of a library or an error may quote rows.
+PHASE = (
+    "^(getting ready|loading the window|training|profiling the layers|fitting the head|working|evaluating"
+    "|clipping the update and adding noise|running the layers (below|up to) layer [0-9]{1,5})$"
+)
 Kind = Literal["survey", "profiling", "training", "fitting"]
 Reason = Literal["budget", "job", "model", "refused", "classes", "error"]
+
+
+def phase_of(words: str) -> str:
+    """The phase of a turn as it may cross the boundary: ``words``, if they are known."""
+    return words if fullmatch(PHASE, words) else "working"
 
 
 class _Message(BaseModel):
@@ -81,7 +91,7 @@ class NotDone(_Message):
     reason: Reason
     key: str | None = Field(None, pattern=KEY, description="the key of the job that it is about")
     kind: str | None = Field(None, pattern="^[A-Za-z_]{1,60}$", description="the name of the error's class")
-    phase: str | None = Field(None, pattern="^[a-z ]{1,60}$")
+    phase: str | None = Field(None, pattern=PHASE)
     numbers: tuple[float, ...] = Field((), max_length=3, strict=False)
 
     @classmethod
@@ -123,7 +133,7 @@ class Heartbeat(_Message):
     """How far a turn at a site is: what it does, of how many parts how many are done, and how many seconds it has worked."""
 
     session: Session
-    doing: str = Field(pattern="^[a-z0-9 ,-]{1,80}$")
+    doing: str = Field(pattern=PHASE)
     done: int = Field(0, ge=0)
     total: int | None = Field(None, ge=0)
     unit: str | None = Field(None, pattern="^[a-z ]{1,20}$")

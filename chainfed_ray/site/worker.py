@@ -6,6 +6,7 @@ What goes wrong is told to people at the site on standard error. The answer has 
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from chainfed_ray.errors import BudgetExceeded, InvalidJob
 from chainfed_ray.hub import digest_of, resolve, tokenizer
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.site.codec import client_of, result_document, survey_document, turn_of, write_tensors
-from chainfed_ray.site.envelope import Answer, Done, NotDone, Order, TensorFile
+from chainfed_ray.site.envelope import Answer, Done, NotDone, Order, TensorFile, phase_of
 from chainfed_ray.site.folder import offered
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
@@ -93,7 +94,7 @@ class Worker:
         except BudgetExceeded as error:
             _log.warning("%s", error)
             planned, cap, peak, phase = error.args
-            return NotDone(reason="budget", phase=phase, numbers=(planned, cap, *([peak] if peak else [])))
+            return NotDone(reason="budget", phase=phase_of(phase), numbers=(planned, cap, *([peak] if peak else [])))
         except InvalidJob as error:
             _log.warning("%s", error)
             return NotDone.about("job", error.problems[0].field)
@@ -150,9 +151,17 @@ def main() -> None:
 
 def _beat(over: Event) -> None:
     """Say once a second how far the turn is, until it is ``over``."""
+    parent = os.getppid()
     while not over.wait(_HEARTBEAT_SECONDS):
+        if os.getppid() != parent:  # it was killed, and nobody waits for the answer
+            os._exit(1)
         now = progress()
-        doing = {"doing": now.doing.what, "done": now.doing.done, "total": now.doing.total, "unit": now.doing.unit}
+        doing = {
+            "doing": phase_of(now.doing.what),
+            "done": now.doing.done,
+            "total": now.doing.total,
+            "unit": now.doing.unit,
+        }
         _say({"heartbeat": {**doing, "worked": now.worked}})
 
 

@@ -26,6 +26,7 @@ from chainfed_ray.errors import AnswerRefused, OrderWithdrawn, SiteSuperseded
 from chainfed_ray.site.envelope import Answer, Done, Heartbeat, NotDone, Order, TensorFile
 
 _ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
+_SILENCE_SECONDS = 60.0
 _IN_FLIGHT = ("waiting", "taken")
 
 
@@ -113,7 +114,7 @@ class Mailbox:
         """Every site that ever joined, by name."""
         with Session(self._engine) as session:
             rows = session.scalars(select(SiteRow).order_by(SiteRow.name))
-            return [SiteState(row.name, row.session is not None, row.version, row.seen_at) for row in rows]
+            return [SiteState(row.name, _is_there(row), row.version, row.seen_at) for row in rows]
 
     def tensor_file(self, job: str, digest: str) -> Path:
         """Where the tensors of orders are."""
@@ -275,6 +276,11 @@ class Mailbox:
         )
         values = {"state": "waiting", "session": None, "doing": None}
         database.execute(update(SiteOrderRow).where(*taken).values(**values))
+
+
+def _is_there(row: SiteRow) -> bool:
+    """True if a process of the site has joined and asks for orders: it does so every few seconds."""
+    return row.session is not None and time() - row.seen_at < _SILENCE_SECONDS
 
 
 def _of(site: str, order: str) -> Any:

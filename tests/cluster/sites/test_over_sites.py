@@ -1,14 +1,22 @@
 """Whole jobs over sites that keep their rows: real processes at the sites, on a real cluster."""
 
 import json
-from collections.abc import Iterator
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from chainfed_ray.activity import Activity, Listener, no_listener
+from chainfed_ray.client.messages import Update
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.sites.desk import Desk
@@ -16,9 +24,11 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.federation.run import run_job
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import JobFinished, Round
+from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
+from chainfed_ray.site.policy import Policy
 from chainfed_ray.spec.parse import parse_job
 from tests.sites import SitesService, a_service
+from tests.watching import wait_for
 
 pytestmark = pytest.mark.slow
 SITES = ("north", "east", "south", "west")
@@ -66,7 +76,7 @@ def every_fourth(labels: np.ndarray, groups: object, clients: int, seed: int) ->
     return [np.arange(place, len(labels), clients) for place in range(clients)]
 
 
-def run(document: dict[str, Any], job: str, storage: Storage) -> list[Record]:
+def run(document: dict[str, Any], job: str, storage: Storage, listen: Listener = no_listener) -> list[Record]:
     """The records of a job whose clients run at sites."""
     desk = Desk(job, storage)
     return list(
@@ -75,11 +85,38 @@ def run(document: dict[str, Any], job: str, storage: Storage) -> list[Record]:
             storage.job(job),
             pool=lambda source, note: RayPool(source, 2, note, silence=60, at_site=desk.lease),
             sites=desk,
+            listen=listen,
         )
     )
 
 
-def test_a_job_over_sites_has_the_bits_of_one_whose_rows_the_server_deals(
+def rounds(records: list[Record]) -> list[Round]:
+    return [record for record in records if isinstance(record, Round)]
+
+
+def leaks(sent: bytes, rows: list[dict[str, Any]], tokenizer: Any, classes: list[str]) -> list[str]:
+    """What of ``rows`` is in the bytes ``sent``: a text, the tokens of one, or the labels of several rows in their order.
+
+    Numbers are looked for as JSON writes them, and as integers of 32 and 64 bits.
+    """
+    found = []
+    for row in rows:
+        words, tokens = row["text"].split(), tokenizer(row["text"])["input_ids"]
+        found += [row["text"]] if " ".join(words[:2]).encode() in sent else []
+        found += [f"tokens of {row['text']!r}"] if any(form in sent for form in forms(tokens[:4])) else []
+    labels = [row["label"] for row in rows]
+    numbers = [classes.index(label) for label in labels]
+    if any(form in sent for form in [*forms(numbers[:12]), json.dumps(labels[:4]).encode()]):
+        found.append("labels")
+    return found
+
+
+def forms(numbers: list[int]) -> list[bytes]:
+    arrays = [np.array(numbers, dtype=kind).tobytes() for kind in ("<i4", "<i8")]
+    return [*arrays, json.dumps(numbers)[1:-1].encode(), json.dumps(numbers, separators=(",", ":"))[1:-1].encode()]
+
+
+def test_a_job_over_sites_has_the_bits_of_one_whose_rows_the_server_deals_and_no_row_crosses(
     cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
 ) -> None:
     alone = list(run_job(parse_job(dealt), tmp_path / "alone", partition=every_fourth))
@@ -96,6 +133,114 @@ def test_a_job_over_sites_has_the_bits_of_one_whose_rows_the_server_deals(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert isinstance(records[-1], JobFinished)
 
+    classes, tokenizer = ["sea", "sky", "soil"], AutoTokenizer.from_pretrained(dealt["model"]["base"][5:])
+    for site in SITES:
+        rows = rows_of(tmp_path / "rows" / site / "notes.jsonl")
+        assert leaks(service.wire.bytes, rows, tokenizer, classes) == []
+        # The search finds what it looks for: a message that quotes a row, tokens as numbers, labels in their order.
+        quoted = service.wire.bytes + json.dumps({"reason": f"row 3 is {rows[3]['text']!r}"}).encode()
+        assert set(leaks(quoted, rows, tokenizer, classes)) == {rows[3]["text"]}
+        tokens = np.array(tokenizer(rows[5]["text"])["input_ids"], dtype="<i4").tobytes()
+        assert leaks(service.wire.bytes + tokens, rows, tokenizer, classes)
+        labels = json.dumps([classes.index(row["label"]) for row in rows]).encode()
+        assert leaks(service.wire.bytes + labels, rows, tokenizer, classes) == ["labels"]
+        # The site's own transcript has every request, and people can read it.
+        lines = [json.loads(line) for line in (tmp_path / f"{site}.log").read_text().splitlines()]
+        assert {line["path"].rpartition("/")[2] for line in lines} >= {"session", "next", "tensors", "answer"}
 
-def rounds(records: list[Record]) -> list[Round]:
-    return [record for record in records if isinstance(record, Round)]
+
+def two_sites(dealt: dict[str, Any], tmp_path: Path, **rounds: Any) -> dict[str, Any]:
+    """A job of one round over the sites north and east."""
+    document = over_sites(dealt, tmp_path)
+    document["fleet"]["clients"] = document["fleet"]["clients"][:2]
+    document["chain"] |= {"head": "zero"}
+    document["rounds"] |= {"total": 1, "clients": 2, "quorum": 1, **rounds}
+    return document
+
+
+def test_a_site_that_is_killed_in_a_turn_is_replaced_and_its_turn_is_taken(
+    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+) -> None:
+    document = two_sites(dealt, tmp_path, local_epochs=300, quorum=2)
+    service.join("east", tmp_path / "rows" / "east")
+    process = service.process("north", tmp_path / "rows" / "north")
+    with ThreadPoolExecutor() as executor:
+        job = executor.submit(run, document, "job-2", storage)
+        wait_for(lambda: service.wire.has("north", "/heartbeat"), "turn at the site")
+        workers = psutil.Process(process.pid).children()
+        process.kill()
+        process.wait()
+        psutil.wait_procs(workers, 10)
+        assert not [worker for worker in workers if worker.is_running()]
+        service.process("north", tmp_path / "rows" / "north")
+        records = job.result()
+    assert [len(one.turns) for one in rounds(records)] == [2]
+
+
+def test_a_coordinator_that_is_made_again_finds_the_answers_of_its_orders(
+    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+) -> None:
+    document = two_sites(dealt, tmp_path)
+    leave = [service.join(site, tmp_path / "rows" / site) for site in ("north", "east")]
+    once = run(document, "job-3", storage)
+    for one in leave:
+        one()
+    shutil.rmtree(storage.job("job-3") / "commits", ignore_errors=True)
+    commits = [path for path in storage.job("job-3").iterdir() if path.name != "sites"]
+    for path in commits:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = run(document, "job-3", storage)
+    assert [turn.loss for one in rounds(again) for turn in one.turns] == [
+        turn.loss for one in rounds(once) for turn in one.turns
+    ]
+
+
+def test_a_site_that_refuses_is_on_record_in_words_and_the_others_go_on(
+    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+) -> None:
+    document = two_sites(dealt, tmp_path, clients=1)
+    service.join("north", tmp_path / "rows" / "north", Policy(memory=2**20))
+    service.join("east", tmp_path / "rows" / "east", parts=3)
+    started, *_ = run(document, "job-4", storage)
+    assert isinstance(started, JobStarted)
+    assert [client.client for client in started.admitted] == ["at-east-0", "at-east-1", "at-east-2"]
+    assert [client.reason for client in started.excluded] == [
+        "site north takes no part: it gives a client at most 1 MiB; the job asks for 64 MiB"
+    ]
+
+
+def test_a_site_that_does_not_come_is_named_and_the_quorum_decides(
+    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+) -> None:
+    document = two_sites(dealt, tmp_path, deadline="20s")
+    service.join("east", tmp_path / "rows" / "east")
+    heard = list[Activity]()
+    started, *_ = run(document, "job-5", storage, heard.append)
+    assert isinstance(started, JobStarted)
+    assert [client.reason for client in started.excluded] == ["site north takes no part: it did not answer within 20 s"]
+    assert "not joined: north" in [activity.note for activity in heard]
+
+
+LIES: dict[str, Callable[[Update], Update]] = {
+    "NaN": lambda update: replace(update, tensors={name: t * torch.nan for name, t in update.tensors.items()}),
+    "shapes": lambda update: replace(update, tensors={name: t.flatten()[:1] for name, t in update.tensors.items()}),
+    "names": lambda update: replace(update, tensors={f"x.{name}": t for name, t in update.tensors.items()}),
+    "steps": lambda update: replace(update, steps=-1),
+    "seconds": lambda update: replace(update, cpu_seconds=1e30),
+    "loss": lambda update: replace(update, loss=math.inf),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_answer_that_lies_costs_its_turn_alone(
+    lie: str, cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+) -> None:
+    """North answers orders in the test's own words; east is honest."""
+    document = two_sites(dealt, tmp_path)
+    service.liar("north", LIES[lie])
+    service.join("east", tmp_path / "rows" / "east")
+    records = run(document, f"job-{lie.lower()}", storage)
+    (one,) = rounds(records)
+    assert [turn.client for turn in one.turns] == ["at-east-0"]
+    assert [failed.client for failed in one.failed_turns] == ["at-north-0"]
+    assert "its update was refused" in one.failed_turns[0].reason
