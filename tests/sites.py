@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -118,8 +118,9 @@ class SitesService:
         self.stops.append(leave)
         return process
 
-    def liar(self, site: str, lie: Callable[[Update], Update]) -> None:
-        """Answer the orders of ``site`` as an honest site whose updates are changed by ``lie``."""
+    def liar(self, site: str, lies: Iterable[Callable[[Update], Update]]) -> None:
+        """Answer the orders of ``site`` as an honest site whose updates are changed by ``lies``, one after the other."""
+        left = iter(lies)
         stop, session = Event(), f"{len(self.stops):032x}"
         connection = Connection(self.address, site, session, Transcript(None), stop, print)
         connection.join("1.0")
@@ -133,7 +134,7 @@ class SitesService:
                     counts = ClientSurvey(ExampleCounts(24, 8, 100), {"sea": 8, "sky": 8, "soil": 8})
                     self.mailbox.answer(site, order.id, session, Done(content=survey_document(Survey((counts,)))))
                 else:
-                    self._lie(site, session, connection, order, lie)
+                    self._lie(site, session, connection, order, next(left))
 
         thread = Thread(target=answers, daemon=True)
         thread.start()

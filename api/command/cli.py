@@ -158,6 +158,9 @@ def submit(
         answer(as_json, record, queued)
 
 
+app.command()(join)
+
+
 @app.command("list")
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="how many jobs to show, the newest first")] = 20,
