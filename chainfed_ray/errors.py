@@ -18,6 +18,7 @@
     ├── StorageInUse       (RuntimeError)  another service uses the same storage
     ├── ServiceNotStarted  (RuntimeError)  the service did not start
     ├── ServiceUnavailable (RuntimeError)  no service answers at the address given
+    ├── AccessDenied       (RuntimeError)  the service does not accept the API key, or not for this
     ├── ServiceFailed      (RuntimeError)  the service answered with an internal error
     ├── ServiceBusy        (RuntimeError)  the service does as much of this at once as it can
     ├── PartUnavailable    (RuntimeError)  a process of the service ended, or took too long
@@ -247,6 +248,17 @@ class ServiceUnavailable(ChainFedError, RuntimeError):
 
     def __str__(self) -> str:
         return f"no chainfed service answers at {self.address} ({self.reason}); start one with `chainfed serve`"
+
+
+class AccessDenied(ChainFedError, RuntimeError):
+    """The service at ``address`` does not accept the API key, or not for what was asked, for a ``reason``."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(address, reason)
+        self.address, self.reason = address, reason
+
+    def __str__(self) -> str:
+        return f"the service at {self.address} refused: {self.reason} (a key is in CHAINFED_API_KEY, or in --key-file)"
 
 
 class ServiceFailed(ChainFedError, RuntimeError):

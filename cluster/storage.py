@@ -19,10 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Literal, cast, get_args
 
 from chainfed_ray.errors import InvalidJob, InvalidSetting
 from chainfed_ray.units import parse_bytes
 
+WithoutKeys = Literal["nobody", "loopback", "anyone"]
+"""Who may ask a service as long as no key was made."""
 _PROBE_BYTES = 65536
 
 
@@ -117,12 +120,13 @@ class Settings:
     )
     serving_replicas: int = 1  # processes that answer with models, at most; there is one until more requests wait
     allowed_hosts: tuple[str, ...] = ()  # names that the API answers to, besides addresses and localhost
+    without_keys: WithoutKeys = "nobody"
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_DATABASE``, ``CHAINFED_SCRATCH``,
-        ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``, ``CHAINFED_SERVING_REPLICAS`` and
-        ``CHAINFED_ALLOWED_HOSTS``.
+        ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``, ``CHAINFED_SERVING_REPLICAS``,
+        ``CHAINFED_ALLOWED_HOSTS`` and ``CHAINFED_WITHOUT_KEYS``.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
@@ -140,6 +144,7 @@ class Settings:
             _bytes(environment, "CHAINFED_SERVING_MEMORY"),
             _count(environment, "CHAINFED_SERVING_REPLICAS", 1),
             tuple(environment.get("CHAINFED_ALLOWED_HOSTS", "").replace(",", " ").split()),
+            _without_keys(environment),
         )
 
     def environment(self) -> dict[str, str]:
@@ -153,7 +158,15 @@ class Settings:
             "CHAINFED_SERVING_REPLICAS": str(self.serving_replicas),
             "CHAINFED_SERVING_MEMORY": str(self.serving_bytes or ""),
             "CHAINFED_ALLOWED_HOSTS": ",".join(self.allowed_hosts),
+            "CHAINFED_WITHOUT_KEYS": self.without_keys,
         }
+
+
+def _without_keys(environment: Mapping[str, str]) -> WithoutKeys:
+    text = environment.get("CHAINFED_WITHOUT_KEYS") or "nobody"
+    if text not in get_args(WithoutKeys):
+        raise InvalidSetting("CHAINFED_WITHOUT_KEYS", text, f"one of {', '.join(get_args(WithoutKeys))}")
+    return cast("WithoutKeys", text)
 
 
 def _bytes(environment: Mapping[str, str], name: str) -> int | None:

@@ -18,9 +18,10 @@ from rich.console import Console, RenderableType
 from rich.table import Column, Table
 
 from chainfed_ray.activity import Reporter
-from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.command.client import ServiceClient, read_key
 from chainfed_ray.api.command.export_command import Format, NewFolder, StackFolder, export_model
 from chainfed_ray.api.command.interruption import Interruption
+from chainfed_ray.api.command.join_command import join
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.api.operator.keys_command import keys_app
 from chainfed_ray.api.operator.sites_command import sites_app
@@ -44,6 +45,9 @@ JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo
 JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list`")]
 Out = Annotated[Path, typer.Option(help="the folder for commits, models and plots")]
 Address = Annotated[str, typer.Option(envvar="CHAINFED_ADDRESS", help="the address of the service")]
+KeyFile = Annotated[
+    Path | None, typer.Option(help="a file with the API key; by default, the key is in CHAINFED_API_KEY")
+]
 _INTERRUPTED = 130  # the exit code that shells give to a command ended by Ctrl-C
 _DEMO, _CHAT_DEMO = Path("examples/demo.yaml"), Path("examples/chat.yaml")
 _ADDRESS = "http://127.0.0.1:8000"
@@ -118,6 +122,9 @@ def serve(
         str, typer.Option(help="the network address to listen on; 0.0.0.0 listens on all of this machine's")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="the port to listen on")] = 8000,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="without a key, let whoever reaches the service use it")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run the service on this machine until it is interrupted. A service that fails is started again, and its jobs resume."""
@@ -128,7 +135,8 @@ def serve(
     _progress.print(f"Jobs and models are kept in {settings.storage.root}.")
     with ExitStack() as until_interrupted:
         with ActivityDisplay(_progress) as listen:
-            service = until_interrupted.enter_context(local_service(settings, host, port, listen, _progress.print))
+            made = local_service(settings, host, port, listen, _progress.print, insecure)
+            service = until_interrupted.enter_context(made)
         address = service.address
         ready = {"status": "ready", "address": address, "storage": str(settings.storage.root)}
         answer(as_json, ready, f"The service answers at {address} (routes: {address}/docs). Ctrl-C stops it.")
@@ -142,12 +150,13 @@ def submit(
     job: JobFile,
     watch: Annotated[bool, typer.Option("--watch", help="follow the job until it is over")] = False,
     address: Address = _ADDRESS,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Send a job to the service."""
     from chainfed_ray.api.report.activity_display import ActivityDisplay
 
-    client, document = ServiceClient(address), read_job(job).document()
+    client, document = ServiceClient(address, read_key(key_file)), read_job(job).document()
     with ActivityDisplay(_progress) as listen:
         record = client.submit(document, listen)
     queued = f"Job {record['id']} is queued; `chainfed watch {record['id']}` follows it."
@@ -165,10 +174,11 @@ app.command()(join)
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="how many jobs to show, the newest first")] = 20,
     address: Address = _ADDRESS,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Show the service's jobs and models."""
-    client = ServiceClient(address)
+    client = ServiceClient(address, read_key(key_file))
     jobs = client.jobs(limit)
     # Long names wrap to the next line. A name cut short could not be pasted into another command.
     job_column, model_column = (Column(name, overflow="fold") for name in ("job", "model"))
@@ -181,16 +191,16 @@ def list_jobs(
 
 
 @app.command()
-def watch(job: JobId, address: Address = _ADDRESS, as_json: Json = False) -> None:
+def watch(job: JobId, address: Address = _ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Show a job from its beginning, and follow it until it is over."""
-    client = ServiceClient(address)
+    client = ServiceClient(address, read_key(key_file))
     _follow(client, client.job(job), as_json)
 
 
 @app.command()
-def cancel(job: JobId, address: Address = _ADDRESS, as_json: Json = False) -> None:
+def cancel(job: JobId, address: Address = _ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Cancel a job that is queued or running."""
-    record = ServiceClient(address).cancel(job)
+    record = ServiceClient(address, read_key(key_file)).cancel(job)
     answer(as_json, record, f"Job {job} is {record['status']}.")
 
 
@@ -201,11 +211,12 @@ def predict(
         list[str] | None, typer.Argument(help="the texts; without any, each line of standard input is one")
     ] = None,
     address: Address = _ADDRESS,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Classify texts with a model of the service."""
     texts = text or [line for line in sys.stdin.read().splitlines() if line.strip()]
-    found = ServiceClient(address).classify(model, texts)
+    found = ServiceClient(address, read_key(key_file)).classify(model, texts)
     lines = [
         f"{label['label']} ({label['score']:.0%})  {line}" for line, label in zip(texts, found["results"], strict=True)
     ]
@@ -232,10 +243,11 @@ def complete(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="the same seed generates the same text again")] = None,
     address: Address = _ADDRESS,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Continue prompts with a language model of the service, and print the text while it is generated."""
-    client, prompts = ServiceClient(address), prompt or [sys.stdin.read()]
+    client, prompts = ServiceClient(address, read_key(key_file)), prompt or [sys.stdin.read()]
     options = {
         "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop": stop or None, "seed": seed,
     }  # fmt: skip

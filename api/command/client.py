@@ -1,7 +1,10 @@
 """A Python client of the REST API, for the command line and for users' own programs."""
 
 import json
+import os
+import re
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, NoReturn
 
@@ -9,7 +12,9 @@ import httpx
 
 from chainfed_ray.activity import Activity, Listener, Reporter, no_listener
 from chainfed_ray.errors import (
+    AccessDenied,
     InvalidJob,
+    InvalidSetting,
     JobConflict,
     JobNotFound,
     ModelNotFound,
@@ -33,22 +38,29 @@ _COMES_BACK = (
     httpx.codes.GATEWAY_TIMEOUT,
 )
 _PAUSE_SECONDS = 0.5
+KEY_VARIABLE = "CHAINFED_API_KEY"
+_KEY = re.compile(r"[!-~]+")
 
 
 JsonObject = dict[str, Any]
 
 
 class ServiceClient:
-    """A client of the service at ``address``, such as ``http://127.0.0.1:8000``.
+    """A client of the service at ``address``, such as ``http://127.0.0.1:8000``, with an API key.
 
-    Every method raises ``ServiceUnavailable`` if no service answers, and ``ServiceFailed`` if the service answers with an
-    error of its own. Documents are the JSON objects of the REST API (``docs/api.md``).
+    Without ``key``, the key is the one in ``CHAINFED_API_KEY``, if there is one.
+
+    Every method raises ``AccessDenied`` if the service refuses the key, ``ServiceUnavailable`` if no service answers, and
+    ``ServiceFailed`` if the service answers with an error of its own. Documents are the JSON objects of the REST API
+    (``docs/api.md``).
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, key: str | None = None) -> None:
         self._address = address.rstrip("/")
+        key = key or os.environ.get(KEY_VARIABLE)
+        headers = {"Authorization": f"Bearer {_checked(key, KEY_VARIABLE)}"} if key else {}
         try:
-            self._http = httpx.Client(base_url=self._address, timeout=_TIMEOUT, trust_env=False)
+            self._http = httpx.Client(base_url=self._address, headers=headers, timeout=_TIMEOUT, trust_env=False)
         except (httpx.InvalidURL, ValueError) as error:
             raise ServiceUnavailable(address, str(error)) from None
 
@@ -234,7 +246,29 @@ class ServiceClient:
                 raise JobConflict(about, self.job(about)["status"], "be cancelled")
             case "model-not-found":
                 raise ModelNotFound(about, tuple(model["name"] for model in self.models()))
+            case "key-missing" | "key-invalid" | "scope-missing":
+                raise AccessDenied(self._address, problem["detail"])
         raise ServiceFailed(self._address, problem["detail"], problem["request_id"])
+
+
+def read_key(file: Path | None) -> str | None:
+    """The API key in a file; None without a file.
+
+    Raises:
+        InvalidSetting: the file cannot be read, or has no key.
+    """
+    if file is None:
+        return None
+    try:
+        return _checked(file.read_text(encoding="utf-8").strip(), "--key-file")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSetting("--key-file", str(file), f"a file that can be read ({error})") from None
+
+
+def _checked(key: str, where: str) -> str:
+    if not _KEY.fullmatch(key):  # the error does not show what may be most of a key
+        raise InvalidSetting(where, "…", "a key such as cfr_5d1c…_9f80…, in one line")
+    return key
 
 
 def _parts(texts: list[str]) -> Iterator[list[str]]:

@@ -10,6 +10,8 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from ipaddress import ip_address
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -24,8 +26,9 @@ from sqlalchemy.exc import DBAPIError
 from chainfed_ray.activity import Activity, Listener, no_listener
 from chainfed_ray.api.command.service_process import READY_SECONDS, STOP, Ready, address_of, run
 from chainfed_ray.api.serve.haproxy import environment as haproxy
+from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.storage import Settings, WithoutKeys
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
 from chainfed_ray.units import format_seconds
 
@@ -48,14 +51,21 @@ def silent(_: str) -> None:
 
 @contextmanager
 def local_service(
-    settings: Settings, host: str, port: int, listen: Listener = no_listener, tell: Tell = silent
+    settings: Settings,
+    host: str,
+    port: int,
+    listen: Listener = no_listener,
+    tell: Tell = silent,
+    insecure: bool = False,
 ) -> Iterator["LocalService"]:
     """Start the service, yield it once every part answers, and stop it when the block ends, with all its processes.
 
-    ``listen`` hears what the start is busy with, and ``tell`` each failure and what is done about it, in a line.
+    ``listen`` hears what the start is busy with, and ``tell`` each failure and what is done about it, in a line. With
+    ``insecure``, whoever reaches the service may use it, as long as no key was made.
 
     Raises:
         StorageInUse: another service uses the same storage folder.
+        InvalidSetting: ``host`` is an address of the network, no key was made, and it is not ``insecure``.
         InvalidSetting: another program listens on the port, or the database does not answer.
         ServiceNotStarted: Ray, Ray Serve or a part of the service did not start, try after try.
     """
@@ -65,8 +75,9 @@ def local_service(
         tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp", ignore_cleanup_errors=True) as private,
     ):
         _end_left_overs(settings)
-        _check_port(host, port)
+        check_port(host, port)
         _check_database(settings.storage.database)
+        settings = replace(settings, without_keys=_without_keys(settings, host, insecure, tell))
         service = LocalService(settings, host, port, Path(private), tell)
         try:
             service.start(listen)
@@ -268,7 +279,40 @@ def _is_of(process: psutil.Process, settings: Settings) -> bool:
         return False
 
 
-def _check_port(host: str, port: int) -> None:
+def _without_keys(settings: Settings, host: str, insecure: bool, tell: Tell) -> WithoutKeys:
+    """Who is answered as long as no key was made. Others are told."""
+    keys = KeyStore(settings.storage.database)
+    try:
+        if keys.keys():
+            return "nobody"
+    finally:
+        keys.close()
+    if insecure:
+        tell("No key was made, so whoever reaches the service may use it, and run jobs that read this machine's files.")
+        return "anyone"
+    if not _is_loopback(host):
+        expected = (
+            "127.0.0.1, as long as no key was made: whoever reaches the service could run jobs that read this machine's "
+            "files. `chainfed keys create` makes a key, and --insecure does without"
+        )
+        raise InvalidSetting("--host", host, expected)
+    tell("No key was made, so the service answers to this machine alone, and to whoever uses it.")
+    return "loopback"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that a program may listen there.
+
+    Raises:
+        InvalidSetting: it may not.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -166,6 +166,11 @@ async def _on_caller_gone(request: Request, error: Exception) -> Response:
 
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
+    return no_database(request, error)
+
+
+def no_database(request: Request, error: Exception) -> JSONResponse:
+    """The answer to a request while the database does not answer."""
     _log.error("request %s: the database does not answer: %s", request.scope["state"]["request_id"], error)
     detail = "the database of jobs does not answer; nothing was changed, so it is safe to send the request again"
     headers = {"Retry-After": _RETRY_SECONDS}

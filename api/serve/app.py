@@ -10,14 +10,15 @@ from chainfed_ray.api.rest import completions, embeddings, events, jobs, models,
 from chainfed_ray.api.rest.errors import handle_errors
 from chainfed_ray.api.rest.schemas import ProblemDetails
 from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.document import describe, operation_id
 from chainfed_ray.api.serve.front_door import add_front_door
 
 
-def create_app(service: Service, allowed_hosts: Sequence[str] = ()) -> FastAPI:
+def create_app(service: Service, allowed_hosts: Sequence[str] = (), access: AccessRules | None = None) -> FastAPI:
     """The application with every route, error handler and health check, on top of ``service``.
 
-    Besides addresses and ``localhost``, it answers to ``allowed_hosts``.
+    Besides addresses and ``localhost``, it answers to ``allowed_hosts``. Without ``access``, no request needs a key.
     """
     app = FastAPIOffline(  # /docs with scripts of our own, and of no other host
         redoc_url=None,
@@ -29,9 +30,9 @@ def create_app(service: Service, allowed_hosts: Sequence[str] = ()) -> FastAPI:
         generate_unique_id_function=operation_id,
     )
     app.state.service = service
-    add_front_door(app, allowed_hosts)
     handle_errors(app)
     for part in (jobs, events, models, completions, embeddings, monitoring, sites):
         app.include_router(part.router)
-    describe(app)
+    add_front_door(app, allowed_hosts, access)
+    describe(app, with_keys=access is not None)
     return app

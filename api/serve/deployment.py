@@ -9,9 +9,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.api.serve.asking import answered, written
 from chainfed_ray.api.serve.inference import Inference
+from chainfed_ray.cluster.access.keyring import KeyRing
+from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -38,6 +41,7 @@ class Api:
         self._settings, self._inference = settings, inference
         self._writing: Any = inference.options(stream=True)
         self._store = JobStore(settings.storage.database, existing=True)
+        self._keys = KeyStore(settings.storage.database, existing=True)
         self._preflight = Preflight(settings.client_slots)
         ensure_controller(settings)
 
@@ -49,10 +53,10 @@ class Api:
             "inference": self._inference_alive,
         }
         check, plan = self._preflight.check, self._preflight.plan
-        service = Service(
-            self._store, check, plan, self._classify, self._embed, self._write, parts, Mailbox(self._settings.storage)
-        )
-        return create_app(service, self._settings.allowed_hosts)
+        sites = Mailbox(self._settings.storage)
+        service = Service(self._store, check, plan, self._classify, self._embed, self._write, parts, sites)
+        access = AccessRules(KeyRing(self._keys), self._settings.without_keys)
+        return create_app(service, self._settings.allowed_hosts, access)
 
     async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
         probabilities: list[list[float]] = await answered(lambda: self._inference.classify.remote(model, texts))

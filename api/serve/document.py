@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from chainfed_ray.api.rest.errors import MEDIA_TYPE
+from chainfed_ray.api.serve.scopes import NEEDS
 from chainfed_ray.spec.job import JobSpec
 
 _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
@@ -13,6 +14,8 @@ _RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "in
 _METHODS_WITH_BODY = ("post", "put", "patch")
 _ERRORS = {
     "400": "The body is not what its type says",
+    "401": "The request has no key, or one that is not valid",
+    "403": "The key does not allow this",
     "404": "There is no such job, model or route",
     "405": "The route does not accept this method",
     "408": "The body was not there in time",
@@ -27,7 +30,15 @@ _ERRORS = {
     "503": "The database or a process of the service does not answer",
 }
 _WITH_BODY = frozenset({"400", "408", "413", "415"})
-_RETRIED = frozenset({"429", "503"})
+_WITH_KEY = frozenset({"401", "403"})
+_CHALLENGE = {"WWW-Authenticate": {"description": "`Bearer`, and what is wrong", "schema": {"type": "string"}}}
+_HEADERS = {"429": _RETRY_AFTER, "503": _RETRY_AFTER, "401": _CHALLENGE, "403": _CHALLENGE}
+_KEY = "key"
+_SCHEME = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "A key that `chainfed keys create` made. A service in which no key was made asks for none",
+}
 
 
 def operation_id(route: APIRoute) -> str:
@@ -35,8 +46,8 @@ def operation_id(route: APIRoute) -> str:
     return route.name
 
 
-def describe(app: FastAPI) -> None:
-    """Complete the OpenAPI document of ``app``: the schema of job files, and every error as problem details."""
+def describe(app: FastAPI, with_keys: bool) -> None:
+    """Complete the OpenAPI document of ``app``: the schema of job files, keys if there are any, and every error."""
     plain = app.openapi
 
     def described() -> dict[str, Any]:
@@ -49,6 +60,8 @@ def describe(app: FastAPI) -> None:
             _make_exact(document)
             for unused in ("HTTPValidationError", "ValidationError"):
                 parts.pop(unused, None)
+            if with_keys:
+                _add_keys(document)
             for path in document["paths"].values():
                 for method, operation in path.items():
                     _add_errors(operation, method in _METHODS_WITH_BODY and "requestBody" in operation)
@@ -68,12 +81,21 @@ def _make_exact(part: Any) -> None:
             _make_exact(inner)
 
 
+def _add_keys(document: dict[str, Any]) -> None:
+    """Say which key each operation needs."""
+    document["components"]["securitySchemes"] = {_KEY: _SCHEME}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            operation["security"] = [{_KEY: [scope]} for scope in NEEDS[f"{method.upper()} {path}"]]
+
+
 def _add_errors(operation: dict[str, Any], has_body: bool) -> None:
     """Say that each error is problem details. A response that a route describes itself is left as it is."""
     responses = operation["responses"]
     for known in ("4XX", "5XX", "422"):  # FastAPI's own words for them
         responses.pop(known, None)
     for status, description in _ERRORS.items():
-        if status not in responses and (has_body or status not in _WITH_BODY):
-            headers = {"headers": _RETRY_AFTER} if status in _RETRIED else {}
+        is_possible = (has_body or status not in _WITH_BODY) and (operation.get("security") or status not in _WITH_KEY)
+        if status not in responses and is_possible:
+            headers = {"headers": _HEADERS[status]} if status in _HEADERS else {}
             responses[status] = {"description": description, "content": _PROBLEM, **headers}

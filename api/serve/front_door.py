@@ -1,4 +1,4 @@
-"""What every request passes before it reaches a route: an id, a look at its host, and limits of its body."""
+"""What every request passes before it reaches a route: an id, a look at its host, at its key, and limits of its body."""
 
 import asyncio
 import re
@@ -12,15 +12,22 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chainfed_ray.api.rest.errors import REQUEST_ID, problem
+from chainfed_ray.api.serve.access import Access, AccessRules
+from chainfed_ray.api.serve.scopes import RouteNeeds
 
 BODY_SECONDS = 30.0
 MOST_BYTES = 4 * 2**20
 _SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
-def add_front_door(app: FastAPI, allowed_hosts: Sequence[str]) -> None:
-    """Add the three to ``app``. See ``AllowedHosts`` for ``allowed_hosts``."""
+def add_front_door(app: FastAPI, allowed_hosts: Sequence[str], access: AccessRules | None = None) -> None:
+    """Add these to ``app``, which has all its routes already. See ``AllowedHosts`` for ``allowed_hosts``.
+
+    Without ``access``, no request needs a key.
+    """
     app.add_middleware(BodyLimits)
+    if access:
+        app.add_middleware(Access, rules=access, routes=RouteNeeds(app))
     app.add_middleware(AllowedHosts, allowed_hosts)
     app.add_middleware(RequestIds)  # the last that is added is the first that a request passes
 

@@ -32,3 +32,7 @@ class Identity:
     def allows(self, scope: Scope) -> bool:
         """Whether the key allows what needs ``scope``. ``admin`` allows everything but to be a site, which has a name."""
         return scope in self.scopes or ("admin" in self.scopes and scope != "site")
+
+
+WITHOUT_KEYS = Identity("", DEFAULT_OWNER, "", frozenset({"admin"}))
+"""Whoever asks a service in which no key was made."""

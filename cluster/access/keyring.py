@@ -32,9 +32,12 @@ class KeyRing:
         self._uses_told: dict[str, Key] = {}
 
     async def is_open(self) -> bool:
-        """Whether no key was ever made. A service is open then, and stays closed once there was one, even a revoked one."""
+        """Whether no key was ever made. A service is open then, and stays closed once there was one, even a revoked one.
+
+        A site's key does not count: it says who is that site, and nothing of those who submit jobs.
+        """
         await self._read(self._clock() - self._seconds)
-        return not self._keys
+        return all(key.scopes == ("site",) for key in self._keys.values())
 
     async def identify(self, token: str) -> Identity | None:
         """Who sends ``token``. None unless it is the token of a key that is neither revoked nor expired."""

@@ -16,10 +16,12 @@ import pytest
 
 from chainfed_ray.api.command.local_service import free_port, local_service
 from chainfed_ray.api.command.service_process import Ready
+from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import InvalidSetting, ServiceNotStarted, StorageInUse
 from tests.watching import processes_below, wait_for
 
+NO_KEY = "No key was made, so the service answers to this machine alone, and to whoever uses it."
 LOCAL = "chainfed_ray.api.command.local_service"
 
 
@@ -81,7 +83,7 @@ def test_a_start_that_fails_is_tried_again(settings: Settings, pauses: list[floa
     with local_service(settings, "127.0.0.1", free_port("127.0.0.1"), tell=heard.tell):
         assert pauses == [0, 2]
         reason = "The service did not start: a port was taken. Starting it again"
-        assert heard == [f"{reason}.", f"{reason} in 2 s."]
+        assert heard == [NO_KEY, f"{reason}.", f"{reason} in 2 s."]
     assert not processes_below("spawn_main")
 
 
@@ -119,3 +121,30 @@ def test_a_service_that_fails_is_started_again(settings: Settings, pauses: list[
             pass
     assert pauses == [0, 2], "longer from failure to failure"
     assert not processes_below("input()", "spawn_main")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "some.name"])
+def test_without_a_key_a_service_is_not_for_the_network(
+    settings: Settings, pauses: list[float], host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{LOCAL}.check_port", lambda host, port: None)  # this machine may not have such an address
+    with pytest.raises(InvalidSetting) as refused, local_service(settings, host, 1):
+        pass
+    assert "`chainfed keys create` makes a key, and --insecure does without" in str(refused.value)
+    assert not pauses
+
+
+def test_with_a_key_or_at_the_operators_own_risk_it_is(settings: Settings, pauses: list[float]) -> None:
+    heard = Heard()
+    with local_service(settings, "0.0.0.0", free_port("0.0.0.0"), tell=heard.tell, insecure=True):
+        assert heard == [
+            "No key was made, so whoever reaches the service may use it, and run jobs that read this machine's files."
+        ]
+    keys = KeyStore(settings.storage.database)
+    keys.make_key("a", ["admin"])
+    keys.close()
+    heard = Heard()
+    with local_service(settings, "0.0.0.0", free_port("0.0.0.0"), tell=heard.tell):
+        assert not heard
+    with local_service(settings, "127.0.0.1", free_port("127.0.0.1"), tell=heard.tell, insecure=True):
+        assert not heard, "a key was made, so no door is opened by an option"

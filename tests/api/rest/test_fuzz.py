@@ -5,7 +5,7 @@ A few examples here; ``make fuzz`` tries many, and with ``CHAINFED_FUZZ_ADDRESS`
 
 import json
 import os
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from schemathesis.generation import GenerationMode
 from schemathesis.openapi import from_asgi, from_url
-from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
+from schemathesis.specs.openapi.checks import ignored_auth, negative_data_rejection, positive_data_acceptance
 
 from chainfed_ray.api.rest.job_file import EXAMPLE
-from chainfed_ray.api.rest.service import Service
-from chainfed_ray.api.serve.app import create_app
+from chainfed_ray.api.serve.access import AccessRules
+from chainfed_ray.cluster.access.keyring import KeyRing
+from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.records.forecast import Forecast
-from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job, parse_yaml
+from tests.apps import an_app
 
 ADDRESS = os.environ.get("CHAINFED_FUZZ_ADDRESS")
 EXAMPLES = int(os.environ.get("CHAINFED_FUZZ_EXAMPLES", "10"))
@@ -38,51 +38,57 @@ many = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), 
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The real application over a real database. Checks find nothing, and there is no model."""
-
-    async def check(spec: JobSpec) -> None:
-        pass
-
-    async def plan(spec: JobSpec) -> Forecast:
-        raise InvalidJob.at("model.base", spec.model.base, "a model that is here")
-
-    async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:
-        raise NotImplementedError
-
-    async def embed(model: ModelKey, texts: list[str]) -> list[Embedding]:
-        raise NotImplementedError
-
-    def write(model: ModelKey, prompt: object, sampling: Sampling, in_pieces: bool) -> AsyncGenerator[Piece, None]:
-        raise NotImplementedError
-
-    store = JobStore(f"sqlite:///{tmp_path_factory.mktemp('store') / 'jobs.db'}")
-    yield create_app(
-        Service(store, check, plan, classify, embed, write, {}), ["testserver"]
-    )  # the name that schemathesis gives it
+    """The real application over a real database, in which keys were made."""
+    database = f"sqlite:///{tmp_path_factory.mktemp('store') / 'jobs.db'}"
+    store, keys = JobStore(database), KeyStore(database)
+    # The host is the name that schemathesis gives it.
+    made = an_app(store, AccessRules(KeyRing(keys), "nobody"), ["testserver"])
+    made.state.tokens = [keys.make_key(owner, ["submit", "read", "infer"]).token for owner in ("a", "b")]
+    yield made
     store.close()
+    keys.close()
+
+
+@pytest.fixture(scope="module")
+def headers(app: Any) -> dict[str, str]:
+    """The key of whoever asks; of a running service, the one in ``CHAINFED_API_KEY``."""
+    token = os.environ.get("CHAINFED_API_KEY") if ADDRESS else app.state.tokens[0]
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 @pytest.fixture(scope="module")
 def document(app: Any) -> Any:
     """The OpenAPI document of the application, or of the running service."""
-    return from_url(f"{ADDRESS}/openapi.json") if ADDRESS else from_asgi("/openapi.json", app)
+    found = from_url(f"{ADDRESS}/openapi.json") if ADDRESS else from_asgi("/openapi.json", app)
+    found.config.generation.update(with_security_parameters=False)  # each request has the key of ``headers``
+    return found
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
-def test_every_answer_is_what_the_document_says(document: Any, mode: GenerationMode) -> None:
+def test_every_answer_is_what_the_document_says(document: Any, headers: dict[str, str], mode: GenerationMode) -> None:
     """Of each operation: requests that its description allows, and such that it does not."""
     for found in document.get_all_operations():
         requests = found.ok().as_strategy(generation_mode=mode)
         with suppress(Unsatisfiable):  # nothing can be wrong with a request that has neither parameters nor a body
-            many(given(requests)(check_answer))()
+            many(given(requests)(checked_with(headers)))()
 
 
-def check_answer(case: schemathesis.Case) -> None:
-    answer = case.call()
+def checked_with(headers: dict[str, str]) -> Callable[[schemathesis.Case], None]:
+    """The test of one request, sent with these headers."""
+
+    def check_answer(case: schemathesis.Case) -> None:
+        check(case, case.call(headers=headers), bool(headers))
+
+    return check_answer
+
+
+def check(case: schemathesis.Case, answer: Any, with_key: bool) -> None:
     # A job may be refused although its schema allows it, for a rule between keys or a file that is not there. Schemathesis
     # does not know 413 as a refusal.
-    too_large = [negative_data_rejection] if answer.status_code == 413 else []
-    case.validate_response(answer, excluded_checks=[positive_data_acceptance, *too_large])
+    others: list[Any] = [negative_data_rejection] if answer.status_code == 413 else []
+    if not with_key:  # a service in which no key was made lets everybody in
+        others.append(ignored_auth)
+    case.validate_response(answer, excluded_checks=[positive_data_acceptance, *others])
 
 
 # --- job files -----------------------------------------------------------------------------------------------------------
@@ -117,12 +123,12 @@ def job_files(draw: st.DrawFn) -> Any:
 
 
 @pytest.fixture(scope="module")
-def http(app: Any) -> Iterator[httpx.Client | TestClient]:
+def http(app: Any, headers: dict[str, str]) -> Iterator[httpx.Client | TestClient]:
     if ADDRESS:
-        with httpx.Client(base_url=ADDRESS, timeout=200) as made:
+        with httpx.Client(base_url=ADDRESS, headers=headers, timeout=200) as made:
             yield made
     else:
-        with TestClient(app, "http://localhost", raise_server_exceptions=False) as made:
+        with TestClient(app, "http://localhost", raise_server_exceptions=False, headers=headers) as made:
             yield made
 
 

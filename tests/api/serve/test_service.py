@@ -21,6 +21,7 @@ from rich.console import Console
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.command.following import follow
+from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound, ModelNotFound
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.serving.generator import Generator
@@ -184,3 +185,19 @@ def test_two_services_do_not_share_a_storage(service: Running, storage: Path) ->
     second = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
     assert second.returncode == 1
     assert json.loads(second.stdout)["error"]["type"] == "StorageInUse"
+
+
+def test_a_key_that_is_made_while_it_runs_closes_it(
+    service: Running, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test: from here on, nobody else is answered."""
+    forwarded = httpx.get(f"{service.address}/v1/jobs", headers={"X-Forwarded-For": "10.1.2.3"})
+    assert forwarded.status_code == 401, "a proxy on this machine does not open it to others"
+    keys = KeyStore(f"sqlite:///{storage / 'chainfed.db'}", existing=True)
+    token = keys.make_key("a", ["read"]).token
+    keys.close()
+    wait_for(lambda: httpx.get(f"{service.address}/v1/jobs").status_code == 401, "closed door", 10)
+    code, refused = service.chainfed("list")
+    assert (code, refused["error"]["type"]) == (1, "AccessDenied")
+    monkeypatch.setenv("CHAINFED_API_KEY", token)
+    assert service.chainfed("list")[0] == 0

@@ -1,0 +1,82 @@
+"""Promises of the Python client about keys: it sends the one it has, and says what is refused."""
+
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import uvicorn
+
+from chainfed_ray.api.command.client import ServiceClient, read_key
+from chainfed_ray.api.serve.access import AccessRules
+from chainfed_ray.cluster.access.keyring import KeyRing
+from chainfed_ray.cluster.access.keys import KeyStore
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.errors import AccessDenied, InvalidSetting, JobNotFound
+from tests.apps import an_app
+from tests.watching import wait_for
+
+
+@pytest.fixture
+def keys(storage: Storage) -> Iterator[KeyStore]:
+    made = KeyStore(storage.database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def address(store: JobStore, keys: KeyStore) -> Iterator[str]:
+    """The application behind a real HTTP server."""
+    server = uvicorn.Server(uvicorn.Config(an_app(store, AccessRules(KeyRing(keys), "nobody")), log_level="error"))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        thread = Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        wait_for(lambda: server.started, "server")
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(60)
+
+
+def test_the_key_of_the_environment_and_of_a_file(
+    address: str, keys: KeyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, asks = (keys.make_key("a", [scope]).token for scope in ("read", "infer"))
+    client = ServiceClient(address)
+    with pytest.raises(AccessDenied, match="the request has no key"):
+        client.jobs()
+    client.close()
+
+    monkeypatch.setenv("CHAINFED_API_KEY", reads)
+    client = ServiceClient(address)
+    assert client.jobs() == []
+    with pytest.raises(JobNotFound):
+        client.job("none")
+    with pytest.raises(AccessDenied, match="allows read; this needs submit"):
+        client.cancel("none")
+    client.close()
+
+    file = tmp_path / "key"
+    file.write_text(f"{asks}\n")
+    client = ServiceClient(address, read_key(file))
+    with pytest.raises(AccessDenied, match="allows infer; this needs read"):
+        client.jobs()
+    client.close()
+
+
+@pytest.mark.parametrize("text", ["two words", "two\nlines", "", "café"])
+def test_what_is_no_key_is_refused_and_not_shown(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "key"
+    file.write_text(text)
+    with pytest.raises(InvalidSetting, match="--key-file") as refused:
+        read_key(file)
+    assert not text or not re.search(re.escape(text), str(refused.value))
+    with pytest.raises(InvalidSetting, match="a file that can be read"):
+        read_key(tmp_path / "none")
+    if text:
+        monkeypatch.setenv("CHAINFED_API_KEY", text)
+        with pytest.raises(InvalidSetting, match="CHAINFED_API_KEY"):
+            ServiceClient("http://127.0.0.1:9")
