@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
@@ -150,6 +151,14 @@ def assert_same(first: Tensors, second: Tensors) -> None:
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+def assert_mean(found: Tensor, mean: Tensor, record: Round) -> None:
+    """Assert that ``found`` is the float64 ``mean``, but for what the round's sum of whole numbers and float32 round off."""
+    assert record.fraction_bits is not None
+    last_place = torch.from_numpy(np.spacing(found.abs().numpy())).double()
+    most = last_place / 2 + 2.0 ** -(record.fraction_bits + 1) + 2.0**-43
+    assert ((found.double() - mean).abs() <= most).all()
 
 
 def story(folder: Path) -> list[dict[str, Any]]:

@@ -282,6 +282,7 @@ class Coordinator:
             bottom=upcoming.window.bottom,
             top=upcoming.window.top,
             turns=tuple(updates.turns),
+            fraction_bits=updates.fraction_bits,
             failed_turns=tuple(updates.failed_turns),
             counted=counted,
             train_loss=updates.loss(),
@@ -322,13 +323,14 @@ class Coordinator:
         self, upcoming: RoundSpec, before: Tensors, trained: Tensors, history: Sequence[Round]
     ) -> UpdateCollector:
         """The turns of the round's cohort. ``trained`` are the tensors of ``before`` that the stage trains."""
+        cohort = self._cohort(upcoming, history)
         collector = UpdateCollector(
             lambda window: self._trained(before, self._privacy.sent(window, upcoming.window)),
-            self._privacy.aggregate(upcoming.round_index, trained),
+            self._privacy.aggregate(upcoming.round_index, trained, cohort.examples),
         )
         collect_updates(
             self._pool,
-            self._cohort(upcoming, history),
+            cohort,
             self._order(upcoming, before),
             self._spec.rounds.deadline,
             partial(self._privacy.prepared, index=upcoming.round_index),

@@ -204,7 +204,8 @@ class Round(Document):
     ``evaluation`` is of the whole model. Both are None if they were not due. If the stage ended with this round, ``ended`` says
     why, and ``restored`` which earlier stack it went back to. ``head_fit`` is the head fitted as the stage began, in its first
     round. ``counted`` says whether the round met the quorum; with DP every round counts, since skipping one would reveal who
-    was sampled. ``epsilon`` is ε of all rounds so far at the job's δ, None without privacy.
+    was sampled. ``epsilon`` is ε of all rounds so far at the job's δ, None without privacy. Changes were summed as whole
+    multiples of 2^-``fraction_bits``; None if the rule keeps updates.
     """
 
     index: int
@@ -225,6 +226,7 @@ class Round(Document):
     early_exit: EarlyExit | None = None
     evaluation: Evaluation | None = None
     epsilon: float | None = None
+    fraction_bits: int | None = None
 
     @property
     def kept_loss(self) -> float | None:
