@@ -1,8 +1,9 @@
 """What the routes need from the rest of the program, as protocols: routes do not know where or how it runs."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
@@ -10,6 +11,7 @@ from fastapi import Depends, Request
 from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
+from chainfed_ray.records.fleet import FleetClient, clients_in
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
 from chainfed_ray.spec.job import JobSpec
@@ -53,6 +55,22 @@ class Write(Protocol):
     ) -> AsyncGenerator[Piece, None]: ...
 
 
+class ListClients(Protocol):
+    """At most ``limit`` clients of a job's fleet, without the first ``after``."""
+
+    def __call__(self, job: str, after: int, limit: int) -> list[FleetClient]: ...
+
+
+def unlisted(job: str, after: int, limit: int) -> list[FleetClient]:
+    """See ``ListClients``: a service without storage lists nobody."""
+    return []
+
+
+def listed_in(folder_of: Callable[[str], Path]) -> ListClients:
+    """Lists from the files of jobs, whose folders are given by ``folder_of``."""
+    return lambda job, after, limit: clients_in(folder_of(job), after, limit)
+
+
 class Alive(Protocol):
     """Checks one part of the service. Raises any exception if that part does not work."""
 
@@ -61,7 +79,7 @@ class Alive(Protocol):
 
 @dataclass(frozen=True)
 class Service:
-    """The database of jobs, the work that other processes do, and the health check of each part by its name."""
+    """The database of jobs, the work of other processes, the health check of each part by its name, and lists of clients."""
 
     store: JobStore
     check: Check
@@ -70,6 +88,7 @@ class Service:
     embed: Embed
     write: Write
     parts: dict[str, Alive]
+    clients: ListClients = unlisted
 
     @cached_property
     def feed(self) -> EventFeed:

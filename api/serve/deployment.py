@@ -8,7 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.rest.service import Service, listed_in
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.api.serve.asking import answered, written
 from chainfed_ray.api.serve.inference import Inference
@@ -48,7 +48,8 @@ class Api:
             "inference": self._inference_alive,
         }
         check, plan = self._preflight.check, self._preflight.plan
-        service = Service(self._store, check, plan, self._classify, self._embed, self._write, parts)
+        clients = listed_in(self._settings.storage.job)
+        service = Service(self._store, check, plan, self._classify, self._embed, self._write, parts, clients)
         return create_app(service, self._settings.allowed_hosts)
 
     async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:

@@ -4,7 +4,7 @@
 window, and to separate the clients that have a plan from those that have none.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from chainfed_ray.budget.planner import ClientResources, TurnPlan, cache_bytes, 
 from chainfed_ray.chain import Window
 from chainfed_ray.data.examples import JobExamples
 from chainfed_ray.data.tokens import Examples
+from chainfed_ray.records.fleet import AdmittedClients, FleetClient, FleetTotals
 from chainfed_ray.spec.job import JobSpec
 
 
@@ -124,6 +125,42 @@ def admit(planner: Planner, candidates: Iterable[Candidate], width: int, listen:
             excluded = tuple((candidate, planner.shortfall(candidate, stage)) for candidate, plan in plans if not plan)
             return Admission(admitted, excluded, narrower)
     raise ValueError(f"a window of {width} adapters")
+
+
+def listed(planner: Planner, admission: Admission, stage: Window, totals: FleetTotals) -> Iterator[FleetClient]:
+    """The clients of a fleet for the record, with their plans in ``stage``, each as it is added to ``totals``.
+
+    Those that take part come first, in the order of the fleet, and then the others.
+    """
+    for candidate, _ in admission.admitted:
+        plan = planner.plan(candidate, stage)
+        assert plan, "an admitted client has a plan for the window that needs the most memory"
+        alone = AdmittedClients(
+            client_class=candidate.client_class,
+            clients=1,
+            examples=len(candidate.examples),
+            budget_bytes=candidate.memory,
+            planned_bytes=plan.planned_bytes,
+            disk_bytes=planner.disk_bytes(candidate, plan),
+            window=len(plan.window),
+            batch=min(len(candidate.examples), planner.requirements.batch_size),
+            micro_batch=plan.micro_batch,
+            weights=plan.weights,
+            activations_offloaded=plan.activations == "offloaded",
+            activations_recomputed=plan.activations == "recomputed",
+            cached=plan.prefix.cached,
+        )
+        yield totals.admit(candidate.name, alone)
+    for candidate, lacking in admission.excluded:
+        yield totals.exclude(
+            FleetClient(
+                client=candidate.name,
+                client_class=candidate.client_class,
+                examples=len(candidate.examples),
+                budget_bytes=candidate.memory,
+                shortfall_bytes=lacking,
+            )
+        )
 
 
 def requirements_of(spec: JobSpec, layers: int) -> TurnRequirements:

@@ -3,7 +3,7 @@
 A job that cannot run is refused here, before anything starts.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +33,9 @@ from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.record import named
+from chainfed_ray.records.fleet import FleetClient, names_hash
 from chainfed_ray.records.manifest import Manifest
-from chainfed_ray.records.rounds import ExcludedClient, JobStarted
+from chainfed_ray.records.rounds import JobStarted
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import AdapterSpec
@@ -105,32 +106,25 @@ class PlannedJob:
         return self.admission.admitted
 
     @property
-    def excluded(self) -> tuple[ExcludedClient, ...]:
-        """The records of the clients that cannot take part."""
-        return tuple(_excluded(candidate, shortfall) for candidate, shortfall in self.admission.excluded)
-
-    @property
     def clients(self) -> tuple[Client, ...]:
         """The clients that take part, ready for a turn in the lowest window."""
         return tuple(as_client(candidate, plan, plan.planned_bytes) for candidate, plan in self.admitted)
 
-    def check_begun_with(self, job_started: JobStarted) -> None:
+    def check_begun_with(self, job_started: JobStarted, clients: Callable[[], Iterable[FleetClient]]) -> None:
         """Check that a resumed job has the rows and the clients with which it started.
 
-        The clients' samples, and with privacy their ε, follow from both.
+        The clients' samples, and with privacy their ε, follow from both. ``clients`` gives the list from the start, for words.
 
         Raises:
             InvalidJob: the rows or the clients are not those of ``job_started``.
         """
         self.manifest.check_unchanged(job_started.partition_hash)
-        now, then = (
-            [candidate.name for candidate, _ in self.admitted],
-            [client.client for client in job_started.admitted],
-        )
-        if now != then:
+        now = [candidate.name for candidate, _ in self.admitted]
+        if names_hash(now) != job_started.clients_hash:
+            then = {client.client for client in clients() if client.plan is not None}
             expected = (
-                f"the clients that could take part when the job started (missing now: {_listed(set(then) - set(now))}; "
-                f"new: {_listed(set(now) - set(then))})"
+                f"the clients that could take part when the job started (missing now: {_listed(then - set(now))}; "
+                f"new: {_listed(set(now) - then)})"
             )
             raise InvalidJob.at("fleet.clients", f"{len(now)} that can take part", expected)
 
@@ -375,13 +369,3 @@ def check_fleet(job: PlannedJob) -> None:
 
 def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "none"
-
-
-def _excluded(candidate: Candidate, shortfall: int) -> ExcludedClient:
-    return ExcludedClient(
-        client=candidate.name,
-        client_class=candidate.client_class,
-        budget_bytes=candidate.memory,
-        shortfall_bytes=shortfall,
-        reason=f"its budget of {format_bytes(candidate.memory)} is {format_bytes(shortfall)} short of the smallest window",
-    )
