@@ -91,7 +91,7 @@ def _chain(run: Run, job: PlannedJob, log: Path, meter: Meter) -> dict[str, Any]
         "start_layer": job_started.start_layer,
         "stages": job_started.stages,
         "narrowest_window": pool.narrowest_window,
-        "excluded": len(job_started.excluded),
+        "excluded": job_started.left_out,
         "curve": curve,
     }
 

@@ -76,8 +76,9 @@ def federated(job: PlannedJob, model: Model, meter: Meter) -> Iterator[int]:
         decay = 0.5 * (1 + np.cos(np.pi * index / rounds.total))
         seed = derive(spec.seed, "round", index)
         rates = (rounds.learning_rate * decay, rounds.head_learning_rate * decay)
-        mean = RunningMean()
-        for candidate in Cohort.of(spec, job.planner, candidates, index, window, (), spec.seed).sampled:
+        cohort = Cohort.of(spec, job.planner, candidates, index, window, (), spec.seed)
+        mean = RunningMean(current, cohort.examples)
+        for place, candidate in enumerate(cohort.sampled):
             started, cpu = perf_counter(), process_time()
             model.load(current)
             model.train(candidate.name, candidate.examples, Steps(rounds.local_steps, rounds.batch_size, *rates, seed))
@@ -85,7 +86,7 @@ def federated(job: PlannedJob, model: Model, meter: Meter) -> Iterator[int]:
             meter.seconds += perf_counter() - started
             size = sum(tensor.nbytes for tensor in sent.values())
             meter.turns.append(Spent(candidate.name, 0, rounds.local_steps, process_time() - cpu, size))
-            mean.add(sent, len(candidate.examples))
+            mean.add(place, sent, len(candidate.examples))
         current = mean.result()
         model.load(current)
         yield index

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Version = Literal[1]
-VERSION: Version = 1
+Version = Literal[2]
+VERSION: Version = 2
 
 
 class Record(BaseModel):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
@@ -23,7 +24,8 @@ from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import AdmittedClient, ExcludedClient, JobFinished, JobStarted, Round, Turn
+from chainfed_ray.records.fleet import AdmittedClients, ExcludedClients, names_hash
+from chainfed_ray.records.rounds import JobFinished, JobStarted, Round, Turn
 from chainfed_ray.spec.parse import parse_job
 
 MIB = 2**20
@@ -152,6 +154,14 @@ def assert_same(first: Tensors, second: Tensors) -> None:
         assert torch.equal(tensor, second[name]), name
 
 
+def assert_mean(found: Tensor, mean: Tensor, record: Round) -> None:
+    """Assert that ``found`` is the float64 ``mean``, but for what the round's sum of whole numbers and float32 round off."""
+    assert record.fraction_bits is not None
+    last_place = torch.from_numpy(np.spacing(found.abs().numpy())).double()
+    most = last_place / 2 + 2.0 ** -(record.fraction_bits + 1) + 2.0**-43
+    assert ((found.double() - mean).abs() <= most).all()
+
+
 def story(folder: Path) -> list[dict[str, Any]]:
     """The committed rounds as plain data, without the seconds and bytes that differ from run to run."""
     rounds = [record.model_dump(exclude={"seconds"}) for record in CommitLog(folder).rounds()]
@@ -179,23 +189,31 @@ FINISHED = JobFinished(accuracy=0.728, loss=0.8, rounds=3, peak_bytes={"phone": 
 
 def a_start(layers: int = 6, start: int = 2, fleet: tuple[tuple[str, int, int], ...] = FLEET) -> JobStarted:
     """The start of a job in which every client with 32 MiB or more takes part."""
-    clients = [(f"{name}-{index}", name, memory * MIB) for name, memory, count in fleet for index in range(count)]
+    admitted = tuple(
+        AdmittedClients(
+            client_class=name, clients=count, examples=100 * count, budget_bytes=memory * MIB, planned_bytes=30 * MIB,
+            disk_bytes=3 * MIB, window=2, batch=16, micro_batch=16, weights="resident", activations_offloaded=False,
+            cached=True,
+        )
+        for name, memory, count in fleet if memory >= 32
+    )  # fmt: skip
     return JobStarted(
-        admitted=tuple(
-            AdmittedClient(
-                client=client, client_class=name, examples=100, budget_bytes=budget,
-                planned_bytes=30 * MIB, disk_bytes=3 * MIB, window=2, micro_batch=16, weights="resident",
-                activations_offloaded=False, cached=True,
-            )
-            for client, name, budget in clients if budget >= 32 * MIB
-        ),
+        admitted=admitted,
         excluded=tuple(
-            ExcludedClient(client=client, client_class=name, budget_bytes=budget, shortfall_bytes=8 * MIB, reason="too small")
-            for client, name, budget in clients if budget < 32 * MIB
+            ExcludedClients(
+                client_class=name, clients=count, budget_bytes=memory * MIB, shortfall_bytes=8 * MIB, reason="too small"
+            )
+            for name, memory, count in fleet if memory < 32
         ),
+        clients_hash=names_hash(name for name, _ in clients_of(admitted)),
         layers=layers, start_layer=start, window=2, cka=tuple(1 - 0.12 * layer for layer in range(layers)), failed_turns=(),
         stages=layers - start - 1, total_rounds=20, partition_hash="0" * 64,
     )  # fmt: skip
+
+
+def clients_of(admitted: tuple[AdmittedClients, ...]) -> list[tuple[str, AdmittedClients]]:
+    """The names of the clients that take part, each with its class and plan."""
+    return [(f"{group.client_class}-{index}", group) for group in admitted for index in range(group.clients)]
 
 
 def a_round(index: int, job_started: JobStarted, **changes: Any) -> Round:
@@ -203,12 +221,12 @@ def a_round(index: int, job_started: JobStarted, **changes: Any) -> Round:
     bottom = changes.get("bottom", 2)
     turns = tuple(
         Turn(
-            client=client.client, client_class=client.client_class, examples=100, loss=1.0, steps=7, seconds=2.0,
+            client=name, client_class=client.client_class, examples=100, loss=1.0, steps=7, seconds=2.0,
             cpu_seconds=1.5, bottom=bottom, micro_batch=client.micro_batch, weights=client.weights,
             activations_offloaded=client.activations_offloaded, budget_bytes=client.budget_bytes,
             planned_bytes=client.planned_bytes, peak_bytes=25 * MIB, sent_bytes=1000,
         )
-        for client in job_started.admitted[:3]
+        for name, client in clients_of(job_started.admitted)[:3]
     )  # fmt: skip
     fields: dict[str, Any] = {
         "index": index, "stage": 0, "bottom": 2, "top": 3, "turns": turns, "failed_turns": (), "counted": True,

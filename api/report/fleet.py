@@ -4,7 +4,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn, Weights
+from chainfed_ray.records.fleet import AdmittedClients, Weights
+from chainfed_ray.records.rounds import JobStarted, Round, Turn
 
 _NAME_LENGTH = 14
 
@@ -24,8 +25,8 @@ class TurnSettings(NamedTuple):
     activations_recomputed: bool
 
     @classmethod
-    def planned(cls, client: AdmittedClient) -> "TurnSettings":
-        """The client's plan for the first stage."""
+    def planned(cls, client: AdmittedClients) -> "TurnSettings":
+        """The plan of some clients for the first stage."""
         return cls(
             client.window,
             client.micro_batch,
@@ -74,11 +75,11 @@ def by_class(job_started: JobStarted, rounds: Sequence[Round]) -> list[FleetClas
     classes: dict[str, FleetClass] = {}
     for admitted in job_started.admitted:
         fleet = classes.setdefault(admitted.client_class, FleetClass(admitted.client_class, admitted.budget_bytes))
-        fleet.clients += 1
+        fleet.clients += admitted.clients
         fleet.planned = max(fleet.planned, admitted.planned_bytes)
     for client in job_started.excluded:
         fleet = classes.setdefault(client.client_class, FleetClass(client.client_class, client.budget_bytes))
-        fleet.excluded += 1
+        fleet.excluded += client.clients
         fleet.shortfall = max(fleet.shortfall, client.shortfall_bytes)
     for record in rounds:
         for turn in record.turns:

@@ -15,7 +15,8 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.api.report.activity_display import ActivityDisplay
 from chainfed_ray.api.report.fleet import TurnSettings, by_class, in_words, span
 from chainfed_ray.api.report.scores import evaluation_line, is_causal, short_score
-from chainfed_ray.records.rounds import AdmittedClient, FailedTurn, JobFinished, JobStarted, Round, complete_fits
+from chainfed_ray.records.fleet import AdmittedClients
+from chainfed_ray.records.rounds import FailedTurn, JobFinished, JobStarted, Round, complete_fits
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes, format_seconds
 
@@ -77,7 +78,7 @@ class ProgressDisplay:
         """Show which clients take part, and where the chain starts."""
         self._display.end()
         self._started = job_started
-        self.say(f"{len(job_started.admitted)} clients take part, {len(job_started.excluded)} are excluded.")
+        self.say(f"{job_started.taking_part} clients take part, {job_started.left_out} are excluded.")
         for fleet in by_class(job_started, ()):
             if fleet.excluded:
                 self.say(
@@ -120,16 +121,15 @@ class ProgressDisplay:
 
         The full plan has the whole window, whole batches, resident weights and a prefix cache.
         """
-        reduced: dict[str, list[AdmittedClient]] = {}
+        reduced: dict[str, list[AdmittedClients]] = {}
         for client in job_started.admitted:
-            batch = min(self._spec.rounds.batch_size, client.examples)
-            full = TurnSettings(job_started.window, batch, "resident", False, False)
+            full = TurnSettings(job_started.window, client.batch, "resident", False, False)
             if TurnSettings.planned(client) != full or not client.cached:
                 reduced.setdefault(client.client_class, []).append(client)
         for name, clients in reduced.items():
             words = in_words({TurnSettings.planned(client) for client in clients})
             recomputed = ", without a prefix cache" if not all(client.cached for client in clients) else ""
-            self.say(f"  {name} ({len(clients)}): {words}{recomputed}")
+            self.say(f"  {name} ({sum(client.clients for client in clients)}): {words}{recomputed}")
 
     def round(self, record: Round, resumed: bool = False) -> None:
         """Show a finished round; ``resumed`` if it was finished before this process started."""
@@ -267,8 +267,8 @@ def _clients(job_started: JobStarted, rounds: Sequence[Round]) -> str:
         done = f"{len(rounds[-1].turns)} done" + (f" ({retried} retried)" if retried else "")
         last = f"{done}, {len(rounds[-1].failed_turns)} failed in the last round; "
     exceeded = sum(failed.over_budget for record in rounds for failed in record.failed_turns)
-    excluded = f"{len(job_started.excluded)} excluded" + (f", {exceeded} over budget" if exceeded else "")
-    return f"{last}{len(job_started.admitted) - exceeded} take part, {excluded}"
+    excluded = f"{job_started.left_out} excluded" + (f", {exceeded} over budget" if exceeded else "")
+    return f"{last}{job_started.taking_part - exceeded} take part, {excluded}"
 
 
 def _held_out(spec: JobSpec, rounds: Sequence[Round]) -> str:

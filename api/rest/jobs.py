@@ -7,7 +7,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.report.pictures import check_drawing
 from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
-from chainfed_ray.api.rest.schemas import JobPage, JobProgress, JobResource, JobStatus, JobSummary
+from chainfed_ray.api.rest.schemas import ClientPage, JobPage, JobProgress, JobResource, JobStatus, JobSummary
 from chainfed_ray.api.rest.service import WithService, while_connected
 from chainfed_ray.cluster.database.tables import JobRecord
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -79,6 +79,18 @@ def list_jobs(
 def get_job(job: str, service: WithService) -> JobResource:
     """A job, with its progress and, once it is over, its result or its error."""
     return _full(service.store, service.store.get(job))
+
+
+@router.get("/jobs/{job}/clients")
+def list_clients(
+    job: str,
+    service: WithService,
+    after: Annotated[int, Query(ge=0, lt=2**31, description="leave out so many clients at the beginning")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000, description="the most clients of a page")] = 100,
+) -> ClientPage:
+    """The clients of a job's fleet, each with its plan or what it lacks. There are none before the job has started."""
+    found = service.clients(service.store.get(job).id, after, limit + 1)
+    return ClientPage(clients=found[:limit], next=after + limit if len(found) > limit else None)
 
 
 @router.post("/jobs/{job}/cancel", status_code=202)

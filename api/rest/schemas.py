@@ -9,7 +9,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, fie
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.database.tables import JobRecord
 from chainfed_ray.cluster.jobs.versions import Trained
-from chainfed_ray.records.rounds import AdmittedClient, JobStarted, Round, Turn, Weights
+from chainfed_ray.records.fleet import AdmittedClients, FleetClient, Weights
+from chainfed_ray.records.rounds import JobStarted, Round, Turn
 
 _MOST_KEYS = 100
 _SUM_TOLERANCE = 1e-6
@@ -59,7 +60,7 @@ class ClassMemory(BaseModel):
 
     @classmethod
     def of(
-        cls, members: Sequence[AdmittedClient] | Sequence[Turn], windows: Iterable[int], peaks: Iterable[int]
+        cls, members: Sequence[AdmittedClients] | Sequence[Turn], windows: Iterable[int], peaks: Iterable[int]
     ) -> Self:
         """Sum up the plans or turns of a class's clients, with the ``windows`` they train and their measured ``peaks``."""
         return cls(
@@ -103,8 +104,8 @@ class JobProgress(BaseModel):
             bottom=newest.bottom if newest else job_started.start_layer,
             top=newest.top if newest else job_started.start_layer + job_started.window - 1,
             layers=job_started.layers,
-            clients=len(job_started.admitted),
-            excluded=len(job_started.excluded),
+            clients=job_started.taking_part,
+            excluded=job_started.left_out,
             done=len(newest.turns) if newest else 0,
             exceeded=sum(turn.exceeded is not None for turn in newest.turns) if newest else 0,
             failed_turns=len(newest.failed_turns) if newest else 0,
@@ -158,6 +159,13 @@ class JobPage(BaseModel):
 
     jobs: list[JobSummary]
     next: str | None = Field(description="pass this as `before` to get the next page; null on the last page")
+
+
+class ClientPage(BaseModel):
+    """A page of a job's clients: those that take part, in the order of the fleet, and then the others."""
+
+    clients: list[FleetClient]
+    next: int | None = Field(description="pass this as `after` to get the next page; null on the last page")
 
 
 class EventResource(BaseModel):

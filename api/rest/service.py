@@ -4,9 +4,10 @@ Work that a caller asked for ends when the caller goes away (``while_connected``
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
 
 from fastapi import Depends, HTTPException, Request
@@ -16,6 +17,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.sites.order_feed import OrderFeed
+from chainfed_ray.records.fleet import FleetClient, clients_in
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
 from chainfed_ray.spec.job import JobSpec
@@ -88,6 +90,22 @@ class Write(Protocol):
     ) -> AsyncGenerator[Piece, None]: ...
 
 
+class ListClients(Protocol):
+    """At most ``limit`` clients of a job's fleet, without the first ``after``."""
+
+    def __call__(self, job: str, after: int, limit: int) -> list[FleetClient]: ...
+
+
+def unlisted(job: str, after: int, limit: int) -> list[FleetClient]:
+    """See ``ListClients``: a service without storage lists nobody."""
+    return []
+
+
+def listed_in(folder_of: Callable[[str], Path]) -> ListClients:
+    """Lists from the files of jobs, whose folders are given by ``folder_of``."""
+    return lambda job, after, limit: clients_in(folder_of(job), after, limit)
+
+
 class Alive(Protocol):
     """Checks one part of the service. Raises any exception if that part does not work."""
 
@@ -96,7 +114,7 @@ class Alive(Protocol):
 
 @dataclass(frozen=True)
 class Service:
-    """The database of jobs, the work of other processes, the health check of each part by its name, and the orders of sites."""
+    """The database of jobs, the work of other processes, the health check of each part, lists of clients, orders of sites."""
 
     store: JobStore
     check: Check
@@ -105,6 +123,7 @@ class Service:
     embed: Embed
     write: Write
     parts: dict[str, Alive]
+    clients: ListClients = unlisted
     sites: Mailbox | None = None
 
     @cached_property

@@ -8,7 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.rest.service import Service, listed_in
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.api.serve.asking import answered, written
@@ -53,8 +53,17 @@ class Api:
             "inference": self._inference_alive,
         }
         check, plan = self._preflight.check, self._preflight.plan
-        sites = Mailbox(self._settings.storage)
-        service = Service(self._store, check, plan, self._classify, self._embed, self._write, parts, sites)
+        service = Service(
+            self._store,
+            check,
+            plan,
+            self._classify,
+            self._embed,
+            self._write,
+            parts,
+            listed_in(self._settings.storage.job),
+            Mailbox(self._settings.storage),
+        )
         access = AccessRules(KeyRing(self._keys), self._settings.without_keys)
         return create_app(service, self._settings.allowed_hosts, access)
 

@@ -1,12 +1,11 @@
-"""FedAvg: the mean of the clients' tensors, weighted by example count, in client order (McMahan et al., 2017).
+"""FedAvg: the mean of the clients' tensors, weighted by example count (McMahan et al., 2017).
 
-Floating-point addition is not associative, so the order matters. Updates are added in the order of the clients in the round,
-not of their arrival, so that the result is the same each time. They are added one at a time to a sum in float64, so that the
-server holds one update and not all. Other rules need all updates of a round (``robust.py``).
+Updates are added as they arrive, and the mean has the same bits in any order: what is added are whole numbers
+(``fixed_point.py``). The server holds one update and the sums, however many clients there are. Other rules need all updates
+of a round (``robust.py``) and hold them.
 """
 
 import reprlib
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Protocol
@@ -14,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from chainfed_ray.aggregation.fixed_point import MOST_CHANGE, FixedPoint, FixedPointSums, beyond, change
 from chainfed_ray.aggregation.robust import krum, median, trimmed_mean
 from chainfed_ray.aggregation.rule import AggregationRule, WeightedUpdate
 from chainfed_ray.errors import InvalidJob, InvalidUpdate
@@ -79,10 +79,19 @@ def check_aggregate(rule: str, aggregate: Mapping[str, Tensor], trained: Mapping
 
 
 class Aggregate(Protocol):
-    """Takes the updates of a round one by one, in client order, and gives their aggregate."""
+    """Takes the updates of a round one by one, in any order, and gives their aggregate. The order changes no bit of it."""
 
-    def add(self, tensors: Mapping[str, Tensor], examples: int) -> None:
-        """Take an update and its example count."""
+    @property
+    def fraction_bits(self) -> int | None:
+        """f, if changes are summed as whole multiples of 2^-f; None if updates are not summed."""
+        ...
+
+    def impossible(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """The reason why an update cannot be taken, or None if it can."""
+        ...
+
+    def add(self, place: int, tensors: Mapping[str, Tensor], examples: int) -> None:
+        """Take the update of the client at ``place`` in the round, and its example count."""
         ...
 
     def result(self) -> Tensors:
@@ -90,11 +99,14 @@ class Aggregate(Protocol):
         ...
 
 
-def aggregate_by(spec: AggregationSpec) -> Aggregate:
-    """An empty aggregate by the job's rule."""
+def aggregate_by(spec: AggregationSpec, start: Tensors, examples: int) -> Aggregate:
+    """An empty aggregate by the job's rule.
+
+    ``start`` are the tensors that are trained, as they were sent. ``examples`` is the number of all sampled clients' examples.
+    """
     match spec.rule:
         case "mean":
-            return RunningMean()
+            return RunningMean(start, examples)
         case "median":
             return KeptUpdates(median)
         case "trimmed-mean":
@@ -104,38 +116,66 @@ def aggregate_by(spec: AggregationSpec) -> Aggregate:
 
 
 class RunningMean:
-    """A weighted mean of named tensors, to which updates are added one by one.
+    """A weighted mean of named tensors, to which updates are added one by one, in any order.
+
+    Changes from ``start`` are summed as integers. ``examples`` is the most that the weights of all updates add up to. An entry
+    may change by ``MOST_CHANGE``; an update that goes further is ``impossible``. So the mean's change is at most 2^-(f + 1)
+    from the exact one, before it is rounded to float32, where f is ``fraction_bits``: 37 with a hundred thousand examples.
+    What float64 itself rounds off is less than 2^-43.
 
     A tensor's mean is over the updates that have it: clients with less memory train fewer adapters.
     """
 
-    def __init__(self) -> None:
-        self._sums: Tensors = {}
-        self._weights: Counter[str] = Counter()
+    def __init__(self, start: Mapping[str, Tensor], examples: int) -> None:
+        self._start = start
+        self._sums = FixedPointSums(FixedPoint(MOST_CHANGE, examples))
 
-    def add(self, tensors: Mapping[str, Tensor], examples: int) -> None:
-        """Add an update, weighted by its example count."""
+    @property
+    def fraction_bits(self) -> int:
+        """See ``Aggregate``."""
+        return self._sums.form.fraction_bits
+
+    def impossible(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """See ``Aggregate``: an entry has changed too much to be summed."""
+        return beyond(self._start, tensors, MOST_CHANGE)
+
+    def add(self, place: int, tensors: Mapping[str, Tensor], examples: int) -> None:
+        """Add an update, weighted by its example count. The ``place`` of its client makes no difference."""
         for name, tensor in tensors.items():
-            weighted = tensor.double() * examples
-            self._sums[name] = self._sums[name].add_(weighted) if name in self._sums else weighted
-            self._weights[name] += examples
+            self._sums.add(name, change(self._start[name], tensor), examples)
+
+    def merge(self, other: "RunningMean") -> None:
+        """Add the updates of ``other``, the mean of another part of the same round.
+
+        Raises:
+            ValueError: it was made for another number of examples.
+        """
+        self._sums.merge(other._sums)
 
     def result(self) -> Tensors:
         """The mean by name, in float32; a tensor that no update had is not in it."""
-        return {name: (total / self._weights[name]).float() for name, total in self._sums.items()}
+        return {
+            name: self._sums.total(name).div_(weight).add_(self._start[name]).float()
+            for name, weight in self._sums.weights.items()
+        }
 
 
 class KeptUpdates:
-    """Keeps all updates of a round, for a ``rule`` that needs them at once."""
+    """Keeps all updates of a round in memory, for a ``rule`` that needs them at once. It gets them in the order of places."""
+
+    fraction_bits = None
 
     def __init__(self, rule: AggregationRule) -> None:
         self._rule = rule
-        self._updates: list[WeightedUpdate] = []
+        self._updates: dict[int, WeightedUpdate] = {}
 
-    def add(self, tensors: Mapping[str, Tensor], examples: int) -> None:
+    def impossible(self, tensors: Mapping[str, Tensor]) -> None:
+        """See ``Aggregate``: nothing is impossible."""
+
+    def add(self, place: int, tensors: Mapping[str, Tensor], examples: int) -> None:
         """Keep an update."""
-        self._updates.append((tensors, examples))
+        self._updates[place] = (tensors, examples)
 
     def result(self) -> Tensors:
         """The rule's aggregate; nothing if there were no updates."""
-        return self._rule(self._updates) if self._updates else {}
+        return self._rule([self._updates[place] for place in sorted(self._updates)]) if self._updates else {}

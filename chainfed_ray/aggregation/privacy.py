@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chainfed_ray.aggregation.fixed_point import MOST_CHANGE, FixedPoint, FixedPointSums, beyond, change
 from chainfed_ray.chain import Window
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.spec.sections import PrivacySpec
@@ -65,7 +66,7 @@ class NoiseShare:
         factor = clip_factor(start, trained, self.clip)
         sent: Tensors = {}
         for name, tensor in start.items():  # one tensor at a time and in place, to save the client's memory
-            value = _change(tensor, trained[name]).mul_(factor) if name in trained else _zeros(tensor)
+            value = change(tensor, trained[name]).mul_(factor) if name in trained else _zeros(tensor)
             self.noise.add_to(name, value)
             sent[name] = value.add_(tensor).float()
         return sent
@@ -76,19 +77,33 @@ class PrivateMean:
 
     m is ``clients``, the number sampled. If ``clip`` is None, each client clips its update and adds a share of 1/m of the
     noise; then only the missing shares are added here. Every tensor of ``start`` gets noise, even if no client trained it.
+
+    Changes are summed as integers, so the sum has the same bits in any order. They are rounded towards zero: a client moves the
+    sum by C at most, after rounding as before. ``bound`` is the largest change of an entry that a client may send if it clips.
     """
 
-    def __init__(self, start: Tensors, clients: int, clip: float | None, noise: Noise) -> None:
+    def __init__(
+        self, start: Tensors, clients: int, clip: float | None, noise: Noise, bound: float = MOST_CHANGE
+    ) -> None:
         self.noise = noise
         self._start, self._clients, self._clip = start, clients, clip
-        self._sums: Tensors = {name: _zeros(tensor) for name, tensor in start.items()}
+        self._sums = FixedPointSums(FixedPoint(bound if clip is None else clip, clients))
         self._answered = 0
 
-    def add(self, tensors: Mapping[str, Tensor], examples: int) -> None:
-        """Add an update. ``examples`` is ignored, since all clients have the same weight."""
+    @property
+    def fraction_bits(self) -> int:
+        """See ``Aggregate``."""
+        return self._sums.form.fraction_bits
+
+    def impossible(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """See ``Aggregate``: an entry has changed too much to be summed. What is clipped here never has."""
+        return None if self._clip is not None else beyond(self._start, tensors, self._sums.form.bound)
+
+    def add(self, place: int, tensors: Mapping[str, Tensor], examples: int) -> None:
+        """Add an update. ``place`` makes no difference, and neither does ``examples``: all clients have the same weight."""
         factor = 1.0 if self._clip is None else clip_factor(self._start, tensors, self._clip)
         for name, tensor in tensors.items():
-            self._sums[name].add_(_change(self._start[name], tensor).mul_(factor))
+            self._sums.add(name, change(self._start[name], tensor).mul_(factor), 1, towards_zero=True)
         self._answered += 1
 
     def result(self) -> Tensors:
@@ -97,7 +112,7 @@ class PrivateMean:
 
     def moved(self, name: str) -> Tensor:
         """The new value of the tensor called ``name``, in float64."""
-        noised = self._sums[name].clone()
+        noised = self._sums.total(name) if self._sums.weights[name] else _zeros(self._start[name])
         if missing := self._missing():
             missing.add_to(name, noised)
         return noised.div_(self._clients).add_(self._start[name])
@@ -112,7 +127,7 @@ class PrivateMean:
 
 def clip_factor(start: Mapping[str, Tensor], trained: Mapping[str, Tensor], bound: float) -> float:
     """min(1, C / |Δ|₂), where C is ``bound`` and Δ the change of all ``trained`` tensors together."""
-    squares = (float(_change(start[name], tensor).square_().sum()) for name, tensor in trained.items())
+    squares = (float(change(start[name], tensor).square_().sum()) for name, tensor in trained.items())
     norm = math.sqrt(math.fsum(squares))
     return min(1.0, bound / norm) if norm else 1.0
 
@@ -120,7 +135,11 @@ def clip_factor(start: Mapping[str, Tensor], trained: Mapping[str, Tensor], boun
 def private_mean(spec: PrivacySpec, secret: bytes, index: int, start: Tensors, clients: int) -> PrivateMean:
     """The aggregate of round ``index``. ``spec.where`` says whether the server or the clients clip and add the noise."""
     noise = Noise(spec.noise_multiplier * spec.clip, key_of(secret, "server", index))
-    return PrivateMean(start, clients, spec.clip if spec.where == "server" else None, noise)
+    if spec.where == "server":
+        return PrivateMean(start, clients, spec.clip, noise)
+    # A draw of Noise is below 9 deviations, since its uniform numbers have 53 bits. Twice as much leaves room for rounding.
+    most = 2 * spec.clip * (1 + 9 * spec.noise_multiplier / math.sqrt(clients))
+    return PrivateMean(start, clients, None, noise, max(most, MOST_CHANGE))
 
 
 def share_of(spec: PrivacySpec, secret: bytes, index: int, client: str, window: Window, clients: int) -> NoiseShare:
@@ -135,11 +154,6 @@ def share_of(spec: PrivacySpec, secret: bytes, index: int, client: str, window: 
 def sampling_seed(secret: bytes) -> int:
     """The seed of client sampling. It is secret, unlike the job's seed: ε is right only while nobody knows the samples."""
     return int.from_bytes(key_of(secret, "sample"))
-
-
-def _change(start: Tensor, trained: Tensor) -> Tensor:
-    copy = trained.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-    return copy.sub_(start)
 
 
 def _zeros(like: Tensor) -> Tensor:

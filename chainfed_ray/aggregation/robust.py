@@ -1,8 +1,8 @@
 """Robust aggregation: the median, the trimmed mean and Krum, which withstand some poisoned updates.
 
-Each is a plain function of a round's updates in client order. All three ignore the example counts, as in their papers, since a
-hostile client could claim any count. Clients with less memory train fewer tensors, so each tensor is aggregated over the
-updates that have it. All updates of a round are in memory at once.
+Each is a plain function of a round's updates, in the order of the clients. All three ignore the example counts, as in their
+papers, since a hostile client could claim any count. Clients with less memory train fewer tensors, so each tensor is aggregated
+over the updates that have it. The server holds all updates of a round until the last one is there, n times what a client sends.
 """
 
 import math

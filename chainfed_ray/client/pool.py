@@ -59,6 +59,23 @@ def in_order(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
         raise RuntimeError(f"the pool gave {due} outcomes for {count} clients")
 
 
+def as_they_come(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
+    """The outcomes in the order of their arrival. None is held here.
+
+    Raises:
+        RuntimeError: the places 0 to ``count`` − 1 do not all arrive, or one arrives twice.
+    """
+    due = set(range(count))
+    for outcome in outcomes:
+        if outcome.place not in due:
+            raise RuntimeError(f"the pool gave an outcome for place {outcome.place} of {count} that is not due")
+        due.remove(outcome.place)
+        yield outcome
+        del outcome
+    if due:
+        raise RuntimeError(f"the pool gave {count - len(due)} outcomes for {count} clients")
+
+
 class ClientPool(Protocol):
     """Runs clients' turns. Write one of your own: docs/python.md."""
 

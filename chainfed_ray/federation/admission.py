@@ -22,12 +22,11 @@ from chainfed_ray.client.survey import Absence, SiteRows, Survey
 from chainfed_ray.data.examples import JobExamples
 from chainfed_ray.data.partition import PartitionRule, partition_by, partition_examples
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts, Examples
+from chainfed_ray.records.fleet import AdmittedClients, ExcludedClients, FleetClient, FleetTotals
 from chainfed_ray.records.manifest import ClientPartition, Manifest
-from chainfed_ray.records.rounds import ExcludedClient
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.fleet import ClientClass
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,42 @@ def admit(planner: Planner, candidates: Iterable[Candidate], width: int, listen:
     raise ValueError(f"a window of {width} adapters")
 
 
+def listed(planner: Planner, admission: Admission, stage: Window, totals: FleetTotals) -> Iterator[FleetClient]:
+    """The clients of a fleet for the record, with their plans in ``stage``, each as it is added to ``totals``.
+
+    Those that take part come first, in the order of the fleet, and then the others.
+    """
+    for candidate, _ in admission.admitted:
+        plan = planner.plan(candidate, stage)
+        assert plan, "an admitted client has a plan for the window that needs the most memory"
+        alone = AdmittedClients(
+            client_class=candidate.client_class,
+            clients=1,
+            examples=candidate.counts.examples,
+            budget_bytes=candidate.memory,
+            planned_bytes=plan.planned_bytes,
+            disk_bytes=planner.disk_bytes(candidate, plan),
+            window=len(plan.window),
+            batch=min(candidate.counts.examples, planner.requirements.batch_size),
+            micro_batch=plan.micro_batch,
+            weights=plan.weights,
+            activations_offloaded=plan.activations == "offloaded",
+            activations_recomputed=plan.activations == "recomputed",
+            cached=plan.prefix.cached,
+        )
+        yield totals.admit(candidate.name, alone)
+    for candidate, lacking in admission.excluded:
+        yield totals.exclude(
+            FleetClient(
+                client=candidate.name,
+                client_class=candidate.client_class,
+                examples=candidate.counts.examples,
+                budget_bytes=candidate.memory,
+                shortfall_bytes=lacking,
+            )
+        )
+
+
 def requirements_of(spec: JobSpec, layers: int) -> TurnRequirements:
     """What a job asks of every client's turn, on a base model of L = ``layers``.
 
@@ -209,13 +244,13 @@ def classes_at_sites(surveys: Mapping[str, Survey | Absence]) -> set[str]:
     return {name for survey in answers for client in survey.clients for name in client.classes}
 
 
-def absent_clients(spec: JobSpec, surveys: Mapping[str, Survey | Absence]) -> tuple[ExcludedClient, ...]:
-    """The records of clients whose site takes no part, with its reason."""
+def absent_clients(spec: JobSpec, surveys: Mapping[str, Survey | Absence]) -> tuple[ExcludedClients, ...]:
+    """The classes of clients whose site takes no part, each with its reason."""
     answers = ((group, surveys.get(group.name)) for group in spec.fleet.at_sites)
     return tuple(
-        ExcludedClient(
-            client=f"{group.name}-0",
+        ExcludedClients(
             client_class=group.name,
+            clients=group.count,
             budget_bytes=group.memory,
             shortfall_bytes=0,
             reason=f"site {group.site} takes no part: {answer.reason}",
@@ -247,17 +282,6 @@ def manifest_of(
     return Manifest.of(spec, examples.corpus, clients, rule)
 
 
-def excluded_client(candidate: Candidate, shortfall: int) -> ExcludedClient:
-    """The record of a client whose memory is too small by ``shortfall`` bytes."""
-    return ExcludedClient(
-        client=candidate.name,
-        client_class=candidate.client_class,
-        budget_bytes=candidate.memory,
-        shortfall_bytes=shortfall,
-        reason=f"its budget of {format_bytes(candidate.memory)} is {format_bytes(shortfall)} short of the smallest window",
-    )
-
-
 def shares_of(spec: JobSpec, examples: JobExamples, rule: PartitionRule | None) -> list[np.ndarray]:
     """The row indices of each simulated client, in the order of the fleet, by the job's partition or the caller's ``rule``."""
     labels, groups = examples.train.labels, examples.corpus.train.groups
@@ -269,6 +293,6 @@ def shares_of(spec: JobSpec, examples: JobExamples, rule: PartitionRule | None) 
     return partition_examples(spec.fleet.partition, labels, groups, count, seed)
 
 
-def listed(names: set[str]) -> str:
+def in_words(names: set[str]) -> str:
     """Names as words."""
     return ", ".join(sorted(names)) or "none"

@@ -64,6 +64,11 @@ class Cohort:
                 absent.append((client, Failure(reason)))
         return cls(planner, stage, sampled, on_fallback, tuple(clients), tuple(absent))
 
+    @property
+    def examples(self) -> int:
+        """The examples of all sampled clients: the most that the weights of a round add up to."""
+        return sum(candidate.counts.examples for candidate in self.sampled)
+
     def second_turns(self, exceeded: Collection[str]) -> list[Client]:
         """A second turn for each client named in ``exceeded``, which went over its plan in this round.
 

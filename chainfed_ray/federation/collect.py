@@ -14,7 +14,7 @@ from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.aggregation.mean import Aggregate, check_claims, check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, TurnOrder, TurnResult, Update
-from chainfed_ray.client.pool import ClientPool, Failure, in_order
+from chainfed_ray.client.pool import ClientPool, Failure, as_they_come
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.hub import first_line
@@ -23,49 +23,68 @@ from chainfed_ray.records.rounds import FailedTurn, Turn, finite
 
 
 class UpdateCollector:
-    """Checks the updates of one round, adds them to ``aggregate``, and records every turn.
+    """Checks the updates of one round, adds each to ``aggregate`` as it arrives, and records every turn.
 
-    ``trained`` gives the tensors that a client must send for its window. Results must be added in the order of the clients,
-    not of their arrival, since floating-point sums depend on the order.
+    ``trained`` gives the tensors that a client must send for its window. Each result comes with the ``place`` of its client
+    among those that were sampled. The records are in the order of the places, whenever the results arrived.
     """
 
     def __init__(self, trained: Callable[[Window], Tensors], aggregate: Aggregate) -> None:
         self._trained, self._aggregate = trained, aggregate
-        self.turns: list[Turn] = []
-        self.failed_turns: list[FailedTurn] = []
+        self._turns: dict[int, Turn] = {}
+        self._failed_turns: dict[int, FailedTurn] = {}
 
-    def add(self, client: Client, result: TurnResult | Failure, exceeded: str | None = None) -> None:
+    @property
+    def turns(self) -> list[Turn]:
+        """The successful turns, in the order of the clients."""
+        return [self._turns[place] for place in sorted(self._turns)]
+
+    @property
+    def failed_turns(self) -> list[FailedTurn]:
+        """The failed turns, in the order of the clients."""
+        return [self._failed_turns[place] for place in sorted(self._failed_turns)]
+
+    def add(self, place: int, client: Client, result: TurnResult | Failure, exceeded: str | None = None) -> None:
         """Add an update to the aggregate, or record a failed turn.
 
         If this was the client's second turn, ``exceeded`` is the reason why its first one failed.
         """
         if isinstance(result, Failure):
-            self.failed_turns.append(failed_turn(client, result, exceeded))
+            self._failed_turns[place] = failed_turn(client, result, exceeded)
             return
         try:
             with readable(client):
                 update = self._checked(client, result)
                 turn = _as_turn(client, update, exceeded)
         except InvalidUpdate as error:
-            self.failed_turns.append(failed_turn(client, Failure(f"its update was refused: {error.reason}"), exceeded))
+            refused = Failure(f"its update was refused: {error.reason}")
+            self._failed_turns[place] = failed_turn(client, refused, exceeded)
             return
         # The server knows the example count. A client's own claim is not used: it could inflate its weight.
-        self._aggregate.add(update.tensors, client.counts.examples)
-        self.turns.append(turn)
+        self._aggregate.add(place, update.tensors, client.counts.examples)
+        self._turns[place] = turn
 
     def aggregate(self) -> Tensors:
         """The aggregate of the updates so far. Each tensor is aggregated over the clients that sent it."""
         return self._aggregate.result()
 
+    @property
+    def fraction_bits(self) -> int | None:
+        """The bits behind the point of what was summed; None if the rule sums nothing."""
+        return self._aggregate.fraction_bits
+
     def loss(self) -> float | None:
         """The mean training loss over the examples of all updates, in nats; None without updates."""
-        examples = sum(turn.examples for turn in self.turns)
-        return finite(sum(turn.loss * turn.examples for turn in self.turns) / examples) if self.turns else None
+        turns = self.turns
+        examples = sum(turn.examples for turn in turns)
+        return finite(sum(turn.loss * turn.examples for turn in turns) / examples) if turns else None
 
     def _checked(self, client: Client, result: TurnResult) -> Update:
         if not isinstance(result, Update):
             raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
         check_update(client.name, result.tensors, self._trained(client.plan.window), client.counts.examples)
+        if impossible := self._aggregate.impossible(result.tensors):
+            raise InvalidUpdate(client.name, impossible)
         # An objective of the caller's own may be negative.
         if not isinstance(result.loss, float) or not math.isfinite(result.loss):
             raise InvalidUpdate(client.name, f"its loss is {reprlib.repr(result.loss)}")
@@ -88,35 +107,37 @@ def collect_updates(
     collector: UpdateCollector,
     reporter: Reporter = SILENT,
 ) -> None:
-    """Hand ``order`` to the clients of ``cohort``, and add their results to ``collector`` in client order.
+    """Hand ``order`` to the clients of ``cohort``, and add each result to ``collector`` as it arrives. None is held here.
 
     ``prepared`` changes the clients before each turn: it gives them their share of the noise in a job with privacy.
     ``deadline`` (seconds) covers the first and the second turns together.
     """
     started = perf_counter()
+    places = {candidate.name: place for place, candidate in enumerate(cohort.sampled)}
     clients = prepared(cohort.clients)
-    outcomes = reporter.each(pool.run(clients, order, deadline), len(clients), "clients")
     for client, absence in cohort.absent:
-        collector.add(client, absence)
+        collector.add(places[client.name], client, absence)
     exceeded: dict[str, Failure] = {}
-    for outcome in in_order(outcomes, len(clients)):
-        client, result = clients[outcome.place], outcome.result
+    outcomes = reporter.each(pool.run(clients, order, deadline), len(clients), "clients")
+    for place, result in as_they_come(outcomes, len(clients)):
+        client = clients[place]
         if isinstance(result, Failure) and result.exceeded and client.name not in cohort.on_fallback:
             exceeded[client.name] = result
         else:
-            collector.add(client, result)
+            collector.add(places[client.name], client, result)
 
     # The first plan may have been too small. So a client is excluded only if its second turn, with the fallback plan or its
     # whole budget, fails as well.
     able = prepared(cohort.second_turns(exceeded))
     left = max(deadline - (perf_counter() - started), 0.0)
     outcomes = reporter.each(pool.run(able, order, left) if able else (), len(able), "clients")
-    for outcome in in_order(outcomes, len(able)):
-        first = exceeded.pop(able[outcome.place].name).reason
-        collector.add(able[outcome.place], outcome.result, first)
+    for place, result in as_they_come(outcomes, len(able)):
+        client = able[place]
+        collector.add(places[client.name], client, result, exceeded.pop(client.name).reason)
     for client in clients:
         if failure := exceeded.get(client.name):
-            collector.add(client, replace(failure, reason=f"{failure.reason}; there is no fallback plan"))
+            without = replace(failure, reason=f"{failure.reason}; there is no fallback plan")
+            collector.add(places[client.name], client, without)
 
 
 @contextmanager

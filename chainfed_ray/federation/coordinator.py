@@ -20,7 +20,7 @@ from chainfed_ray.client.objective import Objective, trained_names
 from chainfed_ray.client.pool import ClientPool
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.federation.admission import Candidate
+from chainfed_ray.federation.admission import listed
 from chainfed_ray.federation.cohort import Cohort, everyone
 from chainfed_ray.federation.collect import UpdateCollector, collect_updates, reasons
 from chainfed_ray.federation.evaluation import (
@@ -43,8 +43,8 @@ from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import SavedStack, save_models
 from chainfed_ray.record import named
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.fleet import FleetTotals
 from chainfed_ray.records.rounds import (
-    AdmittedClient,
     EarlyExit,
     Evaluation,
     JobFinished,
@@ -97,7 +97,7 @@ class Coordinator:
             QuorumLost: no client sent what the start rule needs.
         """
         if started := self._log.job_started():
-            self._job.check_begun_with(started)
+            self._job.check_begun_with(started, self._log.clients)
             self._check_rules(started)
             # Another version of the planner may find room for wider windows.
             self._job = replace(self._job, admission=replace(self._job.admission, width=started.window))
@@ -105,10 +105,14 @@ class Coordinator:
             return started
         found = self._find_start()
         self._planner = self._job.planner.starting_at(found.layer)
+        stage, fleet = self._job.chain_from(found.layer).lowest, FleetTotals()
+        self._log.commit_partition(self._job.manifest)
+        self._log.commit_clients(listed(self._planner, self._job.admission, stage, fleet))
         started = JobStarted(
             classes=self._job.classes,
-            admitted=tuple(self._admitted(candidate, found.layer) for candidate, _ in self._job.admitted),
-            excluded=self._job.excluded,
+            admitted=fleet.admitted,
+            excluded=(*fleet.excluded, *self._job.absent),
+            clients_hash=fleet.hash,
             layers=self._job.layers,
             start_layer=found.layer,
             window=self._job.window,
@@ -122,7 +126,6 @@ class Coordinator:
             evaluator=self._evaluation.evaluator,
             own_rules=self._own_rules,
         )
-        self._log.commit_partition(self._job.manifest)
         self._log.commit_started(started)
         return started
 
@@ -219,25 +222,6 @@ class Coordinator:
             if then != now:
                 raise InvalidJob.at(what, now or "none", f"{then or 'none'}, with which the job started")
 
-    def _admitted(self, candidate: Candidate, start: int) -> AdmittedClient:
-        """A client, with the plan of its turns in the chain's lowest window."""
-        plan = self._planner.plan(candidate, self._job.chain_from(start).lowest)
-        assert plan, "an admitted client has a plan for the window that needs the most memory"
-        return AdmittedClient(
-            client=candidate.name,
-            client_class=candidate.client_class,
-            examples=candidate.counts.examples,
-            budget_bytes=candidate.memory,
-            planned_bytes=plan.planned_bytes,
-            disk_bytes=self._planner.disk_bytes(candidate, plan),
-            window=len(plan.window),
-            micro_batch=plan.micro_batch,
-            weights=plan.weights,
-            activations_offloaded=plan.activations == "offloaded",
-            activations_recomputed=plan.activations == "recomputed",
-            cached=plan.prefix.cached,
-        )
-
     def _state(self, chain: Chain, history: Sequence[Round]) -> ChainState:
         """The state after the last round of ``history``, as it was committed."""
         if history:
@@ -282,6 +266,7 @@ class Coordinator:
             bottom=upcoming.window.bottom,
             top=upcoming.window.top,
             turns=tuple(updates.turns),
+            fraction_bits=updates.fraction_bits,
             failed_turns=tuple(updates.failed_turns),
             counted=counted,
             train_loss=updates.loss(),
@@ -322,13 +307,14 @@ class Coordinator:
         self, upcoming: RoundSpec, before: Tensors, trained: Tensors, history: Sequence[Round]
     ) -> UpdateCollector:
         """The turns of the round's cohort. ``trained`` are the tensors of ``before`` that the stage trains."""
+        cohort = self._cohort(upcoming, history)
         collector = UpdateCollector(
             lambda window: self._trained(before, self._privacy.sent(window, upcoming.window)),
-            self._privacy.aggregate(upcoming.round_index, trained),
+            self._privacy.aggregate(upcoming.round_index, trained, cohort.examples),
         )
         collect_updates(
             self._pool,
-            self._cohort(upcoming, history),
+            cohort,
             self._order(upcoming, before),
             self._spec.rounds.deadline,
             partial(self._privacy.prepared, index=upcoming.round_index),

@@ -3,7 +3,7 @@
 A job that cannot run is refused here, before anything starts.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +35,7 @@ from chainfed_ray.federation.admission import (
     as_client,
     candidates,
     classes_at_sites,
-    excluded_client,
-    listed,
+    in_words,
     manifest_of,
     requirements_of,
     shares_of,
@@ -48,8 +47,9 @@ from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.record import named
+from chainfed_ray.records.fleet import ExcludedClients, FleetClient, names_hash
 from chainfed_ray.records.manifest import Manifest
-from chainfed_ray.records.rounds import ExcludedClient, JobStarted
+from chainfed_ray.records.rounds import JobStarted
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import AdapterSpec
 from chainfed_ray.units import format_bytes
@@ -80,7 +80,7 @@ class PlannedJob:
     choices: Choices | None
     partition: PartitionRule | None = None
     lora: LoraShapes | None = None
-    absent: tuple[ExcludedClient, ...] = ()
+    absent: tuple[ExcludedClients, ...] = ()
     sites_unasked: bool = False
 
     @property
@@ -122,35 +122,25 @@ class PlannedJob:
         return self.admission.admitted
 
     @property
-    def excluded(self) -> tuple[ExcludedClient, ...]:
-        """The records of the clients that cannot take part."""
-        return (
-            *(excluded_client(candidate, shortfall) for candidate, shortfall in self.admission.excluded),
-            *self.absent,
-        )
-
-    @property
     def clients(self) -> tuple[Client, ...]:
         """The clients that take part, ready for a turn in the lowest window."""
         return tuple(as_client(candidate, plan, plan.planned_bytes) for candidate, plan in self.admitted)
 
-    def check_begun_with(self, job_started: JobStarted) -> None:
+    def check_begun_with(self, job_started: JobStarted, clients: Callable[[], Iterable[FleetClient]]) -> None:
         """Check that a resumed job has the rows and the clients with which it started.
 
-        The clients' samples, and with privacy their ε, follow from both.
+        The clients' samples, and with privacy their ε, follow from both. ``clients`` gives the list from the start, for words.
 
         Raises:
             InvalidJob: the rows or the clients are not those of ``job_started``.
         """
         self.manifest.check_unchanged(job_started.partition_hash)
-        now, then = (
-            [candidate.name for candidate, _ in self.admitted],
-            [client.client for client in job_started.admitted],
-        )
-        if now != then:
+        now = [candidate.name for candidate, _ in self.admitted]
+        if names_hash(now) != job_started.clients_hash:
+            then = {client.client for client in clients() if client.plan is not None}
             expected = (
-                f"the clients that could take part when the job started (missing now: {listed(set(then) - set(now))}; "
-                f"new: {listed(set(now) - set(then))})"
+                f"the clients that could take part when the job started (missing now: {in_words(then - set(now))}; "
+                f"new: {in_words(set(now) - then)})"
             )
             raise InvalidJob.at("fleet.clients", f"{len(now)} that can take part", expected)
 
@@ -268,14 +258,14 @@ def _lora(adapter: AdapterSpec, blocks: Blocks) -> LoraShapes | None:
     wanted = names if adapter.targets is None else set(adapter.targets)
     if unknown := sorted(wanted - names):
         raise InvalidJob.at(
-            "chain.adapter.targets", unknown[0], f"a linear module of the model's layers: {listed(names)}"
+            "chain.adapter.targets", unknown[0], f"a linear module of the model's layers: {in_words(names)}"
         )
     chosen = {
         index: {path: shape for path, shape in layer.items() if path.rpartition(".")[2] in wanted}
         for index, layer in modules.items()
     }
     if without := [index for index, layer in chosen.items() if not layer]:
-        expected = f"modules that every layer has; layer {without[0]} has {listed(set(modules[without[0]]))}"
+        expected = f"modules that every layer has; layer {without[0]} has {in_words(set(modules[without[0]]))}"
         raise InvalidJob.at("chain.adapter.targets", list(adapter.targets or ()), expected)
     return chosen
 

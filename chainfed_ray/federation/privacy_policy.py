@@ -66,11 +66,11 @@ class PrivacyPolicy:
         """The window whose tensors a client sends: its ``own``, or all of the ``stage``'s if clients add noise."""
         return stage if self._privacy and self._privacy.where == "client" else own
 
-    def aggregate(self, index: int, start: Tensors) -> Aggregate:
-        """An empty aggregate for round ``index``, in which the tensors of ``start`` are trained."""
+    def aggregate(self, index: int, start: Tensors, examples: int) -> Aggregate:
+        """An empty aggregate for round ``index``, which trains the tensors of ``start`` on ``examples`` of all its clients."""
         if self._privacy is None:
             own = self._aggregation
-            return aggregate_by(self._spec.aggregation) if own is None else KeptUpdates(own)
+            return aggregate_by(self._spec.aggregation, start, examples) if own is None else KeptUpdates(own)
         return private_mean(self._privacy, self._log.secret(), index, start, self._spec.rounds.clients)
 
     def priced(self, record: Round, history: Sequence[Round]) -> Round:

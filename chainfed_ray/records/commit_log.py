@@ -4,6 +4,7 @@ A commit is a tensor file and then its record. Each is written to a temporary fi
 comes last and has the digest of the tensor file, so a readable record proves that its commit is complete. The files::
 
     partition.json                                       the manifest; written before started.json, which has its hash
+    clients.jsonl                                        the clients of the fleet, one on a line; written before started.json
     started.json                                         the JobStarted record
     privacy.key                                          the secret of a job with noise; erased when the job ends
     rounds/000000.safetensors, rounds/000000.json, …     tensors are kept of the newest round and of the best
@@ -12,6 +13,7 @@ comes last and has the digest of the tensor file, so a readable record proves th
 
 import os
 import secrets
+from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +24,7 @@ from safetensors.torch import load, save
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.record import VERSION, Document
+from chainfed_ray.records.fleet import CLIENTS_FILE, FleetClient, clients_in
 from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.records.secret import erase_secret, secret_path
@@ -83,18 +86,30 @@ class CommitLog:
 
     def commit_partition(self, manifest: Manifest) -> None:
         """Make the manifest durable, as the bytes from which its hash is computed."""
-        _write(self._folder / "partition.json", manifest.canonical())
+        _write(self._folder / "partition.json", [manifest.canonical()])
+
+    def commit_clients(self, clients: Iterable[FleetClient]) -> None:
+        """Make the list of the fleet's clients durable: those that take part, and then the others."""
+        _write(self._folder / CLIENTS_FILE, (client.model_dump_json().encode() + b"\n" for client in clients))
+
+    def clients(self) -> list[FleetClient]:
+        """The list of the fleet's clients; empty if none was committed.
+
+        Raises:
+            CorruptCommit: the file is not what was written.
+        """
+        return clients_in(self._folder)
 
     def commit_started(self, job_started: JobStarted) -> None:
         """Make the ``JobStarted`` record durable."""
-        _write(self._folder / "started.json", job_started.model_dump_json().encode())
+        _write(self._folder / "started.json", [job_started.model_dump_json().encode()])
 
     def commit_round(self, record: Round, tensors: Tensors, keep: int | None = None) -> None:
         """Make a round and its ``tensors`` durable, and delete the tensors of earlier rounds except those of ``keep``."""
         data = save(tensors)
-        _write(self._tensor_path(record.index), data)
+        _write(self._tensor_path(record.index), [data])
         commit = _Commit(digest=_digest(data), record=record)
-        _write(self._record_path(record.index), commit.model_dump_json().encode())
+        _write(self._record_path(record.index), [commit.model_dump_json().encode()])
         kept = {self._tensor_path(index) for index in (record.index, keep) if index is not None}
         for path in self._rounds.glob("*.safetensors"):
             if path not in kept and path < self._tensor_path(record.index):
@@ -102,7 +117,7 @@ class CommitLog:
 
     def commit_finished(self, job_finished: JobFinished) -> None:
         """Make the ``JobFinished`` record durable."""
-        _write(self._folder / "finished.json", job_finished.model_dump_json().encode())
+        _write(self._folder / "finished.json", [job_finished.model_dump_json().encode()])
 
     def secret(self) -> bytes:
         """The 256 bits from which the job's noise is derived, drawn at the first call. Only the owner may read their file.
@@ -115,7 +130,7 @@ class CommitLog:
         if not path.exists():
             if any(self._rounds.glob("*.json")):
                 raise CorruptCommit(str(path), "missing, though rounds were committed")
-            _write(path, secrets.token_bytes(_SECRET_BYTES), mode=0o600)
+            _write(path, [secrets.token_bytes(_SECRET_BYTES)], mode=0o600)
         secret = path.read_bytes()
         if len(secret) != _SECRET_BYTES:
             raise CorruptCommit(str(path), "its bytes are not what was written")
@@ -154,11 +169,11 @@ def _digest(data: bytes) -> str:
     return blake2b(data, digest_size=16).hexdigest()
 
 
-def _write(path: Path, data: bytes, mode: int = 0o666) -> None:
+def _write(path: Path, parts: Iterable[bytes], mode: int = 0o666) -> None:
     """Write a temporary file, flush it and rename it: a reader sees the old file or the new one, never a part of one."""
     temporary = path.with_name(path.name + ".partial")
     with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.write(data)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

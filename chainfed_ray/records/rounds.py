@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from chainfed_ray.budget.footprint import WeightPlacement
 from chainfed_ray.record import Document, Record
+from chainfed_ray.records.fleet import AdmittedClients, ExcludedClients, Weights
 
 
 def finite(value: float | None) -> float | None:
@@ -18,38 +18,8 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-Weights = WeightPlacement
-"""Where the weights of a turn's layers are: in memory, or read in slices."""
-
 Measured = Annotated[float | None, BeforeValidator(finite)]
 """A measured value of a model, such as a loss. A value that is not finite is recorded as None."""
-
-
-class AdmittedClient(Record):
-    """A client that takes part, with the plan of its turns in the chain's lowest window, which needs the most memory."""
-
-    client: str
-    client_class: str
-    examples: int
-    budget_bytes: int
-    planned_bytes: int
-    disk_bytes: int
-    window: int
-    micro_batch: int
-    weights: Weights
-    activations_offloaded: bool
-    activations_recomputed: bool = False
-    cached: bool
-
-
-class ExcludedClient(Record):
-    """A client that cannot take part, because its budget is ``shortfall_bytes`` too small for every plan."""
-
-    client: str
-    client_class: str
-    budget_bytes: int
-    shortfall_bytes: int
-    reason: str
 
 
 class FailedTurn(Record):
@@ -89,7 +59,10 @@ def complete_fits(fits: Sequence[HeadFit]) -> list[bool]:
 
 
 class JobStarted(Document):
-    """The record before the first round: who takes part, and where the chain starts.
+    """The record before the first round: how many clients take part, with which plans, and where the chain starts.
+
+    The clients themselves are in a file of their own (``CommitLog.clients``). ``clients_hash`` is the ``names_hash`` of those
+    that take part.
 
     The search for the chain's start leaves ``cka``, the CKA of each layer (``chain.start: auto``), or ``exits``, a fitted head
     at the top of each window from the lowest up (``best-exit``). The clients spent ``profile_cpu_seconds`` on the search;
@@ -100,8 +73,9 @@ class JobStarted(Document):
     """
 
     classes: tuple[str, ...] = ()
-    admitted: tuple[AdmittedClient, ...]
-    excluded: tuple[ExcludedClient, ...]
+    admitted: tuple[AdmittedClients, ...]
+    excluded: tuple[ExcludedClients, ...]
+    clients_hash: str
     layers: int
     start_layer: int
     window: int
@@ -114,6 +88,16 @@ class JobStarted(Document):
     profile_cpu_seconds: float = 0.0
     evaluator: str = "torch"
     own_rules: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def taking_part(self) -> int:
+        """The number of clients that take part."""
+        return sum(group.clients for group in self.admitted)
+
+    @property
+    def left_out(self) -> int:
+        """The number of clients that cannot take part."""
+        return sum(group.clients for group in self.excluded)
 
 
 class Turn(Record):
@@ -204,7 +188,8 @@ class Round(Document):
     ``evaluation`` is of the whole model. Both are None if they were not due. If the stage ended with this round, ``ended`` says
     why, and ``restored`` which earlier stack it went back to. ``head_fit`` is the head fitted as the stage began, in its first
     round. ``counted`` says whether the round met the quorum; with DP every round counts, since skipping one would reveal who
-    was sampled. ``epsilon`` is ε of all rounds so far at the job's δ, None without privacy.
+    was sampled. ``epsilon`` is ε of all rounds so far at the job's δ, None without privacy. Changes were summed as whole
+    multiples of 2^-``fraction_bits``; None if the rule keeps updates.
     """
 
     index: int
@@ -225,6 +210,7 @@ class Round(Document):
     early_exit: EarlyExit | None = None
     evaluation: Evaluation | None = None
     epsilon: float | None = None
+    fraction_bits: int | None = None
 
     @property
     def kept_loss(self) -> float | None:
@@ -336,7 +322,7 @@ class JobResult(Document):
     layers: int
     classes: tuple[str, ...]
     stages: tuple[StageResult, ...]
-    excluded: tuple[ExcludedClient, ...]
+    excluded: tuple[ExcludedClients, ...]
     peak_bytes: dict[str, int]
     memory: tuple[StageMemory, ...]
     partition_hash: str

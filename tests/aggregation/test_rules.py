@@ -20,6 +20,7 @@ from chainfed_ray.spec.sections import AggregationSpec
 from tests.project import ROOT
 
 _SHAPES = {"adapters.1.up": (3, 2), "adapters.2.up": (4,), "adapters.3.up": (2, 2), "head": (5,)}
+_START = {name: torch.zeros(shape) for name, shape in _SHAPES.items()}
 
 
 @st.composite
@@ -54,9 +55,9 @@ def assert_is(result: Tensors, expected: dict[str, np.ndarray]) -> None:
 
 @given(rounds_of_updates())
 def test_the_mean_is_over_those_that_sent_a_tensor(updates: list[WeightedUpdate]) -> None:
-    mean = aggregate_by(AggregationSpec())
-    for tensors, examples in updates:
-        mean.add(tensors, examples)
+    mean = aggregate_by(AggregationSpec(), _START, sum(examples for _, examples in updates))
+    for place, (tensors, examples) in enumerate(updates):
+        mean.add(place, tensors, examples)
     weights = {name: [examples for tensors, examples in updates if name in tensors] for name in names_of(updates)}
     expected = {name: np.average(values_of(updates, name), 0, weights[name]) for name in weights}
     assert_is(mean.result(), expected)
@@ -159,10 +160,10 @@ def test_krum_takes_one_update_whole_and_copies_it() -> None:
 @given(updates=rounds_of_updates(fewest=5))
 def test_these_rules_are_unweighted(rule: Any, updates: list[WeightedUpdate]) -> None:
     spec = AggregationSpec(rule=rule, trim=0.3)
-    claimed, same = aggregate_by(spec), aggregate_by(spec)
-    for tensors, examples in updates:
-        claimed.add(tensors, examples)
-        same.add(tensors, 1)
+    claimed, same = aggregate_by(spec, _START, 1), aggregate_by(spec, _START, 1)
+    for place, (tensors, examples) in enumerate(updates):
+        claimed.add(place, tensors, examples)
+        same.add(place, tensors, 1)
     assert_same(claimed.result(), same.result())
 
 
@@ -174,7 +175,7 @@ def assert_same(first: Tensors, second: Tensors) -> None:
 def test_only_the_mean_runs() -> None:
     """One update in memory at a time, unless the rule has to look at all."""
     kinds: dict[str, type[Aggregate]] = {
-        rule: type(aggregate_by(AggregationSpec(rule=rule)))  # type: ignore[arg-type]
+        rule: type(aggregate_by(AggregationSpec(rule=rule), _START, 1))  # type: ignore[arg-type]
         for rule in ("mean", "median", "trimmed-mean", "krum")
     }
     assert kinds == {"mean": RunningMean} | dict.fromkeys(("median", "trimmed-mean", "krum"), KeptUpdates)

@@ -24,7 +24,7 @@ def test_held_out_perplexity_falls_along_the_chain(tmp_path: Path) -> None:
     )
     document["rounds"] |= {"total": 3, "clients": 2, "local_steps": 6}
     job = prepare_job(parse_job(document), tmp_path / "scratch")
-    assert {excluded.client_class for excluded in job.excluded} == {"watch"}
+    assert {excluded.client_class for excluded, _ in job.admission.excluded} == {"watch"}
 
     # A new adapter changes nothing, so this is the base model; the script has told the same of it.
     untuned = streamed(job).whole(AdapterStack.new([job.layers - 1], job.hidden, 64, None, seed=0))

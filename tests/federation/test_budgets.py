@@ -17,7 +17,7 @@ from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive
-from tests.builders import a_job, smallest_budget
+from tests.builders import a_job, assert_mean, smallest_budget
 from tests.pools import Greedy
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def test_an_adapter_is_averaged_over_those_that_trained_it(mixed: PlannedJob, tm
             if name in update.tensors:
                 total += update.tensors[name].double() * update.examples
                 weight += update.examples
-        assert torch.equal(tensor, (total / weight).float()), name
+        assert_mean(tensor, total / weight, record)
     trained_by = {
         name: sum(name in update.tensors for update in updates if isinstance(update, Update)) for name in after
     }

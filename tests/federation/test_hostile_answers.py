@@ -44,6 +44,7 @@ _WRONG_TENSORS = (
     lambda tensor: tensor.clone().requires_grad_(),
     lambda tensor: torch.full_like(tensor, torch.nan),
     lambda tensor: torch.full_like(tensor, torch.inf),
+    lambda tensor: torch.full_like(tensor, 1e30),
     lambda tensor: tensor.tolist(),
     lambda tensor: None,
 )

@@ -70,10 +70,11 @@ def test_more_clients_than_rows_is_refused() -> None:
 
 @given(st.lists(st.tuples(st.integers(-1000, 1000), st.integers(1, 50)), min_size=1, max_size=8))
 def test_the_mean_is_weighted_by_examples(updates: list[tuple[int, int]]) -> None:
-    mean = RunningMean()
-    for value, weight in updates:
-        mean.add({"x": torch.tensor([float(value)])}, weight)
-    exact = Fraction(sum(value * weight for value, weight in updates), sum(weight for _, weight in updates))
+    """Of changes that are whole eighths, exactly: nothing is rounded before the last step, to float32."""
+    mean = RunningMean({"x": torch.zeros(1)}, sum(weight for _, weight in updates))
+    for place, (value, weight) in enumerate(updates):
+        mean.add(place, {"x": torch.tensor([value / 8])}, weight)
+    exact = Fraction(sum(value * weight for value, weight in updates), 8 * sum(weight for _, weight in updates))
     assert mean.result()["x"].item() == torch.tensor(float(exact), dtype=torch.float64).float().item()
 
 

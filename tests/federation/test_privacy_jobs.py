@@ -324,7 +324,7 @@ def test_who_can_take_part_may_not_change_meanwhile(plain: PlannedJob, tmp_path:
         InvalidJob, match=r"fleet\.clients is '3 that can take part'; .*missing now: phone-0; new: none"
     ):
         Coordinator(fewer, Nobody(), CommitLog(tmp_path)).open()
-    assert len(Coordinator(plain, Nobody(), CommitLog(tmp_path)).open().admitted) == 4
+    assert Coordinator(plain, Nobody(), CommitLog(tmp_path)).open().taking_part == 4
 
 
 def test_without_privacy_nothing_of_it_is_there(plain: PlannedJob, tmp_path: Path) -> None:

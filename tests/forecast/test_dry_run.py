@@ -56,8 +56,8 @@ def classes(*budgets: tuple[str, int, int]) -> dict[str, Any]:
 
 def needed(document: dict[str, Any]) -> int:
     """The bytes with which every client of ``document`` joins, and with one less does not."""
-    excluded = a_draft({**document, "fleet": classes(("small", 4, 1))}).excluded
-    return 1 + max(client.shortfall_bytes for client in excluded)
+    excluded = a_draft({**document, "fleet": classes(("small", 4, 1))}).admission.excluded
+    return 1 + max(shortfall for _, shortfall in excluded)
 
 
 @pytest.fixture

@@ -71,9 +71,9 @@ def test_what_was_damaged_is_noticed(name: str, damage: str, tmp_path: Path) -> 
 def test_a_document_of_another_version_is_refused(name: str, tmp_path: Path) -> None:
     whole(CommitLog(tmp_path))
     document = json.loads((tmp_path / name).read_bytes())
-    assert document["version"] == 1
-    (tmp_path / name).write_text(json.dumps(document | {"version": 2}))
-    with pytest.raises(CorruptCommit, match="it has version 2; this chainfed-ray reads version 1"):
+    assert document["version"] == 2
+    (tmp_path / name).write_text(json.dumps(document | {"version": 1}))
+    with pytest.raises(CorruptCommit, match="it has version 1; this chainfed-ray reads version 2"):
         everything(CommitLog(tmp_path))
 
 

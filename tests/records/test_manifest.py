@@ -33,7 +33,7 @@ JOB: dict[str, Any] = {
     "seed": 3,
 }
 ROWS = [{"text": f"sentence {index}, «é»", "label": "abc"[index % 3], "site": f"{index % 4}"} for index in range(40)]
-HASH = "0be27ea9d1489b891964d86e09fc5fa57a44d9b80730a01bbfaeac19fd008f61"
+HASH = "791861d96bbb58b7489bcb096ceb8b1f4c11501508fa47fd6eb663980c138a30"
 
 Change = Callable[[dict[str, Any], list[dict[str, Any]]], object]
 
@@ -73,7 +73,7 @@ def test_the_document_by_hand() -> None:
     )
     text = json.dumps(
         {
-            "version": 1, "scheme": "dirichlet", "alpha": 0.5, "column": None, "seed": 3,
+            "version": 2, "scheme": "dirichlet", "alpha": 0.5, "column": None, "seed": 3,
             "splits": [
                 {
                     "split": name, "source": "path:rows.jsonl", "rows": len(split),

@@ -27,7 +27,7 @@ from chainfed_ray.records.rounds import (
     StageMemory,
     Turn,
 )
-from tests.builders import FINISHED, MIB, SPEC, a_console, a_round, a_start, told
+from tests.builders import FINISHED, MIB, SPEC, a_console, a_round, a_start, clients_of, told
 
 EXITS = tuple(
     HeadFit(
@@ -226,14 +226,14 @@ def a_lean_opening() -> JobStarted:
 
 def two_stages(job_started: JobStarted) -> list[Round]:
     """Two rounds, in which a turn ran again and a client was excluded."""
-    phone, laptop = job_started.admitted[0], job_started.admitted[8]
+    everyone = clients_of(job_started.admitted)
     of_stage = [
         [
-            turn.model_copy(update={"client": client.client, "client_class": client.client_class, "weights": client.weights,
+            turn.model_copy(update={"client": name, "client_class": client.client_class, "weights": client.weights,
                                     "budget_bytes": client.budget_bytes, "planned_bytes": client.planned_bytes,
                                     "micro_batch": client.micro_batch, "bottom": 4 + stage - client.window,
                                     "peak_bytes": client.planned_bytes - (1 + stage) * MIB})
-            for turn, client in zip(a_round(stage, job_started).turns, (phone, laptop), strict=False)
+            for turn, (name, client) in zip(a_round(stage, job_started).turns, (everyone[0], everyone[8]), strict=False)
         ]
         for stage in range(2)
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.rest.service import Service, listed_in
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.cluster.jobs.run import run_queued_job
@@ -62,7 +62,8 @@ def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
     async def works() -> None:
         store.check()
 
-    app = create_app(Service(store, check, plan, classify, embed, write, {"database": works, "inference": broken}))
+    parts = {"database": works, "inference": broken}
+    app = create_app(Service(store, check, plan, classify, embed, write, parts, listed_in(storage.job)))
     with TestClient(app, "http://localhost", raise_server_exceptions=False) as made:
         yield made
 
@@ -90,6 +91,7 @@ def test_a_job_from_submission_to_an_answer(
     assert created.headers["location"] == f"/v1/jobs/{job}"
     assert created.json()["spec"] == parse_job(small).document()
     assert client.get("/v1/models").json() == {"models": [], "object": "list", "data": []}
+    assert client.get(f"/v1/jobs/{job}/clients").json() == {"clients": [], "next": None}
 
     run(job, storage, store)
     done = client.get(f"/v1/jobs/{job}").json()
@@ -104,6 +106,18 @@ def test_a_job_from_submission_to_an_answer(
     assert f'chainfed_client_memory_bytes{{class="phone",job="{job}",kind="peak"}} ' in client.get("/metrics").text
     assert done["result"]["classes"] == ["sea", "sky", "soil"]
     assert not storage.scratch(job).exists()
+
+    first = client.get(f"/v1/jobs/{job}/clients?limit=3").json()
+    rest = client.get(f"/v1/jobs/{job}/clients?after={first['next']}").json()
+    assert ([found["client"] for found in first["clients"]], first["next"]) == (["phone-0", "phone-1", "phone-2"], 3)
+    assert ([found["client"] for found in rest["clients"]], rest["next"]) == (["phone-3"], None)
+    started = next(
+        event["data"] for event in client.get(f"/v1/jobs/{job}/events").json()["events"] if event["kind"] == "started"
+    )
+    (plan,) = started["admitted"]
+    assert (plan["client_class"], plan["clients"], plan["examples"]) == ("phone", 4, 96)
+    assert all(found["plan"] == 0 and found["planned_bytes"] <= plan["planned_bytes"] for found in first["clients"])
+    assert client.get("/v1/jobs/nothing/clients").status_code == 404
 
     model = client.get("/v1/models/tiny:tiny").json()
     assert (model["name"], model["job"], model["classes"]) == ("tiny:tiny", job, ["sea", "sky", "soil"])
