@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 
 from benchmarks.accuracy_protocols import Point, Spent
-from chainfed_ray.client.messages import Client, Profile, Training, TurnOrder, TurnResult, Update
+from chainfed_ray.client.messages import Client, Metrics, Profile, Training, TurnOrder, TurnResult, Update
 from chainfed_ray.client.pool import ClientPool, Failure, Outcome
 
 
@@ -74,9 +74,13 @@ class MeteredPool:
 
 
 def _spent(client: Client, order: TurnOrder, result: TurnResult) -> Spent:
-    sent = (
-        8 * len(result.cka) if isinstance(result, Profile) else sum(tensor.nbytes for tensor in result.tensors.values())
-    )
+    match result:
+        case Profile(cka=cka):
+            sent = 8 * len(cka)
+        case Metrics():
+            sent = 0
+        case _:
+            sent = sum(tensor.nbytes for tensor in result.tensors.values())
     stage = order.window.bottom if isinstance(order, Training) else None
     steps = result.steps if isinstance(result, Update) else 0
     return Spent(client.name, stage, steps, result.cpu_seconds, sent)

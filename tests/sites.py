@@ -168,7 +168,7 @@ def a_service(storage: Storage, store: JobStore, folder: Path) -> Iterator[Sites
         raise NotImplementedError
 
     mailbox, wire = Mailbox(storage), Wire()
-    app = create_app(Service(store, unused, unused, unused, unused, unused, {}, mailbox))  # type: ignore[arg-type]
+    app = create_app(Service(store, unused, unused, unused, unused, unused, {}, sites=mailbox))  # type: ignore[arg-type]
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         config = uvicorn.Config(_Tap(app, wire), log_level="error", lifespan="off")

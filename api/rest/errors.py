@@ -14,7 +14,7 @@ from starlette.routing import Match
 
 from chainfed_ray.api.rest.schemas import FieldProblem, OpenAIError, ProblemDetails
 from chainfed_ray.api.rest.service import CallerGone
-from chainfed_ray.cluster.database.connection import NO_ANSWER
+from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.errors import (
     AnswerRefused,
     ChainFedError,

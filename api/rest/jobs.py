@@ -9,8 +9,8 @@ from chainfed_ray.api.report.pictures import check_drawing
 from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
 from chainfed_ray.api.rest.schemas import ClientPage, JobPage, JobProgress, JobResource, JobStatus, JobSummary
 from chainfed_ray.api.rest.service import WithService, while_connected
-from chainfed_ray.cluster.database.tables import JobRecord
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import JobConflict
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.records.rounds import JobStarted, Round

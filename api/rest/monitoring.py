@@ -14,9 +14,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from chainfed_ray.api.rest.schemas import Health, JobStatus
 from chainfed_ray.api.rest.service import WithService
-from chainfed_ray.cluster.database.tables import JobRecord
 from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
 from chainfed_ray.cluster.jobs.totals import JobTotals, TotalsOfJobs
+from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.records.rounds import Evaluation
 
 router = APIRouter(tags=["health"])

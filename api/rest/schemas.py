@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.database.tables import JobRecord
 from chainfed_ray.cluster.jobs.versions import Trained
+from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.records.fleet import AdmittedClients, FleetClient, Weights
 from chainfed_ray.records.rounds import JobStarted, Round, Turn
 

@@ -11,7 +11,7 @@ from chainfed_ray.api.rest.errors import no_database, problem
 from chainfed_ray.api.serve.scopes import Needs, RouteNeeds
 from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
 from chainfed_ray.cluster.access.keyring import KeyRing
-from chainfed_ray.cluster.database.connection import NO_ANSWER
+from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.storage import WithoutKeys
 
 _REALM = 'Bearer realm="chainfed"'

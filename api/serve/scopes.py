@@ -31,6 +31,7 @@ NEEDS: Mapping[str, Needs] = {
     "GET /v1/jobs": ("read",),
     "GET /v1/jobs/{job}": ("read",),
     "GET /v1/jobs/{job}/events": ("read",),
+    "GET /v1/jobs/{job}/clients": ("read",),
     "POST /v1/jobs/{job}/cancel": ("submit",),
     "GET /v1/models": ("read", "infer"),
     "GET /v1/models/{name}": ("read", "infer"),

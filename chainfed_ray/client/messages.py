@@ -1,6 +1,7 @@
 """The messages between server and clients: the orders that a client is given, and the results that it sends back."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from chainfed_ray.aggregation.privacy import NoiseShare
 from chainfed_ray.budget.planner import TurnPlan
@@ -90,6 +91,37 @@ class Fitting:
 
 
 @dataclass(frozen=True)
+class Evaluating:
+    """The order to evaluate the stack ``tensors`` on rows that the client holds out, ``validation`` or ``test``.
+
+    The chain is cut at the top of ``window``, an early exit.
+    """
+
+    tensors: Tensors
+    window: Window
+    rows: Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The result of an evaluation, added up over ``examples``: a classifier predicts a class of each, a language model tokens.
+
+    ``loss`` is the sum in nats over ``predictions``, of which ``correct`` were right. For each class ``hits`` counts the
+    examples that were rightly given it, and ``occurs`` those that have it and those that were given it; both are empty for a
+    language model.
+    """
+
+    examples: int
+    predictions: int
+    loss: float
+    correct: int
+    hits: tuple[int, ...]
+    occurs: tuple[int, ...]
+    cpu_seconds: float
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Profile:
     """The CKA between each layer's output and the embeddings, and the number of examples that it was computed on."""
 
@@ -126,5 +158,5 @@ class HeadSums:
     peak_bytes: int | None = None
 
 
-TurnOrder = Profiling | Training | Fitting
-TurnResult = Profile | Update | HeadSums
+TurnOrder = Profiling | Training | Fitting | Evaluating
+TurnResult = Profile | Update | HeadSums | Metrics

@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chainfed_ray.activity import SILENT, Listener, Reporter, no_listener
 from chainfed_ray.data.choices import Choices, read_choices
-from chainfed_ray.data.sources import ColumnSelection, Corpus, Split, check_labels, load, read_split
+from chainfed_ray.data.sources import ColumnSelection, Corpus, Split, check_labels, hold_out, load, read_split
 from chainfed_ray.data.targets import learnable, packed, tokenize_texts
 from chainfed_ray.data.tokens import NO_EXAMPLES, Examples, tokenize
 from chainfed_ray.errors import InvalidJob
@@ -88,6 +89,26 @@ def rows_of_site(spec: JobSpec, source: str) -> Split:
     return split
 
 
+class SiteSplits(NamedTuple):
+    """The rows of a client at a site: those that it trains on, and those that it holds out."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+
+def splits_of_site(spec: JobSpec, rows: Split) -> SiteSplits:
+    """Hold out a tenth of ``rows`` for validation and a tenth for the test, if the sites evaluate; nothing otherwise."""
+    left = np.arange(len(rows))
+    if spec.evaluation.rows == "server":
+        return SiteSplits(rows, rows.take(left[:0]), rows.take(left[:0]))
+    left = np.random.default_rng(derive(spec.seed, "split")).permutation(len(rows))
+    tenth = max(len(rows) // 10, 1)
+    first, left = hold_out(left, tenth, rows.labels)
+    second, left = hold_out(left, tenth, rows.labels)
+    return SiteSplits(*(rows.take(np.sort(part)) for part in (left, first, second)))
+
+
 def examples_of_site(
     spec: JobSpec, tokenizer: PreTrainedTokenizerBase, rows: Split, classes: Sequence[str]
 ) -> Examples:
@@ -124,7 +145,7 @@ def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: List
     corpus = _load(spec, classes=spec.fleet.partition.scheme == "dirichlet")
     splits = []
     for name, split in corpus.splits:
-        if name == "train" and spec.data.train is None:
+        if not len(split) and (name == "train" or spec.evaluation.rows == "sites"):  # the rows are at sites
             splits.append(NO_EXAMPLES)
             continue
         examples = tokenize_texts(tokenizer, split.texts, length, _tokenizing(name, listen))

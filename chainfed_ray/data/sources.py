@@ -105,7 +105,7 @@ def load(
     tenth = max(len(train) // 10, 1)
     for field, source in (("validation", spec.validation), ("test", spec.test)):
         if source is None:
-            drawn, left = _hold_out(left, tenth, train.labels)
+            drawn, left = hold_out(left, tenth, train.labels)
             held_out.append(train.take(np.sort(drawn)))
         else:
             held_out.append(read_split(f"data.{field}", source, field, ungrouped))
@@ -149,7 +149,7 @@ def read_table(field: str, source: str, split: str, wanted: Collection[str] | No
     return table
 
 
-def _hold_out(order: np.ndarray, count: int, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(order: np.ndarray, count: int, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """The first ``count`` rows of ``order``, and the others. A row is passed over if it is the last of its class that is left.
 
     So every class keeps a row to be learnt from. Rows without ``labels`` are all alike.

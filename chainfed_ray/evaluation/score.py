@@ -1,5 +1,7 @@
 """Scores of predictions: mean loss, accuracy, perplexity and macro-F1."""
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +32,55 @@ class Score(NamedTuple):
         """The score over all ``predictions``."""
         count = int(predictions.counts.sum())
         return cls(float(predictions.losses.sum()) / count, int(predictions.correct.sum()) / count)
+
+
+class ScoreSums(NamedTuple):
+    """What scores are made of, added up over examples; sums of several sets of examples add up to those of all.
+
+    For each class ``hits`` [C] counts the examples that were rightly given it, and ``occurs`` [C] those that have it and those
+    that were given it. Both are empty for a language model.
+    """
+
+    examples: int
+    predictions: int
+    loss: float
+    correct: int
+    hits: tuple[int, ...]
+    occurs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, predictions: Predictions, labels: np.ndarray, classes: int | None) -> "ScoreSums":
+        """The sums over examples with ``labels`` [n], of a classifier for C = ``classes`` or a language model (None)."""
+        hits, occurs = (), ()
+        if classes is not None:
+            truth, found = torch.from_numpy(labels), predictions.classes
+            hits = tuple(_counts(truth[truth == found], classes).long().tolist())
+            occurs = tuple((_counts(truth, classes) + _counts(found, classes)).long().tolist())
+        counted = int(predictions.counts.sum()), float(predictions.losses.sum()), int(predictions.correct.sum())
+        return cls(len(labels), *counted, hits, occurs)
+
+    @classmethod
+    def total(cls, parts: "Iterable[ScoreSums]", classes: int | None) -> "ScoreSums":
+        """The sums over the examples of all ``parts``."""
+        found, blank = [*parts], [0] * (classes or 0)
+        examples, predictions = sum(part.examples for part in found), sum(part.predictions for part in found)
+        loss, correct = math.fsum(part.loss for part in found), sum(part.correct for part in found)
+        hits = tuple(map(sum, zip(blank, *(part.hits for part in found), strict=True)))
+        occurs = tuple(map(sum, zip(blank, *(part.occurs for part in found), strict=True)))
+        return cls(examples, predictions, loss, correct, hits, occurs)
+
+    @property
+    def score(self) -> Score:
+        """The mean loss, and the accuracy; NaN over no predictions."""
+        if not self.predictions:
+            return Score(math.nan, math.nan)
+        return Score(self.loss / self.predictions, self.correct / self.predictions)
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean of the F1 scores of all classes that occur. See ``macro_f1``."""
+        scores = [2 * hits / occurs for hits, occurs in zip(self.hits, self.occurs, strict=True) if occurs]
+        return sum(scores) / len(scores) if scores else 0.0
 
 
 def macro_f1(predictions: Predictions, labels: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from chainfed_ray.federation.admission import listed
 from chainfed_ray.federation.cohort import Cohort, everyone
 from chainfed_ray.federation.collect import UpdateCollector, collect_updates, reasons
 from chainfed_ray.federation.evaluation import (
-    ServerEvaluation,
+    JobEvaluation,
     best_exit,
     best_of,
     best_round,
@@ -73,7 +73,7 @@ class Coordinator:
         job: PlannedJob,
         pool: ClientPool,
         log: CommitLog,
-        evaluation: ServerEvaluation | None = None,
+        evaluation: JobEvaluation | None = None,
         listen: Listener = no_listener,
         *,
         aggregation: AggregationRule | None = None,

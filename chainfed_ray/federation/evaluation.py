@@ -7,23 +7,30 @@ fails, the record says why and the job goes on.
 
 from collections.abc import Iterable, Sequence
 from time import perf_counter
-from typing import Literal
+from typing import Literal, Protocol
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.budget.server import evaluation_bytes
 from chainfed_ray.chain import Window
+from chainfed_ray.client.messages import Evaluating, Metrics
+from chainfed_ray.client.pool import ClientPool, in_order
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
+from chainfed_ray.errors import EvaluationFailed
 from chainfed_ray.evaluation.early_exit import predict_early_exit
 from chainfed_ray.evaluation.evaluator import EvaluationSets, Evaluator
-from chainfed_ray.evaluation.score import Score, macro_f1
+from chainfed_ray.evaluation.score import Score, ScoreSums, macro_f1
 from chainfed_ray.evaluation.streaming_evaluator import StreamingEvaluator
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
-from chainfed_ray.records.rounds import Best, EarlyExit, Evaluation, Restored, Round, finite
+from chainfed_ray.records.rounds import Best, ClientScore, EarlyExit, Evaluation, Restored, Round, finite
 from chainfed_ray.spec.sections import Often
 
-_VALIDATION, _TEST, _CHOICES = "validation", "test", "choices"
+_VALIDATION: Literal["validation"] = "validation"
+_TEST: Literal["test"] = "test"
+_CHOICES = "choices"
+_TEST_TRIES = 3
+_MOST_COUNTED = 2**50  # predictions, or their loss in nats
 
 
 def sets_of(job: PlannedJob) -> EvaluationSets:
@@ -111,6 +118,21 @@ def stack_to_restore(evaluated: Sequence[Restored]) -> Restored | None:
     """The exit whose stack a stage restores when it ends; None if its newest exit is its best."""
     best = best_exit(evaluated)
     return None if best is None or best is evaluated[-1] else best
+
+
+class JobEvaluation(Protocol):
+    """Evaluates the stacks of one job. See ``ServerEvaluation`` for what each method does."""
+
+    @property
+    def evaluator(self) -> str: ...
+
+    def close(self) -> None: ...
+
+    def early_exit(self, stack: AdapterStack, window: Window) -> tuple[Score, EarlyExit]: ...
+
+    def whole(self, stack: AdapterStack) -> Evaluation: ...
+
+    def test(self, stack: AdapterStack) -> Evaluation: ...
 
 
 class ServerEvaluation:
@@ -202,6 +224,102 @@ class ServerEvaluation:
             if finite(score.loss) is not None
             else f"its loss is {score.loss}, which is no finite number",
         )
+
+
+class FederatedEvaluation:
+    """Evaluates the stacks of one job on the rows that clients at sites hold out. They do that in ``pool``, and send sums.
+
+    A client that does not answer is left out. The record has the scores of each one that did.
+    """
+
+    evaluator = "sites"
+
+    def __init__(self, job: PlannedJob, pool: ClientPool, listen: Listener = no_listener) -> None:
+        self._job, self._pool, self._listen = job, pool, listen
+
+    def close(self) -> None:
+        """Do nothing: the pool is its caller's."""
+
+    def early_exit(self, stack: AdapterStack, window: Window) -> tuple[Score, EarlyExit]:
+        """See ``ServerEvaluation``. The score is NaN if no client answered."""
+        started = perf_counter()
+        total, metrics = self._sums(stack, window, _VALIDATION)
+        planned = max((client.budget_bytes for client in self._job.clients), default=0)
+        peak = _most(one.peak_bytes for one in metrics.values())
+        return total.score, EarlyExit(seconds=perf_counter() - started, planned_bytes=planned, peak_bytes=peak)
+
+    def whole(self, stack: AdapterStack) -> Evaluation:
+        """See ``ServerEvaluation``."""
+        return self._evaluated(stack, _VALIDATION)
+
+    def test(self, stack: AdapterStack) -> Evaluation:
+        """See ``ServerEvaluation``. A job needs this score, so clients are asked again if none of them answered.
+
+        Raises:
+            EvaluationFailed: no client answered.
+        """
+        for _ in range(_TEST_TRIES):
+            found = self._evaluated(stack, _TEST)
+            if found.accuracy is not None:
+                return found
+        raise EvaluationFailed(self.evaluator, "no client at a site answered; the rounds are kept")
+
+    def _evaluated(self, stack: AdapterStack, rows: Literal["validation", "test"]) -> Evaluation:
+        started, last = perf_counter(), self._job.layers - 1
+        total, metrics = self._sums(stack, Window(last, last), rows)
+        if not total.predictions:
+            return Evaluation(engine=self.evaluator, failure="no client at a site sent scores")
+        classifies = self._job.class_count is not None
+        return Evaluation(
+            engine=self.evaluator,
+            loss=total.score.loss,
+            accuracy=total.score.accuracy,
+            macro_f1=total.macro_f1 if classifies else None,
+            perplexity=None if classifies else total.score.perplexity,
+            seconds=perf_counter() - started,
+            forward_seconds=sum(one.cpu_seconds for one in metrics.values()),
+            processes=len(metrics),
+            peak_bytes=_most(one.peak_bytes for one in metrics.values()),
+            clients=tuple(_client_score(client, one) for client, one in metrics.items()),
+        )
+
+    def _sums(
+        self, stack: AdapterStack, window: Window, rows: Literal["validation", "test"]
+    ) -> tuple[ScoreSums, dict[str, Metrics]]:
+        """The sums over all clients that answered, and the answer of each, in their order."""
+        clients, order = self._job.clients, Evaluating(stack.tensors(), window, rows)
+        reporter = Reporter(f"evaluating at sites ({rows})", self._listen)
+        deadline = self._job.spec.rounds.deadline
+        outcomes = reporter.each(self._pool.run(clients, order, deadline), len(clients), "clients")
+        found: dict[str, Metrics] = {}
+        for place, result in in_order(outcomes, len(clients)):
+            if isinstance(result, Metrics) and _is_possible(result, self._job.class_count):
+                found[clients[place].name] = result
+        return ScoreSums.total((_sums_of(one) for one in found.values()), self._job.class_count), found
+
+
+def _sums_of(metrics: Metrics) -> ScoreSums:
+    return ScoreSums(metrics.examples, metrics.predictions, metrics.loss, metrics.correct, metrics.hits, metrics.occurs)
+
+
+def _client_score(client: str, metrics: Metrics) -> ClientScore:
+    score = _sums_of(metrics).score
+    return ClientScore(client=client, examples=metrics.examples, loss=score.loss, accuracy=score.accuracy)
+
+
+def _is_possible(metrics: Metrics, classes: int | None) -> bool:
+    """True if some predictions can have given these sums. What a client says is checked, whatever its types."""
+    counts = (metrics.examples, metrics.predictions, metrics.correct, *metrics.hits, *metrics.occurs)
+    if not all(type(count) is int and 0 <= count < _MOST_COUNTED for count in counts):
+        return False
+    if not isinstance(metrics.loss, float) or not 0 <= metrics.loss < _MOST_COUNTED:
+        return False
+    if classes is None:
+        return metrics.correct <= metrics.predictions and not metrics.hits
+    whole = len(metrics.hits) == len(metrics.occurs) == classes and metrics.predictions == metrics.examples
+    sums = sum(metrics.hits) == metrics.correct and sum(metrics.occurs) == 2 * metrics.examples
+    each = all(2 * hits <= occurs for hits, occurs in zip(metrics.hits, metrics.occurs, strict=False))
+    return whole and sums and each
 
 
 def _most(counts: Iterable[int | None]) -> int | None:

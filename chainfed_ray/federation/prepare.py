@@ -188,7 +188,8 @@ def plan_job(
     examples = examples_of(spec, tokenizer(spec.model.base, folder), listen, classes_at_sites(surveys))
 
     # 2. Trace how much memory each part of a turn holds.
-    model = _traced(spec, source, examples, listen)
+    train = examples.train if examples.pack_length is None else packed(examples.train, examples.pack_length)
+    model = traced(spec, source, len(_classes(spec, examples)) or None, (train, *examples.held_out), listen)
     planner = Planner(model.memory, requirements_of(spec, model.memory.layers))
 
     # 3. Partition the rows among the clients, and plan which clients can take part.
@@ -215,7 +216,7 @@ def plan_job(
     )
 
 
-class _Traced(NamedTuple):
+class Traced(NamedTuple):
     """Where the base model's module has its layers, what a LoRA is on, and how much memory the parts of a turn hold."""
 
     layers_path: str
@@ -223,8 +224,16 @@ class _Traced(NamedTuple):
     memory: MemoryProfile
 
 
-def _traced(spec: JobSpec, source: ModelSource, examples: JobExamples, listen: Listener) -> _Traced:
-    """Check the job against the base model, and trace the memory of the model's parts.
+def traced(
+    spec: JobSpec,
+    source: ModelSource,
+    classes: int | None,
+    texts: Iterable[Examples],
+    listen: Listener = no_listener,
+) -> Traced:
+    """Check the job and its ``texts`` against the base model, and trace the memory of the model's parts.
+
+    ``classes`` is C of a classifier's head; None for a language model.
 
     Raises:
         InvalidJob: the model cannot be streamed, or a key of the job does not fit it.
@@ -235,14 +244,13 @@ def _traced(spec: JobSpec, source: ModelSource, examples: JobExamples, listen: L
         blocks.check()
         if causal:
             _check_head(spec, blocks)
-        _check_texts(spec, blocks, examples)
+        _check_texts(spec, blocks, texts)
         _check_chain(spec, blocks.num_layers)
         Reporter("tracing the memory of the model's parts", listen).begin()
-        classes = None if causal else len(_classes(spec, examples))
         lora = _lora(spec.chain.adapter, blocks)
         with blocks.named_errors("has layers whose memory cannot be planned"):
             memory = memory_profile_of(blocks, spec.chain.adapter.width, classes, _head_layers(spec, blocks), lora)
-        return _Traced(blocks.causal_layers_path if causal else blocks.layers_path, lora, memory)
+        return Traced(blocks.causal_layers_path if causal else blocks.layers_path, lora, memory)
 
 
 def _lora(adapter: AdapterSpec, blocks: Blocks) -> LoraShapes | None:
@@ -300,7 +308,7 @@ def _check_head(spec: JobSpec, blocks: Blocks) -> None:
         raise InvalidJob.at("model.base", spec.model.base, f"a language model ({error.reason})") from None
 
 
-def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
+def _check_texts(spec: JobSpec, blocks: Blocks, texts: Iterable[Examples]) -> None:
     """Check that every token id has an embedding, and that the model can embed the longest text.
 
     The longest text is embedded for a try, since not every model has a table of positions that tells its limit.
@@ -308,8 +316,7 @@ def _check_texts(spec: JobSpec, blocks: Blocks, rows: JobExamples) -> None:
     Raises:
         InvalidJob: the tokenizer, the text length or the model is unsuitable.
     """
-    train = rows.train if rows.pack_length is None else packed(rows.train, rows.pack_length)
-    for examples in (train, *rows.held_out):
+    for examples in texts:
         if not len(examples):
             continue  # every client is at a site, which checks its own rows
         if (highest := int(examples.ids.max())) >= blocks.vocabulary:

@@ -16,7 +16,7 @@ from chainfed_ray.client.survey import Sites
 from chainfed_ray.data.partition import PartitionRule
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.evaluation import ServerEvaluation, streamed
+from chainfed_ray.federation.evaluation import FederatedEvaluation, JobEvaluation, streamed
 from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.federation.start import StartRule
 from chainfed_ray.model.saved_stack import save_so_far
@@ -28,7 +28,7 @@ from chainfed_ray.spec.job import JobSpec
 MakePool = Callable[[ModelSource, Note], ClientPool]
 """Makes the pool that runs the clients' turns. The pool may use the ``Note`` to tell what it waits for."""
 
-MakeEvaluation = Callable[[PlannedJob, Listener], ServerEvaluation]
+MakeEvaluation = Callable[[PlannedJob, Listener], JobEvaluation]
 """Makes the object that evaluates stacks on the server."""
 
 
@@ -78,7 +78,9 @@ def run_job(
         job = prepare_job(spec, scratch, listen, partition, sites)
         log, notes = CommitLog(folder), Notes(listen)
         clients = until_done.enter_context(closing(pool(job.base, notes.note)))
-        server = until_done.enter_context(closing(evaluation(job, notes)))
+        at_sites = spec.evaluation.rows == "sites"
+        evaluator = FederatedEvaluation(job, clients, notes) if at_sites else evaluation(job, notes)
+        server = until_done.enter_context(closing(evaluator))
         coordinator = Coordinator(
             job, clients, log, server, notes, aggregation=aggregation, start=start, objective=objective
         )

@@ -127,13 +127,22 @@ class Turn(Record):
     exceeded: str | None = None
 
 
+class ClientScore(Record):
+    """The scores of a client at a site on the ``examples`` that it holds out; None where it has none."""
+
+    client: str
+    examples: int
+    loss: Measured = None
+    accuracy: Measured = None
+
+
 class Evaluation(Record):
     """An evaluation of the whole model on held-out rows by ``engine``, or the ``failure`` that prevented it.
 
     ``loss`` (in nats) and ``accuracy`` are means over examples for a classifier, and over predicted tokens for a language
     model. ``forward_seconds`` is the part of ``seconds`` spent in forward passes. Bytes are of the largest of the evaluator's
     ``processes``: ``planned_bytes`` and ``peak_bytes`` above its idle state, ``process_bytes`` in all. A ``failure`` beside a
-    loss is that of the job's own engine, which ``engine`` replaced.
+    loss is that of the job's own engine, which ``engine`` replaced. ``clients`` are those at sites, if these evaluate.
     """
 
     engine: str
@@ -149,6 +158,7 @@ class Evaluation(Record):
     peak_bytes: int | None = None
     process_bytes: int | None = None
     failure: str | None = None
+    clients: tuple[ClientScore, ...] = ()
 
 
 class EarlyExit(Record):

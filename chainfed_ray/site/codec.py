@@ -21,8 +21,10 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.first_pass import StartGuess
 from chainfed_ray.client.messages import (
     Client,
+    Evaluating,
     Fitting,
     HeadSums,
+    Metrics,
     Profile,
     Profiling,
     Training,
@@ -55,7 +57,8 @@ class _SurveyDocument(TypedDict):
 
 
 _SURVEY = TypeAdapter(_SurveyDocument)
-_RESULTS: Mapping[str, type] = {"profiling": Profile, "training": Update, "fitting": HeadSums}
+_ORDERS: Mapping[str, type] = {"training": Training, "fitting": Fitting, "evaluating": Evaluating}
+_RESULTS: Mapping[str, type] = {"profiling": Profile, "training": Update, "fitting": HeadSums, "evaluating": Metrics}
 
 
 def survey_order(job: str, name: str, spec: Mapping[str, Any], base_digest: str, client_class: str, data: str) -> Order:
@@ -98,6 +101,10 @@ def turn_order(
             kind = "fitting"
             turn = {"window": _WINDOW.dump_python(order.window), "exit": order.exit}
             most = _sums_bytes(order) + _HEADER_BYTES
+        case Evaluating():
+            kind = "evaluating"
+            turn = {"window": _WINDOW.dump_python(order.window), "rows": order.rows}
+            most = 0
     share = client.share and {
         "clip": client.share.clip,
         "deviation": client.share.noise.deviation,
@@ -157,8 +164,8 @@ def turn_of(order: Order, tensors: Path | None) -> TurnOrder:
     if tensors is None:
         raise ValueError("the order has no tensors")
     turn["window"] = _WINDOW.validate_python(turn["window"])
-    kind = Training if order.kind == "training" else Fitting
-    return kind(tensors=load_file(tensors), **turn)
+    made: TurnOrder = _ORDERS[order.kind](tensors=load_file(tensors), **turn)
+    return made
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -181,7 +188,7 @@ def result_of(client: str, kind: Kind, content: Mapping[str, Any], tensors: Path
     """
     fields = dict(content)
     try:
-        if kind != "profiling":
+        if kind in ("training", "fitting"):
             fields["tensors"] = load_file(tensors) if tensors else {}
         made: TurnResult = _RESULTS[kind](**fields)
         if isinstance(made, Profile):

@@ -76,6 +76,8 @@ def in_words(answer: NotDone) -> str:
             return f"its rows do not fit the job's {answer.key or 'keys'}; the log at the site has the details"
         case "classes", _:
             return "it does not tell the names of its classes; list them in data.classes"
+        case "plan", _:
+            return "its own plan for these rows is another one than the service's"
         case "model", _:
             return "its copy of the base model is another one"
         case _:

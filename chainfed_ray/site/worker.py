@@ -13,26 +13,33 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from chainfed_ray.budget.demand import MemoryProfile
+from chainfed_ray.client.messages import Client, Evaluating, Training, TurnOrder
 from chainfed_ray.client.progress import progress
 from chainfed_ray.client.survey import ClientSurvey, Survey
 from chainfed_ray.client.turn import take_turn, warm_up
-from chainfed_ray.data.examples import examples_of_site, rows_of_site
+from chainfed_ray.data.examples import examples_of_site, rows_of_site, splits_of_site
 from chainfed_ray.data.sources import Split
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import BudgetExceeded, InvalidJob
+from chainfed_ray.federation.admission import Candidate, Planner, requirements_of
+from chainfed_ray.federation.prepare import traced
 from chainfed_ray.hub import digest_of, resolve, tokenizer
+from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.site.codec import client_of, result_document, survey_document, turn_of, write_tensors
 from chainfed_ray.site.envelope import Answer, Done, NotDone, Order, TensorFile, phase_of
+from chainfed_ray.site.evaluation import evaluate
 from chainfed_ray.site.folder import offered
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
+SplitName = Literal["train", "validation", "test"]
 _HEARTBEAT_SECONDS = 1.0
 _log = logging.getLogger("chainfed")
 
@@ -47,30 +54,49 @@ class RowsOfJob:
         self.same_base = digest_of(base) == order.base_digest
         self.source = ModelSource(base, getattr(torch, self.spec.model.dtype), scratch / order.job)
         self._tokenizer = tokenizer(self.spec.model.base, base)
-        self._examples = lru_cache(self._tokenized)
+        self._memory: MemoryProfile | None = None
+        self.examples = lru_cache(self._tokenized)
 
     def survey(self, data: str) -> Survey:
         """The clients that are made of the file ``data``, each with the counts of its rows."""
         labels = sorted(set(self._rows(data).labels))
         return Survey(tuple(self._survey(data, part, labels) for part in range(self._parts)))
 
-    def examples(self, data: str, part: int, classes: Sequence[str]) -> Examples:
-        """The examples of a client: part ``part`` of the file ``data``, with the numbers of ``classes`` as labels."""
-        return self._examples(data, part, tuple(classes))
+    def memory(self, classes: int | None) -> MemoryProfile:
+        """The memory of the model's parts in a job with so many classes, traced at this site."""
+        if self._memory is None:
+            self._memory = traced(self.spec, self.source, classes, ()).memory
+        return self._memory
+
+    def is_planned(self, client: Client, turn: TurnOrder, classes: int | None) -> bool:
+        """True if the plan that came with a turn of training is the one that this site makes for its own rows.
+
+        The service plans from the counts that the site told. So a service that asks for more than these rows need is noticed.
+        """
+        if not isinstance(turn, Training):
+            return True
+        memory = self.memory(classes)
+        start = min(AdapterStack.from_tensors(turn.tensors).layers)
+        planner = Planner(memory, requirements_of(self.spec, memory.layers)).starting_at(start)
+        disk = next(group.disk for group in self.spec.fleet.clients if group.name == client.client_class)
+        candidate = Candidate(client.name, client.client_class, client.examples, client.budget_bytes, disk)
+        plans = planner.plan(candidate, turn.window), planner.fallback_plan(candidate, turn.window)
+        return client.plan in plans
 
     def _survey(self, data: str, part: int, labels: Sequence[str]) -> ClientSurvey:
-        examples = self._tokenized(data, part, tuple(labels))
+        examples = self._tokenized(data, part, tuple(labels), "train")
         found = np.bincount(examples.labels, minlength=len(labels)).tolist() if labels else []
         return ClientSurvey(
             examples.counts, {label: count for label, count in zip(labels, found, strict=True) if count}
         )
 
-    def _tokenized(self, data: str, part: int, classes: tuple[str, ...]) -> Examples:
+    def _tokenized(self, data: str, part: int, classes: tuple[str, ...], split: SplitName) -> Examples:
+        """The examples of a client: part ``part`` of the file ``data``, with the numbers of ``classes`` as labels."""
         rows = self._rows(data)
         own = rows.take(np.arange(part, len(rows), self._parts))
         if not len(own):
             raise InvalidJob.at("fleet.clients.data", data, f"{self._parts} rows or more, one for each client")
-        return examples_of_site(self.spec, self._tokenizer, own, classes)
+        return examples_of_site(self.spec, self._tokenizer, getattr(splits_of_site(self.spec, own), split), classes)
 
     def _rows(self, data: str) -> Split:
         return rows_of_site(self.spec, f"path:{offered(self._folder, data)}")
@@ -111,14 +137,23 @@ class Worker:
             if job.spec.data.classes is None and not self._tells_classes and survey.clients[0].classes:
                 return NotDone(reason="classes")
             return Done(content=survey_document(survey))
-        client = client_of(order)
+        client, classes = client_of(order), tuple(order.content["classes"])
         assert client.remote is not None, "a client at this site"
-        examples = job.examples(client.remote.data, client.remote.part, order.content["classes"])
+        data, part = client.remote.data, client.remote.part
+        if order.kind == "evaluating":
+            turn = turn_of(order, tensors)
+            assert isinstance(turn, Evaluating)
+            held_out = job.examples(data, part, classes, turn.rows)
+            metrics = evaluate(client, job.source, job.memory(len(classes) or None), held_out, turn)
+            return Done(content=result_document(metrics)[0])
+        examples = job.examples(data, part, classes, "train")
         if job.source.dtype not in self._warm:
             warm_up(job.source)
             self._warm.add(job.source.dtype)
-        turn = replace(client, examples=examples, remote=None)
-        result = take_turn(turn, job.source, lambda: turn_of(order, tensors), capped=True)
+        own = replace(client, examples=examples, remote=None)
+        if not job.is_planned(own, turn_of(order, tensors), len(classes) or None):
+            return NotDone(reason="plan")
+        result = take_turn(own, job.source, lambda: turn_of(order, tensors), capped=True)
         content, sent_tensors = result_document(result)
         if not sent_tensors:
             return Done(content=content)

@@ -211,7 +211,9 @@ def _of_rows(spec: JobSpec) -> Iterator[Problem]:
     if data.train is None and spec.fleet.size:
         description = DataSpec.model_fields["train"].description
         yield Problem("data.train", MISSING, description or "")
-    if data.train is None and not spec.fleet.size:
+    if spec.evaluation.rows == "sites":
+        yield from _of_rows_at_sites(spec)
+    elif data.train is None and not spec.fleet.size:
         for name, source in (("data.validation", data.validation), ("data.test", data.test)):
             if source is None:
                 expected = "held-out rows of the server, since without data.train there are none to hold out"
@@ -224,6 +226,27 @@ def _of_rows(spec: JobSpec) -> Iterator[Problem]:
         elif len(set(data.classes)) < len(data.classes):
             twice = next(name for name in data.classes if data.classes.count(name) > 1)
             yield Problem("data.classes", twice, "each class once")
+
+
+def _of_rows_at_sites(spec: JobSpec) -> Iterator[Problem]:
+    """Without rows of the server, what needs them does not work."""
+    if spec.fleet.size:
+        expected = "'server', unless every client is at a site"
+        yield Problem("evaluation.rows", spec.evaluation.rows, expected)
+    data = spec.data
+    given = (("data.train", data.train), ("data.validation", data.validation), ("data.test", data.test))
+    for key, value in (*given, ("evaluation.choices", spec.evaluation.choices)):
+        if value is not None:
+            yield Problem(key, value, "no value with evaluation.rows sites: the server has no rows")
+    if spec.chain.head == "fitted":
+        expected = "'zero' with evaluation.rows sites: a fitted head is calibrated on rows of the server"
+        yield Problem("chain.head", spec.chain.head, expected)
+    if spec.evaluation.engine != "torch":
+        expected = "'torch' with evaluation.rows sites: each site evaluates in its own process"
+        yield Problem("evaluation.engine", spec.evaluation.engine, expected)
+    if spec.privacy:
+        expected = "'server' with privacy, which does not cover the scores that sites send"
+        yield Problem("evaluation.rows", spec.evaluation.rows, expected)
 
 
 def _for_krum(aggregation: AggregationSpec) -> str:

@@ -310,7 +310,12 @@ class PrivacySpec(Section):
 
 
 class EvaluationSpec(Section):
-    """The server's evaluation on held-out rows."""
+    """The evaluation on held-out rows: the server's, or those that sites hold out."""
+
+    rows: Literal["server", "sites"] = Field(
+        "server",
+        description="whose held-out rows: the `server`'s, or those of `sites`, which each hold out two tenths and send scores",
+    )
 
     every: Often | Literal["never"] = Field(
         "round", description="how often the early exit is evaluated: the chain cut at the window's top"

@@ -18,7 +18,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.access.identity import DEFAULT_OWNER, SCOPES, Identity, Scope
-from chainfed_ray.cluster.database.tables import KeyRow, moment, open_tables
+from chainfed_ray.cluster.tables import KeyRow, moment, open_tables
 from chainfed_ray.errors import InvalidSetting, KeyNotFound
 
 _ID_BYTES, _SECRET_BYTES = 8, 32

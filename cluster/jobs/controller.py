@@ -10,7 +10,7 @@ from threading import Event
 from typing import Protocol
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.database.connection import NO_ANSWER
+from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
 from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
 from chainfed_ray.cluster.storage import Settings

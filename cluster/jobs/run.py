@@ -7,7 +7,7 @@ from time import sleep
 
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.client.survey import Sites
-from chainfed_ray.cluster.database.connection import NO_ANSWER
+from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
 from chainfed_ray.cluster.jobs.store import JobStore

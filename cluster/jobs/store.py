@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.database.tables import AliasRow, EventRow, JobRecord, JobRow, Status, moment, open_tables
+from chainfed_ray.cluster.tables import AliasRow, EventRow, JobRecord, JobRow, Status, moment, open_tables
 from chainfed_ray.errors import JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
 

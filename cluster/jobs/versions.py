@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from chainfed_ray.cluster.database.tables import JobRecord
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.tables import JobRecord
 
 Version = Literal["latest", "best"] | int
 

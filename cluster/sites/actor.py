@@ -13,7 +13,7 @@ import ray
 from sqlalchemy.exc import SQLAlchemyError
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.client.messages import Client, Fitting, Training, TurnResult
+from chainfed_ray.client.messages import Client, Evaluating, Fitting, Training, TurnResult
 from chainfed_ray.client.progress import Progress
 from chainfed_ray.cluster.pool.orders import receive
 from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
@@ -102,7 +102,7 @@ class SitesActor:
         turn = receive(reference)
         if (name := reference.hex()) not in self._files:
             self._files = {name: None}
-            if isinstance(turn, Training | Fitting):
+            if isinstance(turn, Training | Fitting | Evaluating):
                 self._files[name] = self._written(turn)
         order = turn_order(
             self._job.id, self._job.name, self._job.spec, self._job.base_digest, client, turn, self._files[name]
@@ -110,7 +110,7 @@ class SitesActor:
         self._mailbox.give(client.remote.site, order)
         return order
 
-    def _written(self, turn: Training | Fitting) -> TensorFile:
+    def _written(self, turn: Training | Fitting | Evaluating) -> TensorFile:
         file = self._mailbox.tensor_file(self._job.id, "new")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(turn.tensors, file)

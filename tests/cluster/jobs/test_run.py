@@ -7,10 +7,10 @@ from typing import Any, NoReturn
 import pytest
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from chainfed_ray.cluster.database.tables import JobRecord
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.run import in_this_process
 from tests.builders import SPEC

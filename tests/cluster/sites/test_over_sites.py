@@ -15,13 +15,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from chainfed_ray.activity import Activity, Listener, no_listener
+from chainfed_ray.activity import SILENT, Activity, Listener, no_listener
+from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Update
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.sites.desk import Desk
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.data.examples import examples_of_site, rows_of_site, splits_of_site
+from chainfed_ray.evaluation.early_exit import predict_early_exit
+from chainfed_ray.evaluation.score import ScoreSums
 from chainfed_ray.federation.run import run_job
+from chainfed_ray.federation.state import stack_of
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import clients_in
@@ -246,3 +252,37 @@ def test_an_answer_that_lies_costs_its_turn_alone(
         assert [turn.client for turn in one.turns] == ["at-east-0"]
         assert [failed.client for failed in one.failed_turns] == ["at-north-0"]
         assert "its update was refused" in one.failed_turns[0].reason
+
+
+def test_sites_evaluate_on_rows_that_they_hold_out_and_the_server_has_none(
+    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+) -> None:
+    document = two_sites(dealt, tmp_path, total=2)
+    del document["data"]["validation"], document["data"]["test"]
+    document["data"]["classes"] = ["sea", "sky", "soil"]
+    document["evaluation"] = {"rows": "sites", "whole_every": "round"}
+    service.join("north", tmp_path / "rows" / "north", tells_classes=False)
+    service.join("east", tmp_path / "rows" / "east")
+    records = run(document, "job-7", storage)
+    finished = records[-1]
+    assert isinstance(finished, JobFinished)
+    assert finished.evaluation
+
+    # The same, computed here: each site holds out the rows that ``splits_of_site`` says.
+    spec, tokens = parse_job(document), AutoTokenizer.from_pretrained(document["model"]["base"][5:])
+    log = CommitLog(storage.job("job-7"))
+    stack = stack_of(log.tensors(log.rounds()[-1].index))
+    parts = []
+    for site in ("north", "east"):
+        rows = rows_of_site(spec, f"path:{tmp_path / 'rows' / site / 'notes.jsonl'}")
+        held_out = examples_of_site(spec, tokens, splits_of_site(spec, rows).test, spec.data.classes or ())
+        base = ModelSource(Path(document["model"]["base"][5:]), torch.float32, tmp_path / "here" / site)
+        predictions = predict_early_exit(held_out, base, base.scratch / "test", stack, Window(3, 3), SILENT)
+        parts.append(ScoreSums.of(predictions, held_out.labels, 3))
+    total = ScoreSums.total(parts, 3)
+    assert finished.evaluation.loss == total.score.loss
+    assert (finished.accuracy, finished.evaluation.macro_f1) == (total.score.accuracy, total.macro_f1)
+    assert [(one.client, one.examples, one.loss) for one in finished.evaluation.clients] == [
+        (name, part.examples, part.score.loss) for name, part in zip(("at-north-0", "at-east-0"), parts, strict=True)
+    ]
+    assert all(one.held_out_loss is not None and one.evaluation for one in rounds(records))

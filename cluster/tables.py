@@ -10,7 +10,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from chainfed_ray.cluster.database.connection import open_database
+from chainfed_ray.cluster.database import open_database
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.record import VERSION
 

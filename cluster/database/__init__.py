@@ -1,1 +1,0 @@
-"""The database of the service: connections, and tables."""
