@@ -9,7 +9,7 @@ from chainfed_ray.api.report.pictures import check_drawing
 from chainfed_ray.api.rest.callers import while_connected
 from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
 from chainfed_ray.api.rest.schemas import JobPage, JobProgress, JobResource, JobStatus, JobSummary
-from chainfed_ray.api.rest.service import WithService
+from chainfed_ray.api.rest.service import Caller, WithService
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.tables import JobRecord
 from chainfed_ray.errors import JobConflict
@@ -33,12 +33,12 @@ IdempotencyKey = Annotated[
 
 
 @router.post("/plan", response_model=Forecast, openapi_extra=BODY, responses=_PICTURE)
-async def plan_job(spec: SubmittedJob, request: Request, service: WithService) -> Forecast | Response:
+async def plan_job(spec: SubmittedJob, request: Request, service: WithService, caller: Caller) -> Forecast | Response:
     """Forecast a job without training it: which clients join, memory, network, time, and what one change would gain."""
     with_picture = _PNG in request.headers.get("accept", "")
     if with_picture:
         check_drawing()
-    forecast = await while_connected(request, service.plan(spec))
+    forecast = await while_connected(request, service.plan(spec, caller.reads_anything))
     if with_picture:
         from chainfed_ray.api.report.forecast_picture import png  # imports matplotlib, which is an optional extra
 
@@ -52,11 +52,12 @@ async def submit_job(
     request: Request,
     response: Response,
     service: WithService,
+    caller: Caller,
     idempotency_key: IdempotencyKey = None,
 ) -> JobResource:
     """Check a job and queue it. A job that cannot run is refused with every field that is wrong."""
-    await while_connected(request, service.check(spec))
-    record = await run_in_threadpool(service.store.submit, spec, idempotency_key)
+    await while_connected(request, service.check(spec, caller.reads_anything))
+    record = await run_in_threadpool(service.store.submit, spec, idempotency_key, caller.reads_anything)
     response.headers["Location"] = f"/v1/jobs/{record.id}"
     return JobResource.full(record, None)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
+from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
 from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
@@ -16,15 +17,18 @@ from chainfed_ray.spec.job import JobSpec
 
 
 class Check(Protocol):
-    """Checks a job. Raises ``InvalidJob`` if it cannot run."""
+    """Checks a job. Raises ``InvalidJob`` if it cannot run.
 
-    async def __call__(self, spec: JobSpec) -> None: ...
+    Unless it ``reads_anything``, it may read only what the service's rules name.
+    """
+
+    async def __call__(self, spec: JobSpec, reads_anything: bool) -> None: ...
 
 
 class DryRun(Protocol):
-    """Forecasts a job by a dry run. Raises ``InvalidJob`` if it cannot run, whichever clients join."""
+    """Forecasts a job by a dry run, as ``Check`` checks it. Raises ``InvalidJob`` if it cannot run, whichever clients join."""
 
-    async def __call__(self, spec: JobSpec) -> Forecast: ...
+    async def __call__(self, spec: JobSpec, reads_anything: bool) -> Forecast: ...
 
 
 class Classify(Protocol):
@@ -87,4 +91,11 @@ def _service(request: Request) -> Service:
     return service
 
 
+def _caller(request: Request) -> Identity:
+    """Who sends a request: the front door says it, and there is none where routes are tested without keys."""
+    identity: Identity = getattr(request.state, "identity", WITHOUT_KEYS)
+    return identity
+
+
+Caller = Annotated[Identity, Depends(_caller)]
 WithService = Annotated[Service, Depends(_service)]

@@ -29,6 +29,11 @@ class Identity:
         """The name of the site whose key this is; None for a key of another kind."""
         return self.name if "site" in self.scopes else None
 
+    @property
+    def reads_anything(self) -> bool:
+        """Whether their jobs may read what the service can read: only the user of a service without keys may."""
+        return not self.key
+
     def allows(self, scope: Scope) -> bool:
         """Whether the key allows what needs ``scope``. ``admin`` allows everything but to be a site, which has a name."""
         return scope in self.scopes or ("admin" in self.scopes and scope != "site")

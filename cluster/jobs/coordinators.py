@@ -49,6 +49,7 @@ class CoordinatorActor:
                 lambda source, note: RayPool(source, settings.client_slots, note),
                 server_evaluation,
                 restarted=ray.get_runtime_context().was_current_actor_reconstructed,
+                rules=settings.reading,
             )
         except Exception:
             _log.exception("the coordinator of job %s failed before the job was over; Ray starts it again", job)

@@ -78,8 +78,10 @@ class JobStore:
         with Session(self._engine) as session:
             session.execute(text("select 1"))
 
-    def submit(self, spec: JobSpec, request_key: str | None = None) -> JobRecord:
+    def submit(self, spec: JobSpec, request_key: str | None = None, reads_anything: bool = True) -> JobRecord:
         """Queue a job. If an earlier call had the same ``request_key``, return the job that it queued instead.
+
+        See ``JobRecord`` for ``reads_anything``.
 
         Raises:
             JobConflict: the earlier call had another specification.
@@ -93,6 +95,7 @@ class JobStore:
             status="queued",
             submitted_at=moment(),
             request_key=request_key,
+            reads_anything=reads_anything,
         )
         try:
             with Session(self._engine) as session, session.begin():

@@ -144,6 +144,20 @@ def test_restarts_count_until_a_new_round(store: JobStore) -> None:
     assert store.count_restart(job) == 2
 
 
+def test_a_database_of_before_gets_new_columns_and_keeps_its_jobs(database: str) -> None:
+    store = JobStore(database)
+    job = store.submit(SPEC)
+    store.close()
+    engine = create_engine(database)
+    with engine.begin() as connection:
+        connection.execute(text("alter table jobs drop column reads_anything"))
+    engine.dispose()
+    with ThreadPoolExecutor() as several:
+        for store in several.map(JobStore, [database] * 4):
+            assert store.get(job.id) == job
+            store.close()
+
+
 def test_a_retry_of_a_submission_makes_no_second_job(store: JobStore) -> None:
     job = store.submit(SPEC, "key")
     assert store.submit(SPEC, "key") == job
