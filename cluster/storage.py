@@ -25,6 +25,8 @@ from chainfed_ray.errors import InvalidJob, InvalidSetting
 from chainfed_ray.reading import EVERYTHING, ReadingRules
 from chainfed_ray.units import parse_bytes
 
+DEFAULT_TENANT = "default"
+"""Whose everything is in a service without keys."""
 WithoutKeys = Literal["nobody", "loopback", "anyone"]
 """Who may ask a service as long as no key was made."""
 _PROBE_BYTES = 65536

@@ -1,5 +1,6 @@
 """What the routes need from the rest of the program, as protocols: routes do not know where or how it runs."""
 
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,9 +82,9 @@ class Service:
         return EventFeed(self.store)
 
     @cached_property
-    def totals(self) -> TotalsOfJobs:
-        """The sums of jobs' events."""
-        return TotalsOfJobs(self.store)
+    def totals(self) -> defaultdict[str | None, TotalsOfJobs]:
+        """The sums of jobs' events, by the tenant that asks for them; None sees all. Each keeps those of the jobs it shows."""
+        return defaultdict(lambda: TotalsOfJobs(self.store))
 
 
 def _service(request: Request) -> Service:
@@ -99,3 +100,11 @@ def _caller(request: Request) -> Identity:
 
 Caller = Annotated[Identity, Depends(_caller)]
 WithService = Annotated[Service, Depends(_service)]
+
+
+def _jobs(service: WithService, caller: Caller) -> JobStore:
+    return service.store.seen_by(caller.tenant, caller.sees_everything)
+
+
+Jobs = Annotated[JobStore, Depends(_jobs)]
+"""The jobs, models and aliases that the caller sees. Routes use these alone, so none tells of another tenant's."""

@@ -1,9 +1,10 @@
 """The tables of the database of jobs, and their version."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from sqlalchemy import JSON, ForeignKey, UniqueConstraint, func, inspect, select, text, true
 from sqlalchemy.engine import Engine
@@ -12,10 +13,20 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.schema import CreateColumn
 
 from chainfed_ray.cluster.jobs.database import open_database
+from chainfed_ray.cluster.storage import DEFAULT_TENANT
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.record import VERSION
 
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+
+STATES_BEFORE: Mapping[Status, tuple[Status, ...]] = {
+    "running": ("queued",),
+    "cancelling": ("running",),
+    "cancelled": ("queued", "cancelling"),
+    "succeeded": ("running",),
+    "failed": ("running",),
+}
+"""Which states a job may be in before each."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,24 @@ class JobRecord:
     result: dict[str, Any] | None
     error: dict[str, Any] | None
     reads_anything: bool = True
+    tenant: str = DEFAULT_TENANT
+
+
+@dataclass(frozen=True)
+class Event:
+    """An event of a job. ``seq`` numbers the events of one job from 1."""
+
+    seq: int
+    kind: str
+    at: str
+    data: dict[str, Any]
+
+
+class Latest(NamedTuple):
+    """The number of a job's newest event; and what the job is doing, as JSON, unless it is not running."""
+
+    seq: int
+    activity: dict[str, Any] | None
 
 
 class _Table(DeclarativeBase):
@@ -66,6 +95,7 @@ class JobRow(_Table):
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
     request_key: Mapped[str | None] = mapped_column(unique=True, default=None)
     reads_anything: Mapped[bool] = mapped_column(default=True, server_default=true())
+    tenant: Mapped[str] = mapped_column(index=True, default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
 
     def record(self) -> JobRecord:
         """The job as it is now."""
@@ -83,6 +113,7 @@ class JobRow(_Table):
             result=self.result,
             error=self.error,
             reads_anything=self.reads_anything,
+            tenant=self.tenant,
         )
 
 
@@ -101,7 +132,10 @@ class EventRow(_Table):
 
 
 class AliasRow(_Table):
-    """A name that stands for models. The newest of its ``targets`` come last; those before can be gone back to."""
+    """A name that stands for models. The newest of its ``targets`` come last; those before can be gone back to.
+
+    The name is ``<tenant>/<name>``, but of the default tenant ``<name>`` alone.
+    """
 
     __tablename__ = "aliases"
 
@@ -177,6 +211,9 @@ def _make_tables(engine: Engine) -> None:
                 definition = CreateColumn(column).compile(dialect=engine.dialect)
                 with engine.begin() as connection:
                     connection.execute(text(f"alter table {table.name} add column {definition}"))
+                    for index in table.indexes:
+                        if column.name in index.columns:
+                            index.create(connection)
 
 
 def check_version(engine: Engine) -> None:
