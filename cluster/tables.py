@@ -1,20 +1,32 @@
 """The tables of the database of jobs, and their version."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
-from sqlalchemy import JSON, ForeignKey, UniqueConstraint, func, select
+from sqlalchemy import JSON, ForeignKey, UniqueConstraint, func, inspect, select, text, true
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.schema import CreateColumn
 
 from chainfed_ray.cluster.database import open_database
+from chainfed_ray.cluster.storage import DEFAULT_TENANT
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.record import VERSION
 
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+
+STATES_BEFORE: Mapping[Status, tuple[Status, ...]] = {
+    "running": ("queued",),
+    "cancelling": ("running",),
+    "cancelled": ("queued", "cancelling"),
+    "succeeded": ("running",),
+    "failed": ("running",),
+}
+"""Which states a job may be in before each."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,8 @@ class JobRecord:
     """A job in the database.
 
     Times are ISO 8601 in UTC. ``restarts`` counts how often a coordinator died since the last finished round.
-    ``activity`` is what the job is doing, as JSON; None unless it is running.
+    ``activity`` is what the job is doing, as JSON; None unless it is running. ``reads_anything`` says that it may read what
+    the service can read, where the service's rules say nothing.
     """
 
     id: str
@@ -37,6 +50,25 @@ class JobRecord:
     activity: dict[str, Any] | None
     result: dict[str, Any] | None
     error: dict[str, Any] | None
+    reads_anything: bool = True
+    tenant: str = DEFAULT_TENANT
+
+
+@dataclass(frozen=True)
+class Event:
+    """An event of a job. ``seq`` numbers the events of one job from 1."""
+
+    seq: int
+    kind: str
+    at: str
+    data: dict[str, Any]
+
+
+class Latest(NamedTuple):
+    """The number of a job's newest event; and what the job is doing, as JSON, unless it is not running."""
+
+    seq: int
+    activity: dict[str, Any] | None
 
 
 class _Table(DeclarativeBase):
@@ -62,6 +94,8 @@ class JobRow(_Table):
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
     request_key: Mapped[str | None] = mapped_column(unique=True, default=None)
+    reads_anything: Mapped[bool] = mapped_column(default=True, server_default=true())
+    tenant: Mapped[str] = mapped_column(index=True, default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
 
     def record(self) -> JobRecord:
         """The job as it is now."""
@@ -78,6 +112,8 @@ class JobRow(_Table):
             activity=self.activity if self.status == "running" else None,
             result=self.result,
             error=self.error,
+            reads_anything=self.reads_anything,
+            tenant=self.tenant,
         )
 
 
@@ -96,7 +132,10 @@ class EventRow(_Table):
 
 
 class AliasRow(_Table):
-    """A name that stands for models. The newest of its ``targets`` come last; those before can be gone back to."""
+    """A name that stands for models. The newest of its ``targets`` come last; those before can be gone back to.
+
+    The name is ``<tenant>/<name>``, but of the default tenant ``<name>`` alone.
+    """
 
     __tablename__ = "aliases"
 
@@ -184,15 +223,31 @@ def moment(at: datetime | None = None) -> str:
 
 
 def make_tables(engine: Engine) -> None:
-    """Make the tables that are missing.
+    """Make the tables and columns that are missing. Old rows stay.
 
-    ``create_all`` fails if another process makes a table at the same moment. Each further try has a table fewer to make.
+    That fails if another process makes a table at the same moment. Each further try has a table fewer to make.
     """
     for _ in _Table.metadata.tables:
         with suppress(DBAPIError):
-            _Table.metadata.create_all(engine)
+            _make_tables(engine)
             return
+    _make_tables(engine)
+
+
+def _make_tables(engine: Engine) -> None:
+    """Make the tables that are missing, and in the others the columns that are missing: each has a value for old rows."""
     _Table.metadata.create_all(engine)
+    found = inspect(engine)
+    for table in _Table.metadata.tables.values():
+        known = {column["name"] for column in found.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in known:
+                definition = CreateColumn(column).compile(dialect=engine.dialect)
+                with engine.begin() as connection:
+                    connection.execute(text(f"alter table {table.name} add column {definition}"))
+                    for index in table.indexes:
+                        if column.name in index.columns:
+                            index.create(connection)
 
 
 def check_version(engine: Engine) -> None:

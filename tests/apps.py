@@ -19,11 +19,11 @@ def an_app(store: JobStore, access: AccessRules | None = None, hosts: Sequence[s
     return create_app(Service(store, _check, _plan, _classify, _embed, _write, {}), hosts, access)
 
 
-async def _check(spec: JobSpec) -> None:
+async def _check(spec: JobSpec, reads_anything: bool) -> None:
     pass
 
 
-async def _plan(spec: JobSpec) -> Forecast:
+async def _plan(spec: JobSpec, reads_anything: bool) -> Forecast:
     raise InvalidJob.at("model.base", spec.model.base, "a model that is here")
 
 

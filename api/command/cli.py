@@ -102,8 +102,8 @@ def plan(
 
     from chainfed_ray.api.report.activity_display import ActivityDisplay
     from chainfed_ray.api.report.forecast_table import forecast_table
+    from chainfed_ray.device.lean_imports import without_scipy
     from chainfed_ray.forecast.dry_run import dry_run
-    from chainfed_ray.lean_imports import without_scipy
 
     with _if_interrupted("Interrupted."), ActivityDisplay(_progress) as listen, without_scipy():
         forecast = dry_run(spec, min(Settings.client_slots, os.cpu_count() or 1), listen)  # a turn takes one core

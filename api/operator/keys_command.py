@@ -10,8 +10,8 @@ import typer
 from rich.table import Column, Table
 
 from chainfed_ray.api.operator.answers import Json, answer
-from chainfed_ray.cluster.access.identity import DEFAULT_OWNER, SCOPES
-from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.access.identity import SCOPES
+from chainfed_ray.cluster.storage import DEFAULT_TENANT, Settings
 from chainfed_ray.errors import InvalidSetting
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def list_keys(
         table.add_row(
             key.id, key.owner, key.name, ",".join(key.scopes), _shown(key.expires_at), _shown(key.used_at), _state(key)
         )
-    none = f"There are no keys; `chainfed keys create --owner {owner or DEFAULT_OWNER} --scopes admin` makes one."
+    none = f"There are no keys; `chainfed keys create --owner {owner or DEFAULT_TENANT} --scopes admin` makes one."
     answer(as_json, {"keys": [key.document() for key in keys]}, table if keys else none)
 
 

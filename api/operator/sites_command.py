@@ -9,7 +9,7 @@ from rich.table import Column, Table
 
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.api.operator.keys_command import key_store, period_of
-from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.storage import DEFAULT_TENANT, Settings
 
 sites_app = typer.Typer(
     no_args_is_help=True,
@@ -21,13 +21,14 @@ Site = Annotated[str, typer.Argument(help="the name of the site, by which jobs n
 @sites_app.command()
 def add(
     site: Site,
+    owner: Annotated[str, typer.Option(help="the tenant whose jobs may name the site")] = DEFAULT_TENANT,
     expires: Annotated[str, typer.Option(help="when its key ends: 90d, 12h or never")] = "365d",
     as_json: Json = False,
 ) -> None:
     """Make a key for a site, and print it once. A site may have several, so that one can take another's place."""
     period = period_of(expires)
     with key_store() as store:
-        made = store.make_site_key(site, expires_in=period)
+        made = store.make_site_key(site, owner, period)
     answer(
         as_json,
         {"site": site, "key": made.key.id, "expires_at": made.key.expires_at, "token": made.token},
@@ -39,15 +40,17 @@ def add(
 @sites_app.command("list")
 def list_sites(as_json: Json = False) -> None:
     """List the sites: their valid keys, whether a process of each is there, and when it was last heard."""
-    from chainfed_ray.cluster.sites.mailbox import Mailbox
+    from chainfed_ray.cluster.sites.mailbox import Mailbox, site_address
 
     with key_store() as store:
         keys = store.keys(scope="site")
     with closing(Mailbox(Settings.from_environment().storage)) as mailbox:
         known = {state.name: state for state in mailbox.sites()}
     sites: list[dict[str, Any]] = []
-    for name in sorted({key.name for key in keys} | known.keys()):
-        state, valid = known.get(name), [key.id for key in keys if key.name == name and key.is_valid()]
+    addresses = {site_address(key.owner, key.name) for key in keys}
+    for name in sorted(addresses | known.keys()):
+        valid = [key.id for key in keys if site_address(key.owner, key.name) == name and key.is_valid()]
+        state = known.get(name)
         seen = datetime.fromtimestamp(state.seen_at, UTC).isoformat(timespec="seconds") if state else None
         sites.append(
             {
@@ -68,8 +71,12 @@ def list_sites(as_json: Json = False) -> None:
 
 
 @sites_app.command()
-def revoke(site: Site, as_json: Json = False) -> None:
+def revoke(
+    site: Site,
+    owner: Annotated[str, typer.Option(help="the tenant whose site it is")] = DEFAULT_TENANT,
+    as_json: Json = False,
+) -> None:
     """Revoke every key of a site. A service that runs stops to accept them within seconds."""
     with key_store() as store:
-        revoked = [store.revoke(key.id).id for key in store.keys(scope="site", name=site) if key.is_valid()]
+        revoked = [store.revoke(key.id).id for key in store.keys(owner, "site", site) if key.is_valid()]
     answer(as_json, {"site": site, "revoked": revoked}, f"Site {site}: {len(revoked)} keys revoked.")

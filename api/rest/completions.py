@@ -33,7 +33,8 @@ from chainfed_ray.api.rest.openai_schemas import (
     GenerationOptions,
     Usage,
 )
-from chainfed_ray.api.rest.service import Service, WithService, while_connected
+from chainfed_ray.api.rest.service import Jobs, Service, WithService, while_connected
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.serving.messages import FinishReason, Piece, Prompt, Sampling, TokenChances
 
@@ -47,15 +48,15 @@ _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 @router.post("/completions", response_model=Completion, responses=_STREAMED)
-async def completions(body: CompletionRequest, request: Request, service: WithService) -> Response:
+async def completions(body: CompletionRequest, request: Request, service: WithService, jobs: Jobs) -> Response:
     """Continue a prompt, or each of several."""
-    return await _answer(body, body.prompt, _Completions, request, service)
+    return await _answer(body, body.prompt, _Completions, request, service, jobs)
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=_STREAMED)
-async def chat_completions(body: ChatRequest, request: Request, service: WithService) -> Response:
+async def chat_completions(body: ChatRequest, request: Request, service: WithService, jobs: Jobs) -> Response:
     """Answer a chat. The model's tokenizer must have a chat template."""
-    return await _answer(body, [body.chat], _Chats, request, service)
+    return await _answer(body, [body.chat], _Chats, request, service, jobs)
 
 
 TextStream = AsyncGenerator[tuple[int, Piece], None]
@@ -161,8 +162,9 @@ async def _answer(
     kind: Callable[[str, GenerationOptions], _Format],
     request: Request,
     service: Service,
+    jobs: JobStore,
 ) -> Response:
-    found = await served(service, options.model, "causal-lm")
+    found = await served(jobs, options.model, "causal-lm")
     form = kind(found.model.id, options)  # an alias is answered with the name of the model that it stands for
     asked = [(prompt, sampling) for prompt in prompts for sampling in _samplings(options)]
     in_pieces = bool(options.stream)

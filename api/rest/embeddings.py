@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, FailFast, Field
 from chainfed_ray.api.rest.models import served
 from chainfed_ray.api.rest.openai_schemas import PromptText, Strings
 from chainfed_ray.api.rest.schemas import MOST_CHARACTERS, MOST_TEXTS, RequestBody, bounded
-from chainfed_ray.api.rest.service import WithService, while_connected
+from chainfed_ray.api.rest.service import Jobs, WithService, while_connected
 from chainfed_ray.serving.messages import Embedding
 
 router = APIRouter(prefix="/v1", tags=["models"])
@@ -75,8 +75,8 @@ def _packed(values: list[float]) -> str:
 
 
 @router.post("/embeddings")
-async def embeddings(body: EmbeddingRequest, request: Request, service: WithService) -> EmbeddingList:
+async def embeddings(body: EmbeddingRequest, request: Request, service: WithService, jobs: Jobs) -> EmbeddingList:
     """Embed texts with an encoder, or with a classifier's stack on it. In the format of OpenAI's API."""
-    found = await served(service, body.model, "sequence-classification")
+    found = await served(jobs, body.model, "sequence-classification")
     answers = await while_connected(request, service.embed(found.key, body.input))
     return EmbeddingList.of(found.model.id, body, answers)

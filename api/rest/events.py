@@ -11,9 +11,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from chainfed_ray.api.rest.schemas import EventPage, EventResource
-from chainfed_ray.api.rest.service import WithService
+from chainfed_ray.api.rest.service import Jobs, WithService
 from chainfed_ray.cluster.jobs.feed import Busy, EventFeed
-from chainfed_ray.cluster.jobs.store import FINISHED, Event
+from chainfed_ray.cluster.jobs.store import FINISHED
+from chainfed_ray.cluster.tables import Event
 
 router = APIRouter(prefix="/v1/jobs/{job}/events", tags=["jobs"])
 
@@ -32,6 +33,7 @@ async def list_events(
     job: str,
     request: Request,
     service: WithService,
+    jobs: Jobs,
     after: Annotated[int, Query(ge=0, lt=2**31, description="return only events with a higher number than this")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most events of a page")] = 1000,
     last_event_id: Annotated[
@@ -43,8 +45,8 @@ async def list_events(
     A stream also has events of the kind `activity`, which say what the job is doing. They have no number and are not kept.
     """
     after = last_event_id if last_event_id is not None else after
-    found = await run_in_threadpool(service.store.events, job, after, limit)
-    over = not found and (await run_in_threadpool(service.store.get, job)).status in FINISHED
+    found = await run_in_threadpool(jobs.events, job, after, limit)
+    over = not found and (await run_in_threadpool(jobs.get, job)).status in FINISHED
     if _MEDIA_TYPE not in request.headers.get("accept", ""):
         shown = [EventResource(seq=event.seq, kind=event.kind, at=event.at, data=event.data) for event in found]
         finished = over or any(event.kind in FINISHED for event in found)

@@ -8,7 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from chainfed_ray.api.report.pictures import check_drawing
 from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
 from chainfed_ray.api.rest.schemas import ClientPage, JobPage, JobProgress, JobResource, JobStatus, JobSummary
-from chainfed_ray.api.rest.service import WithService, while_connected
+from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import JobConflict
@@ -32,12 +32,12 @@ IdempotencyKey = Annotated[
 
 
 @router.post("/plan", response_model=Forecast, openapi_extra=BODY, responses=_PICTURE)
-async def plan_job(spec: SubmittedJob, request: Request, service: WithService) -> Forecast | Response:
+async def plan_job(spec: SubmittedJob, request: Request, service: WithService, caller: Caller) -> Forecast | Response:
     """Forecast a job without training it: which clients join, memory, network, time, and what one change would gain."""
     with_picture = _PNG in request.headers.get("accept", "")
     if with_picture:
         check_drawing()
-    forecast = await while_connected(request, service.plan(spec))
+    forecast = await while_connected(request, service.plan(spec, caller.reads_anything))
     if with_picture:
         from chainfed_ray.api.report.forecast_picture import png  # imports matplotlib, which is an optional extra
 
@@ -51,24 +51,26 @@ async def submit_job(
     request: Request,
     response: Response,
     service: WithService,
+    jobs: Jobs,
+    caller: Caller,
     idempotency_key: IdempotencyKey = None,
 ) -> JobResource:
     """Check a job and queue it. A job that cannot run is refused with every field that is wrong."""
-    await while_connected(request, service.check(spec))
-    record = await run_in_threadpool(service.store.submit, spec, idempotency_key)
+    await while_connected(request, service.check(spec, caller.reads_anything))
+    record = await run_in_threadpool(jobs.submit, spec, idempotency_key, caller.reads_anything)
     response.headers["Location"] = f"/v1/jobs/{record.id}"
     return JobResource.full(record, None)
 
 
 @router.get("/jobs")
 def list_jobs(
-    service: WithService,
+    jobs: Jobs,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most jobs of a page")] = 50,
     before: Annotated[str | None, Query(description="return only jobs older than the job with this id")] = None,
     status: Annotated[JobStatus | None, Query(description="return only jobs in this state")] = None,
 ) -> JobPage:
     """The jobs, the newest first."""
-    records = service.store.page(limit + 1, before, status)
+    records = jobs.page(limit + 1, before, status)
     shown = records[:limit]
     return JobPage(
         jobs=[JobSummary.of(record) for record in shown], next=shown[-1].id if len(records) > limit else None
@@ -76,39 +78,39 @@ def list_jobs(
 
 
 @router.get("/jobs/{job}")
-def get_job(job: str, service: WithService) -> JobResource:
+def get_job(job: str, jobs: Jobs) -> JobResource:
     """A job, with its progress and, once it is over, its result or its error."""
-    return _full(service.store, service.store.get(job))
+    return _full(jobs, jobs.get(job))
 
 
 @router.get("/jobs/{job}/clients")
 def list_clients(
     job: str,
+    jobs: Jobs,
     service: WithService,
     after: Annotated[int, Query(ge=0, lt=2**31, description="leave out so many clients at the beginning")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most clients of a page")] = 100,
 ) -> ClientPage:
     """The clients of a job's fleet, each with its plan or what it lacks. There are none before the job has started."""
-    found = service.clients(service.store.get(job).id, after, limit + 1)
+    found = service.clients(jobs.get(job).id, after, limit + 1)
     return ClientPage(clients=found[:limit], next=after + limit if len(found) > limit else None)
 
 
 @router.post("/jobs/{job}/cancel", status_code=202)
-def cancel_job(job: str, service: WithService) -> JobResource:
+def cancel_job(job: str, jobs: Jobs) -> JobResource:
     """Cancel a job. Its finished rounds are kept; a running job is `cancelling` until its processes have ended."""
-    store = service.store
     # The job may start between the two calls. Then the first move fails, and the one to `cancelling` succeeds.
-    if store.get(job).status == "queued" and store.move(job, "cancelled"):
-        return _full(store, store.get(job))
-    store.move(job, "cancelling")
-    record = store.get(job)
+    if jobs.get(job).status == "queued" and jobs.move(job, "cancelled"):
+        return _full(jobs, jobs.get(job))
+    jobs.move(job, "cancelling")
+    record = jobs.get(job)
     if record.status in ("succeeded", "failed"):
         raise JobConflict(job, record.status, "be cancelled")
-    return _full(store, record)
+    return _full(jobs, record)
 
 
-def _full(store: JobStore, record: JobRecord) -> JobResource:
-    job_started, newest = store.newest(record.id, "started"), store.newest(record.id, "round")
+def _full(jobs: JobStore, record: JobRecord) -> JobResource:
+    job_started, newest = jobs.newest(record.id, "started"), jobs.newest(record.id, "round")
     if job_started is None:
         return JobResource.full(record, None)
     progress = JobProgress.of(

@@ -19,7 +19,8 @@ from chainfed_ray.api.rest.schemas import (
     ModelTask,
     ServedModel,
 )
-from chainfed_ray.api.rest.service import Service, WithService, while_connected
+from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.versions import Version, trained
 from chainfed_ray.errors import InvalidJob, ModelNotFound
 from chainfed_ray.serving.messages import ModelKey
@@ -43,65 +44,68 @@ class Found:
 
 
 @router.get("/models")
-def list_models(service: WithService) -> ModelList:
+def list_models(jobs: Jobs) -> ModelList:
     """Every served model. A job's model is served as soon as the job has succeeded."""
-    bases = [ServedModel.of_base(record) for record in service.store.bases()]
-    served_models = [*bases, *(ServedModel.of(record) for record in service.store.models())]
+    bases = [ServedModel.of_base(record) for record in jobs.bases()]
+    served_models = [*bases, *(ServedModel.of(record) for record in jobs.models())]
     return ModelList(
         models=served_models, data=[ModelEntry.model_validate(model, from_attributes=True) for model in served_models]
     )
 
 
-@router.get("/models/{name}")
-def get_model(name: str, service: WithService) -> ServedModel:
+@router.get("/models/{name:path}")  # a name may begin with its tenant's, and a slash
+def get_model(name: str, jobs: Jobs) -> ServedModel:
     """A served model."""
-    return _find(service, name, None).model
+    return _find(jobs, name, None).model
 
 
 AliasName = Annotated[str, Path(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$", description="such as `support`")]
 
 
 @router.get("/aliases")
-def list_aliases(service: WithService) -> AliasList:
+def list_aliases(jobs: Jobs) -> AliasList:
     """Every alias: a name under which callers ask for a model, whichever it is today."""
-    return AliasList(
-        aliases=[AliasResource(name=name, targets=shares) for name, shares in service.store.aliases().items()]
-    )
+    return AliasList(aliases=[AliasResource(name=name, targets=shares) for name, shares in jobs.aliases().items()])
 
 
 @router.put("/aliases/{alias}")
-def set_alias(alias: AliasName, body: AliasTargets, service: WithService) -> AliasResource:
+def set_alias(alias: AliasName, body: AliasTargets, jobs: Jobs, caller: Caller) -> AliasResource:
     """Let an alias stand for a model, or for several with a share of the requests each. Requests that run go on."""
-    if service.store.on_base(alias, 1):
+    jobs = jobs.seen_by(caller.tenant, everything=False)  # whoever uses the alias sees no more
+    if jobs.on_base(alias, 1):
         raise InvalidJob.at("alias", alias, "a name that no base model has")
-    if others := service.store.aliases().keys() & body.targets.keys():
+    if others := jobs.aliases().keys() & body.targets.keys():
         raise InvalidJob.at("targets", sorted(others), "names of models, not of aliases")
-    tasks = {_find(service, name, None).model.task for name in body.targets}
+    own = f"{caller.tenant}/"
+    targets = {name.removeprefix(own): share for name, share in body.targets.items()}
+    if len(targets) < len(body.targets):
+        raise InvalidJob.at("targets", sorted(body.targets), "each model once")
+    tasks = {_find(jobs, name, None).model.task for name in targets}
     if len(tasks) > 1:
         raise InvalidJob.at("targets", sorted(body.targets), "models of one task")
-    service.store.set_alias(alias, body.targets)
-    return AliasResource(name=alias, targets=body.targets)
+    jobs.set_alias(alias, targets)
+    return AliasResource(name=alias, targets=targets)
 
 
 @router.post("/aliases/{alias}/rollback")
-def roll_back(alias: AliasName, service: WithService) -> AliasResource:
+def roll_back(alias: AliasName, jobs: Jobs) -> AliasResource:
     """Return an alias to what it stood for before."""
-    if (shares := service.store.roll_back(alias)) is None:
-        raise ModelNotFound(f"{alias}, with something to return to", tuple(service.store.aliases()))
+    if (shares := jobs.roll_back(alias)) is None:
+        raise ModelNotFound(f"{alias}, with something to return to", tuple(jobs.aliases()))
     return AliasResource(name=alias, targets=shares)
 
 
 @router.delete("/aliases/{alias}", status_code=204)
-def delete_alias(alias: AliasName, service: WithService) -> None:
+def delete_alias(alias: AliasName, jobs: Jobs) -> None:
     """Delete an alias. The models stay."""
-    if not service.store.delete_alias(alias):
-        raise ModelNotFound(alias, tuple(service.store.aliases()))
+    if not jobs.delete_alias(alias):
+        raise ModelNotFound(alias, tuple(jobs.aliases()))
 
 
 @router.post("/classify")
-async def classify(body: ClassifyRequest, request: Request, service: WithService) -> ClassifyResponse:
+async def classify(body: ClassifyRequest, request: Request, service: WithService, jobs: Jobs) -> ClassifyResponse:
     """Classify texts with a model."""
-    found = await served(service, body.model, "sequence-classification")
+    found = await served(jobs, body.model, "sequence-classification")
     job, classes = found.model.job, found.model.classes
     if job is None:
         raise InvalidJob.at("model", body.model, "a model that a job trained; a base model alone has no classes")
@@ -114,37 +118,38 @@ async def classify(body: ClassifyRequest, request: Request, service: WithService
     return ClassifyResponse(model=found.model.id, job=job, results=results)
 
 
-async def served(service: Service, name: str, task: ModelTask) -> Found:
+async def served(jobs: JobStore, name: str, task: ModelTask) -> Found:
     """The model called ``name``: of the newest job with that model, or a base model alone.
 
     Raises:
         ModelNotFound: there is no such model.
         InvalidJob: the model is not for ``task``.
     """
-    found = await run_in_threadpool(_find, service, name, task)
+    found = await run_in_threadpool(_find, jobs, name, task)
     own = found.model.task
     if own != task:
         raise InvalidJob.at("model", name, f"a model for {task}; this one is for {own}, and answers {_ROUTES[own]}")
     return found
 
 
-def _find(service: Service, name: str, task: ModelTask | None) -> Found:
+def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
     """The model called ``name``. Of base models with that name, one that has been used for ``task``, if there is any."""
     stem, _, version = name.rpartition("@")
-    if ":" in stem and (wanted := _version(version)) is not None and (found := trained(service.store, stem, wanted)):
+    if ":" in stem and (wanted := _version(version)) is not None and (found := trained(jobs, stem, wanted)):
         key = _key(found.record.spec["model"], found.record.id)._replace(
             round=found.round["index"], moving=None if isinstance(wanted, int) else wanted
         )
         return Found(ServedModel.of_round(found), key)
-    if ":" in name and (record := service.store.model(name)):
+    if ":" in name and (record := jobs.model(name)):
         return Found(ServedModel.of(record), _key(record.spec["model"], record.id))
-    if ":" not in name and (records := service.store.on_base(name, _MOST_COMPARED)):
+    if ":" not in name and (records := jobs.on_base(name, _MOST_COMPARED)):
         record = next((record for record in records if record.spec["model"]["task"] == task), records[0])
         return Found(ServedModel.of_base(record), _key(record.spec["model"], None))
-    if ":" not in name and (shares := service.store.alias(name)):
-        return _find(service, choices(list(shares), list(shares.values()))[0], task)
-    names = service.store.model_names(_MOST_COMPARED)
-    names += sorted({model.partition(":")[0] for model in names} | service.store.aliases().keys())
+    if ":" not in name and (shares := jobs.alias(name)):
+        tenant, slash, _ = name.rpartition("/")
+        return _find(jobs, f"{tenant}{slash}{choices(list(shares), list(shares.values()))[0]}", task)
+    names = jobs.model_names(_MOST_COMPARED)
+    names += sorted({model.partition(":")[0] for model in names} | jobs.aliases().keys())
     raise ModelNotFound(name, tuple(names))
 
 

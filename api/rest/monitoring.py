@@ -6,6 +6,7 @@ Metrics are sums of what is in the database, so every replica gives the same ans
 import asyncio
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import get_args
 
 from fastapi import APIRouter, Response
@@ -13,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from chainfed_ray.api.rest.schemas import Health, JobStatus
-from chainfed_ray.api.rest.service import WithService
+from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
 from chainfed_ray.cluster.jobs.totals import JobTotals, TotalsOfJobs
 from chainfed_ray.cluster.tables import JobRecord
@@ -56,95 +57,134 @@ async def readyz(response: Response, service: WithService) -> Health:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": _TEXT}})
-def metrics(service: WithService) -> Response:
-    """Metrics in Prometheus's text format: jobs by status, and rounds, accuracy and memory of running and recent jobs."""
-    return Response(generate_latest(_Metrics(service.store, service.totals)), media_type=CONTENT_TYPE_LATEST)
+def metrics(service: WithService, jobs: Jobs, caller: Caller) -> Response:
+    """Metrics in Prometheus's text format: jobs by status, and rounds, accuracy and memory of running and recent jobs.
+
+    With an admin's key they are those of every tenant, and each has its tenant as a label.
+    """
+    totals = service.totals[None if caller.sees_everything else caller.tenant]
+    found = _Metrics(jobs, totals, by_tenant=caller.sees_everything and bool(caller.key))
+    return Response(generate_latest(found), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Metrics:
-    """Collects the metrics of the jobs in ``store``, as the Prometheus client expects a registry to do."""
+    """Collects the metrics of ``jobs``, as the Prometheus client expects a registry to do."""
 
-    def __init__(self, store: JobStore, totals: TotalsOfJobs) -> None:
-        self._store, self._totals = store, totals
+    def __init__(self, jobs: JobStore, totals: TotalsOfJobs, by_tenant: bool) -> None:
+        self._jobs, self._totals, self._by_tenant = jobs, totals, by_tenant
 
     def collect(self) -> Iterator[Metric]:
         """Every metric, as it is now."""
-        counts = self._store.count()
-        jobs = GaugeMetricFamily("chainfed_jobs", "Jobs by status.", labels=["status"])
-        for status in get_args(JobStatus):
-            jobs.add_metric([status], counts.get(status, 0))
-        yield jobs
-        totals = self._totals.of(job.id for job in self._shown())
-        yield from _job_metrics(totals)
-        yield from _class_metrics(totals)
-        yield _server_memory(totals)
+        yield self._counts()
+        tenants = {job.id: job.tenant for job in self._shown()}
+        totals = self._totals.of(tenants)
+        shown = _Shown(totals, tenants if self._by_tenant else None)
+        yield from _job_metrics(shown)
+        yield from _class_metrics(shown)
+        yield _server_memory(shown)
+
+    def _counts(self) -> Metric:
+        if not self._by_tenant:
+            jobs = GaugeMetricFamily("chainfed_jobs", "Jobs by status.", labels=["status"])
+            counts = self._jobs.count()
+            for status in get_args(JobStatus):
+                jobs.add_metric([status], counts.get(status, 0))
+            return jobs
+        jobs = GaugeMetricFamily("chainfed_jobs", "Jobs by status.", labels=["tenant", "status"])
+        for tenant in self._jobs.tenants():
+            counts = self._jobs.seen_by(tenant, everything=False).count()
+            for status in get_args(JobStatus):
+                jobs.add_metric([tenant, status], counts.get(status, 0))
+        return jobs
 
     def _shown(self) -> list[JobRecord]:
         """The jobs that have metrics of their own: those at work, and the newest finished ones."""
         at_work = [
-            *self._store.page(_RUNNING_JOBS, status="running"),
-            *self._store.page(_RUNNING_JOBS, status="cancelling"),
+            *self._jobs.page(_RUNNING_JOBS, status="running"),
+            *self._jobs.page(_RUNNING_JOBS, status="cancelling"),
         ]
-        over = [job for status in FINISHED for job in self._store.page(FINISHED_JOBS, status=status)]
+        over = [job for status in FINISHED for job in self._jobs.page(FINISHED_JOBS, status=status)]
         newest = sorted(over, key=lambda job: job.finished_at or "", reverse=True)
         return at_work + newest[:FINISHED_JOBS]
 
 
-def _job_metrics(totals: dict[str, JobTotals]) -> Iterator[Metric]:
-    done = CounterMetricFamily("chainfed_rounds", "Finished rounds.", labels=["job"])
-    limit = GaugeMetricFamily("chainfed_rounds_limit", "The most rounds that the job may have.", labels=["job"])
+@dataclass(frozen=True)
+class _Shown:
+    """The sums of the jobs that are shown; and their tenants, if these are labels."""
+
+    totals: dict[str, JobTotals]
+    tenants: dict[str, str] | None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the labels that each metric of a job has."""
+        return ["job"] if self.tenants is None else ["tenant", "job"]
+
+    def items(self) -> Iterator[tuple[list[str], JobTotals]]:
+        """The values of these labels and the sums, job by job."""
+        for job, sums in self.totals.items():
+            yield [job] if self.tenants is None else [self.tenants[job], job], sums
+
+
+def _job_metrics(shown: _Shown) -> Iterator[Metric]:
+    done = CounterMetricFamily("chainfed_rounds", "Finished rounds.", labels=shown.names)
+    limit = GaugeMetricFamily("chainfed_rounds_limit", "The most rounds that the job may have.", labels=shown.names)
     accuracy = GaugeMetricFamily(
-        "chainfed_accuracy", "Accuracy on held-out rows; of a language model, on their tokens.", labels=["job", "rows"]
+        "chainfed_accuracy",
+        "Accuracy on held-out rows; of a language model, on their tokens.",
+        labels=[*shown.names, "rows"],
     )
-    epsilon = GaugeMetricFamily("chainfed_epsilon", "ε that a job with differential privacy has spent.", labels=["job"])
-    for job, sums in totals.items():
-        done.add_metric([job], sums.rounds)
+    epsilon = GaugeMetricFamily(
+        "chainfed_epsilon", "ε that a job with differential privacy has spent.", labels=shown.names
+    )
+    for job, sums in shown.items():
+        done.add_metric(job, sums.rounds)
         if sums.epsilon is not None:
-            epsilon.add_metric([job], sums.epsilon)
+            epsilon.add_metric(job, sums.epsilon)
         if sums.limit:
-            limit.add_metric([job], sums.limit)
+            limit.add_metric(job, sums.limit)
         for rows, value in (("validation", sums.validation), ("test", sums.test)):
             if value is not None:
-                accuracy.add_metric([job, rows], value)
+                accuracy.add_metric([*job, rows], value)
     yield from (done, limit, accuracy, epsilon)
 
 
-def _server_memory(totals: dict[str, JobTotals]) -> Metric:
+def _server_memory(shown: _Shown) -> Metric:
     memory = GaugeMetricFamily(
         "chainfed_server_memory_bytes",
         "Planned and measured memory of the newest evaluation: of an early exit, or of the whole model (per process).",
-        labels=["job", "evaluated", "kind"],
+        labels=[*shown.names, "evaluated", "kind"],
     )
-    for job, sums in totals.items():
+    for job, sums in shown.items():
         for model, evaluation in (("early exit", sums.early_exit), ("whole model", sums.whole)):
             if evaluation:
                 planned, peak = evaluation.planned_bytes, evaluation.peak_bytes
                 process = evaluation.process_bytes if isinstance(evaluation, Evaluation) else None
                 for kind, count in (("planned", planned), ("peak", peak), ("process", process)):
                     if count is not None:
-                        memory.add_metric([job, model, kind], count)
+                        memory.add_metric([*job, model, kind], count)
     return memory
 
 
-def _class_metrics(totals: dict[str, JobTotals]) -> Iterator[Metric]:
+def _class_metrics(shown: _Shown) -> Iterator[Metric]:
     memory = GaugeMetricFamily(
         "chainfed_client_memory_bytes",
         "A client's budget, and the largest planned and measured memory of a turn in the newest round of the class.",
-        labels=["job", "class", "kind"],
+        labels=[*shown.names, "class", "kind"],
     )
-    turns = CounterMetricFamily("chainfed_turns", "Clients' turns that counted.", labels=["job", "class"])
-    failed = CounterMetricFamily("chainfed_failed_turns", "Clients' turns that failed.", labels=["job", "class"])
+    turns = CounterMetricFamily("chainfed_turns", "Clients' turns that counted.", labels=[*shown.names, "class"])
+    failed = CounterMetricFamily("chainfed_failed_turns", "Clients' turns that failed.", labels=[*shown.names, "class"])
     over = CounterMetricFamily(
         "chainfed_turns_over_budget",
         "Clients' turns that exceeded their memory plan, even if the second try then counted.",
-        labels=["job", "class"],
+        labels=[*shown.names, "class"],
     )
-    for job, sums in totals.items():
+    for job, sums in shown.items():
         for name, members in sums.classes.items():
             for kind, count in (("budget", members.budget), ("planned", members.planned), ("peak", members.peak)):
                 if count is not None:
-                    memory.add_metric([job, name, kind], count)
-            turns.add_metric([job, name], members.turns)
-            failed.add_metric([job, name], members.failed_turns)
-            over.add_metric([job, name], members.over_budget)
+                    memory.add_metric([*job, name, kind], count)
+            turns.add_metric([*job, name], members.turns)
+            failed.add_metric([*job, name], members.failed_turns)
+            over.add_metric([*job, name], members.over_budget)
     yield from (memory, turns, failed, over)

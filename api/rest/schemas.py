@@ -119,6 +119,7 @@ class JobSummary(BaseModel):
 
     id: str
     name: str
+    tenant: str = Field(description="whose job it is: the owner of the key that it was submitted with")
     status: JobStatus
     model: str = Field(description="the name under which the model is served, once the job has succeeded")
     submitted_at: str = Field(description="ISO 8601, UTC")
@@ -390,6 +391,7 @@ def _summary(record: JobRecord) -> dict[str, Any]:
     return {
         "id": record.id,
         "name": record.name,
+        "tenant": record.tenant,
         "status": record.status,
         "model": record.model,
         "submitted_at": record.submitted_at,

@@ -4,6 +4,7 @@ Work that a caller asked for ends when the caller goes away (``while_connected``
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Annotated, Protocol, TypeVar
 
 from fastapi import Depends, HTTPException, Request
 
+from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
 from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
@@ -53,15 +55,18 @@ async def _disconnect(request: Request) -> None:
 
 
 class Check(Protocol):
-    """Checks a job. Raises ``InvalidJob`` if it cannot run."""
+    """Checks a job. Raises ``InvalidJob`` if it cannot run.
 
-    async def __call__(self, spec: JobSpec) -> None: ...
+    Unless it ``reads_anything``, it may read only what the service's rules name.
+    """
+
+    async def __call__(self, spec: JobSpec, reads_anything: bool) -> None: ...
 
 
 class DryRun(Protocol):
-    """Forecasts a job by a dry run. Raises ``InvalidJob`` if it cannot run, whichever clients join."""
+    """Forecasts a job by a dry run, as ``Check`` checks it. Raises ``InvalidJob`` if it cannot run, whichever clients join."""
 
-    async def __call__(self, spec: JobSpec) -> Forecast: ...
+    async def __call__(self, spec: JobSpec, reads_anything: bool) -> Forecast: ...
 
 
 class Classify(Protocol):
@@ -148,9 +153,9 @@ class Service:
         return self.sites
 
     @cached_property
-    def totals(self) -> TotalsOfJobs:
-        """The sums of jobs' events."""
-        return TotalsOfJobs(self.store)
+    def totals(self) -> defaultdict[str | None, TotalsOfJobs]:
+        """The sums of jobs' events, by the tenant that asks for them; None sees all. Each keeps those of the jobs it shows."""
+        return defaultdict(lambda: TotalsOfJobs(self.store))
 
 
 def _service(request: Request) -> Service:
@@ -158,4 +163,19 @@ def _service(request: Request) -> Service:
     return service
 
 
+def _caller(request: Request) -> Identity:
+    """Who sends a request: the front door says it, and there is none where routes are tested without keys."""
+    identity: Identity = getattr(request.state, "identity", WITHOUT_KEYS)
+    return identity
+
+
+Caller = Annotated[Identity, Depends(_caller)]
 WithService = Annotated[Service, Depends(_service)]
+
+
+def _jobs(service: WithService, caller: Caller) -> JobStore:
+    return service.store.seen_by(caller.tenant, caller.sees_everything)
+
+
+Jobs = Annotated[JobStore, Depends(_jobs)]
+"""The jobs, models and aliases that the caller sees. Routes use these alone, so none tells of another tenant's."""

@@ -7,7 +7,8 @@ from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Res
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
-from chainfed_ray.api.rest.service import WithService
+from chainfed_ray.api.rest.service import Caller, WithService
+from chainfed_ray.cluster.sites.mailbox import site_address
 from chainfed_ray.site.envelope import (
     MOST_CHARACTERS,
     PROTOCOL,
@@ -28,12 +29,11 @@ _LOOK_SECONDS = 1.0  # until it is looked again whether the process that waits i
 _BINARY = "application/octet-stream"
 
 
-def _site(request: Request) -> str:
-    """The site whose key the request has."""
-    site: str | None = getattr(getattr(request.state, "identity", None), "site", None)
-    if site is None:
+def _site(caller: Caller) -> str:
+    """The site whose key the request has, as the mailbox calls it."""
+    if caller.site is None:
         raise HTTPException(403, "this needs the key of a site, which `chainfed sites add` makes")
-    return site
+    return site_address(caller.tenant, caller.site)
 
 
 SiteName = Annotated[str, Depends(_site)]
@@ -47,7 +47,7 @@ def join_site(body: Joining, site: SiteName, service: WithService) -> Welcome:
         detail = f"the site speaks version {body.protocol} of the protocol, and this service version {PROTOCOL}"
         raise HTTPException(426, detail)
     service.mailbox.join(site, body.session, body.version)
-    return Welcome(site=site)
+    return Welcome(site=site.rpartition("/")[2])
 
 
 @router.post("/leave")

@@ -42,7 +42,7 @@ class Api:
         self._writing: Any = inference.options(stream=True)
         self._store = JobStore(settings.storage.database, existing=True)
         self._keys = KeyStore(settings.storage.database, existing=True)
-        self._preflight = Preflight(settings.client_slots)
+        self._preflight = Preflight(settings.client_slots, rules=settings.reading)
         ensure_controller(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

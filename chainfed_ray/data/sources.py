@@ -15,9 +15,11 @@ from chainfed_ray.data.messages import Message
 from chainfed_ray.data.tables import FORMS, Table, from_arrow, read_path
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import hub_is_reachable
+from chainfed_ray.reading import NotAllowed, check_repository
 from chainfed_ray.spec.sections import DataSpec
 
 _FORMS = "builtin:docstrings, path:<file or folder> or hf:<dataset>[:<configuration>][@<revision>]"
+_IN_ROOTS = "a file or folder in one of CHAINFED_DATA_ROOTS, the folders whose data a job of this service may read"
 _FEWEST = 10
 _LISTED = 20  # names of columns in an error
 
@@ -222,11 +224,9 @@ def _texts(table: Table, selection: ColumnSelection, source: str) -> tuple[Text,
 
 def _read_file(field: str, source: str, path: Path, wanted: Collection[str] | None) -> Table:
     try:
-        if not path.exists():
-            raise InvalidJob.at(field, source, "a file or folder that exists")
         return read_path(path, wanted)
-    except InvalidJob:
-        raise
+    except NotAllowed:
+        raise InvalidJob.at(field, source, _IN_ROOTS) from None
     except Exception as error:  # a file may be anything, and so may be what its reader raises
         reason = " ".join(str(error).split()) or type(error).__name__
         expected = reason if isinstance(error, ValueError) else f"a readable {FORMS} ({reason})"
@@ -236,11 +236,15 @@ def _read_file(field: str, source: str, path: Path, wanted: Collection[str] | No
 def _read_hub(field: str, source: str, name: str, split: str, wanted: Collection[str] | None) -> Table:
     import datasets  # its import takes a second, and only hub sources need it
 
+    address, _, revision = name.partition("@")
+    repository, _, configuration = address.partition(":")
+    try:
+        check_repository(repository)
+    except NotAllowed:
+        raise InvalidJob.at(field, source, "a data set on the hub that CHAINFED_HUB_ALLOW names") from None
     offline = os.environ.get("HF_DATASETS_OFFLINE") == "1" or os.environ.get("HF_HUB_OFFLINE") == "1"
     if not offline and not hub_is_reachable():
         raise InvalidJob.at(field, source, "a network, or HF_HUB_OFFLINE=1 and a data set that was downloaded before")
-    address, _, revision = name.partition("@")
-    repository, _, configuration = address.partition(":")
     try:
         rows = datasets.load_dataset(repository, configuration or None, split=split, revision=revision or None)
         return from_arrow(rows.with_format("arrow")[:], wanted)

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from chainfed_ray.reading import data_file, data_path
+
 FORMS = ".csv, .tsv, .jsonl, .json or .parquet file (text files may be .gz), or a folder of such files of one form"
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -53,7 +55,11 @@ def read_path(path: Path, wanted: Collection[str] | None = None) -> Table:
     Raises:
         ValueError: the path has no known form, or what is in it is not of that form; in words that a user can act on.
         OSError: it cannot be read.
+        NotAllowed: the rules of this process do not allow it.
     """
+    path = data_path(path)
+    if not path.exists():
+        raise ValueError("a file or folder that exists")
     if not path.is_dir():
         return _read(path, wanted)
     files = sorted(file for file in path.iterdir() if file.is_file() and _form(file))
@@ -91,12 +97,17 @@ def _read(path: Path, wanted: Collection[str] | None) -> Table:
     form = _form(path)
     if form is None:
         raise ValueError(f"a {FORMS}")
+    with data_file(path) as own:
+        return _read_as(form, own, path.name.lower().endswith(".gz"), wanted)
+
+
+def _read_as(form: str, path: Path, packed: bool, wanted: Collection[str] | None) -> Table:
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError("the file itself; this is a pointer of git-lfs (`git lfs pull` fetches it)")
     if form == ".parquet":
         return _parquet(path, wanted)
-    with _opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
+    with _opened(path, packed) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
         # The encoding skips a byte order mark, as some editors write it.
         try:
             return _TEXT_READERS[form](text, wanted)
@@ -104,8 +115,8 @@ def _read(path: Path, wanted: Collection[str] | None) -> Table:
             raise ValueError(f"text in UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def _opened(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+def _opened(path: Path, packed: bool) -> Any:
+    return gzip.open(path, "rb") if packed else path.open("rb")
 
 
 def _form(path: Path) -> str | None:

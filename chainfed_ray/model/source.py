@@ -31,7 +31,9 @@ def load_whole(kind: Any, folder: Path, dtype: torch.dtype | str = "auto") -> An
     checkpoint = Checkpoint(folder)
     try:
         if not any(map(checkpoint.form, checkpoint.names)):
-            return kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            return kind.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
         config = configuration(folder)
         loaded = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
         values = {name: checkpoint.read(name, loaded) for name in checkpoint.names}

@@ -259,5 +259,8 @@ def _shards(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if elsewhere := [name for name in names if Path(name).name != name]:
+            raise UnsupportedModel(str(folder), f"its index names {elsewhere[0]!r}, which is no file of this folder")
+        return [folder / name for name in names]
     raise UnsupportedModel(str(folder), "it has neither model.safetensors nor model.safetensors.index.json")

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from chainfed_ray.cluster.storage import DEFAULT_TENANT
+
 Scope = Literal["submit", "read", "infer", "admin", "site"]
 """What a key allows: change jobs and aliases, look at them, ask models, everything, or be a site."""
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-DEFAULT_OWNER = "default"
-"""Whose everything is in a service without keys."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,24 @@ class Identity:
         return self.owner
 
     @property
+    def sees_everything(self) -> bool:
+        """Whether they see what other tenants have."""
+        return "admin" in self.scopes
+
+    @property
     def site(self) -> str | None:
         """The name of the site whose key this is; None for a key of another kind."""
         return self.name if "site" in self.scopes else None
+
+    @property
+    def reads_anything(self) -> bool:
+        """Whether their jobs may read what the service can read: only the user of a service without keys may."""
+        return not self.key
 
     def allows(self, scope: Scope) -> bool:
         """Whether the key allows what needs ``scope``. ``admin`` allows everything but to be a site, which has a name."""
         return scope in self.scopes or ("admin" in self.scopes and scope != "site")
 
 
-WITHOUT_KEYS = Identity("", DEFAULT_OWNER, "", frozenset({"admin"}))
+WITHOUT_KEYS = Identity("", DEFAULT_TENANT, "", frozenset({"admin"}))
 """Whoever asks a service in which no key was made."""

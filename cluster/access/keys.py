@@ -17,7 +17,8 @@ from typing import Any, cast
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from chainfed_ray.cluster.access.identity import DEFAULT_OWNER, SCOPES, Identity, Scope
+from chainfed_ray.cluster.access.identity import SCOPES, Identity, Scope
+from chainfed_ray.cluster.storage import DEFAULT_TENANT
 from chainfed_ray.cluster.tables import KeyRow, moment, open_tables
 from chainfed_ray.errors import InvalidSetting, KeyNotFound
 
@@ -119,7 +120,7 @@ class KeyStore:
             session.flush()
             return NewKey(_key(row), f"cfr_{row.id}_{secret}")
 
-    def make_site_key(self, site: str, owner: str = DEFAULT_OWNER, expires_in: timedelta | None = None) -> NewKey:
+    def make_site_key(self, site: str, owner: str = DEFAULT_TENANT, expires_in: timedelta | None = None) -> NewKey:
         """Make a key for the site called ``site``. A site may have several, so that one can take another's place.
 
         Raises:

@@ -52,6 +52,7 @@ class CoordinatorActor:
                 server_evaluation,
                 desk,
                 restarted=ray.get_runtime_context().was_current_actor_reconstructed,
+                rules=settings.reading,
             )
         except Exception:
             _log.exception("the coordinator of job %s failed before the job was over; Ray starts it again", job)

@@ -18,6 +18,7 @@ from chainfed_ray.cluster.limits import memory_limit
 from chainfed_ray.cluster.resources import preflight_options
 from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
 from chainfed_ray.problem import Problem
+from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes
@@ -41,14 +42,17 @@ class Limits:
 
 
 class Preflight:
-    """Checks and forecasts jobs, for a cluster where at most ``client_slots`` clients train at once."""
+    """Checks and forecasts jobs, for a cluster where at most ``client_slots`` clients train at once.
 
-    def __init__(self, client_slots: int, limits: Limits = Limits()) -> None:
-        self._client_slots, self._limits = client_slots, limits
+    A job reads by the ``rules``. If they say nothing about something, only a job that ``reads_anything`` may read it.
+    """
+
+    def __init__(self, client_slots: int, limits: Limits = Limits(), rules: ReadingRules = EVERYTHING) -> None:
+        self._client_slots, self._limits, self._rules = client_slots, limits, rules
         self._places = asyncio.Semaphore(limits.at_once)
         self._waiting = 0
 
-    async def check(self, spec: JobSpec) -> None:
+    async def check(self, spec: JobSpec, reads_anything: bool = True) -> None:
         """Prepare a job and discard the result. This finds what is wrong before the job is accepted.
 
         Raises:
@@ -56,10 +60,11 @@ class Preflight:
             ServiceBusy: there are too many checks already.
             PartUnavailable: the check took too long, or its process died.
         """
-        if problems := await self._run("the check of the job", self._limits.check_seconds, _problems, spec):
+        rules = self._rules_for(reads_anything)
+        if problems := await self._run("the check of the job", self._limits.check_seconds, _problems, rules, spec):
             raise InvalidJob(tuple(problems))
 
-    async def plan(self, spec: JobSpec) -> Forecast:
+    async def plan(self, spec: JobSpec, reads_anything: bool = True) -> Forecast:
         """Forecast a job by a dry run.
 
         Raises:
@@ -68,11 +73,19 @@ class Preflight:
             PartUnavailable: the dry run took too long, or its process died.
         """
         answer: Forecast | list[Problem] = await self._run(
-            "the dry run", self._limits.plan_seconds, _forecast, spec, self._client_slots
+            "the dry run",
+            self._limits.plan_seconds,
+            _forecast,
+            self._rules_for(reads_anything),
+            spec,
+            self._client_slots,
         )
         if isinstance(answer, list):
             raise InvalidJob(tuple(answer))
         return answer
+
+    def _rules_for(self, reads_anything: bool) -> ReadingRules:
+        return self._rules if reads_anything else self._rules.closed()
 
     async def _run(self, what: str, seconds: float, task: Any, *arguments: Any) -> Any:
         async with self._place():
@@ -107,14 +120,14 @@ class Preflight:
 
 
 @ray.remote(max_retries=0)
-def _problems(most_bytes: int, spec: JobSpec) -> list[Problem]:
+def _problems(most_bytes: int, rules: ReadingRules, spec: JobSpec) -> list[Problem]:
     # It imports torch and transformers, which the caller's process need not load.
     from chainfed_ray.cluster.pool.placement import check_memories
     from chainfed_ray.federation.prepare import prepare_job
 
     try:
         check_memories([group.memory for group in spec.fleet.clients])
-        with memory_limit(most_bytes):
+        with memory_limit(most_bytes), reading_by(rules):
             prepare_job(spec, Path())  # preparing writes nothing into the scratch folder
     except InvalidJob as error:
         return _plain(error)
@@ -126,12 +139,12 @@ def _problems(most_bytes: int, spec: JobSpec) -> list[Problem]:
 @ray.remote(
     max_retries=0, max_calls=1
 )  # a dry run times training steps, and leaves its process changed: do not reuse it
-def _forecast(most_bytes: int, spec: JobSpec, client_slots: int) -> Forecast | list[Problem]:
+def _forecast(most_bytes: int, rules: ReadingRules, spec: JobSpec, client_slots: int) -> Forecast | list[Problem]:
     from chainfed_ray.forecast.dry_run import dry_run
 
     cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     try:
-        with memory_limit(most_bytes):
+        with memory_limit(most_bytes), reading_by(rules):
             return dry_run(spec, max(min(client_slots, cores), 1))  # a turn takes one core
     except InvalidJob as error:
         return _plain(error)

@@ -16,6 +16,7 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import CoordinatorLost
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
+from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import JobFinished, JobResult, JobStarted, Round
@@ -35,12 +36,14 @@ def run_queued_job(
     make_evaluation: MakeEvaluation = streamed,
     sites: Sites | None = None,
     restarted: bool = False,
+    rules: ReadingRules = EVERYTHING,
 ) -> None:
     """Run a job, or resume it from its commit log, and record how it ended.
 
     Events of rounds that were committed before are published if they are missing. If the database does not answer, or a disk
     is full or gone, the job waits and then resumes: it never fails because of that. ``restarted`` says that Ray started this
     process in place of one that died. A job that resumes with the whole service is no sign that it kills its coordinators.
+    The job reads by the ``rules``, as it was checked.
     """
     while True:
         try:
@@ -49,7 +52,8 @@ def run_queued_job(
                     return
                 deaths = store.count_restart(job) if restarted else 0
                 restarted = False  # from here on it is this process that tries again
-                trouble = _run(job, deaths, store, storage, make_pool, make_evaluation, sites)
+                with reading_by(rules if store.get(job).reads_anything else rules.closed()):
+                    trouble = _run(job, deaths, store, storage, make_pool, make_evaluation, sites)
                 if trouble is None:
                     return
                 _wait_for_disk(job, trouble, store, storage)

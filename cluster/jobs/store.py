@@ -11,49 +11,39 @@ all its events again. ::
 
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import replace
 from secrets import token_hex
-from typing import Any, NamedTuple, cast
+from typing import Any, Self, cast
 
-from sqlalchemy import func, select, text, update
+from sqlalchemy import ColumnElement, func, select, text, true, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.tables import AliasRow, EventRow, JobRecord, JobRow, Status, moment, open_tables
+from chainfed_ray.cluster.storage import DEFAULT_TENANT
+from chainfed_ray.cluster.tables import (
+    STATES_BEFORE,
+    AliasRow,
+    Event,
+    EventRow,
+    JobRecord,
+    JobRow,
+    Latest,
+    Status,
+    moment,
+    open_tables,
+)
 from chainfed_ray.errors import JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
 
 FINISHED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+_SERVED: tuple[Status, ...] = ("succeeded",)
 _CHECKED: tuple[Status, ...] = ("running", "succeeded")  # jobs whose base model is known to load
 _KEPT_TARGETS = 20  # that an alias had before
 Shares = dict[str, float]
 """Models, and the share of the requests that each has."""
-_BEFORE: dict[Status, tuple[Status, ...]] = {
-    "running": ("queued",),
-    "cancelling": ("running",),
-    "cancelled": ("queued", "cancelling"),
-    "succeeded": ("running",),
-    "failed": ("running",),
-}
-
-
-@dataclass(frozen=True)
-class Event:
-    """An event of a job. ``seq`` numbers the events of one job from 1."""
-
-    seq: int
-    kind: str
-    at: str
-    data: dict[str, Any]
-
-
-class Latest(NamedTuple):
-    """The number of a job's newest event; and what the job is doing, as JSON, unless it is not running."""
-
-    seq: int
-    activity: dict[str, Any] | None
 
 
 class JobStore:
@@ -62,12 +52,25 @@ class JobStore:
     Its tables are made if they are missing, and so is the file of SQLite unless it must be an ``existing`` one. A file that is
     removed while it is in use is a database that does not answer: what we wrote into it would be lost.
 
+    Every job, model and alias belongs to a tenant. ``seen_by`` gives the part of them that a tenant sees, and no other part of
+    the program need know of tenants. A model of another tenant is called ``<tenant>/<base>:<name>``, and an alias alike.
+
     Raises:
         InvalidSetting: ``url`` is not an SQLAlchemy URL, its driver is not installed, or its database has another version.
     """
 
     def __init__(self, url: str, existing: bool = False) -> None:
         self._engine = open_tables(url, existing)
+        self._tenant, self._sees_everything = DEFAULT_TENANT, True
+
+    def seen_by(self, tenant: str, everything: bool) -> Self:
+        """These jobs as ``tenant`` sees them, who submits jobs of its own: its own ones alone, unless it sees ``everything``.
+
+        What it does not see is for it as if it were not there.
+        """
+        part = copy(self)
+        part._tenant, part._sees_everything = tenant, everything
+        return part
 
     def close(self) -> None:
         """Close every connection."""
@@ -78,13 +81,17 @@ class JobStore:
         with Session(self._engine) as session:
             session.execute(text("select 1"))
 
-    def submit(self, spec: JobSpec, request_key: str | None = None) -> JobRecord:
+    def submit(self, spec: JobSpec, request_key: str | None = None, reads_anything: bool = True) -> JobRecord:
         """Queue a job. If an earlier call had the same ``request_key``, return the job that it queued instead.
+
+        See ``JobRecord`` for ``reads_anything``.
 
         Raises:
             JobConflict: the earlier call had another specification.
         """
-        document = spec.document()
+        document, key = spec.document(), request_key
+        if key is not None and self._tenant != DEFAULT_TENANT:
+            key = f"{self._tenant}\n{key}"  # no key that a caller gives has a line break
         row = JobRow(
             id=f"{spec.name}-{token_hex(4)}",
             name=spec.name,
@@ -92,19 +99,21 @@ class JobStore:
             spec=document,
             status="queued",
             submitted_at=moment(),
-            request_key=request_key,
+            request_key=key,
+            reads_anything=reads_anything,
+            tenant=self._tenant,
         )
         try:
             with Session(self._engine) as session, session.begin():
                 session.add(row)
                 session.flush()
                 _append(session, row.id, "queued", "queued", row.submitted_at, {})
-                return row.record()
+                return self._record(row)
         except IntegrityError:
-            if request_key is None:
+            if key is None:
                 raise
         with Session(self._engine) as session:
-            earlier = session.scalars(select(JobRow).where(JobRow.request_key == request_key)).one().record()
+            earlier = self._record(session.scalars(select(JobRow).where(JobRow.request_key == key)).one())
         if earlier.spec != document:
             raise JobConflict(earlier.id, earlier.status, "be submitted again with another specification") from None
         return earlier
@@ -117,10 +126,10 @@ class JobStore:
         """
         _check_id(job)
         with Session(self._engine) as session:
-            row = session.scalars(select(JobRow).where(JobRow.id == job)).one_or_none()
+            row = session.scalars(select(JobRow).where(self._seen, JobRow.id == job)).one_or_none()
             if row is None:
                 raise JobNotFound(job)
-            return row.record()
+            return self._record(row)
 
     def page(self, limit: int = 100, before: str | None = None, status: Status | None = None) -> list[JobRecord]:
         """At most ``limit`` jobs, the newest first; only those older than the job ``before``, and in the state ``status``.
@@ -128,107 +137,110 @@ class JobStore:
         Raises:
             JobNotFound: there is no job with the id ``before``.
         """
-        query = select(JobRow).order_by(JobRow.number.desc()).limit(limit)
+        query = select(JobRow).where(self._seen).order_by(JobRow.number.desc()).limit(limit)
         if status is not None:
             query = query.where(JobRow.status == status)
         with Session(self._engine) as session:
             if before is not None:
                 _check_id(before)
-                number = session.scalar(select(JobRow.number).where(JobRow.id == before))
+                number = session.scalar(select(JobRow.number).where(self._seen, JobRow.id == before))
                 if number is None:
                     raise JobNotFound(before)
                 query = query.where(JobRow.number < number)
-            return [row.record() for row in session.scalars(query)]
+            return [self._record(row) for row in session.scalars(query)]
 
     def count(self) -> dict[Status, int]:
         """How many jobs are in each state. States without jobs are missing."""
-        query = select(JobRow.status, func.count()).group_by(JobRow.status)
+        query = select(JobRow.status, func.count()).where(self._seen).group_by(JobRow.status)
         with Session(self._engine) as session:
             return {cast("Status", status): count for status, count in session.execute(query)}
+
+    def tenants(self) -> list[str]:
+        """The tenants that have jobs, sorted."""
+        with Session(self._engine) as session:
+            return sorted(session.scalars(select(JobRow.tenant).where(self._seen).distinct()))
 
     def queue(self, limit: int) -> list[JobRecord]:
         """At most ``limit`` queued jobs, the oldest first."""
         query = select(JobRow).where(JobRow.status == "queued").order_by(JobRow.number).limit(limit)
         with Session(self._engine) as session:
-            return [row.record() for row in session.scalars(query)]
+            return [self._record(row) for row in session.scalars(query)]
 
     def models(self) -> list[JobRecord]:
         """For each model name the newest job that succeeded, sorted by that name."""
-        newest = select(func.max(JobRow.number)).where(JobRow.status == "succeeded").group_by(JobRow.model)
+        succeeded = select(func.max(JobRow.number)).where(self._seen, JobRow.status == "succeeded")
+        newest = succeeded.group_by(JobRow.tenant, JobRow.model)
         query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.model)
         with Session(self._engine) as session:
-            return [row.record() for row in session.scalars(query)]
+            return [self._record(row) for row in session.scalars(query)]
 
     def model(self, name: str) -> JobRecord | None:
         """The newest job that succeeded and whose model is called ``name``."""
-        if "\0" in name:  # as for ids
-            return None
-        query = (
-            select(JobRow)
-            .where(JobRow.model == name, JobRow.status == "succeeded")
-            .order_by(JobRow.number.desc())
-            .limit(1)
-        )
-        with Session(self._engine) as session:
-            row = session.scalars(query).one_or_none()
-            return row.record() if row else None
+        found = self._called(name, _SERVED, 1)
+        return found[0] if found else None
 
     def of_model(self, name: str, limit: int = 100) -> list[JobRecord]:
         """At most ``limit`` jobs that run or succeeded and whose model is called ``name``, the newest first."""
-        if "\0" in name:
-            return []
-        query = (
-            select(JobRow)
-            .where(JobRow.model == name, JobRow.status.in_(_CHECKED))
-            .order_by(JobRow.number.desc())
-            .limit(limit)
-        )
+        return self._called(name, _CHECKED, limit)
+
+    def _called(self, name: str, states: Collection[Status], limit: int) -> list[JobRecord]:
+        tenant, own = self._parts(name)
+        query = select(JobRow).where(JobRow.tenant == tenant, JobRow.model == own, JobRow.status.in_(states))
         with Session(self._engine) as session:
-            return [row.record() for row in session.scalars(query)]
+            found = session.scalars(query.order_by(JobRow.number.desc()).limit(limit))
+            return [self._record(row) for row in found]
 
     def bases(self) -> list[JobRecord]:
         """For each base model's name, the newest job that runs or succeeded on it, sorted by that name.
 
         Such a job has been checked, so its base model is there and can be loaded.
         """
-        newest = select(func.max(JobRow.number)).where(JobRow.status.in_(_CHECKED)).group_by(JobRow.model)
+        checked = select(func.max(JobRow.number)).where(self._seen, JobRow.status.in_(_CHECKED))
+        newest = checked.group_by(JobRow.tenant, JobRow.model)
         query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.number)
         with Session(self._engine) as session:
-            found = {row.model.partition(":")[0]: row.record() for row in session.scalars(query)}
+            records = [self._record(row) for row in session.scalars(query)]
+        found = {record.model.partition(":")[0]: record for record in records}
         return [found[name] for name in sorted(found)]
 
     def on_base(self, name: str, limit: int) -> list[JobRecord]:
         """At most ``limit`` jobs that run or succeeded on a base model called ``name``, the newest first."""
-        if "\0" in name:
-            return []
-        of_base = JobRow.model.startswith(f"{name}:", autoescape=True)
-        query = select(JobRow).where(of_base, JobRow.status.in_(_CHECKED)).order_by(JobRow.number.desc()).limit(limit)
+        tenant, own = self._parts(name)
+        of_base = (JobRow.tenant == tenant, JobRow.model.startswith(f"{own}:", autoescape=True))
+        query = select(JobRow).where(*of_base, JobRow.status.in_(_CHECKED)).order_by(JobRow.number.desc()).limit(limit)
         with Session(self._engine) as session:
             # SQLite compares without regard to case.
-            return [row.record() for row in session.scalars(query) if row.model.partition(":")[0] == name]
+            return [self._record(row) for row in session.scalars(query) if row.model.partition(":")[0] == own]
 
     def model_names(self, limit: int) -> list[str]:
         """The names of at most ``limit`` models of jobs that succeeded, sorted."""
-        query = select(JobRow.model).where(JobRow.status == "succeeded").distinct().order_by(JobRow.model).limit(limit)
+        query = select(JobRow.tenant, JobRow.model).where(self._seen, JobRow.status == "succeeded").distinct()
         with Session(self._engine) as session:
-            return list(session.scalars(query))
+            found = session.execute(query.order_by(JobRow.model).limit(limit))
+            return sorted(self._name(tenant, model) for tenant, model in found)
 
     def aliases(self) -> dict[str, Shares]:
         """Every alias, with the share that each of its models has of the requests."""
+        query = select(AliasRow).order_by(AliasRow.name)
+        if not self._sees_everything:
+            of_others = AliasRow.name.contains("/")
+            own = AliasRow.name.startswith(f"{self._tenant}/", autoescape=True)
+            query = query.where(~of_others if self._tenant == DEFAULT_TENANT else own)
         with Session(self._engine) as session:
-            return {row.name: row.targets[-1] for row in session.scalars(select(AliasRow).order_by(AliasRow.name))}
+            return {self._alias_name(row.name): row.targets[-1] for row in session.scalars(query)}
 
     def alias(self, name: str) -> Shares | None:
         """What one alias stands for; None if there is none of this name."""
         with Session(self._engine) as session:
-            row = None if "\0" in name else session.get(AliasRow, name)
+            row = session.get(AliasRow, self._alias_key(name))
             return row.targets[-1] if row else None
 
     def set_alias(self, name: str, shares: Shares) -> None:
         """Let an alias stand for other models. What it stood for is kept, so that ``roll_back`` can return to it."""
+        key = self._alias_key(name)
         with suppress(IntegrityError):  # another process adds it at the same moment
-            return self._set_alias(name, shares)
-        self._set_alias(name, shares)
+            return self._set_alias(key, shares)
+        self._set_alias(key, shares)
 
     def _set_alias(self, name: str, shares: Shares) -> None:
         with Session(self._engine) as session, session.begin():
@@ -243,7 +255,7 @@ class JobStore:
     def roll_back(self, name: str) -> Shares | None:
         """Return an alias to what it stood for before. None if there is no such alias, or nothing before."""
         with Session(self._engine) as session, session.begin():
-            row = None if "\0" in name else session.get(AliasRow, name, with_for_update=True)
+            row = session.get(AliasRow, self._alias_key(name), with_for_update=True)
             if row is None or len(row.targets) == 1:
                 return None
             row.targets = row.targets[:-1]
@@ -252,7 +264,7 @@ class JobStore:
     def delete_alias(self, name: str) -> bool:
         """Delete an alias. False if there is none of this name."""
         with Session(self._engine) as session, session.begin():
-            row = None if "\0" in name else session.get(AliasRow, name)
+            row = session.get(AliasRow, self._alias_key(name))
             if row:
                 session.delete(row)
             return row is not None
@@ -274,7 +286,7 @@ class JobStore:
             values |= {"finished_at": now, "activity": None, "result": result, "error": error}
         with Session(self._engine) as session, session.begin():
             changed = session.execute(
-                update(JobRow).where(JobRow.id == job, JobRow.status.in_(_BEFORE[to])).values(**values)
+                update(JobRow).where(JobRow.id == job, JobRow.status.in_(STATES_BEFORE[to])).values(**values)
             )
             if cast("CursorResult[Any]", changed).rowcount == 0:
                 return False
@@ -323,6 +335,8 @@ class JobStore:
         Raises:
             JobNotFound: there is no such job.
         """
+        if not self._sees_everything:
+            self.get(job)
         query = select(EventRow).where(EventRow.job == job, EventRow.seq > after).order_by(EventRow.seq).limit(limit)
         with Session(self._engine) as session:
             found = [Event(row.seq, row.kind, row.at, row.data) for row in session.scalars(query)]
@@ -345,10 +359,37 @@ class JobStore:
             row = session.scalars(query).one_or_none()
             return Event(row.seq, row.kind, row.at, row.data) if row else None
 
+    @property
+    def _seen(self) -> ColumnElement[bool]:
+        """The condition of a query that a job is seen."""
+        return true() if self._sees_everything else JobRow.tenant == self._tenant
+
+    def _record(self, row: JobRow) -> JobRecord:
+        return replace(row.record(), model=self._name(row.tenant, row.model))
+
+    def _name(self, tenant: str, own: str) -> str:
+        """What a tenant calls ``own`` as it is called here."""
+        return own if tenant == self._tenant else f"{tenant}/{own}"
+
+    def _parts(self, name: str) -> tuple[str | None, str]:
+        """The tenant that is meant, and what it calls a model or alias. None if there is none, or it is not seen."""
+        tenant, _, own = name.rpartition("/")
+        tenant = tenant or self._tenant
+        is_seen = "\0" not in name and (self._sees_everything or tenant == self._tenant)
+        return (tenant, own) if is_seen else (None, "")
+
+    def _alias_key(self, name: str) -> str:
+        """The name of an alias in the database; one that no alias has, if it is not seen."""
+        tenant, own = self._parts(name)
+        return own if tenant in (None, DEFAULT_TENANT) else f"{tenant}/{own}"
+
+    def _alias_name(self, key: str) -> str:
+        tenant, _, own = key.rpartition("/")
+        return self._name(tenant or DEFAULT_TENANT, own)
+
 
 def _check_id(job: str) -> None:
-    """No id has a null character, and PostgreSQL raises an error of its own when it is asked for one."""
-    if "\0" in job:
+    if "\0" in job:  # no id has one, and PostgreSQL raises an error of its own when it is asked for it
         raise JobNotFound(job)
 
 

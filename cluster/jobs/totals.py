@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from threading import Lock
 
-from chainfed_ray.cluster.jobs.store import Event, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.tables import Event
 from chainfed_ray.records.rounds import EarlyExit, Evaluation, JobFinished, JobStarted, Round, StageMemory
 
 PAGE = 1000  # how many events are read at a time

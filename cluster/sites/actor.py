@@ -54,6 +54,7 @@ class SitesActor:
         self._pending: dict[tuple[str, str], asyncio.Future[OrderState]] = {}
         self._seen: dict[tuple[str, str], OrderState] = {}
         self._joined: set[str] = set()
+        self._addresses: dict[str, str] = {}  # of sites, by the names that the job has for them
         self._orders: dict[str, tuple[str, str]] = {}  # by the names of clients
         self._files: dict[str, TensorFile | None] = {}  # by Ray's names of orders
         self._lock = asyncio.Lock()
@@ -70,7 +71,7 @@ class SitesActor:
         assert client.remote is not None, "a client at a site"
         async with self._lock:  # clients of a round have the same order: its tensors are written once
             given = await asyncio.to_thread(self._given, client, order[0])
-        key = (client.remote.site, given.id)
+        key = (self._addresses[client.remote.site], given.id)
         self._orders[client.name] = key
         try:
             state = await self._answered(key)
@@ -81,7 +82,7 @@ class SitesActor:
     async def look(self, client: str, site: str) -> Seen:
         """Where the turn of ``client`` is."""
         state = self._seen.get(self._orders.get(client, ("", "")), _WAITING)
-        return Seen(state.state != "waiting", site in self._joined)
+        return Seen(state.state != "waiting", self._addresses.get(site) in self._joined)
 
     async def progress(self, client: str) -> Progress:
         """How far the turn of ``client`` is, as the site said last."""
@@ -107,7 +108,9 @@ class SitesActor:
         order = turn_order(
             self._job.id, self._job.name, self._job.spec, self._job.base_digest, client, turn, self._files[name]
         )
-        self._mailbox.give(client.remote.site, order)
+        site = client.remote.site
+        self._addresses[site] = self._mailbox.address(self._job.id, site)
+        self._mailbox.give(self._addresses[site], order)
         return order
 
     def _written(self, turn: Training | Fitting | Evaluating) -> TensorFile:
@@ -150,7 +153,7 @@ class SitesActor:
         site = client.remote.site
         match state.answer:
             case Done() as done:
-                file = self._mailbox.answer_file(self._job.id, site, order.id) if done.tensors else None
+                file = self._mailbox.answer_file(self._job.id, order.id) if done.tensors else None
                 return result_of(client.name, order.kind, done.content, file)
             case NotDone(reason="budget", numbers=numbers, phase=phase) if len(numbers) >= 2:
                 planned, cap, *peak = map(int, numbers)

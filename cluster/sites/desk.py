@@ -94,8 +94,9 @@ class Desk:
         for group in spec.fleet.at_sites:
             assert group.site is not None, "a class of clients at a site"
             order = survey_order(job.id, job.name, job.spec, job.base_digest, group.name, group.data or "")
-            mailbox.give(group.site, order)
-            orders[group.site, order.id] = group.name
+            address = mailbox.address(job.id, group.site)
+            mailbox.give(address, order)
+            orders[address, order.id] = group.name
         ends, found, told, nobody = monotonic() + deadline, dict[str, Survey | Absence](), "", Event()
         while len(found) < len(orders):
             states = mailbox.states(orders.keys() - {key for key, name in orders.items() if name in found})

@@ -20,14 +20,19 @@ from sqlalchemy import and_, delete, or_, select, update
 from sqlalchemy.engine import CursorResult, Engine
 from sqlalchemy.orm import Session
 
-from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.tables import SiteOrderRow, SiteRow, open_tables
+from chainfed_ray.cluster.storage import DEFAULT_TENANT, Storage
+from chainfed_ray.cluster.tables import JobRow, SiteOrderRow, SiteRow, open_tables
 from chainfed_ray.errors import AnswerRefused, OrderWithdrawn, SiteSuperseded
 from chainfed_ray.site.envelope import Answer, Done, Heartbeat, NotDone, Order, TensorFile
 
 _ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
 _SILENCE_SECONDS = 60.0
 _IN_FLIGHT = ("waiting", "taken")
+
+
+def site_address(tenant: str, site: str) -> str:
+    """What the mailbox calls the site of a tenant: its name, with the tenant's before it unless that is the default one."""
+    return site if tenant == DEFAULT_TENANT else f"{tenant}/{site}"
 
 
 class OrderState(NamedTuple):
@@ -60,6 +65,12 @@ class Mailbox:
         self._engine.dispose()
 
     # The side of the coordinator.
+
+    def address(self, job: str, site: str) -> str:
+        """The site that ``job`` calls ``site``: it is one of the job's own tenant."""
+        with Session(self._engine) as session:
+            tenant = session.scalar(select(JobRow.tenant).where(JobRow.id == job))
+        return site_address(tenant or DEFAULT_TENANT, site)
 
     def give(self, site: str, order: Order) -> None:
         """Give ``order`` to ``site``, unless the site has it or has carried it out. One that failed is given again."""
@@ -98,7 +109,7 @@ class Mailbox:
         with Session(self._engine) as session, session.begin():
             old = list(session.scalars(select(SiteOrderRow).where(*other)))
             for row in old:
-                self.answer_file(job, row.site, row.order).unlink(missing_ok=True)
+                self.answer_file(job, row.order).unlink(missing_ok=True)
                 session.delete(row)
         for digest in {row.tensors for row in old}:
             if digest:
@@ -120,9 +131,9 @@ class Mailbox:
         """Where the tensors of orders are."""
         return self._folder(job) / "tensors" / f"{digest}.safetensors"
 
-    def answer_file(self, job: str, site: str, order: str) -> Path:
-        """Where the tensors of an answer are."""
-        return self._folder(job) / "answers" / f"{site}.{order}.safetensors"
+    def answer_file(self, job: str, order: str) -> Path:
+        """Where the tensors of an answer are. A job gives no two sites the same order: each names its client."""
+        return self._folder(job) / "answers" / f"{order}.safetensors"
 
     def _folder(self, job: str) -> Path:
         return self._storage.job(job) / "sites"
@@ -252,10 +263,10 @@ class Mailbox:
         if found != tensors:
             file.unlink(missing_ok=True)
             raise AnswerRefused(row.order, "the tensors that arrived are not those that it describes; send them again")
-        file.replace(self.answer_file(row.job, row.site, row.order))
+        file.replace(self.answer_file(row.job, row.order))
 
     def _arriving(self, row: SiteOrderRow) -> Path:
-        return self.answer_file(row.job, row.site, row.order).with_suffix(".partial")
+        return self.answer_file(row.job, row.order).with_suffix(".partial")
 
     def _taken(self, database: Session, site: str, order: str, session: str) -> SiteOrderRow:
         row: SiteOrderRow | None = database.scalar(_of(site, order))

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.errors import InvalidSetting
+from chainfed_ray.reading import ReadingRules
 
 
 def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
@@ -21,3 +23,17 @@ def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
     storage.scratch_root.write_text("a file where a folder is meant")
     with pytest.raises(NotADirectoryError, match=str(storage.scratch_root)):
         storage.check()
+
+
+def test_folders_and_patterns_come_from_the_environment_and_go_on_to_other_processes(tmp_path: Path) -> None:
+    given = {
+        "CHAINFED_STORAGE": str(tmp_path),
+        "CHAINFED_DATA_ROOTS": "/data/a:/data/b",
+        "CHAINFED_HUB_ALLOW": "org/*, other/model",
+    }
+    settings = Settings.from_environment(given)
+    assert settings.reading == ReadingRules((Path("/data/a"), Path("/data/b")), None, ("org/*", "other/model"))
+    assert Settings.from_environment(settings.environment()) == settings
+    for name, wrong in (("CHAINFED_MODEL_ROOTS", "models"), ("CHAINFED_WITHOUT_KEYS", "all")):
+        with pytest.raises(InvalidSetting, match=name):
+            Settings.from_environment({**given, name: wrong})

@@ -99,7 +99,7 @@ def test_a_hub_out_of_reach_is_an_error_in_seconds(monkeypatch: pytest.MonkeyPat
     [
         ([], "a folder with a config.json"),
         (["config.json"], "a folder with safetensors weights"),
-        (["config.json", "pytorch_model.bin"], r"only \.bin files were found"),
+        (["config.json", "pytorch_model.bin"], r"pytorch_model\.bin is a pickle"),
         (None, "a folder that exists"),
     ],
 )

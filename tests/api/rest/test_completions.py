@@ -79,10 +79,10 @@ def inference(storage: Storage) -> Any:
 
 @pytest.fixture
 def client(storage: Storage, inference: Any) -> Iterator[TestClient]:
-    async def check(spec: JobSpec) -> None:
+    async def check(spec: JobSpec, reads_anything: bool) -> None:
         raise NotImplementedError
 
-    async def plan(spec: JobSpec) -> Forecast:
+    async def plan(spec: JobSpec, reads_anything: bool) -> Forecast:
         raise NotImplementedError
 
     async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:

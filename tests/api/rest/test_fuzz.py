@@ -44,6 +44,10 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     # The host is the name that schemathesis gives it.
     made = an_app(store, AccessRules(KeyRing(keys), "nobody"), ["testserver"])
     made.state.tokens = [keys.make_key(owner, ["submit", "read", "infer"]).token for owner in ("a", "b")]
+    for name in ("unseen-queued", "unseen-served"):
+        job = store.seen_by("b", everything=False).submit(parse_job({**EXAMPLE, "name": name})).id
+    store.move(job, "running")
+    store.move(job, "succeeded", result={"classes": ["yes", "no"], "accuracy": 0.5})
     yield made
     store.close()
     keys.close()
@@ -83,6 +87,7 @@ def checked_with(headers: dict[str, str]) -> Callable[[schemathesis.Case], None]
 
 
 def check(case: schemathesis.Case, answer: Any, with_key: bool) -> None:
+    assert "unseen-" not in answer.text, "it is another tenant's"
     # A job may be refused although its schema allows it, for a rule between keys or a file that is not there. Schemathesis
     # does not know 413 as a refusal.
     others: list[Any] = [negative_data_rejection] if answer.status_code == 413 else []

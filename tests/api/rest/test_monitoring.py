@@ -12,8 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from chainfed_ray.api.rest.monitoring import FINISHED_JOBS
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
-from chainfed_ray.cluster.jobs.store import Event, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
+from chainfed_ray.cluster.tables import Event
 from chainfed_ray.record import Record
 from chainfed_ray.records.rounds import EarlyExit, Evaluation, FailedTurn, JobStarted
 from tests.builders import FINISHED, MIB, SPEC, a_round, a_start
@@ -30,7 +31,9 @@ def store(tmp_path: Path) -> Iterator[JobStore]:
 
 def scraped(store: JobStore) -> Samples:
     """Every sample, as a new process of the API gives it to Prometheus."""
-    service = cast("Service", SimpleNamespace(store=store, totals=TotalsOfJobs(store)))  # it asks for nothing else
+    service = cast(
+        "Service", SimpleNamespace(store=store, totals={None: TotalsOfJobs(store)})
+    )  # it asks for nothing else
     with TestClient(create_app(service), "http://localhost") as client:
         answer = client.get("/metrics")
     assert answer.status_code == 200

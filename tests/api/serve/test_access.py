@@ -17,8 +17,9 @@ from chainfed_ray.cluster.access.identity import SCOPES, Scope
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import Key, KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.storage import WithoutKeys
+from chainfed_ray.cluster.storage import Storage, WithoutKeys
 from tests.apps import an_app
+from tests.builders import SPEC
 
 # What a key with one scope is let in for. The table in the code says it by route; this one, by scope.
 ALLOWED = {
@@ -244,3 +245,13 @@ def test_the_document_names_the_keys_of_each_operation(app: FastAPI) -> None:
             name = f"{method.upper()} {path}"
             assert operation["security"] == [{"key": [scope]} for scope in NEEDS[name]], name
             assert ({"401", "403"} <= operation["responses"].keys()) == (name in LOCKED), name
+
+
+def test_a_job_with_a_key_reads_less_than_one_without(store: JobStore, storage: Storage) -> None:
+    keys = KeyStore(storage.database)
+    client = TestClient(an_app(store, AccessRules(KeyRing(keys, seconds=0), "anyone")), "http://localhost")
+    alone = client.post("/v1/jobs", json=SPEC.document()).json()["id"]
+    headers = {"Authorization": f"Bearer {keys.make_key('a', ['admin']).token}"}
+    shared = client.post("/v1/jobs", json=SPEC.document(), headers=headers).json()["id"]
+    assert [store.get(job).reads_anything for job in (alone, shared)] == [True, False]
+    keys.close()

@@ -9,7 +9,8 @@ import pytest
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.feed import MOST_WATCHERS, Busy, EventFeed
-from chainfed_ray.cluster.jobs.store import Event, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.tables import Event
 from chainfed_ray.errors import ServiceBusy
 from tests.builders import SPEC
 

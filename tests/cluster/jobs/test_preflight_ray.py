@@ -30,6 +30,8 @@ def test_a_process_of_its_own_tells_the_same(document: dict[str, Any]) -> None:
         for refuses in (preflight.check, preflight.plan):
             with pytest.raises(InvalidJob, match="a column"):
                 await refuses(parse_job(document))
+            with pytest.raises(InvalidJob, match="CHAINFED_MODEL_ROOTS"):
+                await refuses(parse_job(document), reads_anything=False)
         return there
 
     assert without_times(asyncio.run(story())) == without_times(here)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from errno import ENOSPC, EROFS
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -13,6 +14,8 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.run import in_this_process
+from chainfed_ray.reading import EVERYTHING, ReadingRules
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC
 
 RUN = "chainfed_ray.cluster.jobs.run"
@@ -117,3 +120,23 @@ def test_a_broken_folder_is_the_job_s_own(job: str, storage: Storage, store: Job
     run_queued_job(job, storage, in_this_process)
     ended = store.get(job)
     assert (ended.status, ended.error and ended.error["type"]) == ("failed", "FileExistsError")
+
+
+def test_a_job_with_a_key_reads_what_the_rules_name_and_one_without_everything(
+    document: dict[str, Any], storage: Storage, store: JobStore, tiny_model_folder: Path, tiny_data: Path
+) -> None:
+    document["rounds"] |= {"total": 1, "clients": 2}
+    roots = ReadingRules((tiny_data.parent,), (tiny_model_folder.parent,))
+    for reads_anything, rules, refused in (
+        (True, EVERYTHING, None),
+        (False, EVERYTHING, "CHAINFED_MODEL_ROOTS"),
+        (False, ReadingRules(model_roots=roots.model_roots), "CHAINFED_DATA_ROOTS"),
+        (False, roots, None),
+        (True, ReadingRules((storage.root,)), "CHAINFED_DATA_ROOTS"),
+    ):
+        job = store.submit(parse_job(document), reads_anything=reads_anything).id
+        store.move(job, "running")
+        run_queued_job(job, storage, in_this_process, rules=rules)
+        ended = store.get(job)
+        assert ended.status == ("failed" if refused else "succeeded"), ended.error
+        assert refused is None or refused in str(ended.error)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.exc import OperationalError
 
 from chainfed_ray.activity import Activity
@@ -142,6 +142,27 @@ def test_restarts_count_until_a_new_round(store: JobStore) -> None:
     assert store.count_restart(job) == 1
     store.publish(job, "round-0", "round", {})  # the same round told again is no progress
     assert store.count_restart(job) == 2
+
+
+def test_a_database_of_before_gets_new_columns_and_keeps_its_jobs(database: str) -> None:
+    store = JobStore(database)
+    job = store.submit(SPEC)
+    store.close()
+    engine = create_engine(database)
+    with engine.begin() as connection:
+        connection.execute(text("drop index ix_jobs_tenant"))
+        for column in ("reads_anything", "tenant"):
+            connection.execute(text(f"alter table jobs drop column {column}"))
+    engine.dispose()
+    with ThreadPoolExecutor() as several:
+        for store in several.map(JobStore, [database] * 4):
+            assert store.get(job.id) == job
+            assert store.seen_by("default", everything=False).page() == [job]
+            assert store.seen_by("other", everything=False).page() == []
+            store.close()
+    engine = create_engine(database)
+    assert "ix_jobs_tenant" in {index["name"] for index in inspect(engine).get_indexes("jobs")}
+    engine.dispose()
 
 
 def test_a_retry_of_a_submission_makes_no_second_job(store: JobStore) -> None:

@@ -168,12 +168,12 @@ def two_sites(dealt: dict[str, Any], tmp_path: Path, **rounds: Any) -> dict[str,
 def test_a_site_that_is_killed_in_a_turn_is_replaced_and_its_turn_is_taken(
     cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
 ) -> None:
-    document = two_sites(dealt, tmp_path, local_epochs=300, quorum=2)
+    document = two_sites(dealt, tmp_path, local_steps=3000, quorum=2)
     service.join("east", tmp_path / "rows" / "east")
     process = service.process("north", tmp_path / "rows" / "north")
     with ThreadPoolExecutor() as executor:
         job = executor.submit(run, document, "job-2", storage)
-        wait_for(lambda: service.wire.has("north", "/heartbeat"), "turn at the site")
+        wait_for(lambda: service.wire.has("north", "/heartbeat") or job.done(), "turn at the site")
         workers = psutil.Process(process.pid).children()
         process.kill()
         process.wait()

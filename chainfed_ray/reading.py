@@ -1,0 +1,133 @@
+"""What jobs may read on the machines of a service: folders of data, folders of models, and repositories of the hub.
+
+A job names what it reads, and a service runs jobs of others. The process that prepares such a job holds the job's rules
+meanwhile (``reading_by``). What is opened is looked at then, and not when the job was sent: what a path leads to may change.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_OPENED = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # without waiting for who writes into a pipe
+
+
+@dataclass(frozen=True)
+class ReadingRules:
+    """The folders in which data and models may be, and patterns of the hub's repositories, such as ``org/*``.
+
+    None instead of them allows everything that the process can read.
+    """
+
+    data_roots: tuple[Path, ...] | None = None
+    model_roots: tuple[Path, ...] | None = None
+    hub: tuple[str, ...] | None = None
+
+    def closed(self) -> "ReadingRules":
+        """These rules for those who may not read everything: where nothing is said, nothing is allowed."""
+        return replace(self, data_roots=self.data_roots or (), model_roots=self.model_roots or (), hub=self.hub or ())
+
+
+class NotAllowed(Exception):
+    """The rules do not allow to read this. It says nothing about what is there, or whether anything is."""
+
+
+EVERYTHING = ReadingRules()
+_rules = EVERYTHING
+
+
+@contextmanager
+def reading_by(rules: ReadingRules) -> Iterator[None]:
+    """Let this process read by ``rules`` while a block runs. A process prepares one job at a time."""
+    global _rules
+    before, _rules = _rules, rules
+    try:
+        yield
+    finally:
+        _rules = before
+
+
+@contextmanager
+def data_file(path: Path) -> Iterator[Path]:
+    """The file at ``path``, under a name that leads to this file and no other while a block runs.
+
+    Raises:
+        NotAllowed: it is in no folder of data, or is no ordinary file.
+        OSError: it cannot be read.
+    """
+    if _rules.data_roots is None:
+        yield path
+        return
+    opened = os.open(within(path, _rules.data_roots), _OPENED)
+    try:
+        own = Path(f"/proc/self/fd/{opened}")
+        within(own, _rules.data_roots)  # the file that was opened, whatever its name leads to by now
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            raise NotAllowed
+        yield own
+    finally:
+        os.close(opened)
+
+
+def data_path(path: Path) -> Path:
+    """``path`` as it may be looked at: a file or folder of data, with no link in it.
+
+    Raises:
+        NotAllowed: it is in no folder of data, or is neither a file nor a folder.
+    """
+    return path if _rules.data_roots is None else _ordinary(within(path, _rules.data_roots))
+
+
+def model_path(path: Path) -> Path:
+    """The folder or file of a model, with no link in it. Each file of a folder is looked at as well.
+
+    Raises:
+        NotAllowed: it is in no folder of models, or leads out of them, or is neither a file nor a folder.
+    """
+    if _rules.model_roots is None:
+        return path
+    found = _ordinary(within(path, _rules.model_roots))
+    if found.is_dir():
+        for file in found.rglob("*"):
+            _ordinary(within(file, _rules.model_roots))
+    return found
+
+
+def check_repository(name: str) -> None:
+    """Check that the repository ``name`` of the hub may be read.
+
+    Raises:
+        NotAllowed: no pattern allows it; or the name is that of a folder here, which libraries would read instead.
+    """
+    if _rules.hub is None:
+        return
+    allowed = _REPOSITORY.fullmatch(name) and any(fnmatchcase(name, pattern) for pattern in _rules.hub)
+    if not allowed or Path(name).exists():
+        raise NotAllowed
+
+
+def within(path: Path, roots: tuple[Path, ...]) -> Path:
+    """Where ``path`` leads to, if that is in one of ``roots``, which may be links themselves.
+
+    Raises:
+        NotAllowed: it is in none of them.
+    """
+    try:
+        found = path.resolve()
+        if any(found.is_relative_to(root.resolve()) for root in roots):
+            return found
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a folder that may not be read, a null character
+        pass
+    raise NotAllowed
+
+
+def _ordinary(path: Path) -> Path:
+    """``path``, if it is a file or a folder, or nothing."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise NotAllowed
+    return path

@@ -1,0 +1,168 @@
+"""Promises of the reading rules: a job reads what is in its folders, whatever its paths lead to, and learns of nothing else."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chainfed_ray.data.sources import read_table
+from chainfed_ray.errors import InvalidJob, UnsupportedModel
+from chainfed_ray.hub import resolve
+from chainfed_ray.reading import EVERYTHING, NotAllowed, ReadingRules, check_repository, data_file, reading_by
+from chainfed_ray.streaming.checkpoint import Checkpoint
+
+ROWS = "text\na\nb\n"
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A folder in which data and models may be, and one beside it; this process reads by that rule."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / "rows.csv").write_text(ROWS)
+    with reading_by(ReadingRules((inside,), (inside,), ("org/*",))):
+        yield inside, outside
+
+
+def refusal(source: str) -> str:
+    with pytest.raises(InvalidJob) as refused:
+        read_table("data.train", source, "train")
+    (problem,) = refused.value.problems
+    assert problem.field == "data.train"
+    return problem.expected
+
+
+def test_files_of_a_root_are_read_under_every_name_that_leads_to_them(roots: tuple[Path, Path]) -> None:
+    inside, outside = roots
+    (outside / "way-in.csv").symlink_to(inside / "rows.csv")
+    (inside / "link.csv").symlink_to("rows.csv")
+    for path in (inside, inside / "rows.csv", inside / "link.csv", outside / "way-in.csv", inside / ".." / "inside"):
+        assert len(read_table("data.train", f"path:{path}", "train")) in (2, 4)
+
+
+def test_what_leads_out_is_refused_in_the_same_words_whether_it_is_there_or_not(roots: tuple[Path, Path]) -> None:
+    inside, outside = roots
+    (inside / "out.csv").symlink_to(outside / "rows.csv")
+    (inside / "nowhere.csv").symlink_to(outside / "none.csv")
+    (inside / "folder").symlink_to(outside)
+    (inside / "circle.csv").symlink_to(inside / "circle.csv")
+    (outside / "secret").mkdir(mode=0)
+    paths = [
+        outside, outside / "rows.csv", outside / "none.csv", outside / "secret" / "x.csv", Path("/etc/passwd"),
+        Path("/proc/self/environ"), inside / ".." / "outside" / "rows.csv", inside / ".." / "outside" / "none.csv",
+        inside / "out.csv", inside / "nowhere.csv", inside / "folder" / "rows.csv", inside / "circle.csv",
+        Path(f"{inside}-2/rows.csv"), Path("rows.csv"), Path("a\0b"), Path("x" * 5000),
+    ]  # fmt: skip
+    told = {refusal(f"path:{path}") for path in paths}
+    assert len(told) == 1, told
+    assert "CHAINFED_DATA_ROOTS" in told.pop()
+
+
+def test_a_link_in_a_folder_of_files_is_looked_at_as_well(roots: tuple[Path, Path]) -> None:
+    inside, outside = roots
+    (inside / "more.csv").symlink_to(outside / "rows.csv")
+    assert "CHAINFED_DATA_ROOTS" in refusal(f"path:{inside}")
+
+
+def test_what_is_no_ordinary_file_is_not_opened(roots: tuple[Path, Path]) -> None:
+    inside, _ = roots
+    os.mkfifo(inside / "pipe.csv")
+    assert "CHAINFED_DATA_ROOTS" in refusal(f"path:{inside / 'pipe.csv'}")
+    with pytest.raises(NotAllowed), data_file(inside / "pipe.csv"):
+        pass
+    with reading_by(ReadingRules((Path("/dev"),))):
+        assert "CHAINFED_DATA_ROOTS" in refusal("path:/dev/zero")
+
+
+def test_the_file_that_was_looked_at_is_the_one_that_is_read(roots: tuple[Path, Path]) -> None:
+    """A link that takes its place in the meantime leads nowhere else."""
+    inside, outside = roots
+    (outside / "rows.csv").write_text("secret\n")
+    with data_file(inside / "rows.csv") as own:
+        (inside / "rows.csv").unlink()
+        (inside / "rows.csv").symlink_to(outside / "rows.csv")
+        assert own.read_text() == ROWS
+
+
+def test_what_is_missing_in_a_root_may_be_told(roots: tuple[Path, Path]) -> None:
+    inside, _ = roots
+    assert "a file or folder that exists" in refusal(f"path:{inside}/none.csv")
+
+
+def test_models_are_in_their_roots_with_all_their_files(roots: tuple[Path, Path]) -> None:
+    inside, outside = roots
+    for folder in (inside, outside):
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").touch()
+    assert resolve(f"path:{inside}") == inside
+    told = set()
+    (inside / "link").symlink_to(outside)
+    (outside / "pickle.gguf").touch()
+    for path in (outside, outside / "none", inside / "link", outside / "pickle.gguf", outside / "none.gguf"):
+        with pytest.raises(InvalidJob) as refused:
+            resolve(f"path:{path}")
+        told.add(refused.value.problems[0].expected)
+    assert len(told) == 1, told
+    assert "CHAINFED_MODEL_ROOTS" in told.pop()
+    (inside / "link").unlink()
+    (inside / "vocab.txt").symlink_to("/etc/passwd")
+    with pytest.raises(InvalidJob, match="CHAINFED_MODEL_ROOTS"):
+        resolve(f"path:{inside}")
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("org/rows", True), ("org/rows.v2-x_1", True), ("other/rows", False), ("Org/rows", False), ("csv", False),
+        ("org", False), ("org/a/b", False), ("/etc", False), ("../org/x", False), ("org/..", False), ("", False),
+        ("org/rows\n", False),
+    ],
+)  # fmt: skip
+def test_the_hub_is_read_by_patterns(roots: tuple[Path, Path], name: str, allowed: bool) -> None:
+    if allowed:
+        check_repository(name)
+    else:
+        with pytest.raises(NotAllowed):
+            check_repository(name)
+        for refused in (
+            lambda: read_table("data.train", f"hf:{name}", "train"),
+            lambda: resolve(f"hf:{name}"),
+        ):
+            with pytest.raises(InvalidJob):
+                refused()
+
+
+def test_a_folder_here_is_no_repository(roots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library of data sets would read it in the repository's place."""
+    monkeypatch.chdir(roots[1])
+    Path("org/rows").mkdir(parents=True)
+    with pytest.raises(NotAllowed):
+        check_repository("org/rows")
+
+
+def test_without_rules_everything_is_read_and_closed_rules_allow_nothing(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(ROWS)
+    assert len(read_table("data.train", f"path:{tmp_path}/rows.csv", "train")) == 2
+    with reading_by(EVERYTHING.closed()):
+        assert "CHAINFED_DATA_ROOTS" in refusal(f"path:{tmp_path}/rows.csv")
+        with pytest.raises(NotAllowed):
+            check_repository("org/rows")
+    assert len(read_table("data.train", f"path:{tmp_path}/rows.csv", "train")) == 2
+    assert ReadingRules((tmp_path,), None, ("a/*",)).closed() == ReadingRules((tmp_path,), (), ("a/*",))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_path_is_refused_in_words(path: str) -> None:
+    with reading_by(EVERYTHING.closed()):
+        assert refusal(f"path:{path}")
+
+
+def test_a_shard_is_a_file_of_its_folder(tmp_path: Path) -> None:
+    for name in ("../x.safetensors", "/etc/passwd", "a/b.safetensors"):
+        (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": "{name}"}}}}')
+        with pytest.raises(UnsupportedModel, match="no file of this folder"):
+            Checkpoint(tmp_path)
