@@ -37,6 +37,10 @@ def dry_run(spec: JobSpec, at_once: int, listen: Listener = no_listener) -> Fore
     Raises:
         InvalidJob: the job cannot run with any clients.
     """
+    for index, group in enumerate(spec.fleet.clients):
+        if group.site is not None:
+            expected = "no value in a dry run, which knows nothing of the rows at sites; a job asks them when it starts"
+            raise InvalidJob.at(f"fleet.clients[{index}].site", group.site, expected)
     job = plan_job(spec, Path(), listen)  # the folder is never used: measurements have their own
     ledger = Ledger(spec.privacy, spec.rounds, len(job.admitted)) if spec.privacy and job.admitted else None
     rounds = ledger.total if ledger else spec.rounds.total

@@ -11,7 +11,7 @@ from typing import Any
 
 from chainfed_ray.errors import ChainFedError, ServiceFailed
 from chainfed_ray.site.connection import Connection, Withdrawn
-from chainfed_ray.site.envelope import Answer, NotDone, Order
+from chainfed_ray.site.envelope import Answer, Done, NotDone, Order
 from chainfed_ray.site.policy import Policy, in_words
 from chainfed_ray.site.turn_process import TurnProcess
 
@@ -119,9 +119,7 @@ class Agent:
                 tensors = self._connection.fetch(order, scratch / "adapters")
                 answer = process.carry_out(order, tensors, sent, lambda doing: self._heard(order, doing))
                 self._worked[order.job] += monotonic() - started
-                if not isinstance(answer, NotDone) and answer.tensors is not None:
-                    self._connection.send(order.id, sent)
-            self._connection.answer(order.id, answer)
+            answer = self._sent(order.id, answer, sent)
             how = in_words(answer) if isinstance(answer, NotDone) else "done"
             self._told(f"{order.name}: {order.kind} {_client(order)}: {how} ({monotonic() - started:.1f} s)")
         except Withdrawn as error:
@@ -132,6 +130,18 @@ class Agent:
             self._told_at.pop(order.id, None)
             sent.unlink(missing_ok=True)
             _forget_all_but(_KEPT_TENSORS, scratch / "adapters")
+
+    def _sent(self, order: str, answer: Answer, tensors: Path) -> Answer:
+        """Send an answer. One that the service refuses is replaced by one that says so, or it would be asked for again."""
+        try:
+            if isinstance(answer, Done) and answer.tensors is not None:
+                self._connection.send(order, tensors)
+            self._connection.answer(order, answer)
+        except ServiceFailed as error:
+            self._told(str(error))
+            answer = NotDone(reason="error", kind="AnswerRefused")
+            self._connection.answer(order, answer)
+        return answer
 
     def _heard(self, order: Order, doing: Mapping[str, Any]) -> None:
         if self._stop.is_set():
