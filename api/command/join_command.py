@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+import sys
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.site.agent import Agent, Offer, forget_caches
 from chainfed_ray.site.connection import Connection
@@ -42,6 +43,7 @@ def join(
     ] = False,
     log: Annotated[Path | None, typer.Option(help="append to this file what is sent, a line of JSON each")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="allow http:// to another machine")] = False,
+    as_json: Json = False,
 ) -> None:
     """Take part in jobs with the rows of this machine, which stay here. Runs until Ctrl-C."""
     policy = Policy(tuple(allow_models) if allow_models else None, _bytes(memory), max_hours, only_private)
@@ -55,22 +57,22 @@ def join(
     with closing(Transcript(log)) as transcript:
         connection = Connection(address, _key(key_file), token_hex(16), transcript, stop, _tell, ca, insecure)
         with closing(connection):
-            _run(connection, offer, site, stop, _tell)
+            _run(connection, offer, site, stop)
+    answer(as_json, {"status": "left", "site": site}, "The site has left.")
 
 
-def _run(connection: Connection, offer: Offer, site: str, stop: Event, told: Callable[[str], None]) -> None:
+def _run(connection: Connection, offer: Offer, site: str, stop: Event) -> None:
     known = connection.join(version("chainfed-ray"))
     if known != site:
         connection.leave()
         raise InvalidSetting("--site", site, f"{known}, whose key this is")
     forget_caches(offer.scratch)
-    told(f"Site {site} has joined, with the files in {offer.data}. Ctrl-C leaves.")
-    Agent(connection, offer, stop, told).run()
-    told("The site has left.")
+    _tell(f"Site {site} has joined, with the files in {offer.data}. Ctrl-C leaves.")
+    Agent(connection, offer, stop, _tell).run()
 
 
 def _tell(words: str) -> None:
-    print(words, flush=True)
+    print(words, file=sys.stderr, flush=True)
 
 
 def _key(file: Path | None) -> str:

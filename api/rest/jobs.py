@@ -4,14 +4,16 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel, Field
 
 from chainfed_ray.api.report.pictures import check_drawing
 from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
-from chainfed_ray.api.rest.schemas import ClientPage, JobPage, JobProgress, JobResource, JobStatus, JobSummary
+from chainfed_ray.api.rest.schemas import JobPage, JobProgress, JobResource, JobStatus, JobSummary
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import JobConflict
+from chainfed_ray.records.fleet import FleetClient
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.records.rounds import JobStarted, Round
 
@@ -21,6 +23,14 @@ _PNG = "image/png"
 _PICTURE: dict[int | str, dict[str, Any]] = {
     200: {"content": {_PNG: {"schema": {"type": "string", "format": "binary"}}}}
 }
+
+
+class ClientPage(BaseModel):
+    """A page of a job's clients: those that take part, in the order of the fleet, and then the others."""
+
+    clients: list[FleetClient]
+    next: int | None = Field(description="pass this as `after` to get the next page; null on the last page")
+
 
 IdempotencyKey = Annotated[
     str | None,

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, fie
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.versions import Trained
 from chainfed_ray.cluster.tables import JobRecord
-from chainfed_ray.records.fleet import AdmittedClients, FleetClient, Weights
+from chainfed_ray.records.fleet import AdmittedClients, Weights
 from chainfed_ray.records.rounds import JobStarted, Round, Turn
 
 _MOST_KEYS = 100
@@ -160,13 +160,6 @@ class JobPage(BaseModel):
 
     jobs: list[JobSummary]
     next: str | None = Field(description="pass this as `before` to get the next page; null on the last page")
-
-
-class ClientPage(BaseModel):
-    """A page of a job's clients: those that take part, in the order of the fleet, and then the others."""
-
-    clients: list[FleetClient]
-    next: int | None = Field(description="pass this as `after` to get the next page; null on the last page")
 
 
 class EventResource(BaseModel):

@@ -59,9 +59,9 @@ def examples_of(
     spec: JobSpec,
     tokenizer: PreTrainedTokenizerBase,
     listen: Listener = no_listener,
-    elsewhere: Collection[str] = (),
+    elsewhere: Collection[str] | None = (),
 ) -> JobExamples:
-    """Read a job's rows and tokenise them. ``elsewhere`` are the classes of training rows that are at sites.
+    """Read a job's rows and tokenise them. ``elsewhere`` are the classes of training rows that are at sites (see ``load``).
 
     Raises:
         InvalidJob: the rows cannot be read, or they have too little to learn from.
@@ -210,7 +210,7 @@ def _too_little(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, name: str, sp
     return InvalidJob.at(key, source, expected)
 
 
-def _load(spec: JobSpec, classes: bool, elsewhere: Collection[str] = ()) -> Corpus:
+def _load(spec: JobSpec, classes: bool, elsewhere: Collection[str] | None = ()) -> Corpus:
     return load(spec.data, derive(spec.seed, "split"), spec.fleet.partition.column, classes, elsewhere)
 
 

@@ -21,6 +21,7 @@ from chainfed_ray.spec.sections import DataSpec
 _FORMS = "builtin:docstrings, path:<file or folder> or hf:<dataset>[:<configuration>][@<revision>]"
 _IN_ROOTS = "a file or folder in one of CHAINFED_DATA_ROOTS, the folders whose data a job of this service may read"
 _FEWEST = 10
+_ANY_CLASSES = ("one", "other")
 _LISTED = 20  # names of columns in an error
 
 
@@ -86,12 +87,13 @@ class Corpus:
 
 
 def load(
-    spec: DataSpec, seed: int, column: str | None = None, classes: bool = True, elsewhere: Collection[str] = ()
+    spec: DataSpec, seed: int, column: str | None = None, classes: bool = True, elsewhere: Collection[str] | None = ()
 ) -> Corpus:
     """Read the job's rows. A validation or test split that is not given is a tenth of ``train``, drawn with ``seed``.
 
     ``column`` is the column by which training rows are partitioned, if any. Without ``classes`` no labels are read.
-    ``elsewhere`` are the classes of training rows that are at sites.
+    ``elsewhere`` are the classes of training rows that are at sites; None if the sites were not asked yet. The classes are
+    then those of all rows that are here, or any two: enough to check the job.
 
     Raises:
         InvalidJob: a source cannot be read, or its rows cannot be used.
@@ -112,7 +114,10 @@ def load(
         else:
             held_out.append(read_split(f"data.{field}", source, field, ungrouped))
     train = train.take(np.sort(left))
-    found = spec.classes if spec.classes is not None else tuple(sorted({*train.labels, *elsewhere}))
+    found = spec.classes if spec.classes is not None else tuple(sorted({*train.labels, *(elsewhere or ())}))
+    if elsewhere is None and spec.classes is None:
+        known = {label for split in (train, *held_out) for label in split.labels}
+        found = tuple(sorted(known)) if len(known) > 1 else _ANY_CLASSES
     if selection.label is not None:
         check_labels("data.train", train, found)
         _check_classes(selection.label, found, held_out)

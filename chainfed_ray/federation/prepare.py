@@ -185,7 +185,9 @@ def plan_job(
     with _about_the_model(spec):
         configuration(folder)
     surveys = sites.survey(spec, folder, listen) if sites and spec.fleet.at_sites else {}
-    examples = examples_of(spec, tokenizer(spec.model.base, folder), listen, classes_at_sites(surveys))
+    unasked = any(group.name not in surveys for group in spec.fleet.at_sites)
+    elsewhere = None if unasked else classes_at_sites(surveys)
+    examples = examples_of(spec, tokenizer(spec.model.base, folder), listen, elsewhere)
 
     # 2. Trace how much memory each part of a turn holds.
     train = examples.train if examples.pack_length is None else packed(examples.train, examples.pack_length)
@@ -212,7 +214,7 @@ def plan_job(
         partition=partition,
         lora=model.lora,
         absent=absent_clients(spec, surveys),
-        sites_unasked=any(group.name not in surveys for group in spec.fleet.at_sites),
+        sites_unasked=unasked,
     )
 
 
