@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from chainfed_ray.activity import Listener
+from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.data.tokens import ExampleCounts
 from chainfed_ray.spec.job import JobSpec
 
@@ -58,4 +59,8 @@ class Sites(Protocol):
 
         Gives the answers by the names of the classes of clients.
         """
+        ...
+
+    def planned(self, memory: MemoryProfile) -> None:
+        """Keep the ``memory`` of the base model's parts, once the job is planned: sites plan their turns with it as well."""
         ...

@@ -109,15 +109,13 @@ def splits_of_site(spec: JobSpec, rows: Split) -> SiteSplits:
     return SiteSplits(*(rows.take(np.sort(part)) for part in (left, first, second)))
 
 
-def examples_of_site(
-    spec: JobSpec, tokenizer: PreTrainedTokenizerBase, rows: Split, classes: Sequence[str]
-) -> Examples:
+def examples_of_site(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, rows: Split) -> Examples:
     """The tokenised ``rows`` of a client at a site, as a client with the same rows has them that the server deals.
 
-    ``classes`` are those of the job; empty for a language model. Of a language model's rows, some may have nothing to learn.
+    All labels are 0: which number a class has is the job's to say. Of a language model's rows, some may have nothing to learn.
     """
     if spec.model.task != "causal-lm":
-        return _classified(spec, tokenizer, rows, classes)
+        return tokenize(tokenizer, _texts(rows), [0] * len(rows), spec.data.max_length)
     _check_tokenizer(spec, tokenizer)
     length, running = spec.data.max_length, _is_running(spec)
     examples = tokenize_texts(tokenizer, rows.texts, length)

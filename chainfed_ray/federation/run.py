@@ -76,6 +76,8 @@ def run_job(
         if scratch is None:
             scratch = Path(until_done.enter_context(tempfile.TemporaryDirectory(prefix="chainfed-")))
         job = prepare_job(spec, scratch, listen, partition, sites)
+        if sites:
+            sites.planned(job.planner.costs)
         log, notes = CommitLog(folder), Notes(listen)
         clients = until_done.enter_context(closing(pool(job.base, notes.note)))
         at_sites = spec.evaluation.rows == "sites"

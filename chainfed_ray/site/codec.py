@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from chainfed_ray.aggregation.privacy import Noise, NoiseShare
+from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.first_pass import StartGuess
@@ -40,6 +41,7 @@ from chainfed_ray.site.envelope import Kind, Order, TensorFile
 
 _PLAN = TypeAdapter(TurnPlan)
 _WINDOW = TypeAdapter(Window)
+_MEMORY = TypeAdapter(MemoryProfile)
 _GUESS = TypeAdapter(StartGuess)
 _HEADER_BYTES = 2**20  # of a file of tensors
 _MOST_CLIENTS, _MOST_CLASSES = 1000, 65536  # of a site
@@ -72,11 +74,14 @@ def turn_order(
     name: str,
     spec: Mapping[str, Any],
     base_digest: str,
+    memory: MemoryProfile,
     client: Client,
     order: TurnOrder,
     tensors: TensorFile | None,
 ) -> Order:
     """The order that ``client`` is given. Its tensors are in a file that ``tensors`` describes.
+
+    The ``memory`` of the base model's parts goes with it, so that the site can plan the turn for its own rows.
 
     Raises:
         ValueError: the order has an objective of the caller's own, which is code.
@@ -122,6 +127,7 @@ def turn_order(
             "part": client.remote.part,
             "parts": client.remote.parts,
         },
+        "memory": _MEMORY.dump_python(memory) if kind in ("training", "evaluating") else None,
         "classes": list(client.remote.classes),
         "turn": turn,
     }
@@ -149,6 +155,15 @@ def client_of(order: Order) -> Client:
         share,
         remote=rows,
     )
+
+
+def memory_of(order: Order) -> MemoryProfile:
+    """The memory of the base model's parts.
+
+    Raises:
+        ValueError: the order is not what a service of this version sends.
+    """
+    return _MEMORY.validate_python(order.content["memory"])
 
 
 def turn_of(order: Order, tensors: Path | None) -> TurnOrder:

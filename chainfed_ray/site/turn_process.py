@@ -18,7 +18,7 @@ _END_SECONDS = 5.0
 
 
 class TurnProcess:
-    """Starts a worker (``worker.py``) when an order comes, and keeps it for the next one of the same job.
+    """Starts a worker (``worker.py``) when an order comes, and keeps it for the next one.
 
     ``settings`` are the worker's arguments.
     """
@@ -26,13 +26,12 @@ class TurnProcess:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = dict(settings)
         self._process: subprocess.Popen[str] | None = None
-        self._job: str | None = None
 
     def carry_out(
         self, order: Order, tensors: Path | None, sent: Path, heard: Callable[[Mapping[str, Any]], None]
     ) -> Answer:
         """Have ``order`` carried out. ``heard`` is told how far the turn is; if it raises, the process is ended."""
-        process = self._started(order.job)
+        process = self._started()
         asked = {"order": order.model_dump(mode="json"), "tensors": tensors and str(tensors), "sent": str(sent)}
         try:
             assert process.stdin is not None
@@ -69,8 +68,8 @@ class TurnProcess:
             if stream:
                 stream.close()
 
-    def _started(self, job: str) -> subprocess.Popen[str]:
-        if self._process and (self._job != job or self._process.poll() is not None):
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process and self._process.poll() is not None:
             self.end()
         if self._process is None:
             self._process = subprocess.Popen(
@@ -81,7 +80,6 @@ class TurnProcess:
                 env={**os.environ, **ENVIRONMENT},
                 start_new_session=True,  # Ctrl-C is for the parent, which ends this process in its own time
             )
-            self._job = job
         return self._process
 
 

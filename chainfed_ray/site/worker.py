@@ -26,13 +26,13 @@ from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.examples import examples_of_site, rows_of_site, splits_of_site
 from chainfed_ray.data.sources import Split
 from chainfed_ray.data.tokens import Examples
+from chainfed_ray.device.lean_imports import without_scipy
 from chainfed_ray.errors import BudgetExceeded, InvalidJob
 from chainfed_ray.federation.admission import Candidate, Planner, requirements_of
-from chainfed_ray.federation.prepare import traced
 from chainfed_ray.hub import digest_of, resolve, tokenizer
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.source import ModelSource
-from chainfed_ray.site.codec import client_of, result_document, survey_document, turn_of, write_tensors
+from chainfed_ray.site.codec import client_of, memory_of, result_document, survey_document, turn_of, write_tensors
 from chainfed_ray.site.envelope import Answer, Done, NotDone, Order, TensorFile, phase_of
 from chainfed_ray.site.evaluation import evaluate
 from chainfed_ray.site.folder import offered
@@ -54,28 +54,20 @@ class RowsOfJob:
         self.same_base = digest_of(base) == order.base_digest
         self.source = ModelSource(base, getattr(torch, self.spec.model.dtype), scratch / order.job)
         self._tokenizer = tokenizer(self.spec.model.base, base)
-        self._memory: MemoryProfile | None = None
-        self.examples = lru_cache(self._tokenized)
+        self._tokens = lru_cache(self._tokenized)
+        self._rows = lru_cache(self._read)
 
     def survey(self, data: str) -> Survey:
         """The clients that are made of the file ``data``, each with the counts of its rows."""
         labels = sorted(set(self._rows(data).labels))
         return Survey(tuple(self._survey(data, part, labels) for part in range(self._parts)))
 
-    def memory(self, classes: int | None) -> MemoryProfile:
-        """The memory of the model's parts in a job with so many classes, traced at this site."""
-        if self._memory is None:
-            self._memory = traced(self.spec, self.source, classes, ()).memory
-        return self._memory
-
-    def is_planned(self, client: Client, turn: TurnOrder, classes: int | None) -> bool:
+    def is_planned(self, client: Client, turn: TurnOrder, memory: MemoryProfile) -> bool:
         """True if the plan that came with a turn of training is the one that this site makes for its own rows.
 
         The service plans from the counts that the site told. So a service that asks for more than these rows need is noticed.
         """
-        if not isinstance(turn, Training):
-            return True
-        memory = self.memory(classes)
+        assert isinstance(turn, Training), "the order is one of training"
         start = min(AdapterStack.from_tensors(turn.tensors).layers)
         planner = Planner(memory, requirements_of(self.spec, memory.layers)).starting_at(start)
         disk = next(group.disk for group in self.spec.fleet.clients if group.name == client.client_class)
@@ -83,22 +75,29 @@ class RowsOfJob:
         plans = planner.plan(candidate, turn.window), planner.fallback_plan(candidate, turn.window)
         return client.plan in plans
 
+    def examples(self, data: str, part: int, classes: Sequence[str], split: SplitName) -> Examples:
+        """The examples of a client: part ``part`` of the file ``data``, with the numbers of ``classes`` as labels."""
+        labels, examples = self._tokens(data, part, split)
+        number = {name: place for place, name in enumerate(classes)}
+        return replace(examples, labels=np.array([number[label] for label in labels])) if labels else examples
+
     def _survey(self, data: str, part: int, labels: Sequence[str]) -> ClientSurvey:
-        examples = self._tokenized(data, part, tuple(labels), "train")
+        examples = self.examples(data, part, labels, "train")
         found = np.bincount(examples.labels, minlength=len(labels)).tolist() if labels else []
         return ClientSurvey(
             examples.counts, {label: count for label, count in zip(labels, found, strict=True) if count}
         )
 
-    def _tokenized(self, data: str, part: int, classes: tuple[str, ...], split: SplitName) -> Examples:
-        """The examples of a client: part ``part`` of the file ``data``, with the numbers of ``classes`` as labels."""
+    def _tokenized(self, data: str, part: int, split: SplitName) -> tuple[tuple[str, ...], Examples]:
+        """The labels of a client's rows, and the examples; these have no numbers of classes yet, which the job decides."""
         rows = self._rows(data)
         own = rows.take(np.arange(part, len(rows), self._parts))
         if not len(own):
             raise InvalidJob.at("fleet.clients.data", data, f"{self._parts} rows or more, one for each client")
-        return examples_of_site(self.spec, self._tokenizer, getattr(splits_of_site(self.spec, own), split), classes)
+        chosen: Split = getattr(splits_of_site(self.spec, own), split)
+        return chosen.labels, examples_of_site(self.spec, self._tokenizer, chosen)
 
-    def _rows(self, data: str) -> Split:
+    def _read(self, data: str) -> Split:
         return rows_of_site(self.spec, f"path:{offered(self._folder, data)}")
 
 
@@ -144,14 +143,15 @@ class Worker:
             turn = turn_of(order, tensors)
             assert isinstance(turn, Evaluating)
             held_out = job.examples(data, part, classes, turn.rows)
-            metrics = evaluate(client, job.source, job.memory(len(classes) or None), held_out, turn)
+            metrics = evaluate(client, job.source, memory_of(order), held_out, turn)
             return Done(content=result_document(metrics)[0])
         examples = job.examples(data, part, classes, "train")
         if job.source.dtype not in self._warm:
-            warm_up(job.source)
+            with without_scipy():
+                warm_up(job.source)
             self._warm.add(job.source.dtype)
         own = replace(client, examples=examples, remote=None)
-        if not job.is_planned(own, turn_of(order, tensors), len(classes) or None):
+        if order.kind == "training" and not job.is_planned(own, turn_of(order, tensors), memory_of(order)):
             return NotDone(reason="plan")
         result = take_turn(own, job.source, lambda: turn_of(order, tensors), capped=True)
         content, sent_tensors = result_document(result)

@@ -13,6 +13,7 @@ import ray
 from sqlalchemy.exc import SQLAlchemyError
 
 from chainfed_ray.activity import Activity
+from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Client, Evaluating, Fitting, Training, TurnResult
 from chainfed_ray.client.progress import Progress
 from chainfed_ray.cluster.pool.orders import receive
@@ -30,12 +31,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class JobForSites:
-    """What sites must know of a job. ``spec`` is its document, ``base_digest`` that of the base model's files."""
+    """What sites must know of a job. ``spec`` is its document, ``base_digest`` that of the base model's files.
+
+    ``memory`` is that of the base model's parts; None before the job is planned.
+    """
 
     id: str
     name: str
     spec: Mapping[str, Any]
     base_digest: str
+    memory: MemoryProfile | None = None
 
 
 class Seen(NamedTuple):
@@ -105,9 +110,9 @@ class SitesActor:
             self._files = {name: None}
             if isinstance(turn, Training | Fitting | Evaluating):
                 self._files[name] = self._written(turn)
-        order = turn_order(
-            self._job.id, self._job.name, self._job.spec, self._job.base_digest, client, turn, self._files[name]
-        )
+        job = self._job
+        assert job.memory is not None, "turns come after the plan"
+        order = turn_order(job.id, job.name, job.spec, job.base_digest, job.memory, client, turn, self._files[name])
         site = client.remote.site
         self._addresses[site] = self._mailbox.address(self._job.id, site)
         self._mailbox.give(self._addresses[site], order)

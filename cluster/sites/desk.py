@@ -1,7 +1,7 @@
 """What the coordinator of a job has of its sites: their surveys before it begins, and leases for their clients' turns."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from time import monotonic
@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from chainfed_ray.activity import Activity, Listener
+from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Client
 from chainfed_ray.client.survey import Absence, Survey
 from chainfed_ray.cluster.pool.leases import Lease
@@ -53,7 +54,7 @@ class SiteLease(Lease):
 
     def why_waiting(self) -> str:
         """See ``Lease``."""
-        return f"site {self.site} is busy" if self.joined else f"waiting for site {self.site}, which has not joined"
+        return f"waiting for site {self.site}" + ("" if self.joined else ", which has not joined")
 
     def end(self) -> None:
         """Take the turn back. The actor stands for other clients as well."""
@@ -76,6 +77,11 @@ class Desk:
             return self._surveyed(mailbox, self._job, spec, listen)
         finally:
             mailbox.close()
+
+    def planned(self, memory: MemoryProfile) -> None:
+        """See ``Sites``."""
+        if self._job:
+            self._job = replace(self._job, memory=memory)
 
     def lease(self, client: Client) -> Lease:
         """A lease for one turn of ``client``, which is at a site."""
@@ -111,7 +117,15 @@ class Desk:
             elif missing:
                 joined = {site.name for site in mailbox.sites() if site.joined}
                 if (words := _waiting(missing, joined)) != told:
-                    listen(Activity(what="asking sites for their rows", done=len(found), total=len(orders), note=words))
+                    listen(
+                        Activity(
+                            what="asking sites for their rows",
+                            done=len(found),
+                            total=len(orders),
+                            unit="sites",
+                            note=words,
+                        )
+                    )
                     told = words
                 nobody.wait(_POLL_SECONDS)
         return found

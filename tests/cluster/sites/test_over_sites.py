@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from chainfed_ray.activity import SILENT, Activity, Listener, no_listener
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Update
+from chainfed_ray.client.survey import Absence, Survey
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.sites.desk import Desk
@@ -41,41 +42,66 @@ pytestmark = pytest.mark.slow
 SITES = ("north", "east", "south", "west")
 
 
-@pytest.fixture
-def service(storage: Storage, store: JobStore, tmp_path: Path) -> Iterator[SitesService]:
-    with a_service(storage, store, tmp_path) as made:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sites")
+
+
+@pytest.fixture(scope="module")
+def storage(folder: Path) -> Storage:
+    return Storage.at(folder / "storage")
+
+
+@pytest.fixture(scope="module")
+def service(storage: Storage, folder: Path, rows: None) -> Iterator[SitesService]:
+    """A service that four sites have joined. A test may let others join."""
+    store = JobStore(storage.database)
+    with a_service(storage, store, folder) as made:
+        for site in SITES:
+            made.join(site, folder / "rows" / site)
         yield made
+    store.close()
 
 
 def rows_of(data: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data.read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def rows(tiny_data: Path, folder: Path) -> None:
+    """Rows as files: those that the server deals, those that it holds out, and at each site every fourth of the former."""
+    every = rows_of(tiny_data)
+    files = {"train": every[:96], "validation": every[96:108], "test": every[108:]}
+    files |= {f"rows/{site}/notes": every[place:96:4] for place, site in enumerate(SITES)}
+    for name, part in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+
+
 @pytest.fixture
-def dealt(document: dict[str, Any], tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
-    """A job whose held-out rows are files of their own. It trains on the others, which the server deals."""
-    rows = rows_of(tiny_data)
-    for name, part in (("train", rows[:96]), ("validation", rows[96:108]), ("test", rows[108:])):
-        file = tmp_path / f"{name}.jsonl"
-        file.write_text("\n".join(map(json.dumps, part)))
-        document["data"][name] = f"path:{file}"
+def dealt(document: dict[str, Any], folder: Path, rows: None) -> dict[str, Any]:
+    """A job whose held-out rows are files of their own. It trains on rows that the server deals."""
+    document["data"] |= {name: f"path:{folder / name}.jsonl" for name in ("train", "validation", "test")}
     document["chain"] |= {"head": "fitted"}
     document["rounds"] |= {"total": 2, "clients": 3}
     return document
 
 
-def over_sites(dealt: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """The same job over four sites, each with every fourth of its rows."""
-    rows = rows_of(Path(dealt["data"]["train"].removeprefix("path:")))
+def over(sites: Sequence[str], dealt: dict[str, Any]) -> dict[str, Any]:
+    """The same job over sites."""
     document = json.loads(json.dumps(dealt))
     del document["data"]["train"]
-    document["fleet"]["clients"] = []
-    for place, site in enumerate(SITES):
-        folder = tmp_path / "rows" / site
-        folder.mkdir(parents=True)
-        (folder / "notes.jsonl").write_text("\n".join(map(json.dumps, rows[place::4])))
-        group = {"name": f"at-{site}", "memory": "64MiB", "site": site, "data": "site:notes.jsonl"}
-        document["fleet"]["clients"].append(group)
+    document["fleet"]["clients"] = [
+        {"name": f"at-{site}", "memory": "64MiB", "site": site, "data": "site:notes.jsonl"} for site in sites
+    ]
+    return document
+
+
+def one_round(sites: Sequence[str], dealt: dict[str, Any], **rounds: Any) -> dict[str, Any]:
+    """A job of one round over two sites, without a fitted head."""
+    document = over(sites, dealt)
+    document["chain"] |= {"head": "zero"}
+    document["rounds"] |= {"total": 1, "clients": 2, "quorum": 1, **rounds}
     return document
 
 
@@ -124,13 +150,10 @@ def forms(numbers: list[int]) -> list[bytes]:
 
 
 def test_a_job_over_sites_has_the_bits_of_one_whose_rows_the_server_deals_and_no_row_crosses(
-    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, folder: Path, tmp_path: Path
 ) -> None:
     alone = list(run_job(parse_job(dealt), tmp_path / "alone", partition=every_fourth))
-    document = over_sites(dealt, tmp_path)
-    for site in SITES:
-        service.join(site, tmp_path / "rows" / site)
-    records = run(document, "job-1", storage)
+    records = run(over(SITES, dealt), "job-1", storage)
 
     assert [turn.loss for one in rounds(records) for turn in one.turns] == [
         turn.loss for one in rounds(alone) for turn in one.turns
@@ -142,7 +165,7 @@ def test_a_job_over_sites_has_the_bits_of_one_whose_rows_the_server_deals_and_no
 
     classes, tokenizer = ["sea", "sky", "soil"], AutoTokenizer.from_pretrained(dealt["model"]["base"][5:])
     for site in SITES:
-        rows = rows_of(tmp_path / "rows" / site / "notes.jsonl")
+        rows = rows_of(folder / "rows" / site / "notes.jsonl")
         assert leaks(service.wire.bytes, rows, tokenizer, classes) == []
         # The search finds what it looks for: a message that quotes a row, tokens as numbers, labels in their order.
         quoted = service.wire.bytes + json.dumps({"reason": f"row 3 is {rows[3]['text']!r}"}).encode()
@@ -152,47 +175,36 @@ def test_a_job_over_sites_has_the_bits_of_one_whose_rows_the_server_deals_and_no
         labels = json.dumps([classes.index(row["label"]) for row in rows]).encode()
         assert leaks(service.wire.bytes + labels, rows, tokenizer, classes) == ["labels"]
         # The site's own transcript has every request, and people can read it.
-        lines = [json.loads(line) for line in (tmp_path / f"{site}.log").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / f"{site}.log").read_text().splitlines()]
         assert {line["path"].rpartition("/")[2] for line in lines} >= {"session", "next", "tensors", "answer"}
 
 
-def two_sites(dealt: dict[str, Any], tmp_path: Path, **rounds: Any) -> dict[str, Any]:
-    """A job of one round over the sites north and east."""
-    document = over_sites(dealt, tmp_path)
-    document["fleet"]["clients"] = document["fleet"]["clients"][:2]
-    document["chain"] |= {"head": "zero"}
-    document["rounds"] |= {"total": 1, "clients": 2, "quorum": 1, **rounds}
-    return document
-
-
 def test_a_site_that_is_killed_in_a_turn_is_replaced_and_its_turn_is_taken(
-    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, folder: Path, tmp_path: Path
 ) -> None:
-    document = two_sites(dealt, tmp_path, local_steps=3000, quorum=2)
-    service.join("east", tmp_path / "rows" / "east")
-    process = service.process("north", tmp_path / "rows" / "north")
+    document = one_round(["mortal", "east"], dealt, local_steps=1200, quorum=2)
+    process = service.process("mortal", folder / "rows" / "north")
     with ThreadPoolExecutor() as executor:
         job = executor.submit(run, document, "job-2", storage)
-        wait_for(lambda: service.wire.has("north", "/heartbeat") or job.done(), "turn at the site")
+        wait_for(lambda: service.wire.has("mortal", "/heartbeat") or job.done(), "turn at the site")
         workers = psutil.Process(process.pid).children()
         process.kill()
         process.wait()
         psutil.wait_procs(workers, 10)
         assert not [worker for worker in workers if worker.is_running()]
-        service.process("north", tmp_path / "rows" / "north")
+        service.process("mortal", folder / "rows" / "north")
         records = job.result()
     assert [len(one.turns) for one in rounds(records)] == [2]
 
 
 def test_a_coordinator_that_is_made_again_finds_the_answers_of_its_orders(
-    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, folder: Path, tmp_path: Path
 ) -> None:
-    document = two_sites(dealt, tmp_path)
-    leave = [service.join(site, tmp_path / "rows" / site) for site in ("north", "east")]
+    document = one_round(["leaves", "too"], dealt)
+    leave = [service.join(site, folder / "rows" / "north") for site in ("leaves", "too")]
     once = run(document, "job-3", storage)
     for one in leave:
         one()
-    shutil.rmtree(storage.job("job-3") / "commits", ignore_errors=True)
     commits = [path for path in storage.job("job-3").iterdir() if path.name != "sites"]
     for path in commits:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -203,30 +215,30 @@ def test_a_coordinator_that_is_made_again_finds_the_answers_of_its_orders(
 
 
 def test_a_site_that_refuses_is_on_record_in_words_and_the_others_go_on(
-    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, folder: Path, tmp_path: Path
 ) -> None:
-    document = two_sites(dealt, tmp_path, clients=1)
-    service.join("north", tmp_path / "rows" / "north", Policy(memory=2**20))
-    service.join("east", tmp_path / "rows" / "east", parts=3)
+    document = one_round(["picky", "parted"], dealt, clients=1)
+    service.join("picky", folder / "rows" / "north", Policy(memory=2**20))
+    service.join("parted", folder / "rows" / "east", parts=3)
     started, *_ = run(document, "job-4", storage)
     assert isinstance(started, JobStarted)
     taking_part = [client.client for client in clients_in(storage.job("job-4"))]
-    assert taking_part == ["at-east-0", "at-east-1", "at-east-2"]
+    assert taking_part == ["at-parted-0", "at-parted-1", "at-parted-2"]
     assert [client.reason for client in started.excluded] == [
-        "site north takes no part: it gives a client at most 1MiB; the job asks for 64MiB"
+        "site picky takes no part: it gives a client at most 1MiB; the job asks for 64MiB"
     ]
 
 
-def test_a_site_that_does_not_come_is_named_and_the_quorum_decides(
-    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+def test_a_site_that_does_not_come_is_named_while_it_is_waited_for(
+    service: SitesService, dealt: dict[str, Any], storage: Storage
 ) -> None:
-    document = two_sites(dealt, tmp_path, deadline="20s")
-    service.join("east", tmp_path / "rows" / "east")
+    spec = parse_job(one_round(["absent", "prompt"], dealt, deadline="3s"))
+    service.liar("prompt", [])
     heard = list[Activity]()
-    started, *_ = run(document, "job-5", storage, heard.append)
-    assert isinstance(started, JobStarted)
-    assert [client.reason for client in started.excluded] == ["site north takes no part: it did not answer within 20 s"]
-    assert "not joined: north" in [activity.note for activity in heard]
+    found = Desk("job-5", storage).survey(spec, Path(spec.model.base[5:]), heard.append)
+    assert isinstance(found["at-prompt"], Survey)
+    assert found["at-absent"] == Absence("it did not answer within 3 s")
+    assert "not joined: absent" in [activity.note for activity in heard]
 
 
 LIES: dict[str, Callable[[Update], Update]] = {
@@ -240,29 +252,27 @@ LIES: dict[str, Callable[[Update], Update]] = {
 
 
 def test_an_answer_that_lies_costs_its_turn_alone(
-    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, folder: Path, tmp_path: Path
 ) -> None:
-    """North answers each round's order with another lie; east is honest."""
-    document = two_sites(dealt, tmp_path, total=len(LIES))
-    service.liar("north", list(LIES.values()))
-    service.join("east", tmp_path / "rows" / "east")
+    """The liar answers each round's order with another lie; east is honest."""
+    document = one_round(["liar", "east"], dealt, total=len(LIES))
+    service.liar("liar", list(LIES.values()))
     found = rounds(run(document, "job-6", storage))
     assert len(found) == len(LIES)
     for one in found:
         assert [turn.client for turn in one.turns] == ["at-east-0"]
-        assert [failed.client for failed in one.failed_turns] == ["at-north-0"]
+        assert [failed.client for failed in one.failed_turns] == ["at-liar-0"]
         assert "its update was refused" in one.failed_turns[0].reason
 
 
 def test_sites_evaluate_on_rows_that_they_hold_out_and_the_server_has_none(
-    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, tmp_path: Path
+    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, folder: Path, tmp_path: Path
 ) -> None:
-    document = two_sites(dealt, tmp_path, total=2)
+    document = one_round(["secretive", "east"], dealt, total=2)
     del document["data"]["validation"], document["data"]["test"]
     document["data"]["classes"] = ["sea", "sky", "soil"]
     document["evaluation"] = {"rows": "sites", "whole_every": "round"}
-    service.join("north", tmp_path / "rows" / "north", tells_classes=False)
-    service.join("east", tmp_path / "rows" / "east")
+    service.join("secretive", folder / "rows" / "north", tells_classes=False)
     records = run(document, "job-7", storage)
     finished = records[-1]
     assert isinstance(finished, JobFinished)
@@ -274,8 +284,10 @@ def test_sites_evaluate_on_rows_that_they_hold_out_and_the_server_has_none(
     stack = stack_of(log.tensors(log.rounds()[-1].index))
     parts = []
     for site in ("north", "east"):
-        rows = rows_of_site(spec, f"path:{tmp_path / 'rows' / site / 'notes.jsonl'}")
-        held_out = examples_of_site(spec, tokens, splits_of_site(spec, rows).test, spec.data.classes or ())
+        rows = rows_of_site(spec, f"path:{folder / 'rows' / site / 'notes.jsonl'}")
+        test = splits_of_site(spec, rows).test
+        numbers = np.array([("sea", "sky", "soil").index(label) for label in test.labels])
+        held_out = replace(examples_of_site(spec, tokens, test), labels=numbers)
         base = ModelSource(Path(document["model"]["base"][5:]), torch.float32, tmp_path / "here" / site)
         predictions = predict_early_exit(held_out, base, base.scratch / "test", stack, Window(3, 3), SILENT)
         parts.append(ScoreSums.of(predictions, held_out.labels, 3))
@@ -283,6 +295,7 @@ def test_sites_evaluate_on_rows_that_they_hold_out_and_the_server_has_none(
     assert finished.evaluation.loss == total.score.loss
     assert (finished.accuracy, finished.evaluation.macro_f1) == (total.score.accuracy, total.macro_f1)
     assert [(one.client, one.examples, one.loss) for one in finished.evaluation.clients] == [
-        (name, part.examples, part.score.loss) for name, part in zip(("at-north-0", "at-east-0"), parts, strict=True)
+        (name, part.examples, part.score.loss)
+        for name, part in zip(("at-secretive-0", "at-east-0"), parts, strict=True)
     ]
     assert all(one.held_out_loss is not None and one.evaluation for one in rounds(records))
