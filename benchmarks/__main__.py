@@ -14,6 +14,7 @@ from benchmarks import (
     memory,
     plan,
     quantized,
+    scale,
     serving,
     zoo,
 )
@@ -34,6 +35,7 @@ plan.add_options(names.add_parser("plan", help="the CPU seconds of a dry run, an
 quantized.add_options(
     names.add_parser("quantized", help="the bytes read from disk in a turn, with quantized weights and without")
 )
+scale.add_options(names.add_parser("scale", help="what the coordinator of a large fleet takes"))
 serving.add_options(names.add_parser("serving", help="the time to classify for many stacks in one batch"))
 hostile.add_options(names.add_parser("hostile", help="hostile requests to a service, and how long others wait"))
 load.add_options(names.add_parser("load", help="a service under load: throughput, waiting times, a killed process"))

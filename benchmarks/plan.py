@@ -85,7 +85,7 @@ def _run(what: str, *arguments: str) -> tuple[float, str]:
 
 def a_job(shape: Shape, folder: Path) -> Path:
     """Write a job file to ``folder``, with a tokenizer for the model there and texts of ``shape.tokens`` tokens each."""
-    _tokenizer(shape).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     rows = folder / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(row) for row in _texts(shape)))
     document: dict[str, Any] = {
@@ -102,8 +102,8 @@ def a_job(shape: Shape, folder: Path) -> Path:
     return path
 
 
-def _tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each word."""
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each of a thousand words, ``w0`` to ``w999``."""
     vocabulary = {"<pad>": 0, "<unk>": 1} | {f"w{number}": 2 + number for number in range(_WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

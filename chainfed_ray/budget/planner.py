@@ -10,6 +10,7 @@ trained.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 
 from chainfed_ray.budget.demand import MemoryProfile
@@ -68,7 +69,7 @@ class TurnPlan:
     footprint: Footprint
     offload_bytes: int  # disk for offloaded activations
 
-    @property
+    @cached_property
     def planned_bytes(self) -> int:
         """The peak in bytes of the whole turn."""
         return max(self.footprint.total, self.prefix.planned_bytes)

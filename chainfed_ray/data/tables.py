@@ -214,7 +214,9 @@ def _rows(rows: Iterable[tuple[int, Any]], wanted: Collection[str] | None) -> Ta
         for name, cell in row.items():
             names[name] = None
             if wanted is None or name in wanted:
-                columns.setdefault(name, [None] * count).append(cell)
+                if name not in columns:
+                    columns[name] = [None] * count
+                columns[name].append(cell)
         for cells in columns.values():
             if len(cells) == count:
                 cells.append(None)

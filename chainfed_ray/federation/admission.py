@@ -14,7 +14,7 @@ import numpy as np
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.budget.demand import MemoryProfile
-from chainfed_ray.budget.footprint import TurnRequirements
+from chainfed_ray.budget.footprint import TurnRequirements, saved_bytes
 from chainfed_ray.budget.planner import ClientResources, TurnPlan, cache_bytes, fallback_plan, plan, shortfall
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
@@ -56,12 +56,15 @@ class Candidate:
 class Planner:
     """Plans the turns of one job's clients: ``costs`` is what a turn holds, ``requirements`` what the job asks for.
 
-    Clients with equal resources have the same plan. It is made once and kept.
+    Clients with equal resources have the same plan, fallback plan and shortfall. Each is computed once and kept.
     """
 
     def __init__(self, costs: MemoryProfile, requirements: TurnRequirements) -> None:
         self.costs, self.requirements = costs, requirements
         self._plans: dict[tuple[Window, ClientResources], TurnPlan | None] = {}
+        self._fallback_plans: dict[tuple[Window, ClientResources], TurnPlan | None] = {}
+        self._shortfalls: dict[tuple[Window, ClientResources], int] = {}
+        self._most_offloaded: dict[tuple[Window, int, int], int] = {}
 
     def starting_at(self, start: int) -> "Planner":
         """The same planner for a chain whose lowest layer is ``start``."""
@@ -88,23 +91,43 @@ class Planner:
 
     def plan(self, candidate: Candidate, stage: Window) -> TurnPlan | None:
         """The best plan of a client for its turns in ``stage``; None if its memory is too small for any window."""
-        resources = self.resources(candidate)
-        if (stage, resources) not in self._plans:
-            self._plans[stage, resources] = plan(self.costs, self.requirements, stage, resources)
-        return self._plans[stage, resources]
+        key = stage, self._within(candidate, stage)
+        if key not in self._plans:
+            self._plans[key] = plan(self.costs, self.requirements, *key)
+        return self._plans[key]
 
     def fallback_plan(self, candidate: Candidate, stage: Window) -> TurnPlan | None:
         """The plan with less memory for a client that exceeded its best plan; None if no smaller plan exists."""
-        best = self.plan(candidate, stage)
-        return best and fallback_plan(self.costs, self.requirements, stage, self.resources(candidate), best)
+        best, key = self.plan(candidate, stage), (stage, self._within(candidate, stage))
+        if best and key not in self._fallback_plans:
+            self._fallback_plans[key] = fallback_plan(self.costs, self.requirements, *key, best)
+        return best and self._fallback_plans[key]
 
     def shortfall(self, candidate: Candidate, stage: Window) -> int:
         """The bytes of memory that a client is short of for the smallest plan in ``stage``."""
-        return shortfall(self.costs, self.requirements, stage, self.resources(candidate))
+        key = stage, self._within(candidate, stage)
+        if key not in self._shortfalls:
+            self._shortfalls[key] = shortfall(self.costs, self.requirements, *key)
+        return self._shortfalls[key]
 
     def disk_bytes(self, candidate: Candidate, plan: TurnPlan) -> int:
         """The bytes of disk that a client's turns use with ``plan``: the prefix cache and the offloaded activations."""
         return (self._cache_bytes(candidate) if plan.prefix.cached else 0) + plan.offload_bytes
+
+    def _within(self, candidate: Candidate, stage: Window) -> ClientResources:
+        """The resources of a client, without a limit of the disk that no plan in ``stage`` reaches.
+
+        The disk that a cache leaves is another for each client. A limit that makes no difference makes no plan of its own.
+        """
+        resources = self.resources(candidate)
+        if resources.offload_disk is None:
+            return resources
+        key = stage, resources.batch, resources.longest
+        if key not in self._most_offloaded:
+            self._most_offloaded[key] = saved_bytes(self.costs, self.requirements, *key)
+        return (
+            replace(resources, offload_disk=None) if resources.offload_disk >= self._most_offloaded[key] else resources
+        )
 
     def _cache_bytes(self, candidate: Candidate) -> int:
         return cache_bytes(self.costs, self.requirements, candidate.counts.examples, candidate.counts.tokens)
