@@ -8,6 +8,7 @@ from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
+from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
 from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -75,6 +76,8 @@ class Service:
     embed: Embed
     write: Write
     parts: dict[str, Alive]
+    audit: AuditLog | None = None
+    most_queued: int | None = None  # jobs that a tenant may have in the queue
 
     @cached_property
     def feed(self) -> EventFeed:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.access.identity import SCOPES, Identity, Scope
 from chainfed_ray.cluster.jobs.tables import KeyRow, moment, open_tables
-from chainfed_ray.cluster.storage import DEFAULT_TENANT
+from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import InvalidSetting, KeyNotFound
 
 _ID_BYTES, _SECRET_BYTES = 8, 32

@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.websockets import WebSocketDisconnect
 
 from chainfed_ray.api.serve.access import AccessRules
-from chainfed_ray.api.serve.scopes import NEEDS, RouteNeeds, routes_of
+from chainfed_ray.api.serve.scopes import NEEDS, RouteNames, routes_of
 from chainfed_ray.cluster.access.identity import SCOPES, Scope
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import Key, KeyStore
@@ -115,7 +115,7 @@ def test_a_new_route_without_a_scope_is_noticed(store: JobStore) -> None:
         return name
 
     with pytest.raises(LookupError, match="GET /v1/secrets"):
-        RouteNeeds(app)
+        RouteNames(app)
 
 
 def test_what_is_no_route_is_told_to_who_has_a_key(client: TestClient, tokens: dict[str, str]) -> None:
