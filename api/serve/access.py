@@ -26,6 +26,10 @@ _PUT_DOWN = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)  # refusals; those f
 _CHANGING: frozenset[KeyScope] = frozenset({"submit", "admin"})  # scopes of the requests that are put down
 
 
+class _KeyEnded(Exception):
+    """The key of a request was revoked, or has expired, while its answer is sent."""
+
+
 @dataclass(frozen=True)
 class AccessRules:
     """The keys of a service; who is let in as long as none was made; how much a tenant may ask, and where it is put down."""
@@ -39,7 +43,8 @@ class AccessRules:
 class Access:
     """Middleware that lets a request in if its key has the scope that its route needs, and says who sends it.
 
-    The key comes as ``Authorization: Bearer``. What changes something, and who is refused, is put into the audit log.
+    The key comes as ``Authorization: Bearer``. A stream ends when its key does. What changes something, and who is refused, is
+    put into the audit log.
     """
 
     def __init__(self, app: ASGIApp, rules: AccessRules, routes: RouteNames) -> None:
@@ -63,14 +68,30 @@ class Access:
             await refusal(request.scope, receive, send)
             return
 
-        async def send_and_put_down(message: Message) -> None:
-            if message["type"] == "http.response.start":
+        changes = route is not None and _CHANGING & {*NEEDS[route]} and request.method not in ("GET", "HEAD")
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start" and changes:
                 made = Headers(raw=message["headers"]).get("location", request.url.path)
                 await self._put_down(request, route, message["status"], made)
+            if message.get("more_body") and route and not await self._is_still_let_in(request):
+                raise _KeyEnded
             await send(message)
 
-        changes = route is not None and _CHANGING & {*NEEDS[route]} and request.method not in ("GET", "HEAD")
-        await self._app(request.scope, receive, send_and_put_down if changes else send)
+        try:
+            await self._app(request.scope, receive, send_on)
+        except* _KeyEnded:  # in a group, if the answer is sent by one of several tasks
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _is_still_let_in(self, request: Request) -> bool:
+        """Whether who was let in would be now. A stream goes on while the database does not answer."""
+        identity: Identity | None = getattr(request.state, "identity", None)
+        if identity is None:  # the route needs no key
+            return True
+        try:
+            return await self._rules.keys.is_valid(identity)
+        except NO_ANSWER:
+            return True
 
     async def _refusal(self, request: Request, route: str | None) -> Response | None:
         try:

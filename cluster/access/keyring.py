@@ -51,6 +51,12 @@ class KeyRing:
         self._note_use(key)
         return key.identity
 
+    async def is_valid(self, identity: Identity) -> bool:
+        """Whether one who was let in before would be now: with the same key, or without one as long as none was made."""
+        await self._read(self._clock() - self._seconds)
+        key = self._keys.get(identity.key)
+        return key.is_valid() if key else not identity.key and not self._keys
+
     async def _read(self, since: float) -> None:
         """Look at the keys, unless that was done at the time ``since`` or later."""
         if self._was_read(since):
