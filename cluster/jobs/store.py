@@ -117,9 +117,7 @@ class JobStore:
                 session.add(row)
                 session.flush()
                 if most_queued is not None and self._queued(session) > most_queued:
-                    raise LimitReached(
-                        self._view.tenant, f"a queue of {most_queued}", QUEUED_JOBS, _QUEUE_SECONDS
-                    )
+                    raise LimitReached(self._view.tenant, f"a queue of {most_queued}", QUEUED_JOBS, _QUEUE_SECONDS)
                 _append(session, row.id, "queued", "queued", row.submitted_at, {})
                 return self._record(row)
         except IntegrityError:
