@@ -7,6 +7,8 @@ from ipaddress import ip_address
 from typing import Any
 
 import psutil
+from rich.console import RenderableType
+from rich.table import Column, Table
 
 SERVICE_OF = "CHAINFED_SERVICE_OF"
 """The variable that each process of `chainfed serve` has: the folder of its storage."""
@@ -35,20 +37,22 @@ def open_ports() -> list[OpenPort]:
         with suppress(psutil.Error):  # it has ended, or belongs to another user
             if not _is_ours(process):
                 continue
-            name = " ".join(process.cmdline())[:_MOST_CHARACTERS].strip() or process.name()
+            title = " ".join(process.cmdline())[:_MOST_CHARACTERS].strip()
+            name = title if title.startswith(_TITLES) else process.name()
             for socket in process.net_connections("tcp"):
                 if socket.status == psutil.CONN_LISTEN and not _is_loopback(socket.laddr.ip):
                     found.add(OpenPort(socket.laddr.port, socket.laddr.ip, name))
     return sorted(found, key=lambda port: port.port)
 
 
-def warnings(ports: Sequence[OpenPort]) -> list[str]:
-    """A line for each open port."""
-    return [
-        f"open to the network: port {port.port} on {port.address}, of {port.process}; a firewall should close it, unless "
-        "it is where the service answers"
-        for port in ports
-    ]
+def warning(ports: Sequence[OpenPort]) -> list[RenderableType]:
+    """Says which ports are open, if any is: a firewall should close them, unless it is where the service answers."""
+    if not ports:
+        return []
+    table = Table("open port", "address", Column("process", overflow="fold"), box=None, header_style="bold")
+    for port in ports:
+        table.add_row(str(port.port), port.address, port.process)
+    return ["", "Other machines reach these. A firewall should close all but the service's own.", table]
 
 
 def _is_ours(process: psutil.Process) -> bool:
