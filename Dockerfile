@@ -45,4 +45,5 @@ WORKDIR /home/chainfed
 COPY examples examples
 VOLUME /data
 EXPOSE 8000
+# It does not start before a key was made in the volume: chainfed keys create --owner ops --scopes admin
 CMD ["chainfed", "serve", "--host", "0.0.0.0"]

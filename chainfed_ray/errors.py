@@ -21,6 +21,7 @@
     ├── AccessDenied       (RuntimeError)  the service does not accept the API key, or not for this
     ├── ServiceFailed      (RuntimeError)  the service answered with an internal error
     ├── ServiceBusy        (RuntimeError)  the service does as much of this at once as it can
+    ├── LimitReached       (RuntimeError)  a tenant has as much of something as its limit allows
     ├── PartUnavailable    (RuntimeError)  a process of the service ended, or took too long
     ├── SiteRefused        (RuntimeError)  the service refuses a site: its key, its version, or it has joined twice
     ├── TurnNotTaken       (RuntimeError)  a site refused a turn, or could not take it
@@ -281,6 +282,17 @@ class ServiceBusy(ChainFedError, RuntimeError):
 
     def __str__(self) -> str:
         return f"too many {self.work} at once; try again in {self.seconds} s"
+
+
+class LimitReached(ChainFedError, RuntimeError):
+    """A tenant has as much of something as ``limit`` allows, a setting of the service; it may ask again after ``seconds``."""
+
+    def __init__(self, tenant: str, what: str, limit: str, seconds: int) -> None:
+        super().__init__(tenant, what, limit, seconds)
+        self.tenant, self.what, self.limit, self.seconds = tenant, what, limit, seconds
+
+    def __str__(self) -> str:
+        return f"{self.tenant} has {self.what}, as many as {self.limit} allows; try again in {self.seconds} s"
 
 
 class PartUnavailable(ChainFedError, RuntimeError):

@@ -19,16 +19,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal, cast, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 from chainfed_ray.errors import InvalidJob, InvalidSetting
 from chainfed_ray.reading import EVERYTHING, ReadingRules
 from chainfed_ray.units import parse_bytes
 
-DEFAULT_TENANT = "default"
-"""Whose everything is in a service without keys."""
 WithoutKeys = Literal["nobody", "loopback", "anyone"]
 """Who may ask a service as long as no key was made."""
+QUEUED_JOBS, RUNNING_JOBS, REQUESTS = "CHAINFED_QUEUED_JOBS", "CHAINFED_RUNNING_JOBS", "CHAINFED_REQUESTS_PER_MINUTE"
+Default = TypeVar("Default", int, None)
 _PROBE_BYTES = 65536
 
 
@@ -124,14 +124,17 @@ class Settings:
     serving_replicas: int = 1  # processes that answer with models, at most; there is one until more requests wait
     allowed_hosts: tuple[str, ...] = ()  # names that the API answers to, besides addresses and localhost
     without_keys: WithoutKeys = "nobody"
+    requests_per_minute: int | None = None  # of a tenant, to one process of the API
+    queued_jobs: int | None = None  # of a tenant
+    running_jobs: int | None = None  # of a tenant; others of its jobs wait
     reading: ReadingRules = EVERYTHING  # what jobs may read, besides what everybody may
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_DATABASE``, ``CHAINFED_SCRATCH``,
         ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``, ``CHAINFED_SERVING_REPLICAS``,
-        ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``, ``CHAINFED_DATA_ROOTS``, ``CHAINFED_MODEL_ROOTS`` and
-        ``CHAINFED_HUB_ALLOW``.
+        ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``, ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``,
+        ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``, ``CHAINFED_MODEL_ROOTS`` and ``CHAINFED_HUB_ALLOW``.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
@@ -150,6 +153,9 @@ class Settings:
             _count(environment, "CHAINFED_SERVING_REPLICAS", 1),
             tuple(environment.get("CHAINFED_ALLOWED_HOSTS", "").replace(",", " ").split()),
             _without_keys(environment),
+            _count(environment, REQUESTS, None),
+            _count(environment, QUEUED_JOBS, None),
+            _count(environment, RUNNING_JOBS, None),
             ReadingRules(
                 _folders(environment, "CHAINFED_DATA_ROOTS"),
                 _folders(environment, "CHAINFED_MODEL_ROOTS"),
@@ -169,6 +175,9 @@ class Settings:
             "CHAINFED_SERVING_MEMORY": str(self.serving_bytes or ""),
             "CHAINFED_ALLOWED_HOSTS": ",".join(self.allowed_hosts),
             "CHAINFED_WITHOUT_KEYS": self.without_keys,
+            REQUESTS: str(self.requests_per_minute or ""),
+            QUEUED_JOBS: str(self.queued_jobs or ""),
+            RUNNING_JOBS: str(self.running_jobs or ""),
             "CHAINFED_DATA_ROOTS": os.pathsep.join(map(str, self.reading.data_roots or ())),
             "CHAINFED_MODEL_ROOTS": os.pathsep.join(map(str, self.reading.model_roots or ())),
             "CHAINFED_HUB_ALLOW": ",".join(self.reading.hub or ()),
@@ -210,8 +219,10 @@ def _round_of(stack: Path) -> int | None:
     return None
 
 
-def _count(environment: Mapping[str, str], name: str, default: int) -> int:
-    text = environment.get(name) or str(default)
+def _count(environment: Mapping[str, str], name: str, default: Default) -> int | Default:
+    text = environment.get(name)
+    if not text:
+        return default
     if not text.isdecimal() or int(text) < 1:
         raise InvalidSetting(name, text, "a whole number, 1 or more")
     return int(text)

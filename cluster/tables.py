@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, cast
 
-from sqlalchemy import JSON, ForeignKey, UniqueConstraint, func, inspect, select, text, true
+from sqlalchemy import DDL, JSON, ForeignKey, UniqueConstraint, event, func, inspect, select, text, true
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.schema import CreateColumn
 
 from chainfed_ray.cluster.database import open_database
-from chainfed_ray.cluster.storage import DEFAULT_TENANT
+from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.record import VERSION
 
@@ -191,6 +191,40 @@ class SiteOrderRow(_Table):
     answer: Mapped[str | None] = mapped_column(default=None)
     doing: Mapped[str | None] = mapped_column(default=None)
     worked: Mapped[float] = mapped_column(default=0.0)
+
+
+class AuditRow(_Table):
+    """An entry of the audit log. The database lets nobody change or delete one."""
+
+    __tablename__ = "audit"
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    at: Mapped[str]
+    tenant: Mapped[str | None]
+    key: Mapped[str | None]
+    action: Mapped[str]
+    target: Mapped[str]
+    address: Mapped[str]
+    outcome: Mapped[str]
+    request: Mapped[str | None]
+
+
+_APPEND_ONLY = {
+    "sqlite": (
+        "create trigger audit_update before update on audit begin select raise(abort, 'the audit log is append-only'); end",
+        "create trigger audit_delete before delete on audit begin select raise(abort, 'the audit log is append-only'); end",
+    ),
+    "postgresql": (
+        "create or replace function refuse_audit_change() returns trigger language plpgsql as "
+        "$$ begin raise exception 'the audit log is append-only'; end $$",
+        "create trigger audit_change before update or delete or truncate on audit "
+        "for each statement execute function refuse_audit_change()",
+    ),
+}
+for _dialect, _statements in _APPEND_ONLY.items():
+    for _statement in _statements:
+        _made: Any = DDL(_statement)  # type: ignore[no-untyped-call]
+        event.listen(AuditRow.__table__, "after_create", _made.execute_if(dialect=_dialect))
 
 
 class _Schema(_Table):

@@ -14,9 +14,13 @@ from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 
 
-def an_app(store: JobStore, access: AccessRules | None = None, hosts: Sequence[str] = ()) -> FastAPI:
+def an_app(
+    store: JobStore, access: AccessRules | None = None, hosts: Sequence[str] = (), most_queued: int | None = None
+) -> FastAPI:
     """The application. Its dry runs refuse every job."""
-    return create_app(Service(store, _check, _plan, _classify, _embed, _write, {}), hosts, access)
+    audit = access.audit if access else None
+    service = Service(store, _check, _plan, _classify, _embed, _write, {}, audit, most_queued)
+    return create_app(service, hosts, access)
 
 
 async def _check(spec: JobSpec, reads_anything: bool) -> None:

@@ -276,6 +276,7 @@ def doctor(
 ) -> None:
     """Tell which evaluation engines work on this machine, and what to install. Exits with 1 if DeepSpeed does not."""
     from chainfed_ray.api.command.doctor_table import doctor_table, verdict
+    from chainfed_ray.api.operator.open_ports import open_ports, warning
     from chainfed_ray.api.report.activity_display import ActivityDisplay
     from chainfed_ray.cluster.offload.build import build_ops, ops_folder
     from chainfed_ray.cluster.offload.doctor import findings, is_possible, look
@@ -290,7 +291,9 @@ def doctor(
     found = findings(look(scratch))
     possible = is_possible(found)
     document = {"deepspeed": possible, "torch": True, "findings": [finding.document() for finding in found]}
-    answer(as_json, document, doctor_table(found), *verdict(found))
+    ports = open_ports()
+    document["open_ports"] = [port.document() for port in ports]
+    answer(as_json, document, doctor_table(found), *verdict(found), *warning(ports))
     if not possible:
         raise typer.Exit(1)
 

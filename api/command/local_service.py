@@ -25,6 +25,7 @@ from sqlalchemy.exc import DBAPIError
 
 from chainfed_ray.activity import Activity, Listener, no_listener
 from chainfed_ray.api.command.service_process import READY_SECONDS, STOP, Ready, address_of, run
+from chainfed_ray.api.operator.open_ports import SERVICE_OF
 from chainfed_ray.api.serve.haproxy import environment as haproxy
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -39,7 +40,6 @@ _ANSWER_SECONDS = 10.0  # for one health check; a machine that is busy with othe
 _PATIENCE_SECONDS = 45.0  # without an answer; Ray itself makes most of its processes again within 15 s
 _STOP_SECONDS = 30.0  # to stop in order
 _DATABASE_SECONDS = 5.0  # between two questions to a database that does not answer
-_OWNER = "CHAINFED_SERVICE_OF"  # set to the storage folder in every process of a service, to find them later
 
 Tell = Callable[[str], None]
 """Is told in a line what has failed, and what is done about it."""
@@ -168,7 +168,7 @@ class LocalService:
     def _environment(self) -> dict[str, str]:
         """Ray's own settings. Each start has other ports, since any program may have taken one of the last start's."""
         return {
-            _OWNER: str(self._settings.storage.root),
+            SERVICE_OF: str(self._settings.storage.root),
             **haproxy(self._private),
             # Draining gives load balancers time to notice that a machine stops. Here there is only one machine.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
@@ -274,7 +274,7 @@ def _end_left_overs(settings: Settings) -> None:
 def _is_of(process: psutil.Process, settings: Settings) -> bool:
     """Whether a process was started by a service of this storage."""
     try:
-        return process.environ().get(_OWNER) == str(settings.storage.root)
+        return process.environ().get(SERVICE_OF) == str(settings.storage.root)
     except psutil.Error:  # it has ended, or belongs to another user
         return False
 

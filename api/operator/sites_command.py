@@ -9,7 +9,8 @@ from rich.table import Column, Table
 
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.api.operator.keys_command import key_store, period_of
-from chainfed_ray.cluster.storage import DEFAULT_TENANT, Settings
+from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 
 sites_app = typer.Typer(
     no_args_is_help=True,

@@ -21,6 +21,7 @@ from chainfed_ray.errors import (
     InvalidJob,
     JobConflict,
     JobNotFound,
+    LimitReached,
     ModelNotFound,
     OrderWithdrawn,
     PackageMissing,
@@ -43,6 +44,7 @@ _STATUS: Mapping[type[ChainFedError], HTTPStatus] = {
     ModelNotFound: HTTPStatus.NOT_FOUND,
     JobConflict: HTTPStatus.CONFLICT,
     PackageMissing: HTTPStatus.NOT_IMPLEMENTED,
+    LimitReached: HTTPStatus.TOO_MANY_REQUESTS,
     ServiceBusy: HTTPStatus.TOO_MANY_REQUESTS,
     PartUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     OrderWithdrawn: HTTPStatus.GONE,
@@ -99,7 +101,7 @@ def _handler(status: HTTPStatus) -> Handler:
     async def handle(request: Request, error: Exception) -> Response:
         problems = error.problems if isinstance(error, InvalidJob) else ()
         errors = [FieldProblem.model_validate(found.document()) for found in problems]
-        seconds = error.seconds if isinstance(error, ServiceBusy | PartUnavailable) else None
+        seconds = error.seconds if isinstance(error, LimitReached | ServiceBusy | PartUnavailable) else None
         headers = None if seconds is None else {"Retry-After": str(seconds)}
         return problem(request, status, _slug(type(error).__name__), str(error), errors, headers)
 

@@ -67,7 +67,9 @@ async def submit_job(
 ) -> JobResource:
     """Check a job and queue it. A job that cannot run is refused with every field that is wrong."""
     await while_connected(request, service.check(spec, caller.reads_anything))
-    record = await run_in_threadpool(jobs.submit, spec, idempotency_key, caller.reads_anything)
+    record = await run_in_threadpool(
+        jobs.submit, spec, idempotency_key, caller.reads_anything, service.most_queued if caller.key else None
+    )
     response.headers["Location"] = f"/v1/jobs/{record.id}"
     return JobResource.full(record, None)
 

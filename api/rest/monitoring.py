@@ -7,11 +7,12 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
+from typing import Annotated, get_args
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from pydantic import BaseModel, Field
 
 from chainfed_ray.api.rest.schemas import Health, JobStatus
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
@@ -65,6 +66,39 @@ def metrics(service: WithService, jobs: Jobs, caller: Caller) -> Response:
     totals = service.totals[None if caller.sees_everything else caller.tenant]
     found = _Metrics(jobs, totals, by_tenant=caller.sees_everything and bool(caller.key))
     return Response(generate_latest(found), media_type=CONTENT_TYPE_LATEST)
+
+
+class AuditEntry(BaseModel):
+    """Something that was changed, or refused."""
+
+    number: int
+    at: str = Field(description="ISO 8601, UTC")
+    tenant: str | None = Field(description="whose key the request had; null if it had none that is valid")
+    key: str | None = Field(description="the id of the key; null if there was none")
+    action: str = Field(description="a route, or a command of the operator's")
+    target: str = Field(description="the path of the request, or of what it made")
+    address: str = Field(description="where the request came from")
+    outcome: str = Field(description="the status of the answer; `done` for a command")
+    request: str | None = Field(description="the id of the request, which the service's log has as well")
+
+
+class AuditPage(BaseModel):
+    """A page of the audit log."""
+
+    entries: list[AuditEntry]
+    next: int | None = Field(description="`before` of the next page; null on the last one")
+
+
+@router.get("/v1/audit")
+def list_audit(
+    service: WithService,
+    limit: Annotated[int, Query(ge=1, le=1000, description="the most entries of a page")] = 100,
+    before: Annotated[int | None, Query(ge=1, lt=2**63, description="return only entries with a lower number")] = None,
+) -> AuditPage:
+    """The audit log, the newest entries first: what was changed, by whom and from where, and who was refused."""
+    found = service.audit.page(limit + 1, before) if service.audit else []
+    entries = [AuditEntry.model_validate(entry, from_attributes=True) for entry in found[:limit]]
+    return AuditPage(entries=entries, next=entries[-1].number if len(found) > limit else None)
 
 
 class _Metrics:

@@ -13,6 +13,7 @@ from typing import Annotated, Protocol, TypeVar
 
 from fastapi import Depends, HTTPException, Request
 
+from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
 from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -130,6 +131,8 @@ class Service:
     parts: dict[str, Alive]
     clients: ListClients = unlisted
     sites: Mailbox | None = None
+    audit: AuditLog | None = None
+    most_queued: int | None = None  # jobs that a tenant may have in the queue
 
     @cached_property
     def feed(self) -> EventFeed:

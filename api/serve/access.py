@@ -1,68 +1,116 @@
 """Lets in whoever has a key for what they ask."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from ipaddress import ip_address
 
 from fastapi import Request, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from fastapi.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chainfed_ray.api.rest.errors import no_database, problem
-from chainfed_ray.api.serve.scopes import Needs, RouteNeeds
+from chainfed_ray.api.serve.scopes import NEEDS, Needs, RouteNames
+from chainfed_ray.cluster.access.audit import Act, AuditLog
 from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
+from chainfed_ray.cluster.access.identity import Scope as KeyScope
 from chainfed_ray.cluster.access.keyring import KeyRing
+from chainfed_ray.cluster.access.rates import Rates
 from chainfed_ray.cluster.database import NO_ANSWER
-from chainfed_ray.cluster.storage import WithoutKeys
+from chainfed_ray.cluster.storage import REQUESTS, WithoutKeys
+from chainfed_ray.errors import LimitReached
 
 _REALM = 'Bearer realm="chainfed"'
 _POLICY_VIOLATION = 1008  # RFC 6455
+_PUT_DOWN = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)  # refusals; those for a rate come by the thousand
+_CHANGING: frozenset[KeyScope] = frozenset({"submit", "admin"})  # scopes of the requests that are put down
+
+
+class _KeyEnded(Exception):
+    """The key of a request was revoked, or has expired, while its answer is sent."""
 
 
 @dataclass(frozen=True)
 class AccessRules:
-    """The keys of a service; and who is let in as long as none was made."""
+    """The keys of a service; who is let in as long as none was made; how much a tenant may ask, and where it is put down."""
 
     keys: KeyRing
     without_keys: WithoutKeys
+    rates: Rates = field(default_factory=lambda: Rates(None))
+    audit: AuditLog | None = None
 
 
 class Access:
     """Middleware that lets a request in if its key has the scope that its route needs, and says who sends it.
 
-    The key comes as ``Authorization: Bearer``.
+    The key comes as ``Authorization: Bearer``. A stream ends when its key does. What changes something, and who is refused, is
+    put into the audit log.
     """
 
-    def __init__(self, app: ASGIApp, rules: AccessRules, routes: RouteNeeds) -> None:
-        self._app, self._routes = app, routes
-        self._keys, self._without_keys = rules.keys, rules.without_keys
+    def __init__(self, app: ASGIApp, rules: AccessRules, routes: RouteNames) -> None:
+        self._app, self._routes, self._rules = app, routes, rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (the ASGI protocol)."""
         if scope["type"] == "websocket":  # no route is one
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
-            return
-        refusal = await self._refusal(Request(scope)) if scope["type"] == "http" else None
-        await (refusal or self._app)(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._handle(Request(scope), receive, send)
+        else:
+            await self._app(scope, receive, send)
 
-    async def _refusal(self, request: Request) -> Response | None:
-        needs = self._routes.of(request.scope)
-        if needs == ():
-            return None
+    async def _handle(self, request: Request, receive: Receive, send: Send) -> None:
+        route = self._routes.of(request.scope)
+        refusal = None if route and not NEEDS[route] else await self._refusal(request, route)
+        if refusal:
+            if refusal.status_code in _PUT_DOWN:
+                await self._put_down(request, route, refusal.status_code, request.url.path, is_refusal=True)
+            await refusal(request.scope, receive, send)
+            return
+
+        changes = route is not None and _CHANGING & {*NEEDS[route]} and request.method not in ("GET", "HEAD")
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start" and changes:
+                made = Headers(raw=message["headers"]).get("location", request.url.path)
+                await self._put_down(request, route, message["status"], made)
+            if message.get("more_body") and route and not await self._is_still_let_in(request):
+                raise _KeyEnded
+            await send(message)
+
         try:
-            if needs != ("site",) and await self._keys.is_open():
+            await self._app(request.scope, receive, send_on)
+        except* _KeyEnded:  # in a group, if the answer is sent by one of several tasks
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _is_still_let_in(self, request: Request) -> bool:
+        """Whether who was let in would be now. A stream goes on while the database does not answer."""
+        identity: Identity | None = getattr(request.state, "identity", None)
+        if identity is None:  # the route needs no key
+            return True
+        try:
+            return await self._rules.keys.is_valid(identity)
+        except NO_ANSWER:
+            return True
+
+    async def _refusal(self, request: Request, route: str | None) -> Response | None:
+        try:
+            needs = NEEDS[route] if route else ()
+            if needs != ("site",) and await self._rules.keys.is_open():
                 return self._without_key(request)
             return await self._with_key(request, needs)
         except NO_ANSWER as error:
             return no_database(request, error)
 
     def _without_key(self, request: Request) -> Response | None:
-        if self._without_keys == "anyone" or (self._without_keys == "loopback" and _is_near(request)):
+        who = self._rules.without_keys
+        if who == "anyone" or (who == "loopback" and _is_near(request)):
             request.state.identity = WITHOUT_KEYS
             return None
         detail = "no key was made for this service yet; `chainfed keys create` makes one, at the service's machine"
         return _unauthorized(request, "key-missing", detail)
 
-    async def _with_key(self, request: Request, needs: Needs | None) -> Response | None:
+    async def _with_key(self, request: Request, needs: Needs) -> Response | None:
         given = request.headers.getlist("authorization")
         if not given:
             detail = "the request has no key; expected the header `Authorization: Bearer cfr_…`"
@@ -70,7 +118,7 @@ class Access:
         scheme, _, token = given[0].partition(" ")
         identity = None
         if len(given) == 1 and scheme.lower() == "bearer":
-            identity = await self._keys.identify(token.strip(" "))
+            identity = await self._rules.keys.identify(token.strip(" "))
         if identity is None:
             return _unauthorized(
                 request,
@@ -78,10 +126,40 @@ class Access:
                 "the key is not one of this service, was revoked or has expired",
                 "invalid_token",
             )
+        request.state.identity = identity
+        limited = identity.site is None  # how much a site sends follows from its orders
+        if limited and (seconds := self._rules.rates.wait_seconds(identity.tenant)):
+            error = LimitReached(
+                identity.tenant, f"{self._rules.rates.per_minute} requests a minute", REQUESTS, seconds
+            )
+            return problem(
+                request,
+                HTTPStatus.TOO_MANY_REQUESTS,
+                "limit-reached",
+                str(error),
+                headers={"Retry-After": str(seconds)},
+            )
         if needs and not any(identity.allows(scope) for scope in needs):
             return _forbidden(request, identity, needs)
-        request.state.identity = identity
         return None
+
+    async def _put_down(
+        self, request: Request, route: str | None, status: int, target: str, is_refusal: bool = False
+    ) -> None:
+        """Put a request and what came of it into the audit log."""
+        if self._rules.audit is None:
+            return
+        identity: Identity | None = getattr(request.state, "identity", None)
+        act = Act(
+            tenant=identity.tenant if identity else None,
+            key=identity.key or None if identity else None,
+            action=route or request.method,
+            target=target,
+            address=request.client.host if request.client else "",
+            outcome=str(status),
+            request=request.state.request_id,
+        )
+        await run_in_threadpool(self._rules.audit.note, act, is_refusal)
 
 
 def _is_near(request: Request) -> bool:

@@ -13,8 +13,10 @@ from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.api.serve.asking import answered, written
 from chainfed_ray.api.serve.inference import Inference
+from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
+from chainfed_ray.cluster.access.rates import Rates
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -42,6 +44,7 @@ class Api:
         self._writing: Any = inference.options(stream=True)
         self._store = JobStore(settings.storage.database, existing=True)
         self._keys = KeyStore(settings.storage.database, existing=True)
+        self._audit = AuditLog(settings.storage.database, existing=True)
         self._preflight = Preflight(settings.client_slots, rules=settings.reading)
         ensure_controller(settings)
 
@@ -63,8 +66,11 @@ class Api:
             parts,
             listed_in(self._settings.storage.job),
             Mailbox(self._settings.storage),
+            self._audit,
+            self._settings.queued_jobs,
         )
-        access = AccessRules(KeyRing(self._keys), self._settings.without_keys)
+        rates = Rates(self._settings.requests_per_minute)
+        access = AccessRules(KeyRing(self._keys), self._settings.without_keys, rates, self._audit)
         return create_app(service, self._settings.allowed_hosts, access)
 
     async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:

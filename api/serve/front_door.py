@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chainfed_ray.api.rest.errors import REQUEST_ID, problem
 from chainfed_ray.api.serve.access import Access, AccessRules
-from chainfed_ray.api.serve.scopes import RouteNeeds
+from chainfed_ray.api.serve.scopes import RouteNames
 
 BODY_SECONDS = 30.0
 MOST_BYTES = 4 * 2**20
@@ -27,7 +27,7 @@ def add_front_door(app: FastAPI, allowed_hosts: Sequence[str], access: AccessRul
     """
     app.add_middleware(BodyLimits)
     if access:
-        app.add_middleware(Access, rules=access, routes=RouteNeeds(app))
+        app.add_middleware(Access, rules=access, routes=RouteNames(app))
     app.add_middleware(AllowedHosts, allowed_hosts)
     app.add_middleware(RequestIds)  # the last that is added is the first that a request passes
 

@@ -31,6 +31,14 @@ _CHANGES = (
     # Another process may have taken the request, so only one that changes nothing is sent to a second replica.
     (r"^( *)retry-on .*$", r"\1retry-on conn-failure empty-response", 0),
     (r"^frontend http_frontend$", r"\g<0>\n    http-request disable-l7-retry unless METH_GET", 0),
+    # The service hears who asks, behind those whom a proxy before this one names.
+    (
+        r"^frontend http_frontend$",
+        r"\g<0>\n    http-request set-header X-Forwarded-For "
+        r'"%[req.fhdr(x-forwarded-for)], %[src]" if { req.hdr(x-forwarded-for) -m found }'
+        r"\n    http-request set-header X-Forwarded-For %[src] unless { req.hdr(x-forwarded-for) -m found }",
+        0,
+    ),
     (r"^( *)errorfile .*\n", "", 0),
     (
         r"^( *)http-request return status 404 content-type text/plain.*$",

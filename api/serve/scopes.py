@@ -22,6 +22,7 @@ NEEDS: Mapping[str, Needs] = {
     "GET /healthz": _NONE,
     "GET /readyz": _NONE,
     "GET /metrics": ("read",),
+    "GET /v1/audit": ("admin",),
     "GET /openapi.json": _NONE,
     "GET /docs": _NONE,
     "GET /docs/oauth2-redirect": _NONE,
@@ -60,8 +61,8 @@ class _Route(NamedTuple):
     path: re.Pattern[str]
 
 
-class RouteNeeds:
-    """What a request to ``app`` needs. ``app`` must have all its routes already, and each must be in the table.
+class RouteNames:
+    """Finds the route of a request to ``app``, which must have all its routes already. Each must be in the table.
 
     Raises:
         LookupError: the table lacks a route, or has one that the application has not.
@@ -72,13 +73,13 @@ class RouteNeeds:
         if wrong := {route.name for route in self._routes} ^ NEEDS.keys():
             raise LookupError(f"the table of scopes and the application differ in {', '.join(sorted(wrong))}")
 
-    def of(self, connection: Connection) -> Needs | None:
-        """What a request needs. None if it is to no route, or by a method that the route does not have."""
+    def of(self, connection: Connection) -> str | None:
+        """The route of a request, as in the table. None if there is none, or it does not have the method."""
         path, method = get_route_path(connection), connection["method"]
         method = "GET" if method == "HEAD" else method
         for route in self._routes:
             if route.method == method and route.path.match(path):
-                return NEEDS[route.name]
+                return route.name
         return None
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from chainfed_ray.cluster.storage import DEFAULT_TENANT
+from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 
 Scope = Literal["submit", "read", "infer", "admin", "site"]
 """What a key allows: change jobs and aliases, look at them, ask models, everything, or be a site."""

@@ -8,18 +8,18 @@ from time import monotonic
 from sqlalchemy.exc import SQLAlchemyError
 
 from chainfed_ray.cluster.access.identity import Identity
-from chainfed_ray.cluster.access.keys import Key, KeyStore, parts_of
+from chainfed_ray.cluster.access.keys import Key, KeyStore, parts_of, this_hour
 
 KEPT_SECONDS = 3.0
 _log = logging.getLogger(__name__)
 
 
 class KeyRing:
-    """The keys in ``store``, which are read again when they are older than ``seconds``. All calls come from one event loop.
+    """The keys in ``store``, which are looked at again when that is ``seconds`` ago. All calls come from one event loop.
 
     So a request costs no query, and a key that is revoked is accepted for ``seconds`` at most. A new key is accepted at once:
-    before a key is refused because nothing is known of it, the keys are read anew. Requests that need that at the same time
-    share one query, so unknown keys, however many, cause one query at a time.
+    before a key is refused because nothing is known of it, there is a new look. Requests that need one at the same time
+    share it, so unknown keys, however many, cause one query at a time. Keys are read only if one was made or revoked.
 
     If the database does not answer, the errors of ``NO_ANSWER`` are raised, and nobody is let in by what was known before.
     """
@@ -29,7 +29,8 @@ class KeyRing:
         self._keys: dict[str, Key] = {}
         self._read_at: float | None = None  # when the query began
         self._reading = asyncio.Lock()
-        self._uses_told: dict[str, Key] = {}
+        self._state = (0, 0)
+        self._uses_told: dict[str, str] = {}  # the hour of each key
 
     async def is_open(self) -> bool:
         """Whether no key was ever made. A service is open then, and stays closed once there was one, even a revoked one.
@@ -53,15 +54,24 @@ class KeyRing:
         self._note_use(key)
         return key.identity
 
+    async def is_valid(self, identity: Identity) -> bool:
+        """Whether one who was let in before would be now: with the same key, or without one as long as none was made."""
+        await self._read(self._clock() - self._seconds)
+        key = self._keys.get(identity.key)
+        return key.is_valid() if key else not identity.key and not self._keys
+
     async def _read(self, since: float) -> None:
-        """Read the keys, unless they were read at the time ``since`` or later."""
+        """Look at the keys, unless that was done at the time ``since`` or later."""
         if self._was_read(since):
             return
         async with self._reading:
             if self._was_read(since):  # another request did it meanwhile
                 return
             began = self._clock()
-            self._keys = {key.id: key for key in await asyncio.to_thread(self._store.keys)}
+            state = await asyncio.to_thread(self._store.state)
+            if state != self._state:
+                self._keys = {key.id: key for key in await asyncio.to_thread(self._store.keys)}
+                self._state = state
             self._read_at = began
 
     def _was_read(self, since: float) -> bool:
@@ -69,9 +79,10 @@ class KeyRing:
 
     def _note_use(self, key: Key) -> None:
         """Put the use of a key on record, once an hour. Nobody waits for it: a busy database does not hold up a request."""
-        if key.use_is_told() or self._uses_told.get(key.id) == key:
+        hour = this_hour()
+        if hour in (key.used_at, self._uses_told.get(key.id)):
             return
-        self._uses_told[key.id] = key
+        self._uses_told[key.id] = hour
         asyncio.get_running_loop().run_in_executor(None, self._write_use, key.id)
 
     def _write_use(self, key: str) -> None:

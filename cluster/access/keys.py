@@ -14,12 +14,12 @@ from hmac import compare_digest
 from secrets import token_hex
 from typing import Any, cast
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.access.identity import SCOPES, Identity, Scope
-from chainfed_ray.cluster.storage import DEFAULT_TENANT
 from chainfed_ray.cluster.tables import KeyRow, moment, open_tables
+from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import InvalidSetting, KeyNotFound
 
 _ID_BYTES, _SECRET_BYTES = 8, 32
@@ -62,10 +62,6 @@ class Key:
     def is_valid(self) -> bool:
         """Whether the key is neither revoked nor expired now."""
         return self.revoked_at is None and (self.expires_at is None or self.expires_at > moment())
-
-    def use_is_told(self) -> bool:
-        """Whether a use of the key now is on its record already, as exactly as such times are kept."""
-        return self.used_at is not None and self.used_at >= _this_hour()
 
 
 @dataclass(frozen=True)
@@ -141,6 +137,16 @@ class KeyStore:
             found = [_key(row) for row in session.scalars(query)]
         return [key for key in found if scope is None or scope in key.scopes]
 
+    def state(self) -> tuple[int, int]:
+        """How many keys there are, and how many of them are revoked. No key is deleted, and none is valid again.
+
+        So keys that were read once need to be read again only if this has changed.
+        """
+        query = select(func.count(), func.count(KeyRow.revoked_at)).select_from(KeyRow)
+        with Session(self._engine) as session:
+            count, revoked = session.execute(query).one()
+            return count, revoked
+
     def revoke(self, key: str) -> Key:
         """Revoke the key with the id ``key``. A service stops to accept it within seconds (see ``KeyRing``).
 
@@ -170,7 +176,7 @@ class KeyStore:
     def note_use(self, key: str) -> None:
         """Put on record that a key is used now."""
         with Session(self._engine) as session, session.begin():
-            session.execute(update(KeyRow).where(KeyRow.id == key).values(used_at=_this_hour()))
+            session.execute(update(KeyRow).where(KeyRow.id == key).values(used_at=this_hour()))
 
 
 def _check(owner: str, scopes: Collection[str], name: str, expires_in: timedelta | None) -> None:
@@ -190,7 +196,7 @@ def _expected_name() -> str:
     return "1 to 63 lower-case letters, digits and hyphens, which begin and end with a letter or a digit"
 
 
-def _this_hour() -> str:
+def this_hour() -> str:
     """As exactly as the time of a key's last use is kept. A finer one would be written at each request."""
     return moment(datetime.now(UTC).replace(minute=0, second=0, microsecond=0))
 

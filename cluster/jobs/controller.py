@@ -5,6 +5,7 @@ that it finds, whatever that is.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from threading import Event
 from typing import Protocol
@@ -74,7 +75,8 @@ class Controller:
                 over.add(job.id)
 
         # 2. End coordinators whose job is over. An idle one would keep the autoscaler from giving its machine back.
-        running = {job.id for job in self._store.page(limit=self._settings.parallel_jobs + 1000, status="running")}
+        at_work = self._store.page(limit=self._settings.parallel_jobs + 1000, status="running")
+        running, tenants = {job.id for job in at_work}, Counter(job.tenant for job in at_work)
         cancelling = {job.id for job in self._store.page(status="cancelling")}
         for finished in alive - running - cancelling:
             self._coordinators.end(finished)
@@ -87,10 +89,14 @@ class Controller:
         for job_id in running - alive:
             self._start(job_id)
 
-        # 4. Start the oldest queued jobs, if there are free places.
-        for queued in self._store.queue(limit=max(self._settings.parallel_jobs - len(running), 0)):
-            if self._store.move(queued.id, "running"):
-                self._start(queued.id)
+        # 4. Start the oldest queued jobs, if there are free places: of tenants that may have another one at work.
+        for _ in range(self._settings.parallel_jobs - len(running)):
+            most = self._settings.running_jobs
+            at_limit = [tenant for tenant, count in tenants.items() if most is not None and count >= most]
+            for queued in self._store.queue(1, but=at_limit):
+                if self._store.move(queued.id, "running"):
+                    self._start(queued.id)
+                    tenants[queued.tenant] += 1
 
     def _over_before(self) -> set[str]:
         """Jobs that were over before this controller began: the one before may have died before it deleted their caches."""

@@ -22,7 +22,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.storage import DEFAULT_TENANT
+from chainfed_ray.cluster.storage import QUEUED_JOBS
 from chainfed_ray.cluster.tables import (
     STATES_BEFORE,
     AliasRow,
@@ -35,10 +35,12 @@ from chainfed_ray.cluster.tables import (
     moment,
     open_tables,
 )
-from chainfed_ray.errors import JobConflict, JobNotFound
+from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
+from chainfed_ray.errors import JobConflict, JobNotFound, LimitReached
 from chainfed_ray.spec.job import JobSpec
 
 FINISHED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+_QUEUE_SECONDS = 60  # until a place in a full queue may be free
 _SERVED: tuple[Status, ...] = ("succeeded",)
 _CHECKED: tuple[Status, ...] = ("running", "succeeded")  # jobs whose base model is known to load
 _KEPT_TARGETS = 20  # that an alias had before
@@ -61,7 +63,7 @@ class JobStore:
 
     def __init__(self, url: str, existing: bool = False) -> None:
         self._engine = open_tables(url, existing)
-        self._tenant, self._sees_everything = DEFAULT_TENANT, True
+        self._view = View()
 
     def seen_by(self, tenant: str, everything: bool) -> Self:
         """These jobs as ``tenant`` sees them, who submits jobs of its own: its own ones alone, unless it sees ``everything``.
@@ -69,7 +71,7 @@ class JobStore:
         What it does not see is for it as if it were not there.
         """
         part = copy(self)
-        part._tenant, part._sees_everything = tenant, everything
+        part._view = View(tenant, everything)
         return part
 
     def close(self) -> None:
@@ -81,17 +83,24 @@ class JobStore:
         with Session(self._engine) as session:
             session.execute(text("select 1"))
 
-    def submit(self, spec: JobSpec, request_key: str | None = None, reads_anything: bool = True) -> JobRecord:
+    def submit(
+        self,
+        spec: JobSpec,
+        request_key: str | None = None,
+        reads_anything: bool = True,
+        most_queued: int | None = None,
+    ) -> JobRecord:
         """Queue a job. If an earlier call had the same ``request_key``, return the job that it queued instead.
 
-        See ``JobRecord`` for ``reads_anything``.
+        See ``JobRecord`` for ``reads_anything``. The tenant may have ``most_queued`` jobs in the queue.
 
         Raises:
             JobConflict: the earlier call had another specification.
+            LimitReached: the tenant has as many jobs in the queue as it may.
         """
         document, key = spec.document(), request_key
-        if key is not None and self._tenant != DEFAULT_TENANT:
-            key = f"{self._tenant}\n{key}"  # no key that a caller gives has a line break
+        if key is not None and self._view.tenant != DEFAULT_TENANT:
+            key = f"{self._view.tenant}\n{key}"  # no key that a caller gives has a line break
         row = JobRow(
             id=f"{spec.name}-{token_hex(4)}",
             name=spec.name,
@@ -101,12 +110,14 @@ class JobStore:
             submitted_at=moment(),
             request_key=key,
             reads_anything=reads_anything,
-            tenant=self._tenant,
+            tenant=self._view.tenant,
         )
         try:
             with Session(self._engine) as session, session.begin():
                 session.add(row)
                 session.flush()
+                if most_queued is not None and self._queued(session) > most_queued:
+                    raise LimitReached(self._view.tenant, f"a queue of {most_queued}", QUEUED_JOBS, _QUEUE_SECONDS)
                 _append(session, row.id, "queued", "queued", row.submitted_at, {})
                 return self._record(row)
         except IntegrityError:
@@ -160,9 +171,14 @@ class JobStore:
         with Session(self._engine) as session:
             return sorted(session.scalars(select(JobRow.tenant).where(self._seen).distinct()))
 
-    def queue(self, limit: int) -> list[JobRecord]:
-        """At most ``limit`` queued jobs, the oldest first."""
-        query = select(JobRow).where(JobRow.status == "queued").order_by(JobRow.number).limit(limit)
+    def _queued(self, session: Session) -> int:
+        of_tenant = (JobRow.tenant == self._view.tenant, JobRow.status == "queued")
+        return session.scalars(select(func.count()).select_from(JobRow).where(*of_tenant)).one()
+
+    def queue(self, limit: int, but: Collection[str] = ()) -> list[JobRecord]:
+        """At most ``limit`` queued jobs, the oldest first; none of the tenants ``but``."""
+        queued = (JobRow.status == "queued", JobRow.tenant.not_in(but))
+        query = select(JobRow).where(*queued).order_by(JobRow.number).limit(limit)
         with Session(self._engine) as session:
             return [self._record(row) for row in session.scalars(query)]
 
@@ -184,7 +200,7 @@ class JobStore:
         return self._called(name, _CHECKED, limit)
 
     def _called(self, name: str, states: Collection[Status], limit: int) -> list[JobRecord]:
-        tenant, own = self._parts(name)
+        tenant, own = self._view.parts(name)
         query = select(JobRow).where(JobRow.tenant == tenant, JobRow.model == own, JobRow.status.in_(states))
         with Session(self._engine) as session:
             found = session.scalars(query.order_by(JobRow.number.desc()).limit(limit))
@@ -205,7 +221,7 @@ class JobStore:
 
     def on_base(self, name: str, limit: int) -> list[JobRecord]:
         """At most ``limit`` jobs that run or succeeded on a base model called ``name``, the newest first."""
-        tenant, own = self._parts(name)
+        tenant, own = self._view.parts(name)
         of_base = (JobRow.tenant == tenant, JobRow.model.startswith(f"{own}:", autoescape=True))
         query = select(JobRow).where(*of_base, JobRow.status.in_(_CHECKED)).order_by(JobRow.number.desc()).limit(limit)
         with Session(self._engine) as session:
@@ -217,27 +233,27 @@ class JobStore:
         query = select(JobRow.tenant, JobRow.model).where(self._seen, JobRow.status == "succeeded").distinct()
         with Session(self._engine) as session:
             found = session.execute(query.order_by(JobRow.model).limit(limit))
-            return sorted(self._name(tenant, model) for tenant, model in found)
+            return sorted(self._view.name(tenant, model) for tenant, model in found)
 
     def aliases(self) -> dict[str, Shares]:
         """Every alias, with the share that each of its models has of the requests."""
         query = select(AliasRow).order_by(AliasRow.name)
-        if not self._sees_everything:
+        if not self._view.everything:
             of_others = AliasRow.name.contains("/")
-            own = AliasRow.name.startswith(f"{self._tenant}/", autoescape=True)
-            query = query.where(~of_others if self._tenant == DEFAULT_TENANT else own)
+            own = AliasRow.name.startswith(f"{self._view.tenant}/", autoescape=True)
+            query = query.where(~of_others if self._view.tenant == DEFAULT_TENANT else own)
         with Session(self._engine) as session:
-            return {self._alias_name(row.name): row.targets[-1] for row in session.scalars(query)}
+            return {self._view.alias_name(row.name): row.targets[-1] for row in session.scalars(query)}
 
     def alias(self, name: str) -> Shares | None:
         """What one alias stands for; None if there is none of this name."""
         with Session(self._engine) as session:
-            row = session.get(AliasRow, self._alias_key(name))
+            row = session.get(AliasRow, self._view.alias_key(name))
             return row.targets[-1] if row else None
 
     def set_alias(self, name: str, shares: Shares) -> None:
         """Let an alias stand for other models. What it stood for is kept, so that ``roll_back`` can return to it."""
-        key = self._alias_key(name)
+        key = self._view.alias_key(name)
         with suppress(IntegrityError):  # another process adds it at the same moment
             return self._set_alias(key, shares)
         self._set_alias(key, shares)
@@ -255,7 +271,7 @@ class JobStore:
     def roll_back(self, name: str) -> Shares | None:
         """Return an alias to what it stood for before. None if there is no such alias, or nothing before."""
         with Session(self._engine) as session, session.begin():
-            row = session.get(AliasRow, self._alias_key(name), with_for_update=True)
+            row = session.get(AliasRow, self._view.alias_key(name), with_for_update=True)
             if row is None or len(row.targets) == 1:
                 return None
             row.targets = row.targets[:-1]
@@ -264,7 +280,7 @@ class JobStore:
     def delete_alias(self, name: str) -> bool:
         """Delete an alias. False if there is none of this name."""
         with Session(self._engine) as session, session.begin():
-            row = session.get(AliasRow, self._alias_key(name))
+            row = session.get(AliasRow, self._view.alias_key(name))
             if row:
                 session.delete(row)
             return row is not None
@@ -335,7 +351,7 @@ class JobStore:
         Raises:
             JobNotFound: there is no such job.
         """
-        if not self._sees_everything:
+        if not self._view.everything:
             self.get(job)
         query = select(EventRow).where(EventRow.job == job, EventRow.seq > after).order_by(EventRow.seq).limit(limit)
         with Session(self._engine) as session:
@@ -362,30 +378,10 @@ class JobStore:
     @property
     def _seen(self) -> ColumnElement[bool]:
         """The condition of a query that a job is seen."""
-        return true() if self._sees_everything else JobRow.tenant == self._tenant
+        return true() if self._view.everything else JobRow.tenant == self._view.tenant
 
     def _record(self, row: JobRow) -> JobRecord:
-        return replace(row.record(), model=self._name(row.tenant, row.model))
-
-    def _name(self, tenant: str, own: str) -> str:
-        """What a tenant calls ``own`` as it is called here."""
-        return own if tenant == self._tenant else f"{tenant}/{own}"
-
-    def _parts(self, name: str) -> tuple[str | None, str]:
-        """The tenant that is meant, and what it calls a model or alias. None if there is none, or it is not seen."""
-        tenant, _, own = name.rpartition("/")
-        tenant = tenant or self._tenant
-        is_seen = "\0" not in name and (self._sees_everything or tenant == self._tenant)
-        return (tenant, own) if is_seen else (None, "")
-
-    def _alias_key(self, name: str) -> str:
-        """The name of an alias in the database; one that no alias has, if it is not seen."""
-        tenant, own = self._parts(name)
-        return own if tenant in (None, DEFAULT_TENANT) else f"{tenant}/{own}"
-
-    def _alias_name(self, key: str) -> str:
-        tenant, _, own = key.rpartition("/")
-        return self._name(tenant or DEFAULT_TENANT, own)
+        return replace(row.record(), model=self._view.name(row.tenant, row.model))
 
 
 def _check_id(job: str) -> None:

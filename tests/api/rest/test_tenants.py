@@ -100,6 +100,7 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         "GET /healthz": [{}],
         "GET /readyz": [{}],
         "GET /metrics": [{}],
+        "GET /v1/audit": [{}],
         "POST /v1/plan": [{"json": DOCUMENT}],
         "POST /v1/jobs": submitted,
         "GET /v1/jobs": [{}, *({"params": {"before": job}} for job in jobs), {"params": {"status": "queued"}}],
@@ -126,7 +127,7 @@ def plain(answer: httpx.Response, jobs: list[str]) -> tuple[int, dict[str, str],
     headers = {name: value for name, value in answer.headers.items() if name not in ("x-request-id", "content-length")}
     if "location" in headers:
         headers["location"] = re.sub(r"-[0-9a-f]{8}$", "-new", headers["location"])
-    text = re.sub(r'"request_id":"[0-9a-f]+"', "", answer.text)
+    text = re.sub(r'"request_id":"[0-9a-f]+"|the key [0-9a-f]{16}', "", answer.text)
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z|\"created\":\d+", "then", text)
     for number, job in enumerate(jobs):
         text = text.replace(job, f"<{number}>")

@@ -1,5 +1,6 @@
 """Promises of the door: each route lets in the keys that the table names, and nobody else."""
 
+import asyncio
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -9,13 +10,14 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
+from starlette.types import Message
 from starlette.websockets import WebSocketDisconnect
 
 from chainfed_ray.api.serve.access import AccessRules
-from chainfed_ray.api.serve.scopes import NEEDS, RouteNeeds, routes_of
+from chainfed_ray.api.serve.scopes import NEEDS, RouteNames, routes_of
 from chainfed_ray.cluster.access.identity import SCOPES, Scope
 from chainfed_ray.cluster.access.keyring import KeyRing
-from chainfed_ray.cluster.access.keys import Key, KeyStore
+from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage, WithoutKeys
 from tests.apps import an_app
@@ -122,7 +124,7 @@ def test_a_new_route_without_a_scope_is_noticed(store: JobStore) -> None:
         return name
 
     with pytest.raises(LookupError, match="GET /v1/secrets"):
-        RouteNeeds(app)
+        RouteNames(app)
 
 
 def test_what_is_no_route_is_told_to_who_has_a_key(client: TestClient, tokens: dict[str, str]) -> None:
@@ -217,7 +219,7 @@ def test_who_is_let_in_as_long_as_no_key_was_made(
 class Silent(KeyStore):
     """Keys in a database that does not answer."""
 
-    def keys(self, *filters: object) -> list[Key]:  # type: ignore[override]
+    def state(self) -> tuple[int, int]:
         raise OperationalError("select", None, Exception("gone"))
 
 
@@ -254,4 +256,55 @@ def test_a_job_with_a_key_reads_less_than_one_without(store: JobStore, storage: 
     headers = {"Authorization": f"Bearer {keys.make_key('a', ['admin']).token}"}
     shared = client.post("/v1/jobs", json=SPEC.document(), headers=headers).json()["id"]
     assert [store.get(job).reads_anything for job in (alone, shared)] == [True, False]
+    keys.close()
+
+
+@pytest.mark.parametrize("version", ["2.3", "2.4"])  # of ASGI: the answer is sent by one of two tasks, or by one
+@pytest.mark.parametrize("with_key", [True, False])
+def test_a_stream_ends_with_its_key(store: JobStore, storage: Storage, with_key: bool, version: str) -> None:
+    """Or, if it had none, when the first key is made. It is that of the events of a job that goes on."""
+    keys = KeyStore(storage.database)
+    made = keys.make_key("default", ["read"]) if with_key else None
+    job = store.submit(SPEC).id
+    store.move(job, "running")
+    app = an_app(store, AccessRules(KeyRing(keys, seconds=0), "anyone"))
+    headers = {"Accept": "text/event-stream"} | ({"Authorization": f"Bearer {made.token}"} if made else {})
+
+    async def ask() -> tuple[int, int]:
+        sent: list[Message] = []
+        told = asyncio.Event()
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+            if message.get("body"):
+                told.set()
+
+        async def receive() -> Message:
+            await asyncio.Event().wait()
+            raise AssertionError("the caller stays")
+
+        scope = {
+            "type": "http", "asgi": {"spec_version": version}, "http_version": "1.1", "scheme": "http", "method": "GET",
+            "path": f"/v1/jobs/{job}/events", "raw_path": b"", "query_string": b"",
+            "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+            "server": ("localhost", 80), "client": ("127.0.0.1", 1),
+        }  # fmt: skip
+        answering = asyncio.create_task(app(scope, receive, send))
+        await told.wait()
+        store.publish(job, "round-0", "round", {"index": 0})
+        async with asyncio.timeout(60):
+            while len(sent) < 4:
+                await asyncio.sleep(0)
+        count = len(sent)
+        if made:
+            keys.revoke(made.key.id)
+        else:
+            keys.make_key("a", ["read"])
+        store.publish(job, "round-1", "round", {"index": 1})
+        await asyncio.wait_for(answering, 60)
+        assert sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+        return count, len(sent)
+
+    before, after = asyncio.run(ask())
+    assert after == before + 1, "nothing more is told"
     keys.close()

@@ -18,12 +18,16 @@ UNKNOWN = f"cfr_{'0' * 16}_{'0' * 64}"
 class Counting(KeyStore):
     """Keys whose queries are counted. While ``broken`` is set, the database does not answer."""
 
-    queries, uses, broken = 0, 0, False
+    queries, reads, uses, broken = 0, 0, 0, False
 
-    def keys(self, *filters: object) -> list[Key]:  # type: ignore[override]
+    def state(self) -> tuple[int, int]:
         self.queries += 1
         if self.broken:
             raise OperationalError("select", None, Exception("the database is gone"))
+        return super().state()
+
+    def keys(self, *filters: object) -> list[Key]:  # type: ignore[override]
+        self.reads += 1
         return super().keys()
 
     def note_use(self, key: str) -> None:
@@ -60,7 +64,7 @@ def test_requests_share_a_query_until_it_is_old(store: Counting) -> None:
         assert await ring.identify(token)
 
     asyncio.run(ask())
-    assert store.queries == 2
+    assert (store.queries, store.reads) == (2, 1), "the keys are the same"
 
 
 def test_a_revoked_key_ends_as_soon_as_the_keys_are_read_again(store: Counting) -> None:
@@ -124,9 +128,11 @@ def test_nobody_is_let_in_by_what_was_known_before_a_database_fell_silent(store:
     asyncio.run(ask())
 
 
-def test_a_use_is_noted_once_and_beside_the_request(store: Counting) -> None:
+def test_a_use_is_noted_once_an_hour_and_beside_the_request(store: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     made = store.make_key("a", ["read"])
     ring = KeyRing(store, 3.0, Clock())
+    hour = "2026-01-01T10:00:00.000Z"
+    monkeypatch.setattr("chainfed_ray.cluster.access.keyring.this_hour", lambda: hour)
 
     async def ask() -> None:
         for _ in range(5):
@@ -135,3 +141,6 @@ def test_a_use_is_noted_once_and_beside_the_request(store: Counting) -> None:
     asyncio.run(ask())
     wait_for(lambda: store.keys()[0].used_at, "use on record")
     assert store.uses == 1
+    hour = "2026-01-01T11:00:00.000Z"
+    asyncio.run(ask())
+    wait_for(lambda: store.uses == 2, "use on record")

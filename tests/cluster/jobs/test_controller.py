@@ -160,3 +160,21 @@ def test_wherever_things_are_steps_lead_to_where_they_should_be(
     assert not store.page(status="cancelling")
     assert len(running) == parallel_jobs or (len(running) < parallel_jobs and not waiting)
     store.close()
+
+
+def test_a_tenant_at_its_limit_lets_others_go_first(tmp_path: Path) -> None:
+    settings = Settings(Storage.at(tmp_path), parallel_jobs=3, running_jobs=1)
+    store, processes = JobStore(settings.storage.database), Processes(settings.storage)
+    controller = Controller(settings, store, processes)
+    alice, bob = (store.seen_by(tenant, everything=False) for tenant in ("alice", "bob"))
+    first, second, third = (alice.submit(SPEC).id for _ in range(3))
+    other = bob.submit(SPEC).id
+    controller.step()
+    assert processes.jobs == {first, other}
+    controller.step()
+    assert processes.jobs == {first, other}
+    store.move(first, "succeeded", result={})
+    controller.step()
+    assert processes.jobs == {second, other}
+    assert store.get(third).status == "queued"
+    store.close()

@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.store import FINISHED, JobStore, Status
-from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound
+from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound, LimitReached
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC
 
@@ -229,3 +229,49 @@ def test_the_newest_model_by_its_name(store: JobStore) -> None:
     assert found.id == jobs[1]
     assert store.model_names(5) == [SPEC.model_name]
     assert store.model("a\0b") is None
+
+
+def test_tenants_have_jobs_models_and_aliases_of_their_own(store: JobStore) -> None:
+    alice, bob, default = (store.seen_by(tenant, everything=False) for tenant in ("alice", "bob", "default"))
+    jobs = {}
+    for name, part in (("alice", alice), ("bob", bob), ("default", default)):
+        jobs[name] = part.submit(SPEC, "key").id
+        store.move(jobs[name], "running")
+        store.move(jobs[name], "succeeded", result={})
+        part.set_alias("mine", {SPEC.model_name: 1.0})
+    assert len(set(jobs.values())) == 3, "a key of one is not another's"
+    for name, part in (("alice", alice), ("bob", bob), ("default", default)):
+        assert [job.id for job in part.page()] == [jobs[name]]
+        assert part.count() == {"succeeded": 1}
+        assert part.model_names(9) == [SPEC.model_name]
+        assert [job.id for job in (*part.models(), *part.bases())] == [jobs[name]] * 2
+        assert [job.id for job in part.of_model(f"{name}/{SPEC.model_name}")] == [jobs[name]]
+        assert part.aliases() == {"mine": {SPEC.model_name: 1.0}}
+        for other in jobs.keys() - {name}:
+            assert part.model(f"{other}/{SPEC.model_name}") is None
+            assert part.on_base(f"{other}/minilm", 9) == []
+            assert part.alias(f"{other}/mine") is None
+            assert not part.delete_alias(f"{other}/mine")
+            assert part.roll_back(f"{other}/mine") is None
+            for ask in (part.get, part.events, lambda job, part=part: part.page(before=job)):
+                with pytest.raises(JobNotFound):
+                    ask(jobs[other])
+    everything = store.seen_by("ops", everything=True)
+    assert everything.model_names(9) == [f"{name}/{SPEC.model_name}" for name in ("alice", "bob", "default")]
+    assert sorted(everything.aliases()) == ["alice/mine", "bob/mine", "default/mine"]
+    assert everything.tenants() == ["alice", "bob", "default"]
+    assert store.model_names(9) == [f"alice/{SPEC.model_name}", f"bob/{SPEC.model_name}", SPEC.model_name]
+    assert everything.delete_alias("default/mine")
+    assert default.aliases() == {}
+
+
+def test_a_queue_has_so_many_jobs_of_a_tenant(store: JobStore) -> None:
+    alice, bob = (store.seen_by(tenant, everything=False) for tenant in ("alice", "bob"))
+    first = alice.submit(SPEC, "key", most_queued=1).id
+    with pytest.raises(LimitReached, match="alice has a queue of 1, as many as CHAINFED_QUEUED_JOBS allows"):
+        alice.submit(SPEC, most_queued=1)
+    assert alice.submit(SPEC, "key", most_queued=1).id == first
+    other = bob.submit(SPEC, most_queued=1).id
+    assert [job.id for job in store.queue(9)] == [first, other]
+    assert [job.id for job in store.queue(9, but=["alice"])] == [other]
+    assert len(store.page()) == 2

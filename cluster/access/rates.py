@@ -1,0 +1,50 @@
+"""How many requests a tenant may send: a bucket of tokens for each, which fills up over a minute."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+_MINUTE = 60.0
+_MOST_KNOWN = 10_000  # tenants
+
+
+@dataclass
+class _Bucket:
+    tokens: float
+    filled_at: float
+
+
+class Rates:
+    """Lets each tenant send ``per_minute`` requests a minute, or as many at once after a minute of rest; None lets all pass.
+
+    Each process counts by itself.
+    """
+
+    def __init__(self, per_minute: int | None, clock: Callable[[], float] = monotonic) -> None:
+        self.per_minute, self._clock = per_minute, clock
+        self._buckets: dict[str, _Bucket] = {}
+
+    def wait_seconds(self, tenant: str) -> int:
+        """Count a request of ``tenant``. 0 if it may pass; otherwise, it is not counted, and may in so many seconds."""
+        if self.per_minute is None:
+            return 0
+        now = self._clock()
+        bucket = self._buckets.get(tenant)
+        if bucket is None:
+            self._make_room(now)
+            bucket = self._buckets[tenant] = _Bucket(self.per_minute, now)
+        a_second = self.per_minute / _MINUTE
+        bucket.tokens = min(self.per_minute, bucket.tokens + (now - bucket.filled_at) * a_second)
+        bucket.filled_at = now
+        if bucket.tokens < 1:
+            return math.ceil((1 - bucket.tokens) / a_second)
+        bucket.tokens -= 1
+        return 0
+
+    def _make_room(self, now: float) -> None:
+        """Forget tenants whose buckets are full again: a new bucket is full as well."""
+        if len(self._buckets) >= _MOST_KNOWN:
+            self._buckets = {
+                tenant: bucket for tenant, bucket in self._buckets.items() if now - bucket.filled_at < _MINUTE
+            }

@@ -1,0 +1,107 @@
+"""Promises of the door about much and many: what is changed is put down, and a tenant has its limits and not another's."""
+
+from collections.abc import Iterator
+
+import pytest
+from fastapi.testclient import TestClient
+
+from chainfed_ray.api.serve.access import AccessRules
+from chainfed_ray.cluster.access.audit import AuditLog
+from chainfed_ray.cluster.access.keyring import KeyRing
+from chainfed_ray.cluster.access.keys import KeyStore
+from chainfed_ray.cluster.access.rates import Rates
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.storage import Storage
+from tests.apps import an_app
+from tests.builders import SPEC
+
+JOB = SPEC.document()
+
+
+@pytest.fixture
+def keys(storage: Storage) -> Iterator[KeyStore]:
+    made = KeyStore(storage.database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def audit(storage: Storage) -> Iterator[AuditLog]:
+    made = AuditLog(storage.database)
+    yield made
+    made.close()
+
+
+def bearer(keys: KeyStore, owner: str, *scopes: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {keys.make_key(owner, scopes).token}"}
+
+
+def test_what_is_changed_and_who_is_refused_is_put_down(store: JobStore, keys: KeyStore, audit: AuditLog) -> None:
+    app = an_app(store, AccessRules(KeyRing(keys), "nobody", audit=audit))
+    client = TestClient(app, "http://localhost", client=("10.1.2.3", 1), raise_server_exceptions=False)
+    alice, admin = bearer(keys, "alice", "submit", "read", "infer"), bearer(keys, "ops", "admin")
+    job = client.post("/v1/jobs", json=JOB, headers=alice).json()["id"]
+    client.get("/v1/jobs", headers=alice)
+    client.post("/v1/classify", json={"model": "none", "texts": ["x"]}, headers=alice)
+    client.post(f"/v1/jobs/{job}/cancel", headers={**alice, "X-Request-ID": "mine"})
+    client.post("/v1/jobs/none/cancel", headers=alice)
+    client.get("/v1/audit", headers=alice)
+    client.get("/v1/jobs", headers={"Authorization": "Bearer none"})
+    page = client.get("/v1/audit", params={"limit": 4}, headers=admin).json()
+    rest = client.get("/v1/audit", params={"before": page["next"]}, headers=admin).json()
+    entries = page["entries"] + rest["entries"]
+    assert rest["next"] is None
+    assert [(entry["tenant"], entry["action"], entry["target"], entry["outcome"]) for entry in reversed(entries)] == [
+        ("alice", "POST /v1/jobs", f"/v1/jobs/{job}", "201"),
+        ("alice", "POST /v1/jobs/{job}/cancel", f"/v1/jobs/{job}/cancel", "202"),
+        ("alice", "POST /v1/jobs/{job}/cancel", "/v1/jobs/none/cancel", "404"),
+        ("alice", "GET /v1/audit", "/v1/audit", "403"),
+        (None, "GET /v1/jobs", "/v1/jobs", "401"),
+    ]
+    assert {entry["address"] for entry in entries} == {"10.1.2.3"}
+    assert next(entry["request"] for entry in entries if entry["outcome"] == "202") == "mine"
+    (key,) = keys.keys("alice")
+    assert {entry["key"] for entry in entries} == {key.id, None}
+    secret = alice["Authorization"].rpartition("_")[2]
+    assert secret not in str(entries)
+
+
+def test_without_keys_changes_are_put_down_as_well(store: JobStore, keys: KeyStore, audit: AuditLog) -> None:
+    client = TestClient(an_app(store, AccessRules(KeyRing(keys), "anyone", audit=audit)), "http://localhost")
+    client.post("/v1/jobs", json=JOB)
+    (entry,) = client.get("/v1/audit").json()["entries"]
+    assert (entry["tenant"], entry["key"], entry["outcome"]) == ("default", None, "201")
+
+
+def test_a_tenant_that_asks_too_often_waits_and_others_do_not(store: JobStore, keys: KeyStore) -> None:
+    now = [0.0]
+    rules = AccessRules(KeyRing(keys), "nobody", Rates(3, lambda: now[0]))
+    client = TestClient(an_app(store, rules), "http://localhost")
+    first, second, other = (bearer(keys, owner, "read") for owner in ("alice", "alice", "bob"))
+    asked = [client.get("/v1/jobs", headers=headers) for headers in (first, second, first, second, other)]
+    assert [answer.status_code for answer in asked] == [200, 200, 200, 429, 200]
+    refused = asked[3]
+    assert refused.headers["retry-after"] == "20"
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert refused.json()["type"] == "urn:chainfed:problem:limit-reached"
+    assert "3 requests a minute, as many as CHAINFED_REQUESTS_PER_MINUTE allows" in refused.json()["error"]["message"]
+    assert client.get("/healthz").status_code == 200
+    now[0] = 20.0
+    assert client.get("/v1/jobs", headers=second).status_code == 200
+
+
+def test_a_tenant_has_so_many_jobs_in_the_queue(store: JobStore, keys: KeyStore) -> None:
+    client = TestClient(an_app(store, AccessRules(KeyRing(keys), "nobody"), most_queued=2), "http://localhost")
+    alice, bob = (bearer(keys, owner, "submit") for owner in ("alice", "bob"))
+    once = {**alice, "Idempotency-Key": "once"}
+    first = client.post("/v1/jobs", json=JOB, headers=once).json()["id"]
+    statuses = [client.post("/v1/jobs", json=JOB, headers=alice).status_code for _ in range(3)]
+    assert statuses == [201, 429, 429]
+    assert client.post("/v1/jobs", json=JOB, headers=once).json()["id"] == first, "it makes no job"
+    refused = client.post("/v1/jobs", json=JOB, headers=alice)
+    assert (refused.headers["retry-after"], refused.json()["type"]) == ("60", "urn:chainfed:problem:limit-reached")
+    assert "a queue of 2, as many as CHAINFED_QUEUED_JOBS allows" in refused.json()["detail"]
+    assert client.post("/v1/jobs", json=JOB, headers=bob).status_code == 201
+    store.move(first, "running")
+    assert client.post("/v1/jobs", json=JOB, headers=alice).status_code == 201
+    assert len(store.page()) == 4
