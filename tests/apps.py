@@ -19,7 +19,7 @@ def an_app(
 ) -> FastAPI:
     """The application. Its dry runs refuse every job."""
     audit = access.audit if access else None
-    service = Service(store, _check, _plan, _classify, _embed, _write, {}, audit, most_queued)
+    service = Service(store, _check, _plan, _classify, _embed, _write, {}, audit=audit, most_queued=most_queued)
     return create_app(service, hosts, access)
 
 

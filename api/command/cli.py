@@ -39,15 +39,14 @@ app = typer.Typer(
 )
 app.add_typer(keys_app, name="keys")
 app.add_typer(sites_app, name="sites")
+app.command()(join)
 _progress = Console(stderr=True, highlight=False, markup=False)
 
 JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]
 JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list`")]
 Out = Annotated[Path, typer.Option(help="the folder for commits, models and plots")]
 Address = Annotated[str, typer.Option(envvar="CHAINFED_ADDRESS", help="the address of the service")]
-KeyFile = Annotated[
-    Path | None, typer.Option(help="a file with the API key; by default, the key is in CHAINFED_API_KEY")
-]
+KeyFile = Annotated[Path | None, typer.Option(help="a file with the API key; by default CHAINFED_API_KEY has it")]
 _INTERRUPTED = 130  # the exit code that shells give to a command ended by Ctrl-C
 _DEMO, _CHAT_DEMO = Path("examples/demo.yaml"), Path("examples/chat.yaml")
 _ADDRESS = "http://127.0.0.1:8000"
@@ -165,9 +164,6 @@ def submit(
         _follow(client, record, as_json)
     else:
         answer(as_json, record, queued)
-
-
-app.command()(join)
 
 
 @app.command("list")

@@ -105,6 +105,7 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         "POST /v1/jobs": submitted,
         "GET /v1/jobs": [{}, *({"params": {"before": job}} for job in jobs), {"params": {"status": "queued"}}],
         "GET /v1/jobs/{job}": named,
+        "GET /v1/jobs/{job}/clients": named,
         "GET /v1/jobs/{job}/events": [*named, *({**one, "headers": {"Accept": "text/event-stream"}} for one in named)],
         "POST /v1/jobs/{job}/cancel": named,
         "GET /v1/models": [{}],
@@ -119,6 +120,14 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         "POST /v1/chat/completions": [
             {"json": {"model": name, "messages": [{"role": "user", "content": "x"}]}} for name in MODELS
         ],
+        "POST /v1/site/session": [{"json": {"protocol": 1, "session": 32 * "1", "version": "1"}}],
+        "POST /v1/site/leave": [{"json": {"session": 32 * "1"}}],
+        "POST /v1/site/orders/next": [{"json": {"session": 32 * "1"}}],
+        "POST /v1/site/orders/{order}/heartbeat": [{"json": {"session": 32 * "1", "doing": "training", "worked": 1}}],
+        "GET /v1/site/orders/{order}/tensors": [{}],
+        "GET /v1/site/orders/{order}/tensors/received": [{}],
+        "PUT /v1/site/orders/{order}/tensors": [{"params": {"session": 32 * "1", "offset": 0}}],
+        "POST /v1/site/orders/{order}/answer": [{"json": {"session": 32 * "1", "answer": {"outcome": "done"}}}],
     }
 
 
@@ -142,7 +151,7 @@ def test_a_stranger_is_answered_as_if_nothing_were_there(worlds: tuple[World, Wo
     for operation, options in asked.items():
         method, _, path = operation.partition(" ")
         for given in options:
-            place = path.format(**{key: given.get(key) for key in ("job", "name", "alias")})
+            place = path.format(order=32 * "0", **{key: given.get(key) for key in ("job", "name", "alias")})
             sent = {key: value for key, value in given.items() if key not in ("job", "name", "alias")}
             answers = [plain(world.ask("bob", method, place, **sent), secrets) for world in worlds]
             assert answers[0] == answers[1], (operation, given)
