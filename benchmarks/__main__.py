@@ -16,6 +16,7 @@ from benchmarks import (
     quantized,
     scale,
     serving,
+    sites,
     zoo,
 )
 
@@ -36,6 +37,7 @@ quantized.add_options(
     names.add_parser("quantized", help="the bytes read from disk in a turn, with quantized weights and without")
 )
 scale.add_options(names.add_parser("scale", help="what the coordinator of a large fleet takes"))
+sites.add_options(names.add_parser("sites", help="a job over sites against one whose rows the server deals"))
 serving.add_options(names.add_parser("serving", help="the time to classify for many stacks in one batch"))
 hostile.add_options(names.add_parser("hostile", help="hostile requests to a service, and how long others wait"))
 load.add_options(names.add_parser("load", help="a service under load: throughput, waiting times, a killed process"))
