@@ -6,7 +6,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, cast
 
-from sqlalchemy import DDL, JSON, ForeignKey, UniqueConstraint, event, func, inspect, select, text, true
+from sqlalchemy import (
+    DDL,
+    JSON,
+    BigInteger,
+    ForeignKey,
+    Integer,
+    UniqueConstraint,
+    event,
+    func,
+    inspect,
+    select,
+    text,
+    true,
+)
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -198,7 +211,9 @@ class AuditRow(_Table):
 
     __tablename__ = "audit"
 
-    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    number: Mapped[int] = mapped_column(
+        BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
+    )
     at: Mapped[str]
     tenant: Mapped[str | None]
     key: Mapped[str | None]

@@ -271,26 +271,18 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Tell which evaluation engines work on this machine, and what to install. Exits with 1 if DeepSpeed does not."""
-    from chainfed_ray.api.command.doctor_table import doctor_table, verdict
-    from chainfed_ray.api.operator.open_ports import open_ports, warning
+    from chainfed_ray.api.command.doctor_table import diagnosis
     from chainfed_ray.api.report.activity_display import ActivityDisplay
     from chainfed_ray.cluster.offload.build import build_ops, ops_folder
-    from chainfed_ray.cluster.offload.doctor import findings, is_possible, look
 
-    storage = os.environ.get("CHAINFED_STORAGE") or "chainfed-data"
-    scratch = Path(os.environ.get("CHAINFED_SCRATCH") or f"{storage}/scratch").absolute()
     if build:
         _progress.print(f"Compiling DeepSpeed's libraries into {ops_folder()}; this takes a minute or two, once.")
         with _if_interrupted("Interrupted. The same command starts over."), ActivityDisplay(_progress) as listen:
             Reporter("compiling DeepSpeed's libraries", listen).begin()
             build_ops(ops_folder())
-    found = findings(look(scratch))
-    possible = is_possible(found)
-    document = {"deepspeed": possible, "torch": True, "findings": [finding.document() for finding in found]}
-    ports = open_ports()
-    document["open_ports"] = [port.document() for port in ports]
-    answer(as_json, document, doctor_table(found), *verdict(found), *warning(ports))
-    if not possible:
+    document, parts = diagnosis()
+    answer(as_json, document, *parts)
+    if not document["deepspeed"]:
         raise typer.Exit(1)
 
 

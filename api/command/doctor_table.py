@@ -1,10 +1,29 @@
-"""Shows the findings of ``chainfed doctor``: a table, and the steps to take."""
+"""What ``chainfed doctor`` finds: tables, and the steps to take."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 
-from chainfed_ray.cluster.offload.doctor import Finding, is_possible
+from chainfed_ray.api.operator.open_ports import open_ports, warning
+from chainfed_ray.cluster.offload.doctor import Finding, findings, is_possible, look
+
+
+def diagnosis() -> tuple[dict[str, Any], list[RenderableType]]:
+    """What this machine can do, what it lacks, and which ports are open: as JSON, and part by part for people."""
+    storage = os.environ.get("CHAINFED_STORAGE") or "chainfed-data"
+    scratch = Path(os.environ.get("CHAINFED_SCRATCH") or f"{storage}/scratch").absolute()
+    found, ports = findings(look(scratch)), open_ports()
+    document = {
+        "deepspeed": is_possible(found),
+        "torch": True,
+        "findings": [finding.document() for finding in found],
+        "open_ports": [port.document() for port in ports],
+    }
+    return document, [doctor_table(found), *verdict(found), *warning(ports)]
 
 
 def doctor_table(found: Sequence[Finding]) -> Table:
