@@ -15,13 +15,14 @@ from benchmarks.cell_process import Row
 from benchmarks.plan import word_tokenizer
 from benchmarks.scale_pool import MeteredPool, ModelledPool
 from benchmarks.shapes import Shape, written
+from chainfed_ray.activity import Note
 from chainfed_ray.client.pool import ClientPool
 from chainfed_ray.cluster.pool.local import on_local_ray
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.device.peak import status
-from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import PlannedJob, prepare_job
-from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.federation.run import run_job
+from chainfed_ray.model.source import ModelSource
+from chainfed_ray.records.rounds import JobStarted, Round
 from chainfed_ray.spec.parse import parse_job
 
 # A stack of it trains 33 thousand numbers in a window of two layers, 132 KB: as many as a window of MiniLM with R = 16.
@@ -35,7 +36,7 @@ _SMALL = 10  # one class in so many clients is too small to take part
 
 
 def main(registered: int, asked: int, rounds: int, rows: int, slots: int | None) -> Row:
-    """Plan the job, run its rounds, and give what the coordinator's process took. ``slots`` actors train, or none and a model.
+    """Run the job, and give what the coordinator's process took. ``slots`` actors train; without them, clients are modelled.
 
     ``rows`` are those of a client.
     """
@@ -44,18 +45,29 @@ def main(registered: int, asked: int, rounds: int, rows: int, slots: int | None)
         base = until_done.enter_context(written(_MODEL, Path(tempfile.gettempdir())))
         assert isinstance(base, Path), base
         word_tokenizer().save_pretrained(base)
-        document = _document(base, registered, asked, rounds, rows)
+        spec = parse_job(_document(base, registered, asked, rounds, rows))
+        settings = Settings(Storage.at(base), client_slots=slots or 1)
+        make_pool = until_done.enter_context(on_local_ray(settings)) if slots else _modelled
         idle, began = status("VmRSS"), process_time()
-        job = prepare_job(parse_job(document), base / "scratch")
-        prepared, planned = process_time() - began, status("VmHWM")
-        metered = MeteredPool(_pool(job, base, slots, until_done))
-        until_done.callback(metered.close)
-        began = process_time()
-        coordinator = Coordinator(job, metered, CommitLog(base / "log"))
-        started = coordinator.open()
-        opened = process_time() - began
-        records = list(coordinator.rounds())
+        prepared = planned = 0.0
+        metered = MeteredPool(ModelledPool())
+        started, newest = None, None
+
+        def make(source: ModelSource, note: Note) -> MeteredPool:
+            nonlocal prepared, planned
+            prepared, planned = process_time() - began, status("VmHWM")
+            metered.pool = make_pool(source, note)
+            return metered
+
+        for record in run_job(spec, base / "job", pool=make, scratch=base / "scratch"):
+            match record:
+                case JobStarted():
+                    started, opened = record, process_time() - began - prepared
+                case Round():
+                    newest = record
         metered.end_round()
+    assert started is not None
+    assert newest is not None
     seen = metered.rounds[1:] or metered.rounds  # the first one makes actors, and imports what is imported late
     return {
         "prepare_cpu_seconds": prepared,
@@ -64,7 +76,7 @@ def main(registered: int, asked: int, rounds: int, rows: int, slots: int | None)
         "turn_cpu_seconds": median(round.cpu_seconds / round.turns for round in seen),
         "round_cpu_seconds": median(round.cpu_seconds for round in seen),
         "seconds_to_next_order": median(round.to_next_order for round in seen[:-1] or seen),
-        "round_record_bytes": len(records[-1].model_dump_json()),
+        "round_record_bytes": len(newest.model_dump_json()),
         "idle_bytes": idle,
         "planned_peak_bytes": planned,
         "peak_bytes": max(planned, *(round.peak_bytes for round in metered.rounds)),
@@ -72,11 +84,8 @@ def main(registered: int, asked: int, rounds: int, rows: int, slots: int | None)
     }
 
 
-def _pool(job: PlannedJob, folder: Path, slots: int | None, until_done: ExitStack) -> ClientPool:
-    if slots is None:
-        return ModelledPool()
-    settings = Settings(Storage.at(folder), client_slots=slots)
-    return until_done.enter_context(on_local_ray(settings))(job.base, lambda words: None)
+def _modelled(source: ModelSource, note: Note) -> ClientPool:
+    return ModelledPool()
 
 
 def _document(base: Path, registered: int, asked: int, rounds: int, rows: int) -> dict[str, Any]:

@@ -112,10 +112,13 @@ def _service(folder: Path, until_done: ExitStack) -> tuple[ServiceClient, str]:
     service = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     until_done.callback(_end, service)
     assert service.stdout is not None
-    client = ServiceClient(json.loads(service.stdout.readline())["address"])
+    local = json.loads(service.stdout.readline())["address"]
+    scopes = ["--owner", "default", "--scopes", "submit,read", "--json"]
+    made = subprocess.run([*_COMMAND, "keys", "create", *scopes], env=environment, capture_output=True, check=True)
+    client = ServiceClient(local, json.loads(made.stdout)["token"])
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    made = ["-newkey", "rsa:2048", "-nodes", "-keyout", str(folder / "key.pem"), "-out", str(folder / "ca.pem")]
-    subprocess.run(["openssl", "req", "-x509", "-days", "1", *made, *subject], check=True, capture_output=True)
+    files = ["-newkey", "rsa:2048", "-nodes", "-keyout", str(folder / "key.pem"), "-out", str(folder / "ca.pem")]
+    subprocess.run(["openssl", "req", "-x509", "-days", "1", *files, *subject], check=True, capture_output=True)
     listening = free_port("127.0.0.1")
     Thread(target=lambda: asyncio.run(_proxy(listening, port, folder)), daemon=True).start()
     return client, f"https://localhost:{listening}"

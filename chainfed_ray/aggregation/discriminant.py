@@ -94,6 +94,11 @@ class ClassSums:
         return cls(counts, sums, products)
 
 
+def largest(features: int) -> float:
+    """A bound of what an example adds to any entry of ``ClassSums`` that are possible, with F = ``features``."""
+    return 2.0 * features
+
+
 def _rows_of_half(size: int) -> Iterator[tuple[int, int]]:
     """The start and the end of each row of a lower triangle, in the flat tensor of its rows end to end."""
     return ((row * (row + 1) // 2, (row + 1) * (row + 2) // 2) for row in range(size))

@@ -44,12 +44,14 @@ class FixedPoint:
         mantissa, exponent = math.frexp(self.bound)
         return min(_MOST_BITS - (exponent - (mantissa == 0.5)) - (self.weight - 1).bit_length(), _FINEST)
 
-    def whole(self, values: Tensor, towards_zero: bool = False) -> Tensor:
+    def whole(self, values: Tensor, towards_zero: bool = False, summed: int = 1) -> Tensor:
         """The integers for ``values`` (float64, which are overwritten), in int64. What is beyond the bound is held at it.
 
-        They are the nearest ones or, ``towards_zero``, the nearest that are not larger in size.
+        They are the nearest ones or, ``towards_zero``, the nearest that are not larger in size. If the values are sums of so
+        many numbers each, ``summed``, their bound is as many times as large.
         """
-        values.clamp_(-self.bound, self.bound).mul_(2.0**self.fraction_bits)  # a power of two, so this rounds nothing
+        most = self.bound * summed
+        values.clamp_(-most, most).mul_(2.0**self.fraction_bits)  # a power of two, so this rounds nothing
         return (values.trunc_() if towards_zero else values.round_()).to(torch.int64)
 
 
@@ -68,6 +70,14 @@ class FixedPointSums:
             OverflowError: the weights of the name add up to more than the form allows.
         """
         self._add(name, self.form.whole(values, towards_zero).mul_(weight), weight)
+
+    def add_sum(self, name: str, values: Tensor, summed: int) -> None:
+        """Add ``values`` (float64, which are overwritten) that are sums already, of so many numbers each, ``summed``.
+
+        Raises:
+            OverflowError: the numbers of the name are more than the form allows.
+        """
+        self._add(name, self.form.whole(values, summed=summed), summed)
 
     def merge(self, other: "FixedPointSums") -> None:
         """Add the sums of ``other`` updates, which are in the same form. ``other`` stays as it was.

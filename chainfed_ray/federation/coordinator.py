@@ -88,6 +88,8 @@ class Coordinator:
         self._aggregation, self._start, self._objective = aggregation, start, objective
         given = {"partition": job.partition, "aggregation": aggregation, "start": start, "objective": objective}
         self._own_rules = {what: named(rule) for what, rule in given.items() if rule is not None}
+        self._started: JobStarted | None = None
+        self._history: list[Round] | None = None  # the committed rounds, which are read once
 
     def open(self) -> JobStarted:
         """Decide where the chain starts, and commit that; a job that has started before keeps what was committed.
@@ -96,6 +98,11 @@ class Coordinator:
             InvalidJob: the job started with other rows, clients or rules; or the caller's start rule gave an impossible layer.
             QuorumLost: no client sent what the start rule needs.
         """
+        if self._started is None:
+            self._started = self._opened()
+        return self._started
+
+    def _opened(self) -> JobStarted:
         if started := self._log.job_started():
             self._job.check_begun_with(started, self._log.clients)
             self._check_rules(started)
@@ -138,14 +145,14 @@ class Coordinator:
         started = self.open()
         chain = self._job.chain_from(started.start_layer)
         schedule = StageSchedule(self._spec.rounds, self._spec.chain.schedule, chain, self._privacy.total)
-        history = self._log.rounds()
+        history = self._committed()
         state = self._state(chain, history)
         while (upcoming := schedule.next(history)) is not None:
             record, state = self._round(schedule, upcoming, state, history)
             record = self._privacy.priced(record, history)
-            history.append(record)
-            best = best_round(history)
+            best = best_round([*history, record])
             self._log.commit_round(record, state.tensors(), keep=best.index if best else None)
+            history.append(record)
             yield record
             self._stop_if_fruitless(history)
         if not any(record.counted for record in history):
@@ -157,7 +164,7 @@ class Coordinator:
         if finished := self._log.job_finished():
             self._log.erase_secret()
             return finished
-        history = self._log.rounds()
+        history = self._committed()
         best, stacks = best_of(history), self._stacks(history)
         served = self._spec.evaluation.serve if self._spec.evaluation.serve in stacks else "last"
         evaluation = self._evaluation.test(stacks[served])
@@ -183,11 +190,11 @@ class Coordinator:
 
     def stack(self) -> AdapterStack:
         """The stack as it was last committed."""
-        return self._state(self._job.chain_from(self.open().start_layer), self._log.rounds()).stack
+        return self._state(self._job.chain_from(self.open().start_layer), self._committed()).stack
 
     def models(self) -> dict[str, SavedStack]:
         """The ``last`` stack and, if it is another, the ``best`` one, each with the classes and the base model it needs."""
-        history = self._log.rounds()
+        history = self._committed()
         best = best_round(history)
         ends = {"last": history[-1].index if history else None, "best": best.index if best else None}
         return {name: self._job.saved(stack, ends[name]) for name, stack in self._stacks(history).items()}
@@ -195,6 +202,12 @@ class Coordinator:
     def save(self, folder: Path) -> None:
         """Write the served stack to ``folder``/model, and the other one, if there is one, beside it."""
         save_models(self.models(), self.finish().served, folder)
+
+    def _committed(self) -> list[Round]:
+        """The committed rounds. Each is read once: what a round takes must not grow with those before it."""
+        if self._history is None:
+            self._history = self._log.rounds()
+        return self._history
 
     def _stacks(self, history: Sequence[Round]) -> dict[str, AdapterStack]:
         """The last stack, and the best one if that is of another round."""

@@ -9,11 +9,12 @@ import torch
 from torch.nn.functional import cross_entropy, layer_norm, linear, pad
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.aggregation.discriminant import ClassSums, fitted
+from chainfed_ray.aggregation.discriminant import ClassSums, fitted, largest
+from chainfed_ray.aggregation.fixed_point import FixedPoint, FixedPointSums
 from chainfed_ray.aggregation.mean import check_claims, check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, Fitting, HeadSums, TurnResult
-from chainfed_ray.client.pool import ClientPool, Failure, in_order
+from chainfed_ray.client.pool import ClientPool, Failure, as_they_come
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.errors import InvalidUpdate
@@ -39,8 +40,9 @@ class FittedHead(NamedTuple):
 def fit_head(
     job: PlannedJob, pool: ClientPool, clients: Sequence[Client], order: Fitting, reporter: Reporter = SILENT
 ) -> FittedHead:
-    """Ask ``clients`` for their sums, add them up in client order, and fit the head to them.
+    """Ask ``clients`` for their sums, add them up as they come, and fit the head to them.
 
+    They are added as integers (``fixed_point.py``), so the order of arrival changes no bit, and none waits here for another.
     The classifier is calibrated, and scored, on the job's validation rows. A client whose turn fails, or whose sums are
     impossible, is on record among the failed turns, and the others go on.
     """
@@ -48,38 +50,39 @@ def fit_head(
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
     shape = stack.head.linear.out_features, stack.head.features(order.exit)
-    total = ClassSums.zeros(*shape, torch.float64)
+    sums = FixedPointSums(FixedPoint(largest(shape[1]), max(sum(len(client.examples) for client in clients), 1)))
     with torch.device("meta"):  # only shapes and dtypes are needed, so no memory is allocated
         expected = ClassSums.zeros(*shape).tensors()
-    cpu_seconds: list[float] = []  # one entry for each client whose sums were added
-    failed: list[FailedTurn] = []
+    spent: dict[int, float] = {}  # the CPU seconds of each client whose sums were added
+    failed: dict[int, FailedTurn] = {}
     outcomes = reporter.each(pool.run(clients, order, deadline), len(clients), "clients")
-    for place, result in in_order(outcomes, len(clients)):
+    for place, result in as_they_come(outcomes, len(clients)):
         client = clients[place]
         try:
             with readable(client):
                 found = _checked(client, result, expected)
         except InvalidUpdate as error:
-            failed.append(failed_turn(client, Failure(error.reason)))
+            failed[place] = failed_turn(client, Failure(error.reason))
         else:
             if isinstance(found, Failure):
                 # A client that exceeds its plan here is not excluded: it has had no second turn yet, as it would in a round.
-                failed.append(failed_turn(client, replace(found, exceeded=False)))
+                failed[place] = failed_turn(client, replace(found, exceeded=False))
             else:
-                sums, seconds = found
-                total.add(sums)
-                cpu_seconds.append(seconds)
+                for name, tensor in found.tensors.items():
+                    sums.add_sum(name, tensor.to(torch.float64, copy=True), len(client.examples))
+                spent[place] = found.cpu_seconds
+    total = ClassSums.of({name: sums.total(name) for name in expected}) if spent else None
     head, score = (
         _head(total, stack, Window(order.window.bottom, order.exit), job.validation, job.base, reporter)
-        if cpu_seconds
+        if total
         else ({}, None)
     )
     record = HeadFit(
-        clients=len(cpu_seconds),
-        examples=int(total.counts.sum()),
-        cpu_seconds=sum(cpu_seconds),
-        sent_bytes=len(cpu_seconds) * sum(tensor.nbytes for tensor in expected.values()),
-        failed_turns=tuple(failed),
+        clients=len(spent),
+        examples=int(total.counts.sum()) if total else 0,
+        cpu_seconds=sum(spent[place] for place in sorted(spent)),
+        sent_bytes=len(spent) * sum(tensor.nbytes for tensor in expected.values()),
+        failed_turns=tuple(failed[place] for place in sorted(failed)),
         held_out_loss=score.loss if score else None,
         accuracy=score.accuracy if score else None,
     )
@@ -119,8 +122,8 @@ def _head(
     return head, score
 
 
-def _checked(client: Client, result: TurnResult | Failure, expected: Tensors) -> tuple[ClassSums, float] | Failure:
-    """The client's sums and the CPU seconds that they took; or the failure of its turn.
+def _checked(client: Client, result: TurnResult | Failure, expected: Tensors) -> HeadSums | Failure:
+    """The client's sums; or the failure of its turn.
 
     Raises:
         InvalidUpdate: the result is no sums, has other names, shapes or dtypes, or no examples could have given it.
@@ -131,7 +134,6 @@ def _checked(client: Client, result: TurnResult | Failure, expected: Tensors) ->
         raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
     check_update(client.name, result.tensors, expected, client.counts.examples)
     check_claims(client.name, result.peak_bytes, cpu_seconds=result.cpu_seconds)
-    sums = ClassSums.of(result.tensors)
-    if impossible := sums.impossible(client.counts.examples):
+    if impossible := ClassSums.of(result.tensors).impossible(client.counts.examples):
         raise InvalidUpdate(client.name, impossible)
-    return sums, result.cpu_seconds
+    return result

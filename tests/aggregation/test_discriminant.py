@@ -22,7 +22,7 @@ from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, assert_same, run
-from tests.pools import Killed, dying, lying
+from tests.pools import Backwards, Killed, dying, lying, silent
 
 
 def examples(count: int, classes: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -176,3 +176,17 @@ def test_sums_that_cannot_be_are_refused(lies: dict[str, float], document: dict[
     assert record.head_fit
     assert [lost.client for lost in record.head_fit.failed_turns] == ["phone-0"]
     assert record.head_fit.clients == 3
+
+
+@pytest.mark.slow
+def test_the_order_in_which_sums_arrive_changes_no_bit(document: dict[str, Any], tmp_path: Path) -> None:
+    document["chain"] |= {"head": "fitted", "start": "auto"}
+    document["rounds"] |= {"total": 1, "quorum": 1}
+    job = a_job(document, tmp_path)
+    _, forwards = run(job, tmp_path / "forwards", silent(LocalPool(job.base), {"phone-1", "phone-3"}))
+    _, backwards = run(job, tmp_path / "backwards", Backwards(silent(LocalPool(job.base), {"phone-1", "phone-3"})))
+    assert_same(forwards, backwards)
+    fits = [CommitLog(tmp_path / name).rounds()[0].head_fit for name in ("forwards", "backwards")]
+    assert [turn.client for turn in fits[1].failed_turns] == ["phone-1", "phone-3"]  # type: ignore[union-attr]
+    first, second = (fit.model_copy(update={"cpu_seconds": 0.0}) for fit in fits if fit)
+    assert first == second

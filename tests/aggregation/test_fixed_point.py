@@ -91,6 +91,18 @@ def test_no_sum_overflows(bound: float, weight: int, shares: list[float], down: 
         sums.add("x", torch.zeros(1, dtype=torch.float64), 1)
 
 
+@given(st.lists(st.integers(1, 10**5), min_size=1, max_size=6), st.floats(1e-3, 1e4), st.booleans())
+def test_sums_are_added_without_overflow(counts: list[int], bound: float, down: bool) -> None:
+    """Each is a sum of so many numbers, all at the bound."""
+    form, sign = FixedPoint(bound, sum(counts)), -1 if down else 1
+    sums = FixedPointSums(form)
+    for count in counts:
+        sums.add_sum("x", torch.full((1,), sign * bound * count, dtype=torch.float64), count)
+    assert sums.total("x").item() == pytest.approx(sign * bound * sum(counts), rel=1e-6)
+    with pytest.raises(OverflowError):
+        sums.add_sum("x", torch.zeros(1, dtype=torch.float64), 1)
+
+
 def test_what_is_beyond_the_bound_is_held_at_it() -> None:
     """Should a number ever come that was not checked: no sum overflows by it."""
     form = FixedPoint(1.0, 3)

@@ -21,8 +21,11 @@ from chainfed_ray.federation import admission
 from chainfed_ray.federation.admission import Candidate, Planner, admit
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.prepare import PlannedJob
+from chainfed_ray.federation.run import run_job
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import CLIENTS_FILE
+from chainfed_ray.records.manifest import Manifest
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, like
 from tests.pools import Backwards, Heard
 
@@ -99,6 +102,28 @@ def test_the_record_of_the_start_does_not_grow_with_the_fleet(job: PlannedJob, t
         assert len((log / CLIENTS_FILE).read_bytes().splitlines()) == count
         sizes.append((log / "started.json").stat().st_size)
     assert sizes[1] < sizes[0] + 100, "a few more digits"
+
+
+def test_a_round_reads_nothing_again(document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the rounds before it nor the partition of the whole fleet: eight rounds read as much as two."""
+    reads: Counter[str] = Counter()
+    for kind, name in ((CommitLog, "rounds"), (CommitLog, "job_started"), (Manifest, "canonical")):
+        original = getattr(kind, name)
+
+        def counted(self: Any, name: str = name, original: Callable[[Any], Any] = original) -> Any:
+            reads[name] += 1
+            return original(self)
+
+        monkeypatch.setattr(kind, name, counted)
+    document["rounds"]["convergence"] = {"rule": "none"}
+    of = {}
+    for total in (3, 8):
+        document["rounds"]["total"] = total
+        records = list(run_job(parse_job(document), tmp_path / str(total)))
+        assert len(records) == total + 2
+        of[total] = dict(reads)
+        reads.clear()
+    assert of[8] == of[3]
 
 
 class Weighed(Backwards):
