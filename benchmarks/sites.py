@@ -107,7 +107,10 @@ def _document(how: str, rounds: int, folder: Path) -> dict[str, Any]:
 
 def _service(folder: Path, until_done: ExitStack) -> tuple[ServiceClient, str]:
     """A service with four slots, and its address behind a proxy with TLS."""
-    port, environment = free_port("127.0.0.1"), _environment(folder, CHAINFED_CLIENT_SLOTS="4")
+    port, environment = (
+        free_port("127.0.0.1"),
+        _environment(folder, CHAINFED_CLIENT_SLOTS="4", CHAINFED_DATA_ROOTS=str(folder)),
+    )
     command = [*_COMMAND, "serve", "--port", str(port), "--json"]
     service = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     until_done.callback(_end, service)
