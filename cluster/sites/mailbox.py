@@ -28,6 +28,7 @@ from chainfed_ray.site.envelope import Answer, Done, Heartbeat, NotDone, Order, 
 
 _ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
 _SILENCE_SECONDS = 60.0
+_NOTED_SECONDS = 5.0  # a site that asks more often is not noted each time: that would write to the disk
 _IN_FLIGHT = ("waiting", "taken")
 
 
@@ -167,8 +168,9 @@ class Mailbox:
             SiteSuperseded: another process of the site has joined since, or this one has left.
         """
         with Session(self._engine) as database, database.begin():
-            self._check(database, site, session)
-            database.execute(update(SiteRow).where(SiteRow.name == site).values(seen_at=time()))
+            known = self._check(database, site, session)
+            if not 0 <= time() - known.seen_at < _NOTED_SECONDS:
+                known.seen_at = time()
             lost = and_(SiteOrderRow.state == "taken", SiteOrderRow.order.not_in(running))
             waits = (SiteOrderRow.site == site, or_(SiteOrderRow.state == "waiting", lost))
             row = database.scalar(select(SiteOrderRow).where(*waits).order_by(SiteOrderRow.number).limit(1))
@@ -275,10 +277,11 @@ class Mailbox:
             raise OrderWithdrawn(order)
         return row
 
-    def _check(self, database: Session, site: str, session: str) -> None:
+    def _check(self, database: Session, site: str, session: str) -> SiteRow:
         row = database.get(SiteRow, site)
         if row is None or row.session != session:
             raise SiteSuperseded(site)
+        return row
 
     def _give_back(self, database: Session, site: str, besides: str | None) -> None:
         taken = (
