@@ -50,7 +50,7 @@ def fit_head(
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
     shape = stack.head.linear.out_features, stack.head.features(order.exit)
-    sums = FixedPointSums(FixedPoint(largest(shape[1]), max(sum(len(client.examples) for client in clients), 1)))
+    sums = FixedPointSums(FixedPoint(largest(shape[1]), max(sum(client.counts.examples for client in clients), 1)))
     with torch.device("meta"):  # only shapes and dtypes are needed, so no memory is allocated
         expected = ClassSums.zeros(*shape).tensors()
     spent: dict[int, float] = {}  # the CPU seconds of each client whose sums were added
@@ -69,7 +69,7 @@ def fit_head(
                 failed[place] = failed_turn(client, replace(found, exceeded=False))
             else:
                 for name, tensor in found.tensors.items():
-                    sums.add_sum(name, tensor.to(torch.float64, copy=True), len(client.examples))
+                    sums.add_sum(name, tensor.to(torch.float64, copy=True), client.counts.examples)
                 spent[place] = found.cpu_seconds
     total = ClassSums.of({name: sums.total(name) for name in expected}) if spent else None
     head, score = (
