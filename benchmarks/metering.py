@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 
 from benchmarks.accuracy_protocols import Point, Spent
-from chainfed_ray.client.messages import Client, Metrics, Profile, Training, TurnOrder, TurnResult, Update
+from chainfed_ray.client.messages import Client, HeadLosses, Metrics, Profile, Training, TurnOrder, TurnResult, Update
 from chainfed_ray.client.pool import ClientPool, Failure, Outcome
 
 
@@ -77,7 +77,7 @@ def _spent(client: Client, order: TurnOrder, result: TurnResult) -> Spent:
     match result:
         case Profile(cka=cka):
             sent = 8 * len(cka)
-        case Metrics():
+        case Metrics() | HeadLosses():
             sent = 0
         case _:
             sent = sum(tensor.nbytes for tensor in result.tensors.values())

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -22,6 +23,7 @@ from chainfed_ray.model.adapters import Tensors
 
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 0.6)
 _LOWEST, _HIGHEST = 0.05, 100.0  # the range of temperatures
+TEMPERATURES = tuple(float(heat) for heat in np.geomspace(_LOWEST, _HIGHEST, 60))  # neighbours differ by an eighth
 _NARROWINGS = 40  # steps of the search, each cutting the range by a third: the result is exact to a millionth
 _NO_EXAMPLE = 0.5  # a class without examples counts as half an example, so that its log-frequency is finite
 _LEAST_VARIANCE = 1e-4  # the least variance of a feature, relative to its mean square
@@ -143,6 +145,32 @@ def fitted(sums: ClassSums, features: Tensor, labels: Tensor) -> tuple[Tensor, T
         if math.isfinite(loss) and (best is None or loss < best[0]):
             best = loss, (weight / temperature).float(), (bias / temperature).float()
     return None if best is None else (best[1], best[2])
+
+
+def candidates(sums: ClassSums) -> list[tuple[Tensor, Tensor]]:
+    """The classifiers that ``fitted`` chooses among, each at temperature 1: weights [C, F] and biases [C] in float32.
+
+    For held-out examples that are elsewhere: ``grid_losses`` is computed there, and ``TEMPERATURES`` are tried.
+    """
+    found = []
+    for shrinkage in _SHRINKAGES:
+        try:
+            weight, bias = discriminant(sums, shrinkage)
+        except RuntimeError:  # it is singular
+            continue
+        if weight.isfinite().all() and bias.isfinite().all():
+            found.append((weight.float(), bias.float()))
+    return found
+
+
+def grid_losses(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> tuple[tuple[float, ...], int]:
+    """The loss of a classifier at each of ``TEMPERATURES``, in nats, and how many examples it gets right.
+
+    Both are sums over ``features`` [n, F] with ``labels`` [n], so those of several sets add up.
+    """
+    logits = features.double() @ weight.double().T + bias.double()
+    losses = tuple(float(cross_entropy(logits / heat, labels, reduction="sum")) for heat in TEMPERATURES)
+    return losses, int((logits.argmax(1) == labels).sum())
 
 
 def _calibration(logits: Tensor, labels: Tensor) -> float:

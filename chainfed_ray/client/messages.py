@@ -121,6 +121,34 @@ class Metrics:
     peak_bytes: int | None = None
 
 
+CANDIDATE = "candidate."  # how the names of tensors begin that are classifiers to be tried
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """The order to try classifiers on the validation rows that a client holds out, at the top of ``window``.
+
+    ``tensors`` are those of the stack, and ``candidate.<n>.weight`` [C, F] and ``candidate.<n>.bias`` [C] of each classifier.
+    """
+
+    tensors: Tensors
+    window: Window
+
+
+@dataclass(frozen=True)
+class HeadLosses:
+    """The result of trying S classifiers on ``examples`` examples at T temperatures (``discriminant.TEMPERATURES``).
+
+    ``losses`` [S][T] are sums in nats, and ``correct`` [S] counts the examples that a classifier gets right.
+    """
+
+    examples: int
+    losses: tuple[tuple[float, ...], ...]
+    correct: tuple[int, ...]
+    cpu_seconds: float
+    peak_bytes: int | None = None
+
+
 @dataclass(frozen=True)
 class Profile:
     """The CKA between each layer's output and the embeddings, and the number of examples that it was computed on."""
@@ -158,5 +186,5 @@ class HeadSums:
     peak_bytes: int | None = None
 
 
-TurnOrder = Profiling | Training | Fitting | Evaluating
-TurnResult = Profile | Update | HeadSums | Metrics
+TurnOrder = Profiling | Training | Fitting | Evaluating | Calibrating
+TurnResult = Profile | Update | HeadSums | Metrics | HeadLosses

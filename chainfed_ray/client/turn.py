@@ -15,7 +15,16 @@ from chainfed_ray.budget.footprint import Footprint
 from chainfed_ray.budget.planner import Prefix, TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.head_sums import sum_features
-from chainfed_ray.client.messages import Client, Evaluating, Fitting, Profiling, Training, TurnOrder, TurnResult
+from chainfed_ray.client.messages import (
+    Calibrating,
+    Client,
+    Evaluating,
+    Fitting,
+    Profiling,
+    Training,
+    TurnOrder,
+    TurnResult,
+)
 from chainfed_ray.client.profiling import profile
 from chainfed_ray.client.progress import simulate
 from chainfed_ray.client.training import train
@@ -68,7 +77,7 @@ def _carry_out(client: Client, base: ModelSource, order: TurnOrder) -> TurnResul
             return profile(client, blocks, base.scratch / client.name, order)
         if isinstance(order, Fitting):
             return sum_features(client, blocks, base.scratch / client.name, order)
-        if isinstance(order, Evaluating):
+        if isinstance(order, Evaluating | Calibrating):
             raise TypeError("a simulated client holds out no rows: the server evaluates on its own")
         return train(client, blocks, base.scratch / client.name, order)
     finally:

@@ -6,15 +6,16 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy, layer_norm, linear, pad
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.aggregation.discriminant import ClassSums, fitted, largest
+from chainfed_ray.aggregation.discriminant import TEMPERATURES, ClassSums, candidates, fitted, largest
 from chainfed_ray.aggregation.fixed_point import FixedPoint, FixedPointSums
 from chainfed_ray.aggregation.mean import check_claims, check_update
 from chainfed_ray.chain import Window
-from chainfed_ray.client.messages import Client, Fitting, HeadSums, TurnResult
-from chainfed_ray.client.pool import ClientPool, Failure, as_they_come
+from chainfed_ray.client.messages import CANDIDATE, Calibrating, Client, Fitting, HeadLosses, HeadSums, TurnResult
+from chainfed_ray.client.pool import ClientPool, Failure, as_they_come, in_order
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.errors import InvalidUpdate
@@ -25,6 +26,8 @@ from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.rounds import FailedTurn, HeadFit
+
+_MOST_EXAMPLES = 2**40
 
 
 class FittedHead(NamedTuple):
@@ -72,11 +75,13 @@ def fit_head(
                     sums.add_sum(name, tensor.to(torch.float64, copy=True), client.counts.examples)
                 spent[place] = found.cpu_seconds
     total = ClassSums.of({name: sums.total(name) for name in expected}) if spent else None
-    head, score = (
-        _head(total, stack, Window(order.window.bottom, order.exit), job.validation, job.base, reporter)
-        if total
-        else ({}, None)
-    )
+    window = Window(order.window.bottom, order.exit)
+    if total is None:
+        head, score = dict[str, Tensor](), None
+    elif job.spec.evaluation.rows == "sites":
+        head, score = _head_at_sites(job, pool, clients, total, order.tensors, window)
+    else:
+        head, score = _head(total, stack, window, job.validation, job.base, reporter)
     record = HeadFit(
         clients=len(spent),
         examples=int(total.counts.sum()) if total else 0,
@@ -111,15 +116,60 @@ def _head(
         weight, bias = found
         logits = linear(features, weight, bias)
         score = Score(float(cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean()))
+    return _tensors(weight, bias, stack, hidden), score
+
+
+def _tensors(weight: Tensor, bias: Tensor, stack: AdapterStack, hidden: int) -> Tensors:
     # Near the bottom of the model fewer layers lie below the window's top than the head has room for: those weights stay 0.
     unused = stack.head_layers * hidden - weight.shape[1]
-    head = {
+    return {
         "head.norm.weight": torch.ones(hidden),
         "head.norm.bias": torch.zeros(hidden),
         "head.linear.weight": pad(weight, (unused, 0)),
         "head.linear.bias": bias,
     }
-    return head, score
+
+
+def _head_at_sites(
+    job: PlannedJob, pool: ClientPool, clients: Sequence[Client], total: ClassSums, tensors: Tensors, window: Window
+) -> tuple[Tensors, Score | None]:
+    """The head's tensors, and its score on the rows that sites hold out. They send the loss of each candidate.
+
+    The candidates are those of ``fitted``; their temperatures are those of a grid, so that losses of sites can be added up.
+    """
+    found = candidates(total)
+    sent = {f"{CANDIDATE}{place}.weight": weight for place, (weight, _) in enumerate(found)}
+    sent |= {f"{CANDIDATE}{place}.bias": bias for place, (_, bias) in enumerate(found)}
+    losses, correct = torch.zeros(len(found), len(TEMPERATURES), dtype=torch.float64), torch.zeros(len(found))
+    examples = 0
+    order = Calibrating({**tensors, **sent}, window)
+    outcomes = pool.run(clients, order, deadline_of_all(job, len(clients))) if found else ()
+    for _, result in in_order(outcomes, len(clients) if found else 0):
+        if isinstance(result, HeadLosses) and _is_possible(result, len(found)):
+            losses += torch.tensor(result.losses, dtype=torch.float64)
+            correct += torch.tensor(result.correct)
+            examples += result.examples
+    if not examples or not losses.isfinite().all():
+        return {}, None
+    place, heat = divmod(int(losses.argmin()), len(TEMPERATURES))
+    weight, bias = (tensor / TEMPERATURES[heat] for tensor in found[place])
+    score = Score(float(losses[place, heat]) / examples, float(correct[place]) / examples)
+    return _tensors(weight, bias, AdapterStack.from_tensors(tensors), job.hidden), score
+
+
+def _is_possible(result: HeadLosses, count: int) -> bool:
+    """True if ``count`` classifiers can have these losses. What a client says is checked, whatever its types."""
+    if type(result.examples) is not int or not 0 <= result.examples < _MOST_EXAMPLES:
+        return False
+    if len(result.losses) != count or len(result.correct) != count:
+        return False
+    if not all(type(right) is int and 0 <= right <= result.examples for right in result.correct):
+        return False
+    rows = (row if isinstance(row, list | tuple) else () for row in result.losses)
+    return all(
+        len(row) == len(TEMPERATURES) and all(isinstance(loss, float) and 0 <= loss < math.inf for loss in row)
+        for row in rows
+    )
 
 
 def _checked(client: Client, result: TurnResult | Failure, expected: Tensors) -> HeadSums | Failure:

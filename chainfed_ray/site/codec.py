@@ -21,9 +21,11 @@ from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.first_pass import StartGuess
 from chainfed_ray.client.messages import (
+    Calibrating,
     Client,
     Evaluating,
     Fitting,
+    HeadLosses,
     HeadSums,
     Metrics,
     Profile,
@@ -59,8 +61,20 @@ class _SurveyDocument(TypedDict):
 
 
 _SURVEY = TypeAdapter(_SurveyDocument)
-_ORDERS: Mapping[str, type] = {"training": Training, "fitting": Fitting, "evaluating": Evaluating}
-_RESULTS: Mapping[str, type] = {"profiling": Profile, "training": Update, "fitting": HeadSums, "evaluating": Metrics}
+_PLANNED = ("training", "evaluating", "calibrating")  # what a site plans itself, from the memory of the model's parts
+_ORDERS: Mapping[str, type] = {
+    "training": Training,
+    "fitting": Fitting,
+    "evaluating": Evaluating,
+    "calibrating": Calibrating,
+}
+_RESULTS: Mapping[str, type] = {
+    "profiling": Profile,
+    "training": Update,
+    "fitting": HeadSums,
+    "evaluating": Metrics,
+    "calibrating": HeadLosses,
+}
 
 
 def survey_order(job: str, name: str, spec: Mapping[str, Any], base_digest: str, client_class: str, data: str) -> Order:
@@ -110,6 +124,10 @@ def turn_order(
             kind = "evaluating"
             turn = {"window": _WINDOW.dump_python(order.window), "rows": order.rows}
             most = 0
+        case Calibrating():
+            kind = "calibrating"
+            turn = {"window": _WINDOW.dump_python(order.window)}
+            most = 0
     share = client.share and {
         "clip": client.share.clip,
         "deviation": client.share.noise.deviation,
@@ -127,7 +145,7 @@ def turn_order(
             "part": client.remote.part,
             "parts": client.remote.parts,
         },
-        "memory": _MEMORY.dump_python(memory) if kind in ("training", "evaluating") else None,
+        "memory": _MEMORY.dump_python(memory) if kind in _PLANNED else None,
         "classes": list(client.remote.classes),
         "turn": turn,
     }

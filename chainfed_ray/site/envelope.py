@@ -24,7 +24,7 @@ PHASE = (
     "^(getting ready|loading the window|training|profiling the layers|fitting the head|working|evaluating"
     "|clipping the update and adding noise|running the layers (below|up to) layer [0-9]{1,5})$"
 )
-Kind = Literal["survey", "profiling", "training", "fitting", "evaluating"]
+Kind = Literal["survey", "profiling", "training", "fitting", "evaluating", "calibrating"]
 Reason = Literal["budget", "job", "model", "refused", "classes", "plan", "error"]
 
 

@@ -34,7 +34,7 @@ from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.site.codec import client_of, memory_of, result_document, survey_document, turn_of, write_tensors
 from chainfed_ray.site.envelope import Answer, Done, NotDone, Order, TensorFile, phase_of
-from chainfed_ray.site.evaluation import evaluate
+from chainfed_ray.site.evaluation import evaluated_by
 from chainfed_ray.site.folder import offered
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
@@ -139,12 +139,11 @@ class Worker:
         client, classes = client_of(order), tuple(order.content["classes"])
         assert client.remote is not None, "a client at this site"
         data, part = client.remote.data, client.remote.part
-        if order.kind == "evaluating":
+        if order.kind in ("evaluating", "calibrating"):
             turn = turn_of(order, tensors)
-            assert isinstance(turn, Evaluating)
-            held_out = job.examples(data, part, classes, turn.rows)
-            metrics = evaluate(client, job.source, memory_of(order), held_out, turn)
-            return Done(content=result_document(metrics)[0])
+            held_out = job.examples(data, part, classes, turn.rows if isinstance(turn, Evaluating) else "validation")
+            evaluated = evaluated_by(client, job.source, memory_of(order), held_out, turn)
+            return Done(content=result_document(evaluated)[0])
         examples = job.examples(data, part, classes, "train")
         if job.source.dtype not in self._warm:
             with without_scipy():

@@ -238,9 +238,6 @@ def _of_rows_at_sites(spec: JobSpec) -> Iterator[Problem]:
     for key, value in (*given, ("evaluation.choices", spec.evaluation.choices)):
         if value is not None:
             yield Problem(key, value, "no value with evaluation.rows sites: the server has no rows")
-    if spec.chain.head == "fitted":
-        expected = "'zero' with evaluation.rows sites: a fitted head is calibrated on rows of the server"
-        yield Problem("chain.head", spec.chain.head, expected)
     if spec.evaluation.engine != "torch":
         expected = "'torch' with evaluation.rows sites: each site evaluates in its own process"
         yield Problem("evaluation.engine", spec.evaluation.engine, expected)

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import torch
 
-from chainfed_ray.client.messages import Evaluating, Fitting, Training, TurnOrder
+from chainfed_ray.client.messages import Calibrating, Evaluating, Fitting, Training, TurnOrder
 
 
 class SentOrder:
@@ -40,7 +40,7 @@ class SentOrder:
 
 
 def _put(order: TurnOrder) -> Any:
-    if isinstance(order, Training | Fitting | Evaluating):
+    if isinstance(order, Training | Fitting | Evaluating | Calibrating):
         arrays: Any = {name: tensor.numpy() for name, tensor in order.tensors.items()}
         order = replace(order, tensors=arrays)
     return ray.put(order)
@@ -49,7 +49,7 @@ def _put(order: TurnOrder) -> Any:
 def receive(reference: Any) -> TurnOrder:
     """The order behind a reference. Its tensors are read-only: writing to them would change other clients' order."""
     order: TurnOrder = ray.get(reference)
-    if isinstance(order, Training | Fitting | Evaluating):
+    if isinstance(order, Training | Fitting | Evaluating | Calibrating):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             order = replace(order, tensors={name: torch.from_numpy(array) for name, array in order.tensors.items()})

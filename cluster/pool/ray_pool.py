@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from chainfed_ray.activity import Note
-from chainfed_ray.client.messages import Client, HeadSums, Metrics, Profile, TurnOrder, Update
+from chainfed_ray.client.messages import Client, HeadLosses, HeadSums, Metrics, Profile, TurnOrder, Update
 from chainfed_ray.client.pool import Failure, Outcome
 from chainfed_ray.client.progress import Progress
 from chainfed_ray.cluster.pool.leases import Lease, LeaseOfSite, Leases
@@ -117,7 +117,9 @@ class RayPool:
         except RayError as error:
             return self._given_up(turn, _failure(error))
         self._leases.give_back(turn.lease)
-        known = isinstance(result, Profile | Update | HeadSums | Metrics)  # a failure is ours to say, not a client's
+        known = isinstance(
+            result, Profile | Update | HeadSums | Metrics | HeadLosses
+        )  # a failure is ours to say, not a client's
         return Outcome(turn.place, result if known else Failure(f"it answered with a {type(result).__name__}"))
 
     def _given_up(self, turn: _Turn, failure: Failure) -> Outcome:

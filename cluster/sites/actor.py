@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.budget.demand import MemoryProfile
-from chainfed_ray.client.messages import Client, Evaluating, Fitting, Training, TurnResult
+from chainfed_ray.client.messages import Calibrating, Client, Evaluating, Fitting, Training, TurnResult
 from chainfed_ray.client.progress import Progress
 from chainfed_ray.cluster.pool.orders import receive
 from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
@@ -108,7 +108,7 @@ class SitesActor:
         turn = receive(reference)
         if (name := reference.hex()) not in self._files:
             self._files = {name: None}
-            if isinstance(turn, Training | Fitting | Evaluating):
+            if isinstance(turn, Training | Fitting | Evaluating | Calibrating):
                 self._files[name] = self._written(turn)
         job = self._job
         assert job.memory is not None, "turns come after the plan"
@@ -118,7 +118,7 @@ class SitesActor:
         self._mailbox.give(self._addresses[site], order)
         return order
 
-    def _written(self, turn: Training | Fitting | Evaluating) -> TensorFile:
+    def _written(self, turn: Training | Fitting | Evaluating | Calibrating) -> TensorFile:
         file = self._mailbox.tensor_file(self._job.id, "new")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(turn.tensors, file)

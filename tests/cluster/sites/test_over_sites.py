@@ -13,9 +13,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.nn.functional import layer_norm
 from transformers import AutoTokenizer
 
 from chainfed_ray.activity import SILENT, Activity, Listener, no_listener
+from chainfed_ray.aggregation.discriminant import ClassSums, candidates, grid_losses
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Update
 from chainfed_ray.client.survey import Absence, Survey
@@ -24,10 +26,11 @@ from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.sites.desk import Desk
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.data.examples import examples_of_site, rows_of_site, splits_of_site
-from chainfed_ray.evaluation.early_exit import predict_early_exit
+from chainfed_ray.evaluation.early_exit import pooled_features, predict_early_exit
 from chainfed_ray.evaluation.score import ScoreSums
 from chainfed_ray.federation.run import run_job
 from chainfed_ray.federation.state import stack_of
+from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
@@ -299,3 +302,36 @@ def test_sites_evaluate_on_rows_that_they_hold_out_and_the_server_has_none(
         for name, part in zip(("at-secretive-0", "at-east-0"), parts, strict=True)
     ]
     assert all(one.held_out_loss is not None and one.evaluation for one in rounds(records))
+
+
+def test_a_head_is_fitted_without_a_row_of_the_server(
+    cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, folder: Path, tmp_path: Path
+) -> None:
+    """The classifier has the least loss of all that the sites were asked to try, on their rows together."""
+    document = over(["east", "west"], dealt)
+    del document["data"]["validation"], document["data"]["test"]
+    document["evaluation"] = {"rows": "sites"}
+    document["rounds"] |= {"total": 1, "clients": 2, "quorum": 2}
+    spec, (one,) = parse_job(document), rounds(run(document, "job-8", storage))
+    assert one.head_fit
+
+    tokens, base = AutoTokenizer.from_pretrained(spec.model.base[5:]), Path(spec.model.base[5:])
+    trained = stack_of(CommitLog(storage.job("job-8")).tensors(0))
+    new, window = AdapterStack.new(range(1, 4), 32, 8, 3, 0, trained.head_layers), Window(1, 2)
+    assert new.head
+    total, held_out = ClassSums.zeros(3, new.head.features(2), torch.float64), []
+    for site in ("east", "west"):
+        splits = splits_of_site(spec, rows_of_site(spec, f"path:{folder / 'rows' / site / 'notes.jsonl'}"))
+        for split in (splits.train, splits.validation):
+            numbers = np.array([("sea", "sky", "soil").index(label) for label in split.labels])
+            examples = replace(examples_of_site(spec, tokens, split), labels=numbers)
+            source = ModelSource(base, torch.float32, tmp_path / site)
+            means, labels = pooled_features(examples, source, tmp_path / site / str(len(examples)), new, window)
+            features = layer_norm(means, means.shape[-1:]).flatten(1)
+            if split is splits.validation:
+                held_out.append((features, labels))
+            else:
+                total.count(features.double(), labels)
+    features, labels = (torch.cat(part) for part in zip(*held_out, strict=True))
+    tried = [grid_losses(weight, bias, features, labels)[0] for weight, bias in candidates(total)]
+    assert one.head_fit.held_out_loss == pytest.approx(min(map(min, tried)) / len(labels), rel=1e-3)
