@@ -3,7 +3,7 @@
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
@@ -18,7 +18,7 @@ from chainfed_ray.site.envelope import (
     Heartbeat,
     Joining,
     Leaving,
-    Order,
+    NextOrder,
     Received,
     Welcome,
 )
@@ -57,17 +57,17 @@ def leave_site(body: Leaving, site: SiteName, service: WithService) -> Accepted:
     return Accepted()
 
 
-@router.post("/orders/next", responses={204: {"description": "No order came in time"}}, response_model=Order)
-async def next_order(body: Asking, site: SiteName, service: WithService) -> Order | Response:
-    """The next order for the site. It is waited for."""
+@router.post("/orders/next")
+async def next_order(body: Asking, site: SiteName, service: WithService) -> NextOrder:
+    """The next order for the site. It is waited for. Jobs of the site that are over are told at once."""
     loop = asyncio.get_running_loop()
     ends = loop.time() + body.wait
     while True:
-        if order := await run_in_threadpool(service.mailbox.next, site, body.session, body.running):
-            return order
+        order = await run_in_threadpool(service.mailbox.next, site, body.session, body.running)
+        over = await run_in_threadpool(service.mailbox.over, body.jobs) if body.jobs else ()
         left = ends - loop.time()
-        if left <= 0:
-            return Response(status_code=204)
+        if order or over or left <= 0:
+            return NextOrder(order=order, over=over)
         await service.orders.wait(site, min(left, _LOOK_SECONDS))
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -101,10 +101,20 @@ class Agent:
     def _next(self) -> Order | None:
         """The next order. One slot asks at a time, so that the service knows which orders this process has."""
         with self._asking:
-            order = None if self._stop.is_set() else self._connection.next(_WAIT_SECONDS, self._running)
-            if order:
-                self._running.add(order.id)
-        return order
+            if self._stop.is_set():
+                return None
+            found = self._connection.next(_WAIT_SECONDS, self._running, self._jobs)
+            self._forget(found.over)
+            if found.order:
+                self._running.add(found.order.id)
+        return found.order
+
+    def _forget(self, jobs: Iterable[str]) -> None:
+        """Delete the caches of ``jobs``, which are over."""
+        for job in self._jobs & {*jobs}:
+            self._jobs.discard(job)
+            for slot in self._offer.scratch.glob("slot-*"):
+                shutil.rmtree(slot / job, ignore_errors=True)
 
     def _carry_out(self, order: Order, process: TurnProcess, scratch: Path) -> None:
         scratch.mkdir(parents=True, exist_ok=True)

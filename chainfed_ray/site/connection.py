@@ -23,6 +23,7 @@ from chainfed_ray.site.envelope import (
     Heartbeat,
     Joining,
     Leaving,
+    NextOrder,
     Order,
     Received,
     TensorFile,
@@ -93,14 +94,15 @@ class Connection:
         except httpx.HTTPError:
             self._told("The service did not hear that this site leaves; it notices when the site comes back.")
 
-    def next(self, wait: float, running: Collection[str]) -> Order | None:
-        """The next order, or None if there is none within ``wait`` seconds. ``running`` are those that this process has."""
-        asking = Asking(session=self._session, wait=wait, running=tuple(sorted(running)))
+    def next(self, wait: float, running: Collection[str], jobs: Collection[str]) -> NextOrder:
+        """The next order, if one comes within ``wait`` seconds; and which of ``jobs`` are over.
+
+        ``running`` are the orders that this process has.
+        """
+        asking = Asking(session=self._session, wait=wait, running=tuple(sorted(running)), jobs=tuple(sorted(jobs)))
         answer = self._post("/v1/site/orders/next", asking)
-        if answer.status_code == httpx.codes.NO_CONTENT:
-            return None
         try:
-            return Order.model_validate_json(answer.content)
+            return NextOrder.model_validate_json(answer.content)
         except ValidationError as error:
             raise ServiceFailed(self._address, f"its order cannot be read: {error.error_count()} errors", "-") from None
 

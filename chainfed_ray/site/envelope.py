@@ -16,6 +16,7 @@ PROTOCOL = 1
 
 MOST_CHARACTERS = 1_000_000  # of an answer's JSON
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+JobId = Annotated[str, Field(pattern="^[a-z0-9-]{1,100}$")]
 OrderId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 Session = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="a random name of the process at the site")]
 KEY = r"^[a-z_.\[\]0-9]{1,100}$"
@@ -63,7 +64,7 @@ class Order(_Message):
 
     protocol: int = PROTOCOL
     id: OrderId
-    job: str = Field(max_length=100)
+    job: JobId
     name: str = Field(max_length=100, description="the name of the job")
     kind: Kind
     spec: dict[str, Any]
@@ -71,6 +72,13 @@ class Order(_Message):
     content: dict[str, Any]
     tensors: TensorFile | None
     most_bytes: int
+
+
+class NextOrder(_Message):
+    """The next ``order``, if there is one, and those of the site's jobs that are over: it deletes their caches."""
+
+    order: Order | None = None
+    over: tuple[str, ...] = Field((), strict=False)
 
 
 class Done(_Message):
@@ -122,10 +130,12 @@ class Asking(_Message):
     """A process at a site that asks for its next order, and waits for one at most ``wait`` seconds.
 
     ``running`` are the orders that it has. It is given again what it was given before and does not have: the answer was lost.
+    ``jobs`` are those whose caches the site keeps.
     """
 
     session: Session
     running: tuple[OrderId, ...] = Field((), max_length=1000, strict=False)
+    jobs: tuple[JobId, ...] = Field((), max_length=1000, strict=False)
     wait: float = Field(0.0, ge=0, le=25, strict=False)
 
 

@@ -188,6 +188,12 @@ class Mailbox:
         with Session(self._engine) as session:
             return set(session.scalars(query))
 
+    def over(self, jobs: Collection[str]) -> tuple[str, ...]:
+        """Those of ``jobs`` that are over: their orders are deleted."""
+        with Session(self._engine) as session:
+            going = select(SiteOrderRow.job).where(SiteOrderRow.job.in_(jobs)).distinct()
+            return tuple(sorted({*jobs} - {*session.scalars(going)}))
+
     def heartbeat(self, site: str, order: str, beat: Heartbeat) -> None:
         """Note how far the turn of ``order`` is.
 

@@ -114,7 +114,7 @@ def test_a_refusal_is_not_tried_again(
     connect: Callable[[Answering], Connection], status: int, raised: type[Exception]
 ) -> None:
     with pytest.raises(raised, match="why"):
-        connect(lambda request: httpx.Response(status, json={"detail": "why"})).next(0, [])
+        connect(lambda request: httpx.Response(status, json={"detail": "why"})).next(0, [], [])
 
 
 @pytest.mark.parametrize("address", ["http://example.org", "ftp://example.org", "example.org", "http://[", ""])

@@ -101,7 +101,9 @@ def test_a_job_that_is_over_takes_its_orders_and_files_with_it(mailbox: Mailbox,
     mailbox.give("a", order)
     mailbox.next("a", FIRST)
     mailbox.receive("a", order.id, FIRST, 0, b"piece")
+    assert mailbox.over(["job", "another"]) == ("another",)
     mailbox.forget("job")
+    assert mailbox.over(["job"]) == ("job",)
     assert not (storage.job("job") / "sites").exists()
     with pytest.raises(OrderWithdrawn):
         mailbox.heartbeat("a", order.id, Heartbeat(session=FIRST, doing="training", worked=1.0))

@@ -181,6 +181,12 @@ def test_a_job_over_sites_has_the_bits_of_one_whose_rows_the_server_deals_and_no
         lines = [json.loads(line) for line in (folder / f"{site}.log").read_text().splitlines()]
         assert {line["path"].rpartition("/")[2] for line in lines} >= {"session", "next", "tensors", "answer"}
 
+    # When the job is over, the sites are told, and delete what they kept of it.
+    caches = [folder / f"site-{site}" / "slot-0" / "job-1" for site in SITES]
+    assert all(cache.exists() for cache in caches)
+    service.mailbox.forget("job-1")
+    wait_for(lambda: not any(cache.exists() for cache in caches), "end of the caches", 60)
+
 
 def test_a_site_that_is_killed_in_a_turn_is_replaced_and_its_turn_is_taken(
     cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, folder: Path, tmp_path: Path
