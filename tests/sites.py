@@ -33,6 +33,8 @@ from chainfed_ray.site.policy import Policy
 from chainfed_ray.site.transcript import Transcript
 from tests.watching import wait_for
 
+ANYTHING = Policy(models=("*",))  # also models in a folder of this machine
+
 
 @dataclass
 class Wire:
@@ -88,7 +90,7 @@ class SitesService:
         """Start a process at ``site``, which offers the folder ``data``. Gives what makes it leave."""
         stop, words = Event(), list[str]()
         scratch = self.folder / f"site-{site}"
-        offer = Offer(data, scratch, parts=1, slots=1, tells_classes=True, policy=policy or Policy())
+        offer = Offer(data, scratch, parts=1, slots=1, tells_classes=True, policy=policy or ANYTHING)
         transcript = Transcript(self.folder / f"{site}.log")
         session = f"{len(self.stops):032x}"
         connection = Connection(self.address, site, session, transcript, stop, words.append)
@@ -108,7 +110,16 @@ class SitesService:
     def process(self, site: str, data: Path) -> "subprocess.Popen[bytes]":
         """A process at ``site``: ``chainfed join``, as people start it."""
         command = [sys.executable, "-c", "from chainfed_ray.api.command.cli import main; main()", "join", self.address]
-        command += ["--site", site, "--data", str(data), "--cache", str(self.folder / f"cache-{site}")]
+        command += [
+            "--site",
+            site,
+            "--data",
+            str(data),
+            "--cache",
+            str(self.folder / f"cache-{site}"),
+            "--allow-models",
+            "*",
+        ]
         process = subprocess.Popen(command, env={**os.environ, "CHAINFED_SITE_KEY": site})
 
         def leave() -> None:

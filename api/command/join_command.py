@@ -1,9 +1,10 @@
 """``chainfed join``: the process at a site. It needs outgoing HTTPS, and no Ray."""
 
 import os
+import re
 import signal
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
@@ -15,7 +16,7 @@ import typer
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.site.agent import Agent, Offer, forget_caches
-from chainfed_ray.site.connection import Connection
+from chainfed_ray.site.connection import Connection, Withdrawn
 from chainfed_ray.site.policy import Policy
 from chainfed_ray.site.transcript import Transcript
 from chainfed_ray.units import parse_bytes
@@ -49,14 +50,14 @@ def join(
     policy = Policy(tuple(allow_models) if allow_models else None, _bytes(memory), max_hours, only_private)
     if not data.is_dir():
         raise InvalidSetting("--data", str(data), "a folder that exists")
-    scratch = _scratch(cache, site)
+    scratch = _scratch(cache, address, site)
     offer = Offer(data.resolve(), scratch, split, parallel, not keep_classes, policy)
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     with closing(Transcript(log)) as transcript:
         connection = Connection(address, _key(key_file), token_hex(16), transcript, stop, _tell, ca, insecure)
-        with closing(connection):
+        with closing(connection), suppress(Withdrawn):  # of one that leaves before the service answered
             _run(connection, offer, site, stop)
     answer(as_json, {"status": "left", "site": site}, "The site has left.")
 
@@ -94,8 +95,10 @@ def _bytes(text: str | None) -> int | None:
         raise InvalidSetting("--memory", text or "", "a number of bytes such as 8GiB") from None
 
 
-def _scratch(cache: Path | None, site: str) -> Path:
-    folder = cache or Path.home() / ".cache" / "chainfed-ray" / "sites" / site
+def _scratch(cache: Path | None, address: str, site: str) -> Path:
+    """The folder for caches. A machine may be a site of several services."""
+    service = re.sub("[^a-z0-9.]+", "-", address.lower().partition("://")[2]).strip("-")
+    folder = cache or Path.home() / ".cache" / "chainfed-ray" / "sites" / (service or "service") / site
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:

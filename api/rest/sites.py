@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse
 from chainfed_ray.api.rest.service import Caller, WithService
 from chainfed_ray.cluster.sites.mailbox import site_address
 from chainfed_ray.site.envelope import (
+    KEPT_ANSWER,
     MOST_CHARACTERS,
     PROTOCOL,
     Accepted,
@@ -87,7 +88,7 @@ def get_order_tensors(order: OrderPath, site: SiteName, service: WithService) ->
     """The tensors of an order, as a safetensors file; with `Range` a part of it."""
     file = service.mailbox.tensors_of(site, order)
     if file is None or not file.exists():
-        raise HTTPException(404, "the order has no tensors")
+        raise HTTPException(410, "the order has no tensors, or its job is over")
     return FileResponse(file, media_type=_BINARY)
 
 
@@ -117,7 +118,12 @@ async def put_answer_tensors(
 @router.post("/orders/{order}/answer")
 def answer_order(order: OrderPath, body: AnswerMessage, site: SiteName, service: WithService) -> Accepted:
     """Answer an order. The same answer may be sent again: it counts once."""
-    if len(body.answer.model_dump_json()) > MOST_CHARACTERS:
+    try:
+        text = body.answer.model_dump_json()
+        KEPT_ANSWER.validate_json(text)  # as it will be read again
+    except ValueError as error:  # such as half a surrogate pair, or JSON nested too deep to be read
+        raise HTTPException(422, f"the answer cannot be kept ({type(error).__name__})") from None
+    if len(text) > MOST_CHARACTERS:
         raise HTTPException(413, f"the answer has more than {MOST_CHARACTERS} characters")
     service.mailbox.answer(site, order, body.session, body.answer)
     return Accepted()

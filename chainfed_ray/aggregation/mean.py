@@ -47,6 +47,15 @@ def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[s
             raise InvalidUpdate(client, f"{name} is not finite")
 
 
+def is_spent(cpu_seconds: object, peak_bytes: object) -> bool:
+    """True if these can be what a turn took. Not every kernel measures ``peak_bytes``, so it may be None."""
+    try:
+        check_claims("", peak_bytes, cpu_seconds=cpu_seconds)
+    except InvalidUpdate:
+        return False
+    return True
+
+
 def check_claims(client: str, peak_bytes: object, **claims: object) -> None:
     """Refuse an update whose reported numbers, the ``claims``, are negative, no numbers or so large that none can be true.
 

@@ -60,7 +60,7 @@ class UpdateCollector:
             refused = Failure(f"its update was refused: {error.reason}")
             self._failed_turns[place] = failed_turn(client, refused, exceeded)
             return
-        # The server knows the example count. A client's own claim is not used: it could inflate its weight.
+        # The count of the plan is used, not a claim of this answer: it could inflate the weight.
         self._aggregate.add(place, update.tensors, client.counts.examples)
         self._turns[place] = turn
 

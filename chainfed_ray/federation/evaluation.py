@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Literal, Protocol
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
+from chainfed_ray.aggregation.mean import is_spent
 from chainfed_ray.budget.server import evaluation_bytes
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Evaluating, Metrics
@@ -309,6 +310,10 @@ def _client_score(client: str, metrics: Metrics) -> ClientScore:
 
 def _is_possible(metrics: Metrics, classes: int | None) -> bool:
     """True if some predictions can have given these sums. What a client says is checked, whatever its types."""
+    if not isinstance(metrics.hits, tuple) or not isinstance(metrics.occurs, tuple):
+        return False
+    if not is_spent(metrics.cpu_seconds, metrics.peak_bytes):
+        return False
     counts = (metrics.examples, metrics.predictions, metrics.correct, *metrics.hits, *metrics.occurs)
     if not all(type(count) is int and 0 <= count < _MOST_COUNTED for count in counts):
         return False

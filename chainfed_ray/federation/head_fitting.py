@@ -161,6 +161,8 @@ def _is_possible(result: HeadLosses, count: int) -> bool:
     """True if ``count`` classifiers can have these losses. What a client says is checked, whatever its types."""
     if type(result.examples) is not int or not 0 <= result.examples < _MOST_EXAMPLES:
         return False
+    if not isinstance(result.losses, tuple) or not isinstance(result.correct, tuple):
+        return False
     if len(result.losses) != count or len(result.correct) != count:
         return False
     if not all(type(right) is int and 0 <= right <= result.examples for right in result.correct):

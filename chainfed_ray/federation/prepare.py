@@ -246,7 +246,7 @@ def traced(
         blocks.check()
         if causal:
             _check_head(spec, blocks)
-        _check_texts(spec, blocks, texts)
+        check_texts(spec, blocks, texts)
         _check_chain(spec, blocks.num_layers)
         Reporter("tracing the memory of the model's parts", listen).begin()
         lora = _lora(spec.chain.adapter, blocks)
@@ -310,7 +310,7 @@ def _check_head(spec: JobSpec, blocks: Blocks) -> None:
         raise InvalidJob.at("model.base", spec.model.base, f"a language model ({error.reason})") from None
 
 
-def _check_texts(spec: JobSpec, blocks: Blocks, texts: Iterable[Examples]) -> None:
+def check_texts(spec: JobSpec, blocks: Blocks, texts: Iterable[Examples]) -> None:
     """Check that every token id has an embedding, and that the model can embed the longest text.
 
     The longest text is embedded for a try, since not every model has a table of positions that tells its limit.

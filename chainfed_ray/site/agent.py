@@ -9,7 +9,7 @@ from threading import Event, Lock, Thread
 from time import monotonic
 from typing import Any
 
-from chainfed_ray.errors import ChainFedError, ServiceFailed
+from chainfed_ray.errors import ServiceFailed
 from chainfed_ray.site.connection import Connection, Withdrawn
 from chainfed_ray.site.envelope import Answer, Done, NotDone, Order
 from chainfed_ray.site.policy import Policy, in_words
@@ -43,6 +43,10 @@ class Offer:
         return {"folder": str(self.data), "scratch": scratch, "parts": self.parts, "tells_classes": self.tells_classes}
 
 
+class _TooLong(Exception):
+    """The turns of a job have taken longer than the site allows."""
+
+
 class Agent:
     """Takes orders from ``connection`` until ``stop`` is set. ``told`` hears what goes on, in words."""
 
@@ -50,7 +54,7 @@ class Agent:
         self._connection, self._offer, self._stop, self._told = connection, offer, stop, told
         self._worked: defaultdict[str, float] = defaultdict(float)  # seconds, by job
         self._jobs: set[str] = set()
-        self._failure: ChainFedError | None = None
+        self._failure: Exception | None = None
         self._running: set[str] = set()
         self._asking = Lock()
         self._told_at: defaultdict[str, float] = defaultdict(float)  # when the service heard of an order
@@ -60,6 +64,7 @@ class Agent:
 
         Raises:
             ChainFedError: the service refuses the site.
+            Exception: something else went wrong at the site.
         """
         slots = [Thread(target=self._slot, args=(slot,), daemon=True) for slot in range(self._offer.slots)]
         for thread in slots:
@@ -88,10 +93,12 @@ class Agent:
                         process.end()  # there is no work, so its memory is given back
                 except Withdrawn:
                     continue
-                except ServiceFailed as error:
+                except (ServiceFailed, OSError) as error:  # a disk that is full is waited for as well
                     self._told(str(error))
                     self._stop.wait(_PAUSE_SECONDS)
-        except ChainFedError as error:
+        except (
+            Exception
+        ) as error:  # whatever it is, the process ends with it: one that goes on without asking is of no use
             if not self._stop.is_set():  # a process that leaves is given no more orders
                 self._failure = error
                 self._stop.set()
@@ -115,20 +122,21 @@ class Agent:
             self._jobs.discard(job)
             for slot in self._offer.scratch.glob("slot-*"):
                 shutil.rmtree(slot / job, ignore_errors=True)
+            for told in (self._offer.scratch / "told").glob(f"{job}.*"):
+                told.unlink(missing_ok=True)
 
     def _carry_out(self, order: Order, process: TurnProcess, scratch: Path) -> None:
         scratch.mkdir(parents=True, exist_ok=True)
         if order.job not in self._jobs:
             self._jobs.add(order.job)
-            self._told(f"Job {order.name} ({order.job}): {order.spec.get('model', {}).get('base', '?')}.")
+            self._told(f"Job {order.name} ({order.job}).")
         answer: Answer | None = self._offer.policy.refusal(order, self._worked[order.job])
         sent = scratch / f"{order.id}.answer.safetensors"
         started = monotonic()
         try:
             if answer is None:
                 tensors = self._connection.fetch(order, scratch / "adapters")
-                answer = process.carry_out(order, tensors, sent, lambda doing: self._heard(order, doing))
-                self._worked[order.job] += monotonic() - started
+                answer = self._carried_out(order, tensors, process, sent)
             answer = self._sent(order.id, answer, sent)
             how = in_words(answer) if isinstance(answer, NotDone) else "done"
             self._told(f"{order.name}: {order.kind} {_client(order)}: {how} ({monotonic() - started:.1f} s)")
@@ -140,6 +148,25 @@ class Agent:
             self._told_at.pop(order.id, None)
             sent.unlink(missing_ok=True)
             _forget_all_but(_KEPT_TENSORS, scratch / "adapters")
+
+    def _carried_out(self, order: Order, tensors: Path | None, process: TurnProcess, sent: Path) -> Answer:
+        """Have an order carried out. Its time counts for its job, however it ends."""
+        started = monotonic()
+        before = self._worked[order.job]
+
+        def heard(doing: Mapping[str, Any]) -> None:
+            self._worked[order.job] = before + monotonic() - started
+            if self._offer.policy.refusal(order, self._worked[order.job]):
+                raise _TooLong
+            self._heard(order, doing)
+
+        try:
+            return process.carry_out(order, tensors, sent, heard)
+        except _TooLong:
+            refused = self._offer.policy.refusal(order, self._worked[order.job])
+            return refused or NotDone(reason="refused")
+        finally:
+            self._worked[order.job] = before + monotonic() - started
 
     def _sent(self, order: str, answer: Answer, tensors: Path) -> Answer:
         """Send an answer. One that the service refuses is replaced by one that says so, or it would be asked for again."""

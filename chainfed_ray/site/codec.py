@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
+from re import fullmatch
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -45,8 +46,9 @@ _PLAN = TypeAdapter(TurnPlan)
 _WINDOW = TypeAdapter(Window)
 _MEMORY = TypeAdapter(MemoryProfile)
 _GUESS = TypeAdapter(StartGuess)
+_NAME = "[a-z0-9-]{1,100}"
 _HEADER_BYTES = 2**20  # of a file of tensors
-_MOST_CLIENTS, _MOST_CLASSES = 1000, 65536  # of a site
+_MOST_CLIENTS, _MOST_CLASSES, _MOST_EXAMPLES = 1000, 1000, 10**8  # of a site; examples of a client
 
 
 class _ClientDocument(TypedDict):
@@ -60,6 +62,42 @@ class _SurveyDocument(TypedDict):
     clients: list[_ClientDocument]
 
 
+class _Spent(TypedDict):
+    examples: int
+    cpu_seconds: float
+    peak_bytes: int | None
+
+
+class _ProfileDocument(_Spent):
+    cka: list[float]
+
+
+class _UpdateDocument(_Spent):
+    loss: float
+    steps: int
+    seconds: float
+
+
+class _MetricsDocument(_Spent):
+    predictions: int
+    loss: float
+    correct: int
+    hits: list[int]
+    occurs: list[int]
+
+
+class _HeadLossesDocument(_Spent):
+    losses: list[list[float]]
+    correct: list[int]
+
+
+_CONTENTS: Mapping[str, TypeAdapter[Any]] = {
+    "profiling": TypeAdapter(_ProfileDocument),
+    "training": TypeAdapter(_UpdateDocument),
+    "fitting": TypeAdapter(_Spent),
+    "evaluating": TypeAdapter(_MetricsDocument),
+    "calibrating": TypeAdapter(_HeadLossesDocument),
+}
 _SURVEY = TypeAdapter(_SurveyDocument)
 _PLANNED = ("training", "evaluating", "calibrating")  # what a site plans itself, from the memory of the model's parts
 _ORDERS: Mapping[str, type] = {
@@ -159,6 +197,9 @@ def client_of(order: Order) -> Client:
         ValueError: the order is not what a service of this version sends.
     """
     given = dict(order.content["client"])
+    for key in ("name", "client_class"):
+        if not fullmatch(_NAME, given[key]):  # a client's caches are in a folder with its name
+            raise ValueError(f"the client's {key} is {given[key]!r}")
     share = given["share"] and NoiseShare(
         given["share"]["clip"], Noise(given["share"]["deviation"], bytes.fromhex(given["share"]["key"]))
     )
@@ -219,16 +260,19 @@ def result_of(client: str, kind: Kind, content: Mapping[str, Any], tensors: Path
     Raises:
         InvalidUpdate: the answer is no such result.
     """
-    fields = dict(content)
     try:
+        fields = dict(_CONTENTS[kind].validate_python(dict(content), strict=True))
         if kind in ("training", "fitting"):
             fields["tensors"] = load_file(tensors) if tensors else {}
-        made: TurnResult = _RESULTS[kind](**fields)
-        if isinstance(made, Profile):
-            made = Profile(tuple(map(float, made.cka)), made.examples, made.cpu_seconds, made.peak_bytes)
-    except (TypeError, ValueError, OSError, SafetensorError) as error:
+        made: TurnResult = _RESULTS[kind](**{name: _frozen(value) for name, value in fields.items()})
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise InvalidUpdate(client, f"it cannot be read ({type(error).__name__})") from None
     return made
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, which a result has."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def survey_document(survey: Survey) -> dict[str, Any]:
@@ -237,8 +281,8 @@ def survey_document(survey: Survey) -> dict[str, Any]:
     return {"clients": clients}
 
 
-def survey_of(content: Mapping[str, Any]) -> Survey:
-    """The survey that a site sent.
+def survey_of(content: Mapping[str, Any], max_length: int) -> Survey:
+    """The survey that a site sent, for a job whose texts are cut at ``max_length`` tokens.
 
     Raises:
         ValueError: the answer is no survey that an honest site sends.
@@ -249,14 +293,14 @@ def survey_of(content: Mapping[str, Any]) -> Survey:
     clients = []
     for one in found:
         counts, classes = ExampleCounts(one["examples"], one["longest"], one["tokens"]), one["classes"]
-        _check_counts(counts, classes)
+        _check_counts(counts, classes, max_length)
         clients.append(ClientSurvey(counts, classes))
     return Survey(tuple(clients))
 
 
-def _check_counts(counts: ExampleCounts, classes: Mapping[str, int]) -> None:
-    """Refuse counts that contradict each other, or that nobody has."""
-    if not 1 <= counts.examples < 2**40 or not 1 <= counts.longest <= counts.tokens < 2**50:
+def _check_counts(counts: ExampleCounts, classes: Mapping[str, int], max_length: int) -> None:
+    """Refuse counts that contradict each other, or that nobody has. Whether they are true, a site alone knows."""
+    if not 1 <= counts.examples <= _MOST_EXAMPLES or not 1 <= counts.longest <= min(max_length, counts.tokens):
         raise ValueError(
             f"it counts {counts.examples} examples of {counts.tokens} tokens, {counts.longest} in the longest"
         )

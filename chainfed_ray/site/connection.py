@@ -32,6 +32,8 @@ from chainfed_ray.site.envelope import (
 from chainfed_ray.site.transcript import Transcript
 
 _PIECE_BYTES = 2**20
+_MOST_BYTES = 2**34  # of an order's tensors
+_TRIES = 5  # of a piece that does not come any further
 _TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 _COMES_BACK = (408, 421, 429, 500, 502, 503, 504)  # a service that starts again gives them for a while
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
@@ -127,14 +129,19 @@ class Connection:
         if file.exists():
             return file
         folder.mkdir(parents=True, exist_ok=True)
-        while True:
+        if order.tensors.size > _MOST_BYTES:
+            raise ServiceFailed(self._address, f"an order has {order.tensors.size} bytes of tensors", "-")
+        tries = 0
+        while tries < _TRIES:
             have = partial.stat().st_size if partial.exists() else 0
             if have < order.tensors.size:
-                self._fetch_rest(order.id, partial, have)
+                tries += not self._fetch_rest(order.id, partial, have)
             elif TensorFile.of(partial) == order.tensors:
                 return partial.replace(file)
             else:  # a piece of another file
                 partial.unlink()
+                tries += 1
+        raise ServiceFailed(self._address, f"the tensors of order {order.id} do not arrive", "-")
 
     def send(self, order: str, tensors: Path) -> None:
         """Send the file ``tensors`` of an answer in pieces, from where an earlier transfer stopped.
@@ -146,11 +153,16 @@ class Connection:
         sent = Received.model_validate_json(self._request("GET", f"{path}/received").content).received
         self._transcript.sent_tensors(path, tensors, sent)
         with tensors.open("rb") as opened:
-            while sent < size:
+            tries = 0
+            while sent < size and tries < _TRIES:
                 opened.seek(sent)
                 piece = opened.read(_PIECE_BYTES)
                 answer = self._request("PUT", path, content=piece, params={"offset": sent, "session": self._session})
-                sent = Received.model_validate_json(answer.content).received
+                received = Received.model_validate_json(answer.content).received
+                tries += received <= sent
+                sent = received
+        if sent < size:
+            raise ServiceFailed(self._address, f"the tensors of order {order} are not kept", "-")
 
     def answer(self, order: str, answer: Answer) -> None:
         """Give the answer of ``order``. It counts once, however often it is given.
@@ -165,20 +177,24 @@ class Connection:
         self._transcript.sent("POST", path, document)
         return self._request("POST", path, json=document)
 
-    def _fetch_rest(self, order: str, partial: Path, have: int) -> None:
+    def _fetch_rest(self, order: str, partial: Path, have: int) -> bool:
+        """Fetch the next piece. False if nothing came."""
         end = have + _PIECE_BYTES - 1
         answer = self._request("GET", f"/v1/site/orders/{order}/tensors", headers={"Range": f"bytes={have}-{end}"})
         with partial.open("ab") as opened:
             opened.write(answer.content)
+        return bool(answer.content)
 
     def _request(self, method: str, path: str, **given: Any) -> httpx.Response:
-        """Make a request, again and again until the service answers it."""
+        """Make a request, again and again until the service answers it, or the site leaves."""
         pause, waiting = _FIRST_PAUSE, False
         while True:
+            if self._stop.is_set():
+                raise Withdrawn("the site leaves")
             try:
                 answer = self._http.request(method, path, **given)
-                reason = f"it answered {answer.status_code}" if answer.status_code in _COMES_BACK else None
-            except httpx.TransportError as error:
+                reason = f"it answered {answer.status_code}" if _comes_back(answer) else None
+            except httpx.RequestError as error:
                 reason = str(error) or type(error).__name__
             if reason is None:
                 if waiting:
@@ -195,6 +211,12 @@ class Connection:
 def key_digest(key: str) -> str:
     """The digest by which two keys can be told apart in words: the first characters of its sha256."""
     return sha256(key.encode()).hexdigest()[:8]
+
+
+def _comes_back(answer: httpx.Response) -> bool:
+    """True if the answer is that of a service which starts again, or of a proxy before it."""
+    ours = answer.headers.get("content-type", "").startswith("application/problem+json")
+    return answer.status_code in _COMES_BACK or (answer.status_code in (403, 404) and not ours)
 
 
 def _understood(answer: httpx.Response, address: str) -> httpx.Response:

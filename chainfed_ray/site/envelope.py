@@ -9,7 +9,7 @@ from pathlib import Path
 from re import fullmatch
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 PROTOCOL = 1
 """The version of these documents. A site of another version is refused, with both numbers."""
@@ -26,7 +26,7 @@ PHASE = (
     "|clipping the update and adding noise|running the layers (below|up to) layer [0-9]{1,5})$"
 )
 Kind = Literal["survey", "profiling", "training", "fitting", "evaluating", "calibrating"]
-Reason = Literal["budget", "job", "model", "refused", "classes", "plan", "error"]
+Reason = Literal["budget", "job", "model", "refused", "classes", "plan", "changed", "error"]
 
 
 def phase_of(words: str) -> str:
@@ -35,7 +35,7 @@ def phase_of(words: str) -> str:
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class TensorFile(_Message):
@@ -100,7 +100,7 @@ class NotDone(_Message):
     key: str | None = Field(None, pattern=KEY, description="the key of the job that it is about")
     kind: str | None = Field(None, pattern="^[A-Za-z_]{1,60}$", description="the name of the error's class")
     phase: str | None = Field(None, pattern=PHASE)
-    numbers: tuple[float, ...] = Field((), max_length=3, strict=False)
+    numbers: tuple[Annotated[float, Field(ge=0, lt=2**60)], ...] = Field((), max_length=3, strict=False)
 
     @classmethod
     def about(cls, reason: Reason, key: str) -> "NotDone":
@@ -109,6 +109,8 @@ class NotDone(_Message):
 
 
 Answer = Annotated[Done | NotDone, Field(discriminator="outcome")]
+KEPT_ANSWER: TypeAdapter[Done | NotDone] = TypeAdapter(Answer)
+"""Reads an answer from JSON."""
 
 
 class AnswerMessage(_Message):

@@ -16,9 +16,9 @@ from chainfed_ray.units import format_bytes, format_seconds
 class Policy:
     """What the site allows. None allows everything.
 
-    ``models`` are patterns of ``model.base``, such as ``hf:my-org/*``. ``memory`` is in bytes, of one client. ``hours`` is how
-    long the turns of one job may take in all. ``epsilon`` is the most that a job's privacy may have; without privacy a job is
-    then refused.
+    ``models`` are patterns of ``model.base``, such as ``hf:my-org/*``; by default every model but a ``path:`` of this machine.
+    ``memory`` is in bytes, of one client. ``hours`` is how long the turns of one job may take in all. ``epsilon`` is the most
+    that a job's privacy may have; without privacy a job is then refused.
     """
 
     models: tuple[str, ...] | None = None
@@ -32,7 +32,9 @@ class Policy:
             spec = parse_job(order.spec)
         except InvalidJob as error:
             return NotDone.about("job", error.problems[0].field)
-        if self.models is not None and not any(fnmatchcase(spec.model.base, pattern) for pattern in self.models):
+        # A folder of this machine is not for a job to name, unless the site's owner names it.
+        allowed = self.models if self.models is not None else ("builtin:*", "hf:*")
+        if not any(fnmatchcase(spec.model.base, pattern) for pattern in allowed):
             return NotDone(reason="refused", key="model.base")
         if self.memory is not None and (asked := _memory(spec, order)) > self.memory:
             return NotDone(reason="refused", key="fleet.clients.memory", numbers=(asked, self.memory))
@@ -75,9 +77,11 @@ def in_words(answer: NotDone) -> str:
         case "job", _:
             return f"its rows do not fit the job's {answer.key or 'keys'}; the log at the site has the details"
         case "classes", _:
-            return "it does not tell the names of its classes; list them in data.classes"
+            return "it does not tell the names of its labels; list the classes in data.classes"
         case "plan", _:
-            return "its own plan for these rows is another one than the service's"
+            return "the order does not fit the job, or the site's own plan for its rows is another one"
+        case "changed", _:
+            return "its rows have changed since the job began"
         case "model", _:
             return "its copy of the base model is another one"
         case _:

@@ -9,8 +9,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Literal
@@ -29,8 +31,10 @@ from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.lean_imports import without_scipy
 from chainfed_ray.errors import BudgetExceeded, InvalidJob
 from chainfed_ray.federation.admission import Candidate, Planner, requirements_of
+from chainfed_ray.federation.prepare import check_texts
 from chainfed_ray.hub import digest_of, resolve, tokenizer
 from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.site.codec import client_of, memory_of, result_document, survey_document, turn_of, write_tensors
 from chainfed_ray.site.envelope import Answer, Done, NotDone, Order, TensorFile, phase_of
@@ -41,6 +45,7 @@ from chainfed_ray.spec.parse import parse_job
 
 SplitName = Literal["train", "validation", "test"]
 _HEARTBEAT_SECONDS = 1.0
+_MOST_CLASSES, _LONGEST_NAME = 1000, 100  # of labels whose names are told
 _log = logging.getLogger("chainfed")
 
 
@@ -58,9 +63,49 @@ class RowsOfJob:
         self._rows = lru_cache(self._read)
 
     def survey(self, data: str) -> Survey:
-        """The clients that are made of the file ``data``, each with the counts of its rows."""
+        """The clients that are made of the file ``data``, each with the counts of its rows.
+
+        Raises:
+            InvalidJob: the model has no position for the longest text, or nothing of a client's rows can be learnt.
+        """
         labels = sorted(set(self._rows(data).labels))
-        return Survey(tuple(self._survey(data, part, labels) for part in range(self._parts)))
+        found = Survey(tuple(self._survey(data, part, labels) for part in range(self._parts)))
+        with closing(Blocks(self.source.folder, self.source.dtype)) as blocks:
+            check_texts(self.spec, blocks, (self._tokens(data, part, "train")[1] for part in range(self._parts)))
+        self._digest(data).parent.mkdir(parents=True, exist_ok=True)
+        self._digest(data).write_text(_digest_of(self._rows(data)))
+        return found
+
+    def has_changed(self, data: str) -> bool:
+        """True if the rows of the file ``data`` are others than when this site told of them."""
+        told = self._digest(data)
+        return told.exists() and told.read_text() != _digest_of(self._rows(data))
+
+    def has_classes(self, data: str) -> bool:
+        """True if the labels of the file ``data`` look like classes: few names, short ones, and more rows than names.
+
+        Otherwise a job that takes a column of texts for labels would have the texts told.
+        """
+        labels = self._rows(data).labels
+        names = set(labels)
+        return 2 * len(names) <= len(labels) and len(names) <= _MOST_CLASSES and max(map(len, names)) <= _LONGEST_NAME
+
+    def asks_for_this(self, order: Order) -> bool:
+        """True if ``order`` is one that its job has, for a client that this site makes."""
+        chain, evaluation = self.spec.chain, self.spec.evaluation
+        client = order.content["client"]
+        if client["parts"] != self._parts or not 0 <= client["part"] < self._parts:
+            return False
+        if order.kind == "profiling":
+            return chain.start == "auto"
+        if order.kind == "fitting":
+            return chain.head == "fitted"
+        if order.kind == "calibrating":
+            return chain.head == "fitted" and evaluation.rows == "sites"
+        if order.kind == "evaluating":
+            return evaluation.rows == "sites" and order.content["turn"]["rows"] in ("validation", "test")
+        private = self.spec.privacy if self.spec.privacy and self.spec.privacy.where == "client" else None
+        return private is None or (client["share"] is not None and client["share"]["clip"] == private.clip)
 
     def is_planned(self, client: Client, turn: TurnOrder, memory: MemoryProfile) -> bool:
         """True if the plan that came with a turn of training is the one that this site makes for its own rows.
@@ -81,8 +126,16 @@ class RowsOfJob:
         number = {name: place for place, name in enumerate(classes)}
         return replace(examples, labels=np.array([number[label] for label in labels])) if labels else examples
 
+    def _digest(self, data: str) -> Path:
+        """Where the digest of the rows is that this site told of. It stays at the site."""
+        name = sha256(data.encode()).hexdigest()[:16]
+        return self.source.scratch.parent.parent / "told" / f"{self.source.scratch.name}.{name}"
+
     def _survey(self, data: str, part: int, labels: Sequence[str]) -> ClientSurvey:
         examples = self.examples(data, part, labels, "train")
+        if not len(examples):
+            expected = f"more tokens: nothing is left to learn in the rows of client {part}"
+            raise InvalidJob.at("data.max_length", self.spec.data.max_length, expected)
         found = np.bincount(examples.labels, minlength=len(labels)).tolist() if labels else []
         return ClientSurvey(
             examples.counts, {label: count for label, count in zip(labels, found, strict=True) if count}
@@ -132,23 +185,29 @@ class Worker:
         if not job.same_base:
             return NotDone(reason="model")
         if order.kind == "survey":
-            survey = job.survey(order.content["data"])
-            if job.spec.data.classes is None and not self._tells_classes and survey.clients[0].classes:
+            data = order.content["data"]
+            survey = job.survey(data)
+            tells = self._tells_classes and job.has_classes(data) if survey.clients[0].classes else True
+            if job.spec.data.classes is None and not tells:
                 return NotDone(reason="classes")
             return Done(content=survey_document(survey))
+        if not job.asks_for_this(order):
+            return NotDone(reason="plan")
         client, classes = client_of(order), tuple(order.content["classes"])
         assert client.remote is not None, "a client at this site"
         data, part = client.remote.data, client.remote.part
+        if job.has_changed(data):
+            return NotDone(reason="changed")
+        if job.source.dtype not in self._warm:
+            with without_scipy():
+                warm_up(job.source)
+            self._warm.add(job.source.dtype)
         if order.kind in ("evaluating", "calibrating"):
             turn = turn_of(order, tensors)
             held_out = job.examples(data, part, classes, turn.rows if isinstance(turn, Evaluating) else "validation")
             evaluated = evaluated_by(client, job.source, memory_of(order), held_out, turn)
             return Done(content=result_document(evaluated)[0])
         examples = job.examples(data, part, classes, "train")
-        if job.source.dtype not in self._warm:
-            with without_scipy():
-                warm_up(job.source)
-            self._warm.add(job.source.dtype)
         own = replace(client, examples=examples, remote=None)
         if order.kind == "training" and not job.is_planned(own, turn_of(order, tensors), memory_of(order)):
             return NotDone(reason="plan")
@@ -164,6 +223,14 @@ class Worker:
         if known is None or known[0] != order.job:
             known = self._job = (order.job, RowsOfJob(order, self._folder, self._scratch, self._parts))
         return known[1]
+
+
+def _digest_of(rows: Split) -> str:
+    """The digest of rows, by which this site knows them again. It is not sent: a few rows could be guessed from it."""
+    digest = sha256()
+    for row in zip(rows.texts, rows.labels or ("",) * len(rows), strict=True):
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 def main() -> None:

@@ -218,6 +218,8 @@ def _of_rows(spec: JobSpec) -> Iterator[Problem]:
             if source is None:
                 expected = "held-out rows of the server, since without data.train there are none to hold out"
                 yield Problem(name, MISSING, expected)
+    if spec.fleet.at_sites and spec.model.task != "causal-lm" and data.label == data.text:
+        yield Problem("data.label", data.label, "another column than data.text: the names of classes are told")
     if data.classes is not None:
         if spec.model.task == "causal-lm":
             yield Problem(

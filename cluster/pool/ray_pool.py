@@ -137,6 +137,8 @@ class RayPool:
         others_run = any(turn.lease.placed for turn in running.values())
         for reference, turn in quiet.items():
             answer = known.get(reference)
+            if answer and answer.worked < turn.worked:  # another process at the site has begun it anew
+                turn.worked = 0.0
             if answer and answer.worked - turn.worked >= _LEAST_WORK * self._silence:
                 turn.heard, turn.worked = now, answer.worked
             elif not turn.lease.placed and others_run:

@@ -7,15 +7,16 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import ray
-from sqlalchemy.exc import SQLAlchemyError
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Calibrating, Client, Evaluating, Fitting, Training, TurnResult
 from chainfed_ray.client.progress import Progress
+from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.pool.orders import receive
 from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
 from chainfed_ray.cluster.storage import Storage
@@ -25,7 +26,8 @@ from chainfed_ray.site.envelope import Done, NotDone, Order, TensorFile
 from chainfed_ray.site.policy import in_words
 
 _POLL_SECONDS = 0.1
-_WAITING = OrderState("waiting", None, None)
+_RETRY_SECONDS = 2.0  # until a database is asked again
+_WAITING = OrderState("waiting", None, None, 0.0)
 _log = logging.getLogger(__name__)
 
 
@@ -55,7 +57,7 @@ class SitesActor:
     """Stands for the clients of ``job`` that are at sites. All calls run in one event loop."""
 
     def __init__(self, job: JobForSites, storage: Storage) -> None:
-        self._job, self._mailbox = job, Mailbox(storage)
+        self._job, self._storage = job, storage
         self._pending: dict[tuple[str, str], asyncio.Future[OrderState]] = {}
         self._seen: dict[tuple[str, str], OrderState] = {}
         self._joined: set[str] = set()
@@ -74,8 +76,14 @@ class SitesActor:
             InvalidUpdate: the answer cannot be read.
         """
         assert client.remote is not None, "a client at a site"
-        async with self._lock:  # clients of a round have the same order: its tensors are written once
-            given = await asyncio.to_thread(self._given, client, order[0])
+        while True:
+            try:
+                async with self._lock:  # clients of a round have the same order: its tensors are written once
+                    given = await asyncio.to_thread(self._given, client, order[0])
+                break
+            except NO_ANSWER as error:
+                _log.warning("the database does not answer (%s); orders for sites wait for it", type(error).__name__)
+                await asyncio.sleep(_RETRY_SECONDS)
         key = (self._addresses[client.remote.site], given.id)
         self._orders[client.name] = key
         try:
@@ -91,16 +99,21 @@ class SitesActor:
 
     async def progress(self, client: str) -> Progress:
         """How far the turn of ``client`` is, as the site said last."""
-        doing = self._seen.get(self._orders.get(client, ("", "")), _WAITING).doing
-        if doing is None:
-            return Progress(Activity(what="getting ready at its site"), 0.0)
-        activity = Activity(what=doing.doing, done=doing.done, total=doing.total, unit=doing.unit)
-        return Progress(activity, doing.worked)
+        seen = self._seen.get(self._orders.get(client, ("", "")), _WAITING)
+        if seen.doing is None:
+            return Progress(Activity(what="getting ready at its site"), seen.worked)
+        doing = seen.doing
+        return Progress(Activity(what=doing.doing, done=doing.done, total=doing.total, unit=doing.unit), seen.worked)
 
     async def withdraw(self, client: str) -> None:
         """Take the order of ``client`` back."""
         if key := self._orders.get(client):
             await asyncio.to_thread(self._mailbox.withdraw, *key)
+
+    @cached_property
+    def _mailbox(self) -> Mailbox:
+        """Opened when it is needed: a database that does not answer now does so later."""
+        return Mailbox(self._storage)
 
     def _given(self, client: Client, reference: Any) -> Order:
         """Put the order for ``client`` into the mailbox."""
@@ -143,8 +156,8 @@ class SitesActor:
             try:
                 states = await asyncio.to_thread(self._mailbox.states, set(self._pending))
                 self._joined = {site.name for site in await asyncio.to_thread(self._mailbox.sites) if site.joined}
-            except SQLAlchemyError as error:
-                _log.warning("the database does not answer (%s); turns at sites wait for it", type(error).__name__)
+            except Exception as error:  # whatever it is, turns at sites must not hang
+                _log.warning("sites cannot be looked at (%s); their turns wait", type(error).__name__)
                 states = {}
             self._seen.update(states)
             for key, state in states.items():

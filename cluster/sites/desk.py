@@ -1,6 +1,8 @@
 """What the coordinator of a job has of its sites: their surveys before it begins, and leases for their clients' turns."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -8,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.budget.demand import MemoryProfile
@@ -18,8 +21,8 @@ from chainfed_ray.cluster.resources import controller_options
 from chainfed_ray.cluster.sites.actor import JobForSites, Seen, SitesActor
 from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.hub import digest_of
-from chainfed_ray.site.codec import survey_of, survey_order
+from chainfed_ray.hub import digest_of, first_line
+from chainfed_ray.site.codec import survey_document, survey_of, survey_order
 from chainfed_ray.site.envelope import Done, NotDone
 from chainfed_ray.site.policy import in_words
 from chainfed_ray.spec.job import JobSpec
@@ -44,8 +47,10 @@ class SiteLease(Lease):
             self.asked = self.actor.look.remote(self.client, self.site)
         answered, _ = ray.wait([self.asked], timeout=0)
         if answered:
-            seen: Seen = ray.get(self.asked)
-            self.placed, self.joined, self.asked = seen.taken, seen.joined, None
+            asked, self.asked = self.asked, None
+            with suppress(RayError):  # Ray makes the actor again
+                seen: Seen = ray.get(asked)
+                self.placed, self.joined = seen.taken, seen.joined
         return self.placed
 
     def ask(self) -> Any:
@@ -72,11 +77,17 @@ class Desk:
     def survey(self, spec: JobSpec, base: Path, listen: Listener) -> Mapping[str, Survey | Absence]:
         """See ``Sites``. It waits for a site as long as for an update: ``rounds.deadline``; without one, until it comes."""
         self._job = JobForSites(self._id, spec.name, spec.document(), digest_of(base))
-        mailbox = Mailbox(self._storage)
-        try:
-            return self._surveyed(mailbox, self._job, spec, listen)
-        finally:
-            mailbox.close()
+        kept = self._storage.job(self._id) / "surveys.json"
+        if kept.exists():  # a job that resumes has the clients with which it began
+            documents: dict[str, dict[str, Any]] = json.loads(kept.read_text())
+            return {name: _survey_of(document, spec) for name, document in documents.items()}
+        with closing(Mailbox(self._storage)) as mailbox:
+            found = self._surveyed(mailbox, self._job, spec, listen)
+        partial = kept.with_suffix(".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({name: _document_of(survey) for name, survey in found.items()}))
+        partial.replace(kept)
+        return found
 
     def planned(self, memory: MemoryProfile) -> None:
         """See ``Sites``."""
@@ -106,7 +117,7 @@ class Desk:
         ends, found, told, nobody = monotonic() + deadline, dict[str, Survey | Absence](), "", Event()
         while len(found) < len(orders):
             states = mailbox.states(orders.keys() - {key for key, name in orders.items() if name in found})
-            answers = {orders[key]: _surveyed(state) for key, state in states.items() if state.answer}
+            answers = {orders[key]: _answered(state, spec) for key, state in states.items() if state.answer}
             found |= answers
             missing = sorted(site for (site, _), name in orders.items() if name not in found)
             if missing and monotonic() > ends:
@@ -138,13 +149,21 @@ def _waiting(missing: Sequence[str], joined: Collection[str]) -> str:
     return "; ".join([*parts, *([f"not joined: {', '.join(absent)}"] if absent else [])])
 
 
-def _surveyed(state: OrderState) -> Survey | Absence:
+def _document_of(survey: Survey | Absence) -> dict[str, Any]:
+    return survey_document(survey) if isinstance(survey, Survey) else {"absent": survey.reason}
+
+
+def _survey_of(document: dict[str, Any], spec: JobSpec) -> Survey | Absence:
+    return Absence(document["absent"]) if "absent" in document else survey_of(document, spec.data.max_length)
+
+
+def _answered(state: OrderState, spec: JobSpec) -> Survey | Absence:
     match state.answer:
         case Done() as done:
             try:
-                return survey_of(done.content)
+                return survey_of(done.content, spec.data.max_length)
             except ValueError as error:
-                return Absence(f"its answer was refused: {error}")
+                return Absence(f"its answer was refused: {first_line(error)}")
         case NotDone() as answer:
             return Absence(in_words(answer))
         case _:

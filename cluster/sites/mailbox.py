@@ -11,6 +11,7 @@ before. ::
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 from time import time
 from typing import Any, NamedTuple, cast
@@ -38,11 +39,12 @@ def site_address(tenant: str, site: str) -> str:
 
 
 class OrderState(NamedTuple):
-    """Where an order is: its ``state``, its answer if it has one, and how far the turn is."""
+    """Where an order is: its ``state``, its answer if it has one, how far the turn is, and for how many seconds it worked."""
 
     state: str
     answer: Answer | None
     doing: Heartbeat | None
+    worked: float
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,19 @@ class Mailbox:
 
     def states(self, orders: Collection[tuple[str, str]]) -> dict[tuple[str, str], OrderState]:
         """Where each of the ``orders`` is, by its site and id."""
-        query = select(SiteOrderRow).where(SiteOrderRow.order.in_({order for _, order in orders}))
+        row = SiteOrderRow
+        columns = select(row.site, row.order, row.state, row.answer, row.doing, row.worked)
         with Session(self._engine) as session:
+            found = session.execute(columns.where(row.order.in_({order for _, order in orders})))
             return {
-                (row.site, row.order): OrderState(
-                    row.state,
-                    _ANSWER.validate_json(row.answer) if row.answer else None,
-                    Heartbeat.model_validate_json(row.doing) if row.doing else None,
+                (site, order): OrderState(
+                    state,
+                    _ANSWER.validate_json(answer) if answer else None,
+                    Heartbeat.model_validate_json(doing) if doing else None,
+                    worked,
                 )
-                for row in session.scalars(query)
-                if (row.site, row.order) in orders
+                for site, order, state, answer, doing, worked in found
+                if (site, order) in orders
             }
 
     def withdraw(self, site: str, order: str) -> None:
@@ -176,6 +181,8 @@ class Mailbox:
             row = database.scalar(select(SiteOrderRow).where(*waits).order_by(SiteOrderRow.number).limit(1))
             if row is None:
                 return None
+            if row.state == "waiting":  # what an earlier process has sent of its answer does not go with another one's
+                self._arriving(row).unlink(missing_ok=True)
             taken = update(SiteOrderRow).where(SiteOrderRow.number == row.number, SiteOrderRow.state == row.state)
             found = cast("CursorResult[Any]", database.execute(taken.values(state="taken", session=session)))
             return Order.model_validate_json(row.document) if found.rowcount else None
@@ -211,10 +218,11 @@ class Mailbox:
         Raises:
             OrderWithdrawn: the site does not have the order any more.
         """
-        with Session(self._engine) as session:
+        with Session(self._engine) as session, session.begin():
             row = session.scalar(_of(site, order))
             if row is None or row.state != "taken":
                 raise OrderWithdrawn(order)
+            row.worked += 1.0  # as above
             return self.tensor_file(row.job, row.tensors) if row.tensors else None
 
     def received(self, site: str, order: str) -> int:
@@ -236,18 +244,21 @@ class Mailbox:
             OrderWithdrawn: the process does not have the order any more.
             AnswerRefused: there are more bytes than the order allows.
         """
-        with Session(self._engine) as database:
+        with Session(self._engine) as database, database.begin():
             row = self._taken(database, site, order, session)
             most = Order.model_validate_json(row.document).most_bytes
             file = self._arriving(row)
+            row.worked += 1.0  # a slow transfer is a sign of life as well
+            database.execute(update(SiteRow).where(SiteRow.name == site).values(seen_at=time()))
         if offset + len(piece) > most:
             raise AnswerRefused(order, f"its tensors have more than {most} bytes")
-        if _size(file) != offset:
-            return _size(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("ab") as opened:
-            opened.write(piece)
-        return _size(file)
+            flock(opened, LOCK_EX)  # a piece that is sent again may come while the first is written
+            if opened.tell() == offset:
+                opened.write(piece)
+                opened.flush()
+            return opened.tell()
 
     def answer(self, site: str, order: str, session: str, answer: Answer) -> None:
         """Keep the answer of an order. The same answer may be given again; it counts once.

@@ -16,6 +16,7 @@ from chainfed_ray.client.messages import (
     Client,
     Evaluating,
     Fitting,
+    HeadLosses,
     HeadSums,
     Metrics,
     Profile,
@@ -100,6 +101,7 @@ def test_an_order_is_named_by_what_it_asks(job: PlannedJob) -> None:
         ("training", Update({"a": torch.arange(4.0)}, 10, 0.5, 3, 1.0, 2.0, None)),
         ("fitting", HeadSums({"counts": torch.ones(2)}, 10, 1.0, 8)),
         ("evaluating", Metrics(10, 10, 3.5, 7, (3, 4), (10, 10), 0.5, 9)),
+        ("calibrating", HeadLosses(10, ((0.5, 1.0), (2.0, 3.0)), (7, 8), 0.5, None)),
     ],
 )
 def test_results_come_out_as_they_went_in(kind: Any, result: Any, tmp_path: Path) -> None:
@@ -108,14 +110,14 @@ def test_results_come_out_as_they_went_in(kind: Any, result: Any, tmp_path: Path
     if tensors:
         write_tensors(tensors, file := tmp_path / "sent.safetensors")
     found = result_of("a", kind, json.loads(json.dumps(content)), file)
-    assert {k: v for k, v in vars(found).items() if k not in ("tensors", "hits", "occurs")} == {
-        k: v for k, v in vars(result).items() if k not in ("tensors", "hits", "occurs")
+    assert {k: v for k, v in vars(found).items() if k != "tensors"} == {
+        k: v for k, v in vars(result).items() if k != "tensors"
     }
     assert all(torch.equal(vars(found)["tensors"][name], tensor) for name, tensor in tensors.items())
 
 
 @given(
-    st.sampled_from(["profiling", "training", "fitting", "evaluating"]),
+    st.sampled_from(["profiling", "training", "fitting", "evaluating", "calibrating"]),
     st.dictionaries(st.sampled_from(["cka", "examples", "loss", "x", "hits"]), st.none() | st.integers() | st.text()),
 )
 def test_what_is_no_result_is_refused(kind: Any, content: dict[str, Any]) -> None:
@@ -123,9 +125,27 @@ def test_what_is_no_result_is_refused(kind: Any, content: dict[str, Any]) -> Non
         result_of("a", kind, content, None)
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [{"hits": 5}, {"loss": "low"}, {"cpu_seconds": None}, {"peak_bytes": "0"}, {"examples": 1.5}, {"hits": [[1]]}],
+)
+def test_a_number_that_is_none_is_refused(lie: dict[str, Any]) -> None:
+    content, _ = result_document(Metrics(10, 10, 3.5, 7, (3, 4), (10, 10), 0.5, 9))
+    with pytest.raises(InvalidUpdate):
+        result_of("a", "evaluating", {**json.loads(json.dumps(content)), **lie}, None)
+
+
+@pytest.mark.parametrize("name", ["../../out", "/etc", "a b", "", "a" * 200])
+def test_a_name_that_leads_elsewhere_is_refused(job: PlannedJob, name: str) -> None:
+    client = replace(job.clients[0], examples=NO_EXAMPLES, remote=ROWS, name=name)
+    sent = turn_order("j", "tiny", job.spec.document(), 64 * "0", job.planner.costs, client, Profiling(40, 7), None)
+    with pytest.raises(ValueError, match="name"):
+        client_of(sent)
+
+
 def test_a_survey_comes_out_as_it_went_in() -> None:
     survey = Survey((ClientSurvey(COUNTS, {"no": 4, "yes": 6}), ClientSurvey(ExampleCounts(1, 3, 3), {})))
-    assert survey_of(json.loads(json.dumps(survey_document(survey)))) == survey
+    assert survey_of(json.loads(json.dumps(survey_document(survey))), 16) == survey
 
 
 @pytest.mark.parametrize(
@@ -134,6 +154,7 @@ def test_a_survey_comes_out_as_it_went_in() -> None:
         {"examples": -1},
         {"examples": 10**13},
         {"longest": 0},
+        {"longest": 17},
         {"tokens": 5},
         {"tokens": 10**9},
         {"tokens": "many"},
@@ -145,7 +166,7 @@ def test_a_survey_comes_out_as_it_went_in() -> None:
 def test_a_survey_that_nobody_can_have_is_refused(lie: dict[str, Any]) -> None:
     honest = {"examples": 10, "longest": 12, "tokens": 90, "classes": {"no": 4, "yes": 6}}
     with pytest.raises(ValueError):  # noqa: PT011  its words are shown to people
-        survey_of({"clients": [{**honest, **lie}]})
+        survey_of({"clients": [{**honest, **lie}]}, 16)
     for empty in ({"clients": []}, {}, {"clients": [honest] * 2000}):
         with pytest.raises(ValueError):  # noqa: PT011
-            survey_of(empty)
+            survey_of(empty, 16)

@@ -22,17 +22,18 @@ def an_order(document: dict[str, Any]) -> Order:
     return survey_order("job-1", "tiny", document, 64 * "0", "silo", "site:rows.jsonl")
 
 
-def test_without_a_policy_nothing_is_refused(at_site: dict[str, Any]) -> None:
-    assert Policy().refusal(an_order(at_site), 1e9) is None
+def test_what_is_allowed_is_not_refused(at_site: dict[str, Any]) -> None:
+    assert Policy(("*",)).refusal(an_order(at_site), 1e9) is None
 
 
 @pytest.mark.parametrize(
     ("policy", "worked", "words"),
     [
         (Policy(models=("hf:mine/*",)), 0, "it does not allow this base model"),
-        (Policy(memory=2**25), 0, "it gives a client at most 32MiB; the job asks for 64MiB"),
-        (Policy(hours=1), 3700, "it allows a job 1h 00m; this one has taken 1h 01m"),
-        (Policy(epsilon=3), 0, "it takes part only with privacy, and an ε of at most 3"),
+        (Policy(), 0, "it does not allow this base model"),
+        (Policy(("*",), memory=2**25), 0, "it gives a client at most 32MiB; the job asks for 64MiB"),
+        (Policy(("*",), hours=1), 3700, "it allows a job 1h 00m; this one has taken 1h 01m"),
+        (Policy(("*",), epsilon=3), 0, "it takes part only with privacy, and an ε of at most 3"),
     ],
 )
 def test_a_refusal_is_said_in_words(at_site: dict[str, Any], policy: Policy, worked: float, words: str) -> None:
@@ -43,10 +44,15 @@ def test_a_refusal_is_said_in_words(at_site: dict[str, Any], policy: Policy, wor
 
 def test_a_job_with_too_large_an_epsilon_is_refused(at_site: dict[str, Any]) -> None:
     at_site["privacy"] = {**PRIVACY, "epsilon": 9.0}
-    assert Policy(epsilon=10).refusal(an_order(at_site), 0) is None
-    refused = Policy(epsilon=3).refusal(an_order(at_site), 0)
+    assert Policy(("*",), epsilon=10).refusal(an_order(at_site), 0) is None
+    refused = Policy(("*",), epsilon=3).refusal(an_order(at_site), 0)
     assert refused is not None
     assert in_words(refused) == "it allows an ε of at most 3; the job's is 9"
+
+
+def test_a_model_of_the_hub_needs_no_permission(at_site: dict[str, Any]) -> None:
+    at_site["model"]["base"] = "hf:org/name"
+    assert Policy().refusal(an_order(at_site), 0) is None
 
 
 def test_a_document_that_is_no_job_is_refused() -> None:

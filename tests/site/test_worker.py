@@ -1,16 +1,24 @@
 """What a worker answers says nothing of the rows, whatever goes wrong with them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chainfed_ray.chain import Window
+from chainfed_ray.client.messages import Client, Evaluating, Fitting, Profiling, TurnOrder
+from chainfed_ray.client.survey import SiteRows
+from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
+from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.hub import digest_of
-from chainfed_ray.site.codec import survey_of, survey_order
-from chainfed_ray.site.envelope import Done, NotDone
+from chainfed_ray.site.codec import survey_of, survey_order, turn_order, write_tensors
+from chainfed_ray.site.envelope import Done, NotDone, TensorFile
 from chainfed_ray.site.policy import in_words
 from chainfed_ray.site.worker import Worker
+from chainfed_ray.spec.parse import parse_job
+from tests.builders import a_job
 
 SECRET = "zephyr quartz"
 
@@ -41,7 +49,7 @@ def some(count: int) -> list[dict[str, str]]:
 def test_a_survey_counts_rows_by_class(asked: dict[str, Any], tmp_path: Path) -> None:
     found = answer(asked, some(11), tmp_path, parts=2)
     assert isinstance(found, Done)
-    first, second = survey_of(found.content).clients
+    first, second = survey_of(found.content, 16).clients
     assert (first.counts.examples, second.counts.examples) == (6, 5)
     assert (first.classes, second.classes) == ({"no": 6}, {"yes": 5})
 
@@ -57,6 +65,8 @@ def test_a_survey_counts_rows_by_class(asked: dict[str, Any], tmp_path: Path) ->
         (some(4), {"parts": 9}, "job"),
         (some(4), {"digest": 64 * "0"}, "model"),
         (some(4), {"tells_classes": False}, "classes"),
+        ([{"text": "wave", "label": f"{SECRET} {place}"} for place in range(9)], {}, "classes"),
+        ([{"text": "wave", "label": SECRET * 20} for place in range(9)], {}, "classes"),
     ],
 )
 def test_a_failure_is_told_without_a_word_of_the_rows(
@@ -84,3 +94,54 @@ def test_whatever_is_raised_is_told_by_its_name(
     monkeypatch.setattr("chainfed_ray.site.worker.rows_of_site", broken)
     found = answer(asked, some(4), tmp_path)
     assert found == NotDone(reason="error", kind="RuntimeError")
+
+
+def test_an_order_that_its_job_does_not_have_is_not_carried_out(asked: dict[str, Any], tmp_path: Path) -> None:
+    """Sums over another part of the rows than a client's, or of a job that fits no head, would tell of single rows."""
+    job = a_job_of(asked, tmp_path)
+    rows = SiteRows("a", "site:rows.jsonl", 0, 1, ExampleCounts(12, 5, 60), ("no", "yes"))
+    own = replace(job.clients[0], name="silo-0", client_class="silo", examples=NO_EXAMPLES, remote=rows)
+    tensors = job.new_stack(range(1, 4), seed=1).tensors()
+    fitting, evaluating = Fitting(tensors, Window(1, 2), 2), Evaluating(tensors, Window(3, 3), "test")
+    write_tensors(tensors, tmp_path / "given")
+    worker = Worker(tmp_path / "rows", tmp_path / "scratch", 1, True)
+    (tmp_path / "rows").mkdir(exist_ok=True)
+    (tmp_path / "rows" / "rows.jsonl").write_text("\n".join(map(json.dumps, some(12))))
+
+    def answered(head: str, client: Client, turn: TurnOrder) -> Done | NotDone:
+        document = json.loads(json.dumps(asked))
+        document["chain"] |= {"head": head}
+        spec, digest = parse_job(document).document(), digest_of(job.base.folder)
+        memory = job.planner.costs
+        file = tmp_path / "given"
+        order = turn_order(f"job-{head}", "tiny", spec, digest, memory, client, turn, TensorFile.of(file))
+        return worker.carry_out(order, file, tmp_path / "sent")
+
+    assert answered("zero", own, fitting) == NotDone(reason="plan")
+    assert answered("fitted", own, evaluating) == NotDone(reason="plan")
+    for part, parts in ((0, 12), (1, 2), (-1, 1)):
+        other = replace(own, remote=replace(rows, part=part, parts=parts))
+        assert answered("fitted", other, fitting) == NotDone(reason="plan")
+
+
+def a_job_of(asked: dict[str, Any], folder: Path) -> PlannedJob:
+    """The job with simulated clients in place of those at the site."""
+    rows = folder / "dealt.jsonl"
+    rows.write_text("\n".join(map(json.dumps, some(40))))
+    document = json.loads(json.dumps(asked))
+    document["fleet"]["clients"] = [{"name": "silo", "count": 3, "memory": "64MiB"}]
+    document["data"] |= {"train": f"path:{rows}", "validation": None, "test": None}
+    return a_job(document, folder)
+
+
+def test_rows_that_change_during_a_job_are_noticed(asked: dict[str, Any], tmp_path: Path) -> None:
+    assert isinstance(answer(asked, some(12), tmp_path), Done)
+    job = a_job_of(asked, tmp_path)
+    (tmp_path / "rows" / "rows.jsonl").write_text("\n".join(map(json.dumps, some(11))))
+    rows = SiteRows("a", "site:rows.jsonl", 0, 1, ExampleCounts(12, 5, 60), ("no", "yes"))
+    client = replace(job.clients[0], name="silo-0", client_class="silo", examples=NO_EXAMPLES, remote=rows)
+    asked["chain"] |= {"start": "auto"}
+    spec, memory = parse_job(asked).document(), job.planner.costs
+    order = turn_order("job-1", "tiny", spec, digest_of(job.base.folder), memory, client, Profiling(40, 1), None)
+    restarted = Worker(tmp_path / "rows", tmp_path / "scratch", 1, True)
+    assert restarted.carry_out(order, None, tmp_path / "sent") == NotDone(reason="changed")

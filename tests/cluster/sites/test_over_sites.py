@@ -223,16 +223,21 @@ def test_a_coordinator_that_is_made_again_finds_the_answers_of_its_orders(
     ]
 
 
-def test_a_site_that_refuses_is_on_record_in_words_and_the_others_go_on(
+def test_a_site_that_refuses_is_on_record_in_words_and_sites_and_simulated_clients_go_on_together(
     cluster: None, service: SitesService, dealt: dict[str, Any], storage: Storage, folder: Path, tmp_path: Path
 ) -> None:
-    document = one_round(["picky", "parted"], dealt, clients=1)
-    service.join("picky", folder / "rows" / "north", Policy(memory=2**20))
+    document = one_round(["picky", "parted"], dealt, clients=5, quorum=5)
+    document["data"]["train"] = dealt["data"]["train"]
+    document["fleet"]["clients"].insert(1, {"name": "phone", "count": 2, "memory": "64MiB"})
+    service.join("picky", folder / "rows" / "north", Policy(("*",), memory=2**20))
     service.join("parted", folder / "rows" / "east", parts=3)
-    started, *_ = run(document, "job-4", storage)
+    started, one, *_ = run(document, "job-4", storage)
     assert isinstance(started, JobStarted)
+    assert isinstance(one, Round)
     taking_part = [client.client for client in clients_in(storage.job("job-4"))]
-    assert taking_part == ["at-parted-0", "at-parted-1", "at-parted-2"]
+    assert taking_part == ["phone-0", "phone-1", "at-parted-0", "at-parted-1", "at-parted-2"]
+    assert [turn.client for turn in one.turns] == taking_part
+    assert [turn.examples for turn in one.turns] == [48, 48, 8, 8, 8]
     assert [client.reason for client in started.excluded] == [
         "site picky takes no part: it gives a client at most 1MiB; the job asks for 64MiB"
     ]
