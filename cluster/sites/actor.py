@@ -7,7 +7,6 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import ray
@@ -58,6 +57,7 @@ class SitesActor:
 
     def __init__(self, job: JobForSites, storage: Storage) -> None:
         self._job, self._storage = job, storage
+        self._opened: Mailbox | None = None
         self._pending: dict[tuple[str, str], asyncio.Future[OrderState]] = {}
         self._seen: dict[tuple[str, str], OrderState] = {}
         self._joined: set[str] = set()
@@ -110,10 +110,12 @@ class SitesActor:
         if key := self._orders.get(client):
             await asyncio.to_thread(self._mailbox.withdraw, *key)
 
-    @cached_property
+    @property
     def _mailbox(self) -> Mailbox:
         """Opened when it is needed: a database that does not answer now does so later."""
-        return Mailbox(self._storage)
+        if self._opened is None:
+            self._opened = Mailbox(self._storage)
+        return self._opened
 
     def _given(self, client: Client, reference: Any) -> Order:
         """Put the order for ``client`` into the mailbox."""
