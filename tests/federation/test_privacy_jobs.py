@@ -372,7 +372,8 @@ def test_no_record_and_no_route_shows_the_secret(finished: Finished, tmp_path: P
             store.publish(name, key, key.partition("-")[0], record.model_dump(mode="json"))
         store.move(name, "succeeded", result=result.model_dump(mode="json"))
         with TestClient(
-            create_app(cast("Service", SimpleNamespace(store=store, totals=TotalsOfJobs(store)))), "http://localhost"
+            create_app(cast("Service", SimpleNamespace(store=store, totals={None: TotalsOfJobs(store)}))),
+            "http://localhost",
         ) as client:
             answers = [
                 client.get(path) for path in ("/v1/jobs", f"/v1/jobs/{name}", f"/v1/jobs/{name}/events", "/metrics")

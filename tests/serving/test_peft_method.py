@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import CorruptCommit, UnsupportedModel
 from chainfed_ray.model.saved_stack import load_stack, save_stack
+from chainfed_ray.record import VERSION
 from chainfed_ray.serving.peft_method import ChainFedLayer, SequenceClassifier
 from tests.models import FAMILIES, a_saved_stack, class_logits, tiny
 
@@ -149,7 +150,7 @@ def test_no_adapter_is_lost_silently(bert: Path, tmp_path: Path, lost: str) -> N
     ("change", "words"),
     [
         ({"head_layers": 2}, "its adapters are not those"),
-        ({"version": 2}, "it has version 2; this chainfed-ray reads version 1"),
+        ({"version": VERSION + 1}, f"it has version {VERSION + 1}; this chainfed-ray reads version {VERSION}"),
     ],
     ids=["head", "version"],
 )
