@@ -173,14 +173,13 @@ class KeyRow(_Table):
 
 
 class SiteRow(_Table):
-    """A site that has joined. ``session`` is its newest process; None once that has left. Times are seconds since 1970."""
+    """A site that has joined. ``session`` is its newest process, or None once that has left. ``seen_at`` is a Unix time."""
 
     __tablename__ = "sites"
 
     name: Mapped[str] = mapped_column(primary_key=True)
     session: Mapped[str | None]
     version: Mapped[str]
-    joined_at: Mapped[float]
     seen_at: Mapped[float]
 
 
@@ -199,6 +198,7 @@ class SiteOrderRow(_Table):
     job: Mapped[str] = mapped_column(index=True)
     document: Mapped[str]
     tensors: Mapped[str | None]
+    most_bytes: Mapped[int] = mapped_column(BigInteger)
     state: Mapped[str] = mapped_column(default="waiting")
     session: Mapped[str | None] = mapped_column(default=None)
     answer: Mapped[str | None] = mapped_column(default=None)

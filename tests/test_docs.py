@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from benchmarks.zoo import WRONG
@@ -47,6 +48,20 @@ def test_every_command_and_its_options() -> None:
         assert f"`chainfed {name}" in CLI, name
         assert {"--json"} <= {option for parameter in command.params for option in parameter.opts}, name
         assert command.help, name
+
+
+def test_the_manifest_of_a_site_has_options_that_the_command_has() -> None:
+    manifest = yaml.safe_load((ROOT / "examples" / "kubernetes" / "site.yaml").read_text())
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    program, name, address, *words = [*container["command"], *container["args"]]
+    command = dict(commands_of(get_command(app)))[name]
+    known = {option: parameter for parameter in command.params for option in parameter.opts}
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    assert (program, address[:8]) == ("chainfed", "https://")
+    assert given.keys() <= known.keys()
+    assert all(option in given for option, parameter in known.items() if parameter.required and option.startswith("--"))
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {given["--data"], given["--cache"], str(Path(given["--key-file"]).parent)} == mounted
 
 
 def commands_of(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

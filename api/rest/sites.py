@@ -42,13 +42,14 @@ OrderPath = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="the id of
 
 
 @router.post("/session")
-def join_site(body: Joining, site: SiteName, service: WithService) -> Welcome:
+def join_site(body: Joining, site: SiteName, caller: Caller, service: WithService) -> Welcome:
     """Begin to take the orders of a site. An earlier process of the site is given no more, and its orders wait again."""
     if body.protocol != PROTOCOL:
         detail = f"the site speaks version {body.protocol} of the protocol, and this service version {PROTOCOL}"
         raise HTTPException(426, detail)
     service.mailbox.join(site, body.session, body.version)
-    return Welcome(site=site.rpartition("/")[2])
+    assert caller.site is not None, "the mailbox calls it something"
+    return Welcome(site=caller.site)
 
 
 @router.post("/leave")

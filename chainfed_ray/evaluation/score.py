@@ -54,8 +54,8 @@ class ScoreSums(NamedTuple):
         hits, occurs = (), ()
         if classes is not None:
             truth, found = torch.from_numpy(labels), predictions.classes
-            hits = tuple(_counts(truth[truth == found], classes).long().tolist())
-            occurs = tuple((_counts(truth, classes) + _counts(found, classes)).long().tolist())
+            hits = tuple(_counts(truth[truth == found], classes).tolist())
+            occurs = tuple((_counts(truth, classes) + _counts(found, classes)).tolist())
         counted = int(predictions.counts.sum()), float(predictions.losses.sum()), int(predictions.correct.sum())
         return cls(len(labels), *counted, hits, occurs)
 
@@ -79,18 +79,15 @@ class ScoreSums(NamedTuple):
     @property
     def macro_f1(self) -> float:
         """The mean of the F1 scores of all classes that occur. See ``macro_f1``."""
-        scores = [2 * hits / occurs for hits, occurs in zip(self.hits, self.occurs, strict=True) if occurs]
-        return sum(scores) / len(scores) if scores else 0.0
+        hits, occurs = torch.tensor(self.hits).double(), torch.tensor(self.occurs).double()
+        return float((2 * hits[occurs > 0] / occurs[occurs > 0]).mean())
 
 
 def macro_f1(predictions: Predictions, labels: np.ndarray) -> float:
     """The mean of the F1 scores of all classes that occur in ``labels`` [n] or among the predicted classes."""
-    truth, found = torch.from_numpy(labels), predictions.classes
-    classes = int(max(truth.max(), found.max())) + 1
-    hits = _counts(truth[truth == found], classes)
-    occurs = _counts(truth, classes) + _counts(found, classes)
-    return float((2 * hits[occurs > 0] / occurs[occurs > 0]).mean())
+    classes = int(max(labels.max(), predictions.classes.max())) + 1
+    return ScoreSums.of(predictions, labels, classes).macro_f1
 
 
 def _counts(values: Tensor, classes: int) -> Tensor:
-    return torch.bincount(values, minlength=classes).double()
+    return torch.bincount(values, minlength=classes)

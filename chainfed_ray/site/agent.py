@@ -44,7 +44,11 @@ class Offer:
 
 
 class _TooLong(Exception):
-    """The turns of a job have taken longer than the site allows."""
+    """The turns of a job have taken longer than the site allows, which ``answer`` says."""
+
+    def __init__(self, answer: NotDone) -> None:
+        super().__init__(answer)
+        self.answer = answer
 
 
 class Agent:
@@ -96,9 +100,7 @@ class Agent:
                 except (ServiceFailed, OSError) as error:  # a disk that is full is waited for as well
                     self._told(str(error))
                     self._stop.wait(_PAUSE_SECONDS)
-        except (
-            Exception
-        ) as error:  # whatever it is, the process ends with it: one that goes on without asking is of no use
+        except Exception as error:  # whatever it is: a process that lives on and asks for nothing is of no use
             if not self._stop.is_set():  # a process that leaves is given no more orders
                 self._failure = error
                 self._stop.set()
@@ -156,15 +158,14 @@ class Agent:
 
         def heard(doing: Mapping[str, Any]) -> None:
             self._worked[order.job] = before + monotonic() - started
-            if self._offer.policy.refusal(order, self._worked[order.job]):
-                raise _TooLong
+            if too_long := self._offer.policy.too_long(self._worked[order.job]):
+                raise _TooLong(too_long)
             self._heard(order, doing)
 
         try:
             return process.carry_out(order, tensors, sent, heard)
-        except _TooLong:
-            refused = self._offer.policy.refusal(order, self._worked[order.job])
-            return refused or NotDone(reason="refused")
+        except _TooLong as error:
+            return error.answer
         finally:
             self._worked[order.job] = before + monotonic() - started
 

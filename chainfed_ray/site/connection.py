@@ -5,7 +5,6 @@ A service that does not answer is waited for: it may be starting again. A transf
 
 import ssl
 from collections.abc import Callable, Collection, Mapping
-from hashlib import sha256
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -206,11 +205,6 @@ class Connection:
             if self._stop.wait(pause):
                 raise Withdrawn("the site leaves")
             pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-def key_digest(key: str) -> str:
-    """The digest by which two keys can be told apart in words: the first characters of its sha256."""
-    return sha256(key.encode()).hexdigest()[:8]
 
 
 def _comes_back(answer: httpx.Response) -> bool:

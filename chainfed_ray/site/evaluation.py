@@ -66,8 +66,9 @@ def calibrate(
         BudgetExceeded: it would have held more than the client's budget.
     """
     started = process_time()
-    names = sorted(name for name in order.tensors if name.startswith(CANDIDATE) and name.endswith("weight"))
-    found = [(order.tensors[name], order.tensors[name.replace("weight", "bias")]) for name in names]
+    count = sum(name.startswith(CANDIDATE) for name in order.tensors) // 2
+    parts = order.tensors
+    found = [(parts[f"{CANDIDATE}{place}.weight"], parts[f"{CANDIDATE}{place}.bias"]) for place in range(count)]
     stack = AdapterStack.from_tensors(
         {name: tensor for name, tensor in order.tensors.items() if not name.startswith(CANDIDATE)}
     )

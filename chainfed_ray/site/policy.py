@@ -38,13 +38,19 @@ class Policy:
             return NotDone(reason="refused", key="model.base")
         if self.memory is not None and (asked := _memory(spec, order)) > self.memory:
             return NotDone(reason="refused", key="fleet.clients.memory", numbers=(asked, self.memory))
-        if self.hours is not None and worked > 3600 * self.hours:
-            return NotDone(reason="refused", key="hours", numbers=(worked, self.hours))
+        if too_long := self.too_long(worked):
+            return too_long
         asked_epsilon = spec.privacy.epsilon if spec.privacy else None
         if self.epsilon is not None and (asked_epsilon is None or asked_epsilon > self.epsilon):
             given = () if asked_epsilon is None else (asked_epsilon,)
             return NotDone(reason="refused", key="privacy.epsilon", numbers=(self.epsilon, *given))
         return None
+
+    def too_long(self, worked: float) -> NotDone | None:
+        """The answer if the turns of a job, which have ``worked`` so many seconds, take longer than is allowed; else None."""
+        if self.hours is None or worked <= 3600 * self.hours:
+            return None
+        return NotDone(reason="refused", key="hours", numbers=(worked, self.hours))
 
 
 def _memory(spec: JobSpec, order: Order) -> int:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from chainfed_ray.device.peak import ENVIRONMENT
-from chainfed_ray.site.envelope import Answer, NotDone, Order
+from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, NotDone, Order
 
-_ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
 _END_SECONDS = 5.0
 
 
@@ -43,7 +42,7 @@ class TurnProcess:
                 if "heartbeat" in document:
                     heard(document["heartbeat"])
                 if "answer" in document:
-                    return _ANSWER.validate_json(json.dumps(document["answer"]))
+                    return KEPT_ANSWER.validate_json(json.dumps(document["answer"]))
         except (OSError, ValidationError):
             self.end()
             return NotDone(reason="error", kind="WorkerDied")

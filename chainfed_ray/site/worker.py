@@ -61,6 +61,7 @@ class RowsOfJob:
         self._tokenizer = tokenizer(self.spec.model.base, base)
         self._tokens = lru_cache(self._tokenized)
         self._rows = lru_cache(self._read)
+        self._digest = lru_cache(lambda data: _digest_of(self._rows(data)))
 
     def survey(self, data: str) -> Survey:
         """The clients that are made of the file ``data``, each with the counts of its rows.
@@ -72,14 +73,14 @@ class RowsOfJob:
         found = Survey(tuple(self._survey(data, part, labels) for part in range(self._parts)))
         with closing(Blocks(self.source.folder, self.source.dtype)) as blocks:
             check_texts(self.spec, blocks, (self._tokens(data, part, "train")[1] for part in range(self._parts)))
-        self._digest(data).parent.mkdir(parents=True, exist_ok=True)
-        self._digest(data).write_text(_digest_of(self._rows(data)))
+        self._told(data).parent.mkdir(parents=True, exist_ok=True)
+        self._told(data).write_text(self._digest(data))
         return found
 
     def has_changed(self, data: str) -> bool:
         """True if the rows of the file ``data`` are others than when this site told of them."""
-        told = self._digest(data)
-        return told.exists() and told.read_text() != _digest_of(self._rows(data))
+        told = self._told(data)
+        return told.exists() and told.read_text() != self._digest(data)
 
     def has_classes(self, data: str) -> bool:
         """True if the labels of the file ``data`` look like classes: few names, short ones, and more rows than names.
@@ -126,7 +127,7 @@ class RowsOfJob:
         number = {name: place for place, name in enumerate(classes)}
         return replace(examples, labels=np.array([number[label] for label in labels])) if labels else examples
 
-    def _digest(self, data: str) -> Path:
+    def _told(self, data: str) -> Path:
         """Where the digest of the rows is that this site told of. It stays at the site."""
         name = sha256(data.encode()).hexdigest()[:16]
         return self.source.scratch.parent.parent / "told" / f"{self.source.scratch.name}.{name}"

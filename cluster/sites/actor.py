@@ -129,7 +129,8 @@ class SitesActor:
         assert job.memory is not None, "turns come after the plan"
         order = turn_order(job.id, job.name, job.spec, job.base_digest, job.memory, client, turn, self._files[name])
         site = client.remote.site
-        self._addresses[site] = self._mailbox.address(self._job.id, site)
+        if site not in self._addresses:
+            self._addresses[site] = self._mailbox.address(self._job.id, site)
         self._mailbox.give(self._addresses[site], order)
         return order
 

@@ -5,8 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import ray
@@ -114,7 +113,7 @@ class Desk:
             address = mailbox.address(job.id, group.site)
             mailbox.give(address, order)
             orders[address, order.id] = group.name
-        ends, found, told, nobody = monotonic() + deadline, dict[str, Survey | Absence](), "", Event()
+        ends, found, told = monotonic() + deadline, dict[str, Survey | Absence](), ""
         while len(found) < len(orders):
             states = mailbox.states(orders.keys() - {key for key, name in orders.items() if name in found})
             answers = {orders[key]: _answered(state, spec) for key, state in states.items() if state.answer}
@@ -138,7 +137,7 @@ class Desk:
                         )
                     )
                     told = words
-                nobody.wait(_POLL_SECONDS)
+                sleep(_POLL_SECONDS)
         return found
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from time import time
 from typing import Any, NamedTuple, cast
 
-from pydantic import TypeAdapter
 from sqlalchemy import and_, delete, or_, select, update
 from sqlalchemy.engine import CursorResult, Engine
 from sqlalchemy.orm import Session
@@ -25,9 +24,8 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import JobRow, SiteOrderRow, SiteRow, open_tables
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import AnswerRefused, OrderWithdrawn, SiteSuperseded
-from chainfed_ray.site.envelope import Answer, Done, Heartbeat, NotDone, Order, TensorFile
+from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, Done, Heartbeat, NotDone, Order, TensorFile
 
-_ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
 _SILENCE_SECONDS = 60.0
 _NOTED_SECONDS = 5.0  # a site that asks more often is not noted each time: that would write to the disk
 _IN_FLIGHT = ("waiting", "taken")
@@ -83,8 +81,11 @@ class Mailbox:
             if row is None:
                 digest = order.tensors.sha256 if order.tensors else None
                 document = order.model_dump_json()
-                session.add(SiteOrderRow(order=order.id, site=site, job=order.job, document=document, tensors=digest))
-            elif row.state == "withdrawn" or (row.answer and isinstance(_ANSWER.validate_json(row.answer), NotDone)):
+                known = {"order": order.id, "job": order.job, "tensors": digest, "most_bytes": order.most_bytes}
+                session.add(SiteOrderRow(site=site, document=document, **known))
+            elif row.state == "withdrawn" or (
+                row.answer and isinstance(KEPT_ANSWER.validate_json(row.answer), NotDone)
+            ):
                 row.state, row.session, row.answer, row.worked, row.doing = "waiting", None, None, 0.0, None
 
     def states(self, orders: Collection[tuple[str, str]]) -> dict[tuple[str, str], OrderState]:
@@ -96,7 +97,7 @@ class Mailbox:
             return {
                 (site, order): OrderState(
                     state,
-                    _ANSWER.validate_json(answer) if answer else None,
+                    KEPT_ANSWER.validate_json(answer) if answer else None,
                     Heartbeat.model_validate_json(doing) if doing else None,
                     worked,
                 )
@@ -152,9 +153,8 @@ class Mailbox:
         with Session(self._engine) as database, database.begin():
             row = database.get(SiteRow, site)
             if row is None:
-                row = SiteRow(name=site, session=session, version=version, joined_at=time(), seen_at=time())
-                database.add(row)
-            row.session, row.version, row.joined_at, row.seen_at = session, version, time(), time()
+                database.add(row := SiteRow(name=site))
+            row.session, row.version, row.seen_at = session, version, time()
             self._give_back(database, site, besides=session)
 
     def leave(self, site: str, session: str) -> None:
@@ -222,7 +222,7 @@ class Mailbox:
             row = session.scalar(_of(site, order))
             if row is None or row.state != "taken":
                 raise OrderWithdrawn(order)
-            row.worked += 1.0  # as above
+            row.worked += 1.0  # a slow transfer is a sign of life as well
             return self.tensor_file(row.job, row.tensors) if row.tensors else None
 
     def received(self, site: str, order: str) -> int:
@@ -246,8 +246,7 @@ class Mailbox:
         """
         with Session(self._engine) as database, database.begin():
             row = self._taken(database, site, order, session)
-            most = Order.model_validate_json(row.document).most_bytes
-            file = self._arriving(row)
+            most, file = row.most_bytes, self._arriving(row)
             row.worked += 1.0  # a slow transfer is a sign of life as well
             database.execute(update(SiteRow).where(SiteRow.name == site).values(seen_at=time()))
         if offset + len(piece) > most:
