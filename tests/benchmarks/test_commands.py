@@ -338,7 +338,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
 
 @pytest.mark.slow
 def test_killed_and_run_again(tmp_path: Path, toy: Path, tiny_model_folder: Path) -> None:
-    """Real runs on a tiny model: interrupted after the first row, and gone on with."""
+    """Real runs on a tiny model, one at a time: interrupted after the first row, so in the second run, and gone on with."""
     command = [
         sys.executable,
         "-m",
@@ -350,7 +350,7 @@ def test_killed_and_run_again(tmp_path: Path, toy: Path, tiny_model_folder: Path
         f"path:{tiny_model_folder}",
     ]
     command += ["--alphas", "iid", "--seeds", "0", "--client-steps", "60", "--protocols", "steps", "compute"]
-    command += ["--methods", "end-to-end", "last-window", "--jobs", "2"]
+    command += ["--methods", "end-to-end", "last-window", "--jobs", "1"]
     command += ["--json", str(tmp_path / "rows.json"), "--scratch", str(tmp_path)]
     root = ROOT
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
