@@ -97,10 +97,10 @@ def _load_torch() -> None:
 def _load_model(folder: Path) -> None:
     import torch
 
-    from chainfed_ray.device.lean_imports import without_scipy
+    from chainfed_ray.device.lean_imports import lean_transformers
     from chainfed_ray.model.blocks import Blocks
 
-    with without_scipy():
+    with lean_transformers():
         Blocks(folder, torch.float32).close()
 
 

@@ -30,9 +30,11 @@ class Inference:
 
     def __init__(self, settings: Settings) -> None:
         # They import torch, which the processes that only make this deployment do without.
+        from chainfed_ray.device.lean_imports import load_models
         from chainfed_ray.serving.engine import Engine
         from chainfed_ray.serving.questions import Answering
 
+        load_models()
         most_bytes = settings.serving_bytes or machine_bytes() // 2 // settings.serving_replicas
         self._engine = Engine(
             lambda model: settings.storage.stack(str(model.job), model.round, model.moving), most_bytes

@@ -10,7 +10,8 @@ from time import perf_counter, process_time
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from chainfed_ray.budget.footprint import SavedActivations
 from chainfed_ray.budget.planner import TurnPlan
@@ -81,7 +82,7 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
 
 def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training) -> tuple[float, int]:
     """Make every optimizer step; the mean loss over the examples seen, in nats, and the number of steps."""
-    optimizer = _optimizer(step.stack, order)
+    optimizer = _AdamW(step.stack, order)
     total_loss, seen, steps = 0.0, 0, 0
     batches = step_batches(len(examples), order)
     for batch in begin("training").each(batches, _steps(len(examples), order), "steps"):
@@ -94,7 +95,7 @@ def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training)
             # foreach would make temporary copies of all gradients at once.
             nn.utils.clip_grad_norm_(trained, order.clip_norm, foreach=False)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.forget_gradients()
         seen += len(batch)
         steps += 1
     return total_loss / seen, steps
@@ -187,13 +188,54 @@ def _offload(scratch: Path, plan: TurnPlan) -> Iterator[AbstractContextManager[N
         offload.close()
 
 
-def _optimizer(stack: AdapterStack, order: Training) -> torch.optim.Optimizer:
-    adapters = [parameter for parameter in stack.adapters.parameters() if parameter.requires_grad]
-    groups = [{"params": adapters, "lr": order.learning_rate}]
-    if stack.head is not None:
-        groups.append({"params": list(stack.head.parameters()), "lr": order.head_learning_rate})
-    # foreach would make temporary copies of all parameters at once.
-    return torch.optim.AdamW(groups, weight_decay=0.0, foreach=False)
+class _AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) with torch's defaults and no weight decay.
+
+    The step is that of ``torch.optim.AdamW``, bit for bit. An object of that class would load torch's compiler at its first
+    step, which takes 70 MiB and is not used.
+    """
+
+    def __init__(self, stack: AdapterStack, order: Training) -> None:
+        adapters = [parameter for parameter in stack.adapters.parameters() if parameter.requires_grad]
+        self._groups = [(adapters, order.learning_rate)]
+        if stack.head is not None:
+            self._groups.append((list(stack.head.parameters()), order.head_learning_rate))
+        self._states: dict[
+            nn.Parameter, tuple[Tensor, Tensor, Tensor]
+        ] = {}  # steps, and both moments, of each parameter
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for parameters, rate in self._groups:
+            trained = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+            for parameter in trained:
+                if parameter not in self._states:
+                    zeros = (torch.zeros_like(parameter), torch.zeros_like(parameter))
+                    self._states[parameter] = (torch.tensor(0.0), *zeros)
+            states = [self._states[parameter] for parameter in trained]
+            with torch.no_grad():
+                adamw(
+                    list(trained),
+                    list(trained.values()),
+                    [first for _, first, _ in states],
+                    [second for _, _, second in states],
+                    [],
+                    [steps for steps, _, _ in states],
+                    foreach=False,  # it would make temporary copies of all parameters at once
+                    amsgrad=False,
+                    beta1=0.9,
+                    beta2=0.999,
+                    lr=rate,
+                    weight_decay=0.0,
+                    eps=1e-8,
+                    maximize=False,
+                )
+
+    def forget_gradients(self) -> None:
+        """Free the gradients of the step that was made."""
+        for parameters, _ in self._groups:
+            for parameter in parameters:
+                parameter.grad = None
 
 
 def shuffled(count: int, seed: int) -> np.ndarray:

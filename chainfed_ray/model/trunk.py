@@ -20,10 +20,9 @@ from transformers import AutoModel
 
 from chainfed_ray.errors import ChainFedError, UnsupportedModel
 from chainfed_ray.hub import configuration, first_line
+from chainfed_ray.streaming import experts
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.embeddings import RowTable, embedding_tables
-from chainfed_ray.streaming.experts import GROUPED
-from chainfed_ray.streaming.stored_names import StoredNames
 
 
 class LayerCall(NamedTuple):
@@ -49,7 +48,7 @@ class Trunk:
         if self.family in _DIFFERENT:
             raise self._unlike("gives other values layer by layer than as a whole")
         with self.named_errors("cannot be built"), torch.device("meta"), _RealConstants():
-            whole = AutoModel.from_config(config, dtype=dtype, experts_implementation=GROUPED)
+            whole = AutoModel.from_config(config, dtype=dtype, experts_implementation=experts.registered())
             whole.eval().requires_grad_(False)
         with self.named_errors("has no list of equal layers above a table of embeddings"):
             self._take_apart(whole)
@@ -62,6 +61,8 @@ class Trunk:
 
     def _take_apart(self, whole: Any) -> None:
         """Find the part of the model that reads texts and its layers, and put recorders in their place."""
+        from chainfed_ray.streaming.stored_names import StoredNames  # here for lean_imports.py: it loads a model's code
+
         _empty_parameters(whole)
         self._names = StoredNames(whole, self._checkpoint)
         self.prefix = whole.base_model_prefix
@@ -292,7 +293,7 @@ def text_part(model: Any) -> str:
     Raises:
         ValueError: the model has no such part.
     """
-    # Imported here, where a client's process has kept SciPy out (lean_imports.py).
+    # Imported here, where a process may have chosen what comes with it (lean_imports.py).
     from transformers import PreTrainedModel
 
     if getattr(model.config, "is_encoder_decoder", False):

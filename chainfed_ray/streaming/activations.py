@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2CLS
 
-_ELEMENTWISE = frozenset(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
 _PIECES = 16  # an activation's gradient is computed in this many pieces, to save memory
 
 
@@ -103,8 +101,11 @@ class _Overwriting(torch.autograd.Function):
 
 def overwrite_activations(layer: nn.Module) -> None:
     """Replace each of a layer's elementwise activation functions with an ``OverwritingActivation``."""
+    from transformers.activations import ACT2CLS  # it imports all that a model does: see lean_imports.py
+
+    elementwise = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
     for path, module in list(layer.named_modules()):
-        if type(module) in _ELEMENTWISE and not list(module.parameters()):
+        if type(module) in elementwise and not list(module.parameters()):
             layer.set_submodule(path, OverwritingActivation(module))
 
 

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # it has no public name; the version of torch is pinned
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.matrices import RowSlices, SourceNames, multiply
 
-GROUPED = "chainfed"  # the name of our function among transformers' own
+_NAME = "chainfed"  # of our function among transformers' own
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -35,7 +34,14 @@ def run_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -
     return weighted[order.argsort()].view(len(hidden), count, -1).sum(1).to(hidden.dtype)
 
 
-ALL_EXPERTS_FUNCTIONS.register(GROUPED, run_experts)
+def registered() -> str:
+    """Register ``run_experts`` among transformers' own functions; its name there, for ``experts_implementation``."""
+    from transformers.integrations.moe import (
+        ALL_EXPERTS_FUNCTIONS,  # it imports all that a model does: see lean_imports.py
+    )
+
+    ALL_EXPERTS_FUNCTIONS.register(_NAME, run_experts)
+    return _NAME
 
 
 def expert_matrices(module: nn.Module) -> list[str]:

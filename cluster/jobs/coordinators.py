@@ -42,7 +42,9 @@ class CoordinatorActor:
         from chainfed_ray.cluster.offload.engine import server_evaluation
         from chainfed_ray.cluster.pool.ray_pool import RayPool
         from chainfed_ray.cluster.sites.desk import Desk
+        from chainfed_ray.device.lean_imports import load_models
 
+        load_models()
         desk = Desk(job, settings.storage)
         try:
             run_queued_job(

@@ -123,8 +123,10 @@ class Preflight:
 def _problems(most_bytes: int, rules: ReadingRules, spec: JobSpec) -> list[Problem]:
     # It imports torch and transformers, which the caller's process need not load.
     from chainfed_ray.cluster.pool.placement import check_memories
+    from chainfed_ray.device.lean_imports import load_models
     from chainfed_ray.federation.prepare import prepare_job
 
+    load_models()
     try:
         check_memories([group.memory for group in spec.fleet.clients])
         with memory_limit(most_bytes), reading_by(rules):
@@ -140,8 +142,10 @@ def _problems(most_bytes: int, rules: ReadingRules, spec: JobSpec) -> list[Probl
     max_retries=0, max_calls=1
 )  # a dry run times training steps, and leaves its process changed: do not reuse it
 def _forecast(most_bytes: int, rules: ReadingRules, spec: JobSpec, client_slots: int) -> Forecast | list[Problem]:
+    from chainfed_ray.device.lean_imports import load_models
     from chainfed_ray.forecast.dry_run import dry_run
 
+    load_models()
     cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     try:
         with memory_limit(most_bytes), reading_by(rules):

@@ -27,6 +27,7 @@ from chainfed_ray.cluster.offload.doctor import look, why_not
 from chainfed_ray.cluster.offload.footprint import disk_bytes, swap_bytes
 from chainfed_ray.cluster.offload.messages import OFFLOAD, START_SECONDS, EvaluationOrder, Reason, RunSpec
 from chainfed_ray.cluster.offload.model import OffloadedModel
+from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.evaluation.evaluator import EvaluationSets
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
@@ -59,6 +60,7 @@ def serve(run: RunSpec, actor: Any) -> None:
     try:
         ray.get(actor.join.remote(rank, ray.get_runtime_context().current_actor), timeout=_ANSWER_SECONDS)
         torch.set_num_threads(1)
+        load_models()
         if run.workers > 1:
             _meet(run, actor, rank)
         work: Work = ray.get(run.work[0], timeout=_ANSWER_SECONDS)
