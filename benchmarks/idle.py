@@ -97,11 +97,11 @@ def _load_torch() -> None:
 def _load_model(folder: Path) -> None:
     import torch
 
-    from chainfed_ray.device.lean_imports import lean_transformers
+    from chainfed_ray.device.lean_imports import load_models
     from chainfed_ray.model.blocks import Blocks
 
-    with lean_transformers():
-        Blocks(folder, torch.float32).close()
+    load_models()
+    Blocks(folder, torch.float32).close()
 
 
 def _table(rows: list[Row]) -> Table:

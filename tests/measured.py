@@ -20,6 +20,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Fitting, Training, TurnOrder
 from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.tokens import Examples
+from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.federation.admission import Candidate, Planner, as_client
 from chainfed_ray.model.adapters import AdapterStack, LoraShapes
 from chainfed_ray.model.blocks import Blocks
@@ -72,6 +73,7 @@ def exact_grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
 
 def main(folder: Path, family: str) -> None:
     """Measure the ``grid`` of one family and dtype."""
+    load_models()
     dtype = torch.bfloat16 if family.endswith("-bf16") else torch.float32
     name, is_lm = family.removesuffix("-bf16").removesuffix("-lora").removesuffix("-lm"), "-lm" in family
     sizes = _OTHERWISE.get(name, _SIZES | ({"num_key_value_heads": 4} if name not in ("bert", "roberta") else {}))

@@ -101,10 +101,11 @@ def plan(
 
     from chainfed_ray.api.report.activity_display import ActivityDisplay
     from chainfed_ray.api.report.forecast_table import forecast_table
-    from chainfed_ray.device.lean_imports import lean_transformers
+    from chainfed_ray.device.lean_imports import load_models
     from chainfed_ray.forecast.dry_run import dry_run
 
-    with _if_interrupted("Interrupted."), ActivityDisplay(_progress) as listen, lean_transformers():
+    load_models()
+    with _if_interrupted("Interrupted."), ActivityDisplay(_progress) as listen:
         forecast = dry_run(spec, min(Settings.client_slots, os.cpu_count() or 1), listen)  # a turn takes one core
     parts: list[RenderableType] = [forecast_table(forecast)]
     if picture:

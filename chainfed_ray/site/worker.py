@@ -28,7 +28,7 @@ from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.examples import examples_of_site, rows_of_site, splits_of_site
 from chainfed_ray.data.sources import Split
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.device.lean_imports import lean_transformers
+from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.errors import BudgetExceeded, InvalidJob
 from chainfed_ray.federation.admission import Candidate, Planner, requirements_of
 from chainfed_ray.federation.prepare import check_texts
@@ -200,8 +200,8 @@ class Worker:
         if job.has_changed(data):
             return NotDone(reason="changed")
         if job.source.dtype not in self._warm:
-            with lean_transformers():
-                warm_up(job.source)
+            load_models()
+            warm_up(job.source)
             self._warm.add(job.source.dtype)
         if order.kind in ("evaluating", "calibrating"):
             turn = turn_of(order, tensors)

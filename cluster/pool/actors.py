@@ -13,7 +13,7 @@ from chainfed_ray.client.progress import Progress, progress
 from chainfed_ray.client.turn import slowed, take_turn, warm_up
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.pool.orders import receive
-from chainfed_ray.device.lean_imports import lean_transformers
+from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.model.source import ModelSource
 
 
@@ -22,8 +22,8 @@ def ready(base: ModelSource) -> None:
 
     What they allocate on first use then counts as the idle process, not as a client's memory.
     """
-    with lean_transformers():
-        warm_up(base)
+    load_models()
+    warm_up(base)
 
 
 @ray.remote(concurrency_groups={"asked": 1})  # type: ignore[call-overload]  # its types lack this option

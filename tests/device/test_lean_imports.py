@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 _CODE = """
 import sys
 
@@ -10,9 +12,10 @@ import torch
 from chainfed_ray.device.lean_imports import load_models
 
 load_models()
-left_out = {"accelerate", "scipy", "torch._dynamo", "torch.distributed.tensor"}
+left_out = {"accelerate", "scipy", "torch._dynamo.convert_frame", "torch.distributed.tensor"}
 assert not left_out & set(sys.modules)
 
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, BertConfig, masking_utils, utils
 
 assert utils.is_accelerate_available() and utils.is_torch_distributed_available()
@@ -21,18 +24,32 @@ small = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attent
 model = AutoModel.from_config(small).eval()
 ids = torch.arange(12).reshape(2, 6)
 plain = model(ids).last_hidden_state
-assert not {"torch._dynamo"} & set(sys.modules)
+with FakeTensorMode():
+    assert (torch.ones(2, 3) @ torch.ones(3, 4)).shape == (2, 4)
+settings = sys.modules["torch._dynamo.config"]
+assert not left_out & set(sys.modules)
+load_models()  # once more, which changes nothing
 
-with masking_utils.TransformGetItemToIndex():  # the class of torch's compiler, loaded now
-    pass
-compiled = torch.compile(model, backend="eager")
-assert torch.equal(compiled(ids).last_hidden_state, plain)
-assert sys.modules["torch._dynamo"].__file__
+USE
+assert "torch._dynamo.convert_frame" in sys.modules
+import torch._dynamo
 
-load_models()  # once more, when there is nothing left to spare
+assert torch._dynamo.config is settings and sys.modules["torch._dynamo"].__file__
+assert torch._dynamo.source is sys.modules["torch._dynamo.source"]
+assert torch.equal(torch.compile(model, backend="eager")(ids).last_hidden_state, plain)
 """
 
+# What loads the compiler: a function of it, a module of it, and the masks that are made by vmap.
+USES = (
+    "torch.compile(model, backend='eager')(ids)",
+    "import torch._dynamo; torch._dynamo.reset()",
+    "from torch._dynamo.source import LocalSource; assert LocalSource is sys.modules['torch._dynamo.source'].LocalSource",
+    "import torch._dynamo.utils",
+    "with masking_utils.TransformGetItemToIndex(): import torch._dynamo; torch._dynamo.reset()",
+)
 
-def test_what_is_left_out_is_loaded_when_it_is_used() -> None:
-    done = subprocess.run([sys.executable, "-c", _CODE], capture_output=True, text=True)
+
+@pytest.mark.parametrize("use", USES)
+def test_what_is_left_out_is_loaded_when_it_is_used(use: str) -> None:
+    done = subprocess.run([sys.executable, "-c", _CODE.replace("USE", use)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
