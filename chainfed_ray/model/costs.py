@@ -162,7 +162,8 @@ class Parts:
         self, fake: FakeTensorMode, batch: int, tokens: int, activations_offloaded: bool, index: int, trained: bool
     ) -> Callable[[Tensor], Tensor]:
         real = self.blocks.calls(padded(batch, tokens))[index]
-        call = LayerCall(*tree_map(lambda it: fake.from_tensor(it) if isinstance(it, Tensor) else it, tuple(real)))
+        with fake:
+            call = LayerCall(*tree_map(lambda it: _of_form(it) if isinstance(it, Tensor) else it, tuple(real)))
         layer = with_blank_weights(self.blocks.blank_layers[index], fake)
         if activations_offloaded:
             overwrite_activations(layer)
@@ -187,6 +188,8 @@ class Parts:
         head = with_blank_weights(Head(self.blocks.hidden_size, self.classes, self.head_layers), fake)
         labels = torch.zeros(batch, dtype=torch.int64)
         below = torch.zeros(batch, self.head_layers - 1, self.blocks.hidden_size)
+        with fake:
+            mask, below, labels = map(_of_form, (mask, below, labels))
         return lambda hidden: cross_entropy(head(hidden, mask, below), labels, reduction="sum")
 
     def call_bytes(self, batch: int, tokens: int) -> int:
@@ -224,3 +227,8 @@ def padded(batch: int, tokens: int) -> Tensor:
     mask = torch.ones(batch, tokens, dtype=torch.int64)
     mask[0, tokens // 2 :] = 0
     return mask
+
+
+def _of_form(tensor: Tensor) -> Tensor:
+    """A tensor of the same form. To make a fake one of it, ``from_tensor`` would load torch's compiler."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)

@@ -54,8 +54,9 @@ def trace_memory(
 def with_blank_weights(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
     """A copy of a module with fake parameters, which need gradients where the module's do."""
     made = copy.deepcopy(module)
+    forms = made.state_dict()
     with fake:
-        blank = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in made.state_dict().items()}
+        blank = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in forms.items()}
         made.load_state_dict(blank, assign=True)
     for parameter, original in zip(made.parameters(), module.parameters(), strict=True):
         parameter.requires_grad_(original.requires_grad)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,4 +53,25 @@ USES = (
 @pytest.mark.parametrize("use", USES)
 def test_what_is_left_out_is_loaded_when_it_is_used(use: str) -> None:
     done = subprocess.run([sys.executable, "-c", _CODE.replace("USE", use)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+_PLAN = """
+import sys
+from pathlib import Path
+
+from chainfed_ray.device.lean_imports import load_models
+
+load_models()
+import torch
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.costs import memory_profile_of
+
+memory_profile_of(Blocks(Path(sys.argv[1]), torch.float32), 4, 3, 2)
+assert not {"accelerate", "scipy", "torch._dynamo.convert_frame", "torch.distributed.tensor"} & set(sys.modules)
+"""
+
+
+def test_a_plan_compiles_nothing(tiny_model_folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _PLAN, str(tiny_model_folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
