@@ -28,7 +28,7 @@ FLOORS = (
     ("cluster.sites",),
     ("cluster.jobs",),
     ("cluster.access",),
-    ("api.report",),
+    ("api.report", "api.client"),
     ("api.rest",),
     ("api.serve", "api.operator"),
     ("api.command",),
@@ -53,7 +53,7 @@ ONLY_IN = {
     "typer": ("api.command", "api.operator"),
 }
 WITHOUT_TORCH = ("ground", "spec", "budget")
-MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 147
+MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 149
 GENERIC = {"api", "cluster", "tests", "benchmarks", "examples"}
 
 

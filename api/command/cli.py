@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 from rich.table import Column, Table
 
 from chainfed_ray.activity import Reporter
-from chainfed_ray.api.command.client import ServiceClient, read_key
+from chainfed_ray.api.client.service_client import ServiceClient, read_key
 from chainfed_ray.api.command.export_command import Format, NewFolder, StackFolder, export_model
 from chainfed_ray.api.command.interruption import Interruption
 from chainfed_ray.api.command.join_command import join

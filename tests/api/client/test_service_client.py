@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 import uvicorn
 
-from chainfed_ray.api.command.client import ServiceClient, read_key
+from chainfed_ray.api.client.service_client import ServiceClient, read_key
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
