@@ -26,6 +26,8 @@ from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.api.operator.keys_command import keys_app
 from chainfed_ray.api.operator.sites_command import sites_app
 from chainfed_ray.api.report.pictures import check_drawing, draw_if_possible
+from chainfed_ray.api.transfer.data_command import data_app
+from chainfed_ray.api.transfer.options import ADDRESS, Address, KeyFile
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import ChainFedError, DiskFailed, InvalidJob
 from chainfed_ray.spec.job import JobSpec
@@ -39,17 +41,15 @@ app = typer.Typer(
 )
 app.add_typer(keys_app, name="keys")
 app.add_typer(sites_app, name="sites")
+app.add_typer(data_app, name="data")
 app.command()(join)
 _progress = Console(stderr=True, highlight=False, markup=False)
 
 JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]
 JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list`")]
 Out = Annotated[Path, typer.Option(help="the folder for commits, models and plots")]
-Address = Annotated[str, typer.Option(envvar="CHAINFED_ADDRESS", help="the address of the service")]
-KeyFile = Annotated[Path | None, typer.Option(help="a file with the API key; by default CHAINFED_API_KEY has it")]
 _INTERRUPTED = 130  # the exit code that shells give to a command ended by Ctrl-C
 _DEMO, _CHAT_DEMO = Path("examples/demo.yaml"), Path("examples/chat.yaml")
-_ADDRESS = "http://127.0.0.1:8000"
 
 
 def _print_version(wanted: bool) -> None:
@@ -148,7 +148,7 @@ def serve(
 def submit(
     job: JobFile,
     watch: Annotated[bool, typer.Option("--watch", help="follow the job until it is over")] = False,
-    address: Address = _ADDRESS,
+    address: Address = ADDRESS,
     key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
@@ -169,7 +169,7 @@ def submit(
 @app.command("list")
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="how many jobs to show, the newest first")] = 20,
-    address: Address = _ADDRESS,
+    address: Address = ADDRESS,
     key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
@@ -187,14 +187,14 @@ def list_jobs(
 
 
 @app.command()
-def watch(job: JobId, address: Address = _ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
+def watch(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Show a job from its beginning, and follow it until it is over."""
     client = ServiceClient(address, read_key(key_file))
     _follow(client, client.job(job), as_json)
 
 
 @app.command()
-def cancel(job: JobId, address: Address = _ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
+def cancel(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Cancel a job that is queued or running."""
     record = ServiceClient(address, read_key(key_file)).cancel(job)
     answer(as_json, record, f"Job {job} is {record['status']}.")
@@ -206,7 +206,7 @@ def predict(
     text: Annotated[
         list[str] | None, typer.Argument(help="the texts; without any, each line of standard input is one")
     ] = None,
-    address: Address = _ADDRESS,
+    address: Address = ADDRESS,
     key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
@@ -238,7 +238,7 @@ def complete(
         list[str] | None, typer.Option(help="end the text before this string; may be given up to four times")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="the same seed generates the same text again")] = None,
-    address: Address = _ADDRESS,
+    address: Address = ADDRESS,
     key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:

@@ -28,6 +28,8 @@ from chainfed_ray.errors import (
     PartUnavailable,
     ServiceBusy,
     SiteSuperseded,
+    UploadConflict,
+    UploadNotFound,
 )
 from chainfed_ray.problem import MISSING, Problem
 
@@ -50,6 +52,8 @@ _STATUS: Mapping[type[ChainFedError], HTTPStatus] = {
     OrderWithdrawn: HTTPStatus.GONE,
     AnswerRefused: HTTPStatus.UNPROCESSABLE_ENTITY,
     SiteSuperseded: HTTPStatus.CONFLICT,
+    UploadNotFound: HTTPStatus.NOT_FOUND,
+    UploadConflict: HTTPStatus.CONFLICT,
 }
 _CLIENT_CLOSED = 499  # nginx's status for a caller that has disconnected; only logs see it
 _MOST_PROBLEMS = 100  # in one answer

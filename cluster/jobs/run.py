@@ -13,6 +13,9 @@ from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.tables import JobRecord
+from chainfed_ray.cluster.uploads.sources import rules_of_job
+from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import CoordinatorLost
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
@@ -43,7 +46,7 @@ def run_queued_job(
     Events of rounds that were committed before are published if they are missing. If the database does not answer, or a disk
     is full or gone, the job waits and then resumes: it never fails because of that. ``restarted`` says that Ray started this
     process in place of one that died. A job that resumes with the whole service is no sign that it kills its coordinators.
-    The job reads by the ``rules``, as it was checked.
+    The job reads by the ``rules``, as it was checked, and the uploads of its tenant.
     """
     while True:
         try:
@@ -52,7 +55,7 @@ def run_queued_job(
                     return
                 deaths = store.count_restart(job) if restarted else 0
                 restarted = False  # from here on it is this process that tries again
-                with reading_by(rules if store.get(job).reads_anything else rules.closed()):
+                with reading_by(_rules_for(store.get(job), rules, storage)):
                     trouble = _run(job, deaths, store, storage, make_pool, make_evaluation, sites)
                 if trouble is None:
                     return
@@ -60,6 +63,11 @@ def run_queued_job(
         except NO_ANSWER as error:
             _log.warning("the database does not answer (%s); job %s waits for it", error, job)
             sleep(_RETRY_SECONDS)
+
+
+def _rules_for(record: JobRecord, rules: ReadingRules, storage: Storage) -> ReadingRules:
+    with closing(UploadStore(storage)) as uploads:
+        return rules_of_job(rules, record.reads_anything, uploads.files, record.tenant, record.spec)
 
 
 def _run(
