@@ -34,7 +34,8 @@
     ├── KeyNotFound        (LookupError)   no API key has this id
     ├── ModelNotFound      (LookupError)   the model is not served
     ├── UploadNotFound     (LookupError)   no upload has this id
-    └── UploadConflict     (RuntimeError)  the upload's state, or a job that reads it, does not allow what was requested
+    ├── UploadConflict     (RuntimeError)  the upload's state, or a job that reads it, does not allow what was requested
+    └── ArtifactNotFound   (LookupError)   the job has no artifact of this name
 
 Each class is also a standard-library error, so that plain Python code can catch it. Each survives pickling, because Ray carries
 errors between processes: the exception's ``args`` are the arguments of its constructor.
@@ -135,12 +136,8 @@ class QuorumLost(ChainFedError, RuntimeError):
 class EvaluationFailed(ChainFedError, RuntimeError):
     """The whole model could not be evaluated. The job goes on without this evaluation."""
 
-    def __init__(self, engine: str, reason: str) -> None:
-        super().__init__(engine, reason)
-        self.engine, self.reason = engine, reason
-
     def __str__(self) -> str:
-        return f"the evaluation by {self.engine} failed: {self.reason}"
+        return f"the evaluation by {self.args[0]} failed: {self.args[1]}"
 
 
 class OpsNotBuilt(ChainFedError, RuntimeError):
@@ -247,12 +244,8 @@ class AccessDenied(ChainFedError, RuntimeError):
 class ServiceFailed(ChainFedError, RuntimeError):
     """The service at ``address`` answered with an internal error."""
 
-    def __init__(self, address: str, reason: str, request_id: str) -> None:
-        super().__init__(address, reason, request_id)
-        self.address, self.reason, self.request_id = address, reason, request_id
-
     def __str__(self) -> str:
-        return f"the service at {self.address} failed: {self.reason} (request {self.request_id})"
+        return f"the service at {self.args[0]} failed: {self.args[1]} (request {self.args[2]})"
 
 
 class ServiceBusy(ChainFedError, RuntimeError):
@@ -320,12 +313,8 @@ class AnswerRefused(ChainFedError, ValueError):
 class JobFailed(ChainFedError, RuntimeError):
     """A job finished without a model; ``status`` is ``failed`` or ``cancelled``."""
 
-    def __init__(self, job: str, status: str, reason: str) -> None:
-        super().__init__(job, status, reason)
-        self.job, self.status, self.reason = job, status, reason
-
     def __str__(self) -> str:
-        return f"job {self.job} {self.status}" + (f": {self.reason}" if self.reason else "")
+        return f"job {self.args[0]} {self.args[1]}" + (f": {self.args[2]}" if self.args[2] else "")
 
 
 class JobNotFound(ChainFedError, LookupError):
@@ -387,3 +376,12 @@ class UploadConflict(ChainFedError, RuntimeError):
 
     def __str__(self) -> str:
         return f"upload {self.args[0]}: {self.args[1]}"
+
+
+class ArtifactNotFound(ChainFedError, LookupError):
+    """The job has no artifact of this name."""
+
+    def __str__(self) -> str:
+        return (
+            f"job {self.args[0]} has no artifact {shown(self.args[1])}; `chainfed artifacts {self.args[0]}` lists them"
+        )

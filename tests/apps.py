@@ -1,8 +1,9 @@
 """The real application over a real database, where checks find nothing and there are no models."""
 
 import socket
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 
 import uvicorn
@@ -29,12 +30,13 @@ def an_app(
     most_queued: int | None = None,
     uploads: UploadStore | None = None,
     stored_bytes: int | None = None,
+    folder_of: Callable[[str], Path] | None = None,
 ) -> FastAPI:
     """The application. Its dry runs refuse every job. An upload has 10,000 bytes at most."""
     audit = access.audit if access else None
     service = Service(
         store, _check, _plan, _classify, _embed, _write, {}, audit=audit, most_queued=most_queued, uploads=uploads,
-        upload_bytes=MOST_BYTES, stored_bytes=stored_bytes,
+        upload_bytes=MOST_BYTES, stored_bytes=stored_bytes, folder_of=folder_of,
     )  # fmt: skip
     return create_app(service, hosts, access)
 

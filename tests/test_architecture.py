@@ -24,7 +24,7 @@ FLOORS = (
     ("site",),
     ("forecast",),
     ("cluster",),
-    ("cluster.pool", "cluster.offload", "cluster.uploads"),
+    ("cluster.pool", "cluster.offload", "cluster.uploads", "cluster.artifacts"),
     ("cluster.sites",),
     ("cluster.jobs",),
     ("cluster.access",),
@@ -56,7 +56,7 @@ ONLY_IN = {
     "typer": ("api.command", "api.operator", "api.transfer"),
 }
 WITHOUT_TORCH = ("ground", "spec", "budget")
-MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 165
+MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 177
 GENERIC = {"api", "cluster", "tests", "benchmarks", "examples"}
 
 

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from time import monotonic, sleep
+from urllib.parse import quote
+
+import httpx
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.api.client.service_client import JsonObject, ServiceClient
@@ -67,6 +70,61 @@ class FileClient(ServiceClient):
             UploadConflict: a job that is not over reads it.
         """
         self._ask("DELETE", f"/v1/uploads/{upload}", about=upload)
+
+    def artifacts(self, job: str) -> list[JsonObject]:
+        """What a job has left: each file with its name, size and SHA-256.
+
+        Raises:
+            JobNotFound: there is no such job.
+        """
+        artifacts: list[JsonObject] = self._ask("GET", f"/v1/jobs/{job}/artifacts", about=job)["artifacts"]
+        return artifacts
+
+    def download(self, job: str, artifact: JsonObject, out: Path) -> None:
+        """Write an artifact, as ``artifacts`` lists it, to ``out``. It is there as a whole, with the SHA-256 of the list.
+
+        What was received before a connection broke, or by a call that was killed, is not asked for again.
+
+        Raises:
+            JobNotFound: there is no such job.
+            ArtifactNotFound: the job has no such artifact any more.
+            ServiceFailed: it is another one by now.
+            OSError: the file cannot be written.
+        """
+        name, digest = artifact["name"], artifact["sha256"]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f"{out.name}.{digest[:16]}.partial")
+        heard = monotonic()
+        while True:
+            try:
+                self._fetch(f"/v1/jobs/{job}/artifacts/{quote(name)}", f"{job}/{name}", digest, partial)
+                break
+            except ServiceUnavailable:
+                if monotonic() - heard > _GIVE_UP_SECONDS:
+                    raise
+                sleep(_PAUSE_SECONDS)
+        if _digest(partial) != digest:
+            partial.unlink()
+            raise ServiceFailed(self._address, f"{name} is not the file that the list names; list it again", "")
+        partial.replace(out)
+
+    def _fetch(self, path: str, about: str, digest: str, partial: Path) -> None:
+        """Receive what ``partial`` lacks of a file."""
+        with partial.open("ab") as file:
+            headers = {"If-Range": f'"{digest}"', "Range": f"bytes={file.tell()}-"} if file.tell() else {}
+            try:
+                with self._http.stream("GET", path, headers=headers) as response:
+                    if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                        return  # all of it is here
+                    if response.is_error:
+                        response.read()
+                        self._fail(response, about)
+                    if response.status_code != httpx.codes.PARTIAL_CONTENT:
+                        file.truncate(0)
+                    for block in response.iter_bytes():
+                        file.write(block)
+            except httpx.TransportError as error:
+                raise ServiceUnavailable(self._address, str(error) or type(error).__name__) from None
 
     def _put_piece(self, upload: str, file: Path, offset: int) -> JsonObject:
         path, where = f"/v1/uploads/{upload}/content", {"offset": offset}

@@ -13,6 +13,7 @@ import httpx
 from chainfed_ray.activity import Activity, Listener, Reporter, no_listener
 from chainfed_ray.errors import (
     AccessDenied,
+    ArtifactNotFound,
     InvalidJob,
     InvalidSetting,
     JobConflict,
@@ -248,6 +249,8 @@ class ServiceClient:
                 raise JobConflict(about, self.job(about)["status"], "be cancelled")
             case "model-not-found":
                 raise ModelNotFound(about, tuple(model["name"] for model in self.models()))
+            case "artifact-not-found":
+                raise ArtifactNotFound(*about.split("/", 1))
             case "upload-not-found":
                 raise UploadNotFound(about)
             case "upload-conflict":

@@ -26,8 +26,9 @@ from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.api.operator.keys_command import keys_app
 from chainfed_ray.api.operator.sites_command import sites_app
 from chainfed_ray.api.report.pictures import check_drawing, draw_if_possible
+from chainfed_ray.api.transfer.artifacts_command import artifacts
 from chainfed_ray.api.transfer.data_command import data_app
-from chainfed_ray.api.transfer.options import ADDRESS, Address, KeyFile
+from chainfed_ray.api.transfer.options import ADDRESS, Address, JobId, KeyFile
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import ChainFedError, DiskFailed, InvalidJob
 from chainfed_ray.spec.job import JobSpec
@@ -43,10 +44,10 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(sites_app, name="sites")
 app.add_typer(data_app, name="data")
 app.command()(join)
+app.command()(artifacts)
 _progress = Console(stderr=True, highlight=False, markup=False)
 
 JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]
-JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list`")]
 Out = Annotated[Path, typer.Option(help="the folder for commits, models and plots")]
 _INTERRUPTED = 130  # the exit code that shells give to a command ended by Ctrl-C
 _DEMO, _CHAT_DEMO = Path("examples/demo.yaml"), Path("examples/chat.yaml")

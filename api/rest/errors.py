@@ -17,6 +17,7 @@ from chainfed_ray.api.rest.service import CallerGone
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.errors import (
     AnswerRefused,
+    ArtifactNotFound,
     ChainFedError,
     InvalidJob,
     JobConflict,
@@ -53,6 +54,7 @@ _STATUS: Mapping[type[ChainFedError], HTTPStatus] = {
     AnswerRefused: HTTPStatus.UNPROCESSABLE_ENTITY,
     SiteSuperseded: HTTPStatus.CONFLICT,
     UploadNotFound: HTTPStatus.NOT_FOUND,
+    ArtifactNotFound: HTTPStatus.NOT_FOUND,
     UploadConflict: HTTPStatus.CONFLICT,
 }
 _CLIENT_CLOSED = 499  # nginx's status for a caller that has disconnected; only logs see it

@@ -138,6 +138,7 @@ class Service:
     uploads: UploadStore | None = None
     upload_bytes: int = 2**30  # of an upload, at most
     stored_bytes: int | None = None  # of all uploads of a tenant
+    folder_of: Callable[[str], Path] | None = None  # a job's commits and artifacts
 
     @cached_property
     def feed(self) -> EventFeed:

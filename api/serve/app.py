@@ -13,7 +13,7 @@ from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.document import describe, operation_id
 from chainfed_ray.api.serve.front_door import add_front_door
-from chainfed_ray.api.storage import uploads
+from chainfed_ray.api.storage import artifacts, uploads
 
 
 def create_app(service: Service, allowed_hosts: Sequence[str] = (), access: AccessRules | None = None) -> FastAPI:
@@ -32,7 +32,7 @@ def create_app(service: Service, allowed_hosts: Sequence[str] = (), access: Acce
     )
     app.state.service = service
     handle_errors(app)
-    for part in (jobs, events, models, completions, embeddings, monitoring, sites, uploads):
+    for part in (jobs, events, models, completions, embeddings, monitoring, sites, uploads, artifacts):
         app.include_router(part.router)
     add_front_door(app, allowed_hosts, access)
     describe(app, with_keys=access is not None)

@@ -73,6 +73,7 @@ class Api:
             self._uploads,
             self._settings.upload_bytes,
             self._settings.stored_bytes,
+            self._settings.storage.job,
         )
         rates = Rates(self._settings.requests_per_minute)
         access = AccessRules(KeyRing(self._keys), self._settings.without_keys, rates, self._audit)

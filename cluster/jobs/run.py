@@ -7,6 +7,7 @@ from time import sleep
 
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.client.survey import Sites
+from chainfed_ray.cluster.artifacts.cards import write_cards
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
@@ -161,7 +162,9 @@ def _train(
                 case JobFinished():
                     assert started is not None, "the first record"
                     _publish(store, job, "finished", "finished", record)
-                    return JobResult.of(spec.name, started, CommitLog(folder).rounds(), record)
+                    rounds = CommitLog(folder).rounds()
+                    write_cards(folder, spec, started, rounds)
+                    return JobResult.of(spec.name, started, rounds, record)
     raise AssertionError("the last record is that of a job that has finished")
 
 

@@ -46,7 +46,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     uploads = UploadStore(storage)
     uploads.seen_by("b", everything=False).begin("unseen-rows.csv", 1000, 64 * "0")
     # The host is the name that schemathesis gives it.
-    made = an_app(store, AccessRules(KeyRing(keys), "nobody"), ["testserver"], uploads=uploads)
+    made = an_app(store, AccessRules(KeyRing(keys), "nobody"), ["testserver"], uploads=uploads, folder_of=storage.job)
     made.state.tokens = [keys.make_key(owner, ["submit", "read", "infer"]).token for owner in ("a", "b")]
     for name in ("unseen-queued", "unseen-served"):
         job = store.seen_by("b", everything=False).submit(parse_job({**EXAMPLE, "name": name})).id

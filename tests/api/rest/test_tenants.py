@@ -4,7 +4,7 @@ Each request is sent in two worlds that differ in what the other tenant has, and
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -37,6 +37,7 @@ class World:
     client: TestClient
     store: JobStore
     keys: dict[str, str]
+    folder_of: Callable[[str], Path]
 
     def ask(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.keys[who]}", **options.pop("headers", {})}
@@ -63,11 +64,11 @@ def worlds(tmp_path: Path) -> Iterator[tuple[World, World]]:
         tokens = {who: keys.make_key(who, ALL).token for who in ("alice", "bob")}
         tokens["admin"] = keys.make_key("ops", ["admin"]).token
         client = TestClient(
-            an_app(store, AccessRules(KeyRing(keys), "nobody"), uploads=uploads),
+            an_app(store, AccessRules(KeyRing(keys), "nobody"), uploads=uploads, folder_of=storage.job),
             "http://localhost",
             raise_server_exceptions=False,
         )
-        world = World(client, store, tokens)
+        world = World(client, store, tokens, storage.job)
         world.make("bob", "own")
         made.append(world)
         opened += [store, keys, uploads]
@@ -87,12 +88,16 @@ def secrets(worlds: tuple[World, World]) -> list[str]:
     uploads = [world.ask("alice", "POST", "/v1/uploads", json={**FILE, "name": name}).json()["id"] for name in NAMES]
     assert world.ask("alice", "PUT", f"/v1/uploads/{uploads[0]}/content", content=ROWS).json()["complete"]
     jobs = [world.make("alice", "secret", ends, ends) for ends in ("queued", "running", "succeeded")]
+    for job in jobs:
+        world.folder_of(job).mkdir(parents=True)
+        (world.folder_of(job) / "partition.json").write_text("secret")
     world.ask("alice", "PUT", "/v1/aliases/hidden", json={"targets": {"minilm:secret": 1}})
     world.ask("alice", "PUT", "/v1/aliases/hidden", json={"targets": {"minilm:secret": 0.5, "minilm": 0.5}})
     return [*jobs, *uploads]
 
 
 NAMES = ("secret.csv", "other.csv")
+ARTIFACTS = ("partition.json", "model/adapter_config.json", "none")
 PLACES = ("job", "name", "alias", "upload")
 MODELS = (
     "minilm", "minilm:own", "minilm:secret", "alice/minilm", "alice/minilm:secret", "alice/minilm:none",
@@ -124,6 +129,8 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         "GET /v1/jobs/{job}": named,
         "GET /v1/jobs/{job}/clients": named,
         "GET /v1/jobs/{job}/events": [*named, *({**one, "headers": {"Accept": "text/event-stream"}} for one in named)],
+        "GET /v1/jobs/{job}/artifacts": named,
+        "GET /v1/jobs/{job}/artifacts/{name}": [{**one, "name": name} for one in named for name in ARTIFACTS],
         "POST /v1/jobs/{job}/cancel": named,
         "POST /v1/uploads": [{"json": {**FILE, "name": "mine.csv"}}, {"json": FILE}, {"json": others}],
         "GET /v1/uploads": [{}, *({"params": {"before": upload}} for upload in uploads)],
@@ -191,8 +198,10 @@ def world_of_alice(world: World, jobs: list[str]) -> list[Any]:
 def test_what_a_stranger_asks_for_is_not_found(worlds: tuple[World, World], secrets: list[str]) -> None:
     """The test above would pass if nobody found anything: so here is who does."""
     world = worlds[0]
-    of_uploads = [(f"/v1/uploads/{upload}",) for upload in secrets[3:]]
-    for paths in [*((f"/v1/jobs/{job}", f"/v1/jobs/{job}/events") for job in secrets[:3]), *of_uploads]:
+    of_jobs = [
+        [f"/v1/jobs/{job}", f"/v1/jobs/{job}/events", f"/v1/jobs/{job}/artifacts/partition.json"] for job in secrets[:3]
+    ]
+    for paths in [*of_jobs, [f"/v1/uploads/{upload}" for upload in secrets[3:]]]:
         for path in paths:
             statuses = [world.ask(who, "GET", path).status_code for who in ("alice", "admin", "bob")]
             assert statuses == [200, 200, 404], path
