@@ -222,6 +222,25 @@ class UploadRow(_Table):
     created_at: Mapped[str]
 
 
+class AnswerRow(_Table):
+    """A request with an ``Idempotency-Key``, and its answer once it has one.
+
+    ``digest`` is of the request. ``holder`` carries it out, and is believed dead after ``held_until``, a Unix time.
+    """
+
+    __tablename__ = "answers"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str]
+    holder: Mapped[str]
+    held_until: Mapped[float]
+    at: Mapped[str] = mapped_column(index=True)
+    status: Mapped[int | None] = mapped_column(default=None)
+    headers: Mapped[list[list[str]] | None] = mapped_column(JSON, default=None)
+    body: Mapped[str | None] = mapped_column(default=None)
+
+
 class AuditRow(_Table):
     """An entry of the audit log. The database lets nobody change or delete one."""
 

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.app import create_app
+from chainfed_ray.cluster.access.first_answers import FirstAnswers
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import InvalidJob
@@ -31,6 +32,7 @@ def an_app(
     uploads: UploadStore | None = None,
     stored_bytes: int | None = None,
     folder_of: Callable[[str], Path] | None = None,
+    answers: FirstAnswers | None = None,
 ) -> FastAPI:
     """The application. Its dry runs refuse every job. An upload has 10,000 bytes at most."""
     audit = access.audit if access else None
@@ -38,7 +40,7 @@ def an_app(
         store, _check, _plan, _classify, _embed, _write, {}, audit=audit, most_queued=most_queued, uploads=uploads,
         upload_bytes=MOST_BYTES, stored_bytes=stored_bytes, folder_of=folder_of,
     )  # fmt: skip
-    return create_app(service, hosts, access)
+    return create_app(service, hosts, access, answers)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.api.serve.asking import answered, written
 from chainfed_ray.api.serve.inference import Inference
 from chainfed_ray.cluster.access.audit import AuditLog
+from chainfed_ray.cluster.access.first_answers import FirstAnswers
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.access.rates import Rates
@@ -46,6 +47,7 @@ class Api:
         self._store = JobStore(settings.storage.database, existing=True)
         self._keys = KeyStore(settings.storage.database, existing=True)
         self._audit = AuditLog(settings.storage.database, existing=True)
+        self._answers = FirstAnswers(settings.storage.database, existing=True)
         self._uploads = UploadStore(settings.storage)
         self._preflight = Preflight(settings.client_slots, rules=settings.reading, uploads=self._uploads.files)
         ensure_controller(settings)
@@ -77,7 +79,7 @@ class Api:
         )
         rates = Rates(self._settings.requests_per_minute)
         access = AccessRules(KeyRing(self._keys), self._settings.without_keys, rates, self._audit)
-        return create_app(service, self._settings.allowed_hosts, access)
+        return create_app(service, self._settings.allowed_hosts, access, self._answers)
 
     async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
         probabilities: list[list[float]] = await answered(lambda: self._inference.classify.remote(model, texts))

@@ -13,7 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chainfed_ray.api.rest.errors import REQUEST_ID, problem
 from chainfed_ray.api.serve.access import Access, AccessRules
+from chainfed_ray.api.serve.idempotency import Idempotency
 from chainfed_ray.api.serve.scopes import RouteNames
+from chainfed_ray.cluster.access.first_answers import FirstAnswers
 
 BODY_SECONDS = 30.0
 MOST_BYTES = 4 * 2**20
@@ -21,11 +23,18 @@ _STREAMED = re.compile(r"/v1/uploads/[^/]+/content")  # bodies of any size, whic
 _SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
-def add_front_door(app: FastAPI, allowed_hosts: Sequence[str], access: AccessRules | None = None) -> None:
+def add_front_door(
+    app: FastAPI,
+    allowed_hosts: Sequence[str],
+    access: AccessRules | None = None,
+    answers: FirstAnswers | None = None,
+) -> None:
     """Add these to ``app``, which has all its routes already. See ``AllowedHosts`` for ``allowed_hosts``.
 
-    Without ``access``, no request needs a key.
+    Without ``access``, no request needs a key. Without ``answers``, none is answered as it was before.
     """
+    if answers:
+        app.add_middleware(Idempotency, answers=answers, routes=RouteNames(app))
     app.add_middleware(BodyLimits)
     if access:
         app.add_middleware(Access, rules=access, routes=RouteNames(app))

@@ -61,6 +61,13 @@ NEEDS: Mapping[str, Needs] = {
     "POST /v1/site/orders/{order}/answer": _SITE,
 }
 
+KEYED: frozenset[str] = frozenset(
+    route
+    for route, needs in NEEDS.items()
+    if route.startswith("POST ") and "submit" in needs and route != "POST /v1/plan"
+)
+"""The routes that take an ``Idempotency-Key``: those that make or change something, and would do so twice."""
+
 
 class _Route(NamedTuple):
     name: str  # as in the table

@@ -15,6 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from chainfed_ray.api.serve.access import AccessRules
+from chainfed_ray.cluster.access.first_answers import FirstAnswers
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -60,18 +61,20 @@ def worlds(tmp_path: Path) -> Iterator[tuple[World, World]]:
     for name in ("with", "without"):
         storage = Storage.at(tmp_path / name)
         store, keys = JobStore(storage.database), KeyStore(storage.database)
-        uploads = UploadStore(storage)
+        uploads, answers = UploadStore(storage), FirstAnswers(storage.database)
         tokens = {who: keys.make_key(who, ALL).token for who in ("alice", "bob")}
         tokens["admin"] = keys.make_key("ops", ["admin"]).token
         client = TestClient(
-            an_app(store, AccessRules(KeyRing(keys), "nobody"), uploads=uploads, folder_of=storage.job),
+            an_app(
+                store, AccessRules(KeyRing(keys), "nobody"), uploads=uploads, folder_of=storage.job, answers=answers
+            ),
             "http://localhost",
             raise_server_exceptions=False,
         )
         world = World(client, store, tokens, storage.job)
         world.make("bob", "own")
         made.append(world)
-        opened += [store, keys, uploads]
+        opened += [store, keys, uploads, answers]
     yield made[0], made[1]
     for one in opened:
         one.close()
@@ -87,6 +90,8 @@ def secrets(worlds: tuple[World, World]) -> list[str]:
     world = worlds[0]
     uploads = [world.ask("alice", "POST", "/v1/uploads", json={**FILE, "name": name}).json()["id"] for name in NAMES]
     assert world.ask("alice", "PUT", f"/v1/uploads/{uploads[0]}/content", content=ROWS).json()["complete"]
+    again = {"json": FILE, "headers": {"Idempotency-Key": "file"}}
+    assert world.ask("alice", "POST", "/v1/uploads", **again).json()["id"] == uploads[0]
     jobs = [world.make("alice", "secret", ends, ends) for ends in ("queued", "running", "succeeded")]
     for job in jobs:
         world.folder_of(job).mkdir(parents=True)
@@ -115,6 +120,7 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
     jobs, uploads = jobs[:3], jobs[3:]
     named = [{"job": job} for job in (*jobs, "none-00000000")]
     stored = [{"upload": upload} for upload in (*uploads, 16 * "0")]
+    keyed = [{"json": FILE, "headers": {"Idempotency-Key": key}} for key in ("file", "nobody's")]
     others = {**FILE, "sha256": sha256(b"x" * len(ROWS)).hexdigest()}
     aliases = [{"alias": alias} for alias in ("hidden", "none")]
     targets: list[dict[str, float]] = [{name: 1} for name in MODELS]
@@ -132,7 +138,7 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         "GET /v1/jobs/{job}/artifacts": named,
         "GET /v1/jobs/{job}/artifacts/{name}": [{**one, "name": name} for one in named for name in ARTIFACTS],
         "POST /v1/jobs/{job}/cancel": named,
-        "POST /v1/uploads": [{"json": {**FILE, "name": "mine.csv"}}, {"json": FILE}, {"json": others}],
+        "POST /v1/uploads": [{"json": {**FILE, "name": "mine.csv"}}, {"json": FILE}, {"json": others}, *keyed],
         "GET /v1/uploads": [{}, *({"params": {"before": upload}} for upload in uploads)],
         "GET /v1/uploads/{upload}": stored,
         "PUT /v1/uploads/{upload}/content": [{**one, "content": ROWS} for one in stored],
