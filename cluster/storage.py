@@ -4,7 +4,7 @@ Nothing is kept in Ray, because any process may be killed at any time, even Ray'
 
     chainfed.db                    the database, unless a URL names another
     service.log                    what the service on this machine and Ray print
-    jobs/<job>/                    a job's commits (see commit_log)
+    jobs/<job>/                    a job's commits (see commit_log), its log, and its report (see cluster/artifacts)
     jobs/<job>/model/              the trained adapter stack that is served, in PEFT's format
     jobs/<job>/last/               the last stack, while the job trains, and later if another one is served
     jobs/<job>/best/               the stack with the least held-out loss, if it is neither the last nor the served one

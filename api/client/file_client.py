@@ -16,6 +16,7 @@ _PIECE_BYTES = 32 * 2**20  # of a request
 _BLOCK_BYTES = 2**20  # that are in memory at once
 _GIVE_UP_SECONDS = 120.0  # without a byte that arrives
 _PAUSE_SECONDS = 0.5
+_LOG_WAIT_SECONDS = 20  # for the next line of a log
 
 
 class FileClient(ServiceClient):
@@ -107,6 +108,27 @@ class FileClient(ServiceClient):
             partial.unlink()
             raise ServiceFailed(self._address, f"{name} is not the file that the list names; list it again", "")
         partial.replace(out)
+
+    def logs(self, job: str, follow: bool = False) -> Iterator[JsonObject]:
+        """Yield the lines of a job's log; with ``follow`` until the job is over, as they come.
+
+        Raises:
+            JobNotFound: there is no such job.
+        """
+        after, heard = 0, monotonic()
+        while True:
+            where = {"after": after, "wait": _LOG_WAIT_SECONDS if follow else 0}
+            try:
+                page = self._ask("GET", f"/v1/jobs/{job}/logs", about=job, params=where)
+            except (ServiceUnavailable, ServiceFailed):
+                if not follow or monotonic() - heard > _GIVE_UP_SECONDS:
+                    raise
+                sleep(_PAUSE_SECONDS)
+                continue
+            after, heard = page["next"], monotonic()
+            yield from page["lines"]
+            if page["finished"] or not (follow or page["lines"]):
+                return
 
     def _fetch(self, path: str, about: str, digest: str, partial: Path) -> None:
         """Receive what ``partial`` lacks of a file."""

@@ -28,6 +28,7 @@ from chainfed_ray.api.operator.sites_command import sites_app
 from chainfed_ray.api.report.pictures import check_drawing, draw_if_possible
 from chainfed_ray.api.transfer.artifacts_command import artifacts
 from chainfed_ray.api.transfer.data_command import data_app
+from chainfed_ray.api.transfer.logs_command import logs
 from chainfed_ray.api.transfer.options import ADDRESS, Address, JobId, KeyFile
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import ChainFedError, DiskFailed, InvalidJob
@@ -45,6 +46,7 @@ app.add_typer(sites_app, name="sites")
 app.add_typer(data_app, name="data")
 app.command()(join)
 app.command()(artifacts)
+app.command()(logs)
 _progress = Console(stderr=True, highlight=False, markup=False)
 
 JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]

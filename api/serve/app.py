@@ -13,7 +13,7 @@ from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.document import describe, operation_id
 from chainfed_ray.api.serve.front_door import add_front_door
-from chainfed_ray.api.storage import artifacts, uploads
+from chainfed_ray.api.storage import artifacts, logs, uploads
 from chainfed_ray.cluster.access.first_answers import FirstAnswers
 
 
@@ -39,7 +39,7 @@ def create_app(
     )
     app.state.service = service
     handle_errors(app)
-    for part in (jobs, events, models, completions, embeddings, monitoring, sites, uploads, artifacts):
+    for part in (jobs, events, models, completions, embeddings, monitoring, sites, uploads, artifacts, logs):
         app.include_router(part.router)
     add_front_door(app, allowed_hosts, access, answers)
     describe(app, with_keys=access is not None)

@@ -34,6 +34,7 @@ NEEDS: Mapping[str, Needs] = {
     "GET /v1/jobs/{job}/events": ("read",),
     "GET /v1/jobs/{job}/clients": ("read",),
     "POST /v1/jobs/{job}/cancel": ("submit",),
+    "GET /v1/jobs/{job}/logs": ("read",),
     "GET /v1/jobs/{job}/artifacts": ("read",),
     "GET /v1/jobs/{job}/artifacts/{name}": ("read",),
     "POST /v1/uploads": ("submit",),

@@ -8,6 +8,7 @@ from time import sleep
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.client.survey import Sites
 from chainfed_ray.cluster.artifacts.cards import write_cards
+from chainfed_ray.cluster.artifacts.job_log import WITHHELD, JobLog
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
@@ -81,19 +82,22 @@ def _run(
     sites: Sites | None,
 ) -> OSError | None:
     """Run the job to its end, and record that. Returns the trouble of a disk instead, if there is one."""
+    log = JobLog(storage.job(job))
     try:
         if deaths >= _DEATHS:
             raise CoordinatorLost(job, deaths)
         storage.check()
         spec = parse_job(store.get(job).spec)
-        with occupy(storage.job(job)), ActivityRecord(store, job) as listen:
-            result = _train(job, spec, store, storage, make_pool, make_evaluation, sites, listen)
+        with occupy(storage.job(job)), log, ActivityRecord(store, job) as record:
+            listen = log.with_activities(record)
+            result = _train(job, spec, store, storage, make_pool, make_evaluation, sites, listen, log)
     except NO_ANSWER:
         raise
     except Exception as error:  # whatever it is, it made the job fail, and belongs on the job's record
         if trouble := _disk_trouble(error, storage):
             return trouble
-        _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)))
+        _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)), extra=WITHHELD)
+        log.failed(error)
         clean_up(job, storage)
         store.move(job, "failed", error=described(error))
     else:
@@ -145,6 +149,7 @@ def _train(
     make_evaluation: MakeEvaluation,
     sites: Sites | None,
     listen: Listener,
+    log: JobLog,
 ) -> JobResult:
     folder, scratch = storage.job(job), storage.scratch(job)
     started: JobStarted | None = None
@@ -153,6 +158,7 @@ def _train(
     )
     with closing(records):
         for record in records:
+            log.tell(record)
             match record:
                 case JobStarted():
                     started = record

@@ -96,6 +96,7 @@ def secrets(worlds: tuple[World, World]) -> list[str]:
     for job in jobs:
         world.folder_of(job).mkdir(parents=True)
         (world.folder_of(job) / "partition.json").write_text("secret")
+        (world.folder_of(job) / "log.jsonl").write_text('{"at": "", "level": "", "source": "", "message": "secret"}\n')
     world.ask("alice", "PUT", "/v1/aliases/hidden", json={"targets": {"minilm:secret": 1}})
     world.ask("alice", "PUT", "/v1/aliases/hidden", json={"targets": {"minilm:secret": 0.5, "minilm": 0.5}})
     return [*jobs, *uploads]
@@ -135,6 +136,7 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         "GET /v1/jobs/{job}": named,
         "GET /v1/jobs/{job}/clients": named,
         "GET /v1/jobs/{job}/events": [*named, *({**one, "headers": {"Accept": "text/event-stream"}} for one in named)],
+        "GET /v1/jobs/{job}/logs": named,
         "GET /v1/jobs/{job}/artifacts": named,
         "GET /v1/jobs/{job}/artifacts/{name}": [{**one, "name": name} for one in named for name in ARTIFACTS],
         "POST /v1/jobs/{job}/cancel": named,
@@ -205,7 +207,8 @@ def test_what_a_stranger_asks_for_is_not_found(worlds: tuple[World, World], secr
     """The test above would pass if nobody found anything: so here is who does."""
     world = worlds[0]
     of_jobs = [
-        [f"/v1/jobs/{job}", f"/v1/jobs/{job}/events", f"/v1/jobs/{job}/artifacts/partition.json"] for job in secrets[:3]
+        [f"/v1/jobs/{job}{part}" for part in ("", "/events", "/logs", "/artifacts/partition.json")]
+        for job in secrets[:3]
     ]
     for paths in [*of_jobs, [f"/v1/uploads/{upload}" for upload in secrets[3:]]]:
         for path in paths:

@@ -29,7 +29,7 @@ ALLOWED = {
         "GET /metrics", "GET /v1/jobs", "GET /v1/jobs/{job}", "GET /v1/jobs/{job}/events", "GET /v1/models",
         "GET /v1/jobs/{job}/clients",
         "GET /v1/models/{name}", "GET /v1/aliases", "GET /v1/uploads", "GET /v1/uploads/{upload}",
-        "GET /v1/jobs/{job}/artifacts", "GET /v1/jobs/{job}/artifacts/{name}",
+        "GET /v1/jobs/{job}/logs", "GET /v1/jobs/{job}/artifacts", "GET /v1/jobs/{job}/artifacts/{name}",
     },
     "submit": {
         "POST /v1/plan", "POST /v1/jobs", "POST /v1/jobs/{job}/cancel", "PUT /v1/aliases/{alias}",
