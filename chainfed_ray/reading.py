@@ -47,6 +47,8 @@ class NotAllowed(Exception):
 
 
 EVERYTHING = ReadingRules()
+OWN_UPLOAD = "the id of an upload of yours that is complete, in a job for the service (`chainfed data list` shows them)"
+"""What is expected in place of an upload that a job may not read, whether it is another tenant's or nobody's."""
 _rules = EVERYTHING
 
 

@@ -15,14 +15,11 @@ from chainfed_ray.data.messages import Message
 from chainfed_ray.data.tables import FORMS, Table, from_arrow, read_path, read_upload
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import hub_is_reachable
-from chainfed_ray.reading import NotAllowed, check_repository
+from chainfed_ray.reading import OWN_UPLOAD, NotAllowed, check_repository
 from chainfed_ray.spec.sections import DataSpec
 
 _FORMS = "builtin:docstrings, path:<file or folder>, upload:<id> or hf:<dataset>[:<configuration>][@<revision>]"
 _IN_ROOTS = "a file or folder in one of CHAINFED_DATA_ROOTS, the folders whose data a job of this service may read"
-_OWN_UPLOAD = (
-    "the id of an upload of yours that is complete, in a job for the service (`chainfed data list` shows them)"
-)
 _FEWEST = 10
 _ANY_CLASSES = ("one", "other")
 _LISTED = 20  # names of columns in an error
@@ -151,7 +148,7 @@ def read_table(field: str, source: str, split: str, wanted: Collection[str] | No
     elif scheme == "path" and name:
         table = _read_file(field, source, lambda: read_path(Path(name), wanted), _IN_ROOTS)
     elif scheme == "upload" and name:
-        table = _read_file(field, source, lambda: read_upload(name, wanted), _OWN_UPLOAD)
+        table = _read_file(field, source, lambda: read_upload(name, wanted), OWN_UPLOAD)
     elif scheme == "hf" and name:
         table = _read_hub(field, source, name, split, wanted)
     else:

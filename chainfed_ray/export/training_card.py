@@ -68,11 +68,16 @@ def _data(spec: JobSpec, job_started: JobStarted) -> dict[str, Any]:
     return {
         **sources,
         **({"sites": len(at_sites)} if at_sites else {}),
-        "columns": ", ".join(name for _, name in spec.data.columns),
+        "columns": ", ".join(_columns(spec)),
         "tokens of an example, at most": spec.data.max_length,
         "partition": partition.scheme if partition.scheme != "dirichlet" else f"dirichlet, α = {partition.alpha:g}",
         "sha256 of the partition": job_started.partition_hash,
     }
+
+
+def _columns(spec: JobSpec) -> list[str]:
+    texts = [name for _, name in spec.data.columns]
+    return [*texts, spec.data.label] if spec.model.task == "sequence-classification" else texts
 
 
 def shown_source(source: str) -> str:

@@ -111,7 +111,11 @@ class UploadStore:
             UploadNotFound: there is none.
         """
         with Session(self._engine) as session:
-            return self._upload(self._row(session, upload))
+            row = self._row(session, upload)
+            found, known = self._upload(row), row.complete
+        if found.complete and not known:  # who kept its bytes was killed before the database said so
+            self._complete(found)
+        return found
 
     def page(self, limit: int = 100, before: str | None = None) -> list[Upload]:
         """At most ``limit`` uploads, the newest first; only those older than the upload ``before``.
@@ -176,9 +180,9 @@ class UploadStore:
         found = self.get(upload)
         with self._locked(found.tenant):
             with Session(self._engine) as session, session.begin():
-                if job := self._reader(session, found):
-                    raise UploadConflict(upload, f"job {job} reads it, and is not over")
                 session.execute(delete(UploadRow).where(UploadRow.id == upload))
+                if job := self._reader(session, found):  # see hold_uploads
+                    raise UploadConflict(upload, f"job {job} reads it, and is not over")
             self._partial(found.tenant, upload).unlink(missing_ok=True)
             self._drop(found.tenant, found.sha256)
 
@@ -191,8 +195,9 @@ class UploadStore:
         if not wanted:
             return {}
         with Session(self._engine) as session:
-            query = select(UploadRow).where(UploadRow.tenant == tenant, UploadRow.id.in_(wanted))
-            found = [self._upload(row) for row in session.scalars(query)]
+            query = select(UploadRow.id).where(UploadRow.tenant == tenant, UploadRow.id.in_(wanted))
+            own = list(session.scalars(query))
+        found = [self.get(upload) for upload in own]
         return {one.id: UploadedFile(one.name, self._content(tenant, one.sha256)) for one in found if one.complete}
 
     def remove_old(self, hours: float = KEPT_HOURS) -> int:

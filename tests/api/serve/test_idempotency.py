@@ -110,6 +110,14 @@ def uploads_of() -> dict[str, Any]:
     return {"name": "rows.csv", "bytes": 3, "sha256": sha256(b"abc").hexdigest()}
 
 
+def test_an_alias_is_rolled_back_once(processes: list[TestClient], store: JobStore) -> None:
+    for targets in ({"minilm:a": 1.0}, {"minilm:b": 1.0}, {"minilm:c": 1.0}):
+        store.set_alias("mine", targets)
+    told = {process.post("/v1/aliases/mine/rollback", headers=KEY).text for process in processes}
+    assert len(told) == 1
+    assert store.alias("mine") == {"minilm:b": 1.0}
+
+
 def test_what_was_refused_may_be_mended_under_the_same_key(processes: list[TestClient]) -> None:
     for body in (b"no JSON", json.dumps({**DOCUMENT, "seed": "x"}).encode()):
         refused = processes[0].post("/v1/jobs", content=body, headers={**KEY, "Content-Type": "application/json"})

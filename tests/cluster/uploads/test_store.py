@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -161,12 +163,14 @@ def test_an_upload_goes_on_where_a_killed_process_left_it(tmp_path: Path) -> Non
         assert file.digest() == sha256(whole).hexdigest()
 
 
-def test_what_was_checked_before_a_kill_is_complete(uploads: UploadStore, storage: Storage) -> None:
+def test_what_was_checked_before_a_kill_is_complete(uploads: UploadStore, store: JobStore, storage: Storage) -> None:
     """The process is killed after the bytes have their place, and before the database says so."""
-    upload = begun(uploads)
+    upload, document = begun(uploads), SPEC.document()
     (storage.uploads("default") / upload.sha256).write_bytes(ROWS)
+    document["data"]["test"] = f"upload:{upload.id}"
+    assert uploads.files("default", document), "the check of a job asks for these"
+    assert store.submit(parse_job(document)).status == "queued"
     assert uploads.get(upload.id).complete
-    assert uploads.files("default", {"data": {"test": f"upload:{upload.id}"}})
 
 
 def test_a_kill_before_the_check_costs_the_check_alone(uploads: UploadStore, storage: Storage) -> None:
@@ -213,7 +217,8 @@ def test_an_upload_that_a_job_reads_is_not_deleted(uploads: UploadStore, store: 
     upload, other = added(uploads), added(uploads, b"other")
     document = SPEC.document()
     document["data"][key] = f"upload:{upload.id}"
-    strangers = store.seen_by("bob", everything=False).submit(parse_job({**document, "name": "strangers"}))
+    with pytest.raises(InvalidJob, match=rf"data\.{key} is"):
+        store.seen_by("bob", everything=False).submit(parse_job(document))
     job = store.submit(parse_job(document)).id
     for state in ("queued", "running"):
         with pytest.raises(UploadConflict, match=f"job {job} reads it"):
@@ -223,7 +228,36 @@ def test_an_upload_that_a_job_reads_is_not_deleted(uploads: UploadStore, store: 
     uploads.delete(other.id)
     store.move(job, "failed", error={})
     uploads.delete(upload.id)
-    assert store.get(strangers.id).status == "queued", "what another tenant's job names counts for nothing"
+    with pytest.raises(InvalidJob, match=rf"data\.{key} is"):
+        store.submit(parse_job(document))
+
+
+def test_a_job_is_queued_or_its_upload_is_deleted_and_never_both(uploads: UploadStore, store: JobStore) -> None:
+    outcomes = set()
+    for number in range(20):
+        upload, document = added(uploads, f"rows {number}".encode()), SPEC.document()
+        document["data"]["train"] = f"upload:{upload.id}"
+        start = Barrier(2)
+
+        def submit(document: Any = document, start: Barrier = start) -> bool:
+            start.wait(60)
+            try:
+                return bool(store.submit(parse_job(document)))
+            except InvalidJob:
+                return False
+
+        def remove(upload: Upload = upload, start: Barrier = start) -> bool:
+            start.wait(60)
+            try:
+                uploads.delete(upload.id)
+            except UploadConflict:
+                return False
+            return True
+
+        with ThreadPoolExecutor(2) as threads:
+            queued, deleted = (threads.submit(act) for act in (submit, remove))
+            outcomes.add((queued.result(), deleted.result()))
+    assert outcomes <= {(True, False), (False, True)}
 
 
 def test_old_parts_and_forgotten_bytes_are_removed(uploads: UploadStore, storage: Storage) -> None:
