@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cell_process import Row
-from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.command.local_service import free_port
 
 _COMMAND = [sys.executable, "-c", "from chainfed_ray.api.command.cli import main; main()"]

@@ -32,7 +32,10 @@
     ├── JobNotFound        (LookupError)   the job does not exist
     ├── JobConflict        (RuntimeError)  the job's status does not allow what was requested
     ├── KeyNotFound        (LookupError)   no API key has this id
-    └── ModelNotFound      (LookupError)   the model is not served
+    ├── ModelNotFound      (LookupError)   the model is not served
+    ├── UploadNotFound     (LookupError)   no upload has this id
+    ├── UploadConflict     (RuntimeError)  the upload's state, or a job that reads it, does not allow what was requested
+    └── ArtifactNotFound   (LookupError)   the job has no artifact of this name
 
 Each class is also a standard-library error, so that plain Python code can catch it. Each survives pickling, because Ray carries
 errors between processes: the exception's ``args`` are the arguments of its constructor.
@@ -133,24 +136,16 @@ class QuorumLost(ChainFedError, RuntimeError):
 class EvaluationFailed(ChainFedError, RuntimeError):
     """The whole model could not be evaluated. The job goes on without this evaluation."""
 
-    def __init__(self, engine: str, reason: str) -> None:
-        super().__init__(engine, reason)
-        self.engine, self.reason = engine, reason
-
     def __str__(self) -> str:
-        return f"the evaluation by {self.engine} failed: {self.reason}"
+        return f"the evaluation by {self.args[0]} failed: {self.args[1]}"
 
 
 class OpsNotBuilt(ChainFedError, RuntimeError):
     """DeepSpeed's libraries could not be compiled into ``folder``."""
 
-    def __init__(self, folder: str, reason: str) -> None:
-        super().__init__(folder, reason)
-        self.folder, self.reason = folder, reason
-
     def __str__(self) -> str:
         return (
-            f"DeepSpeed's libraries could not be compiled into {self.folder}: {self.reason}; `chainfed doctor` says what is "
+            f"DeepSpeed's libraries could not be compiled into {self.args[0]}: {self.args[1]}; `chainfed doctor` says what is "
             "missing"
         )
 
@@ -169,26 +164,18 @@ class CorruptCommit(ChainFedError, RuntimeError):
 class CoordinatorLost(ChainFedError, RuntimeError):
     """A job's coordinator died ``deaths`` times in a row without finishing a round."""
 
-    def __init__(self, job: str, deaths: int) -> None:
-        super().__init__(job, deaths)
-        self.job, self.deaths = job, deaths
-
     def __str__(self) -> str:
         return (
-            f"the coordinator of {self.job} died {self.deaths} times without finishing a round in between; Ray's log of its "
-            "actor says why (often: the machine has too little memory)"
+            f"the coordinator of {self.args[0]} died {self.args[1]} times without finishing a round in between; Ray's log of "
+            "its actor says why (often: the machine has too little memory)"
         )
 
 
 class DiskFailed(ChainFedError, RuntimeError):
     """A file or folder at ``path`` could not be read or written, for a ``reason`` of the operating system's."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
-
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}; what was committed before is kept, and the same command goes on from there"
+        return f"{self.args[0]}: {self.args[1]}; what was committed before is kept, and the same command goes on from there"
 
 
 class PackageMissing(ChainFedError, ImportError):
@@ -221,12 +208,8 @@ class InvalidSetting(ChainFedError, ValueError):
 class StorageInUse(ChainFedError, RuntimeError):
     """Another service uses the same storage. Two services on one storage would run each job twice."""
 
-    def __init__(self, root: str) -> None:
-        super().__init__(root)
-        self.root = root
-
     def __str__(self) -> str:
-        return f"another chainfed service works in {self.root}; stop it first, or choose another folder"
+        return f"another chainfed service works in {self.args[0]}; stop it first, or choose another folder"
 
 
 class ServiceNotStarted(ChainFedError, RuntimeError):
@@ -254,23 +237,15 @@ class ServiceUnavailable(ChainFedError, RuntimeError):
 class AccessDenied(ChainFedError, RuntimeError):
     """The service at ``address`` does not accept the API key, or not for what was asked, for a ``reason``."""
 
-    def __init__(self, address: str, reason: str) -> None:
-        super().__init__(address, reason)
-        self.address, self.reason = address, reason
-
     def __str__(self) -> str:
-        return f"the service at {self.address} refused: {self.reason} (a key is in CHAINFED_API_KEY, or in --key-file)"
+        return f"the service at {self.args[0]} refused: {self.args[1]} (a key is in CHAINFED_API_KEY, or in --key-file)"
 
 
 class ServiceFailed(ChainFedError, RuntimeError):
     """The service at ``address`` answered with an internal error."""
 
-    def __init__(self, address: str, reason: str, request_id: str) -> None:
-        super().__init__(address, reason, request_id)
-        self.address, self.reason, self.request_id = address, reason, request_id
-
     def __str__(self) -> str:
-        return f"the service at {self.address} failed: {self.reason} (request {self.request_id})"
+        return f"the service at {self.args[0]} failed: {self.args[1]} (request {self.args[2]})"
 
 
 class ServiceBusy(ChainFedError, RuntimeError):
@@ -338,12 +313,8 @@ class AnswerRefused(ChainFedError, ValueError):
 class JobFailed(ChainFedError, RuntimeError):
     """A job finished without a model; ``status`` is ``failed`` or ``cancelled``."""
 
-    def __init__(self, job: str, status: str, reason: str) -> None:
-        super().__init__(job, status, reason)
-        self.job, self.status, self.reason = job, status, reason
-
     def __str__(self) -> str:
-        return f"job {self.job} {self.status}" + (f": {self.reason}" if self.reason else "")
+        return f"job {self.args[0]} {self.args[1]}" + (f": {self.args[2]}" if self.args[2] else "")
 
 
 class JobNotFound(ChainFedError, LookupError):
@@ -391,3 +362,26 @@ class ModelNotFound(ChainFedError, LookupError):
         meant = f"; did you mean {' or '.join(near)}?" if near else "."
         more = ", …" if len(self.served) > _NAMED else ""
         return f"there is no model {shown(self.model)}{meant} Served now: {', '.join(self.served[:_NAMED]) or 'none'}{more}"
+
+
+class UploadNotFound(ChainFedError, LookupError):
+    """No upload has this id."""
+
+    def __str__(self) -> str:
+        return f"there is no upload {shown(self.args[0])}; `chainfed data list` shows all uploads"
+
+
+class UploadConflict(ChainFedError, RuntimeError):
+    """The state of an upload does not allow what was requested, for a reason."""
+
+    def __str__(self) -> str:
+        return f"upload {self.args[0]}: {self.args[1]}"
+
+
+class ArtifactNotFound(ChainFedError, LookupError):
+    """The job has no artifact of this name."""
+
+    def __str__(self) -> str:
+        return (
+            f"job {self.args[0]} has no artifact {shown(self.args[1])}; `chainfed artifacts {self.args[0]}` lists them"
+        )

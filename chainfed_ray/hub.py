@@ -31,7 +31,8 @@ _DEFINING = [
     "*.jinja",
 ]
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # *.jinja is the chat template
+# *.jinja is the chat template; the README says the licence.
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
 
 
 def resolve(base: str) -> Path:

@@ -7,26 +7,35 @@ meanwhile (``reading_by``). What is opened is looked at then, and not when the j
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _OPENED = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # without waiting for who writes into a pipe
+
+
+class UploadedFile(NamedTuple):
+    """A file that was sent to a service: what it was called, which says its form, and where its bytes are."""
+
+    name: str
+    path: Path
 
 
 @dataclass(frozen=True)
 class ReadingRules:
     """The folders in which data and models may be, and patterns of the hub's repositories, such as ``org/*``.
 
-    None instead of them allows everything that the process can read.
+    None instead of them allows everything that the process can read. ``uploads`` are those that the job may read, by their ids.
     """
 
     data_roots: tuple[Path, ...] | None = None
     model_roots: tuple[Path, ...] | None = None
     hub: tuple[str, ...] | None = None
+    uploads: Mapping[str, UploadedFile] = field(default_factory=dict)
 
     def closed(self) -> "ReadingRules":
         """These rules for those who may not read everything: where nothing is said, nothing is allowed."""
@@ -38,6 +47,8 @@ class NotAllowed(Exception):
 
 
 EVERYTHING = ReadingRules()
+OWN_UPLOAD = "the id of an upload of yours that is complete, in a job for the service (`chainfed data list` shows them)"
+"""What is expected in place of an upload that a job may not read, whether it is another tenant's or nobody's."""
 _rules = EVERYTHING
 
 
@@ -96,6 +107,18 @@ def model_path(path: Path) -> Path:
         for file in found.rglob("*"):
             _ordinary(within(file, _rules.model_roots))
     return found
+
+
+def uploaded(upload: str) -> UploadedFile:
+    """The file of an upload.
+
+    Raises:
+        NotAllowed: the job may read no upload with this id.
+    """
+    try:
+        return _rules.uploads[upload]
+    except KeyError:
+        raise NotAllowed from None
 
 
 def check_repository(name: str) -> None:

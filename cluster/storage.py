@@ -4,10 +4,11 @@ Nothing is kept in Ray, because any process may be killed at any time, even Ray'
 
     chainfed.db                    the database, unless a URL names another
     service.log                    what the service on this machine and Ray print
-    jobs/<job>/                    a job's commits (see commit_log)
+    jobs/<job>/                    a job's commits (see commit_log), its log, and its report (see cluster/artifacts)
     jobs/<job>/model/              the trained adapter stack that is served, in PEFT's format
     jobs/<job>/last/               the last stack, while the job trains, and later if another one is served
     jobs/<job>/best/               the stack with the least held-out loss, if it is neither the last nor the served one
+    uploads/<tenant>/              files that were sent to the service (see cluster/uploads)
     scratch/<job>/                 prefix caches, unless CHAINFED_SCRATCH names another folder; they may be deleted at any time
 """
 
@@ -28,6 +29,7 @@ from chainfed_ray.units import parse_bytes
 WithoutKeys = Literal["nobody", "loopback", "anyone"]
 """Who may ask a service as long as no key was made."""
 QUEUED_JOBS, RUNNING_JOBS, REQUESTS = "CHAINFED_QUEUED_JOBS", "CHAINFED_RUNNING_JOBS", "CHAINFED_REQUESTS_PER_MINUTE"
+UPLOAD_BYTES, STORED_BYTES = "CHAINFED_UPLOAD_BYTES", "CHAINFED_STORED_BYTES"
 Default = TypeVar("Default", int, None)
 _PROBE_BYTES = 65536
 
@@ -86,6 +88,10 @@ class Storage:
             raise InvalidJob.at("model", f"…@{index}", f"a round whose stack is kept, such as {rounds or 'none yet'}")
         return kept[index]
 
+    def uploads(self, tenant: str) -> Path:
+        """The folder of the files that a tenant has sent."""
+        return self.root / "uploads" / tenant
+
     def scratch(self, job: str) -> Path:
         """The folder of a job's prefix caches."""
         return self.scratch_root / job
@@ -128,13 +134,16 @@ class Settings:
     queued_jobs: int | None = None  # of a tenant
     running_jobs: int | None = None  # of a tenant; others of its jobs wait
     reading: ReadingRules = EVERYTHING  # what jobs may read, besides what everybody may
+    upload_bytes: int = 2**30  # of an upload, at most
+    stored_bytes: int | None = None  # of all uploads of a tenant
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_DATABASE``, ``CHAINFED_SCRATCH``,
         ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``, ``CHAINFED_SERVING_REPLICAS``,
         ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``, ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``,
-        ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``, ``CHAINFED_MODEL_ROOTS`` and ``CHAINFED_HUB_ALLOW``.
+        ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``, ``CHAINFED_MODEL_ROOTS``, ``CHAINFED_HUB_ALLOW``,
+        ``CHAINFED_UPLOAD_BYTES`` and ``CHAINFED_STORED_BYTES``.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
@@ -161,6 +170,8 @@ class Settings:
                 _folders(environment, "CHAINFED_MODEL_ROOTS"),
                 tuple(environment.get("CHAINFED_HUB_ALLOW", "").replace(",", " ").split()) or None,
             ),
+            _bytes(environment, UPLOAD_BYTES) or cls.upload_bytes,
+            _bytes(environment, STORED_BYTES),
         )
 
     def environment(self) -> dict[str, str]:
@@ -181,6 +192,8 @@ class Settings:
             "CHAINFED_DATA_ROOTS": os.pathsep.join(map(str, self.reading.data_roots or ())),
             "CHAINFED_MODEL_ROOTS": os.pathsep.join(map(str, self.reading.model_roots or ())),
             "CHAINFED_HUB_ALLOW": ",".join(self.reading.hub or ()),
+            UPLOAD_BYTES: str(self.upload_bytes),
+            STORED_BYTES: str(self.stored_bytes or ""),
         }
 
 

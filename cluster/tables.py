@@ -206,6 +206,41 @@ class SiteOrderRow(_Table):
     worked: Mapped[float] = mapped_column(default=0.0)
 
 
+class UploadRow(_Table):
+    """A file that was sent to the service, or a part of it. ``complete`` says that all of it is there, and was checked."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (UniqueConstraint("tenant", "name", "sha256"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    tenant: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str]
+    complete: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[str]
+
+
+class AnswerRow(_Table):
+    """A request with an ``Idempotency-Key``, and its answer once it has one.
+
+    ``digest`` is of the request. ``holder`` carries it out, and is believed dead after ``held_until``, a Unix time.
+    """
+
+    __tablename__ = "answers"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str]
+    holder: Mapped[str]
+    held_until: Mapped[float]
+    at: Mapped[str] = mapped_column(index=True)
+    status: Mapped[int | None] = mapped_column(default=None)
+    headers: Mapped[list[list[str]] | None] = mapped_column(JSON, default=None)
+    body: Mapped[str | None] = mapped_column(default=None)
+
+
 class AuditRow(_Table):
     """An entry of the audit log. The database lets nobody change or delete one."""
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 import psutil
 import pytest
 
-from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.command.local_service import free_port
 from tests.project import COMMAND, ROOT
 from tests.watching import command_of, processes_below

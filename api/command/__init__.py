@@ -1,1 +1,1 @@
-"""The ``chainfed`` command, and the Python client of the service."""
+"""The ``chainfed`` command."""

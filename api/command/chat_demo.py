@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chainfed_ray.activity import Reporter
-from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.command.demo import Records, explained, headed
 from chainfed_ray.api.report.activity_display import ActivityDisplay
 from chainfed_ray.data.docstrings import rows

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from chainfed_ray.activity import Reporter
-from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.command.following import follow
 from chainfed_ray.api.command.local_service import free_port, local_service
 from chainfed_ray.api.report.activity_display import ActivityDisplay

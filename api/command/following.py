@@ -5,7 +5,7 @@ from itertools import dropwhile
 from rich.console import Console
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.report.progress import ProgressDisplay
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from chainfed_ray.activity import Listener, Reporter
-from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.cluster.local_ray import local_ray
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted

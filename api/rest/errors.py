@@ -17,6 +17,7 @@ from chainfed_ray.api.rest.service import CallerGone
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.errors import (
     AnswerRefused,
+    ArtifactNotFound,
     ChainFedError,
     InvalidJob,
     JobConflict,
@@ -28,6 +29,8 @@ from chainfed_ray.errors import (
     PartUnavailable,
     ServiceBusy,
     SiteSuperseded,
+    UploadConflict,
+    UploadNotFound,
 )
 from chainfed_ray.problem import MISSING, Problem
 
@@ -50,7 +53,12 @@ _STATUS: Mapping[type[ChainFedError], HTTPStatus] = {
     OrderWithdrawn: HTTPStatus.GONE,
     AnswerRefused: HTTPStatus.UNPROCESSABLE_ENTITY,
     SiteSuperseded: HTTPStatus.CONFLICT,
+    UploadNotFound: HTTPStatus.NOT_FOUND,
+    ArtifactNotFound: HTTPStatus.NOT_FOUND,
+    UploadConflict: HTTPStatus.CONFLICT,
 }
+# Python 3.13 has other names for these than 3.11 has.
+_SLUGS = {413: "content-too-large", 416: "range-not-satisfiable"}
 _CLIENT_CLOSED = 499  # nginx's status for a caller that has disconnected; only logs see it
 _MOST_PROBLEMS = 100  # in one answer
 _log = logging.getLogger(__name__)
@@ -143,6 +151,11 @@ def _expected(found: Any) -> str:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    return http_problem(request, error)
+
+
+def http_problem(request: Request, error: HTTPException) -> JSONResponse:
+    """The answer to a request that is refused with a status alone."""
     status = HTTPStatus(error.status_code)
     detail, headers = error.detail, error.headers
     if status is HTTPStatus.NOT_FOUND:
@@ -150,7 +163,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     elif status is HTTPStatus.METHOD_NOT_ALLOWED:
         detail = f"the route {request.url.path} does not accept {request.method}"
         headers = {"Allow": ", ".join(_methods_of(request))}
-    return problem(request, status, _slug(status.phrase), detail, headers=headers)
+    return problem(request, status, _SLUGS.get(status) or _slug(status.phrase), detail, headers=headers)
 
 
 def _methods_of(request: Request) -> list[str]:

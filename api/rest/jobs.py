@@ -47,7 +47,7 @@ async def plan_job(spec: SubmittedJob, request: Request, service: WithService, c
     with_picture = _PNG in request.headers.get("accept", "")
     if with_picture:
         check_drawing()
-    forecast = await while_connected(request, service.plan(spec, caller.reads_anything))
+    forecast = await while_connected(request, service.plan(spec, caller.reads_anything, caller.tenant))
     if with_picture:
         from chainfed_ray.api.report.forecast_picture import png  # imports matplotlib, which is an optional extra
 
@@ -66,7 +66,7 @@ async def submit_job(
     idempotency_key: IdempotencyKey = None,
 ) -> JobResource:
     """Check a job and queue it. A job that cannot run is refused with every field that is wrong."""
-    await while_connected(request, service.check(spec, caller.reads_anything))
+    await while_connected(request, service.check(spec, caller.reads_anything, caller.tenant))
     record = await run_in_threadpool(
         jobs.submit, spec, idempotency_key, caller.reads_anything, service.most_queued if caller.key else None
     )

@@ -20,6 +20,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.sites.order_feed import OrderFeed
+from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.records.fleet import FleetClient, clients_in
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
@@ -58,16 +59,17 @@ async def _disconnect(request: Request) -> None:
 class Check(Protocol):
     """Checks a job. Raises ``InvalidJob`` if it cannot run.
 
-    Unless it ``reads_anything``, it may read only what the service's rules name.
+    It is a job of ``tenant``, whose uploads it may read. Unless it ``reads_anything``, it may read besides only what the
+    service's rules name.
     """
 
-    async def __call__(self, spec: JobSpec, reads_anything: bool) -> None: ...
+    async def __call__(self, spec: JobSpec, reads_anything: bool, tenant: str) -> None: ...
 
 
 class DryRun(Protocol):
     """Forecasts a job by a dry run, as ``Check`` checks it. Raises ``InvalidJob`` if it cannot run, whichever clients join."""
 
-    async def __call__(self, spec: JobSpec, reads_anything: bool) -> Forecast: ...
+    async def __call__(self, spec: JobSpec, reads_anything: bool, tenant: str) -> Forecast: ...
 
 
 class Classify(Protocol):
@@ -133,6 +135,10 @@ class Service:
     sites: Mailbox | None = None
     audit: AuditLog | None = None
     most_queued: int | None = None  # jobs that a tenant may have in the queue
+    uploads: UploadStore | None = None
+    upload_bytes: int = 2**30  # of an upload, at most
+    stored_bytes: int | None = None  # of all uploads of a tenant
+    folder_of: Callable[[str], Path] | None = None  # a job's commits and artifacts
 
     @cached_property
     def feed(self) -> EventFeed:
@@ -180,5 +186,13 @@ def _jobs(service: WithService, caller: Caller) -> JobStore:
     return service.store.seen_by(caller.tenant, caller.sees_everything)
 
 
+def _uploads(service: WithService, caller: Caller) -> UploadStore:
+    if service.uploads is None:
+        raise HTTPException(404, "this service keeps no uploads")
+    return service.uploads.seen_by(caller.tenant, caller.sees_everything)
+
+
+Uploads = Annotated[UploadStore, Depends(_uploads)]
+"""The uploads that the caller sees."""
 Jobs = Annotated[JobStore, Depends(_jobs)]
 """The jobs, models and aliases that the caller sees. Routes use these alone, so none tells of another tenant's."""

@@ -13,12 +13,20 @@ from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.document import describe, operation_id
 from chainfed_ray.api.serve.front_door import add_front_door
+from chainfed_ray.api.storage import artifacts, logs, uploads
+from chainfed_ray.cluster.access.first_answers import FirstAnswers
 
 
-def create_app(service: Service, allowed_hosts: Sequence[str] = (), access: AccessRules | None = None) -> FastAPI:
+def create_app(
+    service: Service,
+    allowed_hosts: Sequence[str] = (),
+    access: AccessRules | None = None,
+    answers: FirstAnswers | None = None,
+) -> FastAPI:
     """The application with every route, error handler and health check, on top of ``service``.
 
-    Besides addresses and ``localhost``, it answers to ``allowed_hosts``. Without ``access``, no request needs a key.
+    Besides addresses and ``localhost``, it answers to ``allowed_hosts``. Without ``access``, no request needs a key. In
+    ``answers`` are those to requests that may be sent again.
     """
     app = FastAPIOffline(  # /docs with scripts of our own, and of no other host
         redoc_url=None,
@@ -31,8 +39,8 @@ def create_app(service: Service, allowed_hosts: Sequence[str] = (), access: Acce
     )
     app.state.service = service
     handle_errors(app)
-    for part in (jobs, events, models, completions, embeddings, monitoring, sites):
+    for part in (jobs, events, models, completions, embeddings, monitoring, sites, uploads, artifacts, logs):
         app.include_router(part.router)
-    add_front_door(app, allowed_hosts, access)
+    add_front_door(app, allowed_hosts, access, answers)
     describe(app, with_keys=access is not None)
     return app

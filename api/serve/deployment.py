@@ -14,6 +14,7 @@ from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.api.serve.asking import answered, written
 from chainfed_ray.api.serve.inference import Inference
 from chainfed_ray.cluster.access.audit import AuditLog
+from chainfed_ray.cluster.access.first_answers import FirstAnswers
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.access.rates import Rates
@@ -23,6 +24,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.resources import inference_options
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
 
 _AT_ONCE = 16  # requests that a process with models answers together; more are a reason for another process
@@ -45,7 +47,9 @@ class Api:
         self._store = JobStore(settings.storage.database, existing=True)
         self._keys = KeyStore(settings.storage.database, existing=True)
         self._audit = AuditLog(settings.storage.database, existing=True)
-        self._preflight = Preflight(settings.client_slots, rules=settings.reading)
+        self._answers = FirstAnswers(settings.storage.database, existing=True)
+        self._uploads = UploadStore(settings.storage)
+        self._preflight = Preflight(settings.client_slots, rules=settings.reading, uploads=self._uploads.files)
         ensure_controller(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -68,10 +72,14 @@ class Api:
             Mailbox(self._settings.storage),
             self._audit,
             self._settings.queued_jobs,
+            self._uploads,
+            self._settings.upload_bytes,
+            self._settings.stored_bytes,
+            self._settings.storage.job,
         )
         rates = Rates(self._settings.requests_per_minute)
         access = AccessRules(KeyRing(self._keys), self._settings.without_keys, rates, self._audit)
-        return create_app(service, self._settings.allowed_hosts, access)
+        return create_app(service, self._settings.allowed_hosts, access, self._answers)
 
     async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
         probabilities: list[list[float]] = await answered(lambda: self._inference.classify.remote(model, texts))

@@ -6,7 +6,8 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from chainfed_ray.api.rest.errors import MEDIA_TYPE
-from chainfed_ray.api.serve.scopes import NEEDS
+from chainfed_ray.api.serve.idempotency import HEADER, KEY_PATTERN
+from chainfed_ray.api.serve.scopes import KEYED, NEEDS
 from chainfed_ray.spec.job import JobSpec
 
 _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
@@ -16,10 +17,10 @@ _ERRORS = {
     "400": "The body is not what its type says",
     "401": "The request has no key, or one that is not valid",
     "403": "The key does not allow this",
-    "404": "There is no such job, model or route",
+    "404": "There is no such job, model, upload or route",
     "405": "The route does not accept this method",
     "408": "The body was not there in time",
-    "409": "The job's state does not allow this, or the key was used for another job",
+    "409": "The state of the job or upload does not allow this, or the `Idempotency-Key` was used before",
     "413": "The body is too large",
     "415": "The body has another type",
     "421": "The service does not answer to this host",
@@ -34,6 +35,14 @@ _WITH_KEY = frozenset({"401", "403"})
 _CHALLENGE = {"WWW-Authenticate": {"description": "`Bearer`, and what is wrong", "schema": {"type": "string"}}}
 _HEADERS = {"429": _RETRY_AFTER, "503": _RETRY_AFTER, "401": _CHALLENGE, "403": _CHALLENGE}
 _KEY = "key"
+_IDEMPOTENCY_KEY = {
+    "name": HEADER,
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "pattern": KEY_PATTERN},
+    "description": "1 to 200 printable ASCII characters. The same request with the same key gets the answer of the first "
+    "one, so that it is safe to send it again; another request with the key is refused",
+}
 _SCHEME = {
     "type": "http",
     "scheme": "bearer",
@@ -62,8 +71,10 @@ def describe(app: FastAPI, with_keys: bool) -> None:
                 parts.pop(unused, None)
             if with_keys:
                 _add_keys(document)
-            for path in document["paths"].values():
+            for name, path in document["paths"].items():
                 for method, operation in path.items():
+                    if f"{method.upper()} {name}" in KEYED:
+                        _add_idempotency_key(operation)
                     _add_errors(operation, method in _METHODS_WITH_BODY and "requestBody" in operation)
         return app.openapi_schema or document
 
@@ -87,6 +98,12 @@ def _add_keys(document: dict[str, Any]) -> None:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             operation["security"] = [{_KEY: [scope]} for scope in NEEDS[f"{method.upper()} {path}"]]
+
+
+def _add_idempotency_key(operation: dict[str, Any]) -> None:
+    """Say that the operation takes such a key, whether its route reads it or not."""
+    others = [given for given in operation.get("parameters", ()) if given["name"].lower() != HEADER]
+    operation["parameters"] = [*others, _IDEMPOTENCY_KEY]
 
 
 def _add_errors(operation: dict[str, Any], has_body: bool) -> None:

@@ -13,18 +13,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chainfed_ray.api.rest.errors import REQUEST_ID, problem
 from chainfed_ray.api.serve.access import Access, AccessRules
+from chainfed_ray.api.serve.idempotency import Idempotency
 from chainfed_ray.api.serve.scopes import RouteNames
+from chainfed_ray.cluster.access.first_answers import FirstAnswers
 
 BODY_SECONDS = 30.0
 MOST_BYTES = 4 * 2**20
+_STREAMED = re.compile(r"/v1/uploads/[^/]+/content")  # bodies of any size, which their route does not keep in memory
 _SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
-def add_front_door(app: FastAPI, allowed_hosts: Sequence[str], access: AccessRules | None = None) -> None:
+def add_front_door(
+    app: FastAPI,
+    allowed_hosts: Sequence[str],
+    access: AccessRules | None = None,
+    answers: FirstAnswers | None = None,
+) -> None:
     """Add these to ``app``, which has all its routes already. See ``AllowedHosts`` for ``allowed_hosts``.
 
-    Without ``access``, no request needs a key.
+    Without ``access``, no request needs a key. Without ``answers``, none is answered as it was before.
     """
+    if answers:
+        app.add_middleware(Idempotency, answers=answers, routes=RouteNames(app))
     app.add_middleware(BodyLimits)
     if access:
         app.add_middleware(Access, rules=access, routes=RouteNames(app))
@@ -95,7 +105,10 @@ def _is_address(name: str) -> bool:
 
 
 class BodyLimits:
-    """Middleware that refuses a body of more than ``MOST_BYTES``, and one that is not there after ``BODY_SECONDS``."""
+    """Middleware that refuses a body of more than ``MOST_BYTES``, and one that is not there after ``BODY_SECONDS``.
+
+    The bytes of an upload may be more, and their route knows how many. Some of them come every ``BODY_SECONDS``.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -104,18 +117,20 @@ class BodyLimits:
         """Handle one connection (the ASGI protocol)."""
         ends: float | None = None
         count, whole = 0, scope["type"] != "http"
+        streamed = not whole and _STREAMED.fullmatch(scope["path"]) is not None
 
         async def receive_in_time() -> Message:
             nonlocal ends, count, whole
             if whole:  # what comes now is that the caller goes away
                 return await receive()
-            ends = ends or asyncio.get_running_loop().time() + BODY_SECONDS
+            if ends is None or streamed:
+                ends = asyncio.get_running_loop().time() + BODY_SECONDS
             try:
                 async with asyncio.timeout_at(ends):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, f"the body was not there after {BODY_SECONDS:g} s") from None
-            count += len(message.get("body", b""))
+            count += 0 if streamed else len(message.get("body", b""))
             if count > MOST_BYTES:
                 raise HTTPException(413, f"the body has more than {MOST_BYTES // 2**20} MiB")
             whole = not message.get("more_body", False)

@@ -34,6 +34,14 @@ NEEDS: Mapping[str, Needs] = {
     "GET /v1/jobs/{job}/events": ("read",),
     "GET /v1/jobs/{job}/clients": ("read",),
     "POST /v1/jobs/{job}/cancel": ("submit",),
+    "GET /v1/jobs/{job}/logs": ("read",),
+    "GET /v1/jobs/{job}/artifacts": ("read",),
+    "GET /v1/jobs/{job}/artifacts/{name}": ("read",),
+    "POST /v1/uploads": ("submit",),
+    "GET /v1/uploads": ("read",),
+    "GET /v1/uploads/{upload}": ("read",),
+    "PUT /v1/uploads/{upload}/content": ("submit",),
+    "DELETE /v1/uploads/{upload}": ("submit",),
     "GET /v1/models": ("read", "infer"),
     "GET /v1/models/{name}": ("read", "infer"),
     "GET /v1/aliases": ("read", "infer"),
@@ -53,6 +61,13 @@ NEEDS: Mapping[str, Needs] = {
     "PUT /v1/site/orders/{order}/tensors": _SITE,
     "POST /v1/site/orders/{order}/answer": _SITE,
 }
+
+KEYED: frozenset[str] = frozenset(
+    route
+    for route, needs in NEEDS.items()
+    if route.startswith("POST ") and "submit" in needs and route != "POST /v1/plan"
+)
+"""The routes that take an ``Idempotency-Key``: those that make or change something, and would do so twice."""
 
 
 class _Route(NamedTuple):

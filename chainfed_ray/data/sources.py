@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from chainfed_ray.data import docstrings
 from chainfed_ray.data.cells import labels, texts
 from chainfed_ray.data.chats import chat
 from chainfed_ray.data.messages import Message
-from chainfed_ray.data.tables import FORMS, Table, from_arrow, read_path
+from chainfed_ray.data.tables import FORMS, Table, from_arrow, read_path, read_upload
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import hub_is_reachable
-from chainfed_ray.reading import NotAllowed, check_repository
+from chainfed_ray.reading import OWN_UPLOAD, NotAllowed, check_repository
 from chainfed_ray.spec.sections import DataSpec
 
-_FORMS = "builtin:docstrings, path:<file or folder> or hf:<dataset>[:<configuration>][@<revision>]"
+_FORMS = "builtin:docstrings, path:<file or folder>, upload:<id> or hf:<dataset>[:<configuration>][@<revision>]"
 _IN_ROOTS = "a file or folder in one of CHAINFED_DATA_ROOTS, the folders whose data a job of this service may read"
 _FEWEST = 10
 _ANY_CLASSES = ("one", "other")
@@ -146,7 +146,9 @@ def read_table(field: str, source: str, split: str, wanted: Collection[str] | No
         rows = docstrings.rows()
         table = Table(("text", "label"), {"text": [text for text, _ in rows], "label": [label for _, label in rows]})
     elif scheme == "path" and name:
-        table = _read_file(field, source, Path(name), wanted)
+        table = _read_file(field, source, lambda: read_path(Path(name), wanted), _IN_ROOTS)
+    elif scheme == "upload" and name:
+        table = _read_file(field, source, lambda: read_upload(name, wanted), OWN_UPLOAD)
     elif scheme == "hf" and name:
         table = _read_hub(field, source, name, split, wanted)
     else:
@@ -227,11 +229,12 @@ def _texts(table: Table, selection: ColumnSelection, source: str) -> tuple[Text,
     return found
 
 
-def _read_file(field: str, source: str, path: Path, wanted: Collection[str] | None) -> Table:
+def _read_file(field: str, source: str, read: Callable[[], Table], allowed: str) -> Table:
+    """What ``read`` gives. ``allowed`` says in words what the rules of this process allow it to read."""
     try:
-        return read_path(path, wanted)
+        return read()
     except NotAllowed:
-        raise InvalidJob.at(field, source, _IN_ROOTS) from None
+        raise InvalidJob.at(field, source, allowed) from None
     except Exception as error:  # a file may be anything, and so may be what its reader raises
         reason = " ".join(str(error).split()) or type(error).__name__
         expected = reason if isinstance(error, ValueError) else f"a readable {FORMS} ({reason})"

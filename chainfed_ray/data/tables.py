@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from chainfed_ray.reading import data_file, data_path
+from chainfed_ray.reading import data_file, data_path, uploaded
 
 FORMS = ".csv, .tsv, .jsonl, .json or .parquet file (text files may be .gz), or a folder of such files of one form"
 _LFS_POINTER = b"version https://git-lfs"
@@ -74,6 +74,21 @@ def read_path(path: Path, wanted: Collection[str] | None = None) -> Table:
     return Table(
         first.names, {name: [cell for _, table in tables for cell in table.columns[name]] for name in first.columns}
     )
+
+
+def read_upload(upload: str, wanted: Collection[str] | None = None) -> Table:
+    """The rows of a file that was sent to the service; of the ``wanted`` columns, or of all.
+
+    Raises:
+        ValueError: its name has no known form, or what is in it is not of that form; in words that a user can act on.
+        OSError: it cannot be read.
+        NotAllowed: this process may read no upload with this id.
+    """
+    name, path = uploaded(upload)
+    form = _form(Path(name))
+    if form is None:
+        raise ValueError(f"a {FORMS}")
+    return _read_as(form, path, name.lower().endswith(".gz"), wanted)
 
 
 def from_arrow(table: pa.Table, wanted: Collection[str] | None = None) -> Table:

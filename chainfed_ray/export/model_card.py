@@ -12,16 +12,20 @@ from chainfed_ray.model.saved_stack import SavedStack
 
 _NAMED = 100  # classes; a card of more says how many there are
 _RESULTS = {"accuracy": "accuracy", "loss": "loss", "rounds": "rounds", "epsilon": "ε (differential privacy)"}
+_FURTHER = {"macro_f1": "macro-F1", "perplexity": "perplexity", "choice_accuracy": "accuracy of the multiple choice"}
 
 
-def model_card(saved: SavedStack, form: str, folder: Path) -> str:
+def model_card(saved: SavedStack, form: str, folder: Path, licence: str | None = None, training: str = "") -> str:
     """The README.md of ``saved`` in the format ``form``, with the scores of its job if its record is beside ``folder``.
+
+    ``licence`` is that of the base model, if it is known. ``training`` says how the stack was trained, in sections.
 
     Raises:
         CorruptCommit: the record cannot be read.
     """
     about = {
         "base_model": _base_name(saved.base),
+        **({"license": licence} if licence else {}),
         "library_name": form,
         "pipeline_tag": "text-classification" if saved.classes else "text-generation",
         "tags": ["chainfed-ray", "adapters", "federated-learning"],
@@ -31,6 +35,7 @@ def model_card(saved: SavedStack, form: str, folder: Path) -> str:
         f"# {_base_name(saved.base)}, fine-tuned with chainfed-ray",
         _what(saved),
         f"## How to load it\n\n{_needs(saved, form)}\n\n```python\n{_code(saved, form)}```",
+        training,
         _scores(folder),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -71,6 +76,8 @@ def _scores(folder: Path) -> str:
     try:
         document = json.loads(record.read_text(encoding="utf-8"))
         found = [(words, document[name]) for name, words in _RESULTS.items() if document.get(name) is not None]
+        evaluation = document.get("evaluation") or {}
+        found += [(words, evaluation[name]) for name, words in _FURTHER.items() if evaluation.get(name) is not None]
     except (OSError, ValueError, AttributeError) as error:
         raise CorruptCommit(str(record), f"it is no record of a job ({type(error).__name__}: {error})") from None
     rows = "\n".join(f"| {words} | {_number(value)} |" for words, value in found)

@@ -76,8 +76,8 @@ class DataSpec(Section):
 
     train: str | None = Field(
         None,
-        description="`builtin:docstrings`, `hf:<dataset>[:<configuration>]` or `path:<file or folder>`; not needed if every "
-        "client is at a site",
+        description="`builtin:docstrings`, `hf:<dataset>[:<configuration>]`, `path:<file or folder>` or `upload:<id>`; not "
+        "needed if every client is at a site",
     )
     validation: str | None = Field(
         None, description="held-out rows for the losses during training; by default a tenth of `train`"

@@ -18,6 +18,7 @@ from chainfed_ray.cluster.occupancy import is_free
 from chainfed_ray.cluster.resources import controller_options, coordinator_options
 from chainfed_ray.cluster.scratch import delete_everywhere
 from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.uploads.expiry import remove_old_uploads
 
 NAMESPACE = "chainfed"
 _CONTROLLER, _COORDINATOR = "controller", "coordinator-"
@@ -67,6 +68,7 @@ class ControllerActor:
 
     def __init__(self, settings: Settings) -> None:
         Thread(target=self._run, args=(settings,), daemon=True).start()
+        Thread(target=remove_old_uploads, args=(settings.storage, Event()), daemon=True).start()
 
     def ping(self) -> int:
         """The id of this process."""

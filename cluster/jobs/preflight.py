@@ -16,6 +16,8 @@ from ray.exceptions import RayError
 
 from chainfed_ray.cluster.limits import memory_limit
 from chainfed_ray.cluster.resources import preflight_options
+from chainfed_ray.cluster.tenants import DEFAULT_TENANT
+from chainfed_ray.cluster.uploads.sources import FilesOf, no_files, rules_of_job
 from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
 from chainfed_ray.problem import Problem
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
@@ -44,28 +46,35 @@ class Limits:
 class Preflight:
     """Checks and forecasts jobs, for a cluster where at most ``client_slots`` clients train at once.
 
-    A job reads by the ``rules``. If they say nothing about something, only a job that ``reads_anything`` may read it.
+    A job reads by the ``rules``. If they say nothing about something, only a job that ``reads_anything`` may read it. It also
+    reads the ``uploads`` of its tenant.
     """
 
-    def __init__(self, client_slots: int, limits: Limits = Limits(), rules: ReadingRules = EVERYTHING) -> None:
-        self._client_slots, self._limits, self._rules = client_slots, limits, rules
+    def __init__(
+        self,
+        client_slots: int,
+        limits: Limits = Limits(),
+        rules: ReadingRules = EVERYTHING,
+        uploads: FilesOf = no_files,
+    ) -> None:
+        self._client_slots, self._limits, self._rules, self._uploads = client_slots, limits, rules, uploads
         self._places = asyncio.Semaphore(limits.at_once)
         self._waiting = 0
 
-    async def check(self, spec: JobSpec, reads_anything: bool = True) -> None:
-        """Prepare a job and discard the result. This finds what is wrong before the job is accepted.
+    async def check(self, spec: JobSpec, reads_anything: bool = True, tenant: str = DEFAULT_TENANT) -> None:
+        """Prepare a job of ``tenant`` and discard the result. This finds what is wrong before the job is accepted.
 
         Raises:
             InvalidJob: the job cannot run.
             ServiceBusy: there are too many checks already.
             PartUnavailable: the check took too long, or its process died.
         """
-        rules = self._rules_for(reads_anything)
+        rules = await self._rules_for(spec, reads_anything, tenant)
         if problems := await self._run("the check of the job", self._limits.check_seconds, _problems, rules, spec):
             raise InvalidJob(tuple(problems))
 
-    async def plan(self, spec: JobSpec, reads_anything: bool = True) -> Forecast:
-        """Forecast a job by a dry run.
+    async def plan(self, spec: JobSpec, reads_anything: bool = True, tenant: str = DEFAULT_TENANT) -> Forecast:
+        """Forecast a job of ``tenant`` by a dry run.
 
         Raises:
             InvalidJob: the job cannot run, whichever clients join.
@@ -76,7 +85,7 @@ class Preflight:
             "the dry run",
             self._limits.plan_seconds,
             _forecast,
-            self._rules_for(reads_anything),
+            await self._rules_for(spec, reads_anything, tenant),
             spec,
             self._client_slots,
         )
@@ -84,8 +93,10 @@ class Preflight:
             raise InvalidJob(tuple(answer))
         return answer
 
-    def _rules_for(self, reads_anything: bool) -> ReadingRules:
-        return self._rules if reads_anything else self._rules.closed()
+    async def _rules_for(self, spec: JobSpec, reads_anything: bool, tenant: str) -> ReadingRules:
+        # In a thread: the uploads are looked up in the database.
+        document = spec.document()
+        return await asyncio.to_thread(rules_of_job, self._rules, reads_anything, self._uploads, tenant, document)
 
     async def _run(self, what: str, seconds: float, task: Any, *arguments: Any) -> Any:
         async with self._place():

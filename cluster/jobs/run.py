@@ -7,12 +7,17 @@ from time import sleep
 
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.client.survey import Sites
+from chainfed_ray.cluster.artifacts.cards import write_cards
+from chainfed_ray.cluster.artifacts.job_log import WITHHELD, JobLog
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.tables import JobRecord
+from chainfed_ray.cluster.uploads.sources import rules_of_job
+from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import CoordinatorLost
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
@@ -43,7 +48,7 @@ def run_queued_job(
     Events of rounds that were committed before are published if they are missing. If the database does not answer, or a disk
     is full or gone, the job waits and then resumes: it never fails because of that. ``restarted`` says that Ray started this
     process in place of one that died. A job that resumes with the whole service is no sign that it kills its coordinators.
-    The job reads by the ``rules``, as it was checked.
+    The job reads by the ``rules``, as it was checked, and the uploads of its tenant.
     """
     while True:
         try:
@@ -52,7 +57,7 @@ def run_queued_job(
                     return
                 deaths = store.count_restart(job) if restarted else 0
                 restarted = False  # from here on it is this process that tries again
-                with reading_by(rules if store.get(job).reads_anything else rules.closed()):
+                with reading_by(_rules_for(store.get(job), rules, storage)):
                     trouble = _run(job, deaths, store, storage, make_pool, make_evaluation, sites)
                 if trouble is None:
                     return
@@ -60,6 +65,11 @@ def run_queued_job(
         except NO_ANSWER as error:
             _log.warning("the database does not answer (%s); job %s waits for it", error, job)
             sleep(_RETRY_SECONDS)
+
+
+def _rules_for(record: JobRecord, rules: ReadingRules, storage: Storage) -> ReadingRules:
+    with closing(UploadStore(storage)) as uploads:
+        return rules_of_job(rules, record.reads_anything, uploads.files, record.tenant, record.spec)
 
 
 def _run(
@@ -72,19 +82,22 @@ def _run(
     sites: Sites | None,
 ) -> OSError | None:
     """Run the job to its end, and record that. Returns the trouble of a disk instead, if there is one."""
+    log = JobLog(storage.job(job))
     try:
         if deaths >= _DEATHS:
             raise CoordinatorLost(job, deaths)
         storage.check()
         spec = parse_job(store.get(job).spec)
-        with occupy(storage.job(job)), ActivityRecord(store, job) as listen:
-            result = _train(job, spec, store, storage, make_pool, make_evaluation, sites, listen)
+        with occupy(storage.job(job)), log, ActivityRecord(store, job) as record:
+            listen = log.with_activities(record)
+            result = _train(job, spec, store, storage, make_pool, make_evaluation, sites, listen, log)
     except NO_ANSWER:
         raise
     except Exception as error:  # whatever it is, it made the job fail, and belongs on the job's record
         if trouble := _disk_trouble(error, storage):
             return trouble
-        _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)))
+        _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)), extra=WITHHELD)
+        log.failed(error)
         clean_up(job, storage)
         store.move(job, "failed", error=described(error))
     else:
@@ -136,6 +149,7 @@ def _train(
     make_evaluation: MakeEvaluation,
     sites: Sites | None,
     listen: Listener,
+    log: JobLog,
 ) -> JobResult:
     folder, scratch = storage.job(job), storage.scratch(job)
     started: JobStarted | None = None
@@ -144,6 +158,7 @@ def _train(
     )
     with closing(records):
         for record in records:
+            log.tell(record)
             match record:
                 case JobStarted():
                     started = record
@@ -153,7 +168,9 @@ def _train(
                 case JobFinished():
                     assert started is not None, "the first record"
                     _publish(store, job, "finished", "finished", record)
-                    return JobResult.of(spec.name, started, CommitLog(folder).rounds(), record)
+                    rounds = CommitLog(folder).rounds()
+                    write_cards(folder, spec, started, rounds)
+                    return JobResult.of(spec.name, started, rounds, record)
     raise AssertionError("the last record is that of a job that has finished")
 
 

@@ -36,6 +36,7 @@ from chainfed_ray.cluster.tables import (
     open_tables,
 )
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
+from chainfed_ray.cluster.uploads.sources import hold_uploads
 from chainfed_ray.errors import JobConflict, JobNotFound, LimitReached
 from chainfed_ray.spec.job import JobSpec
 
@@ -95,6 +96,7 @@ class JobStore:
         See ``JobRecord`` for ``reads_anything``. The tenant may have ``most_queued`` jobs in the queue.
 
         Raises:
+            InvalidJob: it names an upload that is not the tenant's, or not complete.
             JobConflict: the earlier call had another specification.
             LimitReached: the tenant has as many jobs in the queue as it may.
         """
@@ -116,6 +118,7 @@ class JobStore:
             with Session(self._engine) as session, session.begin():
                 session.add(row)
                 session.flush()
+                hold_uploads(session, row.tenant, document)
                 if most_queued is not None and self._queued(session) > most_queued:
                     raise LimitReached(self._view.tenant, f"a queue of {most_queued}", QUEUED_JOBS, _QUEUE_SECONDS)
                 _append(session, row.id, "queued", "queued", row.submitted_at, {})

@@ -322,7 +322,7 @@ def test_the_command_tells_it_in_json_and_in_words_and_draws_it(
 
 @pytest.fixture
 def client(untimed: None) -> Iterator[TestClient]:
-    async def plan(spec: JobSpec, reads_anything: bool) -> Forecast:
+    async def plan(spec: JobSpec, reads_anything: bool, tenant: str) -> Forecast:
         return dry_run(spec, at_once=1)
 
     unused = cast("Any", None)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.activity import Activity, Listener, no_listener
-from chainfed_ray.api.command.client import JsonObject, ServiceClient
+from chainfed_ray.api.client.service_client import JsonObject, ServiceClient
 from chainfed_ray.api.command.following import follow
 from chainfed_ray.api.report.fleet import by_class
 from chainfed_ray.api.report.plots import draw

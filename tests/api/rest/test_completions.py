@@ -79,10 +79,10 @@ def inference(storage: Storage) -> Any:
 
 @pytest.fixture
 def client(storage: Storage, inference: Any) -> Iterator[TestClient]:
-    async def check(spec: JobSpec, reads_anything: bool) -> None:
+    async def check(spec: JobSpec, reads_anything: bool, tenant: str) -> None:
         raise NotImplementedError
 
-    async def plan(spec: JobSpec, reads_anything: bool) -> Forecast:
+    async def plan(spec: JobSpec, reads_anything: bool, tenant: str) -> Forecast:
         raise NotImplementedError
 
     async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:

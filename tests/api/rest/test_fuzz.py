@@ -23,9 +23,12 @@ from schemathesis.specs.openapi.checks import ignored_auth, negative_data_reject
 
 from chainfed_ray.api.rest.job_file import EXAMPLE
 from chainfed_ray.api.serve.access import AccessRules
+from chainfed_ray.cluster.access.first_answers import FirstAnswers
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job, parse_yaml
@@ -39,18 +42,27 @@ many = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The real application over a real database, in which keys were made."""
-    database = f"sqlite:///{tmp_path_factory.mktemp('store') / 'jobs.db'}"
-    store, keys = JobStore(database), KeyStore(database)
+    storage = Storage.at(tmp_path_factory.mktemp("store"))
+    store, keys = JobStore(storage.database), KeyStore(storage.database)
+    uploads, answers = UploadStore(storage), FirstAnswers(storage.database)
+    uploads.seen_by("b", everything=False).begin("unseen-rows.csv", 1000, 64 * "0")
     # The host is the name that schemathesis gives it.
-    made = an_app(store, AccessRules(KeyRing(keys), "nobody"), ["testserver"])
+    made = an_app(
+        store,
+        AccessRules(KeyRing(keys), "nobody"),
+        ["testserver"],
+        uploads=uploads,
+        folder_of=storage.job,
+        answers=answers,
+    )
     made.state.tokens = [keys.make_key(owner, ["submit", "read", "infer"]).token for owner in ("a", "b")]
     for name in ("unseen-queued", "unseen-served"):
         job = store.seen_by("b", everything=False).submit(parse_job({**EXAMPLE, "name": name})).id
     store.move(job, "running")
     store.move(job, "succeeded", result={"classes": ["yes", "no"], "accuracy": 0.5})
     yield made
-    store.close()
-    keys.close()
+    for one in (store, keys, uploads, answers):
+        one.close()
 
 
 @pytest.fixture(scope="module")

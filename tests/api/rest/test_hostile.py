@@ -23,10 +23,10 @@ _MOST_ANSWERED = 64 * 2**10  # bytes
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """The real application over a real database, with real checks, and no model."""
 
-    async def check(spec: JobSpec, reads_anything: bool) -> None:
+    async def check(spec: JobSpec, reads_anything: bool, tenant: str) -> None:
         prepare_job(spec, Path())
 
-    async def plan(spec: JobSpec, reads_anything: bool) -> Forecast:
+    async def plan(spec: JobSpec, reads_anything: bool, tenant: str) -> Forecast:
         return dry_run(spec, at_once=1)
 
     async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:

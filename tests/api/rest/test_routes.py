@@ -39,10 +39,10 @@ from tests.watching import wait_for
 
 @pytest.fixture
 def client(storage: Storage, store: JobStore) -> Iterator[TestClient]:
-    async def check(spec: JobSpec, reads_anything: bool) -> None:
+    async def check(spec: JobSpec, reads_anything: bool, tenant: str) -> None:
         prepare_job(spec, Path())
 
-    async def plan(spec: JobSpec, reads_anything: bool) -> Forecast:
+    async def plan(spec: JobSpec, reads_anything: bool, tenant: str) -> Forecast:
         return dry_run(spec, at_once=1)
 
     async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:

@@ -4,8 +4,9 @@ Each request is sent in two worlds that differ in what the other tenant has, and
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 from chainfed_ray.api.serve.access import AccessRules
+from chainfed_ray.cluster.access.first_answers import FirstAnswers
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.serving.messages import ModelKey
 from chainfed_ray.spec.parse import parse_job
 from tests.apps import an_app
@@ -34,6 +38,7 @@ class World:
     client: TestClient
     store: JobStore
     keys: dict[str, str]
+    folder_of: Callable[[str], Path]
 
     def ask(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.keys[who]}", **options.pop("headers", {})}
@@ -54,32 +59,52 @@ def worlds(tmp_path: Path) -> Iterator[tuple[World, World]]:
     """Bob has the same in both. Alice has jobs, a model and an alias in the first one, and nothing in the second."""
     made, opened = [], []
     for name in ("with", "without"):
-        database = f"sqlite:///{tmp_path / name}.db"
-        store, keys = JobStore(database), KeyStore(database)
+        storage = Storage.at(tmp_path / name)
+        store, keys = JobStore(storage.database), KeyStore(storage.database)
+        uploads, answers = UploadStore(storage), FirstAnswers(storage.database)
         tokens = {who: keys.make_key(who, ALL).token for who in ("alice", "bob")}
         tokens["admin"] = keys.make_key("ops", ["admin"]).token
         client = TestClient(
-            an_app(store, AccessRules(KeyRing(keys), "nobody")), "http://localhost", raise_server_exceptions=False
+            an_app(
+                store, AccessRules(KeyRing(keys), "nobody"), uploads=uploads, folder_of=storage.job, answers=answers
+            ),
+            "http://localhost",
+            raise_server_exceptions=False,
         )
-        world = World(client, store, tokens)
+        world = World(client, store, tokens, storage.job)
         world.make("bob", "own")
         made.append(world)
-        opened += [store, keys]
+        opened += [store, keys, uploads, answers]
     yield made[0], made[1]
     for one in opened:
         one.close()
 
 
+ROWS = b"text,label\nsecret,sea\n"
+FILE = {"name": "secret.csv", "bytes": len(ROWS), "sha256": sha256(ROWS).hexdigest()}
+
+
 @pytest.fixture
 def secrets(worlds: tuple[World, World]) -> list[str]:
-    """The ids of Alice's jobs."""
+    """The ids of Alice's jobs and uploads."""
     world = worlds[0]
+    uploads = [world.ask("alice", "POST", "/v1/uploads", json={**FILE, "name": name}).json()["id"] for name in NAMES]
+    assert world.ask("alice", "PUT", f"/v1/uploads/{uploads[0]}/content", content=ROWS).json()["complete"]
+    again = {"json": FILE, "headers": {"Idempotency-Key": "file"}}
+    assert world.ask("alice", "POST", "/v1/uploads", **again).json()["id"] == uploads[0]
     jobs = [world.make("alice", "secret", ends, ends) for ends in ("queued", "running", "succeeded")]
+    for job in jobs:
+        world.folder_of(job).mkdir(parents=True)
+        (world.folder_of(job) / "partition.json").write_text("secret")
+        (world.folder_of(job) / "log.jsonl").write_text('{"at": "", "level": "", "source": "", "message": "secret"}\n')
     world.ask("alice", "PUT", "/v1/aliases/hidden", json={"targets": {"minilm:secret": 1}})
     world.ask("alice", "PUT", "/v1/aliases/hidden", json={"targets": {"minilm:secret": 0.5, "minilm": 0.5}})
-    return jobs
+    return [*jobs, *uploads]
 
 
+NAMES = ("secret.csv", "other.csv")
+ARTIFACTS = ("partition.json", "model/adapter_config.json", "none")
+PLACES = ("job", "name", "alias", "upload")
 MODELS = (
     "minilm", "minilm:own", "minilm:secret", "alice/minilm", "alice/minilm:secret", "alice/minilm:none",
     "minilm:secret@latest", "alice/minilm:secret@0", "hidden", "alice/hidden", "bob/minilm:own", "nobody/minilm:secret",
@@ -93,7 +118,11 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         for name in ("secret", "own")
         for key in ("queued", "running", "mine", "alice\\nqueued")
     ]
+    jobs, uploads = jobs[:3], jobs[3:]
     named = [{"job": job} for job in (*jobs, "none-00000000")]
+    stored = [{"upload": upload} for upload in (*uploads, 16 * "0")]
+    keyed = [{"json": FILE, "headers": {"Idempotency-Key": key}} for key in ("file", "nobody's")]
+    others = {**FILE, "sha256": sha256(b"x" * len(ROWS)).hexdigest()}
     aliases = [{"alias": alias} for alias in ("hidden", "none")]
     targets: list[dict[str, float]] = [{name: 1} for name in MODELS]
     return {
@@ -107,7 +136,15 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         "GET /v1/jobs/{job}": named,
         "GET /v1/jobs/{job}/clients": named,
         "GET /v1/jobs/{job}/events": [*named, *({**one, "headers": {"Accept": "text/event-stream"}} for one in named)],
+        "GET /v1/jobs/{job}/logs": named,
+        "GET /v1/jobs/{job}/artifacts": named,
+        "GET /v1/jobs/{job}/artifacts/{name}": [{**one, "name": name} for one in named for name in ARTIFACTS],
         "POST /v1/jobs/{job}/cancel": named,
+        "POST /v1/uploads": [{"json": {**FILE, "name": "mine.csv"}}, {"json": FILE}, {"json": others}, *keyed],
+        "GET /v1/uploads": [{}, *({"params": {"before": upload}} for upload in uploads)],
+        "GET /v1/uploads/{upload}": stored,
+        "PUT /v1/uploads/{upload}/content": [{**one, "content": ROWS} for one in stored],
+        "DELETE /v1/uploads/{upload}": stored,
         "GET /v1/models": [{}],
         "GET /v1/models/{name}": [{"name": name} for name in MODELS],
         "GET /v1/aliases": [{}],
@@ -135,8 +172,9 @@ def plain(answer: httpx.Response, jobs: list[str]) -> tuple[int, dict[str, str],
     """An answer without what differs from one moment to the next: times, ids of requests, and ids of new jobs."""
     headers = {name: value for name, value in answer.headers.items() if name not in ("x-request-id", "content-length")}
     if "location" in headers:
-        headers["location"] = re.sub(r"-[0-9a-f]{8}$", "-new", headers["location"])
+        headers["location"] = re.sub(r"-[0-9a-f]{8}$|/[0-9a-f]{16}$", "-new", headers["location"])
     text = re.sub(r'"request_id":"[0-9a-f]+"|the key [0-9a-f]{16}', "", answer.text)
+    text = re.sub(r'"(id|next)":"[0-9a-f]{16}"', "", text)
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z|\"created\":\d+", "then", text)
     for number, job in enumerate(jobs):
         text = text.replace(job, f"<{number}>")
@@ -151,8 +189,8 @@ def test_a_stranger_is_answered_as_if_nothing_were_there(worlds: tuple[World, Wo
     for operation, options in asked.items():
         method, _, path = operation.partition(" ")
         for given in options:
-            place = path.format(order=32 * "0", **{key: given.get(key) for key in ("job", "name", "alias")})
-            sent = {key: value for key, value in given.items() if key not in ("job", "name", "alias")}
+            place = path.format(order=32 * "0", **{key: given.get(key) for key in PLACES})
+            sent = {key: value for key, value in given.items() if key not in PLACES}
             answers = [plain(world.ask("bob", method, place, **sent), secrets) for world in worlds]
             assert answers[0] == answers[1], (operation, given)
             assert answers[0][0] < 500 or (answers[0][0] == 500 and "NotImplementedError" in answers[0][2]), answers[0]
@@ -160,15 +198,20 @@ def test_a_stranger_is_answered_as_if_nothing_were_there(worlds: tuple[World, Wo
 
 
 def world_of_alice(world: World, jobs: list[str]) -> list[Any]:
-    paths = [f"/v1/jobs/{job}" for job in jobs] + ["/v1/jobs", "/v1/models", "/v1/aliases"]
+    paths = [f"/v1/jobs/{job}" for job in jobs[:3]] + [f"/v1/uploads/{upload}" for upload in jobs[3:]]
+    paths += ["/v1/jobs", "/v1/models", "/v1/aliases", "/v1/uploads"]
     return [world.ask("alice", "GET", path).json() for path in paths]
 
 
 def test_what_a_stranger_asks_for_is_not_found(worlds: tuple[World, World], secrets: list[str]) -> None:
     """The test above would pass if nobody found anything: so here is who does."""
     world = worlds[0]
-    for job in secrets:
-        for path in (f"/v1/jobs/{job}", f"/v1/jobs/{job}/events"):
+    of_jobs = [
+        [f"/v1/jobs/{job}{part}" for part in ("", "/events", "/logs", "/artifacts/partition.json")]
+        for job in secrets[:3]
+    ]
+    for paths in [*of_jobs, [f"/v1/uploads/{upload}" for upload in secrets[3:]]]:
+        for path in paths:
             statuses = [world.ask(who, "GET", path).status_code for who in ("alice", "admin", "bob")]
             assert statuses == [200, 200, 404], path
     for name in ("minilm:secret", "hidden"):

@@ -28,11 +28,13 @@ ALLOWED = {
     "read": {
         "GET /metrics", "GET /v1/jobs", "GET /v1/jobs/{job}", "GET /v1/jobs/{job}/events", "GET /v1/models",
         "GET /v1/jobs/{job}/clients",
-        "GET /v1/models/{name}", "GET /v1/aliases",
+        "GET /v1/models/{name}", "GET /v1/aliases", "GET /v1/uploads", "GET /v1/uploads/{upload}",
+        "GET /v1/jobs/{job}/logs", "GET /v1/jobs/{job}/artifacts", "GET /v1/jobs/{job}/artifacts/{name}",
     },
     "submit": {
         "POST /v1/plan", "POST /v1/jobs", "POST /v1/jobs/{job}/cancel", "PUT /v1/aliases/{alias}",
         "POST /v1/aliases/{alias}/rollback", "DELETE /v1/aliases/{alias}",
+        "POST /v1/uploads", "PUT /v1/uploads/{upload}/content", "DELETE /v1/uploads/{upload}",
     },
     "infer": {
         "GET /v1/models", "GET /v1/models/{name}", "GET /v1/aliases", "POST /v1/classify", "POST /v1/completions",
@@ -86,7 +88,7 @@ def ask(client: TestClient, route: str, token: str | None) -> int:
     method, _, path = route.partition(" ")
     for name in ("job", "name", "alias"):
         path = path.replace(f"{{{name}}}", "none")
-    path = path.replace("{order}", 32 * "0")
+    path = path.replace("{order}", 32 * "0").replace("{upload}", 16 * "0")
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     return client.request(method, path.replace("{path}", "swagger-ui.css"), headers=headers).status_code
 

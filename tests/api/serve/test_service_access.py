@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chainfed_ray.api.command.client import ServiceClient
+from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import AccessDenied, InvalidJob, JobNotFound, ModelNotFound, ServiceFailed

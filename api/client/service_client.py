@@ -13,6 +13,7 @@ import httpx
 from chainfed_ray.activity import Activity, Listener, Reporter, no_listener
 from chainfed_ray.errors import (
     AccessDenied,
+    ArtifactNotFound,
     InvalidJob,
     InvalidSetting,
     JobConflict,
@@ -20,6 +21,8 @@ from chainfed_ray.errors import (
     ModelNotFound,
     ServiceFailed,
     ServiceUnavailable,
+    UploadConflict,
+    UploadNotFound,
 )
 from chainfed_ray.problem import Problem
 from chainfed_ray.units import format_seconds
@@ -227,7 +230,7 @@ class ServiceClient:
             raise ServiceUnavailable(self._address, _words(error)) from None
         if response.is_error:
             self._fail(response, about)
-        answer: JsonObject = response.json()
+        answer: JsonObject = response.json() if response.content else {}
         return answer
 
     def _fail(self, response: httpx.Response, about: str) -> NoReturn:
@@ -246,6 +249,12 @@ class ServiceClient:
                 raise JobConflict(about, self.job(about)["status"], "be cancelled")
             case "model-not-found":
                 raise ModelNotFound(about, tuple(model["name"] for model in self.models()))
+            case "artifact-not-found":
+                raise ArtifactNotFound(*about.split("/", 1))
+            case "upload-not-found":
+                raise UploadNotFound(about)
+            case "upload-conflict":
+                raise UploadConflict(about, problem["detail"].partition(": ")[2])
             case "key-missing" | "key-invalid" | "scope-missing":
                 raise AccessDenied(self._address, problem["detail"])
         raise ServiceFailed(self._address, problem["detail"], problem["request_id"])

@@ -1,0 +1,1 @@
+"""The service as its users' programs see it: a Python object that calls the REST API."""

@@ -1,0 +1,52 @@
+"""The route of a job's log: what its coordinator and its clients did, in pages, or waited for."""
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, HTTPException, Query
+from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel, Field
+
+from chainfed_ray.api.rest.service import Jobs, WithService
+from chainfed_ray.cluster.artifacts.job_log import LOG, LogLine, page_of
+from chainfed_ray.cluster.jobs.store import FINISHED
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+_LOOK_SECONDS = 0.5  # between two looks whether there are further lines
+_STATE_LOOKS = 6  # looks between two questions to the database, whether the job is over
+
+
+class LogPage(BaseModel):
+    """A page of a job's log, the oldest lines first."""
+
+    lines: list[LogLine]
+    next: int = Field(description="pass this as `after` to get the next page")
+    finished: bool = Field(description="true if the job is over and these are its last lines")
+
+
+@router.get("/{job}/logs")
+async def get_logs(
+    job: str,
+    jobs: Jobs,
+    service: WithService,
+    after: Annotated[int, Query(ge=0, lt=2**53, description="where to begin: `next` of the page before")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000, description="the most lines of a page")] = 1000,
+    wait: Annotated[float, Query(ge=0, le=25, description="wait so many seconds for a line, if there is none yet")] = 0,
+) -> LogPage:
+    """The log of a job, which has no row of data. To follow a job, ask again and again with `after` and `wait`."""
+    record = await run_in_threadpool(jobs.get, job)
+    if service.folder_of is None:
+        raise HTTPException(404, "this service keeps no logs")
+    path, looks = service.folder_of(record.id) / LOG, 0
+    loop = asyncio.get_running_loop()
+    ends = loop.time() + wait
+    while True:
+        is_over = record.status in FINISHED  # looked at before the lines: none comes after that
+        lines, following = await run_in_threadpool(page_of, path, after, limit)
+        if lines or is_over or loop.time() >= ends:
+            return LogPage(lines=lines, next=following, finished=is_over and len(lines) < limit)
+        await asyncio.sleep(min(_LOOK_SECONDS, max(ends - loop.time(), 0)))
+        looks += 1
+        if looks % _STATE_LOOKS == 0:
+            record = await run_in_threadpool(jobs.get, job)

@@ -1,0 +1,1 @@
+"""Commands that bring files into a service and out of it."""

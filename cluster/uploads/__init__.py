@@ -1,0 +1,1 @@
+"""Files that tenants send to the service, for their jobs to read."""

@@ -1,0 +1,303 @@
+"""The files that tenants have sent: a row of the database each, and their bytes, which a tenant keeps once.
+
+An upload is what its tenant calls it and its SHA-256: who begins one that is there is given that one, and goes on with it. ::
+
+    uploads/<tenant>/<id>.partial      what has arrived of an upload
+    uploads/<tenant>/<sha256>          the bytes of uploads that are complete; they were checked
+    uploads/<tenant>/lock              held while bytes are added to those, or taken away
+
+Any process may be killed at any time. Bytes that are complete while their row says otherwise are found by whoever asks next,
+and bytes that no row names are deleted by ``remove_old``.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from fcntl import LOCK_EX, flock
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Self
+
+from sqlalchemy import ColumnElement, String, cast, delete, func, select, true, update
+from sqlalchemy.orm import Session
+
+from chainfed_ray.cluster.storage import STORED_BYTES, Storage
+from chainfed_ray.cluster.tables import JobRow, UploadRow, moment, open_tables
+from chainfed_ray.cluster.tenants import View
+from chainfed_ray.cluster.uploads.arriving import ArrivingFile
+from chainfed_ray.cluster.uploads.sources import uploads_in
+from chainfed_ray.errors import InvalidJob, LimitReached, UploadConflict, UploadNotFound
+from chainfed_ray.reading import UploadedFile
+from chainfed_ray.units import format_bytes
+
+KEPT_HOURS = 48  # a part of an upload, after its last byte came
+_OVER = ("succeeded", "failed", "cancelled")  # jobs that read nothing any more
+_FULL_SECONDS = 60  # until something may have been deleted
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An upload, of which ``received`` bytes are here. Times are ISO 8601 in UTC."""
+
+    id: str
+    tenant: str
+    name: str
+    bytes: int
+    sha256: str
+    received: int
+    complete: bool
+    created_at: str
+
+
+class UploadStore:
+    """The uploads of a service; safe to use from several threads and processes. ``seen_by`` gives those that a tenant sees."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage, self._view = storage, View()
+        self._engine = open_tables(storage.database, existing=True)
+
+    def seen_by(self, tenant: str, everything: bool) -> Self:
+        """These uploads as ``tenant`` sees them, who begins its own: those alone, unless it sees ``everything``."""
+        part = copy(self)
+        part._view = View(tenant, everything)
+        return part
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+
+    def begin(self, name: str, size: int, sha256: str, most_stored: int | None = None) -> Upload:
+        """Begin an upload of ``size`` bytes, or give the one that the tenant has of this name and SHA-256.
+
+        It is complete at once if the tenant has its bytes already. All uploads of the tenant may have ``most_stored`` bytes.
+
+        Raises:
+            InvalidJob: the tenant has an upload of this SHA-256 with another size.
+            LimitReached: the tenant has as many bytes as it may.
+        """
+        tenant = self._view.tenant
+        with self._locked(tenant), Session(self._engine) as session, session.begin():
+            same = select(UploadRow).where(UploadRow.tenant == tenant, UploadRow.sha256 == sha256)
+            alike = list(session.scalars(same))
+            if alike and alike[0].bytes != size:
+                raise InvalidJob.at("bytes", size, f"{alike[0].bytes}, as in the upload {alike[0].id} of this SHA-256")
+            for row in alike:
+                if row.name == name:
+                    return self._upload(row)
+            stored = self._stored(session, tenant)
+            if most_stored is not None and not alike and stored + size > most_stored:
+                what = f"{format_bytes(stored)} of uploads, and {format_bytes(size)} more would be too many"
+                raise LimitReached(tenant, what, STORED_BYTES, _FULL_SECONDS)
+            row = UploadRow(
+                id=token_hex(8),
+                tenant=tenant,
+                name=name,
+                bytes=size,
+                sha256=sha256,
+                complete=self._content(tenant, sha256).exists(),
+                created_at=moment(),
+            )
+            session.add(row)
+            session.flush()
+            return self._upload(row)
+
+    def get(self, upload: str) -> Upload:
+        """The upload with this id.
+
+        Raises:
+            UploadNotFound: there is none.
+        """
+        with Session(self._engine) as session:
+            row = self._row(session, upload)
+            found, known = self._upload(row), row.complete
+        if found.complete and not known:  # who kept its bytes was killed before the database said so
+            self._complete(found)
+        return found
+
+    def page(self, limit: int = 100, before: str | None = None) -> list[Upload]:
+        """At most ``limit`` uploads, the newest first; only those older than the upload ``before``.
+
+        Raises:
+            UploadNotFound: there is no upload with the id ``before``.
+        """
+        query = select(UploadRow).where(self._seen).order_by(UploadRow.number.desc()).limit(limit)
+        with Session(self._engine) as session:
+            if before is not None:
+                query = query.where(UploadRow.number < self._row(session, before).number)
+            return [self._upload(row) for row in session.scalars(query)]
+
+    def receive(self, upload: str, offset: int) -> ArrivingFile:
+        """The file into which the bytes from ``offset`` on go. The caller closes it, and then calls ``finish``.
+
+        Raises:
+            UploadNotFound: there is no such upload.
+            UploadConflict: these are not the next bytes, or another request sends them.
+        """
+        found = self.get(upload)
+        if found.complete:
+            raise UploadConflict(upload, "it is complete")
+        file = ArrivingFile(upload, self._partial(found.tenant, upload), found.bytes)
+        if file.received != offset:
+            file.close()
+            raise UploadConflict(
+                upload, f"{file.received} bytes are here, so the next offset is {file.received}, not {offset}"
+            )
+        return file
+
+    def finish(self, upload: str, file: ArrivingFile) -> Upload:
+        """Check the upload and keep its bytes, if all of them are in ``file``, which the caller holds.
+
+        Raises:
+            UploadNotFound: the upload was deleted meanwhile.
+            InvalidJob: they have another SHA-256. They are deleted, and may be sent again.
+        """
+        found = self.get(upload)
+        if file.received < found.bytes or found.complete:
+            return found
+        if (digest := file.digest()) != found.sha256:
+            file.clear()
+            raise InvalidJob.at(
+                "sha256", found.sha256, f"{digest}, that of the {found.bytes} bytes that came; send them again"
+            )
+        with self._locked(found.tenant):
+            self.get(upload)  # it may be deleted by now
+            content = self._content(found.tenant, found.sha256)
+            self._partial(found.tenant, upload).replace(content)
+            _sync_folder(content.parent)
+            self._complete(found)
+        return self.get(upload)
+
+    def delete(self, upload: str) -> None:
+        """Delete an upload. Its bytes stay as long as the tenant has another upload of them.
+
+        Raises:
+            UploadNotFound: there is no such upload.
+            UploadConflict: a job that is not over reads it.
+        """
+        found = self.get(upload)
+        with self._locked(found.tenant):
+            with Session(self._engine) as session, session.begin():
+                session.execute(delete(UploadRow).where(UploadRow.id == upload))
+                if job := self._reader(session, found):  # see hold_uploads
+                    raise UploadConflict(upload, f"job {job} reads it, and is not over")
+            self._partial(found.tenant, upload).unlink(missing_ok=True)
+            self._drop(found.tenant, found.sha256)
+
+    def files(self, tenant: str, document: dict[str, Any]) -> dict[str, UploadedFile]:
+        """The files that a job of ``tenant`` with this document reads, by the ids of their uploads.
+
+        An upload that the tenant does not have, or that is not complete, is missing.
+        """
+        wanted = uploads_in(document)
+        if not wanted:
+            return {}
+        with Session(self._engine) as session:
+            query = select(UploadRow.id).where(UploadRow.tenant == tenant, UploadRow.id.in_(wanted))
+            own = list(session.scalars(query))
+        found = [self.get(upload) for upload in own]
+        return {one.id: UploadedFile(one.name, self._content(tenant, one.sha256)) for one in found if one.complete}
+
+    def remove_old(self, hours: float = KEPT_HOURS) -> int:
+        """Delete uploads of which a part came, and nothing for so many ``hours``; and bytes that no upload has.
+
+        Returns how many uploads were deleted.
+        """
+        oldest, count = datetime.now(UTC) - timedelta(hours=hours), 0
+        with Session(self._engine) as session:
+            query = select(UploadRow).where(UploadRow.complete.is_(False), UploadRow.created_at < moment(oldest))
+            halves = [self._upload(row) for row in session.scalars(query)]
+        for half in halves:
+            partial = self._partial(half.tenant, half.id)
+            if half.complete or (partial.exists() and partial.stat().st_mtime > oldest.timestamp()):
+                continue
+            try:
+                with ArrivingFile(half.id, partial, half.bytes):
+                    self.delete(half.id)
+                    count += 1
+            except (UploadConflict, UploadNotFound):  # it goes on, or somebody else was faster
+                continue
+        for folder in self._storage.uploads("x").parent.glob("*"):
+            with self._locked(folder.name):
+                for path in folder.iterdir():
+                    if path.suffix == ".partial":
+                        self._drop_partial(path)
+                    elif path.name != "lock":
+                        self._drop(folder.name, path.name)
+        return count
+
+    @property
+    def _seen(self) -> ColumnElement[bool]:
+        """The condition of a query that an upload is seen."""
+        return true() if self._view.everything else UploadRow.tenant == self._view.tenant
+
+    def _row(self, session: Session, upload: str) -> UploadRow:
+        known = "\0" not in upload  # PostgreSQL raises an error of its own when it is asked for it
+        row = session.scalar(select(UploadRow).where(self._seen, UploadRow.id == upload)) if known else None
+        if row is None:
+            raise UploadNotFound(upload)
+        return row
+
+    def _upload(self, row: UploadRow) -> Upload:
+        """The upload as it is. Bytes that were checked make it complete, whoever sent them."""
+        complete = row.complete or self._content(row.tenant, row.sha256).exists()
+        partial = self._partial(row.tenant, row.id)
+        try:
+            received = row.bytes if complete else partial.stat().st_size
+        except FileNotFoundError:
+            received = 0
+        return Upload(row.id, row.tenant, row.name, row.bytes, row.sha256, received, complete, row.created_at)
+
+    def _complete(self, upload: Upload) -> None:
+        same = (UploadRow.tenant == upload.tenant, UploadRow.sha256 == upload.sha256)
+        with Session(self._engine) as session, session.begin():
+            session.execute(update(UploadRow).where(*same).values(complete=True))
+
+    def _stored(self, session: Session, tenant: str) -> int:
+        """The bytes of a tenant's uploads, whether they have come yet or not; the same ones are counted once."""
+        once = select(UploadRow.sha256, UploadRow.bytes).where(UploadRow.tenant == tenant).distinct().subquery()
+        return int(session.scalar(select(func.coalesce(func.sum(once.c.bytes), 0))) or 0)
+
+    def _reader(self, session: Session, upload: Upload) -> str | None:
+        """A job that is not over and reads the upload."""
+        jobs = select(JobRow.id, JobRow.spec).where(JobRow.tenant == upload.tenant, JobRow.status.not_in(_OVER))
+        named = session.execute(jobs.where(cast(JobRow.spec, String).contains(upload.id)))
+        return next((job for job, document in named if upload.id in uploads_in(document)), None)
+
+    def _drop(self, tenant: str, sha256: str) -> None:
+        """Delete bytes, unless an upload has them. The tenant's lock is held."""
+        same = (UploadRow.tenant == tenant, UploadRow.sha256 == sha256)
+        with Session(self._engine) as session:
+            if session.scalar(select(UploadRow.id).where(*same).limit(1)) is None:
+                self._content(tenant, sha256).unlink(missing_ok=True)
+
+    def _drop_partial(self, path: Path) -> None:
+        """Delete what has arrived of an upload that is complete by other bytes, or was deleted."""
+        of_row = (UploadRow.id == path.stem, UploadRow.complete.is_(False))
+        with Session(self._engine) as session:
+            if session.scalar(select(UploadRow.id).where(*of_row)) is None:
+                path.unlink(missing_ok=True)
+
+    def _content(self, tenant: str, sha256: str) -> Path:
+        return self._storage.uploads(tenant) / sha256
+
+    def _partial(self, tenant: str, upload: str) -> Path:
+        return self._storage.uploads(tenant) / f"{upload}.partial"
+
+    @contextmanager
+    def _locked(self, tenant: str) -> Iterator[None]:
+        folder = self._storage.uploads(tenant)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("ab") as file:
+            flock(file, LOCK_EX)
+            yield
+
+
+def _sync_folder(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

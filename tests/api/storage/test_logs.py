@@ -1,0 +1,69 @@
+"""Promises of the route of logs, and of its client: pages, and a job that is followed to its end."""
+
+from collections.abc import Iterator
+from threading import Thread
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from chainfed_ray.api.client.file_client import FileClient
+from chainfed_ray.cluster.artifacts.job_log import JobLog
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.errors import JobNotFound
+from tests.apps import an_app, served
+from tests.builders import SPEC
+
+
+@pytest.fixture
+def app(store: JobStore, storage: Storage) -> FastAPI:
+    return an_app(store, folder_of=storage.job)
+
+
+@pytest.fixture
+def client(app: FastAPI) -> Iterator[TestClient]:
+    with TestClient(app, "http://localhost") as made:
+        yield made
+
+
+def test_pages_from_the_first_line_to_the_end_of_the_job(client: TestClient, store: JobStore, storage: Storage) -> None:
+    job = store.submit(SPEC).id
+    path = f"/v1/jobs/{job}/logs"
+    assert client.get(path).json() == {"lines": [], "next": 0, "finished": False}
+    with JobLog(storage.job(job)) as log:
+        log.note("warning", "phone-1", "its turn failed", 2)
+    page = client.get(path, params={"limit": 1}).json()
+    assert ([line["source"] for line in page["lines"]], page["finished"]) == (["coordinator"], False)
+    rest = client.get(path, params={"after": page["next"]}).json()
+    (line,) = rest["lines"]
+    assert (line["level"], line["source"], line["round"], line["message"]) == (
+        "warning",
+        "phone-1",
+        2,
+        "its turn failed",
+    )
+    store.move(job, "cancelled")
+    assert client.get(path, params={"after": rest["next"], "wait": 25}).json()["finished"]
+    assert client.get(path, params={"after": 10**9}).json()["lines"] == []
+    assert client.get(path, params={"wait": 26}).status_code == 422
+    assert client.get("/v1/jobs/none/logs").status_code == 404
+
+
+def test_a_job_is_followed_until_it_is_over(app: FastAPI, store: JobStore, storage: Storage) -> None:
+    job = store.submit(SPEC).id
+    with served(app) as address:
+        client = FileClient(address)
+        with JobLog(storage.job(job)) as log:
+            following = client.logs(job, follow=True)
+            assert next(following)["source"] == "coordinator"
+            later = Thread(target=log.note, args=("info", "phone-0", "later"))
+            later.start()
+            assert next(following)["message"] == "later"
+            later.join()
+            store.move(job, "cancelled")
+            assert list(following) == []
+        assert [line["source"] for line in client.logs(job)] == ["coordinator", "phone-0"]
+        with pytest.raises(JobNotFound):
+            next(client.logs("none"))
+        client.close()

@@ -1,0 +1,87 @@
+"""Promises of first answers: a request is carried out by one process at a time, and answered once, on both databases."""
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+
+from chainfed_ray.cluster.access.first_answers import HELD_SECONDS, Claim, FirstAnswer, FirstAnswers
+
+ANSWER = FirstAnswer(201, (("location", "/v1/jobs/a"), ("x-two", "1"), ("x-two", "2")), '{"id": "a"}')
+
+
+class Clock:
+    """A clock that a test sets forward."""
+
+    def __init__(self) -> None:
+        self.now = 1e9
+
+    def __call__(self) -> float:
+        """The time."""
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def answers(database: str, clock: Clock) -> Iterator[FirstAnswers]:
+    made = FirstAnswers(database, clock=clock)
+    yield made
+    made.close()
+
+
+def test_a_request_from_its_first_process_to_its_answer(answers: FirstAnswers, database: str) -> None:
+    assert answers.claim("a", "key", "digest", "one") is Claim.OURS
+    assert answers.claim("a", "key", "digest", "two") is Claim.ELSEWHERE
+    assert answers.claim("a", "key", "other", "two") is Claim.ANOTHER
+    assert answers.claim("b", "key", "other", "two") is Claim.OURS
+    answers.keep("a", "key", "one", ANSWER)
+    again = FirstAnswers(database, existing=True)
+    assert again.claim("a", "key", "digest", "three") == ANSWER
+    assert again.claim("a", "key", "other", "three") is Claim.ANOTHER
+    again.release("a", "key", "one")
+    assert again.claim("a", "key", "digest", "three") == ANSWER, "what is answered is not let go of"
+    again.close()
+
+
+def test_a_key_that_is_let_go_of_is_free(answers: FirstAnswers) -> None:
+    answers.claim("a", "key", "digest", "one")
+    answers.release("a", "key", "two")
+    assert answers.claim("a", "key", "digest", "two") is Claim.ELSEWHERE
+    answers.release("a", "key", "one")
+    assert answers.claim("a", "key", "mended", "two") is Claim.OURS
+
+
+def test_who_is_dead_is_followed_and_does_not_answer_any_more(answers: FirstAnswers, clock: Clock) -> None:
+    answers.claim("a", "key", "digest", "one")
+    clock.now += HELD_SECONDS - 1
+    answers.renew("a", "key", "one")
+    clock.now += HELD_SECONDS - 1
+    assert answers.claim("a", "key", "digest", "two") is Claim.ELSEWHERE
+    clock.now += 2
+    assert answers.claim("a", "key", "digest", "two") is Claim.OURS
+    answers.keep("a", "key", "one", FirstAnswer(500, (), ""))
+    assert answers.claim("a", "key", "digest", "three") is Claim.ELSEWHERE
+    answers.keep("a", "key", "two", ANSWER)
+    assert answers.claim("a", "key", "digest", "three") == ANSWER
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_of_many_that_come_together_one_carries_it_out(answers: FirstAnswers, clock: Clock, dead: bool) -> None:
+    if dead:
+        answers.claim("a", "key", "digest", "dead")
+        clock.now += HELD_SECONDS + 1
+    start = Barrier(16)
+
+    def claim(number: int) -> FirstAnswer | Claim:
+        start.wait(60)
+        return answers.claim("a", "key", "digest", str(number))
+
+    with ThreadPoolExecutor(16) as threads:
+        found = Counter(threads.map(claim, range(16)))
+    assert found == {Claim.OURS: 1, Claim.ELSEWHERE: 15}
