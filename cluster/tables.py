@@ -30,16 +30,21 @@ from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.record import VERSION
 
-Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+Status = Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"]
 
 STATES_BEFORE: Mapping[Status, tuple[Status, ...]] = {
-    "running": ("queued",),
-    "cancelling": ("running",),
+    "queued": ("paused",),  # resumed, it waits for a free place
+    "running": ("queued", "pausing"),
+    "pausing": ("running",),
+    "paused": ("queued", "pausing"),
+    "cancelling": ("queued", "running", "pausing", "paused"),
     "cancelled": ("queued", "cancelling"),
-    "succeeded": ("running",),
-    "failed": ("running",),
+    "succeeded": ("running", "pausing"),
+    "failed": ("running", "pausing"),
 }
 """Which states a job may be in before each."""
+AT_WORK: tuple[Status, ...] = ("running", "pausing")
+"""The states of a job that has a coordinator, unless that is to end."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class JobRecord:
     """A job in the database.
 
     Times are ISO 8601 in UTC. ``restarts`` counts how often a coordinator died since the last finished round.
-    ``activity`` is what the job is doing, as JSON; None unless it is running. ``reads_anything`` says that it may read what
+    ``activity`` is what the job is doing, as JSON; None unless it is at work. ``reads_anything`` says that it may read what
     the service can read, where the service's rules say nothing.
     """
 
@@ -78,7 +83,7 @@ class Event:
 
 
 class Latest(NamedTuple):
-    """The number of a job's newest event; and what the job is doing, as JSON, unless it is not running."""
+    """The number of a job's newest event; and what the job is doing, as JSON, unless it is not at work."""
 
     seq: int
     activity: dict[str, Any] | None
@@ -122,7 +127,7 @@ class JobRow(_Table):
             submitted_at=self.submitted_at,
             started_at=self.started_at,
             finished_at=self.finished_at,
-            activity=self.activity if self.status == "running" else None,
+            activity=self.activity if self.status in AT_WORK else None,
             result=self.result,
             error=self.error,
             reads_anything=self.reads_anything,

@@ -30,6 +30,7 @@ FLOORS = (
     ("cluster.access",),
     ("api.report",),
     ("api.rest",),
+    ("api.jobs",),
     ("api.serve", "api.operator"),
     ("api.command",),
 )
@@ -38,7 +39,7 @@ KEPT_APART = {("client", "evaluation"), ("client", "serving"), ("api.report", "c
 # Who may import what is not ours. What is not named here may be imported anywhere.
 ONLY_IN = {
     "deepspeed": ("cluster.offload",),
-    "fastapi": ("api.rest", "api.serve"),
+    "fastapi": ("api.rest", "api.jobs", "api.serve"),
     "ray": ("cluster", "cluster.pool", "cluster.offload", "cluster.sites", "cluster.jobs", "api.serve", "api.command"),
     "sqlalchemy": (
         "cluster",
@@ -53,7 +54,7 @@ ONLY_IN = {
     "typer": ("api.command", "api.operator"),
 }
 WITHOUT_TORCH = ("ground", "spec", "budget")
-MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 147
+MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 154
 GENERIC = {"api", "cluster", "tests", "benchmarks", "examples"}
 
 

@@ -21,6 +21,7 @@ from chainfed_ray.activity import Reporter
 from chainfed_ray.api.command.client import ServiceClient, read_key
 from chainfed_ray.api.command.export_command import Format, NewFolder, StackFolder, export_model
 from chainfed_ray.api.command.interruption import Interruption
+from chainfed_ray.api.command.jobs_command import ADDRESS, Address, JobId, KeyFile, cancel, pause, resume
 from chainfed_ray.api.command.join_command import join
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.api.operator.keys_command import keys_app
@@ -40,16 +41,14 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(sites_app, name="sites")
 app.command()(join)
+for _control in (pause, resume, cancel):
+    app.command()(_control)
 _progress = Console(stderr=True, highlight=False, markup=False)
 
 JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]
-JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list`")]
 Out = Annotated[Path, typer.Option(help="the folder for commits, models and plots")]
-Address = Annotated[str, typer.Option(envvar="CHAINFED_ADDRESS", help="the address of the service")]
-KeyFile = Annotated[Path | None, typer.Option(help="a file with the API key; by default CHAINFED_API_KEY has it")]
 _INTERRUPTED = 130  # the exit code that shells give to a command ended by Ctrl-C
 _DEMO, _CHAT_DEMO = Path("examples/demo.yaml"), Path("examples/chat.yaml")
-_ADDRESS = "http://127.0.0.1:8000"
 
 
 def _print_version(wanted: bool) -> None:
@@ -148,7 +147,7 @@ def serve(
 def submit(
     job: JobFile,
     watch: Annotated[bool, typer.Option("--watch", help="follow the job until it is over")] = False,
-    address: Address = _ADDRESS,
+    address: Address = ADDRESS,
     key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
@@ -169,7 +168,7 @@ def submit(
 @app.command("list")
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="how many jobs to show, the newest first")] = 20,
-    address: Address = _ADDRESS,
+    address: Address = ADDRESS,
     key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
@@ -187,17 +186,10 @@ def list_jobs(
 
 
 @app.command()
-def watch(job: JobId, address: Address = _ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
+def watch(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Show a job from its beginning, and follow it until it is over."""
     client = ServiceClient(address, read_key(key_file))
     _follow(client, client.job(job), as_json)
-
-
-@app.command()
-def cancel(job: JobId, address: Address = _ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
-    """Cancel a job that is queued or running."""
-    record = ServiceClient(address, read_key(key_file)).cancel(job)
-    answer(as_json, record, f"Job {job} is {record['status']}.")
 
 
 @app.command()
@@ -206,7 +198,7 @@ def predict(
     text: Annotated[
         list[str] | None, typer.Argument(help="the texts; without any, each line of standard input is one")
     ] = None,
-    address: Address = _ADDRESS,
+    address: Address = ADDRESS,
     key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
@@ -238,7 +230,7 @@ def complete(
         list[str] | None, typer.Option(help="end the text before this string; may be given up to four times")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="the same seed generates the same text again")] = None,
-    address: Address = _ADDRESS,
+    address: Address = ADDRESS,
     key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
@@ -271,7 +263,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Tell which evaluation engines work on this machine, and what to install. Exits with 1 if DeepSpeed does not."""
-    from chainfed_ray.api.command.doctor_table import diagnosis
+    from chainfed_ray.api.operator.doctor_table import diagnosis
     from chainfed_ray.api.report.activity_display import ActivityDisplay
     from chainfed_ray.cluster.offload.build import build_ops, ops_folder
 

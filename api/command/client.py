@@ -40,6 +40,7 @@ _COMES_BACK = (
 _PAUSE_SECONDS = 0.5
 KEY_VARIABLE = "CHAINFED_API_KEY"
 _KEY = re.compile(r"[!-~]+")
+_CONFLICT = re.compile(r"job (\S+) is (\S+); it cannot (.+)")
 
 
 JsonObject = dict[str, Any]
@@ -112,6 +113,24 @@ class ServiceClient:
             JobNotFound: there is no such job.
         """
         return self._ask("GET", f"/v1/jobs/{job}", about=job)
+
+    def pause(self, job: str) -> JsonObject:
+        """Pause a job. One that runs is ``pausing`` until its present round is committed.
+
+        Raises:
+            JobNotFound: there is no such job.
+            JobConflict: the job is over.
+        """
+        return self._ask("POST", f"/v1/jobs/{job}/pause", about=job)
+
+    def resume(self, job: str) -> JsonObject:
+        """Let a paused job go on.
+
+        Raises:
+            JobNotFound: there is no such job.
+            JobConflict: the job is over.
+        """
+        return self._ask("POST", f"/v1/jobs/{job}/resume", about=job)
 
     def cancel(self, job: str) -> JsonObject:
         """Cancel a job.
@@ -243,7 +262,8 @@ class ServiceClient:
             case "job-not-found":
                 raise JobNotFound(about)
             case "job-conflict":
-                raise JobConflict(about, self.job(about)["status"], "be cancelled")
+                if refused := _CONFLICT.fullmatch(problem["detail"]):
+                    raise JobConflict(*refused.groups())
             case "model-not-found":
                 raise ModelNotFound(about, tuple(model["name"] for model in self.models()))
             case "key-missing" | "key-invalid" | "scope-missing":

@@ -33,6 +33,8 @@ NEEDS: Mapping[str, Needs] = {
     "GET /v1/jobs/{job}": ("read",),
     "GET /v1/jobs/{job}/events": ("read",),
     "GET /v1/jobs/{job}/clients": ("read",),
+    "POST /v1/jobs/{job}/pause": ("submit",),
+    "POST /v1/jobs/{job}/resume": ("submit",),
     "POST /v1/jobs/{job}/cancel": ("submit",),
     "GET /v1/models": ("read", "infer"),
     "GET /v1/models/{name}": ("read", "infer"),

@@ -15,6 +15,7 @@ from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
 from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
 from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.tables import AT_WORK
 
 _INTERVAL_SECONDS = 0.5  # between two steps
 _DATABASE_RETRY_SECONDS = 5.0
@@ -74,26 +75,34 @@ class Controller:
                 self._store.move(job.id, "cancelled", error=described(broken) if broken else None)
                 over.add(job.id)
 
-        # 2. End coordinators whose job is over. An idle one would keep the autoscaler from giving its machine back.
-        at_work = self._store.page(limit=self._settings.parallel_jobs + 1000, status="running")
+        # 2. A job whose coordinator died while it was to pause is paused as soon as no process of it is left.
+        for job in self._store.page(status="pausing"):
+            if job.id not in alive and self._coordinators.end(job.id):
+                self._store.move(job.id, "paused", before=("pausing",))
+
+        # 3. End coordinators whose job is over, or paused. An idle one would keep the autoscaler from giving its machine back.
+        at_work = self._store.page(limit=self._settings.parallel_jobs + 1000, status=AT_WORK)
         running, tenants = {job.id for job in at_work}, Counter(job.tenant for job in at_work)
         cancelling = {job.id for job in self._store.page(status="cancelling")}
-        for finished in alive - running - cancelling:
-            self._coordinators.end(finished)
-            over.add(finished)
+        idle = alive - running - cancelling
+        for job_id in idle:
+            self._coordinators.end(job_id)
+        goes_on = {job_id for job_id, state in self._store.states(idle).items() if state not in FINISHED}
+        over |= idle - goes_on  # the caches of a job that goes on later are of use then
         if over:
             self._coordinators.clear_scratch(sorted(over))
         self._begun = True
 
-        # 3. Start a coordinator for each running job that has none, as after the loss of the whole cluster.
+        # 4. Start a coordinator for each job at work that has none, as after the loss of the whole cluster.
         for job_id in running - alive:
             self._start(job_id)
 
-        # 4. Start the oldest queued jobs, if there are free places: of tenants that may have another one at work.
+        # 5. Start the oldest queued jobs, if there are free places: of tenants that may have another one at work.
         for _ in range(self._settings.parallel_jobs - len(running)):
             most = self._settings.running_jobs
             at_limit = [tenant for tenant, count in tenants.items() if most is not None and count >= most]
-            for queued in self._store.queue(1, but=at_limit):
+            # A job that was resumed at once may still have the coordinator that it had before: that one ends first.
+            for queued in self._store.queue(1, but=at_limit, besides=alive):
                 if self._store.move(queued.id, "running"):
                     self._start(queued.id)
                     tenants[queued.tenant] += 1

@@ -13,6 +13,7 @@ from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.errors import CoordinatorLost
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
@@ -38,7 +39,7 @@ def run_queued_job(
     restarted: bool = False,
     rules: ReadingRules = EVERYTHING,
 ) -> None:
-    """Run a job, or resume it from its commit log, and record how it ended.
+    """Run a job, or resume it from its commit log, and record how it ended. One that is to pause does so after a commit.
 
     Events of rounds that were committed before are published if they are missing. If the database does not answer, or a disk
     is full or gone, the job waits and then resumes: it never fails because of that. ``restarted`` says that Ray started this
@@ -48,15 +49,15 @@ def run_queued_job(
     while True:
         try:
             with closing(JobStore(storage.database, existing=True)) as store:
-                if store.get(job).status != "running":
+                store.move(job, "paused", before=("pausing",))  # nothing of it runs now
+                if store.get(job).status not in AT_WORK:
                     return
                 deaths = store.count_restart(job) if restarted else 0
                 restarted = False  # from here on it is this process that tries again
                 with reading_by(rules if store.get(job).reads_anything else rules.closed()):
                     trouble = _run(job, deaths, store, storage, make_pool, make_evaluation, sites)
-                if trouble is None:
-                    return
-                _wait_for_disk(job, trouble, store, storage)
+                if trouble:
+                    _wait_for_disk(job, trouble, store, storage)
         except NO_ANSWER as error:
             _log.warning("the database does not answer (%s); job %s waits for it", error, job)
             sleep(_RETRY_SECONDS)
@@ -71,7 +72,7 @@ def _run(
     make_evaluation: MakeEvaluation,
     sites: Sites | None,
 ) -> OSError | None:
-    """Run the job to its end, and record that. Returns the trouble of a disk instead, if there is one."""
+    """Run the job to its end, and record that; or until it is to pause. Returns the trouble of a disk, if there is one."""
     try:
         if deaths >= _DEATHS:
             raise CoordinatorLost(job, deaths)
@@ -88,9 +89,10 @@ def _run(
         clean_up(job, storage)
         store.move(job, "failed", error=described(error))
     else:
-        # The status comes last: as soon as it is recorded, the controller may end this process.
-        clean_up(job, storage)
-        store.move(job, "succeeded", result=result.model_dump(mode="json"))
+        if result:
+            # The status comes last: as soon as it is recorded, the controller may end this process.
+            clean_up(job, storage)
+            store.move(job, "succeeded", result=result.model_dump(mode="json"))
     return None
 
 
@@ -136,7 +138,8 @@ def _train(
     make_evaluation: MakeEvaluation,
     sites: Sites | None,
     listen: Listener,
-) -> JobResult:
+) -> JobResult | None:
+    """Train, and publish what is committed. None if the job is to pause: then its clients' processes have been told to end."""
     folder, scratch = storage.job(job), storage.scratch(job)
     started: JobStarted | None = None
     records = run_job(
@@ -154,6 +157,8 @@ def _train(
                     assert started is not None, "the first record"
                     _publish(store, job, "finished", "finished", record)
                     return JobResult.of(spec.name, started, CommitLog(folder).rounds(), record)
+            if store.get(job).status == "pausing":
+                return None
     raise AssertionError("the last record is that of a job that has finished")
 
 

@@ -107,6 +107,8 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         "GET /v1/jobs/{job}": named,
         "GET /v1/jobs/{job}/clients": named,
         "GET /v1/jobs/{job}/events": [*named, *({**one, "headers": {"Accept": "text/event-stream"}} for one in named)],
+        "POST /v1/jobs/{job}/pause": named,
+        "POST /v1/jobs/{job}/resume": named,
         "POST /v1/jobs/{job}/cancel": named,
         "GET /v1/models": [{}],
         "GET /v1/models/{name}": [{"name": name} for name in MODELS],
@@ -147,7 +149,7 @@ def test_a_stranger_is_answered_as_if_nothing_were_there(worlds: tuple[World, Wo
     asked = requests(secrets)
     documented = worlds[0].client.get("/openapi.json").json()["paths"]
     assert {f"{method.upper()} {path}" for path, methods in documented.items() for method in methods} == asked.keys()
-    before = [world_of_alice(worlds[0], secrets), str(worlds[0].store.aliases())]
+    before = [world_of_alice(worlds[0], secrets), str(worlds[0].store.aliases.all())]
     for operation, options in asked.items():
         method, _, path = operation.partition(" ")
         for given in options:
@@ -236,6 +238,6 @@ def test_metrics_name_tenants_to_an_admin_alone(worlds: tuple[World, World], sec
 
 def test_routes_ask_for_what_the_caller_sees() -> None:
     """They never reach for the jobs of all."""
-    folder = Path(an_app.__code__.co_filename).parent.parent / "api" / "rest"
-    for file in folder.glob("*.py"):
+    folder = Path(an_app.__code__.co_filename).parent.parent / "api"
+    for file in (*folder.glob("rest/*.py"), *folder.glob("jobs/*.py")):
         assert file.name == "service.py" or ".store" not in file.read_text().replace("jobs.store import", ""), file.name

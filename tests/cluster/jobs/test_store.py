@@ -12,6 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.store import FINISHED, JobStore, Status
+from chainfed_ray.cluster.tables import STATES_BEFORE
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound, LimitReached
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC
@@ -41,7 +42,7 @@ def test_a_job_from_queue_to_model(store: JobStore) -> None:
     assert store.queue(5) == []
 
 
-MOVES = st.lists(st.sampled_from(["running", "cancelling", "cancelled", "succeeded", "failed"]), max_size=8)
+MOVES = st.lists(st.sampled_from(sorted(STATES_BEFORE)), max_size=12)
 
 
 @settings(deadline=None, max_examples=30)
@@ -52,6 +53,7 @@ def test_a_finished_job_stays_as_it_is(tmp_path_factory: pytest.TempPathFactory,
     for to in moves:
         before = store.get(job)
         moved = store.move(job, to)
+        assert moved == (before.status in STATES_BEFORE[to])
         assert not (moved and before.status in FINISHED)
         assert store.get(job).status == (to if moved else before.status)
     kinds = [event.kind for event in store.events(job)]
@@ -238,7 +240,7 @@ def test_tenants_have_jobs_models_and_aliases_of_their_own(store: JobStore) -> N
         jobs[name] = part.submit(SPEC, "key").id
         store.move(jobs[name], "running")
         store.move(jobs[name], "succeeded", result={})
-        part.set_alias("mine", {SPEC.model_name: 1.0})
+        part.aliases.set("mine", {SPEC.model_name: 1.0})
     assert len(set(jobs.values())) == 3, "a key of one is not another's"
     for name, part in (("alice", alice), ("bob", bob), ("default", default)):
         assert [job.id for job in part.page()] == [jobs[name]]
@@ -246,23 +248,23 @@ def test_tenants_have_jobs_models_and_aliases_of_their_own(store: JobStore) -> N
         assert part.model_names(9) == [SPEC.model_name]
         assert [job.id for job in (*part.models(), *part.bases())] == [jobs[name]] * 2
         assert [job.id for job in part.of_model(f"{name}/{SPEC.model_name}")] == [jobs[name]]
-        assert part.aliases() == {"mine": {SPEC.model_name: 1.0}}
+        assert part.aliases.all() == {"mine": {SPEC.model_name: 1.0}}
         for other in jobs.keys() - {name}:
             assert part.model(f"{other}/{SPEC.model_name}") is None
             assert part.on_base(f"{other}/minilm", 9) == []
-            assert part.alias(f"{other}/mine") is None
-            assert not part.delete_alias(f"{other}/mine")
-            assert part.roll_back(f"{other}/mine") is None
+            assert part.aliases.get(f"{other}/mine") is None
+            assert not part.aliases.delete(f"{other}/mine")
+            assert part.aliases.roll_back(f"{other}/mine") is None
             for ask in (part.get, part.events, lambda job, part=part: part.page(before=job)):
                 with pytest.raises(JobNotFound):
                     ask(jobs[other])
     everything = store.seen_by("ops", everything=True)
     assert everything.model_names(9) == [f"{name}/{SPEC.model_name}" for name in ("alice", "bob", "default")]
-    assert sorted(everything.aliases()) == ["alice/mine", "bob/mine", "default/mine"]
+    assert sorted(everything.aliases.all()) == ["alice/mine", "bob/mine", "default/mine"]
     assert everything.tenants() == ["alice", "bob", "default"]
     assert store.model_names(9) == [f"alice/{SPEC.model_name}", f"bob/{SPEC.model_name}", SPEC.model_name]
-    assert everything.delete_alias("default/mine")
-    assert default.aliases() == {}
+    assert everything.aliases.delete("default/mine")
+    assert default.aliases.all() == {}
 
 
 def test_a_queue_has_so_many_jobs_of_a_tenant(store: JobStore) -> None:

@@ -1,4 +1,4 @@
-"""Routes of jobs: forecast, submit, list, show and cancel."""
+"""Routes of jobs: forecast, submit, list and show."""
 
 from typing import Annotated, Any
 
@@ -6,16 +6,13 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 
+from chainfed_ray.api.jobs.resources import JobPage, JobResource, JobSummary, full
 from chainfed_ray.api.report.pictures import check_drawing
 from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
-from chainfed_ray.api.rest.schemas import JobPage, JobProgress, JobResource, JobStatus, JobSummary
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
-from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.tables import JobRecord
-from chainfed_ray.errors import JobConflict
+from chainfed_ray.cluster.tables import Status
 from chainfed_ray.records.fleet import FleetClient
 from chainfed_ray.records.forecast import Forecast
-from chainfed_ray.records.rounds import JobStarted, Round
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
@@ -79,7 +76,7 @@ def list_jobs(
     jobs: Jobs,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most jobs of a page")] = 50,
     before: Annotated[str | None, Query(description="return only jobs older than the job with this id")] = None,
-    status: Annotated[JobStatus | None, Query(description="return only jobs in this state")] = None,
+    status: Annotated[Status | None, Query(description="return only jobs in this state")] = None,
 ) -> JobPage:
     """The jobs, the newest first."""
     records = jobs.page(limit + 1, before, status)
@@ -92,7 +89,7 @@ def list_jobs(
 @router.get("/jobs/{job}")
 def get_job(job: str, jobs: Jobs) -> JobResource:
     """A job, with its progress and, once it is over, its result or its error."""
-    return _full(jobs, jobs.get(job))
+    return full(jobs, jobs.get(job))
 
 
 @router.get("/jobs/{job}/clients")
@@ -106,26 +103,3 @@ def list_clients(
     """The clients of a job's fleet, each with its plan or what it lacks. There are none before the job has started."""
     found = service.clients(jobs.get(job).id, after, limit + 1)
     return ClientPage(clients=found[:limit], next=after + limit if len(found) > limit else None)
-
-
-@router.post("/jobs/{job}/cancel", status_code=202)
-def cancel_job(job: str, jobs: Jobs) -> JobResource:
-    """Cancel a job. Its finished rounds are kept; a running job is `cancelling` until its processes have ended."""
-    # The job may start between the two calls. Then the first move fails, and the one to `cancelling` succeeds.
-    if jobs.get(job).status == "queued" and jobs.move(job, "cancelled"):
-        return _full(jobs, jobs.get(job))
-    jobs.move(job, "cancelling")
-    record = jobs.get(job)
-    if record.status in ("succeeded", "failed"):
-        raise JobConflict(job, record.status, "be cancelled")
-    return _full(jobs, record)
-
-
-def _full(jobs: JobStore, record: JobRecord) -> JobResource:
-    job_started, newest = jobs.newest(record.id, "started"), jobs.newest(record.id, "round")
-    if job_started is None:
-        return JobResource.full(record, None)
-    progress = JobProgress.of(
-        JobStarted.model_validate(job_started.data), Round.model_validate(newest.data) if newest else None
-    )
-    return JobResource.full(record, progress)
