@@ -30,20 +30,25 @@ from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.record import VERSION
 
-Status = Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"]
+Status = Literal[
+    "queued", "validating", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"
+]
+ROW_VERSION = 2
+"""Of a row of a job: rows of version 1 are from before the states ``validating``, ``pausing`` and ``paused``."""
 
 STATES_BEFORE: Mapping[Status, tuple[Status, ...]] = {
     "queued": ("paused",),  # resumed, it waits for a free place
-    "running": ("queued", "pausing"),
-    "pausing": ("running",),
+    "validating": ("queued",),
+    "running": ("queued", "validating", "pausing"),  # what has been validated before goes on without that
+    "pausing": ("validating", "running"),
     "paused": ("queued", "pausing"),
-    "cancelling": ("queued", "running", "pausing", "paused"),
+    "cancelling": ("queued", "validating", "running", "pausing", "paused"),
     "cancelled": ("queued", "cancelling"),
     "succeeded": ("running", "pausing"),
-    "failed": ("running", "pausing"),
+    "failed": ("validating", "running", "pausing"),
 }
 """Which states a job may be in before each."""
-AT_WORK: tuple[Status, ...] = ("running", "pausing")
+AT_WORK: tuple[Status, ...] = ("validating", "running", "pausing")
 """The states of a job that has a coordinator, unless that is to end."""
 
 
@@ -53,7 +58,7 @@ class JobRecord:
 
     Times are ISO 8601 in UTC. ``restarts`` counts how often a coordinator died since the last finished round.
     ``activity`` is what the job is doing, as JSON; None unless it is at work. ``reads_anything`` says that it may read what
-    the service can read, where the service's rules say nothing.
+    the service can read, where the service's rules say nothing. ``version`` is that of the code which last moved the job.
     """
 
     id: str
@@ -70,6 +75,7 @@ class JobRecord:
     error: dict[str, Any] | None
     reads_anything: bool = True
     tenant: str = DEFAULT_TENANT
+    version: int = ROW_VERSION
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ class JobRow(_Table):
     request_key: Mapped[str | None] = mapped_column(unique=True, default=None)
     reads_anything: Mapped[bool] = mapped_column(default=True, server_default=true())
     tenant: Mapped[str] = mapped_column(index=True, default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
+    version: Mapped[int] = mapped_column(default=ROW_VERSION, server_default="1")
 
     def record(self) -> JobRecord:
         """The job as it is now."""
@@ -132,6 +139,7 @@ class JobRow(_Table):
             error=self.error,
             reads_anything=self.reads_anything,
             tenant=self.tenant,
+            version=self.version,
         )
 
 

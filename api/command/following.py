@@ -33,6 +33,9 @@ def follow(
                 case "queued":
                     progress.say("In the queue." + _jobs_before(client, job))
                     progress.listen(Activity(what="waiting in the queue"))
+                case "validating":
+                    progress.idle()
+                    progress.say("The job is validated: its model, its rows and its clients.")
                 case "running":
                     progress.idle()
                     progress.say("The job goes on." if job_started else "The job starts.")

@@ -1,15 +1,19 @@
 """Jobs as the API returns them: in lists, and in full with their progress."""
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
 from typing import Any, Self
 
 from pydantic import BaseModel, Field
 
 from chainfed_ray.activity import Activity
+from chainfed_ray.api.jobs.conditions import STATES, Condition, conditions
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.tables import JobRecord, Status
+from chainfed_ray.cluster.tables import Event, JobRecord, Status, moment
 from chainfed_ray.records.fleet import AdmittedClients, Weights
 from chainfed_ray.records.rounds import JobStarted, Round, Turn
+
+_TIMED_ROUNDS = 5  # the newest ones, whose time tells how long others take
 
 
 class ClassMemory(BaseModel):
@@ -61,10 +65,14 @@ class JobProgress(BaseModel):
     exceeded: int = Field(description="how many of the `done` clients exceeded their plan and ran their turn again")
     failed_turns: int = Field(description="turns that failed in the newest round")
     accuracy: float | None = Field(description="validation accuracy after the newest round; null if not measured")
+    fraction: float = Field(
+        description="finished rounds in the most that there may be, from 0 to 1; 1 of a job that succeeded, which may have "
+        "had fewer"
+    )
     memory: dict[str, ClassMemory] = Field(description="memory by class of clients")
 
     @classmethod
-    def of(cls, job_started: JobStarted, newest: Round | None) -> "JobProgress":
+    def of(cls, job_started: JobStarted, newest: Round | None, is_done: bool = False) -> "JobProgress":
         """The progress after ``newest``, or before the first round if that is None."""
         return cls(
             round=newest.index + 1 if newest else 0,
@@ -80,6 +88,7 @@ class JobProgress(BaseModel):
             exceeded=sum(turn.exceeded is not None for turn in newest.turns) if newest else 0,
             failed_turns=len(newest.failed_turns) if newest else 0,
             accuracy=newest.accuracy if newest else None,
+            fraction=1.0 if is_done else (newest.index + 1 if newest else 0) / max(1, job_started.total_rounds),
             memory={name: _class_memory(name, job_started, newest) for name in _classes(job_started)},
         )
 
@@ -108,17 +117,33 @@ class JobResource(JobSummary):
 
     activity: Activity | None = Field(description="what the job is doing; null unless it is running")
     progress: JobProgress | None = Field(description="how far the job is; null until the chain's start is known")
+    estimated_finish: str | None = Field(
+        description="when the job ends if it has all its rounds, and these take as long as the newest ones: ISO 8601, UTC; "
+        "null unless it is running and has finished a round"
+    )
+    conditions: list[Condition] = Field(description="what is true of the job, why, and since when")
     result: dict[str, Any] | None = Field(description="the result, once the job has succeeded")
-    error: dict[str, Any] | None = Field(description="why the job failed: type, message and, if known, the fields")
+    error: dict[str, Any] | None = Field(
+        description="why the job failed: `type`, `message`, if known the fields as `problems`, and as `cause` what first went "
+        "wrong: `client`, `stage`, `round`, `message`"
+    )
     spec: dict[str, Any] = Field(description="the job file with every default filled in")
 
     @classmethod
-    def full(cls, record: JobRecord, progress: JobProgress | None) -> "JobResource":
-        """The job in ``record``, with its progress."""
+    def full(
+        cls,
+        record: JobRecord,
+        changes: Sequence[Event],
+        progress: JobProgress | None = None,
+        estimated_finish: str | None = None,
+    ) -> "JobResource":
+        """The job in ``record`` after the ``changes`` of its state, with its progress."""
         return cls(
             **_summary(record),
             activity=Activity.model_validate(record.activity) if record.activity else None,
             progress=progress,
+            estimated_finish=estimated_finish,
+            conditions=conditions(changes),
             result=record.result,
             error=record.error,
             spec=record.spec,
@@ -133,14 +158,22 @@ class JobPage(BaseModel):
 
 
 def full(jobs: JobStore, record: JobRecord) -> JobResource:
-    """The job in ``record`` with its progress, for which its newest events are read."""
-    job_started, newest = jobs.newest(record.id, "started"), jobs.newest(record.id, "round")
+    """The job in ``record`` with its conditions and progress, for which its events are read."""
+    changes = jobs.of_kind(record.id, *STATES)
+    job_started, newest = jobs.newest(record.id, "started"), jobs.newest_of(record.id, "round", _TIMED_ROUNDS)
     if job_started is None:
-        return JobResource.full(record, None)
-    progress = JobProgress.of(
-        JobStarted.model_validate(job_started.data), Round.model_validate(newest.data) if newest else None
-    )
-    return JobResource.full(record, progress)
+        return JobResource.full(record, changes)
+    last = Round.model_validate(newest[0].data) if newest else None
+    progress = JobProgress.of(JobStarted.model_validate(job_started.data), last, record.status == "succeeded")
+    ends = _ends(changes[-1], newest, progress) if record.status == "running" and newest and changes else None
+    return JobResource.full(record, changes, progress, ends)
+
+
+def _ends(change: Event, newest: Sequence[Event], progress: JobProgress) -> str:
+    """When a job ends whose remaining rounds take as long as the ``newest``. It follows from events, not from the clock."""
+    seconds = sum(event.data["seconds"] for event in newest) / len(newest)
+    since = datetime.fromisoformat(max(change.at, newest[0].at))
+    return moment(since + timedelta(seconds=seconds * (progress.total_rounds - progress.round)))
 
 
 def _classes(job_started: JobStarted) -> list[str]:

@@ -1,5 +1,6 @@
 """Routes of jobs: forecast, submit, list and show."""
 
+from hashlib import blake2b
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -29,6 +30,14 @@ class ClientPage(BaseModel):
     next: int | None = Field(description="pass this as `after` to get the next page; null on the last page")
 
 
+_ETAG = {"ETag": {"description": "of this answer: it changes with the job", "schema": {"type": "string"}}}
+_TAGGED: dict[int | str, dict[str, Any]] = {
+    200: {"headers": _ETAG},
+    304: {"description": "The job is as it was when the answer had this `ETag`", "headers": _ETAG},
+}
+IfNoneMatch = Annotated[
+    str | None, Header(description="the `ETag` of an earlier answer: if nothing has changed since, the answer is 304")
+]
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -68,7 +77,7 @@ async def submit_job(
         jobs.submit, spec, idempotency_key, caller.reads_anything, service.most_queued if caller.key else None
     )
     response.headers["Location"] = f"/v1/jobs/{record.id}"
-    return JobResource.full(record, None)
+    return await run_in_threadpool(full, jobs, record)
 
 
 @router.get("/jobs")
@@ -86,10 +95,16 @@ def list_jobs(
     )
 
 
-@router.get("/jobs/{job}")
-def get_job(job: str, jobs: Jobs) -> JobResource:
+@router.get("/jobs/{job}", response_model=JobResource, responses=_TAGGED)
+def get_job(job: str, jobs: Jobs, if_none_match: IfNoneMatch = None) -> Response:
     """A job, with its progress and, once it is over, its result or its error."""
-    return full(jobs, jobs.get(job))
+    body = full(jobs, jobs.get(job)).model_dump_json().encode()
+    tag = f'"{blake2b(body, digest_size=16).hexdigest()}"'
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
+    known = [one.strip().removeprefix("W/") for one in (if_none_match or "").split(",")]
+    if tag in known or known == ["*"]:
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 @router.get("/jobs/{job}/clients")

@@ -36,7 +36,7 @@ def resume(store: JobStore, job: str, most_queued: int | None = None) -> JobReco
     store.get(job)
     if not store.move(job, "running", before=("pausing",)):
         store.move(job, "queued", before=("paused",), most_queued=most_queued)
-    return _reached(store, job, ("queued", "running"), "be resumed")
+    return _reached(store, job, ("queued", "validating", "running"), "be resumed")
 
 
 def cancel(store: JobStore, job: str) -> JobRecord:

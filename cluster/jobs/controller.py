@@ -103,7 +103,8 @@ class Controller:
             at_limit = [tenant for tenant, count in tenants.items() if most is not None and count >= most]
             # A job that was resumed at once may still have the coordinator that it had before: that one ends first.
             for queued in self._store.queue(1, but=at_limit, besides=alive):
-                if self._store.move(queued.id, "running"):
+                begun = self._store.newest(queued.id, "started") is not None
+                if self._store.move(queued.id, "running" if begun else "validating"):
                     self._start(queued.id)
                     tenants[queued.tenant] += 1
 

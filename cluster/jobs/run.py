@@ -3,7 +3,9 @@
 import logging
 import traceback
 from contextlib import closing, suppress
+from pathlib import Path
 from time import sleep
+from typing import Any
 
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.client.survey import Sites
@@ -14,12 +16,13 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import AT_WORK
-from chainfed_ray.errors import CoordinatorLost
+from chainfed_ray.errors import CoordinatorLost, CorruptCommit
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.first_cause import first_cause
 from chainfed_ray.records.rounds import JobFinished, JobResult, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
@@ -87,7 +90,7 @@ def _run(
             return trouble
         _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)))
         clean_up(job, storage)
-        store.move(job, "failed", error=described(error))
+        store.move(job, "failed", error={**described(error), "cause": _cause(error, storage.job(job))})
     else:
         if result:
             # The status comes last: as soon as it is recorded, the controller may end this process.
@@ -150,6 +153,7 @@ def _train(
             match record:
                 case JobStarted():
                     started = record
+                    store.move(job, "running", before=("validating",))
                     _publish(store, job, "started", "started", record)
                 case Round():
                     _publish(store, job, f"round-{record.index}", "round", record)
@@ -160,6 +164,15 @@ def _train(
             if store.get(job).status == "pausing":
                 return None
     raise AssertionError("the last record is that of a job that has finished")
+
+
+def _cause(error: Exception, folder: Path) -> dict[str, Any]:
+    """What first went wrong, as JSON. If the commits cannot be read, that is the error itself."""
+    started, rounds = None, list[Round]()
+    with suppress(OSError, CorruptCommit):
+        log = CommitLog(folder)
+        started, rounds = log.job_started(), log.rounds()
+    return first_cause(error, started, rounds).model_dump(mode="json")
 
 
 def _publish(store: JobStore, job: str, key: str, kind: str, record: Record) -> None:

@@ -4,12 +4,13 @@ Any number of processes may write. A change of state is one transaction that che
 was faster, it changes nothing. An event has a key that is written only once, so a coordinator that was killed may publish
 all its events again. ::
 
-    queued ──► running ──► succeeded | failed
-       ▲          │ ▲
-       │          ▼ │
-       └─ paused ◄─ pausing
+    queued ──► validating ──► running ──► succeeded | failed
+       ▲            │            │ ▲
+       │            ▼            ▼ │
+       └─ paused ◄───── pausing ───┘
 
-A job that is not over may be cancelled: it is ``cancelling`` until its processes have ended, and then ``cancelled``.
+A job that was validated before goes on from ``queued`` without that. One that fails while it is validated is ``failed`` too.
+One that is not over may be cancelled: it is ``cancelling`` until its processes have ended, and then ``cancelled``.
 """
 
 from collections.abc import Collection
@@ -28,6 +29,7 @@ from chainfed_ray.cluster.jobs.aliases import Aliases
 from chainfed_ray.cluster.storage import QUEUED_JOBS
 from chainfed_ray.cluster.tables import (
     AT_WORK,
+    ROW_VERSION,
     STATES_BEFORE,
     Event,
     EventRow,
@@ -261,8 +263,8 @@ class JobStore:
             LimitReached: the job would go into the queue, and the tenant has as many jobs there as it may.
         """
         now = moment()
-        values: dict[str, Any] = {"status": to}
-        if to == "running":
+        values: dict[str, Any] = {"status": to, "version": ROW_VERSION}
+        if to in ("validating", "running"):
             values["started_at"] = func.coalesce(JobRow.started_at, now)
         if to in FINISHED:
             values |= {"finished_at": now, "result": result, "error": error}
@@ -331,20 +333,22 @@ class JobStore:
             self.get(job)
         return found
 
-    def of_kind(self, job: str, kind: str) -> list[Event]:
-        """Every event of a job of one ``kind``, the oldest first."""
-        query = select(EventRow).where(EventRow.job == job, EventRow.kind == kind).order_by(EventRow.seq)
+    def of_kind(self, job: str, *kinds: str) -> list[Event]:
+        """Every event of a job of one of the ``kinds``, the oldest first."""
+        query = select(EventRow).where(EventRow.job == job, EventRow.kind.in_(kinds)).order_by(EventRow.seq)
         with Session(self._engine) as session:
             return [Event(row.seq, row.kind, row.at, row.data) for row in session.scalars(query)]
 
     def newest(self, job: str, kind: str) -> Event | None:
         """The job's newest event of this kind, or None."""
-        query = (
-            select(EventRow).where(EventRow.job == job, EventRow.kind == kind).order_by(EventRow.seq.desc()).limit(1)
-        )
+        return next(iter(self.newest_of(job, kind, 1)), None)
+
+    def newest_of(self, job: str, kind: str, limit: int) -> list[Event]:
+        """At most ``limit`` events of a job of this kind, the newest first."""
+        of_kind = select(EventRow).where(EventRow.job == job, EventRow.kind == kind)
         with Session(self._engine) as session:
-            row = session.scalars(query).one_or_none()
-            return Event(row.seq, row.kind, row.at, row.data) if row else None
+            found = session.scalars(of_kind.order_by(EventRow.seq.desc()).limit(limit))
+            return [Event(row.seq, row.kind, row.at, row.data) for row in found]
 
     @property
     def _seen(self) -> ColumnElement[bool]:

@@ -53,7 +53,7 @@ def test_a_job_that_pauses_after_any_round_ends_with_the_same_bits(
 ) -> None:
     job = store.submit(parse_job(document)).id
     for done in range(ROUNDS):
-        store.move(job, "running")
+        store.move(job, "running" if done else "validating")
         run_queued_job(job, storage, asking(lambda: pause(store, job), turns=1))
         found = store.get(job)
         assert (found.status, found.activity) == ("paused", None)
@@ -70,7 +70,7 @@ def test_a_job_that_pauses_after_any_round_ends_with_the_same_bits(
     kinds = [event.kind for event in store.events(job)]
     again = ["paused", "queued", "running"]
     assert kinds == [
-        "queued", "running", "started", *(["pausing", "round", *again] * ROUNDS), "finished", "succeeded"
+        "queued", "validating", "running", "started", *(["pausing", "round", *again] * ROUNDS), "finished", "succeeded"
     ]  # fmt: skip
 
 

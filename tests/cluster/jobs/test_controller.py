@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chainfed_ray.cluster.jobs.control import pause, resume
 from chainfed_ray.cluster.jobs.controller import Controller
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import SPEC
 
@@ -57,10 +59,56 @@ def test_jobs_run_in_their_order(parts: tuple[Controller, JobStore, Processes, S
     for job in jobs:
         controller.step()
         assert processes.jobs == {job}
-        assert [record.id for record in store.page(status="running")] == [job]
+        assert [record.id for record in store.page(status="validating")] == [job]
+        store.move(job, "running")
         store.move(job, "succeeded" if job != jobs[1] else "failed", result={})
     controller.step()
     assert processes.jobs == set()
+
+
+def test_a_paused_job_has_no_coordinator_and_goes_on_when_its_old_one_has_ended(
+    parts: tuple[Controller, JobStore, Processes, Settings],
+) -> None:
+    controller, store, processes, settings = parts
+    job, other = store.submit(SPEC).id, store.submit(SPEC).id
+    controller.step()
+    settings.storage.scratch(job).mkdir(parents=True)
+    store.move(job, "running")
+    store.publish(job, "started", "started", {})
+    pause(store, job)
+    controller.step()
+    assert (store.get(job).status, processes.jobs) == ("pausing", {job})
+    store.move(job, "paused", before=("pausing",))  # by its coordinator
+    controller.step()
+    assert processes.jobs == {other}
+    assert settings.storage.scratch(job).exists(), "it is of use when the job goes on"
+    resume(store, job)
+    controller.step()
+    assert (store.get(job).status, processes.jobs) == ("queued", {other}), "there is no place"
+    processes.jobs.add(job)  # as if its old coordinator were still there
+    store.move(other, "running")
+    store.move(other, "succeeded", result={})
+    controller.step()
+    assert (store.get(job).status, processes.jobs) == ("queued", set())
+    controller.step()
+    assert (store.get(job).status, processes.jobs) == ("running", {job}), "it was validated before"
+
+
+def test_a_job_whose_coordinator_dies_as_it_pauses_is_paused_when_its_process_is_gone(
+    parts: tuple[Controller, JobStore, Processes, Settings],
+) -> None:
+    controller, store, processes, _ = parts
+    job = store.submit(SPEC).id
+    controller.step()
+    pause(store, job)
+    processes.jobs.clear()
+    processes.stubborn.add(job)
+    controller.step()
+    assert store.get(job).status == "pausing"
+    processes.jobs.clear()
+    processes.stubborn.clear()
+    controller.step()
+    assert (store.get(job).status, processes.jobs) == ("paused", set())
 
 
 def test_a_running_job_gets_its_coordinator_back(parts: tuple[Controller, JobStore, Processes, Settings]) -> None:
@@ -131,7 +179,9 @@ def test_caches_that_an_earlier_controller_left_are_deleted(tmp_path: Path) -> N
     again.close()
 
 
-ACTS = st.lists(st.sampled_from(["submit", "step", "lose", "cancel", "succeed"]), max_size=14)
+ACTS = st.lists(
+    st.sampled_from(["submit", "step", "lose", "cancel", "succeed", "pause", "paused", "resume"]), max_size=20
+)
 
 
 @settings(deadline=None, max_examples=30)
@@ -141,7 +191,7 @@ def test_wherever_things_are_steps_lead_to_where_they_should_be(
 ) -> None:
     controller, store, processes, _ = a_controller(tmp_path_factory.mktemp("controller"), parallel_jobs)
     for act in acts:
-        running = [record.id for record in store.page(status="running")]
+        running = [record.id for record in store.page(status=AT_WORK)]
         match act:
             case "submit":
                 store.submit(SPEC)
@@ -151,10 +201,19 @@ def test_wherever_things_are_steps_lead_to_where_they_should_be(
                 processes.jobs.clear()
             case "cancel" if running:
                 store.move(running[0], "cancelling")
+            case "pause" if running:
+                pause(store, running[0])
+            case "paused" if running:  # its coordinator has stopped, and waits for its end
+                store.move(running[0], "paused", before=("pausing",))
+            case "resume":
+                for job in store.page(status=("pausing", "paused"))[:1]:
+                    resume(store, job.id)
             case "succeed" if running:
+                store.move(running[-1], "running")
                 store.move(running[-1], "succeeded", result={})
-    controller.step()
-    running = [record.id for record in store.page(status="running")]
+    for _ in range(2):  # a job that was resumed starts again when what it had before has ended
+        controller.step()
+    running = [record.id for record in store.page(status=AT_WORK)]
     waiting = store.queue(100)
     assert processes.jobs == set(running)
     assert not store.page(status="cancelling")
@@ -173,6 +232,7 @@ def test_a_tenant_at_its_limit_lets_others_go_first(tmp_path: Path) -> None:
     assert processes.jobs == {first, other}
     controller.step()
     assert processes.jobs == {first, other}
+    store.move(first, "running")
     store.move(first, "succeeded", result={})
     controller.step()
     assert processes.jobs == {second, other}

@@ -53,7 +53,7 @@ def test_a_job_pauses_and_goes_on(
     os.kill(killed, signal.SIGKILL)
     wait_for(lambda: ray.get(ray.get_actor(f"coordinator-{job}", NAMESPACE).ping.remote()) != killed, "other process")
     assert store.get(job).status == "paused"
-    wait_for(lambda: not stepped_to("running") and job not in coordinators.alive(), "end of the coordinator")
+    wait_for(lambda: stepped_to("paused") and job not in coordinators.alive(), "end of the coordinator")
     wait_for(lambda: not own_processes(), "end of the processes")
     assert (store.get(job).status, len(rounds())) == ("paused", done)
 

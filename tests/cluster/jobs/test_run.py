@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import pytest
 from sqlalchemy.exc import InterfaceError, OperationalError
 
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
@@ -17,8 +18,11 @@ from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.reading import EVERYTHING, ReadingRules
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC
+from tests.pools import failing
 
 RUN = "chainfed_ray.cluster.jobs.run"
+CAUSE = {"client": None, "stage": None, "round": None, "message": "of the job"}
+OF_THE_JOB = {"type": "ValueError", "message": "of the job", "cause": CAUSE}
 FULL = OSError(ENOSPC, "No space left on device", "/data/jobs")
 
 
@@ -70,7 +74,7 @@ def test_a_disk_that_fails_is_waited_for(
     assert waiting.activity["what"] == "waiting for a disk"
     assert str(trouble.__cause__ or trouble) in waiting.activity["note"]
     assert not storage.scratch(job).exists(), "it may be what filled the disk"
-    assert store.get(job).error == {"type": "ValueError", "message": "of the job"}
+    assert store.get(job).error == OF_THE_JOB
 
 
 def test_clients_whose_disk_fails_are_waited_for(
@@ -101,7 +105,7 @@ def test_a_database_that_flaps_kills_no_coordinator(
     run_queued_job(job, storage, in_this_process, restarted=True)
     assert len(waits) == 8
     ended = store.get(job)
-    assert (ended.restarts, ended.error) == (1, {"type": "ValueError", "message": "of the job"})
+    assert (ended.restarts, ended.error) == (1, OF_THE_JOB)
 
 
 def test_the_end_of_the_whole_service_kills_no_job(
@@ -120,6 +124,32 @@ def test_a_broken_folder_is_the_job_s_own(job: str, storage: Storage, store: Job
     run_queued_job(job, storage, in_this_process)
     ended = store.get(job)
     assert (ended.status, ended.error and ended.error["type"]) == ("failed", "FileExistsError")
+
+
+def test_a_job_whose_clients_all_fail_names_the_first_of_them(
+    document: dict[str, Any], storage: Storage, store: JobStore
+) -> None:
+    document["rounds"] |= {"quorum": 2}
+    job = store.submit(parse_job(document)).id
+    store.move(job, "validating")
+    run_queued_job(job, storage, lambda source, note: failing(LocalPool(source), "out of paper"))
+    ended = store.get(job)
+    assert ended.error is not None
+    cause = ended.error["cause"]
+    assert (ended.status, ended.error["type"]) == ("failed", "QuorumLost")
+    assert (cause["stage"], cause["round"], cause["message"]) == (1, 1, "out of paper")
+    assert cause["client"].startswith("phone-")
+    assert store.events(job)[-1].data == ended.error
+
+
+def test_a_job_that_is_not_valid_fails_while_it_is_validated(
+    document: dict[str, Any], storage: Storage, store: JobStore
+) -> None:
+    job = store.submit(parse_job({**document, "data": {**document["data"], "label": "none"}})).id
+    store.move(job, "validating")
+    run_queued_job(job, storage, in_this_process)
+    assert [event.kind for event in store.events(job)] == ["queued", "validating", "failed"]
+    assert "data.label is 'none'" in str(store.get(job).error)
 
 
 def test_a_job_with_a_key_reads_what_the_rules_name_and_one_without_everything(

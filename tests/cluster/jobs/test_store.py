@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def test_a_job_from_queue_to_model(store: JobStore) -> None:
     assert store.get(job.id) == job
     assert (job.status, job.model, job.spec) == ("queued", "minilm:tiny", SPEC.document())
     assert store.queue(5) == [job]
+    assert store.move(job.id, "validating")
     assert store.move(job.id, "running")
     store.publish(job.id, "round-0", "round", {"index": 0})
     assert store.move(job.id, "succeeded", result={"accuracy": 0.5})
@@ -37,7 +39,7 @@ def test_a_job_from_queue_to_model(store: JobStore) -> None:
     assert (done.status, done.result) == ("succeeded", {"accuracy": 0.5})
     assert done.submitted_at <= (done.started_at or "") <= (done.finished_at or "")
     assert [(event.seq, event.kind) for event in store.events(job.id)] == [
-        (1, "queued"), (2, "running"), (3, "round"), (4, "succeeded"),
+        (1, "queued"), (2, "validating"), (3, "running"), (4, "round"), (5, "succeeded"),
     ]  # fmt: skip
     assert store.queue(5) == []
 
@@ -153,13 +155,14 @@ def test_a_database_of_before_gets_new_columns_and_keeps_its_jobs(database: str)
     engine = create_engine(database)
     with engine.begin() as connection:
         connection.execute(text("drop index ix_jobs_tenant"))
-        for column in ("reads_anything", "tenant"):
+        for column in ("reads_anything", "tenant", "version"):
             connection.execute(text(f"alter table jobs drop column {column}"))
     engine.dispose()
+    before = replace(job, version=1)
     with ThreadPoolExecutor() as several:
         for store in several.map(JobStore, [database] * 4):
-            assert store.get(job.id) == job
-            assert store.seen_by("default", everything=False).page() == [job]
+            assert store.get(job.id) == before
+            assert store.seen_by("default", everything=False).page() == [before]
             assert store.seen_by("other", everything=False).page() == []
             store.close()
     engine = create_engine(database)
