@@ -37,7 +37,7 @@ ROW_VERSION = 2
 """Of a row of a job: rows of version 1 are from before the states ``validating``, ``pausing`` and ``paused``."""
 
 STATES_BEFORE: Mapping[Status, tuple[Status, ...]] = {
-    "queued": ("paused",),  # resumed, it waits for a free place
+    "queued": ("paused", "failed", "cancelled"),  # resumed or tried again, it waits for a free place
     "validating": ("queued",),
     "running": ("queued", "validating", "pausing"),  # what has been validated before goes on without that
     "pausing": ("validating", "running"),
@@ -48,6 +48,8 @@ STATES_BEFORE: Mapping[Status, tuple[Status, ...]] = {
     "failed": ("validating", "running", "pausing"),
 }
 """Which states a job may be in before each."""
+FINISHED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+"""The states of a job that is over."""
 AT_WORK: tuple[Status, ...] = ("validating", "running", "pausing")
 """The states of a job that has a coordinator, unless that is to end."""
 
@@ -121,6 +123,7 @@ class JobRow(_Table):
     reads_anything: Mapped[bool] = mapped_column(default=True, server_default=true())
     tenant: Mapped[str] = mapped_column(index=True, default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
     version: Mapped[int] = mapped_column(default=ROW_VERSION, server_default="1")
+    deleted_at: Mapped[str | None] = mapped_column(index=True, default=None)
 
     def record(self) -> JobRecord:
         """The job as it is now."""

@@ -24,6 +24,7 @@ FLOORS = (
     ("site",),
     ("forecast",),
     ("cluster",),
+    ("cluster.queries",),
     ("cluster.pool", "cluster.offload"),
     ("cluster.sites",),
     ("cluster.jobs",),
@@ -43,6 +44,7 @@ ONLY_IN = {
     "ray": ("cluster", "cluster.pool", "cluster.offload", "cluster.sites", "cluster.jobs", "api.serve", "api.command"),
     "sqlalchemy": (
         "cluster",
+        "cluster.queries",
         "cluster.sites",
         "cluster.jobs",
         "cluster.access",
@@ -54,7 +56,7 @@ ONLY_IN = {
     "typer": ("api.command", "api.operator"),
 }
 WITHOUT_TORCH = ("ground", "spec", "budget")
-MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 154
+MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 159
 GENERIC = {"api", "cluster", "tests", "benchmarks", "examples"}
 
 

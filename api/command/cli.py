@@ -18,10 +18,11 @@ from rich.console import Console, RenderableType
 from rich.table import Column, Table
 
 from chainfed_ray.activity import Reporter
+from chainfed_ray.api.command import jobs_command
 from chainfed_ray.api.command.client import ServiceClient, read_key
 from chainfed_ray.api.command.export_command import Format, NewFolder, StackFolder, export_model
 from chainfed_ray.api.command.interruption import Interruption
-from chainfed_ray.api.command.jobs_command import ADDRESS, Address, JobId, KeyFile, cancel, pause, resume
+from chainfed_ray.api.command.jobs_command import ADDRESS, Address, JobId, KeyFile
 from chainfed_ray.api.command.join_command import join
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.api.operator.keys_command import keys_app
@@ -41,7 +42,14 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(sites_app, name="sites")
 app.command()(join)
-for _control in (pause, resume, cancel):
+for _control in (
+    jobs_command.pause,
+    jobs_command.resume,
+    jobs_command.cancel,
+    jobs_command.retry,
+    jobs_command.clone,
+    jobs_command.delete,
+):
     app.command()(_control)
 _progress = Console(stderr=True, highlight=False, markup=False)
 

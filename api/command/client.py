@@ -141,6 +141,33 @@ class ServiceClient:
         """
         return self._ask("POST", f"/v1/jobs/{job}/cancel", about=job)
 
+    def retry(self, job: str) -> JsonObject:
+        """Try a job again that failed or was cancelled.
+
+        Raises:
+            JobNotFound: there is no such job.
+            JobConflict: the job has not failed and was not cancelled, or its noise cannot go on.
+        """
+        return self._ask("POST", f"/v1/jobs/{job}/retry", about=job)
+
+    def clone(self, job: str, changes: JsonObject) -> JsonObject:
+        """Queue a new job with the document of another one and ``changes``, a JSON merge patch. Returns the new job.
+
+        Raises:
+            JobNotFound: there is no such job.
+            InvalidJob: the new job cannot run.
+        """
+        return self._ask("POST", f"/v1/jobs/{job}/clone", about=job, json=changes)
+
+    def delete(self, job: str) -> None:
+        """Delete a job that is over, with its files and its model.
+
+        Raises:
+            JobNotFound: there is no such job.
+            JobConflict: the job is not over, or an alias stands for its model.
+        """
+        self._answer("DELETE", f"/v1/jobs/{job}", about=job)
+
     def models(self) -> list[JsonObject]:
         """Every served model."""
         models: list[JsonObject] = self._ask("GET", "/v1/models")["models"]
@@ -240,14 +267,17 @@ class ServiceClient:
             sleep(_PAUSE_SECONDS)
 
     def _ask(self, method: str, path: str, about: str = "", **options: Any) -> JsonObject:
+        answer: JsonObject = self._answer(method, path, about, **options).json()
+        return answer
+
+    def _answer(self, method: str, path: str, about: str = "", **options: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as error:
             raise ServiceUnavailable(self._address, _words(error)) from None
         if response.is_error:
             self._fail(response, about)
-        answer: JsonObject = response.json()
-        return answer
+        return response
 
     def _fail(self, response: httpx.Response, about: str) -> NoReturn:
         try:

@@ -5,8 +5,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
 
-from chainfed_ray.cluster.jobs.store import FINISHED
-from chainfed_ray.cluster.tables import Event, Status
+from chainfed_ray.cluster.tables import FINISHED, Event, Status
 
 ConditionType = Literal["Validated", "Running", "Paused", "Finished"]
 Truth = Literal["True", "False", "Unknown"]

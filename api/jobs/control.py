@@ -1,10 +1,14 @@
-"""Routes that tell a job what to do: pause, go on, end."""
+"""Routes that tell a job what to do: pause, go on, end, be tried again, with changes, be deleted."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
 
+from chainfed_ray.api.jobs.merge_patch import BODY, Patch, patched
 from chainfed_ray.api.jobs.resources import JobResource, full
+from chainfed_ray.api.jobs.routes import IdempotencyKey, accept
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.jobs import control
+from chainfed_ray.spec.parse import parse_job
 
 router = APIRouter(prefix="/v1/jobs/{job}", tags=["jobs"])
 
@@ -25,3 +29,32 @@ def resume_job(job: str, jobs: Jobs, service: WithService, caller: Caller) -> Jo
 def cancel_job(job: str, jobs: Jobs) -> JobResource:
     """Cancel a job. Its finished rounds are kept; a running job is `cancelling` until its processes have ended."""
     return full(jobs, control.cancel(jobs, job))
+
+
+@router.post("/retry", status_code=202)
+def retry_job(job: str, jobs: Jobs, service: WithService, caller: Caller) -> JobResource:
+    """Try a job again that failed or was cancelled. It goes on from its last finished round, and waits in the queue."""
+    return full(jobs, control.retry(jobs, job, service.most_queued if caller.key else None))
+
+
+@router.post("/clone", status_code=201, openapi_extra=BODY)
+async def clone_job(
+    job: str,
+    patch: Patch,
+    request: Request,
+    response: Response,
+    service: WithService,
+    jobs: Jobs,
+    caller: Caller,
+    idempotency_key: IdempotencyKey = None,
+) -> JobResource:
+    """Queue a new job with the document of this one, and changes. It is checked as every job is, and begins anew."""
+    record = await run_in_threadpool(jobs.get, job)
+    spec = await run_in_threadpool(parse_job, patched(record.spec, patch))
+    return await accept(spec, request, response, service, jobs, caller, idempotency_key)
+
+
+@router.delete("", status_code=204)
+def delete_job(job: str, jobs: Jobs) -> None:
+    """Delete a job that is over, with its events, its files and its model. One whose model an alias names is kept."""
+    control.delete(jobs, job)

@@ -10,10 +10,13 @@ from pydantic import BaseModel, Field
 from chainfed_ray.api.jobs.resources import JobPage, JobResource, JobSummary, full
 from chainfed_ray.api.report.pictures import check_drawing
 from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
-from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
+from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, while_connected
+from chainfed_ray.cluster.access.identity import Identity
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import Status
 from chainfed_ray.records.fleet import FleetClient
 from chainfed_ray.records.forecast import Forecast
+from chainfed_ray.spec.job import JobSpec
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
@@ -72,6 +75,25 @@ async def submit_job(
     idempotency_key: IdempotencyKey = None,
 ) -> JobResource:
     """Check a job and queue it. A job that cannot run is refused with every field that is wrong."""
+    return await accept(spec, request, response, service, jobs, caller, idempotency_key)
+
+
+async def accept(
+    spec: JobSpec,
+    request: Request,
+    response: Response,
+    service: Service,
+    jobs: JobStore,
+    caller: Identity,
+    idempotency_key: str | None,
+) -> JobResource:
+    """Check a job, queue it, and name its place in ``response``. A repeated key queues it once.
+
+    Raises:
+        InvalidJob: the job cannot run.
+        JobConflict: the key was used for another job.
+        LimitReached: the caller's tenant has as many jobs in the queue as it may.
+    """
     await while_connected(request, service.check(spec, caller.reads_anything))
     record = await run_in_threadpool(
         jobs.submit, spec, idempotency_key, caller.reads_anything, service.most_queued if caller.key else None

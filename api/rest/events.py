@@ -13,8 +13,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from chainfed_ray.api.rest.schemas import EventPage, EventResource
 from chainfed_ray.api.rest.service import Jobs, WithService
 from chainfed_ray.cluster.jobs.feed import Busy, EventFeed
-from chainfed_ray.cluster.jobs.store import FINISHED
-from chainfed_ray.cluster.tables import Event
+from chainfed_ray.cluster.tables import FINISHED, Event
 
 router = APIRouter(prefix="/v1/jobs/{job}/events", tags=["jobs"])
 

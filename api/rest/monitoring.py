@@ -16,9 +16,9 @@ from pydantic import BaseModel, Field
 
 from chainfed_ray.api.rest.schemas import Health
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
-from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.totals import JobTotals, TotalsOfJobs
-from chainfed_ray.cluster.tables import AT_WORK, JobRecord, Status
+from chainfed_ray.cluster.tables import AT_WORK, FINISHED, JobRecord, Status
 from chainfed_ray.records.rounds import Evaluation
 
 router = APIRouter(tags=["health"])

@@ -4,7 +4,9 @@ The controller does this too. It imports no torch, so that the process of the co
 """
 
 import logging
+import shutil
 from errno import EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE
+from pathlib import Path
 from typing import Any
 
 from chainfed_ray.cluster.sites.mailbox import Mailbox
@@ -35,6 +37,18 @@ def clean_up(job: str, storage: Storage) -> OSError | None:
         _log.warning("job %s could not be cleaned up: %s", job, error)
         return error
     return None
+
+
+def remove(path: Path) -> None:
+    """Delete a job's folder, or the file that is in its place. It need not be there.
+
+    Raises:
+        OSError: a part of it could not be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def described(error: Exception) -> dict[str, Any]:

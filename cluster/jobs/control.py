@@ -1,10 +1,13 @@
-"""What people ask of a job: to pause, to go on, to end. Each asks for a state, and says why the job cannot get there.
+"""What people ask of a job: to pause, to go on, to end, to be tried again, to be deleted.
+
+Each asks for a state, and says why the job cannot get there.
 
 A process of the API calls these. The controller and the job's coordinator then do what the state asks for. All are safe to
 call twice: a job that is already there stays as it is.
 """
 
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.jobs.versions import trained
 from chainfed_ray.cluster.tables import JobRecord, Status
 from chainfed_ray.errors import JobConflict
 
@@ -49,6 +52,54 @@ def cancel(store: JobStore, job: str) -> JobRecord:
     if store.get(job).started_at is not None or not store.move(job, "cancelled", before=("queued",)):
         store.move(job, "cancelling")
     return _reached(store, job, ("cancelling", "cancelled"), "be cancelled")
+
+
+def retry(store: JobStore, job: str, most_queued: int | None = None) -> JobRecord:
+    """Try a job again that failed or was cancelled. It goes on from its last commit, in the queue by its age.
+
+    The tenant may have ``most_queued`` jobs in the queue.
+
+    Raises:
+        JobNotFound: there is no such job.
+        JobConflict: the job has not failed and was not cancelled; or it has noise, and cannot go on without its secret.
+        LimitReached: the tenant has as many jobs in the queue as it may.
+    """
+    record = store.get(job)
+    ended: tuple[Status, ...] = ("failed", "cancelled")
+    if record.status in ended and record.spec.get("privacy") and store.newest(job, "round"):
+        asked = (
+            "be tried again: the secret of its noise was erased when it ended, and other noise would weaken its privacy"
+        )
+        raise JobConflict(job, record.status, asked)
+    store.move(job, "queued", before=ended, most_queued=most_queued)
+    return _reached(store, job, ("queued", "validating", "running"), "be tried again")
+
+
+def delete(store: JobStore, job: str) -> None:
+    """Delete a job that is over, with its events, its files and its model. The audit log keeps who did what.
+
+    From now on nobody sees it; the controller deletes the files.
+
+    Raises:
+        JobNotFound: there is no such job.
+        JobConflict: the job is not over, or an alias stands for its model, whose callers would lose it.
+    """
+    record = store.get(job)
+    own = store.seen_by(record.tenant, everything=False)
+    for alias, shares in own.aliases.all().items():
+        if any(_job_of(own, name) == job for name in shares):
+            asked = f"be deleted: the alias {alias} stands for its model; let it stand for another, or delete it"
+            raise JobConflict(job, record.status, asked)
+    if not store.deletions.mark(job):
+        raise JobConflict(job, store.get(job).status, "be deleted")
+
+
+def _job_of(store: JobStore, model: str) -> str | None:
+    """The job whose model answers under the name ``model``, such as ``minilm:support`` or ``minilm:support@best``."""
+    stem, at, _ = model.partition("@")
+    found = trained(store, stem, "latest") if at else None
+    record = found.record if found else store.model(stem)
+    return record.id if record else None
 
 
 def _reached(store: JobStore, job: str, wanted: tuple[Status, ...], asked: str) -> JobRecord:

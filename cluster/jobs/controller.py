@@ -12,14 +12,15 @@ from typing import Protocol
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.database import NO_ANSWER
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
-from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
+from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, remove
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.cluster.tables import AT_WORK
+from chainfed_ray.cluster.tables import AT_WORK, FINISHED
 
 _INTERVAL_SECONDS = 0.5  # between two steps
 _DATABASE_RETRY_SECONDS = 5.0
 _OVER_BEFORE = 1000  # jobs, the newest
+_DELETED_AT_ONCE = 100  # jobs in a step
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class Controller:
                 self._store.move(job.id, "cancelled", error=described(broken) if broken else None)
                 over.add(job.id)
 
+        self._delete(over)
+
         # 2. A job whose coordinator died while it was to pause is paused as soon as no process of it is left.
         for job in self._store.page(status="pausing"):
             if job.id not in alive and self._coordinators.end(job.id):
@@ -107,6 +110,20 @@ class Controller:
                 if self._store.move(queued.id, "running" if begun else "validating"):
                     self._start(queued.id)
                     tenants[queued.tenant] += 1
+
+    def _delete(self, over: set[str]) -> None:
+        """Delete the files of jobs that are being deleted, and then their rows. They are added to those that are ``over``."""
+        for job in self._store.deletions.marked(_DELETED_AT_ONCE):
+            if not self._coordinators.end(job):
+                continue
+            over.add(job)
+            try:
+                clean_up(job, self._settings.storage)
+                remove(self._settings.storage.job(job))
+            except OSError as error:  # a later step tries again
+                _log.warning("the files of job %s could not be deleted: %s", job, error)
+            else:
+                self._store.deletions.purge(job)
 
     def _over_before(self) -> set[str]:
         """Jobs that were over before this controller began: the one before may have died before it deleted their caches."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
-from chainfed_ray.cluster.tables import Event
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.tables import FINISHED, Event
 from chainfed_ray.errors import ServiceBusy
 
 POLL_SECONDS = 0.5

@@ -19,16 +19,18 @@ from dataclasses import replace
 from secrets import token_hex
 from typing import Any, Self, cast
 
-from sqlalchemy import ColumnElement, func, select, text, true, update
+from sqlalchemy import ColumnElement, and_, func, select, text, true, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.cluster.jobs.aliases import Aliases
+from chainfed_ray.cluster.queries.aliases import Aliases
+from chainfed_ray.cluster.queries.deletions import Deletions
 from chainfed_ray.cluster.storage import QUEUED_JOBS
 from chainfed_ray.cluster.tables import (
     AT_WORK,
+    FINISHED,
     ROW_VERSION,
     STATES_BEFORE,
     Event,
@@ -44,7 +46,6 @@ from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
 from chainfed_ray.errors import JobConflict, JobNotFound, LimitReached
 from chainfed_ray.spec.job import JobSpec
 
-FINISHED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 _QUEUE_SECONDS = 60  # until a place in a full queue may be free
 _SERVED: tuple[Status, ...] = ("succeeded",)
 _CHECKED: tuple[Status, ...] = ("queued", "running", "pausing", "paused", "succeeded")  # if they have started
@@ -245,6 +246,11 @@ class JobStore:
         """Other names of the models that are seen."""
         return Aliases(self._engine, self._view)
 
+    @property
+    def deletions(self) -> Deletions:
+        """The jobs, of all tenants, that are being deleted."""
+        return Deletions(self._engine)
+
     def move(
         self,
         job: str,
@@ -270,10 +276,14 @@ class JobStore:
             values |= {"finished_at": now, "result": result, "error": error}
         if to not in AT_WORK:
             values["activity"] = None
+        if to == "queued":
+            values |= {"finished_at": None, "result": None, "error": None, "restarts": 0}
         possible = STATES_BEFORE[to] if before is None else [state for state in STATES_BEFORE[to] if state in before]
         with Session(self._engine) as session, session.begin():
             changed = session.execute(
-                update(JobRow).where(JobRow.id == job, JobRow.status.in_(possible)).values(**values)
+                update(JobRow)
+                .where(JobRow.id == job, JobRow.status.in_(possible), JobRow.deleted_at.is_(None))
+                .values(**values)
             )
             if cast("CursorResult[Any]", changed).rowcount == 0:
                 return False
@@ -353,7 +363,8 @@ class JobStore:
     @property
     def _seen(self) -> ColumnElement[bool]:
         """The condition of a query that a job is seen."""
-        return true() if self._view.everything else JobRow.tenant == self._view.tenant
+        is_own = true() if self._view.everything else JobRow.tenant == self._view.tenant
+        return and_(is_own, JobRow.deleted_at.is_(None))
 
     def _record(self, row: JobRow) -> JobRecord:
         return replace(row.record(), model=self._view.name(row.tenant, row.model))
@@ -364,9 +375,9 @@ def _check_id(job: str) -> None:
         raise JobNotFound(job)
 
 
-def _started(states: Collection[Status]) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+def _started(states: Collection[Status]) -> tuple[ColumnElement[bool], ...]:
     """The conditions that a job is in one of ``states``, and has started."""
-    return JobRow.status.in_(states), JobRow.started_at.is_not(None)
+    return JobRow.status.in_(states), JobRow.started_at.is_not(None), JobRow.deleted_at.is_(None)
 
 
 def _check_queue(session: Session, tenant: str, most: int | None) -> None:

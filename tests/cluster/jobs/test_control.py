@@ -9,7 +9,7 @@ import pytest
 from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, Training, TurnOrder
 from chainfed_ray.client.pool import ClientPool, LocalPool
-from chainfed_ray.cluster.jobs.control import cancel, pause, resume
+from chainfed_ray.cluster.jobs.control import cancel, delete, pause, resume, retry
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
@@ -20,8 +20,8 @@ from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.parse import parse_job
-from tests.builders import SPEC, a_job, assert_same, run
-from tests.pools import Altered, Answer
+from tests.builders import PRIVACY, SPEC, a_job, assert_same, run
+from tests.pools import Altered, Answer, Killed, dying
 
 ROUNDS, CLIENTS = 4, 3
 
@@ -114,6 +114,11 @@ def in_state(store: JobStore, state: Status) -> str:
         (resume, "pausing", "running"),
         (resume, "paused", "queued"),
         (resume, "cancelled", "it is cancelled; it cannot be resumed"),
+        (retry, "failed", "queued"),
+        (retry, "cancelled", "queued"),
+        (retry, "running", "running"),
+        (retry, "paused", "it is paused; it cannot be tried again"),
+        (retry, "succeeded", "it is succeeded; it cannot be tried again"),
         (cancel, "queued", "cancelled"),
         (cancel, "running", "cancelling"),
         (cancel, "pausing", "cancelling"),
@@ -160,7 +165,97 @@ def test_a_job_goes_on_where_the_queue_has_room(store: JobStore) -> None:
     assert resume(store, job, most_queued=2).status == "queued"
 
 
-@pytest.mark.parametrize("ask", [pause, resume, cancel])
+@pytest.mark.parametrize("ends", ["failed", "cancelled"])
+def test_a_job_that_is_tried_again_goes_on_from_its_last_commit(
+    ends: Status, document: dict[str, Any], expected: Any, storage: Storage, store: JobStore
+) -> None:
+    job = store.submit(parse_job(document)).id
+    store.move(job, "running")
+    with pytest.raises(Killed):
+        run_queued_job(job, storage, lambda source, note: dying(LocalPool(source), 2 * CLIENTS))
+    for _ in range(3):
+        store.count_restart(job)
+    if ends == "cancelled":
+        store.move(job, "cancelling")
+    store.move(job, ends, error={"type": "ValueError", "message": "no"})
+    assert len(CommitLog(storage.job(job)).rounds()) == 2
+    again = retry(store, job)
+    assert (again.status, again.error, again.finished_at, again.restarts) == ("queued", None, None, 0)
+    store.move(job, "running")
+    run_queued_job(job, storage, in_this_process)
+    assert store.get(job).status == "succeeded"
+    assert_same(load_stack(storage.model(job)).stack.tensors(), expected)
+    kinds = [event.kind for event in store.events(job)]
+    assert kinds.count("round") == ROUNDS, "each round is told once"
+    assert [kind for kind in kinds if kind in (ends, "succeeded")] == [ends, "succeeded"]
+
+
+def test_a_job_with_noise_is_not_tried_again_once_it_had_a_round(store: JobStore) -> None:
+    """Its secret is erased, and what is drawn with another one would weaken its privacy."""
+    document = SPEC.document()
+    document |= {"privacy": PRIVACY, "chain": document["chain"] | {"start": 1, "head": "zero"}}
+    jobs = [store.submit(parse_job(document)).id for _ in range(2)]
+    store.publish(jobs[0], "round-0", "round", {})
+    for job in jobs:
+        store.move(job, "cancelled")
+    with pytest.raises(JobConflict, match="the secret of its noise was erased"):
+        retry(store, jobs[0])
+    assert store.get(jobs[0]).status == "cancelled"
+    assert retry(store, jobs[1]).status == "queued"
+
+
+def served(store: JobStore) -> str:
+    job = store.submit(SPEC, "key").id
+    store.move(job, "running")
+    store.publish(job, "round-0", "round", {"index": 0})
+    store.move(job, "succeeded", result={})
+    return job
+
+
+def test_a_job_that_is_deleted_is_not_there_and_neither_is_its_model(store: JobStore) -> None:
+    job, older = served(store), store.submit(SPEC).id
+    with pytest.raises(JobConflict, match="is queued; it cannot be deleted"):
+        delete(store, older)
+    delete(store, job)
+    for ask in (store.get, store.events, lambda job: retry(store, job), lambda job: delete(store, job)):
+        with pytest.raises(JobNotFound):
+            ask(job)
+    assert [found.id for found in store.page()] == [older]
+    assert store.count() == {"queued": 1}
+    assert not store.move(job, "queued")
+    name = SPEC.model_name
+    assert (store.models(), store.model(name), store.of_model(name), store.bases(), store.model_names(9)) == (
+        [],
+        None,
+        [],
+        [],
+        [],
+    )
+    assert store.on_base(name.partition(":")[0], 9) == []
+    assert store.submit(SPEC, "key").id != job, "the key of its submission is free"
+    assert store.deletions.marked(9) == [job]
+    store.deletions.purge(older)
+    store.deletions.purge(job)
+    assert (store.deletions.marked(9), len(store.page())) == ([], 2)
+
+
+def test_a_model_that_an_alias_stands_for_is_kept(store: JobStore) -> None:
+    alice = store.seen_by("alice", everything=False)
+    old, new = served(alice), alice.submit(SPEC).id
+    store.move(new, "running")
+    store.publish(new, "round-0", "round", {"index": 0})
+    store.move(new, "succeeded", result={})
+    for name in (SPEC.model_name, f"{SPEC.model_name}@best"):
+        alice.aliases.set("support", {name: 1.0})
+        with pytest.raises(JobConflict, match="the alias support stands for its model"):
+            delete(store, new)
+    delete(store, old)  # which the name does not mean any more
+    alice.aliases.delete("support")
+    delete(alice, new)
+    assert store.page() == []
+
+
+@pytest.mark.parametrize("ask", [pause, resume, cancel, retry, delete])
 def test_another_tenant_s_job_is_not_there(ask: Callable[[JobStore, str], Any], store: JobStore) -> None:
     job = store.seen_by("alice", everything=False).submit(SPEC).id
     with pytest.raises(JobNotFound):

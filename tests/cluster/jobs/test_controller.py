@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chainfed_ray.cluster.jobs.control import pause, resume
+from chainfed_ray.cluster.jobs.control import delete, pause, resume
 from chainfed_ray.cluster.jobs.controller import Controller
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings, Storage
@@ -165,6 +165,42 @@ def test_a_broken_job_folder_stops_nobody_else(parts: tuple[Controller, JobStore
     assert broken.error is not None
     assert broken.error["type"] == "NotADirectoryError"
     assert processes.jobs == {other}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_deleted_job_leaves_nothing(
+    parts: tuple[Controller, JobStore, Processes, Settings], broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, store, processes, settings = parts
+    job, other = store.submit(SPEC).id, store.submit(SPEC).id
+    store.move(job, "cancelled")
+    folder = settings.storage.job(job)
+    if broken:
+        folder.parent.mkdir(parents=True)
+        folder.write_text("a file where a folder is meant")
+    else:
+        CommitLog(folder).secret()
+        settings.storage.scratch(job).mkdir(parents=True)
+    delete(store, job)
+    assert folder.exists()
+    processes.stubborn.add(job)
+    controller.step()
+    assert folder.exists(), "a process of it may still write"
+    processes.stubborn.clear()
+
+    def cannot(path: Path) -> None:
+        raise PermissionError(13, "not allowed", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("chainfed_ray.cluster.jobs.controller.remove", cannot)
+        controller.step()
+    assert store.deletions.marked(9) == [job], "a later step tries again"
+    assert processes.jobs == {other}, "and the others go on"
+    controller.step()
+    assert not folder.exists()
+    assert not settings.storage.scratch(job).exists()
+    assert store.deletions.marked(9) == []
+    assert [record.id for record in store.page()] == [other]
 
 
 def test_caches_that_an_earlier_controller_left_are_deleted(tmp_path: Path) -> None:
