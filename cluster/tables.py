@@ -11,6 +11,7 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     ForeignKey,
+    Index,
     Integer,
     UniqueConstraint,
     event,
@@ -78,6 +79,7 @@ class JobRecord:
     reads_anything: bool = True
     tenant: str = DEFAULT_TENANT
     version: int = ROW_VERSION
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class JobRow(_Table):
     tenant: Mapped[str] = mapped_column(index=True, default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
     version: Mapped[int] = mapped_column(default=ROW_VERSION, server_default="1")
     deleted_at: Mapped[str | None] = mapped_column(index=True, default=None)
+    priority: Mapped[int] = mapped_column(default=0, server_default="0")
 
     def record(self) -> JobRecord:
         """The job as it is now."""
@@ -143,7 +146,28 @@ class JobRow(_Table):
             reads_anything=self.reads_anything,
             tenant=self.tenant,
             version=self.version,
+            priority=self.priority,
         )
+
+
+class LabelRow(_Table):
+    """A label of a job."""
+
+    __tablename__ = "job_labels"
+    __table_args__ = (Index("ix_job_labels_name_value", "name", "value"),)
+
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+
+
+class TurnRow(_Table):
+    """When a tenant had its last turn: the number of that turn, counted over all tenants."""
+
+    __tablename__ = "tenant_turns"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    turn: Mapped[int] = mapped_column(BigInteger)
 
 
 class EventRow(_Table):

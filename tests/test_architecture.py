@@ -56,7 +56,7 @@ ONLY_IN = {
     "typer": ("api.command", "api.operator"),
 }
 WITHOUT_TORCH = ("ground", "spec", "budget")
-MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 159
+MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 160
 GENERIC = {"api", "cluster", "tests", "benchmarks", "examples"}
 
 

@@ -15,7 +15,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
-from rich.table import Column, Table
 
 from chainfed_ray.activity import Reporter
 from chainfed_ray.api.command import jobs_command
@@ -42,6 +41,7 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(sites_app, name="sites")
 app.command()(join)
+app.command("list")(jobs_command.list_jobs)
 for _control in (
     jobs_command.pause,
     jobs_command.resume,
@@ -171,26 +171,6 @@ def submit(
         _follow(client, record, as_json)
     else:
         answer(as_json, record, queued)
-
-
-@app.command("list")
-def list_jobs(
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="how many jobs to show, the newest first")] = 20,
-    address: Address = ADDRESS,
-    key_file: KeyFile = None,
-    as_json: Json = False,
-) -> None:
-    """Show the service's jobs and models."""
-    client = ServiceClient(address, read_key(key_file))
-    jobs = client.jobs(limit)
-    # Long names wrap to the next line. A name cut short could not be pasted into another command.
-    job_column, model_column = (Column(name, overflow="fold") for name in ("job", "model"))
-    table = Table(job_column, "status", "submitted (UTC)", "accuracy", model_column, box=None, header_style="bold")
-    for job in jobs:
-        accuracy = "" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
-        submitted = job["submitted_at"][:19].replace("T", " ")
-        table.add_row(job["id"], job["status"], submitted, accuracy, job["model"] if accuracy else "")
-    answer(as_json, {"jobs": jobs}, table if jobs else "There are no jobs yet; `chainfed submit job.yaml` sends one.")
 
 
 @app.command()

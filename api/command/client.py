@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, NoReturn
@@ -101,9 +101,14 @@ class ServiceClient:
         """
         return self._ask("POST", "/v1/plan", json=document, timeout=_PLAN_TIMEOUT)
 
-    def jobs(self, limit: int = 50) -> list[JsonObject]:
-        """At most ``limit`` jobs, the newest first."""
-        jobs: list[JsonObject] = self._ask("GET", "/v1/jobs", params={"limit": limit})["jobs"]
+    def jobs(self, limit: int = 50, states: Sequence[str] = (), labels: Sequence[str] = ()) -> list[JsonObject]:
+        """At most ``limit`` jobs, the newest first: those in one of the ``states``, and with every label ``name=value``.
+
+        Raises:
+            InvalidJob: there is no such state, or a label has no value.
+        """
+        asked = {"limit": limit, "state": list(states), "label": list(labels)}
+        jobs: list[JsonObject] = self._ask("GET", "/v1/jobs", params=asked)["jobs"]
         return jobs
 
     def job(self, job: str) -> JsonObject:

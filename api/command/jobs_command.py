@@ -1,10 +1,11 @@
-"""Commands that tell a job of the service what to do: pause, go on, end, be tried again, with changes, be deleted."""
+"""Commands that list the jobs of the service, and tell one what to do: pause, go on, end, be tried again, be deleted."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.table import Column, Table
 
 from chainfed_ray.api.command.client import ServiceClient, read_key
 from chainfed_ray.api.operator.answers import Json, answer
@@ -14,6 +15,29 @@ ADDRESS = "http://127.0.0.1:8000"
 Address = Annotated[str, typer.Option(envvar="CHAINFED_ADDRESS", help="the address of the service")]
 KeyFile = Annotated[Path | None, typer.Option(help="a file with the API key; by default CHAINFED_API_KEY has it")]
 JobId = Annotated[str, typer.Argument(help="the id of a job, from `chainfed list`")]
+
+
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="how many jobs to show, the newest first")] = 20,
+    state: Annotated[list[str] | None, typer.Option(help="only jobs in this state, or in one of several")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="only jobs with this label, such as team=search; repeatable")
+    ] = None,
+    address: Address = ADDRESS,
+    key_file: KeyFile = None,
+    as_json: Json = False,
+) -> None:
+    """Show the service's jobs and models."""
+    client = ServiceClient(address, read_key(key_file))
+    jobs = client.jobs(limit, state or (), label or ())
+    # Long names wrap to the next line. A name cut short could not be pasted into another command.
+    job_column, model_column = (Column(name, overflow="fold") for name in ("job", "model"))
+    table = Table(job_column, "status", "submitted (UTC)", "accuracy", model_column, box=None, header_style="bold")
+    for job in jobs:
+        accuracy = "" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
+        submitted = job["submitted_at"][:19].replace("T", " ")
+        table.add_row(job["id"], job["status"], submitted, accuracy, job["model"] if accuracy else "")
+    answer(as_json, {"jobs": jobs}, table if jobs else "There are no jobs yet; `chainfed submit job.yaml` sends one.")
 
 
 def pause(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:

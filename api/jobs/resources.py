@@ -105,6 +105,8 @@ class JobSummary(BaseModel):
     started_at: str | None
     finished_at: str | None
     accuracy: float | None = Field(description="accuracy on the test rows, once the job has succeeded")
+    labels: dict[str, str]
+    priority: int = Field(description="of a tenant's jobs that wait, those with a greater one begin first")
 
     @classmethod
     def of(cls, record: JobRecord) -> "JobSummary":
@@ -154,7 +156,7 @@ class JobPage(BaseModel):
     """A page of jobs, the newest first."""
 
     jobs: list[JobSummary]
-    next: str | None = Field(description="pass this as `before` to get the next page; null on the last page")
+    next: str | None = Field(description="pass this as `cursor` to get the next page; null on the last page")
 
 
 def full(jobs: JobStore, record: JobRecord) -> JobResource:
@@ -201,4 +203,6 @@ def _summary(record: JobRecord) -> dict[str, Any]:
         "started_at": record.started_at,
         "finished_at": record.finished_at,
         "accuracy": (record.result or {}).get("accuracy"),
+        "labels": record.spec.get("labels") or {},
+        "priority": record.priority,
     }

@@ -13,6 +13,7 @@ from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
 from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, while_connected
 from chainfed_ray.cluster.access.identity import Identity
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.tables import Status
 from chainfed_ray.records.fleet import FleetClient
 from chainfed_ray.records.forecast import Forecast
@@ -33,6 +34,7 @@ class ClientPage(BaseModel):
     next: int | None = Field(description="pass this as `after` to get the next page; null on the last page")
 
 
+_LABEL = r"^[a-z0-9-]{1,63}=[^\x00]{0,63}$"
 _ETAG = {"ETag": {"description": "of this answer: it changes with the job", "schema": {"type": "string"}}}
 _TAGGED: dict[int | str, dict[str, Any]] = {
     200: {"headers": _ETAG},
@@ -106,14 +108,25 @@ async def accept(
 def list_jobs(
     jobs: Jobs,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most jobs of a page")] = 50,
-    before: Annotated[str | None, Query(description="return only jobs older than the job with this id")] = None,
-    status: Annotated[Status | None, Query(description="return only jobs in this state")] = None,
+    cursor: Annotated[str | None, Query(max_length=200, description="`next` of the page before")] = None,
+    state: Annotated[
+        list[Status] | None, Query(max_length=20, description="return only jobs in one of these states")
+    ] = None,
+    label: Annotated[
+        list[Annotated[str, Field(pattern=_LABEL)]] | None,
+        Query(max_length=32, description="return only jobs with each of these labels, such as `team=search`"),
+    ] = None,
+    status: Annotated[Status | None, Query(deprecated=True, description="the same as one `state`")] = None,
 ) -> JobPage:
     """The jobs, the newest first."""
-    records = jobs.page(limit + 1, before, status)
+    place = None if cursor is None else Place.parse(cursor)
+    states = [*(state or ()), *([status] if status else ())]
+    labels = [(name, value) for name, _, value in (text.partition("=") for text in label or ())]
+    records = jobs.page(limit + 1, place, states or None, labels)
     shown = records[:limit]
     return JobPage(
-        jobs=[JobSummary.of(record) for record in shown], next=shown[-1].id if len(records) > limit else None
+        jobs=[JobSummary.of(record) for record in shown],
+        next=Place.after(shown[-1]).cursor() if len(records) > limit else None,
     )
 
 

@@ -100,16 +100,18 @@ class Controller:
         for job_id in running - alive:
             self._start(job_id)
 
-        # 5. Start the oldest queued jobs, if there are free places: of tenants that may have another one at work.
+        # 5. Start queued jobs, if there are free places: of tenants that may have another one at work, each in its turn.
         for _ in range(self._settings.parallel_jobs - len(running)):
-            most = self._settings.running_jobs
-            at_limit = [tenant for tenant, count in tenants.items() if most is not None and count >= most]
             # A job that was resumed at once may still have the coordinator that it had before: that one ends first.
-            for queued in self._store.queue(1, but=at_limit, besides=alive):
-                begun = self._store.newest(queued.id, "started") is not None
-                if self._store.move(queued.id, "running" if begun else "validating"):
-                    self._start(queued.id)
-                    tenants[queued.tenant] += 1
+            found = self._store.turns.next(tenants, self._settings.running_jobs, besides=alive)
+            if found is None:
+                break
+            job_id, tenant = found
+            begun = self._store.newest(job_id, "started") is not None
+            if self._store.move(job_id, "running" if begun else "validating"):
+                self._store.turns.take(tenant)
+                tenants[tenant] += 1
+                self._start(job_id)
 
     def _delete(self, over: set[str]) -> None:
         """Delete the files of jobs that are being deleted, and then their rows. They are added to those that are ``over``."""

@@ -13,13 +13,13 @@ A job that was validated before goes on from ``queued`` without that. One that f
 One that is not over may be cancelled: it is ``cancelling`` until its processes have ended, and then ``cancelled``.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from copy import copy
 from dataclasses import replace
 from secrets import token_hex
 from typing import Any, Self, cast
 
-from sqlalchemy import ColumnElement, and_, func, select, text, true, update
+from sqlalchemy import ColumnElement, Select, and_, func, select, text, true, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -27,6 +27,8 @@ from sqlalchemy.orm import Session
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.queries.aliases import Aliases
 from chainfed_ray.cluster.queries.deletions import Deletions
+from chainfed_ray.cluster.queries.pages import Label, Place, narrowed
+from chainfed_ray.cluster.queries.turns import Turns
 from chainfed_ray.cluster.storage import QUEUED_JOBS
 from chainfed_ray.cluster.tables import (
     AT_WORK,
@@ -37,6 +39,7 @@ from chainfed_ray.cluster.tables import (
     EventRow,
     JobRecord,
     JobRow,
+    LabelRow,
     Latest,
     Status,
     moment,
@@ -114,11 +117,13 @@ class JobStore:
             request_key=key,
             reads_anything=reads_anything,
             tenant=self._view.tenant,
+            priority=spec.priority,
         )
         try:
             with Session(self._engine) as session, session.begin():
                 session.add(row)
                 session.flush()
+                session.add_all(LabelRow(job=row.id, name=name, value=value) for name, value in spec.labels.items())
                 _check_queue(session, row.tenant, most_queued)
                 _append(session, row.id, "queued", "queued", row.submitted_at, {})
                 return self._record(row)
@@ -145,24 +150,17 @@ class JobStore:
             return self._record(row)
 
     def page(
-        self, limit: int = 100, before: str | None = None, status: Status | Collection[Status] | None = None
+        self,
+        limit: int = 100,
+        after: Place | None = None,
+        status: Status | Collection[Status] | None = None,
+        labels: Iterable[Label] = (),
     ) -> list[JobRecord]:
-        """At most ``limit`` jobs, the newest first; only those older than the job ``before``, and in a state of ``status``.
-
-        Raises:
-            JobNotFound: there is no job with the id ``before``.
-        """
-        query = select(JobRow).where(self._seen).order_by(JobRow.number.desc()).limit(limit)
-        if status is not None:
-            query = query.where(JobRow.status.in_([status] if isinstance(status, str) else status))
-        with Session(self._engine) as session:
-            if before is not None:
-                _check_id(before)
-                number = session.scalar(select(JobRow.number).where(self._seen, JobRow.id == before))
-                if number is None:
-                    raise JobNotFound(before)
-                query = query.where(JobRow.number < number)
-            return [self._record(row) for row in session.scalars(query)]
+        """At most ``limit`` jobs, the newest first: those ``after`` a place, in a state of ``status``, with all ``labels``."""
+        query = select(JobRow).where(self._seen, *narrowed(status, labels))
+        if after is not None:
+            query = query.where(after.older(self._seen))
+        return self._found(query.order_by(JobRow.number.desc()).limit(limit))
 
     def count(self) -> dict[Status, int]:
         """How many jobs are in each state. States without jobs are missing."""
@@ -181,20 +179,17 @@ class JobStore:
             found = session.execute(select(JobRow.id, JobRow.status).where(JobRow.id.in_(jobs)))
             return {job: cast("Status", status) for job, status in found}
 
-    def queue(self, limit: int, but: Collection[str] = (), besides: Collection[str] = ()) -> list[JobRecord]:
-        """At most ``limit`` queued jobs, the oldest first; none of the tenants ``but``, and not the jobs ``besides``."""
-        queued = (JobRow.status == "queued", JobRow.tenant.not_in(but), JobRow.id.not_in(besides))
-        query = select(JobRow).where(*queued).order_by(JobRow.number).limit(limit)
-        with Session(self._engine) as session:
-            return [self._record(row) for row in session.scalars(query)]
+    def queue(self, limit: int) -> list[JobRecord]:
+        """At most ``limit`` queued jobs, the oldest first."""
+        query = select(JobRow).where(JobRow.status == "queued").order_by(JobRow.number).limit(limit)
+        return self._found(query)
 
     def models(self) -> list[JobRecord]:
         """For each model name the newest job that succeeded, sorted by that name."""
         succeeded = select(func.max(JobRow.number)).where(self._seen, JobRow.status == "succeeded")
         newest = succeeded.group_by(JobRow.tenant, JobRow.model)
         query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.model)
-        with Session(self._engine) as session:
-            return [self._record(row) for row in session.scalars(query)]
+        return self._found(query)
 
     def model(self, name: str) -> JobRecord | None:
         """The newest job that succeeded and whose model is called ``name``."""
@@ -208,9 +203,7 @@ class JobStore:
     def _called(self, name: str, states: Collection[Status], limit: int) -> list[JobRecord]:
         tenant, own = self._view.parts(name)
         query = select(JobRow).where(JobRow.tenant == tenant, JobRow.model == own, *_started(states))
-        with Session(self._engine) as session:
-            found = session.scalars(query.order_by(JobRow.number.desc()).limit(limit))
-            return [self._record(row) for row in found]
+        return self._found(query.order_by(JobRow.number.desc()).limit(limit))
 
     def bases(self) -> list[JobRecord]:
         """For each base model's name, the newest job that has started or succeeded on it, sorted by that name.
@@ -220,9 +213,7 @@ class JobStore:
         checked = select(func.max(JobRow.number)).where(self._seen, *_started(_CHECKED))
         newest = checked.group_by(JobRow.tenant, JobRow.model)
         query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.number)
-        with Session(self._engine) as session:
-            records = [self._record(row) for row in session.scalars(query)]
-        found = {record.model.partition(":")[0]: record for record in records}
+        found = {record.model.partition(":")[0]: record for record in self._found(query)}
         return [found[name] for name in sorted(found)]
 
     def on_base(self, name: str, limit: int) -> list[JobRecord]:
@@ -365,6 +356,15 @@ class JobStore:
         """The condition of a query that a job is seen."""
         is_own = true() if self._view.everything else JobRow.tenant == self._view.tenant
         return and_(is_own, JobRow.deleted_at.is_(None))
+
+    @property
+    def turns(self) -> Turns:
+        """Whose turn it is, among the jobs of all tenants."""
+        return Turns(self._engine)
+
+    def _found(self, query: Select[JobRow]) -> list[JobRecord]:
+        with Session(self._engine) as session:
+            return [self._record(row) for row in session.scalars(query)]
 
     def _record(self, row: JobRow) -> JobRecord:
         return replace(row.record(), model=self._view.name(row.tenant, row.model))

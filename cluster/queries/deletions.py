@@ -9,7 +9,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.engine import CursorResult, Engine
 from sqlalchemy.orm import Session
 
-from chainfed_ray.cluster.tables import FINISHED, EventRow, JobRow, moment
+from chainfed_ray.cluster.tables import FINISHED, EventRow, JobRow, LabelRow, moment
 
 
 class Deletions:
@@ -39,4 +39,5 @@ class Deletions:
         """Delete what is left of a job that is marked."""
         with Session(self._engine) as session, session.begin():
             session.execute(delete(EventRow).where(EventRow.job == job))  # of a process that had not heard of it yet
+            session.execute(delete(LabelRow).where(LabelRow.job == job))
             session.execute(delete(JobRow).where(JobRow.id == job, JobRow.deleted_at.is_not(None)))

@@ -105,3 +105,48 @@ def test_conditions_of_a_job(client: TestClient, store: JobStore) -> None:
         "Finished": ("False", "Validating"),
     }
     assert found["conditions"][1]["since"] == found["submitted_at"]
+
+
+def test_lists_by_state_and_label_and_in_pages(client: TestClient) -> None:
+    document = SPEC.document()
+    labels = ({"team": "search"}, {"team": "search", "kind": "a=b"}, {"team": "ads"}, {})
+    jobs = [client.post("/v1/jobs", json={**document, "labels": given, "priority": 7}).json()["id"] for given in labels]
+    client.post(f"/v1/jobs/{jobs[0]}/cancel")
+
+    def listed(**params: Any) -> list[str]:
+        return [job["id"] for job in client.get("/v1/jobs", params=params).json()["jobs"]]
+
+    assert listed(label="team=search") == [jobs[1], jobs[0]]
+    assert listed(label=["team=search", "kind=a=b"]) == [jobs[1]]
+    assert listed(label="team=search", state="cancelled") == [jobs[0]]
+    assert listed(state=["cancelled", "queued"]) == jobs[::-1]
+    assert listed(status="cancelled") == [jobs[0]]
+    shown = client.get(f"/v1/jobs/{jobs[1]}").json()
+    assert (shown["labels"], shown["priority"]) == ({"team": "search", "kind": "a=b"}, 7)
+
+    pages, cursor = list[str](), None
+    while cursor is not None or not pages:
+        page = client.get(
+            "/v1/jobs", params={"limit": 1, "state": "queued"} | ({"cursor": cursor} if cursor else {})
+        ).json()
+        pages += [job["id"] for job in page["jobs"]]
+        cursor = page["next"]
+    assert pages == [jobs[3], jobs[2], jobs[1]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"labels": {"Team": "x"}},
+        {"labels": {"team": 5}},
+        {"labels": {"team": "x" * 64}},
+        {"labels": {f"label-{number}": "" for number in range(33)}},
+        {"labels": ["team"]},
+        {"priority": 101},
+        {"priority": 1.5},
+    ],
+)
+def test_labels_and_priorities_are_bounded(client: TestClient, wrong: dict[str, Any]) -> None:
+    answer = client.post("/v1/jobs", json=SPEC.document() | wrong)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"].startswith(next(iter(wrong)))

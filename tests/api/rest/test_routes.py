@@ -308,7 +308,7 @@ def test_lists_and_cancelling(client: TestClient, small: dict[str, Any], storage
     jobs = [client.post("/v1/jobs", json=small).json()["id"] for _ in range(3)]
     page = client.get("/v1/jobs", params={"limit": 2}).json()
     assert ([job["id"] for job in page["jobs"]], page["next"]) == (jobs[:0:-1], jobs[1])
-    assert client.get("/v1/jobs", params={"before": page["next"]}).json()["jobs"][0]["id"] == jobs[0]
+    assert client.get("/v1/jobs", params={"cursor": page["next"]}).json()["jobs"][0]["id"] == jobs[0]
     cancelled = client.post(f"/v1/jobs/{jobs[0]}/cancel")
     assert (cancelled.status_code, cancelled.json()["status"]) == (202, "cancelled")
     assert client.post(f"/v1/jobs/{jobs[0]}/cancel").status_code == 202
@@ -371,7 +371,9 @@ def test_a_bad_job_is_refused_with_its_field(
         ("POST", "/v1/jobs/none/cancel", {}, 404, "job-not-found"),
         ("GET", "/v1/jobs?limit=0", {}, 422, "invalid-request"),
         ("GET", "/v1/jobs?status=odd", {}, 422, "invalid-request"),
-        ("GET", "/v1/jobs?before=none", {}, 404, "job-not-found"),
+        ("GET", "/v1/jobs?state=odd", {}, 422, "invalid-request"),
+        ("GET", "/v1/jobs?label=team", {}, 422, "invalid-request"),
+        ("GET", "/v1/jobs?cursor=none", {}, 422, "invalid-job"),
         ("POST", "/v1/jobs", {"content": b"{"}, 400, "bad-request"),
         ("POST", "/v1/jobs", {"content": b"\xff"}, 400, "bad-request"),
         (

@@ -17,6 +17,7 @@ from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.serving.messages import ModelKey
 from chainfed_ray.spec.parse import parse_job
 from tests.apps import an_app
@@ -41,7 +42,11 @@ class World:
 
     def make(self, tenant: str, name: str, ends: str = "succeeded", key: str | None = None) -> str:
         """A job of a tenant, and what the service does with it."""
-        job = self.store.seen_by(tenant, everything=False).submit(parse_job({**DOCUMENT, "name": name}), key).id
+        job = (
+            self.store.seen_by(tenant, everything=False)
+            .submit(parse_job({**DOCUMENT, "name": name, "labels": {"of": tenant}}), key)
+            .id
+        )
         if ends != "queued":
             self.store.move(job, "running")
         if ends == "succeeded":
@@ -103,7 +108,12 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         "GET /v1/audit": [{}],
         "POST /v1/plan": [{"json": DOCUMENT}],
         "POST /v1/jobs": submitted,
-        "GET /v1/jobs": [{}, *({"params": {"before": job}} for job in jobs), {"params": {"status": "queued"}}],
+        "GET /v1/jobs": [
+            {},
+            *({"params": {"cursor": Place("2100-01-01T00:00:00.000Z", job).cursor()}} for job in jobs),
+            {"params": {"status": "queued"}},
+            {"params": {"state": ["queued", "succeeded"], "label": "of=alice"}},
+        ],
         "GET /v1/jobs/{job}": named,
         "GET /v1/jobs/{job}/clients": named,
         "GET /v1/jobs/{job}/events": [*named, *({**one, "headers": {"Accept": "text/event-stream"}} for one in named)],

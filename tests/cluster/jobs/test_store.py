@@ -13,6 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.store import JobStore, Status
+from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.tables import FINISHED, STATES_BEFORE
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound, LimitReached
 from chainfed_ray.spec.parse import parse_job
@@ -155,8 +156,9 @@ def test_a_database_of_before_gets_new_columns_and_keeps_its_jobs(database: str)
     store.close()
     engine = create_engine(database)
     with engine.begin() as connection:
-        connection.execute(text("drop index ix_jobs_tenant"))
-        for column in ("reads_anything", "tenant", "version"):
+        for index in ("ix_jobs_tenant", "ix_jobs_deleted_at"):
+            connection.execute(text(f"drop index {index}"))
+        for column in ("reads_anything", "tenant", "version", "priority", "deleted_at"):
             connection.execute(text(f"alter table jobs drop column {column}"))
     engine.dispose()
     before = replace(job, version=1)
@@ -182,7 +184,7 @@ def test_a_retry_of_a_submission_makes_no_second_job(store: JobStore) -> None:
 def test_pages_and_models(store: JobStore) -> None:
     jobs = [store.submit(SPEC).id for _ in range(5)]
     assert [job.id for job in store.page(2)] == jobs[:2:-1]
-    assert [job.id for job in store.page(9, before=jobs[3])] == jobs[2::-1]
+    assert [job.id for job in store.page(9, Place.after(store.get(jobs[3])))] == jobs[2::-1]
     for job in jobs[1:3]:
         store.move(job, "running")
         store.move(job, "succeeded", result={})
@@ -191,7 +193,7 @@ def test_pages_and_models(store: JobStore) -> None:
 
 
 def test_what_is_not_there_and_what_is_no_database(store: JobStore) -> None:
-    for ask in (lambda: store.get("x"), lambda: store.events("x"), lambda: store.page(before="x")):
+    for ask in (lambda: store.get("x"), lambda: store.events("x")):
         with pytest.raises(JobNotFound, match="'x'"):
             ask()
     with pytest.raises(InvalidSetting, match="CHAINFED_DATABASE") as caught:
@@ -259,7 +261,7 @@ def test_tenants_have_jobs_models_and_aliases_of_their_own(store: JobStore) -> N
             assert part.aliases.get(f"{other}/mine") is None
             assert not part.aliases.delete(f"{other}/mine")
             assert part.aliases.roll_back(f"{other}/mine") is None
-            for ask in (part.get, part.events, lambda job, part=part: part.page(before=job)):
+            for ask in (part.get, part.events):
                 with pytest.raises(JobNotFound):
                     ask(jobs[other])
     everything = store.seen_by("ops", everything=True)
@@ -279,5 +281,4 @@ def test_a_queue_has_so_many_jobs_of_a_tenant(store: JobStore) -> None:
     assert alice.submit(SPEC, "key", most_queued=1).id == first
     other = bob.submit(SPEC, most_queued=1).id
     assert [job.id for job in store.queue(9)] == [first, other]
-    assert [job.id for job in store.queue(9, but=["alice"])] == [other]
     assert len(store.page()) == 2
