@@ -1,6 +1,6 @@
 """The tables of the database of jobs, and their version."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,9 +10,11 @@ from sqlalchemy import (
     DDL,
     JSON,
     BigInteger,
+    Dialect,
     ForeignKey,
     Index,
     Integer,
+    TypeDecorator,
     UniqueConstraint,
     event,
     func,
@@ -59,9 +61,10 @@ AT_WORK: tuple[Status, ...] = ("validating", "running", "pausing")
 class JobRecord:
     """A job in the database.
 
-    Times are ISO 8601 in UTC. ``restarts`` counts how often a coordinator died since the last finished round.
-    ``activity`` is what the job is doing, as JSON; None unless it is at work. ``reads_anything`` says that it may read what
-    the service can read, where the service's rules say nothing. ``version`` is that of the code which last moved the job.
+    Times are ISO 8601 in UTC. ``spec`` is empty if the document cannot be read. ``restarts`` counts how often a coordinator
+    died since the last finished round. ``activity`` is what the job is doing, as JSON; None unless it is at work.
+    ``reads_anything`` says that it may read what the service can read, where the service's rules say nothing. ``version`` is
+    that of the code which last moved the job.
     """
 
     id: str
@@ -103,6 +106,25 @@ class _Table(DeclarativeBase):
     pass
 
 
+class _Kept(TypeDecorator[Any]):
+    """A JSON document of a row. One that cannot be read is None, so that it is the trouble of its own job and of no other."""
+
+    impl = JSON
+    cache_ok = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        """See SQLAlchemy: what makes a value of a column's text."""
+        read = super().result_processor(dialect, coltype)
+
+        def tolerant(value: Any) -> Any:
+            try:
+                return read(value) if read and value is not None else value
+            except ValueError:
+                return None
+
+        return tolerant
+
+
 class JobRow(_Table):
     """A job."""
 
@@ -112,15 +134,15 @@ class JobRow(_Table):
     id: Mapped[str] = mapped_column(unique=True)
     name: Mapped[str] = mapped_column(index=True)
     model: Mapped[str] = mapped_column(index=True)
-    spec: Mapped[dict[str, Any]] = mapped_column(JSON)
+    spec: Mapped[dict[str, Any]] = mapped_column(_Kept)
     status: Mapped[str] = mapped_column(index=True)
     restarts: Mapped[int] = mapped_column("starts", default=0)
     submitted_at: Mapped[str]
     started_at: Mapped[str | None] = mapped_column(default=None)
     finished_at: Mapped[str | None] = mapped_column(default=None)
-    activity: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
-    result: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
-    error: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    activity: Mapped[dict[str, Any] | None] = mapped_column(_Kept, default=None)
+    result: Mapped[dict[str, Any] | None] = mapped_column(_Kept, default=None)
+    error: Mapped[dict[str, Any] | None] = mapped_column(_Kept, default=None)
     request_key: Mapped[str | None] = mapped_column(unique=True, default=None)
     reads_anything: Mapped[bool] = mapped_column(default=True, server_default=true())
     tenant: Mapped[str] = mapped_column(index=True, default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
@@ -134,20 +156,24 @@ class JobRow(_Table):
             id=self.id,
             name=self.name,
             model=self.model,
-            spec=self.spec,
+            spec=_object(self.spec) or {},
             status=cast("Status", self.status),
             restarts=self.restarts,
             submitted_at=self.submitted_at,
             started_at=self.started_at,
             finished_at=self.finished_at,
-            activity=self.activity if self.status in AT_WORK else None,
-            result=self.result,
-            error=self.error,
+            activity=_object(self.activity) if self.status in AT_WORK else None,
+            result=_object(self.result),
+            error=_object(self.error),
             reads_anything=self.reads_anything,
             tenant=self.tenant,
             version=self.version,
             priority=self.priority,
         )
+
+
+def _object(value: object) -> dict[str, Any] | None:
+    return value if isinstance(value, dict) else None
 
 
 class LabelRow(_Table):

@@ -1,5 +1,7 @@
 """Routes that tell a job what to do: pause, go on, end, be tried again, with changes, be deleted."""
 
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
@@ -8,6 +10,8 @@ from chainfed_ray.api.jobs.resources import JobResource, full
 from chainfed_ray.api.jobs.routes import IdempotencyKey, accept
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.jobs import control
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
 router = APIRouter(prefix="/v1/jobs/{job}", tags=["jobs"])
@@ -50,7 +54,7 @@ async def clone_job(
 ) -> JobResource:
     """Queue a new job with the document of this one, and changes. It is checked as every job is, and begins anew."""
     record = await run_in_threadpool(jobs.get, job)
-    spec = await run_in_threadpool(parse_job, patched(record.spec, patch))
+    spec = await run_in_threadpool(_changed, record.spec, patch)
     return await accept(spec, request, response, service, jobs, caller, idempotency_key)
 
 
@@ -58,3 +62,10 @@ async def clone_job(
 def delete_job(job: str, jobs: Jobs) -> None:
     """Delete a job that is over, with its events, its files and its model. One whose model an alias names is kept."""
     control.delete(jobs, job)
+
+
+def _changed(document: dict[str, Any], patch: dict[str, Any]) -> JobSpec:
+    try:
+        return parse_job(patched(document, patch))
+    except RecursionError:  # JSON is read to about the depth to which Python calls functions
+        raise InvalidJob.at("(patch)", "…", "an object of fewer levels") from None

@@ -1,18 +1,19 @@
 """Starts and ends coordinators: again and again, it compares the jobs in the database with the coordinators that run.
 
-The controller keeps no state of its own beside the database. It may be killed at any time: each step starts from the state
-that it finds, whatever that is.
+What the controller keeps beside the database is only which coordinators it saw, to notice those that die. It may be killed at
+any time: each step starts from the state that it finds, whatever that is. What fails at one job keeps no other from its turn.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from threading import Event
 from typing import Protocol
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.database import NO_ANSWER
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, remove
+from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, has_died_too_often, remove
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.tables import AT_WORK, FINISHED
@@ -51,6 +52,7 @@ class Controller:
     def __init__(self, settings: Settings, store: JobStore, coordinators: Coordinators) -> None:
         self._settings, self._store, self._coordinators = settings, store, coordinators
         self._begun = False
+        self._had: set[str] = set()  # jobs that had a coordinator at the last step
 
     def run(self, stop: Event) -> None:
         """Call ``step`` until ``stop`` is set. If the database does not answer, try again later."""
@@ -69,19 +71,17 @@ class Controller:
 
         # 1. End cancelled jobs. Their commits are kept; their prefix caches and the secret that samples are drawn from are not.
         for job in self._store.page(status="cancelling"):
-            if self._coordinators.end(job.id):  # or the coordinator would make them anew
-                broken = clean_up(job.id, self._settings.storage)
-                if broken and broken.errno in OF_DISKS:  # a later step tries again
-                    continue
-                self._store.move(job.id, "cancelled", error=described(broken) if broken else None)
-                over.add(job.id)
-
-        self._delete(over)
+            with _apart(job.id):
+                self._end_cancelled(job.id, over)
+        for deleted in self._store.deletions.marked(_DELETED_AT_ONCE):
+            with _apart(deleted):
+                self._delete(deleted, over)
 
         # 2. A job whose coordinator died while it was to pause is paused as soon as no process of it is left.
         for job in self._store.page(status="pausing"):
-            if job.id not in alive and self._coordinators.end(job.id):
-                self._store.move(job.id, "paused", before=("pausing",))
+            with _apart(job.id):
+                if job.id not in alive and self._coordinators.end(job.id):
+                    self._store.move(job.id, "paused", before=("pausing",))
 
         # 3. End coordinators whose job is over, or paused. An idle one would keep the autoscaler from giving its machine back.
         at_work = self._store.page(limit=self._settings.parallel_jobs + 1000, status=AT_WORK)
@@ -89,16 +89,21 @@ class Controller:
         cancelling = {job.id for job in self._store.page(status="cancelling")}
         idle = alive - running - cancelling
         for job_id in idle:
-            self._coordinators.end(job_id)
+            with _apart(job_id):
+                self._coordinators.end(job_id)
         goes_on = {job_id for job_id, state in self._store.states(idle).items() if state not in FINISHED}
         over |= idle - goes_on  # the caches of a job that goes on later are of use then
         if over:
             self._coordinators.clear_scratch(sorted(over))
         self._begun = True
 
-        # 4. Start a coordinator for each job at work that has none, as after the loss of the whole cluster.
+        # 4. Start a coordinator for each job at work that has none, as after the loss of the whole cluster. One that is gone
+        #    though this controller saw or started it has died at its start: Ray makes others again by itself.
+        died, self._had = self._had - alive, alive & running
         for job_id in running - alive:
-            self._start(job_id)
+            with _apart(job_id):
+                if job_id not in died or not has_died_too_often(job_id, self._store, self._settings.storage):
+                    self._start(job_id)
 
         # 5. Start queued jobs, if there are free places: of tenants that may have another one at work, each in its turn.
         for _ in range(self._settings.parallel_jobs - len(running)):
@@ -111,21 +116,25 @@ class Controller:
             if self._store.move(job_id, "running" if begun else "validating"):
                 self._store.turns.take(tenant)
                 tenants[tenant] += 1
-                self._start(job_id)
+                with _apart(job_id):
+                    self._start(job_id)
 
-    def _delete(self, over: set[str]) -> None:
-        """Delete the files of jobs that are being deleted, and then their rows. They are added to those that are ``over``."""
-        for job in self._store.deletions.marked(_DELETED_AT_ONCE):
-            if not self._coordinators.end(job):
-                continue
+    def _end_cancelled(self, job: str, over: set[str]) -> None:
+        """End a job that is cancelled. If that is done, it is added to those that are ``over``."""
+        if self._coordinators.end(job):  # or the coordinator would make anew what is deleted
+            broken = clean_up(job, self._settings.storage)
+            if broken and broken.errno in OF_DISKS:  # a later step tries again
+                return
+            self._store.move(job, "cancelled", error=described(broken) if broken else None)
             over.add(job)
-            try:
-                clean_up(job, self._settings.storage)
-                remove(self._settings.storage.job(job))
-            except OSError as error:  # a later step tries again
-                _log.warning("the files of job %s could not be deleted: %s", job, error)
-            else:
-                self._store.deletions.purge(job)
+
+    def _delete(self, job: str, over: set[str]) -> None:
+        """Delete the files of a job that is being deleted, and then its row. A later step tries again, if one cannot be."""
+        if self._coordinators.end(job):
+            over.add(job)
+            clean_up(job, self._settings.storage)
+            remove(self._settings.storage.job(job))
+            self._store.deletions.purge(job)
 
     def _over_before(self) -> set[str]:
         """Jobs that were over before this controller began: the one before may have died before it deleted their caches."""
@@ -133,5 +142,17 @@ class Controller:
 
     def _start(self, job: str) -> None:
         """Start the coordinator of ``job``. It takes seconds, so the job's record says that it is starting."""
+        self._had.add(job)
         self._store.note_activity(job, Activity(what="starting the process of the coordinator"))
         self._coordinators.ensure(job)
+
+
+@contextmanager
+def _apart(job: str) -> Iterator[None]:
+    """A part of a step that is about ``job`` alone. If it fails, the step goes on with other jobs, and the next tries again."""
+    try:
+        yield
+    except NO_ANSWER:
+        raise
+    except Exception:  # whatever it is, others must not wait for it
+        _log.exception("a step of the controller failed at job %s", job)

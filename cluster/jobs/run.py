@@ -11,12 +11,12 @@ from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.client.survey import Sites
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
+from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, OF_FULL_DISKS, clean_up, described, fail
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.tables import AT_WORK
-from chainfed_ray.errors import CoordinatorLost, CorruptCommit
+from chainfed_ray.cluster.tables import AT_WORK, Event
+from chainfed_ray.errors import CorruptCommit, InvalidJob
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
@@ -27,7 +27,7 @@ from chainfed_ray.records.rounds import JobFinished, JobResult, JobStarted, Roun
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
-_DEATHS = 5  # after this many deaths of its coordinator without a finished round, a job fails
+_BROKEN_TRIES = 5  # after so many without a round in between, where no other trouble of the disk is seen, a job fails
 _RETRY_SECONDS = 5.0  # until a database, or a disk, is asked again
 
 _log = logging.getLogger(__name__)
@@ -39,27 +39,32 @@ def run_queued_job(
     make_pool: MakePool,
     make_evaluation: MakeEvaluation = streamed,
     sites: Sites | None = None,
-    restarted: bool = False,
     rules: ReadingRules = EVERYTHING,
 ) -> None:
     """Run a job, or resume it from its commit log, and record how it ended. One that is to pause does so after a commit.
 
     Events of rounds that were committed before are published if they are missing. If the database does not answer, or a disk
-    is full or gone, the job waits and then resumes: it never fails because of that. ``restarted`` says that Ray started this
-    process in place of one that died. A job that resumes with the whole service is no sign that it kills its coordinators.
-    The job reads by the ``rules``, as it was checked.
+    is full or gone, the job waits and then resumes: it never fails because of that. If only the job's own folder does not work,
+    try after try, it fails: it would hold a place that others could have. The job reads by the ``rules``, as it was checked.
     """
+    tries = 0
+    newest: Event | None = None
     while True:
         try:
             with closing(JobStore(storage.database, existing=True)) as store:
                 store.move(job, "paused", before=("pausing",))  # nothing of it runs now
                 if store.get(job).status not in AT_WORK:
                     return
-                deaths = store.count_restart(job) if restarted else 0
-                restarted = False  # from here on it is this process that tries again
                 with reading_by(rules if store.get(job).reads_anything else rules.closed()):
-                    trouble = _run(job, deaths, store, storage, make_pool, make_evaluation, sites)
-                if trouble:
+                    trouble = _run(job, store, storage, make_pool, make_evaluation, sites)
+                if trouble is None:
+                    continue
+                before, newest = newest, store.newest(job, "round")
+                own = trouble.errno not in OF_FULL_DISKS and _present_trouble(storage) is None
+                tries = tries + 1 if own and newest == before else 0
+                if tries >= _BROKEN_TRIES:
+                    fail(job, trouble, store, storage)
+                else:
                     _wait_for_disk(job, trouble, store, storage)
         except NO_ANSWER as error:
             _log.warning("the database does not answer (%s); job %s waits for it", error, job)
@@ -68,7 +73,6 @@ def run_queued_job(
 
 def _run(
     job: str,
-    deaths: int,
     store: JobStore,
     storage: Storage,
     make_pool: MakePool,
@@ -77,10 +81,13 @@ def _run(
 ) -> OSError | None:
     """Run the job to its end, and record that; or until it is to pause. Returns the trouble of a disk, if there is one."""
     try:
-        if deaths >= _DEATHS:
-            raise CoordinatorLost(job, deaths)
         storage.check()
-        spec = parse_job(store.get(job).spec)
+        document = store.get(job).spec
+        if not document:
+            raise InvalidJob.at(
+                "(job)", document, "the document that was submitted; what the database has of it cannot be read"
+            )
+        spec = parse_job(document)
         with occupy(storage.job(job)), ActivityRecord(store, job) as listen:
             result = _train(job, spec, store, storage, make_pool, make_evaluation, sites, listen)
     except NO_ANSWER:

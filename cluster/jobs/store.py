@@ -181,15 +181,14 @@ class JobStore:
 
     def queue(self, limit: int) -> list[JobRecord]:
         """At most ``limit`` queued jobs, the oldest first."""
-        query = select(JobRow).where(JobRow.status == "queued").order_by(JobRow.number).limit(limit)
-        return self._found(query)
+        return self._found(select(JobRow).where(JobRow.status == "queued").order_by(JobRow.number).limit(limit))
 
     def models(self) -> list[JobRecord]:
         """For each model name the newest job that succeeded, sorted by that name."""
         succeeded = select(func.max(JobRow.number)).where(self._seen, JobRow.status == "succeeded")
         newest = succeeded.group_by(JobRow.tenant, JobRow.model)
         query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.model)
-        return self._found(query)
+        return [record for record in self._found(query) if record.spec]
 
     def model(self, name: str) -> JobRecord | None:
         """The newest job that succeeded and whose model is called ``name``."""
@@ -203,7 +202,7 @@ class JobStore:
     def _called(self, name: str, states: Collection[Status], limit: int) -> list[JobRecord]:
         tenant, own = self._view.parts(name)
         query = select(JobRow).where(JobRow.tenant == tenant, JobRow.model == own, *_started(states))
-        return self._found(query.order_by(JobRow.number.desc()).limit(limit))
+        return [record for record in self._found(query.order_by(JobRow.number.desc()).limit(limit)) if record.spec]
 
     def bases(self) -> list[JobRecord]:
         """For each base model's name, the newest job that has started or succeeded on it, sorted by that name.
@@ -213,7 +212,7 @@ class JobStore:
         checked = select(func.max(JobRow.number)).where(self._seen, *_started(_CHECKED))
         newest = checked.group_by(JobRow.tenant, JobRow.model)
         query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.number)
-        found = {record.model.partition(":")[0]: record for record in self._found(query)}
+        found = {record.model.partition(":")[0]: record for record in self._found(query) if record.spec}
         return [found[name] for name in sorted(found)]
 
     def on_base(self, name: str, limit: int) -> list[JobRecord]:
@@ -223,7 +222,8 @@ class JobStore:
         query = select(JobRow).where(*of_base, *_started(_CHECKED)).order_by(JobRow.number.desc()).limit(limit)
         with Session(self._engine) as session:
             # SQLite compares without regard to case.
-            return [self._record(row) for row in session.scalars(query) if row.model.partition(":")[0] == own]
+            rows = [row for row in session.scalars(query) if row.model.partition(":")[0] == own]
+            return [record for record in map(self._record, rows) if record.spec]
 
     def model_names(self, limit: int) -> list[str]:
         """The names of at most ``limit`` models of jobs that succeeded, sorted."""

@@ -7,7 +7,12 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from chainfed_ray.api.serve.access import AccessRules
+from chainfed_ray.cluster.access.audit import AuditLog
+from chainfed_ray.cluster.access.keyring import KeyRing
+from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.storage import Storage
 from tests.apps import an_app
 from tests.builders import SPEC
 
@@ -90,3 +95,31 @@ def test_a_job_is_cloned_with_changes(client: TestClient, store: JobStore) -> No
     wrong = client.post(f"/v1/jobs/{job}/clone", content=b"{", headers={"Content-Type": "application/json"})
     assert wrong.status_code == 400
     assert client.post("/v1/jobs/none/clone").status_code == 404
+
+
+@pytest.mark.parametrize("depth", [10, 400, 900, 960, 990, 5000, 100_000])
+def test_a_patch_of_any_depth_is_refused_in_words(client: TestClient, store: JobStore, depth: int) -> None:
+    job = store.submit(SPEC).id
+    patch = '{"chain":' * depth + "1" + "}" * depth
+    answer = client.post(f"/v1/jobs/{job}/clone", content=patch, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 413, 422), answer.text
+    assert len(answer.text) < 10_000
+
+
+def test_what_was_done_to_a_deleted_job_stays_in_the_audit_log(storage: Storage, store: JobStore) -> None:
+    keys, log = KeyStore(storage.database), AuditLog(storage.database)
+    token = keys.make_key("alice", ["submit"]).token
+    job = store.seen_by("alice", everything=False).submit(SPEC).id
+    access = AccessRules(KeyRing(keys), "nobody", audit=log)
+    headers = {"Authorization": f"Bearer {token}"}
+    with TestClient(an_app(store, access), "http://localhost", headers=headers) as client:
+        assert client.post(f"/v1/jobs/{job}/cancel").status_code == 202
+        assert client.delete(f"/v1/jobs/{job}").status_code == 204
+    store.deletions.purge(job)
+    done = [(entry.action, entry.target, entry.tenant, entry.outcome) for entry in log.page(9)]
+    assert done == [
+        ("DELETE /v1/jobs/{job}", f"/v1/jobs/{job}", "alice", "204"),
+        ("POST /v1/jobs/{job}/cancel", f"/v1/jobs/{job}/cancel", "alice", "202"),
+    ]
+    keys.close()
+    log.close()

@@ -252,7 +252,7 @@ def test_a_coordinator_that_dies_again_and_again_ends_its_job(
     store.move(job, "running")
     for _ in range(4):
         store.count_restart(job)
-    run_queued_job(job, storage, in_this_process, restarted=True)
+    run_queued_job(job, storage, in_this_process)
     failed = store.get(job)
     assert failed.status == "failed"
     assert failed.error is not None

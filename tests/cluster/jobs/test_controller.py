@@ -10,28 +10,40 @@ from hypothesis import strategies as st
 
 from chainfed_ray.cluster.jobs.control import delete, pause, resume
 from chainfed_ray.cluster.jobs.controller import Controller
+from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.tables import AT_WORK
+from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC
 
 
 class Processes:
-    """Coordinators of which only the names are kept. The process of a ``stubborn`` one lives on when it is told to end."""
+    """Coordinators of which only the names are kept.
+
+    The process of a ``stubborn`` one lives on when it is told to end, a ``dying`` one dies at its start, and to end one that
+    is ``cursed`` fails.
+    """
 
     def __init__(self, storage: Storage) -> None:
         self.jobs: set[str] = set()
         self.stubborn: set[str] = set()
+        self.dying: set[str] = set()
+        self.cursed: set[str] = set()
         self._storage = storage
 
     def alive(self) -> set[str]:
         return set(self.jobs)
 
     def ensure(self, job: str) -> None:
-        self.jobs.add(job)
+        if job not in self.dying:
+            self.jobs.add(job)
 
     def end(self, job: str) -> bool:
+        if job in self.cursed:
+            raise RuntimeError(f"{job} is cursed")
         self.jobs.discard(job)
         return job not in self.stubborn
 
@@ -254,6 +266,74 @@ def test_wherever_things_are_steps_lead_to_where_they_should_be(
     assert processes.jobs == set(running)
     assert not store.page(status="cancelling")
     assert len(running) == parallel_jobs or (len(running) < parallel_jobs and not waiting)
+    store.close()
+
+
+def test_a_job_whose_coordinator_dies_at_each_start_fails_and_gives_its_place_to_others(
+    parts: tuple[Controller, JobStore, Processes, Settings],
+) -> None:
+    controller, store, processes, _ = parts
+    job, other = store.submit(SPEC).id, store.submit(SPEC).id
+    processes.dying.add(job)
+    for _ in range(5):
+        controller.step()
+        assert store.get(job).status == "validating"
+    controller.step()
+    lost = store.get(job)
+    assert (lost.status, lost.error and lost.error["type"]) == ("failed", "CoordinatorLost")
+    controller.step()
+    assert processes.jobs == {other}
+
+
+def test_the_loss_of_the_whole_cluster_kills_no_job(tmp_path: Path) -> None:
+    """Each time there is another controller, which has seen none of the coordinators that are gone."""
+    settings = Settings(Storage.at(tmp_path))
+    store = JobStore(settings.storage.database)
+    job = store.submit(SPEC).id
+    for _ in range(9):
+        processes = Processes(settings.storage)
+        Controller(settings, store, processes).step()
+        assert processes.jobs == {job}
+    assert store.get(job).restarts == 0
+    store.close()
+
+
+@pytest.mark.parametrize("state", ["cancelling", "deleted", "paused"])
+def test_a_job_that_cannot_be_ended_stops_nobody_else(
+    parts: tuple[Controller, JobStore, Processes, Settings], state: str
+) -> None:
+    controller, store, processes, _ = parts
+    job, other = store.submit(SPEC).id, store.submit(SPEC).id
+    controller.step()
+    store.move(job, "running")
+    if state == "deleted":
+        store.move(job, "failed")
+        delete(store, job)
+    else:
+        store.move(job, "cancelling" if state == "cancelling" else "pausing")
+        store.move(job, "paused", before=("pausing",))
+    processes.cursed.add(job)
+    controller.step()
+    assert processes.jobs == {job, other}
+
+
+def test_a_broken_folder_beside_a_good_job(tmp_path: Path, document: dict[str, Any]) -> None:
+    """The broken one fails with its reason, and the good one has its model."""
+    settings = Settings(Storage.at(tmp_path / "storage"))
+    store, processes = JobStore(settings.storage.database), Processes(settings.storage)
+    controller = Controller(settings, store, processes)
+    document["rounds"] |= {"total": 1, "clients": 2}
+    broken, good = (store.submit(parse_job({**document, "name": name})).id for name in ("broken", "good"))
+    (settings.storage.root / "jobs").mkdir()
+    settings.storage.job(broken).write_text("a file where a folder is meant")
+    for job in (broken, good):
+        controller.step()
+        assert processes.jobs == {job}
+        run_queued_job(job, settings.storage, in_this_process)
+    ended = store.get(broken)
+    assert (ended.status, ended.error and ended.error["type"]) == ("failed", "FileExistsError")
+    assert store.get(good).status == "succeeded"
+    assert [record.id for record in store.models()] == [good]
     store.close()
 
 
