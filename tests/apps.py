@@ -1,7 +1,11 @@
 """The real application over a real database, where checks find nothing and there are no models."""
 
-from collections.abc import AsyncGenerator, Sequence
+import socket
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Thread
 
+import uvicorn
 from fastapi import FastAPI
 
 from chainfed_ray.api.rest.service import Service
@@ -12,6 +16,7 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
+from tests.watching import wait_for
 
 
 def an_app(
@@ -21,6 +26,20 @@ def an_app(
     audit = access.audit if access else None
     service = Service(store, _check, _plan, _classify, _embed, _write, {}, audit=audit, most_queued=most_queued)
     return create_app(service, hosts, access)
+
+
+@contextmanager
+def behind_http(app: FastAPI) -> Iterator[str]:
+    """The address of an application behind a real HTTP server."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        thread = Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        wait_for(lambda: server.started, "server")
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(60)
 
 
 async def _check(spec: JobSpec, reads_anything: bool) -> None:

@@ -1,5 +1,7 @@
 """Commands that list the jobs of the service, and tell one what to do: pause, go on, end, be tried again, be deleted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +30,8 @@ def list_jobs(
     as_json: Json = False,
 ) -> None:
     """Show the service's jobs and models."""
-    client = ServiceClient(address, read_key(key_file))
-    jobs = client.jobs(limit, state or (), label or ())
+    with _service(address, key_file) as client:
+        jobs = client.jobs(limit, state or (), label or ())
     # Long names wrap to the next line. A name cut short could not be pasted into another command.
     job_column, model_column = (Column(name, overflow="fold") for name in ("job", "model"))
     table = Table(job_column, "status", "submitted (UTC)", "accuracy", model_column, box=None, header_style="bold")
@@ -42,25 +44,29 @@ def list_jobs(
 
 def pause(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Pause a job: it stops after the round that runs, and its processes end. `chainfed resume` lets it go on."""
-    record = ServiceClient(address, read_key(key_file)).pause(job)
+    with _service(address, key_file) as client:
+        record = client.pause(job)
     answer(as_json, record, f"Job {job} is {record['status']}; `chainfed resume {job}` lets it go on.")
 
 
 def resume(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Let a paused job go on from its last round, as soon as there is a free place."""
-    record = ServiceClient(address, read_key(key_file)).resume(job)
+    with _service(address, key_file) as client:
+        record = client.resume(job)
     answer(as_json, record, f"Job {job} is {record['status']}; `chainfed watch {job}` follows it.")
 
 
 def cancel(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Cancel a job that is not over."""
-    record = ServiceClient(address, read_key(key_file)).cancel(job)
+    with _service(address, key_file) as client:
+        record = client.cancel(job)
     answer(as_json, record, f"Job {job} is {record['status']}.")
 
 
 def retry(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Try a job again that failed or was cancelled. It goes on from its last round."""
-    record = ServiceClient(address, read_key(key_file)).retry(job)
+    with _service(address, key_file) as client:
+        record = client.retry(job)
     answer(as_json, record, f"Job {job} is {record['status']}; `chainfed watch {job}` follows it.")
 
 
@@ -77,7 +83,8 @@ def clone(
     as_json: Json = False,
 ) -> None:
     """Send a job to the service that is like another one, with changes."""
-    record = ServiceClient(address, read_key(key_file)).clone(job, patch_of(changes or []))
+    with _service(address, key_file) as client:
+        record = client.clone(job, patch_of(changes or []))
     answer(as_json, record, f"Job {record['id']} is queued; `chainfed watch {record['id']}` follows it.")
 
 
@@ -91,8 +98,18 @@ def delete(
     """Delete a job that is over, with its files and its model."""
     if not yes:
         typer.confirm(f"Delete job {job}, its files and its model?", abort=True, err=True)
-    ServiceClient(address, read_key(key_file)).delete(job)
+    with _service(address, key_file) as client:
+        client.delete(job)
     answer(as_json, {"id": job, "status": "deleted"}, f"Job {job} is deleted.")
+
+
+@contextmanager
+def _service(address: str, key_file: Path | None) -> Iterator[ServiceClient]:
+    client = ServiceClient(address, read_key(key_file))
+    try:
+        yield client
+    finally:
+        client.close()
 
 
 def patch_of(changes: list[str]) -> dict[str, Any]:

@@ -1,13 +1,10 @@
 """Promises of the Python client about keys: it sends the one it has, and says what is refused."""
 
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
 
 import pytest
-import uvicorn
 
 from chainfed_ray.api.command.client import ServiceClient, read_key
 from chainfed_ray.api.serve.access import AccessRules
@@ -16,8 +13,7 @@ from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import AccessDenied, InvalidSetting, JobNotFound
-from tests.apps import an_app
-from tests.watching import wait_for
+from tests.apps import an_app, behind_http
 
 
 @pytest.fixture
@@ -29,16 +25,8 @@ def keys(storage: Storage) -> Iterator[KeyStore]:
 
 @pytest.fixture
 def address(store: JobStore, keys: KeyStore) -> Iterator[str]:
-    """The application behind a real HTTP server."""
-    server = uvicorn.Server(uvicorn.Config(an_app(store, AccessRules(KeyRing(keys), "nobody")), log_level="error"))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        thread = Thread(target=server.run, args=([listening],), daemon=True)
-        thread.start()
-        wait_for(lambda: server.started, "server")
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(60)
+    with behind_http(an_app(store, AccessRules(KeyRing(keys), "nobody"))) as made:
+        yield made
 
 
 def test_the_key_of_the_environment_and_of_a_file(
