@@ -196,7 +196,10 @@ def test_a_job_whose_coordinators_all_die_fails_before_anything_else_is_loaded(
     store.publish(job, "round-0", "round", {})  # a round in between
     assert [has_died_too_often(job, store, storage) for _ in range(5)] == [False] * 4 + [True]
     ended = store.get(job)
-    assert (ended.status, ended.error and ended.error["type"]) == ("failed", "CoordinatorLost")
+    assert ended.error is not None
+    assert (ended.status, ended.error["type"]) == ("failed", "CoordinatorLost")
+    assert "died 5 times" in ended.error["message"]
+    assert ended.error["cause"]["message"] == ended.error["message"]
 
 
 def spoil(storage: Storage, job: str, column: str, text: str) -> None:
