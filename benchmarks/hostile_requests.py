@@ -45,7 +45,7 @@ def _paths() -> Iterator[tuple[str, str]]:
         yield f"limit={number[:20]}", f"/v1/jobs?limit={number}"
     for name in ("%00", "..%2F..%2Fetc%2Fpasswd", "%ff%fe", "a" * 6000, "%F0%9F%A6%84", "'; drop table jobs; --"):
         yield f"the job {name[:20]}", f"/v1/jobs/{name}"
-        yield f"older than {name[:20]}", f"/v1/jobs?before={name}"
+        yield f"older than {name[:20]}", f"/v1/jobs?cursor={name}"
         yield f"the model {name[:20]}", f"/v1/models/{name}"
     yield "a path with a slash at its end", "/v1/jobs/"
 

@@ -170,7 +170,7 @@ def _end(process: "subprocess.Popen[Any]") -> None:
 
 def _job(client: ServiceClient, how: str, document: dict[str, Any], folder: Path) -> Row:
     job = client.submit(document)["id"]
-    while (record := client.job(job))["status"] in ("queued", "running"):
+    while (record := client.job(job))["finished_at"] is None:
         sleep(0.2)
     assert record["status"] == "succeeded", record["error"]
     began, ended = (datetime.fromisoformat(record[key]) for key in ("started_at", "finished_at"))

@@ -31,4 +31,5 @@ def _delete(folders: Sequence[Path]) -> None:
     for folder in folders:
         while not is_free(folder) and monotonic() < ends:
             sleep(_POLL_SECONDS)
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_free(folder):  # or the job was taken up again, and uses it
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
 """The tables of the database of jobs, and their version."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,8 +10,11 @@ from sqlalchemy import (
     DDL,
     JSON,
     BigInteger,
+    Dialect,
     ForeignKey,
+    Index,
     Integer,
+    TypeDecorator,
     UniqueConstraint,
     event,
     func,
@@ -30,25 +33,38 @@ from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.record import VERSION
 
-Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+Status = Literal[
+    "queued", "validating", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"
+]
+ROW_VERSION = 2
+"""Of a row of a job: rows of version 1 are from before the states ``validating``, ``pausing`` and ``paused``."""
 
 STATES_BEFORE: Mapping[Status, tuple[Status, ...]] = {
-    "running": ("queued",),
-    "cancelling": ("running",),
+    "queued": ("paused", "failed", "cancelled"),  # resumed or tried again, it waits for a free place
+    "validating": ("queued",),
+    "running": ("queued", "validating", "pausing"),  # what has been validated before goes on without that
+    "pausing": ("validating", "running"),
+    "paused": ("queued", "pausing"),
+    "cancelling": ("queued", "validating", "running", "pausing", "paused"),
     "cancelled": ("queued", "cancelling"),
-    "succeeded": ("running",),
-    "failed": ("running",),
+    "succeeded": ("running", "pausing"),
+    "failed": ("validating", "running", "pausing"),
 }
 """Which states a job may be in before each."""
+FINISHED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+"""The states of a job that is over."""
+AT_WORK: tuple[Status, ...] = ("validating", "running", "pausing")
+"""The states of a job that has a coordinator, unless that is to end."""
 
 
 @dataclass(frozen=True)
 class JobRecord:
     """A job in the database.
 
-    Times are ISO 8601 in UTC. ``restarts`` counts how often a coordinator died since the last finished round.
-    ``activity`` is what the job is doing, as JSON; None unless it is running. ``reads_anything`` says that it may read what
-    the service can read, where the service's rules say nothing.
+    Times are ISO 8601 in UTC. ``spec`` is empty if the document cannot be read. ``restarts`` counts how often a coordinator
+    died since the last finished round. ``activity`` is what the job is doing, as JSON; None unless it is at work.
+    ``reads_anything`` says that it may read what the service can read, where the service's rules say nothing. ``version`` is
+    that of the code which last moved the job.
     """
 
     id: str
@@ -65,6 +81,8 @@ class JobRecord:
     error: dict[str, Any] | None
     reads_anything: bool = True
     tenant: str = DEFAULT_TENANT
+    version: int = ROW_VERSION
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +96,7 @@ class Event:
 
 
 class Latest(NamedTuple):
-    """The number of a job's newest event; and what the job is doing, as JSON, unless it is not running."""
+    """The number of a job's newest event; and what the job is doing, as JSON, unless it is not at work."""
 
     seq: int
     activity: dict[str, Any] | None
@@ -86,6 +104,25 @@ class Latest(NamedTuple):
 
 class _Table(DeclarativeBase):
     pass
+
+
+class _Kept(TypeDecorator[Any]):
+    """A JSON document of a row. One that cannot be read is None, so that it is the trouble of its own job and of no other."""
+
+    impl = JSON
+    cache_ok = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        """See SQLAlchemy: what makes a value of a column's text."""
+        read = super().result_processor(dialect, coltype)
+
+        def tolerant(value: Any) -> Any:
+            try:
+                return read(value) if read and value is not None else value
+            except ValueError:
+                return None
+
+        return tolerant
 
 
 class JobRow(_Table):
@@ -97,18 +134,21 @@ class JobRow(_Table):
     id: Mapped[str] = mapped_column(unique=True)
     name: Mapped[str] = mapped_column(index=True)
     model: Mapped[str] = mapped_column(index=True)
-    spec: Mapped[dict[str, Any]] = mapped_column(JSON)
+    spec: Mapped[dict[str, Any]] = mapped_column(_Kept)
     status: Mapped[str] = mapped_column(index=True)
     restarts: Mapped[int] = mapped_column("starts", default=0)
     submitted_at: Mapped[str]
     started_at: Mapped[str | None] = mapped_column(default=None)
     finished_at: Mapped[str | None] = mapped_column(default=None)
-    activity: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
-    result: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
-    error: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    activity: Mapped[dict[str, Any] | None] = mapped_column(_Kept, default=None)
+    result: Mapped[dict[str, Any] | None] = mapped_column(_Kept, default=None)
+    error: Mapped[dict[str, Any] | None] = mapped_column(_Kept, default=None)
     request_key: Mapped[str | None] = mapped_column(unique=True, default=None)
     reads_anything: Mapped[bool] = mapped_column(default=True, server_default=true())
     tenant: Mapped[str] = mapped_column(index=True, default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
+    version: Mapped[int] = mapped_column(default=ROW_VERSION, server_default="1")
+    deleted_at: Mapped[str | None] = mapped_column(index=True, default=None)
+    priority: Mapped[int] = mapped_column(default=0, server_default="0")
 
     def record(self) -> JobRecord:
         """The job as it is now."""
@@ -116,18 +156,44 @@ class JobRow(_Table):
             id=self.id,
             name=self.name,
             model=self.model,
-            spec=self.spec,
+            spec=_object(self.spec) or {},
             status=cast("Status", self.status),
             restarts=self.restarts,
             submitted_at=self.submitted_at,
             started_at=self.started_at,
             finished_at=self.finished_at,
-            activity=self.activity if self.status == "running" else None,
-            result=self.result,
-            error=self.error,
+            activity=_object(self.activity) if self.status in AT_WORK else None,
+            result=_object(self.result),
+            error=_object(self.error),
             reads_anything=self.reads_anything,
             tenant=self.tenant,
+            version=self.version,
+            priority=self.priority,
         )
+
+
+def _object(value: object) -> dict[str, Any] | None:
+    return value if isinstance(value, dict) else None
+
+
+class LabelRow(_Table):
+    """A label of a job."""
+
+    __tablename__ = "job_labels"
+    __table_args__ = (Index("ix_job_labels_name_value", "name", "value"),)
+
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+
+
+class TurnRow(_Table):
+    """When a tenant had its last turn: the number of that turn, counted over all tenants."""
+
+    __tablename__ = "tenant_turns"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    turn: Mapped[int] = mapped_column(BigInteger)
 
 
 class EventRow(_Table):

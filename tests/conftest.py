@@ -37,6 +37,7 @@ WITH_RAY = (
     "test_cohort_ray.py",
     "test_offload.py",
     "test_over_sites.py",
+    "test_pause_ray.py",
     "test_preflight_ray.py",
     "test_privacy_ray.py",
     "test_ray_pool.py",

@@ -24,13 +24,14 @@ FLOORS = (
     ("site",),
     ("forecast",),
     ("cluster",),
+    ("cluster.queries",),
     ("cluster.pool", "cluster.offload", "cluster.uploads", "cluster.artifacts"),
     ("cluster.sites",),
     ("cluster.jobs",),
     ("cluster.access",),
     ("api.report", "api.client"),
     ("api.rest",),
-    ("api.storage",),
+    ("api.jobs", "api.storage"),
     ("api.serve", "api.operator"),
     ("api.transfer",),
     ("api.command",),
@@ -40,10 +41,11 @@ KEPT_APART = {("client", "evaluation"), ("client", "serving"), ("api.report", "c
 # Who may import what is not ours. What is not named here may be imported anywhere.
 ONLY_IN = {
     "deepspeed": ("cluster.offload",),
-    "fastapi": ("api.rest", "api.storage", "api.serve"),
+    "fastapi": ("api.rest", "api.jobs", "api.storage", "api.serve"),
     "ray": ("cluster", "cluster.pool", "cluster.offload", "cluster.sites", "cluster.jobs", "api.serve", "api.command"),
     "sqlalchemy": (
         "cluster",
+        "cluster.queries",
         "cluster.sites",
         "cluster.uploads",
         "cluster.jobs",
@@ -56,7 +58,7 @@ ONLY_IN = {
     "typer": ("api.command", "api.operator", "api.transfer"),
 }
 WITHOUT_TORCH = ("ground", "spec", "budget")
-MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 180
+MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 195
 GENERIC = {"api", "cluster", "tests", "benchmarks", "examples"}
 
 

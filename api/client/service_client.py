@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, NoReturn
@@ -43,6 +43,7 @@ _COMES_BACK = (
 _PAUSE_SECONDS = 0.5
 KEY_VARIABLE = "CHAINFED_API_KEY"
 _KEY = re.compile(r"[!-~]+")
+_CONFLICT = re.compile(r"job (\S+) is (\S+); it cannot (.+)")
 
 
 JsonObject = dict[str, Any]
@@ -103,9 +104,14 @@ class ServiceClient:
         """
         return self._ask("POST", "/v1/plan", json=document, timeout=_PLAN_TIMEOUT)
 
-    def jobs(self, limit: int = 50) -> list[JsonObject]:
-        """At most ``limit`` jobs, the newest first."""
-        jobs: list[JsonObject] = self._ask("GET", "/v1/jobs", params={"limit": limit})["jobs"]
+    def jobs(self, limit: int = 50, states: Sequence[str] = (), labels: Sequence[str] = ()) -> list[JsonObject]:
+        """At most ``limit`` jobs, the newest first: those in one of the ``states``, and with every label ``name=value``.
+
+        Raises:
+            InvalidJob: there is no such state, or a label has no value.
+        """
+        asked = {"limit": limit, "state": list(states), "label": list(labels)}
+        jobs: list[JsonObject] = self._ask("GET", "/v1/jobs", params=asked)["jobs"]
         return jobs
 
     def job(self, job: str) -> JsonObject:
@@ -116,6 +122,24 @@ class ServiceClient:
         """
         return self._ask("GET", f"/v1/jobs/{job}", about=job)
 
+    def pause(self, job: str) -> JsonObject:
+        """Pause a job. One that runs is ``pausing`` until its present round is committed.
+
+        Raises:
+            JobNotFound: there is no such job.
+            JobConflict: the job is over.
+        """
+        return self._ask("POST", f"/v1/jobs/{job}/pause", about=job)
+
+    def resume(self, job: str) -> JsonObject:
+        """Let a paused job go on.
+
+        Raises:
+            JobNotFound: there is no such job.
+            JobConflict: the job is over.
+        """
+        return self._ask("POST", f"/v1/jobs/{job}/resume", about=job)
+
     def cancel(self, job: str) -> JsonObject:
         """Cancel a job.
 
@@ -124,6 +148,33 @@ class ServiceClient:
             JobConflict: the job is over.
         """
         return self._ask("POST", f"/v1/jobs/{job}/cancel", about=job)
+
+    def retry(self, job: str) -> JsonObject:
+        """Try a job again that failed or was cancelled.
+
+        Raises:
+            JobNotFound: there is no such job.
+            JobConflict: the job has not failed and was not cancelled, or its noise cannot go on.
+        """
+        return self._ask("POST", f"/v1/jobs/{job}/retry", about=job)
+
+    def clone(self, job: str, changes: JsonObject) -> JsonObject:
+        """Queue a new job with the document of another one and ``changes``, a JSON merge patch. Returns the new job.
+
+        Raises:
+            JobNotFound: there is no such job.
+            InvalidJob: the new job cannot run.
+        """
+        return self._ask("POST", f"/v1/jobs/{job}/clone", about=job, json=changes)
+
+    def delete(self, job: str) -> None:
+        """Delete a job that is over, with its files and its model.
+
+        Raises:
+            JobNotFound: there is no such job.
+            JobConflict: the job is not over, or an alias stands for its model.
+        """
+        self._answer("DELETE", f"/v1/jobs/{job}", about=job)
 
     def models(self) -> list[JsonObject]:
         """Every served model."""
@@ -224,14 +275,17 @@ class ServiceClient:
             sleep(_PAUSE_SECONDS)
 
     def _ask(self, method: str, path: str, about: str = "", **options: Any) -> JsonObject:
+        answer: JsonObject = self._answer(method, path, about, **options).json()
+        return answer
+
+    def _answer(self, method: str, path: str, about: str = "", **options: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as error:
             raise ServiceUnavailable(self._address, _words(error)) from None
         if response.is_error:
             self._fail(response, about)
-        answer: JsonObject = response.json() if response.content else {}
-        return answer
+        return response
 
     def _fail(self, response: httpx.Response, about: str) -> NoReturn:
         try:
@@ -246,7 +300,8 @@ class ServiceClient:
             case "job-not-found":
                 raise JobNotFound(about)
             case "job-conflict":
-                raise JobConflict(about, self.job(about)["status"], "be cancelled")
+                if refused := _CONFLICT.fullmatch(problem["detail"]):
+                    raise JobConflict(*refused.groups())
             case "model-not-found":
                 raise ModelNotFound(about, tuple(model["name"] for model in self.models()))
             case "artifact-not-found":

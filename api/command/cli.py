@@ -15,10 +15,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
-from rich.table import Column, Table
 
 from chainfed_ray.activity import Reporter
 from chainfed_ray.api.client.service_client import ServiceClient, read_key
+from chainfed_ray.api.command import jobs_command
 from chainfed_ray.api.command.export_command import Format, NewFolder, StackFolder, export_model
 from chainfed_ray.api.command.interruption import Interruption
 from chainfed_ray.api.command.join_command import join
@@ -47,6 +47,16 @@ app.add_typer(data_app, name="data")
 app.command()(join)
 app.command()(artifacts)
 app.command()(logs)
+app.command("list")(jobs_command.list_jobs)
+for _control in (
+    jobs_command.pause,
+    jobs_command.resume,
+    jobs_command.cancel,
+    jobs_command.retry,
+    jobs_command.clone,
+    jobs_command.delete,
+):
+    app.command()(_control)
 _progress = Console(stderr=True, highlight=False, markup=False)
 
 JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]
@@ -170,38 +180,11 @@ def submit(
         answer(as_json, record, queued)
 
 
-@app.command("list")
-def list_jobs(
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="how many jobs to show, the newest first")] = 20,
-    address: Address = ADDRESS,
-    key_file: KeyFile = None,
-    as_json: Json = False,
-) -> None:
-    """Show the service's jobs and models."""
-    client = ServiceClient(address, read_key(key_file))
-    jobs = client.jobs(limit)
-    # Long names wrap to the next line. A name cut short could not be pasted into another command.
-    job_column, model_column = (Column(name, overflow="fold") for name in ("job", "model"))
-    table = Table(job_column, "status", "submitted (UTC)", "accuracy", model_column, box=None, header_style="bold")
-    for job in jobs:
-        accuracy = "" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
-        submitted = job["submitted_at"][:19].replace("T", " ")
-        table.add_row(job["id"], job["status"], submitted, accuracy, job["model"] if accuracy else "")
-    answer(as_json, {"jobs": jobs}, table if jobs else "There are no jobs yet; `chainfed submit job.yaml` sends one.")
-
-
 @app.command()
 def watch(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Show a job from its beginning, and follow it until it is over."""
     client = ServiceClient(address, read_key(key_file))
     _follow(client, client.job(job), as_json)
-
-
-@app.command()
-def cancel(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
-    """Cancel a job that is queued or running."""
-    record = ServiceClient(address, read_key(key_file)).cancel(job)
-    answer(as_json, record, f"Job {job} is {record['status']}.")
 
 
 @app.command()
@@ -275,7 +258,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Tell which evaluation engines work on this machine, and what to install. Exits with 1 if DeepSpeed does not."""
-    from chainfed_ray.api.command.doctor_table import diagnosis
+    from chainfed_ray.api.operator.doctor_table import diagnosis
     from chainfed_ray.api.report.activity_display import ActivityDisplay
     from chainfed_ray.cluster.offload.build import build_ops, ops_folder
 

@@ -25,15 +25,20 @@ def follow(
     job_started: JobStarted | None = None
     job_finished: JobFinished | None = None
     rounds: list[Round] = []
+    failed: JobFailed | None = None
     with ProgressDisplay(console, job, spec) as progress:
         for event in client.follow(job, progress.listen):
+            failed = None  # one that was tried again has not failed
             match event["kind"]:
                 case "queued":
                     progress.say("In the queue." + _jobs_before(client, job))
                     progress.listen(Activity(what="waiting in the queue"))
+                case "validating":
+                    progress.idle()
+                    progress.say("The job is validated: its model, its rows and its clients.")
                 case "running":
                     progress.idle()
-                    progress.say("The job starts.")
+                    progress.say("The job goes on." if job_started else "The job starts.")
                 case "started":
                     job_started = JobStarted.model_validate(event["data"])
                     progress.job_started(job_started)
@@ -43,10 +48,17 @@ def follow(
                 case "finished":
                     job_finished = JobFinished.model_validate(event["data"])
                     progress.job_finished(job_finished)
+                case "pausing":
+                    progress.say("Pausing after this round.")
+                case "paused":
+                    progress.idle()
+                    progress.say(f"Paused; `chainfed resume {job}` lets it go on.")
                 case "cancelling":
                     progress.say("Cancelling.")
                 case "failed" | "cancelled":
-                    raise JobFailed(job, event["kind"], event["data"].get("message", ""))
+                    failed = JobFailed(job, event["kind"], event["data"].get("message", ""))
+        if failed:
+            raise failed
     if job_started is None or job_finished is None:
         raise JobFailed(job, "ended", "its events lack its start or its result")
     return job_started, rounds, job_finished

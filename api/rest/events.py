@@ -13,8 +13,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from chainfed_ray.api.rest.schemas import EventPage, EventResource
 from chainfed_ray.api.rest.service import Jobs, WithService
 from chainfed_ray.cluster.jobs.feed import Busy, EventFeed
-from chainfed_ray.cluster.jobs.store import FINISHED
-from chainfed_ray.cluster.tables import Event
+from chainfed_ray.cluster.tables import FINISHED, Event
 
 router = APIRouter(prefix="/v1/jobs/{job}/events", tags=["jobs"])
 
@@ -49,7 +48,7 @@ async def list_events(
     over = not found and (await run_in_threadpool(jobs.get, job)).status in FINISHED
     if _MEDIA_TYPE not in request.headers.get("accept", ""):
         shown = [EventResource(seq=event.seq, kind=event.kind, at=event.at, data=event.data) for event in found]
-        finished = over or any(event.kind in FINISHED for event in found)
+        finished = over or (found[-1:] and found[-1].kind in FINISHED and len(found) < limit)
         page = EventPage(events=shown, last=found[-1].seq if found else after, finished=finished)
         return JSONResponse(page.model_dump())
     if over:

@@ -33,7 +33,12 @@ _MOST_BYTES = 256 * 1024
 _YAML = ("application/yaml", "application/x-yaml", "text/yaml")
 
 
-async def _read(request: Request) -> JobSpec:
+async def read_body(request: Request) -> bytes:
+    """The body of a request, which may be as large as a job file.
+
+    Raises:
+        HTTPException: 413, if it is larger.
+    """
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -41,29 +46,55 @@ async def _read(request: Request) -> JobSpec:
             raise HTTPException(
                 413, f"a job file has {_MOST_BYTES // 1024} KiB at most; data goes into files that it names"
             )
-    # In a thread: a job file may take seconds to parse, and others are served meanwhile.
-    return await run_in_threadpool(_parse, bytes(body), request.headers.get("content-type", ""))
+    return bytes(body)
 
 
-def _parse(body: bytes, content_type: str) -> JobSpec:
-    try:
-        text = body.decode()
-    except UnicodeDecodeError:
-        raise HTTPException(400, "the body is not UTF-8") from None
+def media_type_of(request: Request, *accepted: str) -> str:
+    """The type of a request's body, without parameters: one of ``accepted``.
+
+    Requiring a type keeps foreign web pages out: without it, browsers would send their requests without a CORS check.
+
+    Raises:
+        HTTPException: 415, if it is another one, or there is none.
+    """
+    content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
-    if media_type in _YAML:
-        return parse_yaml(text)
-    # Requiring this type keeps foreign web pages out: without it, browsers would send their requests without a CORS check.
-    if media_type != "application/json":
+    if media_type not in accepted:
         given = f"the body has the type {content_type}" if content_type else "the body has no type"
-        raise HTTPException(415, f"{given}; send application/json or application/yaml")
+        raise HTTPException(415, f"{given}; send {accepted[0]} or {accepted[1]}")
+    return media_type
+
+
+def document_in(body: bytes) -> Any:
+    """The JSON in a body.
+
+    Raises:
+        HTTPException: 400, if it is not JSON in UTF-8.
+        InvalidJob: a key is given twice.
+    """
     try:
-        document: Any = json.loads(text, object_pairs_hook=_without_repeats)
+        return json.loads(_text(body), object_pairs_hook=_without_repeats)
     except InvalidJob:
         raise
     except (ValueError, RecursionError) as error:  # also numbers of more digits than Python reads
         raise HTTPException(400, f"the body is not JSON: {str(error)[:200]}") from None
-    return parse_job(document)
+
+
+async def _read(request: Request) -> JobSpec:
+    body = await read_body(request)
+    # In a thread: a job file may take seconds to parse, and others are served meanwhile.
+    return await run_in_threadpool(_parse, body, media_type_of(request, "application/json", *_YAML))
+
+
+def _parse(body: bytes, media_type: str) -> JobSpec:
+    return parse_yaml(_text(body)) if media_type in _YAML else parse_job(document_in(body))
+
+
+def _text(body: bytes) -> str:
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        raise HTTPException(400, "the body is not UTF-8") from None
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

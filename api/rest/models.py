@@ -65,7 +65,7 @@ AliasName = Annotated[str, Path(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$"
 @router.get("/aliases")
 def list_aliases(jobs: Jobs) -> AliasList:
     """Every alias: a name under which callers ask for a model, whichever it is today."""
-    return AliasList(aliases=[AliasResource(name=name, targets=shares) for name, shares in jobs.aliases().items()])
+    return AliasList(aliases=[AliasResource(name=name, targets=shares) for name, shares in jobs.aliases.all().items()])
 
 
 @router.put("/aliases/{alias}")
@@ -74,7 +74,7 @@ def set_alias(alias: AliasName, body: AliasTargets, jobs: Jobs, caller: Caller) 
     jobs = jobs.seen_by(caller.tenant, everything=False)  # whoever uses the alias sees no more
     if jobs.on_base(alias, 1):
         raise InvalidJob.at("alias", alias, "a name that no base model has")
-    if others := jobs.aliases().keys() & body.targets.keys():
+    if others := jobs.aliases.all().keys() & body.targets.keys():
         raise InvalidJob.at("targets", sorted(others), "names of models, not of aliases")
     own = f"{caller.tenant}/"
     targets = {name.removeprefix(own): share for name, share in body.targets.items()}
@@ -83,23 +83,23 @@ def set_alias(alias: AliasName, body: AliasTargets, jobs: Jobs, caller: Caller) 
     tasks = {_find(jobs, name, None).model.task for name in targets}
     if len(tasks) > 1:
         raise InvalidJob.at("targets", sorted(body.targets), "models of one task")
-    jobs.set_alias(alias, targets)
+    jobs.aliases.set(alias, targets)
     return AliasResource(name=alias, targets=targets)
 
 
 @router.post("/aliases/{alias}/rollback")
 def roll_back(alias: AliasName, jobs: Jobs) -> AliasResource:
     """Return an alias to what it stood for before."""
-    if (shares := jobs.roll_back(alias)) is None:
-        raise ModelNotFound(f"{alias}, with something to return to", tuple(jobs.aliases()))
+    if (shares := jobs.aliases.roll_back(alias)) is None:
+        raise ModelNotFound(f"{alias}, with something to return to", tuple(jobs.aliases.all()))
     return AliasResource(name=alias, targets=shares)
 
 
 @router.delete("/aliases/{alias}", status_code=204)
 def delete_alias(alias: AliasName, jobs: Jobs) -> None:
     """Delete an alias. The models stay."""
-    if not jobs.delete_alias(alias):
-        raise ModelNotFound(alias, tuple(jobs.aliases()))
+    if not jobs.aliases.delete(alias):
+        raise ModelNotFound(alias, tuple(jobs.aliases.all()))
 
 
 @router.post("/classify")
@@ -145,11 +145,11 @@ def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
     if ":" not in name and (records := jobs.on_base(name, _MOST_COMPARED)):
         record = next((record for record in records if record.spec["model"]["task"] == task), records[0])
         return Found(ServedModel.of_base(record), _key(record.spec["model"], None))
-    if ":" not in name and (shares := jobs.alias(name)):
+    if ":" not in name and (shares := jobs.aliases.get(name)):
         tenant, slash, _ = name.rpartition("/")
         return _find(jobs, f"{tenant}{slash}{choices(list(shares), list(shares.values()))[0]}", task)
     names = jobs.model_names(_MOST_COMPARED)
-    names += sorted({model.partition(":")[0] for model in names} | jobs.aliases().keys())
+    names += sorted({model.partition(":")[0] for model in names} | jobs.aliases.all().keys())
     raise ModelNotFound(name, tuple(names))
 
 

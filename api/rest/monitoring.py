@@ -14,11 +14,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from pydantic import BaseModel, Field
 
-from chainfed_ray.api.rest.schemas import Health, JobStatus
+from chainfed_ray.api.rest.schemas import Health
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
-from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.totals import JobTotals, TotalsOfJobs
-from chainfed_ray.cluster.tables import JobRecord
+from chainfed_ray.cluster.tables import AT_WORK, FINISHED, JobRecord, Status
 from chainfed_ray.records.rounds import Evaluation
 
 router = APIRouter(tags=["health"])
@@ -121,22 +121,19 @@ class _Metrics:
         if not self._by_tenant:
             jobs = GaugeMetricFamily("chainfed_jobs", "Jobs by status.", labels=["status"])
             counts = self._jobs.count()
-            for status in get_args(JobStatus):
+            for status in get_args(Status):
                 jobs.add_metric([status], counts.get(status, 0))
             return jobs
         jobs = GaugeMetricFamily("chainfed_jobs", "Jobs by status.", labels=["tenant", "status"])
         for tenant in self._jobs.tenants():
             counts = self._jobs.seen_by(tenant, everything=False).count()
-            for status in get_args(JobStatus):
+            for status in get_args(Status):
                 jobs.add_metric([tenant, status], counts.get(status, 0))
         return jobs
 
     def _shown(self) -> list[JobRecord]:
         """The jobs that have metrics of their own: those at work, and the newest finished ones."""
-        at_work = [
-            *self._jobs.page(_RUNNING_JOBS, status="running"),
-            *self._jobs.page(_RUNNING_JOBS, status="cancelling"),
-        ]
+        at_work = self._jobs.page(_RUNNING_JOBS, status=(*AT_WORK, "cancelling"))
         over = [job for status in FINISHED for job in self._jobs.page(FINISHED_JOBS, status=status)]
         newest = sorted(over, key=lambda job: job.finished_at or "", reverse=True)
         return at_work + newest[:FINISHED_JOBS]

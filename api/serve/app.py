@@ -6,7 +6,8 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from chainfed_ray.api.rest import completions, embeddings, events, jobs, models, monitoring, sites
+from chainfed_ray.api.jobs import control, routes
+from chainfed_ray.api.rest import completions, embeddings, events, models, monitoring, sites
 from chainfed_ray.api.rest.errors import handle_errors
 from chainfed_ray.api.rest.schemas import ProblemDetails
 from chainfed_ray.api.rest.service import Service
@@ -39,7 +40,7 @@ def create_app(
     )
     app.state.service = service
     handle_errors(app)
-    for part in (jobs, events, models, completions, embeddings, monitoring, sites, uploads, artifacts, logs):
+    for part in (routes, control, events, models, completions, embeddings, monitoring, sites, uploads, artifacts, logs):
         app.include_router(part.router)
     add_front_door(app, allowed_hosts, access, answers)
     describe(app, with_keys=access is not None)

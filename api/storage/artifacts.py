@@ -14,7 +14,8 @@ from chainfed_ray.api.rest.errors import MEDIA_TYPE
 from chainfed_ray.api.rest.service import Jobs, WithService
 from chainfed_ray.api.storage.report import ensure_report
 from chainfed_ray.cluster.artifacts.listing import artifact, names_of
-from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.tables import FINISHED
 from chainfed_ray.errors import ArtifactNotFound
 
 router = APIRouter(prefix="/v1/jobs", tags=["artifacts"])

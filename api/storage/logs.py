@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from chainfed_ray.api.rest.service import Jobs, WithService
 from chainfed_ray.cluster.artifacts.job_log import LOG, LogLine, page_of
-from chainfed_ray.cluster.jobs.store import FINISHED
+from chainfed_ray.cluster.tables import FINISHED
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 

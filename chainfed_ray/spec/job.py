@@ -17,6 +17,7 @@ from chainfed_ray.spec.sections import (
     ChainSpec,
     DataSpec,
     EvaluationSpec,
+    LabelValue,
     ModelSpec,
     PrivacySpec,
     RoundsSpec,
@@ -44,6 +45,15 @@ class JobSpec(Section):
         None, description="a section for differential privacy; by default there is none"
     )
     evaluation: EvaluationSpec = Field(default_factory=lambda: EvaluationSpec(), description="a section for evaluation")
+    labels: dict[Slug, LabelValue] = Field(
+        default_factory=dict, max_length=32, description="names with values, by which a service lists jobs"
+    )
+    priority: int = Field(
+        0,
+        ge=-100,
+        le=100,
+        description="in a service: of a tenant's jobs that wait, those with a greater one begin first",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="the seed of every random choice")
     version: Version = Field(VERSION, description="the version of this document's format")
 

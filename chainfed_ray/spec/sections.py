@@ -50,6 +50,8 @@ Deadline = Annotated[
 Often = Literal["round", "stage"] | Annotated[int, Field(ge=1)]  # an integer n means every n rounds
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 
+LabelValue = Annotated[str, Field(max_length=63)]
+
 
 class Section(BaseModel):
     """A part of the document: immutable, without unknown keys, and without silent conversions of types."""

@@ -4,16 +4,23 @@ The controller does this too. It imports no torch, so that the process of the co
 """
 
 import logging
+import shutil
 from errno import EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE
+from pathlib import Path
 from typing import Any
 
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.errors import ChainFedError
+from chainfed_ray.errors import ChainFedError, CoordinatorLost
+from chainfed_ray.records.first_cause import FirstCause
 from chainfed_ray.records.secret import erase_secret
 
 OF_DISKS = (EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE)
 """What the operating system says of a disk that is full, read-only or gone. It comes back, so it is waited for."""
+OF_FULL_DISKS = (EDQUOT, ENOSPC)
+"""Those of a disk that is full. They may come while a little can still be written."""
+_DEATHS = 5  # after this many deaths of its coordinator without a finished round, a job fails
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +42,33 @@ def clean_up(job: str, storage: Storage) -> OSError | None:
         _log.warning("job %s could not be cleaned up: %s", job, error)
         return error
     return None
+
+
+def remove(path: Path) -> None:
+    """Delete a job's folder, or the file that is in its place. It need not be there.
+
+    Raises:
+        OSError: a part of it could not be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def fail(job: str, error: Exception, store: JobStore, storage: Storage) -> None:
+    """Record that a job failed of an ``error`` outside of its turns, and clean it up. Its processes must have ended."""
+    clean_up(job, storage)
+    store.move(job, "failed", error={**described(error), "cause": FirstCause(message=str(error)).model_dump()})
+
+
+def has_died_too_often(job: str, store: JobStore, storage: Storage) -> bool:
+    """Count a death of the job's coordinator. True if there were ``_DEATHS`` since its last round: then the job has failed."""
+    deaths = store.count_restart(job)
+    if deaths < _DEATHS:
+        return False
+    fail(job, CoordinatorLost(job, deaths), store, storage)
+    return True
 
 
 def described(error: Exception) -> dict[str, Any]:

@@ -1,24 +1,27 @@
 """Starts and ends coordinators: again and again, it compares the jobs in the database with the coordinators that run.
 
-The controller keeps no state of its own beside the database. It may be killed at any time: each step starts from the state
-that it finds, whatever that is.
+What the controller keeps beside the database is only which coordinators it saw, to notice those that die. It may be killed at
+any time: each step starts from the state that it finds, whatever that is. What fails at one job keeps no other from its turn.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from threading import Event
 from typing import Protocol
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.database import NO_ANSWER
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
-from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
+from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, has_died_too_often, remove
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.tables import AT_WORK, FINISHED
 
 _INTERVAL_SECONDS = 0.5  # between two steps
 _DATABASE_RETRY_SECONDS = 5.0
 _OVER_BEFORE = 1000  # jobs, the newest
+_DELETED_AT_ONCE = 100  # jobs in a step
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ class Controller:
     def __init__(self, settings: Settings, store: JobStore, coordinators: Coordinators) -> None:
         self._settings, self._store, self._coordinators = settings, store, coordinators
         self._begun = False
+        self._had: set[str] = set()  # jobs that had a coordinator at the last step
 
     def run(self, stop: Event) -> None:
         """Call ``step`` until ``stop`` is set. If the database does not answer, try again later."""
@@ -67,36 +71,70 @@ class Controller:
 
         # 1. End cancelled jobs. Their commits are kept; their prefix caches and the secret that samples are drawn from are not.
         for job in self._store.page(status="cancelling"):
-            if self._coordinators.end(job.id):  # or the coordinator would make them anew
-                broken = clean_up(job.id, self._settings.storage)
-                if broken and broken.errno in OF_DISKS:  # a later step tries again
-                    continue
-                self._store.move(job.id, "cancelled", error=described(broken) if broken else None)
-                over.add(job.id)
+            with _apart(job.id):
+                self._end_cancelled(job.id, over)
+        for deleted in self._store.deletions.marked(_DELETED_AT_ONCE):
+            with _apart(deleted):
+                self._delete(deleted, over)
 
-        # 2. End coordinators whose job is over. An idle one would keep the autoscaler from giving its machine back.
-        at_work = self._store.page(limit=self._settings.parallel_jobs + 1000, status="running")
+        # 2. A job whose coordinator died while it was to pause is paused as soon as no process of it is left.
+        for job in self._store.page(status="pausing"):
+            with _apart(job.id):
+                if job.id not in alive and self._coordinators.end(job.id):
+                    self._store.move(job.id, "paused", before=("pausing",))
+
+        # 3. End coordinators whose job is over, or paused. An idle one would keep the autoscaler from giving its machine back.
+        at_work = self._store.page(limit=self._settings.parallel_jobs + 1000, status=AT_WORK)
         running, tenants = {job.id for job in at_work}, Counter(job.tenant for job in at_work)
         cancelling = {job.id for job in self._store.page(status="cancelling")}
-        for finished in alive - running - cancelling:
-            self._coordinators.end(finished)
-            over.add(finished)
+        idle = alive - running - cancelling
+        for job_id in idle:
+            with _apart(job_id):
+                self._coordinators.end(job_id)
+        goes_on = {job_id for job_id, state in self._store.states(idle).items() if state not in FINISHED}
+        over |= idle - goes_on  # the caches of a job that goes on later are of use then
         if over:
             self._coordinators.clear_scratch(sorted(over))
         self._begun = True
 
-        # 3. Start a coordinator for each running job that has none, as after the loss of the whole cluster.
+        # 4. Start a coordinator for each job at work that has none, as after the loss of the whole cluster. One that is gone
+        #    though this controller saw or started it has died at its start: Ray makes others again by itself.
+        died, self._had = self._had - alive, alive & running
         for job_id in running - alive:
-            self._start(job_id)
+            with _apart(job_id):
+                if job_id not in died or not has_died_too_often(job_id, self._store, self._settings.storage):
+                    self._start(job_id)
 
-        # 4. Start the oldest queued jobs, if there are free places: of tenants that may have another one at work.
+        # 5. Start queued jobs, if there are free places: of tenants that may have another one at work, each in its turn.
         for _ in range(self._settings.parallel_jobs - len(running)):
-            most = self._settings.running_jobs
-            at_limit = [tenant for tenant, count in tenants.items() if most is not None and count >= most]
-            for queued in self._store.queue(1, but=at_limit):
-                if self._store.move(queued.id, "running"):
-                    self._start(queued.id)
-                    tenants[queued.tenant] += 1
+            # A job that was resumed at once may still have the coordinator that it had before: that one ends first.
+            found = self._store.turns.next(tenants, self._settings.running_jobs, besides=alive)
+            if found is None:
+                break
+            job_id, tenant = found
+            begun = self._store.newest(job_id, "started") is not None
+            if self._store.move(job_id, "running" if begun else "validating"):
+                self._store.turns.take(tenant)
+                tenants[tenant] += 1
+                with _apart(job_id):
+                    self._start(job_id)
+
+    def _end_cancelled(self, job: str, over: set[str]) -> None:
+        """End a job that is cancelled. If that is done, it is added to those that are ``over``."""
+        if self._coordinators.end(job):  # or the coordinator would make anew what is deleted
+            broken = clean_up(job, self._settings.storage)
+            if broken and broken.errno in OF_DISKS:  # a later step tries again
+                return
+            self._store.move(job, "cancelled", error=described(broken) if broken else None)
+            over.add(job)
+
+    def _delete(self, job: str, over: set[str]) -> None:
+        """Delete the files of a job that is being deleted, and then its row. A later step tries again, if one cannot be."""
+        if self._coordinators.end(job):
+            over.add(job)
+            clean_up(job, self._settings.storage)
+            remove(self._settings.storage.job(job))
+            self._store.deletions.purge(job)
 
     def _over_before(self) -> set[str]:
         """Jobs that were over before this controller began: the one before may have died before it deleted their caches."""
@@ -104,5 +142,17 @@ class Controller:
 
     def _start(self, job: str) -> None:
         """Start the coordinator of ``job``. It takes seconds, so the job's record says that it is starting."""
+        self._had.add(job)
         self._store.note_activity(job, Activity(what="starting the process of the coordinator"))
         self._coordinators.ensure(job)
+
+
+@contextmanager
+def _apart(job: str) -> Iterator[None]:
+    """A part of a step that is about ``job`` alone. If it fails, the step goes on with other jobs, and the next tries again."""
+    try:
+        yield
+    except NO_ANSWER:
+        raise
+    except Exception:  # whatever it is, others must not wait for it
+        _log.exception("a step of the controller failed at job %s", job)

@@ -6,22 +6,27 @@ They outlive the process that made them, and Ray starts them again when they are
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from threading import Event, Thread
+from time import sleep
 from typing import Any
 
 import ray
 
+from chainfed_ray.cluster.database import NO_ANSWER
+from chainfed_ray.cluster.jobs.cleanup import has_died_too_often
 from chainfed_ray.cluster.jobs.controller import Controller
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import is_free
 from chainfed_ray.cluster.resources import controller_options, coordinator_options
 from chainfed_ray.cluster.scratch import delete_everywhere
 from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.cluster.uploads.expiry import remove_old_uploads
 
 NAMESPACE = "chainfed"
 _CONTROLLER, _COORDINATOR = "controller", "coordinator-"
+_RETRY_SECONDS = 5.0  # until a database is asked again
 _log = logging.getLogger(__name__)
 
 
@@ -38,6 +43,9 @@ class CoordinatorActor:
         return os.getpid()
 
     def _run(self, job: str, settings: Settings) -> None:
+        # A process that Ray started in place of one that died. That is counted first: the next imports may be what kills it.
+        if ray.get_runtime_context().was_current_actor_reconstructed and _is_given_up(job, settings):
+            return
         # The coordinator alone needs torch. The controller and the API import this file too, and start sooner without.
         from chainfed_ray.cluster.jobs.run import run_queued_job
         from chainfed_ray.cluster.offload.engine import server_evaluation
@@ -54,12 +62,23 @@ class CoordinatorActor:
                 lambda source, note: RayPool(source, settings.client_slots, note, at_site=desk.lease),
                 server_evaluation,
                 desk,
-                restarted=ray.get_runtime_context().was_current_actor_reconstructed,
                 rules=settings.reading,
             )
         except Exception:
             _log.exception("the coordinator of job %s failed before the job was over; Ray starts it again", job)
             os._exit(1)
+
+
+def _is_given_up(job: str, settings: Settings) -> bool:
+    """Count a death of the job's coordinator, if it is at work. True if it has failed of that. It waits for the database."""
+    while True:
+        try:
+            with closing(JobStore(settings.storage.database, existing=True)) as store:
+                at_work = store.states([job]).get(job) in AT_WORK
+                return at_work and has_died_too_often(job, store, settings.storage)
+        except NO_ANSWER as error:
+            _log.warning("the database does not answer (%s); job %s waits for it", error, job)
+            sleep(_RETRY_SECONDS)
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)

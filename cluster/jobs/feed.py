@@ -10,8 +10,8 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from chainfed_ray.cluster.jobs.store import FINISHED, JobStore
-from chainfed_ray.cluster.tables import Event
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.tables import FINISHED, Event
 from chainfed_ray.errors import ServiceBusy
 
 POLL_SECONDS = 0.5
@@ -64,16 +64,16 @@ class EventFeed:
 
         Yields None after some silence.
         """
-        told = None
+        told, last = None, ""
         with self._watched(job) as watched:
             while True:
                 change = watched.change
                 while found := await self._after(job, watched, after):
                     for event in found:
                         yield event
-                        if event.kind in FINISHED:
-                            return
-                    after = found[-1].seq
+                    after, last = found[-1].seq, found[-1].kind
+                if last in FINISHED:
+                    return
                 if watched.activity is not None and watched.activity != told:
                     yield Busy(watched.activity)
                 told = watched.activity

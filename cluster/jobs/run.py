@@ -3,7 +3,9 @@
 import logging
 import traceback
 from contextlib import closing, suppress
+from pathlib import Path
 from time import sleep
+from typing import Any
 
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.client.survey import Sites
@@ -11,24 +13,25 @@ from chainfed_ray.cluster.artifacts.cards import write_cards
 from chainfed_ray.cluster.artifacts.job_log import WITHHELD, JobLog
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described
+from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, OF_FULL_DISKS, clean_up, described, fail
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.tables import JobRecord
+from chainfed_ray.cluster.tables import AT_WORK, Event, JobRecord
 from chainfed_ray.cluster.uploads.sources import rules_of_job
 from chainfed_ray.cluster.uploads.store import UploadStore
-from chainfed_ray.errors import CoordinatorLost
+from chainfed_ray.errors import CorruptCommit, InvalidJob
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.first_cause import first_cause
 from chainfed_ray.records.rounds import JobFinished, JobResult, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
-_DEATHS = 5  # after this many deaths of its coordinator without a finished round, a job fails
+_BROKEN_TRIES = 5  # after so many without a round in between, where no other trouble of the disk is seen, a job fails
 _RETRY_SECONDS = 5.0  # until a database, or a disk, is asked again
 
 _log = logging.getLogger(__name__)
@@ -40,28 +43,34 @@ def run_queued_job(
     make_pool: MakePool,
     make_evaluation: MakeEvaluation = streamed,
     sites: Sites | None = None,
-    restarted: bool = False,
     rules: ReadingRules = EVERYTHING,
 ) -> None:
-    """Run a job, or resume it from its commit log, and record how it ended.
+    """Run a job, or resume it from its commit log, and record how it ended. One that is to pause does so after a commit.
 
     Events of rounds that were committed before are published if they are missing. If the database does not answer, or a disk
-    is full or gone, the job waits and then resumes: it never fails because of that. ``restarted`` says that Ray started this
-    process in place of one that died. A job that resumes with the whole service is no sign that it kills its coordinators.
-    The job reads by the ``rules``, as it was checked, and the uploads of its tenant.
+    is full or gone, the job waits and then resumes: it never fails because of that. If only the job's own folder does not work,
+    try after try, it fails: it would hold a place that others could have. The job reads by the ``rules``, as it was checked,
+    and the uploads of its tenant.
     """
+    tries = 0
+    newest: Event | None = None
     while True:
         try:
             with closing(JobStore(storage.database, existing=True)) as store:
-                if store.get(job).status != "running":
+                store.move(job, "paused", before=("pausing",))  # nothing of it runs now
+                if store.get(job).status not in AT_WORK:
                     return
-                deaths = store.count_restart(job) if restarted else 0
-                restarted = False  # from here on it is this process that tries again
                 with reading_by(_rules_for(store.get(job), rules, storage)):
-                    trouble = _run(job, deaths, store, storage, make_pool, make_evaluation, sites)
+                    trouble = _run(job, store, storage, make_pool, make_evaluation, sites)
                 if trouble is None:
-                    return
-                _wait_for_disk(job, trouble, store, storage)
+                    continue
+                before, newest = newest, store.newest(job, "round")
+                own = trouble.errno not in OF_FULL_DISKS and _present_trouble(storage) is None
+                tries = tries + 1 if own and newest == before else 0
+                if tries >= _BROKEN_TRIES:
+                    fail(job, trouble, store, storage)
+                else:
+                    _wait_for_disk(job, trouble, store, storage)
         except NO_ANSWER as error:
             _log.warning("the database does not answer (%s); job %s waits for it", error, job)
             sleep(_RETRY_SECONDS)
@@ -74,20 +83,22 @@ def _rules_for(record: JobRecord, rules: ReadingRules, storage: Storage) -> Read
 
 def _run(
     job: str,
-    deaths: int,
     store: JobStore,
     storage: Storage,
     make_pool: MakePool,
     make_evaluation: MakeEvaluation,
     sites: Sites | None,
 ) -> OSError | None:
-    """Run the job to its end, and record that. Returns the trouble of a disk instead, if there is one."""
+    """Run the job to its end, and record that; or until it is to pause. Returns the trouble of a disk, if there is one."""
     log = JobLog(storage.job(job))
     try:
-        if deaths >= _DEATHS:
-            raise CoordinatorLost(job, deaths)
         storage.check()
-        spec = parse_job(store.get(job).spec)
+        document = store.get(job).spec
+        if not document:
+            raise InvalidJob.at(
+                "(job)", document, "the document that was submitted; what the database has of it cannot be read"
+            )
+        spec = parse_job(document)
         with occupy(storage.job(job)), log, ActivityRecord(store, job) as record:
             listen = log.with_activities(record)
             result = _train(job, spec, store, storage, make_pool, make_evaluation, sites, listen, log)
@@ -99,11 +110,12 @@ def _run(
         _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)), extra=WITHHELD)
         log.failed(error)
         clean_up(job, storage)
-        store.move(job, "failed", error=described(error))
+        store.move(job, "failed", error={**described(error), "cause": _cause(error, storage.job(job))})
     else:
-        # The status comes last: as soon as it is recorded, the controller may end this process.
-        clean_up(job, storage)
-        store.move(job, "succeeded", result=result.model_dump(mode="json"))
+        if result:
+            # The status comes last: as soon as it is recorded, the controller may end this process.
+            clean_up(job, storage)
+            store.move(job, "succeeded", result=result.model_dump(mode="json"))
     return None
 
 
@@ -150,7 +162,8 @@ def _train(
     sites: Sites | None,
     listen: Listener,
     log: JobLog,
-) -> JobResult:
+) -> JobResult | None:
+    """Train, and publish what is committed. None if the job is to pause: then its clients' processes have been told to end."""
     folder, scratch = storage.job(job), storage.scratch(job)
     started: JobStarted | None = None
     records = run_job(
@@ -162,6 +175,7 @@ def _train(
             match record:
                 case JobStarted():
                     started = record
+                    store.move(job, "running", before=("validating",))
                     _publish(store, job, "started", "started", record)
                 case Round():
                     _publish(store, job, f"round-{record.index}", "round", record)
@@ -171,7 +185,18 @@ def _train(
                     rounds = CommitLog(folder).rounds()
                     write_cards(folder, spec, started, rounds)
                     return JobResult.of(spec.name, started, rounds, record)
+            if store.get(job).status == "pausing":
+                return None
     raise AssertionError("the last record is that of a job that has finished")
+
+
+def _cause(error: Exception, folder: Path) -> dict[str, Any]:
+    """What first went wrong, as JSON. If the commits cannot be read, that is the error itself."""
+    started, rounds = None, list[Round]()
+    with suppress(OSError, CorruptCommit):
+        log = CommitLog(folder)
+        started, rounds = log.job_started(), log.rounds()
+    return first_cause(error, started, rounds).model_dump(mode="json")
 
 
 def _publish(store: JobStore, job: str, key: str, kind: str, record: Record) -> None:

@@ -4,32 +4,42 @@ Any number of processes may write. A change of state is one transaction that che
 was faster, it changes nothing. An event has a key that is written only once, so a coordinator that was killed may publish
 all its events again. ::
 
-    queued ──► running ──► succeeded | failed
-       │          └──► cancelling ──► cancelled
-       └──────────────────────────────► cancelled
+    queued ──► validating ──► running ──► succeeded | failed
+       ▲            │            │ ▲
+       │            ▼            ▼ │
+       └─ paused ◄───── pausing ───┘
+
+A job that was validated before goes on from ``queued`` without that. One that fails while it is validated is ``failed`` too.
+One that is not over may be cancelled: it is ``cancelling`` until its processes have ended, and then ``cancelled``.
 """
 
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterable
 from copy import copy
 from dataclasses import replace
 from secrets import token_hex
 from typing import Any, Self, cast
 
-from sqlalchemy import ColumnElement, func, select, text, true, update
+from sqlalchemy import ColumnElement, Select, and_, func, select, text, true, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
+from chainfed_ray.cluster.queries.aliases import Aliases
+from chainfed_ray.cluster.queries.deletions import Deletions
+from chainfed_ray.cluster.queries.pages import Label, Place, narrowed
+from chainfed_ray.cluster.queries.turns import Turns
 from chainfed_ray.cluster.storage import QUEUED_JOBS
 from chainfed_ray.cluster.tables import (
+    AT_WORK,
+    FINISHED,
+    ROW_VERSION,
     STATES_BEFORE,
-    AliasRow,
     Event,
     EventRow,
     JobRecord,
     JobRow,
+    LabelRow,
     Latest,
     Status,
     moment,
@@ -40,13 +50,9 @@ from chainfed_ray.cluster.uploads.sources import hold_uploads
 from chainfed_ray.errors import JobConflict, JobNotFound, LimitReached
 from chainfed_ray.spec.job import JobSpec
 
-FINISHED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 _QUEUE_SECONDS = 60  # until a place in a full queue may be free
 _SERVED: tuple[Status, ...] = ("succeeded",)
-_CHECKED: tuple[Status, ...] = ("running", "succeeded")  # jobs whose base model is known to load
-_KEPT_TARGETS = 20  # that an alias had before
-Shares = dict[str, float]
-"""Models, and the share of the requests that each has."""
+_CHECKED: tuple[Status, ...] = ("queued", "running", "pausing", "paused", "succeeded")  # if they have started
 
 
 class JobStore:
@@ -113,14 +119,15 @@ class JobStore:
             request_key=key,
             reads_anything=reads_anything,
             tenant=self._view.tenant,
+            priority=spec.priority,
         )
         try:
             with Session(self._engine) as session, session.begin():
                 session.add(row)
                 session.flush()
+                session.add_all(LabelRow(job=row.id, name=name, value=value) for name, value in spec.labels.items())
                 hold_uploads(session, row.tenant, document)
-                if most_queued is not None and self._queued(session) > most_queued:
-                    raise LimitReached(self._view.tenant, f"a queue of {most_queued}", QUEUED_JOBS, _QUEUE_SECONDS)
+                _check_queue(session, row.tenant, most_queued)
                 _append(session, row.id, "queued", "queued", row.submitted_at, {})
                 return self._record(row)
         except IntegrityError:
@@ -145,23 +152,18 @@ class JobStore:
                 raise JobNotFound(job)
             return self._record(row)
 
-    def page(self, limit: int = 100, before: str | None = None, status: Status | None = None) -> list[JobRecord]:
-        """At most ``limit`` jobs, the newest first; only those older than the job ``before``, and in the state ``status``.
-
-        Raises:
-            JobNotFound: there is no job with the id ``before``.
-        """
-        query = select(JobRow).where(self._seen).order_by(JobRow.number.desc()).limit(limit)
-        if status is not None:
-            query = query.where(JobRow.status == status)
-        with Session(self._engine) as session:
-            if before is not None:
-                _check_id(before)
-                number = session.scalar(select(JobRow.number).where(self._seen, JobRow.id == before))
-                if number is None:
-                    raise JobNotFound(before)
-                query = query.where(JobRow.number < number)
-            return [self._record(row) for row in session.scalars(query)]
+    def page(
+        self,
+        limit: int = 100,
+        after: Place | None = None,
+        status: Status | Collection[Status] | None = None,
+        labels: Iterable[Label] = (),
+    ) -> list[JobRecord]:
+        """At most ``limit`` jobs, the newest first: those ``after`` a place, in a state of ``status``, with all ``labels``."""
+        query = select(JobRow).where(self._seen, *narrowed(status, labels))
+        if after is not None:
+            query = query.where(after.older(self._seen))
+        return self._found(query.order_by(JobRow.number.desc()).limit(limit))
 
     def count(self) -> dict[Status, int]:
         """How many jobs are in each state. States without jobs are missing."""
@@ -174,24 +176,22 @@ class JobStore:
         with Session(self._engine) as session:
             return sorted(session.scalars(select(JobRow.tenant).where(self._seen).distinct()))
 
-    def _queued(self, session: Session) -> int:
-        of_tenant = (JobRow.tenant == self._view.tenant, JobRow.status == "queued")
-        return session.scalars(select(func.count()).select_from(JobRow).where(*of_tenant)).one()
-
-    def queue(self, limit: int, but: Collection[str] = ()) -> list[JobRecord]:
-        """At most ``limit`` queued jobs, the oldest first; none of the tenants ``but``."""
-        queued = (JobRow.status == "queued", JobRow.tenant.not_in(but))
-        query = select(JobRow).where(*queued).order_by(JobRow.number).limit(limit)
+    def states(self, jobs: Collection[str]) -> dict[str, Status]:
+        """The state of each of ``jobs`` that is there."""
         with Session(self._engine) as session:
-            return [self._record(row) for row in session.scalars(query)]
+            found = session.execute(select(JobRow.id, JobRow.status).where(JobRow.id.in_(jobs)))
+            return {job: cast("Status", status) for job, status in found}
+
+    def queue(self, limit: int) -> list[JobRecord]:
+        """At most ``limit`` queued jobs, the oldest first."""
+        return self._found(select(JobRow).where(JobRow.status == "queued").order_by(JobRow.number).limit(limit))
 
     def models(self) -> list[JobRecord]:
         """For each model name the newest job that succeeded, sorted by that name."""
         succeeded = select(func.max(JobRow.number)).where(self._seen, JobRow.status == "succeeded")
         newest = succeeded.group_by(JobRow.tenant, JobRow.model)
         query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.model)
-        with Session(self._engine) as session:
-            return [self._record(row) for row in session.scalars(query)]
+        return [record for record in self._found(query) if record.spec]
 
     def model(self, name: str) -> JobRecord | None:
         """The newest job that succeeded and whose model is called ``name``."""
@@ -199,37 +199,34 @@ class JobStore:
         return found[0] if found else None
 
     def of_model(self, name: str, limit: int = 100) -> list[JobRecord]:
-        """At most ``limit`` jobs that run or succeeded and whose model is called ``name``, the newest first."""
+        """At most ``limit`` jobs that have started or succeeded and whose model is called ``name``, the newest first."""
         return self._called(name, _CHECKED, limit)
 
     def _called(self, name: str, states: Collection[Status], limit: int) -> list[JobRecord]:
         tenant, own = self._view.parts(name)
-        query = select(JobRow).where(JobRow.tenant == tenant, JobRow.model == own, JobRow.status.in_(states))
-        with Session(self._engine) as session:
-            found = session.scalars(query.order_by(JobRow.number.desc()).limit(limit))
-            return [self._record(row) for row in found]
+        query = select(JobRow).where(JobRow.tenant == tenant, JobRow.model == own, *_started(states))
+        return [record for record in self._found(query.order_by(JobRow.number.desc()).limit(limit)) if record.spec]
 
     def bases(self) -> list[JobRecord]:
-        """For each base model's name, the newest job that runs or succeeded on it, sorted by that name.
+        """For each base model's name, the newest job that has started or succeeded on it, sorted by that name.
 
         Such a job has been checked, so its base model is there and can be loaded.
         """
-        checked = select(func.max(JobRow.number)).where(self._seen, JobRow.status.in_(_CHECKED))
+        checked = select(func.max(JobRow.number)).where(self._seen, *_started(_CHECKED))
         newest = checked.group_by(JobRow.tenant, JobRow.model)
         query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.number)
-        with Session(self._engine) as session:
-            records = [self._record(row) for row in session.scalars(query)]
-        found = {record.model.partition(":")[0]: record for record in records}
+        found = {record.model.partition(":")[0]: record for record in self._found(query) if record.spec}
         return [found[name] for name in sorted(found)]
 
     def on_base(self, name: str, limit: int) -> list[JobRecord]:
-        """At most ``limit`` jobs that run or succeeded on a base model called ``name``, the newest first."""
+        """At most ``limit`` jobs that have started or succeeded on a base model called ``name``, the newest first."""
         tenant, own = self._view.parts(name)
         of_base = (JobRow.tenant == tenant, JobRow.model.startswith(f"{own}:", autoescape=True))
-        query = select(JobRow).where(*of_base, JobRow.status.in_(_CHECKED)).order_by(JobRow.number.desc()).limit(limit)
+        query = select(JobRow).where(*of_base, *_started(_CHECKED)).order_by(JobRow.number.desc()).limit(limit)
         with Session(self._engine) as session:
             # SQLite compares without regard to case.
-            return [self._record(row) for row in session.scalars(query) if row.model.partition(":")[0] == own]
+            rows = [row for row in session.scalars(query) if row.model.partition(":")[0] == own]
+            return [record for record in map(self._record, rows) if record.spec]
 
     def model_names(self, limit: int) -> list[str]:
         """The names of at most ``limit`` models of jobs that succeeded, sorted."""
@@ -238,55 +235,15 @@ class JobStore:
             found = session.execute(query.order_by(JobRow.model).limit(limit))
             return sorted(self._view.name(tenant, model) for tenant, model in found)
 
-    def aliases(self) -> dict[str, Shares]:
-        """Every alias, with the share that each of its models has of the requests."""
-        query = select(AliasRow).order_by(AliasRow.name)
-        if not self._view.everything:
-            of_others = AliasRow.name.contains("/")
-            own = AliasRow.name.startswith(f"{self._view.tenant}/", autoescape=True)
-            query = query.where(~of_others if self._view.tenant == DEFAULT_TENANT else own)
-        with Session(self._engine) as session:
-            return {self._view.alias_name(row.name): row.targets[-1] for row in session.scalars(query)}
+    @property
+    def aliases(self) -> Aliases:
+        """Other names of the models that are seen."""
+        return Aliases(self._engine, self._view)
 
-    def alias(self, name: str) -> Shares | None:
-        """What one alias stands for; None if there is none of this name."""
-        with Session(self._engine) as session:
-            row = session.get(AliasRow, self._view.alias_key(name))
-            return row.targets[-1] if row else None
-
-    def set_alias(self, name: str, shares: Shares) -> None:
-        """Let an alias stand for other models. What it stood for is kept, so that ``roll_back`` can return to it."""
-        key = self._view.alias_key(name)
-        with suppress(IntegrityError):  # another process adds it at the same moment
-            return self._set_alias(key, shares)
-        self._set_alias(key, shares)
-
-    def _set_alias(self, name: str, shares: Shares) -> None:
-        with Session(self._engine) as session, session.begin():
-            # Write first, to lock the row (on SQLite, the database): no other process may change it meanwhile.
-            session.execute(update(AliasRow).where(AliasRow.name == name).values(name=name))
-            row = session.get(AliasRow, name)
-            if row is None:
-                session.add(AliasRow(name=name, targets=[shares]))
-            elif row.targets[-1] != shares:
-                row.targets = [*row.targets[-_KEPT_TARGETS:], shares]
-
-    def roll_back(self, name: str) -> Shares | None:
-        """Return an alias to what it stood for before. None if there is no such alias, or nothing before."""
-        with Session(self._engine) as session, session.begin():
-            row = session.get(AliasRow, self._view.alias_key(name), with_for_update=True)
-            if row is None or len(row.targets) == 1:
-                return None
-            row.targets = row.targets[:-1]
-            return row.targets[-1]
-
-    def delete_alias(self, name: str) -> bool:
-        """Delete an alias. False if there is none of this name."""
-        with Session(self._engine) as session, session.begin():
-            row = session.get(AliasRow, self._view.alias_key(name))
-            if row:
-                session.delete(row)
-            return row is not None
+    @property
+    def deletions(self) -> Deletions:
+        """The jobs, of all tenants, that are being deleted."""
+        return Deletions(self._engine)
 
     def move(
         self,
@@ -295,28 +252,45 @@ class JobStore:
         *,
         result: dict[str, Any] | None = None,
         error: dict[str, Any] | None = None,
+        before: tuple[Status, ...] | None = None,
+        most_queued: int | None = None,
     ) -> bool:
-        """Move a job to the state ``to``, and record the event. False if that is not possible from the job's present state."""
+        """Move a job to the state ``to``, and record the event. False if that is not possible from the job's present state.
+
+        With ``before``, only from those of the possible states. The job's tenant may have ``most_queued`` jobs in the queue.
+
+        Raises:
+            LimitReached: the job would go into the queue, and the tenant has as many jobs there as it may.
+        """
         now = moment()
-        values: dict[str, Any] = {"status": to}
-        if to == "running":
-            values["started_at"] = now
+        values: dict[str, Any] = {"status": to, "version": ROW_VERSION}
+        if to in ("validating", "running"):
+            values["started_at"] = func.coalesce(JobRow.started_at, now)
         if to in FINISHED:
-            values |= {"finished_at": now, "activity": None, "result": result, "error": error}
+            values |= {"finished_at": now, "result": result, "error": error}
+        if to not in AT_WORK:
+            values["activity"] = None
+        if to == "queued":
+            values |= {"finished_at": None, "result": None, "error": None, "restarts": 0}
+        possible = STATES_BEFORE[to] if before is None else [state for state in STATES_BEFORE[to] if state in before]
         with Session(self._engine) as session, session.begin():
             changed = session.execute(
-                update(JobRow).where(JobRow.id == job, JobRow.status.in_(STATES_BEFORE[to])).values(**values)
+                update(JobRow)
+                .where(JobRow.id == job, JobRow.status.in_(possible), JobRow.deleted_at.is_(None))
+                .values(**values)
             )
             if cast("CursorResult[Any]", changed).rowcount == 0:
                 return False
-            _append(session, job, key=to, kind=to, at=now, data=error or {})
+            if to == "queued":
+                _check_queue(session, session.scalars(select(JobRow.tenant).where(JobRow.id == job)).one(), most_queued)
+            _append(session, job, None, to, now, error or {})
         return True
 
     def note_activity(self, job: str, activity: Activity) -> None:
-        """Record what a job is doing, in place of what was recorded. Does nothing unless the job is running."""
+        """Record what a job is doing, in place of what was recorded. Does nothing unless the job is at work."""
         values = {"activity": activity.model_dump(mode="json")}
         with Session(self._engine) as session, session.begin():
-            session.execute(update(JobRow).where(JobRow.id == job, JobRow.status == "running").values(**values))
+            session.execute(update(JobRow).where(JobRow.id == job, JobRow.status.in_(AT_WORK)).values(**values))
 
     def latest(self, jobs: Collection[str]) -> dict[str, Latest]:
         """What is new about each of ``jobs``."""
@@ -329,7 +303,7 @@ class JobStore:
         query = select(JobRow.id, events.c.seq, JobRow.status, JobRow.activity).join(events, events.c.job == JobRow.id)
         with Session(self._engine) as session:
             return {
-                job: Latest(seq, activity if status == "running" else None)
+                job: Latest(seq, activity if status in AT_WORK else None)
                 for job, seq, status, activity in session.execute(query)
             }
 
@@ -363,25 +337,37 @@ class JobStore:
             self.get(job)
         return found
 
-    def of_kind(self, job: str, kind: str) -> list[Event]:
-        """Every event of a job of one ``kind``, the oldest first."""
-        query = select(EventRow).where(EventRow.job == job, EventRow.kind == kind).order_by(EventRow.seq)
+    def of_kind(self, job: str, *kinds: str) -> list[Event]:
+        """Every event of a job of one of the ``kinds``, the oldest first."""
+        query = select(EventRow).where(EventRow.job == job, EventRow.kind.in_(kinds)).order_by(EventRow.seq)
         with Session(self._engine) as session:
             return [Event(row.seq, row.kind, row.at, row.data) for row in session.scalars(query)]
 
     def newest(self, job: str, kind: str) -> Event | None:
         """The job's newest event of this kind, or None."""
-        query = (
-            select(EventRow).where(EventRow.job == job, EventRow.kind == kind).order_by(EventRow.seq.desc()).limit(1)
-        )
+        return next(iter(self.newest_of(job, kind, 1)), None)
+
+    def newest_of(self, job: str, kind: str, limit: int) -> list[Event]:
+        """At most ``limit`` events of a job of this kind, the newest first."""
+        of_kind = select(EventRow).where(EventRow.job == job, EventRow.kind == kind)
         with Session(self._engine) as session:
-            row = session.scalars(query).one_or_none()
-            return Event(row.seq, row.kind, row.at, row.data) if row else None
+            found = session.scalars(of_kind.order_by(EventRow.seq.desc()).limit(limit))
+            return [Event(row.seq, row.kind, row.at, row.data) for row in found]
 
     @property
     def _seen(self) -> ColumnElement[bool]:
         """The condition of a query that a job is seen."""
-        return true() if self._view.everything else JobRow.tenant == self._view.tenant
+        is_own = true() if self._view.everything else JobRow.tenant == self._view.tenant
+        return and_(is_own, JobRow.deleted_at.is_(None))
+
+    @property
+    def turns(self) -> Turns:
+        """Whose turn it is, among the jobs of all tenants."""
+        return Turns(self._engine)
+
+    def _found(self, query: Select[JobRow]) -> list[JobRecord]:
+        with Session(self._engine) as session:
+            return [self._record(row) for row in session.scalars(query)]
 
     def _record(self, row: JobRow) -> JobRecord:
         return replace(row.record(), model=self._view.name(row.tenant, row.model))
@@ -392,8 +378,24 @@ def _check_id(job: str) -> None:
         raise JobNotFound(job)
 
 
-def _append(session: Session, job: str, key: str, kind: str, at: str, data: dict[str, Any]) -> None:
-    """Add the next event. The caller's transaction must hold the lock of the job's row."""
+def _started(states: Collection[Status]) -> tuple[ColumnElement[bool], ...]:
+    """The conditions that a job is in one of ``states``, and has started."""
+    return JobRow.status.in_(states), JobRow.started_at.is_not(None), JobRow.deleted_at.is_(None)
+
+
+def _check_queue(session: Session, tenant: str, most: int | None) -> None:
+    """Check that ``tenant`` has at most so many jobs in the queue.
+
+    Raises:
+        LimitReached: it has more.
+    """
+    queued = select(func.count()).select_from(JobRow).where(JobRow.tenant == tenant, JobRow.status == "queued")
+    if most is not None and session.scalars(queued).one() > most:
+        raise LimitReached(tenant, f"a queue of {most}", QUEUED_JOBS, _QUEUE_SECONDS)
+
+
+def _append(session: Session, job: str, key: str | None, kind: str, at: str, data: dict[str, Any]) -> None:
+    """Add the next event. Without a ``key`` it may come again. The caller's transaction must hold the lock of the job's row."""
     seq = (session.scalar(select(func.max(EventRow.seq)).where(EventRow.job == job)) or 0) + 1
-    session.add(EventRow(job=job, seq=seq, key=key, kind=kind, at=at, data=data))
+    session.add(EventRow(job=job, seq=seq, key=key or f"{kind} {seq}", kind=kind, at=at, data=data))
     session.flush()

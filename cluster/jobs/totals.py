@@ -1,13 +1,16 @@
 """Adds up the events of jobs as they come, for metrics: each event is read once in a process."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from threading import Lock
 
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import Event
+from chainfed_ray.errors import JobNotFound
 from chainfed_ray.records.rounds import EarlyExit, Evaluation, JobFinished, JobStarted, Round, StageMemory
 
+_log = logging.getLogger(__name__)
 PAGE = 1000  # how many events are read at a time
 
 
@@ -88,8 +91,15 @@ class TotalsOfJobs:
         """The totals of ``jobs``, as they are now. Those of other jobs are forgotten."""
         with self._lock:
             self._known = {job: self._known.get(job) or JobTotals() for job in jobs}
-            for job, totals in self._known.items():
-                while found := self._store.events(job, totals.last, PAGE):
-                    for event in found:
-                        totals.add(event)
+            for job, totals in list(self._known.items()):
+                try:
+                    self._add_new(job, totals)
+                except (JobNotFound, KeyError, ValueError) as error:  # it was deleted, or its records cannot be read
+                    _log.warning("job %s has no metrics: %s", job, error)
+                    del self._known[job]
             return dict(self._known)
+
+    def _add_new(self, job: str, totals: JobTotals) -> None:
+        while found := self._store.events(job, totals.last, PAGE):
+            for event in found:
+                totals.add(event)

@@ -141,7 +141,7 @@ def test_serve_itself_killed_and_started_again(service: Running, document: dict[
     assert len(CommitLog(tmp_path / "other" / "jobs" / job).rounds()) < 8
     with Running(tmp_path / "other", first.port) as second:  # where the first one was
         kinds = [event["kind"] for event in second.client.follow(job)]
-        assert kinds == ["queued", "running", "started", *["round"] * 8, "finished", "succeeded"]
+        assert kinds == ["queued", "validating", "running", "started", *["round"] * 8, "finished", "succeeded"]
 
 
 def wait_for_rounds(service: Running, document: dict[str, Any], rounds: int) -> str:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from chainfed_ray.activity import Activity, Listener, no_listener
 from chainfed_ray.api.client.service_client import JsonObject, ServiceClient
 from chainfed_ray.api.command.following import follow
+from chainfed_ray.api.jobs.resources import JobProgress as Resource
 from chainfed_ray.api.report.fleet import by_class
 from chainfed_ray.api.report.plots import draw
 from chainfed_ray.api.report.progress import ProgressDisplay, time_left
 from chainfed_ray.api.report.results import results
-from chainfed_ray.api.rest.schemas import JobProgress as Resource
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records.rounds import (
     FailedTurn,

@@ -67,7 +67,7 @@ def publish(store: JobStore, job: str, key: str, record: Record) -> None:
 def test_without_a_job_every_status_is_zero(store: JobStore) -> None:
     samples = scraped(store)
     assert {labels[0][1] for _, labels in samples} == {
-        "queued", "running", "cancelling", "succeeded", "failed", "cancelled",
+        "queued", "validating", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled",
     }  # fmt: skip
     assert set(samples.values()) == {0}
 

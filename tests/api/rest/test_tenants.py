@@ -19,6 +19,7 @@ from chainfed_ray.cluster.access.first_answers import FirstAnswers
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.serving.messages import ModelKey
@@ -46,7 +47,11 @@ class World:
 
     def make(self, tenant: str, name: str, ends: str = "succeeded", key: str | None = None) -> str:
         """A job of a tenant, and what the service does with it."""
-        job = self.store.seen_by(tenant, everything=False).submit(parse_job({**DOCUMENT, "name": name}), key).id
+        job = (
+            self.store.seen_by(tenant, everything=False)
+            .submit(parse_job({**DOCUMENT, "name": name, "labels": {"of": tenant}}), key)
+            .id
+        )
         if ends != "queued":
             self.store.move(job, "running")
         if ends == "succeeded":
@@ -132,14 +137,24 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         "GET /v1/audit": [{}],
         "POST /v1/plan": [{"json": DOCUMENT}],
         "POST /v1/jobs": submitted,
-        "GET /v1/jobs": [{}, *({"params": {"before": job}} for job in jobs), {"params": {"status": "queued"}}],
+        "GET /v1/jobs": [
+            {},
+            *({"params": {"cursor": Place("2100-01-01T00:00:00.000Z", job).cursor()}} for job in jobs),
+            {"params": {"status": "queued"}},
+            {"params": {"state": ["queued", "succeeded"], "label": "of=alice"}},
+        ],
         "GET /v1/jobs/{job}": named,
         "GET /v1/jobs/{job}/clients": named,
         "GET /v1/jobs/{job}/events": [*named, *({**one, "headers": {"Accept": "text/event-stream"}} for one in named)],
         "GET /v1/jobs/{job}/logs": named,
         "GET /v1/jobs/{job}/artifacts": named,
         "GET /v1/jobs/{job}/artifacts/{name}": [{**one, "name": name} for one in named for name in ARTIFACTS],
+        "POST /v1/jobs/{job}/pause": named,
+        "POST /v1/jobs/{job}/resume": named,
         "POST /v1/jobs/{job}/cancel": named,
+        "POST /v1/jobs/{job}/retry": named,
+        "POST /v1/jobs/{job}/clone": [*named, *({**one, "json": {"name": "own"}} for one in named)],
+        "DELETE /v1/jobs/{job}": named,
         "POST /v1/uploads": [{"json": {**FILE, "name": "mine.csv"}}, {"json": FILE}, {"json": others}, *keyed],
         "GET /v1/uploads": [{}, *({"params": {"before": upload}} for upload in uploads)],
         "GET /v1/uploads/{upload}": stored,
@@ -185,7 +200,7 @@ def test_a_stranger_is_answered_as_if_nothing_were_there(worlds: tuple[World, Wo
     asked = requests(secrets)
     documented = worlds[0].client.get("/openapi.json").json()["paths"]
     assert {f"{method.upper()} {path}" for path, methods in documented.items() for method in methods} == asked.keys()
-    before = [world_of_alice(worlds[0], secrets), str(worlds[0].store.aliases())]
+    before = [world_of_alice(worlds[0], secrets), str(worlds[0].store.aliases.all())]
     for operation, options in asked.items():
         method, _, path = operation.partition(" ")
         for given in options:
@@ -279,6 +294,6 @@ def test_metrics_name_tenants_to_an_admin_alone(worlds: tuple[World, World], sec
 
 def test_routes_ask_for_what_the_caller_sees() -> None:
     """They never reach for the jobs of all."""
-    folder = Path(an_app.__code__.co_filename).parent.parent / "api" / "rest"
-    for file in folder.glob("*.py"):
+    folder = Path(an_app.__code__.co_filename).parent.parent / "api"
+    for file in (*folder.glob("rest/*.py"), *folder.glob("jobs/*.py")):
         assert file.name == "service.py" or ".store" not in file.read_text().replace("jobs.store import", ""), file.name

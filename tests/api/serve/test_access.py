@@ -33,6 +33,8 @@ ALLOWED = {
     },
     "submit": {
         "POST /v1/plan", "POST /v1/jobs", "POST /v1/jobs/{job}/cancel", "PUT /v1/aliases/{alias}",
+        "POST /v1/jobs/{job}/pause", "POST /v1/jobs/{job}/resume",
+        "POST /v1/jobs/{job}/retry", "POST /v1/jobs/{job}/clone", "DELETE /v1/jobs/{job}",
         "POST /v1/aliases/{alias}/rollback", "DELETE /v1/aliases/{alias}",
         "POST /v1/uploads", "PUT /v1/uploads/{upload}/content", "DELETE /v1/uploads/{upload}",
     },

@@ -122,7 +122,7 @@ def test_killed_in_the_middle_and_it_ends_where_it_would_have(
         assert next(event for event in events if event["kind"] == "round")
         wait_for(lambda process=process: service.processes(process), process)[0].kill()
     kinds = [event["kind"] for event in service.client.follow(job)]
-    assert kinds == ["queued", "running", "started", *["round"] * 6, "finished", "succeeded"]
+    assert kinds == ["queued", "validating", "running", "started", *["round"] * 6, "finished", "succeeded"]
     assert service.client.job(job)["model"] == "tiny:killed"
     _, expected = run(a_job(document, tmp_path), tmp_path / "log")
     assert_same(load_stack(storage / "jobs" / job / "model").stack.tensors(), expected)

@@ -8,28 +8,42 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chainfed_ray.cluster.jobs.control import delete, pause, resume
 from chainfed_ray.cluster.jobs.controller import Controller
+from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.cluster.tables import AT_WORK
+from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC
 
 
 class Processes:
-    """Coordinators of which only the names are kept. The process of a ``stubborn`` one lives on when it is told to end."""
+    """Coordinators of which only the names are kept.
+
+    The process of a ``stubborn`` one lives on when it is told to end, a ``dying`` one dies at its start, and to end one that
+    is ``cursed`` fails.
+    """
 
     def __init__(self, storage: Storage) -> None:
         self.jobs: set[str] = set()
         self.stubborn: set[str] = set()
+        self.dying: set[str] = set()
+        self.cursed: set[str] = set()
         self._storage = storage
 
     def alive(self) -> set[str]:
         return set(self.jobs)
 
     def ensure(self, job: str) -> None:
-        self.jobs.add(job)
+        if job not in self.dying:
+            self.jobs.add(job)
 
     def end(self, job: str) -> bool:
+        if job in self.cursed:
+            raise RuntimeError(f"{job} is cursed")
         self.jobs.discard(job)
         return job not in self.stubborn
 
@@ -57,10 +71,56 @@ def test_jobs_run_in_their_order(parts: tuple[Controller, JobStore, Processes, S
     for job in jobs:
         controller.step()
         assert processes.jobs == {job}
-        assert [record.id for record in store.page(status="running")] == [job]
+        assert [record.id for record in store.page(status="validating")] == [job]
+        store.move(job, "running")
         store.move(job, "succeeded" if job != jobs[1] else "failed", result={})
     controller.step()
     assert processes.jobs == set()
+
+
+def test_a_paused_job_has_no_coordinator_and_goes_on_when_its_old_one_has_ended(
+    parts: tuple[Controller, JobStore, Processes, Settings],
+) -> None:
+    controller, store, processes, settings = parts
+    job, other = store.submit(SPEC).id, store.submit(SPEC).id
+    controller.step()
+    settings.storage.scratch(job).mkdir(parents=True)
+    store.move(job, "running")
+    store.publish(job, "started", "started", {})
+    pause(store, job)
+    controller.step()
+    assert (store.get(job).status, processes.jobs) == ("pausing", {job})
+    store.move(job, "paused", before=("pausing",))  # by its coordinator
+    controller.step()
+    assert processes.jobs == {other}
+    assert settings.storage.scratch(job).exists(), "it is of use when the job goes on"
+    resume(store, job)
+    controller.step()
+    assert (store.get(job).status, processes.jobs) == ("queued", {other}), "there is no place"
+    processes.jobs.add(job)  # as if its old coordinator were still there
+    store.move(other, "running")
+    store.move(other, "succeeded", result={})
+    controller.step()
+    assert (store.get(job).status, processes.jobs) == ("queued", set())
+    controller.step()
+    assert (store.get(job).status, processes.jobs) == ("running", {job}), "it was validated before"
+
+
+def test_a_job_whose_coordinator_dies_as_it_pauses_is_paused_when_its_process_is_gone(
+    parts: tuple[Controller, JobStore, Processes, Settings],
+) -> None:
+    controller, store, processes, _ = parts
+    job = store.submit(SPEC).id
+    controller.step()
+    pause(store, job)
+    processes.jobs.clear()
+    processes.stubborn.add(job)
+    controller.step()
+    assert store.get(job).status == "pausing"
+    processes.jobs.clear()
+    processes.stubborn.clear()
+    controller.step()
+    assert (store.get(job).status, processes.jobs) == ("paused", set())
 
 
 def test_a_running_job_gets_its_coordinator_back(parts: tuple[Controller, JobStore, Processes, Settings]) -> None:
@@ -119,6 +179,42 @@ def test_a_broken_job_folder_stops_nobody_else(parts: tuple[Controller, JobStore
     assert processes.jobs == {other}
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_deleted_job_leaves_nothing(
+    parts: tuple[Controller, JobStore, Processes, Settings], broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, store, processes, settings = parts
+    job, other = store.submit(SPEC).id, store.submit(SPEC).id
+    store.move(job, "cancelled")
+    folder = settings.storage.job(job)
+    if broken:
+        folder.parent.mkdir(parents=True)
+        folder.write_text("a file where a folder is meant")
+    else:
+        CommitLog(folder).secret()
+        settings.storage.scratch(job).mkdir(parents=True)
+    delete(store, job)
+    assert folder.exists()
+    processes.stubborn.add(job)
+    controller.step()
+    assert folder.exists(), "a process of it may still write"
+    processes.stubborn.clear()
+
+    def cannot(path: Path) -> None:
+        raise PermissionError(13, "not allowed", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("chainfed_ray.cluster.jobs.controller.remove", cannot)
+        controller.step()
+    assert store.deletions.marked(9) == [job], "a later step tries again"
+    assert processes.jobs == {other}, "and the others go on"
+    controller.step()
+    assert not folder.exists()
+    assert not settings.storage.scratch(job).exists()
+    assert store.deletions.marked(9) == []
+    assert [record.id for record in store.page()] == [other]
+
+
 def test_caches_that_an_earlier_controller_left_are_deleted(tmp_path: Path) -> None:
     _, store, _, settings = a_controller(tmp_path)
     job = store.submit(SPEC).id
@@ -131,7 +227,9 @@ def test_caches_that_an_earlier_controller_left_are_deleted(tmp_path: Path) -> N
     again.close()
 
 
-ACTS = st.lists(st.sampled_from(["submit", "step", "lose", "cancel", "succeed"]), max_size=14)
+ACTS = st.lists(
+    st.sampled_from(["submit", "step", "lose", "cancel", "succeed", "pause", "paused", "resume"]), max_size=20
+)
 
 
 @settings(deadline=None, max_examples=30)
@@ -141,7 +239,7 @@ def test_wherever_things_are_steps_lead_to_where_they_should_be(
 ) -> None:
     controller, store, processes, _ = a_controller(tmp_path_factory.mktemp("controller"), parallel_jobs)
     for act in acts:
-        running = [record.id for record in store.page(status="running")]
+        running = [record.id for record in store.page(status=AT_WORK)]
         match act:
             case "submit":
                 store.submit(SPEC)
@@ -151,14 +249,91 @@ def test_wherever_things_are_steps_lead_to_where_they_should_be(
                 processes.jobs.clear()
             case "cancel" if running:
                 store.move(running[0], "cancelling")
+            case "pause" if running:
+                pause(store, running[0])
+            case "paused" if running:  # its coordinator has stopped, and waits for its end
+                store.move(running[0], "paused", before=("pausing",))
+            case "resume":
+                for job in store.page(status=("pausing", "paused"))[:1]:
+                    resume(store, job.id)
             case "succeed" if running:
+                store.move(running[-1], "running")
                 store.move(running[-1], "succeeded", result={})
-    controller.step()
-    running = [record.id for record in store.page(status="running")]
+    for _ in range(2):  # a job that was resumed starts again when what it had before has ended
+        controller.step()
+    running = [record.id for record in store.page(status=AT_WORK)]
     waiting = store.queue(100)
     assert processes.jobs == set(running)
     assert not store.page(status="cancelling")
     assert len(running) == parallel_jobs or (len(running) < parallel_jobs and not waiting)
+    store.close()
+
+
+def test_a_job_whose_coordinator_dies_at_each_start_fails_and_gives_its_place_to_others(
+    parts: tuple[Controller, JobStore, Processes, Settings],
+) -> None:
+    controller, store, processes, _ = parts
+    job, other = store.submit(SPEC).id, store.submit(SPEC).id
+    processes.dying.add(job)
+    for _ in range(5):
+        controller.step()
+        assert store.get(job).status == "validating"
+    controller.step()
+    lost = store.get(job)
+    assert (lost.status, lost.error and lost.error["type"]) == ("failed", "CoordinatorLost")
+    controller.step()
+    assert processes.jobs == {other}
+
+
+def test_the_loss_of_the_whole_cluster_kills_no_job(tmp_path: Path) -> None:
+    """Each time there is another controller, which has seen none of the coordinators that are gone."""
+    settings = Settings(Storage.at(tmp_path))
+    store = JobStore(settings.storage.database)
+    job = store.submit(SPEC).id
+    for _ in range(9):
+        processes = Processes(settings.storage)
+        Controller(settings, store, processes).step()
+        assert processes.jobs == {job}
+    assert store.get(job).restarts == 0
+    store.close()
+
+
+@pytest.mark.parametrize("state", ["cancelling", "deleted", "paused"])
+def test_a_job_that_cannot_be_ended_stops_nobody_else(
+    parts: tuple[Controller, JobStore, Processes, Settings], state: str
+) -> None:
+    controller, store, processes, _ = parts
+    job, other = store.submit(SPEC).id, store.submit(SPEC).id
+    controller.step()
+    store.move(job, "running")
+    if state == "deleted":
+        store.move(job, "failed")
+        delete(store, job)
+    else:
+        store.move(job, "cancelling" if state == "cancelling" else "pausing")
+        store.move(job, "paused", before=("pausing",))
+    processes.cursed.add(job)
+    controller.step()
+    assert processes.jobs == {job, other}
+
+
+def test_a_broken_folder_beside_a_good_job(tmp_path: Path, document: dict[str, Any]) -> None:
+    """The broken one fails with its reason, and the good one has its model."""
+    settings = Settings(Storage.at(tmp_path / "storage"))
+    store, processes = JobStore(settings.storage.database), Processes(settings.storage)
+    controller = Controller(settings, store, processes)
+    document["rounds"] |= {"total": 1, "clients": 2}
+    broken, good = (store.submit(parse_job({**document, "name": name})).id for name in ("broken", "good"))
+    (settings.storage.root / "jobs").mkdir()
+    settings.storage.job(broken).write_text("a file where a folder is meant")
+    for job in (broken, good):
+        controller.step()
+        assert processes.jobs == {job}
+        run_queued_job(job, settings.storage, in_this_process)
+    ended = store.get(broken)
+    assert (ended.status, ended.error and ended.error["type"]) == ("failed", "FileExistsError")
+    assert store.get(good).status == "succeeded"
+    assert [record.id for record in store.models()] == [good]
     store.close()
 
 
@@ -173,6 +348,7 @@ def test_a_tenant_at_its_limit_lets_others_go_first(tmp_path: Path) -> None:
     assert processes.jobs == {first, other}
     controller.step()
     assert processes.jobs == {first, other}
+    store.move(first, "running")
     store.move(first, "succeeded", result={})
     controller.step()
     assert processes.jobs == {second, other}

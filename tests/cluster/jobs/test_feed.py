@@ -89,3 +89,14 @@ def test_no_more_watch_than_there_is_room_for(store: JobStore) -> None:
             await watcher.aclose()
 
     asyncio.run(story())
+
+
+def test_a_watcher_of_a_job_that_was_tried_again_hears_its_new_end(store: JobStore) -> None:
+    job = store.submit(SPEC).id
+    for state in ("running", "failed", "queued", "running", "succeeded"):
+        assert store.move(job, state)
+
+    async def story() -> list[int | str]:
+        return await heard(EventFeed(store), job)
+
+    assert asyncio.run(story()) == [1, 2, 3, 4, 5, 6]

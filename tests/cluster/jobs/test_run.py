@@ -1,13 +1,18 @@
 """Promises of a queued job's run: a trouble outside is waited for, and only what is the job's own ends it."""
 
 from collections.abc import Callable
-from errno import ENOSPC, EROFS
+from errno import EIO, ENOSPC, EROFS
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import create_engine
+from sqlalchemy import text as sql
 from sqlalchemy.exc import InterfaceError, OperationalError
 
+from chainfed_ray.client.pool import LocalPool
+from chainfed_ray.cluster.jobs.cleanup import has_died_too_often
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
@@ -16,9 +21,13 @@ from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.reading import EVERYTHING, ReadingRules
 from chainfed_ray.spec.parse import parse_job
+from tests.apps import an_app
 from tests.builders import SPEC
+from tests.pools import failing
 
 RUN = "chainfed_ray.cluster.jobs.run"
+CAUSE = {"client": None, "stage": None, "round": None, "message": "of the job"}
+OF_THE_JOB = {"type": "ValueError", "message": "of the job", "cause": CAUSE}
 FULL = OSError(ENOSPC, "No space left on device", "/data/jobs")
 
 
@@ -70,7 +79,7 @@ def test_a_disk_that_fails_is_waited_for(
     assert waiting.activity["what"] == "waiting for a disk"
     assert str(trouble.__cause__ or trouble) in waiting.activity["note"]
     assert not storage.scratch(job).exists(), "it may be what filled the disk"
-    assert store.get(job).error == {"type": "ValueError", "message": "of the job"}
+    assert store.get(job).error == OF_THE_JOB
 
 
 def test_clients_whose_disk_fails_are_waited_for(
@@ -98,10 +107,10 @@ def test_a_database_that_flaps_kills_no_coordinator(
 ) -> None:
     away = [kind("select 1", {}, ConnectionError("no answer")) for kind in (OperationalError, InterfaceError) * 4]
     monkeypatch.setattr(f"{RUN}.run_job", raising(*away, ValueError("of the job")))
-    run_queued_job(job, storage, in_this_process, restarted=True)
+    run_queued_job(job, storage, in_this_process)
     assert len(waits) == 8
     ended = store.get(job)
-    assert (ended.restarts, ended.error) == (1, {"type": "ValueError", "message": "of the job"})
+    assert (ended.restarts, ended.error) == (0, OF_THE_JOB)
 
 
 def test_the_end_of_the_whole_service_kills_no_job(
@@ -120,6 +129,102 @@ def test_a_broken_folder_is_the_job_s_own(job: str, storage: Storage, store: Job
     run_queued_job(job, storage, in_this_process)
     ended = store.get(job)
     assert (ended.status, ended.error and ended.error["type"]) == ("failed", "FileExistsError")
+
+
+def test_a_job_whose_clients_all_fail_names_the_first_of_them(
+    document: dict[str, Any], storage: Storage, store: JobStore
+) -> None:
+    document["rounds"] |= {"quorum": 2}
+    job = store.submit(parse_job(document)).id
+    store.move(job, "validating")
+    run_queued_job(job, storage, lambda source, note: failing(LocalPool(source), "out of paper"))
+    ended = store.get(job)
+    assert ended.error is not None
+    cause = ended.error["cause"]
+    assert (ended.status, ended.error["type"]) == ("failed", "QuorumLost")
+    assert (cause["stage"], cause["round"], cause["message"]) == (1, 1, "out of paper")
+    assert cause["client"].startswith("phone-")
+    assert store.events(job)[-1].data == ended.error
+
+
+def test_a_job_that_is_not_valid_fails_while_it_is_validated(
+    document: dict[str, Any], storage: Storage, store: JobStore
+) -> None:
+    job = store.submit(parse_job({**document, "data": {**document["data"], "label": "none"}})).id
+    store.move(job, "validating")
+    run_queued_job(job, storage, in_this_process)
+    assert [event.kind for event in store.events(job)] == ["queued", "validating", "failed"]
+    assert "data.label is 'none'" in str(store.get(job).error)
+
+
+def test_a_folder_that_alone_does_not_work_fails_its_job_after_some_tries(
+    job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk works otherwise. A job that waited for its folder for ever would hold the place of others."""
+    monkeypatch.setattr(f"{RUN}.run_job", raising(*[OSError(EIO, "Input/output error", "/data/jobs/x")] * 9))
+    run_queued_job(job, storage, in_this_process)
+    ended = store.get(job)
+    assert (ended.status, len(waits)) == ("failed", 4)
+    assert ended.error is not None
+    assert ended.error["message"] == "[Errno 5] Input/output error: '/data/jobs/x'"
+
+
+def test_a_full_disk_is_waited_for_however_long(
+    job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{RUN}.run_job", raising(*[FULL] * 20, ValueError("of the job")))
+    run_queued_job(job, storage, in_this_process)
+    assert len(waits) == 20
+    assert store.get(job).error == OF_THE_JOB
+
+
+def test_a_job_whose_document_cannot_be_read_fails_and_says_so(storage: Storage, store: JobStore) -> None:
+    job = store.submit(SPEC).id
+    spoil(storage, job, "spec", '{"name": ')
+    store.move(job, "validating")
+    run_queued_job(job, storage, in_this_process)
+    ended = store.get(job)
+    assert (ended.status, ended.spec) == ("failed", {})
+    assert ended.error is not None
+    assert "what the database has of it cannot be read" in ended.error["message"]
+
+
+def test_a_job_whose_coordinators_all_die_fails_before_anything_else_is_loaded(
+    job: str, storage: Storage, store: JobStore
+) -> None:
+    assert [has_died_too_often(job, store, storage) for _ in range(4)] == [False] * 4
+    store.publish(job, "round-0", "round", {})  # a round in between
+    assert [has_died_too_often(job, store, storage) for _ in range(5)] == [False] * 4 + [True]
+    ended = store.get(job)
+    assert ended.error is not None
+    assert (ended.status, ended.error["type"]) == ("failed", "CoordinatorLost")
+    assert "died 5 times" in ended.error["message"]
+    assert ended.error["cause"]["message"] == ended.error["message"]
+
+
+def spoil(storage: Storage, job: str, column: str, text: str) -> None:
+    """Write something else than JSON into the row of a job."""
+    engine = create_engine(storage.database)
+    with engine.begin() as connection:
+        connection.execute(sql(f"update jobs set {column} = :text where id = :job"), {"text": text, "job": job})
+    engine.dispose()
+
+
+@pytest.mark.parametrize("text", ['{"name": ', "[]", "5", "null"])
+@pytest.mark.parametrize("column", ["spec", "result", "error", "activity"])
+def test_a_document_that_cannot_be_read_is_the_trouble_of_its_job_alone(
+    column: str, text: str, storage: Storage, store: JobStore
+) -> None:
+    bad, good = store.submit(SPEC).id, store.submit(SPEC).id
+    for job in (bad, good):
+        store.move(job, "running")
+        store.move(job, "succeeded", result={"classes": ["a"], "accuracy": 0.5})
+    spoil(storage, bad, column, text)
+    with TestClient(an_app(store), "http://localhost") as client:
+        for path in ("/v1/jobs", f"/v1/jobs/{bad}", "/v1/models", "/v1/models/minilm", "/metrics"):
+            assert client.get(path).status_code == 200, path
+        assert [job["id"] for job in client.get("/v1/jobs").json()["jobs"]] == [good, bad]
+        assert client.get("/v1/models/minilm:tiny").json()["job"] == good
 
 
 def test_a_job_with_a_key_reads_what_the_rules_name_and_one_without_everything(

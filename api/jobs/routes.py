@@ -1,21 +1,23 @@
-"""Routes of jobs: forecast, submit, list, show and cancel."""
+"""Routes of jobs: forecast, submit, list and show."""
 
+from hashlib import blake2b
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 
+from chainfed_ray.api.jobs.resources import JobPage, JobResource, JobSummary, full
 from chainfed_ray.api.report.pictures import check_drawing
 from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
-from chainfed_ray.api.rest.schemas import JobPage, JobProgress, JobResource, JobStatus, JobSummary
-from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
+from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, while_connected
+from chainfed_ray.cluster.access.identity import Identity
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.tables import JobRecord
-from chainfed_ray.errors import JobConflict
+from chainfed_ray.cluster.queries.pages import Place
+from chainfed_ray.cluster.tables import Status
 from chainfed_ray.records.fleet import FleetClient
 from chainfed_ray.records.forecast import Forecast
-from chainfed_ray.records.rounds import JobStarted, Round
+from chainfed_ray.spec.job import JobSpec
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
@@ -32,6 +34,15 @@ class ClientPage(BaseModel):
     next: int | None = Field(description="pass this as `after` to get the next page; null on the last page")
 
 
+_LABEL = r"^[a-z0-9-]{1,63}=[^\x00]{0,63}$"
+_ETAG = {"ETag": {"description": "of this answer: it changes with the job", "schema": {"type": "string"}}}
+_TAGGED: dict[int | str, dict[str, Any]] = {
+    200: {"headers": _ETAG},
+    304: {"description": "The job is as it was when the answer had this `ETag`", "headers": _ETAG},
+}
+IfNoneMatch = Annotated[
+    str | None, Header(description="the `ETag` of an earlier answer: if nothing has changed since, the answer is 304")
+]
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -66,33 +77,69 @@ async def submit_job(
     idempotency_key: IdempotencyKey = None,
 ) -> JobResource:
     """Check a job and queue it. A job that cannot run is refused with every field that is wrong."""
+    return await accept(spec, request, response, service, jobs, caller, idempotency_key)
+
+
+async def accept(
+    spec: JobSpec,
+    request: Request,
+    response: Response,
+    service: Service,
+    jobs: JobStore,
+    caller: Identity,
+    idempotency_key: str | None,
+) -> JobResource:
+    """Check a job, queue it, and name its place in ``response``. A repeated key queues it once.
+
+    Raises:
+        InvalidJob: the job cannot run.
+        JobConflict: the key was used for another job.
+        LimitReached: the caller's tenant has as many jobs in the queue as it may.
+    """
     await while_connected(request, service.check(spec, caller.reads_anything, caller.tenant))
     record = await run_in_threadpool(
         jobs.submit, spec, idempotency_key, caller.reads_anything, service.most_queued if caller.key else None
     )
     response.headers["Location"] = f"/v1/jobs/{record.id}"
-    return JobResource.full(record, None)
+    return await run_in_threadpool(full, jobs, record)
 
 
 @router.get("/jobs")
 def list_jobs(
     jobs: Jobs,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most jobs of a page")] = 50,
-    before: Annotated[str | None, Query(description="return only jobs older than the job with this id")] = None,
-    status: Annotated[JobStatus | None, Query(description="return only jobs in this state")] = None,
+    cursor: Annotated[str | None, Query(max_length=200, description="`next` of the page before")] = None,
+    state: Annotated[
+        list[Status] | None, Query(max_length=20, description="return only jobs in one of these states")
+    ] = None,
+    label: Annotated[
+        list[Annotated[str, Field(pattern=_LABEL)]] | None,
+        Query(max_length=32, description="return only jobs with each of these labels, such as `team=search`"),
+    ] = None,
+    status: Annotated[Status | None, Query(deprecated=True, description="the same as one `state`")] = None,
 ) -> JobPage:
     """The jobs, the newest first."""
-    records = jobs.page(limit + 1, before, status)
+    place = None if cursor is None else Place.parse(cursor)
+    states = [*(state or ()), *([status] if status else ())]
+    labels = [(name, value) for name, _, value in (text.partition("=") for text in label or ())]
+    records = jobs.page(limit + 1, place, states or None, labels)
     shown = records[:limit]
     return JobPage(
-        jobs=[JobSummary.of(record) for record in shown], next=shown[-1].id if len(records) > limit else None
+        jobs=[JobSummary.of(record) for record in shown],
+        next=Place.after(shown[-1]).cursor() if len(records) > limit else None,
     )
 
 
-@router.get("/jobs/{job}")
-def get_job(job: str, jobs: Jobs) -> JobResource:
+@router.get("/jobs/{job}", response_model=JobResource, responses=_TAGGED)
+def get_job(job: str, jobs: Jobs, if_none_match: IfNoneMatch = None) -> Response:
     """A job, with its progress and, once it is over, its result or its error."""
-    return _full(jobs, jobs.get(job))
+    body = full(jobs, jobs.get(job)).model_dump_json().encode()
+    tag = f'"{blake2b(body, digest_size=16).hexdigest()}"'
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
+    known = [one.strip().removeprefix("W/") for one in (if_none_match or "").split(",")]
+    if tag in known or known == ["*"]:
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 @router.get("/jobs/{job}/clients")
@@ -106,26 +153,3 @@ def list_clients(
     """The clients of a job's fleet, each with its plan or what it lacks. There are none before the job has started."""
     found = service.clients(jobs.get(job).id, after, limit + 1)
     return ClientPage(clients=found[:limit], next=after + limit if len(found) > limit else None)
-
-
-@router.post("/jobs/{job}/cancel", status_code=202)
-def cancel_job(job: str, jobs: Jobs) -> JobResource:
-    """Cancel a job. Its finished rounds are kept; a running job is `cancelling` until its processes have ended."""
-    # The job may start between the two calls. Then the first move fails, and the one to `cancelling` succeeds.
-    if jobs.get(job).status == "queued" and jobs.move(job, "cancelled"):
-        return _full(jobs, jobs.get(job))
-    jobs.move(job, "cancelling")
-    record = jobs.get(job)
-    if record.status in ("succeeded", "failed"):
-        raise JobConflict(job, record.status, "be cancelled")
-    return _full(jobs, record)
-
-
-def _full(jobs: JobStore, record: JobRecord) -> JobResource:
-    job_started, newest = jobs.newest(record.id, "started"), jobs.newest(record.id, "round")
-    if job_started is None:
-        return JobResource.full(record, None)
-    progress = JobProgress.of(
-        JobStarted.model_validate(job_started.data), Round.model_validate(newest.data) if newest else None
-    )
-    return JobResource.full(record, progress)

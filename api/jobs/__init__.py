@@ -1,0 +1,1 @@
+"""Routes of jobs, and the JSON that they return."""

@@ -1,0 +1,64 @@
+"""The conditions of a job: what is true of it, why, and since when. They follow from the events of its states."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from pydantic import BaseModel, Field
+
+from chainfed_ray.cluster.tables import FINISHED, Event, Status
+
+ConditionType = Literal["Validated", "Running", "Paused", "Finished"]
+Truth = Literal["True", "False", "Unknown"]
+STATES: tuple[str, ...] = get_args(Status)
+_REASONS = {
+    "queued": "InQueue",
+    "validating": "Validating",
+    "running": "Training",
+    "pausing": "PauseRequested",
+    "paused": "PauseRequested",
+    "cancelling": "CancelRequested",
+    "succeeded": "Succeeded",
+    "cancelled": "CancelRequested",
+}
+
+
+class Condition(BaseModel):
+    """Something that is true of a job, or is not."""
+
+    type: ConditionType = Field(
+        description="`Validated`: its model, rows and clients can be trained; `Running`: it trains; `Paused`; `Finished`"
+    )
+    status: Truth
+    reason: str = Field(description="why, in one word for programs; of a job that failed the type of its error")
+    since: str = Field(description="since when `status` is what it is: ISO 8601, UTC")
+
+
+def conditions(changes: Sequence[Event]) -> list[Condition]:
+    """The conditions of a job after these ``changes`` of its state, which are all that there were, the oldest first."""
+    found: dict[ConditionType, Condition] = {}
+    for change in changes:
+        reason = _REASONS.get(change.kind) or str(change.data.get("type", "Failed"))
+        truths: dict[ConditionType, Truth | None] = {
+            "Validated": _validated(change.kind, found.get("Running")),
+            "Running": "True" if change.kind in ("running", "pausing") else "False",
+            "Paused": "True" if change.kind == "paused" else "False",
+            "Finished": "True" if change.kind in FINISHED else "False",
+        }
+        for kind, truth in truths.items():
+            before = found.get(kind)
+            if truth is not None or before is None:
+                status = truth or "Unknown"
+                since = before.since if before and before.status == status else change.at
+                why = "Validated" if (kind, status) == ("Validated", "True") else reason
+                found[kind] = Condition(type=kind, status=status, reason=why, since=since)
+    return list(found.values())
+
+
+def _validated(state: str, running: Condition | None) -> Truth | None:
+    """Whether a job in this state is known to be valid. None if the state does not tell, so what was known remains."""
+    if state == "running":
+        return "True"
+    if state == "validating":
+        return "Unknown"
+    was_validating = running is not None and running.reason == "Validating"
+    return "False" if state == "failed" and was_validating else None

@@ -1,0 +1,109 @@
+"""What people ask of a job: to pause, to go on, to end, to be tried again, to be deleted.
+
+Each asks for a state, and says why the job cannot get there.
+
+A process of the API calls these. The controller and the job's coordinator then do what the state asks for. All are safe to
+call twice: a job that is already there stays as it is.
+"""
+
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.jobs.versions import trained
+from chainfed_ray.cluster.tables import JobRecord, Status
+from chainfed_ray.errors import JobConflict
+
+
+def pause(store: JobStore, job: str) -> JobRecord:
+    """Pause a job: one that runs as soon as its present round is committed, one that waits at once.
+
+    Raises:
+        JobNotFound: there is no such job.
+        JobConflict: the job is over, or is to end.
+    """
+    store.get(job)
+    # The job may start, or end, between two calls. Then the first move fails, and the next one is made from where it is.
+    if not store.move(job, "paused", before=("queued",)):
+        store.move(job, "pausing")
+    return _reached(store, job, ("pausing", "paused"), "be paused")
+
+
+def resume(store: JobStore, job: str, most_queued: int | None = None) -> JobRecord:
+    """Let a paused job go on from its last commit. It waits in the queue for a free place, where its place is by its age.
+
+    A job that is about to pause goes on at once. The tenant may have ``most_queued`` jobs in the queue.
+
+    Raises:
+        JobNotFound: there is no such job.
+        JobConflict: the job is over, or is to end.
+        LimitReached: the tenant has as many jobs in the queue as it may.
+    """
+    store.get(job)
+    if not store.move(job, "running", before=("pausing",)):
+        store.move(job, "queued", before=("paused",), most_queued=most_queued)
+    return _reached(store, job, ("queued", "validating", "running"), "be resumed")
+
+
+def cancel(store: JobStore, job: str) -> JobRecord:
+    """Cancel a job. Its commits are kept. One that has begun is ``cancelling`` until its processes have ended.
+
+    Raises:
+        JobNotFound: there is no such job.
+        JobConflict: the job has a result, or has failed.
+    """
+    if store.get(job).started_at is not None or not store.move(job, "cancelled", before=("queued",)):
+        store.move(job, "cancelling")
+    return _reached(store, job, ("cancelling", "cancelled"), "be cancelled")
+
+
+def retry(store: JobStore, job: str, most_queued: int | None = None) -> JobRecord:
+    """Try a job again that failed or was cancelled. It goes on from its last commit, in the queue by its age.
+
+    The tenant may have ``most_queued`` jobs in the queue.
+
+    Raises:
+        JobNotFound: there is no such job.
+        JobConflict: the job has not failed and was not cancelled; or it has noise, and cannot go on without its secret.
+        LimitReached: the tenant has as many jobs in the queue as it may.
+    """
+    record = store.get(job)
+    ended: tuple[Status, ...] = ("failed", "cancelled")
+    if record.status in ended and record.spec.get("privacy") and store.newest(job, "round"):
+        asked = (
+            "be tried again: the secret of its noise was erased when it ended, and other noise would weaken its privacy"
+        )
+        raise JobConflict(job, record.status, asked)
+    store.move(job, "queued", before=ended, most_queued=most_queued)
+    return _reached(store, job, ("queued", "validating", "running"), "be tried again")
+
+
+def delete(store: JobStore, job: str) -> None:
+    """Delete a job that is over, with its events, its files and its model. The audit log keeps who did what.
+
+    From now on nobody sees it; the controller deletes the files.
+
+    Raises:
+        JobNotFound: there is no such job.
+        JobConflict: the job is not over, or an alias stands for its model, whose callers would lose it.
+    """
+    record = store.get(job)
+    own = store.seen_by(record.tenant, everything=False)
+    for alias, shares in own.aliases.all().items():
+        if any(_job_of(own, name) == job for name in shares):
+            asked = f"be deleted: the alias {alias} stands for its model; let it stand for another, or delete it"
+            raise JobConflict(job, record.status, asked)
+    if not store.deletions.mark(job):
+        raise JobConflict(job, store.get(job).status, "be deleted")
+
+
+def _job_of(store: JobStore, model: str) -> str | None:
+    """The job whose model answers under the name ``model``, such as ``minilm:support`` or ``minilm:support@best``."""
+    stem, at, _ = model.partition("@")
+    found = trained(store, stem, "latest") if at else None
+    record = found.record if found else store.model(stem)
+    return record.id if record else None
+
+
+def _reached(store: JobStore, job: str, wanted: tuple[Status, ...], asked: str) -> JobRecord:
+    record = store.get(job)
+    if record.status not in wanted:
+        raise JobConflict(job, record.status, asked)
+    return record

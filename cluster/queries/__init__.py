@@ -1,0 +1,1 @@
+"""What is asked of the tables, beside the record of jobs itself."""

@@ -1,0 +1,60 @@
+"""Pages of jobs: where one begins, and which jobs are on it."""
+
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from sqlalchemy import ColumnElement, or_, select
+
+from chainfed_ray.cluster.tables import JobRecord, JobRow, LabelRow, Status
+from chainfed_ray.errors import InvalidJob
+
+Label = tuple[str, str]
+"""A label's name and its value."""
+
+
+class Place(NamedTuple):
+    """A place in the list of jobs: after the job with an id, which was submitted at a time. That job may be gone."""
+
+    at: str
+    job: str
+
+    @classmethod
+    def after(cls, record: JobRecord) -> "Place":
+        """The place after a job."""
+        return cls(record.submitted_at, record.id)
+
+    @classmethod
+    def parse(cls, cursor: str) -> "Place":
+        """The place that a ``cursor`` of ours means.
+
+        Raises:
+            InvalidJob: it is none of ours.
+        """
+        try:
+            at, _, job = urlsafe_b64decode(cursor.encode()).decode().partition(" ")
+        except ValueError:
+            at = job = ""
+        if not at or not job or "\0" in at + job:
+            raise InvalidJob.at("cursor", cursor, "the `next` of an earlier page")
+        return cls(at, job)
+
+    def cursor(self) -> str:
+        """The place as a text for callers. It tells no number of a row: that would tell how many jobs others have."""
+        return urlsafe_b64encode(f"{self.at} {self.job}".encode()).decode()
+
+    def older(self, seen: ColumnElement[bool]) -> ColumnElement[bool]:
+        """The condition that a job is older: than the job of this place or, if that is not ``seen``, than its time."""
+        number = select(JobRow.number).where(seen, JobRow.id == self.job).scalar_subquery()
+        return or_(JobRow.number < number, number.is_(None) & (JobRow.submitted_at < self.at))
+
+
+def narrowed(status: Status | Collection[Status] | None, labels: Iterable[Label]) -> list[ColumnElement[bool]]:
+    """The conditions that a job is in a state of ``status``, and has every one of the ``labels``."""
+    found: list[ColumnElement[bool]] = []
+    if status is not None:
+        found.append(JobRow.status.in_([status] if isinstance(status, str) else status))
+    for key, value in labels:
+        having = select(LabelRow.job).where(LabelRow.name == key, LabelRow.value == value)
+        found.append(JobRow.id.in_(having))
+    return found

@@ -1,0 +1,125 @@
+"""Promises of the routes that tell a job what to do."""
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from chainfed_ray.api.serve.access import AccessRules
+from chainfed_ray.cluster.access.audit import AuditLog
+from chainfed_ray.cluster.access.keyring import KeyRing
+from chainfed_ray.cluster.access.keys import KeyStore
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.storage import Storage
+from tests.apps import an_app
+from tests.builders import SPEC
+
+
+@pytest.fixture
+def client(store: JobStore) -> Iterator[TestClient]:
+    with TestClient(an_app(store), "http://localhost", raise_server_exceptions=False) as made:
+        yield made
+
+
+def test_a_job_pauses_goes_on_and_is_cancelled(client: TestClient, store: JobStore) -> None:
+    job = store.submit(SPEC).id
+
+    def ask(what: str) -> tuple[int, str]:
+        answer = client.post(f"/v1/jobs/{job}/{what}")
+        return answer.status_code, answer.json()["status"]
+
+    assert ask("pause") == (202, "paused")
+    assert ask("resume") == (202, "queued")
+    store.move(job, "running")
+    assert ask("pause") == (202, "pausing")
+    assert ask("resume") == (202, "running")
+    assert ask("cancel") == (202, "cancelling")
+    refused = client.post(f"/v1/jobs/{job}/pause")
+    assert refused.status_code == 409
+    assert refused.json()["type"] == "urn:chainfed:problem:job-conflict"
+    assert refused.json()["detail"] == f"job {job} is cancelling; it cannot be paused"
+    assert client.post("/v1/jobs/none/pause").status_code == 404
+
+
+def test_a_job_is_tried_again_and_deleted(client: TestClient, store: JobStore) -> None:
+    job = store.submit(SPEC).id
+    assert client.delete(f"/v1/jobs/{job}").status_code == 409
+    store.move(job, "running")
+    store.move(job, "failed", error={"type": "ValueError", "message": "no"})
+    again = client.post(f"/v1/jobs/{job}/retry")
+    assert (again.status_code, again.json()["status"], again.json()["error"]) == (202, "queued", None)
+    events = client.get(f"/v1/jobs/{job}/events").json()
+    assert [event["kind"] for event in events["events"]] == ["queued", "running", "failed", "queued"]
+    assert not events["finished"], "it goes on"
+    part = client.get(f"/v1/jobs/{job}/events?limit=3").json()
+    assert (part["last"], part["finished"]) == (3, False), "an end that was not the last"
+    store.move(job, "cancelled")
+    assert client.get(f"/v1/jobs/{job}/events").json()["finished"]
+    gone = client.delete(f"/v1/jobs/{job}")
+    assert (gone.status_code, gone.content) == (204, b"")
+    assert client.get(f"/v1/jobs/{job}").status_code == 404
+    assert client.delete(f"/v1/jobs/{job}").status_code == 404
+
+
+def test_a_job_is_cloned_with_changes(client: TestClient, store: JobStore) -> None:
+    job = store.submit(SPEC).id
+
+    def clone(patch: object, media_type: str = "application/merge-patch+json", **headers: str) -> httpx.Response:
+        given = {"Content-Type": media_type, **headers}
+        return client.post(f"/v1/jobs/{job}/clone", content=json.dumps(patch), headers=given)
+
+    same = client.post(f"/v1/jobs/{job}/clone")
+    assert (same.status_code, same.json()["spec"]) == (201, SPEC.document())
+    assert same.headers["location"] == f"/v1/jobs/{same.json()['id']}"
+    assert same.json()["id"] != job
+
+    changed = clone({"name": "other", "rounds": {"total": 7, "learning_rate": None}, "seed": 5}).json()
+    spec = SPEC.document()
+    assert changed["spec"] == {
+        **spec,
+        "name": "other",
+        "seed": 5,
+        "rounds": {**spec["rounds"], "total": 7},
+    }
+    assert changed["model"] == "minilm:other"
+
+    keyed = [clone({"seed": 9}, "application/json", **{"Idempotency-Key": "k"}).json()["id"] for _ in range(2)]
+    assert keyed[0] == keyed[1]
+    refused = clone({"rounds": {"total": 0}, "nonsense": 1})
+    assert refused.status_code == 422
+    assert {found["field"] for found in refused.json()["errors"]} == {"rounds.total", "nonsense"}
+    assert clone([1]).status_code == 422
+    assert clone({}, "text/plain").status_code == 415
+    wrong = client.post(f"/v1/jobs/{job}/clone", content=b"{", headers={"Content-Type": "application/json"})
+    assert wrong.status_code == 400
+    assert client.post("/v1/jobs/none/clone").status_code == 404
+
+
+@pytest.mark.parametrize("depth", [10, 400, 900, 960, 990, 5000, 100_000])
+def test_a_patch_of_any_depth_is_refused_in_words(client: TestClient, store: JobStore, depth: int) -> None:
+    job = store.submit(SPEC).id
+    patch = '{"chain":' * depth + "1" + "}" * depth
+    answer = client.post(f"/v1/jobs/{job}/clone", content=patch, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 413, 422), answer.text
+    assert len(answer.text) < 10_000
+
+
+def test_what_was_done_to_a_deleted_job_stays_in_the_audit_log(storage: Storage, store: JobStore) -> None:
+    keys, log = KeyStore(storage.database), AuditLog(storage.database)
+    token = keys.make_key("alice", ["submit"]).token
+    job = store.seen_by("alice", everything=False).submit(SPEC).id
+    access = AccessRules(KeyRing(keys), "nobody", audit=log)
+    headers = {"Authorization": f"Bearer {token}"}
+    with TestClient(an_app(store, access), "http://localhost", headers=headers) as client:
+        assert client.post(f"/v1/jobs/{job}/cancel").status_code == 202
+        assert client.delete(f"/v1/jobs/{job}").status_code == 204
+    store.deletions.purge(job)
+    done = [(entry.action, entry.target, entry.tenant, entry.outcome) for entry in log.page(9)]
+    assert done == [
+        ("DELETE /v1/jobs/{job}", f"/v1/jobs/{job}", "alice", "204"),
+        ("POST /v1/jobs/{job}/cancel", f"/v1/jobs/{job}/cancel", "alice", "202"),
+    ]
+    keys.close()
+    log.close()

@@ -1,0 +1,263 @@
+"""Promises of what people ask of a job: it gets there, or they hear why not; one that goes on has the bits of any other."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chainfed_ray.activity import Note
+from chainfed_ray.client.messages import Client, Training, TurnOrder
+from chainfed_ray.client.pool import ClientPool, LocalPool
+from chainfed_ray.cluster.jobs.control import cancel, delete, pause, resume, retry
+from chainfed_ray.cluster.jobs.run import run_queued_job
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.tables import Status
+from chainfed_ray.errors import JobConflict, JobNotFound, LimitReached
+from chainfed_ray.federation.run import MakePool, in_this_process
+from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.model.source import ModelSource
+from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.spec.parse import parse_job
+from tests.builders import PRIVACY, SPEC, a_job, assert_same, run
+from tests.pools import Altered, Answer, Killed, dying
+
+ROUNDS, CLIENTS = 4, 3
+
+
+def asking(ask: Callable[[], object], turns: int) -> MakePool:
+    """Pools in which ``ask`` is called during the turn with the number ``turns``, counted over all pools."""
+    left = iter(range(turns, -1, -1))
+
+    def alter(client: Client, order: TurnOrder, answer: Answer) -> Answer:
+        if isinstance(order, Training) and next(left, None) == 0:
+            ask()
+        return answer
+
+    def make(source: ModelSource, note: Note) -> ClientPool:
+        return Altered(LocalPool(source), alter)
+
+    return make
+
+
+@pytest.fixture
+def expected(document: dict[str, Any], tmp_path: Path) -> Any:
+    """The tensors of the job when nobody asks anything of it."""
+    document["rounds"] |= {"total": ROUNDS, "clients": CLIENTS}
+    return run(a_job(document, tmp_path), tmp_path / "undisturbed")[1]
+
+
+def test_a_job_that_pauses_after_any_round_ends_with_the_same_bits(
+    document: dict[str, Any], expected: Any, storage: Storage, store: JobStore
+) -> None:
+    job = store.submit(parse_job(document)).id
+    for done in range(ROUNDS):
+        store.move(job, "running" if done else "validating")
+        run_queued_job(job, storage, asking(lambda: pause(store, job), turns=1))
+        found = store.get(job)
+        assert (found.status, found.activity) == ("paused", None)
+        assert len(CommitLog(storage.job(job)).rounds()) == done + 1, (
+            "the round that ran is committed, and no other begins"
+        )
+        run_queued_job(job, storage, in_this_process)  # by a process that Ray makes again
+        assert store.get(job).status == "paused"
+        assert resume(store, job).status == "queued"
+    store.move(job, "running")
+    run_queued_job(job, storage, in_this_process)
+    assert store.get(job).status == "succeeded"
+    assert_same(load_stack(storage.model(job)).stack.tensors(), expected)
+    kinds = [event.kind for event in store.events(job)]
+    again = ["paused", "queued", "running"]
+    assert kinds == [
+        "queued", "validating", "running", "started", *(["pausing", "round", *again] * ROUNDS), "finished", "succeeded"
+    ]  # fmt: skip
+
+
+def test_a_job_that_is_resumed_before_it_has_paused_goes_on_at_once(
+    document: dict[str, Any], expected: Any, storage: Storage, store: JobStore
+) -> None:
+    job = store.submit(parse_job(document)).id
+    store.move(job, "running")
+
+    def ask() -> None:
+        pause(store, job)
+        resume(store, job)
+
+    run_queued_job(job, storage, asking(ask, turns=4))
+    assert store.get(job).status == "succeeded"
+    assert_same(load_stack(storage.model(job)).stack.tensors(), expected)
+
+
+def in_state(store: JobStore, state: Status) -> str:
+    """A job that got to ``state`` by itself and by what was asked of it."""
+    job = store.submit(SPEC).id
+    ways: dict[Status, tuple[Status, ...]] = {"queued": (), "paused": ("running", "pausing"), "cancelled": ()}
+    for before in ways.get(state, ("running",)):
+        assert store.move(job, before)
+    assert store.get(job).status == state or store.move(job, state)
+    return job
+
+
+@pytest.mark.parametrize(
+    ("ask", "state", "leads_to"),
+    [
+        (pause, "queued", "paused"),
+        (pause, "running", "pausing"),
+        (pause, "pausing", "pausing"),
+        (pause, "paused", "paused"),
+        (pause, "cancelling", "it is cancelling; it cannot be paused"),
+        (pause, "succeeded", "it is succeeded; it cannot be paused"),
+        (pause, "failed", "it is failed; it cannot be paused"),
+        (resume, "queued", "queued"),
+        (resume, "running", "running"),
+        (resume, "pausing", "running"),
+        (resume, "paused", "queued"),
+        (resume, "cancelled", "it is cancelled; it cannot be resumed"),
+        (retry, "failed", "queued"),
+        (retry, "cancelled", "queued"),
+        (retry, "running", "running"),
+        (retry, "paused", "it is paused; it cannot be tried again"),
+        (retry, "succeeded", "it is succeeded; it cannot be tried again"),
+        (cancel, "queued", "cancelled"),
+        (cancel, "running", "cancelling"),
+        (cancel, "pausing", "cancelling"),
+        (cancel, "paused", "cancelling"),
+        (cancel, "cancelled", "cancelled"),
+        (cancel, "failed", "it is failed; it cannot be cancelled"),
+    ],
+)
+def test_what_is_asked_of_a_job_leads_to_its_state_or_is_refused_in_words(
+    ask: Callable[[JobStore, str], Any], state: Status, leads_to: str, store: JobStore
+) -> None:
+    job = in_state(store, state)
+    if leads_to.startswith("it is"):
+        with pytest.raises(JobConflict) as refused:
+            ask(store, job)
+        assert str(refused.value) == leads_to.replace("it is", f"job {job} is")
+        assert store.get(job).status == state
+    else:
+        assert ask(store, job).status == leads_to
+        assert ask(store, job).status == leads_to, "it may be asked twice"
+
+
+def test_a_job_that_was_resumed_and_waits_is_cleaned_up_when_it_is_cancelled(store: JobStore) -> None:
+    job = in_state(store, "paused")
+    resume(store, job)
+    assert cancel(store, job).status == "cancelling", "the controller deletes what it left"
+
+
+def test_a_job_starts_once_however_often_it_goes_on(store: JobStore) -> None:
+    job = in_state(store, "paused")
+    started_at = store.get(job).started_at
+    resume(store, job)
+    store.move(job, "running")
+    assert started_at
+    assert store.get(job).started_at == started_at
+
+
+def test_a_job_goes_on_where_the_queue_has_room(store: JobStore) -> None:
+    job = in_state(store, "paused")
+    store.submit(SPEC)
+    with pytest.raises(LimitReached, match="a queue of 1"):
+        resume(store, job, most_queued=1)
+    assert store.get(job).status == "paused"
+    assert resume(store, job, most_queued=2).status == "queued"
+
+
+@pytest.mark.parametrize("ends", ["failed", "cancelled"])
+def test_a_job_that_is_tried_again_goes_on_from_its_last_commit(
+    ends: Status, document: dict[str, Any], expected: Any, storage: Storage, store: JobStore
+) -> None:
+    job = store.submit(parse_job(document)).id
+    store.move(job, "running")
+    with pytest.raises(Killed):
+        run_queued_job(job, storage, lambda source, note: dying(LocalPool(source), 2 * CLIENTS))
+    for _ in range(3):
+        store.count_restart(job)
+    if ends == "cancelled":
+        store.move(job, "cancelling")
+    store.move(job, ends, error={"type": "ValueError", "message": "no"})
+    assert len(CommitLog(storage.job(job)).rounds()) == 2
+    again = retry(store, job)
+    assert (again.status, again.error, again.finished_at, again.restarts) == ("queued", None, None, 0)
+    store.move(job, "running")
+    run_queued_job(job, storage, in_this_process)
+    assert store.get(job).status == "succeeded"
+    assert_same(load_stack(storage.model(job)).stack.tensors(), expected)
+    kinds = [event.kind for event in store.events(job)]
+    assert kinds.count("round") == ROUNDS, "each round is told once"
+    assert [kind for kind in kinds if kind in (ends, "succeeded")] == [ends, "succeeded"]
+
+
+def test_a_job_with_noise_is_not_tried_again_once_it_had_a_round(store: JobStore) -> None:
+    """Its secret is erased, and what is drawn with another one would weaken its privacy."""
+    document = SPEC.document()
+    document |= {"privacy": PRIVACY, "chain": document["chain"] | {"start": 1, "head": "zero"}}
+    jobs = [store.submit(parse_job(document)).id for _ in range(2)]
+    store.publish(jobs[0], "round-0", "round", {})
+    for job in jobs:
+        store.move(job, "cancelled")
+    with pytest.raises(JobConflict, match="the secret of its noise was erased"):
+        retry(store, jobs[0])
+    assert store.get(jobs[0]).status == "cancelled"
+    assert retry(store, jobs[1]).status == "queued"
+
+
+def served(store: JobStore) -> str:
+    job = store.submit(SPEC, "key").id
+    store.move(job, "running")
+    store.publish(job, "round-0", "round", {"index": 0})
+    store.move(job, "succeeded", result={})
+    return job
+
+
+def test_a_job_that_is_deleted_is_not_there_and_neither_is_its_model(store: JobStore) -> None:
+    job, older = served(store), store.submit(SPEC).id
+    with pytest.raises(JobConflict, match="is queued; it cannot be deleted"):
+        delete(store, older)
+    delete(store, job)
+    for ask in (store.get, store.events, lambda job: retry(store, job), lambda job: delete(store, job)):
+        with pytest.raises(JobNotFound):
+            ask(job)
+    assert [found.id for found in store.page()] == [older]
+    assert store.count() == {"queued": 1}
+    assert not store.move(job, "queued")
+    name = SPEC.model_name
+    assert (store.models(), store.model(name), store.of_model(name), store.bases(), store.model_names(9)) == (
+        [],
+        None,
+        [],
+        [],
+        [],
+    )
+    assert store.on_base(name.partition(":")[0], 9) == []
+    assert store.submit(SPEC, "key").id != job, "the key of its submission is free"
+    assert store.deletions.marked(9) == [job]
+    store.deletions.purge(older)
+    store.deletions.purge(job)
+    assert (store.deletions.marked(9), len(store.page())) == ([], 2)
+
+
+def test_a_model_that_an_alias_stands_for_is_kept(store: JobStore) -> None:
+    alice = store.seen_by("alice", everything=False)
+    old, new = served(alice), alice.submit(SPEC).id
+    store.move(new, "running")
+    store.publish(new, "round-0", "round", {"index": 0})
+    store.move(new, "succeeded", result={})
+    for name in (SPEC.model_name, f"{SPEC.model_name}@best"):
+        alice.aliases.set("support", {name: 1.0})
+        with pytest.raises(JobConflict, match="the alias support stands for its model"):
+            delete(store, new)
+    delete(store, old)  # which the name does not mean any more
+    alice.aliases.delete("support")
+    delete(alice, new)
+    assert store.page() == []
+
+
+@pytest.mark.parametrize("ask", [pause, resume, cancel, retry, delete])
+def test_another_tenant_s_job_is_not_there(ask: Callable[[JobStore, str], Any], store: JobStore) -> None:
+    job = store.seen_by("alice", everything=False).submit(SPEC).id
+    with pytest.raises(JobNotFound):
+        ask(store.seen_by("bob", everything=False), job)
+    assert store.get(job).status == "queued"

@@ -1,0 +1,64 @@
+"""Promise: a job that pauses on a cluster gives its processes back, and goes on to the bits of one that did not pause."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from chainfed_ray.cluster.jobs.control import pause, resume
+from chainfed_ray.cluster.jobs.controller import Controller
+from chainfed_ray.cluster.jobs.coordinators import NAMESPACE, RayCoordinators
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.cluster.tables import Status
+from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.spec.parse import parse_job
+from tests.builders import a_job, assert_same, run
+from tests.watching import client_processes, processes_below, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def test_a_job_pauses_and_goes_on(
+    cluster: None, document: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path
+) -> None:
+    document["rounds"] |= {"total": 6, "quorum": 1}
+    _, expected = run(a_job(document, tmp_path), tmp_path / "log")
+    coordinators = RayCoordinators(settings := Settings(storage, client_slots=1))
+    controller = Controller(settings, store, coordinators)
+    job = store.submit(parse_job(document)).id
+    rounds = CommitLog(storage.job(job)).rounds
+    before = {process.pid for process in client_processes()}
+
+    def stepped_to(*states: Status) -> bool:
+        controller.step()
+        return store.get(job).status in states
+
+    def own_processes() -> list[Any]:
+        return [one for one in processes_below("ClientActor", "CoordinatorActor") if one.pid not in before]
+
+    wait_for(lambda: stepped_to("running") and rounds(), "first round")
+    pause(store, job)
+    wait_for(lambda: store.get(job).status == "paused", "pause")
+    done = len(rounds())
+    assert 0 < done < 6
+    assert store.events(job)[-1].kind == "paused"
+
+    # The coordinator is killed before the controller ends it. Ray makes it again, and it finds nothing to do.
+    killed = ray.get(ray.get_actor(f"coordinator-{job}", NAMESPACE).ping.remote())
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: ray.get(ray.get_actor(f"coordinator-{job}", NAMESPACE).ping.remote()) != killed, "other process")
+    assert store.get(job).status == "paused"
+    wait_for(lambda: stepped_to("paused") and job not in coordinators.alive(), "end of the coordinator")
+    wait_for(lambda: not own_processes(), "end of the processes")
+    assert (store.get(job).status, len(rounds())) == ("paused", done)
+
+    resume(store, job)
+    wait_for(lambda: stepped_to("succeeded", "failed"), "end of the job", 240)
+    assert store.get(job).error is None
+    assert_same(load_stack(storage.model(job)).stack.tensors(), expected)
+    wait_for(lambda: not own_processes() if stepped_to("succeeded") else None, "end of the processes")
