@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from threading import Event, Thread
 from typing import Any
 
@@ -38,17 +39,17 @@ class CoordinatorActor:
 
     def _run(self, job: str, settings: Settings) -> None:
         # The coordinator alone needs torch. The controller and the API import this file too, and start sooner without.
-        from chainfed_ray.cluster.jobs.run import run_queued_job
+        from chainfed_ray.cluster.jobs.run import publish_unmet, run_queued_job
         from chainfed_ray.cluster.offload.engine import server_evaluation
         from chainfed_ray.cluster.pool.ray_pool import RayPool
         from chainfed_ray.cluster.sites.desk import Desk
 
-        desk = Desk(job, settings.storage)
+        desk, tell = Desk(job, settings.storage), partial(publish_unmet, job, settings.storage)
         try:
             run_queued_job(
                 job,
                 settings.storage,
-                lambda source, note: RayPool(source, settings.client_slots, note, at_site=desk.lease),
+                lambda source, note: RayPool(source, settings.client_slots, note, at_site=desk.lease, tell=tell),
                 server_evaluation,
                 desk,
                 restarted=ray.get_runtime_context().was_current_actor_reconstructed,

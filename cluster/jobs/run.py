@@ -6,6 +6,7 @@ from contextlib import closing, suppress
 from time import sleep
 
 from chainfed_ray.activity import Activity, Listener
+from chainfed_ray.client.pool import UnmetDemand
 from chainfed_ray.client.survey import Sites
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
@@ -155,6 +156,16 @@ def _train(
                     _publish(store, job, "finished", "finished", record)
                     return JobResult.of(spec.name, started, CommitLog(folder).rounds(), record)
     raise AssertionError("the last record is that of a job that has finished")
+
+
+def publish_unmet(job: str, storage: Storage, demand: UnmetDemand) -> None:
+    """Publish that the cluster never has room for a class of clients. It is on the record of each round as well."""
+    data = demand.model_dump(mode="json") | {"reason": demand.reason}
+    try:
+        with closing(JobStore(storage.database, existing=True)) as store:
+            store.publish(job, f"no-machine-{demand.client_class}", "no_machine", data)
+    except NO_ANSWER as error:
+        _log.warning("the database does not answer (%s); it was not told that %s", error, demand.reason)
 
 
 def _publish(store: JobStore, job: str, key: str, kind: str, record: Record) -> None:

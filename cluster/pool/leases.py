@@ -7,11 +7,13 @@ few.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from chainfed_ray.client.messages import Client
 from chainfed_ray.cluster.pool.actors import ClientActor
@@ -30,9 +32,11 @@ class Lease:
     client_class: str
     memory: int  # bytes that the actor reserves
     ready: Any  # Ray's reference that resolves when the process has started
+    located: Any = None  # Ray's reference to the id of its machine
     made_at: float = field(default_factory=monotonic)
     placed: bool = False
     kept: bool = True  # for the next turn of its class
+    known_node: str | None = None
 
     def is_placed(self) -> bool:
         """True once Ray has found a machine for the actor and its process has started."""
@@ -40,6 +44,17 @@ class Lease:
             ready, _ = ray.wait([self.ready], timeout=0)
             self.placed = bool(ready)
         return self.placed
+
+    @property
+    def node(self) -> str | None:
+        """Ray's id of the machine where the actor runs; None if it has not started, or runs at a site."""
+        if self.known_node is None and self.located is not None:
+            known, _ = ray.wait([self.located], timeout=0)
+            if known:
+                with suppress(RayError):  # it died before it could say
+                    self.known_node = ray.get(self.located)
+                self.located = None
+        return self.known_node
 
     def start(self, client: Client, order: Any) -> Any:
         """Begin the turn of ``client``; ``order`` is Ray's reference to what it is to do. Gives the reference to the result."""
@@ -109,4 +124,5 @@ class Leases:
         actor_class: Any = ClientActor  # ray.remote adds `options`, which the type does not show
         actor = actor_class.options(**client_options(client.budget_bytes)).remote(self._base)
         self._made[client.client_class] += 1
-        return Lease(actor, client.client_class, IDLE_BYTES + client.budget_bytes, actor.prepare.remote())
+        memory = IDLE_BYTES + client.budget_bytes
+        return Lease(actor, client.client_class, memory, actor.prepare.remote(), actor.node.remote())

@@ -44,6 +44,20 @@ class Waiting:
                 self.counts[name] += 1
                 may_start.remove(name)
 
+    def again(self, place: int, client: Client) -> None:
+        """Put a client first in the line of its class: it has been started, and has to be started anew."""
+        self._by_class.setdefault(client.client_class, deque()).appendleft((place, client))
+        self.counts[client.client_class] = self.counts.get(client.client_class, 0) + 1
+
+    def take(self, client_class: str) -> list[tuple[int, Client]]:
+        """Take out every client of a class, each with its place."""
+        self.counts[client_class] = 0
+        return list(self._by_class.pop(client_class, ()))
+
+    def first_of_each(self) -> list[Client]:
+        """The next client of each class that waits."""
+        return [queue[0][1] for queue in self._by_class.values() if queue]
+
     def places(self) -> list[int]:
         """The places of the clients that still wait."""
         return sorted(place for queue in self._by_class.values() for place, _ in queue)
