@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 
 from chainfed_ray.client.messages import Client
 from chainfed_ray.cluster.pool.actors import ClientActor
+from chainfed_ray.cluster.pool.caches import Caches
 from chainfed_ray.cluster.resources import IDLE_BYTES, client_options
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes
@@ -84,13 +85,15 @@ class Leases:
         self._base, self._slots, self._at_site = base, slots, at_site
         self._idle: list[Lease] = []
         self._made: Counter[str] = Counter()
+        self._caches = Caches()
 
     def lease(self, client: Client, wanted: Mapping[str, int]) -> Lease | None:
         """An idle or new actor for ``client``; None if it has to wait. ``wanted`` counts the other waiting turns by class."""
         if client.remote:
             assert self._at_site, "a job with clients at sites has what stands for them"
             return self._at_site(client)
-        own = next((lease for lease in self._idle if lease.client_class == client.client_class), None)
+        of_class = (lease for lease in self._idle if lease.client_class == client.client_class)
+        own = min(of_class, key=lambda lease: self._caches.cost(client, lease.node), default=None)
         if own:
             self._idle.remove(own)
             return own
@@ -104,9 +107,14 @@ class Leases:
             self.end(spare)
         return self._new(client)
 
-    def give_back(self, lease: Lease) -> None:
-        """Keep an actor whose turn has ended for the next turn of its class."""
+    def loss(self, client: Client, lease: Lease) -> int:
+        """What ``client`` would lose if it took its turn with ``lease`` (see ``Caches.cost``). One at a site is its own."""
+        return self._caches.cost(client, lease.node) if lease.kept else 0
+
+    def give_back(self, lease: Lease, client: Client) -> None:
+        """Keep an actor for the next turn of its class: that of ``client`` has ended."""
         if lease.kept:
+            self._caches.note(client, lease.node)
             self._idle.append(lease)
 
     def end(self, lease: Lease) -> None:

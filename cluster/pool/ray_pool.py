@@ -92,11 +92,11 @@ class RayPool:
         lost = Counter[int]()  # machines, by the places of clients whose turns they had
         try:
             while waiting or running:
-                for place, client, lease in waiting.startable(self._leases.lease):
+                for place, client, lease in waiting.startable(self._leases.lease, self._leases.loss):
                     try:
                         running[lease.start(client, sent.reference())] = _Turn(place, client, lease)
                     except RayError as error:  # such as a full object store
-                        self._leases.give_back(lease)
+                        self._leases.give_back(lease, client)
                         yield Outcome(place, _failure(error))
                 left = ends - monotonic()
                 if left <= 0:
@@ -147,7 +147,7 @@ class RayPool:
         try:
             result = ray.get(reference, timeout=_FETCH_SECONDS)
         except RayTaskError as error:
-            self._leases.give_back(turn.lease)
+            self._leases.give_back(turn.lease, turn.client)
             if isinstance(error.cause, ObjectLostError):
                 sent.lost()
             return Outcome(turn.place, Failure.of(error.cause))
@@ -155,7 +155,7 @@ class RayPool:
             return self._without_answer(turn, error)
         if turn.unclear:  # it lives, but Ray has lost its answer
             return self._given_up(turn, _failure(turn.unclear))
-        self._leases.give_back(turn.lease)
+        self._leases.give_back(turn.lease, turn.client)
         known = isinstance(
             result, Profile | Update | HeadSums | Metrics | HeadLosses
         )  # a failure is ours to say, not a client's
