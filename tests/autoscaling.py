@@ -18,7 +18,7 @@ import torch
 from benchmarks.autoscaling_cluster import autoscaling_cluster, in_a_tree_of_its_own, kinds_alive, processes_of_node
 from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, Training, TurnOrder
-from chainfed_ray.client.pool import ClientPool, Outcome, UnmetDemand
+from chainfed_ray.client.pool import ClientPool, Foresee, Outcome, UnmetDemand
 from chainfed_ray.cluster.jobs.run import publish_unmet, run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
@@ -53,13 +53,14 @@ def main() -> None:
         seen["before"] = sorted(kinds_alive(KINDS))
         relay = Relay()
         with a_pool(job.base, 3, relay.note, tell=relay.tell) as pool, Kinds() as kinds:
-            seen["grown"] = disturbed(job, folder / "grown", pool, expected)
+            kept = Kept(pool)
+            seen["grown"] = disturbed(job, folder / "grown", kept, expected)
             seen["kinds"] = sorted(kinds.seen)
-            seen["lost"] = disturbed(job, folder / "lost", NodeLost(pool), expected)
+            seen["lost"] = disturbed(job, folder / "lost", NodeLost(kept), expected)
             shutil.rmtree(job.base.scratch)  # the clients of the next job have other rows
             seen["unmet"] = with_a_giant(document, folder, pool, relay)
-        wait_for(lambda: not kinds_alive(KINDS), "cluster that is its head alone")
-        seen["after"] = sorted(kinds_alive(KINDS))
+            wait_for(lambda: not kinds_alive(KINDS), "cluster that is its head alone, while the pool is open")
+            seen["after"] = sorted(kinds_alive(KINDS))
     print(json.dumps(seen))
 
 
@@ -121,6 +122,16 @@ class Relay:
     def tell(self, demand: UnmetDemand) -> None:
         """See ``Tell``."""
         self.hears_demand(demand)
+
+
+class Kept(Altered):
+    """A pool whose processes are kept for the next job."""
+
+    def __init__(self, pool: ClientPool) -> None:
+        super().__init__(pool, lambda client, order, answer: answer)
+
+    def expect(self, foresee: Foresee) -> None:
+        """See ``ClientPool``."""
 
 
 class Unclosed(Altered):

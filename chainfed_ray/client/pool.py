@@ -67,6 +67,18 @@ Tell = Callable[[UnmetDemand], None]
 """Receives each class of clients for which there is never room, once."""
 
 
+class Need(NamedTuple):
+    """What a pool will be asked for: turns of so many ``clients`` of a class, each of which may use ``budget_bytes``."""
+
+    client_class: str
+    budget_bytes: int
+    clients: int
+
+
+Foresee = Callable[[], Sequence[Need]]
+"""Gives the needs, if a pool wants to know them: to know them takes time that grows with the fleet."""
+
+
 class Outcome(NamedTuple):
     """The result or failure of one turn. ``place`` is the index of its client among those that were given the order."""
 
@@ -119,6 +131,13 @@ class ClientPool(Protocol):
         """
         ...
 
+    def expect(self, foresee: Foresee) -> None:
+        """Hear what the next calls of ``run`` are likely to need; no needs say that there are none.
+
+        A pool may get ready for them and let go of what is not needed, or ignore it.
+        """
+        ...
+
     def close(self) -> None:
         """Release everything that the pool holds."""
         ...
@@ -147,6 +166,9 @@ class LocalPool:
             if client.speed < 1 and (perf_counter() - started) / client.speed > deadline:
                 result = Failure.late(deadline)
             yield Outcome(place, result)
+
+    def expect(self, foresee: Foresee) -> None:
+        """Do nothing: there is nothing to get ready."""
 
     def close(self) -> None:
         """Do nothing: the pool holds nothing between turns."""

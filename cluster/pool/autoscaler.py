@@ -22,12 +22,7 @@ def never_met() -> set[int]:
     Empty if there is no autoscaler, or if Ray's head does not answer. A request that waits because all machines are in use, or
     because one is on its way, is not among them.
     """
-    try:
-        head = internal_kv_get_gcs_client()  # type: ignore[no-untyped-call]
-        answer = head.get_cluster_status(timeout_s=_ANSWER_SECONDS)
-    except RayError:
-        return set()
-    return never_met_by(GetClusterStatusReply.FromString(answer), largest_machine() or 0)
+    return never_met_by(_status(), largest_machine() or 0)
 
 
 def never_met_by(status: GetClusterStatusReply, largest: int) -> set[int]:
@@ -48,6 +43,12 @@ def never_met_by(status: GetClusterStatusReply, largest: int) -> set[int]:
     return {memory for memory, count in infeasible.items() if memory > largest and count >= waiting[memory]}
 
 
+def is_growing() -> bool:
+    """Whether the autoscaler adds a machine now."""
+    state = _status().autoscaling_state
+    return bool(state.pending_instances or state.pending_instance_requests)
+
+
 def largest_machine() -> int | None:
     """The bytes that Ray gives away of the largest machine for clients that is there; None if there is none."""
     machines = (node["Resources"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
@@ -57,6 +58,15 @@ def largest_machine() -> int | None:
 def is_gone(node: str) -> bool:
     """Whether the machine with this id is no longer part of the cluster."""
     return not any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())  # type: ignore[no-untyped-call]
+
+
+def _status() -> GetClusterStatusReply:
+    """What Ray's head says of the cluster; nothing if it does not answer."""
+    head = internal_kv_get_gcs_client()  # type: ignore[no-untyped-call]
+    try:
+        return GetClusterStatusReply.FromString(head.get_cluster_status(timeout_s=_ANSWER_SECONDS))
+    except RayError:
+        return GetClusterStatusReply()
 
 
 def _memory(bundle: Mapping[str, float]) -> int | None:

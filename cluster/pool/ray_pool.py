@@ -23,11 +23,12 @@ from ray.exceptions import (
 
 from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, HeadLosses, HeadSums, Metrics, Profile, TurnOrder, Update
-from chainfed_ray.client.pool import Failure, Outcome, Tell
+from chainfed_ray.client.pool import Failure, Foresee, Need, Outcome, Tell
 from chainfed_ray.client.progress import Progress
-from chainfed_ray.cluster.pool.autoscaler import is_gone
+from chainfed_ray.cluster.pool.autoscaler import is_gone, is_growing
 from chainfed_ray.cluster.pool.leases import Lease, LeaseOfSite, Leases
 from chainfed_ray.cluster.pool.orders import SentOrder
+from chainfed_ray.cluster.pool.placement import is_one_machine
 from chainfed_ray.cluster.pool.unmet import UnmetDemands
 from chainfed_ray.cluster.pool.waiting import Waiting
 from chainfed_ray.model.source import ModelSource
@@ -39,6 +40,7 @@ _ANSWER_SECONDS = 5.0  # how long an actor may take to say how far its turn is
 # How long an actor may wait for a machine before idle actors are ended to make room. On a busy machine, starting takes ten
 # seconds even if there is room. Ending idle actors sooner would make every later round start them again.
 _PATIENCE_SECONDS = 30.0
+_GROWING_SECONDS = 120.0  # the same while the autoscaler adds a machine
 _MACHINES = 3  # on so many machines a turn is begun, if one after the other is lost
 _UNCLEAR_SECONDS = 120.0  # how long Ray may take to find out whether a process or its machine is gone
 _LEAST_WORK = 0.01  # the part of the time that a process works, by which it is known to do something
@@ -82,6 +84,7 @@ class RayPool:
         self.base, self._note, self._silence = base, note, silence
         self._leases = Leases(base, slots, at_site)
         self._unmet = UnmetDemands(tell)
+        self._needs: Sequence[Need] | None = None  # of the next rounds; None if nobody has said
 
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """Run ``order`` for each client, for at most ``deadline`` seconds. Yields an outcome for each, in order of arrival."""
@@ -118,7 +121,10 @@ class RayPool:
                     yield self._given_up(running.pop(reference), failure)
                 if self._unmet.look([turn.lease for turn in running.values()]):
                     yield from self._never_begun(running, waiting)
-                self._make_room([turn.lease for turn in running.values()])
+                in_time = self._make_room([turn.lease for turn in running.values()])
+                if self._needs is not None and not waiting and in_time:
+                    self._leases.make_ahead([need for need in self._needs if self._unmet.can_be_met(need)])
+                    self._leases.let_go(self._needs)
             known = _asked(running)
             while running:
                 reference, turn = running.popitem()
@@ -133,6 +139,15 @@ class RayPool:
             for turn in running.values():
                 self._leases.end(turn.lease)
             self._note("; ".join(self._unmet.in_words()) or None)
+
+    def expect(self, foresee: Foresee) -> None:
+        """Ask Ray for the processes of the next round before it begins, and end those that the job does not need any more.
+
+        Machines come and go with them. A cluster of one machine has nothing to gain: its processes stay for the next round.
+        """
+        if not is_one_machine():
+            self._needs = foresee()
+            self._leases.let_go(self._needs)
 
     def close(self) -> None:
         """End every idle actor."""
@@ -209,16 +224,21 @@ class RayPool:
                 lost.append((reference, Failure(f"nothing happened for {self._silence:g} s: {why}")))
         return lost
 
-    def _make_room(self, running: Collection[Lease]) -> None:
-        """Report waiting actors. If one has waited too long, end all idle actors: they may hold the memory that it needs."""
+    def _make_room(self, running: Collection[Lease]) -> bool:
+        """Report waiting actors. If one has waited too long, end all idle actors: they may hold the memory that it needs.
+
+        True if no actor has waited for long.
+        """
         now, waiting = monotonic(), [lease for lease in running if not lease.is_placed()]
         processes = [lease for lease in waiting if lease.kept]
         late = [lease for lease in processes if now - lease.made_at > _PATIENCE_SECONDS]
         words = _in_words(len(running), len(processes), max((lease.memory for lease in late), default=None))
         for_sites = sorted({lease.why_waiting() for lease in waiting if not lease.kept})
         self._note("; ".join([*([words] if words else []), *for_sites, *self._unmet.in_words()]) or None)
-        if late:
+        longest = max((now - lease.made_at for lease in late), default=0.0)
+        if late and (longest > _GROWING_SECONDS or not is_growing()):
             self._leases.end_idle()
+        return not late
 
 
 def _asked(turns: dict[Any, _Turn]) -> dict[Any, Progress]:

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from chainfed_ray.client.messages import Client
-from chainfed_ray.client.pool import Failure, Tell, UnmetDemand
+from chainfed_ray.client.pool import Failure, Need, Tell, UnmetDemand
 from chainfed_ray.cluster.pool.autoscaler import largest_machine, never_met
 from chainfed_ray.cluster.pool.leases import Lease
 from chainfed_ray.cluster.pool.placement import never_placed
@@ -37,12 +37,13 @@ class UnmetDemands:
                 found[place] = failure
         return found
 
+    def can_be_met(self, need: Need) -> bool:
+        """Whether it is not known that there is never room for clients of a class."""
+        return self._known_of(need.budget_bytes) is None
+
     def failure(self, client: Client) -> Failure | None:
         """The failure of ``client`` if it is known that there is never room for it."""
-        if client.remote:
-            return None
-        needed, now = IDLE_BYTES + client.budget_bytes, monotonic()
-        known = next((known for memory, known in self._known.items() if memory <= needed and now < known.until), None)
+        known = None if client.remote else self._known_of(client.budget_bytes)
         if known is None:
             return None
         demand = UnmetDemand(
@@ -72,6 +73,10 @@ class UnmetDemands:
     def in_words(self) -> list[str]:
         """Why classes of the clients that were given last have no machine."""
         return list(self._met.values())
+
+    def _known_of(self, budget_bytes: int) -> "_Known | None":
+        needed, now = IDLE_BYTES + budget_bytes, monotonic()
+        return next((known for memory, known in self._known.items() if memory <= needed and now < known.until), None)
 
 
 class _Known(NamedTuple):

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray.exceptions import RpcError
 
-from chainfed_ray.cluster.pool.autoscaler import never_met_by
+from chainfed_ray.cluster.pool.autoscaler import is_growing, never_met, never_met_by
 from tests.builders import MIB, a_document
 from tests.project import ROOT
 
@@ -97,3 +98,34 @@ def test_requests_that_are_not_for_clients_are_not_ours_to_judge() -> None:
     status = a_status([], {})
     status.autoscaling_state.infeasible_resource_requests.add().resources_bundle["CPU"] = 64
     assert never_met_by(status, largest=0) == set()
+
+
+class _Head:
+    """Ray's head as the pool sees it: it gives an answer, or does not."""
+
+    def __init__(self, answer: GetClusterStatusReply | None) -> None:
+        self._answer = answer
+
+    def get_cluster_status(self, timeout_s: float) -> bytes:
+        if self._answer is None:
+            raise RpcError("no answer within 2 s")
+        said: bytes = self._answer.SerializeToString()
+        return said
+
+
+@pytest.mark.parametrize(("infeasible", "found"), [([900], {900 * MIB}), (None, set())])
+def test_what_the_head_says_is_known_and_a_head_that_does_not_answer_says_nothing(
+    infeasible: list[int] | None, found: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = _Head(None if infeasible is None else a_status(infeasible, {900: 1}))
+    monkeypatch.setattr("chainfed_ray.cluster.pool.autoscaler.internal_kv_get_gcs_client", lambda: head)
+    monkeypatch.setattr("ray.nodes", list)
+    assert never_met() == found
+    assert not is_growing()
+
+
+def test_a_machine_that_is_being_added_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = a_status([], {900: 1})
+    status.autoscaling_state.pending_instances.add(ray_node_type_name="large")
+    monkeypatch.setattr("chainfed_ray.cluster.pool.autoscaler.internal_kv_get_gcs_client", lambda: _Head(status))
+    assert is_growing()
