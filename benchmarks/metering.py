@@ -5,7 +5,7 @@ from time import perf_counter
 
 from benchmarks.accuracy_protocols import Point, Spent
 from chainfed_ray.client.messages import Client, HeadLosses, Metrics, Profile, Training, TurnOrder, TurnResult, Update
-from chainfed_ray.client.pool import ClientPool, Failure, Outcome
+from chainfed_ray.client.pool import ClientPool, Failure, Foresee, Outcome
 
 
 class TurnFailed(RuntimeError):
@@ -67,6 +67,10 @@ class MeteredPool:
                 width = len(client.plan.window)
                 self.narrowest_window = min(width, self.narrowest_window or width)
             yield outcome
+
+    def expect(self, foresee: Foresee) -> None:
+        """See ``ClientPool``."""
+        self._pool.expect(foresee)
 
     def close(self) -> None:
         """Close the other pool."""

@@ -9,7 +9,7 @@ import torch
 
 from chainfed_ray.client.messages import Client, Training, TurnOrder, Update
 from chainfed_ray.client.objective import trained_names
-from chainfed_ray.client.pool import ClientPool, Failure, Outcome
+from chainfed_ray.client.pool import ClientPool, Failure, Foresee, Outcome
 from chainfed_ray.device.peak import status
 from chainfed_ray.seeds import derive
 
@@ -61,6 +61,9 @@ class ModelledPool:
             began = process_time()
         self.cpu_seconds += process_time() - began
 
+    def expect(self, foresee: Foresee) -> None:
+        """See ``ClientPool``."""
+
     def close(self) -> None:
         """Do nothing: the pool holds nothing."""
 
@@ -107,6 +110,10 @@ class MeteredPool:
             seen.to_next_order = perf_counter() - self._answered
             self._look()
         self._order = None
+
+    def expect(self, foresee: Foresee) -> None:
+        """See ``ClientPool``."""
+        self.pool.expect(foresee)
 
     def close(self) -> None:
         """See ``ClientPool``."""

@@ -1,8 +1,9 @@
 """The resources that our actors request from Ray's scheduler.
 
 Memory is one of Ray's own resources. Two custom resources choose the machines: a machine has a ``client_slot`` for each client
-that it may run at a time, and a ``coordinator_slot`` for each job that it may coordinate. A cluster's head has neither, so no
-actor of ours runs there. A third, ``only_machine``, marks a cluster that is one machine: nobody asks for it.
+that it may run at a time, and a ``coordinator_slot`` for each job that it may coordinate. Every actor of ours requests one of
+them. So none runs on a cluster's head, which has neither, and none but a client's keeps a machine for clients from going.
+A third, ``only_machine``, marks a cluster that is one machine: nobody asks for it.
 """
 
 import shlex
@@ -69,10 +70,15 @@ def preflight_options() -> dict[str, Any]:
     }
 
 
+def api_options() -> dict[str, Any]:
+    """The options of a process of the API. On a machine for clients it would keep the autoscaler from removing that."""
+    return {"num_cpus": 0, "resources": {COORDINATOR_SLOT: _BESIDE_COORDINATORS}}
+
+
 def inference_options(most_bytes: int | None = None) -> dict[str, Any]:
     """The options of an actor that answers with models of ``most_bytes``. It returns freed memory to the system."""
     memory = {} if most_bytes is None else {"memory": IDLE_BYTES + most_bytes}
-    return {"num_cpus": 0, "runtime_env": runtime_env(ENVIRONMENT), **memory}
+    return {**api_options(), "runtime_env": runtime_env(ENVIRONMENT), **memory}
 
 
 def evaluation_resources(planned_bytes: int) -> dict[str, float]:

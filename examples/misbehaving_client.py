@@ -10,7 +10,7 @@ from pathlib import Path
 from chainfed_ray.activity import Note
 from chainfed_ray.aggregation.robust import median
 from chainfed_ray.client.messages import Client, Training, TurnOrder, Update
-from chainfed_ray.client.pool import ClientPool, LocalPool, Outcome
+from chainfed_ray.client.pool import ClientPool, Foresee, LocalPool, Outcome
 from chainfed_ray.federation.run import run_job
 from chainfed_ray.model.source import ModelSource
 from examples.own_job import a_job
@@ -32,6 +32,10 @@ class Reversing:
                 }
                 result = replace(result, tensors=tensors)
             yield Outcome(place, result)
+
+    def expect(self, foresee: Foresee) -> None:
+        """See ``ClientPool``."""
+        self._pool.expect(foresee)
 
     def close(self) -> None:
         """Close the other pool."""

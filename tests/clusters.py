@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from chainfed_ray.activity import Note
+from chainfed_ray.client.pool import Tell
 from chainfed_ray.cluster.offload.build import are_built, ops_folder
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.resources import one_machine_resources
@@ -34,9 +35,15 @@ def one_machine() -> Iterator[None]:
 
 
 @contextmanager
-def a_pool(base: ModelSource, slots: int, note: Note = lambda words: None, silence: float = 300.0) -> Iterator[RayPool]:
+def a_pool(
+    base: ModelSource,
+    slots: int,
+    note: Note = lambda words: None,
+    silence: float = 300.0,
+    tell: Tell = lambda demand: None,
+) -> Iterator[RayPool]:
     """A pool with its own client processes, which is closed at the end."""
-    pool = RayPool(base, slots, note, silence=silence)
+    pool = RayPool(base, slots, note, silence=silence, tell=tell)
     try:
         yield pool
     finally:

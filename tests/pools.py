@@ -1,5 +1,6 @@
 """Pools in which something goes wrong. Each runs turns in another pool, and alters, drops or records the answers."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from chainfed_ray.client.messages import Client, Fitting, HeadSums, Training, TurnOrder, TurnResult, Update
-from chainfed_ray.client.pool import ClientPool, Failure, Outcome
+from chainfed_ray.client.pool import ClientPool, Failure, Foresee, Outcome
 from chainfed_ray.errors import BudgetExceeded
 
 Answer = TurnResult | Failure
@@ -26,6 +27,10 @@ class Altered:
         """See ``ClientPool``."""
         for place, answer in self._pool.run(clients, order, deadline):
             yield Outcome(place, self._alter(clients[place], order, answer))
+
+    def expect(self, foresee: Foresee) -> None:
+        """See ``ClientPool``."""
+        self._pool.expect(foresee)
 
     def close(self) -> None:
         """See ``ClientPool``."""
@@ -62,6 +67,24 @@ class Heard(Altered):
         return answer
 
 
+class Foreseeing(Altered):
+    """A pool that alters nothing. It records the classes of each call, and what it was told to expect before and after it."""
+
+    def __init__(self, pool: ClientPool) -> None:
+        super().__init__(pool, lambda client, order, answer: answer)
+        self.calls: list[tuple[TurnOrder, Counter[str]]] = []
+        self.expected: list[Counter[str]] = []
+
+    def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
+        """See ``ClientPool``."""
+        self.calls.append((order, Counter(client.client_class for client in clients)))
+        yield from super().run(clients, order, deadline)
+
+    def expect(self, foresee: Foresee) -> None:
+        """See ``ClientPool``."""
+        self.expected.append(Counter({need.client_class: need.clients for need in foresee()}))
+
+
 class Greedy(Altered):
     """A pool in which the clients called ``greedy`` exceed every plan of more than ``enough`` bytes.
 
@@ -93,6 +116,9 @@ class Nobody:
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """See ``ClientPool``."""
         return iter([Outcome(place, _LATE) for place in range(len(clients))])
+
+    def expect(self, foresee: Foresee) -> None:
+        """See ``ClientPool``."""
 
     def close(self) -> None:
         """See ``ClientPool``."""

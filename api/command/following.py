@@ -45,6 +45,10 @@ def follow(
                 case "round":
                     rounds.append(Round.model_validate(event["data"]))
                     progress.round(rounds[-1])
+                case "no_machine":
+                    progress.say(
+                        f"Class {event['data']['client_class']} does not take part: {event['data']['reason']}."
+                    )
                 case "finished":
                     job_finished = JobFinished.model_validate(event["data"])
                     progress.job_finished(job_finished)

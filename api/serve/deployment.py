@@ -21,7 +21,7 @@ from chainfed_ray.cluster.access.rates import Rates
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.resources import inference_options
+from chainfed_ray.cluster.resources import api_options, inference_options
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.uploads.store import UploadStore
@@ -33,7 +33,7 @@ _AT_ONCE = 16  # requests that a process with models answers together; more are 
 @serve.deployment(
     name="Api",
     num_replicas=2,  # requests go to the other one while Serve makes one again
-    ray_actor_options={"num_cpus": 0},
+    ray_actor_options=api_options(),
     max_ongoing_requests=1000,
     health_check_period_s=1,  # a replica that is gone is noticed as soon
 )

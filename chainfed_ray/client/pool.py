@@ -3,15 +3,19 @@
 The algorithm sees the protocol only, so it never knows how clients run. ``cluster/pool`` has the pool on Ray.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple, Protocol
+
+from pydantic import Field
 
 from chainfed_ray.client.messages import Client, TurnOrder, TurnResult
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import BudgetExceeded
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.record import Record
+from chainfed_ray.units import format_bytes
 
 _WORDS = 1000  # the most characters of an error
 
@@ -33,6 +37,46 @@ class Failure:
     def late(cls, deadline: float, why: str = "") -> "Failure":
         """The failure of a turn that was not finished after ``deadline`` seconds; ``why`` is the cause, if it is known."""
         return cls(f"missed the deadline of {deadline:g} s" + (f": {why}" if why else ""))
+
+
+class UnmetDemand(Record):
+    """A class of clients for which no machine is there, and none can be added: the data of an event ``no_machine``."""
+
+    client_class: str = Field(description="the class of the clients")
+    budget_bytes: int = Field(description="the memory that such a client may use")
+    idle_bytes: int = Field(description="what its process takes beside that")
+    largest_bytes: int | None = Field(
+        description="the most that a client may use on a machine that is there now; null if there is no machine for clients"
+    )
+
+    @property
+    def reason(self) -> str:
+        """Why the turn of such a client fails."""
+        there = (
+            "no machine for clients is there now"
+            if self.largest_bytes is None
+            else f"the largest that is there now has {format_bytes(self.largest_bytes)} for a client"
+        )
+        return (
+            f"no machine that the cluster has or can add has the {format_bytes(self.budget_bytes)} that a client of class "
+            f"{self.client_class} may use, and {format_bytes(self.idle_bytes)} for its idle process; {there}"
+        )
+
+
+Tell = Callable[[UnmetDemand], None]
+"""Receives each class of clients for which there is never room, once."""
+
+
+class Need(NamedTuple):
+    """What a pool will be asked for: turns of so many ``clients`` of a class, each of which may use ``budget_bytes``."""
+
+    client_class: str
+    budget_bytes: int
+    clients: int
+
+
+Foresee = Callable[[], Sequence[Need]]
+"""Gives the needs, if a pool wants to know them: to know them takes time that grows with the fleet."""
 
 
 class Outcome(NamedTuple):
@@ -87,6 +131,13 @@ class ClientPool(Protocol):
         """
         ...
 
+    def expect(self, foresee: Foresee) -> None:
+        """Hear what the next calls of ``run`` are likely to need; no needs say that there are none.
+
+        A pool may get ready for them and let go of what is not needed, or ignore it.
+        """
+        ...
+
     def close(self) -> None:
         """Release everything that the pool holds."""
         ...
@@ -115,6 +166,9 @@ class LocalPool:
             if client.speed < 1 and (perf_counter() - started) / client.speed > deadline:
                 result = Failure.late(deadline)
             yield Outcome(place, result)
+
+    def expect(self, foresee: Foresee) -> None:
+        """Do nothing: there is nothing to get ready."""
 
     def close(self) -> None:
         """Do nothing: the pool holds nothing between turns."""

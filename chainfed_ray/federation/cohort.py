@@ -4,16 +4,21 @@ A cohort follows from the committed rounds and the job's seed alone, so a restar
 privacy the sample follows from a secret instead of the seed.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
-from chainfed_ray.client.pool import Failure
+from chainfed_ray.client.pool import ClientPool, Failure, Need
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.admission import Candidate, Planner, as_client
+from chainfed_ray.federation.stages import RoundSpec
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
@@ -77,6 +82,49 @@ class Cohort:
         again = (candidate for candidate in self.sampled if candidate.name in exceeded)
         turns = (_second_turn(self.planner, candidate, self.stage) for candidate in again)
         return [client for client in turns if client]
+
+
+@contextmanager
+def foreseen(
+    spec: JobSpec,
+    pool: ClientPool,
+    admitted: Sequence[tuple[Candidate, TurnPlan]],
+    upcoming: RoundSpec,
+    total: int,
+    history: Sequence[Round],
+    seed: int,
+) -> Iterator[None]:
+    """Tell ``pool`` what it is asked for while a round runs in the block, and what the round after it needs.
+
+    Who is sampled next is known before, but for clients that are excluded in this round. A stage that begins with a fitted head
+    asks everyone. After the job's last round of ``total`` nobody is needed.
+    """
+    index = upcoming.round_index
+
+    def needs(*rounds: int) -> list[Need]:
+        found: Counter[tuple[str, int]] = Counter()
+        for of in rounds:
+            if of < total:
+                found |= _counted(sampled(of))
+        return [Need(*group, count) for group, count in found.items()]
+
+    def sampled(of: int) -> Iterable[Candidate]:
+        candidates = (candidate for candidate, _ in admitted)
+        if of > index and upcoming.last_of_stage and spec.chain.head == "fitted":
+            return candidates
+        try:
+            return _sample(spec, candidates, of, history, seed)
+        except QuorumLost:  # then there is no such round
+            return ()
+
+    pool.expect(partial(needs, index, index + 1))
+    yield
+    pool.expect(partial(needs, index + 1))
+
+
+def _counted(candidates: Iterable[Candidate]) -> Counter[tuple[str, int]]:
+    """How many of the clients there are of each class, with its memory. Those at sites need no process."""
+    return Counter((each.client_class, each.memory) for each in candidates if each.remote is None)
 
 
 def everyone(

@@ -21,13 +21,13 @@ from chainfed_ray.client.pool import ClientPool
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.admission import listed
-from chainfed_ray.federation.cohort import Cohort, everyone
+from chainfed_ray.federation.cohort import Cohort, everyone, foreseen
 from chainfed_ray.federation.collect import UpdateCollector, collect_updates, reasons
 from chainfed_ray.federation.evaluation import (
     JobEvaluation,
-    best_exit,
     best_of,
     best_round,
+    best_tensors,
     exits,
     is_due,
     stack_to_restore,
@@ -49,7 +49,6 @@ from chainfed_ray.records.rounds import (
     Evaluation,
     JobFinished,
     JobStarted,
-    Restored,
     Round,
     finite,
 )
@@ -155,6 +154,7 @@ class Coordinator:
             history.append(record)
             yield record
             self._stop_if_fruitless(history)
+        self._pool.expect(lambda: ())  # no turn comes after the last round, also if that came early
         if not any(record.counted for record in history):
             failed = history[-1].failed_turns if history else ()
             raise QuorumLost(f"all {len(history)} rounds", self._spec.quorum, reasons(failed))
@@ -297,7 +297,7 @@ class Coordinator:
         evaluated = exits([*of_stage, record], schedule.begun_with(upcoming, history))
         kept = {name: after[name] for name in trained}
         earlier_best = state.best if of_stage else trained
-        best = _best(earlier_best, record, evaluated, kept) if schedule.restores_best else {}
+        best = best_tensors(earlier_best, record.index, evaluated, kept) if schedule.restores_best else {}
         restored = stack_to_restore(evaluated) if ended and schedule.restores_best else None
         if restored:
             stack = AdapterStack.from_tensors(after | best)
@@ -325,15 +325,17 @@ class Coordinator:
             lambda window: self._trained(before, self._privacy.sent(window, upcoming.window)),
             self._privacy.aggregate(upcoming.round_index, trained, cohort.examples),
         )
-        collect_updates(
-            self._pool,
-            cohort,
-            self._order(upcoming, before),
-            self._spec.rounds.deadline,
-            partial(self._privacy.prepared, index=upcoming.round_index),
-            collector,
-            Reporter(f"round {upcoming.round_index + 1} of {self._privacy.total}: training", self._listen),
-        )
+        total, seed = self._privacy.total, self._privacy.sampling_seed
+        with foreseen(self._spec, self._pool, self._job.admitted, upcoming, total, history, seed):
+            collect_updates(
+                self._pool,
+                cohort,
+                self._order(upcoming, before),
+                self._spec.rounds.deadline,
+                partial(self._privacy.prepared, index=upcoming.round_index),
+                collector,
+                Reporter(f"round {upcoming.round_index + 1} of {total}: training", self._listen),
+            )
         return collector
 
     def _aggregate(self, updates: UpdateCollector, trained: Tensors) -> Tensors:
@@ -387,11 +389,3 @@ class Coordinator:
         if len(newest) == _FRUITLESS_ROUNDS and all(len(record.turns) < self._spec.quorum for record in newest):
             rounds = f"rounds {newest[0].index + 1} to {newest[-1].index + 1}"
             raise QuorumLost(rounds, self._spec.quorum, reasons(newest[-1].failed_turns))
-
-
-def _best(best: Tensors, record: Round, evaluated: Sequence[Restored], after: Tensors) -> Tensors:
-    """The trained tensors at the stage's best early exit: the ``best`` so far, or those ``after`` the round."""
-    found = best_exit(evaluated)
-    if found is None:
-        return {}
-    return after if found.round == record.index else best

@@ -23,7 +23,7 @@ from chainfed_ray.evaluation.evaluator import EvaluationSets, Evaluator
 from chainfed_ray.evaluation.score import Score, ScoreSums, macro_f1
 from chainfed_ray.evaluation.streaming_evaluator import StreamingEvaluator
 from chainfed_ray.federation.prepare import PlannedJob
-from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.records.rounds import Best, ClientScore, EarlyExit, Evaluation, Restored, Round, finite
 from chainfed_ray.spec.sections import Often
 
@@ -113,6 +113,14 @@ def kept_exit(record: Round) -> Restored | None:
 def best_exit(evaluated: Sequence[Restored]) -> Restored | None:
     """The exit with the least held-out loss, of equals the newest; None if there is no exit."""
     return min(reversed(evaluated), key=lambda one: one.loss, default=None)
+
+
+def best_tensors(best: Tensors, index: int, evaluated: Sequence[Restored], after: Tensors) -> Tensors:
+    """The trained tensors at a stage's best early exit: the ``best`` before the round ``index``, or those ``after`` it."""
+    found = best_exit(evaluated)
+    if found is None:
+        return {}
+    return after if found.round == index else best
 
 
 def stack_to_restore(evaluated: Sequence[Restored]) -> Restored | None:

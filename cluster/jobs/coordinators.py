@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import closing, suppress
+from functools import partial
 from threading import Event, Thread
 from time import sleep
 from typing import Any
@@ -47,19 +48,19 @@ class CoordinatorActor:
         if ray.get_runtime_context().was_current_actor_reconstructed and _is_given_up(job, settings):
             return
         # The coordinator alone needs torch. The controller and the API import this file too, and start sooner without.
-        from chainfed_ray.cluster.jobs.run import run_queued_job
+        from chainfed_ray.cluster.jobs.run import publish_unmet, run_queued_job
         from chainfed_ray.cluster.offload.engine import server_evaluation
         from chainfed_ray.cluster.pool.ray_pool import RayPool
         from chainfed_ray.cluster.sites.desk import Desk
         from chainfed_ray.device.lean_imports import load_models
 
         load_models()
-        desk = Desk(job, settings.storage)
+        desk, tell = Desk(job, settings.storage), partial(publish_unmet, job, settings.storage)
         try:
             run_queued_job(
                 job,
                 settings.storage,
-                lambda source, note: RayPool(source, settings.client_slots, note, at_site=desk.lease),
+                lambda source, note: RayPool(source, settings.client_slots, note, at_site=desk.lease, tell=tell),
                 server_evaluation,
                 desk,
                 rules=settings.reading,

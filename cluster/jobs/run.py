@@ -8,6 +8,7 @@ from time import sleep
 from typing import Any
 
 from chainfed_ray.activity import Activity, Listener
+from chainfed_ray.client.pool import UnmetDemand
 from chainfed_ray.client.survey import Sites
 from chainfed_ray.cluster.artifacts.cards import write_cards
 from chainfed_ray.cluster.artifacts.job_log import WITHHELD, JobLog
@@ -197,6 +198,16 @@ def _cause(error: Exception, folder: Path) -> dict[str, Any]:
         log = CommitLog(folder)
         started, rounds = log.job_started(), log.rounds()
     return first_cause(error, started, rounds).model_dump(mode="json")
+
+
+def publish_unmet(job: str, storage: Storage, demand: UnmetDemand) -> None:
+    """Publish that the cluster never has room for a class of clients. It is on the record of each round as well."""
+    data = demand.model_dump(mode="json") | {"reason": demand.reason}
+    try:
+        with closing(JobStore(storage.database, existing=True)) as store:
+            store.publish(job, f"no-machine-{demand.client_class}", "no_machine", data)
+    except NO_ANSWER as error:
+        _log.warning("the database does not answer (%s); it was not told that %s", error, demand.reason)
 
 
 def _publish(store: JobStore, job: str, key: str, kind: str, record: Record) -> None:

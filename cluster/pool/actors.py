@@ -39,6 +39,12 @@ class ClientActor:
         ready(self._base)
 
     @ray.method(concurrency_group="asked")
+    def node(self) -> str:
+        """Ray's id of the machine where this process runs."""
+        where: str = ray.get_runtime_context().get_node_id()
+        return where
+
+    @ray.method(concurrency_group="asked")
     def progress(self) -> Progress:
         """How far the turn is that runs now."""
         return progress()

@@ -6,19 +6,24 @@ few.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from chainfed_ray.client.messages import Client
+from chainfed_ray.client.pool import Need
 from chainfed_ray.cluster.pool.actors import ClientActor
+from chainfed_ray.cluster.pool.caches import Caches
 from chainfed_ray.cluster.resources import IDLE_BYTES, client_options
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes
 
+_KEEP_SECONDS = 60.0  # how long an actor stays idle whose class is not needed: less than a machine takes to come again
 _QUEUE = 3  # how many turns per actor wait in a class, before an idle actor of another class is ended for it
 
 
@@ -30,9 +35,12 @@ class Lease:
     client_class: str
     memory: int  # bytes that the actor reserves
     ready: Any  # Ray's reference that resolves when the process has started
+    located: Any = None  # Ray's reference to the id of its machine
     made_at: float = field(default_factory=monotonic)
     placed: bool = False
+    idle_since: float = 0.0
     kept: bool = True  # for the next turn of its class
+    known_node: str | None = None
 
     def is_placed(self) -> bool:
         """True once Ray has found a machine for the actor and its process has started."""
@@ -40,6 +48,17 @@ class Lease:
             ready, _ = ray.wait([self.ready], timeout=0)
             self.placed = bool(ready)
         return self.placed
+
+    @property
+    def node(self) -> str | None:
+        """Ray's id of the machine where the actor runs; None if it has not started, or runs at a site."""
+        if self.known_node is None and self.located is not None:
+            known, _ = ray.wait([self.located], timeout=0)
+            if known:
+                with suppress(RayError):  # it died before it could say
+                    self.known_node = ray.get(self.located)
+                self.located = None
+        return self.known_node
 
     def start(self, client: Client, order: Any) -> Any:
         """Begin the turn of ``client``; ``order`` is Ray's reference to what it is to do. Gives the reference to the result."""
@@ -69,15 +88,18 @@ class Leases:
         self._base, self._slots, self._at_site = base, slots, at_site
         self._idle: list[Lease] = []
         self._made: Counter[str] = Counter()
+        self._caches = Caches()
 
     def lease(self, client: Client, wanted: Mapping[str, int]) -> Lease | None:
         """An idle or new actor for ``client``; None if it has to wait. ``wanted`` counts the other waiting turns by class."""
         if client.remote:
             assert self._at_site, "a job with clients at sites has what stands for them"
             return self._at_site(client)
-        own = next((lease for lease in self._idle if lease.client_class == client.client_class), None)
+        of_class = (lease for lease in self._idle if lease.client_class == client.client_class)
+        own = min(of_class, key=lambda lease: self._caches.cost(client, lease.node), default=None)
         if own:
             self._idle.remove(own)
+            own.made_at = own.made_at if own.placed else monotonic()  # nobody has waited for it so far
             return own
         if sum(self._made.values()) >= self._slots:
             if wanted[client.client_class] < _QUEUE * self._made[client.client_class]:
@@ -87,11 +109,17 @@ class Leases:
                 return None
             self._idle.remove(spare)
             self.end(spare)
-        return self._new(client)
+        return self._new(client.client_class, client.budget_bytes)
 
-    def give_back(self, lease: Lease) -> None:
-        """Keep an actor whose turn has ended for the next turn of its class."""
+    def loss(self, client: Client, lease: Lease) -> int:
+        """What ``client`` would lose if it took its turn with ``lease`` (see ``Caches.cost``). One at a site is its own."""
+        return self._caches.cost(client, lease.node) if lease.kept else 0
+
+    def give_back(self, lease: Lease, client: Client) -> None:
+        """Keep an actor for the next turn of its class: that of ``client`` has ended."""
         if lease.kept:
+            self._caches.note(client, lease.node)
+            lease.idle_since = monotonic()
             self._idle.append(lease)
 
     def end(self, lease: Lease) -> None:
@@ -100,13 +128,35 @@ class Leases:
         if lease.kept:
             self._made[lease.client_class] -= 1
 
+    def make_ahead(self, needs: Sequence[Need]) -> None:
+        """Make the actors that will be needed, as far as there are places: so machines are there when turns begin.
+
+        Each class has one before another has its second.
+        """
+        lacking = [need for need in needs if self._made[need.client_class] < need.clients]
+        while lacking and sum(self._made.values()) < self._slots:
+            need = min(lacking, key=lambda need: self._made[need.client_class])
+            made = self._new(need.client_class, need.budget_bytes)
+            made.idle_since = monotonic()
+            self._idle.append(made)
+            lacking = [need for need in lacking if self._made[need.client_class] < need.clients]
+
+    def let_go(self, needs: Sequence[Need]) -> None:
+        """End idle actors of classes that are not needed, after a while; at once if nothing is needed any more."""
+        needed, now = {need.client_class for need in needs}, monotonic()
+        patience = _KEEP_SECONDS if needs else 0.0
+        for lease in list(self._idle):
+            if lease.client_class not in needed and now - lease.idle_since >= patience:
+                self._idle.remove(lease)
+                self.end(lease)
+
     def end_idle(self) -> None:
         """End every idle actor."""
         while self._idle:
             self.end(self._idle.pop())
 
-    def _new(self, client: Client) -> Lease:
+    def _new(self, client_class: str, budget_bytes: int) -> Lease:
         actor_class: Any = ClientActor  # ray.remote adds `options`, which the type does not show
-        actor = actor_class.options(**client_options(client.budget_bytes)).remote(self._base)
-        self._made[client.client_class] += 1
-        return Lease(actor, client.client_class, IDLE_BYTES + client.budget_bytes, actor.prepare.remote())
+        actor = actor_class.options(**client_options(budget_bytes)).remote(self._base)
+        self._made[client_class] += 1
+        return Lease(actor, client_class, IDLE_BYTES + budget_bytes, actor.prepare.remote(), actor.node.remote())

@@ -40,9 +40,19 @@ def never_placed(clients: Sequence[Client]) -> dict[int, Failure]:
     }
 
 
+def is_one_machine() -> bool:
+    """Whether this cluster is a single machine, and stays one."""
+    return any(ONLY_MACHINE in resources for resources in _machines())
+
+
+def _machines() -> list[dict[str, float]]:
+    """The resources of each machine."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
 def _most_memory() -> int | None:
     """The largest budget in bytes that a client can have on this cluster; None if that is not certain."""
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    machines = _machines()
     if not any(ONLY_MACHINE in resources for resources in machines):
         return None
     return max(int(max(resources.get("memory", 0) for resources in machines)) - IDLE_BYTES, 0)

@@ -1,8 +1,10 @@
 """Runs the clients' turns on Ray actors, ``slots`` at a time. Whatever Ray raises for a turn is that turn's failure.
 
-So a process that dies, a machine that is gone or an object that is lost costs a turn, and the job goes on.
+So a process that dies or an object that is lost costs a turn, and the job goes on. A machine that is gone costs nothing but
+time: its turns begin anew on another one.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isinf
@@ -10,15 +12,24 @@ from time import monotonic
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, HeadLosses, HeadSums, Metrics, Profile, TurnOrder, Update
-from chainfed_ray.client.pool import Failure, Outcome
+from chainfed_ray.client.pool import Failure, Foresee, Need, Outcome, Tell
 from chainfed_ray.client.progress import Progress
+from chainfed_ray.cluster.pool.autoscaler import is_gone, is_growing
 from chainfed_ray.cluster.pool.leases import Lease, LeaseOfSite, Leases
 from chainfed_ray.cluster.pool.orders import SentOrder
-from chainfed_ray.cluster.pool.placement import never_placed
+from chainfed_ray.cluster.pool.placement import is_one_machine
+from chainfed_ray.cluster.pool.unmet import UnmetDemands
 from chainfed_ray.cluster.pool.waiting import Waiting
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes, format_seconds
@@ -29,18 +40,27 @@ _ANSWER_SECONDS = 5.0  # how long an actor may take to say how far its turn is
 # How long an actor may wait for a machine before idle actors are ended to make room. On a busy machine, starting takes ten
 # seconds even if there is room. Ending idle actors sooner would make every later round start them again.
 _PATIENCE_SECONDS = 30.0
+_GROWING_SECONDS = 120.0  # the same while the autoscaler adds a machine
+_MACHINES = 3  # on so many machines a turn is begun, if one after the other is lost
+_UNCLEAR_SECONDS = 120.0  # how long Ray may take to find out whether a process or its machine is gone
 _LEAST_WORK = 0.01  # the part of the time that a process works, by which it is known to do something
 _WORDS = 300  # the most characters of Ray's words for a failure
 
 
 @dataclass(eq=False)
 class _Turn:
-    """A turn that runs. ``heard`` is when it was last known to get further; its process had ``worked`` so many seconds then."""
+    """A turn that runs. ``heard`` is when it was last known to get further; its process had ``worked`` so many seconds then.
+
+    If the process stops to answer, ``unclear`` is Ray's error for the turn, ``since`` when, until it is known why.
+    """
 
     place: int
+    client: Client
     lease: Lease
     heard: float = field(default_factory=monotonic)
     worked: float = 0.0
+    unclear: RayError | None = None
+    since: float = 0.0
 
 
 class RayPool:
@@ -48,7 +68,7 @@ class RayPool:
 
     ``note`` is told when turns wait for processes to start. That takes seconds, or longer if no machine has room. Without a
     deadline, a turn is given up if its process does nothing for ``silence`` seconds, or if it has no machine for as long.
-    ``at_site`` gives leases for clients at sites.
+    ``at_site`` gives leases for clients at sites. ``tell`` hears of classes of clients for which the cluster never has room.
     """
 
     def __init__(
@@ -59,33 +79,52 @@ class RayPool:
         *,
         silence: float = 300.0,
         at_site: LeaseOfSite | None = None,
+        tell: Tell = lambda demand: None,
     ) -> None:
         self.base, self._note, self._silence = base, note, silence
         self._leases = Leases(base, slots, at_site)
+        self._unmet = UnmetDemands(tell)
+        self._needs: Sequence[Need] | None = None  # of the next rounds; None if nobody has said
 
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """Run ``order`` for each client, for at most ``deadline`` seconds. Yields an outcome for each, in order of arrival."""
-        ends, sent, never = monotonic() + deadline, SentOrder(order), never_placed(clients)
+        ends, sent, never = monotonic() + deadline, SentOrder(order), self._unmet.among(clients)
         yield from (Outcome(place, failure) for place, failure in never.items())
         waiting = Waiting((place, client) for place, client in enumerate(clients) if place not in never)
         running: dict[Any, _Turn] = {}
+        lost = Counter[int]()  # machines, by the places of clients whose turns they had
         try:
             while waiting or running:
-                for place, client, lease in waiting.startable(self._leases.lease):
+                for place, client, lease in waiting.startable(self._leases.lease, self._leases.loss):
                     try:
-                        running[lease.start(client, sent.reference())] = _Turn(place, lease)
+                        running[lease.start(client, sent.reference())] = _Turn(place, client, lease)
                     except RayError as error:  # such as a full object store
-                        self._leases.give_back(lease)
+                        self._leases.give_back(lease, client)
                         yield Outcome(place, _failure(error))
                 left = ends - monotonic()
                 if left <= 0:
                     break
                 done, _ = ray.wait(list(running), timeout=min(left, _POLL_SECONDS)) if running else ([], [])
                 for reference in done:
-                    yield self._outcome(reference, running.pop(reference), sent)
+                    turn = running.pop(reference)
+                    found = self._outcome(reference, turn, sent)
+                    if isinstance(found, Outcome):
+                        yield found
+                    elif found is not None:
+                        running[found] = turn
+                    elif lost[turn.place] + 1 < _MACHINES:
+                        lost[turn.place] += 1
+                        waiting.again(turn.place, turn.client)
+                    elif turn.unclear:
+                        yield Outcome(turn.place, _failure(turn.unclear))
                 for reference, failure in self._silent(running) if isinf(deadline) else ():
                     yield self._given_up(running.pop(reference), failure)
-                self._make_room([turn.lease for turn in running.values()])
+                if self._unmet.look([turn.lease for turn in running.values()]):
+                    yield from self._never_begun(running, waiting)
+                in_time = self._make_room([turn.lease for turn in running.values()])
+                if self._needs is not None and not waiting and in_time:
+                    self._leases.make_ahead([need for need in self._needs if self._unmet.can_be_met(need)])
+                    self._leases.let_go(self._needs)
             known = _asked(running)
             while running:
                 reference, turn = running.popitem()
@@ -99,28 +138,65 @@ class RayPool:
             # If the caller stopped iterating in the middle of a round, turns are still running.
             for turn in running.values():
                 self._leases.end(turn.lease)
-            self._note(None)
+            self._note("; ".join(self._unmet.in_words()) or None)
+
+    def expect(self, foresee: Foresee) -> None:
+        """Ask Ray for the processes of the next round before it begins, and end those that the job does not need any more.
+
+        Machines come and go with them. A cluster of one machine has nothing to gain: its processes stay for the next round.
+        """
+        if not is_one_machine():
+            self._needs = foresee()
+            self._leases.let_go(self._needs)
 
     def close(self) -> None:
         """End every idle actor."""
         self._leases.end_idle()
 
-    def _outcome(self, reference: Any, turn: _Turn, sent: SentOrder) -> Outcome:
-        """The result of a turn that has ended. If the turn itself raised an error, its process lives on."""
+    def _outcome(self, reference: Any, turn: _Turn, sent: SentOrder) -> Outcome | Any | None:
+        """What became of a turn that has ended: its outcome, or None if its machine is gone, or its process never began.
+
+        As long as it is not known whether that is so, it is a reference to a question to its process. If the turn itself
+        raised an error, its process lives on.
+        """
         try:
             result = ray.get(reference, timeout=_FETCH_SECONDS)
         except RayTaskError as error:
-            self._leases.give_back(turn.lease)
+            self._leases.give_back(turn.lease, turn.client)
             if isinstance(error.cause, ObjectLostError):
                 sent.lost()
             return Outcome(turn.place, Failure.of(error.cause))
         except RayError as error:
-            return self._given_up(turn, _failure(error))
-        self._leases.give_back(turn.lease)
+            return self._without_answer(turn, error)
+        if turn.unclear:  # it lives, but Ray has lost its answer
+            return self._given_up(turn, _failure(turn.unclear))
+        self._leases.give_back(turn.lease, turn.client)
         known = isinstance(
             result, Profile | Update | HeadSums | Metrics | HeadLosses
         )  # a failure is ours to say, not a client's
         return Outcome(turn.place, result if known else Failure(f"it answered with a {type(result).__name__}"))
+
+    def _without_answer(self, turn: _Turn, error: RayError) -> Outcome | Any | None:
+        """See ``_outcome``; of a turn for which Ray raised ``error``."""
+        if not turn.lease.kept:
+            return self._given_up(turn, _failure(error))
+        turn.unclear, turn.since = turn.unclear or error, turn.since or monotonic()
+        if isinstance(error, ActorUnavailableError) and monotonic() - turn.since < _UNCLEAR_SECONDS:
+            return turn.lease.ask()
+        node = turn.lease.node
+        if node is not None and not is_gone(node):
+            return self._given_up(turn, _failure(error))
+        self._leases.end(turn.lease)
+        return None
+
+    def _never_begun(self, running: dict[Any, _Turn], waiting: Waiting) -> Iterator[Outcome]:
+        """Give up the turns that wait for a machine that there will never be."""
+        for reference, turn in list(running.items()):
+            if not turn.lease.is_placed() and (failure := self._unmet.failure(turn.client)):
+                yield self._given_up(running.pop(reference), failure)
+        for client in waiting.first_of_each():
+            if failure := self._unmet.failure(client):
+                yield from (Outcome(place, failure) for place, _ in waiting.take(client.client_class))
 
     def _given_up(self, turn: _Turn, failure: Failure) -> Outcome:
         self._leases.end(turn.lease)
@@ -148,16 +224,21 @@ class RayPool:
                 lost.append((reference, Failure(f"nothing happened for {self._silence:g} s: {why}")))
         return lost
 
-    def _make_room(self, running: Collection[Lease]) -> None:
-        """Report waiting actors. If one has waited too long, end all idle actors: they may hold the memory that it needs."""
+    def _make_room(self, running: Collection[Lease]) -> bool:
+        """Report waiting actors. If one has waited too long, end all idle actors: they may hold the memory that it needs.
+
+        True if no actor has waited for long.
+        """
         now, waiting = monotonic(), [lease for lease in running if not lease.is_placed()]
         processes = [lease for lease in waiting if lease.kept]
         late = [lease for lease in processes if now - lease.made_at > _PATIENCE_SECONDS]
         words = _in_words(len(running), len(processes), max((lease.memory for lease in late), default=None))
         for_sites = sorted({lease.why_waiting() for lease in waiting if not lease.kept})
-        self._note("; ".join([*([words] if words else []), *for_sites]) or None)
-        if late:
+        self._note("; ".join([*([words] if words else []), *for_sites, *self._unmet.in_words()]) or None)
+        longest = max((now - lease.made_at for lease in late), default=0.0)
+        if late and (longest > _GROWING_SECONDS or not is_growing()):
             self._leases.end_idle()
+        return not late
 
 
 def _asked(turns: dict[Any, _Turn]) -> dict[Any, Progress]:

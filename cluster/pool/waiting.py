@@ -2,11 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TypeVar
 
 from chainfed_ray.client.messages import Client
 
 T = TypeVar("T")
+_NEAR = 64  # the first clients of a class, among whom the one is looked for that an actor suits best
 
 
 class Waiting:
@@ -25,10 +27,15 @@ class Waiting:
     def __bool__(self) -> bool:
         return any(self.counts.values())
 
-    def startable(self, lease: Callable[[Client, Mapping[str, int]], T | None]) -> Iterator[tuple[int, Client, T]]:
+    def startable(
+        self,
+        lease: Callable[[Client, Mapping[str, int]], T | None],
+        loss: Callable[[Client, T], int] = lambda client, actor: 0,
+    ) -> Iterator[tuple[int, Client, T]]:
         """Take out each client for which ``lease`` gives an actor, and yield its place, the client and the actor.
 
-        ``lease`` is also given how many others of each class wait. It gives None if the client has to wait.
+        ``lease`` is also given how many others of each class wait. It gives None if the client has to wait. An actor that is
+        given goes to the client with the least ``loss`` by it among the first of its class.
         """
         may_start = {name for name, count in self.counts.items() if count}
         while may_start:
@@ -36,13 +43,30 @@ class Waiting:
             self.counts[name] -= 1
             place, client = self._by_class[name][0]
             if actor := lease(client, self.counts):
-                self._by_class[name].popleft()
+                near = enumerate(islice(self._by_class[name], _NEAR))
+                nearest = min(near, key=lambda found: loss(found[1][1], actor))[0]
+                place, client = self._by_class[name][nearest]
+                del self._by_class[name][nearest]
                 if not self.counts[name]:
                     may_start.remove(name)
                 yield place, client, actor
             else:
                 self.counts[name] += 1
                 may_start.remove(name)
+
+    def again(self, place: int, client: Client) -> None:
+        """Put a client first in the line of its class: it has been started, and has to be started anew."""
+        self._by_class.setdefault(client.client_class, deque()).appendleft((place, client))
+        self.counts[client.client_class] = self.counts.get(client.client_class, 0) + 1
+
+    def take(self, client_class: str) -> list[tuple[int, Client]]:
+        """Take out every client of a class, each with its place."""
+        self.counts[client_class] = 0
+        return list(self._by_class.pop(client_class, ()))
+
+    def first_of_each(self) -> list[Client]:
+        """The next client of each class that waits."""
+        return [queue[0][1] for queue in self._by_class.values() if queue]
 
     def places(self) -> list[int]:
         """The places of the clients that still wait."""

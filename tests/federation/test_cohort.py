@@ -1,5 +1,6 @@
 """Promises of an unreliable fleet: who does not answer, or is late, costs its own turn, and the job goes on."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from chainfed_ray.chain import Window
-from chainfed_ray.client.messages import Profile, Profiling
+from chainfed_ray.client.messages import Profile, Profiling, Training
 from chainfed_ray.client.pool import Failure, LocalPool
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation.admission import Candidate
@@ -22,7 +23,7 @@ from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, assert_same, run, run_some, story
-from tests.pools import Heard
+from tests.pools import Foreseeing, Heard
 
 
 @pytest.fixture
@@ -185,3 +186,39 @@ def test_the_dry_run_waits_for_the_slow(
     monkeypatch.setattr(duration, "pace_of", lambda *_: Pace(turn=0, step=1, layer=0, load=0))
     steps = duration.duration(a_job(document, tmp_path), at_once=2).micro_steps
     assert steps["snail"] == pytest.approx(10 * steps["phone"])
+
+
+def test_a_pool_hears_what_a_round_and_the_next_one_need_before_they_begin(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    document["fleet"] = {
+        "clients": [{"name": name, "count": 3, "memory": "64MiB"} for name in ("phone", "laptop", "server")]
+    }
+    document["rounds"] |= {"clients": 2, "quorum": 2}
+    job = a_job(document, tmp_path)
+    pool = Foreseeing(LocalPool(job.base))
+    run(job, tmp_path / "log", pool)
+    asked = [classes for order, classes in pool.calls if isinstance(order, Training)]
+    assert len(asked) == 4
+    assert len({tuple(sorted(classes.items())) for classes in asked}) > 1, (
+        "rounds that need the same would show nothing"
+    )
+    nothing = Counter[str]()
+    after = [*asked[1:], nothing]
+    before_and_after = [each for now, then in zip(asked, after, strict=True) for each in (now | then, then)]
+    assert pool.expected == [*before_and_after, nothing]
+
+
+def test_a_stage_that_begins_with_a_fitted_head_is_expected_to_need_everyone(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    document["chain"] |= {"head": "fitted"}
+    document["rounds"] |= {"clients": 2, "quorum": 2}
+    job = a_job(document, tmp_path)
+    pool = Foreseeing(LocalPool(job.base))
+    coordinator, _ = run(job, tmp_path / "log", pool)
+    stages = [record.stage for record in CommitLog(tmp_path / "log").rounds()]
+    assert coordinator.open().stages == len(set(stages)) == 2
+    last = stages.index(1) - 1
+    assert pool.expected[2 * last + 1] == {"phone": 4}
+    assert pool.expected[1] == ({"phone": 4} if last == 0 else {"phone": 2})

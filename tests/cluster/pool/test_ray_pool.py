@@ -129,8 +129,8 @@ def test_whatever_ray_raises_costs_a_turn_and_a_lost_order_is_sent_anew(
         ray.kill(owner)
         return reference
 
-    def get_once(reference: Any, timeout: float) -> Any:
-        if trouble := next(results, None):
+    def get_once(reference: Any, timeout: float | None = None) -> Any:
+        if timeout and (trouble := next(results, None)):  # it is a result that is waited for
             raise trouble
         return get(reference, timeout=timeout)
 

@@ -55,6 +55,41 @@ def test_the_others_that_wait_are_counted_without_the_one_that_is_next() -> None
     assert actors.others == [{"a": 1, "b": 1}, {"a": 2, "b": 0}]
 
 
+def test_who_has_to_begin_anew_is_the_next_of_its_class() -> None:
+    waiting, actors = Waiting(_clients(["a", "b", "a"])), _Actors({"a": 1})
+    ((place, client, _),) = waiting.startable(actors.lease)
+    waiting.again(place, client)
+    assert waiting.places() == [0, 1, 2]
+    actors.free["a"] = 1
+    assert [place for place, _, _ in waiting.startable(actors.lease)] == [0]
+
+
+@given(st.lists(st.sampled_from("xyz"), max_size=12), st.lists(st.sampled_from("xyz"), max_size=12))
+def test_an_actor_goes_to_a_client_whose_cache_is_on_its_machine_if_one_waits(
+    homes: list[str], free: list[str]
+) -> None:
+    clients, actors = _clients(["a"] * len(homes)), list(free)
+    home = {id(client): homes[place] for place, client in clients}
+    waiting, left = Waiting(clients), dict(enumerate(homes))
+    for place, _, machine in waiting.startable(
+        lambda client, others: actors.pop() if actors else None, lambda client, machine: home[id(client)] != machine
+    ):
+        at_home = [other for other, where in left.items() if where == machine]
+        assert place == min(at_home or left)
+        del left[place]
+    assert len(left) == max(len(homes) - len(free), 0), "nobody waits for that"
+    assert waiting.places() == list(left)
+
+
+def test_a_class_is_taken_out_as_a_whole() -> None:
+    waiting, actors = Waiting(_clients(["a", "b", "a"])), _Actors({"a": 2, "b": 1})
+    assert [client.client_class for client in waiting.first_of_each()] == ["a", "b"]
+    assert [place for place, _ in waiting.take("a")] == [0, 2]
+    assert waiting.take("a") == []
+    assert [place for place, _, _ in waiting.startable(actors.lease)] == [1]
+    assert not waiting
+
+
 @pytest.mark.parametrize("count", [100, 800])
 def test_what_dispatch_costs_grows_with_the_clients_and_no_faster(count: int) -> None:
     """Eight actors, each of which is free again after its turn: with every turn that ends, one starts."""
