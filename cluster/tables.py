@@ -1,13 +1,11 @@
-"""The tables of the database of jobs, and their version."""
+"""The tables of the database of jobs. ``migrations`` makes them, and brings those of earlier versions forward."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, cast
 
 from sqlalchemy import (
-    DDL,
     JSON,
     BigInteger,
     Dialect,
@@ -16,22 +14,11 @@ from sqlalchemy import (
     Integer,
     TypeDecorator,
     UniqueConstraint,
-    event,
-    func,
-    inspect,
-    select,
-    text,
     true,
 )
-from sqlalchemy.engine import Engine
-from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy.schema import CreateColumn
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from chainfed_ray.cluster.database import open_database
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
-from chainfed_ray.errors import InvalidSetting
-from chainfed_ray.record import VERSION
 
 Status = Literal[
     "queued", "validating", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"
@@ -325,97 +312,10 @@ class AuditRow(_Table):
     request: Mapped[str | None]
 
 
-_APPEND_ONLY = {
-    "sqlite": (
-        "create trigger audit_update before update on audit begin select raise(abort, 'the audit log is append-only'); end",
-        "create trigger audit_delete before delete on audit begin select raise(abort, 'the audit log is append-only'); end",
-    ),
-    "postgresql": (
-        "create or replace function refuse_audit_change() returns trigger language plpgsql as "
-        "$$ begin raise exception 'the audit log is append-only'; end $$",
-        "create trigger audit_change before update or delete or truncate on audit "
-        "for each statement execute function refuse_audit_change()",
-    ),
-}
-for _dialect, _statements in _APPEND_ONLY.items():
-    for _statement in _statements:
-        _made: Any = DDL(_statement)  # type: ignore[no-untyped-call]
-        event.listen(AuditRow.__table__, "after_create", _made.execute_if(dialect=_dialect))
-
-
-class _Schema(_Table):
-    __tablename__ = "schema"
-
-    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-
-
-def open_tables(url: str, existing: bool = False) -> Engine:
-    """An engine for the database at ``url``. Its tables are made if they are missing.
-
-    The file of SQLite is made as well, unless it must be an ``existing`` one.
-
-    Raises:
-        InvalidSetting: ``url`` is not an SQLAlchemy URL, its driver is not installed, or its database has another version.
-    """
-    engine = open_database(url, existing)
-    try:
-        make_tables(engine)
-        check_version(engine)
-    except BaseException:
-        engine.dispose()
-        raise
-    return engine
+TABLES = _Table.metadata
+"""All of them, for Alembic."""
 
 
 def moment(at: datetime | None = None) -> str:
     """A time, by default now, as the tables have it: ISO 8601 in UTC, to the millisecond. Later times are greater texts."""
     return (at or datetime.now(UTC)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def make_tables(engine: Engine) -> None:
-    """Make the tables and columns that are missing. Old rows stay.
-
-    That fails if another process makes a table at the same moment. Each further try has a table fewer to make.
-    """
-    for _ in _Table.metadata.tables:
-        with suppress(DBAPIError):
-            _make_tables(engine)
-            return
-    _make_tables(engine)
-
-
-def _make_tables(engine: Engine) -> None:
-    """Make the tables that are missing, and in the others the columns that are missing: each has a value for old rows."""
-    _Table.metadata.create_all(engine)
-    found = inspect(engine)
-    for table in _Table.metadata.tables.values():
-        known = {column["name"] for column in found.get_columns(table.name)}
-        for column in table.columns:
-            if column.name not in known:
-                definition = CreateColumn(column).compile(dialect=engine.dialect)
-                with engine.begin() as connection:
-                    connection.execute(text(f"alter table {table.name} add column {definition}"))
-                    for index in table.indexes:
-                        if column.name in index.columns:
-                            index.create(connection)
-
-
-def check_version(engine: Engine) -> None:
-    """Check that the tables have the version that this code writes. A database without jobs is marked with this version.
-
-    Raises:
-        InvalidSetting: the database has another version.
-    """
-    with Session(engine) as session:
-        found = session.scalar(select(func.max(_Schema.version)))
-        if found is None and session.scalar(select(JobRow.id).limit(1)) is None:
-            with suppress(IntegrityError):  # another process marks it at the same moment
-                session.add(_Schema(version=VERSION))
-                session.commit()
-            return
-    if found != VERSION:
-        shown = engine.url.render_as_string()  # without the password
-        writer = "an earlier chainfed-ray" if found is None or found < VERSION else "a later chainfed-ray"
-        raise InvalidSetting(
-            "CHAINFED_DATABASE", shown, f"a database of version {VERSION}; this one was written by {writer}"
-        )

@@ -23,6 +23,8 @@ FLOORS = (
     ("federation",),
     ("site",),
     ("forecast",),
+    ("cluster.migrations",),
+    ("cluster.migrations.versions",),
     ("cluster",),
     ("cluster.queries",),
     ("cluster.pool", "cluster.offload", "cluster.uploads", "cluster.artifacts"),
@@ -45,6 +47,7 @@ ONLY_IN = {
     "ray": ("cluster", "cluster.pool", "cluster.offload", "cluster.sites", "cluster.jobs", "api.serve", "api.command"),
     "sqlalchemy": (
         "cluster",
+        "cluster.migrations.versions",
         "cluster.queries",
         "cluster.sites",
         "cluster.uploads",

@@ -11,7 +11,8 @@ from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from chainfed_ray.cluster.tables import AuditRow, moment, open_tables
+from chainfed_ray.cluster.schema import open_tables
+from chainfed_ray.cluster.tables import AuditRow, moment
 
 _MINUTE = 60.0
 REFUSALS_A_MINUTE = 60

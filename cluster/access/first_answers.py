@@ -16,7 +16,8 @@ from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from chainfed_ray.cluster.tables import AnswerRow, moment, open_tables
+from chainfed_ray.cluster.schema import open_tables
+from chainfed_ray.cluster.tables import AnswerRow, moment
 
 HELD_SECONDS = 30.0
 KEPT_DAYS = 7

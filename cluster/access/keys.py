@@ -18,7 +18,8 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.access.identity import SCOPES, Identity, Scope
-from chainfed_ray.cluster.tables import KeyRow, moment, open_tables
+from chainfed_ray.cluster.schema import open_tables
+from chainfed_ray.cluster.tables import KeyRow, moment
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import InvalidSetting, KeyNotFound
 

@@ -29,6 +29,7 @@ from chainfed_ray.cluster.queries.aliases import Aliases
 from chainfed_ray.cluster.queries.deletions import Deletions
 from chainfed_ray.cluster.queries.pages import Label, Place, narrowed
 from chainfed_ray.cluster.queries.turns import Turns
+from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.storage import QUEUED_JOBS
 from chainfed_ray.cluster.tables import (
     AT_WORK,
@@ -43,7 +44,6 @@ from chainfed_ray.cluster.tables import (
     Latest,
     Status,
     moment,
-    open_tables,
 )
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
 from chainfed_ray.cluster.uploads.sources import hold_uploads

@@ -20,8 +20,9 @@ from sqlalchemy import and_, delete, or_, select, update
 from sqlalchemy.engine import CursorResult, Engine
 from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.tables import JobRow, SiteOrderRow, SiteRow, open_tables
+from chainfed_ray.cluster.tables import JobRow, SiteOrderRow, SiteRow
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import AnswerRefused, OrderWithdrawn, SiteSuperseded
 from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, Done, Heartbeat, NotDone, Order, TensorFile

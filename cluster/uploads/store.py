@@ -24,8 +24,9 @@ from typing import Any, Self
 from sqlalchemy import ColumnElement, String, cast, delete, func, select, true, update
 from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.storage import STORED_BYTES, Storage
-from chainfed_ray.cluster.tables import JobRow, UploadRow, moment, open_tables
+from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
 from chainfed_ray.cluster.tenants import View
 from chainfed_ray.cluster.uploads.arriving import ArrivingFile
 from chainfed_ray.cluster.uploads.sources import uploads_in

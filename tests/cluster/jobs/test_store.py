@@ -99,25 +99,6 @@ def test_processes_that_start_at_the_same_moment_share_a_database(database: str)
     store.close()
 
 
-@pytest.mark.parametrize(
-    ("change", "writer"),
-    [("delete from schema", "an earlier"), ("update schema set version = 3", "a later")],
-    ids=["none", "later"],
-)
-def test_a_database_of_another_version_is_refused_and_left_as_it_is(
-    store: JobStore, database: str, change: str, writer: str
-) -> None:
-    job = store.submit(SPEC).id
-    engine = create_engine(database)
-    with engine.begin() as connection:
-        connection.execute(text(change))
-    with pytest.raises(InvalidSetting, match=f"a database of version 2; this one was written by {writer} chainfed-ray"):
-        JobStore(database)
-    with engine.begin() as connection:
-        assert connection.execute(text("select id from jobs")).scalars().all() == [job]
-    engine.dispose()
-
-
 def test_an_event_is_told_once_whoever_tells_it(store: JobStore, database: str) -> None:
     job = store.submit(SPEC).id
 

@@ -1,0 +1,1 @@
+"""The steps, each from one version of the tables to the next, and back."""

@@ -1,0 +1,125 @@
+"""Promise: a database goes forward from every version with its rows, and back; a step that fails leaves it as it was."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Engine, inspect, text
+from sqlalchemy.exc import DBAPIError
+
+from chainfed_ray.cluster.database import open_database
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.schema import VERSIONS, migrate, open_tables, version_of
+from chainfed_ray.cluster.tables import TABLES
+from chainfed_ray.errors import InvalidSetting
+from tests.builders import SPEC
+
+JOBS = (("done", "succeeded"), ("going", "running"), ("next", "queued"))
+
+
+@pytest.fixture
+def engine(database: str) -> Iterator[Engine]:
+    made = open_database(database, existing=False)
+    yield made
+    made.dispose()
+
+
+def write(engine: Engine, *statements: str, **values: Any) -> None:
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.execute(text(statement), values)
+
+
+def rows(engine: Engine, question: str) -> list[tuple[Any, ...]]:
+    with engine.connect() as connection:
+        return [tuple(row) for row in connection.execute(text(question))]
+
+
+def first_version(engine: Engine) -> None:
+    """Make a database as the version left it that marked it in a table of its own, with jobs, events and an alias."""
+    migrate(engine, "0001")
+    write(engine, "drop table alembic_version")
+    for name, status in JOBS:
+        job = {"id": f"{name}-1", "name": name, "status": status}
+        write(
+            engine,
+            "insert into jobs (id, name, model, spec, status, starts, submitted_at) "
+            "values (:id, :name, 'tiny', '{}', :status, 0, '2026-10-01T00:00:00.000Z')",
+            "insert into events (job, seq, key, kind, at, data) "
+            "values (:id, 1, 'queued', 'queued', '2026-10-01T00:00:00.000Z', '{}')",
+            **job,
+        )
+    write(engine, """insert into aliases (name, targets) values ('support', '[{"tiny": 1.0}]')""")
+
+
+def test_the_steps_make_the_tables_of_the_code(database: str) -> None:
+    engine = open_tables(database)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), TABLES) == []
+    write(engine, "insert into audit (at, action, target, address, outcome) values ('now', 'a', 'b', 'c', '200')")
+    for change in ("update audit set action = 'x'", "delete from audit"):
+        with pytest.raises(DBAPIError, match="append-only"):
+            write(engine, change)
+    engine.dispose()
+
+
+def test_forward_and_back_with_the_rows_of_the_version_before(engine: Engine, database: str) -> None:
+    first_version(engine)
+    before = {table: rows(engine, f"select * from {table} order by 1") for table in ("jobs", "events", "aliases")}
+    assert version_of(engine) == "0001"
+
+    store = JobStore(database, existing=True)
+    found = {job.name: job for job in store.page()}
+    assert [(name, found[name].status) for name, _ in JOBS] == list(JOBS)
+    assert {(job.tenant, job.priority, job.version) for job in found.values()} == {("default", 0, 1)}
+    assert [event.kind for event in store.events("done-1")] == ["queued"]
+    assert store.aliases.all() == {"support": {"tiny": 1.0}}
+    later = store.submit(SPEC).id
+    assert version_of(engine) == VERSIONS[-1]
+    store.close()
+
+    write(engine, "update jobs set status = 'paused' where id = :job", job=later)
+    migrate(engine, "0001")
+    assert rows(engine, "select version from schema") == [(1,)]
+    assert rows(engine, f"select status from jobs where id = '{later}'") == [("queued",)]
+    write(engine, "delete from events where job = :job", "delete from jobs where id = :job", job=later)
+    assert {table: rows(engine, f"select * from {table} order by 1") for table in before} == before
+    assert set(inspect(engine).get_table_names()) == {*before, "schema", "alembic_version"}
+
+    migrate(engine, VERSIONS[-1])
+    store = JobStore(database, existing=True)
+    assert {job.name for job in store.page()} == {name for name, _ in JOBS}
+    store.close()
+
+
+def test_a_step_that_fails_leaves_the_database_as_it_was(engine: Engine, database: str) -> None:
+    first_version(engine)
+    write(engine, "create table answers (mine integer)")  # in the way of a late part of the step
+    before = {table: inspect(engine).get_columns(table) for table in inspect(engine).get_table_names()}
+    with pytest.raises(DBAPIError, match="answers"):
+        JobStore(database)
+    after = {table: inspect(engine).get_columns(table) for table in inspect(engine).get_table_names()}
+    assert {table: [column["name"] for column in columns] for table, columns in after.items()} == {
+        table: [column["name"] for column in columns] for table, columns in before.items()
+    }
+    write(engine, "drop table answers")
+    JobStore(database).close()
+    assert version_of(engine) == VERSIONS[-1]
+
+
+@pytest.mark.parametrize("mark", ["9999", None], ids=["later", "between releases"])
+def test_a_version_that_is_not_known_is_refused_and_left_as_it_is(
+    engine: Engine, database: str, mark: str | None
+) -> None:
+    if mark:
+        migrate(engine, VERSIONS[-1])
+        write(engine, "update alembic_version set version_num = :mark", mark=mark)
+    else:
+        first_version(engine)
+        write(engine, "update schema set version = 2")
+    before = inspect(engine).get_table_names()
+    with pytest.raises(InvalidSetting, match=rf"from 0001 to {VERSIONS[-1]}; this one has .*, of another chainfed-ray"):
+        JobStore(database)
+    assert inspect(engine).get_table_names() == before
