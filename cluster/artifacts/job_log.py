@@ -1,13 +1,14 @@
 """The log of a job: what its coordinator did and logged, and what became of its clients' turns, a line of JSON each.
 
-A line has no row of data: what is logged of an error is its kind and where it was raised, and not its words, except for our
-own errors, whose words are on the job's record as well. A log that cannot be written costs the job nothing. ::
+A line has no row of data: of an error it has the kind and the place where it was raised, and not the words, which are on the
+job's record. A log that cannot be written costs the job nothing. ::
 
     jobs/<job>/log.jsonl
 """
 
 import json
 import logging
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.cluster.tables import moment
-from chainfed_ray.errors import ChainFedError
+from chainfed_ray.errors import BudgetExceeded, CoordinatorLost, InvalidJob
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.units import format_bytes, format_seconds
 
@@ -30,7 +31,10 @@ WITHHELD = {"withheld": True}
 _MOST_BYTES = 64 * 2**20  # beyond it, only warnings and errors are logged
 _MOST_CHARACTERS = 2000  # of a message
 _MOST_TURNS = 50  # of a round that have a line each
+_MOST_FRAMES = 8  # of a traceback
 _OURS = "chainfed_ray"
+_WORDS_OF_NUMBERS = (BudgetExceeded, CoordinatorLost)  # and of names in the code
+_ERROR = re.compile(r"([A-Za-z_]\w*): ")
 
 
 class LogLine(BaseModel):
@@ -73,7 +77,7 @@ class JobLog(logging.Handler):
         """See ``logging.Handler``."""
         if not getattr(record, "withheld", False):
             raised = f" ({_raised(record.exc_info[1])})" if record.exc_info and record.exc_info[1] else ""
-            self.note(record.levelname.lower(), COORDINATOR, record.getMessage() + raised)
+            self.note(record.levelname.lower(), COORDINATOR, _message(record) + raised)
 
     def with_activities(self, listen: Listener) -> Listener:
         """A listener that also logs what the job begins to do."""
@@ -101,7 +105,8 @@ class JobLog(logging.Handler):
 
     def failed(self, error: Exception) -> None:
         """Log that the job has failed."""
-        self.note("error", COORDINATOR, f"the job has failed: {_raised(error)}")
+        words = "the words are in the job's `error`"
+        self.note("error", COORDINATOR, f"the job has failed: {_raised(error)}; {words}")
 
     def note(self, level: str, source: str, message: str, round_: int | None = None) -> None:
         """Append a line."""
@@ -124,9 +129,10 @@ class JobLog(logging.Handler):
             self.note("info", turn.client, words, number)
         for turn in record.turns:
             if turn.exceeded:
-                self.note("warning", turn.client, f"its turn ran again with a smaller plan: {turn.exceeded}", number)
+                why = _without_words(turn.exceeded)
+                self.note("warning", turn.client, f"its turn ran again with a smaller plan: {why}", number)
         for failed in record.failed_turns:
-            self.note("warning", failed.client, f"its turn failed: {failed.reason}", number)
+            self.note("warning", failed.client, f"its turn failed: {_without_words(failed.reason)}", number)
         ended = f"; the stage ends: {record.ended}" if record.ended else ""
         counted = "" if record.counted else ", too few to count"
         updates = f"{len(record.turns)} updates{counted}, {len(record.failed_turns)} failed turns"
@@ -171,10 +177,30 @@ def _ends_a_line(path: Path) -> bool:
         return file.read() == b"\n"
 
 
+def _message(record: logging.LogRecord) -> str:
+    """The message of a record. Of an error in it the kind alone, unless it is of the operating system."""
+    if not isinstance(record.args, tuple):
+        return record.getMessage()
+    with_words = (str, int, float, Path, OSError)
+    return str(record.msg) % tuple(
+        argument if isinstance(argument, with_words) else type(argument).__name__ for argument in record.args
+    )
+
+
 def _raised(error: BaseException) -> str:
-    """The kind of an error and where it was raised; the words of our own, which name no row but those on the job's record."""
-    if isinstance(error, ChainFedError):
-        return f"{type(error).__name__}: {error}"
+    """The kind of an error, and its fields or where it was raised, without its words, which may have a row."""
+    kind = type(error).__name__
+    if isinstance(error, _WORDS_OF_NUMBERS):
+        return f"{kind}: {error}"
+    if isinstance(error, InvalidJob):
+        return f"{kind}: {', '.join(problem.field for problem in error.problems)}"
     frames: list[Any] = traceback.extract_tb(error.__traceback__)
-    places = [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames[-8:]]
-    return " < ".join([type(error).__name__, *reversed(places)])
+    places = [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames[-_MOST_FRAMES:]]
+    return " < ".join([kind, *reversed(places)])
+
+
+def _without_words(reason: str) -> str:
+    """Why a turn failed. Where that is an error, the kind alone, unless its words are numbers."""
+    kind = _ERROR.match(reason)
+    known = {error.__name__ for error in _WORDS_OF_NUMBERS}
+    return reason if kind is None or kind[1] in known else f"{kind[1]} (the words are in the record of the round)"

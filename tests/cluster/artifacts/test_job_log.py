@@ -13,12 +13,22 @@ from chainfed_ray.cluster.artifacts.job_log import LOG, WITHHELD, JobLog, LogLin
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.errors import JobConflict
+from chainfed_ray.errors import CoordinatorLost, InvalidJob
 from chainfed_ray.federation.run import in_this_process
+from chainfed_ray.records.rounds import FailedTurn, Round
 from chainfed_ray.spec.parse import parse_job
 from tests.pools import Killed, dying
 
 ROW = "a row that nobody may see"
+REASONS = (f"ValueError: {ROW}", "BudgetExceeded: the turn took 3 MiB", "missed the deadline of 5 s: it was training")
+
+
+def a_round(failed: list[FailedTurn]) -> Round:
+    """A round of which every turn failed."""
+    return Round(
+        index=0, stage=0, bottom=1, top=2, turns=(), failed_turns=tuple(failed), counted=False, train_loss=None,
+        held_out_loss=None, accuracy=None, movement=None, ended=None, seconds=1.0,
+    )  # fmt: skip
 
 
 def messages(folder: Path) -> list[str]:
@@ -48,6 +58,7 @@ def test_activities_and_what_our_code_logs_are_in_it(tmp_path: Path) -> None:
         for what in ("training", "training", "evaluating"):
             listen(Activity(what=what))
         ours.warning("the disk is %s", "slow")
+        ours.warning("it waits: %s, %s", KeyError(ROW), OSError(28, "full"))
         others.warning(ROW)
         ours.error(ROW, extra=WITHHELD)
         try:
@@ -55,14 +66,22 @@ def test_activities_and_what_our_code_logs_are_in_it(tmp_path: Path) -> None:
         except ValueError:
             ours.exception("it failed")
         log.failed(KeyError(ROW))
-        log.failed(JobConflict("a", "queued", "do this"))
+        log.failed(InvalidJob.at("data.label", ROW, ROW))
+        log.failed(CoordinatorLost("a", 5))
+        turns = [FailedTurn(client="phone-0", client_class="phone", reason=reason) for reason in REASONS]
+        log.tell(a_round(turns))
     ours.warning("after the end")
     found = messages(tmp_path)
-    assert found[1:4] == ["training", "evaluating", "the disk is slow"]
+    assert found[1:5] == ["training", "evaluating", "the disk is slow", "it waits: KeyError, [Errno 28] full"]
+    del found[4]
     assert found[4].startswith("it failed (ValueError < test_job_log.py:")
-    assert found[5:] == [
-        "the job has failed: KeyError",
-        "the job has failed: JobConflict: job a is queued; it cannot do this",
+    failures = [message.removeprefix("the job has failed: ").partition("; the words are")[0] for message in found[5:8]]
+    assert failures[:2] == ["KeyError", "InvalidJob: data.label"]
+    assert failures[2].startswith("CoordinatorLost: the coordinator of a died 5 times")
+    assert found[8:11] == [
+        "its turn failed: ValueError (the words are in the record of the round)",
+        f"its turn failed: {REASONS[1]}",
+        f"its turn failed: {REASONS[2]}",
     ]
     assert ROW not in (tmp_path / LOG).read_text()
 
@@ -104,4 +123,4 @@ def test_a_job_that_fails_says_why(store: JobStore, storage: Storage, document: 
     run_queued_job(job, storage, in_this_process)
     line = list(lines_of(storage.job(job) / LOG))[-1]
     assert isinstance(line, LogLine)
-    assert (line.level, line.message[:31]) == ("error", "the job has failed: InvalidJob:")
+    assert (line.level, line.message[:42]) == ("error", "the job has failed: InvalidJob: data.train")

@@ -12,6 +12,7 @@ import pytest
 from chainfed_ray.cluster.jobs.preflight import Limits, Preflight
 from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
 from chainfed_ray.forecast.dry_run import dry_run
+from chainfed_ray.reading import UploadedFile
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.parse import parse_job
 from tests.watching import processes_below, wait_for
@@ -40,6 +41,19 @@ def test_a_process_of_its_own_tells_the_same(document: dict[str, Any]) -> None:
 def without_times(told: Forecast) -> Forecast:
     rows = tuple(row.model_copy(update={"micro_step_seconds": None}) for row in told.classes)
     return told.model_copy(update={"estimated_seconds": None, "classes": rows})
+
+
+def test_a_check_reads_the_uploads_of_the_jobs_tenant(document: dict[str, Any], tiny_data: Path) -> None:
+    document["data"]["train"] = "upload:mine"
+    own = {"mine": UploadedFile("rows.jsonl", tiny_data)}
+
+    async def story() -> None:
+        preflight = Preflight(4, uploads=lambda tenant, document: own if tenant == "alice" else {})
+        await preflight.check(parse_job(document), tenant="alice")
+        with pytest.raises(InvalidJob, match=r"data\.train is 'upload:mine'; expected the id of an upload of yours"):
+            await preflight.check(parse_job(document), tenant="bob")
+
+    asyncio.run(story())
 
 
 def test_a_small_file_does_not_take_the_memory_of_the_machine(document: dict[str, Any], tmp_path: Path) -> None:
