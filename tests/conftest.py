@@ -35,9 +35,9 @@ settings.load_profile("any machine")
 # Files whose tests share the Ray cluster of one process, and the file that starts its own clusters.
 WITH_RAY = (
     "test_cohort_ray.py",
+    "test_coordinators_ray.py",
     "test_offload.py",
     "test_over_sites.py",
-    "test_pause_ray.py",
     "test_preflight_ray.py",
     "test_privacy_ray.py",
     "test_ray_pool.py",

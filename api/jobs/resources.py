@@ -117,7 +117,9 @@ class JobSummary(BaseModel):
 class JobResource(JobSummary):
     """A job in full."""
 
-    activity: Activity | None = Field(description="what the job is doing; null unless it is running")
+    activity: Activity | None = Field(
+        description="what the job is doing; null unless it is validating, running or pausing"
+    )
     progress: JobProgress | None = Field(description="how far the job is; null until the chain's start is known")
     estimated_finish: str | None = Field(
         description="when the job ends if it has all its rounds, and these take as long as the newest ones: ISO 8601, UTC; "
@@ -171,11 +173,17 @@ def full(jobs: JobStore, record: JobRecord) -> JobResource:
     return JobResource.full(record, changes, progress, ends)
 
 
-def _ends(change: Event, newest: Sequence[Event], progress: JobProgress) -> str:
-    """When a job ends whose remaining rounds take as long as the ``newest``. It follows from events, not from the clock."""
+def _ends(change: Event, newest: Sequence[Event], progress: JobProgress) -> str | None:
+    """When a job ends whose remaining rounds take as long as the ``newest``. It follows from events, not from the clock.
+
+    None if that is beyond the last year that a date can have.
+    """
     seconds = sum(event.data["seconds"] for event in newest) / len(newest)
     since = datetime.fromisoformat(max(change.at, newest[0].at))
-    return moment(since + timedelta(seconds=seconds * (progress.total_rounds - progress.round)))
+    try:
+        return moment(since + timedelta(seconds=seconds * (progress.total_rounds - progress.round)))
+    except OverflowError:
+        return None
 
 
 def _classes(job_started: JobStarted) -> list[str]:

@@ -95,7 +95,13 @@ def delete(store: JobStore, job: str) -> None:
 
 
 def _job_of(store: JobStore, model: str) -> str | None:
-    """The job whose model answers under the name ``model``, such as ``minilm:support`` or ``minilm:support@best``."""
+    """The job without which nothing, or another model, would answer under the name ``model``, such as ``minilm:support@best``.
+
+    A base model alone is served as long as some job on it is there.
+    """
+    if ":" not in model:
+        on_base = store.on_base(model, 2)
+        return on_base[0].id if len(on_base) == 1 else None
     stem, at, _ = model.partition("@")
     found = trained(store, stem, "latest") if at else None
     record = found.record if found else store.model(stem)

@@ -1,7 +1,8 @@
 """Starts and ends coordinators: again and again, it compares the jobs in the database with the coordinators that run.
 
-What the controller keeps beside the database is only which coordinators it saw, to notice those that die. It may be killed at
-any time: each step starts from the state that it finds, whatever that is. What fails at one job keeps no other from its turn.
+What the controller keeps beside the database is only what it saw, to notice coordinators that die, and to say a thing once. It
+may be killed at any time: each step starts from the state that it finds, whatever that is. What fails at one job keeps no other
+from its turn.
 """
 
 import logging
@@ -53,6 +54,7 @@ class Controller:
         self._settings, self._store, self._coordinators = settings, store, coordinators
         self._begun = False
         self._had: set[str] = set()  # jobs that had a coordinator at the last step
+        self._kept: set[str] = set()  # jobs whose files could not be deleted
 
     def run(self, stop: Event) -> None:
         """Call ``step`` until ``stop`` is set. If the database does not answer, try again later."""
@@ -130,11 +132,19 @@ class Controller:
 
     def _delete(self, job: str, over: set[str]) -> None:
         """Delete the files of a job that is being deleted, and then its row. A later step tries again, if one cannot be."""
-        if self._coordinators.end(job):
-            over.add(job)
+        if not self._coordinators.end(job):
+            return
+        try:
             clean_up(job, self._settings.storage)
             remove(self._settings.storage.job(job))
-            self._store.deletions.purge(job)
+        except OSError as error:
+            if job not in self._kept:  # said once
+                _log.warning("the files of job %s cannot be deleted yet: %s", job, error)
+            self._kept.add(job)
+            return
+        self._store.deletions.purge(job)
+        self._kept.discard(job)
+        over.add(job)
 
     def _over_before(self) -> set[str]:
         """Jobs that were over before this controller began: the one before may have died before it deleted their caches."""

@@ -36,6 +36,9 @@ class CoordinatorActor:
     """A process that runs one job. If it is killed, Ray starts it again, and it resumes from the job's commits."""
 
     def __init__(self, job: str, settings: Settings) -> None:
+        # A process in place of one that died counts that first: whatever of the job comes next may be what kills it.
+        if ray.get_runtime_context().was_current_actor_reconstructed and _is_given_up(job, settings):
+            return
         # The work runs in a thread, not in a method: after a restart by Ray, no caller may be left to call a method.
         Thread(target=self._run, args=(job, settings), daemon=True).start()
 
@@ -44,9 +47,6 @@ class CoordinatorActor:
         return os.getpid()
 
     def _run(self, job: str, settings: Settings) -> None:
-        # A process that Ray started in place of one that died. That is counted first: the next imports may be what kills it.
-        if ray.get_runtime_context().was_current_actor_reconstructed and _is_given_up(job, settings):
-            return
         # The coordinator alone needs torch. The controller and the API import this file too, and start sooner without.
         from chainfed_ray.cluster.jobs.run import publish_unmet, run_queued_job
         from chainfed_ray.cluster.offload.engine import server_evaluation

@@ -90,6 +90,9 @@ def test_progress_and_an_estimate_of_the_end(client: TestClient, store: JobStore
     assert resumed
     ends = datetime.fromisoformat(shown()["estimated_finish"])
     assert ends == datetime.fromisoformat(resumed.at) + timedelta(seconds=20 * (total - 3)), "from when it went on"
+    slow = a_round(3, a_start(), seconds=1e12)
+    store.publish(job, "round-3", "round", slow.model_dump(mode="json"))
+    assert shown()["estimated_finish"] is None, "in no year that a date can have"
     store.move(job, "succeeded", result={"accuracy": 0.5})
     assert (shown()["progress"]["fraction"], shown()["estimated_finish"]) == (1.0, None)
 

@@ -250,6 +250,9 @@ def test_a_model_that_an_alias_stands_for_is_kept(store: JobStore) -> None:
         with pytest.raises(JobConflict, match="the alias support stands for its model"):
             delete(store, new)
     delete(store, old)  # which the name does not mean any more
+    alice.aliases.set("support", {SPEC.model_name.partition(":")[0]: 1.0})
+    with pytest.raises(JobConflict, match="the alias support stands for its model"):
+        delete(store, new)  # the last job on that base model
     alice.aliases.delete("support")
     delete(alice, new)
     assert store.page() == []

@@ -1,4 +1,4 @@
-"""Promise: a job that pauses on a cluster gives its processes back, and goes on to the bits of one that did not pause."""
+"""Promises of coordinators on a cluster: a job that pauses gives its processes back, and one that kills them its place."""
 
 import os
 import signal
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayError
 
-from chainfed_ray.cluster.jobs.control import pause, resume
+from chainfed_ray.cluster.jobs.control import cancel, pause, resume
 from chainfed_ray.cluster.jobs.controller import Controller
 from chainfed_ray.cluster.jobs.coordinators import NAMESPACE, RayCoordinators
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -62,3 +63,42 @@ def test_a_job_pauses_and_goes_on(
     assert store.get(job).error is None
     assert_same(load_stack(storage.model(job)).stack.tensors(), expected)
     wait_for(lambda: not own_processes() if stepped_to("succeeded") else None, "end of the processes")
+
+
+def test_a_job_whose_coordinators_all_die_fails_and_others_have_its_place(
+    cluster: None, document: dict[str, Any], storage: Storage, store: JobStore
+) -> None:
+    document["rounds"] |= {"total": 500}
+    coordinators = RayCoordinators(settings := Settings(storage, client_slots=1))
+    controller = Controller(settings, store, coordinators)
+    job, other = (store.submit(parse_job(document)).id for _ in range(2))
+    killed: set[int] = set()
+
+    def kills_until_it_fails() -> bool:
+        controller.step()
+        try:
+            pid = ray.get(ray.get_actor(f"coordinator-{job}", NAMESPACE).ping.remote(), timeout=5)
+        except (RayError, ValueError):  # it starts again, or has ended
+            return store.get(job).status == "failed"
+        if pid not in killed:
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        return store.get(job).status == "failed"
+
+    wait_for(kills_until_it_fails, "end of the job", 300)
+    ended = store.get(job)
+    assert ended.error is not None
+    assert (ended.error["type"], len(killed) >= 5) == ("CoordinatorLost", True)
+
+    def has_begun() -> bool:
+        controller.step()
+        return store.get(other).status in ("validating", "running") and coordinators.alive() == {other}
+
+    wait_for(has_begun, "the other job")
+    cancel(store, other)
+
+    def is_over() -> bool:
+        controller.step()
+        return store.get(other).status == "cancelled" and not coordinators.alive()
+
+    wait_for(is_over, "end of the other job")
