@@ -4,6 +4,7 @@ import argparse
 
 from benchmarks import (
     accuracy,
+    autoscale,
     evaluation,
     film_reviews,
     first_round,
@@ -37,6 +38,7 @@ quantized.add_options(
     names.add_parser("quantized", help="the bytes read from disk in a turn, with quantized weights and without")
 )
 scale.add_options(names.add_parser("scale", help="what the coordinator of a large fleet takes"))
+autoscale.add_options(names.add_parser("autoscale", help="how fast an autoscaling cluster grows and shrinks"))
 sites.add_options(names.add_parser("sites", help="a job over sites against one whose rows the server deals"))
 serving.add_options(names.add_parser("serving", help="the time to classify for many stacks in one batch"))
 hostile.add_options(names.add_parser("hostile", help="hostile requests to a service, and how long others wait"))
