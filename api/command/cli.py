@@ -23,6 +23,7 @@ from chainfed_ray.api.command.export_command import Format, NewFolder, StackFold
 from chainfed_ray.api.command.interruption import Interruption
 from chainfed_ray.api.command.join_command import join
 from chainfed_ray.api.operator.answers import Json, answer
+from chainfed_ray.api.operator.database_command import database_app
 from chainfed_ray.api.operator.keys_command import keys_app
 from chainfed_ray.api.operator.sites_command import sites_app
 from chainfed_ray.api.report.pictures import check_drawing, draw_if_possible
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(sites_app, name="sites")
 app.add_typer(data_app, name="data")
+app.add_typer(database_app, name="database")
 app.command()(join)
 app.command()(artifacts)
 app.command()(logs)

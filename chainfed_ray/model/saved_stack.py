@@ -37,6 +37,7 @@ ADAPTERS, HEADS = "chainfed_adapters", "chainfed_heads"
 KEPT = frozenset({"best", "last"})  # the names of stacks beside the model
 _CONFIG, _WEIGHTS, _OWN = "adapter_config.json", "adapter_model.safetensors", "chainfed.json"
 _ROOT = "base_model.model"
+_READ = (1, VERSION)  # stacks of version 1 are the same; the records of jobs are what has changed since
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,8 @@ def load_stack(folder: Path) -> SavedStack:
             raise CorruptCommit(str(folder), f"a LoRA without the {_OWN} that chainfed-ray writes beside it")
         own = json.loads((folder / _OWN).read_bytes()) if plain_lora else config
         version = own.get("version")
-        if version != VERSION:
-            expected = f"it has version {version}; this chainfed-ray reads version {VERSION}"
+        if version not in _READ:
+            expected = f"it has version {version}; this chainfed-ray reads versions {_READ[0]} to {_READ[-1]}"
             raise CorruptCommit(str(folder), expected)
         tensors = load((folder / _WEIGHTS).read_bytes())
         if plain_lora:

@@ -28,9 +28,8 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.queries.aliases import Aliases
 from chainfed_ray.cluster.queries.deletions import Deletions
 from chainfed_ray.cluster.queries.pages import Label, Place, narrowed
-from chainfed_ray.cluster.queries.turns import Turns
+from chainfed_ray.cluster.queries.turns import Turns, check_queue
 from chainfed_ray.cluster.schema import open_tables
-from chainfed_ray.cluster.storage import QUEUED_JOBS
 from chainfed_ray.cluster.tables import (
     AT_WORK,
     FINISHED,
@@ -47,10 +46,9 @@ from chainfed_ray.cluster.tables import (
 )
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
 from chainfed_ray.cluster.uploads.sources import hold_uploads
-from chainfed_ray.errors import JobConflict, JobNotFound, LimitReached
+from chainfed_ray.errors import JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
 
-_QUEUE_SECONDS = 60  # until a place in a full queue may be free
 _SERVED: tuple[Status, ...] = ("succeeded",)
 _CHECKED: tuple[Status, ...] = ("queued", "running", "pausing", "paused", "succeeded")  # if they have started
 
@@ -127,7 +125,7 @@ class JobStore:
                 session.flush()
                 session.add_all(LabelRow(job=row.id, name=name, value=value) for name, value in spec.labels.items())
                 hold_uploads(session, row.tenant, document)
-                _check_queue(session, row.tenant, most_queued)
+                check_queue(session, row.tenant, most_queued)
                 _append(session, row.id, "queued", "queued", row.submitted_at, {})
                 return self._record(row)
         except IntegrityError:
@@ -282,7 +280,7 @@ class JobStore:
             if cast("CursorResult[Any]", changed).rowcount == 0:
                 return False
             if to == "queued":
-                _check_queue(session, session.scalars(select(JobRow.tenant).where(JobRow.id == job)).one(), most_queued)
+                check_queue(session, session.scalars(select(JobRow.tenant).where(JobRow.id == job)).one(), most_queued)
             _append(session, job, None, to, now, error or {})
         return True
 
@@ -381,17 +379,6 @@ def _check_id(job: str) -> None:
 def _started(states: Collection[Status]) -> tuple[ColumnElement[bool], ...]:
     """The conditions that a job is in one of ``states``, and has started."""
     return JobRow.status.in_(states), JobRow.started_at.is_not(None), JobRow.deleted_at.is_(None)
-
-
-def _check_queue(session: Session, tenant: str, most: int | None) -> None:
-    """Check that ``tenant`` has at most so many jobs in the queue.
-
-    Raises:
-        LimitReached: it has more.
-    """
-    queued = select(func.count()).select_from(JobRow).where(JobRow.tenant == tenant, JobRow.status == "queued")
-    if most is not None and session.scalars(queued).one() > most:
-        raise LimitReached(tenant, f"a queue of {most}", QUEUED_JOBS, _QUEUE_SECONDS)
 
 
 def _append(session: Session, job: str, key: str | None, kind: str, at: str, data: dict[str, Any]) -> None:

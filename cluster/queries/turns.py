@@ -9,7 +9,11 @@ from sqlalchemy.engine import CursorResult, Engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.storage import QUEUED_JOBS
 from chainfed_ray.cluster.tables import JobRow, TurnRow
+from chainfed_ray.errors import LimitReached
+
+_QUEUE_SECONDS = 60  # until a place in a full queue may be free
 
 
 def next_tenant(waiting: Collection[str], at_work: Mapping[str, int], turns: Mapping[str, int]) -> str:
@@ -58,3 +62,14 @@ class Turns:
                 with suppress(IntegrityError):  # another process does the same
                     session.add(TurnRow(tenant=tenant, turn=turn))
                     session.flush()
+
+
+def check_queue(session: Session, tenant: str, most: int | None) -> None:
+    """Check that ``tenant`` has at most so many jobs in the queue.
+
+    Raises:
+        LimitReached: it has more.
+    """
+    queued = select(func.count()).select_from(JobRow).where(JobRow.tenant == tenant, JobRow.status == "queued")
+    if most is not None and session.scalars(queued).one() > most:
+        raise LimitReached(tenant, f"a queue of {most}", QUEUED_JOBS, _QUEUE_SECONDS)

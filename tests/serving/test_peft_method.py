@@ -150,7 +150,7 @@ def test_no_adapter_is_lost_silently(bert: Path, tmp_path: Path, lost: str) -> N
     ("change", "words"),
     [
         ({"head_layers": 2}, "its adapters are not those"),
-        ({"version": VERSION + 1}, f"it has version {VERSION + 1}; this chainfed-ray reads version {VERSION}"),
+        ({"version": VERSION + 1}, f"it has version {VERSION + 1}; this chainfed-ray reads versions 1 to {VERSION}"),
     ],
     ids=["head", "version"],
 )
@@ -161,6 +161,8 @@ def test_a_configuration_of_another_head_or_version_is_refused(
     config = tmp_path / "model" / "adapter_config.json"
     said = json.loads(config.read_text())
     assert said["head_layers"] == load_stack(tmp_path / "model").stack.head_layers == 3
+    config.write_text(json.dumps(said | {"version": 1}))  # of the version before, whose stacks are the same
+    assert load_stack(tmp_path / "model").config() == said
     config.write_text(json.dumps(said | change))
     with pytest.raises(CorruptCommit, match=words):
         load_stack(tmp_path / "model")
