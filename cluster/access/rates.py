@@ -7,6 +7,7 @@ from time import monotonic
 
 _MINUTE = 60.0
 _MOST_KNOWN = 10_000  # tenants
+_ROUNDING = 1e-6  # of a token: a sum of parts of one may be a little less than one
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Rates:
         a_second = self.per_minute / _MINUTE
         bucket.tokens = min(self.per_minute, bucket.tokens + (now - bucket.filled_at) * a_second)
         bucket.filled_at = now
-        if bucket.tokens < 1:
+        if bucket.tokens < 1 - _ROUNDING:
             return math.ceil((1 - bucket.tokens) / a_second)
         bucket.tokens -= 1
         return 0
