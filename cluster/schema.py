@@ -15,6 +15,7 @@ from chainfed_ray.errors import InvalidSetting
 VERSIONS = ("0001", "0002")
 """Every version of the tables, the oldest first. The last one is that of this code."""
 
+_MARK = "chainfed_version"  # the table that has the version
 _WITHOUT_MARK = "0001"  # a database from before Alembic marked its version
 _LOCK = 0x636861696E  # PostgreSQL's number of the lock that one process has who changes tables
 _ONE_THREAD = Lock()  # Alembic keeps the connection of the steps that it runs in a place that threads share
@@ -66,7 +67,7 @@ def migrate(engine: Engine, version: str) -> None:
         config = Config()
         folder = Path(__file__).with_name("migrations")
         config.set_main_option("script_location", str(folder).replace("%", "%%"))
-        config.attributes["connection"] = connection
+        config.attributes |= {"connection": connection, "version_table": _MARK}
         if found == _WITHOUT_MARK and not _is_marked(connection):
             command.stamp(config, found)
         back = found is not None and VERSIONS.index(version) < VERSIONS.index(found)
@@ -74,14 +75,14 @@ def migrate(engine: Engine, version: str) -> None:
 
 
 def _is_marked(connection: Connection) -> bool:
-    return inspect(connection).has_table("alembic_version")
+    return inspect(connection).has_table(_MARK)
 
 
 def _version(connection: Connection) -> str | None:
     tables = set(inspect(connection).get_table_names())
     marks: list[str] = []
-    if "alembic_version" in tables:
-        marks = list(connection.execute(text("select version_num from alembic_version")).scalars())
+    if _MARK in tables:
+        marks = list(connection.execute(text(f"select version_num from {_MARK}")).scalars())
     elif "schema" in tables and "jobs" in tables:
         marks = [f"{number:04d}" for number in connection.execute(text("select version from schema")).scalars()]
         if marks == [VERSIONS[-1]]:

@@ -312,6 +312,14 @@ class AuditRow(_Table):
     request: Mapped[str | None]
 
 
+class SchemaRow(_Table):
+    """A mark that tells code from before Alembic that the tables are of a later version."""
+
+    __tablename__ = "schema"
+
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
 TABLES = _Table.metadata
 """All of them, for Alembic."""
 

@@ -11,8 +11,8 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.tables import FINISHED, Event
-from chainfed_ray.errors import ServiceBusy
+from chainfed_ray.cluster.tables import FINISHED, Event, Latest
+from chainfed_ray.errors import JobNotFound, ServiceBusy
 
 POLL_SECONDS = 0.5
 _SILENCE_SECONDS = 15.0
@@ -31,8 +31,14 @@ class _Watched:
     watchers: int = 0
     seq: int = 0
     activity: dict[str, Any] | None = None
+    deleted: bool = False
     recent: deque[Event] = field(default_factory=lambda: deque(maxlen=_MOST_RECENT))
     change: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tell(self) -> None:
+        """Wake whoever waits for a change."""
+        self.change.set()
+        self.change = asyncio.Event()
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,14 @@ class EventFeed:
     async def watch(self, job: str, after: int) -> AsyncGenerator[Event | Busy | None, None]:
         """Yield the events of ``job`` with numbers above ``after`` until the job is over, and what it is doing.
 
-        Yields None after some silence.
+        Yields None after some silence. The events of a job that is deleted end.
         """
         told, last = None, ""
         with self._watched(job) as watched:
             while True:
                 change = watched.change
+                if watched.deleted:
+                    return
                 while found := await self._after(job, watched, after):
                     for event in found:
                         yield event
@@ -89,13 +97,17 @@ class EventFeed:
             return new
         if 0 < watched.seq <= after:
             return []
-        return await asyncio.to_thread(self._store.events, job, after, _PAGE)
+        try:
+            return await asyncio.to_thread(self._store.events, job, after, _PAGE)
+        except JobNotFound:
+            watched.deleted = True
+            return []
 
     @contextmanager
     def _watched(self, job: str) -> Iterator[_Watched]:
         watched = self._jobs.setdefault(job, _Watched())
         watched.watchers += 1
-        if self._polling is None:
+        if self._polling is None or self._polling.done():
             self._polling = asyncio.create_task(self._poll())
         try:
             yield watched
@@ -116,14 +128,29 @@ class EventFeed:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _look(self) -> None:
-        latest = await asyncio.to_thread(self._store.latest, list(self._jobs))
-        for job, (seq, activity) in latest.items():
-            watched = self._jobs.get(job)
-            if watched is None or (seq, activity) == (watched.seq, watched.activity):
-                continue
-            if 0 < watched.seq < seq:
-                watched.recent.extend(await asyncio.to_thread(self._store.events, job, watched.seq, _PAGE))
-                seq = watched.recent[-1].seq
-            watched.seq, watched.activity = seq, activity
-            watched.change.set()
-            watched.change = asyncio.Event()
+        asked = list(self._jobs)
+        latest = await asyncio.to_thread(self._store.latest, asked)
+        for job in asked:
+            if watched := self._jobs.get(job):
+                try:
+                    await self._compare(job, watched, latest.get(job))
+                except JobNotFound:  # deleted since
+                    watched.deleted = True
+                    watched.tell()
+
+    async def _compare(self, job: str, watched: _Watched, newest: Latest | None) -> None:
+        """Tell the watchers of a job what is new.
+
+        Raises:
+            JobNotFound: it was deleted.
+        """
+        if newest is None:
+            raise JobNotFound(job)
+        seq, activity = newest
+        if (seq, activity) == (watched.seq, watched.activity):
+            return
+        if 0 < watched.seq < seq and (found := await asyncio.to_thread(self._store.events, job, watched.seq, _PAGE)):
+            watched.recent.extend(found)
+            seq = found[-1].seq
+        watched.seq, watched.activity = seq, activity
+        watched.tell()

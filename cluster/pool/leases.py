@@ -96,7 +96,10 @@ class Leases:
             assert self._at_site, "a job with clients at sites has what stands for them"
             return self._at_site(client)
         of_class = (lease for lease in self._idle if lease.client_class == client.client_class)
-        own = min(of_class, key=lambda lease: self._caches.cost(client, lease.node), default=None)
+        # One that runs comes before one that has no machine yet: no turn waits for a cache.
+        own = min(
+            of_class, key=lambda lease: (not lease.is_placed(), self._caches.cost(client, lease.node)), default=None
+        )
         if own:
             self._idle.remove(own)
             own.made_at = own.made_at if own.placed else monotonic()  # nobody has waited for it so far
@@ -127,6 +130,12 @@ class Leases:
         lease.end()
         if lease.kept:
             self._made[lease.client_class] -= 1
+
+    def lose(self, node: str) -> None:
+        """Forget the idle actors of a machine that is gone."""
+        for lease in [lease for lease in self._idle if lease.node == node]:
+            self._idle.remove(lease)
+            self.end(lease)
 
     def make_ahead(self, needs: Sequence[Need]) -> None:
         """Make the actors that will be needed, as far as there are places: so machines are there when turns begin.

@@ -187,6 +187,8 @@ class RayPool:
         if node is not None and not is_gone(node):
             return self._given_up(turn, _failure(error))
         self._leases.end(turn.lease)
+        if node is not None:
+            self._leases.lose(node)
         return None
 
     def _never_begun(self, running: dict[Any, _Turn], waiting: Waiting) -> Iterator[Outcome]:

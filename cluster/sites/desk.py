@@ -21,6 +21,7 @@ from chainfed_ray.cluster.sites.actor import JobForSites, Seen, SitesActor
 from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.hub import digest_of, first_line
+from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.site.codec import survey_document, survey_of, survey_order
 from chainfed_ray.site.envelope import Done, NotDone
 from chainfed_ray.site.policy import in_words
@@ -77,7 +78,8 @@ class Desk:
         """See ``Sites``. It waits for a site as long as for an update: ``rounds.deadline``; without one, until it comes."""
         self._job = JobForSites(self._id, spec.name, spec.document(), digest_of(base))
         kept = self._storage.job(self._id) / "surveys.json"
-        if kept.exists():  # a job that resumes has the clients with which it began
+        # A job that resumes has the clients with which it began. One that never began asks again: sites may have joined.
+        if kept.exists() and CommitLog(self._storage.job(self._id)).job_started():
             documents: dict[str, dict[str, Any]] = json.loads(kept.read_text())
             return {name: _survey_of(document, spec) for name, document in documents.items()}
         with closing(Mailbox(self._storage)) as mailbox:

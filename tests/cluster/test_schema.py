@@ -40,7 +40,7 @@ def rows(engine: Engine, question: str) -> list[tuple[Any, ...]]:
 def first_version(engine: Engine) -> None:
     """Make a database as the version left it that marked it in a table of its own, with jobs, events and an alias."""
     migrate(engine, "0001")
-    write(engine, "drop table alembic_version")
+    write(engine, "drop table chainfed_version")
     for name, status in JOBS:
         job = {"id": f"{name}-1", "name": name, "status": status}
         write(
@@ -54,15 +54,15 @@ def first_version(engine: Engine) -> None:
     write(engine, """insert into aliases (name, targets) values ('support', '[{"tiny": 1.0}]')""")
 
 
-def test_the_steps_make_the_tables_of_the_code(database: str) -> None:
-    engine = open_tables(database)
+def test_the_steps_make_the_tables_of_the_code(engine: Engine, database: str) -> None:
+    open_tables(database).dispose()
+    options = {"compare_type": True, "version_table": "chainfed_version"}
     with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), TABLES) == []
+        assert compare_metadata(MigrationContext.configure(connection, opts=options), TABLES) == []
     write(engine, "insert into audit (at, action, target, address, outcome) values ('now', 'a', 'b', 'c', '200')")
     for change in ("update audit set action = 'x'", "delete from audit"):
         with pytest.raises(DBAPIError, match="append-only"):
             write(engine, change)
-    engine.dispose()
 
 
 def test_forward_and_back_with_the_rows_of_the_version_before(engine: Engine, database: str) -> None:
@@ -78,20 +78,36 @@ def test_forward_and_back_with_the_rows_of_the_version_before(engine: Engine, da
     assert store.aliases.all() == {"support": {"tiny": 1.0}}
     later = store.submit(SPEC).id
     assert version_of(engine) == VERSIONS[-1]
+    assert rows(engine, "select version from schema") == [(2,)], "by which older code knows that it is older"
+    deleted = store.submit(SPEC).id
+    store.move(deleted, "cancelled")
+    store.deletions.mark(deleted)
     store.close()
 
     write(engine, "update jobs set status = 'paused' where id = :job", job=later)
     migrate(engine, "0001")
     assert rows(engine, "select version from schema") == [(1,)]
     assert rows(engine, f"select status from jobs where id = '{later}'") == [("queued",)]
+    assert rows(engine, f"select id from jobs where id = '{deleted}'") == []
     write(engine, "delete from events where job = :job", "delete from jobs where id = :job", job=later)
     assert {table: rows(engine, f"select * from {table} order by 1") for table in before} == before
-    assert set(inspect(engine).get_table_names()) == {*before, "schema", "alembic_version"}
+    assert set(inspect(engine).get_table_names()) == {*before, "schema", "chainfed_version"}
 
     migrate(engine, VERSIONS[-1])
     store = JobStore(database, existing=True)
     assert {job.name for job in store.page()} == {name for name, _ in JOBS}
     store.close()
+
+
+def test_versions_of_others_in_the_same_database_are_not_ours(engine: Engine, database: str) -> None:
+    write(
+        engine,
+        "create table alembic_version (version_num varchar(32))",
+        "insert into alembic_version values ('c0ffee')",
+    )
+    JobStore(database).close()
+    assert version_of(engine) == VERSIONS[-1]
+    assert rows(engine, "select version_num from alembic_version") == [("c0ffee",)]
 
 
 def test_a_step_that_fails_leaves_the_database_as_it_was(engine: Engine, database: str) -> None:
@@ -115,7 +131,7 @@ def test_a_version_that_is_not_known_is_refused_and_left_as_it_is(
 ) -> None:
     if mark:
         migrate(engine, VERSIONS[-1])
-        write(engine, "update alembic_version set version_num = :mark", mark=mark)
+        write(engine, "update chainfed_version set version_num = :mark", mark=mark)
     else:
         first_version(engine)
         write(engine, "update schema set version = 2")

@@ -100,3 +100,37 @@ def test_a_watcher_of_a_job_that_was_tried_again_hears_its_new_end(store: JobSto
         return await heard(EventFeed(store), job)
 
     assert asyncio.run(story()) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_job_that_is_deleted_ends_its_watchers_and_no_others(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chainfed_ray.cluster.jobs.feed.POLL_SECONDS", 0.01)
+    job, other, third = (store.submit(SPEC).id for _ in range(3))
+    store.move(third, "running")
+    latest = store.latest
+
+    def deleted_since(jobs: list[str]) -> object:
+        """What is new, of a job that is deleted as soon as it was looked at."""
+        found = latest(jobs)
+        if third in found and store.move(third, "failed"):
+            found = latest(jobs)
+            store.deletions.mark(third)
+        return found
+
+    async def story() -> list[list[int | str]]:
+        feed = EventFeed(store)
+        watchers = [asyncio.create_task(heard(feed, each)) for each in (job, other)]
+        await asyncio.sleep(0.05)
+        store.move(job, "cancelled")
+        store.deletions.mark(job)  # before anybody has looked
+        monkeypatch.setattr(store, "latest", deleted_since)
+        watchers.append(asyncio.create_task(heard(feed, third)))
+        ended = await asyncio.wait_for(asyncio.gather(watchers[0], watchers[2]), 20)
+        store.move(other, "cancelled")
+        return [*ended, await asyncio.wait_for(watchers[1], 20)]
+
+    first, later, of_other = asyncio.run(story())
+    assert first[:1] == [1]
+    assert later[:2] in ([], [1], [1, 2])
+    assert of_other == [1, 2]

@@ -128,3 +128,27 @@ def test_an_actor_is_ended_when_its_class_was_not_needed_for_a_while(
     assert made.ended == 1
     assert leases.lease(_client("any"), {}) is not None
     assert len(made.asked) == 2, "that of the class that is needed"
+
+
+def test_no_client_waits_for_the_machine_of_its_cache(made: _Made) -> None:
+    """An actor that was made ahead has no machine yet; one that runs elsewhere is there at once."""
+    leases = Leases(SOURCE, slots=2)
+    leases.give_back(_on("x"), _client("of x"))
+    leases.give_back(_on("y"), _client("of y"))
+    first = leases.lease(_client("of x"), {})
+    assert first is not None
+    leases.make_ahead([Need("phone", 3, 1)])
+    second = leases.lease(_client("of x"), {})
+    assert second is not None
+    assert second.known_node == "y"
+
+
+def test_the_free_actors_of_a_lost_machine_are_forgotten(made: _Made) -> None:
+    leases = Leases(SOURCE, slots=4)
+    for node in ("x", "x", "y", "x"):
+        leases.give_back(_on(node), _client("of x"))
+    leases.lose("x")
+    assert made.ended == 3
+    left = leases.lease(_client("of x"), {})
+    assert left is not None
+    assert left.known_node == "y"
