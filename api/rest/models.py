@@ -90,7 +90,7 @@ def set_alias(alias: AliasName, body: AliasTargets, jobs: Jobs, caller: Caller) 
 @router.post("/aliases/{alias}/rollback")
 def roll_back(alias: AliasName, jobs: Jobs) -> AliasResource:
     """Return an alias to what it stood for before."""
-    if (shares := jobs.aliases.roll_back(alias)) is None:
+    if (shares := jobs.aliases.roll_back(alias, lambda name: _is_served(jobs, name))) is None:
         raise ModelNotFound(f"{alias}, with something to return to", tuple(jobs.aliases.all()))
     return AliasResource(name=alias, targets=shares)
 
@@ -151,6 +151,14 @@ def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
     names = jobs.model_names(_MOST_COMPARED)
     names += sorted({model.partition(":")[0] for model in names} | jobs.aliases.all().keys())
     raise ModelNotFound(name, tuple(names))
+
+
+def _is_served(jobs: JobStore, name: str) -> bool:
+    try:
+        _find(jobs, name, None)
+    except ModelNotFound:
+        return False
+    return True
 
 
 def _version(text: str) -> Version | None:

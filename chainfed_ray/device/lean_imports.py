@@ -6,12 +6,14 @@ from collections.abc import Callable
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
+from threading import RLock
 from types import ModuleType
 from typing import Any
 
 _SHARED = ("modeling_layers", "masking_utils", "generation.utils")  # modules of transformers that every model imports
 _COMPILER = "torch._dynamo"
 _MASKS = "torch._dynamo._trace_wrapped_higher_order_op"  # transformers' masks take one class from it
+_ONE_THREAD = RLock()  # what takes a placeholder's place is loaded once, and whole before anybody has it
 _SETTINGS = "torch._dynamo.config"
 _HIDDEN = ("is_accelerate_available", "is_scipy_available", "is_torch_distributed_available")
 
@@ -121,14 +123,17 @@ def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compiler() -> Any:
-    if isinstance(sys.modules[_COMPILER], _Compiler):
-        del sys.modules[_COMPILER]
-        importlib.import_module(_COMPILER)
-    return sys.modules[_COMPILER]
+    return _real(_COMPILER)
 
 
 def _masks() -> Any:
-    if isinstance(sys.modules[_MASKS], _Masks):
-        del sys.modules[_MASKS]
-        importlib.import_module(_MASKS)
-    return sys.modules[_MASKS]
+    return _real(_MASKS)
+
+
+def _real(name: str) -> Any:
+    with _ONE_THREAD:
+        # Both go: a thread that imports the package meanwhile would otherwise wait for this one, and this one for it.
+        for placeholder in (_COMPILER, _MASKS):
+            if isinstance(sys.modules.get(placeholder), _Compiler | _Masks):
+                del sys.modules[placeholder]
+        return importlib.import_module(name)

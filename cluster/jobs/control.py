@@ -63,6 +63,7 @@ def retry(store: JobStore, job: str, most_queued: int | None = None) -> JobRecor
         JobNotFound: there is no such job.
         JobConflict: the job has not failed and was not cancelled; or it has noise, and cannot go on without its secret.
         LimitReached: the tenant has as many jobs in the queue as it may.
+        InvalidJob: an upload that the job reads was deleted when it had ended.
     """
     record = store.get(job)
     ended: tuple[Status, ...] = ("failed", "cancelled")

@@ -259,6 +259,7 @@ class JobStore:
 
         Raises:
             LimitReached: the job would go into the queue, and the tenant has as many jobs there as it may.
+            InvalidJob: the job would go into the queue, and an upload that it reads is there no more.
         """
         now = moment()
         values: dict[str, Any] = {"status": to, "version": ROW_VERSION}
@@ -280,7 +281,9 @@ class JobStore:
             if cast("CursorResult[Any]", changed).rowcount == 0:
                 return False
             if to == "queued":
-                check_queue(session, session.scalars(select(JobRow.tenant).where(JobRow.id == job)).one(), most_queued)
+                tenant, document = session.execute(select(JobRow.tenant, JobRow.spec).where(JobRow.id == job)).one()
+                hold_uploads(session, tenant, document or {})
+                check_queue(session, tenant, most_queued)
             _append(session, job, None, to, now, error or {})
         return True
 

@@ -1,5 +1,6 @@
 """Aliases: names that callers keep while the models behind them change."""
 
+from collections.abc import Callable
 from contextlib import suppress
 
 from sqlalchemy import select, update
@@ -54,14 +55,17 @@ class Aliases:
             elif row.targets[-1] != shares:
                 row.targets = [*row.targets[-_KEPT_TARGETS:], shares]
 
-    def roll_back(self, name: str) -> Shares | None:
-        """Return an alias to what it stood for before. None if there is no such alias, or nothing before."""
+    def roll_back(self, name: str, is_served: Callable[[str], bool]) -> Shares | None:
+        """Return an alias to what it stood for before, of which every model ``is_served``. None if there is no such thing."""
         with Session(self._engine) as session, session.begin():
             row = session.get(AliasRow, self._view.alias_key(name), with_for_update=True)
-            if row is None or len(row.targets) == 1:
+            earlier = row.targets[:-1] if row else []
+            while earlier and not all(map(is_served, earlier[-1])):  # a job whose alias has moved on may be deleted
+                earlier = earlier[:-1]
+            if row is None or not earlier:
                 return None
-            row.targets = row.targets[:-1]
-            return row.targets[-1]
+            row.targets = earlier
+            return earlier[-1]
 
     def delete(self, name: str) -> bool:
         """Delete an alias. False if there is none of this name."""

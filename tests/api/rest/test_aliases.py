@@ -64,6 +64,14 @@ def test_an_alias_moves_and_returns(client: TestClient, asked: list[str | None])
     assert client.delete("/v1/aliases/support").status_code == 404
 
 
+def test_an_alias_returns_to_nothing_that_is_deleted(client: TestClient) -> None:
+    jobs = {model["name"]: model["job"] for model in client.get("/v1/models").json()["models"]}
+    assert put(client, {OLD: 1}) == put(client, {NEW: 1}) == 200
+    assert client.delete(f"/v1/jobs/{jobs[OLD]}").status_code == 204
+    assert client.post("/v1/aliases/support/rollback").status_code == 404
+    assert answered_by(client) == {NEW: 1}
+
+
 def test_a_share_of_the_requests_tries_a_new_model(client: TestClient) -> None:
     assert put(client, {OLD: 0.8, NEW: 0.2}) == 200
     found = answered_by(client, 200)

@@ -235,7 +235,7 @@ def test_tenants_have_jobs_models_and_aliases_of_their_own(store: JobStore) -> N
             assert part.on_base(f"{other}/minilm", 9) == []
             assert part.aliases.get(f"{other}/mine") is None
             assert not part.aliases.delete(f"{other}/mine")
-            assert part.aliases.roll_back(f"{other}/mine") is None
+            assert part.aliases.roll_back(f"{other}/mine", lambda _: True) is None
             for ask in (part.get, part.events):
                 with pytest.raises(JobNotFound):
                     ask(jobs[other])

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from chainfed_ray.cluster.jobs.control import retry
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.uploads.arriving import ArrivingFile
@@ -230,6 +231,9 @@ def test_an_upload_that_a_job_reads_is_not_deleted(uploads: UploadStore, store: 
     uploads.delete(upload.id)
     with pytest.raises(InvalidJob, match=rf"data\.{key} is"):
         store.submit(parse_job(document))
+    with pytest.raises(InvalidJob, match=rf"data\.{key} is"):
+        retry(store, job)
+    assert store.get(job).status == "failed", "with the error that it had"
 
 
 def test_a_job_is_queued_or_its_upload_is_deleted_and_never_both(uploads: UploadStore, store: JobStore) -> None:
