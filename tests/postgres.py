@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -42,4 +43,4 @@ def server(programs: Path) -> Iterator[str]:
                     sleep(0.1)
                 yield f"postgresql+psycopg://{_NAME}@/{_NAME}?host={folder}"
             finally:
-                process.terminate()
+                process.send_signal(signal.SIGINT)  # fast: SIGTERM would wait for connections that a failed test left open
