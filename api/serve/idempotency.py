@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 from http import HTTPStatus
@@ -29,6 +28,7 @@ _OWN = (b"content-length", b"date", b"x-request-id")  # headers of each answer's
 _MOST_CHARACTERS = 2**20  # of an answer that is kept
 _LOOK_SECONDS = 0.2  # between two looks whether another process has the answer
 _WAIT_SECONDS = 150.0  # as long as the client of ours waits
+_NOT_KEPT = "the answer to a request with an Idempotency-Key was not kept (%s)"
 _log = logging.getLogger(__name__)
 
 
@@ -128,26 +128,28 @@ class _Held:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def renew(self) -> None:
-        """Hold the key until this is cancelled."""
-        while True:
+        """Hold the key until this is cancelled, or another process has it."""
+        holds = True
+        while holds:
             await asyncio.sleep(HELD_SECONDS / 3)
             with suppress(*NO_ANSWER):
-                await run_in_threadpool(self._answers.renew, *self._of, self._holder)
+                holds = await run_in_threadpool(self._answers.renew, *self._of, self._holder)
 
     async def keep(self, answer: FirstAnswer) -> bool:
-        return await self._tried(lambda: self._answers.keep(*self._of, self._holder, answer))
+        """Whether the answer was kept. What was made stays made if it was not, and the key is free after half a minute."""
+        try:
+            kept = await run_in_threadpool(self._answers.keep, *self._of, self._holder, answer)
+        except NO_ANSWER as error:
+            _log.warning(_NOT_KEPT, type(error).__name__)
+            return False
+        if not kept:
+            _log.warning(_NOT_KEPT, "another process has the key")
+        return kept
 
     async def release(self) -> None:
-        await self._tried(lambda: self._answers.release(*self._of, self._holder))
-
-    async def _tried(self, change: Callable[[], None]) -> bool:
-        """Whether the database took it. What was made stays made if it did not, and the key is free after half a minute."""
-        try:
-            await run_in_threadpool(change)
-        except NO_ANSWER as error:
-            _log.warning("the answer to a request with an Idempotency-Key was not kept (%s)", type(error).__name__)
-            return False
-        return True
+        """Let go of the key, if the database answers; otherwise it is free after half a minute."""
+        with suppress(*NO_ANSWER):
+            await run_in_threadpool(self._answers.release, *self._of, self._holder)
 
 
 async def _body(receive: Receive) -> bytes | None:

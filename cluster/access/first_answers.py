@@ -83,29 +83,33 @@ class FirstAnswers:
                     return FirstAnswer(found.status, headers, found.body or "")
                 if found.held_until > now:
                     return Claim.ELSEWHERE
-                same = (AnswerRow.tenant == tenant, AnswerRow.key == key, AnswerRow.holder == found.holder)
+                same = (*_held(tenant, key, found.holder), AnswerRow.held_until == found.held_until)
                 taken = session.execute(
                     update(AnswerRow).where(*same).values(holder=holder, held_until=now + HELD_SECONDS)
                 )
-                return Claim.OURS if cast("CursorResult[Any]", taken).rowcount else Claim.ELSEWHERE
+                if cast("CursorResult[Any]", taken).rowcount:
+                    return Claim.OURS
+            # Its holder lives after all, or another process was faster: look again.
 
-    def renew(self, tenant: str, key: str, holder: str) -> None:
-        """Hold the key for a further half minute."""
-        self._change(tenant, key, holder, held_until=self._clock() + HELD_SECONDS)
+    def renew(self, tenant: str, key: str, holder: str) -> bool:
+        """Hold the key for a further half minute. False if another process has it by now."""
+        return self._change(tenant, key, holder, held_until=self._clock() + HELD_SECONDS)
 
-    def keep(self, tenant: str, key: str, holder: str, answer: FirstAnswer) -> None:
-        """Keep the answer, for those who send the request again."""
+    def keep(self, tenant: str, key: str, holder: str, answer: FirstAnswer) -> bool:
+        """Keep the answer, for those who send the request again. False if another process has the key by now."""
         headers = [list(pair) for pair in answer.headers]
-        self._change(tenant, key, holder, status=answer.status, headers=headers, body=answer.body)
+        return self._change(tenant, key, holder, status=answer.status, headers=headers, body=answer.body)
 
     def release(self, tenant: str, key: str, holder: str) -> None:
         """Let go of a key whose request has made nothing: it may be sent again, and changed as well."""
         with Session(self._engine) as session, session.begin():
             session.execute(delete(AnswerRow).where(*_held(tenant, key, holder)))
 
-    def _change(self, tenant: str, key: str, holder: str, **values: Any) -> None:
+    def _change(self, tenant: str, key: str, holder: str, **values: Any) -> bool:
+        """Whether ``holder`` has the key, whose row was changed then."""
         with Session(self._engine) as session, session.begin():
-            session.execute(update(AnswerRow).where(*_held(tenant, key, holder)).values(**values))
+            changed = session.execute(update(AnswerRow).where(*_held(tenant, key, holder)).values(**values))
+            return bool(cast("CursorResult[Any]", changed).rowcount)
 
 
 def _held(tenant: str, key: str, holder: str) -> tuple[Any, ...]:

@@ -112,10 +112,10 @@ def uploads_of() -> dict[str, Any]:
 
 def test_an_alias_is_rolled_back_once(processes: list[TestClient], store: JobStore) -> None:
     for targets in ({"minilm:a": 1.0}, {"minilm:b": 1.0}, {"minilm:c": 1.0}):
-        store.set_alias("mine", targets)
+        store.aliases.set("mine", targets)
     told = {process.post("/v1/aliases/mine/rollback", headers=KEY).text for process in processes}
     assert len(told) == 1
-    assert store.alias("mine") == {"minilm:b": 1.0}
+    assert store.aliases.get("mine") == {"minilm:b": 1.0}
 
 
 def test_what_was_refused_may_be_mended_under_the_same_key(processes: list[TestClient]) -> None:

@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.access.first_answers import HELD_SECONDS, Claim, FirstAnswer, FirstAnswers
 
@@ -65,9 +67,11 @@ def test_who_is_dead_is_followed_and_does_not_answer_any_more(answers: FirstAnsw
     assert answers.claim("a", "key", "digest", "two") is Claim.ELSEWHERE
     clock.now += 2
     assert answers.claim("a", "key", "digest", "two") is Claim.OURS
-    answers.keep("a", "key", "one", FirstAnswer(500, (), ""))
+    assert not answers.keep("a", "key", "one", FirstAnswer(500, (), ""))
+    assert not answers.renew("a", "key", "one")
     assert answers.claim("a", "key", "digest", "three") is Claim.ELSEWHERE
-    answers.keep("a", "key", "two", ANSWER)
+    assert answers.renew("a", "key", "two")
+    assert answers.keep("a", "key", "two", ANSWER)
     assert answers.claim("a", "key", "digest", "three") == ANSWER
 
 
@@ -85,3 +89,23 @@ def test_of_many_that_come_together_one_carries_it_out(answers: FirstAnswers, cl
     with ThreadPoolExecutor(16) as threads:
         found = Counter(threads.map(claim, range(16)))
     assert found == {Claim.OURS: 1, Claim.ELSEWHERE: 15}
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_holder_that_lives_after_all_is_not_followed(
+    answers: FirstAnswers, clock: Clock, monkeypatch: pytest.MonkeyPatch, database: str, answered: bool
+) -> None:
+    """It was slow, and answers or renews between the look of another process and its take-over."""
+    answers.claim("a", "key", "digest", "slow")
+    clock.now += HELD_SECONDS + 1
+    other, get = FirstAnswers(database, existing=True, clock=clock), Session.get
+
+    def looked(self: Session, *given: Any) -> Any:
+        found = get(self, *given)
+        monkeypatch.undo()
+        assert other.keep("a", "key", "slow", ANSWER) if answered else other.renew("a", "key", "slow")
+        return found
+
+    monkeypatch.setattr(Session, "get", looked)
+    assert answers.claim("a", "key", "digest", "two") == (ANSWER if answered else Claim.ELSEWHERE)
+    other.close()
