@@ -21,9 +21,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Self
 
-from sqlalchemy import ColumnElement, String, cast, delete, func, select, true, update
+from sqlalchemy import ColumnElement, String, cast, delete, func, or_, select, true, update
 from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.storage import STORED_BYTES, Storage
 from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
@@ -51,6 +52,11 @@ class Upload:
     received: int
     complete: bool
     created_at: str
+
+    @property
+    def place(self) -> Place:
+        """The place after it in the list of uploads, for the next page."""
+        return Place(self.created_at, self.id)
 
 
 class UploadStore:
@@ -118,16 +124,14 @@ class UploadStore:
             self._complete(found)
         return found
 
-    def page(self, limit: int = 100, before: str | None = None) -> list[Upload]:
-        """At most ``limit`` uploads, the newest first; only those older than the upload ``before``.
-
-        Raises:
-            UploadNotFound: there is no upload with the id ``before``.
-        """
+    def page(self, limit: int = 100, place: Place | None = None) -> list[Upload]:
+        """At most ``limit`` uploads, the newest first; only those after ``place``, whose upload may be gone."""
         query = select(UploadRow).where(self._seen).order_by(UploadRow.number.desc()).limit(limit)
+        if place is not None:
+            number = select(UploadRow.number).where(self._seen, UploadRow.id == place.job).scalar_subquery()
+            earlier = number.is_(None) & (UploadRow.created_at < place.at)
+            query = query.where(or_(UploadRow.number < number, earlier))
         with Session(self._engine) as session:
-            if before is not None:
-                query = query.where(UploadRow.number < self._row(session, before).number)
             return [self._upload(row) for row in session.scalars(query)]
 
     def receive(self, upload: str, offset: int) -> ArrivingFile:
