@@ -37,7 +37,7 @@ class Idempotency:
 
     The first one is carried out. The same request again gets its answer, in any process of the service, if it was a success: a
     refusal has made nothing, so the request may be changed. Of twins that come together one waits for the other. Another
-    request with the key is refused. Keys are a tenant's own.
+    request with the key is refused. Keys are a tenant's own. An answer whose ``Location`` is no longer there is forgotten.
     """
 
     def __init__(self, app: ASGIApp, answers: FirstAnswers, routes: RouteNames) -> None:
@@ -69,7 +69,8 @@ class Idempotency:
         digest = sha256(f"{request.method} {request.url.path}?{request.url.query}\n".encode() + body).hexdigest()
         held = _Held(self._answers, tenant, key, uuid4().hex)
         try:
-            found = await held.claim(digest)
+            while isinstance(found := await held.claim(digest), FirstAnswer) and await self._is_gone(request, found):
+                await held.forget(found)
         except NO_ANSWER as error:
             await no_database(request, error)(request.scope, receive, send)
             return
@@ -110,6 +111,24 @@ class Idempotency:
         for message in sent:
             await send(message)
 
+    async def _is_gone(self, request: Request, answer: FirstAnswer) -> bool:
+        """Whether the tenant no longer has what an answer says was made: the application says so of its ``Location``."""
+        location = dict(answer.headers).get("location")
+        if location is None:
+            return False
+        sent: list[Message] = []
+
+        async def nothing() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def collect(message: Message) -> None:
+            sent.append(message)
+
+        look = {**request.scope, "method": "GET", "path": location, "raw_path": location.encode(), "query_string": b""}
+        look |= {"headers": [(b"host", b"localhost")], "state": {**request.scope["state"]}}
+        await self._app(look, nothing, collect)
+        return bool(sent) and sent[0]["status"] == HTTPStatus.NOT_FOUND
+
 
 class _Held:
     """A key of a tenant's, as a request that is carried out holds it."""
@@ -145,6 +164,9 @@ class _Held:
         if not kept:
             _log.warning(_NOT_KEPT, "another process has the key")
         return kept
+
+    async def forget(self, answer: FirstAnswer) -> None:
+        await run_in_threadpool(self._answers.forget, *self._of, answer)
 
     async def release(self) -> None:
         """Let go of the key, if the database answers; otherwise it is free after half a minute."""

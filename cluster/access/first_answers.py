@@ -105,6 +105,14 @@ class FirstAnswers:
         with Session(self._engine) as session, session.begin():
             session.execute(delete(AnswerRow).where(*_held(tenant, key, holder)))
 
+    def forget(self, tenant: str, key: str, answer: FirstAnswer) -> None:
+        """Forget an answer, of which nothing is left: the request may be carried out anew. Another answer by now is kept."""
+        same = (AnswerRow.tenant == tenant, AnswerRow.key == key)
+        with Session(self._engine) as session, session.begin():
+            session.execute(
+                delete(AnswerRow).where(*same, AnswerRow.status == answer.status, AnswerRow.body == answer.body)
+            )
+
     def _change(self, tenant: str, key: str, holder: str, **values: Any) -> bool:
         """Whether ``holder`` has the key, whose row was changed then."""
         with Session(self._engine) as session, session.begin():

@@ -59,6 +59,19 @@ def test_a_key_that_is_let_go_of_is_free(answers: FirstAnswers) -> None:
     assert answers.claim("a", "key", "mended", "two") is Claim.OURS
 
 
+def test_an_answer_is_forgotten_and_not_the_one_that_came_after_it(answers: FirstAnswers) -> None:
+    other = FirstAnswer(201, (), "other")
+    answers.claim("a", "key", "digest", "one")
+    answers.forget("a", "key", ANSWER)
+    assert answers.claim("a", "key", "digest", "two") is Claim.ELSEWHERE, "there is no answer yet"
+    answers.keep("a", "key", "one", ANSWER)
+    answers.forget("a", "key", other)
+    answers.forget("b", "key", ANSWER)
+    assert answers.claim("a", "key", "digest", "two") == ANSWER
+    answers.forget("a", "key", ANSWER)
+    assert answers.claim("a", "key", "digest", "two") is Claim.OURS
+
+
 def test_who_is_dead_is_followed_and_does_not_answer_any_more(answers: FirstAnswers, clock: Clock) -> None:
     answers.claim("a", "key", "digest", "one")
     clock.now += HELD_SECONDS - 1
