@@ -139,6 +139,7 @@ class Service:
     upload_bytes: int = 2**30  # of an upload, at most
     stored_bytes: int | None = None  # of all uploads of a tenant
     folder_of: Callable[[str], Path] | None = None  # a job's commits and artifacts
+    most_uploads: int | None = None  # of a tenant
 
     @cached_property
     def feed(self) -> EventFeed:

@@ -73,8 +73,8 @@ def begin_upload(
         raise HTTPException(
             413, f"an upload has {service.upload_bytes} bytes at most ({UPLOAD_BYTES}); this one has {body.bytes}"
         )
-    most_stored = service.stored_bytes if caller.key else None
-    found = uploads.begin(body.name, body.bytes, body.sha256, most_stored)
+    limits = (service.stored_bytes, service.most_uploads) if caller.key else (None, None)
+    found = uploads.begin(body.name, body.bytes, body.sha256, *limits)
     response.headers["Location"] = f"/v1/uploads/{found.id}"
     return UploadResource.of(found)
 

@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.schema import open_tables
-from chainfed_ray.cluster.storage import STORED_BYTES, Storage
+from chainfed_ray.cluster.storage import STORED_BYTES, UPLOADS, Storage
 from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
 from chainfed_ray.cluster.tenants import View
 from chainfed_ray.cluster.uploads.arriving import ArrivingFile
@@ -76,14 +76,17 @@ class UploadStore:
         """Close every connection."""
         self._engine.dispose()
 
-    def begin(self, name: str, size: int, sha256: str, most_stored: int | None = None) -> Upload:
+    def begin(
+        self, name: str, size: int, sha256: str, most_stored: int | None = None, most_uploads: int | None = None
+    ) -> Upload:
         """Begin an upload of ``size`` bytes, or give the one that the tenant has of this name and SHA-256.
 
-        It is complete at once if the tenant has its bytes already. All uploads of the tenant may have ``most_stored`` bytes.
+        It is complete at once if the tenant has its bytes already. The tenant may have ``most_uploads``, and all of them
+        ``most_stored`` bytes.
 
         Raises:
             InvalidJob: the tenant has an upload of this SHA-256 with another size.
-            LimitReached: the tenant has as many bytes as it may.
+            LimitReached: the tenant has as many uploads or bytes as it may.
         """
         tenant = self._view.tenant
         with self._locked(tenant), Session(self._engine) as session, session.begin():
@@ -94,6 +97,9 @@ class UploadStore:
             for row in alike:
                 if row.name == name:
                     return self._upload(row)
+            count = session.scalar(select(func.count()).select_from(UploadRow).where(UploadRow.tenant == tenant)) or 0
+            if most_uploads is not None and count >= most_uploads:
+                raise LimitReached(tenant, f"{count} uploads", UPLOADS, _FULL_SECONDS)
             stored = self._stored(session, tenant)
             if most_stored is not None and not alike and stored + size > most_stored:
                 what = f"{format_bytes(stored)} of uploads, and {format_bytes(size)} more would be too many"

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.access import first_answers
 from chainfed_ray.cluster.access.first_answers import HELD_SECONDS, Claim, FirstAnswer, FirstAnswers
+from chainfed_ray.cluster.tables import moment
+from tests.watching import wait_for
 
 ANSWER = FirstAnswer(201, (("location", "/v1/jobs/a"), ("x-two", "1"), ("x-two", "2")), '{"id": "a"}')
 
@@ -70,6 +73,24 @@ def test_an_answer_is_forgotten_and_not_the_one_that_came_after_it(answers: Firs
     assert answers.claim("a", "key", "digest", "two") == ANSWER
     answers.forget("a", "key", ANSWER)
     assert answers.claim("a", "key", "digest", "two") is Claim.OURS
+
+
+@pytest.mark.parametrize("limit", ["KEPT_ANSWERS", "KEPT_CHARACTERS"])
+def test_the_oldest_answers_of_a_tenant_go_first(
+    answers: FirstAnswers, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(first_answers, limit, 3 if limit == "KEPT_ANSWERS" else 35)
+    for tenant, count in (("b", 1), ("a", 5)):
+        for number in range(count):
+            began = moment()
+            answers.claim(tenant, str(number), "digest", "one")
+            assert answers.keep(tenant, str(number), "one", FirstAnswer(201, (), f"{number:10}"))
+            wait_for(lambda began=began: moment() > began, "later time")
+    answers.claim("a", "working", "digest", "one")
+    found = [answers.claim("a", str(number), "digest", "two") for number in range(5)]
+    assert [isinstance(one, FirstAnswer) for one in found] == [False, False, True, True, True]
+    assert isinstance(answers.claim("b", "0", "digest", "two"), FirstAnswer), "it is another tenant's"
+    assert answers.claim("a", "working", "digest", "two") is Claim.ELSEWHERE
 
 
 def test_who_is_dead_is_followed_and_does_not_answer_any_more(answers: FirstAnswers, clock: Clock) -> None:

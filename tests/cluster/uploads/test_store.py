@@ -213,6 +213,21 @@ def test_a_tenant_has_as_many_bytes_as_it_may(uploads: UploadStore) -> None:
         uploads.seen_by("alice", everything=False).begin("d.csv", 7, first.sha256)
 
 
+def test_a_tenant_has_as_many_uploads_as_it_may(uploads: UploadStore) -> None:
+    def begin(who: str, name: str) -> Upload:
+        own = uploads.seen_by(who, everything=False)
+        return own.begin(name, len(ROWS), sha256(ROWS).hexdigest(), most_uploads=2)
+
+    first = begin("alice", "a.csv")
+    begin("alice", "b.csv")
+    with pytest.raises(LimitReached, match="2 uploads, as many as CHAINFED_UPLOADS"):
+        begin("alice", "c.csv")
+    assert begin("alice", "a.csv") == first
+    begin("bob", "c.csv")
+    uploads.delete(first.id)
+    begin("alice", "c.csv")
+
+
 @pytest.mark.parametrize("key", ["train", "validation", "test"])
 def test_an_upload_that_a_job_reads_is_not_deleted(uploads: UploadStore, store: JobStore, key: str) -> None:
     upload, other = added(uploads), added(uploads, b"other")
