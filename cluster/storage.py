@@ -29,7 +29,7 @@ from chainfed_ray.units import parse_bytes
 WithoutKeys = Literal["nobody", "loopback", "anyone"]
 """Who may ask a service as long as no key was made."""
 QUEUED_JOBS, RUNNING_JOBS, REQUESTS = "CHAINFED_QUEUED_JOBS", "CHAINFED_RUNNING_JOBS", "CHAINFED_REQUESTS_PER_MINUTE"
-UPLOAD_BYTES, STORED_BYTES = "CHAINFED_UPLOAD_BYTES", "CHAINFED_STORED_BYTES"
+UPLOAD_BYTES, STORED_BYTES, UPLOADS = "CHAINFED_UPLOAD_BYTES", "CHAINFED_STORED_BYTES", "CHAINFED_UPLOADS"
 Default = TypeVar("Default", int, None)
 _PROBE_BYTES = 65536
 
@@ -136,6 +136,7 @@ class Settings:
     reading: ReadingRules = EVERYTHING  # what jobs may read, besides what everybody may
     upload_bytes: int = 2**30  # of an upload, at most
     stored_bytes: int | None = None  # of all uploads of a tenant
+    most_uploads: int = 1000  # of a tenant
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
@@ -143,7 +144,7 @@ class Settings:
         ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``, ``CHAINFED_SERVING_REPLICAS``,
         ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``, ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``,
         ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``, ``CHAINFED_MODEL_ROOTS``, ``CHAINFED_HUB_ALLOW``,
-        ``CHAINFED_UPLOAD_BYTES`` and ``CHAINFED_STORED_BYTES``.
+        ``CHAINFED_UPLOAD_BYTES``, ``CHAINFED_STORED_BYTES`` and ``CHAINFED_UPLOADS``.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
@@ -172,6 +173,7 @@ class Settings:
             ),
             _bytes(environment, UPLOAD_BYTES) or cls.upload_bytes,
             _bytes(environment, STORED_BYTES),
+            _count(environment, UPLOADS, cls.most_uploads),
         )
 
     def environment(self) -> dict[str, str]:
@@ -194,6 +196,7 @@ class Settings:
             "CHAINFED_HUB_ALLOW": ",".join(self.reading.hub or ()),
             UPLOAD_BYTES: str(self.upload_bytes),
             STORED_BYTES: str(self.stored_bytes or ""),
+            UPLOADS: str(self.most_uploads),
         }
 
 

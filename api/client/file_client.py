@@ -10,7 +10,7 @@ import httpx
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.api.client.service_client import JsonObject, ServiceClient
-from chainfed_ray.errors import ServiceFailed, ServiceUnavailable, UploadConflict
+from chainfed_ray.errors import InvalidJob, ServiceFailed, ServiceUnavailable, UploadConflict
 
 _PIECE_BYTES = 32 * 2**20  # of a request
 _BLOCK_BYTES = 2**20  # that are in memory at once
@@ -39,8 +39,12 @@ class FileClient(ServiceClient):
         while not upload["complete"]:
             Reporter(f"sending {file.name}: {upload['received'] * 100 // size} %", listen).begin()
             before = upload["received"]
+            if file.stat().st_size <= before:
+                raise _changed(file, size)
             try:
                 upload = self._put_piece(upload["id"], file, before)
+                if upload["received"] <= before and not upload["complete"]:
+                    raise _changed(file, size)
             except (ServiceUnavailable, ServiceFailed, UploadConflict) as error:
                 if monotonic() - heard > _GIVE_UP_SECONDS:
                     raise error
@@ -70,7 +74,7 @@ class FileClient(ServiceClient):
             UploadNotFound: there is no such upload.
             UploadConflict: a job that is not over reads it.
         """
-        self._ask("DELETE", f"/v1/uploads/{upload}", about=upload)
+        self._answer("DELETE", f"/v1/uploads/{upload}", about=upload)
 
     def artifacts(self, job: str) -> list[JsonObject]:
         """What a job has left: each file with its name, size and SHA-256.
@@ -95,13 +99,15 @@ class FileClient(ServiceClient):
         name, digest = artifact["name"], artifact["sha256"]
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f"{out.name}.{digest[:16]}.partial")
-        heard = monotonic()
+        heard, most = monotonic(), _size(partial)
         while True:
             try:
                 self._fetch(f"/v1/jobs/{job}/artifacts/{quote(name)}", f"{job}/{name}", digest, partial)
                 break
             except ServiceUnavailable:
-                if monotonic() - heard > _GIVE_UP_SECONDS:
+                if (received := _size(partial)) > most:
+                    heard, most = monotonic(), received
+                elif monotonic() - heard > _GIVE_UP_SECONDS:
                     raise
                 sleep(_PAUSE_SECONDS)
         if _digest(partial) != digest:
@@ -158,6 +164,15 @@ class FileClient(ServiceClient):
             return self.upload(upload["id"])
         except (ServiceUnavailable, ServiceFailed):
             return upload
+
+
+def _changed(file: Path, size: int) -> InvalidJob:
+    return InvalidJob.at("file", str(file), f"a file that stays as it is while it is sent; it had {size} bytes")
+
+
+def _size(file: Path) -> int:
+    """The bytes of a file; 0 if it is not there."""
+    return file.stat().st_size if file.exists() else 0
 
 
 def _digest(file: Path) -> str:

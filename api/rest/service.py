@@ -13,6 +13,7 @@ from typing import Annotated, Protocol, TypeVar
 
 from fastapi import Depends, HTTPException, Request
 
+from chainfed_ray.api.rest.waiting import Waiting
 from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
 from chainfed_ray.cluster.jobs.feed import EventFeed
@@ -139,11 +140,17 @@ class Service:
     upload_bytes: int = 2**30  # of an upload, at most
     stored_bytes: int | None = None  # of all uploads of a tenant
     folder_of: Callable[[str], Path] | None = None  # a job's commits and artifacts
+    most_uploads: int | None = None  # of a tenant
 
     @cached_property
     def feed(self) -> EventFeed:
         """The events of jobs as they come, for all who watch."""
         return EventFeed(self.store)
+
+    @cached_property
+    def log_readers(self) -> Waiting:
+        """The requests that wait for lines of logs."""
+        return Waiting("lines of logs")
 
     @cached_property
     def orders(self) -> OrderFeed:

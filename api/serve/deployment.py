@@ -76,6 +76,7 @@ class Api:
             self._settings.upload_bytes,
             self._settings.stored_bytes,
             self._settings.storage.job,
+            self._settings.most_uploads,
         )
         rates = Rates(self._settings.requests_per_minute)
         access = AccessRules(KeyRing(self._keys), self._settings.without_keys, rates, self._audit)

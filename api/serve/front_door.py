@@ -19,6 +19,7 @@ from chainfed_ray.cluster.access.first_answers import FirstAnswers
 
 BODY_SECONDS = 30.0
 MOST_BYTES = 4 * 2**20
+LEAST_BYTES = 32 * 2**10  # of an upload, in each BODY_SECONDS that they are waited for
 _STREAMED = re.compile(r"/v1/uploads/[^/]+/content")  # bodies of any size, which their route does not keep in memory
 _SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
@@ -105,9 +106,10 @@ def _is_address(name: str) -> bool:
 
 
 class BodyLimits:
-    """Middleware that refuses a body of more than ``MOST_BYTES``, and one that is not there after ``BODY_SECONDS``.
+    """Middleware that refuses a body of more than ``MOST_BYTES``, and one that is waited for longer than ``BODY_SECONDS``.
 
-    The bytes of an upload may be more, and their route knows how many. Some of them come every ``BODY_SECONDS``.
+    The bytes of an upload may be more, and their route knows how many. ``LEAST_BYTES`` of them, or the rest, come in every
+    ``BODY_SECONDS``, so nobody holds a request by a byte now and then. Only waiting counts, and not what the route does.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -115,25 +117,32 @@ class BodyLimits:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (the ASGI protocol)."""
-        ends: float | None = None
-        count, whole = 0, scope["type"] != "http"
+        left, count, whole = BODY_SECONDS, 0, scope["type"] != "http"
         streamed = not whole and _STREAMED.fullmatch(scope["path"]) is not None
 
         async def receive_in_time() -> Message:
-            nonlocal ends, count, whole
+            nonlocal left, count, whole
             if whole:  # what comes now is that the caller goes away
                 return await receive()
-            if ends is None or streamed:
-                ends = asyncio.get_running_loop().time() + BODY_SECONDS
+            began = asyncio.get_running_loop().time()
             try:
-                async with asyncio.timeout_at(ends):
+                async with asyncio.timeout(left):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"the body was not there after {BODY_SECONDS:g} s") from None
-            count += 0 if streamed else len(message.get("body", b""))
-            if count > MOST_BYTES:
+                raise HTTPException(408, _too_slow(streamed)) from None
+            left -= asyncio.get_running_loop().time() - began
+            count += len(message.get("body", b""))
+            if streamed and count >= LEAST_BYTES:
+                left, count = BODY_SECONDS, 0
+            if not streamed and count > MOST_BYTES:
                 raise HTTPException(413, f"the body has more than {MOST_BYTES // 2**20} MiB")
             whole = not message.get("more_body", False)
             return message
 
         await self._app(scope, receive_in_time, send)
+
+
+def _too_slow(streamed: bool) -> str:
+    if streamed:
+        return f"fewer than {LEAST_BYTES} bytes of the body came in {BODY_SECONDS:g} s; those that came are kept"
+    return f"the body was not there after {BODY_SECONDS:g} s"

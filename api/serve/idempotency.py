@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 from http import HTTPStatus
@@ -29,6 +28,7 @@ _OWN = (b"content-length", b"date", b"x-request-id")  # headers of each answer's
 _MOST_CHARACTERS = 2**20  # of an answer that is kept
 _LOOK_SECONDS = 0.2  # between two looks whether another process has the answer
 _WAIT_SECONDS = 150.0  # as long as the client of ours waits
+_NOT_KEPT = "the answer to a request with an Idempotency-Key was not kept (%s)"
 _log = logging.getLogger(__name__)
 
 
@@ -37,7 +37,7 @@ class Idempotency:
 
     The first one is carried out. The same request again gets its answer, in any process of the service, if it was a success: a
     refusal has made nothing, so the request may be changed. Of twins that come together one waits for the other. Another
-    request with the key is refused. Keys are a tenant's own.
+    request with the key is refused. Keys are a tenant's own. An answer whose ``Location`` is no longer there is forgotten.
     """
 
     def __init__(self, app: ASGIApp, answers: FirstAnswers, routes: RouteNames) -> None:
@@ -69,7 +69,8 @@ class Idempotency:
         digest = sha256(f"{request.method} {request.url.path}?{request.url.query}\n".encode() + body).hexdigest()
         held = _Held(self._answers, tenant, key, uuid4().hex)
         try:
-            found = await held.claim(digest)
+            while isinstance(found := await held.claim(digest), FirstAnswer) and await self._is_gone(request, found):
+                await held.forget(found)
         except NO_ANSWER as error:
             await no_database(request, error)(request.scope, receive, send)
             return
@@ -110,6 +111,24 @@ class Idempotency:
         for message in sent:
             await send(message)
 
+    async def _is_gone(self, request: Request, answer: FirstAnswer) -> bool:
+        """Whether the tenant no longer has what an answer says was made: the application says so of its ``Location``."""
+        location = dict(answer.headers).get("location")
+        if location is None:
+            return False
+        sent: list[Message] = []
+
+        async def nothing() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def collect(message: Message) -> None:
+            sent.append(message)
+
+        look = {**request.scope, "method": "GET", "path": location, "raw_path": location.encode(), "query_string": b""}
+        look |= {"headers": [(b"host", b"localhost")], "state": {**request.scope["state"]}}
+        await self._app(look, nothing, collect)
+        return bool(sent) and sent[0]["status"] == HTTPStatus.NOT_FOUND
+
 
 class _Held:
     """A key of a tenant's, as a request that is carried out holds it."""
@@ -128,26 +147,31 @@ class _Held:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def renew(self) -> None:
-        """Hold the key until this is cancelled."""
-        while True:
+        """Hold the key until this is cancelled, or another process has it."""
+        holds = True
+        while holds:
             await asyncio.sleep(HELD_SECONDS / 3)
             with suppress(*NO_ANSWER):
-                await run_in_threadpool(self._answers.renew, *self._of, self._holder)
+                holds = await run_in_threadpool(self._answers.renew, *self._of, self._holder)
 
     async def keep(self, answer: FirstAnswer) -> bool:
-        return await self._tried(lambda: self._answers.keep(*self._of, self._holder, answer))
+        """Whether the answer was kept. What was made stays made if it was not, and the key is free after half a minute."""
+        try:
+            kept = await run_in_threadpool(self._answers.keep, *self._of, self._holder, answer)
+        except NO_ANSWER as error:
+            _log.warning(_NOT_KEPT, type(error).__name__)
+            return False
+        if not kept:
+            _log.warning(_NOT_KEPT, "another process has the key")
+        return kept
+
+    async def forget(self, answer: FirstAnswer) -> None:
+        await run_in_threadpool(self._answers.forget, *self._of, answer)
 
     async def release(self) -> None:
-        await self._tried(lambda: self._answers.release(*self._of, self._holder))
-
-    async def _tried(self, change: Callable[[], None]) -> bool:
-        """Whether the database took it. What was made stays made if it did not, and the key is free after half a minute."""
-        try:
-            await run_in_threadpool(change)
-        except NO_ANSWER as error:
-            _log.warning("the answer to a request with an Idempotency-Key was not kept (%s)", type(error).__name__)
-            return False
-        return True
+        """Let go of the key, if the database answers; otherwise it is free after half a minute."""
+        with suppress(*NO_ANSWER):
+            await run_in_threadpool(self._answers.release, *self._of, self._holder)
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, HTTPException, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
+from starlette.types import Message, Receive, Scope, Send
 
 from chainfed_ray.api.rest.errors import MEDIA_TYPE
 from chainfed_ray.api.rest.service import Jobs, WithService
@@ -45,6 +46,31 @@ class ArtifactList(BaseModel):
     artifacts: list[ArtifactResource]
 
 
+class _SentArtifact(FileResponse):
+    """Sends a file. Raises ``gone`` if it was deleted before its first byte was read: nothing has been sent by then."""
+
+    def __init__(self, *arguments: Any, gone: ArtifactNotFound, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._gone = gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (the ASGI protocol)."""
+        waiting: list[Message] = []
+
+        async def send_with_bytes(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                waiting.append(message)
+                return
+            while waiting:
+                await send(waiting.pop())
+            await send(message)
+
+        try:
+            await super().__call__(scope, receive, send_with_bytes)
+        except FileNotFoundError:
+            raise self._gone from None
+
+
 @router.get("/{job}/artifacts")
 def list_artifacts(job: str, jobs: Jobs, service: WithService) -> ArtifactList:
     """The artifacts of a job: its stacks as PEFT folders with model cards, its report and plots, and its partition."""
@@ -77,14 +103,16 @@ def get_artifact(
     if path is None:
         raise ArtifactNotFound(job, name)
     try:
-        one = artifact(name, path)
+        one, state = artifact(name, path), path.stat()
     except FileNotFoundError:
         raise ArtifactNotFound(job, name) from None
     headers = {"ETag": f'"{one.sha256}"'}
     if if_none_match is not None and headers["ETag"] in if_none_match:
         return Response(status_code=304, headers=headers)
     _check_range(request, headers["ETag"], one.bytes)
-    return FileResponse(path, media_type=_type(name), headers=headers)
+    return _SentArtifact(
+        path, media_type=_type(name), headers=headers, stat_result=state, gone=ArtifactNotFound(job, name)
+    )
 
 
 def _check_range(request: Request, tag: str, size: int) -> None:

@@ -1,15 +1,17 @@
 """The route of a job's log: what its coordinator and its clients did, in pages, or waited for."""
 
 import asyncio
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, HTTPException, Query
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 
-from chainfed_ray.api.rest.service import Jobs, WithService
+from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.artifacts.job_log import LOG, LogLine, page_of
-from chainfed_ray.cluster.tables import FINISHED
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.tables import FINISHED, JobRecord
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -30,6 +32,7 @@ async def get_logs(
     job: str,
     jobs: Jobs,
     service: WithService,
+    caller: Caller,
     after: Annotated[int, Query(ge=0, lt=2**53, description="where to begin: `next` of the page before")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most lines of a page")] = 1000,
     wait: Annotated[float, Query(ge=0, le=25, description="wait so many seconds for a line, if there is none yet")] = 0,
@@ -38,15 +41,29 @@ async def get_logs(
     record = await run_in_threadpool(jobs.get, job)
     if service.folder_of is None:
         raise HTTPException(404, "this service keeps no logs")
-    path, looks = service.folder_of(record.id) / LOG, 0
-    loop = asyncio.get_running_loop()
+    path = service.folder_of(record.id) / LOG
+    found = await _page(path, record, after, limit)
+    if found.lines or found.finished or not wait:
+        return found
+    with service.log_readers.one_more(caller.tenant):
+        return await _awaited(jobs, record, path, after, limit, wait)
+
+
+async def _awaited(jobs: JobStore, record: JobRecord, path: Path, after: int, limit: int, wait: float) -> LogPage:
+    """The page once it has a line or the job is over, or after ``wait`` seconds."""
+    loop, looks = asyncio.get_running_loop(), 0
     ends = loop.time() + wait
     while True:
-        is_over = record.status in FINISHED  # looked at before the lines: none comes after that
-        lines, following = await run_in_threadpool(page_of, path, after, limit)
-        if lines or is_over or loop.time() >= ends:
-            return LogPage(lines=lines, next=following, finished=is_over and len(lines) < limit)
         await asyncio.sleep(min(_LOOK_SECONDS, max(ends - loop.time(), 0)))
         looks += 1
         if looks % _STATE_LOOKS == 0:
-            record = await run_in_threadpool(jobs.get, job)
+            record = await run_in_threadpool(jobs.get, record.id)
+        found = await _page(path, record, after, limit)
+        if found.lines or found.finished or loop.time() >= ends:
+            return found
+
+
+async def _page(path: Path, record: JobRecord, after: int, limit: int) -> LogPage:
+    """The page as it is. ``record`` was read before: no line comes after that of a job that is over."""
+    lines, following = await run_in_threadpool(page_of, path, after, limit)
+    return LogPage(lines=lines, next=following, finished=record.status in FINISHED and len(lines) < limit)

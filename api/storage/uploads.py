@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from chainfed_ray.api.rest.schemas import RequestBody
 from chainfed_ray.api.rest.service import Caller, CallerGone, Uploads, WithService
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS
+from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.storage import UPLOAD_BYTES
 from chainfed_ray.cluster.uploads.arriving import ArrivingFile
 from chainfed_ray.cluster.uploads.store import Upload
@@ -60,7 +61,7 @@ class UploadPage(BaseModel):
     """A page of uploads, the newest first."""
 
     uploads: list[UploadResource]
-    next: str | None = Field(description="pass this as `before` to get the next page; null on the last page")
+    next: str | None = Field(description="pass this as `cursor` to get the next page; null on the last page")
 
 
 @router.post("", status_code=201)
@@ -72,8 +73,8 @@ def begin_upload(
         raise HTTPException(
             413, f"an upload has {service.upload_bytes} bytes at most ({UPLOAD_BYTES}); this one has {body.bytes}"
         )
-    most_stored = service.stored_bytes if caller.key else None
-    found = uploads.begin(body.name, body.bytes, body.sha256, most_stored)
+    limits = (service.stored_bytes, service.most_uploads) if caller.key else (None, None)
+    found = uploads.begin(body.name, body.bytes, body.sha256, *limits)
     response.headers["Location"] = f"/v1/uploads/{found.id}"
     return UploadResource.of(found)
 
@@ -82,14 +83,13 @@ def begin_upload(
 def list_uploads(
     uploads: Uploads,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most uploads of a page")] = 50,
-    before: Annotated[str | None, Query(description="return only uploads older than the one with this id")] = None,
+    cursor: Annotated[str | None, Query(max_length=200, description="`next` of the page before")] = None,
 ) -> UploadPage:
     """The uploads, the newest first."""
-    found = uploads.page(limit + 1, before)
+    found = uploads.page(limit + 1, None if cursor is None else Place.parse(cursor))
     shown = found[:limit]
-    return UploadPage(
-        uploads=[UploadResource.of(upload) for upload in shown], next=shown[-1].id if len(found) > limit else None
-    )
+    following = shown[-1].place.cursor() if len(found) > limit else None
+    return UploadPage(uploads=[UploadResource.of(upload) for upload in shown], next=following)
 
 
 @router.get("/{upload}")

@@ -1,7 +1,7 @@
 """The first answers to requests that may be sent again: a repeated ``Idempotency-Key`` gives the same answer, in any process.
 
 A process that carries out a request holds its key for half a minute, and renews that while it works. If it is killed, another
-one carries the request out when it comes again. Answers are kept for a week.
+one carries the request out when it comes again. Answers are kept for a week, and of a tenant so many: the oldest go first.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from enum import Enum
 from time import time
 from typing import Any, cast
 
-from sqlalchemy import delete, update
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -21,6 +21,10 @@ from chainfed_ray.cluster.tables import AnswerRow, moment
 
 HELD_SECONDS = 30.0
 KEPT_DAYS = 7
+KEPT_ANSWERS = 5_000  # of a tenant
+KEPT_CHARACTERS = 32 * 2**20  # of the bodies of a tenant's answers
+
+_DROPPED = 1000  # answers at once, at most
 
 
 @dataclass(frozen=True)
@@ -83,29 +87,65 @@ class FirstAnswers:
                     return FirstAnswer(found.status, headers, found.body or "")
                 if found.held_until > now:
                     return Claim.ELSEWHERE
-                same = (AnswerRow.tenant == tenant, AnswerRow.key == key, AnswerRow.holder == found.holder)
+                same = (*_held(tenant, key, found.holder), AnswerRow.held_until == found.held_until)
                 taken = session.execute(
                     update(AnswerRow).where(*same).values(holder=holder, held_until=now + HELD_SECONDS)
                 )
-                return Claim.OURS if cast("CursorResult[Any]", taken).rowcount else Claim.ELSEWHERE
+                if cast("CursorResult[Any]", taken).rowcount:
+                    return Claim.OURS
+            # Its holder lives after all, or another process was faster: look again.
 
-    def renew(self, tenant: str, key: str, holder: str) -> None:
-        """Hold the key for a further half minute."""
-        self._change(tenant, key, holder, held_until=self._clock() + HELD_SECONDS)
+    def renew(self, tenant: str, key: str, holder: str) -> bool:
+        """Hold the key for a further half minute. False if another process has it by now."""
+        return self._change(tenant, key, holder, held_until=self._clock() + HELD_SECONDS)
 
-    def keep(self, tenant: str, key: str, holder: str, answer: FirstAnswer) -> None:
-        """Keep the answer, for those who send the request again."""
+    def keep(self, tenant: str, key: str, holder: str, answer: FirstAnswer) -> bool:
+        """Keep the answer, for those who send the request again. False if another process has the key by now.
+
+        The tenant's oldest answers go if it has more than ``KEPT_ANSWERS`` or ``KEPT_CHARACTERS``.
+        """
         headers = [list(pair) for pair in answer.headers]
-        self._change(tenant, key, holder, status=answer.status, headers=headers, body=answer.body)
+        kept = self._change(tenant, key, holder, status=answer.status, headers=headers, body=answer.body)
+        if kept:
+            self._drop_oldest(tenant)
+        return kept
 
     def release(self, tenant: str, key: str, holder: str) -> None:
         """Let go of a key whose request has made nothing: it may be sent again, and changed as well."""
         with Session(self._engine) as session, session.begin():
             session.execute(delete(AnswerRow).where(*_held(tenant, key, holder)))
 
-    def _change(self, tenant: str, key: str, holder: str, **values: Any) -> None:
+    def forget(self, tenant: str, key: str, answer: FirstAnswer) -> None:
+        """Forget an answer, of which nothing is left: the request may be carried out anew. Another answer by now is kept."""
+        same = (AnswerRow.tenant == tenant, AnswerRow.key == key)
         with Session(self._engine) as session, session.begin():
-            session.execute(update(AnswerRow).where(*_held(tenant, key, holder)).values(**values))
+            session.execute(
+                delete(AnswerRow).where(*same, AnswerRow.status == answer.status, AnswerRow.body == answer.body)
+            )
+
+    def _drop_oldest(self, tenant: str) -> None:
+        newest = (AnswerRow.at.desc(), AnswerRow.key)
+        sums = (
+            select(
+                AnswerRow.key,
+                func.row_number().over(order_by=newest).label("count"),
+                func.sum(func.length(AnswerRow.body)).over(order_by=newest, rows=(None, 0)).label("characters"),
+            )
+            .where(AnswerRow.tenant == tenant, AnswerRow.status.is_not(None))
+            .subquery()
+        )
+        beyond = select(sums.c.key).where(or_(sums.c.count > KEPT_ANSWERS, sums.c.characters > KEPT_CHARACTERS))
+        # PostgreSQL: two processes that delete the same rows do not wait for each other in a circle.
+        rows = select(AnswerRow.key).where(AnswerRow.tenant == tenant, AnswerRow.key.in_(beyond)).limit(_DROPPED)
+        with Session(self._engine) as session, session.begin():
+            if found := list(session.scalars(rows.with_for_update(skip_locked=True))):
+                session.execute(delete(AnswerRow).where(AnswerRow.tenant == tenant, AnswerRow.key.in_(found)))
+
+    def _change(self, tenant: str, key: str, holder: str, **values: Any) -> bool:
+        """Whether ``holder`` has the key, whose row was changed then."""
+        with Session(self._engine) as session, session.begin():
+            changed = session.execute(update(AnswerRow).where(*_held(tenant, key, holder)).values(**values))
+            return bool(cast("CursorResult[Any]", changed).rowcount)
 
 
 def _held(tenant: str, key: str, holder: str) -> tuple[Any, ...]:

@@ -21,11 +21,12 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Self
 
-from sqlalchemy import ColumnElement, String, cast, delete, func, select, true, update
+from sqlalchemy import ColumnElement, String, cast, delete, func, or_, select, true, update
 from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.schema import open_tables
-from chainfed_ray.cluster.storage import STORED_BYTES, Storage
+from chainfed_ray.cluster.storage import STORED_BYTES, UPLOADS, Storage
 from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
 from chainfed_ray.cluster.tenants import View
 from chainfed_ray.cluster.uploads.arriving import ArrivingFile
@@ -52,6 +53,11 @@ class Upload:
     complete: bool
     created_at: str
 
+    @property
+    def place(self) -> Place:
+        """The place after it in the list of uploads, for the next page."""
+        return Place(self.created_at, self.id)
+
 
 class UploadStore:
     """The uploads of a service; safe to use from several threads and processes. ``seen_by`` gives those that a tenant sees."""
@@ -70,14 +76,17 @@ class UploadStore:
         """Close every connection."""
         self._engine.dispose()
 
-    def begin(self, name: str, size: int, sha256: str, most_stored: int | None = None) -> Upload:
+    def begin(
+        self, name: str, size: int, sha256: str, most_stored: int | None = None, most_uploads: int | None = None
+    ) -> Upload:
         """Begin an upload of ``size`` bytes, or give the one that the tenant has of this name and SHA-256.
 
-        It is complete at once if the tenant has its bytes already. All uploads of the tenant may have ``most_stored`` bytes.
+        It is complete at once if the tenant has its bytes already. The tenant may have ``most_uploads``, and all of them
+        ``most_stored`` bytes.
 
         Raises:
             InvalidJob: the tenant has an upload of this SHA-256 with another size.
-            LimitReached: the tenant has as many bytes as it may.
+            LimitReached: the tenant has as many uploads or bytes as it may.
         """
         tenant = self._view.tenant
         with self._locked(tenant), Session(self._engine) as session, session.begin():
@@ -88,6 +97,9 @@ class UploadStore:
             for row in alike:
                 if row.name == name:
                     return self._upload(row)
+            count = session.scalar(select(func.count()).select_from(UploadRow).where(UploadRow.tenant == tenant)) or 0
+            if most_uploads is not None and count >= most_uploads:
+                raise LimitReached(tenant, f"{count} uploads", UPLOADS, _FULL_SECONDS)
             stored = self._stored(session, tenant)
             if most_stored is not None and not alike and stored + size > most_stored:
                 what = f"{format_bytes(stored)} of uploads, and {format_bytes(size)} more would be too many"
@@ -118,16 +130,14 @@ class UploadStore:
             self._complete(found)
         return found
 
-    def page(self, limit: int = 100, before: str | None = None) -> list[Upload]:
-        """At most ``limit`` uploads, the newest first; only those older than the upload ``before``.
-
-        Raises:
-            UploadNotFound: there is no upload with the id ``before``.
-        """
+    def page(self, limit: int = 100, place: Place | None = None) -> list[Upload]:
+        """At most ``limit`` uploads, the newest first; only those after ``place``, whose upload may be gone."""
         query = select(UploadRow).where(self._seen).order_by(UploadRow.number.desc()).limit(limit)
+        if place is not None:
+            number = select(UploadRow.number).where(self._seen, UploadRow.id == place.job).scalar_subquery()
+            earlier = number.is_(None) & (UploadRow.created_at < place.at)
+            query = query.where(or_(UploadRow.number < number, earlier))
         with Session(self._engine) as session:
-            if before is not None:
-                query = query.where(UploadRow.number < self._row(session, before).number)
             return [self._upload(row) for row in session.scalars(query)]
 
     def receive(self, upload: str, offset: int) -> ArrivingFile:

@@ -156,7 +156,10 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         "POST /v1/jobs/{job}/clone": [*named, *({**one, "json": {"name": "own"}} for one in named)],
         "DELETE /v1/jobs/{job}": named,
         "POST /v1/uploads": [{"json": {**FILE, "name": "mine.csv"}}, {"json": FILE}, {"json": others}, *keyed],
-        "GET /v1/uploads": [{}, *({"params": {"before": upload}} for upload in uploads)],
+        "GET /v1/uploads": [
+            {},
+            *({"params": {"cursor": Place("2100-01-01T00:00:00.000Z", upload).cursor()}} for upload in uploads),
+        ],
         "GET /v1/uploads/{upload}": stored,
         "PUT /v1/uploads/{upload}/content": [{**one, "content": ROWS} for one in stored],
         "DELETE /v1/uploads/{upload}": stored,

@@ -1,6 +1,7 @@
 """Promises of the front door: who is answered, and how long a body may take."""
 
 import asyncio
+from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
@@ -18,6 +19,7 @@ def app() -> FastAPI:
     handle_errors(app)
 
     @app.post("/")
+    @app.put("/v1/uploads/a/content")
     async def count(request: Request) -> int:
         return len(await request.body())
 
@@ -71,17 +73,51 @@ def test_half_a_body_is_not_waited_for(app: FastAPI, monkeypatch: pytest.MonkeyP
     async def send(message: Message) -> None:
         sent.append(message)
 
-    scope = {
+    asyncio.run(asyncio.wait_for(app(scope_of("POST", "/"), receive, send), 10))
+    assert sent[0]["status"] == 408
+    assert b"the body was not there" in sent[1]["body"]
+
+
+def scope_of(method: str, path: str) -> dict[str, Any]:
+    """A request, as a server tells of it."""
+    return {
         "type": "http",
-        "method": "POST",
-        "path": "/",
-        "raw_path": b"/",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
         "query_string": b"",
         "headers": [(b"host", b"localhost")],
         "server": ("localhost", 80),
         "scheme": "http",
         "http_version": "1.1",
     }
-    asyncio.run(asyncio.wait_for(app(scope, receive, send), 10))
-    assert sent[0]["status"] == 408
-    assert b"the body was not there" in sent[1]["body"]
+
+
+@pytest.mark.parametrize(("part", "status"), [(1, 408), (100, 200)])
+def test_an_upload_comes_as_slowly_as_it_may_and_no_slower(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch, part: int, status: int
+) -> None:
+    """Of ten parts one comes every 20 s, where 100 bytes are due in 30 s."""
+    monkeypatch.setattr("chainfed_ray.api.serve.front_door.LEAST_BYTES", 100)
+    sent: list[Message] = []
+    count = 0
+
+    async def talk() -> None:
+        loop = asyncio.get_running_loop()
+        now, past = loop.time, 0.0
+        monkeypatch.setattr(loop, "time", lambda: now() + past)
+
+        async def receive() -> Message:
+            nonlocal count, past
+            count, past = count + 1, past + 20
+            await asyncio.sleep(0)  # what is due by now is done
+            await asyncio.sleep(0)
+            return {"type": "http.request", "body": bytes(part), "more_body": count < 10}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await app(scope_of("PUT", "/v1/uploads/a/content"), receive, send)
+
+    asyncio.run(talk())
+    assert (sent[0]["status"], count) == (status, 10 if status == 200 else 2)

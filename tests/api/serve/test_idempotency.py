@@ -112,10 +112,30 @@ def uploads_of() -> dict[str, Any]:
 
 def test_an_alias_is_rolled_back_once(processes: list[TestClient], store: JobStore) -> None:
     for targets in ({"minilm:a": 1.0}, {"minilm:b": 1.0}, {"minilm:c": 1.0}):
-        store.set_alias("mine", targets)
+        store.aliases.set("mine", targets)
     told = {process.post("/v1/aliases/mine/rollback", headers=KEY).text for process in processes}
     assert len(told) == 1
-    assert store.alias("mine") == {"minilm:b": 1.0}
+    assert store.aliases.get("mine") == {"minilm:b": 1.0}
+
+
+def test_what_was_deleted_is_made_anew(
+    processes: list[TestClient], store: JobStore, uploads_of: dict[str, Any]
+) -> None:
+    for path, body in (("/v1/jobs", DOCUMENT), ("/v1/uploads", uploads_of)):
+        key = {"Idempotency-Key": path}
+        first = processes[0].post(path, json=body, headers=key).json()["id"]
+        if path == "/v1/jobs":
+            store.move(first, "cancelled")
+        assert processes[0].delete(f"{path}/{first}").status_code == 204
+        anew = [process.post(path, json=body, headers=key) for process in processes]
+        assert [(answer.status_code, AGAIN in answer.headers) for answer in anew] == [
+            (201, False),
+            (201, True),
+            (201, True),
+        ]
+        (made,) = {answer.json()["id"] for answer in anew}
+        assert made != first
+        assert processes[1].get(f"{path}/{made}").status_code == 200
 
 
 def test_what_was_refused_may_be_mended_under_the_same_key(processes: list[TestClient]) -> None:

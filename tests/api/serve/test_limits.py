@@ -12,6 +12,7 @@ from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.access.rates import Rates
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.uploads.store import UploadStore
 from tests.apps import an_app
 from tests.builders import SPEC
 
@@ -105,3 +106,20 @@ def test_a_tenant_has_so_many_jobs_in_the_queue(store: JobStore, keys: KeyStore)
     store.move(first, "running")
     assert client.post("/v1/jobs", json=JOB, headers=alice).status_code == 201
     assert len(store.page()) == 4
+
+
+def test_a_tenant_has_so_many_uploads(storage: Storage, store: JobStore, keys: KeyStore) -> None:
+    uploads = UploadStore(storage)
+    app = an_app(store, AccessRules(KeyRing(keys), "nobody"), uploads=uploads, most_uploads=1)
+    client = TestClient(app, "http://localhost")
+    alice, bob = (bearer(keys, owner, "submit") for owner in ("alice", "bob"))
+    bodies = [{"name": name, "bytes": 1, "sha256": 64 * "0"} for name in ("a.csv", "a.csv", "b.csv")]
+    answers = [client.post("/v1/uploads", json=body, headers=alice) for body in bodies]
+    assert [answer.status_code for answer in answers] == [201, 201, 429]
+    assert (answers[2].headers["retry-after"], answers[2].json()["type"]) == (
+        "60",
+        "urn:chainfed:problem:limit-reached",
+    )
+    assert "1 uploads, as many as CHAINFED_UPLOADS allows" in answers[2].json()["detail"]
+    assert client.post("/v1/uploads", json=bodies[2], headers=bob).status_code == 201
+    uploads.close()

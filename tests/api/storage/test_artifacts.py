@@ -1,6 +1,7 @@
 """Promises of artifacts: each is what its size and SHA-256 say, and the model is one that PEFT loads."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -10,11 +11,14 @@ import pytest
 import torch
 import yaml
 from fastapi import FastAPI
+from fastapi.responses import FileResponse
 from fastapi.testclient import TestClient
 from peft import PeftModel
 from transformers import AutoTokenizer
 
 from chainfed_ray.api.client.file_client import FileClient
+from chainfed_ray.api.storage import artifacts, report
+from chainfed_ray.cluster.artifacts.listing import Artifact
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
@@ -187,3 +191,47 @@ def test_a_download_goes_on_and_is_checked(
             client.download(left, one, tmp_path / "gone")
         client.close()
     assert not (tmp_path / "changed").exists()
+
+
+@pytest.mark.parametrize("asked", [{}, {"Range": "bytes=5-9"}])
+def test_a_file_that_goes_before_it_is_sent_is_not_found(
+    client: TestClient, left: str, store: JobStore, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str]
+) -> None:
+    store.move(left, "cancelled")
+    known = artifacts.artifact
+
+    def looked_at(name: str, path: Path) -> Artifact:
+        found = known(name, path)
+        if name.startswith("last/"):
+            deleted.append(path)
+        return found
+
+    deleted: list[Path] = []
+    send = FileResponse.__call__
+
+    async def deleted_first(self: FileResponse, *given: Any) -> None:
+        deleted.pop().unlink()
+        await send(self, *given)
+
+    monkeypatch.setattr(artifacts, "artifact", looked_at)
+    monkeypatch.setattr(FileResponse, "__call__", deleted_first)
+    answer = client.get(f"/v1/jobs/{left}/artifacts/last/adapter_model.safetensors", headers=asked)
+    assert (answer.status_code, answer.json()["type"]) == (404, "urn:chainfed:problem:artifact-not-found")
+    assert (answer.headers["content-type"], deleted) == ("application/problem+json", [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["mkdtemp", "draw_if_possible"])
+def test_a_report_of_a_job_that_is_being_deleted_is_not_found(
+    client: TestClient, job: str, storage: Storage, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    known = getattr(report, where)
+
+    def deleted(*given: Any, **named: Any) -> Any:
+        shutil.rmtree(storage.job(job))
+        return known(*given, **named)
+
+    monkeypatch.setattr(report, where, deleted)
+    answer = client.get(f"/v1/jobs/{job}/artifacts")
+    assert (answer.status_code, answer.json()["type"]) == (404, "urn:chainfed:problem:job-not-found")
+    assert not storage.job(job).exists()

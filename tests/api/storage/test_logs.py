@@ -1,19 +1,26 @@
 """Promises of the route of logs, and of its client: pages, and a job that is followed to its end."""
 
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Thread
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from chainfed_ray.api.client.file_client import FileClient
-from chainfed_ray.cluster.artifacts.job_log import JobLog
+from chainfed_ray.api.rest import waiting
+from chainfed_ray.api.storage import logs
+from chainfed_ray.cluster.artifacts.job_log import JobLog, LogLine
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import JobNotFound
 from tests.apps import an_app, served
 from tests.builders import SPEC
+from tests.watching import wait_for
 
 
 @pytest.fixture
@@ -48,6 +55,34 @@ def test_pages_from_the_first_line_to_the_end_of_the_job(client: TestClient, sto
     assert client.get(path, params={"after": 10**9}).json()["lines"] == []
     assert client.get(path, params={"wait": 26}).status_code == 422
     assert client.get("/v1/jobs/none/logs").status_code == 404
+
+
+@pytest.mark.parametrize("limit", ["MOST_WAITING", "MOST_OF_TENANT"])
+def test_so_many_wait_and_no_more(
+    app: FastAPI, store: JobStore, storage: Storage, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(waiting, limit, 2)
+    job = store.submit(SPEC).id
+    path, looks, known = f"/v1/jobs/{job}/logs", Counter[int](), logs.page_of
+
+    def looked(file: Path, after: int, lines: int) -> tuple[list[LogLine], int]:
+        looks[lines] += 1
+        return known(file, after, lines)
+
+    monkeypatch.setattr(logs, "page_of", looked)
+    with served(app) as address, httpx.Client(base_url=address, timeout=60) as client, ThreadPoolExecutor(2) as threads:
+        asked = [{"wait": 25, "limit": number} for number in (1, 2)]
+        both = [threads.submit(client.get, path, params=one) for one in asked]
+        wait_for(lambda: looks[1] > 1 and looks[2] > 1, "second look of both")
+        refused = client.get(path, params={"wait": 25})
+        free = client.get(path)
+        with JobLog(storage.job(job)) as log:
+            log.note("info", "phone-0", "a line", 0)
+        assert all(one.result(60).json()["lines"] for one in both)
+        assert client.get(path, params={"wait": 0.1, "after": 2**40}).status_code == 200, "there is room again"
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+    assert refused.json()["type"] == "urn:chainfed:problem:service-busy"
+    assert free.status_code == 200, "it does not wait"
 
 
 def test_a_job_is_followed_until_it_is_over(app: FastAPI, store: JobStore, storage: Storage) -> None:

@@ -68,8 +68,10 @@ def test_an_upload_from_its_beginning_to_its_end(client: TestClient) -> None:
     begun(client, b"others", "others.jsonl.gz")
     page = client.get("/v1/uploads", params={"limit": 1}).json()
     assert [one["name"] for one in page["uploads"]] == ["others.jsonl.gz"]
-    rest = client.get("/v1/uploads", params={"before": page["next"]}).json()
+    rest = client.get("/v1/uploads", params={"cursor": page["next"]}).json()
     assert (rest["uploads"], rest["next"]) == ([whole], None)
+    refused = client.get("/v1/uploads", params={"cursor": upload})
+    assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "cursor")
 
     assert client.delete(f"/v1/uploads/{upload}").status_code == 204
     gone = client.get(f"/v1/uploads/{upload}")

@@ -4,10 +4,15 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.access import first_answers
 from chainfed_ray.cluster.access.first_answers import HELD_SECONDS, Claim, FirstAnswer, FirstAnswers
+from chainfed_ray.cluster.tables import moment
+from tests.watching import wait_for
 
 ANSWER = FirstAnswer(201, (("location", "/v1/jobs/a"), ("x-two", "1"), ("x-two", "2")), '{"id": "a"}')
 
@@ -57,6 +62,37 @@ def test_a_key_that_is_let_go_of_is_free(answers: FirstAnswers) -> None:
     assert answers.claim("a", "key", "mended", "two") is Claim.OURS
 
 
+def test_an_answer_is_forgotten_and_not_the_one_that_came_after_it(answers: FirstAnswers) -> None:
+    other = FirstAnswer(201, (), "other")
+    answers.claim("a", "key", "digest", "one")
+    answers.forget("a", "key", ANSWER)
+    assert answers.claim("a", "key", "digest", "two") is Claim.ELSEWHERE, "there is no answer yet"
+    answers.keep("a", "key", "one", ANSWER)
+    answers.forget("a", "key", other)
+    answers.forget("b", "key", ANSWER)
+    assert answers.claim("a", "key", "digest", "two") == ANSWER
+    answers.forget("a", "key", ANSWER)
+    assert answers.claim("a", "key", "digest", "two") is Claim.OURS
+
+
+@pytest.mark.parametrize("limit", ["KEPT_ANSWERS", "KEPT_CHARACTERS"])
+def test_the_oldest_answers_of_a_tenant_go_first(
+    answers: FirstAnswers, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(first_answers, limit, 3 if limit == "KEPT_ANSWERS" else 35)
+    for tenant, count in (("b", 1), ("a", 5)):
+        for number in range(count):
+            began = moment()
+            answers.claim(tenant, str(number), "digest", "one")
+            assert answers.keep(tenant, str(number), "one", FirstAnswer(201, (), f"{number:10}"))
+            wait_for(lambda began=began: moment() > began, "later time")
+    answers.claim("a", "working", "digest", "one")
+    found = [answers.claim("a", str(number), "digest", "two") for number in range(5)]
+    assert [isinstance(one, FirstAnswer) for one in found] == [False, False, True, True, True]
+    assert isinstance(answers.claim("b", "0", "digest", "two"), FirstAnswer), "it is another tenant's"
+    assert answers.claim("a", "working", "digest", "two") is Claim.ELSEWHERE
+
+
 def test_who_is_dead_is_followed_and_does_not_answer_any_more(answers: FirstAnswers, clock: Clock) -> None:
     answers.claim("a", "key", "digest", "one")
     clock.now += HELD_SECONDS - 1
@@ -65,9 +101,11 @@ def test_who_is_dead_is_followed_and_does_not_answer_any_more(answers: FirstAnsw
     assert answers.claim("a", "key", "digest", "two") is Claim.ELSEWHERE
     clock.now += 2
     assert answers.claim("a", "key", "digest", "two") is Claim.OURS
-    answers.keep("a", "key", "one", FirstAnswer(500, (), ""))
+    assert not answers.keep("a", "key", "one", FirstAnswer(500, (), ""))
+    assert not answers.renew("a", "key", "one")
     assert answers.claim("a", "key", "digest", "three") is Claim.ELSEWHERE
-    answers.keep("a", "key", "two", ANSWER)
+    assert answers.renew("a", "key", "two")
+    assert answers.keep("a", "key", "two", ANSWER)
     assert answers.claim("a", "key", "digest", "three") == ANSWER
 
 
@@ -85,3 +123,23 @@ def test_of_many_that_come_together_one_carries_it_out(answers: FirstAnswers, cl
     with ThreadPoolExecutor(16) as threads:
         found = Counter(threads.map(claim, range(16)))
     assert found == {Claim.OURS: 1, Claim.ELSEWHERE: 15}
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_holder_that_lives_after_all_is_not_followed(
+    answers: FirstAnswers, clock: Clock, monkeypatch: pytest.MonkeyPatch, database: str, answered: bool
+) -> None:
+    """It was slow, and answers or renews between the look of another process and its take-over."""
+    answers.claim("a", "key", "digest", "slow")
+    clock.now += HELD_SECONDS + 1
+    other, get = FirstAnswers(database, existing=True, clock=clock), Session.get
+
+    def looked(self: Session, *given: Any) -> Any:
+        found = get(self, *given)
+        monkeypatch.undo()
+        assert other.keep("a", "key", "slow", ANSWER) if answered else other.renew("a", "key", "slow")
+        return found
+
+    monkeypatch.setattr(Session, "get", looked)
+    assert answers.claim("a", "key", "digest", "two") == (ANSWER if answered else Claim.ELSEWHERE)
+    other.close()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from chainfed_ray.cluster.jobs.control import retry
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.tables import moment
 from chainfed_ray.cluster.uploads.arriving import ArrivingFile
 from chainfed_ray.cluster.uploads.store import Upload, UploadStore
 from chainfed_ray.errors import InvalidJob, LimitReached, UploadConflict, UploadNotFound
@@ -184,12 +185,12 @@ def test_a_kill_before_the_check_costs_the_check_alone(uploads: UploadStore, sto
 def test_a_tenant_sees_its_own_alone(uploads: UploadStore, storage: Storage) -> None:
     alice, bob = (uploads.seen_by(tenant, everything=False) for tenant in ("alice", "bob"))
     upload = added(alice)
-    for ask in (bob.get, bob.delete, lambda one: bob.receive(one, 0), lambda one: bob.page(before=one)):
+    for ask in (bob.get, bob.delete, lambda one: bob.receive(one, 0)):
         with pytest.raises(UploadNotFound):
             ask(upload.id)
     with pytest.raises(UploadNotFound):
         uploads.get("a\0b")
-    assert (bob.page(), [one.id for one in alice.page()]) == ([], [upload.id])
+    assert (bob.page(), bob.page(place=upload.place), [one.id for one in alice.page()]) == ([], [], [upload.id])
     assert not begun(bob).complete, "who has no bytes gets none by their digest"
     document = {"data": {"train": f"upload:{upload.id}"}, "evaluation": {"choices": "upload:none"}}
     assert set(uploads.files("alice", document)) == {upload.id}
@@ -211,6 +212,21 @@ def test_a_tenant_has_as_many_bytes_as_it_may(uploads: UploadStore) -> None:
     begin("alice", "c.csv", b"c" * 40)
     with pytest.raises(InvalidJob, match="bytes is 7"):
         uploads.seen_by("alice", everything=False).begin("d.csv", 7, first.sha256)
+
+
+def test_a_tenant_has_as_many_uploads_as_it_may(uploads: UploadStore) -> None:
+    def begin(who: str, name: str) -> Upload:
+        own = uploads.seen_by(who, everything=False)
+        return own.begin(name, len(ROWS), sha256(ROWS).hexdigest(), most_uploads=2)
+
+    first = begin("alice", "a.csv")
+    begin("alice", "b.csv")
+    with pytest.raises(LimitReached, match="2 uploads, as many as CHAINFED_UPLOADS"):
+        begin("alice", "c.csv")
+    assert begin("alice", "a.csv") == first
+    begin("bob", "c.csv")
+    uploads.delete(first.id)
+    begin("alice", "c.csv")
 
 
 @pytest.mark.parametrize("key", ["train", "validation", "test"])
@@ -278,7 +294,13 @@ def test_old_parts_and_forgotten_bytes_are_removed(uploads: UploadStore, storage
     assert kept(storage) == [ROWS]
 
 
-def test_pages_are_of_the_newest_first(uploads: UploadStore) -> None:
-    ids = [begun(uploads, name=f"{number}.csv").id for number in range(5)]
+def test_pages_are_of_the_newest_first_and_go_on_after_one_that_was_deleted(uploads: UploadStore) -> None:
+    made: list[Upload] = []
+    for number in range(5):
+        made.append(begun(uploads, name=f"{number}.csv"))
+        wait_for(lambda: moment() > made[-1].created_at, "later time")
+    ids = [one.id for one in made]
     assert [one.id for one in uploads.page(limit=2)] == ids[:2:-1]
-    assert [one.id for one in uploads.page(before=ids[3])] == ids[2::-1]
+    assert [one.id for one in uploads.page(place=made[3].place)] == ids[2::-1]
+    uploads.delete(ids[3])
+    assert [one.id for one in uploads.page(limit=2, place=made[3].place)] == ids[2:0:-1]
