@@ -43,4 +43,6 @@ def server(programs: Path) -> Iterator[str]:
                     sleep(0.1)
                 yield f"postgresql+psycopg://{_NAME}@/{_NAME}?host={folder}"
             finally:
-                process.send_signal(signal.SIGINT)  # fast: SIGTERM would wait for connections that a failed test left open
+                process.send_signal(
+                    signal.SIGINT
+                )  # fast: SIGTERM would wait for connections that a failed test left open

@@ -19,6 +19,7 @@ from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.uploads.store import UploadStore
+from chainfed_ray.spec.parse import parse_job
 from tests.apps import an_app
 from tests.builders import SPEC
 
@@ -111,8 +112,11 @@ def uploads_of() -> dict[str, Any]:
 
 
 def test_an_alias_is_rolled_back_once(processes: list[TestClient], store: JobStore) -> None:
-    for targets in ({"minilm:a": 1.0}, {"minilm:b": 1.0}, {"minilm:c": 1.0}):
-        store.aliases.set("mine", targets)
+    for name in "abc":
+        job = store.submit(parse_job({**DOCUMENT, "name": name})).id
+        store.move(job, "running")
+        store.move(job, "succeeded", result={"classes": ["x", "y"], "accuracy": 0.5})
+        store.aliases.set("mine", {f"minilm:{name}": 1.0})
     told = {process.post("/v1/aliases/mine/rollback", headers=KEY).text for process in processes}
     assert len(told) == 1
     assert store.aliases.get("mine") == {"minilm:b": 1.0}

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
 
 from chainfed_ray.cluster.access.keys import KeyStore, parts_of, this_hour
-from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.errors import InvalidSetting, KeyNotFound
-from tests.builders import SPEC
 
 DAY = timedelta(days=1)
 
@@ -143,20 +141,3 @@ def test_whatever_happens_to_keys_changes_their_state(keys: KeyStore) -> None:
         states.append(keys.state())
     keys.make_key("a", ["read"])
     assert [*states, keys.state()] == [(0, 0), (2, 0), (2, 1), (2, 2), (2, 2), (3, 2)]
-
-
-def test_a_database_of_before_gets_the_table_and_keeps_its_jobs(database: str) -> None:
-    store = JobStore(database)
-    job = store.submit(SPEC)
-    store.close()
-    engine = create_engine(database)
-    with engine.begin() as connection:
-        connection.execute(text("drop table keys"))
-    engine.dispose()
-    keys = KeyStore(database, existing=True)
-    token = keys.make_key("a", ["read"]).token
-    assert keys.authenticate(token)
-    keys.close()
-    store = JobStore(database, existing=True)
-    assert store.get(job.id) == job
-    store.close()
