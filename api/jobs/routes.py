@@ -98,7 +98,7 @@ async def accept(
     """
     await while_connected(request, service.check(spec, caller.reads_anything, caller.tenant))
     record = await run_in_threadpool(
-        jobs.submit, spec, idempotency_key, caller.reads_anything, service.most_queued if caller.key else None
+        jobs.submit, spec, idempotency_key, caller.reads_anything, service.queue_of(caller)
     )
     response.headers["Location"] = f"/v1/jobs/{record.id}"
     return await run_in_threadpool(full, jobs, record)

@@ -142,6 +142,10 @@ class Service:
     folder_of: Callable[[str], Path] | None = None  # a job's commits and artifacts
     most_uploads: int | None = None  # of a tenant
 
+    def queue_of(self, caller: Identity) -> int | None:
+        """How many jobs the tenant of ``caller`` may have in the queue. Without keys there is no limit."""
+        return self.most_queued if caller.key else None
+
     @cached_property
     def feed(self) -> EventFeed:
         """The events of jobs as they come, for all who watch."""

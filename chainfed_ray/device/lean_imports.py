@@ -22,8 +22,8 @@ def load_models() -> None:
     """Load what the models of transformers have in common, without what they do not need, for the life of this process.
 
     Every model of transformers imports Accelerate, SciPy and torch's distributed tensors if they are installed, and torch's
-    compiler, which also comes with the first tensor that has a shape but no values: 110 MiB of memory and 2.5 seconds of CPU
-    time. In a process that has called this, transformers' shared modules believe that the first three are not installed, and
+    compiler, which also comes with the first tensor that has a shape but no values: tens of MiB and seconds of CPU time.
+    In a process that has called this, transformers' shared modules believe that the first three are not installed, and
     the compiler is loaded when something compiles. So this is for processes that this package starts, and not for a user's own.
     Call it before a model's code is imported; later it changes nothing.
     """
