@@ -17,9 +17,9 @@ CLIENT_SLOT = "client_slot"
 COORDINATOR_SLOT = "coordinator_slot"
 ONLY_MACHINE = "only_machine"
 
-# The memory of a client's process before a client uses it: 418 MiB (`python -m benchmarks idle`), and a margin. 157 MiB of it
+# The memory of a client's process before a client uses it: 383 MiB (`python -m benchmarks idle`), and a margin. 157 MiB of it
 # are pages of libraries' files, which the processes of a machine share.
-IDLE_BYTES = 430 * 2**20
+IDLE_BYTES = 395 * 2**20
 
 # The same for a process of an offloaded evaluation, which also loads DeepSpeed and Ray Train.
 OFFLOAD_IDLE_BYTES = 550 * 2**20

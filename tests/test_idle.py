@@ -12,8 +12,8 @@ NOT_LOADED = {
     "chainfed_ray.federation.coordinator", "chainfed_ray.federation.prepare", "chainfed_ray.model.trace",
     "chainfed_ray.serving", "datasets", "deepspeed", "fastapi", "gguf", "httpx", "matplotlib", "networkx", "opacus",
     "pandas", "peft", "ray.data", "ray.serve", "ray.train", "scipy", "sentence_transformers", "sklearn", "sqlalchemy",
-    "torch._dynamo.convert_frame", "torch.distributed.tensor", "torch.utils.tensorboard", "torchvision", "transformers.trainer",
-    "typer",
+    "sympy.core", "torch._dynamo.convert_frame", "torch.distributed.tensor", "torch.utils.tensorboard", "torchvision",
+    "transformers.trainer", "typer",
 }  # fmt: skip
 
 _IDLE = """

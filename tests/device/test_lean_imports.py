@@ -58,6 +58,52 @@ def test_what_is_left_out_is_loaded_when_it_is_used(use: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+_SIZES = """
+import sys
+
+import torch
+from chainfed_ray.device.lean_imports import load_models
+
+load_models()
+layer = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).to("meta")
+assert layer(torch.ones(2, 5, 3, device="meta")).shape == (2, 5, 4)
+for wrong in (torch.ones(2, 4, device="meta"), torch.ones((), device="meta")):
+    try:
+        layer(wrong)
+    except RuntimeError:
+        pass
+    else:
+        raise AssertionError("sizes that do not fit")
+assert "sympy.core" not in sys.modules
+old = sys.modules["sympy"]
+
+USE
+assert "sympy.core" in sys.modules and sys.modules["sympy"].__file__
+import sympy
+
+assert old.Basic is sympy.Basic and old is not sympy
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false, sym_eq
+
+size = ShapeEnv().create_unbacked_symint()
+assert not guard_or_false(size == 3) and not isinstance(sym_eq((size, 1), (2, 1)), bool)
+"""
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import sympy; assert sympy.Symbol('n') + 1 - 1 == sympy.Symbol('n')",
+        "from sympy.core.basic import Basic; assert old.Basic is Basic; import sympy; assert sympy.core.basic.Basic is Basic",
+        "from torch.fx.experimental.symbolic_shapes import ShapeEnv; assert ShapeEnv()",
+        "from concurrent.futures import ThreadPoolExecutor; "
+        "assert len(set(ThreadPoolExecutor(4).map(lambda _: id(old.Symbol), range(4)))) == 1",
+    ],
+)
+def test_sizes_that_are_known_need_no_algebra(use: str) -> None:
+    done = subprocess.run([sys.executable, "-c", _SIZES.replace("USE", use)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 _PLAN = """
 import sys
 from pathlib import Path
