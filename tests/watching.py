@@ -18,11 +18,15 @@ from chainfed_ray.streaming.matrices import SliceReader
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
-    """Wait until ``condition`` gives a true value, and give that value. Fail after ``seconds``: there was no ``what``."""
-    ends = monotonic() + seconds
+    """Wait until ``condition`` gives a true value, and give that value. Fail after ``seconds``: there was no ``what``.
+
+    What took long is looked at less often: to look takes time from what is waited for, on a machine of two cores.
+    """
+    begun = monotonic()
     while not (found := condition()):
-        assert monotonic() < ends, f"no {what} within {seconds:g} s"
-        sleep(0.05)
+        waited = monotonic() - begun
+        assert waited < seconds, f"no {what} within {seconds:g} s"
+        sleep(min(0.25, max(0.05, waited / 20)))
     return found
 
 

@@ -55,19 +55,23 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class NoiseShare:
-    """A client's part in adding the noise: it clips its update to the L2 norm ``clip`` and adds ``noise``, before it sends."""
+class ClientPrivacy:
+    """What a client does with its update before it sends it: it clips it to the L2 norm ``clip`` and adds ``noise``, if any."""
 
     clip: float
-    noise: Noise
+    noise: Noise | None
 
     def applied(self, start: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Tensors:
-        """The tensors to send: every tensor of ``start``, plus its clipped change if it is in ``trained``, plus noise."""
+        """The tensors to send: every tensor of ``start``, plus its clipped change if it is in ``trained``, plus noise.
+
+        Where noise is added, even a tensor is sent that was not trained.
+        """
         factor = clip_factor(start, trained, self.clip)
         sent: Tensors = {}
         for name, tensor in start.items():  # one tensor at a time and in place, to save the client's memory
             value = change(tensor, trained[name]).mul_(factor) if name in trained else _zeros(tensor)
-            self.noise.add_to(name, value)
+            if self.noise:
+                self.noise.add_to(name, value)
             sent[name] = value.add_(tensor).float()
         return sent
 
@@ -75,8 +79,9 @@ class NoiseShare:
 class PrivateMean:
     """An ``Aggregate`` with privacy: it clips changes from ``start`` to ``clip``, sums them, adds ``noise`` and divides by m.
 
-    m is ``clients``, the number sampled. If ``clip`` is None, each client clips its update and adds a share of 1/m of the
-    noise; then only the missing shares are added here. Every tensor of ``start`` gets noise, even if no client trained it.
+    m is ``clients``, the number sampled. Clients have clipped their updates; clipping here bounds a client that has not. If
+    ``clip`` is None, each client has added a share of 1/m of the noise; then only the missing shares are added here. Every
+    tensor of ``start`` gets noise, even if no client trained it.
 
     Changes are summed as integers, so the sum has the same bits in any order. They are rounded towards zero: a client moves the
     sum by C at most, after rounding as before. ``bound`` is the largest change of an entry that a client may send if it clips.
@@ -133,7 +138,7 @@ def clip_factor(start: Mapping[str, Tensor], trained: Mapping[str, Tensor], boun
 
 
 def private_mean(spec: PrivacySpec, secret: bytes, index: int, start: Tensors, clients: int) -> PrivateMean:
-    """The aggregate of round ``index``. ``spec.where`` says whether the server or the clients clip and add the noise."""
+    """The aggregate of round ``index``. ``spec.where`` says whether the server or the clients add the noise."""
     noise = Noise(spec.noise_multiplier * spec.clip, key_of(secret, "server", index))
     if spec.where == "server":
         return PrivateMean(start, clients, spec.clip, noise)
@@ -142,13 +147,18 @@ def private_mean(spec: PrivacySpec, secret: bytes, index: int, start: Tensors, c
     return PrivateMean(start, clients, None, noise, max(most, MOST_CHANGE))
 
 
-def share_of(spec: PrivacySpec, secret: bytes, index: int, client: str, window: Window, clients: int) -> NoiseShare:
-    """The noise share of ``client`` for its update of ``window`` in round ``index``. Its key is the only one the client gets.
+def client_privacy(
+    spec: PrivacySpec, secret: bytes, index: int, client: str, window: Window, clients: int
+) -> ClientPrivacy:
+    """What ``client`` does with its update of ``window`` in round ``index``: it clips it, and may add a share of the noise.
 
-    The key depends on the window: with the same noise for two windows, the difference of two updates would have none.
+    The key of its noise is the only one the client gets. It depends on the window: with the same noise for two windows, the
+    difference of two updates would have none.
     """
+    if spec.where == "server":
+        return ClientPrivacy(spec.clip, None)
     deviation = spec.noise_multiplier * spec.clip / math.sqrt(clients)
-    return NoiseShare(spec.clip, Noise(deviation, key_of(secret, "client", index, client, window.bottom)))
+    return ClientPrivacy(spec.clip, Noise(deviation, key_of(secret, "client", index, client, window.bottom)))
 
 
 def sampling_seed(secret: bytes) -> int:

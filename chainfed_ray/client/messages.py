@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from chainfed_ray.aggregation.privacy import NoiseShare
+from chainfed_ray.aggregation.privacy import ClientPrivacy
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.first_pass import StartGuess
@@ -18,9 +18,9 @@ class Client:
     """A data owner: its examples, the memory that it declared, and the plan of its next turn.
 
     A turn that would hold more than ``cap_bytes`` is stopped. The cap is what the plan needs or, after a plan that was too
-    small, all that the client declared. ``share`` is the noise that the client adds to its update, in a job where clients add
-    it. ``speed`` is the speed of its machine, at most 1: at 0.5 a turn takes twice as long as it does here. ``remote`` says
-    where the rows of a client at a site are; on the server it has no ``examples``.
+    small, all that the client declared. ``privacy`` is what it does with its update before it is sent, in a job with privacy.
+    ``speed`` is the speed of its machine, at most 1: at 0.5 a turn takes twice as long as it does here. ``remote`` says where
+    the rows of a client at a site are; on the server it has no ``examples``.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Client:
     budget_bytes: int
     plan: TurnPlan
     cap_bytes: int
-    share: NoiseShare | None = None
+    privacy: ClientPrivacy | None = None
     speed: float = 1.0
     remote: SiteRows | None = None
 

@@ -72,10 +72,11 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
         step = _Step(blocks, stack, layers, activations, matrices, offload, plan.activations, window, run, order)
         loss, steps = _train(step, examples, plan.micro_batch, order)
     tensors = {name: parameter.detach() for name, parameter in stack.named_parameters() if name in names}
-    if client.share:
-        begin("clipping the update and adding noise")
-        sent = trained_names(order.tensors, order.window, order.global_weight, order.global_trains)
-        tensors = client.share.applied({name: order.tensors[name] for name in sorted(sent)}, tensors)
+    if client.privacy:
+        begin("clipping the update and adding noise" if client.privacy.noise else "clipping the update")
+        of_stage = trained_names(order.tensors, order.window, order.global_weight, order.global_trains)
+        sent = of_stage if client.privacy.noise else tensors
+        tensors = client.privacy.applied({name: order.tensors[name] for name in sorted(sent)}, tensors)
     seconds = (perf_counter() - started) / client.speed
     return Update(tensors, len(examples), loss, steps, seconds, process_time() - cpu_started)
 

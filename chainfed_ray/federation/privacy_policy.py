@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.aggregation.mean import Aggregate, KeptUpdates, aggregate_by
-from chainfed_ray.aggregation.privacy import private_mean, sampling_seed, share_of
+from chainfed_ray.aggregation.privacy import client_privacy, private_mean, sampling_seed
 from chainfed_ray.aggregation.rule import AggregationRule
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
@@ -41,12 +41,15 @@ class PrivacyPolicy:
         return sampling_seed(self._log.secret()) if self._privacy else self._spec.seed
 
     def prepared(self, clients: Sequence[Client], index: int) -> list[Client]:
-        """The clients of round ``index``, each with its share of the noise where clients add it."""
-        if self._privacy is None or self._privacy.where == "server":
+        """The clients of round ``index``. With privacy each clips its update, and adds its share of the noise if clients do."""
+        if self._privacy is None:
             return list(clients)
         secret, count = self._log.secret(), self._spec.rounds.clients
         return [
-            replace(client, share=share_of(self._privacy, secret, index, client.name, client.plan.window, count))
+            replace(
+                client,
+                privacy=client_privacy(self._privacy, secret, index, client.name, client.plan.window, count),
+            )
             for client in clients
         ]
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from chainfed_ray.aggregation.privacy import Noise, NoiseShare
+from chainfed_ray.aggregation.privacy import ClientPrivacy, Noise
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
@@ -166,10 +166,10 @@ def turn_order(
             kind = "calibrating"
             turn = {"window": _WINDOW.dump_python(order.window)}
             most = 0
-    share = client.share and {
-        "clip": client.share.clip,
-        "deviation": client.share.noise.deviation,
-        "key": client.share.noise.key.hex(),
+    noise = client.privacy and client.privacy.noise
+    privacy = client.privacy and {
+        "clip": client.privacy.clip,
+        "noise": noise and {"deviation": noise.deviation, "key": noise.key.hex()},
     }
     content = {
         "client": {
@@ -178,7 +178,7 @@ def turn_order(
             "budget_bytes": client.budget_bytes,
             "cap_bytes": client.cap_bytes,
             "plan": _PLAN.dump_python(client.plan),
-            "share": share,
+            "privacy": privacy,
             "data": client.remote.data,
             "part": client.remote.part,
             "parts": client.remote.parts,
@@ -200,9 +200,10 @@ def client_of(order: Order) -> Client:
     for key in ("name", "client_class"):
         if not fullmatch(_NAME, given[key]):  # a client's caches are in a folder with its name
             raise ValueError(f"the client's {key} is {given[key]!r}")
-    share = given["share"] and NoiseShare(
-        given["share"]["clip"], Noise(given["share"]["deviation"], bytes.fromhex(given["share"]["key"]))
-    )
+    privacy = given["privacy"]
+    if privacy:
+        noise = privacy["noise"]
+        privacy = ClientPrivacy(privacy["clip"], noise and Noise(noise["deviation"], bytes.fromhex(noise["key"])))
     rows = SiteRows("", given["data"], given["part"], given["parts"], ExampleCounts(0, 0, 0))
     return Client(
         given["name"],
@@ -211,7 +212,7 @@ def client_of(order: Order) -> Client:
         given["budget_bytes"],
         _PLAN.validate_python(given["plan"]),
         given["cap_bytes"],
-        share,
+        privacy,
         remote=rows,
     )
 

@@ -23,7 +23,7 @@ KEY = r"^[a-z_.\[\]0-9]{1,100}$"
 # The phases of a turn. No other words cross: words of a library or an error may quote rows.
 PHASE = (
     "^(getting ready|loading the window|training|profiling the layers|fitting the head|working|evaluating"
-    "|clipping the update and adding noise|running the layers (below|up to) layer [0-9]{1,5})$"
+    "|clipping the update( and adding noise)?|running the layers (below|up to) layer [0-9]{1,5})$"
 )
 Kind = Literal["survey", "profiling", "training", "fitting", "evaluating", "calibrating"]
 Reason = Literal["budget", "job", "model", "refused", "classes", "plan", "changed", "error"]

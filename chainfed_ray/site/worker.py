@@ -105,8 +105,10 @@ class RowsOfJob:
             return chain.head == "fitted" and evaluation.rows == "sites"
         if order.kind == "evaluating":
             return evaluation.rows == "sites" and order.content["turn"]["rows"] in ("validation", "test")
-        private = self.spec.privacy if self.spec.privacy and self.spec.privacy.where == "client" else None
-        return private is None or (client["share"] is not None and client["share"]["clip"] == private.clip)
+        private, asked = self.spec.privacy, client["privacy"]
+        if private is None or asked is None:
+            return private is None and asked is None
+        return asked["clip"] == private.clip and (asked["noise"] is not None) == (private.where == "client")
 
     def is_planned(self, client: Client, turn: TurnOrder, memory: MemoryProfile) -> bool:
         """True if the plan that came with a turn of training is the one that this site makes for its own rows.

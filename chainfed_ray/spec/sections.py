@@ -304,7 +304,7 @@ class PrivacySpec(Section):
     )
     where: Literal["server", "client"] = Field(
         "server",
-        description="who clips and adds noise: the server, or each client its share before it sends its update",
+        description="who adds the noise: the server, or each client its share. Each client clips its update either way",
     )
     epsilon: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="the largest ε: the job ends before a round that could exceed it"

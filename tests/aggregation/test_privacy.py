@@ -16,13 +16,13 @@ from scipy import stats
 
 from chainfed_ray.aggregation.privacy import (
     CHUNK,
+    ClientPrivacy,
     Noise,
-    NoiseShare,
     PrivateMean,
+    client_privacy,
     clip_factor,
     private_mean,
     sampling_seed,
-    share_of,
 )
 from chainfed_ray.api.report.progress import ProgressDisplay
 from chainfed_ray.api.report.results import results
@@ -153,7 +153,7 @@ def test_noise_has_the_deviation_that_was_asked_for(answering: int) -> None:
     for index in range(rounds):
         mean = private_mean(CLIENT, SECRET, index, start, clients)
         for place in range(answering):
-            share = share_of(CLIENT, SECRET, index, f"phone-{place}", WINDOW, clients)
+            share = client_privacy(CLIENT, SECRET, index, f"phone-{place}", WINDOW, clients)
             mean.add(place, share.applied(start, {}), 1)
         from_clients.append(mean.result()["x"])
     for drawn in (server, torch.stack(from_clients)):
@@ -166,29 +166,29 @@ def test_noise_has_the_deviation_that_was_asked_for(answering: int) -> None:
 def test_every_key_is_its_own() -> None:
     """Of a round, a client, a window, the server and the sampling; and none of them is the secret."""
     shares = [
-        share_of(CLIENT, SECRET, index, client, window, 5)
+        client_privacy(CLIENT, SECRET, index, client, window, 5)
         for index in (0, 1)
         for client in ("phone-0", "phone-1")
         for window in (Window(1, 2), Window(2, 2))
     ]
     servers = [private_mean(SERVER, SECRET, index, START, 5).noise for index in (0, 1)]
-    keys = [share.noise.key for share in shares] + [noise.key for noise in servers] + [SECRET]
+    keys = [share.noise.key for share in shares if share.noise] + [noise.key for noise in servers] + [SECRET]
     assert len(set(keys)) == 8 + 2 + 1
     assert sampling_seed(SECRET) not in {int.from_bytes(key) for key in keys}
-    assert share_of(CLIENT, SECRET, 0, "phone-0", WINDOW, 5) == shares[0], (
+    assert client_privacy(CLIENT, SECRET, 0, "phone-0", WINDOW, 5) == shares[0], (
         "a round that is run again has the same noise"
     )
 
 
 def test_a_key_is_not_shown_where_a_client_is() -> None:
-    share = NoiseShare(1.0, Noise(1.0, SECRET))
+    share = ClientPrivacy(1.0, Noise(1.0, SECRET))
     assert repr(SECRET)[2:10] not in repr(share)
     assert "key" not in repr(share)
 
 
 @given(updates)
 def test_a_client_clips_and_sends_noise_for_what_it_did_not_train(update: Tensors) -> None:
-    share = share_of(CLIENT, SECRET, 0, "phone-0", WINDOW, 4)
+    share = client_privacy(CLIENT, SECRET, 0, "phone-0", WINDOW, 4)
     sent = share.applied(START, {"b": update["b"]})
     change = flat({"b": update["b"]}) - flat({"b": START["b"]})
     norm = np.linalg.norm(change)
@@ -197,6 +197,7 @@ def test_a_client_clips_and_sends_noise_for_what_it_did_not_train(update: Tensor
     expected["b"] += torch.from_numpy(clipped)
     np.testing.assert_allclose(flat(sent), flat(expected), rtol=1e-6, atol=1e-6)
     assert {tensor.dtype for tensor in sent.values()} == {torch.float32}
+    assert share.noise
     assert share.noise.deviation == pytest.approx(0.5 * 2.0 / math.sqrt(4))
 
 

@@ -98,10 +98,15 @@ def moved(job: PlannedJob, folder: Path, window: range) -> tuple[Tensors, Tensor
 
 
 def test_noise_of_the_server_is_what_the_definition_says(document: dict[str, Any], tmp_path: Path) -> None:
-    """A round, worked out again from what each client sent: uniform weights, one norm, one denominator."""
+    """A round, worked out again from what each client trained: uniform weights, one norm, one denominator.
+
+    A client sends what it trained after it has clipped it, so nobody ever holds an update that was not.
+    """
     document["rounds"] |= {"total": 1, "clients": 4}
     document["chain"] |= {"start": 2}
     document["fleet"]["partition"] = {"scheme": "dirichlet", "alpha": 0.5}
+    _, _, bare = moved(a_job(document, tmp_path / "bare"), tmp_path / "bare-log", range(2, 4))
+    trained = {client.name: update.tensors for client, _, update in bare.updates}
     job = a_job({**document, "privacy": PRIVACY}, tmp_path)
     assert len({len(client.examples) for client in job.clients}) > 1, "counts that must not matter"
     secret = CommitLog(tmp_path / "log").secret()
@@ -110,11 +115,15 @@ def test_noise_of_the_server_is_what_the_definition_says(document: dict[str, Any
     names = sorted(pool.updates[0][2].tensors)
     sums = {name: np.zeros(before[name].shape) for name in names}
     norms = []
-    for _, _, update in pool.updates:
-        changes = {name: (update.tensors[name].double() - before[name].double()).numpy() for name in names}
+    for client, _, update in pool.updates:
+        assert update.tensors.keys() == trained[client.name].keys()
+        changes = {name: (trained[client.name][name].double() - before[name].double()).numpy() for name in names}
         norms.append(np.sqrt(sum((change**2).sum() for change in changes.values())))
         for name, change in changes.items():
-            sums[name] += change * min(1.0, 0.5 / norms[-1])
+            clipped = change * min(1.0, 0.5 / norms[-1])
+            sent = (update.tensors[name].double() - before[name].double()).numpy()
+            np.testing.assert_allclose(sent, clipped, rtol=0, atol=1e-6, err_msg=name)
+            sums[name] += clipped
     assert max(norms) > 0.5, "something is clipped"
     noise = Noise(0.8 * 0.5, key_of(secret, "server", 0))
     for name in names:
@@ -131,13 +140,14 @@ def test_what_clients_send_is_clipped_and_noised(plain: PlannedJob, tmp_path: Pa
     before, after, pool = moved(job, tmp_path / "log", range(2, 4))
     for (client, _, sent), (same, _, trained) in zip(pool.updates, bare.updates, strict=True):
         assert client.name == same.name
-        assert client.share
-        assert client.share.noise.key == key_of(secret, "client", 0, client.name, 2) != secret
+        assert client.privacy
+        assert client.privacy.noise
+        assert client.privacy.noise.key == key_of(secret, "client", 0, client.name, 2) != secret
         norm = np.sqrt(sum(((tensor - before[name]) ** 2).sum().item() for name, tensor in trained.tensors.items()))
         assert sent.tensors.keys() == trained.tensors.keys()
         for name, tensor in sent.tensors.items():
             clipped = (trained.tensors[name] - before[name]) * min(1.0, 0.5 / norm)
-            noise = noise_of(Noise(0.8 * 0.5 / 2, client.share.noise.key), name, tensor.shape)
+            noise = noise_of(Noise(0.8 * 0.5 / 2, client.privacy.noise.key), name, tensor.shape)
             torch.testing.assert_close(tensor, before[name] + clipped + noise.float(), rtol=0, atol=1e-5)
     for name in pool.updates[0][2].tensors:
         mean = torch.stack([update.tensors[name] for _, _, update in pool.updates]).mean(0)

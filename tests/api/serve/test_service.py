@@ -1,6 +1,7 @@
 """Promises of the whole service, over its front door: what `chainfed serve` starts, spoken to by `chainfed`'s other commands.
 
-One service for the file: a Ray cluster, Ray Serve with HAProxy, SQLite, in a process of its own.
+One service for the file: a Ray cluster, Ray Serve with HAProxy, SQLite, in a process of its own. It has no key until the last
+tests, which are of keys and of two tenants.
 """
 
 import json
@@ -20,9 +21,19 @@ import yaml
 from rich.console import Console
 
 from chainfed_ray.activity import Activity
+from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.command.following import follow
 from chainfed_ray.cluster.access.keys import KeyStore
-from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound, ModelNotFound
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.errors import (
+    AccessDenied,
+    InvalidJob,
+    JobConflict,
+    JobFailed,
+    JobNotFound,
+    ModelNotFound,
+    ServiceFailed,
+)
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.serving.generator import Generator
 from chainfed_ray.serving.messages import Piece, Sampling
@@ -42,9 +53,24 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(storage: Path) -> Iterator[Running]:
-    with Running(storage) as running:
-        yield running
+def service(storage: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """It reads what tests write, and nothing else."""
+    roots = str(tmp_path_factory.getbasetemp())
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CHAINFED_DATA_ROOTS", roots)
+        environment.setenv("CHAINFED_MODEL_ROOTS", roots)
+        environment.setenv("CHAINFED_QUEUED_JOBS", "2")
+        with Running(storage) as running:
+            yield running
+
+
+def test_a_service_for_the_network_needs_a_key(tmp_path: Path) -> None:
+    """Without one it is refused before anything starts."""
+    environment = {**os.environ, "CHAINFED_STORAGE": str(tmp_path / "storage")}
+    command = [*COMMAND, "serve", "--host", "0.0.0.0", "--port", "65001"]
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert refused.returncode == 1
+    assert "error: --host is '0.0.0.0'; expected 127.0.0.1, as long as no key was made" in refused.stderr
 
 
 def test_a_job_over_the_command_line(service: Running, document: dict[str, Any], tmp_path: Path) -> None:
@@ -190,7 +216,7 @@ def test_two_services_do_not_share_a_storage(service: Running, storage: Path) ->
 def test_a_key_that_is_made_while_it_runs_closes_it(
     service: Running, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last test: from here on, nobody else is answered."""
+    """From here on, nobody is answered without a key."""
     forwarded = httpx.get(f"{service.address}/v1/jobs", headers={"X-Forwarded-For": "10.1.2.3"})
     assert forwarded.status_code == 401, "a proxy on this machine does not open it to others"
     keys = KeyStore(f"sqlite:///{storage / 'chainfed.db'}", existing=True)
@@ -202,3 +228,50 @@ def test_a_key_that_is_made_while_it_runs_closes_it(
     assert refused["type"] == "AccessDenied"
     monkeypatch.setenv("CHAINFED_API_KEY", token)
     assert service.chainfed("list")[0] == 0
+
+
+@pytest.fixture
+def clients(service: Running, storage: Path) -> Iterator[dict[str, ServiceClient]]:
+    """A client for each owner of a key. A new key is accepted at once."""
+    keys = KeyStore(Storage.at(storage).database)
+    scopes = {"alice": ["submit", "read", "infer"], "bob": ["submit", "read", "infer"], "ops": ["admin"]}
+    made = {owner: ServiceClient(service.address, keys.make_key(owner, scopes[owner]).token) for owner in scopes}
+    keys.close()
+    made["nobody"] = ServiceClient(service.address)
+    yield made
+    for client in made.values():
+        client.close()
+
+
+def test_two_tenants_and_their_operator(
+    clients: dict[str, ServiceClient], document: dict[str, Any], tmp_path: Path
+) -> None:
+    alice, bob, ops, nobody = (clients[who] for who in ("alice", "bob", "ops", "nobody"))
+    with pytest.raises(AccessDenied):
+        nobody.submit(document)
+    for outside in ("/etc/passwd", str(tmp_path.parent.parent.parent / "none.csv")):
+        with pytest.raises(InvalidJob, match="CHAINFED_DATA_ROOTS"):
+            alice.submit({**document, "data": {**document["data"], "train": f"path:{outside}"}})
+
+    document["rounds"] |= {"total": 2}
+    job = alice.submit(document)["id"]
+    assert [event["kind"] for event in alice.follow(job)][-1] == "succeeded"
+    assert alice.classify("tiny:tiny", ["salt tide wave"])["results"][0]["label"] == "sea"
+    assert ops.classify("alice/tiny:tiny", ["salt tide wave"])["job"] == job
+    for name in ("tiny:tiny", "alice/tiny:tiny", "tiny"):
+        with pytest.raises(ModelNotFound):
+            bob.classify(name, ["salt tide wave"])
+    for ask in (bob.job, bob.cancel, lambda job: next(bob.follow(job))):
+        with pytest.raises(JobNotFound):
+            ask(job)
+    assert (bob.jobs(), [found["id"] for found in alice.jobs()]) == ([], [job])
+    assert job in [found["id"] for found in ops.jobs() if found["tenant"] == "alice"]
+
+    long = {**document, "rounds": {**document["rounds"], "total": 500}}
+    running = bob.submit(long)["id"]
+    assert next(event for event in bob.follow(running) if event["kind"] == "round")
+    waiting = [bob.submit(long)["id"] for _ in range(2)]
+    with pytest.raises(ServiceFailed, match="bob has a queue of 2, as many as CHAINFED_QUEUED_JOBS allows"):
+        bob.submit(long)
+    for left in (*waiting, running):
+        bob.cancel(left)
