@@ -1,18 +1,15 @@
 """Promise: what a process leaves out when it loads models is there when it is used, and nothing else changes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-_CODE = """
-import sys
-
-import torch
-from chainfed_ray.device.lean_imports import load_models
-
-load_models()
+# What comes before a use, in a process that has loaded models, and what must hold after it.
+_COMPILER = (
+    """
 left_out = {"accelerate", "scipy", "torch._dynamo.convert_frame", "torch.distributed.tensor"}
 assert not left_out & set(sys.modules)
 
@@ -30,41 +27,28 @@ with FakeTensorMode():
 settings = sys.modules["torch._dynamo.config"]
 assert not left_out & set(sys.modules)
 load_models()  # once more, which changes nothing
-
-USE
+""",
+    """
 assert "torch._dynamo.convert_frame" in sys.modules
 import torch._dynamo
 
 assert torch._dynamo.config is settings and sys.modules["torch._dynamo"].__file__
 assert torch._dynamo.source is sys.modules["torch._dynamo.source"]
 assert torch.equal(torch.compile(model, backend="eager")(ids).last_hidden_state, plain)
-"""
-
-# What loads the compiler: a function of it, a module of it, and the masks that are made by vmap.
-USES = (
-    "torch.compile(model, backend='eager')(ids)",
-    "import torch._dynamo; torch._dynamo.reset()",
-    "from torch._dynamo.source import LocalSource; assert LocalSource is sys.modules['torch._dynamo.source'].LocalSource",
-    "import torch._dynamo.utils",
-    "from concurrent.futures import ThreadPoolExecutor; old = sys.modules['torch._dynamo']; "
-    "assert len(set(ThreadPoolExecutor(4).map(lambda _: id(old.mark_static_address), range(4)))) == 1",
-    "with masking_utils.TransformGetItemToIndex(): import torch._dynamo; torch._dynamo.reset()",
+""",
+    # What loads the compiler: a function of it, a module of it, and the masks that are made by vmap.
+    (
+        "torch.compile(model, backend='eager')(ids)",
+        "import torch._dynamo; torch._dynamo.reset()",
+        "from torch._dynamo.source import LocalSource; assert LocalSource is sys.modules['torch._dynamo.source'].LocalSource",
+        "import torch._dynamo.utils",
+        "from concurrent.futures import ThreadPoolExecutor; old = sys.modules['torch._dynamo']; "
+        "assert len(set(ThreadPoolExecutor(4).map(lambda _: id(old.mark_static_address), range(4)))) == 1",
+        "with masking_utils.TransformGetItemToIndex(): import torch._dynamo; torch._dynamo.reset()",
+    ),
 )
-
-
-@pytest.mark.parametrize("use", USES)
-def test_what_is_left_out_is_loaded_when_it_is_used(use: str) -> None:
-    done = subprocess.run([sys.executable, "-c", _CODE.replace("USE", use)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-_SIZES = """
-import sys
-
-import torch
-from chainfed_ray.device.lean_imports import load_models
-
-load_models()
+_ALGEBRA = (
+    """
 layer = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).to("meta")
 assert layer(torch.ones(2, 5, 3, device="meta")).shape == (2, 5, 4)
 for wrong in (torch.ones(2, 4, device="meta"), torch.ones((), device="meta")):
@@ -76,8 +60,8 @@ for wrong in (torch.ones(2, 4, device="meta"), torch.ones((), device="meta")):
         raise AssertionError("sizes that do not fit")
 assert "sympy.core" not in sys.modules
 old = sys.modules["sympy"]
-
-USE
+""",
+    """
 assert "sympy.core" in sys.modules and sys.modules["sympy"].__file__
 import sympy
 
@@ -86,21 +70,38 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false, sym_
 
 size = ShapeEnv().create_unbacked_symint()
 assert not guard_or_false(size == 3) and not isinstance(sym_eq((size, 1), (2, 1)), bool)
-"""
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
+""",
+    (
         "import sympy; assert sympy.Symbol('n') + 1 - 1 == sympy.Symbol('n')",
         "from sympy.core.basic import Basic; assert old.Basic is Basic; import sympy; assert sympy.core.basic.Basic is Basic",
         "from torch.fx.experimental.symbolic_shapes import ShapeEnv; assert ShapeEnv()",
         "from concurrent.futures import ThreadPoolExecutor; "
         "assert len(set(ThreadPoolExecutor(4).map(lambda _: id(old.Symbol), range(4)))) == 1",
-    ],
+    ),
 )
-def test_sizes_that_are_known_need_no_algebra(use: str) -> None:
-    done = subprocess.run([sys.executable, "-c", _SIZES.replace("USE", use)], capture_output=True, text=True)
+# Each use has a process of its own, in which nobody has used anything before. They begin as copies of one, which takes seconds.
+_EACH = """
+import json
+import os
+import sys
+
+import torch
+from chainfed_ray.device.lean_imports import load_models
+
+load_models()
+before, after, uses = json.loads(sys.argv[1])
+for use in uses:
+    child = os.fork()
+    if not child:
+        exec(before + use + after)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, use
+"""
+
+
+@pytest.mark.parametrize("uses", [_COMPILER, _ALGEBRA], ids=["compiler", "algebra"])
+def test_what_is_left_out_is_loaded_when_it_is_used(uses: tuple[str, str, tuple[str, ...]]) -> None:
+    done = subprocess.run([sys.executable, "-c", _EACH, json.dumps(uses)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
