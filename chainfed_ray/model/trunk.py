@@ -73,6 +73,7 @@ class Trunk:
         if (given := self._model.main_input_name) != "input_ids":
             raise UnsupportedModel(str(self.folder), f"{self.family} reads no texts, but {given}")
         self.hidden_size, self.vocabulary = int(self.config.hidden_size), int(self.config.vocab_size)
+        self._settings: str = self.config.to_json_string()  # once: it takes longer than to record a call
         words = self._model.get_input_embeddings()
         self._tokens = words.num_embeddings
         table = next(name for name, module in self._model.named_modules() if module is words)
@@ -122,8 +123,7 @@ class Trunk:
     def run(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
         """One layer: [B, T, D] → [B, T, D]."""
         output = layer(self.turned(hidden), *call.args, **call.kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple | list) else output
-        return self.turned(result)
+        return self.turned(output[0] if isinstance(output, tuple | list) else output)
 
     def turned(self, hidden: Tensor) -> Tensor:
         """Hidden states as the model's layers have them, and back: in XLNet they are [T, B, D]."""
@@ -234,7 +234,7 @@ class Trunk:
 
     def _beside_hidden(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> tuple[Any, ...] | None:
         """What layers return besides hidden states, without values; None if they return these alone, in no tuple."""
-        kind = type(layer), self.config.to_json_string()
+        kind = type(layer), self._settings
         if kind not in _BESIDE:
             with self.named_errors("has layers that cannot be run one by one"):
                 output = run_on_meta(layer, hidden, call)
