@@ -68,14 +68,14 @@ class Api:
             self._embed,
             self._write,
             parts,
-            listed_in(self._settings.storage.job),
+            listed_in(self._settings.storage.committed),
             Mailbox(self._settings.storage),
             self._audit,
             self._settings.queued_jobs,
             self._uploads,
             self._settings.upload_bytes,
             self._settings.stored_bytes,
-            self._settings.storage.job,
+            self._settings.storage.committed,
             self._settings.most_uploads,
         )
         rates = Rates(self._settings.requests_per_minute)
