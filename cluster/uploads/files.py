@@ -7,11 +7,12 @@ uploads/<tenant>/lock              held while bytes are added to those, or taken
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from fcntl import LOCK_EX, flock
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
+from time import time
 from typing import Protocol, Self
 
 from chainfed_ray.cluster.objects.object_store import ObjectStore
@@ -21,6 +22,7 @@ from chainfed_ray.cluster.uploads.arriving import ArrivingFile
 from chainfed_ray.errors import UploadConflict
 
 _PIECE_BYTES = 8 * 2**20
+_UNUSED_SECONDS = 86400.0
 _PARTIAL, _LOCK = ".partial", "lock"
 
 
@@ -234,8 +236,11 @@ class StoredUploads(UploadFolder):
     def path(self, tenant: str, digest: str) -> Path:
         """See ``UploadFiles``."""
         path = self._whole(tenant, digest)
-        if not path.exists():
+        if path.exists():
+            os.utime(path)  # it is of use
+        else:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._drop_unused()
             partial = path.with_name(f"{token_hex(8)}{_PARTIAL}")
             try:
                 with partial.open("wb") as file:
@@ -270,6 +275,14 @@ class StoredUploads(UploadFolder):
     def partials(self, tenant: str) -> list[str]:
         """See ``UploadFiles``."""
         return [name.removesuffix(_PARTIAL) for name in self._objects.folders(f"uploads/{tenant}")]
+
+    def _drop_unused(self) -> None:
+        """Delete files of this machine that no job has begun to read for a day. The store has their bytes."""
+        oldest = time() - _UNUSED_SECONDS
+        for path in self._storage.uploads("x").parent.glob("*/*"):
+            with suppress(FileNotFoundError):  # another process was faster
+                if path.name != _LOCK and path.stat().st_mtime < oldest:
+                    path.unlink()
 
     def _name(self, tenant: str, name: str) -> str:
         return f"uploads/{tenant}/{name}"

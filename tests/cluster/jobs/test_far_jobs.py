@@ -10,6 +10,8 @@ import pytest
 from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, Training, TurnOrder
 from chainfed_ray.client.pool import LocalPool
+from chainfed_ray.cluster.artifacts.job_log import LOG, lines_of
+from chainfed_ray.cluster.artifacts.listing import names_of
 from chainfed_ray.cluster.jobs import commits
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -21,6 +23,7 @@ from chainfed_ray.errors import CommitConflict, CorruptCommit
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.records.fleet import clients_in
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import PRIVACY, a_document
 from tests.pools import Altered, Answer, Killed, dying
@@ -108,6 +111,11 @@ def test_another_machine_goes_on_after_a_kill_between_tensors_and_record(
     assert load_stack(reader.stack(job, None)).round is not None
     assert (reader.model(job) / "README.md").exists(), "the model's card"
     assert not (reader.committed(job) / "rounds").exists(), "only coordinators read them"
+    artifacts = names_of(reader.committed(job), True, None)
+    assert {"model/adapter_model.safetensors", "partition.json"} <= artifacts.keys()
+    assert len(clients_in(reader.committed(job))) == CLIENTS
+    said = [line.message for line in lines_of(reader.committed(job) / LOG)]
+    assert any(message.startswith("the job is done after 3 rounds") for message in said)
     assert not other.scratch(job).exists(), "nothing is left where it ran"
     snapshots = Snapshots(store_of(far), job)
     kept = [snapshots.read(number) for number in snapshots.numbers()]

@@ -1,5 +1,6 @@
 """Promises of the object store: what is created is created once, and a store that is away is a disk that is away."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from errno import ENOTCONN
 from hashlib import sha256
@@ -10,7 +11,7 @@ import pytest
 
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.objects.pieces import Pieces
-from chainfed_ray.errors import InvalidSetting
+from chainfed_ray.errors import InvalidSetting, PackageMissing
 from tests.s3 import Server
 
 
@@ -23,6 +24,12 @@ def objects(s3: Server, tmp_path: Path) -> ObjectStore:
 def test_what_is_no_store_is_refused(url: str) -> None:
     with pytest.raises(InvalidSetting, match="CHAINFED_STORAGE"):
         ObjectStore.at(url)
+
+
+def test_a_store_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(PackageMissing, match=r"obstore.*pip install 'chainfed-ray\[s3\]'"):
+        ObjectStore.at("s3://never/asked")
 
 
 def test_of_many_who_create_an_object_one_succeeds(objects: ObjectStore) -> None:

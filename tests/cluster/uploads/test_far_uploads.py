@@ -1,5 +1,6 @@
 """Promises of uploads in S3: pieces may come to any machine, bytes are kept once, and a job reads what was sent."""
 
+import os
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -43,7 +44,11 @@ def test_an_upload_through_two_machines(far: Storage, tmp_path: Path, s3: Server
     assert send(second, begun, ROWS).complete
 
     document = {"data": {"train": f"upload:{begun.id}"}}
+    unused = tmp_path / "a" / "uploads" / "default" / "unused"
+    unused.touch()
+    os.utime(unused, (0, 0))
     assert first.files("default", document)[begun.id].path.read_bytes() == ROWS
+    assert not unused.exists(), "a machine keeps what its jobs read for a day"
     assert first.begin("twin.csv", len(ROWS), DIGEST).complete, "its bytes are here"
     half = first.begin("half.csv", 100, 64 * "0")
     send(first, half, b"part")
