@@ -130,7 +130,7 @@ class Storage:
 
     def model(self, job: str) -> Path:
         """The folder of a job's trained adapter stack."""
-        return self.committed(job) / "model"
+        return self.stack(job, None)
 
     def stack(self, job: str, index: int | None, moving: str | None = None) -> Path:
         """The folder of the stack that a job had after round ``index``; of its model, without an index.
@@ -141,8 +141,8 @@ class Storage:
             InvalidJob: that stack is kept no more.
         """
         folder = self.committed(job)
-        if index is None:
-            return folder / "model"
+        if index is None:  # a copy may be from before the job's end
+            return (folder if (folder / "model").exists() else self.committed(job, at_once=True)) / "model"
         kept = _stacks_in(folder)
         if index not in kept and self.url:  # it may be newer than the copy
             kept = _stacks_in(self.committed(job, at_once=True))

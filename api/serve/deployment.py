@@ -1,6 +1,7 @@
 """The Ray Serve application of the service: one deployment for the routes, one for inference."""
 
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -75,7 +76,7 @@ class Api:
             self._uploads,
             self._settings.upload_bytes,
             self._settings.stored_bytes,
-            self._settings.storage.committed,
+            partial(self._settings.storage.committed, at_once=True),
             self._settings.most_uploads,
         )
         rates = Rates(self._settings.requests_per_minute)

@@ -22,7 +22,7 @@ _LOOK_SECONDS = 1.0  # until the store is asked again for a newer commit of the 
 _MOST_BYTES = 2 * 2**30  # of copies on a machine
 _IN_USE_SECONDS = 600.0  # since a copy was asked for: somebody may still read it
 _KNOWN_JOBS = 10_000
-_ROUNDS = "rounds/"
+_ROUNDS, _LAST = "rounds/", "finished.json"
 _log = logging.getLogger(__name__)
 
 
@@ -43,7 +43,8 @@ class Copies:
         """
         when, number = self._looked.get(job, (float("-inf"), 0))
         place = self._root / job / f"{number}"
-        if not at_once and monotonic() - when < _LOOK_SECONDS and place.exists():
+        is_last = (place / _LAST).exists()  # nothing comes after it
+        if is_last or (not at_once and monotonic() - when < _LOOK_SECONDS and place.exists()):
             return place
         found = self._copied(job, number)
         self._looked[job] = monotonic(), found
