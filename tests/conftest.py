@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from chainfed_ray.model.adapters import LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.source import ModelSource
+from tests import s3 as s3_server
 from tests.builders import a_document, a_job, smallest_budget
 from tests.clusters import a_pool, one_machine
 from tests.models import tiny
@@ -174,6 +176,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
     return Storage.at(tmp_path / "storage")
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[s3_server.Server]:
+    """A real S3 server. A test takes a prefix of its own."""
+    program = s3_server.installed()
+    if program is None:
+        pytest.skip("the S3 server of the tests is not installed: make .venv-s3/.installed")
+    with s3_server.server(program) as started:
+        yield started
+
+
+@pytest.fixture
+def far(s3: s3_server.Server, tmp_path: Path) -> Storage:
+    """A storage in S3, with nothing in it."""
+    return Storage.at(tmp_path / "machine", f"sqlite:///{tmp_path / 'far.db'}", url=s3.url(token_hex(8)))
 
 
 @pytest.fixture

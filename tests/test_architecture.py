@@ -23,7 +23,7 @@ FLOORS = (
     ("federation",),
     ("site",),
     ("forecast",),
-    ("cluster.migrations",),
+    ("cluster.migrations", "cluster.objects"),
     ("cluster",),
     ("cluster.queries",),
     ("cluster.pool", "cluster.offload", "cluster.uploads", "cluster.artifacts"),
@@ -43,6 +43,7 @@ KEPT_APART = {("client", "evaluation"), ("client", "serving"), ("api.report", "c
 ONLY_IN = {
     "alembic": ("cluster", "cluster.migrations"),
     "deepspeed": ("cluster.offload",),
+    "obstore": ("cluster.objects",),
     "fastapi": ("api.rest", "api.jobs", "api.storage", "api.serve"),
     "ray": ("cluster", "cluster.pool", "cluster.offload", "cluster.sites", "cluster.jobs", "api.serve", "api.command"),
     "sqlalchemy": (
@@ -61,7 +62,7 @@ ONLY_IN = {
     "typer": ("api.command", "api.operator", "api.transfer"),
 }
 WITHOUT_TORCH = ("ground", "spec", "budget")
-MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 196
+MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 203
 GENERIC = {"api", "cluster", "tests", "benchmarks", "examples"}
 
 

@@ -23,6 +23,7 @@ from chainfed_ray.api.command.export_command import Format, NewFolder, StackFold
 from chainfed_ray.api.command.interruption import Interruption
 from chainfed_ray.api.command.join_command import join
 from chainfed_ray.api.operator.answers import Json, answer
+from chainfed_ray.api.operator.backup_command import backup, restore
 from chainfed_ray.api.operator.database_command import database_app
 from chainfed_ray.api.operator.keys_command import keys_app
 from chainfed_ray.api.operator.sites_command import sites_app
@@ -46,6 +47,8 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(sites_app, name="sites")
 app.add_typer(data_app, name="data")
 app.add_typer(database_app, name="database")
+app.command()(backup)
+app.command()(restore)
 app.command()(join)
 app.command()(artifacts)
 app.command()(logs)
@@ -147,13 +150,13 @@ def serve(
     from chainfed_ray.api.report.activity_display import ActivityDisplay
 
     settings = Settings.from_environment()
-    _progress.print(f"Jobs and models are kept in {settings.storage.root}.")
+    _progress.print(f"Jobs and models are kept in {settings.storage.place}.")
     with ExitStack() as until_interrupted:
         with ActivityDisplay(_progress) as listen:
             made = local_service(settings, host, port, listen, _progress.print, insecure)
             service = until_interrupted.enter_context(made)
         address = service.address
-        ready = {"status": "ready", "address": address, "storage": str(settings.storage.root)}
+        ready = {"status": "ready", "address": address, "storage": settings.storage.place}
         answer(as_json, ready, f"The service answers at {address} (routes: {address}/docs). Ctrl-C stops it.")
         with suppress(KeyboardInterrupt):
             service.watch()

@@ -49,6 +49,8 @@ def follow(
                     progress.say(
                         f"Class {event['data']['client_class']} does not take part: {event['data']['reason']}."
                     )
+                case "damaged":
+                    progress.say(f"A commit is damaged: {event['data']['reason']}.")
                 case "finished":
                     job_finished = JobFinished.model_validate(event["data"])
                     progress.job_finished(job_finished)

@@ -15,6 +15,7 @@ from starlette.routing import Match
 from chainfed_ray.api.rest.schemas import FieldProblem, OpenAIError, ProblemDetails
 from chainfed_ray.api.rest.service import CallerGone
 from chainfed_ray.cluster.database import NO_ANSWER
+from chainfed_ray.cluster.jobs.cleanup import OF_DISKS
 from chainfed_ray.errors import (
     AnswerRefused,
     ArtifactNotFound,
@@ -73,6 +74,7 @@ def handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(CallerGone, _on_caller_gone)
     for database_error in NO_ANSWER:
         app.add_exception_handler(database_error, _on_database_error)
+    app.add_exception_handler(OSError, _on_disk_error)
     app.add_exception_handler(Exception, _on_unexpected_error)
 
 
@@ -190,6 +192,16 @@ def no_database(request: Request, error: Exception) -> JSONResponse:
     detail = "the database of jobs does not answer; nothing was changed, so it is safe to send the request again"
     headers = {"Retry-After": _RETRY_SECONDS}
     return problem(request, HTTPStatus.SERVICE_UNAVAILABLE, "database-unavailable", detail, headers=headers)
+
+
+async def _on_disk_error(request: Request, error: Exception) -> JSONResponse:
+    """Answer where a disk or the object store is full or away. Any other error of the operating system is unexpected."""
+    if not isinstance(error, OSError) or error.errno not in OF_DISKS:
+        raise error
+    _log.error("request %s: the storage does not answer: %s", request.scope["state"]["request_id"], error)
+    detail = f"the storage does not answer ({error.strerror}); the request can be sent again"
+    headers = {"Retry-After": _RETRY_SECONDS}
+    return problem(request, HTTPStatus.SERVICE_UNAVAILABLE, "part-unavailable", detail, headers=headers)
 
 
 async def _on_unexpected_error(request: Request, error: Exception) -> JSONResponse:

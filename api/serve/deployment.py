@@ -1,6 +1,7 @@
 """The Ray Serve application of the service: one deployment for the routes, one for inference."""
 
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -68,14 +69,14 @@ class Api:
             self._embed,
             self._write,
             parts,
-            listed_in(self._settings.storage.job),
+            listed_in(self._settings.storage.committed),
             Mailbox(self._settings.storage),
             self._audit,
             self._settings.queued_jobs,
             self._uploads,
             self._settings.upload_bytes,
             self._settings.stored_bytes,
-            self._settings.storage.job,
+            partial(self._settings.storage.committed, at_once=True),
             self._settings.most_uploads,
         )
         rates = Rates(self._settings.requests_per_minute)

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -12,9 +14,11 @@ from ray.serve.config import RequestRouterConfig
 
 from chainfed_ray.api.rest.schemas import MOST_TEXTS
 from chainfed_ray.cluster.limits import machine_bytes
-from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.errors import PartUnavailable
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Question, Sampling, joined
 
+_RETRY_SECONDS = 5  # until a storage is asked again that did not answer
 _ROUTER: Any = {"request_router_class": "chainfed_ray.api.serve.stack_router:StackRouter"}
 
 
@@ -36,9 +40,7 @@ class Inference:
 
         load_models()
         most_bytes = settings.serving_bytes or machine_bytes() // 2 // settings.serving_replicas
-        self._engine = Engine(
-            lambda model: settings.storage.stack(str(model.job), model.round, model.moving), most_bytes
-        )
+        self._engine = Engine(partial(_folder_of, settings.storage), most_bytes)
         # A thread for each kind of work, so that neither a long text nor a model that is loaded holds up a classification.
         self._answering, self._beginning = Answering(MOST_TEXTS), ThreadPoolExecutor(max_workers=1)
 
@@ -86,3 +88,11 @@ class Inference:
 
     async def alive(self) -> None:
         """Return, which shows that this process works."""
+
+
+def _folder_of(storage: Storage, model: ModelKey) -> Path:
+    """The folder of a model's stack."""
+    try:
+        return storage.stack(str(model.job), model.round, model.moving)
+    except OSError as error:
+        raise PartUnavailable("the storage", f"does not answer ({error.strerror})", _RETRY_SECONDS) from error

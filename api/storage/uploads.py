@@ -12,7 +12,7 @@ from chainfed_ray.api.rest.service import Caller, CallerGone, Uploads, WithServi
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS
 from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.storage import UPLOAD_BYTES
-from chainfed_ray.cluster.uploads.arriving import ArrivingFile
+from chainfed_ray.cluster.uploads.files import Arriving
 from chainfed_ray.cluster.uploads.store import Upload
 from chainfed_ray.errors import PartUnavailable
 
@@ -127,7 +127,7 @@ async def put_content(
     return UploadResource.of(found)
 
 
-async def _write(request: Request, file: ArrivingFile) -> None:
+async def _write(request: Request, file: Arriving) -> None:
     """Append the body to ``file``, a little at a time, however much it is."""
     waiting = bytearray()
     try:

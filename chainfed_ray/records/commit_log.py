@@ -7,10 +7,14 @@ comes last and has the digest of the tensor file, so a readable record proves th
     clients.jsonl                                        the clients of the fleet, one on a line; written before started.json
     started.json                                         the JobStarted record
     privacy.key                                          the secret of a job with noise; erased when the job ends
-    rounds/000000.safetensors, rounds/000000.json, …     tensors are kept of the newest round and of the best
+    rounds/000000.safetensors, rounds/000000.json, …     tensors are kept of the two newest rounds and of the best
     finished.json                                        the JobFinished record
+
+A disk may lose bytes all the same. If the newest round is damaged, it is set aside, as ``….damaged``, and the job goes on from
+the round before.
 """
 
+import json
 import os
 import secrets
 from collections.abc import Iterable
@@ -104,13 +108,49 @@ class CommitLog:
         """Make the ``JobStarted`` record durable."""
         _write(self._folder / "started.json", [job_started.model_dump_json().encode()])
 
+    def set_aside_damaged(self) -> str | None:
+        """Set the newest round aside if it is not what was written, and the round before is. Returns what is wrong with it.
+
+        The end of a job is set aside with its newest round, and also if it is damaged itself. Nothing is done if no round
+        would be left to go on from, or if the records have another version: reading them says what is wrong.
+        """
+        newest = max((int(path.stem) for path in self._rounds.glob("*.json")), default=None)
+        wrong, finished = None, self._folder / "finished.json"
+        if newest is not None and (wrong := self._damage(newest)):
+            if newest and self._damage(newest - 1):
+                return None
+            found = [finished, self._record_path(newest), self._tensor_path(newest)]
+        else:
+            try:
+                self.job_finished()
+                return None
+            except CorruptCommit as error:
+                if _has_other_version(finished):
+                    return None
+                wrong, found = str(error), [finished]
+        for path in found:  # the record goes before its tensors: without it, nobody looks for them
+            if path.exists():
+                path.replace(path.with_name(path.name + ".damaged"))
+        return wrong
+
+    def _damage(self, index: int) -> str | None:
+        """What is wrong with a round; None if nothing is, or if it has another version."""
+        if _has_other_version(self._record_path(index)):
+            return None
+        try:
+            _read(self._record_path(index), _Commit)
+            self.tensors(index)
+        except CorruptCommit as error:
+            return str(error)
+        return None
+
     def commit_round(self, record: Round, tensors: Tensors, keep: int | None = None) -> None:
-        """Make a round and its ``tensors`` durable, and delete the tensors of earlier rounds except those of ``keep``."""
+        """Make a round and its ``tensors`` durable. Of earlier rounds, the tensors of the one before and of ``keep`` stay."""
         data = save(tensors)
         _write(self._tensor_path(record.index), [data])
         commit = _Commit(digest=_digest(data), record=record)
         _write(self._record_path(record.index), [commit.model_dump_json().encode()])
-        kept = {self._tensor_path(index) for index in (record.index, keep) if index is not None}
+        kept = {self._tensor_path(index) for index in (record.index, record.index - 1, keep) if index is not None}
         for path in self._rounds.glob("*.safetensors"):
             if path not in kept and path < self._tensor_path(record.index):
                 path.unlink()
@@ -163,6 +203,15 @@ def _read(path: Path, kind: type[_Kind]) -> _Kind | None:
         others = (found["input"] for found in error.errors() if found["loc"][-1:] == ("version",))
         reasons = (f"it has version {other}; this chainfed-ray reads version {VERSION}" for other in others)
         raise CorruptCommit(str(path), next(reasons, "it is not what was written")) from error
+
+
+def _has_other_version(path: Path) -> bool:
+    """Whether a file is a document of another version of this code."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.get("version", VERSION) != VERSION
 
 
 def _digest(data: bytes) -> str:

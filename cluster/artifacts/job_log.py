@@ -57,11 +57,11 @@ class JobLog(logging.Handler):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(logging.INFO)
-        self._path, self._doing = folder / LOG, ""
-        summaries = (line.round or 0 for line in lines_of(self._path) if line.source == COORDINATOR)
-        self._round = max(summaries, default=0)
+        self._path, self._doing, self._round = folder / LOG, "", 0
 
     def __enter__(self) -> Self:
+        summaries = (line.round or 0 for line in lines_of(self._path) if line.source == COORDINATOR)
+        self._round = max(summaries, default=0)
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
         logging.getLogger(_OURS).addHandler(self)

@@ -4,9 +4,7 @@ The controller does this too. It imports no torch, so that the process of the co
 """
 
 import logging
-import shutil
 from errno import EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE
-from pathlib import Path
 from typing import Any
 
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -14,7 +12,6 @@ from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import ChainFedError, CoordinatorLost
 from chainfed_ray.records.first_cause import FirstCause
-from chainfed_ray.records.secret import erase_secret
 
 OF_DISKS = (EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE)
 """What the operating system says of a disk that is full, read-only or gone. It comes back, so it is waited for."""
@@ -34,26 +31,13 @@ def clean_up(job: str, storage: Storage) -> OSError | None:
     mailbox = Mailbox(storage)
     try:
         mailbox.forget(job)
-    finally:
-        mailbox.close()
-    try:
-        erase_secret(storage.job(job))
+        storage.erase_secret(job)
     except OSError as error:
         _log.warning("job %s could not be cleaned up: %s", job, error)
         return error
+    finally:
+        mailbox.close()
     return None
-
-
-def remove(path: Path) -> None:
-    """Delete a job's folder, or the file that is in its place. It need not be there.
-
-    Raises:
-        OSError: a part of it could not be deleted.
-    """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def fail(job: str, error: Exception, store: JobStore, storage: Storage) -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.database import NO_ANSWER
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, has_died_too_often, remove
+from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, has_died_too_often
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.tables import AT_WORK, FINISHED
@@ -136,7 +136,7 @@ class Controller:
             return
         try:
             clean_up(job, self._settings.storage)
-            remove(self._settings.storage.job(job))
+            self._settings.storage.remove(job)
         except OSError as error:
             if job not in self._kept:  # said once
                 _log.warning("the files of job %s cannot be deleted yet: %s", job, error)

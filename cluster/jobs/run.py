@@ -3,6 +3,7 @@
 import logging
 import traceback
 from contextlib import closing, suppress
+from errno import ENOTCONN
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -15,13 +16,14 @@ from chainfed_ray.cluster.artifacts.job_log import WITHHELD, JobLog
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, OF_FULL_DISKS, clean_up, described, fail
+from chainfed_ray.cluster.jobs.commits import Commits, wait_for
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import AT_WORK, Event, JobRecord
 from chainfed_ray.cluster.uploads.sources import rules_of_job
 from chainfed_ray.cluster.uploads.store import UploadStore
-from chainfed_ray.errors import CorruptCommit, InvalidJob
+from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
@@ -66,7 +68,7 @@ def run_queued_job(
                 if trouble is None:
                     continue
                 before, newest = newest, store.newest(job, "round")
-                own = trouble.errno not in OF_FULL_DISKS and _present_trouble(storage) is None
+                own = trouble.errno not in (*OF_FULL_DISKS, ENOTCONN) and _present_trouble(storage) is None
                 tries = tries + 1 if own and newest == before else 0
                 if tries >= _BROKEN_TRIES:
                     fail(job, trouble, store, storage)
@@ -91,7 +93,7 @@ def _run(
     sites: Sites | None,
 ) -> OSError | None:
     """Run the job to its end, and record that; or until it is to pause. Returns the trouble of a disk, if there is one."""
-    log = JobLog(storage.job(job))
+    log, commits = JobLog(storage.job(job)), Commits(job, store, storage)
     try:
         storage.check()
         document = store.get(job).spec
@@ -100,24 +102,42 @@ def _run(
                 "(job)", document, "the document that was submitted; what the database has of it cannot be read"
             )
         spec = parse_job(document)
-        with occupy(storage.job(job)), log, ActivityRecord(store, job) as record:
-            listen = log.with_activities(record)
-            result = _train(job, spec, store, storage, make_pool, make_evaluation, sites, listen, log)
+        with occupy(storage.job(job)):
+            commits.begin()
+            with log, ActivityRecord(store, job) as record:
+                listen = log.with_activities(record)
+                result = _train(job, spec, store, storage, make_pool, make_evaluation, sites, listen, log, commits)
     except NO_ANSWER:
         raise
+    except CommitConflict as error:
+        _log.warning("job %s: %s", job, error)
     except Exception as error:  # whatever it is, it made the job fail, and belongs on the job's record
         if trouble := _disk_trouble(error, storage):
             return trouble
         _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)), extra=WITHHELD)
         log.failed(error)
-        clean_up(job, storage)
-        store.move(job, "failed", error={**described(error), "cause": _cause(error, storage.job(job))})
+        cause = _cause(error, storage.job(job))
+        with suppress(CommitConflict):
+            commits.keep(is_last=True)
+        _clean_up(job, store, storage)
+        store.move(job, "failed", error={**described(error), "cause": cause})
     else:
         if result:
             # The status comes last: as soon as it is recorded, the controller may end this process.
-            clean_up(job, storage)
+            _clean_up(job, store, storage)
             store.move(job, "succeeded", result=result.model_dump(mode="json"))
     return None
+
+
+def _clean_up(job: str, store: JobStore, storage: Storage) -> None:
+    """Clean up after the job. An object store that is away is waited for: the secret of its noise must not stay there."""
+
+    def once() -> None:
+        trouble = clean_up(job, storage)
+        if trouble and trouble.errno == ENOTCONN:
+            raise trouble
+
+    wait_for(once, job, store)
 
 
 def _disk_trouble(error: BaseException, storage: Storage) -> OSError | None:
@@ -163,6 +183,7 @@ def _train(
     sites: Sites | None,
     listen: Listener,
     log: JobLog,
+    commits: Commits,
 ) -> JobResult | None:
     """Train, and publish what is committed. None if the job is to pause: then its clients' processes have been told to end."""
     folder, scratch = storage.job(job), storage.scratch(job)
@@ -173,6 +194,11 @@ def _train(
     with closing(records):
         for record in records:
             log.tell(record)
+            if isinstance(record, JobFinished):
+                assert started is not None, "the first record"
+                rounds = CommitLog(folder).rounds()
+                write_cards(folder, spec, started, rounds)
+            commits.keep(record.index if isinstance(record, Round) else None, isinstance(record, JobFinished))
             match record:
                 case JobStarted():
                     started = record
@@ -183,8 +209,6 @@ def _train(
                 case JobFinished():
                     assert started is not None, "the first record"
                     _publish(store, job, "finished", "finished", record)
-                    rounds = CommitLog(folder).rounds()
-                    write_cards(folder, spec, started, rounds)
                     return JobResult.of(spec.name, started, rounds, record)
             if store.get(job).status == "pausing":
                 return None

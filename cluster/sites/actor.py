@@ -5,9 +5,11 @@ One process stands for all of them, since it only waits. What a site sends is re
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from errno import ENOTCONN
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 
@@ -24,6 +26,7 @@ from chainfed_ray.site.codec import result_of, turn_order, write_tensors
 from chainfed_ray.site.envelope import Done, NotDone, Order, TensorFile
 from chainfed_ray.site.policy import in_words
 
+Result = TypeVar("Result")
 _POLL_SECONDS = 0.1
 _RETRY_SECONDS = 2.0  # until a database is asked again
 _WAITING = OrderState("waiting", None, None, 0.0)
@@ -76,21 +79,15 @@ class SitesActor:
             InvalidUpdate: the answer cannot be read.
         """
         assert client.remote is not None, "a client at a site"
-        while True:
-            try:
-                async with self._lock:  # clients of a round have the same order: its tensors are written once
-                    given = await asyncio.to_thread(self._given, client, order[0])
-                break
-            except NO_ANSWER as error:
-                _log.warning("the database does not answer (%s); orders for sites wait for it", type(error).__name__)
-                await asyncio.sleep(_RETRY_SECONDS)
+        async with self._lock:  # clients of a round have the same order: its tensors are written once
+            given = await _once_there(partial(self._given, client, order[0]))
         key = (self._addresses[client.remote.site], given.id)
         self._orders[client.name] = key
         try:
             state = await self._answered(key)
         finally:
             self._seen.pop(key, None)
-        return await asyncio.to_thread(self._result, client, given, state)
+        return await _once_there(partial(self._result, client, given, state))
 
     async def look(self, client: str, site: str) -> Seen:
         """Where the turn of ``client`` is."""
@@ -135,11 +132,11 @@ class SitesActor:
         return order
 
     def _written(self, turn: Training | Fitting | Evaluating | Calibrating) -> TensorFile:
-        file = self._mailbox.tensor_file(self._job.id, "new")
+        file = self._mailbox.files.local_tensors(self._job.id, "new")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(turn.tensors, file)
         written = TensorFile.of(file)
-        file.replace(self._mailbox.tensor_file(self._job.id, written.sha256))
+        self._mailbox.files.keep_tensors(self._job.id, file, written.sha256)
         self._mailbox.forget_others(self._job.id, written.sha256)
         return written
 
@@ -174,7 +171,7 @@ class SitesActor:
         site = client.remote.site
         match state.answer:
             case Done() as done:
-                file = self._mailbox.answer_file(self._job.id, order.id) if done.tensors else None
+                file = self._mailbox.files.answer(self._job.id, order.id) if done.tensors else None
                 return result_of(client.name, order.kind, done.content, file)
             case NotDone(reason="budget", numbers=numbers, phase=phase) if len(numbers) >= 2:
                 planned, cap, *peak = map(int, numbers)
@@ -183,3 +180,15 @@ class SitesActor:
                 raise TurnNotTaken(f"site {site}: {in_words(answer)}")
             case _:
                 raise TurnNotTaken(f"site {site}: the order was withdrawn")
+
+
+async def _once_there(work: Callable[[], Result]) -> Result:
+    """What ``work`` gives, once the database and the object store answer."""
+    while True:
+        try:
+            return await asyncio.to_thread(work)
+        except (*NO_ANSWER, OSError) as error:
+            if isinstance(error, OSError) and error.errno != ENOTCONN:
+                raise
+            _log.warning("the database or the storage does not answer (%s); turns at sites wait", type(error).__name__)
+            await asyncio.sleep(_RETRY_SECONDS)

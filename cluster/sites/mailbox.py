@@ -1,17 +1,12 @@
-"""Orders for sites and their answers, in the database and in files beside a job's commits. Any process may die at any time.
+"""Orders for sites and their answers, in the database, and their tensors in ``files``. Any process may die at any time.
 
 An order waits, is taken by a process at the site, and is answered. A process that joins makes what earlier ones had taken wait
 again. An order has its name from what it asks, so a coordinator that is made again finds the answer of an order that it gave
-before. ::
-
-    jobs/<job>/sites/tensors/<sha256>.safetensors      what orders bring
-    jobs/<job>/sites/answers/<order>.safetensors       what answers bring
+before.
 """
 
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
-from fcntl import LOCK_EX, flock
 from pathlib import Path
 from time import time
 from typing import Any, NamedTuple, cast
@@ -21,11 +16,12 @@ from sqlalchemy.engine import CursorResult, Engine
 from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.schema import open_tables
+from chainfed_ray.cluster.sites.files import site_files
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import JobRow, SiteOrderRow, SiteRow
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import AnswerRefused, OrderWithdrawn, SiteSuperseded
-from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, Done, Heartbeat, NotDone, Order, TensorFile
+from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, Done, Heartbeat, NotDone, Order
 
 _SILENCE_SECONDS = 60.0
 _NOTED_SECONDS = 5.0  # a site that asks more often is not noted each time: that would write to the disk
@@ -60,7 +56,7 @@ class Mailbox:
     """The orders of every job. Safe to use from several threads and processes."""
 
     def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+        self.files = site_files(storage)
         self._engine: Engine = open_tables(storage.database, existing=True)
 
     def close(self) -> None:
@@ -118,34 +114,23 @@ class Mailbox:
         with Session(self._engine) as session, session.begin():
             old = list(session.scalars(select(SiteOrderRow).where(*other)))
             for row in old:
-                self.answer_file(job, row.order).unlink(missing_ok=True)
+                self.files.drop_answer(job, row.order)
                 session.delete(row)
         for digest in {row.tensors for row in old}:
             if digest:
-                self.tensor_file(job, digest).unlink(missing_ok=True)
+                self.files.drop_tensors(job, digest)
 
     def forget(self, job: str) -> None:
         """Delete every order of ``job``, with its files. Sites that work on them notice."""
         with Session(self._engine) as session, session.begin():
             session.execute(delete(SiteOrderRow).where(SiteOrderRow.job == job))
-        shutil.rmtree(self._folder(job), ignore_errors=True)
+        self.files.forget(job)
 
     def sites(self) -> list[SiteState]:
         """Every site that ever joined, by name."""
         with Session(self._engine) as session:
             rows = session.scalars(select(SiteRow).order_by(SiteRow.name))
             return [SiteState(row.name, _is_there(row), row.version, row.seen_at) for row in rows]
-
-    def tensor_file(self, job: str, digest: str) -> Path:
-        """Where the tensors of orders are."""
-        return self._folder(job) / "tensors" / f"{digest}.safetensors"
-
-    def answer_file(self, job: str, order: str) -> Path:
-        """Where the tensors of an answer are. A job gives no two sites the same order: each names its client."""
-        return self._folder(job) / "answers" / f"{order}.safetensors"
-
-    def _folder(self, job: str) -> Path:
-        return self._storage.job(job) / "sites"
 
     # The side of the site.
 
@@ -183,7 +168,7 @@ class Mailbox:
             if row is None:
                 return None
             if row.state == "waiting":  # what an earlier process has sent of its answer does not go with another one's
-                self._arriving(row).unlink(missing_ok=True)
+                self.files.drop_received(row.job, row.order)
             taken = update(SiteOrderRow).where(SiteOrderRow.number == row.number, SiteOrderRow.state == row.state)
             found = cast("CursorResult[Any]", database.execute(taken.values(state="taken", session=session)))
             return Order.model_validate_json(row.document) if found.rowcount else None
@@ -224,7 +209,8 @@ class Mailbox:
             if row is None or row.state != "taken":
                 raise OrderWithdrawn(order)
             row.worked += 1.0  # a slow transfer is a sign of life as well
-            return self.tensor_file(row.job, row.tensors) if row.tensors else None
+            job, tensors = row.job, row.tensors
+        return self.files.tensors(job, tensors) if tensors else None
 
     def received(self, site: str, order: str) -> int:
         """How many bytes of the answer's tensors have arrived.
@@ -236,7 +222,7 @@ class Mailbox:
             row = session.scalar(_of(site, order))
             if row is None or row.state != "taken":
                 raise OrderWithdrawn(order)
-            return _size(self._arriving(row))
+            return self.files.received(row.job, row.order)
 
     def receive(self, site: str, order: str, session: str, offset: int, piece: bytes) -> int:
         """Keep a piece of the answer's tensors, if it is the next one. Gives how many bytes have arrived.
@@ -247,18 +233,12 @@ class Mailbox:
         """
         with Session(self._engine) as database, database.begin():
             row = self._taken(database, site, order, session)
-            most, file = row.most_bytes, self._arriving(row)
+            most, job = row.most_bytes, row.job
             row.worked += 1.0  # a slow transfer is a sign of life as well
             database.execute(update(SiteRow).where(SiteRow.name == site).values(seen_at=time()))
         if offset + len(piece) > most:
             raise AnswerRefused(order, f"its tensors have more than {most} bytes")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab") as opened:
-            flock(opened, LOCK_EX)  # a piece that is sent again may come while the first is written
-            if opened.tell() == offset:
-                opened.write(piece)
-                opened.flush()
-            return opened.tell()
+        return self.files.receive(job, order, offset, piece)
 
     def answer(self, site: str, order: str, session: str, answer: Answer) -> None:
         """Keep the answer of an order. The same answer may be given again; it counts once.
@@ -273,20 +253,11 @@ class Mailbox:
             if row is not None and row.state == "answered" and row.answer == text:
                 return
             row = self._taken(database, site, order, session)
-            if isinstance(answer, Done) and answer.tensors is not None:
-                self._keep(row, answer.tensors)
+            described = answer.tensors if isinstance(answer, Done) else None
+            if described and not self.files.keep_answer(row.job, order, described):
+                reason = "the tensors that arrived are not those that it describes; send them again"
+                raise AnswerRefused(order, reason)
             row.state, row.answer, row.doing = "answered", text, None
-
-    def _keep(self, row: SiteOrderRow, tensors: TensorFile) -> None:
-        file = self._arriving(row)
-        found = TensorFile.of(file) if file.exists() else None
-        if found != tensors:
-            file.unlink(missing_ok=True)
-            raise AnswerRefused(row.order, "the tensors that arrived are not those that it describes; send them again")
-        file.replace(self.answer_file(row.job, row.order))
-
-    def _arriving(self, row: SiteOrderRow) -> Path:
-        return self.answer_file(row.job, row.order).with_suffix(".partial")
 
     def _taken(self, database: Session, site: str, order: str, session: str) -> SiteOrderRow:
         row: SiteOrderRow | None = database.scalar(_of(site, order))
@@ -317,7 +288,3 @@ def _is_there(row: SiteRow) -> bool:
 
 def _of(site: str, order: str) -> Any:
     return select(SiteOrderRow).where(SiteOrderRow.site == site, SiteOrderRow.order == order)
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0

@@ -1,23 +1,18 @@
 """The files that tenants have sent: a row of the database each, and their bytes, which a tenant keeps once.
 
-An upload is what its tenant calls it and its SHA-256: who begins one that is there is given that one, and goes on with it. ::
-
-    uploads/<tenant>/<id>.partial      what has arrived of an upload
-    uploads/<tenant>/<sha256>          the bytes of uploads that are complete; they were checked
-    uploads/<tenant>/lock              held while bytes are added to those, or taken away
+An upload is what its tenant calls it and its SHA-256: who begins one that is there is given that one, and goes on with it.
+Where its bytes are, ``files`` says.
 
 Any process may be killed at any time. Bytes that are complete while their row says otherwise are found by whoever asks next,
 and bytes that no row names are deleted by ``remove_old``.
 """
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from fcntl import LOCK_EX, flock
-from pathlib import Path
+from hashlib import blake2b
 from secrets import token_hex
 from typing import Any, Self
 
@@ -29,7 +24,7 @@ from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.storage import STORED_BYTES, UPLOADS, Storage
 from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
 from chainfed_ray.cluster.tenants import View
-from chainfed_ray.cluster.uploads.arriving import ArrivingFile
+from chainfed_ray.cluster.uploads.files import Arriving, upload_files
 from chainfed_ray.cluster.uploads.sources import uploads_in
 from chainfed_ray.errors import InvalidJob, LimitReached, UploadConflict, UploadNotFound
 from chainfed_ray.reading import UploadedFile
@@ -37,6 +32,7 @@ from chainfed_ray.units import format_bytes
 
 KEPT_HOURS = 48  # a part of an upload, after its last byte came
 _OVER = ("succeeded", "failed", "cancelled")  # jobs that read nothing any more
+_LOCK = 0x75706C64  # PostgreSQL's number of the locks of tenants' uploads
 _FULL_SECONDS = 60  # until something may have been deleted
 
 
@@ -63,7 +59,7 @@ class UploadStore:
     """The uploads of a service; safe to use from several threads and processes. ``seen_by`` gives those that a tenant sees."""
 
     def __init__(self, storage: Storage) -> None:
-        self._storage, self._view = storage, View()
+        self._files, self._far, self._view = upload_files(storage), storage.url is not None, View()
         self._engine = open_tables(storage.database, existing=True)
 
     def seen_by(self, tenant: str, everything: bool) -> Self:
@@ -110,7 +106,7 @@ class UploadStore:
                 name=name,
                 bytes=size,
                 sha256=sha256,
-                complete=self._content(tenant, sha256).exists(),
+                complete=self._files.has(tenant, sha256),
                 created_at=moment(),
             )
             session.add(row)
@@ -140,7 +136,7 @@ class UploadStore:
         with Session(self._engine) as session:
             return [self._upload(row) for row in session.scalars(query)]
 
-    def receive(self, upload: str, offset: int) -> ArrivingFile:
+    def receive(self, upload: str, offset: int) -> Arriving:
         """The file into which the bytes from ``offset`` on go. The caller closes it, and then calls ``finish``.
 
         Raises:
@@ -150,7 +146,7 @@ class UploadStore:
         found = self.get(upload)
         if found.complete:
             raise UploadConflict(upload, "it is complete")
-        file = ArrivingFile(upload, self._partial(found.tenant, upload), found.bytes)
+        file = self._files.arriving(found.tenant, upload, found.bytes)
         if file.received != offset:
             file.close()
             raise UploadConflict(
@@ -158,13 +154,14 @@ class UploadStore:
             )
         return file
 
-    def finish(self, upload: str, file: ArrivingFile) -> Upload:
+    def finish(self, upload: str, file: Arriving) -> Upload:
         """Check the upload and keep its bytes, if all of them are in ``file``, which the caller holds.
 
         Raises:
             UploadNotFound: the upload was deleted meanwhile.
             InvalidJob: they have another SHA-256. They are deleted, and may be sent again.
         """
+        file.flush()
         found = self.get(upload)
         if file.received < found.bytes or found.complete:
             return found
@@ -175,9 +172,7 @@ class UploadStore:
             )
         with self._locked(found.tenant):
             self.get(upload)  # it may be deleted by now
-            content = self._content(found.tenant, found.sha256)
-            self._partial(found.tenant, upload).replace(content)
-            _sync_folder(content.parent)
+            self._files.keep(found.tenant, upload, found.sha256)
             self._complete(found)
         return self.get(upload)
 
@@ -194,7 +189,7 @@ class UploadStore:
                 session.execute(delete(UploadRow).where(UploadRow.id == upload))
                 if job := self._reader(session, found):  # see hold_uploads
                     raise UploadConflict(upload, f"job {job} reads it, and is not over")
-            self._partial(found.tenant, upload).unlink(missing_ok=True)
+            self._files.drop_partial(found.tenant, upload)
             self._drop(found.tenant, found.sha256)
 
     def files(self, tenant: str, document: dict[str, Any]) -> dict[str, UploadedFile]:
@@ -209,7 +204,7 @@ class UploadStore:
             query = select(UploadRow.id).where(UploadRow.tenant == tenant, UploadRow.id.in_(wanted))
             own = list(session.scalars(query))
         found = [self.get(upload) for upload in own]
-        return {one.id: UploadedFile(one.name, self._content(tenant, one.sha256)) for one in found if one.complete}
+        return {one.id: UploadedFile(one.name, self._files.path(tenant, one.sha256)) for one in found if one.complete}
 
     def remove_old(self, hours: float = KEPT_HOURS) -> int:
         """Delete uploads of which a part came, and nothing for so many ``hours``; and bytes that no upload has.
@@ -221,22 +216,20 @@ class UploadStore:
             query = select(UploadRow).where(UploadRow.complete.is_(False), UploadRow.created_at < moment(oldest))
             halves = [self._upload(row) for row in session.scalars(query)]
         for half in halves:
-            partial = self._partial(half.tenant, half.id)
-            if half.complete or (partial.exists() and partial.stat().st_mtime > oldest.timestamp()):
+            if half.complete or self._files.newest(half.tenant, half.id) > oldest.timestamp():
                 continue
             try:
-                with ArrivingFile(half.id, partial, half.bytes):
+                with self._files.arriving(half.tenant, half.id, half.bytes):
                     self.delete(half.id)
                     count += 1
             except (UploadConflict, UploadNotFound):  # it goes on, or somebody else was faster
                 continue
-        for folder in self._storage.uploads("x").parent.glob("*"):
-            with self._locked(folder.name):
-                for path in folder.iterdir():
-                    if path.suffix == ".partial":
-                        self._drop_partial(path)
-                    elif path.name != "lock":
-                        self._drop(folder.name, path.name)
+        for tenant in self._files.tenants():
+            with self._locked(tenant):
+                for upload in self._files.partials(tenant):
+                    self._drop_partial(tenant, upload)
+                for sha256 in self._files.wholes(tenant):
+                    self._drop(tenant, sha256)
         return count
 
     @property
@@ -253,12 +246,8 @@ class UploadStore:
 
     def _upload(self, row: UploadRow) -> Upload:
         """The upload as it is. Bytes that were checked make it complete, whoever sent them."""
-        complete = row.complete or self._content(row.tenant, row.sha256).exists()
-        partial = self._partial(row.tenant, row.id)
-        try:
-            received = row.bytes if complete else partial.stat().st_size
-        except FileNotFoundError:
-            received = 0
+        complete = row.complete or self._files.has(row.tenant, row.sha256)
+        received = row.bytes if complete else self._files.received(row.tenant, row.id)
         return Upload(row.id, row.tenant, row.name, row.bytes, row.sha256, received, complete, row.created_at)
 
     def _complete(self, upload: Upload) -> None:
@@ -282,33 +271,21 @@ class UploadStore:
         same = (UploadRow.tenant == tenant, UploadRow.sha256 == sha256)
         with Session(self._engine) as session:
             if session.scalar(select(UploadRow.id).where(*same).limit(1)) is None:
-                self._content(tenant, sha256).unlink(missing_ok=True)
+                self._files.drop(tenant, sha256)
 
-    def _drop_partial(self, path: Path) -> None:
+    def _drop_partial(self, tenant: str, upload: str) -> None:
         """Delete what has arrived of an upload that is complete by other bytes, or was deleted."""
-        of_row = (UploadRow.id == path.stem, UploadRow.complete.is_(False))
+        of_row = (UploadRow.id == upload, UploadRow.complete.is_(False))
         with Session(self._engine) as session:
             if session.scalar(select(UploadRow.id).where(*of_row)) is None:
-                path.unlink(missing_ok=True)
-
-    def _content(self, tenant: str, sha256: str) -> Path:
-        return self._storage.uploads(tenant) / sha256
-
-    def _partial(self, tenant: str, upload: str) -> Path:
-        return self._storage.uploads(tenant) / f"{upload}.partial"
+                self._files.drop_partial(tenant, upload)
 
     @contextmanager
     def _locked(self, tenant: str) -> Iterator[None]:
-        folder = self._storage.uploads(tenant)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("ab") as file:
-            flock(file, LOCK_EX)
+        """Held while a tenant's bytes are added or taken away. Machines that share no folder share a lock of PostgreSQL."""
+        with self._files.locked(tenant), ExitStack() as until_done:
+            if self._far and self._engine.dialect.name == "postgresql":
+                connection = until_done.enter_context(self._engine.connect())
+                number = int.from_bytes(blake2b(tenant.encode(), digest_size=4).digest(), "big", signed=True)
+                connection.execute(select(func.pg_advisory_xact_lock(_LOCK, number)))
             yield
-
-
-def _sync_folder(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

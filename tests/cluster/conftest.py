@@ -22,10 +22,16 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a database without a table."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'jobs.db'}"
-    url: str = request.getfixturevalue("postgresql")
-    engine = create_engine(url)
+    url: str = request.getfixturevalue("empty_postgresql")
+    return url
+
+
+@pytest.fixture
+def empty_postgresql(postgresql: str) -> str:
+    """The URL of a database of PostgreSQL without a table."""
+    engine = create_engine(postgresql)
     with engine.begin() as connection:
         connection.execute(text("drop schema public cascade"))
         connection.execute(text("create schema public"))
     engine.dispose()
-    return url
+    return postgresql

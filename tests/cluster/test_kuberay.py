@@ -136,3 +136,31 @@ def test_the_image_has_every_package() -> None:
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".*", "chainfed-data"} <= set(ignored)
     assert not set(ignored) & {*packages, "examples"}
+
+
+def test_with_an_object_store_no_volume_is_shared() -> None:
+    """The overlay's patches, carried out as kustomize does."""
+    overlay = yaml.safe_load((ROOT / "examples/kubernetes/s3/kustomization.yaml").read_text())
+    gone, changed = overlay["patches"]
+    assert yaml.safe_load(gone["patch"])["$patch"] == "delete"
+    assert gone["target"] == {"kind": "PersistentVolumeClaim", "name": "chainfed-storage"}
+    assert changed["target"] == {"kind": "RayService", "name": "chainfed"}
+    service = copy.deepcopy(json.loads(json.dumps(SERVICE)))  # without what YAML's anchors share
+    for patch in yaml.safe_load(changed["patch"]):
+        *path, last = patch["path"].split("/")[1:]
+        place: Any = service
+        for part in path:
+            place = place[int(part) if isinstance(place, list) else part]
+        if patch["op"] == "remove":
+            assert place.pop(int(last))["name"] == "CHAINFED_STORAGE"
+        else:
+            assert (patch["op"] == "add") == (isinstance(place, dict) and last not in place), patch
+            place[int(last) if isinstance(place, list) else last] = patch["value"]
+    assert [f"{error.json_path}: {error.message}" for error in CHECKER.iter_errors(service)] == []
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod, names = group["template"]["spec"], [one["name"] for one in container(group)["env"]]
+        assert not [volume for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
+        assert container(group)["envFrom"] == [{"secretRef": {"name": "chainfed-s3"}}]
+        assert "CHAINFED_CACHE" in names
+        assert "CHAINFED_STORAGE" not in names, "the secret has it"

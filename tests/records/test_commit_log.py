@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_killed_between_any_two_steps(step: str, tmp_path: Path, monkeypatch: py
         whole(log)
         assert log.job_finished() == FINISHED
         assert [record.index for record in log.rounds()] == list(range(ROUNDS))
-    assert deaths >= ROUNDS - 1
+    assert deaths >= ROUNDS - 2
 
 
 @pytest.mark.parametrize("name", ["started.json", "finished.json", "rounds/000001.json", "rounds/000002.safetensors"])
@@ -98,6 +99,57 @@ def test_a_round_that_is_missing_is_noticed(tmp_path: Path) -> None:
         CommitLog(tmp_path).rounds()
 
 
-def test_only_the_newest_tensors_are_kept(tmp_path: Path) -> None:
+def test_only_the_two_newest_tensors_are_kept(tmp_path: Path) -> None:
     whole(CommitLog(tmp_path))
-    assert [path.name for path in (tmp_path / "rounds").glob("*.safetensors")] == ["000002.safetensors"]
+    kept = sorted(path.name for path in (tmp_path / "rounds").glob("*.safetensors"))
+    assert kept == ["000001.safetensors", "000002.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["rounds/000002.json", "rounds/000002.safetensors"])
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""])
+def test_a_damaged_newest_round_is_set_aside_for_the_one_before(
+    name: str, damage: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    log = CommitLog(tmp_path)
+    whole(log)
+    assert log.set_aside_damaged() is None, "nothing is damaged"
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    told = log.set_aside_damaged()
+    assert told is not None
+    assert name.rpartition("/")[2] in told
+    assert len(log.rounds()) == ROUNDS - 1
+    assert log.job_finished() is None, "it was made from that round"
+    assert log.tensors(ROUNDS - 2)["x"].unique().tolist() == [float(ROUNDS - 2)]
+    assert (tmp_path / f"{name}.damaged").exists(), "it is kept for those who want to look"
+    assert log.set_aside_damaged() is None
+    whole(log)
+    assert log.job_finished() == FINISHED
+
+
+def test_nothing_is_set_aside_where_nothing_is_left_to_go_on_from(tmp_path: Path) -> None:
+    log = CommitLog(tmp_path)
+    whole(log)
+    for name in ("000001.json", "000002.json"):
+        (tmp_path / "rounds" / name).write_bytes(b"")
+    assert log.set_aside_damaged() is None
+    with pytest.raises(CorruptCommit, match="000001"):
+        log.rounds()
+
+
+def test_a_round_of_another_version_is_not_damaged(tmp_path: Path) -> None:
+    log = CommitLog(tmp_path)
+    whole(log)
+    path = tmp_path / "rounds" / "000002.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"version": 1}))
+    assert log.set_aside_damaged() is None
+    with pytest.raises(CorruptCommit, match="it has version 1"):
+        log.rounds()
+
+
+def test_a_damaged_end_of_a_job_is_set_aside(tmp_path: Path) -> None:
+    log = CommitLog(tmp_path)
+    whole(log)
+    (tmp_path / "finished.json").write_bytes(b"{")
+    assert "finished.json" in (log.set_aside_damaged() or "")
+    assert log.job_finished() is None
+    assert len(log.rounds()) == ROUNDS

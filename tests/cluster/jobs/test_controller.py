@@ -200,11 +200,11 @@ def test_a_deleted_job_leaves_nothing(
     assert folder.exists(), "a process of it may still write"
     processes.stubborn.clear()
 
-    def cannot(path: Path) -> None:
-        raise PermissionError(13, "not allowed", str(path))
+    def cannot(storage: Storage, job: str) -> None:
+        raise PermissionError(13, "not allowed", str(storage.job(job)))
 
     with monkeypatch.context() as patch:
-        patch.setattr("chainfed_ray.cluster.jobs.controller.remove", cannot)
+        patch.setattr(Storage, "remove", cannot)
         controller.step()
     assert store.deletions.marked(9) == [job], "a later step tries again"
     assert processes.jobs == {other}, "and the others go on"

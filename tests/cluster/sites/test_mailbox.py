@@ -123,7 +123,7 @@ def test_tensors_arrive_in_pieces_that_go_on_where_they_stopped(mailbox: Mailbox
     assert mailbox.received("a", order.id) == 0, "what is wrong is sent anew"
     mailbox.receive("a", order.id, FIRST, 0, sent)
     mailbox.answer("a", order.id, FIRST, Done(content={}, tensors=described))
-    assert mailbox.answer_file("job", order.id).read_bytes() == sent
+    assert mailbox.files.answer("job", order.id).read_bytes() == sent
 
 
 def test_more_bytes_than_an_order_allows_are_refused(mailbox: Mailbox) -> None:

@@ -1,0 +1,65 @@
+"""``chainfed backup`` and ``chainfed restore``: all that a service keeps, copied into a folder, and back."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from sqlalchemy.exc import DBAPIError
+
+from chainfed_ray.api.operator.answers import Json, answer
+from chainfed_ray.cluster import backup as copies
+from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.errors import InvalidSetting, StorageInUse
+from chainfed_ray.units import format_bytes
+
+Folder = Annotated[Path, typer.Argument(help="the folder of the copy")]
+
+
+def backup(folder: Folder, as_json: Json = False) -> None:
+    """Copy the database, jobs, models and uploads of a service into a new folder. The service may run meanwhile."""
+    storage = Settings.from_environment().storage
+    with _answering(storage):
+        made = copies.back_up(storage, folder)
+    words = f"{made.jobs} jobs and {made.uploads} uploads, {format_bytes(made.bytes)}, are copied to {folder}."
+    lost = [f"Deleted meanwhile, and not in the copy: {', '.join(made.missing)}."] if made.missing else []
+    answer(as_json, _document(made), words, *lost)
+
+
+def restore(
+    folder: Folder,
+    replace: Annotated[bool, typer.Option("--replace", help="delete what the storage has now")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make the storage and the database what was copied into a folder. Stop every process of the service before."""
+    storage = Settings.from_environment().storage
+    with _alone(storage), _answering(storage):
+        made = copies.restore(storage, folder, replace)
+    answer(as_json, _document(made), f"{made.jobs} jobs and {made.uploads} uploads are as they were at {made.made_at}.")
+
+
+def _document(made: copies.Backup) -> dict[str, object]:
+    document: dict[str, object] = dict(vars(made))
+    return document | {"missing": list(made.missing)}
+
+
+@contextmanager
+def _answering(storage: Storage) -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        where = storage.database.rpartition("@")[2]  # without the password
+        raise InvalidSetting("CHAINFED_DATABASE", where, f"a database that answers ({error.orig})") from None
+
+
+@contextmanager
+def _alone(storage: Storage) -> Iterator[None]:
+    """Hold the lock of ``chainfed serve``, so that no service begins on this machine meanwhile."""
+    with (storage.root / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageInUse(str(storage.root)) from None
+        yield

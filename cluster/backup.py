@@ -1,0 +1,255 @@
+"""Copies of all that a service keeps: its database, and then the files that the database names, in one folder.
+
+The service may run meanwhile. The database is copied first, so what it names is there when files are copied, unless somebody
+deletes it in between; what comes later is left out or does no harm. Files come back first, so a restored service never names a
+file that is missing. A copy of a folder can be restored to an object store, and the other way round. ::
+
+    backup.json                when it was made, and the size and SHA-256 of each file; written last
+    database.db                the copy of an SQLite database; or database.dump, what pg_dump writes of PostgreSQL's
+    jobs/<job>/                a job's commits and stacks, and the secret of its noise while it runs
+    uploads/<tenant>/<sha256>  the bytes of complete uploads
+"""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, make_url, select
+from sqlalchemy.engine import URL
+
+from chainfed_ray.cluster.database import open_database
+from chainfed_ray.cluster.objects.snapshots import Digests, files_below
+from chainfed_ray.cluster.objects.working_copy import WorkingCopy
+from chainfed_ray.cluster.schema import open_tables
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
+from chainfed_ray.errors import CorruptCommit, InvalidSetting
+
+_VERSION = 1
+_INDEX, _SQLITE, _DUMP = "backup.json", "database.db", "database.dump"
+_TRIES = 10  # until a job that trains was copied between two rounds
+_LEFT_OUT = frozenset({"in-use", "sites"})  # of a job's folder: orders of sites are given again
+
+
+@dataclass(frozen=True)
+class Backup:
+    """A copy: when it was made, of how many jobs, uploads and bytes, and what was ``missing``: deleted while it was made."""
+
+    made_at: str
+    jobs: int
+    uploads: int
+    bytes: int
+    missing: tuple[str, ...]
+
+
+def back_up(storage: Storage, folder: Path) -> Backup:
+    """Copy the database and the files of ``storage`` into ``folder``, which is new or empty. The service may run.
+
+    Raises:
+        InvalidSetting: the folder is not empty, the database does not answer, or its programs are not installed.
+        OSError: a disk or the object store is full or away.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it has secrets
+    if any(folder.iterdir()):
+        raise InvalidSetting("FOLDER", str(folder), "a folder that is new, or empty")
+    made_at = moment()
+    _copy_database(make_url(storage.database), folder)
+    with _opened(storage) as engine, engine.connect() as connection:
+        jobs = connection.execute(select(JobRow.id, JobRow.status)).all()
+        complete = select(UploadRow.tenant, UploadRow.sha256).where(UploadRow.complete.is_(True))
+        uploads = connection.execute(complete.distinct()).all()
+    missing = []
+    for job, status in jobs:
+        _copy_job(storage, job, folder / "jobs" / job)
+        if status == "succeeded" and not (folder / "jobs" / job / "model").is_dir():
+            missing.append(f"job {job}")
+    for tenant, digest in uploads:
+        try:
+            _copy_upload(storage, tenant, digest, folder / "uploads" / tenant / digest)
+        except FileNotFoundError:
+            missing.append(f"upload {digest} of {tenant}")
+    digests = Digests()
+    files = {name: asdict(digests.of(path)) for name, path in files_below(folder, frozenset())}
+    made = Backup(made_at, len(jobs), len(uploads), sum(file["bytes"] for file in files.values()), tuple(missing))
+    text = json.dumps({"version": _VERSION, **asdict(made), "files": files}, indent=1)
+    (folder / _INDEX).write_text(text)
+    return made
+
+
+def restore(storage: Storage, folder: Path, replace: bool = False) -> Backup:
+    """Make ``storage`` what was copied into ``folder``. No process of the service may run.
+
+    A storage that has jobs already is not touched unless what it has is to be ``replaced``.
+
+    Raises:
+        CorruptCommit: the copy is not what was written.
+        InvalidSetting: it is no copy, is of another kind of database, or the storage has jobs.
+        OSError: a disk or the object store is full or away.
+    """
+    index = _checked(folder)
+    url, dump = make_url(storage.database), folder / _SQLITE
+    kind = "sqlite" if dump.exists() else "postgresql"
+    if url.get_backend_name() != kind:
+        raise InvalidSetting("CHAINFED_DATABASE", url.render_as_string(), f"a database of {kind}, as in the copy")
+    before = _jobs_in(storage)
+    if before and not replace:
+        raise InvalidSetting(
+            "CHAINFED_STORAGE", storage.place, f"one without jobs; this has {len(before)} (see --replace)"
+        )
+    copied = [path.name for path in (folder / "jobs").glob("*")]
+    for job in {*before, *copied}:
+        storage.remove(job)
+    for job in copied:
+        _put_job(storage, job, folder / "jobs" / job)
+    for path in (folder / "uploads").glob("*/*"):
+        _put_upload(storage, path.parent.name, path)
+    _put_database(url, folder)
+    open_tables(storage.database, existing=True).dispose()  # a copy of an earlier version is brought forward
+    return Backup(index["made_at"], index["jobs"], index["uploads"], index["bytes"], tuple(index["missing"]))
+
+
+def _copy_job(storage: Storage, job: str, place: Path) -> None:
+    if storage.objects:
+        WorkingCopy(storage.objects, job, place).begin()
+        return
+    for _ in range(_TRIES):
+        if _is_copied(storage.job(job), place):
+            return
+        shutil.rmtree(place)
+    raise CorruptCommit(str(storage.job(job)), "it changes faster than it can be copied; pause the job meanwhile")
+
+
+def _is_copied(folder: Path, place: Path) -> bool:
+    """Copy a job's folder. False if rounds were committed so fast that the copy has none that a job could go on from."""
+    # Tensors first: a record that is copied later has its own, or that of a round before it.
+    found = sorted(files_below(folder, _LEFT_OUT), key=lambda one: not one[0].endswith(".safetensors"))
+    for name, path in found:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # a job that trains replaces its stacks
+            shutil.copy2(path, place / name)
+    rounds = place / "rounds"
+    records = sorted(rounds.glob("*.json"))
+    newest = max((path.stem for path in rounds.glob("*.safetensors")), default="")
+    for path in records:
+        if path.stem > newest:  # it was committed while this was copied
+            path.unlink()
+            (place / "finished.json").unlink(missing_ok=True)
+    kept = [path for path in records if path.exists()]
+    return not records or bool(kept and kept[-1].with_suffix(".safetensors").exists())
+
+
+def _put_job(storage: Storage, job: str, copied: Path) -> None:
+    place = storage.job(job)
+    shutil.copytree(copied, place)
+    if storage.objects:
+        copy = WorkingCopy(storage.objects, job, place)
+        copy.commit()
+        storage.clear_scratch(job)
+
+
+def _copy_upload(storage: Storage, tenant: str, digest: str, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if storage.objects:
+        with place.open("wb") as file:
+            file.writelines(storage.objects.parts(f"uploads/{tenant}/{digest}"))
+    else:
+        shutil.copy2(storage.uploads(tenant) / digest, place)
+
+
+def _put_upload(storage: Storage, tenant: str, copied: Path) -> None:
+    if storage.objects:
+        storage.objects.put(f"uploads/{tenant}/{copied.name}", copied)
+    else:
+        storage.uploads(tenant).mkdir(parents=True, exist_ok=True)
+        shutil.copy2(copied, storage.uploads(tenant) / copied.name)
+
+
+def _copy_database(url: URL, folder: Path) -> None:
+    if url.get_backend_name() == "sqlite":
+        source = sqlite3.connect(f"file:{url.database}?mode=rw", uri=True)
+        with closing(source), closing(sqlite3.connect(folder / _SQLITE)) as copy:
+            source.backup(copy)
+    else:
+        _run("pg_dump", "--format=custom", "--no-owner", f"--file={folder / _DUMP}", url=url)
+
+
+def _put_database(url: URL, folder: Path) -> None:
+    if url.get_backend_name() == "sqlite":
+        place = Path(str(url.database))
+        partial = place.with_name(f"{place.name}.restored")
+        shutil.copyfile(folder / _SQLITE, partial)
+        partial.chmod(0o600)
+        for journal in ("-wal", "-shm"):  # of the database that was there
+            place.with_name(place.name + journal).unlink(missing_ok=True)
+        partial.replace(place)
+    else:
+        options = ("--clean", "--if-exists", "--no-owner", "--single-transaction")
+        _run("pg_restore", *options, str(folder / _DUMP), url=url)
+
+
+def _run(program: str, *arguments: str, url: URL) -> None:
+    """Run a program of PostgreSQL on the database at ``url``. The password is not among its arguments, which others see."""
+    found = shutil.which(program) or max(map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{program}")), default=None)
+    shown = url.render_as_string()
+    if found is None:
+        raise InvalidSetting("CHAINFED_DATABASE", shown, f"one of a machine with {program} (Debian: postgresql-client)")
+    address = url.set(drivername="postgresql", password=None).render_as_string()
+    secret = {"PGPASSWORD": str(url.password)} if url.password else {}
+    done = subprocess.run(
+        [found, f"--dbname={address}", *arguments],
+        env={**os.environ, **secret},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise InvalidSetting("CHAINFED_DATABASE", shown, f"one that {program} accepts ({done.stderr.strip()[:500]})")
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    """The index of the copy in ``folder``, each file of which is what was written."""
+    try:
+        index: dict[str, Any] = json.loads((folder / _INDEX).read_bytes())
+        version = index["version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InvalidSetting(
+            "FOLDER", str(folder), f"a folder that `chainfed backup` wrote, with its {_INDEX}"
+        ) from None
+    if version != _VERSION:
+        raise InvalidSetting("FOLDER", str(folder), f"a copy of version {_VERSION}; it has version {version}")
+    digests = Digests()
+    for name, file in index["files"].items():
+        try:
+            found = asdict(digests.of(folder / name))
+        except FileNotFoundError:
+            raise CorruptCommit(str(folder / name), "missing") from None
+        if found != file:
+            raise CorruptCommit(str(folder / name), "its bytes are not what was written")
+    return index
+
+
+def _jobs_in(storage: Storage) -> list[str]:
+    """The jobs that a storage has; none if it has no database yet."""
+    url = make_url(storage.database)
+    if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
+        return []
+    with _opened(storage) as engine, engine.connect() as connection:
+        if not engine.dialect.has_table(connection, JobRow.__tablename__):
+            return []
+        return list(connection.scalars(select(JobRow.id)))
+
+
+@contextmanager
+def _opened(storage: Storage) -> Iterator[Engine]:
+    engine = open_database(storage.database, existing=True)
+    try:
+        yield engine
+    finally:
+        engine.dispose()

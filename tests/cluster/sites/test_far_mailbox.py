@@ -1,0 +1,53 @@
+"""Promises of a mailbox whose tensors are in S3: pieces may come to any process of the API, any machine reads the answer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.sites.mailbox import Mailbox
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.errors import AnswerRefused
+from chainfed_ray.site.codec import survey_order, write_tensors
+from chainfed_ray.site.envelope import Done, TensorFile
+
+SESSION = 32 * "1"
+
+
+def test_orders_and_answers_across_machines_that_share_no_folder(far: Storage, tmp_path: Path) -> None:
+    JobStore(far.database).close()
+    coordinator, *api = (Mailbox(Storage.at(tmp_path / name, far.database, url=far.url)) for name in "abc")
+    api[0].join("a", SESSION, "1.0")
+    new = coordinator.files.local_tensors("job", "new")
+    new.parent.mkdir(parents=True)
+    write_tensors({"stack": torch.arange(10.0)}, new)
+    brought, content = TensorFile.of(new), new.read_bytes()
+    coordinator.files.keep_tensors("job", new, brought.sha256)
+    order = survey_order("job", "tiny", {}, 64 * "0", "silo", "site:rows.jsonl")
+    order = order.model_copy(update={"most_bytes": 10_000, "tensors": brought})
+    coordinator.give("a", order)
+
+    assert api[0].next("a", SESSION) == order
+    file = api[1].tensors_of("a", order.id)
+    assert file is not None
+    assert file.read_bytes() == content
+
+    write_tensors({"update": torch.arange(100.0)}, tmp_path / "sent")
+    sent, described = (tmp_path / "sent").read_bytes(), TensorFile.of(tmp_path / "sent")
+    assert api[0].receive("a", order.id, SESSION, 0, b"y" + sent[1:]) == len(sent)
+    with pytest.raises(AnswerRefused):
+        api[1].answer("a", order.id, SESSION, Done(content={}, tensors=described))
+    assert api[0].receive("a", order.id, SESSION, 0, sent[:100]) == 100
+    assert api[1].receive("a", order.id, SESSION, 0, sent[:100]) == 100, "a piece that comes twice counts once"
+    assert api[1].receive("a", order.id, SESSION, 300, sent[300:]) == 100, "a piece too early is not kept"
+    assert api[1].receive("a", order.id, SESSION, 100, sent[100:]) == len(sent)
+    assert api[0].received("a", order.id) == len(sent)
+    api[0].answer("a", order.id, SESSION, Done(content={}, tensors=described))
+    assert coordinator.files.answer("job", order.id).read_bytes() == sent
+
+    coordinator.forget("job")
+    assert far.objects is not None
+    assert far.objects.below("jobs/job/sites") == []
+    for mailbox in (coordinator, *api):
+        mailbox.close()

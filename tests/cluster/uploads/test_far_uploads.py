@@ -1,0 +1,76 @@
+"""Promises of uploads in S3: pieces may come to any machine, bytes are kept once, and a job reads what was sent."""
+
+import os
+from datetime import timedelta
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.uploads.store import Upload, UploadStore
+from chainfed_ray.errors import InvalidJob, UploadConflict
+from tests.apps import an_app
+from tests.s3 import Server
+
+ROWS = b"text,label\na,sea\nb,sky\n" * 100_000  # more than two requests of a part each
+DIGEST = sha256(ROWS).hexdigest()
+
+
+def send(uploads: UploadStore, upload: Upload, rows: bytes, offset: int = 0) -> Upload:
+    with uploads.receive(upload.id, offset) as file:
+        file.append(rows)
+        return uploads.finish(upload.id, file)
+
+
+def test_an_upload_through_two_machines(far: Storage, tmp_path: Path, s3: Server) -> None:
+    store = JobStore(far.database)
+    first, second = (UploadStore(Storage.at(tmp_path / name, far.database, url=far.url)) for name in "ab")
+    begun = first.begin("rows.csv", len(ROWS), DIGEST)
+    assert send(first, begun, ROWS[:1000]).received == 1000
+    with pytest.raises(UploadConflict, match="the next offset is 1000"):
+        second.receive(begun.id, 0)
+    held, late = second.receive(begun.id, 1000), first.receive(begun.id, 1000)
+    held.append(ROWS[1000:2000])
+    held.close()
+    late.append(b"another thousand")
+    with pytest.raises(UploadConflict, match="another request"):
+        late.close()
+    with pytest.raises(InvalidJob, match="sha256"):
+        send(second, begun, b"x" * (len(ROWS) - 2000), 2000)
+    assert first.get(begun.id).received == 0, "bytes with another digest are forgotten"
+    assert send(second, begun, ROWS).complete
+
+    document = {"data": {"train": f"upload:{begun.id}"}}
+    unused = tmp_path / "a" / "uploads" / "default" / "unused"
+    unused.touch()
+    os.utime(unused, (0, 0))
+    assert first.files("default", document)[begun.id].path.read_bytes() == ROWS
+    assert not unused.exists(), "a machine keeps what its jobs read for a day"
+    assert first.begin("twin.csv", len(ROWS), DIGEST).complete, "its bytes are here"
+    half = first.begin("half.csv", 100, 64 * "0")
+    send(first, half, b"part")
+    assert far.objects is not None
+    far.objects.put(f"uploads/default/{64 * '1'}", b"of an upload that nobody has")
+    assert second.remove_old(hours=1) == 0
+    assert far.objects.files("uploads/default") == [DIGEST], "what no upload has is deleted"
+    assert second.remove_old(hours=-timedelta(hours=1).total_seconds()) == 1
+    assert far.objects.folders("uploads/default") == []
+
+    s3.door.shut = True
+    try:
+        with TestClient(an_app(store, uploads=first), "http://localhost", raise_server_exceptions=False) as client:
+            answer = client.post(
+                "/v1/uploads", json={"name": "more.csv", "bytes": 4, "sha256": sha256(b"more").hexdigest()}
+            )
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5"), answer.text
+            assert "the storage does not answer" in answer.json()["detail"]
+    finally:
+        s3.door.shut = False
+    for upload in first.page():
+        first.delete(upload.id)
+    assert far.objects.below("uploads") == []
+    for open_ in (first, second, store):
+        open_.close()
