@@ -37,7 +37,7 @@ class Inference:
         load_models()
         most_bytes = settings.serving_bytes or machine_bytes() // 2 // settings.serving_replicas
         self._engine = Engine(
-            lambda model: settings.storage.stack(str(model.job), model.round, model.moving), most_bytes
+            lambda model: settings.storage.stack(str(model.job), model.round, model.moving, model.layers), most_bytes
         )
         # A thread for each kind of work, so that neither a long text nor a model that is loaded holds up a classification.
         self._answering, self._beginning = Answering(MOST_TEXTS), ThreadPoolExecutor(max_workers=1)

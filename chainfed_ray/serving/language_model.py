@@ -17,7 +17,7 @@ from chainfed_ray.data.targets import chat_ids, prompt_ids
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.forward import adapt
-from chainfed_ray.model.source import load_whole
+from chainfed_ray.model.source import load_whole, lowest_layers
 from chainfed_ray.model.trunk import find_layers
 from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.messages import MOST_TOKENS, SCHEMA, Chance, Prompt, TokenChances
@@ -30,16 +30,23 @@ _BY_DISTANCE = ("bloom", "mpt")  # types whose attention knows distances alone
 
 
 class LanguageModel:
-    """The language model ``base``, loaded once. It is not thread-safe.
+    """The language model ``base``, loaded once: all of it, or its lowest ``layers`` with its own norm and head.
+
+    It has no weights of its own if it is part ``of`` another one of the same base model. It is not thread-safe.
 
     Raises:
         InvalidJob: there is no such base model.
     """
 
-    def __init__(self, base: str, dtype: torch.dtype) -> None:
-        folder = resolve(base)
-        self._tokenizer = tokenizer(base, folder)
-        self._model: Any = load_whole(AutoModelForCausalLM, folder, dtype)
+    def __init__(
+        self, base: str, dtype: torch.dtype, layers: int | None = None, of: "LanguageModel | None" = None
+    ) -> None:
+        if of is None or layers is None:
+            folder = resolve(base)
+            self._tokenizer = tokenizer(base, folder)
+            self._model: Any = load_whole(AutoModelForCausalLM, folder, dtype, layers)
+        else:
+            self._tokenizer, self._model = of._tokenizer, lowest_layers(of._model, layers)
         self._model.eval().requires_grad_(False)
         config = self._model.config.get_text_config()
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
@@ -48,8 +55,8 @@ class LanguageModel:
         self._takes = set(signature(self._model.forward).parameters)
         self.has_rows = self._can_have_rows()
         self._adapters: RowAdapters = {}
-        layers: Any = self._model.get_submodule(find_layers(self._model, base))
-        for index, layer in enumerate(layers):
+        self.layers: Any = self._model.get_submodule(find_layers(self._model, base))
+        for index, layer in enumerate(self.layers):
             layer.register_forward_hook(self._hook(index))
             for path, module in layer.named_modules():
                 if is_linear(module):

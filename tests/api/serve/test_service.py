@@ -25,6 +25,7 @@ from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound, ModelNotFound
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.serving.generator import Generator
+from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import Piece, Sampling
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, assert_same, run
@@ -106,7 +107,7 @@ def test_a_language_model_from_its_chats_to_its_words(service: Running, storage:
     assert told == ["".join(piece["text"] for piece in service.client.stream("teller:chats", ["7?"], **greedy))]
     pieces: list[Piece] = []
     saved = load_stack(storage / "jobs" / job / "model")
-    Generator(f"path:{base}", torch.float32).write(saved, "7?", Sampling(**greedy), pieces.append)
+    Generator(LanguageModel(f"path:{base}", torch.float32)).write(saved, "7?", Sampling(**greedy), pieces.append)
     assert told == ["".join(piece.text for piece in pieces)]
 
 
