@@ -14,29 +14,29 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from benchmarks.cell_process import Row
 from benchmarks.random_stacks import RandomStacks
 from chainfed_ray.data.docstrings import rows
+from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.blocks import weight_bytes
 from chainfed_ray.model.saved_stack import SavedStack, save_stack, stored_bytes
 from chainfed_ray.serving.engine import Engine
 from chainfed_ray.serving.messages import ModelKey, Piece, Question, Sampling
 
-_CLASSES, _BOTTLENECK, _LAYERS, _EXIT = 8, 128, 4, 2
+_CLASSES, _BOTTLENECK, _LAYERS, _EXIT = 8, 256, 3, 1
 _ZIPF, _SEED = 1.1, 0
 _ENCODED = 16  # of so many requests one is an embedding
-_SAVED, _EXITS = 20, 5  # of so many requests one follows a new version of its stack; of so many stacks one is an exit
-_TOKENS, _PATIENCE = 12, 120.0
-_SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": _LAYERS, "num_attention_heads": 4}
+_SAVED, _EXITS = 20, 7  # of so many requests one follows a new version of its stack; of so many stacks one is an exit
+_TOKENS, _PATIENCE = 6, 120.0
+_SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": _LAYERS, "num_attention_heads": 4}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,19 +50,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, and print a line for each step as it comes."""
+    load_models()  # as a process of the service does
     torch.set_num_threads(1)
     found: list[Row] = []
-    table = Table(
-        "requests", "resident", "loads of stacks and models", "held, of the budget", box=None, header_style="bold"
-    )
     with tempfile.TemporaryDirectory(prefix="chainfed-") as folder:
         for row in _rows(Path(folder), options.requests, options.stacks, options.steps):
             found.append(row)
-            held = f"{row['held_bytes'] / 2**20:.1f} of {row['most_bytes'] / 2**20:.1f} MiB"
-            table.add_row(f"{row['requests']:,}", f"{row['resident_bytes'] / 2**20:.1f} MiB", f"{row['loads']:,}", held)
+            resident, held, most = (row[name] / 2**20 for name in ("resident_bytes", "held_bytes", "most_bytes"))
+            print(
+                f"{row['requests']:>7,} requests: {resident:.1f} MiB resident; models and stacks of {held:.1f} MiB, of at most "
+                f"{most:.1f}; {row['loads']:,} were loaded",
+                flush=True,
+            )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
-    Console(highlight=False).print(table)
     half = found[len(found) // 2]
     growth = (found[-1]["resident_bytes"] - half["resident_bytes"]) / 2**20
     print(f"From request {half['requests']:,} to {found[-1]['requests']:,} the process grew by {growth:.1f} MiB.")
@@ -74,7 +75,7 @@ def _rows(folder: Path, requests: int, stacks: int, steps: int) -> Iterator[Row]
     made = [RandomStacks(base, _BOTTLENECK) for base in bases]
     keys, saved = list[ModelKey](), list[SavedStack]()
     for place in range(stacks):
-        writes = place % 5 == 0
+        writes = _writes(place)
         stack = made[writes].stack(place, None if writes else _CLASSES)
         layers = _EXIT if place % _EXITS == 1 else None
         if layers:
@@ -91,7 +92,7 @@ def _rows(folder: Path, requests: int, stacks: int, steps: int) -> Iterator[Row]
         place = int(random.choice(stacks, p=weights / weights.sum()))
         if done % _SAVED == 0:
             save_stack(saved[place], folder / f"job-{place}")
-        _ask(engine, keys[place], texts[done % len(texts)], done, writes=place % 5 == 0)
+        _ask(engine, keys[place], texts[done % len(texts)], done, _writes(place))
         if done % (requests // steps) == 0:
             yield {
                 "requests": done,
@@ -120,14 +121,19 @@ def _ask(engine: Engine, key: ModelKey, text: str, number: int, writes: bool) ->
     assert not isinstance(answer, Exception), answer
 
 
+def _writes(place: int) -> bool:
+    return place % 5 == 4
+
+
 def _base(folder: Path, kind: str) -> str:
     """A small random model with the tokenizer of one that comes with the project."""
     name = "builtin:minilm" if kind == "bert" else "builtin:smollm2"
     words = tokenizer(name, resolve(name))
+    maker: Any = AutoModel if kind == "bert" else AutoModelForCausalLM
     config = AutoConfig.for_model(kind, vocab_size=len(words), **_SIZES)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        model = (AutoModel if kind == "bert" else AutoModelForCausalLM).from_config(config)
+        model = maker.from_config(config)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return f"path:{folder}"

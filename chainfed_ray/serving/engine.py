@@ -3,6 +3,7 @@
 A base model is in memory once, whatever is done with it: it classifies, embeds and writes, also with its lowest layers alone.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -82,15 +83,13 @@ class _Base:
             assert self._writer is not None, "it was loaded to write"
             whole = layers == self._extent.layers
             model = self._writer if whole else LanguageModel(self._base, self._dtype, layers, self._writer)
-            found = Generator(model, row_bytes=self._row_bytes, beside=lambda: self._beside(layers))
-            self._generators = {
-                **self._generators,
-                layers: found,
-            }  # the thread that writes may be reading the other one
+            others = list(self._generators.values())
+            found = Generator(model, row_bytes=self._row_bytes)
+            for other in others:
+                other.share_with(found)
+            # A dictionary of its own: the thread that writes may be reading the other one.
+            self._generators = {**self._generators, layers: found}
         return found
-
-    def _beside(self, layers: int | None) -> int:
-        return sum(other.held_bytes for key, other in self._generators.items() if key != layers)
 
     @property
     def is_idle(self) -> bool:
@@ -109,7 +108,7 @@ class Engine:
         self._folder_of = folder_of
         self._shelf = Shelf(most_bytes)
         self._row_bytes = most_bytes // _FOR_ROWS
-        self._extents, self._loading = dict[tuple[str, str], set[_Extent]](), Lock()
+        self._extents, self._choosing = defaultdict[tuple[str, str], set[_Extent]](set), Lock()
         self._writing = list[Generator]()
         self._begun = Condition()
         Thread(target=self._write, name="writing", daemon=True).start()
@@ -181,22 +180,25 @@ class Engine:
 
         If less of it is there, it is loaded anew, with all that is used of it. Then the part goes, once nobody uses it.
         """
-        held = self._extents.setdefault((base, dtype), set())
-        with self._loading:
-            held &= {extent for extent in held if self._shelf.holds((base, dtype, extent))}
-            chosen = next((extent for extent in held if extent.covers(wanted)), wanted.with_all(held))
-            held.add(chosen)
-
-        def size() -> int:
-            return weight_bytes(resolve(base), _dtype(dtype), chosen.layers) + self._row_bytes * chosen.writes
-
-        def load() -> _Base:
-            return _Base(base, _dtype(dtype), chosen, self._row_bytes)
-
-        with self._shelf.using((base, dtype, chosen), size, load) as found:
-            for extent in [extent for extent in set(held) if extent != chosen and chosen.covers(extent)]:
-                self._shelf.let_go((base, dtype, extent))
+        with self._choosing:
+            held = {extent for extent in self._extents[base, dtype] if self._shelf.holds((base, dtype, extent))}
+        chosen = next((extent for extent in held if extent.covers(wanted)), None) or wanted.with_all(held)
+        if chosen not in held and self._bytes(base, dtype, chosen) > self._shelf.most_bytes:
+            chosen = wanted  # what is there makes room
+        with self._choosing:
+            self._extents[base, dtype] = held | {chosen}
+        with self._shelf.using(
+            (base, dtype, chosen),
+            lambda: self._bytes(base, dtype, chosen),
+            lambda: _Base(base, _dtype(dtype), chosen, self._row_bytes),
+        ) as found:
+            for extent in held - {chosen}:
+                if chosen.covers(extent):
+                    self._shelf.let_go((base, dtype, extent))
             yield found
+
+    def _bytes(self, base: str, dtype: str, extent: _Extent) -> int:
+        return weight_bytes(resolve(base), _dtype(dtype), extent.layers) + self._row_bytes * extent.writes
 
     def _write(self) -> None:
         """Let every text grow by a token, again and again; wait while there is none."""

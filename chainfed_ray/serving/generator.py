@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Generator:
     """Writes texts with a language ``model``, up to ``most_rows`` at once. It is not thread-safe.
 
     The keys and values of the texts take ``row_bytes`` at most. A text waits until there is room for all that it may become.
-    Other generators may share these bytes: ``beside`` tells how many they have.
+    Other generators may share these bytes: see ``share_with``.
     """
 
     def __init__(
@@ -67,11 +68,11 @@ class Generator:
         model: LanguageModel,
         most_rows: int = MOST_ROWS,
         row_bytes: int | None = None,
-        beside: Callable[[], int] = lambda: 0,
     ) -> None:
         self._model = model
         self._most_rows = most_rows if self._model.has_rows else 1
-        self._row_bytes, self._beside = row_bytes, beside
+        self._row_bytes = row_bytes
+        self._beside = list[ref[Generator]]()  # weak: who is let go of is freed at once
         self._token_bytes = 0 if row_bytes is None else self._model.token_bytes()
         self._waiting = deque[_Row]()
         self._reading: tuple[_Row, Any] | None = None  # with its cache
@@ -108,6 +109,11 @@ class Generator:
     def is_idle(self) -> bool:
         """True if there is no text to write."""
         return not (self._rows or self._reading or self._waiting)
+
+    def share_with(self, other: "Generator") -> None:
+        """Let the texts of this generator and of ``other`` together have the bytes that each of them has by itself."""
+        self._beside.append(ref(other))
+        other._beside.append(ref(self))
 
     @property
     def held_bytes(self) -> int:
@@ -193,7 +199,8 @@ class Generator:
 
     def _has_room(self, row: _Row) -> bool:
         """True if the row can join."""
-        fits = self._row_bytes is None or self._bytes_of([*self._rows, row]) + self._beside() <= self._row_bytes
+        beside = sum(other.held_bytes for one in self._beside if (other := one()))
+        fits = self._row_bytes is None or self._bytes_of([*self._rows, row]) + beside <= self._row_bytes
         return fits and len(self._rows) < self._most_rows
 
     def _goes_on(self, row: _Row, logits: Tensor) -> bool:

@@ -1,24 +1,28 @@
 """Promise: an early exit answers as the chain cut at its layer, whoever else asks of the same base model."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
+from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from chainfed_ray.errors import InvalidJob, UnsupportedModel
+from chainfed_ray.errors import InvalidJob, ServiceBusy, UnsupportedModel
 from chainfed_ray.export.handover import hand_over
 from chainfed_ray.model.blocks import Blocks, weight_bytes
 from chainfed_ray.model.pooling import mean_over_tokens
 from chainfed_ray.model.saved_stack import SavedStack, save_stack
 from chainfed_ray.serving.classifier import Classifier
 from chainfed_ray.serving.engine import Engine
+from chainfed_ray.serving.generator import Generator
+from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import ModelKey, Piece, Question, Sampling
 from chainfed_ray.serving.peft_method import ChainFedConfig
-from tests.causal import a_causal_stack, a_lora_stack, byte_tokenizer
+from tests.causal import a_causal_stack, a_lora_stack, byte_tokenizer, causal_folder, written
 from tests.models import a_saved_stack, chain_outputs, tiny_causal_model
 from tests.watching import wait_for
 
@@ -146,6 +150,62 @@ def test_one_base_model_classifies_and_writes_and_its_exits_write_too(family: st
         return engine.held_bytes == weight_bytes(folder, torch.float32) + most // 8 + files
 
     wait_for(is_held_once, "the parts to go")
+
+
+def test_where_both_do_not_fit_what_is_asked_for_takes_the_place_of_what_is_there(tmp_path: Path) -> None:
+    """There is room for the whole model that classifies, or for an exit that writes, and not for a model that does both."""
+    folder = tmp_path / "base"
+    tiny_causal_model("llama", tied=False, vocabulary=260, layers=4).save_pretrained(folder)
+    BYTES.save_pretrained(folder)
+    stacks = {"None": a_saved_stack(folder, layers=(0, 1)), "1": cut(a_causal_stack(folder, layers=(0,)), 1)}
+    for name, saved in stacks.items():
+        save_stack(saved, tmp_path / name)
+    whole = weight_bytes(folder, torch.float32)
+    files = sum((tmp_path / name / "adapter_model.safetensors").stat().st_size for name in stacks)
+    assert weight_bytes(folder, torch.float32, layers=1) + (whole + files) // 8 < whole
+    engine, told = Engine(lambda model: tmp_path / str(model.layers), whole + files), SimpleQueue[Piece | Exception]()
+    key, texts = ModelKey(f"path:{folder}", "float32", "job"), list[str]()
+    for _ in range(2):
+        (answer,) = engine.classify([Question(key, TEXTS)])
+        torch.testing.assert_close(torch.tensor(answer), plain(folder, stacks["None"], TEXTS)[0], rtol=0, atol=1e-5)
+        wait_for(lambda: begun(engine, key._replace(layers=1), told), "room for the text")
+        texts.append("")
+        while not isinstance(piece := told.get(timeout=60), Exception):
+            texts[-1] += piece.text
+            if piece.finish_reason:
+                break
+        wait_for(
+            lambda: not isinstance(engine.classify([Question(key, TEXTS)])[0], Exception), "room for the classifier"
+        )
+    assert texts == [likeliest(folder, stacks["1"], "tide ")] * 2
+
+
+def begun(engine: Engine, key: ModelKey, told: "SimpleQueue[Piece | Exception]") -> bool:
+    """Begin a text; False if what is in use leaves no room."""
+    try:
+        engine.begin(key, "tide ", GREEDY, told.put, lambda: False)
+    except ServiceBusy:
+        return False
+    return True
+
+
+def test_a_model_that_is_let_go_of_is_freed_at_once(tmp_path: Path) -> None:
+    """Also if no collector looks for circles: the bytes of tensors are none of its business."""
+    base = f"path:{causal_folder('llama', tmp_path / 'base')}"
+    collector = gc.isenabled()
+    gc.disable()
+    try:
+        model = LanguageModel(base, torch.float32)
+        weights = [ref(parameter) for parameter in model.layers.parameters()]
+        whole, part = (Generator(one, row_bytes=2**20) for one in (model, LanguageModel(base, torch.float32, 1, model)))
+        whole.share_with(part)
+        saved = a_lora_stack(tmp_path / "base")
+        assert written(whole, saved, "tide", GREEDY) != written(part, cut(saved, 1), "tide", GREEDY)
+        del model, whole, part
+        assert not [one for one in weights if one() is not None]
+    finally:
+        if collector:
+            gc.enable()
 
 
 def test_an_exit_is_handed_over_to_no_engine_that_would_run_all_layers(tiny_model_folder: Path, tmp_path: Path) -> None:
