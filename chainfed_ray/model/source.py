@@ -33,21 +33,23 @@ def load_whole(kind: Any, folder: Path, dtype: torch.dtype | str = "auto", layer
     Raises:
         UnsupportedModel: the folder has no checkpoint that can be read.
     """
-    config = configuration(folder)
-    total = int(config.get_text_config().num_hidden_layers)
-    _shorten(config, layers or total)
     checkpoint = Checkpoint(folder)
     try:
         if layers is None and not any(map(checkpoint.form, checkpoint.names)):
             return kind.from_pretrained(
-                folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
             )
+        config = configuration(folder)
         loaded = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+        above: tuple[str, ...] = ()
         with torch.device("meta"):
+            if layers is not None:
+                whole = kind.from_config(config)
+                path = find_layers(whole, str(folder))
+                above = tuple(f"{path}.{index}." for index in range(layers, len(whole.get_submodule(path))))
+                _shorten(config, layers)
             blank = kind.from_config(config)
-        path = find_layers(blank, str(folder))
-        cut = tuple(f"{path}.{index}." for index in range(layers or total, total))
-        values = {name: checkpoint.read(name, loaded) for name in checkpoint.names if not name.startswith(cut)}
+        values = {name: checkpoint.read(name, loaded) for name in checkpoint.names if not name.startswith(above)}
     finally:
         checkpoint.close()
     model = type(blank).from_pretrained(None, config=config, state_dict=values, dtype=loaded)
