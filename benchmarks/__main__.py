@@ -17,6 +17,7 @@ from benchmarks import (
     quantized,
     scale,
     serving,
+    serving_memory,
     sites,
     zoo,
 )
@@ -41,6 +42,11 @@ scale.add_options(names.add_parser("scale", help="what the coordinator of a larg
 autoscale.add_options(names.add_parser("autoscale", help="how fast an autoscaling cluster grows and shrinks"))
 sites.add_options(names.add_parser("sites", help="a job over sites against one whose rows the server deals"))
 serving.add_options(names.add_parser("serving", help="the time to classify for many stacks in one batch"))
+serving_memory.add_options(
+    names.add_parser(
+        "serving-memory", help="the memory of a process that answers, after 10,000 requests over 100 stacks"
+    )
+)
 hostile.add_options(names.add_parser("hostile", help="hostile requests to a service, and how long others wait"))
 load.add_options(names.add_parser("load", help="a service under load: throughput, waiting times, a killed process"))
 film_reviews.add_options(names.add_parser("film-reviews", help="make a data set of film reviews for accuracy --data"))

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +31,9 @@ from benchmarks.load_models import CLASSIFIERS, Prepared, prepared
 from chainfed_ray.api.command.local_service import free_port, local_service
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.data.docstrings import rows
+from chainfed_ray.hub import resolve
+from chainfed_ray.model.blocks import weight_bytes
+from chainfed_ray.model.saved_stack import stored_bytes
 from chainfed_ray.serving.engine import Engine
 from chainfed_ray.serving.messages import Question
 
@@ -152,12 +156,25 @@ def _zipf(made: Prepared, address: str, _: psutil.Process) -> Iterator[Row]:
     text = rows()[0][0]
     with httpx.Client(base_url=address, timeout=_PATIENCE, trust_env=False) as http, ThreadPoolExecutor(4) as callers:
         waits = list(callers.map(lambda place: _timed(lambda: _classified(http, CLASSIFIERS[place], text))[1], chosen))
-    said = f"no error; p50 {1000 * quantiles(waits, n=100)[49]:.0f} ms, p99 {1000 * _p99(waits):.0f} ms"
+    hits = _hits(made, [CLASSIFIERS[place] for place in chosen], text)
+    waited = f"p50 {1000 * quantiles(waits, n=100)[49]:.0f} ms, p99 {1000 * _p99(waits):.0f} ms"
     yield {
         "what": f"{len(CLASSIFIERS)} stacks, room for {_ROOM}, {_REQUESTS} requests",
-        "said": said,
+        "said": f"no error; {waited}; {hits:.0%} of the stacks were there",
         "seconds": _p99(waits),
+        "hits": hits,
     }
+
+
+def _hits(made: Prepared, models: Sequence[str], text: str) -> float:
+    """The share of requests whose stack was there, of the same requests one after another in a process with that room."""
+    key = made.keys[models[0]]
+    stack = stored_bytes(made.settings.storage.model(str(key.job)))
+    room = weight_bytes(resolve(key.base), torch.float32) + _ROOM * stack
+    engine = Engine(lambda model: made.settings.storage.model(str(model.job)), room)
+    for model in models:
+        engine.classify([Question(made.keys[model], [text])])
+    return 1 - (engine.loads - 1) / len(models)  # one load is that of the base model
 
 
 def _commit(made: Prepared, address: str, _: psutil.Process) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from chainfed_ray.data.docstrings import rows
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.source import load_whole
 from chainfed_ray.serving.generator import Generator
+from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import Piece, Sampling
 
 _BASE, _BOTTLENECK, _SHORTEST, _LONGEST = "builtin:smollm2", 32, 8, 96
@@ -27,7 +28,7 @@ def text_rows(count: int, stacks: int) -> list[Row]:
     prompts = [text[:200] for text, _ in rows()[:count]]
     lengths = [_SHORTEST + (_LONGEST - _SHORTEST) * place // (count - 1) for place in range(count)]
     asked = [(saved[place % stacks], prompts[place], lengths[place]) for place in range(count)]
-    generator = Generator(_BASE, torch.float32, most_rows=count)
+    generator = Generator(LanguageModel(_BASE, torch.float32), most_rows=count)
     generator.write(saved[0], "warm up", Sampling(4, temperature=0), lambda _: None)
 
     together, seconds = _together(generator, asked)

@@ -8,6 +8,7 @@ Nothing is kept in Ray, because any process may be killed at any time, even Ray'
     jobs/<job>/model/              the trained adapter stack that is served, in PEFT's format
     jobs/<job>/last/               the last stack, while the job trains, and later if another one is served
     jobs/<job>/best/               the stack with the least held-out loss, if it is neither the last nor the served one
+    jobs/<job>/exit-<n>/           the stack of the early exit after n layers, where the job evaluated one
     uploads/<tenant>/              files that were sent to the service (see cluster/uploads)
     scratch/<job>/                 prefix caches, unless CHAINFED_SCRATCH names another folder; they may be deleted at any time
 
@@ -132,17 +133,19 @@ class Storage:
         """The folder of a job's trained adapter stack."""
         return self.stack(job, None)
 
-    def stack(self, job: str, index: int | None, moving: str | None = None) -> Path:
+    def stack(self, job: str, index: int | None, moving: str | None = None, layers: int | None = None) -> Path:
         """The folder of the stack that a job had after round ``index``; of its model, without an index.
 
         With ``moving``, ``latest`` or ``best``, the newest or the best stack will do, if that of the round is kept no more.
+        With ``layers`` it is that of the early exit after so many layers, of which one is kept.
 
         Raises:
             InvalidJob: that stack is kept no more.
         """
         folder = self.committed(job)
-        if index is None:  # a copy may be from before the job's end
-            return (folder if (folder / "model").exists() else self.committed(job, at_once=True)) / "model"
+        if index is None or layers is not None:  # a copy may be from before it was made
+            name = "model" if layers is None else f"exit-{layers}"
+            return (folder if (folder / name).exists() else self.committed(job, at_once=True)) / name
         kept = _stacks_in(folder)
         if index not in kept and self.url:  # it may be newer than the copy
             kept = _stacks_in(self.committed(job, at_once=True))

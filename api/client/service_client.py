@@ -303,7 +303,8 @@ class ServiceClient:
                 if refused := _CONFLICT.fullmatch(problem["detail"]):
                     raise JobConflict(*refused.groups())
             case "model-not-found":
-                raise ModelNotFound(about, tuple(model["name"] for model in self.models()))
+                whole = (model["name"] for model in self.models() if model.get("layers") is None)
+                raise ModelNotFound(about, tuple(whole))
             case "artifact-not-found":
                 raise ArtifactNotFound(*about.split("/", 1))
             case "upload-not-found":

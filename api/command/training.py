@@ -12,7 +12,8 @@ from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.run import run_job
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import JobFinished, JobResult, JobStarted, Round
+from chainfed_ray.records.result import JobResult
+from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 
 

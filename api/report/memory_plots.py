@@ -10,7 +10,8 @@ from matplotlib.patches import Patch
 
 from chainfed_ray.api.report.figures import BLUE, GREEN, GREY, MANY, SEVERAL, by_round, new_figure
 from chainfed_ray.api.report.fleet import FleetClass, by_class, short
-from chainfed_ray.records.rounds import JobStarted, Round, StageMemory
+from chainfed_ray.records.result import StageMemory
+from chainfed_ray.records.rounds import JobStarted, Round
 from chainfed_ray.units import format_bytes
 
 _MIB = 2**20

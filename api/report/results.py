@@ -9,7 +9,8 @@ from rich.text import Text
 from chainfed_ray.api.report.fleet import FleetClass, by_class, in_words, short
 from chainfed_ray.api.report.progress import price
 from chainfed_ray.api.report.scores import is_causal, short_score
-from chainfed_ray.records.rounds import HeadFit, JobFinished, JobStarted, Round, StageMemory
+from chainfed_ray.records.result import StageMemory
+from chainfed_ray.records.rounds import HeadFit, JobFinished, JobStarted, Round
 from chainfed_ray.spec.fleet import PartitionSpec
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.units import format_bytes, format_seconds

@@ -21,14 +21,14 @@ from chainfed_ray.api.rest.schemas import (
 )
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.jobs.versions import Version, trained
+from chainfed_ray.cluster.jobs.versions import ModelName, exits_of, exits_so_far, name_of_exit, trained
+from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import InvalidJob, ModelNotFound
 from chainfed_ray.serving.messages import ModelKey
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
 _MOST_COMPARED = 1000  # names, to find those that are like one that does not exist; jobs on a base model of one name
-_MOST_DIGITS = 10  # of a round
 _ROUTES: dict[ModelTask, str] = {
     "sequence-classification": "POST /v1/classify and POST /v1/embeddings",
     "causal-lm": "POST /v1/completions and POST /v1/chat/completions",
@@ -45,9 +45,9 @@ class Found:
 
 @router.get("/models")
 def list_models(jobs: Jobs) -> ModelList:
-    """Every served model. A job's model is served as soon as the job has succeeded."""
+    """Every served model. A job's model is served as soon as the job has succeeded, and so are its early exits."""
     bases = [ServedModel.of_base(record) for record in jobs.bases()]
-    served_models = [*bases, *(ServedModel.of(record) for record in jobs.models())]
+    served_models = [*bases, *(model for record in jobs.models() for model in _with_exits(record))]
     return ModelList(
         models=served_models, data=[ModelEntry.model_validate(model, from_attributes=True) for model in served_models]
     )
@@ -134,8 +134,10 @@ async def served(jobs: JobStore, name: str, task: ModelTask) -> Found:
 
 def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
     """The model called ``name``. Of base models with that name, one that has been used for ``task``, if there is any."""
-    stem, _, version = name.rpartition("@")
-    if ":" in stem and (wanted := _version(version)) is not None and (found := trained(jobs, stem, wanted)):
+    stem, wanted, layers = ModelName.of(name)
+    if layers is not None:
+        return _exit(jobs, name)
+    if wanted is not None and (found := trained(jobs, stem, wanted)):
         key = _key(found.record.spec["model"], found.record.id)._replace(
             round=found.round["index"], moving=None if isinstance(wanted, int) else wanted
         )
@@ -148,25 +150,59 @@ def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
     if ":" not in name and (shares := jobs.aliases.get(name)):
         tenant, slash, _ = name.rpartition("/")
         return _find(jobs, f"{tenant}{slash}{choices(list(shares), list(shares.values()))[0]}", task)
+    raise _not_found(jobs, name)
+
+
+def _exit(jobs: JobStore, name: str) -> Found:
+    """The early exit called ``name``: of the newest job that has succeeded, or with ``@latest`` of one that may still train.
+
+    Raises:
+        ModelNotFound: there is no such job.
+        InvalidJob: there is, and it has no such exit.
+    """
+    stem, version, layers = ModelName.of(name)
+    if ":" not in stem:
+        _find(jobs, stem, None)
+        raise InvalidJob.at(
+            "model", name, "no #layers: only a model that a job trained has early exits, no base and no alias"
+        )
+    if version not in (None, "latest"):
+        expected = "@latest or nothing before #layers: of an early exit the newest stack is kept, and no other"
+        raise InvalidJob.at("model", name, expected)
+    if version == "latest":
+        training = trained(jobs, stem, version)
+        whole = ServedModel.of_round(training).model_copy(update={"name": f"{stem}@latest"}) if training else None
+        record, scores = (training.record, exits_so_far(jobs, training)) if training else (None, [])
+    else:
+        record = jobs.model(stem)
+        whole, scores = (ServedModel.of(record), exits_of(record)) if record else (None, [])
+    if record is None or whole is None:
+        raise _not_found(jobs, name)
+    if score := next((score for score in scores if score.layers == layers), None):
+        return Found(whole.exit(score), _key(record.spec["model"], record.id)._replace(layers=layers))
+    there = " or ".join(name_of_exit(whole.name, score.layers) for score in scores)
+    expected = f"{there}, or without #layers the whole model" if there else "no #layers: this model has no early exits"
+    raise InvalidJob.at("model", name, expected)
+
+
+def _with_exits(record: JobRecord) -> list[ServedModel]:
+    """The model of a job that has succeeded, and its early exits."""
+    whole = ServedModel.of(record)
+    return [whole, *(whole.exit(score) for score in exits_of(record))]
+
+
+def _not_found(jobs: JobStore, name: str) -> ModelNotFound:
     names = jobs.model_names(_MOST_COMPARED)
     names += sorted({model.partition(":")[0] for model in names} | jobs.aliases.all().keys())
-    raise ModelNotFound(name, tuple(names))
+    return ModelNotFound(name, tuple(names))
 
 
 def _is_served(jobs: JobStore, name: str) -> bool:
     try:
         _find(jobs, name, None)
-    except ModelNotFound:
+    except (ModelNotFound, InvalidJob):
         return False
     return True
-
-
-def _version(text: str) -> Version | None:
-    if text == "latest":
-        return "latest"
-    if text == "best":
-        return "best"
-    return int(text) if text.isdecimal() and len(text) < _MOST_DIGITS else None
 
 
 def _key(model: dict[str, str], job: str | None) -> ModelKey:

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
-from chainfed_ray.cluster.jobs.versions import Trained
+from chainfed_ray.cluster.jobs.versions import Trained, name_of_exit
 from chainfed_ray.cluster.tables import JobRecord
+from chainfed_ray.records.result import ExitScore
 
 _MOST_KEYS = 100
 _SUM_TOLERANCE = 1e-6
@@ -70,12 +71,18 @@ class ServedModel(ModelEntry):
     name: str = Field(description="the same as `id`")
     kind: Literal["stack", "base"] = Field(description="a `stack` of adapters on a base model, or a `base` model alone")
     job: str | None = Field(description="the id of the job that trained it; null for a base model")
-    round: int | None = Field(None, description="the round after which it was committed, if that is in the name")
+    round: int | None = Field(
+        None, description="the round after which it was committed, if that is in the name; of an early exit always"
+    )
+    layers: int | None = Field(
+        None, description="of an early exit: how many of the base model's layers run, the lowest; null: all of them"
+    )
     task: ModelTask
     base: str = Field(description="the base model, as in the job file")
     classes: list[str] = Field(description="the classes of a classifier; empty for a language model and a base model")
     accuracy: float | None = Field(
-        description="accuracy on the test rows; of a language model, on their tokens; null for a base model"
+        description="accuracy on the test rows; of a round and of an early exit, on the validation rows; of a language model, "
+        "on their tokens; null for a base model"
     )
     created_at: str = Field(description="ISO 8601, UTC")
 
@@ -98,6 +105,12 @@ class ServedModel(ModelEntry):
             accuracy=evaluation.get("accuracy"),
             created_at=at,
         )
+
+    def exit(self, score: ExitScore) -> "ServedModel":
+        """The early exit of this model with the measured ``score``."""
+        name = name_of_exit(self.name, score.layers)
+        own = {"id": name, "name": name, "round": score.round, "layers": score.layers, "accuracy": score.accuracy}
+        return self.model_copy(update=own)
 
     @classmethod
     def of_base(cls, record: JobRecord) -> "ServedModel":

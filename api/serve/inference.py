@@ -93,6 +93,6 @@ class Inference:
 def _folder_of(storage: Storage, model: ModelKey) -> Path:
     """The folder of a model's stack."""
     try:
-        return storage.stack(str(model.job), model.round, model.moving)
+        return storage.stack(str(model.job), model.round, model.moving, model.layers)
     except OSError as error:
         raise PartUnavailable("the storage", f"does not answer ({error.strerror})", _RETRY_SECONDS) from error

@@ -61,10 +61,10 @@ class Examples:
         order = np.argsort(self.lengths, kind="stable")
         return (order[first : first + count] for first in range(0, len(order), count))
 
-    def by_tokens(self, most: int) -> Iterator[np.ndarray]:
-        """The indices of all examples in batches, by length. A padded batch has at most ``most`` tokens, or one example."""
+    def by_tokens(self, most: int, among: np.ndarray) -> Iterator[np.ndarray]:
+        """The indices ``among`` in batches, by length. A padded batch has at most ``most`` tokens, or one example."""
         chosen: list[int] = []
-        for index in np.argsort(self.lengths, kind="stable"):
+        for index in among[np.argsort(self.lengths[among], kind="stable")]:
             if chosen and (len(chosen) + 1) * self.lengths[index] > most:
                 yield np.array(chosen)
                 chosen = []

@@ -53,7 +53,13 @@ def hand_over(folder: Path, out: Path, form: str) -> list[str]:
 
 def _stack(folder: Path) -> SavedStack:
     try:
-        return load_stack(folder)
+        saved = load_stack(folder)
     except CorruptCommit as error:
         expected = f"the folder of a finished model, such as chainfed-data/<job>/model ({error.reason})"
         raise InvalidJob.at("folder", str(folder), expected) from None
+    if saved.run_layers is not None:
+        expected = (
+            f"a stack of all layers; this one is an early exit after {saved.run_layers}, which the service answers with"
+        )
+        raise InvalidJob.at("folder", str(folder), expected)
+    return saved

@@ -289,6 +289,7 @@ class Coordinator:
             ended=ended,
             seconds=0.0,
             head_fit=fit.record if fit else None,
+            exit=upcoming.exit,
             early_exit=early_exit,
         )
 

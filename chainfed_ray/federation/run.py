@@ -6,6 +6,7 @@ Call ``run_job`` from Python (docs/python.md); ``chainfed run`` and the service 
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 from chainfed_ray.activity import Listener, Note, Notes, Reporter, no_listener
@@ -19,9 +20,11 @@ from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import FederatedEvaluation, JobEvaluation, streamed
 from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.federation.start import StartRule
-from chainfed_ray.model.saved_stack import save_so_far
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.saved_stack import exit_folder, save_so_far, save_stack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.result import ExitScore
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 
@@ -54,8 +57,8 @@ def run_job(
     """Run a job, and yield its records: ``JobStarted``, each ``Round``, ``JobFinished``.
 
     ``folder`` holds the job's commits and at the end the finished model, in ``folder``/model. After each round, ``folder``/last
-    has the newest stack, and ``folder``/best the one with the least held-out loss, if that is another. To stop the job, stop
-    iterating.
+    has the newest stack, and ``folder``/best the one with the least held-out loss, if that is another; and ``folder``/exit-<n>
+    has the early exit after n layers, if the round evaluated that. To stop the job, stop iterating.
     Run it again with the same folder: it yields the earlier records once more, and continues with the next round.
 
     ``partition``, ``start``, ``aggregation`` and ``objective`` are the caller's own rules, in place of those that the job
@@ -88,14 +91,22 @@ def run_job(
         )
         yield coordinator.open()
         if history := log.rounds():
-            save_so_far(
-                coordinator.models(), folder
+            _save(
+                job, coordinator, history[-1], folder
             )  # who was killed after a commit left the stacks of the round before
             yield from history
         for record in coordinator.rounds():
-            save_so_far(coordinator.models(), folder)
+            _save(job, coordinator, record, folder)
             yield record
         finished = coordinator.finish()
         Reporter("saving the model", listen).begin()
         coordinator.save(folder)
     yield finished
+
+
+def _save(job: PlannedJob, coordinator: Coordinator, newest: Round, folder: Path) -> None:
+    """Write the stacks that the job has after its ``newest`` round, and the early exit that this round evaluated."""
+    save_so_far(coordinator.models(), folder)
+    if score := ExitScore.after(newest, job.layers):
+        stack: AdapterStack = coordinator.stack().up_to(score.layers - 1)
+        save_stack(replace(job.saved(stack, score.round), run_layers=score.layers), exit_folder(folder, score.layers))

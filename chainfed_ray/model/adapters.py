@@ -261,6 +261,10 @@ class AdapterStack(nn.Module):
         """
         return append_pooled(pooled, hidden, mask, self.pooled_layers)
 
+    def up_to(self, top: int) -> "AdapterStack":
+        """The adapters up to the layer ``top``, and the head. They are shared, not copied."""
+        return AdapterStack({layer: self.part(layer) for layer in self.layers if layer <= top}, self.head)
+
     def is_new(self, top: int) -> bool:
         """True if the adapters up to the layer ``top`` are the identity, as before they are trained."""
         return all(self.part(layer).is_identity for layer in self.layers if layer <= top)

@@ -99,6 +99,12 @@ class Blocks:
         self._load(layer, f"{self._trunk.layer_name(index)}.")
         return layer.eval().requires_grad_(False)
 
+    def with_weights_of(self, index: int, other: nn.Module) -> nn.Module:
+        """Layer ``index`` with the weights of ``other``, the same layer of the same model. They are shared, not copied."""
+        layer = copy.deepcopy(self._trunk.layers[index])
+        layer.load_state_dict(other.state_dict(), assign=True)
+        return layer.eval().requires_grad_(False)
+
     def place_layer(self, index: int, place: Callable[[nn.Module], None]) -> nn.Module:
         """Layer ``index``, loaded one module at a time: ``place`` moves each module's weights away before the
         next is loaded.
@@ -202,6 +208,10 @@ class Blocks:
         """The bytes of the largest layer's weights, once they are loaded."""
         return max(self._loaded_bytes(self._sources(index).values()) for index in range(self.num_layers))
 
+    def bytes_above(self, layers: int) -> int:
+        """The bytes of the weights of all layers but the lowest ``layers``, once they are loaded."""
+        return sum(self._loaded_bytes(self._sources(index).values()) for index in range(layers, self.num_layers))
+
     @property
     def unstreamed_bytes(self) -> int:
         """The bytes of a layer that stay resident when its matrices are streamed; of the layer that has most of them."""
@@ -274,12 +284,18 @@ class Blocks:
         module.load_state_dict(tensors, assign=True)
 
 
-def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+def weight_bytes(folder: Path, dtype: torch.dtype, layers: int | None = None) -> int:
     """The bytes of all tensors of the checkpoint in ``folder``, once they are loaded as ``dtype``.
+
+    With ``layers``, those above so many of the lowest layers do not count.
 
     Raises:
         UnsupportedModel: the folder has no checkpoint.
     """
+    if layers is not None:
+        blocks = Blocks(folder, dtype)
+        blocks.close()
+        return weight_bytes(folder, dtype) - blocks.bytes_above(layers)
     checkpoint = Checkpoint(folder)
     try:
         return sum(checkpoint.loaded_bytes(name, dtype) for name in checkpoint.names)

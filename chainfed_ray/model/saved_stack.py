@@ -45,6 +45,7 @@ class SavedStack:
     """A stack, and what is needed to use it: its classes, its maximum length, its base model, and the path of the layers there.
 
     ``round`` is the round after which it was committed, counted from 0; None if its job had none.
+    ``run_layers`` is how many of the base model's layers run, the lowest ones, if the stack is of an early exit; None: all.
     ``layers_path`` is a path in the base model. For a language model's stack it is a path in the causal model, such as
     ``model.layers``, and ``classes`` is empty.
     """
@@ -55,6 +56,7 @@ class SavedStack:
     base: str
     layers_path: str
     round: int | None = None
+    run_layers: int | None = None
 
     @property
     def modules(self) -> list[str]:
@@ -101,7 +103,12 @@ class SavedStack:
         if not self.stack.is_lora:
             return None
         own = {"version": VERSION, "base": self.base, "layers_path": self.layers_path, "max_length": self.max_length}
-        return own if self.round is None else own | {"round": self.round}
+        return own | self._which()
+
+    def _which(self) -> dict[str, int]:
+        """Which stack of its job it is."""
+        which = {"round": self.round, "run_layers": self.run_layers}
+        return {name: value for name, value in which.items() if value is not None}
 
     def _own_config(self) -> dict[str, Any]:
         down = self.stack.adapter(self.stack.layers[0]).down
@@ -118,7 +125,7 @@ class SavedStack:
             "classes": list(self.classes),
             "head_layers": self.stack.head_layers,
             "max_length": self.max_length,
-            **({"round": self.round} if self.round is not None else {}),
+            **self._which(),
         }
 
     def tensors(self) -> Tensors:
@@ -179,6 +186,11 @@ def save_so_far(models: Mapping[str, SavedStack], folder: Path) -> None:
     _remove(folder, KEPT - models.keys())
 
 
+def exit_folder(folder: Path, layers: int) -> Path:
+    """Where in the ``folder`` of a job the stack of its early exit after ``layers`` layers is."""
+    return folder / f"exit-{layers}"
+
+
 def _remove(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -212,7 +224,7 @@ def load_stack(folder: Path) -> SavedStack:
             path = path.removeprefix(f"{BASE}.")
         stack = AdapterStack.from_tensors({_plain(name): tensor for name, tensor in tensors.items()})
         saved = SavedStack(
-            stack, tuple(config["classes"]), config["max_length"], config["base"], path, config.get("round")
+            stack, tuple(config["classes"]), config["max_length"], config["base"], path, *_which_of(config)
         )
         complete = (
             causal == (stack.head is None)
@@ -239,11 +251,16 @@ def _lora_of(own: Mapping[str, Any], config: Mapping[str, Any], tensors: Tensors
     stack = AdapterStack.from_tensors(
         {f"adapters.{name.removeprefix(before)}": tensor for name, tensor in tensors.items()}
     )
-    saved = SavedStack(stack, (), own["max_length"], own["base"], own["layers_path"], own.get("round"))
+    saved = SavedStack(stack, (), own["max_length"], own["base"], own["layers_path"], *_which_of(own))
     layers = (found.get("layers_to_transform") for found in (saved.config(), config))
     if saved.tensors().keys() != tensors.keys() or len({str(given) for given in layers}) > 1:
         raise ValueError("its tensors are not those that its configuration names")
     return saved
+
+
+def _which_of(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """The round and the layers of a stack, as they stand in its configuration."""
+    return config.get("round"), config.get("run_layers")
 
 
 def stored_bytes(folder: Path) -> int:

@@ -1,13 +1,17 @@
-"""The base model that a process works with: its folder, and the whole of it as one model of transformers."""
+"""The base model that a process works with: its folder, and the whole of it or its lowest layers, as transformers has it."""
 
+import copy
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 
 from chainfed_ray.hub import configuration
+from chainfed_ray.model.trunk import find_layers
 from chainfed_ray.streaming.checkpoint import Checkpoint
 
 
@@ -20,9 +24,10 @@ class ModelSource:
     scratch: Path
 
 
-def load_whole(kind: Any, folder: Path, dtype: torch.dtype | str = "auto") -> Any:
+def load_whole(kind: Any, folder: Path, dtype: torch.dtype | str = "auto", layers: int | None = None) -> Any:
     """The model in ``folder``, as ``kind.from_pretrained`` gives it; ``kind`` is a class such as ``AutoModelForCausalLM``.
 
+    With ``layers`` it has so many of its layers, the lowest, and what is around them; the others are not read.
     Transformers cannot read the quantized matrices of a converted GGUF file: it is given their values.
 
     Raises:
@@ -30,18 +35,48 @@ def load_whole(kind: Any, folder: Path, dtype: torch.dtype | str = "auto") -> An
     """
     checkpoint = Checkpoint(folder)
     try:
-        if not any(map(checkpoint.form, checkpoint.names)):
+        if layers is None and not any(map(checkpoint.form, checkpoint.names)):
             return kind.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
             )
         config = configuration(folder)
         loaded = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
-        values = {name: checkpoint.read(name, loaded) for name in checkpoint.names}
+        above: tuple[str, ...] = ()
+        with torch.device("meta"):
+            if layers is not None:
+                whole = kind.from_config(config)
+                path = find_layers(whole, str(folder))
+                above = tuple(f"{path}.{index}." for index in range(layers, len(whole.get_submodule(path))))
+                _shorten(config, layers)
+            blank = kind.from_config(config)
+        values = {name: checkpoint.read(name, loaded) for name in checkpoint.names if not name.startswith(above)}
     finally:
         checkpoint.close()
-    with torch.device("meta"):
-        model_class = type(kind.from_config(config))
-    model = model_class.from_pretrained(None, config=config, state_dict=values, dtype=loaded)
+    model = type(blank).from_pretrained(None, config=config, state_dict=values, dtype=loaded)
     if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
+
+
+def lowest_layers(model: Any, layers: int) -> Any:
+    """The model of the lowest ``layers`` layers of ``model``: modules of its own, with the same tensors, which are not copied.
+
+    It has no hooks.
+    """
+    tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    shorter = copy.deepcopy(model, tensors)
+    for module in shorter.modules():
+        module._forward_hooks.clear()
+    path = find_layers(shorter, type(model).__name__)
+    kept: Any = shorter.get_submodule(path)
+    shorter.set_submodule(path, nn.ModuleList(list(kept)[:layers]))
+    _shorten(shorter.config, layers)
+    return shorter
+
+
+def _shorten(config: Any, layers: int) -> None:
+    """Let a model's configuration have so many layers."""
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(text.layer_types)[:layers]

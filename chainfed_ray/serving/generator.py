@@ -5,9 +5,10 @@ read in parts, one between two steps, so a long one does not hold up the texts t
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -56,18 +57,23 @@ class _Row:
 
 
 class Generator:
-    """Writes texts with the language model ``base``, up to ``most_rows`` at once. It is not thread-safe.
+    """Writes texts with a language ``model``, up to ``most_rows`` at once. It is not thread-safe.
 
     The keys and values of the texts take ``row_bytes`` at most. A text waits until there is room for all that it may become.
-
-    Raises:
-        InvalidJob: there is no such base model.
+    Other generators may share these bytes: see ``share_with``.
     """
 
-    def __init__(self, base: str, dtype: torch.dtype, most_rows: int = MOST_ROWS, row_bytes: int | None = None) -> None:
-        self._model = LanguageModel(base, dtype)
+    def __init__(
+        self,
+        model: LanguageModel,
+        most_rows: int = MOST_ROWS,
+        row_bytes: int | None = None,
+    ) -> None:
+        self._model = model
         self._most_rows = most_rows if self._model.has_rows else 1
-        self._most_columns = None if row_bytes is None else row_bytes // self._model.token_bytes()
+        self._row_bytes = row_bytes
+        self._beside = list[ref[Generator]]()  # weak: who is let go of is freed at once
+        self._token_bytes = 0 if row_bytes is None else self._model.token_bytes()
         self._waiting = deque[_Row]()
         self._reading: tuple[_Row, Any] | None = None  # with its cache
         self._rows, self._cache = list[_Row](), self._model.new_cache()
@@ -91,10 +97,9 @@ class Generator:
         """
         ids = self._model.tokens_of(prompt)
         most = self._model.most_after(prompt, len(ids), sampling.max_tokens)
-        if self._most_columns is not None and len(ids) + most > self._most_columns:
-            expected = (
-                f"at most {self._most_columns} tokens, the prompt's {len(ids)} included: there is memory for no more"
-            )
+        if self._row_bytes is not None and (len(ids) + most) * self._token_bytes > self._row_bytes:
+            columns = self._row_bytes // self._token_bytes
+            expected = f"at most {columns} tokens, the prompt's {len(ids)} included: there is memory for no more"
             raise InvalidJob.at("max_tokens", most, expected)
         text = self._model.detokenizer(ids, sampling.stop)
         sampler = Sampler(sampling, None if sampling.schema is None else self._model.grammar(sampling.schema))
@@ -104,6 +109,20 @@ class Generator:
     def is_idle(self) -> bool:
         """True if there is no text to write."""
         return not (self._rows or self._reading or self._waiting)
+
+    def share_with(self, other: "Generator") -> None:
+        """Let the texts of this generator and of ``other`` together have the bytes that each of them has by itself."""
+        self._beside.append(ref(other))
+        other._beside.append(ref(self))
+
+    @property
+    def held_bytes(self) -> int:
+        """The bytes that the keys and values of its texts may come to."""
+        return self._bytes_of([*self._rows, *([self._reading[0]] if self._reading else [])])
+
+    def _bytes_of(self, rows: Sequence[_Row]) -> int:
+        """The same of some texts: all take the columns of the longest."""
+        return len(rows) * max((row.columns for row in rows), default=0) * self._token_bytes
 
     def step(self) -> bool:
         """Read a part of the next prompts, and add a token to every text. False if there is nothing left to do."""
@@ -179,9 +198,9 @@ class Generator:
         return len(part)
 
     def _has_room(self, row: _Row) -> bool:
-        """True if the row can join. All rows take the columns of the longest."""
-        columns = max(one.columns for one in (*self._rows, row))
-        fits = self._most_columns is None or (len(self._rows) + 1) * columns <= self._most_columns
+        """True if the row can join."""
+        beside = sum(other.held_bytes for one in self._beside if (other := one()))
+        fits = self._row_bytes is None or self._bytes_of([*self._rows, row]) + beside <= self._row_bytes
         return fits and len(self._rows) < self._most_rows
 
     def _goes_on(self, row: _Row, logits: Tensor) -> bool:

@@ -17,7 +17,7 @@ from chainfed_ray.data.targets import chat_ids, prompt_ids
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import resolve, tokenizer
 from chainfed_ray.model.forward import adapt
-from chainfed_ray.model.source import load_whole
+from chainfed_ray.model.source import load_whole, lowest_layers
 from chainfed_ray.model.trunk import find_layers
 from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.messages import MOST_TOKENS, SCHEMA, Chance, Prompt, TokenChances
@@ -30,16 +30,23 @@ _BY_DISTANCE = ("bloom", "mpt")  # types whose attention knows distances alone
 
 
 class LanguageModel:
-    """The language model ``base``, loaded once. It is not thread-safe.
+    """The language model ``base``, loaded once: all of it, or its lowest ``layers`` with its own norm and head.
+
+    It has no weights of its own if it is part ``of`` another one of the same base model. It is not thread-safe.
 
     Raises:
         InvalidJob: there is no such base model.
     """
 
-    def __init__(self, base: str, dtype: torch.dtype) -> None:
-        folder = resolve(base)
-        self._tokenizer = tokenizer(base, folder)
-        self._model: Any = load_whole(AutoModelForCausalLM, folder, dtype)
+    def __init__(
+        self, base: str, dtype: torch.dtype, layers: int | None = None, of: "LanguageModel | None" = None
+    ) -> None:
+        if of is None or layers is None:
+            folder = resolve(base)
+            self._tokenizer = tokenizer(base, folder)
+            self._model: Any = load_whole(AutoModelForCausalLM, folder, dtype, layers)
+        else:
+            self._tokenizer, self._model = of._tokenizer, lowest_layers(of._model, layers)
         self._model.eval().requires_grad_(False)
         config = self._model.config.get_text_config()
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
@@ -47,13 +54,13 @@ class LanguageModel:
         self.ends = _tokens(self._model.generation_config.eos_token_id) | _tokens(self._tokenizer.eos_token_id)
         self._takes = set(signature(self._model.forward).parameters)
         self.has_rows = self._can_have_rows()
-        self._adapters: RowAdapters = {}
-        layers: Any = self._model.get_submodule(find_layers(self._model, base))
-        for index, layer in enumerate(layers):
-            layer.register_forward_hook(self._hook(index))
+        self._running = _Running()
+        self.layers: Any = self._model.get_submodule(find_layers(self._model, base))
+        for index, layer in enumerate(self.layers):
+            layer.register_forward_hook(self._running.hook(index))
             for path, module in layer.named_modules():
                 if is_linear(module):
-                    module.register_forward_hook(self._inner_hook(index, path))
+                    module.register_forward_hook(self._running.inner_hook(index, path))
 
     def new_cache(self) -> Any:
         """An empty cache of keys and values: a ``RowCache`` if this model's can be kept in rows."""
@@ -72,7 +79,7 @@ class LanguageModel:
             **({"position_ids": own + torch.arange(new)} if self.has_rows else {}),
             "logits_to_keep": 1,
         }
-        self._adapters = adapters
+        self._running.adapters = adapters
         try:
             output = self._model(
                 input_ids=tokens,
@@ -81,7 +88,7 @@ class LanguageModel:
                 **{name: value for name, value in given.items() if name in self._takes},
             )
         finally:
-            self._adapters = {}
+            self._running.adapters = {}
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -193,20 +200,31 @@ class LanguageModel:
             raise InvalidJob.at("messages", messages[-1].content, expected)
         return chat_ids(self._tokenizer, messages, add_generation_prompt=True, field="messages")
 
-    def _hook(self, index: int) -> Callable[[nn.Module, Any, Any], Any]:
+
+class _Running:
+    """The adapters of the rows that run, as the hooks of the layers see them.
+
+    The hooks hold this and not the language model: a model that is let go of is then freed at once, and not when Python looks
+    for circles.
+    """
+
+    def __init__(self) -> None:
+        self.adapters: RowAdapters = {}
+
+    def hook(self, index: int) -> Callable[[nn.Module, Any, Any], Any]:
         """What passes the output of layer ``index`` through the rows' adapters."""
 
         def through(layer: nn.Module, inputs: Any, output: Any) -> Any:
-            adapter = self._adapters.get((index, ""))
+            adapter = self.adapters.get((index, ""))
             return adapt(adapter, layer, inputs, output) if adapter else None  # None: the output stays as it is
 
         return through
 
-    def _inner_hook(self, index: int, path: str) -> Callable[[nn.Module, Any, Any], Any]:
+    def inner_hook(self, index: int, path: str) -> Callable[[nn.Module, Any, Any], Any]:
         """What adds to the output of the module at ``path`` in layer ``index`` what the rows' LoRAs make of its input."""
 
         def add(_module: nn.Module, inputs: Any, output: Any) -> Any:
-            change = self._adapters.get((index, path))
+            change = self.adapters.get((index, path))
             return output + change(inputs[0]) if change else None
 
         return add

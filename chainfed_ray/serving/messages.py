@@ -26,7 +26,7 @@ class ModelKey(NamedTuple):
     """The base model ``base`` in ``dtype``, as in a job file, with the stack of ``job`` on it; alone if that is None.
 
     The stack is that of the job's ``round``, or of its model. If ``moving`` is set, that was the newest round, or the best, a
-    moment ago, and the one that is so now will do.
+    moment ago, and the one that is so now will do. With ``layers`` it is that of the job's early exit after so many layers.
     """
 
     base: str
@@ -34,6 +34,7 @@ class ModelKey(NamedTuple):
     job: str | None = None
     round: int | None = None
     moving: Literal["latest", "best"] | None = None
+    layers: int | None = None
 
 
 class Question(NamedTuple):

@@ -89,9 +89,15 @@ class ChainFedConfig(PeftConfig):
     head_layers: int = 1
     max_length: int = 128
     round: int | None = None
+    run_layers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.run_layers is not None:
+            reason = (
+                f"an early exit after {self.run_layers} layers, and PEFT runs them all; the service answers with it"
+            )
+            raise UnsupportedModel("the stack", reason)
         self.peft_type = getattr(PeftType, PEFT_TYPE)
 
 

@@ -43,6 +43,16 @@ class Shelf:
         """The bytes of all that is held."""
         return sum(entry.num_bytes for entry in self._held.values())
 
+    def holds(self, key: Hashable) -> bool:
+        """True if the value of ``key`` is there, or is being loaded."""
+        return key in self._held
+
+    def let_go(self, key: Hashable) -> None:
+        """Let go of the value of ``key``, unless it is in use."""
+        with self._lock:
+            if (entry := self._held.get(key)) and not entry.in_use:
+                del self._held[key]
+
     @contextmanager
     def using(self, key: Hashable, size: Callable[[], int], load: Callable[[], Any]) -> Iterator[Any]:
         """The value of ``key``, which stays for the length of the block. ``load`` loads it; ``size`` tells its bytes before.

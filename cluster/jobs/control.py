@@ -7,7 +7,7 @@ call twice: a job that is already there stays as it is.
 """
 
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.jobs.versions import trained
+from chainfed_ray.cluster.jobs.versions import ModelName, trained
 from chainfed_ray.cluster.tables import JobRecord, Status
 from chainfed_ray.errors import JobConflict
 
@@ -100,12 +100,12 @@ def _job_of(store: JobStore, model: str) -> str | None:
 
     A base model alone is served as long as some job on it is there.
     """
-    if ":" not in model:
-        on_base = store.on_base(model, 2)
+    name = ModelName.of(model)
+    if ":" not in name.stem:
+        on_base = store.on_base(name.stem, 2)
         return on_base[0].id if len(on_base) == 1 else None
-    stem, at, _ = model.partition("@")
-    found = trained(store, stem, "latest") if at else None
-    record = found.record if found else store.model(stem)
+    found = trained(store, name.stem, "latest") if name.version is not None else None
+    record = found.record if found else store.model(name.stem)
     return record.id if record else None
 
 

@@ -30,7 +30,8 @@ from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.first_cause import first_cause
-from chainfed_ray.records.rounds import JobFinished, JobResult, JobStarted, Round
+from chainfed_ray.records.result import JobResult
+from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 

@@ -8,7 +8,8 @@ from threading import Lock
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import Event
 from chainfed_ray.errors import JobNotFound
-from chainfed_ray.records.rounds import EarlyExit, Evaluation, JobFinished, JobStarted, Round, StageMemory
+from chainfed_ray.records.result import StageMemory
+from chainfed_ray.records.rounds import EarlyExit, Evaluation, JobFinished, JobStarted, Round
 
 _log = logging.getLogger(__name__)
 PAGE = 1000  # how many events are read at a time

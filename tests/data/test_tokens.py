@@ -14,7 +14,7 @@ def test_batches_by_tokens_hold_every_example_once_and_no_more_tokens_than_allow
     lengths: list[int], most: int
 ) -> None:
     examples = ragged([np.arange(length) for length in lengths], np.arange(len(lengths)))
-    batches = list(examples.by_tokens(most))
+    batches = list(examples.by_tokens(most, np.arange(len(examples))))
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     for indices in batches:
         assert len(indices) == 1 or len(indices) * max(examples.lengths[indices]) <= most

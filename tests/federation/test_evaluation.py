@@ -26,7 +26,8 @@ from chainfed_ray.federation.stages import rate_at
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import JobFinished, JobResult, Round
+from chainfed_ray.records.result import JobResult
+from chainfed_ray.records.rounds import JobFinished, Round
 from chainfed_ray.spec.parse import parse_job
 from chainfed_ray.spec.sections import RoundsSpec
 from tests.builders import a_job, assert_same

@@ -33,7 +33,8 @@ from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import FailedTurn, JobResult
+from chainfed_ray.records.result import JobResult
+from chainfed_ray.records.rounds import FailedTurn
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import (
     PRIVACY,

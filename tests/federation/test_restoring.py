@@ -18,7 +18,8 @@ from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.federation.state import ChainState
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.rounds import EarlyExit, JobResult, JobStarted, Round
+from chainfed_ray.records.result import JobResult
+from chainfed_ray.records.rounds import EarlyExit, JobStarted, Round
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, a_round, a_start, assert_same
 

@@ -17,7 +17,7 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.manifest import ClientPartition, Manifest
-from chainfed_ray.records.rounds import JobResult
+from chainfed_ray.records.result import JobResult
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
 

@@ -8,6 +8,7 @@ import torch
 from chainfed_ray.model.saved_stack import save_stack, stored_bytes
 from chainfed_ray.serving.engine import Engine
 from chainfed_ray.serving.generator import Generator
+from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import ModelKey, Piece, Question, Sampling
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from tests.causal import a_causal_stack, causal_folder, written
@@ -45,5 +46,5 @@ def test_texts_of_several_models_are_written_at_the_same_time(tmp_path: Path) ->
         if piece.finish_reason:
             ended.append(piece)
     for seed, folder in enumerate(folders):
-        alone = Generator(f"path:{folder}", torch.float32)
+        alone = Generator(LanguageModel(f"path:{folder}", torch.float32))
         assert texts[seed] == written(alone, a_causal_stack(folder, seed=seed), "tide and ", sampling)[0]

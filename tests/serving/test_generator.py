@@ -43,7 +43,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def generator(llama: Path) -> Generator:
-    return Generator(f"path:{llama}", torch.float32)
+    return Generator(LanguageModel(f"path:{llama}", torch.float32))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,7 +53,7 @@ def test_greedy_text_is_that_of_the_streamed_chain(
 ) -> None:
     folder = causal_folder(family, tmp_path / "base")
     saved = stack(folder)
-    generator = Generator(f"path:{folder}", torch.float32)
+    generator = Generator(LanguageModel(f"path:{folder}", torch.float32))
     for prompt in (PROMPT, "salt", "0123456789"):
         tokens = likeliest(folder, saved, prompt, count=12)
         text, last = written(generator, saved, prompt, GREEDY)
@@ -64,7 +64,9 @@ def test_greedy_text_is_that_of_the_streamed_chain(
 
 def test_stacks_take_turns_and_leave_nothing_behind(llama: Path, generator: Generator) -> None:
     stacks = [a_causal_stack(llama, seed=0), a_causal_stack(llama, layers=(1,), seed=1)]
-    alone = [written(Generator(f"path:{llama}", torch.float32), saved, PROMPT, GREEDY) for saved in stacks]
+    alone = [
+        written(Generator(LanguageModel(f"path:{llama}", torch.float32)), saved, PROMPT, GREEDY) for saved in stacks
+    ]
     assert alone[0] != alone[1]
     for _ in range(2):
         assert [written(generator, saved, PROMPT, GREEDY) for saved in stacks] == alone
@@ -123,7 +125,11 @@ def test_what_cannot_be_written_is_refused_by_its_field(llama: Path, generator: 
 
 def test_a_chat_is_its_template(tmp_path: Path) -> None:
     folder = causal_folder("llama", tmp_path / "base", chat=True)
-    generator, saved, pieces = Generator(f"path:{folder}", torch.float32), a_causal_stack(folder), list[Piece]()
+    generator, saved, pieces = (
+        Generator(LanguageModel(f"path:{folder}", torch.float32)),
+        a_causal_stack(folder),
+        list[Piece](),
+    )
     generator.write(saved, (Message("system", "be brief"), Message("user", "hi")), GREEDY, pieces.append)
     plain = written(generator, saved, "system: be brief\nuser: hi\nassistant:", GREEDY)
     assert ("".join(piece.text for piece in pieces), pieces[-1]) == plain
@@ -161,7 +167,10 @@ def test_loras_are_told_apart_where_a_model_flattens_its_tokens(tmp_path: Path) 
 def test_texts_that_are_written_together_are_what_they_are_alone(llama: Path) -> None:
     """Whenever they join, however long they are, and whatever stack they have; also those of the base model alone."""
     stacks = [a_causal_stack(llama, seed=0), a_causal_stack(llama, layers=(1,), seed=1), a_lora_stack(llama), None]
-    generator, alone = Generator(f"path:{llama}", torch.float32, most_rows=3), Generator(f"path:{llama}", torch.float32)
+    generator, alone = (
+        Generator(LanguageModel(f"path:{llama}", torch.float32), most_rows=3),
+        Generator(LanguageModel(f"path:{llama}", torch.float32)),
+    )
     prompts = ["salt " * length for length in (1, 9, 3, 1, 5, 2, 4)]
     samplings = [Sampling(most, temperature=most % 2, seed=most) for most in (3, 12, 5, 20, 1, 9, 2)]
     told: list[list[Piece | Exception]] = [[] for _ in prompts]
@@ -177,7 +186,7 @@ def test_texts_that_are_written_together_are_what_they_are_alone(llama: Path) ->
 
 
 def test_a_long_prompt_does_not_hold_up_a_text(llama: Path) -> None:
-    generator, saved = Generator(f"path:{llama}", torch.float32), a_causal_stack(llama)
+    generator, saved = Generator(LanguageModel(f"path:{llama}", torch.float32)), a_causal_stack(llama)
     written_first, long = list[Piece | Exception](), list[Piece | Exception]()
     generator.begin(saved, PROMPT, Sampling(30, temperature=1.5, seed=3), written_first.append)
     generator.step()
@@ -193,7 +202,7 @@ def test_a_long_prompt_does_not_hold_up_a_text(llama: Path) -> None:
 
 
 def test_an_error_of_the_model_ends_the_texts_that_it_concerns(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator, saved = Generator(f"path:{llama}", torch.float32, most_rows=1), a_causal_stack(llama)
+    generator, saved = Generator(LanguageModel(f"path:{llama}", torch.float32), most_rows=1), a_causal_stack(llama)
     ended, waiting = list[Piece | Exception](), list[Piece | Exception]()
     generator.begin(saved, PROMPT, GREEDY, ended.append)
     generator.step()
@@ -208,10 +217,10 @@ def test_an_error_of_the_model_ends_the_texts_that_it_concerns(llama: Path, monk
 
 
 def test_texts_wait_for_the_memory_of_what_they_may_become(llama: Path) -> None:
-    saved, alone = a_causal_stack(llama), Generator(f"path:{llama}", torch.float32)
+    saved, alone = a_causal_stack(llama), Generator(LanguageModel(f"path:{llama}", torch.float32))
     token_bytes = LanguageModel(f"path:{llama}", torch.float32).token_bytes()
     assert token_bytes == 2 * 2 * 16 * 4, "keys and values, two layers, 16 numbers of four bytes"
-    generator = Generator(f"path:{llama}", torch.float32, row_bytes=token_bytes * 60)
+    generator = Generator(LanguageModel(f"path:{llama}", torch.float32), row_bytes=token_bytes * 60)
     told: list[list[Piece | Exception]] = [[] for _ in range(3)]
     for pieces in told:  # each may take 9 + 12 columns, so there is room for two
         generator.begin(saved, PROMPT, GREEDY, pieces.append)
@@ -226,7 +235,7 @@ def test_texts_wait_for_the_memory_of_what_they_may_become(llama: Path) -> None:
 
 
 def test_who_leaves_while_his_text_waits_holds_up_nobody(llama: Path) -> None:
-    generator, saved = Generator(f"path:{llama}", torch.float32, most_rows=1), a_causal_stack(llama)
+    generator, saved = Generator(LanguageModel(f"path:{llama}", torch.float32), most_rows=1), a_causal_stack(llama)
     first, left, last = (list[Piece | Exception]() for _ in range(3))
     generator.begin(saved, PROMPT, GREEDY, first.append)
     generator.step()
@@ -240,7 +249,7 @@ def test_who_leaves_while_his_text_waits_holds_up_nobody(llama: Path) -> None:
 
 
 def test_a_stack_that_is_broken_fails_its_own_text_alone(llama: Path) -> None:
-    generator, broken = Generator(f"path:{llama}", torch.float32), a_causal_stack(llama, seed=1)
+    generator, broken = Generator(LanguageModel(f"path:{llama}", torch.float32)), a_causal_stack(llama, seed=1)
     with torch.no_grad():
         next(broken.stack.parameters()).fill_(torch.nan)
     sampling, told, failed = Sampling(12, temperature=1, seed=2), list[Piece | Exception](), list[Piece | Exception]()
@@ -258,7 +267,7 @@ def test_a_stack_that_is_broken_fails_its_own_text_alone(llama: Path) -> None:
 def test_a_cache_that_cannot_take_a_text_ends_those_that_it_concerns_and_no_other(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator, saved = Generator(f"path:{llama}", torch.float32), a_causal_stack(llama)
+    generator, saved = Generator(LanguageModel(f"path:{llama}", torch.float32)), a_causal_stack(llama)
     first, second, later = (list[Piece | Exception]() for _ in range(3))
 
     def full(self: RowCache, other: RowCache) -> None:
@@ -297,7 +306,7 @@ def test_models_that_keep_more_than_keys_and_values_write_one_text_at_a_time(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | more)).eval()
     model.save_pretrained(tmp_path / "base")
     BYTES.save_pretrained(tmp_path / "base")
-    generator = Generator(f"path:{tmp_path / 'base'}", torch.float32)
+    generator = Generator(LanguageModel(f"path:{tmp_path / 'base'}", torch.float32))
     assert LanguageModel(f"path:{tmp_path / 'base'}", torch.float32).has_rows == rows
     told = [list[Piece | Exception]() for _ in range(3)]
     prompts = ["tide and salt", "worm", "a longer text of many more bytes"]

@@ -17,14 +17,13 @@ from chainfed_ray.api.report.plots import draw
 from chainfed_ray.api.report.progress import ProgressDisplay, time_left
 from chainfed_ray.api.report.results import results
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
+from chainfed_ray.records.result import JobResult, StageMemory
 from chainfed_ray.records.rounds import (
     FailedTurn,
     HeadFit,
-    JobResult,
     JobStarted,
     Restored,
     Round,
-    StageMemory,
     Turn,
 )
 from tests.builders import FINISHED, MIB, SPEC, a_console, a_round, a_start, clients_of, told

@@ -29,6 +29,7 @@ from chainfed_ray.model.saved_stack import save_so_far, save_stack
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.generator import Generator
+from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
@@ -115,7 +116,9 @@ def chunks(text: str) -> list[dict[str, Any]]:
 
 def greedy(base: Path, prompt: str) -> str:
     """What the generator itself writes."""
-    return written(Generator(f"path:{base}", torch.float32), a_causal_stack(base), prompt, Sampling(8, 0))[0]
+    return written(
+        Generator(LanguageModel(f"path:{base}", torch.float32)), a_causal_stack(base), prompt, Sampling(8, 0)
+    )[0]
 
 
 def test_a_completion_has_openais_form(client: TestClient, bases: dict[str, Path]) -> None:

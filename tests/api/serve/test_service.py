@@ -36,6 +36,7 @@ from chainfed_ray.errors import (
 )
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.serving.generator import Generator
+from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import Piece, Sampling
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, assert_same, run
@@ -86,6 +87,9 @@ def test_a_job_over_the_command_line(service: Running, document: dict[str, Any],
     assert [found["label"] for found in many] == ["sea"] * 300 + ["soil"]
     long = service.client.classify("tiny:first", ["salt tide wave " * 6000] * 8)["results"]
     assert [found["label"] for found in long] == ["sea"] * 8, "of more characters than one request may have"
+    exits = [model["name"] for model in service.client.models() if model["layers"]]
+    assert exits == ["tiny:first#layers=3"]
+    assert service.client.classify(exits[0], ["salt tide wave"])["model"] == exits[0]
     code, refused = service.chainfed("predict", "tiny:none", "x")
     assert (code, refused["error"]["message"]) == (
         1,
@@ -132,8 +136,14 @@ def test_a_language_model_from_its_chats_to_its_words(service: Running, storage:
     assert told == ["".join(piece["text"] for piece in service.client.stream("teller:chats", ["7?"], **greedy))]
     pieces: list[Piece] = []
     saved = load_stack(storage / "jobs" / job / "model")
-    Generator(f"path:{base}", torch.float32).write(saved, "7?", Sampling(**greedy), pieces.append)
+    Generator(LanguageModel(f"path:{base}", torch.float32)).write(saved, "7?", Sampling(**greedy), pieces.append)
     assert told == ["".join(piece.text for piece in pieces)]
+
+    cut = service.client.complete("teller:chats#layers=1", ["7?"], **greedy)
+    pieces.clear()
+    saved = load_stack(storage / "jobs" / job / "exit-1")
+    Generator(LanguageModel(f"path:{base}", torch.float32, 1)).write(saved, "7?", Sampling(**greedy), pieces.append)
+    assert [choice["text"] for choice in cut["choices"]] == ["".join(piece.text for piece in pieces)]
 
 
 def test_killed_in_the_middle_and_it_ends_where_it_would_have(
