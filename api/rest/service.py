@@ -178,12 +178,15 @@ class Service:
         return defaultdict(lambda: TotalsOfJobs(self.store))
 
 
-def _service(request: Request) -> Service:
+# Each of these is async, or FastAPI would have it done by a thread, which takes longer than what is done.
+
+
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-def _caller(request: Request) -> Identity:
+async def _caller(request: Request) -> Identity:
     """Who sends a request: the front door says it, and there is none where routes are tested without keys."""
     identity: Identity = getattr(request.state, "identity", WITHOUT_KEYS)
     return identity
@@ -193,11 +196,11 @@ Caller = Annotated[Identity, Depends(_caller)]
 WithService = Annotated[Service, Depends(_service)]
 
 
-def _jobs(service: WithService, caller: Caller) -> JobStore:
+async def _jobs(service: WithService, caller: Caller) -> JobStore:
     return service.store.seen_by(caller.tenant, caller.sees_everything)
 
 
-def _uploads(service: WithService, caller: Caller) -> UploadStore:
+async def _uploads(service: WithService, caller: Caller) -> UploadStore:
     if service.uploads is None:
         raise HTTPException(404, "this service keeps no uploads")
     return service.uploads.seen_by(caller.tenant, caller.sees_everything)

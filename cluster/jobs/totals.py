@@ -91,7 +91,10 @@ class TotalsOfJobs:
         """The totals of ``jobs``, as they are now. Those of other jobs are forgotten."""
         with self._lock:
             self._known = {job: self._known.get(job) or JobTotals() for job in jobs}
+            newest = self._store.latest(self._known)
             for job, totals in list(self._known.items()):
+                if job in newest and newest[job].seq == totals.last:
+                    continue
                 try:
                     self._add_new(job, totals)
                 except (JobNotFound, KeyError, ValueError) as error:  # it was deleted, or its records cannot be read
