@@ -18,7 +18,6 @@ from chainfed_ray.api.rest.schemas import Health
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.totals import JobTotals, TotalsOfJobs
-from chainfed_ray.cluster.queries.lines import JobLine
 from chainfed_ray.cluster.tables import AT_WORK, FINISHED, Status
 from chainfed_ray.records.rounds import Evaluation
 
@@ -111,7 +110,7 @@ class _Metrics:
     def collect(self) -> Iterator[Metric]:
         """Every metric, as it is now."""
         yield self._counts()
-        tenants = {job.id: job.tenant for job in self._shown()}
+        tenants = self._shown()
         totals = self._totals.of(tenants)
         shown = _Shown(totals, tenants if self._by_tenant else None)
         yield from _job_metrics(shown)
@@ -129,12 +128,12 @@ class _Metrics:
                 jobs.add_metric([tenant, status] if self._by_tenant else [status], of_tenant.get(status, 0))
         return jobs
 
-    def _shown(self) -> list[JobLine]:
-        """The jobs that have metrics of their own: those at work, and the newest finished ones."""
+    def _shown(self) -> dict[str, str]:
+        """The tenants of the jobs that have metrics of their own: those at work, and the newest finished ones."""
         at_work = self._jobs.lines(_RUNNING_JOBS, status=(*AT_WORK, "cancelling"))
         over = [job for status in FINISHED for job in self._jobs.lines(FINISHED_JOBS, status=status)]
         newest = sorted(over, key=lambda job: job.finished_at or "", reverse=True)
-        return at_work + newest[:FINISHED_JOBS]
+        return {job.id: job.tenant for job in at_work + newest[:FINISHED_JOBS]}
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,10 @@ class Alive(Protocol):
     async def __call__(self) -> None: ...
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Service:
     """The database of jobs, the work of other processes, the health check of each part, lists of clients, orders of sites."""
@@ -141,6 +145,7 @@ class Service:
     stored_bytes: int | None = None  # of all uploads of a tenant
     folder_of: Callable[[str], Path] | None = None  # a job's commits and artifacts
     most_uploads: int | None = None  # of a tenant
+    drains: Callable[[], bool] = _never  # whether the service is about to end
 
     def queue_of(self, caller: Identity) -> int | None:
         """How many jobs the tenant of ``caller`` may have in the queue. Without keys there is no limit."""
@@ -149,7 +154,7 @@ class Service:
     @cached_property
     def feed(self) -> EventFeed:
         """The events of jobs as they come, for all who watch."""
-        return EventFeed(self.store)
+        return EventFeed(self.store, self.drains)
 
     @cached_property
     def log_readers(self) -> Waiting:
@@ -196,7 +201,8 @@ Caller = Annotated[Identity, Depends(_caller)]
 WithService = Annotated[Service, Depends(_service)]
 
 
-async def _jobs(service: WithService, caller: Caller) -> JobStore:
+async def _jobs(request: Request) -> JobStore:
+    service, caller = await _service(request), await _caller(request)  # as dependencies they would take longer
     return service.store.seen_by(caller.tenant, caller.sees_everything)
 
 

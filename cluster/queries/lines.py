@@ -1,12 +1,10 @@
 """Jobs as a list shows them: the columns that it needs, and not the documents of the jobs."""
 
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, bindparam, select
 from sqlalchemy.engine import Engine
-from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.tables import JobRow, LabelRow, Status
 from chainfed_ray.cluster.tenants import View
@@ -25,8 +23,15 @@ _COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class JobLine:
+# Made once: to make a question takes longer than to answer it.
+_LABELS = (
+    select(LabelRow.job, LabelRow.name, LabelRow.value)
+    .where(LabelRow.job.in_(bindparam("jobs", expanding=True)))
+    .order_by(LabelRow.name)
+)
+
+
+class JobLine(NamedTuple):
     """A job in a list. See ``JobRecord``."""
 
     id: str
@@ -44,25 +49,24 @@ class JobLine:
 
 def lines_of(engine: Engine, view: View, jobs: Select[JobRow]) -> list[JobLine]:
     """The lines of ``jobs``, with the names of models as the ``view`` has them."""
-    with Session(engine) as session:
-        found = session.execute(jobs.with_only_columns(*_COLUMNS)).all()
+    with engine.connect() as connection:
+        found = connection.execute(jobs.with_only_columns(*_COLUMNS)).all()
         labels: defaultdict[str, dict[str, str]] = defaultdict(dict)
-        wanted = select(LabelRow.job, LabelRow.name, LabelRow.value).where(LabelRow.job.in_([row.id for row in found]))
-        for job, name, value in session.execute(wanted.order_by(LabelRow.name)):
+        for job, name, value in connection.execute(_LABELS, {"jobs": [row[0] for row in found]}):
             labels[job][name] = value
     return [
         JobLine(
-            id=row.id,
-            name=row.name,
-            tenant=row.tenant,
-            status=cast("Status", row.status),
-            model=view.name(row.tenant, row.model),
-            submitted_at=row.submitted_at,
-            started_at=row.started_at,
-            finished_at=row.finished_at,
-            priority=row.priority,
-            result=row.result if isinstance(row.result, dict) else None,
-            labels=labels[row.id],
+            job,
+            name,
+            tenant,
+            cast("Status", status),
+            view.name(tenant, model),
+            submitted_at,
+            started_at,
+            finished_at,
+            priority,
+            result if isinstance(result, dict) else None,
+            labels[job],
         )
-        for row in found
+        for job, name, tenant, status, model, submitted_at, started_at, finished_at, priority, result in found
     ]

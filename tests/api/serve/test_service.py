@@ -6,9 +6,12 @@ One service for the file: a Ray cluster, Ray Serve with HAProxy, SQLite, in a pr
 import json
 import math
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,10 @@ from rich.console import Console
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.command.following import follow
 from chainfed_ray.cluster.access.keys import KeyStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.errors import InvalidJob, JobConflict, JobFailed, JobNotFound, ModelNotFound
 from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.serving.generator import Generator
 from chainfed_ray.serving.messages import Piece, Sampling
 from chainfed_ray.spec.parse import parse_job
@@ -190,7 +195,7 @@ def test_two_services_do_not_share_a_storage(service: Running, storage: Path) ->
 def test_a_key_that_is_made_while_it_runs_closes_it(
     service: Running, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last test: from here on, nobody else is answered."""
+    """From here on, nobody else is answered."""
     forwarded = httpx.get(f"{service.address}/v1/jobs", headers={"X-Forwarded-For": "10.1.2.3"})
     assert forwarded.status_code == 401, "a proxy on this machine does not open it to others"
     keys = KeyStore(f"sqlite:///{storage / 'chainfed.db'}", existing=True)
@@ -202,3 +207,37 @@ def test_a_key_that_is_made_while_it_runs_closes_it(
     assert refused["type"] == "AccessDenied"
     monkeypatch.setenv("CHAINFED_API_KEY", token)
     assert service.chainfed("list")[0] == 0
+
+
+def test_told_to_stop_it_answers_what_was_asked_and_its_job_stops_after_a_commit(
+    service: Running, storage: Path, document: dict[str, Any]
+) -> None:
+    """The last test: the service is gone."""
+    keys = KeyStore(f"sqlite:///{storage / 'chainfed.db'}", existing=True)
+    token = keys.make_key("default", ["submit", "read"]).token
+    keys.close()
+    headers, text = {"Authorization": f"Bearer {token}"}, b"text,label\n" + b"salt,sea\n" * 9
+    document["rounds"] |= {"total": 500}
+    with httpx.Client(base_url=service.address, headers=headers, timeout=60) as http, ThreadPoolExecutor(1) as thread:
+        wait_for(lambda: http.get("/v1/jobs").status_code == 200, "a key that every process knows", 30)
+        job = http.post("/v1/jobs", json=document).json()["id"]
+        body = {"name": "rows.csv", "bytes": len(text), "sha256": sha256(text).hexdigest()}
+        upload = http.post("/v1/uploads", json=body).json()["id"]
+        wait_for(lambda: (http.get(f"/v1/jobs/{job}").json()["progress"] or {}).get("round"), "a round")
+
+        def slowly() -> Iterator[bytes]:
+            yield text[:10]
+            service.process.send_signal(signal.SIGTERM)
+            wait_for(lambda: httpx.get(f"{service.address}/healthz").status_code == 503, "a closed door", 30)
+            yield text[10:]
+
+        with http.stream("GET", f"/v1/jobs/{job}/events", headers={"Accept": "text/event-stream"}) as watched:
+            heard = thread.submit(lambda: [line for line in watched.iter_lines() if line.startswith("event: round")])
+            sent = http.put(f"/v1/uploads/{upload}/content", params={"offset": 0}, content=slowly())
+            assert heard.result(), "the stream ends, and is not cut"
+    assert (sent.status_code, sent.json()["complete"]) == (200, True)
+    service.close()
+    with closing(JobStore(f"sqlite:///{storage / 'chainfed.db'}", existing=True)) as store:
+        assert store.get(job).status == "running", "it goes on when the service starts again"
+        told = [event.data["index"] for event in store.of_kind(job, "round")]
+    assert told == [record.index for record in CommitLog(storage / "jobs" / job).rounds()]
