@@ -33,7 +33,7 @@ FLOORS = (
     ("api.report", "api.client"),
     ("api.rest",),
     ("api.jobs", "api.storage"),
-    ("api.serve", "api.operator"),
+    ("api.serve", "api.operator", "api.sdk"),
     ("api.transfer",),
     ("api.command",),
 )
@@ -61,7 +61,7 @@ ONLY_IN = {
     "typer": ("api.command", "api.operator", "api.transfer"),
 }
 WITHOUT_TORCH = ("ground", "spec", "budget")
-MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 196
+MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 202
 GENERIC = {"api", "cluster", "tests", "benchmarks", "examples"}
 
 
