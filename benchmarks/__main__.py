@@ -16,6 +16,7 @@ from benchmarks import (
     plan,
     quantized,
     scale,
+    service,
     serving,
     serving_memory,
     sites,
@@ -49,6 +50,7 @@ serving_memory.add_options(
 )
 hostile.add_options(names.add_parser("hostile", help="hostile requests to a service, and how long others wait"))
 load.add_options(names.add_parser("load", help="a service under load: throughput, waiting times, a killed process"))
+service.add_options(names.add_parser("service", help="a service of many jobs: its lists, metrics, checks and watchers"))
 film_reviews.add_options(names.add_parser("film-reviews", help="make a data set of film reviews for accuracy --data"))
 zoo.add_options(names.add_parser("zoo", help="which model families run, and how the others are refused"))
 chosen = parser.parse_args()

@@ -62,12 +62,17 @@ def controller_options() -> dict[str, Any]:
 
 
 def preflight_options() -> dict[str, Any]:
-    """The options of the check of a job, or of a dry run. Most hold no more than this; a few are limited to more."""
+    """The options of a dry run. Most hold no more than this; a few are limited to more."""
     return {
         "num_cpus": 1,
         "memory": IDLE_BYTES + PREFLIGHT_BYTES,
         "resources": {COORDINATOR_SLOT: _BESIDE_COORDINATORS},
     }
+
+
+def check_options() -> dict[str, Any]:
+    """The options of the process that checks jobs. It waits for the next job most of the time, so it requests no core."""
+    return {**preflight_options(), "num_cpus": 0}
 
 
 def api_options() -> dict[str, Any]:

@@ -12,11 +12,12 @@ from sqlalchemy.engine import Engine
 from chainfed_ray.cluster.database import open_database
 from chainfed_ray.errors import InvalidSetting
 
-VERSIONS = ("0001", "0002")
+VERSIONS = ("0001", "0002", "0003")
 """Every version of the tables, the oldest first. The last one is that of this code."""
 
 _MARK = "chainfed_version"  # the table that has the version
 _WITHOUT_MARK = "0001"  # a database from before Alembic marked its version
+_MARKED = "0002"  # the first version that Alembic marked
 _LOCK = 0x636861696E  # PostgreSQL's number of the lock that one process has who changes tables
 _ONE_THREAD = Lock()  # Alembic keeps the connection of the steps that it runs in a place that threads share
 
@@ -85,7 +86,7 @@ def _version(connection: Connection) -> str | None:
         marks = list(connection.execute(text(f"select version_num from {_MARK}")).scalars())
     elif "schema" in tables and "jobs" in tables:
         marks = [f"{number:04d}" for number in connection.execute(text("select version from schema")).scalars()]
-        if marks == [VERSIONS[-1]]:
+        if marks == [_MARKED]:
             return "a version between releases"
     elif "jobs" in tables:
         return "no version"

@@ -42,6 +42,7 @@ from chainfed_ray.units import parse_bytes
 WithoutKeys = Literal["nobody", "loopback", "anyone"]
 """Who may ask a service as long as no key was made."""
 QUEUED_JOBS, RUNNING_JOBS, REQUESTS = "CHAINFED_QUEUED_JOBS", "CHAINFED_RUNNING_JOBS", "CHAINFED_REQUESTS_PER_MINUTE"
+GRACE = "CHAINFED_GRACE_SECONDS"
 UPLOAD_BYTES, STORED_BYTES, UPLOADS = "CHAINFED_UPLOAD_BYTES", "CHAINFED_STORED_BYTES", "CHAINFED_UPLOADS"
 Default = TypeVar("Default", int, None)
 _PROBE_BYTES = 65536
@@ -208,6 +209,7 @@ class Settings:
     upload_bytes: int = 2**30  # of an upload, at most
     stored_bytes: int | None = None  # of all uploads of a tenant
     most_uploads: int = 1000  # of a tenant
+    grace_seconds: int = 100  # from the word to stop until processes are killed that have not ended
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
@@ -215,8 +217,8 @@ class Settings:
         ``CHAINFED_SCRATCH``, ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``,
         ``CHAINFED_SERVING_REPLICAS``, ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``,
         ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``, ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``,
-        ``CHAINFED_MODEL_ROOTS``, ``CHAINFED_HUB_ALLOW``, ``CHAINFED_UPLOAD_BYTES``, ``CHAINFED_STORED_BYTES`` and
-        ``CHAINFED_UPLOADS``.
+        ``CHAINFED_MODEL_ROOTS``, ``CHAINFED_HUB_ALLOW``, ``CHAINFED_UPLOAD_BYTES``, ``CHAINFED_STORED_BYTES``,
+        ``CHAINFED_UPLOADS`` and ``CHAINFED_GRACE_SECONDS``.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
@@ -250,6 +252,7 @@ class Settings:
             _bytes(environment, UPLOAD_BYTES) or cls.upload_bytes,
             _bytes(environment, STORED_BYTES),
             _count(environment, UPLOADS, cls.most_uploads),
+            _count(environment, GRACE, cls.grace_seconds),
         )
 
     def environment(self) -> dict[str, str]:
@@ -274,6 +277,7 @@ class Settings:
             UPLOAD_BYTES: str(self.upload_bytes),
             STORED_BYTES: str(self.stored_bytes or ""),
             UPLOADS: str(self.most_uploads),
+            GRACE: str(self.grace_seconds),
         }
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Integer,
     TypeDecorator,
     UniqueConstraint,
+    text,
     true,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -112,10 +113,18 @@ class _Kept(TypeDecorator[Any]):
         return tolerant
 
 
+_DELETED = text("deleted_at is not null")
+
+
 class JobRow(_Table):
     """A job."""
 
     __tablename__ = "jobs"
+    __table_args__ = (
+        Index("ix_jobs_tenant_model", "tenant", "model", "status", "number"),
+        Index("ix_jobs_tenant_status", "tenant", "status", "number"),
+        Index("ix_jobs_deleted_at", "deleted_at", sqlite_where=_DELETED, postgresql_where=_DELETED),
+    )
 
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
@@ -134,7 +143,7 @@ class JobRow(_Table):
     reads_anything: Mapped[bool] = mapped_column(default=True, server_default=true())
     tenant: Mapped[str] = mapped_column(index=True, default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
     version: Mapped[int] = mapped_column(default=ROW_VERSION, server_default="1")
-    deleted_at: Mapped[str | None] = mapped_column(index=True, default=None)
+    deleted_at: Mapped[str | None] = mapped_column(default=None)
     priority: Mapped[int] = mapped_column(default=0, server_default="0")
 
     def record(self) -> JobRecord:
@@ -161,6 +170,16 @@ class JobRow(_Table):
 
 def _object(value: object) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
+
+
+class CountRow(_Table):
+    """How many jobs of a tenant are in a state, without those that are being deleted. Triggers of the database keep it."""
+
+    __tablename__ = "job_counts"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    status: Mapped[str] = mapped_column(primary_key=True)
+    jobs: Mapped[int] = mapped_column(BigInteger)
 
 
 class LabelRow(_Table):

@@ -79,7 +79,7 @@ def models_are_traced_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (job, dry_run):
-            patch.setattr(module, "memory_profile_of", traced_once)
+            patch.setattr(module, "known_profile_of", traced_once)
         yield
 
 

@@ -11,20 +11,8 @@ from typing import Any, NoReturn
 import httpx
 
 from chainfed_ray.activity import Activity, Listener, Reporter, no_listener
-from chainfed_ray.errors import (
-    AccessDenied,
-    ArtifactNotFound,
-    InvalidJob,
-    InvalidSetting,
-    JobConflict,
-    JobNotFound,
-    ModelNotFound,
-    ServiceFailed,
-    ServiceUnavailable,
-    UploadConflict,
-    UploadNotFound,
-)
-from chainfed_ray.problem import Problem
+from chainfed_ray.api.client.problems import error_of
+from chainfed_ray.errors import InvalidSetting, ModelNotFound, ServiceFailed, ServiceUnavailable
 from chainfed_ray.units import format_seconds
 
 _CHECK_SECONDS = 150.0  # before it accepts a job, the service loads the job's data
@@ -43,7 +31,6 @@ _COMES_BACK = (
 _PAUSE_SECONDS = 0.5
 KEY_VARIABLE = "CHAINFED_API_KEY"
 _KEY = re.compile(r"[!-~]+")
-_CONFLICT = re.compile(r"job (\S+) is (\S+); it cannot (.+)")
 
 
 JsonObject = dict[str, Any]
@@ -61,8 +48,7 @@ class ServiceClient:
 
     def __init__(self, address: str, key: str | None = None) -> None:
         self._address = address.rstrip("/")
-        key = key or os.environ.get(KEY_VARIABLE)
-        headers = {"Authorization": f"Bearer {_checked(key, KEY_VARIABLE)}"} if key else {}
+        headers = key_header(key)
         try:
             self._http = httpx.Client(base_url=self._address, headers=headers, timeout=_TIMEOUT, trust_env=False)
         except (httpx.InvalidURL, ValueError) as error:
@@ -288,32 +274,11 @@ class ServiceClient:
         return response
 
     def _fail(self, response: httpx.Response, about: str) -> NoReturn:
-        try:
-            problem = response.json()
-            kind = str(problem["type"]).rpartition(":")[2]
-        except (ValueError, KeyError, TypeError):
-            answer = f"its answer {response.status_code} is not one of chainfed"
-            raise ServiceUnavailable(self._address, answer) from None
-        match kind:
-            case "invalid-job" | "invalid-request":
-                raise InvalidJob(tuple(Problem.from_document(found) for found in problem["errors"]))
-            case "job-not-found":
-                raise JobNotFound(about)
-            case "job-conflict":
-                if refused := _CONFLICT.fullmatch(problem["detail"]):
-                    raise JobConflict(*refused.groups())
-            case "model-not-found":
-                whole = (model["name"] for model in self.models() if model.get("layers") is None)
-                raise ModelNotFound(about, tuple(whole))
-            case "artifact-not-found":
-                raise ArtifactNotFound(*about.split("/", 1))
-            case "upload-not-found":
-                raise UploadNotFound(about)
-            case "upload-conflict":
-                raise UploadConflict(about, problem["detail"].partition(": ")[2])
-            case "key-missing" | "key-invalid" | "scope-missing":
-                raise AccessDenied(self._address, problem["detail"])
-        raise ServiceFailed(self._address, problem["detail"], problem["request_id"])
+        error = error_of(self._address, response, about)
+        if isinstance(error, ModelNotFound):
+            whole = (model["name"] for model in self.models() if model.get("layers") is None)
+            raise ModelNotFound(about, tuple(whole))
+        raise error
 
 
 def read_key(file: Path | None) -> str | None:
@@ -328,6 +293,16 @@ def read_key(file: Path | None) -> str | None:
         return _checked(file.read_text(encoding="utf-8").strip(), "--key-file")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidSetting("--key-file", str(file), f"a file that can be read ({error})") from None
+
+
+def key_header(key: str | None) -> dict[str, str]:
+    """The header with ``key``; without one, with that in ``CHAINFED_API_KEY``; none if there is none.
+
+    Raises:
+        InvalidSetting: it is no key.
+    """
+    key = key or os.environ.get(KEY_VARIABLE)
+    return {"Authorization": f"Bearer {_checked(key, KEY_VARIABLE)}"} if key else {}
 
 
 def _checked(key: str, where: str) -> str:

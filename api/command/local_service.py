@@ -28,6 +28,7 @@ from chainfed_ray.api.command.service_process import READY_SECONDS, STOP, Ready,
 from chainfed_ray.api.operator.open_ports import SERVICE_OF
 from chainfed_ray.api.serve.haproxy import environment as haproxy
 from chainfed_ray.cluster.access.keys import KeyStore
+from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings, WithoutKeys
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
@@ -38,7 +39,7 @@ _STEADY_SECONDS = 60.0  # a service that answered for as long has all its tries 
 _LOOK_SECONDS = 1.0  # between two looks at the processes
 _ANSWER_SECONDS = 10.0  # for one health check; a machine that is busy with other work takes seconds
 _PATIENCE_SECONDS = 45.0  # without an answer; Ray itself makes most of its processes again within 15 s
-_STOP_SECONDS = 30.0  # to stop in order
+_STOP_SECONDS = 15.0  # to stop when everything is drained
 _DATABASE_SECONDS = 5.0  # between two questions to a database that does not answer
 
 Tell = Callable[[str], None]
@@ -136,11 +137,12 @@ class LocalService:
         if self._process and self._core:
             with suppress(OSError):  # it has ended
                 self._owned.send(STOP)
-            self._process.join(_STOP_SECONDS)
+            self._process.join(self._settings.grace_seconds + _STOP_SECONDS)
         self._end()
         self._http.close()
 
     def _start_once(self, listen: Listener) -> None:
+        Drain(self._settings.storage.root).end()
         context = multiprocessing.get_context("spawn")
         self._owned, theirs = context.Pipe()
         arguments = (self._settings, self._environment(), self._host, self._port, theirs)

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,12 +19,18 @@ import psutil
 
 from chainfed_ray.activity import Listener, Reporter
 from chainfed_ray.api.client.service_client import ServiceClient
+from chainfed_ray.cluster.draining import Drain
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.local_ray import local_ray
+from chainfed_ray.cluster.occupancy import is_free
 from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted
 
 READY_SECONDS = 240.0  # an idle machine needs 20 s; one that is busy with other work needs far longer
 _POLL_SECONDS = 0.2
+_NAME = "chainfed"  # of the application on Ray Serve
+_MOST_JOBS = 1000  # at work
 _CORE = ("gcs_server", "raylet")  # Ray's processes that nothing makes again
 _REASON = 300  # characters of an error of Ray's, which may have pages
 
@@ -55,6 +61,7 @@ def run(settings: Settings, environment: dict[str, str], host: str, port: int, o
                 children = psutil.Process().children()
                 owner.send(Ready({child.name(): child.pid for child in children if child.name() in _CORE}))
                 stop.wait()
+                _drain(settings)
             finally:
                 serve.shutdown()  # type: ignore[no-untyped-call]
     except InvalidSetting as error:
@@ -62,6 +69,23 @@ def run(settings: Settings, environment: dict[str, str], host: str, port: int, o
     except Exception as error:  # whatever it is, another try may do: a port was taken, the machine was busy
         logging.getLogger(__name__).exception("the service did not start")
         owner.send(ServiceNotStarted(address, _brief(error)))
+
+
+def _drain(settings: Settings) -> None:
+    """Let what was begun be done: requests are answered, and running jobs stop after a commit. It takes so long at most."""
+    from ray import serve
+
+    ends = monotonic() + settings.grace_seconds
+    try:
+        Drain(settings.storage.root).begin()
+        sleep(_POLL_SECONDS)  # what was let in before has asked the models by then
+        serve.delete(_NAME, _blocking=False)  # its processes end when they have answered
+        with closing(JobStore(settings.storage.database, existing=True)) as store:
+            at_work = [settings.storage.job(job.id) for job in store.page(limit=_MOST_JOBS, status=AT_WORK)]
+        while monotonic() < ends and (_NAME in serve.status().applications or not all(map(is_free, at_work))):
+            sleep(_POLL_SECONDS)
+    except Exception:  # whatever it is, the service ends, and its jobs go on from their commits
+        logging.getLogger(__name__).exception("the service did not end in order")
 
 
 def address_of(host: str, port: int) -> str:
@@ -89,7 +113,7 @@ def _start(host: str, port: int, address: str, listen: Listener) -> None:
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
-    serve.run(build({}), name="chainfed", route_prefix="/")
+    serve.run(build({}), name=_NAME, route_prefix="/")
     Reporter("waiting for every part of the service", listen).begin()
     _wait_until_ready(address)
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.jobs.conditions import STATES, Condition, conditions
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.queries.lines import JobLine
 from chainfed_ray.cluster.tables import Event, JobRecord, Status, moment
 from chainfed_ray.records.fleet import AdmittedClients, Weights
 from chainfed_ray.records.rounds import JobStarted, Round, Turn
@@ -109,9 +110,9 @@ class JobSummary(BaseModel):
     priority: int = Field(description="of a tenant's jobs that wait, those with a greater one begin first")
 
     @classmethod
-    def of(cls, record: JobRecord) -> "JobSummary":
-        """The summary of a record."""
-        return cls(**_summary(record))
+    def of(cls, line: JobLine) -> "JobSummary":
+        """The summary of a job."""
+        return cls(**_summary(line, line.labels))
 
 
 class JobResource(JobSummary):
@@ -143,7 +144,7 @@ class JobResource(JobSummary):
     ) -> "JobResource":
         """The job in ``record`` after the ``changes`` of its state, with its progress."""
         return cls(
-            **_summary(record),
+            **_summary(record, record.spec.get("labels") or {}),
             activity=Activity.model_validate(record.activity) if record.activity else None,
             progress=progress,
             estimated_finish=estimated_finish,
@@ -200,7 +201,7 @@ def _class_memory(name: str, job_started: JobStarted, newest: Round | None) -> C
     return ClassMemory.of(clients, [client.window for client in clients], [])
 
 
-def _summary(record: JobRecord) -> dict[str, Any]:
+def _summary(record: JobRecord | JobLine, labels: dict[str, str]) -> dict[str, Any]:
     return {
         "id": record.id,
         "name": record.name,
@@ -211,6 +212,6 @@ def _summary(record: JobRecord) -> dict[str, Any]:
         "started_at": record.started_at,
         "finished_at": record.finished_at,
         "accuracy": (record.result or {}).get("accuracy"),
-        "labels": record.spec.get("labels") or {},
+        "labels": labels,
         "priority": record.priority,
     }

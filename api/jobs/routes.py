@@ -104,7 +104,7 @@ async def accept(
     return await run_in_threadpool(full, jobs, record)
 
 
-@router.get("/jobs")
+@router.get("/jobs", response_model=JobPage)
 def list_jobs(
     jobs: Jobs,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most jobs of a page")] = 50,
@@ -117,17 +117,18 @@ def list_jobs(
         Query(max_length=32, description="return only jobs with each of these labels, such as `team=search`"),
     ] = None,
     status: Annotated[Status | None, Query(deprecated=True, description="the same as one `state`")] = None,
-) -> JobPage:
+) -> Response:
     """The jobs, the newest first."""
     place = None if cursor is None else Place.parse(cursor)
     states = [*(state or ()), *([status] if status else ())]
     labels = [(name, value) for name, _, value in (text.partition("=") for text in label or ())]
-    records = jobs.page(limit + 1, place, states or None, labels)
-    shown = records[:limit]
-    return JobPage(
-        jobs=[JobSummary.of(record) for record in shown],
-        next=Place.after(shown[-1]).cursor() if len(records) > limit else None,
+    lines = jobs.lines(limit + 1, place, states or None, labels)
+    shown = lines[:limit]
+    page = JobPage(
+        jobs=[JobSummary.of(line) for line in shown],
+        next=Place.after(shown[-1]).cursor() if len(lines) > limit else None,
     )
+    return Response(page.model_dump_json(), media_type="application/json")
 
 
 @router.get("/jobs/{job}", response_model=JobResource, responses=_TAGGED)

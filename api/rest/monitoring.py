@@ -17,8 +17,8 @@ from pydantic import BaseModel, Field
 from chainfed_ray.api.rest.schemas import Health
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.jobs.totals import JobTotals, TotalsOfJobs
-from chainfed_ray.cluster.tables import AT_WORK, FINISHED, JobRecord, Status
+from chainfed_ray.cluster.queries.totals import JobTotals, TotalsOfJobs
+from chainfed_ray.cluster.tables import AT_WORK, FINISHED, Status
 from chainfed_ray.records.rounds import Evaluation
 
 router = APIRouter(tags=["health"])
@@ -110,7 +110,7 @@ class _Metrics:
     def collect(self) -> Iterator[Metric]:
         """Every metric, as it is now."""
         yield self._counts()
-        tenants = {job.id: job.tenant for job in self._shown()}
+        tenants = self._shown()
         totals = self._totals.of(tenants)
         shown = _Shown(totals, tenants if self._by_tenant else None)
         yield from _job_metrics(shown)
@@ -118,25 +118,22 @@ class _Metrics:
         yield _server_memory(shown)
 
     def _counts(self) -> Metric:
+        names = ["tenant", "status"] if self._by_tenant else ["status"]
+        jobs = GaugeMetricFamily("chainfed_jobs", "Jobs by status.", labels=names)
+        counts = self._jobs.counts()
         if not self._by_tenant:
-            jobs = GaugeMetricFamily("chainfed_jobs", "Jobs by status.", labels=["status"])
-            counts = self._jobs.count()
+            counts = {"": {status: sum(of.get(status, 0) for of in counts.values()) for status in get_args(Status)}}
+        for tenant, of_tenant in counts.items():
             for status in get_args(Status):
-                jobs.add_metric([status], counts.get(status, 0))
-            return jobs
-        jobs = GaugeMetricFamily("chainfed_jobs", "Jobs by status.", labels=["tenant", "status"])
-        for tenant in self._jobs.tenants():
-            counts = self._jobs.seen_by(tenant, everything=False).count()
-            for status in get_args(Status):
-                jobs.add_metric([tenant, status], counts.get(status, 0))
+                jobs.add_metric([tenant, status] if self._by_tenant else [status], of_tenant.get(status, 0))
         return jobs
 
-    def _shown(self) -> list[JobRecord]:
-        """The jobs that have metrics of their own: those at work, and the newest finished ones."""
-        at_work = self._jobs.page(_RUNNING_JOBS, status=(*AT_WORK, "cancelling"))
-        over = [job for status in FINISHED for job in self._jobs.page(FINISHED_JOBS, status=status)]
+    def _shown(self) -> dict[str, str]:
+        """The tenants of the jobs that have metrics of their own: those at work, and the newest finished ones."""
+        at_work = self._jobs.lines(_RUNNING_JOBS, status=(*AT_WORK, "cancelling"))
+        over = [job for status in FINISHED for job in self._jobs.lines(FINISHED_JOBS, status=status)]
         newest = sorted(over, key=lambda job: job.finished_at or "", reverse=True)
-        return at_work + newest[:FINISHED_JOBS]
+        return {job.id: job.tenant for job in at_work + newest[:FINISHED_JOBS]}
 
 
 @dataclass(frozen=True)

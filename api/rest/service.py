@@ -18,7 +18,7 @@ from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
 from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
+from chainfed_ray.cluster.queries.totals import TotalsOfJobs
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.sites.order_feed import OrderFeed
 from chainfed_ray.cluster.uploads.store import UploadStore
@@ -121,6 +121,10 @@ class Alive(Protocol):
     async def __call__(self) -> None: ...
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Service:
     """The database of jobs, the work of other processes, the health check of each part, lists of clients, orders of sites."""
@@ -141,6 +145,7 @@ class Service:
     stored_bytes: int | None = None  # of all uploads of a tenant
     folder_of: Callable[[str], Path] | None = None  # a job's commits and artifacts
     most_uploads: int | None = None  # of a tenant
+    drains: Callable[[], bool] = _never  # whether the service is about to end
 
     def queue_of(self, caller: Identity) -> int | None:
         """How many jobs the tenant of ``caller`` may have in the queue. Without keys there is no limit."""
@@ -149,7 +154,7 @@ class Service:
     @cached_property
     def feed(self) -> EventFeed:
         """The events of jobs as they come, for all who watch."""
-        return EventFeed(self.store)
+        return EventFeed(self.store, self.drains)
 
     @cached_property
     def log_readers(self) -> Waiting:
@@ -178,12 +183,15 @@ class Service:
         return defaultdict(lambda: TotalsOfJobs(self.store))
 
 
-def _service(request: Request) -> Service:
+# Each of these is async, or FastAPI would have it done by a thread, which takes longer than what is done.
+
+
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-def _caller(request: Request) -> Identity:
+async def _caller(request: Request) -> Identity:
     """Who sends a request: the front door says it, and there is none where routes are tested without keys."""
     identity: Identity = getattr(request.state, "identity", WITHOUT_KEYS)
     return identity
@@ -193,11 +201,12 @@ Caller = Annotated[Identity, Depends(_caller)]
 WithService = Annotated[Service, Depends(_service)]
 
 
-def _jobs(service: WithService, caller: Caller) -> JobStore:
+async def _jobs(request: Request) -> JobStore:
+    service, caller = await _service(request), await _caller(request)  # as dependencies they would take longer
     return service.store.seen_by(caller.tenant, caller.sees_everything)
 
 
-def _uploads(service: WithService, caller: Caller) -> UploadStore:
+async def _uploads(service: WithService, caller: Caller) -> UploadStore:
     if service.uploads is None:
         raise HTTPException(404, "this service keeps no uploads")
     return service.uploads.seen_by(caller.tenant, caller.sees_everything)

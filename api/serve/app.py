@@ -1,6 +1,6 @@
 """Builds the REST API as a FastAPI application."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -23,11 +23,12 @@ def create_app(
     allowed_hosts: Sequence[str] = (),
     access: AccessRules | None = None,
     answers: FirstAnswers | None = None,
+    drains: Callable[[], bool] | None = None,
 ) -> FastAPI:
     """The application with every route, error handler and health check, on top of ``service``.
 
     Besides addresses and ``localhost``, it answers to ``allowed_hosts``. Without ``access``, no request needs a key. In
-    ``answers`` are those to requests that may be sent again.
+    ``answers`` are those to requests that may be sent again. Once the service ``drains``, every further request is refused.
     """
     app = FastAPIOffline(  # /docs with scripts of our own, and of no other host
         redoc_url=None,
@@ -42,6 +43,6 @@ def create_app(
     handle_errors(app)
     for part in (routes, control, events, models, completions, embeddings, monitoring, sites, uploads, artifacts, logs):
         app.include_router(part.router)
-    add_front_door(app, allowed_hosts, access, answers)
+    add_front_door(app, allowed_hosts, access, answers, drains)
     describe(app, with_keys=access is not None)
     return app

@@ -19,6 +19,7 @@ from chainfed_ray.cluster.access.first_answers import FirstAnswers
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.access.rates import Rates
+from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -51,6 +52,7 @@ class Api:
         self._answers = FirstAnswers(settings.storage.database, existing=True)
         self._uploads = UploadStore(settings.storage)
         self._preflight = Preflight(settings.client_slots, rules=settings.reading, uploads=self._uploads.files)
+        self._preflight.prepare()
         ensure_controller(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -78,10 +80,11 @@ class Api:
             self._settings.stored_bytes,
             partial(self._settings.storage.committed, at_once=True),
             self._settings.most_uploads,
+            Drain(self._settings.storage.root).has_begun,
         )
         rates = Rates(self._settings.requests_per_minute)
         access = AccessRules(KeyRing(self._keys), self._settings.without_keys, rates, self._audit)
-        return create_app(service, self._settings.allowed_hosts, access, self._answers)
+        return create_app(service, self._settings.allowed_hosts, access, self._answers, service.drains)
 
     async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
         probabilities: list[list[float]] = await answered(lambda: self._inference.classify.remote(model, texts))
@@ -120,7 +123,10 @@ def build(arguments: Mapping[str, str]) -> serve.Application:
     ).close()  # makes the tables; a replica that starts later does not make a lost file anew
     api: Any = Api  # serve.deployment adds `bind`, which the types do not show
     inference: Any = Inference
-    inference = inference.options(ray_actor_options=inference_options(settings.serving_bytes))
+    # Whoever was let in is answered, as long as that takes no longer than the service may take to end.
+    ending = {"graceful_shutdown_timeout_s": settings.grace_seconds, "graceful_shutdown_wait_loop_s": 0.5}
+    api = api.options(**ending)
+    inference = inference.options(ray_actor_options=inference_options(settings.serving_bytes), **ending)
     if settings.serving_replicas > 1:
         scaling = {"min_replicas": 1, "max_replicas": settings.serving_replicas, "target_ongoing_requests": _AT_ONCE}
         inference = inference.options(autoscaling_config=scaling)

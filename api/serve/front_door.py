@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from ipaddress import ip_address
 from uuid import uuid4
@@ -19,6 +19,7 @@ from chainfed_ray.cluster.access.first_answers import FirstAnswers
 
 BODY_SECONDS = 30.0
 MOST_BYTES = 4 * 2**20
+_RESTART_SECONDS = 5
 LEAST_BYTES = 32 * 2**10  # of an upload, in each BODY_SECONDS that they are waited for
 _STREAMED = re.compile(r"/v1/uploads/[^/]+/content")  # bodies of any size, which their route does not keep in memory
 _SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -29,10 +30,12 @@ def add_front_door(
     allowed_hosts: Sequence[str],
     access: AccessRules | None = None,
     answers: FirstAnswers | None = None,
+    drains: Callable[[], bool] | None = None,
 ) -> None:
     """Add these to ``app``, which has all its routes already. See ``AllowedHosts`` for ``allowed_hosts``.
 
     Without ``access``, no request needs a key. Without ``answers``, none is answered as it was before.
+    Once the service ``drains``, every further request is refused.
     """
     if answers:
         app.add_middleware(Idempotency, answers=answers, routes=RouteNames(app))
@@ -40,6 +43,8 @@ def add_front_door(
     if access:
         app.add_middleware(Access, rules=access, routes=RouteNames(app))
     app.add_middleware(AllowedHosts, allowed_hosts)
+    if drains:
+        app.add_middleware(Draining, drains=drains)
     app.add_middleware(RequestIds)  # the last that is added is the first that a request passes
 
 
@@ -65,6 +70,23 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class Draining:
+    """Middleware that refuses every request once the service ``drains``. Those that came before are answered."""
+
+    def __init__(self, app: ASGIApp, drains: Callable[[], bool]) -> None:
+        self._app, self._drains = app, drains
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (the ASGI protocol)."""
+        if scope["type"] != "http" or not self._drains():
+            await self._app(scope, receive, send)
+            return
+        headers = {"Retry-After": str(_RESTART_SECONDS), "Connection": "close"}
+        detail = "the service is about to end; send the request again in a moment"
+        answer = problem(Request(scope), HTTPStatus.SERVICE_UNAVAILABLE, "service-unavailable", detail, headers=headers)
+        await answer(scope, receive, send)
 
 
 class AllowedHosts:

@@ -45,7 +45,7 @@ class Idempotency:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (the ASGI protocol)."""
-        if scope["type"] != "http" or self._routes.of(scope) not in KEYED:
+        if scope["type"] != "http" or scope["method"] != "POST" or self._routes.of(scope) not in KEYED:
             await self._app(scope, receive, send)
             return
         request = Request(scope)

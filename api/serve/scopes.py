@@ -89,16 +89,17 @@ class RouteNames:
     """
 
     def __init__(self, app: FastAPI) -> None:
-        self._routes = [*routes_of(app)]
-        if wrong := {route.name for route in self._routes} ^ NEEDS.keys():
+        routes = [*routes_of(app)]
+        if wrong := {route.name for route in routes} ^ NEEDS.keys():
             raise LookupError(f"the table of scopes and the application differ in {', '.join(sorted(wrong))}")
+        self._routes = {method: [one for one in routes if one.method == method] for _, method, _ in routes}
 
     def of(self, connection: Connection) -> str | None:
         """The route of a request, as in the table. None if there is none, or it does not have the method."""
         path, method = get_route_path(connection), connection["method"]
         method = "GET" if method == "HEAD" else method
-        for route in self._routes:
-            if route.method == method and route.path.match(path):
+        for route in self._routes.get(method, ()):
+            if route.path.match(path):
                 return route.name
         return None
 

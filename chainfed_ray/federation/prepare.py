@@ -43,7 +43,7 @@ from chainfed_ray.federation.admission import (
 from chainfed_ray.hub import configuration, first_line, resolve, tokenizer
 from chainfed_ray.model.adapters import AdapterStack, LoraShapes
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import memory_profile_of
+from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.record import named
@@ -251,7 +251,8 @@ def traced(
         Reporter("tracing the memory of the model's parts", listen).begin()
         lora = _lora(spec.chain.adapter, blocks)
         with blocks.named_errors("has layers whose memory cannot be planned"):
-            memory = memory_profile_of(blocks, spec.chain.adapter.width, classes, _head_layers(spec, blocks), lora)
+            width, head_layers = spec.chain.adapter.width, _head_layers(spec, blocks)
+            memory = known_profile_of(blocks, width, classes, head_layers, lora)
         return Traced(blocks.causal_layers_path if causal else blocks.layers_path, lora, memory)
 
 

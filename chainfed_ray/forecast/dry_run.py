@@ -22,7 +22,7 @@ from chainfed_ray.federation.admission import Admission, Candidate, Planner, adm
 from chainfed_ray.federation.prepare import PlannedJob, check_fleet, plan_job
 from chainfed_ray.forecast.duration import duration
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import memory_profile_of, with_bottleneck
+from chainfed_ray.model.costs import known_profile_of, with_bottleneck
 from chainfed_ray.records.forecast import PREFIX, Change, ClassForecast, Forecast
 from chainfed_ray.spec.fleet import ClientClass
 from chainfed_ray.spec.job import JobSpec
@@ -260,7 +260,7 @@ def _memory_profile(job: PlannedJob, spec: JobSpec) -> MemoryProfile:
             return with_bottleneck(job.planner.costs, job.base.dtype, width)
     blocks = Blocks(job.base.folder, getattr(torch, spec.model.dtype))
     try:
-        return memory_profile_of(blocks, width, job.class_count, head_layers, job.lora)
+        return known_profile_of(blocks, width, job.class_count, head_layers, job.lora)
     finally:
         blocks.close()
 

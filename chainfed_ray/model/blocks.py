@@ -22,6 +22,7 @@ from chainfed_ray.streaming.dequantize import dequantizing_bytes
 from chainfed_ray.streaming.experts import expert_matrices, stream_experts
 from chainfed_ray.streaming.matrices import SLICE_BYTES, RowSlices, SliceReader, is_linear, stream_matrices
 from chainfed_ray.streaming.numbers import check_numbers
+from chainfed_ray.streaming.unchanged import while_unchanged
 
 
 class Blocks:
@@ -59,9 +60,14 @@ class Blocks:
     def check(self) -> None:
         """Check the checkpoint's tensors, and that the model can be run layer by layer. A job is planned after this.
 
+        A process checks a model once, as long as its files stay as they are.
+
         Raises:
             UnsupportedModel: with what stands in the way.
         """
+        while_unchanged(self.folder, ("check", self.dtype), self._check)
+
+    def _check(self) -> None:
         layers = [source for index in range(self.num_layers) for source in self._sources(index).values()]
         check_numbers(self._checkpoint, dict.fromkeys([*self._trunk.parameters, *layers]))
         hidden, calls = self._trunk.try_texts()

@@ -19,6 +19,7 @@ from chainfed_ray.model.trace import Prepare, polynomial_of, trace_memory, with_
 from chainfed_ray.model.trunk import LayerCall
 from chainfed_ray.streaming.activations import overwrite_activations
 from chainfed_ray.streaming.matrices import SLICE_BYTES
+from chainfed_ray.streaming.unchanged import while_unchanged
 
 _FLOAT32 = 4
 # Measured: the bytes of a module without weights, as a Python object; of the names and places of a tensor that is part of a
@@ -74,6 +75,17 @@ def memory_profile_of(
         activations_offloaded=step(activations_offloaded=True),
         advance=_of_layers(parts, activations_offloaded=False, gradients=False),
         advance_adapter=NO_MEMORY if ranks else _advancing(width, blocks.dtype, bottleneck),
+    )
+
+
+def known_profile_of(
+    blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int = 1, lora: LoraShapes | None = None
+) -> MemoryProfile:
+    """As ``memory_profile_of``, and traced once in a process, as long as the model's files stay as they are."""
+    shapes = None if lora is None else tuple((index, tuple(of.items())) for index, of in lora.items())
+    question = ("memory profile", blocks.dtype, bottleneck, classes, head_layers, shapes)
+    return while_unchanged(
+        blocks.folder, question, lambda: memory_profile_of(blocks, bottleneck, classes, head_layers, lora)
     )
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.database import NO_ANSWER
+from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, has_died_too_often
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings
@@ -52,15 +53,16 @@ class Controller:
 
     def __init__(self, settings: Settings, store: JobStore, coordinators: Coordinators) -> None:
         self._settings, self._store, self._coordinators = settings, store, coordinators
-        self._begun = False
+        self._begun, self._drain = False, Drain(settings.storage.root)
         self._had: set[str] = set()  # jobs that had a coordinator at the last step
         self._kept: set[str] = set()  # jobs whose files could not be deleted
 
     def run(self, stop: Event) -> None:
-        """Call ``step`` until ``stop`` is set. If the database does not answer, try again later."""
+        """Call ``step`` until ``stop`` is set, unless the service drains. If the database does not answer, try again later."""
         while not stop.is_set():
             try:
-                self.step()
+                if not self._drain.has_begun():
+                    self.step()
             except NO_ANSWER as error:
                 _log.warning("the database does not answer (%s); waiting for it", error)
                 stop.wait(_DATABASE_RETRY_SECONDS)

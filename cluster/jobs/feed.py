@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,10 +49,13 @@ class Busy:
 
 
 class EventFeed:
-    """The events of jobs as they come. It polls ``store`` while anybody watches. All calls come from one event loop."""
+    """The events of jobs as they come. It polls ``store`` while anybody watches. All calls come from one event loop.
 
-    def __init__(self, store: JobStore) -> None:
-        self._store = store
+    Once the service ``drains``, nobody watches any more: who did asks again.
+    """
+
+    def __init__(self, store: JobStore, drains: Callable[[], bool] = lambda: False) -> None:
+        self._store, self._drains = store, drains
         self._jobs: dict[str, _Watched] = {}
         self._polling: asyncio.Task[None] | None = None
 
@@ -74,7 +77,7 @@ class EventFeed:
         with self._watched(job) as watched:
             while True:
                 change = watched.change
-                if watched.deleted:
+                if watched.deleted or self._drains():
                     return
                 while found := await self._after(job, watched, after):
                     for event in found:
@@ -128,6 +131,10 @@ class EventFeed:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _look(self) -> None:
+        if self._drains():
+            for one in self._jobs.values():
+                one.tell()
+            return
         asked = list(self._jobs)
         latest = await asyncio.to_thread(self._store.latest, asked)
         for job in asked:

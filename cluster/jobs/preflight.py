@@ -5,15 +5,15 @@ memory and seconds. It ends when its caller goes away.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
+from chainfed_ray.cluster.jobs.checking import Checkers, plain, too_large
 from chainfed_ray.cluster.limits import memory_limit
 from chainfed_ray.cluster.resources import preflight_options
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
@@ -23,7 +23,6 @@ from chainfed_ray.problem import Problem
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.units import format_bytes
 
 _RETRY_SECONDS = 10
 
@@ -60,6 +59,11 @@ class Preflight:
         self._client_slots, self._limits, self._rules, self._uploads = client_slots, limits, rules, uploads
         self._places = asyncio.Semaphore(limits.at_once)
         self._waiting = 0
+        self._checkers = Checkers()
+
+    def prepare(self) -> None:
+        """Start a process for the next check, so that nobody waits until it has loaded its libraries."""
+        self._checkers.prepare()
 
     async def check(self, spec: JobSpec, reads_anything: bool = True, tenant: str = DEFAULT_TENANT) -> None:
         """Prepare a job of ``tenant`` and discard the result. This finds what is wrong before the job is accepted.
@@ -70,7 +74,11 @@ class Preflight:
             PartUnavailable: the check took too long, or its process died.
         """
         rules = await self._rules_for(spec, reads_anything, tenant)
-        if problems := await self._run("the check of the job", self._limits.check_seconds, _problems, rules, spec):
+        most, seconds = self._limits.most_bytes, self._limits.check_seconds
+        async with self._place():
+            with _named("the check of the job", seconds):
+                problems = await self._checkers.check(most, rules, spec, seconds)
+        if problems:
             raise InvalidJob(tuple(problems))
 
     async def plan(self, spec: JobSpec, reads_anything: bool = True, tenant: str = DEFAULT_TENANT) -> Forecast:
@@ -81,14 +89,18 @@ class Preflight:
             ServiceBusy: there are too many dry runs already.
             PartUnavailable: the dry run took too long, or its process died.
         """
-        answer: Forecast | list[Problem] = await self._run(
-            "the dry run",
-            self._limits.plan_seconds,
-            _forecast,
-            await self._rules_for(spec, reads_anything, tenant),
-            spec,
-            self._client_slots,
-        )
+        rules = await self._rules_for(spec, reads_anything, tenant)
+        async with self._place():
+            task: Any = _forecast
+            reference = task.options(**preflight_options()).remote(
+                self._limits.most_bytes, rules, spec, self._client_slots
+            )
+            try:
+                with _named("the dry run", self._limits.plan_seconds):
+                    async with asyncio.timeout(self._limits.plan_seconds):
+                        answer: Forecast | list[Problem] = await reference
+            finally:
+                ray.cancel(reference, force=True)  # it ends the process, unless the task is done
         if isinstance(answer, list):
             raise InvalidJob(tuple(answer))
         return answer
@@ -97,19 +109,6 @@ class Preflight:
         # In a thread: the uploads are looked up in the database.
         document = spec.document()
         return await asyncio.to_thread(rules_of_job, self._rules, reads_anything, self._uploads, tenant, document)
-
-    async def _run(self, what: str, seconds: float, task: Any, *arguments: Any) -> Any:
-        async with self._place():
-            reference = task.options(**preflight_options()).remote(self._limits.most_bytes, *arguments)
-            try:
-                async with asyncio.timeout(seconds):
-                    return await reference
-            except TimeoutError:
-                raise PartUnavailable(what, f"took longer than {seconds:g} s", _RETRY_SECONDS) from None
-            except RayError as error:
-                raise PartUnavailable(what, f"ended ({type(error).__name__})", _RETRY_SECONDS) from error
-            finally:
-                ray.cancel(reference, force=True)  # it ends the process, unless the task is done
 
     @asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
@@ -130,23 +129,15 @@ class Preflight:
             self._places.release()
 
 
-@ray.remote(max_retries=0)
-def _problems(most_bytes: int, rules: ReadingRules, spec: JobSpec) -> list[Problem]:
-    # It imports torch and transformers, which the caller's process need not load.
-    from chainfed_ray.cluster.pool.placement import check_memories
-    from chainfed_ray.device.lean_imports import load_models
-    from chainfed_ray.federation.prepare import prepare_job
-
-    load_models()
+@contextmanager
+def _named(what: str, seconds: float) -> Iterator[None]:
+    """Raise what goes wrong with a process as an error of ours."""
     try:
-        check_memories([group.memory for group in spec.fleet.clients])
-        with memory_limit(most_bytes), reading_by(rules):
-            prepare_job(spec, Path())  # preparing writes nothing into the scratch folder
-    except InvalidJob as error:
-        return _plain(error)
-    except MemoryError:
-        return [_too_large(spec, most_bytes)]
-    return []
+        yield
+    except TimeoutError:
+        raise PartUnavailable(what, f"took longer than {seconds:g} s", _RETRY_SECONDS) from None
+    except RayError as error:
+        raise PartUnavailable(what, f"ended ({type(error).__name__})", _RETRY_SECONDS) from error
 
 
 @ray.remote(
@@ -162,15 +153,6 @@ def _forecast(most_bytes: int, rules: ReadingRules, spec: JobSpec, client_slots:
         with memory_limit(most_bytes), reading_by(rules):
             return dry_run(spec, max(min(client_slots, cores), 1))  # a turn takes one core
     except InvalidJob as error:
-        return _plain(error)
+        return plain(error)
     except MemoryError:
-        return [_too_large(spec, most_bytes)]
-
-
-def _too_large(spec: JobSpec, most_bytes: int) -> Problem:
-    return Problem("(job)", spec.name, f"a job whose rows and model can be checked with {format_bytes(most_bytes)}")
-
-
-def _plain(error: InvalidJob) -> list[Problem]:
-    """The problems of ``error``, with values as text: the original values may not unpickle in another process."""
-    return [Problem.from_document(problem.document()) for problem in error.problems]
+        return [too_large(spec, most_bytes)]

@@ -14,6 +14,7 @@ from chainfed_ray.client.survey import Sites
 from chainfed_ray.cluster.artifacts.cards import write_cards
 from chainfed_ray.cluster.artifacts.job_log import WITHHELD, JobLog
 from chainfed_ray.cluster.database import NO_ANSWER
+from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, OF_FULL_DISKS, clean_up, described, fail
 from chainfed_ray.cluster.jobs.commits import Commits, wait_for
@@ -49,7 +50,8 @@ def run_queued_job(
     sites: Sites | None = None,
     rules: ReadingRules = EVERYTHING,
 ) -> None:
-    """Run a job, or resume it from its commit log, and record how it ended. One that is to pause does so after a commit.
+    """Run a job, or resume it from its commit log, and record how it ended. One that is to pause does so after
+    a commit, and so does every job if the service drains.
 
     Events of rounds that were committed before are published if they are missing. If the database does not answer, or a disk
     is full or gone, the job waits and then resumes: it never fails because of that. If only the job's own folder does not work,
@@ -62,7 +64,7 @@ def run_queued_job(
         try:
             with closing(JobStore(storage.database, existing=True)) as store:
                 store.move(job, "paused", before=("pausing",))  # nothing of it runs now
-                if store.get(job).status not in AT_WORK:
+                if store.get(job).status not in AT_WORK or Drain(storage.root).has_begun():
                     return
                 with reading_by(_rules_for(store.get(job), rules, storage)):
                     trouble = _run(job, store, storage, make_pool, make_evaluation, sites)
@@ -186,7 +188,7 @@ def _train(
     log: JobLog,
     commits: Commits,
 ) -> JobResult | None:
-    """Train, and publish what is committed. None if the job is to pause: then its clients' processes have been told to end."""
+    """Train, and publish what is committed. None if it is to stop for now: its clients' processes have been told to end."""
     folder, scratch = storage.job(job), storage.scratch(job)
     started: JobStarted | None = None
     records = run_job(
@@ -211,7 +213,7 @@ def _train(
                     assert started is not None, "the first record"
                     _publish(store, job, "finished", "finished", record)
                     return JobResult.of(spec.name, started, rounds, record)
-            if store.get(job).status == "pausing":
+            if store.get(job).status == "pausing" or Drain(storage.root).has_begun():
                 return None
     raise AssertionError("the last record is that of a job that has finished")
 

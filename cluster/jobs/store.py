@@ -26,8 +26,10 @@ from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.queries.aliases import Aliases
+from chainfed_ray.cluster.queries.counts import counts
 from chainfed_ray.cluster.queries.deletions import Deletions
-from chainfed_ray.cluster.queries.pages import Label, Place, narrowed
+from chainfed_ray.cluster.queries.lines import JobLine, lines_of
+from chainfed_ray.cluster.queries.pages import Label, Place, page_of
 from chainfed_ray.cluster.queries.turns import Turns, check_queue
 from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.tables import (
@@ -158,21 +160,21 @@ class JobStore:
         labels: Iterable[Label] = (),
     ) -> list[JobRecord]:
         """At most ``limit`` jobs, the newest first: those ``after`` a place, in a state of ``status``, with all ``labels``."""
-        query = select(JobRow).where(self._seen, *narrowed(status, labels))
-        if after is not None:
-            query = query.where(after.older(self._seen))
-        return self._found(query.order_by(JobRow.number.desc()).limit(limit))
+        return self._found(page_of(self._seen, limit, after, status, labels))
 
-    def count(self) -> dict[Status, int]:
-        """How many jobs are in each state. States without jobs are missing."""
-        query = select(JobRow.status, func.count()).where(self._seen).group_by(JobRow.status)
-        with Session(self._engine) as session:
-            return {cast("Status", status): count for status, count in session.execute(query)}
+    def lines(
+        self,
+        limit: int = 100,
+        after: Place | None = None,
+        status: Status | Collection[Status] | None = None,
+        labels: Iterable[Label] = (),
+    ) -> list[JobLine]:
+        """As ``page``, with what a list shows of each job."""
+        return lines_of(self._engine, self._view, page_of(self._seen, limit, after, status, labels))
 
-    def tenants(self) -> list[str]:
-        """The tenants that have jobs, sorted."""
-        with Session(self._engine) as session:
-            return sorted(session.scalars(select(JobRow.tenant).where(self._seen).distinct()))
+    def counts(self) -> dict[str, dict[Status, int]]:
+        """How many jobs each tenant has in each state, of those that are seen. Tenants and states without jobs are missing."""
+        return counts(self._engine, self._view)
 
     def states(self, jobs: Collection[str]) -> dict[str, Status]:
         """The state of each of ``jobs`` that is there."""

@@ -4,8 +4,9 @@ from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, or_, select
+from sqlalchemy import ColumnElement, Select, or_, select
 
+from chainfed_ray.cluster.queries.lines import JobLine
 from chainfed_ray.cluster.tables import JobRecord, JobRow, LabelRow, Status
 from chainfed_ray.errors import InvalidJob
 
@@ -20,7 +21,7 @@ class Place(NamedTuple):
     job: str
 
     @classmethod
-    def after(cls, record: JobRecord) -> "Place":
+    def after(cls, record: JobRecord | JobLine) -> "Place":
         """The place after a job."""
         return cls(record.submitted_at, record.id)
 
@@ -49,12 +50,23 @@ class Place(NamedTuple):
         return or_(JobRow.number < number, number.is_(None) & (JobRow.submitted_at < self.at))
 
 
-def narrowed(status: Status | Collection[Status] | None, labels: Iterable[Label]) -> list[ColumnElement[bool]]:
-    """The conditions that a job is in a state of ``status``, and has every one of the ``labels``."""
-    found: list[ColumnElement[bool]] = []
+def page_of(
+    seen: ColumnElement[bool],
+    limit: int,
+    after: Place | None,
+    status: Status | Collection[Status] | None,
+    labels: Iterable[Label],
+) -> Select[JobRow]:
+    """The query for at most ``limit`` jobs of those that are ``seen``, the newest first.
+
+    They are ``after`` a place, in a state of ``status``, and have every one of the ``labels``.
+    """
+    query = select(JobRow).where(seen)
     if status is not None:
-        found.append(JobRow.status.in_([status] if isinstance(status, str) else status))
+        query = query.where(JobRow.status.in_([status] if isinstance(status, str) else status))
     for key, value in labels:
         having = select(LabelRow.job).where(LabelRow.name == key, LabelRow.value == value)
-        found.append(JobRow.id.in_(having))
-    return found
+        query = query.where(JobRow.id.in_(having))
+    if after is not None:
+        query = query.where(after.older(seen))
+    return query.order_by(JobRow.number.desc()).limit(limit)

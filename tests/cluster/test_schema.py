@@ -76,6 +76,7 @@ def test_forward_and_back_with_the_rows_of_the_version_before(engine: Engine, da
     assert {(job.tenant, job.priority, job.version) for job in found.values()} == {("default", 0, 1)}
     assert [event.kind for event in store.events("done-1")] == ["queued"]
     assert store.aliases.all() == {"support": {"tiny": 1.0}}
+    assert store.counts() == {"default": dict.fromkeys(("succeeded", "running", "queued"), 1)}
     later = store.submit(SPEC).id
     assert version_of(engine) == VERSIONS[-1]
     assert rows(engine, "select version from schema") == [(2,)], "by which older code knows that it is older"

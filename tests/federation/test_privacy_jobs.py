@@ -23,7 +23,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
+from chainfed_ray.cluster.queries.totals import TotalsOfJobs
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation.cohort import Cohort

@@ -13,7 +13,7 @@ from chainfed_ray.api.rest.monitoring import FINISHED_JOBS
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.jobs.totals import TotalsOfJobs
+from chainfed_ray.cluster.queries.totals import TotalsOfJobs
 from chainfed_ray.cluster.tables import Event
 from chainfed_ray.record import Record
 from chainfed_ray.records.rounds import EarlyExit, Evaluation, FailedTurn, JobStarted
@@ -152,7 +152,7 @@ def test_a_job_that_is_over_is_among_the_newest_for_a_while(store: JobStore) -> 
 
 
 def test_more_events_than_a_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chainfed_ray.cluster.jobs.totals.PAGE", 2)
+    monkeypatch.setattr("chainfed_ray.cluster.queries.totals.PAGE", 2)
     job_started = a_start()
     job = a_running_job(store, job_started)
     for index in range(5):

@@ -431,7 +431,7 @@ def test_what_cannot_be_done_now_may_be_asked_again(
 
 
 def test_a_mistake_of_ours_is_logged_and_not_shown(client: TestClient, store: JobStore, caplog: Any) -> None:
-    store.page = lambda *_: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    store.lines = lambda *_: 1 / 0  # type: ignore[method-assign,assignment,return-value]
     failed = client.get("/v1/jobs")
     assert (failed.status_code, failed.json()["type"]) == (500, "urn:chainfed:problem:internal-error")
     assert failed.headers["x-request-id"] == failed.json()["request_id"]

@@ -121,3 +121,16 @@ def test_an_upload_comes_as_slowly_as_it_may_and_no_slower(
 
     asyncio.run(talk())
     assert (sent[0]["status"], count) == (status, 10 if status == 200 else 2)
+
+
+def test_a_service_that_drains_refuses_further_requests() -> None:
+    drains = [False]
+    door = FastAPI()
+    add_front_door(door, (), drains=lambda: drains[0])
+    door.get("/")(lambda: "answered")
+    client = TestClient(door, "http://localhost")
+    assert client.get("/").json() == "answered"
+    drains[0] = True
+    refused = client.get("/")
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    assert refused.json()["type"] == "urn:chainfed:problem:service-unavailable"

@@ -7,9 +7,12 @@ tests, which are of keys and of two tenants.
 import json
 import math
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.command.following import follow
 from chainfed_ray.cluster.access.keys import KeyStore
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import (
     AccessDenied,
@@ -35,6 +39,7 @@ from chainfed_ray.errors import (
     ServiceFailed,
 )
 from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.serving.generator import Generator
 from chainfed_ray.serving.language_model import LanguageModel
 from chainfed_ray.serving.messages import Piece, Sampling
@@ -285,3 +290,45 @@ def test_two_tenants_and_their_operator(
         bob.submit(long)
     for left in (*waiting, running):
         bob.cancel(left)
+
+
+def test_told_to_stop_it_answers_what_was_asked_and_its_job_stops_after_a_commit(
+    service: Running, storage: Path, document: dict[str, Any]
+) -> None:
+    """The last test: the service is gone."""
+    keys = KeyStore(f"sqlite:///{storage / 'chainfed.db'}", existing=True)
+    token = keys.make_key("default", ["submit", "read"]).token
+    keys.close()
+    with closing(JobStore(f"sqlite:///{storage / 'chainfed.db'}", existing=True)) as store:
+        document["rounds"] |= {"total": 500}
+        job = store.submit(parse_job(document)).id  # with a key, it might not read the rows
+    headers, text = {"Authorization": f"Bearer {token}"}, b"text,label\n" + b"salt,sea\n" * 400_000
+    with httpx.Client(base_url=service.address, headers=headers, timeout=60) as http, ThreadPoolExecutor(1) as thread:
+        wait_for(lambda: http.get("/v1/jobs").status_code == 200, "a key that every process knows", 30)
+        body = {"name": "rows.csv", "bytes": len(text), "sha256": sha256(text).hexdigest()}
+        upload = http.post("/v1/uploads", json=body).json()["id"]
+        wait_for(lambda: (http.get(f"/v1/jobs/{job}").json()["progress"] or {}).get("round"), "a round")
+
+        uploads = storage / "uploads"
+
+        def slowly() -> Iterator[bytes]:
+            yield text[:-10]
+            wait_for(
+                lambda: any(path.is_file() and path.stat().st_size for path in uploads.rglob("*")),
+                "a process that takes it",
+                30,
+            )
+            service.process.send_signal(signal.SIGTERM)
+            wait_for(lambda: httpx.get(f"{service.address}/healthz").status_code == 503, "a closed door", 30)
+            yield text[-10:]
+
+        with http.stream("GET", f"/v1/jobs/{job}/events", headers={"Accept": "text/event-stream"}) as watched:
+            heard = thread.submit(lambda: [line for line in watched.iter_lines() if line.startswith("event: round")])
+            sent = http.put(f"/v1/uploads/{upload}/content", params={"offset": 0}, content=slowly())
+            assert heard.result(), "the stream ends, and is not cut"
+    assert (sent.status_code, sent.json().get("complete")) == (200, True), sent.text
+    service.close()
+    with closing(JobStore(f"sqlite:///{storage / 'chainfed.db'}", existing=True)) as store:
+        assert store.get(job).status == "running", "it goes on when the service starts again"
+        told = [event.data["index"] for event in store.of_kind(job, "round")]
+    assert told == [record.index for record in CommitLog(storage / "jobs" / job).rounds()]

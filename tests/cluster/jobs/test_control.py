@@ -221,7 +221,7 @@ def test_a_job_that_is_deleted_is_not_there_and_neither_is_its_model(store: JobS
         with pytest.raises(JobNotFound):
             ask(job)
     assert [found.id for found in store.page()] == [older]
-    assert store.count() == {"queued": 1}
+    assert store.counts() == {"default": {"queued": 1}}
     assert not store.move(job, "queued")
     name = SPEC.model_name
     assert (store.models(), store.model(name), store.of_model(name), store.bases(), store.model_names(9)) == (

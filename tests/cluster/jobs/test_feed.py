@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from chainfed_ray.activity import Activity
+from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.feed import MOST_WATCHERS, Busy, EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import Event
@@ -135,3 +136,24 @@ def test_a_job_that_is_deleted_ends_its_watchers_and_no_others(
     assert first == [1]
     assert later in ([], [1], [1, 2])
     assert of_other == [1, 2]
+
+
+def test_whoever_watches_is_sent_away_once_the_service_drains(
+    store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chainfed_ray.cluster.jobs.feed.POLL_SECONDS", 0.01)
+    job, drain = store.submit(SPEC).id, Drain(tmp_path)
+
+    async def story() -> list[int | str]:
+        feed = EventFeed(store, drain.has_begun)
+        found: list[int | str] = []
+        async with aclosing(feed.watch(job, 0)) as happenings:
+            async for happening in happenings:
+                assert isinstance(happening, Event)
+                found.append(happening.seq)
+                drain.begin()
+        return found
+
+    assert asyncio.run(story()) == [1]
+    drain.end()
+    assert not drain.has_begun()

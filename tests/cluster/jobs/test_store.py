@@ -1,5 +1,6 @@
 """Promises of the job store: a state changes once, an event is told once, and nothing is lost between processes."""
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -225,7 +226,8 @@ def test_tenants_have_jobs_models_and_aliases_of_their_own(store: JobStore) -> N
     assert len(set(jobs.values())) == 3, "a key of one is not another's"
     for name, part in (("alice", alice), ("bob", bob), ("default", default)):
         assert [job.id for job in part.page()] == [jobs[name]]
-        assert part.count() == {"succeeded": 1}
+        assert part.counts() == {name: {"succeeded": 1}}
+        assert [line.id for line in part.lines()] == [jobs[name]]
         assert part.model_names(9) == [SPEC.model_name]
         assert [job.id for job in (*part.models(), *part.bases())] == [jobs[name]] * 2
         assert [job.id for job in part.of_model(f"{name}/{SPEC.model_name}")] == [jobs[name]]
@@ -242,10 +244,29 @@ def test_tenants_have_jobs_models_and_aliases_of_their_own(store: JobStore) -> N
     everything = store.seen_by("ops", everything=True)
     assert everything.model_names(9) == [f"{name}/{SPEC.model_name}" for name in ("alice", "bob", "default")]
     assert sorted(everything.aliases.all()) == ["alice/mine", "bob/mine", "default/mine"]
-    assert everything.tenants() == ["alice", "bob", "default"]
+    assert list(everything.counts()) == ["alice", "bob", "default"]
     assert store.model_names(9) == [f"alice/{SPEC.model_name}", f"bob/{SPEC.model_name}", SPEC.model_name]
     assert everything.aliases.delete("default/mine")
     assert default.aliases.all() == {}
+
+
+def test_counts_that_are_kept_are_those_that_a_count_gives(store: JobStore) -> None:
+    moves: tuple[tuple[Status, ...], ...] = (
+        (), ("running",), ("running", "pausing"), ("running", "pausing", "running"), ("paused", "queued"), ("cancelled",),
+        ("running", "failed", "queued", "running"), ("cancelled",), ("validating", "cancelling"),
+    )  # fmt: skip
+    for tenant in ("alice", "bob"):
+        for states in moves:
+            job = store.seen_by(tenant, everything=False).submit(SPEC).id
+            assert all(store.move(job, state) for state in states)
+        assert store.move(job, "cancelled")
+        assert store.deletions.mark(job)
+    store.deletions.purge(job)
+    counted: dict[str, Counter[Status]] = {"alice": Counter(), "bob": Counter()}
+    for record in store.page():
+        counted[record.tenant][record.status] += 1
+    assert store.counts() == counted
+    assert counted["alice"].total() == len(moves) - 1
 
 
 def test_a_queue_has_so_many_jobs_of_a_tenant(store: JobStore) -> None:

@@ -1,12 +1,12 @@
 """Adds up the events of jobs as they come, for metrics: each event is read once in a process."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Protocol
 
-from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.tables import Event
+from chainfed_ray.cluster.tables import Event, Latest
 from chainfed_ray.errors import JobNotFound
 from chainfed_ray.records.result import StageMemory
 from chainfed_ray.records.rounds import EarlyExit, Evaluation, JobFinished, JobStarted, Round
@@ -80,10 +80,18 @@ class JobTotals:
             self.whole = evaluation
 
 
-class TotalsOfJobs:
-    """The totals of jobs in ``store``. They are kept, so that the next call reads only the events that are new."""
+class Events(Protocol):
+    """Whoever has the events of jobs, such as ``JobStore``."""
 
-    def __init__(self, store: JobStore) -> None:
+    def latest(self, jobs: Collection[str]) -> Mapping[str, Latest]: ...
+
+    def events(self, job: str, after: int, limit: int) -> Sequence[Event]: ...
+
+
+class TotalsOfJobs:
+    """The totals of jobs whose events ``store`` has. They are kept, so the next call reads only the events that are new."""
+
+    def __init__(self, store: Events) -> None:
         self._store = store
         self._known: dict[str, JobTotals] = {}
         self._lock = Lock()
@@ -92,7 +100,10 @@ class TotalsOfJobs:
         """The totals of ``jobs``, as they are now. Those of other jobs are forgotten."""
         with self._lock:
             self._known = {job: self._known.get(job) or JobTotals() for job in jobs}
+            newest = self._store.latest(self._known)
             for job, totals in list(self._known.items()):
+                if job in newest and newest[job].seq == totals.last:
+                    continue
                 try:
                     self._add_new(job, totals)
                 except (JobNotFound, KeyError, ValueError) as error:  # it was deleted, or its records cannot be read

@@ -1,0 +1,50 @@
+"""What the service's answers mean that are errors: the same exceptions that the service itself raises."""
+
+import re
+
+import httpx
+
+from chainfed_ray.errors import (
+    AccessDenied,
+    ArtifactNotFound,
+    ChainFedError,
+    InvalidJob,
+    JobConflict,
+    JobNotFound,
+    ModelNotFound,
+    ServiceFailed,
+    ServiceUnavailable,
+    UploadConflict,
+    UploadNotFound,
+)
+from chainfed_ray.problem import Problem
+
+_CONFLICT = re.compile(r"job (\S+) is (\S+); it cannot (.+)")
+
+
+def error_of(address: str, response: httpx.Response, about: str) -> ChainFedError:
+    """The error that a ``response`` of the service at ``address`` means. The request was ``about`` a job, a model or a file."""
+    try:
+        problem = response.json()
+        kind = str(problem["type"]).rpartition(":")[2]
+    except (ValueError, KeyError, TypeError):
+        return ServiceUnavailable(address, f"its answer {response.status_code} is not one of chainfed")
+    match kind:
+        case "invalid-job" | "invalid-request":
+            return InvalidJob(tuple(Problem.from_document(found) for found in problem["errors"]))
+        case "job-not-found":
+            return JobNotFound(about)
+        case "job-conflict":
+            if refused := _CONFLICT.fullmatch(problem["detail"]):
+                return JobConflict(*refused.groups())
+        case "model-not-found":
+            return ModelNotFound(about, ())
+        case "artifact-not-found":
+            return ArtifactNotFound(*about.split("/", 1))
+        case "upload-not-found":
+            return UploadNotFound(about)
+        case "upload-conflict":
+            return UploadConflict(about, problem["detail"].partition(": ")[2])
+        case "key-missing" | "key-invalid" | "scope-missing":
+            return AccessDenied(address, problem["detail"])
+    return ServiceFailed(address, problem["detail"], problem["request_id"])

@@ -1,0 +1,113 @@
+"""Promises of the typed client: its calls are the operations of the OpenAPI document, and both ways of sending them agree."""
+
+import asyncio
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.sdk import calls
+from chainfed_ray.api.sdk.clients import AsyncClient, Client
+from chainfed_ray.api.serve.app import create_app
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.errors import ChainFedError, InvalidJob, JobConflict, JobNotFound, ServiceUnavailable
+from tests.apps import an_app, served
+from tests.builders import SPEC
+from tests.project import ROOT
+
+CALLS = {
+    name: made
+    for name, made in inspect.getmembers(calls, inspect.isfunction)
+    if made.__module__ == calls.__name__ and not name.startswith("_")
+}
+# Of sites, which have a client of their own; of bytes and text, which have no model; and one for programs of OpenAI's form.
+OTHERS = {
+    "join_site", "leave_site", "next_order", "hear_order", "get_order_tensors", "put_answer_tensors", "get_received",
+    "answer_order", "begin_upload", "put_content", "get_artifact", "metrics", "healthz", "embeddings",
+}  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    made = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def address(store: JobStore) -> Iterator[str]:
+    with served(an_app(store)) as found:
+        yield found
+
+
+def an_example(name: str) -> calls.Call[Any]:
+    """A call, each of its arguments that must be given being its own name, or a document."""
+    documents = {"document": {}, "changes": {}, "targets": {}, "texts": ["a"], "prompts": ["a"], "messages": []}
+    needed = [one.name for one in inspect.signature(CALLS[name]).parameters.values() if one.default is one.empty]
+    return cast(
+        "calls.Call[Any]", CALLS[name](*(documents.get(one, f"{{{one}}}") for one in needed if one != "options"))
+    )
+
+
+def test_every_call_is_an_operation_of_the_document_and_gives_its_model() -> None:
+    document = create_app(cast("Service", None)).openapi()
+    operations = {
+        operation["operationId"]: (method.upper(), path, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert CALLS.keys() | OTHERS == operations.keys()
+    for name in CALLS:
+        call, (method, path, operation) = an_example(name), operations[name]
+        quoted = re.sub(r"%7B(\w+)%7D", r"{\1}", call.path)
+        assert (call.operation, call.method, quoted) == (name, method, path)
+        assert {*call.parameters} <= {one["name"] for one in operation.get("parameters", ())}
+        answer = next(found for status, found in operation["responses"].items() if status.startswith("2"))
+        schema = answer.get("content", {}).get("application/json", {}).get("schema")
+        assert schema == (
+            None if call.answer is type(None) else {"$ref": f"#/components/schemas/{call.answer.__name__}"}
+        )
+        assert (call.body is not None) <= ("requestBody" in operation)
+
+
+def test_both_ways_give_the_same(address: str, store: JobStore) -> None:
+    document = SPEC.document()
+    with Client(address) as service:
+        job = service.send(calls.submit_job(document))
+        assert (job.status, job.spec) == ("queued", document)
+        assert service.send(calls.cancel_job(job.id)).status == "cancelled"
+        store.submit(SPEC)
+        asked = [calls.get_job(job.id), calls.list_jobs(state=["cancelled"]), calls.list_events(job.id)]
+        here = [service.send(call) for call in asked]
+        refused: list[tuple[calls.Call[Any], type[ChainFedError]]] = [
+            (calls.get_job("none"), JobNotFound),
+            (calls.pause_job(job.id), JobConflict),
+            (calls.submit_job({}), InvalidJob),
+        ]
+        for call, error in refused:
+            with pytest.raises(error):
+                service.send(call)
+
+    async def there() -> list[Any]:
+        async with AsyncClient(address) as service:
+            for call, error in refused:
+                with pytest.raises(error):
+                    await service.send(call)
+            found = await asyncio.gather(*map(service.send, asked))
+            assert await service.send(calls.delete_job(job.id)) is None
+            return found
+
+    assert asyncio.run(there()) == here
+    with Client("http://127.0.0.1:1") as service, pytest.raises(ServiceUnavailable):
+        service.send(calls.list_jobs())
+
+
+def test_it_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, chainfed_ray.api.sdk.clients; assert not {'torch', 'ray', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
