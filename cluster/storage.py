@@ -43,6 +43,7 @@ WithoutKeys = Literal["nobody", "loopback", "anyone"]
 """Who may ask a service as long as no key was made."""
 QUEUED_JOBS, RUNNING_JOBS, REQUESTS = "CHAINFED_QUEUED_JOBS", "CHAINFED_RUNNING_JOBS", "CHAINFED_REQUESTS_PER_MINUTE"
 GRACE = "CHAINFED_GRACE_SECONDS"
+LOG = "CHAINFED_LOG"
 UPLOAD_BYTES, STORED_BYTES, UPLOADS = "CHAINFED_UPLOAD_BYTES", "CHAINFED_STORED_BYTES", "CHAINFED_UPLOADS"
 Default = TypeVar("Default", int, None)
 _PROBE_BYTES = 65536
@@ -210,6 +211,7 @@ class Settings:
     stored_bytes: int | None = None  # of all uploads of a tenant
     most_uploads: int = 1000  # of a tenant
     grace_seconds: int = 100  # from the word to stop until processes are killed that have not ended
+    json_logs: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
@@ -218,7 +220,7 @@ class Settings:
         ``CHAINFED_SERVING_REPLICAS``, ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``,
         ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``, ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``,
         ``CHAINFED_MODEL_ROOTS``, ``CHAINFED_HUB_ALLOW``, ``CHAINFED_UPLOAD_BYTES``, ``CHAINFED_STORED_BYTES``,
-        ``CHAINFED_UPLOADS`` and ``CHAINFED_GRACE_SECONDS``.
+        ``CHAINFED_UPLOADS``, ``CHAINFED_GRACE_SECONDS`` and ``CHAINFED_LOG``.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
@@ -253,6 +255,7 @@ class Settings:
             _bytes(environment, STORED_BYTES),
             _count(environment, UPLOADS, cls.most_uploads),
             _count(environment, GRACE, cls.grace_seconds),
+            _json_logs(environment),
         )
 
     def environment(self) -> dict[str, str]:
@@ -278,7 +281,15 @@ class Settings:
             STORED_BYTES: str(self.stored_bytes or ""),
             UPLOADS: str(self.most_uploads),
             GRACE: str(self.grace_seconds),
+            LOG: "json" if self.json_logs else "text",
         }
+
+
+def _json_logs(environment: Mapping[str, str]) -> bool:
+    text = environment.get(LOG) or "text"
+    if text not in ("text", "json"):
+        raise InvalidSetting(LOG, text, "text or json")
+    return text == "json"
 
 
 def _without_keys(environment: Mapping[str, str]) -> WithoutKeys:

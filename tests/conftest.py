@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from sqlalchemy import create_engine
+from sqlalchemy import text as sql
 from transformers import AutoTokenizer
 
 from chainfed_ray.budget.demand import MemoryProfile
@@ -25,6 +27,7 @@ from chainfed_ray.model.adapters import LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.source import ModelSource
+from tests import postgres
 from tests import s3 as s3_server
 from tests.builders import a_document, a_job, smallest_budget
 from tests.clusters import a_pool, one_machine
@@ -199,3 +202,31 @@ def store(storage: Storage) -> Iterator[JobStore]:
     made = JobStore(storage.database)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[str]:
+    if (programs := postgres.installed()) is None:
+        pytest.skip("no PostgreSQL server is installed")
+    with postgres.server(programs) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a database without a table."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'jobs.db'}"
+    url: str = request.getfixturevalue("empty_postgresql")
+    return url
+
+
+@pytest.fixture
+def empty_postgresql(postgresql: str) -> str:
+    """The URL of a database of PostgreSQL without a table."""
+    engine = create_engine(postgresql)
+    with engine.begin() as connection:
+        connection.execute(sql("drop schema public cascade"))
+        connection.execute(sql("create schema public"))
+    engine.dispose()
+    return postgresql

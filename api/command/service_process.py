@@ -112,7 +112,8 @@ def _start(host: str, port: int, address: str, listen: Listener) -> None:
     from chainfed_ray.api.serve.deployment import build
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
+    form = "JSON" if Settings.from_environment().json_logs else "TEXT"
+    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR", "encoding": form})
     serve.run(build({}), name=_NAME, route_prefix="/")
     Reporter("waiting for every part of the service", listen).begin()
     _wait_until_ready(address)

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from sqlalchemy.exc import DBAPIError
 
+from chainfed_ray.api.operator import backup as copies
 from chainfed_ray.api.operator.answers import Json, answer
-from chainfed_ray.cluster import backup as copies
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import InvalidSetting, StorageInUse
 from chainfed_ray.units import format_bytes

@@ -1,10 +1,12 @@
 """What every request passes before it reaches a route: an id, a look at its host, at its key, and limits of its body."""
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from ipaddress import ip_address
+from time import monotonic
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
@@ -16,12 +18,14 @@ from chainfed_ray.api.serve.access import Access, AccessRules
 from chainfed_ray.api.serve.idempotency import Idempotency
 from chainfed_ray.api.serve.scopes import RouteNames
 from chainfed_ray.cluster.access.first_answers import FirstAnswers
+from chainfed_ray.cluster.structured_logs import about
 
 BODY_SECONDS = 30.0
 MOST_BYTES = 4 * 2**20
 _RESTART_SECONDS = 5
 LEAST_BYTES = 32 * 2**10  # of an upload, in each BODY_SECONDS that they are waited for
 _STREAMED = re.compile(r"/v1/uploads/[^/]+/content")  # bodies of any size, which their route does not keep in memory
+_log = logging.getLogger(__name__)
 _SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
@@ -63,13 +67,29 @@ class RequestIds:
         request_id = given if _SAFE_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
+        begun, status = monotonic(), 0
+
         async def send_with_id(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
             # A request that has an id came through Ray Serve, which adds the header to the response itself.
             if message["type"] == "http.response.start" and not given:
                 message["headers"] = [*message["headers"], (REQUEST_ID.encode(), request_id.encode())]
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        with about(request=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            finally:
+                _tell(scope, status, monotonic() - begun)
+
+
+def _tell(scope: Scope, status: int, seconds: float) -> None:
+    """Log a request that is over, where lines of logs are JSON. A ``status`` of 0 is that of a caller who left."""
+    identity = scope["state"].get("identity")
+    what = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 4)}
+    tenant = {"tenant": identity.tenant} if identity else {}
+    _log.info("%s %s %d", scope["method"], scope["path"], status, extra={"about": what | tenant})
 
 
 class Draining:

@@ -15,6 +15,7 @@ from ray.serve.config import RequestRouterConfig
 from chainfed_ray.api.rest.schemas import MOST_TEXTS
 from chainfed_ray.cluster.limits import machine_bytes
 from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.cluster.structured_logs import log_as_json
 from chainfed_ray.errors import PartUnavailable
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Question, Sampling, joined
 
@@ -38,6 +39,8 @@ class Inference:
         from chainfed_ray.serving.engine import Engine
         from chainfed_ray.serving.questions import Answering
 
+        if settings.json_logs:
+            log_as_json()
         load_models()
         most_bytes = settings.serving_bytes or machine_bytes() // 2 // settings.serving_replicas
         self._engine = Engine(partial(_folder_of, settings.storage), most_bytes)

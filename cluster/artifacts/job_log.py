@@ -19,6 +19,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chainfed_ray.activity import Activity, Listener
+from chainfed_ray.cluster.structured_logs import JOB_LINES
 from chainfed_ray.cluster.tables import moment
 from chainfed_ray.errors import BudgetExceeded, CoordinatorLost, InvalidJob
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
@@ -77,7 +78,7 @@ class JobLog(logging.Handler):
         """See ``logging.Handler``."""
         if not getattr(record, "withheld", False):
             raised = f" ({_raised(record.exc_info[1])})" if record.exc_info and record.exc_info[1] else ""
-            self.note(record.levelname.lower(), COORDINATOR, _message(record) + raised)
+            self._append(record.levelname.lower(), COORDINATOR, _message(record) + raised)
 
     def with_activities(self, listen: Listener) -> Listener:
         """A listener that also logs what the job begins to do."""
@@ -108,8 +109,16 @@ class JobLog(logging.Handler):
         words = "the words are in the job's `error`"
         self.note("error", COORDINATOR, f"the job has failed: {_raised(error)}; {words}")
 
-    def note(self, level: str, source: str, message: str, round_: int | None = None) -> None:
-        """Append a line."""
+    def note(self, level: str, source: str, message: str, of: Round | None = None) -> None:
+        """Append a line, which may be ``of`` a round, and tell it to those who collect logs."""
+        what: dict[str, str | int] = {} if source == COORDINATOR else {"client": source}
+        if of:
+            what |= {"stage": of.stage + 1, "round": of.index + 1}
+        words = message[:_MOST_CHARACTERS]
+        JOB_LINES.log(logging.getLevelNamesMapping()[level.upper()], words, extra={"about": what})
+        self._append(level, source, words, of.index + 1 if of else None)
+
+    def _append(self, level: str, source: str, message: str, round_: int | None = None) -> None:
         line = LogLine(at=moment(), level=level, source=source, round=round_, message=message[:_MOST_CHARACTERS])
         try:
             with self._path.open("ab") as file:
@@ -126,18 +135,18 @@ class JobLog(logging.Handler):
         for turn in record.turns if len(record.turns) <= _MOST_TURNS else ():
             peak = "" if turn.peak_bytes is None else f", peak {format_bytes(turn.peak_bytes)}"
             words = f"{turn.steps} steps on {turn.examples} examples in {format_seconds(turn.seconds)}{peak}"
-            self.note("info", turn.client, words, number)
+            self.note("info", turn.client, words, record)
         for turn in record.turns:
             if turn.exceeded:
                 why = _without_words(turn.exceeded)
-                self.note("warning", turn.client, f"its turn ran again with a smaller plan: {why}", number)
+                self.note("warning", turn.client, f"its turn ran again with a smaller plan: {why}", record)
         for failed in record.failed_turns:
-            self.note("warning", failed.client, f"its turn failed: {_without_words(failed.reason)}", number)
+            self.note("warning", failed.client, f"its turn failed: {_without_words(failed.reason)}", record)
         ended = f"; the stage ends: {record.ended}" if record.ended else ""
         counted = "" if record.counted else ", too few to count"
         updates = f"{len(record.turns)} updates{counted}, {len(record.failed_turns)} failed turns"
         took = format_seconds(record.seconds)
-        self.note("info", COORDINATOR, f"round {number} has {updates}, in {took}{ended}", number)
+        self.note("info", COORDINATOR, f"round {number} has {updates}, in {took}{ended}", record)
 
 
 def page_of(path: Path, after: int, limit: int) -> tuple[list[LogLine], int]:

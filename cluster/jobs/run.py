@@ -21,6 +21,7 @@ from chainfed_ray.cluster.jobs.commits import Commits, wait_for
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.structured_logs import about
 from chainfed_ray.cluster.tables import AT_WORK, Event, JobRecord
 from chainfed_ray.cluster.uploads.sources import rules_of_job
 from chainfed_ray.cluster.uploads.store import UploadStore
@@ -66,7 +67,8 @@ def run_queued_job(
                 store.move(job, "paused", before=("pausing",))  # nothing of it runs now
                 if store.get(job).status not in AT_WORK or Drain(storage.root).has_begun():
                     return
-                with reading_by(_rules_for(store.get(job), rules, storage)):
+                record = store.get(job)
+                with about(job=job, tenant=record.tenant), reading_by(_rules_for(record, rules, storage)):
                     trouble = _run(job, store, storage, make_pool, make_evaluation, sites)
                 if trouble is None:
                     continue

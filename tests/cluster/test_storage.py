@@ -30,10 +30,12 @@ def test_folders_and_patterns_come_from_the_environment_and_go_on_to_other_proce
         "CHAINFED_STORAGE": str(tmp_path),
         "CHAINFED_DATA_ROOTS": "/data/a:/data/b",
         "CHAINFED_HUB_ALLOW": "org/*, other/model",
+        "CHAINFED_LOG": "json",
     }
     settings = Settings.from_environment(given)
     assert settings.reading == ReadingRules((Path("/data/a"), Path("/data/b")), None, ("org/*", "other/model"))
+    assert settings.json_logs
     assert Settings.from_environment(settings.environment()) == settings
-    for name, wrong in (("CHAINFED_MODEL_ROOTS", "models"), ("CHAINFED_WITHOUT_KEYS", "all")):
+    for name, wrong in (("CHAINFED_MODEL_ROOTS", "models"), ("CHAINFED_WITHOUT_KEYS", "all"), ("CHAINFED_LOG", "xml")):
         with pytest.raises(InvalidSetting, match=name):
             Settings.from_environment({**given, name: wrong})

@@ -23,10 +23,10 @@ ROW = "a row that nobody may see"
 REASONS = (f"ValueError: {ROW}", "BudgetExceeded: the turn took 3 MiB", "missed the deadline of 5 s: it was training")
 
 
-def a_round(failed: list[FailedTurn]) -> Round:
+def a_round(failed: list[FailedTurn], index: int = 0) -> Round:
     """A round of which every turn failed."""
     return Round(
-        index=0, stage=0, bottom=1, top=2, turns=(), failed_turns=tuple(failed), counted=False, train_loss=None,
+        index=index, stage=0, bottom=1, top=2, turns=(), failed_turns=tuple(failed), counted=False, train_loss=None,
         held_out_loss=None, accuracy=None, movement=None, ended=None, seconds=1.0,
     )  # fmt: skip
 
@@ -38,13 +38,13 @@ def messages(folder: Path) -> list[str]:
 def test_lines_are_read_in_pages_and_half_lines_are_not(tmp_path: Path) -> None:
     with JobLog(tmp_path) as log:
         for number in range(5):
-            log.note("info", f"phone-{number}", f"turn {number}", number)
+            log.note("info", f"phone-{number}", f"turn {number}", a_round([], number))
     with (tmp_path / LOG).open("ab") as file:
         file.write(b'{"at": "who wrote th')
     first, after = page_of(tmp_path / LOG, 0, 4)
     assert [line.source for line in first] == ["coordinator", "phone-0", "phone-1", "phone-2"]
     rest, end = page_of(tmp_path / LOG, after, 4)
-    assert [line.round for line in rest] == [3, 4]
+    assert [line.round for line in rest] == [4, 5]
     assert page_of(tmp_path / LOG, end, 4) == ([], end)
     JobLog(tmp_path).note("error", "coordinator", "goes on")
     assert [line.message for line in page_of(tmp_path / LOG, end, 4)[0]] == ["goes on"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from chainfed_ray.cluster.backup import back_up, restore
+from chainfed_ray.api.operator.backup import back_up, restore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.objects.working_copy import WorkingCopy
 from chainfed_ray.cluster.storage import Storage

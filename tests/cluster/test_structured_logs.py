@@ -1,0 +1,91 @@
+"""Promise: with ``CHAINFED_LOG=json`` each line is JSON, and says which job, tenant, round, client or request it is about."""
+
+import json
+import logging
+from collections.abc import Iterator
+from io import StringIO
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from chainfed_ray.api.serve.front_door import add_front_door
+from chainfed_ray.cluster.jobs.run import run_queued_job
+from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.structured_logs import JOB_LINES, about, log_as_json
+from chainfed_ray.federation.run import in_this_process
+from chainfed_ray.spec.parse import parse_job
+
+
+@pytest.fixture
+def stream() -> Iterator[StringIO]:
+    """What is logged as JSON. Afterwards the process logs as before."""
+    loggers = (logging.getLogger(), logging.getLogger("chainfed_ray"), JOB_LINES)
+    before = [(one.handlers[:], one.level) for one in loggers]
+    log_as_json(told := StringIO())
+    yield told
+    for one, (handlers, level) in zip(loggers, before, strict=True):
+        one.handlers = handlers
+        one.setLevel(level)
+
+
+def lines(stream: StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_a_line_has_what_it_is_about_and_an_error_its_traceback(stream: StringIO) -> None:
+    log = logging.getLogger("chainfed_ray.somewhere")
+    with about(job="a"), about(round=2):
+        try:
+            raise ValueError("two\nlines")
+        except ValueError:
+            log.exception("it failed: %s", "a ‘word’\n")
+    log.debug("no line")
+    log.info("outside")
+    failed, outside = lines(stream)
+    assert (failed["level"], failed["logger"], failed["job"], failed["round"]) == (
+        "error", "chainfed_ray.somewhere", "a", 2,
+    )  # fmt: skip
+    assert failed["message"] == "it failed: a ‘word’\n"
+    assert "ValueError: two\nlines" in failed["error"]
+    assert outside.keys() == {"at", "level", "logger", "message"}
+
+
+@pytest.mark.slow
+def test_the_lines_of_a_job_name_it_and_those_of_turns_the_client(
+    stream: StringIO, document: dict[str, Any], storage: Storage, store: JobStore
+) -> None:
+    document["rounds"] |= {"total": 2}
+    job = store.seen_by("alice", False).submit(parse_job(document)).id
+    store.move(job, "running")
+    run_queued_job(job, storage, in_this_process)
+    assert store.get(job).status == "succeeded"
+    told = lines(stream)
+    assert {(line["job"], line["tenant"]) for line in told} == {(job, "alice")}
+    turns = [line for line in told if "client" in line]
+    assert {(line["round"], line["stage"]) for line in turns} == {(1, 1), (2, 2)}
+    assert all(line["client"] and "steps on" in line["message"] for line in turns)
+
+
+def test_a_request_has_a_line(stream: StringIO) -> None:
+    app = FastAPI()
+    add_front_door(app, [])
+
+    @app.get("/v1/here")
+    async def here() -> int:
+        logging.getLogger("chainfed_ray.inside").warning("while it is answered")
+        return 1
+
+    TestClient(app, "http://localhost").get("/v1/here", headers={"X-Request-ID": "mine"})
+    inside, request = lines(stream)
+    assert inside["request"] == request["request"] == "mine"
+    assert (request["method"], request["path"], request["status"]) == ("GET", "/v1/here", 200)
+
+
+def test_otherwise_nothing_is_told_but_warnings(capfd: pytest.CaptureFixture[str]) -> None:
+    JOB_LINES.warning("a turn failed")
+    with about(job="a"):
+        logging.getLogger("chainfed_ray.somewhere").info("no line")
+    assert capfd.readouterr() == ("", "")
