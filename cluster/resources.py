@@ -75,6 +75,15 @@ def check_options() -> dict[str, Any]:
     return {**preflight_options(), "num_cpus": 0}
 
 
+def on_this_machine() -> dict[str, Any]:
+    """The option of an actor or a task that may run on no other machine."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
 def api_options() -> dict[str, Any]:
     """The options of a process of the API. On a machine for clients it would keep the autoscaler from removing that."""
     return {"num_cpus": 0, "resources": {COORDINATOR_SLOT: _BESIDE_COORDINATORS}}

@@ -39,7 +39,7 @@ class FileClient(ServiceClient):
         while not upload["complete"]:
             Reporter(f"sending {file.name}: {upload['received'] * 100 // size} %", listen).begin()
             before = upload["received"]
-            if file.stat().st_size <= before:
+            if file.stat().st_size < before:
                 raise _changed(file, size)
             try:
                 upload = self._put_piece(upload["id"], file, before)

@@ -64,6 +64,7 @@ def run(settings: Settings, environment: dict[str, str], host: str, port: int, o
                 _drain(settings)
             finally:
                 serve.shutdown()  # type: ignore[no-untyped-call]
+                Drain(settings.storage.root).end()
     except InvalidSetting as error:
         owner.send(error)
     except Exception as error:  # whatever it is, another try may do: a port was taken, the machine was busy

@@ -11,6 +11,7 @@ async with AsyncClient("http://127.0.0.1:8000") as service:
 from typing import Any, Self, cast
 
 import httpx
+from pydantic import ValidationError
 
 from chainfed_ray.api.client.problems import error_of
 from chainfed_ray.api.client.service_client import key_header
@@ -88,7 +89,13 @@ def _answer(address: str, call: Call[Answer], response: httpx.Response) -> Answe
         raise error_of(address, response, call.about)
     if call.answer is type(None):
         return cast("Answer", None)
-    return cast("Answer", cast("Any", call.answer).model_validate_json(response.content))
+    try:
+        return cast("Answer", cast("Any", call.answer).model_validate_json(response.content))
+    except ValidationError:
+        answer = (
+            f"its answer {response.status_code} to {call.method} {call.path} is not one of this version of chainfed"
+        )
+        raise ServiceUnavailable(address, answer) from None
 
 
 def _unavailable(address: str, error: httpx.TransportError) -> ServiceUnavailable:

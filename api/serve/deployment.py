@@ -54,7 +54,12 @@ class Api:
         self._audit = AuditLog(settings.storage.database, existing=True)
         self._answers = FirstAnswers(settings.storage.database, existing=True)
         self._uploads = UploadStore(settings.storage)
-        self._preflight = Preflight(settings.client_slots, rules=settings.reading, uploads=self._uploads.files)
+        self._preflight = Preflight(
+            settings.client_slots,
+            rules=settings.reading,
+            uploads=self._uploads.files,
+            near=settings.storage.url is not None,
+        )
         self._preflight.prepare()
         ensure_controller(settings)
 

@@ -1,6 +1,7 @@
 """The route of a job's log: what its coordinator and its clients did, in pages, or waited for."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from chainfed_ray.cluster.tables import FINISHED, JobRecord
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-_LOOK_SECONDS = 0.5  # between two looks whether there are further lines
+LOOK_SECONDS = 0.5  # between two looks whether there are further lines
 _STATE_LOOKS = 6  # looks between two questions to the database, whether the job is over
 
 
@@ -41,29 +42,41 @@ async def get_logs(
     record = await run_in_threadpool(jobs.get, job)
     if service.folder_of is None:
         raise HTTPException(404, "this service keeps no logs")
-    path = service.folder_of(record.id) / LOG
-    found = await _page(path, record, after, limit)
+    folder = await run_in_threadpool(service.folder_of, record.id)
+    found = await _page(folder, record, after, limit)
     if found.lines or found.finished or not wait:
         return found
     with service.log_readers.one_more(caller.tenant):
-        return await _awaited(jobs, record, path, after, limit, wait)
+        return await _awaited(jobs, service.folder_of, record, folder, after, limit, wait)
 
 
-async def _awaited(jobs: JobStore, record: JobRecord, path: Path, after: int, limit: int, wait: float) -> LogPage:
-    """The page once it has a line or the job is over, or after ``wait`` seconds."""
+async def _awaited(
+    jobs: JobStore,
+    folder_of: Callable[[str], Path],
+    record: JobRecord,
+    folder: Path,
+    after: int,
+    limit: int,
+    wait: float,
+) -> LogPage:
+    """The page once it has a line or the job is over, or after ``wait`` seconds.
+
+    With an object store, the folder is another one after each of the job's commits.
+    """
     loop, looks = asyncio.get_running_loop(), 0
     ends = loop.time() + wait
     while True:
-        await asyncio.sleep(min(_LOOK_SECONDS, max(ends - loop.time(), 0)))
+        await asyncio.sleep(min(LOOK_SECONDS, max(ends - loop.time(), 0)))
         looks += 1
         if looks % _STATE_LOOKS == 0:
             record = await run_in_threadpool(jobs.get, record.id)
-        found = await _page(path, record, after, limit)
+            folder = await run_in_threadpool(folder_of, record.id)
+        found = await _page(folder, record, after, limit)
         if found.lines or found.finished or loop.time() >= ends:
             return found
 
 
-async def _page(path: Path, record: JobRecord, after: int, limit: int) -> LogPage:
-    """The page as it is. ``record`` was read before: no line comes after that of a job that is over."""
-    lines, following = await run_in_threadpool(page_of, path, after, limit)
+async def _page(folder: Path, record: JobRecord, after: int, limit: int) -> LogPage:
+    """The page as it is. ``record`` was read before ``folder`` was: no line comes after that of a job that is over."""
+    lines, following = await run_in_threadpool(page_of, folder / LOG, after, limit)
     return LogPage(lines=lines, next=following, finished=record.status in FINISHED and len(lines) < limit)

@@ -186,13 +186,15 @@ class Engine:
         if chosen not in held and self._bytes(base, dtype, chosen) > self._shelf.most_bytes:
             chosen = wanted  # what is there makes room
         with self._choosing:
-            self._extents[base, dtype] = held | {chosen}
+            self._extents[base, dtype].add(chosen)
         with self._shelf.using(
             (base, dtype, chosen),
             lambda: self._bytes(base, dtype, chosen),
             lambda: _Base(base, _dtype(dtype), chosen, self._row_bytes),
         ) as found:
-            for extent in held - {chosen}:
+            with self._choosing:  # others may have been chosen at the same time
+                others = self._extents[base, dtype] - {chosen}
+            for extent in others:
                 if chosen.covers(extent):
                     self._shelf.let_go((base, dtype, extent))
             yield found

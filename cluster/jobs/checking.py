@@ -1,6 +1,7 @@
 """A process that checks jobs, one after the other: it has loaded its libraries before a job comes, and knows models by then."""
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -22,15 +23,19 @@ _CHECKS = 200  # of one process: whatever may be left of each does not add up fo
 
 
 class Checkers:
-    """Processes that check jobs, for one event loop. One that is idle is kept, and the next check begins at once."""
+    """Processes that check jobs, for one event loop. One that is idle is kept, and the next check begins at once.
 
-    def __init__(self) -> None:
+    ``where`` are options of Ray that say where they may run.
+    """
+
+    def __init__(self, where: Mapping[str, Any]) -> None:
+        self._where = where
         self._idle: Any = None
 
     def prepare(self) -> None:
         """Start a process for the next check, if there is none."""
         if self._idle is None:
-            self._idle = _start()
+            self._idle = self._start()
 
     async def check(self, most_bytes: int, rules: ReadingRules, spec: JobSpec, seconds: float) -> list[Problem]:
         """What is wrong with a job, by a process that may take ``most_bytes`` above an idle one. It ends with its caller.
@@ -41,11 +46,14 @@ class Checkers:
         """
         kept, self._idle = self._idle, None
         try:
-            return await self._ask(kept or _start(), most_bytes, rules, spec, seconds)
+            return await self._ask(kept or self._start(), most_bytes, rules, spec, seconds)
         except RayActorError:
             if kept is None:
                 raise
-        return await self._ask(_start(), most_bytes, rules, spec, seconds)  # that process had ended since
+        return await self._ask(self._start(), most_bytes, rules, spec, seconds)  # that process had ended since
+
+    def _start(self) -> Any:
+        return _Checker.options(**check_options(), **self._where).remote()  # type: ignore[attr-defined]
 
     async def _ask(
         self, checker: Any, most_bytes: int, rules: ReadingRules, spec: JobSpec, seconds: float
@@ -61,10 +69,6 @@ class Checkers:
         else:
             _end(checker)
         return list(problems)
-
-
-def _start() -> Any:
-    return _Checker.options(**check_options()).remote()  # type: ignore[attr-defined]
 
 
 def _end(checker: Any) -> None:

@@ -23,15 +23,15 @@ _log = logging.getLogger(__name__)
 
 
 def clean_up(job: str, storage: Storage) -> OSError | None:
-    """Remove a job's prefix caches, the orders of its sites and the secret of its noise.
+    """Remove the secret of a job's noise, its prefix caches and the orders of its sites.
 
-    Returns what went wrong, if the job's folder is broken.
+    Returns what went wrong, if the job's folder is broken, or the object store is away.
     """
     storage.clear_scratch(job)
     mailbox = Mailbox(storage)
     try:
-        mailbox.forget(job)
         storage.erase_secret(job)
+        mailbox.forget(job)
     except OSError as error:
         _log.warning("job %s could not be cleaned up: %s", job, error)
         return error
@@ -41,8 +41,14 @@ def clean_up(job: str, storage: Storage) -> OSError | None:
 
 
 def fail(job: str, error: Exception, store: JobStore, storage: Storage) -> None:
-    """Record that a job failed of an ``error`` outside of its turns, and clean it up. Its processes must have ended."""
-    clean_up(job, storage)
+    """Record that a job failed of an ``error`` outside of its turns, and clean it up. Its processes must have ended.
+
+    Raises:
+        OSError: the object store is away. The job has not failed yet, or its secret would stay there.
+    """
+    trouble = clean_up(job, storage)
+    if trouble and trouble.errno == ENOTCONN:
+        raise trouble
     store.move(job, "failed", error={**described(error), "cause": FirstCause(message=str(error)).model_dump()})
 
 

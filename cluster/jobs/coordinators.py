@@ -74,14 +74,17 @@ class CoordinatorActor:
 
 
 def _is_given_up(job: str, settings: Settings) -> bool:
-    """Count a death of the job's coordinator, if it is at work. True if it has failed of that. It waits for the database."""
+    """Count a death of the job's coordinator, if it is at work. True if it has failed of that.
+
+    It waits for the database and the storage.
+    """
     while True:
         try:
             with closing(JobStore(settings.storage.database, existing=True)) as store:
                 at_work = store.states([job]).get(job) in AT_WORK
                 return at_work and has_died_too_often(job, store, settings.storage)
-        except NO_ANSWER as error:
-            _log.warning("the database does not answer (%s); job %s waits for it", error, job)
+        except (*NO_ANSWER, OSError) as error:
+            _log.warning("the database or the storage does not answer (%s); job %s waits for it", error, job)
             sleep(_RETRY_SECONDS)
 
 

@@ -1,7 +1,7 @@
 """Checks and forecasts jobs before they are accepted: a few at a time, each in a Ray process with limits.
 
-What a caller sends decides what a check does, so it may take any time and any memory that it is given. It is given a core,
-memory and seconds. It ends when its caller goes away.
+What a caller sends decides what a check does, so it may take any time and any memory that it is given. It is given memory and
+seconds. It ends when its caller goes away, with its process, unless that is one that waits for further checks.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 
 from chainfed_ray.cluster.jobs.checking import Checkers, plain, too_large
 from chainfed_ray.cluster.limits import memory_limit
-from chainfed_ray.cluster.resources import preflight_options
+from chainfed_ray.cluster.resources import on_this_machine, preflight_options
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.cluster.uploads.sources import FilesOf, no_files, rules_of_job
 from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
@@ -46,7 +46,7 @@ class Preflight:
     """Checks and forecasts jobs, for a cluster where at most ``client_slots`` clients train at once.
 
     A job reads by the ``rules``. If they say nothing about something, only a job that ``reads_anything`` may read it. It also
-    reads the ``uploads`` of its tenant.
+    reads the ``uploads`` of its tenant. If they are files of this machine alone, the processes have to be ``near``.
     """
 
     def __init__(
@@ -55,11 +55,13 @@ class Preflight:
         limits: Limits = Limits(),
         rules: ReadingRules = EVERYTHING,
         uploads: FilesOf = no_files,
+        near: bool = False,
     ) -> None:
         self._client_slots, self._limits, self._rules, self._uploads = client_slots, limits, rules, uploads
         self._places = asyncio.Semaphore(limits.at_once)
         self._waiting = 0
-        self._checkers = Checkers()
+        self._where = on_this_machine() if near else {}
+        self._checkers = Checkers(self._where)
 
     def prepare(self) -> None:
         """Start a process for the next check, so that nobody waits until it has loaded its libraries."""
@@ -92,7 +94,7 @@ class Preflight:
         rules = await self._rules_for(spec, reads_anything, tenant)
         async with self._place():
             task: Any = _forecast
-            reference = task.options(**preflight_options()).remote(
+            reference = task.options(**preflight_options(), **self._where).remote(
                 self._limits.most_bytes, rules, spec, self._client_slots
             )
             try:

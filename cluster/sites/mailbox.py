@@ -167,11 +167,14 @@ class Mailbox:
             row = database.scalar(select(SiteOrderRow).where(*waits).order_by(SiteOrderRow.number).limit(1))
             if row is None:
                 return None
-            if row.state == "waiting":  # what an earlier process has sent of its answer does not go with another one's
-                self.files.drop_received(row.job, row.order)
-            taken = update(SiteOrderRow).where(SiteOrderRow.number == row.number, SiteOrderRow.state == row.state)
+            number, state, job, order = row.number, row.state, row.job, row.order
+            document = row.document
+        if state == "waiting":  # what an earlier process has sent of its answer does not go with another one's
+            self.files.drop_received(job, order)  # outside of a transaction, since it may ask an object store
+        with Session(self._engine) as database, database.begin():
+            taken = update(SiteOrderRow).where(SiteOrderRow.number == number, SiteOrderRow.state == state)
             found = cast("CursorResult[Any]", database.execute(taken.values(state="taken", session=session)))
-            return Order.model_validate_json(row.document) if found.rowcount else None
+            return Order.model_validate_json(document) if found.rowcount else None
 
     def waiting(self, sites: Collection[str]) -> set[str]:
         """Those of ``sites`` for which an order waits."""

@@ -34,11 +34,10 @@ import torch._dynamo
 
 assert torch._dynamo.config is settings and sys.modules["torch._dynamo"].__file__
 assert torch._dynamo.source is sys.modules["torch._dynamo.source"]
-assert torch.equal(torch.compile(model, backend="eager")(ids).last_hidden_state, plain)
 """,
     # What loads the compiler: a function of it, a module of it, and the masks that are made by vmap.
     (
-        "torch.compile(model, backend='eager')(ids)",
+        "assert torch.equal(torch.compile(model, backend='eager')(ids).last_hidden_state, plain)",
         "import torch._dynamo; torch._dynamo.reset()",
         "from torch._dynamo.source import LocalSource; assert LocalSource is sys.modules['torch._dynamo.source'].LocalSource",
         "import torch._dynamo.utils",

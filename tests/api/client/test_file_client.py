@@ -160,3 +160,17 @@ def test_a_download_gives_up_only_if_nothing_comes(
                 with pytest.raises(ServiceUnavailable):
                     client.download(job, artifact, out)
             client.close()
+
+
+def test_a_file_of_which_every_byte_came_and_was_not_checked_is_finished(
+    app: FastAPI, uploads: UploadStore, file: Path
+) -> None:
+    """The process that took the last byte ended before it checked them."""
+    with served(app) as address:
+        client = FileClient(address)
+        upload = uploads.begin("rows.csv", len(ROWS), sha256(ROWS).hexdigest())
+        with uploads.receive(upload.id, 0) as arriving:
+            arriving.append(ROWS)
+        assert not client.upload(upload.id)["complete"]
+        assert client.add_upload(file)["complete"]
+        client.close()

@@ -19,7 +19,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import JobNotFound
 from tests.apps import an_app, served
-from tests.builders import SPEC
+from tests.builders import SPEC, a_round, a_start
 from tests.watching import wait_for
 
 
@@ -39,7 +39,7 @@ def test_pages_from_the_first_line_to_the_end_of_the_job(client: TestClient, sto
     path = f"/v1/jobs/{job}/logs"
     assert client.get(path).json() == {"lines": [], "next": 0, "finished": False}
     with JobLog(storage.job(job)) as log:
-        log.note("warning", "phone-1", "its turn failed", 2)
+        log.note("warning", "phone-1", "its turn failed", a_round(1, a_start()))
     page = client.get(path, params={"limit": 1}).json()
     assert ([line["source"] for line in page["lines"]], page["finished"]) == (["coordinator"], False)
     rest = client.get(path, params={"after": page["next"]}).json()
@@ -77,7 +77,7 @@ def test_so_many_wait_and_no_more(
         refused = client.get(path, params={"wait": 25})
         free = client.get(path)
         with JobLog(storage.job(job)) as log:
-            log.note("info", "phone-0", "a line", 0)
+            log.note("info", "phone-0", "a line")
         assert all(one.result(60).json()["lines"] for one in both)
         assert client.get(path, params={"wait": 0.1, "after": 2**40}).status_code == 200, "there is room again"
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
@@ -102,3 +102,20 @@ def test_a_job_is_followed_until_it_is_over(app: FastAPI, store: JobStore, stora
         with pytest.raises(JobNotFound):
             next(client.logs("none"))
         client.close()
+
+
+def test_the_last_lines_are_told_where_each_commit_has_a_folder_of_its_own(
+    store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with an object store: a job ends while its log is waited for, and its last lines are in a new folder."""
+    monkeypatch.setattr("chainfed_ray.api.storage.logs.LOOK_SECONDS", 0.01)
+    job, commits = store.submit(SPEC).id, [tmp_path / "1"]
+    (tmp_path / "2").mkdir()
+    app = an_app(store, folder_of=lambda _: commits[-1])
+    with TestClient(app, "http://localhost") as client, ThreadPoolExecutor() as threads:
+        waiting = threads.submit(client.get, f"/v1/jobs/{job}/logs", params={"wait": 25})
+        JobLog(tmp_path / "2").note("info", "coordinator", "the last line")
+        commits.append(tmp_path / "2")
+        store.move(job, "cancelled")
+        page = waiting.result(60).json()
+    assert ([line["message"] for line in page["lines"]], page["finished"]) == (["the last line"], True)

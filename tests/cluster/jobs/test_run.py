@@ -1,7 +1,7 @@
 """Promises of a queued job's run: a trouble outside is waited for, and only what is the job's own ends it."""
 
 from collections.abc import Callable
-from errno import EIO, ENOSPC, EROFS
+from errno import EIO, ENOSPC, ENOTCONN, EROFS
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,14 +12,17 @@ from sqlalchemy import text as sql
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from chainfed_ray.client.pool import LocalPool
-from chainfed_ray.cluster.jobs.cleanup import has_died_too_often
+from chainfed_ray.cluster.jobs.cleanup import fail, has_died_too_often
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.reading import EVERYTHING, ReadingRules
+from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.secret import secret_path
 from chainfed_ray.spec.parse import parse_job
 from tests.apps import an_app
 from tests.builders import SPEC
@@ -245,3 +248,28 @@ def test_a_job_with_a_key_reads_what_the_rules_name_and_one_without_everything(
         ended = store.get(job)
         assert ended.status == ("failed" if refused else "succeeded"), ended.error
         assert refused is None or refused in str(ended.error)
+
+
+def test_a_secret_is_erased_before_a_job_fails(
+    job: str, storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the store of its commits is away, the job has not failed yet: whoever counts its deaths comes again."""
+    secret = CommitLog(storage.job(job)).secret()
+    away = OSError(ENOTCONN, "the object store does not answer")
+
+    def is_away(*_: object) -> NoReturn:
+        raise away
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "erase_secret", is_away)
+        with pytest.raises(OSError, match="does not answer"):
+            fail(job, ValueError("it died"), store, storage)
+        assert store.get(job).status == "running"
+        assert CommitLog(storage.job(job)).secret() == secret
+    with monkeypatch.context() as patch:
+        patch.setattr(Mailbox, "forget", is_away)
+        with pytest.raises(OSError, match="does not answer"):
+            fail(job, ValueError("it died"), store, storage)
+        assert not secret_path(storage.job(job)).exists()
+    fail(job, ValueError("it died"), store, storage)
+    assert store.get(job).status == "failed"
