@@ -35,6 +35,7 @@ SEED = 7
 LENGTH, BATCH = 128, 4  # tokens of an example, as in decoder.yaml, and examples of a step
 _END, _VOCABULARY = "</s>", 4096
 _RATE, _WARMUP = 3e-3, 0.05  # AdamW's learning rate, and the share of the steps over which it rises
+_TOLD = 150  # steps between two progress reports, which take as long as ten
 _FEWEST_WORDS, _NO_PROSE = 5, ("---", "===", "~~~", ">>>")
 
 
@@ -128,7 +129,7 @@ def pretrained(vocabulary: int, read: Examples, own: Examples, steps: int, began
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
-        if step % max(steps // 8, 1) == 0:
+        if step % _TOLD == 0:
             _say(began, f"step {step} of {steps}: perplexity {perplexity(model, own):.1f} on held-out text")
     return model
 
