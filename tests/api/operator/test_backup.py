@@ -287,6 +287,7 @@ def test_a_copy_of_the_version_before_is_restored_over_this_one(empty_postgresql
         connection.execute(text("create table of_others (number integer)"))
     migrate(engine, "0002")
     back_up(storage, tmp_path / "copy")
+    assert (tmp_path / "copy" / "database.dump").stat().st_mode & 0o777 == 0o600, "it has hashes of keys"
     migrate(engine, VERSIONS[-1])
     restore(storage, tmp_path / "copy", replace=True)
     store = JobStore(empty_postgresql)
