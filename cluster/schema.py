@@ -10,6 +10,7 @@ from sqlalchemy import Connection, inspect, text
 from sqlalchemy.engine import Engine
 
 from chainfed_ray.cluster.database import open_database
+from chainfed_ray.cluster.tables import TABLES
 from chainfed_ray.errors import InvalidSetting
 
 VERSIONS = ("0001", "0002", "0003")
@@ -73,6 +74,13 @@ def migrate(engine: Engine, version: str) -> None:
             command.stamp(config, found)
         back = found is not None and VERSIONS.index(version) < VERSIONS.index(found)
         (command.downgrade if back else command.upgrade)(config, version)
+
+
+def drop_tables(engine: Engine) -> None:
+    """Delete every table that this code knows, with what is in it, in one transaction. Tables of others stay."""
+    with _alone(engine) as connection:
+        TABLES.drop_all(connection)
+        connection.execute(text(f"drop table if exists {_MARK}"))
 
 
 def _is_marked(connection: Connection) -> bool:

@@ -61,20 +61,27 @@ class Storage:
 
     @classmethod
     def at(
-        cls, root: Path, database: str | None = None, scratch: Path | None = None, url: str | None = None
+        cls,
+        root: Path,
+        database: str | None = None,
+        scratch: Path | None = None,
+        url: str | None = None,
+        existing: bool = False,
     ) -> "Storage":
-        """The storage in the folder ``root``, which is made if it does not exist.
+        """The storage in the folder ``root``, which is made if it does not exist, unless it must be an ``existing`` one.
 
         ``database`` is an SQLAlchemy URL; by default, an SQLite file in ``root``. ``scratch`` is a folder for prefix caches,
         which each machine may have for itself; by default, it is in ``root``. With the ``url`` of an object store, jobs and
         uploads are there.
 
         Raises:
-            InvalidSetting: the folder cannot be made, or not be written to; or the URL is not one of a store.
+            InvalidSetting: the folder is not there, cannot be made, or not be written to; or the URL is not one of a store.
             PackageMissing: what the store needs is not installed.
         """
         root = root.expanduser().absolute()
         setting = "CHAINFED_CACHE" if url else "CHAINFED_STORAGE"
+        if existing and not url and not root.is_dir():  # with a URL, the folder has copies that are made anew
+            raise InvalidSetting(setting, str(root), "a folder that is there")
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -214,13 +221,14 @@ class Settings:
     json_logs: bool = False
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
+    def from_environment(cls, environment: Mapping[str, str] = os.environ, existing: bool = False) -> "Settings":
         """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_CACHE``, ``CHAINFED_DATABASE``,
         ``CHAINFED_SCRATCH``, ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``,
         ``CHAINFED_SERVING_REPLICAS``, ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``,
         ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``, ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``,
         ``CHAINFED_MODEL_ROOTS``, ``CHAINFED_HUB_ALLOW``, ``CHAINFED_UPLOAD_BYTES``, ``CHAINFED_STORED_BYTES``,
         ``CHAINFED_UPLOADS``, ``CHAINFED_GRACE_SECONDS`` and ``CHAINFED_LOG``.
+        The folder of the storage is made if it does not exist, unless it must be an ``existing`` one.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
@@ -234,6 +242,7 @@ class Settings:
             environment.get("CHAINFED_DATABASE") or None,
             Path(scratch) if scratch else None,
             url,
+            existing,
         )
         return cls(
             storage,

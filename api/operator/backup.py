@@ -21,15 +21,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, make_url, select
+from sqlalchemy import Engine, delete, make_url, select
 from sqlalchemy.engine import URL
 
 from chainfed_ray.cluster.database import open_database
-from chainfed_ray.cluster.objects.snapshots import Digests, files_below
+from chainfed_ray.cluster.objects.object_store import ObjectStore
+from chainfed_ray.cluster.objects.snapshots import Digests, Snapshots, files_below
 from chainfed_ray.cluster.objects.working_copy import WorkingCopy
-from chainfed_ray.cluster.schema import open_tables
+from chainfed_ray.cluster.schema import VERSIONS, drop_tables, open_tables, version_of
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
+from chainfed_ray.cluster.tables import JobRow, SiteOrderRow, UploadRow, moment
 from chainfed_ray.errors import CorruptCommit, InvalidSetting
 
 _VERSION = 1
@@ -53,14 +54,20 @@ def back_up(storage: Storage, folder: Path) -> Backup:
     """Copy the database and the files of ``storage`` into ``folder``, which is new or empty. The service may run.
 
     Raises:
-        InvalidSetting: the folder is not empty, the database does not answer, or its programs are not installed.
+        CorruptCommit: a job or an upload is damaged, or a job changes faster than it can be copied.
+        InvalidSetting: the folder is not empty, there is no database, or its programs are not installed.
+        DBAPIError: the database does not answer.
         OSError: a disk or the object store is full or away.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it has secrets
+    if _version(storage) is None:
+        shown = make_url(storage.database).render_as_string()  # without the password
+        raise InvalidSetting("CHAINFED_DATABASE", shown, "a database that is there, with the tables of a service")
+    folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise InvalidSetting("FOLDER", str(folder), "a folder that is new, or empty")
+    folder.chmod(0o700)  # it has secrets
     made_at = moment()
-    _copy_database(make_url(storage.database), folder)
+    _copy_database(storage, folder)
     with _opened(storage) as engine, engine.connect() as connection:
         jobs = connection.execute(select(JobRow.id, JobRow.status)).all()
         complete = select(UploadRow.tenant, UploadRow.sha256).where(UploadRow.complete.is_(True))
@@ -86,11 +93,13 @@ def back_up(storage: Storage, folder: Path) -> Backup:
 def restore(storage: Storage, folder: Path, replace: bool = False) -> Backup:
     """Make ``storage`` what was copied into ``folder``. No process of the service may run.
 
-    A storage that has jobs already is not touched unless what it has is to be ``replaced``.
+    A storage that has jobs already is not touched unless what it has is to be ``replaced``. What a restore that was cut short
+    has left is replaced by another one.
 
     Raises:
         CorruptCommit: the copy is not what was written.
-        InvalidSetting: it is no copy, is of another kind of database, or the storage has jobs.
+        InvalidSetting: it is no copy, is of another kind of database, the database is of later code, or the storage has jobs.
+        DBAPIError: the database does not answer.
         OSError: a disk or the object store is full or away.
     """
     index = _checked(folder)
@@ -98,6 +107,8 @@ def restore(storage: Storage, folder: Path, replace: bool = False) -> Backup:
     kind = "sqlite" if dump.exists() else "postgresql"
     if url.get_backend_name() != kind:
         raise InvalidSetting("CHAINFED_DATABASE", url.render_as_string(), f"a database of {kind}, as in the copy")
+    if kind == "postgresql":
+        _check_postgresql(storage, url, folder)
     before = _jobs_in(storage)
     if before and not replace:
         raise InvalidSetting(
@@ -108,22 +119,39 @@ def restore(storage: Storage, folder: Path, replace: bool = False) -> Backup:
         storage.remove(job)
     for job in copied:
         _put_job(storage, job, folder / "jobs" / job)
+    if replace:
+        _remove_uploads(storage)
     for path in (folder / "uploads").glob("*/*"):
         _put_upload(storage, path.parent.name, path)
-    _put_database(url, folder)
+    _put_database(storage, url, folder)
     open_tables(storage.database, existing=True).dispose()  # a copy of an earlier version is brought forward
+    with _opened(storage) as engine, engine.begin() as connection:
+        connection.execute(delete(SiteOrderRow))  # their tensors are not in a copy; a job gives its orders again
     return Backup(index["made_at"], index["jobs"], index["uploads"], index["bytes"], tuple(index["missing"]))
 
 
 def _copy_job(storage: Storage, job: str, place: Path) -> None:
-    if storage.objects:
-        WorkingCopy(storage.objects, job, place).begin()
-        return
     for _ in range(_TRIES):
-        if _is_copied(storage.job(job), place):
+        if _is_fetched(storage.objects, job, place) if storage.objects else _is_copied(storage.job(job), place):
             return
-        shutil.rmtree(place)
-    raise CorruptCommit(str(storage.job(job)), "it changes faster than it can be copied; pause the job meanwhile")
+        shutil.rmtree(place, ignore_errors=True)
+    raise CorruptCommit(f"job {job}", "it changes faster than it can be copied; pause the job meanwhile")
+
+
+def _is_fetched(objects: ObjectStore, job: str, place: Path) -> bool:
+    """Fetch a job's newest commit. False if those that there were are deleted by now, since newer ones have come.
+
+    Raises:
+        CorruptCommit: no commit can be used, and no newer one has come.
+    """
+    before = Snapshots(objects, job).numbers()
+    try:
+        WorkingCopy(objects, job, place).begin()
+    except CorruptCommit:
+        if Snapshots(objects, job).numbers() == before:
+            raise
+        return False
+    return True
 
 
 def _is_copied(folder: Path, place: Path) -> bool:
@@ -155,12 +183,32 @@ def _put_job(storage: Storage, job: str, copied: Path) -> None:
 
 
 def _copy_upload(storage: Storage, tenant: str, digest: str, place: Path) -> None:
+    """Copy an upload, as a whole or not at all.
+
+    Raises:
+        FileNotFoundError: it is deleted.
+        CorruptCommit: it is damaged.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f"{digest}.partial")
+    try:
+        if storage.objects:
+            with partial.open("wb") as file:
+                file.writelines(storage.objects.parts(f"uploads/{tenant}/{digest}"))
+        else:
+            shutil.copy2(storage.uploads(tenant) / digest, partial)
+        if Digests().of(partial).sha256 != digest:
+            raise CorruptCommit(f"upload {digest} of {tenant}", "its bytes are not those that were sent")
+        partial.replace(place)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _remove_uploads(storage: Storage) -> None:
     if storage.objects:
-        with place.open("wb") as file:
-            file.writelines(storage.objects.parts(f"uploads/{tenant}/{digest}"))
-    else:
-        shutil.copy2(storage.uploads(tenant) / digest, place)
+        storage.objects.delete_below("uploads")
+    elif (folder := storage.root / "uploads").is_dir():
+        shutil.rmtree(folder)
 
 
 def _put_upload(storage: Storage, tenant: str, copied: Path) -> None:
@@ -171,25 +219,49 @@ def _put_upload(storage: Storage, tenant: str, copied: Path) -> None:
         shutil.copy2(copied, storage.uploads(tenant) / copied.name)
 
 
-def _copy_database(url: URL, folder: Path) -> None:
+def _copy_database(storage: Storage, folder: Path) -> None:
+    url = make_url(storage.database)
     if url.get_backend_name() == "sqlite":
-        source = sqlite3.connect(f"file:{url.database}?mode=rw", uri=True)
-        with closing(source), closing(sqlite3.connect(folder / _SQLITE)) as copy:
-            source.backup(copy)
+        place = folder / _SQLITE
+        place.touch(mode=0o600)
+        with _opened(storage) as engine, engine.connect() as connection, closing(sqlite3.connect(place)) as copy:
+            source: Any = connection.connection.driver_connection
+            try:
+                source.backup(copy)
+            except sqlite3.Error as error:
+                expected = f"a database that can be copied ({error})"
+                raise InvalidSetting("CHAINFED_DATABASE", url.render_as_string(), expected) from None
     else:
+        (folder / _DUMP).touch(mode=0o600)
         _run("pg_dump", "--format=custom", "--no-owner", f"--file={folder / _DUMP}", url=url)
 
 
-def _put_database(url: URL, folder: Path) -> None:
+def _check_postgresql(storage: Storage, url: URL, folder: Path) -> None:
+    """See that the database can be restored, before anything is changed: pg_restore is there, and all tables are known.
+
+    Raises:
+        InvalidSetting: it cannot.
+    """
+    _run("pg_restore", "--list", str(folder / _DUMP), url=url)
+    found = _version(storage)
+    if found is not None and found not in VERSIONS:  # it may have tables that nobody here knows to delete
+        expected = f"an empty database, or one of version {VERSIONS[-1]} or before; this one has {found}"
+        raise InvalidSetting("CHAINFED_DATABASE", url.render_as_string(), expected)
+
+
+def _put_database(storage: Storage, url: URL, folder: Path) -> None:
     if url.get_backend_name() == "sqlite":
         place = Path(str(url.database))
         partial = place.with_name(f"{place.name}.restored")
+        partial.unlink(missing_ok=True)  # of a restore that was cut short
+        partial.touch(mode=0o600)
         shutil.copyfile(folder / _SQLITE, partial)
-        partial.chmod(0o600)
         for journal in ("-wal", "-shm"):  # of the database that was there
             place.with_name(place.name + journal).unlink(missing_ok=True)
         partial.replace(place)
     else:
+        with _opened(storage) as engine:
+            drop_tables(engine)  # pg_restore leaves tables that a later version has and the copy has not
         options = ("--clean", "--if-exists", "--no-owner", "--single-transaction")
         _run("pg_restore", *options, str(folder / _DUMP), url=url)
 
@@ -235,14 +307,20 @@ def _checked(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _jobs_in(storage: Storage) -> list[str]:
-    """The jobs that a storage has; none if it has no database yet."""
+def _version(storage: Storage) -> str | None:
+    """The version of the tables of a storage's database; None if it has none, or is not there."""
     url = make_url(storage.database)
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
+        return None
+    with _opened(storage) as engine:
+        return version_of(engine)
+
+
+def _jobs_in(storage: Storage) -> list[str]:
+    """The jobs that a storage has; none if it has no database yet."""
+    if _version(storage) is None:
         return []
     with _opened(storage) as engine, engine.connect() as connection:
-        if not engine.dialect.has_table(connection, JobRow.__tablename__):
-            return []
         return list(connection.scalars(select(JobRow.id)))
 
 

@@ -20,7 +20,7 @@ Folder = Annotated[Path, typer.Argument(help="the folder of the copy")]
 
 def backup(folder: Folder, as_json: Json = False) -> None:
     """Copy the database, jobs, models and uploads of a service into a new folder. The service may run meanwhile."""
-    storage = Settings.from_environment().storage
+    storage = Settings.from_environment(existing=True).storage
     with _answering(storage):
         made = copies.back_up(storage, folder)
     words = f"{made.jobs} jobs and {made.uploads} uploads, {format_bytes(made.bytes)}, are copied to {folder}."

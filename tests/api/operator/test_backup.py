@@ -8,15 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import inspect, text
 
 from chainfed_ray.api.operator.backup import back_up, restore
+from chainfed_ray.cluster.database import open_database
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.objects.snapshots import Snapshots
 from chainfed_ray.cluster.objects.working_copy import WorkingCopy
+from chainfed_ray.cluster.schema import VERSIONS, drop_tables, migrate, version_of
+from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import CorruptCommit, InvalidSetting
 from chainfed_ray.model.saved_stack import load_stack, save_stack
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.site.codec import survey_order
+from chainfed_ray.site.envelope import Done
 from tests.builders import SPEC, a_round, a_start
 from tests.models import a_saved_stack
 
@@ -118,7 +125,8 @@ def test_what_is_restored_answers_as_at_the_time_of_the_backup(
         back_up(storage, tmp_path / "copy")
 
     later = finished(store, storage, tiny_model_folder, seed=2)
-    uploaded(uploads, b"more")
+    more = uploaded(uploads, b"more")
+    more_bytes = uploads.files("default", {"data": {"train": f"upload:{more}"}})[more].path
     store.move(jobs[1], "running")
     storage.remove(jobs[0])
     store.deletions.mark(jobs[0])
@@ -132,6 +140,8 @@ def test_what_is_restored_answers_as_at_the_time_of_the_backup(
     assert restored == made
     assert answers(target, jobs, upload) == then
     assert not target.committed(later).exists()
+    if target == storage:
+        assert not more_bytes.exists(), "nothing names it, so nobody would delete it"
 
 
 def test_a_copy_that_is_damaged_is_refused_before_anything_is_changed(
@@ -181,3 +191,116 @@ def test_what_is_deleted_while_it_is_copied_is_told(storage: Storage, tiny_model
     storage.remove(job)
     assert back_up(storage, tmp_path / "copy").missing == (f"job {job}",)
     assert json.loads((tmp_path / "copy" / "backup.json").read_text())["missing"] == [f"job {job}"]
+
+
+def test_an_upload_that_is_deleted_or_damaged_in_an_object_store(far: Storage, tmp_path: Path) -> None:
+    JobStore(far.database).close()
+    uploads, digest = UploadStore(far), sha256(ROWS).hexdigest()
+    uploaded(uploads, ROWS)
+    uploads.close()
+    store, name = far.objects, f"uploads/default/{digest}"
+    assert store
+    store.delete([name])
+    assert back_up(far, tmp_path / "copy").missing == (f"upload {digest} of default",)
+    assert not any((tmp_path / "copy" / "uploads").glob("*/*")), "an empty file would be restored as a complete upload"
+    store.put(name, ROWS[:-1])
+    with pytest.raises(CorruptCommit, match="not those that were sent"):
+        back_up(far, tmp_path / "another")
+    assert not any((tmp_path / "another" / "uploads").glob("*/*"))
+
+
+@pytest.mark.parametrize("commits_on", [True, False])
+def test_a_job_that_commits_to_an_object_store_while_it_is_copied(
+    commits_on: bool, far: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = JobStore(far.database)
+    job = running(store, far, rounds=1)
+    store.close()
+    folder = far.root / "coordinator" / job
+    assert far.objects
+    coordinator, log, fetch = WorkingCopy(far.objects, job, folder), CommitLog(folder), Snapshots.fetch
+    coordinator.begin()
+
+    def late(snapshots: Snapshots, *file: Any) -> None:
+        monkeypatch.setattr(Snapshots, "fetch", fetch)
+        if commits_on:  # the snapshots that were listed are deleted by then
+            for index in (1, 2, 3):
+                log.commit_round(a_round(index, a_start()), {"x": torch.full((2,), float(index))})
+                coordinator.commit()
+        else:
+            snapshots.objects.delete_below(f"{snapshots.prefix}/content")
+        fetch(snapshots, *file)
+
+    monkeypatch.setattr(Snapshots, "fetch", late)
+    if not commits_on:
+        with pytest.raises(CorruptCommit, match="missing"):
+            back_up(far, tmp_path / "copy")
+        return
+    back_up(far, tmp_path / "copy")
+    copied = CommitLog(tmp_path / "copy" / "jobs" / job)
+    assert len(copied.rounds()) == 4
+    assert copied.tensors(3)["x"].tolist() == [3.0, 3.0]
+
+
+def test_a_copy_is_its_owners_alone(storage: Storage, tmp_path: Path) -> None:
+    JobStore(storage.database).close()
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    folder.chmod(0o755)
+    back_up(storage, folder)
+    restore(storage, folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for database in (folder / "database.db", storage.root / "chainfed.db"):
+        assert database.stat().st_mode & 0o777 == 0o600, "it has hashes of keys"
+
+
+def test_orders_of_sites_are_given_again_after_a_restore(storage: Storage, tmp_path: Path) -> None:
+    store = JobStore(storage.database)
+    job = store.submit(SPEC).id
+    store.close()
+    mailbox, session, order = (
+        Mailbox(storage),
+        32 * "1",
+        survey_order(job, "tiny", {}, 64 * "0", "silo", "site:a.jsonl"),
+    )
+    mailbox.join("a", session, "1.0")
+    mailbox.give("a", order)
+    mailbox.next("a", session)
+    mailbox.answer("a", order.id, session, Done(content={"loss": 0.5}))
+    back_up(storage, tmp_path / "copy")
+    mailbox.close()
+    restore(storage, tmp_path / "copy", replace=True)
+    mailbox = Mailbox(storage)
+    assert mailbox.states({("a", order.id)}) == {}, "the tensors of its answer are not in the copy"
+    mailbox.give("a", order)
+    assert mailbox.waiting(["a"]) == {"a"}
+    mailbox.close()
+
+
+def test_a_copy_of_the_version_before_is_restored_over_this_one(empty_postgresql: str, tmp_path: Path) -> None:
+    storage, engine = Storage.at(tmp_path / "storage", empty_postgresql), open_database(empty_postgresql, existing=True)
+    migrate(engine, VERSIONS[-1])
+    store = JobStore(empty_postgresql)
+    job = store.submit(SPEC).id
+    store.close()
+    with engine.begin() as connection:
+        connection.execute(text("create table of_others (number integer)"))
+    migrate(engine, "0002")
+    back_up(storage, tmp_path / "copy")
+    assert (tmp_path / "copy" / "database.dump").stat().st_mode & 0o777 == 0o600, "it has hashes of keys"
+    migrate(engine, VERSIONS[-1])
+    restore(storage, tmp_path / "copy", replace=True)
+    store = JobStore(empty_postgresql)
+    assert [found.id for found in store.page()] == [job]
+    store.submit(SPEC)
+    assert store.counts() == {"default": {"queued": 2}}
+    store.close()
+    assert version_of(engine) == VERSIONS[-1]
+
+    with engine.begin() as connection:
+        connection.execute(text("update chainfed_version set version_num = '9999'"))
+    with pytest.raises(InvalidSetting, match="this one has 9999"):
+        restore(storage, tmp_path / "copy", replace=True)
+    drop_tables(engine)
+    assert inspect(engine).get_table_names() == ["of_others"]
+    engine.dispose()

@@ -31,3 +31,40 @@ def test_back_and_forth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
     store = JobStore(database, existing=True)
     assert [(found.id, found.status) for found in store.page()] == [(job, "queued")]
     store.close()
+
+
+def test_what_is_not_there_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("CHAINFED_STORAGE", "CHAINFED_DATABASE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        InvalidSetting, match=r"CHAINFED_STORAGE is '.*/chainfed-data'; expected a folder that is there"
+    ):
+        backup(tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
+
+    (tmp_path / "chainfed-data").mkdir()
+    with pytest.raises(InvalidSetting, match=r"CHAINFED_DATABASE .*chainfed\.db'; expected a database that is there"):
+        backup(tmp_path / "copy")
+    assert list((tmp_path / "chainfed-data").iterdir()) == []
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_database_whose_path_has_signs_of_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHAINFED_STORAGE", str(tmp_path / "a b#c"))
+    database = Settings.from_environment().storage.database
+    store = JobStore(database)
+    job = store.submit(SPEC).id
+    store.close()
+    backup(tmp_path / "copy")
+    restore(tmp_path / "copy", replace=True)
+    store = JobStore(database, existing=True)
+    assert [found.id for found in store.page()] == [job], "SQLite takes # for the end of a path"
+    store.close()
+
+
+def test_a_database_that_is_damaged_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHAINFED_STORAGE", str(tmp_path))
+    (tmp_path / "chainfed.db").write_text("this is no database of SQLite, but a text of some length")
+    with pytest.raises(InvalidSetting, match=r"CHAINFED_DATABASE .*not a database"):
+        backup(tmp_path / "copy")
