@@ -4,25 +4,28 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from sqlalchemy.exc import DBAPIError
 
-from chainfed_ray.api.operator import backup as copies
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import InvalidSetting, StorageInUse
 from chainfed_ray.units import format_bytes
+
+if TYPE_CHECKING:  # other commands start sooner without SQLAlchemy
+    from chainfed_ray.api.operator.backup import Backup
 
 Folder = Annotated[Path, typer.Argument(help="the folder of the copy")]
 
 
 def backup(folder: Folder, as_json: Json = False) -> None:
     """Copy the database, jobs, models and uploads of a service into a new folder. The service may run meanwhile."""
+    from chainfed_ray.api.operator.backup import back_up
+
     storage = Settings.from_environment(existing=True).storage
     with _answering(storage):
-        made = copies.back_up(storage, folder)
+        made = back_up(storage, folder)
     words = f"{made.jobs} jobs and {made.uploads} uploads, {format_bytes(made.bytes)}, are copied to {folder}."
     lost = [f"Deleted meanwhile, and not in the copy: {', '.join(made.missing)}."] if made.missing else []
     answer(as_json, _document(made), words, *lost)
@@ -34,19 +37,23 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Make the storage and the database what was copied into a folder. Stop every process of the service before."""
+    from chainfed_ray.api.operator import backup as copies
+
     storage = Settings.from_environment().storage
     with _alone(storage), _answering(storage):
         made = copies.restore(storage, folder, replace)
     answer(as_json, _document(made), f"{made.jobs} jobs and {made.uploads} uploads are as they were at {made.made_at}.")
 
 
-def _document(made: copies.Backup) -> dict[str, object]:
+def _document(made: "Backup") -> dict[str, object]:
     document: dict[str, object] = dict(vars(made))
     return document | {"missing": list(made.missing)}
 
 
 @contextmanager
 def _answering(storage: Storage) -> Iterator[None]:
+    from sqlalchemy.exc import DBAPIError
+
     try:
         yield
     except DBAPIError as error:

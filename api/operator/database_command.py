@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
 
 from chainfed_ray.api.operator.answers import Json, answer
-from chainfed_ray.cluster.database import open_database
-from chainfed_ray.cluster.schema import VERSIONS, migrate, version_of
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import InvalidSetting
+
+if TYPE_CHECKING:  # other commands start sooner without SQLAlchemy
+    from sqlalchemy import Engine
 
 database_app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +22,8 @@ database_app = typer.Typer(
 @database_app.command()
 def version(as_json: Json = False) -> None:
     """Tell the version of the tables, and that of this chainfed-ray."""
+    from chainfed_ray.cluster.schema import VERSIONS, version_of
+
     with _database() as engine:
         found = version_of(engine)
     words = "The database has no tables yet" if found is None else f"The database has version {found}"
@@ -31,11 +32,14 @@ def version(as_json: Json = False) -> None:
 
 @database_app.command("migrate")
 def migrate_tables(
-    to: Annotated[str, typer.Argument(help="the version; by default that of this chainfed-ray")] = VERSIONS[-1],
+    to: Annotated[str | None, typer.Argument(help="the version; by default that of this chainfed-ray")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="go back without a question")] = False,
     as_json: Json = False,
 ) -> None:
     """Bring the tables to a version. Stop every process of the service before. What an earlier version lacks is deleted."""
+    from chainfed_ray.cluster.schema import VERSIONS, migrate, version_of
+
+    to = to or VERSIONS[-1]
     if to not in VERSIONS:
         raise InvalidSetting("TO", to, f"one of {', '.join(VERSIONS)}")
     with _database() as engine:
@@ -49,7 +53,11 @@ def migrate_tables(
 
 
 @contextmanager
-def _database() -> Iterator[Engine]:
+def _database() -> "Iterator[Engine]":
+    from sqlalchemy.exc import DBAPIError
+
+    from chainfed_ray.cluster.database import open_database
+
     engine = open_database(Settings.from_environment().storage.database, existing=True)
     try:
         yield engine

@@ -114,7 +114,7 @@ def test_help_and_the_check_of_a_job_file_load_neither_torch_nor_ray(arguments: 
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     loaded = set(done.stdout.partition("loaded:")[2].split())
     assert "chainfed_ray.spec.job" in loaded, done.stderr
-    assert not loaded & {"torch", "ray", "transformers", "pandas", "matplotlib", "numpy"}
+    assert not loaded & {"torch", "ray", "sqlalchemy", "transformers", "pandas", "matplotlib", "numpy"}
 
 
 @pytest.mark.parametrize(("text", "field"), [("name: [", "(file)"), ("name: x\nmodle: {}", "modle")])
