@@ -138,7 +138,7 @@ class WorkingCopy:
                 raise CommitConflict(self._snapshots.prefix, self._newest + 1) from None
 
     def _restore_secret(self) -> None:
-        """Make the secret that of the store, if it has one. One that was drawn here, and not put yet, stays: it may be in use."""
+        """Make the secret that of the store, if it has one. One that was drawn here and not put yet stays: it may be in use."""
         try:
             secret = self._snapshots.objects.get(self._snapshots.secret)
         except FileNotFoundError:
