@@ -101,6 +101,10 @@ class UploadFiles(Protocol):
         """Delete what has arrived of an upload."""
         ...
 
+    def drop_unused(self) -> None:
+        """Delete this machine's files of bytes that are elsewhere as well, if no job here has begun to read them for a day."""
+        ...
+
     def tenants(self) -> list[str]:
         """Every tenant that has bytes here."""
         ...
@@ -172,6 +176,9 @@ class UploadFolder:
     def drop_partial(self, tenant: str, upload: str) -> None:
         """See ``UploadFiles``."""
         self._partial(tenant, upload).unlink(missing_ok=True)
+
+    def drop_unused(self) -> None:
+        """See ``UploadFiles``: these are the only ones."""
 
     def tenants(self) -> list[str]:
         """See ``UploadFiles``."""
@@ -249,7 +256,7 @@ class StoredUploads(UploadFolder):
         if path.exists():
             os.utime(path)  # it is of use
         else:
-            self._drop_unused()
+            self.drop_unused()
             if not self._objects.download_to(self._name(tenant, digest), path, digest):
                 raise FileNotFoundError(f"the object of the upload {digest} has other bytes by now")
         return path
@@ -275,8 +282,8 @@ class StoredUploads(UploadFolder):
         """See ``UploadFiles``."""
         return [name.removesuffix(_PARTIAL) for name in self._objects.folders(f"uploads/{tenant}")]
 
-    def _drop_unused(self) -> None:
-        """Delete files of this machine that no job has begun to read for a day. The store has their bytes."""
+    def drop_unused(self) -> None:
+        """See ``UploadFiles``. The store has their bytes, or they were deleted there."""
         oldest = time() - _UNUSED_SECONDS
         for path in self._storage.uploads("x").parent.glob("*/*"):
             with suppress(FileNotFoundError):  # another process was faster

@@ -4,6 +4,7 @@ import os
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
+from threading import Event
 
 import pytest
 from fastapi.testclient import TestClient
@@ -11,6 +12,7 @@ from fastapi.testclient import TestClient
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.uploads.expiry import remove_old_uploads
 from chainfed_ray.cluster.uploads.files import ArrivingPieces, StoredUploads
 from chainfed_ray.cluster.uploads.store import Upload, UploadStore
 from chainfed_ray.errors import InvalidJob, UploadConflict
@@ -53,6 +55,18 @@ def test_an_upload_that_two_requests_finish_at_once_has_its_bytes(
     document = {"data": {"train": f"upload:{begun.id}"}}
     assert uploads.files("default", document)[begun.id].path.read_bytes() == ROWS
     uploads.close()
+
+
+def test_each_hour_files_that_no_job_reads_are_deleted(far: Storage) -> None:
+    JobStore(far.database).close()
+    used, unused, stop = far.uploads("default") / "used", far.uploads("default") / "unused", Event()
+    used.parent.mkdir(parents=True)
+    used.touch()
+    unused.touch()
+    os.utime(unused, (0, 0))
+    stop.set()
+    remove_old_uploads(far, stop, StoredUploads(ObjectStore(str(far.url)), far).drop_unused)
+    assert [used.exists(), unused.exists()] == [True, False]
 
 
 def test_only_bytes_that_were_checked_are_kept(far: Storage) -> None:
