@@ -114,6 +114,10 @@ class Storage:
         """
         return _copies(self.url, self.root / "copies").folder(job, at_once) if self.url else self.job(job)
 
+    def copies(self, job: str) -> Path:
+        """The folder of this machine's copies of a job's commits, where those are in an object store."""
+        return self.root / "copies" / job
+
     def erase_secret(self, job: str) -> None:
         """Delete the secret of a job's noise: whoever has it can subtract the noise.
 
@@ -130,7 +134,7 @@ class Storage:
         Raises:
             OSError: a part could not be deleted.
         """
-        for path in (self.job(job), *([self.root / "copies" / job] if self.url else [])):
+        for path in (self.job(job), *([self.copies(job)] if self.url else [])):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

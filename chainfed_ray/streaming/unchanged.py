@@ -31,7 +31,7 @@ def while_unchanged(folder: Path, question: Hashable, answer: Callable[[], Found
     return found
 
 
-def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """What tells whether a file was changed: the name, the size and the time of each."""
+def _files(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What tells whether a file was changed, or another was put in its place: the name, inode, size and time of each."""
     stats = sorted((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

@@ -47,6 +47,10 @@ class Coordinators(Protocol):
         """Delete the prefix caches of ``jobs`` on every machine, as soon as no process uses them any more."""
         ...
 
+    def clear_copies(self, jobs: Sequence[str]) -> None:
+        """Delete the copies of deleted ``jobs`` that machines have, where their commits are in an object store."""
+        ...
+
 
 class Controller:
     """Keeps up to ``settings.parallel_jobs`` jobs of the queue running."""
@@ -77,9 +81,13 @@ class Controller:
         for job in self._store.page(status="cancelling"):
             with _apart(job.id):
                 self._end_cancelled(job.id, over)
+        gone = set[str]()
         for deleted in self._store.deletions.marked(_DELETED_AT_ONCE):
             with _apart(deleted):
-                self._delete(deleted, over)
+                self._delete(deleted, gone)
+        if gone:
+            self._coordinators.clear_copies(sorted(gone))
+            over |= gone
 
         # 2. A job whose coordinator died while it was to pause is paused as soon as no process of it is left.
         for job in self._store.page(status="pausing"):
@@ -132,8 +140,11 @@ class Controller:
             self._store.move(job, "cancelled", error=described(broken) if broken else None)
             over.add(job)
 
-    def _delete(self, job: str, over: set[str]) -> None:
-        """Delete the files of a job that is being deleted, and then its row. A later step tries again, if one cannot be."""
+    def _delete(self, job: str, gone: set[str]) -> None:
+        """Delete the files of a job that is being deleted, and then its row: then it is added to those that are ``gone``.
+
+        A later step tries again, if a file cannot be deleted.
+        """
         if not self._coordinators.end(job):
             return
         try:
@@ -146,7 +157,7 @@ class Controller:
             return
         self._store.deletions.purge(job)
         self._kept.discard(job)
-        over.add(job)
+        gone.add(job)
 
     def _over_before(self) -> set[str]:
         """Jobs that were over before this controller began: the one before may have died before it deleted their caches."""

@@ -20,11 +20,12 @@ from chainfed_ray.cluster.jobs.controller import Controller
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import is_free
 from chainfed_ray.cluster.resources import controller_options, coordinator_options
-from chainfed_ray.cluster.scratch import delete_everywhere
-from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.scratch import Occupants, delete_everywhere, on_every_machine
+from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.structured_logs import log_as_json
 from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.cluster.uploads.expiry import remove_old_uploads
+from chainfed_ray.cluster.uploads.files import upload_files
 
 NAMESPACE = "chainfed"
 _CONTROLLER, _COORDINATOR = "controller", "coordinator-"
@@ -96,7 +97,8 @@ class ControllerActor:
         if settings.json_logs:
             log_as_json()
         Thread(target=self._run, args=(settings,), daemon=True).start()
-        Thread(target=remove_old_uploads, args=(settings.storage, Event()), daemon=True).start()
+        unused = partial(_drop_unused_everywhere, settings.storage)
+        Thread(target=remove_old_uploads, args=(settings.storage, Event(), unused), daemon=True).start()
 
     def ping(self) -> int:
         """The id of this process."""
@@ -112,11 +114,21 @@ class ControllerActor:
             os._exit(1)
 
 
+def _drop_unused_everywhere(storage: Storage) -> None:
+    if storage.url:  # or there is one folder, of which nothing may be lost
+        on_every_machine(_drop_unused_uploads, storage)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _drop_unused_uploads(storage: Storage) -> None:
+    upload_files(storage).drop_unused()
+
+
 class RayCoordinators:
     """See ``Coordinators``; each is a detached actor, named after its job."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._settings, self._occupants = settings, Occupants()
 
     def alive(self) -> set[str]:
         """The ids of the jobs that have a coordinator, even if it still waits for a machine with room."""
@@ -126,6 +138,7 @@ class RayCoordinators:
 
     def ensure(self, job: str) -> None:
         """Start a coordinator for ``job``, unless it has one."""
+        self._occupants.forget(self._settings.storage.job(job))
         actor_class: Any = CoordinatorActor  # ray.remote adds `options`, which the type does not show
         actor_class.options(
             name=_COORDINATOR + job,
@@ -139,7 +152,14 @@ class RayCoordinators:
         """End the coordinator of ``job``. Ray then ends the actors of its clients, because the coordinator made them."""
         with suppress(ValueError):  # there is none, or it has ended
             ray.kill(ray.get_actor(_COORDINATOR + job, NAMESPACE))
-        return is_free(self._settings.storage.job(job))
+        folder = self._settings.storage.job(job)
+        # Machines that share no folder are each asked: a process that goes on might put anew what is deleted in the store.
+        return self._occupants.are_gone(folder) if self._settings.storage.url else is_free(folder)
+
+    def clear_copies(self, jobs: Sequence[str]) -> None:
+        """See ``Coordinators``."""
+        if self._settings.storage.url:
+            delete_everywhere([self._settings.storage.copies(job) for job in jobs])
 
     def clear_scratch(self, jobs: Sequence[str]) -> None:
         """See ``Coordinators``."""

@@ -199,6 +199,8 @@ def _train(
     with closing(records):
         for record in records:
             log.tell(record)
+            if isinstance(record, JobStarted) and spec.privacy and not CommitLog(folder).rounds():
+                CommitLog(folder).secret()  # what is kept now has it, before an order is given that depends on it
             if isinstance(record, JobFinished):
                 assert started is not None, "the first record"
                 rounds = CommitLog(folder).rounds()

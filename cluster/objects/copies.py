@@ -1,9 +1,12 @@
 """Copies of what jobs have committed to an object store, for processes that only read: the API, and those with models.
 
 A copy is a folder of its own for each commit, so who reads in one is not disturbed by the next. The commits' tensors, which
-only coordinators read, are left out. All copies of a machine share a number of bytes: the oldest make room. ::
+only coordinators read, are left out. A file that is in the copy before as well is a link to that one. All copies of a machine
+share a number of bytes: the oldest make room. ::
 
-    copies/<job>/<number>/…
+    copies/<job>/<number>/…        a copy, which is made as a whole, and goes as a whole
+    copies/<job>/new-…             what is being copied
+    copies/<job>/gone-…            what is being deleted
 """
 
 import logging
@@ -12,6 +15,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
+from stat import S_ISREG
 from tempfile import mkdtemp
 from time import monotonic, time
 
@@ -21,6 +26,8 @@ from chainfed_ray.cluster.objects.snapshots import Damaged, Snapshot, Snapshots
 _LOOK_SECONDS = 1.0  # until the store is asked again for a newer commit of the same job
 _MOST_BYTES = 2 * 2**30  # of copies on a machine
 _IN_USE_SECONDS = 600.0  # since a copy was asked for: somebody may still read it
+_OUTDATED_SECONDS = 120.0  # the same of a copy that is not the newest of its job: who reads in it has opened its files
+_ABANDONED_SECONDS = 3600.0  # since what is being copied, or deleted, was begun: its process was killed
 _KNOWN_JOBS = 10_000
 _ROUNDS, _LAST = "rounds/", "finished.json"
 _log = logging.getLogger(__name__)
@@ -31,9 +38,9 @@ class Copies:
 
     def __init__(self, objects: ObjectStore, root: Path, most_bytes: int = _MOST_BYTES) -> None:
         self._objects, self._root, self._most_bytes = objects, root, most_bytes
-        self._looked: dict[
-            str, tuple[float, int]
-        ] = {}  # when the store was asked for a job's newest commit, and which it was
+        # When the store was asked for a job's newest commit, and which it was.
+        self._looked: dict[str, tuple[float, int]] = {}
+        self._made: dict[str, Snapshot] = {}  # of each job, what the newest copy that was made here has
 
     def folder(self, job: str, at_once: bool = False) -> Path:
         """The folder of what a job has committed, a second ago at most; with ``at_once``, now. It is not there without commits.
@@ -44,26 +51,28 @@ class Copies:
         when, number = self._looked.get(job, (float("-inf"), 0))
         place = self._root / job / f"{number}"
         is_last = (place / _LAST).exists()  # nothing comes after it
-        if is_last or (not at_once and monotonic() - when < _LOOK_SECONDS and place.exists()):
+        if (is_last or (not at_once and monotonic() - when < _LOOK_SECONDS)) and _take(place):
             return place
         found = self._copied(job, number)
         self._looked[job] = monotonic(), found
         if len(self._looked) > _KNOWN_JOBS:
             self._looked.clear()
+            self._made.clear()
         return self._root / job / f"{found}"
 
     def _copied(self, job: str, known: int) -> int:
         """The number of the newest whole commit, of which there is a copy now; 0 if there is none."""
         snapshots = Snapshots(self._objects, job)
-        for number in [*snapshots.numbers(after=known), *([known] if known else [])]:
+        numbers = [*snapshots.numbers(after=known), *([known] if known else [])]
+        for number in numbers:
             place = self._root / job / f"{number}"
-            if place.exists():
-                with suppress(OSError):
-                    os.utime(place)  # it is in use
+            if _take(place):
                 return number
             try:
                 self._copy(snapshots, snapshots.read(number), place)
             except Damaged as error:
+                if snapshots.numbers(after=numbers[0]):  # newer commits came meanwhile, and this one was deleted
+                    return self._copied(job, numbers[0])
                 _log.error("job %s: %s; the commit before is used", job, error)
                 continue
             self._make_room(job)
@@ -72,30 +81,74 @@ class Copies:
 
     def _copy(self, snapshots: Snapshots, snapshot: Snapshot, place: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
+        before = self._made.get(place.parent.name)
         made = Path(mkdtemp(prefix="new-", dir=place.parent))
         try:
             for name, file in snapshot.files.items():
-                if not name.startswith(_ROUNDS):
+                if name.startswith(_ROUNDS):
+                    continue
+                old = place.with_name(f"{before.number}") / name if before and before.files.get(name) == file else None
+                if old is None or not _is_linked(old, made / name):
                     snapshots.fetch(name, file, made / name)
             made.chmod(0o755)
             with suppress(OSError):  # another process was faster
                 made.rename(place)
+            self._made[place.parent.name] = snapshot
         finally:
             shutil.rmtree(made, ignore_errors=True)
 
     def _make_room(self, job: str) -> None:
         """Delete old copies: of this job all that nobody reads, and the oldest of others, until the rest is small enough."""
         copies = sorted(self._copies(), reverse=True)
-        total, oldest = 0, time() - _IN_USE_SECONDS
-        newest = max((path for _, path in copies if path.parent.name == job), key=lambda path: int(path.name))
-        for used, path in copies:
-            total += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            outdated = path.parent.name == job and path != newest
-            if used < oldest and (outdated or total > self._most_bytes):
-                shutil.rmtree(path, ignore_errors=True)
+        total, now, counted = 0, time(), set[tuple[int, int]]()
+        newest = max((int(path.name) for _, path in copies if path.parent.name == job), default=0)
+        for _, path in copies:
+            with suppress(FileNotFoundError):  # another process deletes the copy
+                for file in path.rglob("*"):
+                    stat = file.stat()
+                    if S_ISREG(stat.st_mode) and (stat.st_dev, stat.st_ino) not in counted:
+                        counted.add((stat.st_dev, stat.st_ino))
+                        total += stat.st_size
+            if path.parent.name == job and int(path.name) != newest:
+                _delete(path, now - _OUTDATED_SECONDS)
+            elif total > self._most_bytes:
+                _delete(path, now - _IN_USE_SECONDS)
+        for pattern in ("*/new-*", "*/gone-*"):
+            for path in self._root.glob(pattern):
+                with suppress(FileNotFoundError):
+                    if path.stat().st_mtime < now - _ABANDONED_SECONDS:
+                        shutil.rmtree(path, ignore_errors=True)
 
     def _copies(self) -> Iterator[tuple[float, Path]]:
         for path in self._root.glob("*/*"):
             if path.name.isdecimal():
                 with suppress(OSError):
                     yield path.stat().st_mtime, path
+
+
+def _take(place: Path) -> bool:
+    """Whether a copy is there. Its time is from now on that of this call, so others know that it is in use."""
+    try:
+        os.utime(place)
+    except OSError:
+        return place.exists()
+    return True
+
+
+def _is_linked(old: Path, new: Path) -> bool:
+    """Make ``new`` the same file as ``old``. False if ``old`` is gone, or its file system has no such links."""
+    new.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        new.hardlink_to(old)
+        return True
+    return False
+
+
+def _delete(copy: Path, oldest: float) -> None:
+    """Delete a copy that nobody has asked for since ``oldest``. It goes from its place at once: a half is never found there."""
+    gone = copy.with_name(f"gone-{copy.name}-{token_hex(4)}")
+    with suppress(OSError):  # another process was faster
+        if copy.stat().st_mtime < oldest:
+            copy.rename(gone)
+            os.utime(gone)
+            shutil.rmtree(gone, ignore_errors=True)

@@ -13,6 +13,7 @@ from errno import ENOTCONN
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainfed_ray.errors import InvalidSetting, PackageMissing
@@ -109,8 +110,8 @@ class ObjectStore:
                 part = bytes(_client(self.url).get_range(name, start=start, length=length))
             yield part
 
-    def download(self, name: str, path: Path, size: int) -> str:
-        """Write the first ``size`` bytes of an object to the file ``path``. Returns their SHA-256.
+    def download(self, name: str, path: Path, size: int | None = None) -> str:
+        """Write an object, or its first ``size`` bytes, to the file ``path``. Returns the SHA-256 of what was written.
 
         Raises:
             FileNotFoundError: there is none.
@@ -121,6 +122,24 @@ class ObjectStore:
                 found.update(part)
                 file.write(part)
         return found.hexdigest()
+
+    def download_to(self, name: str, path: Path, digest: str | None = None, size: int | None = None) -> bool:
+        """Write an object, or its first ``size`` bytes, to the file ``path``: as a whole, or not at all.
+
+        With a ``digest``, nothing is written if they have another SHA-256, and this is False.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")
+        try:
+            if self.download(name, partial, size) != digest and digest is not None:
+                return False
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return True
 
     def below(self, prefix: str, after: str | None = None) -> list[StoredObject]:
         """The objects below the folder ``prefix`` by name; only those behind the name ``after``."""

@@ -112,17 +112,12 @@ class Snapshots:
         Raises:
             Damaged: its object is gone, or has other bytes.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")
         try:
-            digest = self.objects.download(self._content(file.sha256), partial, file.bytes)
-            if digest != file.sha256:
-                raise Damaged(f"the object of {name} is not what was written")
-            partial.replace(path)
+            is_whole = self.objects.download_to(self._content(file.sha256), path, file.sha256, file.bytes)
         except FileNotFoundError:
             raise Damaged(f"the object of {name} is missing") from None
-        finally:
-            partial.unlink(missing_ok=True)
+        if not is_whole:
+            raise Damaged(f"the object of {name} is not what was written")
 
     def delete(self, numbers: list[int], keep: set[str]) -> None:
         """Delete snapshots, with the objects that only they name: those of ``keep`` stay."""

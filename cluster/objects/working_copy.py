@@ -5,7 +5,8 @@ the folder counts once it is in the store, and is told of only then.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from chainfed_ray.cluster.objects.object_store import ObjectStore
@@ -14,6 +15,7 @@ from chainfed_ray.errors import CommitConflict, CorruptCommit
 from chainfed_ray.records.secret import secret_path
 
 _LOG = "log.jsonl"  # it grows between commits, and a line that is not in the store yet need not be lost
+_ROUNDS = "rounds/"
 _OWN = frozenset({"in-use", "privacy.key", "sites"})  # are not of a commit
 _log = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ class WorkingCopy:
         self._digests = Digests()
         self._newest = 0  # the number of the newest snapshot, whether it is whole or not
         self._base: Snapshot | None = None  # the snapshot that the folder began with, or that it has made
+        self._fallback: Snapshot | None = None  # the newest one before it that has other rounds
 
     def begin(self) -> list[str]:
         """Make the folder what was committed last. Returns what of it is damaged, if the commit before is used.
@@ -44,26 +47,32 @@ class WorkingCopy:
                 damaged.append(str(error))
                 continue
             self._newest, self._base = numbers[0], snapshot
+            self._fallback = self._other_rounds(snapshot, numbers)
             self._restore_secret()
             return damaged
         if damaged:
             raise CorruptCommit(f"{self._snapshots.objects.url}/{self._snapshots.prefix}", "; ".join(damaged))
+        self._newest, self._base, self._fallback = 0, None, None
         self._remove_all_but(())
+        self._restore_secret()
         return []
 
     def commit(self, is_last: bool = False) -> None:
         """Make the folder as it is the newest commit. After the ``is_last`` one, what no commit names is deleted.
 
+        The commit before stays, and the newest one before it that has other rounds: a damaged object of a round is in those
+        that have the same ones. The secret of noise is put first, also if nothing else is new.
+
         Raises:
             CommitConflict: another process has committed since this one began.
             OSError: the store or the disk is away. The same call may be made again.
         """
+        self._put_secret()
         before = self._base
         files = {name: (path, self._digests.of(path)) for name, path in files_below(self._folder, _OWN)}
         snapshot = Snapshot(self._newest + 1, {name: file for name, (_, file) in files.items()})
         if before and snapshot.files == before.files:
             return
-        self._put_secret()
         there = before.digests if before else set()
         for path, file in files.values():
             if file.sha256 not in there:
@@ -71,15 +80,26 @@ class WorkingCopy:
                 there = there | {file.sha256}
         self._snapshots.create(snapshot)
         self._newest, self._base = snapshot.number, snapshot
+        if before and _rounds(before) != _rounds(snapshot):
+            self._fallback = before
+        kept = [one for one in (snapshot, before, self._fallback) if one]
         try:
-            keep = snapshot.digests | (before.digests if before else set())
-            kept = {snapshot.number, before.number if before else 0}
-            old = [number for number in self._snapshots.numbers() if number < snapshot.number and number not in kept]
-            self._snapshots.delete(old, keep)
+            keep = set[str]().union(*(one.digests for one in kept))
+            numbers = {one.number for one in kept}
+            found = self._snapshots.numbers()
+            self._snapshots.delete([one for one in found if one < snapshot.number and one not in numbers], keep)
             if is_last:
                 self._snapshots.delete_unnamed(keep)
         except OSError as error:  # what is left there does no harm
             _log.warning("old commits of job %s were not deleted: %s", self._job, error)
+
+    def _other_rounds(self, snapshot: Snapshot, numbers: Sequence[int]) -> Snapshot | None:
+        """The newest snapshot before ``snapshot`` that has other rounds: it has objects of its own to go on from."""
+        for number in numbers:
+            with suppress(Damaged, CorruptCommit):
+                if number < snapshot.number and _rounds(found := self._snapshots.read(number)) != _rounds(snapshot):
+                    return found
+        return None
 
     def _restore(self, snapshot: Snapshot) -> None:
         """Make the folder that of a snapshot.
@@ -118,11 +138,18 @@ class WorkingCopy:
                 raise CommitConflict(self._snapshots.prefix, self._newest + 1) from None
 
     def _restore_secret(self) -> None:
-        path = secret_path(self._folder)
-        path.unlink(missing_ok=True)
+        """Make the secret that of the store, if it has one. One that was drawn here and not put yet stays: it may be in use."""
         try:
             secret = self._snapshots.objects.get(self._snapshots.secret)
         except FileNotFoundError:
             return
+        path = secret_path(self._folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
         path.touch(mode=0o600)
         path.write_bytes(secret)
+
+
+def _rounds(snapshot: Snapshot) -> dict[str, StoredFile]:
+    """The files of a snapshot's rounds."""
+    return {name: file for name, file in snapshot.files.items() if name.startswith(_ROUNDS)}

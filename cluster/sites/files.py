@@ -6,6 +6,7 @@ jobs/<job>/sites/answers/<order>.partial           what has arrived of it: a fil
 """
 
 import shutil
+from contextlib import suppress
 from fcntl import LOCK_EX, flock
 from pathlib import Path
 from secrets import token_hex
@@ -113,7 +114,12 @@ class StoredSiteFiles(SiteFiles):
         """See ``SiteFiles``."""
         file = self.local_tensors(job, digest)
         if not file.exists():
-            self._fetch(self._tensors(job, digest), file)
+            self._fetch(self._tensors(job, digest), file, digest)
+            for other in file.parent.glob(
+                f"{64 * '?'}{file.suffix}"
+            ):  # of rounds before, where their orders were served
+                if other != file:
+                    other.unlink(missing_ok=True)
         return file
 
     def drop_tensors(self, job: str, digest: str) -> None:
@@ -143,16 +149,22 @@ class StoredSiteFiles(SiteFiles):
 
     def keep_answer(self, job: str, order: str, described: TensorFile) -> bool:
         """See ``SiteFiles``."""
-        pieces, partial = self._pieces(job, order), self._partial(job, order)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.writelines(pieces.read())
+        pieces, name = self._pieces(job, order), self._answer(job, order)
+        own = self.local_answer(job, order).with_suffix(
+            f".{token_hex(4)}.partial"
+        )  # the same answer may come twice at once
+        own.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fits = TensorFile.of(partial) == described
+            with own.open("wb") as file, suppress(FileNotFoundError):  # the other one was faster, and deletes them
+                file.writelines(pieces.read())
+            fits = TensorFile.of(own) == described
             if fits:
-                self._objects.put(self._answer(job, order), partial)
+                self._objects.put(name, own)
+            else:
+                with suppress(FileNotFoundError):
+                    fits = self._objects.download_to(name, own, described.sha256)  # the other one has kept it
         finally:
-            partial.unlink()
+            own.unlink(missing_ok=True)
         pieces.clear()
         return fits
 
@@ -172,18 +184,10 @@ class StoredSiteFiles(SiteFiles):
         self._objects.delete_below(f"jobs/{job}/sites")
         super().forget(job)
 
-    def _fetch(self, name: str, file: Path) -> None:
-        """Write an object to ``file``, if there is one."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{token_hex(4)}.partial")
-        try:
-            with partial.open("wb") as opened:
-                opened.writelines(self._objects.parts(name))
-            partial.replace(file)
-        except FileNotFoundError:
-            return
-        finally:
-            partial.unlink(missing_ok=True)
+    def _fetch(self, name: str, file: Path, digest: str | None = None) -> None:
+        """Write an object to ``file``, if there is one; with a ``digest``, one of this SHA-256."""
+        with suppress(FileNotFoundError):
+            self._objects.download_to(name, file, digest)
 
     def _tensors(self, job: str, digest: str) -> str:
         return f"jobs/{job}/sites/tensors/{digest}"

@@ -24,6 +24,7 @@ from chainfed_ray.errors import UploadConflict
 _PIECE_BYTES = 8 * 2**20
 _UNUSED_SECONDS = 86400.0
 _PARTIAL, _LOCK = ".partial", "lock"
+_ELSEWHERE = "another request sends to it now"
 
 
 class Arriving(Protocol):
@@ -77,7 +78,11 @@ class UploadFiles(Protocol):
         ...
 
     def keep(self, tenant: str, upload: str, digest: str) -> None:
-        """Make the bytes that have arrived those of a complete upload. They were checked."""
+        """Make the bytes that have arrived those of a complete upload. They were checked.
+
+        Raises:
+            UploadConflict: another request has changed them since.
+        """
         ...
 
     def has(self, tenant: str, digest: str) -> bool:
@@ -94,6 +99,10 @@ class UploadFiles(Protocol):
 
     def drop_partial(self, tenant: str, upload: str) -> None:
         """Delete what has arrived of an upload."""
+        ...
+
+    def drop_unused(self) -> None:
+        """Delete this machine's files of bytes that are elsewhere as well, if no job here has begun to read them for a day."""
         ...
 
     def tenants(self) -> list[str]:
@@ -168,6 +177,9 @@ class UploadFolder:
         """See ``UploadFiles``."""
         self._partial(tenant, upload).unlink(missing_ok=True)
 
+    def drop_unused(self) -> None:
+        """See ``UploadFiles``: these are the only ones."""
+
     def tenants(self) -> list[str]:
         """See ``UploadFiles``."""
         return [folder.name for folder in self._storage.uploads("x").parent.glob("*")]
@@ -221,8 +233,13 @@ class StoredUploads(UploadFolder):
         pieces, whole = self._pieces(tenant, upload), self._whole(tenant, digest)
         partial = whole.with_name(f"{token_hex(8)}{_PARTIAL}")
         try:
+            found = sha256()
             with partial.open("wb") as file:
-                file.writelines(pieces.read())
+                for part in pieces.read():
+                    found.update(part)
+                    file.write(part)
+            if found.hexdigest() != digest:
+                raise UploadConflict(upload, _ELSEWHERE)
             self._objects.put(self._name(tenant, digest), partial)
             partial.replace(whole)  # a job that begins here need not ask for it
         finally:
@@ -239,20 +256,9 @@ class StoredUploads(UploadFolder):
         if path.exists():
             os.utime(path)  # it is of use
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._drop_unused()
-            partial = path.with_name(f"{token_hex(8)}{_PARTIAL}")
-            try:
-                with partial.open("wb") as file:
-                    found = sha256()
-                    for part in self._objects.parts(self._name(tenant, digest)):
-                        file.write(part)
-                        found.update(part)
-                if found.hexdigest() != digest:
-                    raise FileNotFoundError(f"the object of the upload {digest} has other bytes by now")
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            self.drop_unused()
+            if not self._objects.download_to(self._name(tenant, digest), path, digest):
+                raise FileNotFoundError(f"the object of the upload {digest} has other bytes by now")
         return path
 
     def drop(self, tenant: str, digest: str) -> None:
@@ -276,8 +282,8 @@ class StoredUploads(UploadFolder):
         """See ``UploadFiles``."""
         return [name.removesuffix(_PARTIAL) for name in self._objects.folders(f"uploads/{tenant}")]
 
-    def _drop_unused(self) -> None:
-        """Delete files of this machine that no job has begun to read for a day. The store has their bytes."""
+    def drop_unused(self) -> None:
+        """See ``UploadFiles``. The store has their bytes, or they were deleted there."""
         oldest = time() - _UNUSED_SECONDS
         for path in self._storage.uploads("x").parent.glob("*/*"):
             with suppress(FileNotFoundError):  # another process was faster
@@ -318,8 +324,9 @@ class ArrivingPieces:
         """See ``Arriving``."""
         self.flush()
         found = sha256()
-        for part in self._pieces.read():
-            found.update(part)
+        with suppress(FileNotFoundError):  # another request has kept them meanwhile, and deletes them
+            for part in self._pieces.read():
+                found.update(part)
         return found.hexdigest()
 
     def clear(self) -> None:
@@ -340,4 +347,4 @@ class ArrivingPieces:
             try:
                 self._pieces.put(self.received - len(waiting), waiting)
             except FileExistsError:
-                raise UploadConflict(self._upload, "another request sends to it now") from None
+                raise UploadConflict(self._upload, _ELSEWHERE) from None

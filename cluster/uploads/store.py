@@ -166,14 +166,18 @@ class UploadStore:
         if file.received < found.bytes or found.complete:
             return found
         if (digest := file.digest()) != found.sha256:
+            if (now := self.get(upload)).complete:  # by another request that sent the same
+                return now
             file.clear()
             raise InvalidJob.at(
                 "sha256", found.sha256, f"{digest}, that of the {found.bytes} bytes that came; send them again"
             )
         with self._locked(found.tenant):
-            self.get(upload)  # it may be deleted by now
-            self._files.keep(found.tenant, upload, found.sha256)
-            self._complete(found)
+            if not self.get(
+                upload
+            ).complete:  # or another request that sent the same was faster; or it is deleted by now
+                self._files.keep(found.tenant, upload, found.sha256)
+                self._complete(found)
         return self.get(upload)
 
     def delete(self, upload: str) -> None:

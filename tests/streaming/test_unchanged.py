@@ -28,6 +28,11 @@ def test_an_answer_holds_while_the_files_are_the_same(tmp_path: Path) -> None:
     assert [found("one", "a"), found("one", "a"), found("other", "a")] == [4, 4, 3]
     (tmp_path / "one" / "config.json").touch()
     assert found("one", "a") == 5
+    before, other = weights.stat(), tmp_path / "of the same size and time"
+    other.write_bytes(b"9876")
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(weights)
+    assert found("one", "a") == 6
 
 
 def test_an_error_is_no_answer(tmp_path: Path) -> None:

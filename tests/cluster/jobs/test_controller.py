@@ -32,6 +32,7 @@ class Processes:
         self.stubborn: set[str] = set()
         self.dying: set[str] = set()
         self.cursed: set[str] = set()
+        self.cleared: list[str] = []  # of their copies
         self._storage = storage
 
     def alive(self) -> set[str]:
@@ -46,6 +47,9 @@ class Processes:
             raise RuntimeError(f"{job} is cursed")
         self.jobs.discard(job)
         return job not in self.stubborn
+
+    def clear_copies(self, jobs: Sequence[str]) -> None:
+        self.cleared += jobs
 
     def clear_scratch(self, jobs: Sequence[str]) -> None:
         for job in jobs:
@@ -207,11 +211,13 @@ def test_a_deleted_job_leaves_nothing(
         patch.setattr(Storage, "remove", cannot)
         controller.step()
     assert store.deletions.marked(9) == [job], "a later step tries again"
+    assert processes.cleared == []
     assert processes.jobs == {other}, "and the others go on"
     controller.step()
     assert not folder.exists()
     assert not settings.storage.scratch(job).exists()
     assert store.deletions.marked(9) == []
+    assert processes.cleared == [job], "the copies of what it committed, also on other machines"
     assert [record.id for record in store.page()] == [other]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import ray
 from ray.exceptions import RayError
 
+from chainfed_ray.cluster.jobs import coordinators as module
 from chainfed_ray.cluster.jobs.control import cancel, pause, resume
 from chainfed_ray.cluster.jobs.controller import Controller
 from chainfed_ray.cluster.jobs.coordinators import NAMESPACE, RayCoordinators
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.tables import Status
 from chainfed_ray.model.saved_stack import load_stack
@@ -102,3 +105,16 @@ def test_a_job_whose_coordinators_all_die_fails_and_others_have_its_place(
         return store.get(other).status == "cancelled" and not coordinators.alive()
 
     wait_for(is_over, "end of the other job")
+
+
+def test_without_a_shared_folder_every_machine_is_asked_whether_a_coordinator_goes_on(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = replace(Storage.at(tmp_path), url="s3://never/asked")
+    ends = RayCoordinators(Settings(storage))
+    monkeypatch.setattr(module, "is_free", lambda folder: True)  # as on a machine that never had the folder
+    with occupy(storage.job("goes-on")):
+        assert not ends.end("goes-on")
+        wait_for(lambda: ends.end("ended"), "answer of every machine")
+        assert not ends.end("goes-on")
+    wait_for(lambda: ends.end("goes-on"), "end of the process")

@@ -24,6 +24,7 @@ from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.fleet import clients_in
+from chainfed_ray.records.secret import secret_path
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import PRIVACY, a_document
 from tests.pools import Altered, Answer, Killed, dying
@@ -229,13 +230,55 @@ def test_without_a_whole_commit_nothing_is_made_up(far: Storage, tmp_path: Path)
         WorkingCopy(objects, "job", tmp_path / "other").begin()
 
 
+def test_a_secret_that_was_drawn_stays_until_the_store_has_one(far: Storage, tmp_path: Path) -> None:
+    first, second = (WorkingCopy(store_of(far), "job", tmp_path / name) for name in ("first", "second"))
+    for copy, name in ((first, "first"), (second, "second")):
+        copy.begin()
+        (tmp_path / name).mkdir(exist_ok=True)
+        secret_path(tmp_path / name).write_text(name)
+    first.begin()  # its coordinator was killed
+    first.commit()
+    with pytest.raises(CommitConflict):
+        second.commit()
+    second.begin()
+    assert [secret_path(tmp_path / name).read_text() for name in ("first", "second")] == 2 * ["first"]
+
+
+def test_the_round_before_is_kept_after_a_commit_of_the_log_alone(far: Storage, tmp_path: Path) -> None:
+    objects, job, number = store_of(far), tmp_path / "job", count()
+    copy = WorkingCopy(objects, "job", job)
+
+    def commit(*names: str) -> None:
+        for name in names:
+            (job / name).parent.mkdir(parents=True, exist_ok=True)
+            (job / name).write_text(f"{name} {next(number)}")
+        copy.commit()
+
+    commit("started.json", LOG)
+    commit("rounds/000000.json")
+    commit("rounds/000001.json")
+    copy = WorkingCopy(objects, "job", job)
+    copy.begin()  # it is resumed, twice
+    commit(LOG)
+    commit(LOG)
+    damaged = Snapshots(objects, "job").read(5).files["rounds/000001.json"].sha256
+    objects.put(f"jobs/job/content/{damaged}", b"torn")
+    copy, job = WorkingCopy(objects, "job", tmp_path / "other"), tmp_path / "other"
+    assert len(copy.begin()) == 2
+    assert [path.name for path in (job / "rounds").iterdir()] == ["000000.json"]
+    commit("rounds/000001.json")
+    assert WorkingCopy(objects, "job", tmp_path / "third").begin() == []
+    assert Snapshots(objects, "job").numbers() == [6, 2]
+
+
 def test_the_secret_of_noise_is_in_the_store_while_the_job_runs_and_no_longer(
     short: dict[str, Any], far: Storage, records: JobStore, tmp_path: Path
 ) -> None:
     job = submitted(records, short | {"privacy": PRIVACY})
     secret = Snapshots(store_of(far), job).secret
-    with pytest.raises(Killed):
-        run_queued_job(job, far, lambda source, note: dying(LocalPool(source), CLIENTS + 1))
+    with pytest.raises(Killed):  # before the first round is committed, of which clients may have sent updates
+        run_queued_job(job, far, lambda source, note: dying(LocalPool(source), 1))
+    assert Snapshots(store_of(far), job).numbers() == [1]
     drawn = store_of(far).get(secret)
     assert drawn == (far.job(job) / "privacy.key").read_bytes()
     other = elsewhere(far, tmp_path / "other")

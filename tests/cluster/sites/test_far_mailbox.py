@@ -1,11 +1,15 @@
 """Promises of a mailbox whose tensors are in S3: pieces may come to any process of the API, any machine reads the answer."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.objects.object_store import ObjectStore
+from chainfed_ray.cluster.objects.pieces import Pieces
+from chainfed_ray.cluster.sites.files import StoredSiteFiles
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import AnswerRefused
@@ -51,3 +55,51 @@ def test_orders_and_answers_across_machines_that_share_no_folder(far: Storage, t
     assert far.objects.below("jobs/job/sites") == []
     for mailbox in (coordinator, *api):
         mailbox.close()
+
+
+@pytest.mark.parametrize("moment", ["before the first is read", "after the first is read"])
+def test_an_answer_that_is_sent_twice_at_once_is_kept(
+    moment: str, far: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, of = StoredSiteFiles(ObjectStore(str(far.url)), far), TensorFile.of
+    write_tensors({"update": torch.arange(100.0)}, tmp_path / "sent")
+    sent, described = (tmp_path / "sent").read_bytes(), TensorFile.of(tmp_path / "sent")
+    assert files.receive("job", "order", 0, sent) == len(sent)
+    read = Pieces.read
+
+    def again() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Pieces, "read", read)
+            patch.setattr(TensorFile, "of", of)
+            assert files.keep_answer("job", "order", described)
+
+    def reads_late(self: Pieces) -> Iterator[bytes]:
+        again()
+        yield from read(self)
+
+    def is_checked_late(file: Path) -> TensorFile:
+        again()
+        return of(file)
+
+    if moment.startswith("before"):
+        monkeypatch.setattr(Pieces, "read", reads_late)
+    else:
+        monkeypatch.setattr(TensorFile, "of", is_checked_late)
+    assert files.keep_answer("job", "order", described)
+    assert files.answer("job", "order").read_bytes() == sent
+    assert [path.name for path in files.local_answer("job", "order").parent.iterdir()] == ["order.safetensors"]
+
+
+def test_who_serves_orders_keeps_the_tensors_of_the_newest_alone(far: Storage, tmp_path: Path) -> None:
+    objects = ObjectStore(str(far.url))
+    coordinator = StoredSiteFiles(objects, far)
+    api = StoredSiteFiles(objects, Storage.at(tmp_path / "api", far.database, url=far.url))
+    digests = []
+    for text in ("of the first round", "of the second round"):
+        new = coordinator.local_tensors("job", "new")
+        new.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(text)
+        digests.append(TensorFile.of(new).sha256)
+        coordinator.keep_tensors("job", new, digests[-1])
+        assert api.tensors("job", digests[-1]).read_text() == text
+    assert [path.stem for path in api.local_tensors("job", "x").parent.iterdir()] == digests[1:]

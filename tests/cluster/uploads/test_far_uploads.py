@@ -4,12 +4,16 @@ import os
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
+from threading import Event
 
 import pytest
 from fastapi.testclient import TestClient
 
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.uploads.expiry import remove_old_uploads
+from chainfed_ray.cluster.uploads.files import ArrivingPieces, StoredUploads
 from chainfed_ray.cluster.uploads.store import Upload, UploadStore
 from chainfed_ray.errors import InvalidJob, UploadConflict
 from tests.apps import an_app
@@ -23,6 +27,56 @@ def send(uploads: UploadStore, upload: Upload, rows: bytes, offset: int = 0) -> 
     with uploads.receive(upload.id, offset) as file:
         file.append(rows)
         return uploads.finish(upload.id, file)
+
+
+@pytest.mark.parametrize("moment", ["before it is checked", "after it is checked"])
+def test_an_upload_that_two_requests_finish_at_once_has_its_bytes(
+    moment: str, far: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    JobStore(far.database).close()
+    uploads, check = UploadStore(far), ArrivingPieces.digest
+    begun = uploads.begin("rows.csv", len(ROWS), DIGEST)
+    held, again = (uploads.receive(begun.id, 0) for _ in range(2))  # the same request, sent twice
+    for file in (held, again):
+        file.append(ROWS)
+        file.flush()
+
+    def other_is_faster(self: ArrivingPieces) -> str:
+        checked = check(self) if moment == "after it is checked" else ""
+        with monkeypatch.context() as patch:
+            patch.setattr(ArrivingPieces, "digest", check)
+            assert uploads.finish(begun.id, again).complete
+        return checked or check(self)
+
+    monkeypatch.setattr(ArrivingPieces, "digest", other_is_faster)
+    assert uploads.finish(begun.id, held).complete
+    assert far.objects is not None
+    assert far.objects.get(f"uploads/default/{DIGEST}") == ROWS
+    document = {"data": {"train": f"upload:{begun.id}"}}
+    assert uploads.files("default", document)[begun.id].path.read_bytes() == ROWS
+    uploads.close()
+
+
+def test_each_hour_files_that_no_job_reads_are_deleted(far: Storage) -> None:
+    JobStore(far.database).close()
+    used, unused, stop = far.uploads("default") / "used", far.uploads("default") / "unused", Event()
+    used.parent.mkdir(parents=True)
+    used.touch()
+    unused.touch()
+    os.utime(unused, (0, 0))
+    stop.set()
+    remove_old_uploads(far, stop, StoredUploads(ObjectStore(str(far.url)), far).drop_unused)
+    assert [used.exists(), unused.exists()] == [True, False]
+
+
+def test_only_bytes_that_were_checked_are_kept(far: Storage) -> None:
+    files = StoredUploads(ObjectStore(str(far.url)), far)
+    with files.locked("default"), files.arriving("default", "upload", len(ROWS)) as file:
+        file.append(ROWS[1:])
+        file.flush()
+        with pytest.raises(UploadConflict, match="another request"):
+            files.keep("default", "upload", DIGEST)
+    assert not files.has("default", DIGEST)
 
 
 def test_an_upload_through_two_machines(far: Storage, tmp_path: Path, s3: Server) -> None:
