@@ -247,12 +247,14 @@ def test_a_key_that_is_made_while_it_runs_closes_it(
 
 @pytest.fixture
 def clients(service: Running, storage: Path) -> Iterator[dict[str, ServiceClient]]:
-    """A client for each owner of a key. A new key is accepted at once."""
+    """A client for each owner of a key. A new key is accepted at once; each process closes its door when it has read it."""
     keys = KeyStore(Storage.at(storage).database)
     scopes = {"alice": ["submit", "read", "infer"], "bob": ["submit", "read", "infer"], "ops": ["admin"]}
     made = {owner: ServiceClient(service.address, keys.make_key(owner, scopes[owner]).token) for owner in scopes}
     keys.close()
     made["nobody"] = ServiceClient(service.address)
+    ask = f"{service.address}/v1/jobs"
+    wait_for(lambda: all(httpx.get(ask).status_code == 401 for _ in range(20)), "closed door in every process", 30)
     yield made
     for client in made.values():
         client.close()
