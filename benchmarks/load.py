@@ -4,14 +4,10 @@ It starts a service of its own, with MiniLM and SmolLM2 and stacks of random val
 """
 
 import argparse
-import json
-import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import date
 from itertools import islice
 from pathlib import Path
 from statistics import quantiles
@@ -23,11 +19,10 @@ import httpx
 import numpy as np
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.cell_process import Row
 from benchmarks.load_models import CLASSIFIERS, Prepared, prepared
+from benchmarks.row_table import tell
 from chainfed_ray.api.command.local_service import free_port, local_service
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.data.docstrings import rows
@@ -60,13 +55,7 @@ def run(options: argparse.Namespace) -> None:
             for measure in (_callers, _mixed, _first_token, _zipf, _commit, _killed):
                 found += measure(made, address, process)
         found += _engine(made, next(row["seconds"] for row in found if row["what"].startswith("32 callers")))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
-    table = Table("what", "result", box=None, header_style="bold")
-    for row in found:
-        table.add_row(row["what"], row["said"])
-    Console(highlight=False, width=120).print(table)
-    print(f"{platform.machine()}, {os.cpu_count()} cores; {date.today()}")
+    tell(found, options.json, width=120)
 
 
 @contextmanager

@@ -4,25 +4,20 @@ Both sides of each figure are measured in the same run, by turns, since other wo
 """
 
 import argparse
-import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from datetime import date
 from pathlib import Path
 from statistics import median
 from threading import Event, Thread
 from time import monotonic, sleep
 
 import httpx
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.cell_process import Row
+from benchmarks.row_table import tell
 from benchmarks.service_rows import SERVED, ManyJobs, a_job, write_rows
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.command.local_service import free_port, local_service
@@ -62,13 +57,7 @@ def run(options: argparse.Namespace) -> None:
         if not options.alone:
             measures.append(_submissions(http, folder))
         found = [row for measure in measures for row in _told(measure)]
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
-    table = Table("what", "result", box=None, header_style="bold")
-    for row in found:
-        table.add_row(row["what"], row["said"])
-    Console(highlight=False, width=140).print(table)
-    print(f"{platform.machine()}, {os.cpu_count()} cores; {date.today()}")
+    tell(found, options.json, width=140)
 
 
 def _told(rows: Iterator[Row]) -> Iterator[Row]:

@@ -57,7 +57,7 @@ def run(settings: Settings, environment: dict[str, str], host: str, port: int, o
             from ray import serve
 
             try:
-                _start(host, port, address, owner.send)
+                _start(settings, host, port, address, owner.send)
                 children = psutil.Process().children()
                 owner.send(Ready({child.name(): child.pid for child in children if child.name() in _CORE}))
                 stop.wait()
@@ -106,14 +106,14 @@ def _heed(owner: "Connection[Any, Any]", stop: Event) -> None:
     stop.set()
 
 
-def _start(host: str, port: int, address: str, listen: Listener) -> None:
+def _start(settings: Settings, host: str, port: int, address: str, listen: Listener) -> None:
     Reporter("starting the REST API on Ray Serve", listen).begin()
     from ray import serve
 
     from chainfed_ray.api.serve.deployment import build
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    form = "JSON" if Settings.from_environment().json_logs else "TEXT"
+    form = "JSON" if settings.json_logs else "TEXT"
     serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR", "encoding": form})
     serve.run(build({}), name=_NAME, route_prefix="/")
     Reporter("waiting for every part of the service", listen).begin()

@@ -86,6 +86,8 @@ class RequestIds:
 
 def _tell(scope: Scope, status: int, seconds: float) -> None:
     """Log a request that is over, where lines of logs are JSON. A ``status`` of 0 is that of a caller who left."""
+    if not _log.isEnabledFor(logging.INFO):
+        return
     identity = scope["state"].get("identity")
     what = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 4)}
     tenant = {"tenant": identity.tenant} if identity else {}

@@ -78,9 +78,8 @@ def exits_so_far(store: JobStore, found: Trained) -> list[ExitScore]:
     job = found.record.id
     rounds = (event.data for event in store.of_kind(job, "round"))
     started = store.newest(job, "started")
-    records = [
-        Round.model_validate(data) for data in rounds if data.get("exit") is not None
-    ]  # others are of an old version
+    # Rounds without an exit are of a version that had no such names.
+    records = [Round.model_validate(data) for data in rounds if data.get("exit") is not None]
     return [*ExitScore.of(records, started.data["layers"])] if started and records else []
 
 

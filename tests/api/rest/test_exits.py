@@ -1,7 +1,6 @@
 """Early exits are models with names of their own: listed with their scores, called, and refused by what there is."""
 
 from collections.abc import AsyncGenerator, Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -24,13 +23,6 @@ SCORES = [
 def asked() -> list[ModelKey]:
     """The models that were asked."""
     return []
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[JobStore]:
-    store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
-    yield store
-    store.close()
 
 
 @pytest.fixture

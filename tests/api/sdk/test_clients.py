@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -31,13 +30,6 @@ OTHERS = {
     "join_site", "leave_site", "next_order", "hear_order", "get_order_tensors", "put_answer_tensors", "get_received",
     "answer_order", "begin_upload", "put_content", "get_artifact", "metrics", "healthz", "embeddings",
 }  # fmt: skip
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[JobStore]:
-    made = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
-    yield made
-    made.close()
 
 
 @pytest.fixture
