@@ -15,17 +15,11 @@ from sqlalchemy import create_engine
 from sqlalchemy import text as sql
 from transformers import AutoTokenizer
 
-from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.federation import prepare as job
 from chainfed_ray.federation.prepare import PlannedJob
-from chainfed_ray.forecast import dry_run
 from chainfed_ray.hub import resolve
-from chainfed_ray.model.adapters import LoraShapes
-from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.source import ModelSource
 from tests import postgres
 from tests import s3 as s3_server
@@ -63,33 +57,6 @@ def quick_collections() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def models_are_traced_once() -> Iterator[None]:
-    """Keep the memory profile of each model: tracing a model takes seconds, and gives the same profile each time."""
-    known = dict[tuple[object, ...], MemoryProfile]()
-
-    def traced_once(
-        blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int, lora: LoraShapes | None
-    ) -> MemoryProfile:
-        weights = tuple(header_of(path) for path in sorted(blocks.folder.glob("*.safetensors")))
-        config = (blocks.folder / "config.json").read_bytes()
-        key = (config, weights, blocks.dtype, bottleneck, classes, head_layers, str(lora))
-        if key not in known:
-            known[key] = memory_profile_of(blocks, bottleneck, classes, head_layers, lora)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (job, dry_run):
-            patch.setattr(module, "known_profile_of", traced_once)
-        yield
-
-
-def header_of(weights: Path) -> bytes:
-    """The header of a safetensors file: the names, shapes and dtypes of its tensors."""
-    with weights.open("rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little"))
 
 
 @pytest.fixture(scope="session")

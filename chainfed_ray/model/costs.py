@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from chainfed_ray.budget.demand import NO_MEMORY, MemoryProfile, PartMemory, StepMemory, largest_of
+from chainfed_ray.budget.kept_profiles import kept_profile
 from chainfed_ray.model.adapters import Adapter, Head, Lora, LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import added
@@ -81,12 +82,14 @@ def memory_profile_of(
 def known_profile_of(
     blocks: Blocks, bottleneck: int, classes: int | None, head_layers: int = 1, lora: LoraShapes | None = None
 ) -> MemoryProfile:
-    """As ``memory_profile_of``, and traced once in a process, as long as the model's files stay as they are."""
+    """As ``memory_profile_of``, and traced once on a machine: a process looks for what an earlier one has traced."""
     shapes = None if lora is None else tuple((index, tuple(of.items())) for index, of in lora.items())
     question = ("memory profile", blocks.dtype, bottleneck, classes, head_layers, shapes)
-    return while_unchanged(
-        blocks.folder, question, lambda: memory_profile_of(blocks, bottleneck, classes, head_layers, lora)
-    )
+
+    def trace() -> MemoryProfile:
+        return memory_profile_of(blocks, bottleneck, classes, head_layers, lora)
+
+    return while_unchanged(blocks.folder, question, lambda: kept_profile(blocks.folder, repr(question), trace))
 
 
 def with_bottleneck(memory: MemoryProfile, dtype: torch.dtype, bottleneck: int) -> MemoryProfile:

@@ -14,13 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import AutoModel
 
 from chainfed_ray.errors import ChainFedError, UnsupportedModel
 from chainfed_ray.hub import configuration, first_line
-from chainfed_ray.streaming import experts
+from chainfed_ray.streaming.blank_model import BlankModel, blank_model
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.embeddings import RowTable, embedding_tables
 
@@ -47,11 +45,10 @@ class Trunk:
         self.family = config.model_type
         if self.family in _DIFFERENT:
             raise self._unlike("gives other values layer by layer than as a whole")
-        with self.named_errors("cannot be built"), torch.device("meta"), _RealConstants():
-            whole = AutoModel.from_config(config, dtype=dtype, experts_implementation=experts.registered())
-            whole.eval().requires_grad_(False)
+        with self.named_errors("cannot be built"):
+            blank = blank_model(folder, config, dtype, checkpoint)
         with self.named_errors("has no list of equal layers above a table of embeddings"):
-            self._take_apart(whole)
+            self._take_apart(blank)
         self._position_bias = self._read_position_bias()
         self._tables = [self._replace_table(name, table) for name, table in embedding_tables(self._model)]
         self._materialise()
@@ -59,12 +56,12 @@ class Trunk:
         self._embedded, self._bias = torch.empty(0), torch.empty(0)
         self._last_output: Tensor | None = None
 
-    def _take_apart(self, whole: Any) -> None:
+    def _take_apart(self, blank: BlankModel) -> None:
         """Find the part of the model that reads texts and its layers, and put recorders in their place."""
-        from chainfed_ray.streaming.stored_names import StoredNames  # here for lean_imports.py: it loads a model's code
-
-        _empty_parameters(whole)
-        self._names = StoredNames(whole, self._checkpoint)
+        self._names, self._settings = blank.names.in_checkpoint(self._checkpoint), blank.settings
+        self.layers_path = find_layers(blank.model, str(self.folder))
+        shared: list[Any] = [blank.model.config, *blank.model.get_submodule(self.layers_path)]
+        whole = copy.deepcopy(blank.model, {id(it): it for it in shared})  # what is around the layers is changed
         self.prefix = whole.base_model_prefix
         within = text_part(whole)
         self._within = f"{within}." if within else ""
@@ -73,12 +70,10 @@ class Trunk:
         if (given := self._model.main_input_name) != "input_ids":
             raise UnsupportedModel(str(self.folder), f"{self.family} reads no texts, but {given}")
         self.hidden_size, self.vocabulary = int(self.config.hidden_size), int(self.config.vocab_size)
-        self._settings: str = self.config.to_json_string()  # once: it takes longer than to record a call
         words = self._model.get_input_embeddings()
         self._tokens = words.num_embeddings
         table = next(name for name, module in self._model.named_modules() if module is words)
         self.word_table = self.source(f"{self._within}{table}.weight")
-        self.layers_path = find_layers(whole, str(self.folder))
         modules: Any = whole.get_submodule(self.layers_path)
         count = int(self.config.num_hidden_layers)
         self._places = [index * len(modules) // count for index in range(count)]
@@ -329,14 +324,6 @@ def find_layers(model: Any, name: str) -> str:
     return f"{within}.{layers}" if within else layers
 
 
-def _empty_parameters(model: nn.Module) -> None:
-    """Take the values of those parameters that were filled with a constant as the model was built."""
-    for module in model.modules():
-        for key, value in list(module.named_parameters(recurse=False)):
-            if not value.is_meta:
-                setattr(module, key, nn.Parameter(value.to("meta"), requires_grad=False))
-
-
 def run_on_meta(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Any:
     """What a layer returns, without values: it is run on the meta device, which costs nothing."""
     # Run a copy, because a layer may move its buffers to the device of its input.
@@ -354,27 +341,9 @@ def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-# As it builds a model, transformers replaces the first with the second.
-_DRAWING = ("torch.nn.init", "transformers.initialization")
-_FILLING = (torch.tensor, torch.arange, torch.ones, torch.zeros, torch.full, torch.linspace)
 TOKENS_FIRST = ("xlnet",)
 _DIFFERENT = ("inkling_text",)  # found by `python -m benchmarks zoo`; why is not known
 _BESIDE: dict[tuple[type, str], tuple[Any, ...] | None] = {}  # by class and configuration
-
-
-class _RealConstants(TorchFunctionMode):
-    """Gives real values to the constants of a model that is built on the meta device: scales, ranges and masks in buffers.
-
-    Random initialisation is skipped: the weights have no values, and drawing them takes most of the time.
-    """
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = dict(kwargs or {})
-        if getattr(function, "__module__", None) in _DRAWING and options["tensor"].is_meta:
-            return options["tensor"]
-        if function in _FILLING:
-            options.setdefault("device", "cpu")
-        return function(*args, **options)
 
 
 class _LastLayerReached(Exception):

@@ -5,7 +5,9 @@ expert where the model has one for all, or one for queries, keys and values. Tra
 used here to find tensors, not to load them: such a parameter is the bytes of several tensors in turn, or a share of one.
 """
 
-from typing import TYPE_CHECKING, Any, cast
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -26,14 +28,15 @@ if TYPE_CHECKING:
 
 
 class StoredNames:
-    """The checkpoint's name of each parameter of ``model``, which may be on the meta device.
+    """The stored name of each parameter of ``model``, which may be on the meta device. ``names`` are all that are stored.
 
-    A parameter that the checkpoint holds in parts is joined in ``checkpoint`` when it is asked for, and one that it holds with
-    others is cut from them.
+    Ask it for names ``in_checkpoint``. A parameter that the checkpoint holds in parts is joined there when it is asked for, and
+    one that it holds with others is cut from them.
     """
 
-    def __init__(self, model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    _checkpoint: Checkpoint
+
+    def __init__(self, model: "PreTrainedModel", names: Iterable[str]) -> None:
         rules = get_model_conversion_mapping(model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -46,7 +49,7 @@ class StoredNames:
         self._names: dict[str, str] = {}
         self._shares: dict[str, tuple[str, int, int]] = {}  # parameters that are shares of one stored tensor
         self._parts: dict[str, dict[str, list[str]]] = {}  # of a parameter, by the pattern that their names match
-        for stored in sorted(checkpoint.names, key=dot_natural_key):
+        for stored in sorted(names, key=dot_natural_key):
             name, pattern = rename_source_key(
                 stored, renamings, converters, model.base_model_prefix, cast(Any, self._shapes)
             )
@@ -58,6 +61,12 @@ class StoredNames:
                 self._parts.setdefault(name, {}).setdefault(pattern, []).append(stored)
             else:
                 self._names[name] = stored
+
+    def in_checkpoint(self, checkpoint: Checkpoint) -> Self:
+        """The same names, to be joined and cut in ``checkpoint``, whose names they are."""
+        found = copy.copy(self)
+        found._checkpoint, found._names = checkpoint, dict(self._names)
+        return found
 
     @property
     def parts(self) -> int:

@@ -1,0 +1,71 @@
+"""A base model without values, on the meta device: built once in a process, since that takes longer than a small step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModel
+
+from chainfed_ray.streaming import experts
+from chainfed_ray.streaming.checkpoint import Checkpoint
+from chainfed_ray.streaming.unchanged import while_unchanged
+
+if TYPE_CHECKING:
+    from chainfed_ray.streaming.stored_names import StoredNames
+
+# As it builds a model, transformers replaces the first with the second.
+_DRAWING = ("torch.nn.init", "transformers.initialization")
+_FILLING = (torch.tensor, torch.arange, torch.ones, torch.zeros, torch.full, torch.linspace)
+
+
+@dataclass(frozen=True)
+class BlankModel:
+    """A base model and where its checkpoint has its parameters. All users of a process share both, so nobody changes them."""
+
+    model: Any
+    names: "StoredNames"
+    settings: str  # its configuration as JSON
+
+
+def blank_model(folder: Path, config: Any, dtype: torch.dtype, checkpoint: Checkpoint) -> BlankModel:
+    """The model in ``folder``, whose files are those of ``config`` and ``checkpoint``.
+
+    Raises whatever the model's own code raises.
+    """
+    return while_unchanged(folder, ("blank model", dtype), lambda: _built(config, dtype, checkpoint))
+
+
+def _built(config: Any, dtype: torch.dtype, checkpoint: Checkpoint) -> BlankModel:
+    from chainfed_ray.streaming.stored_names import StoredNames  # here for lean_imports.py: it loads a model's code
+
+    with torch.device("meta"), _RealConstants():
+        whole = AutoModel.from_config(config, dtype=dtype, experts_implementation=experts.registered())
+        whole.eval().requires_grad_(False)
+    _empty_parameters(whole)
+    return BlankModel(whole, StoredNames(whole, checkpoint.names), config.to_json_string())
+
+
+def _empty_parameters(model: nn.Module) -> None:
+    """Take the values of those parameters that were filled with a constant as the model was built."""
+    for module in model.modules():
+        for key, value in list(module.named_parameters(recurse=False)):
+            if not value.is_meta:
+                setattr(module, key, nn.Parameter(value.to("meta"), requires_grad=False))
+
+
+class _RealConstants(TorchFunctionMode):
+    """Gives real values to the constants of a model that is built on the meta device: scales, ranges and masks in buffers.
+
+    Random initialisation is skipped: the weights have no values, and drawing them takes most of the time.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if getattr(function, "__module__", None) in _DRAWING and options["tensor"].is_meta:
+            return options["tensor"]
+        if function in _FILLING:
+            options.setdefault("device", "cpu")
+        return function(*args, **options)
