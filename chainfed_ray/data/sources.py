@@ -235,6 +235,10 @@ def _read_file(field: str, source: str, read: Callable[[], Table], allowed: str)
         return read()
     except NotAllowed:
         raise InvalidJob.at(field, source, allowed) from None
+    except MemoryError:
+        raise InvalidJob.at(
+            field, source, "rows that fit into the memory that a process may take to read them"
+        ) from None
     except Exception as error:  # a file may be anything, and so may be what its reader raises
         reason = " ".join(str(error).split()) or type(error).__name__
         expected = reason if isinstance(error, ValueError) else f"a readable {FORMS} ({reason})"

@@ -1,7 +1,6 @@
 """Promises of checks and dry runs in processes of Ray's: they tell what they tell here, and have their limits."""
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,26 @@ from tests.watching import processes_below, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 
-def test_a_process_of_its_own_tells_the_same(document: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def preflight(cluster: None, tiny_data: Path) -> Preflight:
+    """One for several tests, since its process takes seconds to start."""
+    own = {"mine": UploadedFile("rows.jsonl", tiny_data)}
+    limits = Limits(at_once=1, waiting=1, wait_seconds=0.05, most_bytes=256 * 2**20)
+    return Preflight(4, limits, uploads=lambda tenant, document: own if tenant == "alice" else {})
+
+
+def test_a_process_of_its_own_tells_the_same(preflight: Preflight, document: dict[str, Any]) -> None:
     here = dry_run(parse_job(document), at_once=1)
 
     async def story() -> Forecast:
-        preflight = Preflight(client_slots=4)
         await preflight.check(parse_job(document))
         there = await preflight.plan(parse_job(document))
+        with pytest.raises(InvalidJob, match="CHAINFED_MODEL_ROOTS"):
+            await preflight.check(parse_job(document), reads_anything=False)
         document["data"]["label"] = "class"
         for refuses in (preflight.check, preflight.plan):
             with pytest.raises(InvalidJob, match="a column"):
                 await refuses(parse_job(document))
-            with pytest.raises(InvalidJob, match="CHAINFED_MODEL_ROOTS"):
-                await refuses(parse_job(document), reads_anything=False)
         return there
 
     assert without_times(asyncio.run(story())) == without_times(here)
@@ -43,12 +49,10 @@ def without_times(told: Forecast) -> Forecast:
     return told.model_copy(update={"estimated_seconds": None, "classes": rows})
 
 
-def test_a_check_reads_the_uploads_of_the_jobs_tenant(document: dict[str, Any], tiny_data: Path) -> None:
+def test_a_check_reads_the_uploads_of_the_jobs_tenant(preflight: Preflight, document: dict[str, Any]) -> None:
     document["data"]["train"] = "upload:mine"
-    own = {"mine": UploadedFile("rows.jsonl", tiny_data)}
 
     async def story() -> None:
-        preflight = Preflight(4, uploads=lambda tenant, document: own if tenant == "alice" else {})
         await preflight.check(parse_job(document), tenant="alice")
         with pytest.raises(InvalidJob, match=r"data\.train is 'upload:mine'; expected the id of an upload of yours"):
             await preflight.check(parse_job(document), tenant="bob")
@@ -56,21 +60,36 @@ def test_a_check_reads_the_uploads_of_the_jobs_tenant(document: dict[str, Any], 
     asyncio.run(story())
 
 
-def test_a_small_file_does_not_take_the_memory_of_the_machine(document: dict[str, Any], tmp_path: Path) -> None:
+def test_a_few_at_a_time(preflight: Preflight, document: dict[str, Any]) -> None:
+    spec = parse_job(document)
+
+    async def story() -> None:
+        first = asyncio.create_task(preflight.check(spec))
+        await asyncio.sleep(0)
+        late, refused = await asyncio.gather(preflight.check(spec), preflight.check(spec), return_exceptions=True)
+        assert isinstance(late, ServiceBusy)
+        assert isinstance(refused, ServiceBusy)
+        await first
+        await preflight.check(spec)
+
+    asyncio.run(story())
+
+
+def test_a_small_file_does_not_take_the_memory_of_the_machine(
+    preflight: Preflight, document: dict[str, Any], tmp_path: Path
+) -> None:
     """The same long text many times is a small file of Parquet's, and hundreds of MiB as Python's strings."""
     rows, path = 800_000, tmp_path / "rows.parquet"
     text = pa.array(["x" * 500]).dictionary_encode().take(pa.array([0] * rows))
     label = pa.array(["a", "b"]).dictionary_encode().take(pa.array([0, 1] * (rows // 2)))
     pq.write_table(pa.table({"text": text, "label": label}), path)
     assert path.stat().st_size < 2**20
-    fits = json.loads(json.dumps(document))
-    document["data"]["train"] = f"path:{path}"
+    fits, document["data"]["train"] = parse_job(document), f"path:{path}"
 
     async def story() -> None:
-        preflight = Preflight(4, Limits(most_bytes=256 * 2**20))
-        with pytest.raises(InvalidJob):
+        with pytest.raises(InvalidJob, match=r"can be checked with 256MiB|fit into the memory"):
             await preflight.check(parse_job(document))
-        await preflight.check(parse_job(fits))
+        await preflight.check(fits)
 
     asyncio.run(story())
 
@@ -87,21 +106,5 @@ def test_a_check_ends_in_time_and_with_its_caller(document: dict[str, Any]) -> N
         with pytest.raises(asyncio.CancelledError):
             await left
         await asyncio.to_thread(wait_for, lambda: not processes_below("ray::_forecast"), "its end")
-
-    asyncio.run(story())
-
-
-def test_a_few_at_a_time(document: dict[str, Any]) -> None:
-    spec = parse_job(document)
-
-    async def story() -> None:
-        preflight = Preflight(4, Limits(at_once=1, waiting=1, wait_seconds=0.05))
-        first = asyncio.create_task(preflight.check(spec))
-        await asyncio.sleep(0)
-        late, refused = await asyncio.gather(preflight.check(spec), preflight.check(spec), return_exceptions=True)
-        assert isinstance(late, ServiceBusy)
-        assert isinstance(refused, ServiceBusy)
-        await first
-        await preflight.check(spec)
 
     asyncio.run(story())
