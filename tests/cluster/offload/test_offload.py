@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -136,54 +135,13 @@ def training(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in processes if "RayTrainWorker" in command_of(process)]
 
 
-def assert_failed_by_a_kill(answer: "Future[Evaluated]") -> None:
-    """The one worker of several that was killed is the reason, and not what the others noticed of it."""
-    with pytest.raises(EvaluationFailed, match="failed: the process of a worker ended") as failed:
-        answer.result(timeout=120)
-    assert len(str(failed.value).splitlines()) == 1
-
-
 def is_gone(base: ModelSource) -> bool:
     return not (base.scratch / OFFLOAD).exists() or not list((base.scratch / OFFLOAD).rglob("*.swp"))
 
 
-@needs_ops
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(
-    ("family", "dtype", "count"),
-    # Each family, each dtype and each number of processes, and not all of them with each other: a run takes 20 seconds.
-    [
-        ("bert", torch.float32, 1),
-        ("mixtral", torch.bfloat16, 2),
-    ],
-)
-def test_offloaded_is_plain_evaluation(
-    models: dict[str, Path], tmp_path: Path, family: str, dtype: torch.dtype, count: int
-) -> None:
-    """A worker that is killed costs one evaluation: the only one while it loads the model, one of two between orders."""
-    base, examples = ModelSource(models[family], dtype, tmp_path), examples_of(family)
-    found: list[Evaluated] = []
-    processes: list[list[int]] = []
-    heard: list[Activity] = []
-    with evaluator(base, family, count, heard.append) as offloaded:
-        if family == "bert":
-            with ThreadPoolExecutor(1) as thread:
-                answer = thread.submit(offloaded.evaluate, stack_of(family, 0), "test")
-                wait_for(lambda: list(tmp_path.rglob("*.swp")), "model on the disk")
-                training(workers())[0].kill()
-                assert_failed_by_a_kill(answer)
-            wait_for(lambda: is_gone(base), "free disk")
-            heard.clear()
-        for seed in (0, 1):
-            found.append(offloaded.evaluate(stack_of(family, seed), "test"))
-            processes.append(sorted(process.pid for process in training(workers())))
-            assert len(list(tmp_path.rglob("*.swp"))) > 0, "some of the model is on the disk"
-        whats = list(dict.fromkeys(activity.what for activity in heard))
-        if count > 1:
-            training(workers())[0].kill()
-            with ThreadPoolExecutor(1) as thread:
-                assert_failed_by_a_kill(thread.submit(offloaded.evaluate, stack_of(family, 0), "test"))
+def assert_plain(found: list[Evaluated], base: ModelSource, family: str, count: int) -> None:
+    """The evaluations of two stacks by ``count`` processes are plain ones, within the bytes that were planned."""
+    examples = examples_of(family)
     for seed, evaluated in enumerate(found):
         assert_equal(evaluated.predictions, plainly(base, stack_of(family, seed), examples))
         assert evaluated.forward_seconds <= evaluated.seconds
@@ -194,10 +152,79 @@ def test_offloaded_is_plain_evaluation(
         assert evaluated.process_bytes
         assert evaluated.process_bytes > 100 * 2**20, "with its libraries"
     assert not torch.equal(found[0].predictions.losses, found[1].predictions.losses)
+
+
+@ray.remote(num_cpus=0)
+class Owner:
+    """Evaluates stacks of the encoder, as a coordinator does, until it is killed."""
+
+    def __init__(self, base: ModelSource) -> None:
+        self._heard: list[Activity] = []
+        self._open = evaluator(base, "bert", listen=self._heard.append)
+        self._evaluator = self._open.__enter__()
+
+    def evaluate(self, seed: int) -> Evaluated:
+        return self._evaluator.evaluate(stack_of("bert", seed), "test")
+
+    def heard(self) -> list[Activity]:
+        return self._heard
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@needs_ops
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_offloaded_is_plain_evaluation_and_nothing_of_it_outlives_its_owner(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its worker is killed while it loads the model, which costs an evaluation; at the end its owner is killed."""
+    base = ModelSource(models["bert"], torch.float32, tmp_path)
+    available = ray.available_resources()["memory"]  # type: ignore[no-untyped-call]
+    made: Any = Owner
+    owner = made.remote(base)
+    first = owner.evaluate.remote(0)
+    wait_for(lambda: list(tmp_path.rglob("*.swp")), "model on the disk")
+    training(workers())[0].kill()
+    with pytest.raises(EvaluationFailed, match="failed: the process of a worker ended"):
+        ray.get(first, timeout=120)
+    wait_for(lambda: is_gone(base), "free disk")
+    before = len(ray.get(owner.heard.remote()))
+
+    found, processes = [], []
+    for seed in (0, 1):
+        found.append(ray.get(owner.evaluate.remote(seed), timeout=120))
+        processes.append([process.pid for process in training(workers())])
+        assert list(tmp_path.rglob("*.swp")), "some of the model is on the disk"
+    assert_plain(found, base, "bert", 1)
     assert processes[0] == processes[1], "the model was loaded once"
-    assert (whats[0], whats[-1]) == ("starting the processes of DeepSpeed", "evaluating the whole model (test)")
+    heard = ray.get(owner.heard.remote())[before:]
+    assert heard[0].what == "starting the processes of DeepSpeed"
+    assert heard[-1].what == "evaluating the whole model (test)"
     assert all(activity.total is None or 0 <= activity.done <= activity.total for activity in heard)
-    assert len(processes[0]) == count
+
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(owner.die.remote(), timeout=120)
+    wait_for(lambda: not workers() and is_gone(base), "end of the workers")
+    wait_for(lambda: ray.available_resources()["memory"] >= available, "free memory")  # type: ignore[no-untyped-call]
+
+
+@needs_ops
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_two_processes_of_a_mixture_of_experts(models: dict[str, Path], tmp_path: Path) -> None:
+    """One of them is killed between two orders, which costs one evaluation."""
+    base, family = ModelSource(models["mixtral"], torch.bfloat16, tmp_path), "mixtral"
+    with evaluator(base, family, 2) as offloaded:
+        found = [offloaded.evaluate(stack_of(family, seed), "test") for seed in (0, 1)]
+        assert len(training(workers())) == 2
+        assert list(tmp_path.rglob("*.swp")), "some of the model is on the disk"
+        training(workers())[0].kill()
+        with pytest.raises(EvaluationFailed, match="failed: the process of a worker ended") as failed:
+            offloaded.evaluate(stack_of(family, 0), "test")
+    assert len(str(failed.value).splitlines()) == 1, "the one that was killed is the reason, not what the other noticed"
+    assert_plain(found, base, family, 2)
     wait_for(lambda: is_gone(base), "free disk")
     wait_for(lambda: not workers(), "end of the workers")
 
@@ -251,30 +278,6 @@ def test_a_machine_that_cannot_be_looked_at_is_judged_by_torch(
     document["evaluation"] = {"engine": "deepspeed"}
     made = server_evaluation(a_job(document, tmp_path))
     assert made.evaluator.startswith("torch (in place of deepspeed: this machine could not be checked: Read-only")
-
-
-@ray.remote(num_cpus=0)
-class Owner:
-    """Evaluates a stack, as a coordinator does, and is killed."""
-
-    def evaluate(self, base: ModelSource) -> int:
-        with evaluator(base, "bert") as offloaded:
-            offloaded.evaluate(stack_of("bert", 0), "test")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return 0
-
-
-@needs_ops
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_nothing_outlives_an_owner_that_was_killed(models: dict[str, Path], tmp_path: Path) -> None:
-    base = ModelSource(models["bert"], torch.float32, tmp_path)
-    available = ray.available_resources()["memory"]  # type: ignore[no-untyped-call]
-    owner: Any = Owner
-    with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(owner.remote().evaluate.remote(base), timeout=120)
-    wait_for(lambda: not workers() and is_gone(base), "end of the workers")
-    wait_for(lambda: ray.available_resources()["memory"] >= available, "free memory")  # type: ignore[no-untyped-call]
 
 
 @contextmanager
