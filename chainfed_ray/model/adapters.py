@@ -224,9 +224,9 @@ class AdapterStack(nn.Module):
         return cls(made, None if classes is None else Head(hidden, classes, head_layers))
 
     @classmethod
-    def new_lora(cls, shapes: LoraShapes, rank: int, seed: int) -> "AdapterStack":
+    def new_lora(cls, shapes: LoraShapes, rank: int, seed: int, head: Head | None = None) -> "AdapterStack":
         """A new stack of LoRAs that change nothing. ``shapes`` has each layer's linear modules, as ``Lora`` takes them."""
-        return cls({layer: Lora(of, rank, derive(seed, "adapter", layer)) for layer, of in shapes.items()}, None)
+        return cls({layer: Lora(of, rank, derive(seed, "adapter", layer)) for layer, of in shapes.items()}, head)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -290,7 +290,7 @@ class AdapterStack(nn.Module):
         """See ``Adapted``."""
         return self.adapter(layer) if layer in self.layers and not self.is_lora else None
 
-    def inside(self, layer: int) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    def inside(self, layer: int) -> Mapping[str, LowRank]:
         """See ``Adapted``."""
         lora = self.part(layer) if layer in self.layers else None
         return {path: lora.part(path) for path in lora.paths} if isinstance(lora, Lora) else {}

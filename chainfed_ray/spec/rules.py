@@ -132,9 +132,6 @@ def _of_adapter(spec: JobSpec) -> Iterator[Problem]:
     for key in other:
         if (value := getattr(adapter, key)) != fields[key].default:
             yield Problem(f"chain.adapter.{key}", value, f"no value with chain.adapter.kind {adapter.kind}")
-    if adapter.kind == "lora" and spec.model.task != "causal-lm":
-        expected = "'bottleneck', unless model.task is causal-lm"
-        yield Problem("chain.adapter.kind", adapter.kind, expected)
     if adapter.kind == "lora" and spec.chain.look_ahead == "adapters":
         expected = "'exact' or 'none' with chain.adapter.kind lora: a LoRA cannot stand in for its layer"
         yield Problem("chain.look_ahead", spec.chain.look_ahead, expected)
