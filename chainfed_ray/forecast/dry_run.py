@@ -178,7 +178,8 @@ def _changes(job: PlannedJob) -> Iterator[Change]:
     if job.admission.excluded:
         spec = job.spec
         key = "rank" if job.lora else "bottleneck"
-        yield from _joining(job, f"chain.adapter.{key}", _halvings(spec.chain.adapter.width, 1))
+        if not spec.fleet.has_ranks:  # a class may have more ranks than a smaller number
+            yield from _joining(job, f"chain.adapter.{key}", _halvings(spec.chain.adapter.width, 1))
         yield from _joining(job, "chain.head_layers", _halvings(job.head_layers, 1))
         yield from _joining(job, "data.max_length", _halvings(spec.data.max_length, 2))
         yield from _joining(job, "rounds.batch_size", [2 * spec.rounds.batch_size])

@@ -63,6 +63,7 @@ class LowRank(nn.Module):
         super().__init__()
         blank = seed is None
         self.lora_A, self.lora_B = (_linear(*shape, blank, bias=False) for shape in ((inputs, rank), (rank, outputs)))
+        self.further: tuple[Tensor, Tensor] | None = None  # A and B of ranks that a client with fewer does not train
         if seed is not None:
             bound = 1 / math.sqrt(inputs)
             nn.init.uniform_(self.lora_A.weight, -bound, bound, generator=torch.Generator().manual_seed(seed))
@@ -70,8 +71,25 @@ class LowRank(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., K] → [..., N], in the dtype of ``inputs``."""
-        change: Tensor = self.lora_B(self.lora_A(inputs.to(self.lora_A.weight.dtype))) * LORA_SCALE
+        first, second = self.lora_A.weight, self.lora_B.weight
+        if self.further:
+            first, second = torch.cat([first, self.further[0]]), torch.cat([second, self.further[1]], 1)
+        change = nn.functional.linear(nn.functional.linear(inputs.to(first.dtype), first), second) * LORA_SCALE
         return change.to(inputs.dtype)
+
+
+def rank_axis(name: str) -> int | None:
+    """The axis of the ranks in the tensor called ``name``: they are rows of A and columns of B; None for other tensors."""
+    return {"lora_A.weight": 0, "lora_B.weight": 1}.get(".".join(name.split(".")[-2:]))
+
+
+def of_ranks(tensors: Mapping[str, Tensor], ranks: slice) -> Tensors:
+    """These ``ranks`` of the LoRAs among ``tensors``, as views; other tensors are whole."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if (axis := rank_axis(name)) is not None:
+            found[name] = tensor[:, ranks] if axis else tensor[ranks]
+    return found
 
 
 class Lora(nn.Module):

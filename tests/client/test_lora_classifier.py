@@ -19,7 +19,7 @@ from chainfed_ray.client.head_sums import sum_features
 from chainfed_ray.client.messages import Client, Fitting, Training
 from chainfed_ray.client.training import train
 from chainfed_ray.data.tokens import Examples, ragged
-from chainfed_ray.model.adapters import AdapterStack, Tensors
+from chainfed_ray.model.adapters import AdapterStack, Tensors, of_ranks
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.streaming.matrices import SLICE_BYTES
 from tests.models import a_lora_classifier, tiny
@@ -51,10 +51,11 @@ def a_stack(folder: Path, new: bool = False) -> AdapterStack:
     return stack
 
 
-def a_client(window: Window, cached: bool = True) -> Client:
+def a_client(window: Window, cached: bool = True, rank: int | None = None) -> Client:
     buffers = Footprint(0, 2 * SLICE_BYTES, 0, 0, 0, 0, 0, 0, 0, 0)
     prefix = Prefix(2, "streamed", cached, planned_bytes=0, profile_bytes=0)
-    return Client("client", "any", texts(), 0, TurnPlan(window, 2, "streamed", "recomputed", prefix, buffers, 0), 0)
+    plan = TurnPlan(window, 2, "streamed", "recomputed", prefix, buffers, 0, rank)
+    return Client("client", "any", texts(), 0, plan, 0)
 
 
 def of_peft(folder: Path, stack: AdapterStack) -> tuple[Any, Tensors]:
@@ -87,8 +88,11 @@ def features_of(model: Any, top: int) -> Tensor:
     return layer_norm(means, means.shape[-1:])
 
 
-def plainly(folder: Path, window: Window, exit: int) -> tuple[Tensors, float]:
-    """The turn by PEFT: the loss is that of the head on the layer ``exit``; the window's LoRAs and the head are trained."""
+def plainly(folder: Path, window: Window, exit: int, ranks: int = 3) -> tuple[Tensors, float]:
+    """The turn by PEFT: the loss is that of the head on the layer ``exit``; the window's LoRAs and the head are trained.
+
+    Of each LoRA the first ``ranks`` alone are trained: the gradients of the others are zeros.
+    """
     stack = a_stack(folder)
     model, theirs = of_peft(folder, stack)
     head = {name: tensor.requires_grad_() for name, tensor in stack.tensors().items() if name.startswith("head.")}
@@ -104,6 +108,8 @@ def plainly(folder: Path, window: Window, exit: int) -> tuple[Tensors, float]:
         loss = cross_entropy(linear(features, weight, head["head.linear.bias"]), labels)
         optimizer.zero_grad()
         loss.backward()
+        for parameter in of_ranks({name: tensor.grad for name, tensor in trained.items()}, slice(ranks, None)).values():
+            parameter.zero_()
         optimizer.step()
         losses.append(float(loss.detach()))
     return {name: tensor.detach() for name, tensor in (trained | head).items()}, sum(losses) / EPOCHS
@@ -126,6 +132,21 @@ def test_a_turn_is_pefts_own(folder: Path, window: Window, exact: bool, tmp_path
     for name, tensor in expected.items():
         torch.testing.assert_close(update.tensors[name], tensor, rtol=0, atol=RATE / 200)
         assert (tensor - before[name]).abs().max() > RATE
+
+
+def test_a_client_of_fewer_ranks_has_the_same_loss_and_trains_the_first(folder: Path, tmp_path: Path) -> None:
+    window, before = Window(1, 2), a_stack(folder).tensors()
+    order = Training(
+        before, window, 2, epochs=EPOCHS, batch_size=5, learning_rate=RATE, head_learning_rate=HEAD_RATE,
+        global_weight=0, global_trains="head", seed=0,
+    )  # fmt: skip
+    blocks = Blocks(folder, torch.float32)
+    update = train(a_client(window, rank=2), blocks, tmp_path, order)
+    blocks.close()
+    expected, loss = plainly(folder, window, 2, ranks=2)
+    assert update.loss == pytest.approx(loss, rel=1e-6)
+    for name, tensor in of_ranks(expected, slice(2)).items():
+        torch.testing.assert_close(update.tensors[name], tensor, rtol=0, atol=RATE / 200)
 
 
 @pytest.mark.parametrize(("new", "cached"), [(True, True), (False, True), (False, False)])

@@ -24,10 +24,18 @@ def test_a_job_ends_with_the_model_that_was_evaluated(
 ) -> None:
     """Stopped after a round and resumed, it has the same bits."""
     document["chain"] |= {"look_ahead": look_ahead, "start": start, "head": "fitted", "adapter": LORA}
+    # Phones train one of the three ranks.
+    document["fleet"]["clients"] = [
+        {"name": "laptop", "count": 2, "memory": "64MiB"},
+        {"name": "phone", "count": 2, "memory": "64MiB", "rank": 1},
+    ]
     job = a_job(document, tmp_path / "one")
     coordinator, straight = run(job, tmp_path / "one" / "log")
     records = CommitLog(tmp_path / "one" / "log").rounds()
     assert all(record.counted and not record.failed_turns for record in records)
+    sent = {turn.client_class: turn.sent_bytes for turn in records[0].turns}
+    head = sum(tensor.nbytes for name, tensor in straight.items() if name.startswith("head."))
+    assert sent["laptop"] - head == 3 * (sent["phone"] - head) > 0
     coordinator.save(tmp_path)
     saved, finished = load_stack(tmp_path / "model"), coordinator.finish()
     assert saved.stack.is_lora
