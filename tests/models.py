@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.adapters import AdapterStack, Head
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import added
 from chainfed_ray.model.pooling import mean_over_tokens
@@ -170,6 +170,22 @@ def a_saved_stack(
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     names = tuple(f"class-{index}" for index in range(classes))
     return SavedStack(stack, names, 16, f"path:{folder}", Blocks(folder, torch.float32).layers_path)
+
+
+def a_lora_classifier(
+    folder: Path, layers: tuple[int, ...] = (1, 2, 3), classes: int = 3, seed: int = 0, rank: int = 3
+) -> SavedStack:
+    """As ``a_saved_stack``, with LoRAs on all linear modules that a LoRA of a classifier can be on."""
+    blocks = Blocks(folder, torch.float32)
+    shapes = {layer: blocks.text_modules(layer) for layer in layers}
+    blocks.close()
+    stack = AdapterStack.new_lora(shapes, rank, seed, Head(32, classes, layers=3 - seed % 3))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    names = tuple(f"class-{index}" for index in range(classes))
+    return SavedStack(stack, names, 16, f"path:{folder}", blocks.layers_path)
 
 
 @torch.no_grad()

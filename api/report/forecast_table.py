@@ -22,6 +22,8 @@ def forecast_table(forecast: Forecast) -> RenderableType:
     parts: list[RenderableType] = [_summary(forecast), "", _classes(forecast)]
     for lines in (list(_settings(forecast)), list(_excluded(forecast)), list(_changes(forecast))):
         parts += ["", *lines] if lines else []
+    if forecast.look_aheads:
+        parts += ["", "What each look-ahead would cost; * is the job's own:", _look_aheads(forecast)]
     return Group(*parts)
 
 
@@ -67,6 +69,22 @@ def _classes(forecast: Forecast) -> Table:
         planned, disk, sent = (format_bytes(count) for count in (row.planned_bytes, row.disk_bytes, row.sent_bytes))
         window, batch = _range(row.window), _range(row.micro_batch)
         table.add_row(short(row.name), clients, budget, planned, window, batch, step, disk, sent)
+    return table
+
+
+def _look_aheads(forecast: Forecast) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    table.add_column("look-ahead", no_wrap=True)
+    for name in ("window", "clients", "whole", "passes", "time", "planned"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in forecast.look_aheads:
+        window = "all" if row.window == forecast.layers else str(row.window)
+        time = "" if row.estimated_seconds is None else format_seconds(row.estimated_seconds)
+        bytes_of = sorted(row.planned_bytes.values())
+        planned = "–".join(dict.fromkeys(map(format_bytes, bytes_of[:1] + bytes_of[-1:])))
+        joins = f"{row.joins} of {forecast.clients}"
+        name = f"{row.look_ahead} *" if row.own else row.look_ahead
+        table.add_row(name, window, joins, str(row.whole), f"{row.layer_passes:.1f}", time, planned)
     return table
 
 

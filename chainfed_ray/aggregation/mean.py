@@ -17,7 +17,7 @@ from chainfed_ray.aggregation.fixed_point import MOST_CHANGE, FixedPoint, FixedP
 from chainfed_ray.aggregation.robust import krum, median, trimmed_mean
 from chainfed_ray.aggregation.rule import AggregationRule, WeightedUpdate
 from chainfed_ray.errors import InvalidJob, InvalidUpdate
-from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.model.adapters import Tensors, rank_axis
 from chainfed_ray.spec.sections import AggregationSpec
 
 _MOST_CLAIMED = 2**60  # seconds, steps or bytes
@@ -108,14 +108,15 @@ class Aggregate(Protocol):
         ...
 
 
-def aggregate_by(spec: AggregationSpec, start: Tensors, examples: int) -> Aggregate:
+def aggregate_by(spec: AggregationSpec, start: Tensors, examples: int, by_rank: bool = False) -> Aggregate:
     """An empty aggregate by the job's rule.
 
     ``start`` are the tensors that are trained, as they were sent. ``examples`` is the number of all sampled clients' examples.
+    ``by_rank``: some clients train fewer ranks of LoRAs than others; only the mean allows this.
     """
     match spec.rule:
         case "mean":
-            return RunningMean(start, examples)
+            return MeanByRank(start, examples) if by_rank else RunningMean(start, examples)
         case "median":
             return KeptUpdates(median)
         case "trimmed-mean":
@@ -167,6 +168,53 @@ class RunningMean:
             name: self._sums.total(name).div_(weight).add_(self._start[name]).float()
             for name, weight in self._sums.weights.items()
         }
+
+
+class MeanByRank:
+    """The weighted mean in which each rank of a LoRA is averaged over the updates that have it: of some, the first ranks alone.
+
+    What an update lacks counts as no change, with no weight. The sums are those of a ``RunningMean`` over single ranks.
+    """
+
+    def __init__(self, start: Tensors, examples: int) -> None:
+        self._start = start
+        self._mean = RunningMean(_single_ranks(start), examples)
+
+    @property
+    def fraction_bits(self) -> int:
+        """See ``Aggregate``."""
+        return self._mean.fraction_bits
+
+    def impossible(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """See ``Aggregate``."""
+        return self._mean.impossible(_single_ranks(tensors))
+
+    def add(self, place: int, tensors: Mapping[str, Tensor], examples: int) -> None:
+        """Add an update, which may have the first ranks of its LoRAs alone."""
+        self._mean.add(place, _single_ranks(tensors), examples)
+
+    def result(self) -> Tensors:
+        """The mean by name. Ranks that no update had are as they were; a tensor of which none had any is not in it."""
+        found = self._mean.result()
+        whole = Tensors()
+        for name, start in self._start.items():
+            axis, ranks = rank_axis(name), _single_ranks({name: start})
+            if any(rank in found for rank in ranks):
+                parts = [found.get(rank, tensor) for rank, tensor in ranks.items()]
+                whole[name] = parts[0] if axis is None else torch.stack(parts, axis)
+        return whole
+
+
+def _single_ranks(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Each rank of each LoRA by a name of its own; other tensors as they are."""
+    single = Tensors()
+    for name, tensor in tensors.items():
+        axis = rank_axis(name)
+        parts = [] if axis is None else tensor.unbind(axis)
+        single |= (
+            {f"{name}:{place}": part.contiguous() for place, part in enumerate(parts)} if parts else {name: tensor}
+        )
+    return single
 
 
 class KeptUpdates:

@@ -59,6 +59,7 @@ class TurnRequirements:
     trains_above: bool  # True if those adapters are trained as well
     profiles: int  # examples in a CKA profile; 0 if the chain's start is given
     exact: bool = False  # True if the loss is the whole model's: a step runs the layers above the window as well
+    rank: int = 0  # of the job's LoRAs; 0 if it has none
     fits_head: bool = False  # True if the head is fitted in closed form, from sums over a client's examples
 
 

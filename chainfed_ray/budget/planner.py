@@ -29,6 +29,7 @@ from chainfed_ray.chain import Window
 
 PREFIX_BATCH = 8  # the most examples that are run through the prefix together
 _FLOAT64 = 8
+_ADAM_STATES = 2
 _EMBEDDING_STATES = 6  # token rows, rows by position, sums with positions and types, and their norm
 _POOLING_STATES = 2  # hidden states and their product with the mask
 _COMPARED, _GRAMS = 6, 5  # representations [n, D] and Gram matrices [n, n] of a CKA, and products of them
@@ -44,6 +45,7 @@ class ClientResources:
     offload_disk: int | None  # bytes of disk for offloaded activations; None: unlimited
     batch: int  # examples in its largest batch: an optimizer step's, or all that it has if they are fewer
     one_step: bool  # True if its turn is one optimizer step: the optimizer's state is made when activations are gone
+    rank: int | None = None  # how many of a LoRA's ranks it trains; None: all
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class TurnPlan:
     prefix: Prefix
     footprint: Footprint
     offload_bytes: int  # disk for offloaded activations
+    rank: int | None = None  # how many of a LoRA's ranks are trained, the first ones; None: all
 
     @cached_property
     def planned_bytes(self) -> int:
@@ -176,6 +179,8 @@ def _plan(
     resources: ClientResources,
 ) -> TurnPlan:
     parts = footprint(memory, requirements, window, micro_batch, resources.longest, weights, activations)
+    if resources.rank is not None:
+        parts = _with_fewer_ranks(parts, len(window) * memory.adapter, requirements.rank, resources.rank)
     offload = 0
     if activations == "offloaded":
         offload = saved_bytes(memory, requirements, window, micro_batch, resources.longest)
@@ -193,7 +198,21 @@ def _plan(
     if requirements.fits_head:
         fit = _fitting(memory, requirements, parts, micro_batch, prefix, resources)
         parts = replace(parts, transients=parts.transients + max(fit - parts.total, 0))
-    return TurnPlan(window, micro_batch, weights, activations, prefix, parts, offload)
+    return TurnPlan(window, micro_batch, weights, activations, prefix, parts, offload, resources.rank)
+
+
+def _with_fewer_ranks(parts: Footprint, window: int, rank: int, trained: int) -> Footprint:
+    """``parts`` if ``trained`` of a LoRA's ``rank`` are trained; the LoRAs of the window take ``window`` bytes.
+
+    A step puts the trained ranks beside the others: these copies are held until its backward pass is done.
+    """
+    fewer = window * (rank - trained) // rank
+    return replace(
+        parts,
+        adapters=parts.adapters - fewer + window,
+        gradients=parts.gradients - fewer,
+        optimizer=parts.optimizer - _ADAM_STATES * fewer,
+    )
 
 
 def _fitting(

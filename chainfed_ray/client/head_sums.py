@@ -52,14 +52,14 @@ def _first_pass_features(
 ) -> Features:
     """The features of the base model's layers. Layers whose features are missing run now.
 
-    The activations at the bottom of the window are kept for training. So are those at the chain's lowest layer, which never
+    The activations that enter the window are kept for training. So are those at the chain's lowest layer, which never
     change.
     """
     examples = client.examples
     first_pass = FirstPass(
         PrefixCache(scratch, prefix_runner(blocks, client.plan, matrices), examples), stack.head_layers
     )
-    first_pass.keep(min(stack.layers), order.window.bottom)
+    first_pass.keep(*map(stack.below, (min(stack.layers), order.window.bottom)))
     reporter = begin(f"running the layers up to layer {order.exit}")
     for _ in reporter.each(first_pass.up_to(order.exit), order.exit + 1, "layers"):
         pass
@@ -76,7 +76,7 @@ def _window_features(
 ) -> Features:
     """The features at the order's exit. They come through the client's own window, which may be narrower than the order's."""
     plan, examples = client.plan, client.examples
-    window = Window(plan.window.bottom, order.exit)
+    window = Window(stack.below(plan.window.bottom), order.exit)
     activations = window_inputs(client, blocks, scratch, stack, matrices, order.window)
     begin("fitting the head")
     streamed = matrices if plan.weights == "streamed" else None

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
@@ -28,7 +28,7 @@ from chainfed_ray.client.objective import (
 )
 from chainfed_ray.client.progress import begin
 from chainfed_ray.data.tokens import Batch, Examples
-from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.adapters import AdapterStack, Tensors, of_ranks
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import through_window
 from chainfed_ray.model.prefix import Activations
@@ -43,7 +43,8 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
     Training starts from the output of the highest layer that is below every trained adapter: the window's bottom layer, or the
     one below it if adapters are inside their layers. No backward pass goes through it, and with a prefix cache it runs once. If
     the order's exit is above the window, the window's output goes on through the layers in between, and the gradient comes back
-    through them. An optimizer step sees ``order.batch_size`` examples, in micro-batches whose gradients add up to the batch's.
+    through them. Of LoRAs the plan may train the first ranks alone; the others compute along. An optimizer step sees
+    ``order.batch_size`` examples, in micro-batches whose gradients add up to the batch's.
 
     Raises:
         BudgetExceeded: the turn is capped, and would have held more than its cap (``take_turn``).
@@ -51,10 +52,18 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
     started, cpu_started = perf_counter(), process_time()
     examples, plan = client.examples, client.plan
     names = trained_names(order.tensors, plan.window, order.global_weight, order.global_trains)
+    whole = {name: order.tensors[name] for name in names}
+    if plan.rank is not None:
+        order = replace(order, tensors=order.tensors | of_ranks(whole, slice(plan.rank)))
     # Only tensors that are trained are copied. The others are used as the order brought them, to save memory.
     stack = AdapterStack.from_tensors(
-        {name: tensor.clone() if name in names else tensor for name, tensor in order.tensors.items()}
+        {
+            name: tensor.clone(memory_format=torch.contiguous_format) if name in names else tensor
+            for name, tensor in order.tensors.items()
+        }
     )
+    if plan.rank is not None:
+        _keep_further_ranks(stack, plan.window, of_ranks(whole, slice(plan.rank, None)))
     for name, parameter in stack.named_parameters():
         parameter.requires_grad_(name in names)
     window = Window(plan.window.bottom, order.exit)
@@ -79,6 +88,14 @@ def train(client: Client, blocks: Blocks, scratch: Path, order: Training) -> Upd
         tensors = client.privacy.applied({name: order.tensors[name] for name in sorted(sent)}, tensors)
     seconds = (perf_counter() - started) / client.speed
     return Update(tensors, len(examples), loss, steps, seconds, process_time() - cpu_started)
+
+
+def _keep_further_ranks(stack: AdapterStack, window: Window, further: Tensors) -> None:
+    """Let the LoRAs of ``window`` compute with their ``further`` ranks, which are not trained."""
+    for layer in window:
+        for path, part in stack.inside(layer).items():
+            first, second = (further[f"adapters.{layer}.{path}.{name}.weight"] for name in ("lora_A", "lora_B"))
+            part.further = first, second
 
 
 def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training) -> tuple[float, int]:

@@ -96,10 +96,11 @@ _NEEDS = {
 
 
 def _needs(saved: SavedStack, form: str) -> str:
-    if not saved.stack.is_lora:
+    if not saved.stack.is_lora or (saved.classes and form != "peft"):
         return _NEEDS[form]
     finds = " Below, chainfed-ray finds the base model." if form == "peft" and _is_ours_to_find(saved) else ""
-    return _LORA_NEEDS[form] + finds
+    beside = " The head is beside it, in head.safetensors." if saved.classes else ""
+    return _LORA_NEEDS[form] + beside + finds
 
 
 def _is_ours_to_find(saved: SavedStack) -> bool:
@@ -116,10 +117,14 @@ _LORA_NEEDS = {
 def _code(saved: SavedStack, form: str) -> str:
     """The code of the card. ``FOLDER`` is for the reader to set."""
     plain = saved.stack.is_lora and not (form == "peft" and _is_ours_to_find(saved))
-    code = _LORA_CODE[form] if plain else _CODE[form, bool(saved.classes)]
+    if saved.stack.is_lora and saved.classes and form == "peft":
+        code = (_PLAIN_BASE if plain else _OUR_BASE) + _LORA_CLASSIFIER
+    else:
+        code = _LORA_CODE[form] if plain and not saved.classes else _CODE[form, bool(saved.classes)]
     base = saved.config()["base_model_name_or_path"] or saved.base
     code = dedent(code).lstrip().replace("BASE", repr(saved.base)).replace("PATH", base)
     code = code.replace("REVISION", f', revision="{saved.revision}"' if saved.revision else "")
+    code = code.replace("LAYERS", repr(f"base_model.model.{saved.layers_path}"))
     return 'FOLDER = "."  # where this file is\n\n' + code
 
 
@@ -143,6 +148,45 @@ _LORA_CODE = {
         print(words.decode(written[0]))
         """,
 }
+_PLAIN_BASE = """
+        from transformers import AutoModel, AutoTokenizer
+
+        base = "PATH"  # the base model's name on the hub, or its folder
+        whole, words = AutoModel.from_pretrained(baseREVISION), AutoTokenizer.from_pretrained(baseREVISION)
+"""
+_OUR_BASE = """
+        from chainfed_ray.hub import resolve, tokenizer
+        from chainfed_ray.model.source import load_whole
+        from transformers import AutoModel
+
+        folder = resolve(BASE)
+        whole, words = load_whole(AutoModel, folder), tokenizer(BASE, folder)
+"""
+# The head takes the outputs of the layers, which is not what every model hands out: many have a norm after the last one.
+_LORA_CLASSIFIER = """
+        import json
+        from pathlib import Path
+
+        import torch
+        from peft import PeftModel
+        from safetensors.torch import load_file
+        from torch.nn.functional import layer_norm, linear
+
+        model = PeftModel.from_pretrained(whole, FOLDER).eval()
+        reader = whole.get_encoder() if whole.config.is_encoder_decoder else whole  # with the LoRA inside
+        own = json.loads((Path(FOLDER) / "chainfed.json").read_text())
+        head, outputs = load_file(Path(FOLDER) / "head.safetensors"), []
+        for layer in model.get_submodule(LAYERS)[-own["head_layers"] :]:
+            layer.register_forward_hook(lambda _layer, _inputs, out: outputs.append(out if torch.is_tensor(out) else out[0]))
+        batch = words(["A text."], return_tensors="pt", padding=True, truncation=True, max_length=own["max_length"])
+        with torch.no_grad():
+            reader(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        mask = batch["attention_mask"].unsqueeze(-1)
+        pooled = torch.stack([(output * mask).sum(1) / mask.sum(1) for output in outputs], dim=1)
+        features = layer_norm(pooled, pooled.shape[-1:], head["norm.weight"], head["norm.bias"]).flatten(1)
+        logits = linear(features, head["linear.weight"], head["linear.bias"])
+        print(own["classes"][logits[0].argmax()])
+"""
 _CODE = {
     ("peft", True): """
         from peft import PeftModel

@@ -51,12 +51,17 @@ class WholeConfig(PreTrainedConfig):
     @classmethod
     def of(cls, saved: SavedStack, base: PreTrainedConfig) -> "WholeConfig":
         """The configuration of ``saved`` on the base model that is configured by ``base``."""
-        config = saved.config()
-        given = {name: config[name] for name in ("hidden", "bottleneck", "head_layers", "max_length")}
+        stack = saved.stack
+        given: dict[str, Any] = {"head_layers": stack.head_layers, "max_length": saved.max_length}
+        if stack.layers:
+            down = stack.adapter(stack.layers[0]).down
+            given |= {"hidden": down.in_features, "bottleneck": down.out_features}
+        elif stack.head:  # its LoRAs are in the weights
+            given |= {"hidden": stack.head.norm.weight.shape[0]}
         if saved.classes:
             given["id2label"] = dict(enumerate(saved.classes))
             given["label2id"] = {name: number for number, name in enumerate(saved.classes)}
-        return cls(base_config=base, layers=list(saved.stack.layers), **given)
+        return cls(base_config=base, layers=list(stack.layers), **given)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The configuration of the base model's part that reads texts."""

@@ -35,7 +35,7 @@ class Candidate:
 
     ``disk`` is None if the client declared no limit. ``availability`` is the probability that the client answers when it is
     sampled. ``speed`` is at most 1: at 0.5 a turn takes twice as long. ``remote`` says where the rows of a client at a site
-    are; it has no ``examples``.
+    are; it has no ``examples``. ``rank`` is how many of a LoRA's ranks it trains; None: all.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Candidate:
     availability: float = 1.0
     speed: float = 1.0
     remote: SiteRows | None = None
+    rank: int | None = None
 
     @cached_property
     def counts(self) -> ExampleCounts:
@@ -87,6 +88,7 @@ class Planner:
             offload_disk=None if disk is None else disk - (needed if cached else 0),
             batch=min(counts.examples, self.requirements.batch_size),
             one_step=few and self.requirements.epochs == 1,
+            rank=candidate.rank,
         )
 
     def plan(self, candidate: Candidate, stage: Window) -> TurnPlan | None:
@@ -217,6 +219,7 @@ def requirements_of(spec: JobSpec, layers: int) -> TurnRequirements:
         trains_above=global_branch and spec.chain.global_trains == "upper",
         profiles=spec.chain.profile_examples if spec.chain.start == "auto" else 0,
         fits_head=spec.chain.head == "fitted",
+        rank=spec.chain.adapter.rank if spec.chain.adapter.kind == "lora" else 0,
         exact=spec.chain.look_ahead == "exact",
     )
 
@@ -239,10 +242,8 @@ def candidates(
             found += _at_site(group, survey, () if spec.model.task == "causal-lm" else examples.corpus.classes)
         elif group.site is None:
             for (name, _), share in islice(simulated, group.count):
-                rows = examples.of_client(share)
-                found.append(
-                    Candidate(name, group.name, rows, group.memory, group.disk, group.availability, group.speed)
-                )
+                rows, resources = examples.of_client(share), (group.memory, group.disk, group.availability, group.speed)
+                found.append(Candidate(name, group.name, rows, *resources, rank=group.rank))
     return found
 
 
@@ -252,7 +253,7 @@ def _at_site(group: ClientClass, survey: Survey, classes: tuple[str, ...]) -> It
     for part, client in enumerate(survey.clients):
         rows = SiteRows(group.site, group.data, part, len(survey.clients), client.counts, classes)
         name = f"{group.name}-{part}"
-        yield Candidate(name, group.name, NO_EXAMPLES, group.memory, group.disk, remote=rows)
+        yield Candidate(name, group.name, NO_EXAMPLES, group.memory, group.disk, remote=rows, rank=group.rank)
 
 
 def as_client(candidate: Candidate, plan: TurnPlan, cap_bytes: int) -> Client:

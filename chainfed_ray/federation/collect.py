@@ -18,7 +18,7 @@ from chainfed_ray.client.pool import ClientPool, Failure, as_they_come
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.hub import first_line
-from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.model.adapters import Tensors, of_ranks
 from chainfed_ray.records.rounds import FailedTurn, Turn, finite
 
 
@@ -82,7 +82,8 @@ class UpdateCollector:
     def _checked(self, client: Client, result: TurnResult) -> Update:
         if not isinstance(result, Update):
             raise InvalidUpdate(client.name, f"it is a {type(result).__name__}")
-        check_update(client.name, result.tensors, self._trained(client.plan.window), client.counts.examples)
+        expected = of_ranks(self._trained(client.plan.window), slice(client.plan.rank))
+        check_update(client.name, result.tensors, expected, client.counts.examples)
         if impossible := self._aggregate.impossible(result.tensors):
             raise InvalidUpdate(client.name, impossible)
         # An objective of the caller's own may be negative.

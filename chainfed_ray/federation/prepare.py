@@ -41,7 +41,7 @@ from chainfed_ray.federation.admission import (
     shares_of,
 )
 from chainfed_ray.hub import configuration, first_line, resolve, tokenizer
-from chainfed_ray.model.adapters import AdapterStack, LoraShapes
+from chainfed_ray.model.adapters import AdapterStack, Head, LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.saved_stack import SavedStack
@@ -107,7 +107,8 @@ class PlannedJob:
         """A new stack that changes nothing, with adapters of the job's kind for ``layers``."""
         adapter = self.spec.chain.adapter
         if self.lora:
-            return AdapterStack.new_lora({layer: self.lora[layer] for layer in layers}, adapter.rank, seed)
+            head = None if self.class_count is None else Head(self.hidden, self.class_count, self.head_layers)
+            return AdapterStack.new_lora({layer: self.lora[layer] for layer in layers}, adapter.rank, seed, head)
         return AdapterStack.new(layers, self.hidden, adapter.bottleneck, self.class_count, seed, self.head_layers)
 
     def chain_from(self, start: int) -> Chain:
@@ -249,28 +250,27 @@ def traced(
         check_texts(spec, blocks, texts)
         _check_chain(spec, blocks.num_layers)
         Reporter("tracing the memory of the model's parts", listen).begin()
-        lora = _lora(spec.chain.adapter, blocks)
+        lora = _lora(spec.chain.adapter, blocks, causal) if spec.chain.adapter.kind == "lora" else None
         with blocks.named_errors("has layers whose memory cannot be planned"):
-            width, head_layers = spec.chain.adapter.width, _head_layers(spec, blocks)
-            memory = known_profile_of(blocks, width, classes, head_layers, lora)
+            memory = known_profile_of(blocks, spec.chain.adapter.width, classes, _head_layers(spec, blocks), lora)
         return Traced(blocks.causal_layers_path if causal else blocks.layers_path, lora, memory)
 
 
-def _lora(adapter: AdapterSpec, blocks: Blocks) -> LoraShapes | None:
-    """The linear modules of each layer that a LoRA is on; None if the adapters are bottlenecks.
+def _lora(adapter: AdapterSpec, blocks: Blocks, causal: bool) -> LoraShapes:
+    """The linear modules of each layer that a LoRA is on.
 
     Raises:
-        InvalidJob: a target is the name of no linear module.
+        InvalidJob: a target is the name of no linear module, or no LoRA fits the model.
     """
-    if adapter.kind != "lora":
-        return None
-    modules = {index: blocks.linear_modules(index) for index in range(blocks.num_layers)}
+    made = blocks.linear_modules if causal else blocks.text_modules
+    modules = {index: made(index) for index in range(blocks.num_layers)}
     names = {path.rpartition(".")[2] for layer in modules.values() for path in layer}
+    if not names:
+        expected = f"'bottleneck' for {blocks.family}: no linear module is of one layer and given each text by itself"
+        raise InvalidJob.at("chain.adapter.kind", adapter.kind, expected)
     wanted = names if adapter.targets is None else set(adapter.targets)
     if unknown := sorted(wanted - names):
-        raise InvalidJob.at(
-            "chain.adapter.targets", unknown[0], f"a linear module of the model's layers: {in_words(names)}"
-        )
+        raise InvalidJob.at("chain.adapter.targets", unknown[0], f"a linear module for a LoRA: {in_words(names)}")
     chosen = {
         index: {path: shape for path, shape in layer.items() if path.rpartition(".")[2] in wanted}
         for index, layer in modules.items()

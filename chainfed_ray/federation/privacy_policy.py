@@ -23,7 +23,7 @@ class PrivacyPolicy:
     ``aggregation`` is the caller's own rule, in place of the job's.
 
     Raises:
-        InvalidJob: the job has privacy, and ``aggregation`` is given.
+        InvalidJob: the job has privacy, or classes of clients with ranks of their own, and ``aggregation`` is given.
     """
 
     def __init__(
@@ -32,6 +32,9 @@ class PrivacyPolicy:
         self._spec, self._privacy, self._log, self._aggregation = spec, spec.privacy, log, aggregation
         if spec.privacy and aggregation is not None:
             expected = "no rule of one's own in a job with privacy: ε is known for the mean alone"
+            raise InvalidJob.at("aggregation", named(aggregation), expected)
+        if spec.fleet.has_ranks and aggregation is not None:
+            expected = "no rule of one's own with fleet.clients[].rank: updates have tensors of different shapes"
             raise InvalidJob.at("aggregation", named(aggregation), expected)
         self._ledger = Ledger(spec.privacy, spec.rounds, admitted) if spec.privacy else None
 
@@ -72,8 +75,9 @@ class PrivacyPolicy:
     def aggregate(self, index: int, start: Tensors, examples: int) -> Aggregate:
         """An empty aggregate for round ``index``, which trains the tensors of ``start`` on ``examples`` of all its clients."""
         if self._privacy is None:
-            own = self._aggregation
-            return aggregate_by(self._spec.aggregation, start, examples) if own is None else KeptUpdates(own)
+            if self._aggregation is not None:
+                return KeptUpdates(self._aggregation)
+            return aggregate_by(self._spec.aggregation, start, examples, self._spec.fleet.has_ranks)
         return private_mean(self._privacy, self._log.secret(), index, start, self._spec.rounds.clients)
 
     def priced(self, record: Round, history: Sequence[Round]) -> Round:

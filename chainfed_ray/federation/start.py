@@ -161,6 +161,6 @@ def _exit(job: PlannedJob, pool: ClientPool, layer: int, reporter: Reporter) -> 
     # layer. The job's own planner is used for every exit, so that each computes the prefix in the same micro-batches.
     window = Window(layer, layer)
     clients = everyone(job.planner, (candidate for candidate, _ in job.admitted), window, ())
-    bottleneck, seed = job.spec.chain.adapter.bottleneck, derive(job.spec.seed, "stack")
-    stack = AdapterStack.new(window, job.hidden, bottleneck, job.class_count, seed)
+    width, seed = job.spec.chain.adapter.width, derive(job.spec.seed, "stack")
+    stack = AdapterStack.new(window, job.hidden, width, job.class_count, seed)  # whatever the job's own adapters are
     return fit_head(job, pool, clients, Fitting(stack.tensors(), window, layer), reporter).record

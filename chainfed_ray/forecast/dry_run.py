@@ -21,6 +21,7 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit, requirements_of
 from chainfed_ray.federation.prepare import PlannedJob, check_fleet, plan_job
 from chainfed_ray.forecast.duration import duration
+from chainfed_ray.forecast.look_aheads import compared
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of, with_bottleneck
 from chainfed_ray.records.forecast import PREFIX, Change, ClassForecast, Forecast
@@ -44,7 +45,8 @@ def dry_run(spec: JobSpec, at_once: int, listen: Listener = no_listener) -> Fore
     job = plan_job(spec, Path(), listen)  # the folder is never used: measurements have their own
     ledger = Ledger(spec.privacy, spec.rounds, len(job.admitted)) if spec.privacy and job.admitted else None
     rounds = ledger.total if ledger else spec.rounds.total
-    measured = duration(_of_rounds(job, rounds), at_once, listen) if job.admitted and rounds else None
+    limited = _of_rounds(job, rounds) if rounds else job
+    measured = duration(limited, at_once, listen) if job.admitted and rounds else None
     cohort = min(spec.rounds.clients, len(job.admitted))
     memory, start = job.planner.costs, job.planner.requirements.start
     Reporter("looking for changes that would let more clients join", listen).begin()
@@ -67,6 +69,7 @@ def dry_run(spec: JobSpec, at_once: int, listen: Listener = no_listener) -> Fore
         estimated_seconds=measured.seconds if measured else None,
         classes=_classes(job, measured.micro_steps if measured else {}),
         changes=tuple(_changes(job)),
+        look_aheads=tuple(compared(limited, measured, at_once)),
     )
 
 
@@ -175,7 +178,8 @@ def _changes(job: PlannedJob) -> Iterator[Change]:
     if job.admission.excluded:
         spec = job.spec
         key = "rank" if job.lora else "bottleneck"
-        yield from _joining(job, f"chain.adapter.{key}", _halvings(spec.chain.adapter.width, 1))
+        if not spec.fleet.has_ranks:  # a class may have more ranks than a smaller number
+            yield from _joining(job, f"chain.adapter.{key}", _halvings(spec.chain.adapter.width, 1))
         yield from _joining(job, "chain.head_layers", _halvings(job.head_layers, 1))
         yield from _joining(job, "data.max_length", _halvings(spec.data.max_length, 2))
         yield from _joining(job, "rounds.batch_size", [2 * spec.rounds.batch_size])

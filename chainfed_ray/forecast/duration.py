@@ -6,7 +6,7 @@ does not foresee stages that converge early or clients that do not answer.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
@@ -17,32 +17,44 @@ from chainfed_ray.client.messages import Client, Training
 from chainfed_ray.federation.admission import Candidate, as_client
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.federation.stages import StageSchedule
-from chainfed_ray.forecast.pace import Pace, evaluation_pace, training_pace
+from chainfed_ray.forecast.pace import EvaluationPace, Pace, evaluation_pace, training_pace
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.sections import Often, RoundsSpec
 
-_PASSES = 3  # a training step takes about three forward passes: forward, gradients of inputs, gradients of weights
+PASSES = 3  # a training step takes about three forward passes: forward, gradients of inputs, gradients of weights
 
 
 @dataclass(frozen=True)
 class Duration:
-    """The estimated duration of a job."""
+    """The estimated duration of a job, and what was measured for it."""
 
     seconds: float  # of the whole job
     micro_steps: Mapping[str, float]  # seconds of one micro-batch, forward and backward, for each class that takes part
+    paces: Mapping[str, Pace] = field(default_factory=dict)  # of each class that takes part
+    evaluation: EvaluationPace | None = None
 
 
 def duration(job: PlannedJob, at_once: int, listen: Listener = no_listener) -> Duration:
     """Estimate how long ``job`` takes if ``at_once`` clients train at a time. The job has at least one client."""
     Reporter("timing an evaluation", listen).begin()
-    evaluations = evaluation_seconds(job)
-    typical = {name: _median(members) for name, members in _by_class(job).items()}
+    evaluation = evaluation_pace(job.base, job.validation, job.new_stack(range(job.layers), job.spec.seed), job.window)
+    typical = typical_clients(job)
     paces = _paces(job, typical, Reporter("timing turns of each class", listen))
     micro_steps = {
         name: paces[name].step * min(plan.micro_batch, candidate.counts.examples) / candidate.speed
         for name, (candidate, plan) in typical.items()
     }
-    return Duration(_rounds(job, paces, at_once) + evaluations, micro_steps)
+    return Duration(seconds_of_job(job, paces, evaluation, at_once), micro_steps, paces, evaluation)
+
+
+def seconds_of_job(job: PlannedJob, paces: Mapping[str, Pace], evaluation: EvaluationPace, at_once: int) -> float:
+    """The seconds that ``job`` takes if each class of clients works at its pace, ``at_once`` clients at a time."""
+    return _rounds(job, paces, at_once) + evaluation_seconds(job, evaluation)
+
+
+def typical_clients(job: PlannedJob) -> dict[str, tuple[Candidate, TurnPlan]]:
+    """For each class that takes part, its client with the median number of examples, and its plan."""
+    return {name: _median(members) for name, members in _by_class(job).items()}
 
 
 def _by_class(job: PlannedJob) -> dict[str, list[tuple[Candidate, TurnPlan]]]:
@@ -123,7 +135,7 @@ def _run_of(job: PlannedJob, plan: TurnPlan) -> float:
 
     With an exact look-ahead a step of the lowest window, for which the plan is, runs the most.
     """
-    chain, windows = _chain(job), _visits(job)
+    chain, windows = _chain(job), visits(job)
     narrower, total = plan.window.bottom - chain.start, job.spec.rounds.total
     # Each layer runs with its adapter; the bottom layer does not run, but its adapter does.
     planned = chain.exit(plan.window) - plan.window.bottom + 1
@@ -136,7 +148,7 @@ def _chain(job: PlannedJob) -> Chain:
     return job.chain_from(job.planner.requirements.start)
 
 
-def _visits(job: PlannedJob) -> list[tuple[Window, int]]:
+def visits(job: PlannedJob) -> list[tuple[Window, int]]:
     """The windows of the job, each with the rounds that it has if no stage ends early."""
     rounds = job.spec.rounds
     return StageSchedule(rounds, job.spec.chain.schedule, _chain(job), rounds.total).windows
@@ -150,7 +162,7 @@ def _once(job: PlannedJob, plan: TurnPlan, pace: Pace, examples: int) -> float:
     searched = len(Chain(job.layers, 0, job.window).windows) if exits else 0
     turns = (fits + profiles + searched) * pace.turn
     _, prefix = _layers_below(job, plan, examples)
-    window = examples * pace.step / _PASSES
+    window = examples * pace.step / PASSES
     if not fits:
         profiled = min(examples, job.spec.chain.profile_examples) if profiles else 0
         return turns + _through(job.layers, profiled, plan, pace) + _through(prefix, examples, plan, pace)
@@ -167,7 +179,7 @@ def _once(job: PlannedJob, plan: TurnPlan, pace: Pace, examples: int) -> float:
 def _below_all_stages(job: PlannedJob, plan: TurnPlan) -> int:
     """The number of layers that a client without a cache runs its examples through for the heads of all stages."""
     narrower = plan.window.bottom - job.planner.requirements.start
-    return sum(window.bottom + narrower + 1 for window, _ in _visits(job)[: _fits(job)])
+    return sum(window.bottom + narrower + 1 for window, _ in visits(job)[: _fits(job)])
 
 
 def _through(layers: float, examples: int, plan: TurnPlan, pace: Pace) -> float:
@@ -197,7 +209,7 @@ def _stages(job: PlannedJob) -> int:
     """The number of stages: at most one for each round, and a single one with the schedule ``cyclic``."""
     if job.spec.chain.schedule == "cyclic":
         return 1
-    return len(_visits(job))
+    return len(visits(job))
 
 
 def _longest(turns: Sequence[float], cohort: int) -> float:
@@ -221,16 +233,16 @@ def _trained_on(rounds: RoundsSpec, examples: int) -> int:
 def _layers_below(job: PlannedJob, plan: TurnPlan, examples: int) -> tuple[float, int]:
     """How many layers below the window a client runs its examples through: per turn, and once in the job."""
     spec, chain = job.spec, _chain(job)
-    start, visits = chain.start, _visits(job)
+    start, seen = chain.start, visits(job)
     # Clients with wider windows train the adapters in between, so the output there changes in each round.
     narrower = plan.window.bottom - start
-    mean = sum(rounds * window.bottom for window, rounds in visits) / spec.rounds.total
+    mean = sum(rounds * window.bottom for window, rounds in seen) / spec.rounds.total
     if spec.chain.schedule == "cyclic":
         highest = start
     elif chain.direction == "down":  # each slide runs the layers from the chain's start on again
-        highest = sum(window.bottom - start for window, _ in visits) + start
+        highest = sum(window.bottom - start for window, _ in seen) + start
     else:
-        highest = visits[-1][0].bottom
+        highest = seen[-1][0].bottom
     if not plan.prefix.cached:
         passes = _trained_on(spec.rounds, examples) / examples
         return passes * (mean + narrower + 1), 0
@@ -238,11 +250,10 @@ def _layers_below(job: PlannedJob, plan: TurnPlan, examples: int) -> tuple[float
     return narrower + slides, highest + 1
 
 
-def evaluation_seconds(job: PlannedJob) -> float:
+def evaluation_seconds(job: PlannedJob, pace: EvaluationPace) -> float:
     """The seconds of the server's evaluations: early exits and the whole model on validation rows, and the test rows once."""
-    spec, chain, visits = job.spec, _chain(job), _visits(job)
-    inside = sum(rounds * (chain.exit(window) - window.bottom) for window, rounds in visits) / spec.rounds.total
-    pace = evaluation_pace(job.base, job.validation, job.new_stack(range(job.layers), spec.seed), job.window)
+    spec, chain = job.spec, _chain(job)
+    inside = sum(rounds * (chain.exit(window) - window.bottom) for window, rounds in visits(job)) / spec.rounds.total
     early = pace.setup + inside * pace.load + len(job.validation) * (inside * pace.layer + pace.row)
     exits, whole = (times(job, often) for often in (spec.evaluation.every, spec.evaluation.whole_every))
     rows = whole * len(job.validation) + len(job.test)

@@ -63,6 +63,7 @@ class LowRank(nn.Module):
         super().__init__()
         blank = seed is None
         self.lora_A, self.lora_B = (_linear(*shape, blank, bias=False) for shape in ((inputs, rank), (rank, outputs)))
+        self.further: tuple[Tensor, Tensor] | None = None  # A and B of ranks that a client with fewer does not train
         if seed is not None:
             bound = 1 / math.sqrt(inputs)
             nn.init.uniform_(self.lora_A.weight, -bound, bound, generator=torch.Generator().manual_seed(seed))
@@ -70,8 +71,25 @@ class LowRank(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., K] → [..., N], in the dtype of ``inputs``."""
-        change: Tensor = self.lora_B(self.lora_A(inputs.to(self.lora_A.weight.dtype))) * LORA_SCALE
+        first, second = self.lora_A.weight, self.lora_B.weight
+        if self.further:
+            first, second = torch.cat([first, self.further[0]]), torch.cat([second, self.further[1]], 1)
+        change = nn.functional.linear(nn.functional.linear(inputs.to(first.dtype), first), second) * LORA_SCALE
         return change.to(inputs.dtype)
+
+
+def rank_axis(name: str) -> int | None:
+    """The axis of the ranks in the tensor called ``name``: they are rows of A and columns of B; None for other tensors."""
+    return {"lora_A.weight": 0, "lora_B.weight": 1}.get(".".join(name.split(".")[-2:]))
+
+
+def of_ranks(tensors: Mapping[str, Tensor], ranks: slice) -> Tensors:
+    """These ``ranks`` of the LoRAs among ``tensors``, as views; other tensors are whole."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if (axis := rank_axis(name)) is not None:
+            found[name] = tensor[:, ranks] if axis else tensor[ranks]
+    return found
 
 
 class Lora(nn.Module):
@@ -224,9 +242,9 @@ class AdapterStack(nn.Module):
         return cls(made, None if classes is None else Head(hidden, classes, head_layers))
 
     @classmethod
-    def new_lora(cls, shapes: LoraShapes, rank: int, seed: int) -> "AdapterStack":
+    def new_lora(cls, shapes: LoraShapes, rank: int, seed: int, head: Head | None = None) -> "AdapterStack":
         """A new stack of LoRAs that change nothing. ``shapes`` has each layer's linear modules, as ``Lora`` takes them."""
-        return cls({layer: Lora(of, rank, derive(seed, "adapter", layer)) for layer, of in shapes.items()}, None)
+        return cls({layer: Lora(of, rank, derive(seed, "adapter", layer)) for layer, of in shapes.items()}, head)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -290,7 +308,7 @@ class AdapterStack(nn.Module):
         """See ``Adapted``."""
         return self.adapter(layer) if layer in self.layers and not self.is_lora else None
 
-    def inside(self, layer: int) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    def inside(self, layer: int) -> Mapping[str, LowRank]:
         """See ``Adapted``."""
         lora = self.part(layer) if layer in self.layers else None
         return {path: lora.part(path) for path in lora.paths} if isinstance(lora, Lora) else {}

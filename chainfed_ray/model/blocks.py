@@ -5,8 +5,10 @@ when they are used. A layer is then run by itself, with the call that the model'
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -183,6 +185,28 @@ class Blocks:
                 shape = tuple(module.weight.shape)
                 found[path] = (shape[0], shape[1]) if isinstance(module, Conv1D) else (shape[1], shape[0])
         return found
+
+    def text_modules(self, index: int) -> dict[str, tuple[int, int]]:
+        """Of the ``linear_modules`` those that are given each text by itself, as [B, T, K] or [B · T, K], and nothing else.
+
+        None if one module is several layers, as in ALBERT: it would have one LoRA for all of them.
+        DeBERTa gives some of them the distances between tokens, which all texts share; XLNet has tokens before texts.
+        """
+        if len({self._trunk.layer_name(each) for each in range(self.num_layers)}) < self.num_layers:
+            return {}
+        mask = torch.ones(3, 7, dtype=torch.int64)
+        hidden = torch.empty(*mask.shape, self.hidden_size, dtype=self.dtype, device="meta")
+        layer, found = copy.deepcopy(self._trunk.layers[index]), self.linear_modules(index)
+        rows = defaultdict[str, set[tuple[int, ...]]](set)
+
+        def look(path: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows[path].add(tuple(inputs[0].shape[:-1]))
+
+        for path in found:
+            layer.get_submodule(path).register_forward_pre_hook(partial(look, path))
+        self._trunk.run(layer, hidden, on_meta(self.calls(mask)[index]))
+        texts = ({tuple(mask.shape)}, {(mask.numel(),)})
+        return {path: shape for path, shape in found.items() if rows[path] in texts}
 
     @property
     def kinds(self) -> list[int]:

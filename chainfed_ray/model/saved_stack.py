@@ -6,18 +6,20 @@ for a ``SequenceClassifier``. A stack without one is for a causal language model
     adapter_config.json           the method, its sizes, the modules that have an adapter
     adapter_model.safetensors     base_model.model.<module>.chainfed_…
 
-A stack of LoRAs is a plain LoRA of PEFT's, which every engine loads that loads these. What only this project needs is beside
-it. ::
+A stack of LoRAs is a plain LoRA of PEFT's on the base model, which every engine loads that loads these. What only
+this project needs is beside it: also a classifier's head, since PEFT knows no head over pooled features. ::
 
     adapter_config.json           what PEFT's LoraConfig has
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight, …
-    chainfed.json                 the base model and the maximum length
+    chainfed.json                 the base model, the maximum length, and the classes
+    head.safetensors              norm.weight, norm.bias, linear.weight and linear.bias
 """
 
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,14 @@ from chainfed_ray.record import VERSION
 
 PEFT_TYPE, LORA = "CHAINFED", "LORA"
 CAUSAL_LM = "CAUSAL_LM"  # PEFT's name for the task of a language model
+FEATURES = "FEATURE_EXTRACTION"  # and for that of an encoder, whose hidden states a head of ours reads
 # The names of a SequenceClassifier's base model and head, and of the containers of trained parts in PEFT's layers.
 BASE, HEAD = "base", "head"
 ADAPTERS, HEADS = "chainfed_adapters", "chainfed_heads"
 
 KEPT = frozenset({"best", "last"})  # the names of stacks beside the model
 _CONFIG, _WEIGHTS, _OWN = "adapter_config.json", "adapter_model.safetensors", "chainfed.json"
+_HEAD = "head.safetensors"
 _ROOT = "base_model.model"
 _READ = (1, VERSION)  # stacks of version 1 are the same; the records of jobs are what has changed since
 
@@ -72,7 +76,8 @@ class SavedStack:
         """That of a plain LoRA. PEFT finds the layers by the name that is before their index."""
         loras = {layer: self.stack.lora(layer) for layer in self.stack.layers}
         rank = next(iter(loras.values())).rank
-        if "language_model" in self.layers_path:  # beside it are layers of pictures, with modules of the same names
+        # Other layers may have modules of the same names: those of pictures, or an encoder's decoder.
+        if "language_model" in self.layers_path or self.classes:
             paths = [f"{self.layers_path}.{layer}.{path}" for layer, lora in loras.items() for path in lora.paths]
             modules: dict[str, Any] = {"target_modules": sorted(paths)}
         else:
@@ -81,7 +86,7 @@ class SavedStack:
             modules = {"target_modules": sorted(names), "layers_to_transform": list(loras), "layers_pattern": pattern}
         return {
             "peft_type": LORA,
-            "task_type": CAUSAL_LM,
+            "task_type": FEATURES if self.classes else CAUSAL_LM,
             "base_model_name_or_path": self._base_for_others(),
             "inference_mode": True,
             "revision": self.revision,
@@ -103,6 +108,8 @@ class SavedStack:
         if not self.stack.is_lora:
             return None
         own = {"version": VERSION, "base": self.base, "layers_path": self.layers_path, "max_length": self.max_length}
+        if self.classes:
+            own |= {"classes": list(self.classes), "head_layers": self.stack.head_layers}
         return own | self._which()
 
     def _which(self) -> dict[str, int]:
@@ -129,13 +136,23 @@ class SavedStack:
         }
 
     def tensors(self) -> Tensors:
-        """Every tensor, by PEFT's name."""
-        return {self._name(name): tensor for name, tensor in self.stack.tensors().items()}
+        """Every tensor of ``adapter_model.safetensors``, by PEFT's name."""
+        beside = self.head_tensors().keys()
+        return {
+            self._name(name): tensor
+            for name, tensor in self.stack.tensors().items()
+            if name.removeprefix(f"{HEAD}.") not in beside
+        }
+
+    def head_tensors(self) -> Tensors:
+        """The tensors of the head, if they are in a file of their own: it is beside a plain LoRA."""
+        return self.stack.head.state_dict() if self.stack.is_lora and self.stack.head else {}
 
     @property
     def _layers(self) -> str:
         """The path of the layers in the model that the stack is put on."""
-        return self.layers_path if self.stack.head is None else f"{BASE}.{self.layers_path}"
+        plain = self.stack.is_lora or self.stack.head is None
+        return self.layers_path if plain else f"{BASE}.{self.layers_path}"
 
     def _base_for_others(self) -> str | None:
         """The base model's name on the Hugging Face hub, or its path; None for a model that comes with a package."""
@@ -165,6 +182,8 @@ def save_stack(saved: SavedStack, folder: Path) -> None:
     _write(aside / _CONFIG, json.dumps(saved.config(), indent=2).encode())
     if own := saved.own():
         _write(aside / _OWN, json.dumps(own, indent=2).encode())
+    if head := saved.head_tensors():
+        _write(aside / _HEAD, save(head, metadata={"format": "pt"}))
     if folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
@@ -216,7 +235,8 @@ def load_stack(folder: Path) -> SavedStack:
             raise CorruptCommit(str(folder), expected)
         tensors = load((folder / _WEIGHTS).read_bytes())
         if plain_lora:
-            return _lora_of(own, config, tensors)
+            head = load((folder / _HEAD).read_bytes()) if "classes" in own else {}
+            return _lora_of(own, config, tensors, head)
         layers = [module for module in config["target_modules"] if module != HEAD]
         path = layers[0].rpartition(".")[0]
         causal = config.get("task_type") == CAUSAL_LM
@@ -241,8 +261,8 @@ def load_stack(folder: Path) -> SavedStack:
     return saved
 
 
-def _lora_of(own: Mapping[str, Any], config: Mapping[str, Any], tensors: Tensors) -> SavedStack:
-    """The stack of a plain LoRA, whose tensors have PEFT's names.
+def _lora_of(own: Mapping[str, Any], config: Mapping[str, Any], tensors: Tensors, head: Tensors) -> SavedStack:
+    """The stack of a plain LoRA, whose tensors have PEFT's names. ``head`` has those of a classifier's head.
 
     Raises:
         ValueError: the tensors are not those that ``config`` names.
@@ -250,10 +270,13 @@ def _lora_of(own: Mapping[str, Any], config: Mapping[str, Any], tensors: Tensors
     before = f"{_ROOT}.{own['layers_path']}."
     stack = AdapterStack.from_tensors(
         {f"adapters.{name.removeprefix(before)}": tensor for name, tensor in tensors.items()}
+        | {f"{HEAD}.{name}": tensor for name, tensor in head.items()}
     )
-    saved = SavedStack(stack, (), own["max_length"], own["base"], own["layers_path"], *_which_of(own))
-    layers = (found.get("layers_to_transform") for found in (saved.config(), config))
-    if saved.tensors().keys() != tensors.keys() or len({str(given) for given in layers}) > 1:
+    classes = tuple(own.get("classes", ()))
+    saved = SavedStack(stack, classes, own["max_length"], own["base"], own["layers_path"], *_which_of(own))
+    whole = saved.tensors().keys() == tensors.keys() and own.get("head_layers", 1) == stack.head_layers
+    named = (found.get("layers_to_transform", found["target_modules"]) for found in (saved.config(), config))
+    if not whole or len({str(given) for given in named}) > 1:
         raise ValueError("its tensors are not those that its configuration names")
     return saved
 
@@ -265,10 +288,11 @@ def _which_of(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
 
 def stored_bytes(folder: Path) -> int:
     """The bytes of the tensors in a folder that ``save_stack`` wrote; 0 if there is none."""
-    try:
-        return (folder / _WEIGHTS).stat().st_size
-    except OSError:
-        return 0
+    total = 0
+    for name in (_WEIGHTS, _HEAD):
+        with suppress(OSError):
+            total += (folder / name).stat().st_size
+    return total
 
 
 def _before(folder: Path) -> Path:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from chainfed_ray.budget.footprint import WeightPlacement
+from chainfed_ray.chain import LookAhead
 from chainfed_ray.record import Document, Record
 
 PREFIX = "prefix"  # the name of a part of the plan that ``Footprint`` does not have
@@ -55,6 +56,26 @@ class Change(Record):
     words: str
 
 
+class LookAheadForecast(Record):
+    """What the job would cost with one look-ahead."""
+
+    look_ahead: LookAhead
+    window: int = Field(description="the layers trained together; all of the model's in the last row")
+    own: bool = Field(description="true for the look-ahead that the job has")
+    joins: int = Field(description="the number of clients that would take part")
+    whole: int = Field(description="how many of these would train the whole window")
+    layer_passes: float = Field(
+        description="how often an example passes through a layer in a training step, on average: forward, backward, and once "
+        "more where activations are computed again"
+    )
+    planned_bytes: dict[str, int] = Field(
+        description="the planned bytes of memory by class; without those that do not join"
+    )
+    estimated_seconds: float | None = Field(
+        description="the job's longest duration, computed from the steps that were measured for the job's own look-ahead"
+    )
+
+
 class Forecast(Document):
     """The forecast of a job. ``refused`` gives the reason if the job would not be accepted, and is null if it would."""
 
@@ -89,3 +110,6 @@ class Forecast(Document):
     )
     classes: tuple[ClassForecast, ...] = Field(description="the classes of clients, the smallest budget first")
     changes: tuple[Change, ...]
+    look_aheads: tuple[LookAheadForecast, ...] = Field(
+        (), description="what the job would cost with each `chain.look_ahead`, and with all layers in one window"
+    )

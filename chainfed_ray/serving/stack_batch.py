@@ -45,28 +45,38 @@ class RowStacks:
 
     def __init__(self, stacks: Sequence[AdapterStack | None]) -> None:
         self._stacks = stacks
-        followed = (stack for stack in stacks if stack and not stack.is_lora)
-        self.layers = tuple(sorted({layer for stack in followed for layer in stack.layers}))
+        self.layers = tuple(sorted({layer for stack in stacks if stack for layer in stack.layers}))
 
     def after(self, layer: int) -> Callable[[Tensor], Tensor] | None:
         """The rows' adapters that follow ``layer``: [B, T, D] → [B, T, D]. If all have one stack, its own."""
         first = self._stacks[0]
         if first and all(stack is first for stack in self._stacks):
             return first.after(layer)
-        if layer not in self.layers:
-            return None
-        rows = _PartRows(len(self._stacks))
-        for row, stack in enumerate(self._stacks):
-            rows.put(row, stack.after(layer) if stack else None)
-        return rows.first(len(self._stacks))
+        parts = [stack.after(layer) if stack else None for stack in self._stacks]
+        return _side_by_side(parts) if any(parts) else None
 
     def inside(self, layer: int) -> Mapping[str, Callable[[Tensor], Tensor]]:
-        """Nothing: a LoRA is a language model's, and these are not."""
-        return {}
+        """What the modules inside ``layer`` get added in each row, by their paths. If all rows have one stack, its own."""
+        first = self._stacks[0]
+        if first and all(stack is first for stack in self._stacks):
+            return first.inside(layer)
+        of_rows = [stack.inside(layer) if stack else {} for stack in self._stacks]
+        return {
+            path: _side_by_side([own.get(path) for own in of_rows])
+            for path in {path for own in of_rows for path in own}
+        }
 
     def pool(self, pooled: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
         """See ``Adapted``."""
         return pooled
+
+
+def _side_by_side(parts: Sequence[Adapter | LowRank | None]) -> Callable[[Tensor], Tensor]:
+    """What takes each row through its own part. At least one row has a part."""
+    rows = _PartRows(len(parts))
+    for row, part in enumerate(parts):
+        rows.put(row, part)
+    return rows.first(len(parts))
 
 
 class StackBatch(RowStacks):

@@ -118,8 +118,8 @@ class RowsOfJob:
         assert isinstance(turn, Training), "the order is one of training"
         start = min(AdapterStack.from_tensors(turn.tensors).layers)
         planner = Planner(memory, requirements_of(self.spec, memory.layers)).starting_at(start)
-        disk = next(group.disk for group in self.spec.fleet.clients if group.name == client.client_class)
-        candidate = Candidate(client.name, client.client_class, client.examples, client.budget_bytes, disk)
+        own = next(group for group in self.spec.fleet.clients if group.name == client.client_class)
+        candidate = Candidate(client.name, own.name, client.examples, client.budget_bytes, own.disk, rank=own.rank)
         plans = planner.plan(candidate, turn.window), planner.fallback_plan(candidate, turn.window)
         return client.plan in plans
 

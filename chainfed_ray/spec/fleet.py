@@ -47,6 +47,12 @@ class ClientClass(Section):
     speed: float = Field(
         1.0, ge=1e-8, le=1, description="the speed of a client's machine; at 0.5 a turn takes twice as long (simulated)"
     )
+    rank: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="how many of the ranks of each LoRA these clients train; by default all of `chain.adapter.rank`",
+    )
     site: Slug | None = Field(
         None, description="the site whose rows these clients have; by default they have a share of `data.train`"
     )
@@ -74,6 +80,11 @@ class FleetSpec(Section):
     clients: Annotated[
         tuple[ClientClass, ...], Field(strict=False, max_length=_MOST_CLASSES), BeforeValidator(_few_classes)
     ] = Field(description="a list of client classes")
+
+    @property
+    def has_ranks(self) -> bool:
+        """True if a class of clients has a rank of its own."""
+        return any(group.rank is not None for group in self.clients)
 
     @property
     def at_sites(self) -> tuple[ClientClass, ...]:

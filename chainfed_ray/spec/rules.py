@@ -34,6 +34,7 @@ def contradictions(spec: JobSpec) -> list[Problem]:
     problems += _of_start(spec)
     problems += _of_look_ahead(spec.chain)
     problems += _of_adapter(spec)
+    problems += _of_ranks(spec)
     problems += _of_evaluation(spec)
     if spec.privacy:
         problems += _of_privacy(spec, spec.privacy, count)
@@ -132,12 +133,28 @@ def _of_adapter(spec: JobSpec) -> Iterator[Problem]:
     for key in other:
         if (value := getattr(adapter, key)) != fields[key].default:
             yield Problem(f"chain.adapter.{key}", value, f"no value with chain.adapter.kind {adapter.kind}")
-    if adapter.kind == "lora" and spec.model.task != "causal-lm":
-        expected = "'bottleneck', unless model.task is causal-lm"
-        yield Problem("chain.adapter.kind", adapter.kind, expected)
     if adapter.kind == "lora" and spec.chain.look_ahead == "adapters":
         expected = "'exact' or 'none' with chain.adapter.kind lora: a LoRA cannot stand in for its layer"
         yield Problem("chain.look_ahead", spec.chain.look_ahead, expected)
+
+
+def _of_ranks(spec: JobSpec) -> Iterator[Problem]:
+    """What classes of clients with a rank of their own need: LoRAs of as many ranks, and a mean over those that train each."""
+    adapter, rule = spec.chain.adapter, spec.aggregation.rule
+    for index, group in enumerate(spec.fleet.clients):
+        if group.rank is None:
+            continue
+        expected = None
+        if adapter.kind != "lora":
+            expected = f"no value with chain.adapter.kind {adapter.kind}, which has no rank"
+        elif group.rank > adapter.rank:
+            expected = f"at most {adapter.rank}, chain.adapter.rank"
+        elif spec.privacy:
+            expected = "no value with privacy: over how many clients a rank is averaged would tell who was sampled"
+        elif rule != "mean":
+            expected = f"no value with aggregation.rule {rule}, which compares whole tensors"
+        if expected:
+            yield Problem(f"fleet.clients[{index}].rank", group.rank, expected)
 
 
 def _of_look_ahead(chain: ChainSpec) -> Iterator[Problem]:

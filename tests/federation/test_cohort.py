@@ -18,7 +18,7 @@ from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.forecast import duration
-from chainfed_ray.forecast.pace import Pace
+from chainfed_ray.forecast.pace import EvaluationPace, Pace
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.parse import parse_job
@@ -175,7 +175,7 @@ def test_the_dry_run_waits_for_the_slow(
         {"name": "snail", "count": 2, "memory": "64MiB", "speed": 0.1},
     ]
     document["rounds"] |= {"total": 6, "clients": 2, "deadline": "20s"}
-    monkeypatch.setattr(duration, "evaluation_seconds", lambda _: 0.0)
+    monkeypatch.setattr(duration, "evaluation_pace", lambda *_: EvaluationPace(0, 0, 0, 0))
     for turn, slow in ((1.0, 10.0), (3.0, 20.0)):  # where 30 s would be too late
         pace = Pace(turn=turn, step=0, layer=0, load=0)
         monkeypatch.setattr(duration, "pace_of", lambda *_, found=pace: found)

@@ -128,7 +128,7 @@ def test_the_last_window_is_at_an_end_of_the_chain() -> None:
 @pytest.mark.parametrize(
     ("task", "chain", "expected"),
     [
-        ("sequence-classification", {"kind": "lora"}, "chain.adapter.kind is 'lora'; expected 'bottleneck', unless"),
+        ("sequence-classification", {"kind": "lora"}, "chain.look_ahead is 'adapters'; expected 'exact' or 'none'"),
         ("causal-lm", {"kind": "lora", "bottleneck": 8}, "chain.adapter.bottleneck is 8; expected no value"),
         ("causal-lm", {"rank": 4}, "chain.adapter.rank is 4; expected no value"),
         ("causal-lm", {"kind": "lora", "targets": []}, "chain.adapter.targets is"),

@@ -27,7 +27,7 @@ from chainfed_ray.federation.prepare import PlannedJob, plan_job
 from chainfed_ray.forecast import duration
 from chainfed_ray.forecast.dry_run import changed, dry_run
 from chainfed_ray.forecast.duration import Duration
-from chainfed_ray.forecast.pace import Pace
+from chainfed_ray.forecast.pace import EvaluationPace, Pace
 from chainfed_ray.model.prefix import PrefixRunner
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.forecast import Forecast
@@ -227,7 +227,7 @@ def test_the_time_is_that_of_turns_one_after_the_other(
 ) -> None:
     document["rounds"] |= {"total": 6, "clients": 3, "local_epochs": 2}
     job = a_job(document, tmp_path)
-    monkeypatch.setattr(duration, "evaluation_seconds", lambda _: 0.0)
+    monkeypatch.setattr(duration, "evaluation_pace", lambda *_: EvaluationPace(0, 0, 0, 0))
     mean = sum(len(client.examples) for client in job.clients) / len(job.clients)
     for pace, turn in ((Pace(turn=1, step=0, layer=0, load=0), 1.0), (Pace(turn=0, step=1, layer=0, load=0), 2 * mean)):
         monkeypatch.setattr(duration, "pace_of", lambda *_, found=pace: found)
@@ -254,7 +254,7 @@ def test_layers_below_the_window_are_counted_as_they_are_run(
     document["data"]["train"] = f"path:{noisy}"
     document["fleet"]["clients"][0] |= {"disk": disk} if disk else {}
     job = a_job(document, tmp_path)
-    monkeypatch.setattr(duration, "evaluation_seconds", lambda _: 0.0)
+    monkeypatch.setattr(duration, "evaluation_pace", lambda *_: EvaluationPace(0, 0, 0, 0))
     monkeypatch.setattr(duration, "pace_of", lambda *_: Pace(turn=0, step=0, layer=1, load=0))
     told = duration.duration(job, at_once=1).seconds
     run, counted = PrefixRunner.run, 0
@@ -349,3 +349,41 @@ def test_a_bad_job_is_refused_by_the_route(client: TestClient, document: dict[st
     refused = client.post("/v1/plan", json=document)
     assert (refused.status_code, refused.json()["type"]) == (422, "urn:chainfed:problem:invalid-job")
     assert refused.json()["errors"][0]["field"] == "chain.window"
+
+
+def test_look_aheads_are_compared_as_each_would_be_planned(
+    document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A four-layer model; the windows are the layers 1 and 2, and then 2 and 3. One class holds one layer at a time."""
+    monkeypatch.setattr(duration, "evaluation_pace", lambda *_: EvaluationPace(0, 0, 0, 0))
+    monkeypatch.setattr(duration, "pace_of", lambda *_: Pace(turn=1, step=1, layer=0.25, load=0))
+    small = needed(document)
+    document["fleet"] = classes(("phone", 2, small), ("silo", 2, 2**30))
+    told = dry_run(parse_job(document), at_once=1)
+    rows = {(row.look_ahead, row.window): row for row in told.look_aheads}
+    assert list(rows) == [("none", 2), ("adapters", 2), ("exact", 2), ("exact", 4)]
+    assert [key for key, row in rows.items() if row.own] == [("adapters", 2)]
+    for (look_ahead, window), row in rows.items():
+        chain = {"look_ahead": look_ahead, "window": window, "start": 0 if window == 4 else 1}
+        plans = a_draft({**document, "chain": document["chain"] | chain}).admission.admitted
+        assert row.joins == len(plans)
+        assert row.whole == sum(len(plan.window) == window for _, plan in plans)
+        assert row.planned_bytes == {
+            name: max(plan.planned_bytes for candidate, plan in plans if candidate.client_class == name)
+            for name in {candidate.client_class for candidate, _ in plans}
+        }
+    alone = dry_run(parse_job({**document, "fleet": classes(("silo", 4, 2**30))}), at_once=1)
+    assert [row.layer_passes for row in alone.look_aheads] == [2, 2, 3, 6]  # forward and backward
+    assert rows["adapters", 2].estimated_seconds == told.estimated_seconds
+    seconds = [row.estimated_seconds for row in alone.look_aheads]
+    assert seconds[0] == seconds[1] < seconds[2] < seconds[3]  # type: ignore[operator]
+    shown = words(told)
+    assert "adapters *" in shown
+    assert "exact all" in " ".join(shown.split())
+
+
+@pytest.mark.usefixtures("untimed")
+def test_a_look_ahead_that_contradicts_the_job_is_left_out(document: dict[str, Any]) -> None:
+    document["chain"] |= {"look_ahead": "exact", "direction": "down"}
+    told = dry_run(parse_job(document), at_once=1)
+    assert {row.look_ahead for row in told.look_aheads} == {"exact"}

@@ -82,5 +82,6 @@ def test_one_layer_is_run_for_all(
     found = duration.pace_of(job, as_client(candidate, plan, plan.planned_bytes))
     assert loaded == {0, 1}
     assert min(found.turn, found.step, found.layer, found.load) > 0
-    assert duration.evaluation_seconds(job) > 0
+    evaluation = pace.evaluation_pace(job.base, job.validation, job.new_stack(range(job.layers), 0), job.window)
+    assert duration.evaluation_seconds(job, evaluation) > 0
     assert loaded == {0, 1}

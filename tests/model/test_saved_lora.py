@@ -10,13 +10,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.export.handover import hand_over
 from chainfed_ray.model.saved_stack import load_stack, save_stack
-from tests.causal import a_lora_stack, causal_folder, streamed_logits
+from tests.causal import a_lora_stack, byte_tokenizer, causal_folder, streamed_logits
+from tests.models import a_lora_classifier, class_logits, tiny
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT asks for it
@@ -131,3 +132,50 @@ def test_the_round_of_a_job_that_trains_is_found(tmp_path: Path) -> None:
     saved, storage = a_lora_stack(causal_folder("llama", tmp_path / "base")), Storage.at(tmp_path / "data", None, None)
     save_stack(replace(saved, round=5), storage.job("job") / "last")
     assert storage.stack("job", 5) == storage.job("job") / "last"
+
+
+@pytest.fixture(params=["bert", "roberta", "distilbert", "llama", "t5"])
+def encoder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """An encoder, a decoder that has a norm above its layers, and one with a decoder beside it."""
+    folder = tiny(request.param, tmp_path / "base", vocabulary=260)
+    byte_tokenizer(chat=False).save_pretrained(folder)
+    return folder
+
+
+def test_a_classifier_is_a_plain_lora_with_its_head_beside_it(encoder: Path, tmp_path: Path) -> None:
+    """The code of the card gives the service's answer, from PEFT and transformers alone."""
+    saved = a_lora_classifier(encoder)
+    save_stack(saved, tmp_path / "model")
+    found = load_stack(tmp_path / "model")
+    assert (found.classes, found.layers_path, found.max_length) == (saved.classes, saved.layers_path, saved.max_length)
+    assert found.stack.head_layers == saved.stack.head_layers
+    tensors = saved.stack.tensors()
+    assert found.stack.tensors().keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.stack.tensors().items())
+
+    hand_over(tmp_path / "model", tmp_path / "out", "peft")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "It does not need chainfed-ray" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    assert "chainfed_ray" not in code
+    told = dict[str, torch.Tensor]()
+    exec(code.replace('FOLDER = "."', f"FOLDER = {str(tmp_path / 'out')!r}"), told)
+    batch = AutoTokenizer.from_pretrained(encoder)(["A text."], return_tensors="pt")
+    expected = class_logits(encoder, saved.stack, batch["input_ids"], batch["attention_mask"])
+    torch.testing.assert_close(told["logits"], expected, rtol=1e-4, atol=1e-4)
+    bare = class_logits(encoder, saved.stack.up_to(-1), batch["input_ids"], batch["attention_mask"])
+    assert (bare - expected).abs().max() > 0.01
+
+
+def test_a_classifier_s_loras_are_merged(encoder: Path, tmp_path: Path) -> None:
+    """By PEFT, and in a folder for transformers, of which only the head is ours."""
+    saved = a_lora_classifier(encoder)
+    save_stack(saved, tmp_path / "model")
+    hand_over(tmp_path / "model", tmp_path / "out", "transformers")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    logits = model(input_ids=IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(logits, class_logits(encoder, saved.stack, IDS, MASK), rtol=1e-4, atol=1e-4)
+    merged = PeftModel.from_pretrained(AutoModel.from_pretrained(encoder), tmp_path / "model").merge_and_unload()
+    ours = model.base.state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from chainfed_ray.serving.classifier import Classifier
-from tests.models import a_saved_stack, class_logits
+from tests.models import a_lora_classifier, a_saved_stack, class_logits
 
 TEXTS = [
     "salt tide wave",
@@ -40,12 +40,14 @@ def test_stacks_do_not_disturb_each_other(tiny_model_folder: Path) -> None:
 
 
 def test_texts_of_many_stacks_in_one_batch_are_each_stack_alone(tiny_model_folder: Path) -> None:
-    """Of other layers, bottlenecks, classes and numbers of head layers, in an order that mixes their rows by length."""
+    """Of other kinds, layers, widths, classes and numbers of head layers, in an order that mixes their rows by length."""
     stacks = [
         a_saved_stack(tiny_model_folder),
         a_saved_stack(tiny_model_folder, layers=(0, 3), classes=5, seed=1, bottleneck=3),
         a_saved_stack(tiny_model_folder, layers=(3,), classes=2, seed=2),
         a_saved_stack(tiny_model_folder, layers=(0, 1, 2, 3), classes=4, seed=3, bottleneck=16),
+        a_lora_classifier(tiny_model_folder, layers=(0, 2), seed=4),
+        a_lora_classifier(tiny_model_folder, layers=(2, 3), classes=6, seed=5, rank=2),
     ]
     classifier = Classifier(f"path:{tiny_model_folder}", torch.float32)
     asked = [(saved, TEXTS[place:] + TEXTS[:1]) for place, saved in enumerate(stacks)]
