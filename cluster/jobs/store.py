@@ -47,6 +47,7 @@ from chainfed_ray.cluster.tables import (
     moment,
 )
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
+from chainfed_ray.cluster.tracing import carried
 from chainfed_ray.cluster.uploads.sources import hold_uploads
 from chainfed_ray.errors import JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
@@ -128,7 +129,7 @@ class JobStore:
                 session.add_all(LabelRow(job=row.id, name=name, value=value) for name, value in spec.labels.items())
                 hold_uploads(session, row.tenant, document)
                 check_queue(session, row.tenant, most_queued)
-                _append(session, row.id, "queued", "queued", row.submitted_at, {})
+                _append(session, row.id, "queued", "queued", row.submitted_at, carried())
                 return self._record(row)
         except IntegrityError:
             if key is None:
@@ -286,7 +287,7 @@ class JobStore:
                 tenant, document = session.execute(select(JobRow.tenant, JobRow.spec).where(JobRow.id == job)).one()
                 hold_uploads(session, tenant, document or {})
                 check_queue(session, tenant, most_queued)
-            _append(session, job, None, to, now, error or {})
+            _append(session, job, None, to, now, error or (carried() if to == "queued" else {}))
         return True
 
     def note_activity(self, job: str, activity: Activity) -> None:
