@@ -42,7 +42,7 @@ from chainfed_ray.units import parse_bytes
 WithoutKeys = Literal["nobody", "loopback", "anyone"]
 """Who may ask a service as long as no key was made."""
 QUEUED_JOBS, RUNNING_JOBS, REQUESTS = "CHAINFED_QUEUED_JOBS", "CHAINFED_RUNNING_JOBS", "CHAINFED_REQUESTS_PER_MINUTE"
-GRACE = "CHAINFED_GRACE_SECONDS"
+CLIENT_MEMORY, GRACE = "CHAINFED_CLIENT_MEMORY", "CHAINFED_GRACE_SECONDS"
 LOG = "CHAINFED_LOG"
 UPLOAD_BYTES, STORED_BYTES, UPLOADS = "CHAINFED_UPLOAD_BYTES", "CHAINFED_STORED_BYTES", "CHAINFED_UPLOADS"
 Default = TypeVar("Default", int, None)
@@ -223,6 +223,7 @@ class Settings:
     most_uploads: int = 1000  # of a tenant
     grace_seconds: int = 100  # from the word to stop until processes are killed that have not ended
     json_logs: bool = False
+    client_memory: int | None = None  # bytes of a tenant's clients that train at once
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ, existing: bool = False) -> "Settings":
@@ -231,7 +232,7 @@ class Settings:
         ``CHAINFED_SERVING_REPLICAS``, ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``,
         ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``, ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``,
         ``CHAINFED_MODEL_ROOTS``, ``CHAINFED_HUB_ALLOW``, ``CHAINFED_UPLOAD_BYTES``, ``CHAINFED_STORED_BYTES``,
-        ``CHAINFED_UPLOADS``, ``CHAINFED_GRACE_SECONDS`` and ``CHAINFED_LOG``.
+        ``CHAINFED_UPLOADS``, ``CHAINFED_GRACE_SECONDS``, ``CHAINFED_LOG`` and ``CHAINFED_CLIENT_MEMORY``.
         The folder of the storage is made if it does not exist, unless it must be an ``existing`` one.
 
         Raises:
@@ -269,6 +270,7 @@ class Settings:
             _count(environment, UPLOADS, cls.most_uploads),
             _count(environment, GRACE, cls.grace_seconds),
             _json_logs(environment),
+            _bytes(environment, CLIENT_MEMORY),
         )
 
     def environment(self) -> dict[str, str]:
@@ -292,6 +294,7 @@ class Settings:
             "CHAINFED_HUB_ALLOW": ",".join(self.reading.hub or ()),
             UPLOAD_BYTES: str(self.upload_bytes),
             STORED_BYTES: str(self.stored_bytes or ""),
+            CLIENT_MEMORY: str(self.client_memory or ""),
             UPLOADS: str(self.most_uploads),
             GRACE: str(self.grace_seconds),
             LOG: "json" if self.json_logs else "text",

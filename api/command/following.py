@@ -32,6 +32,8 @@ def follow(client: Client, job: str, spec: JobSpec, console: Console) -> tuple[J
                 case "queued":
                     progress.say("In the queue." + _jobs_before(client, job))
                     progress.listen(Activity(what="waiting in the queue"))
+                case "waiting":
+                    progress.say(f"It waits: {event['data']['message']}.")
                 case "validating":
                     progress.idle()
                     progress.say("The job is validated: its model, its rows and its clients.")

@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, Field
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.api.jobs.conditions import STATES, Condition, conditions
+from chainfed_ray.api.jobs.conditions import CHANGES, Condition, conditions
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.lines import JobLine
 from chainfed_ray.cluster.tables import Event, JobRecord, Status, moment
@@ -164,7 +164,7 @@ class JobPage(BaseModel):
 
 def full(jobs: JobStore, record: JobRecord) -> JobResource:
     """The job in ``record`` with its conditions and progress, for which its events are read."""
-    changes = jobs.of_kind(record.id, *STATES)
+    changes = jobs.of_kind(record.id, *CHANGES)
     job_started, newest = jobs.newest(record.id, "started"), jobs.newest_of(record.id, "round", _TIMED_ROUNDS)
     if job_started is None:
         return JobResource.full(record, changes)

@@ -91,6 +91,8 @@ class Api:
             partial(self._settings.storage.committed, at_once=True),
             self._settings.most_uploads,
             Drain(self._settings.storage.root).has_begun,
+            self._settings.client_memory,
+            self._settings.client_slots,
         )
         rates = Rates(self._settings.requests_per_minute)
         access = AccessRules(KeyRing(self._keys), self._settings.without_keys, rates, self._audit)
