@@ -112,7 +112,7 @@ class JobSummary(BaseModel):
     @classmethod
     def of(cls, line: JobLine) -> "JobSummary":
         """The summary of a job."""
-        return cls(**_summary(line, line.labels))
+        return cls(**_summary(line, line.labels, line.accuracy))
 
 
 class JobResource(JobSummary):
@@ -144,7 +144,7 @@ class JobResource(JobSummary):
     ) -> "JobResource":
         """The job in ``record`` after the ``changes`` of its state, with its progress."""
         return cls(
-            **_summary(record, record.spec.get("labels") or {}),
+            **_summary(record, record.spec.get("labels") or {}, (record.result or {}).get("accuracy")),
             activity=Activity.model_validate(record.activity) if record.activity else None,
             progress=progress,
             estimated_finish=estimated_finish,
@@ -201,7 +201,7 @@ def _class_memory(name: str, job_started: JobStarted, newest: Round | None) -> C
     return ClassMemory.of(clients, [client.window for client in clients], [])
 
 
-def _summary(record: JobRecord | JobLine, labels: dict[str, str]) -> dict[str, Any]:
+def _summary(record: JobRecord | JobLine, labels: dict[str, str], accuracy: float | None) -> dict[str, Any]:
     return {
         "id": record.id,
         "name": record.name,
@@ -211,7 +211,7 @@ def _summary(record: JobRecord | JobLine, labels: dict[str, str]) -> dict[str, A
         "submitted_at": record.submitted_at,
         "started_at": record.started_at,
         "finished_at": record.finished_at,
-        "accuracy": (record.result or {}).get("accuracy"),
+        "accuracy": accuracy,
         "labels": labels,
         "priority": record.priority,
     }

@@ -28,7 +28,7 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.queries.aliases import Aliases
 from chainfed_ray.cluster.queries.counts import counts
 from chainfed_ray.cluster.queries.deletions import Deletions
-from chainfed_ray.cluster.queries.lines import JobLine, lines_of
+from chainfed_ray.cluster.queries.lines import JobLine, lines_of, newest_lines
 from chainfed_ray.cluster.queries.pages import Label, Place, page_of
 from chainfed_ray.cluster.queries.turns import Turns, check_queue
 from chainfed_ray.cluster.schema import open_tables
@@ -171,6 +171,8 @@ class JobStore:
         labels: Iterable[Label] = (),
     ) -> list[JobLine]:
         """As ``page``, with what a list shows of each job."""
+        if after is None and status is None and not labels:
+            return newest_lines(self._engine, self._view, limit)
         return lines_of(self._engine, self._view, page_of(self._seen, limit, after, status, labels))
 
     def counts(self) -> dict[str, dict[Status, int]]:
