@@ -30,6 +30,7 @@ from chainfed_ray.cluster.queries.counts import counts
 from chainfed_ray.cluster.queries.deletions import Deletions
 from chainfed_ray.cluster.queries.lines import JobLine, lines_of, newest_lines
 from chainfed_ray.cluster.queries.pages import Label, Place, page_of
+from chainfed_ray.cluster.queries.served_names import served_name
 from chainfed_ray.cluster.queries.turns import Turns, check_queue
 from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.tables import (
@@ -124,6 +125,7 @@ class JobStore:
         )
         try:
             with Session(self._engine) as session, session.begin():
+                row.model = served_name(session, row.tenant, spec)
                 session.add(row)
                 session.flush()
                 session.add_all(LabelRow(job=row.id, name=name, value=value) for name, value in spec.labels.items())
