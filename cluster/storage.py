@@ -30,6 +30,7 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Literal, TypeVar, cast, get_args
+from urllib.parse import unquote
 
 from chainfed_ray.cluster.objects.copies import Copies
 from chainfed_ray.cluster.objects.object_store import ObjectStore
@@ -89,7 +90,7 @@ class Storage:
         if not os.access(root, os.W_OK | os.X_OK):
             raise InvalidSetting(setting, str(root), "a folder that may be written to")
         objects = ObjectStore.at(url) if url else None
-        database = database or f"sqlite:///{root / 'chainfed.db'}"
+        database = database or _sqlite_in(root)
         return cls(root, database, scratch or root / "scratch", objects.url if objects else None)
 
     @property
@@ -239,11 +240,9 @@ class Settings:
             InvalidSetting: a variable has an invalid value.
             PackageMissing: the object store that is named needs a package that is not installed.
         """
-        scratch, place = environment.get("CHAINFED_SCRATCH"), environment.get("CHAINFED_STORAGE") or _FOLDER
-        place = place.removeprefix("file://")
-        url = place if "://" in place else None
+        scratch, (root, url) = environment.get("CHAINFED_SCRATCH"), _place(environment)
         storage = Storage.at(
-            Path((environment.get("CHAINFED_CACHE") or _FOLDER) if url else place),
+            root,
             environment.get("CHAINFED_DATABASE") or None,
             Path(scratch) if scratch else None,
             url,
@@ -351,6 +350,24 @@ def _round_of(stack: Path) -> int | None:
             found = json.loads((own if own.exists() else folder / "adapter_config.json").read_bytes()).get("round")
             return found if isinstance(found, int) else None
     return None
+
+
+def database_url(environment: Mapping[str, str] = os.environ) -> str:
+    """The database that the environment names. Nothing is made, neither it nor a folder."""
+    return environment.get("CHAINFED_DATABASE") or _sqlite_in(_place(environment)[0].expanduser().absolute())
+
+
+def _sqlite_in(root: Path) -> str:
+    return f"sqlite:///{root / 'chainfed.db'}"
+
+
+def _place(environment: Mapping[str, str]) -> tuple[Path, str | None]:
+    """The folder of this machine that the environment names, and the URL of the object store, if jobs are in one."""
+    place = environment.get("CHAINFED_STORAGE") or _FOLDER
+    if place.startswith("file://"):  # in a URL, %20 is a space; in a path it is what it is
+        return Path(unquote(place.removeprefix("file://"))), None
+    url = place if "://" in place else None
+    return Path((environment.get("CHAINFED_CACHE") or _FOLDER) if url else place), url
 
 
 def _count(environment: Mapping[str, str], name: str, default: Default) -> int | Default:
