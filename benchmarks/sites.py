@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cell_process import Row
-from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.command.local_service import free_port
+from chainfed_ray.api.sdk import calls
+from chainfed_ray.api.sdk.clients import Client
 
 _COMMAND = [sys.executable, "-c", "from chainfed_ray.api.command.cli import main; main()"]
 _NAMES = ("east", "north", "south", "west")
@@ -105,7 +106,7 @@ def _document(how: str, rounds: int, folder: Path) -> dict[str, Any]:
     return {**document, "fleet": {"clients": [{"name": "c", "count": 4, "memory": "128MiB"}], "partition": partition}}
 
 
-def _service(folder: Path, until_done: ExitStack) -> tuple[ServiceClient, str]:
+def _service(folder: Path, until_done: ExitStack) -> tuple[Client, str]:
     """A service with four slots, and its address behind a proxy with TLS."""
     port, environment = (
         free_port("127.0.0.1"),
@@ -118,7 +119,7 @@ def _service(folder: Path, until_done: ExitStack) -> tuple[ServiceClient, str]:
     local = json.loads(service.stdout.readline())["address"]
     scopes = ["--owner", "default", "--scopes", "submit,read", "--json"]
     made = subprocess.run([*_COMMAND, "keys", "create", *scopes], env=environment, capture_output=True, check=True)
-    client = ServiceClient(local, json.loads(made.stdout)["token"])
+    client = Client(local, json.loads(made.stdout)["token"])
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     files = ["-newkey", "rsa:2048", "-nodes", "-keyout", str(folder / "key.pem"), "-out", str(folder / "ca.pem")]
     subprocess.run(["openssl", "req", "-x509", "-days", "1", *files, *subject], check=True, capture_output=True)
@@ -168,9 +169,9 @@ def _end(process: "subprocess.Popen[Any]") -> None:
     process.wait(60)
 
 
-def _job(client: ServiceClient, how: str, document: dict[str, Any], folder: Path) -> Row:
-    job = client.submit(document)["id"]
-    while (record := client.job(job))["finished_at"] is None:
+def _job(client: Client, how: str, document: dict[str, Any], folder: Path) -> Row:
+    job = client.json(calls.submit_job(document))["id"]
+    while (record := client.json(calls.get_job(job)))["finished_at"] is None:
         sleep(0.2)
     assert record["status"] == "succeeded", record["error"]
     began, ended = (datetime.fromisoformat(record[key]) for key in ("started_at", "finished_at"))

@@ -30,6 +30,7 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Literal, TypeVar, cast, get_args
+from urllib.parse import unquote
 
 from chainfed_ray.cluster.objects.copies import Copies
 from chainfed_ray.cluster.objects.object_store import ObjectStore
@@ -42,7 +43,7 @@ from chainfed_ray.units import parse_bytes
 WithoutKeys = Literal["nobody", "loopback", "anyone"]
 """Who may ask a service as long as no key was made."""
 QUEUED_JOBS, RUNNING_JOBS, REQUESTS = "CHAINFED_QUEUED_JOBS", "CHAINFED_RUNNING_JOBS", "CHAINFED_REQUESTS_PER_MINUTE"
-GRACE = "CHAINFED_GRACE_SECONDS"
+CLIENT_MEMORY, GRACE = "CHAINFED_CLIENT_MEMORY", "CHAINFED_GRACE_SECONDS"
 LOG = "CHAINFED_LOG"
 UPLOAD_BYTES, STORED_BYTES, UPLOADS = "CHAINFED_UPLOAD_BYTES", "CHAINFED_STORED_BYTES", "CHAINFED_UPLOADS"
 Default = TypeVar("Default", int, None)
@@ -89,7 +90,7 @@ class Storage:
         if not os.access(root, os.W_OK | os.X_OK):
             raise InvalidSetting(setting, str(root), "a folder that may be written to")
         objects = ObjectStore.at(url) if url else None
-        database = database or f"sqlite:///{root / 'chainfed.db'}"
+        database = database or _sqlite_in(root)
         return cls(root, database, scratch or root / "scratch", objects.url if objects else None)
 
     @property
@@ -223,6 +224,7 @@ class Settings:
     most_uploads: int = 1000  # of a tenant
     grace_seconds: int = 100  # from the word to stop until processes are killed that have not ended
     json_logs: bool = False
+    client_memory: int | None = None  # bytes of a tenant's clients that train at once
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ, existing: bool = False) -> "Settings":
@@ -231,18 +233,16 @@ class Settings:
         ``CHAINFED_SERVING_REPLICAS``, ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``,
         ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``, ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``,
         ``CHAINFED_MODEL_ROOTS``, ``CHAINFED_HUB_ALLOW``, ``CHAINFED_UPLOAD_BYTES``, ``CHAINFED_STORED_BYTES``,
-        ``CHAINFED_UPLOADS``, ``CHAINFED_GRACE_SECONDS`` and ``CHAINFED_LOG``.
+        ``CHAINFED_UPLOADS``, ``CHAINFED_GRACE_SECONDS``, ``CHAINFED_LOG`` and ``CHAINFED_CLIENT_MEMORY``.
         The folder of the storage is made if it does not exist, unless it must be an ``existing`` one.
 
         Raises:
             InvalidSetting: a variable has an invalid value.
             PackageMissing: the object store that is named needs a package that is not installed.
         """
-        scratch, place = environment.get("CHAINFED_SCRATCH"), environment.get("CHAINFED_STORAGE") or _FOLDER
-        place = place.removeprefix("file://")
-        url = place if "://" in place else None
+        scratch, (root, url) = environment.get("CHAINFED_SCRATCH"), _place(environment)
         storage = Storage.at(
-            Path((environment.get("CHAINFED_CACHE") or _FOLDER) if url else place),
+            root,
             environment.get("CHAINFED_DATABASE") or None,
             Path(scratch) if scratch else None,
             url,
@@ -269,6 +269,7 @@ class Settings:
             _count(environment, UPLOADS, cls.most_uploads),
             _count(environment, GRACE, cls.grace_seconds),
             _json_logs(environment),
+            _bytes(environment, CLIENT_MEMORY),
         )
 
     def environment(self) -> dict[str, str]:
@@ -292,6 +293,7 @@ class Settings:
             "CHAINFED_HUB_ALLOW": ",".join(self.reading.hub or ()),
             UPLOAD_BYTES: str(self.upload_bytes),
             STORED_BYTES: str(self.stored_bytes or ""),
+            CLIENT_MEMORY: str(self.client_memory or ""),
             UPLOADS: str(self.most_uploads),
             GRACE: str(self.grace_seconds),
             LOG: "json" if self.json_logs else "text",
@@ -348,6 +350,24 @@ def _round_of(stack: Path) -> int | None:
             found = json.loads((own if own.exists() else folder / "adapter_config.json").read_bytes()).get("round")
             return found if isinstance(found, int) else None
     return None
+
+
+def database_url(environment: Mapping[str, str] = os.environ) -> str:
+    """The database that the environment names. Nothing is made, neither it nor a folder."""
+    return environment.get("CHAINFED_DATABASE") or _sqlite_in(_place(environment)[0].expanduser().absolute())
+
+
+def _sqlite_in(root: Path) -> str:
+    return f"sqlite:///{root / 'chainfed.db'}"
+
+
+def _place(environment: Mapping[str, str]) -> tuple[Path, str | None]:
+    """The folder of this machine that the environment names, and the URL of the object store, if jobs are in one."""
+    place = environment.get("CHAINFED_STORAGE") or _FOLDER
+    if place.startswith("file://"):  # in a URL, %20 is a space; in a path it is what it is
+        return Path(unquote(place.removeprefix("file://"))), None
+    url = place if "://" in place else None
+    return Path((environment.get("CHAINFED_CACHE") or _FOLDER) if url else place), url
 
 
 def _count(environment: Mapping[str, str], name: str, default: Default) -> int | Default:

@@ -32,6 +32,11 @@ def about(**what: str | int) -> Iterator[None]:
         _ABOUT.reset(token)
 
 
+def what_lines_are_about() -> Mapping[str, str | int]:
+    """The fields that each line of this thread or task has now."""
+    return _ABOUT.get()
+
+
 def log_as_json(stream: TextIO | None = None) -> None:
     """Let this process log lines of JSON to ``stream``, by default its standard error."""
     handler = logging.StreamHandler(stream or sys.stderr)

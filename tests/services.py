@@ -10,8 +10,8 @@ from typing import Any, Self
 import psutil
 import pytest
 
-from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.command.local_service import free_port
+from chainfed_ray.api.sdk.clients import Client
 from tests.project import COMMAND, ROOT
 from tests.watching import command_of, processes_below
 
@@ -36,7 +36,7 @@ class Running:
             self.process.stdout.close()
             pytest.fail(f"the service did not start: {said}")
         self.address: str = said["address"]
-        self.client = ServiceClient(self.address)
+        self.client = Client(self.address)
 
     def processes(self, name: str) -> list[psutil.Process]:
         """The processes below the service whose command line has ``name``."""

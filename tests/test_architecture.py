@@ -30,7 +30,7 @@ FLOORS = (
     ("cluster.sites",),
     ("cluster.jobs",),
     ("cluster.access",),
-    ("api.report", "api.client"),
+    ("api.report",),
     ("api.rest",),
     ("api.jobs", "api.storage"),
     ("api.serve", "api.operator", "api.sdk"),

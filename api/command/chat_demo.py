@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from chainfed_ray.activity import Reporter
-from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.command.demo import Records, explained, headed
 from chainfed_ray.api.report.activity_display import ActivityDisplay
+from chainfed_ray.api.sdk import calls
+from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.data.docstrings import rows
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.prepare import prepare_job
@@ -52,13 +53,11 @@ def _with_rows(spec: JobSpec, folder: Path) -> JobSpec:
     return parse_job(document)
 
 
-def _tell(
-    client: ServiceClient, spec: JobSpec, job: str, records: Records, out: Path, console: Console
-) -> dict[str, Any]:
+def _tell(client: Client, spec: JobSpec, job: str, records: Records, out: Path, console: Console) -> dict[str, Any]:
     with ActivityDisplay(console) as listen:
         Reporter("evaluating the untuned model, to compare", listen).begin()
         before = _untuned_loss(spec)
-        tuned = client.job(job)["model"]
+        tuned = client.json(calls.get_job(job))["model"]
         base = tuned.partition(":")[0]
         first = sum(_SPLITS[split] for split in ("train", "validation"))
         asked = rows()[first : first + _ASKED]
@@ -80,7 +79,7 @@ def _tell(
         for model, said in answers.items():
             console.print(f"      {model}: {said[place]}")
     return {
-        **client.job(job)["result"],
+        **client.json(calls.get_job(job))["result"],
         "id": job,
         "model": tuned,
         "perplexity": {base: perplexity(before), tuned: perplexity(after)},
@@ -98,12 +97,16 @@ def _untuned_loss(spec: JobSpec) -> float:
     return loss
 
 
-def _answers(client: ServiceClient, model: str, sentences: Sequence[str]) -> list[str]:
+def _answers(client: Client, model: str, sentences: Sequence[str]) -> list[str]:
     """What ``model`` answers, the likeliest word by word. Requests are sent together, and answered together."""
+
+    def ask(sentence: str) -> str:
+        answer = client.json(calls.chat_completions(model, _chat(sentence), max_tokens=_WORDS, temperature=0))
+        text: str = answer["choices"][0]["message"]["content"]
+        return text
+
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(
-            pool.map(lambda sentence: client.chat(model, _chat(sentence), max_tokens=_WORDS, temperature=0), sentences)
-        )
+        return list(pool.map(ask, sentences))
 
 
 def _chat(sentence: str) -> list[dict[str, str]]:

@@ -17,7 +17,6 @@ import typer
 from rich.console import Console, RenderableType
 
 from chainfed_ray.activity import Reporter
-from chainfed_ray.api.client.service_client import ServiceClient, read_key
 from chainfed_ray.api.command import jobs_command
 from chainfed_ray.api.command.export_command import Format, NewFolder, StackFolder, export_model
 from chainfed_ray.api.command.interruption import Interruption
@@ -28,6 +27,9 @@ from chainfed_ray.api.operator.database_command import database_app
 from chainfed_ray.api.operator.keys_command import keys_app
 from chainfed_ray.api.operator.sites_command import sites_app
 from chainfed_ray.api.report.pictures import check_drawing, draw_if_possible
+from chainfed_ray.api.sdk import calls, exchanges
+from chainfed_ray.api.sdk.clients import Client
+from chainfed_ray.api.sdk.keys import read_key
 from chainfed_ray.api.transfer.artifacts_command import artifacts
 from chainfed_ray.api.transfer.data_command import data_app
 from chainfed_ray.api.transfer.logs_command import logs
@@ -174,9 +176,10 @@ def submit(
     """Send a job to the service."""
     from chainfed_ray.api.report.activity_display import ActivityDisplay
 
-    client, document = ServiceClient(address, read_key(key_file)), read_job(job).document()
+    client, document = Client(address, read_key(key_file)), read_job(job).document()
     with ActivityDisplay(_progress) as listen:
-        record = client.submit(document, listen)
+        Reporter("waiting for the service to check the job", listen).begin()
+        record = client.json(calls.submit_job(document))
     queued = f"Job {record['id']} is queued; `chainfed watch {record['id']}` follows it."
     if watch:
         _progress.print(queued)
@@ -188,8 +191,8 @@ def submit(
 @app.command()
 def watch(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Show a job from its beginning, and follow it until it is over."""
-    client = ServiceClient(address, read_key(key_file))
-    _follow(client, client.job(job), as_json)
+    client = Client(address, read_key(key_file))
+    _follow(client, client.json(calls.get_job(job)), as_json)
 
 
 @app.command()
@@ -204,7 +207,7 @@ def predict(
 ) -> None:
     """Classify texts with a model of the service."""
     texts = text or [line for line in sys.stdin.read().splitlines() if line.strip()]
-    found = ServiceClient(address, read_key(key_file)).classify(model, texts)
+    found = Client(address, read_key(key_file)).finish_json(exchanges.labels(model, texts))
     lines = [
         f"{label['label']} ({label['score']:.0%})  {line}" for line, label in zip(texts, found["results"], strict=True)
     ]
@@ -235,15 +238,15 @@ def complete(
     as_json: Json = False,
 ) -> None:
     """Continue prompts with a language model of the service, and print the text while it is generated."""
-    client, prompts = ServiceClient(address, read_key(key_file)), prompt or [sys.stdin.read()]
+    client, prompts = Client(address, read_key(key_file)), prompt or [sys.stdin.read()]
     options = {
         "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop": stop or None, "seed": seed,
     }  # fmt: skip
     with _if_interrupted("Interrupted."):
         if as_json:
-            answer(as_json, client.complete(model, prompts, **options))
+            answer(as_json, client.json(calls.completions(model, prompts, **options)))
             return
-        for piece in client.stream(model, prompts, **options):
+        for piece in client.stream_json(exchanges.texts(model, prompts, **options)):
             end = "\n" if piece["finish_reason"] else ""
             print(piece["text"], end=end, file=sys.__stdout__, flush=True)
 
@@ -348,7 +351,7 @@ def _absolute(source: str | None) -> str | None:
     return f"path:{Path(path).absolute()}" if scheme == "path" and path else source
 
 
-def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> None:
+def _follow(client: Client, record: dict[str, Any], as_json: bool) -> None:
     from chainfed_ray.api.command.following import follow
     from chainfed_ray.api.report.results import results
 
@@ -357,7 +360,9 @@ def _follow(client: ServiceClient, record: dict[str, Any], as_json: bool) -> Non
         job_started, rounds, job_finished = follow(client, record["id"], spec, _progress)
     command = "complete" if spec.model.task == "causal-lm" else "predict"
     how_to_call = f"To call the model: chainfed {command} {record['model']} 'a text'"
-    answer(as_json, client.job(record["id"]), results(spec, job_started, rounds, job_finished), how_to_call)
+    answer(
+        as_json, client.json(calls.get_job(record["id"])), results(spec, job_started, rounds, job_finished), how_to_call
+    )
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.text import Text
 
 from chainfed_ray.activity import Reporter
-from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.command.following import follow
 from chainfed_ray.api.command.local_service import free_port, local_service
 from chainfed_ray.api.report.activity_display import ActivityDisplay
 from chainfed_ray.api.report.pictures import draw_if_possible
 from chainfed_ray.api.report.results import results
+from chainfed_ray.api.sdk import calls
+from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
@@ -40,7 +41,7 @@ _ONWARDS = """
 
 
 Records = tuple[JobStarted, list[Round], JobFinished]
-Tell = Callable[[ServiceClient, JobSpec, str, Records, Path, Console], dict[str, Any]]
+Tell = Callable[[Client, JobSpec, str, Records, Path, Console], dict[str, Any]]
 """Explains the job with an id, from the moment when it is over, and returns the result."""
 
 
@@ -70,12 +71,13 @@ def explained(story: str, spec: JobSpec, job_file: Path, out: Path, console: Con
     with ExitStack() as to_the_end:
         with ActivityDisplay(console) as listen:
             service = to_the_end.enter_context(local_service(settings, _HOST, free_port(_HOST), listen))
-        client = ServiceClient(service.address)
+        client = Client(service.address)
         try:
             console.print(f"   It answers at {service.address}.")
             console.print(headed("2.", f" POST /v1/jobs with {job_file}. The job is checked before it is accepted."))
             with ActivityDisplay(console) as listen:
-                job = client.submit(spec.document(), listen)["id"]
+                Reporter("waiting for the service to check the job", listen).begin()
+                job = client.json(calls.submit_job(spec.document()))["id"]
             console.print(headed("3.", f" The chain trains: job {job}."))
             records = follow(client, job, spec, console)
             console.print(headed("4.", " The result."))
@@ -91,9 +93,7 @@ def headed(head: str, words: str) -> Text:
     return Text.assemble((head, "bold"), words)
 
 
-def _tell(
-    client: ServiceClient, spec: JobSpec, job: str, records: Records, out: Path, console: Console
-) -> dict[str, Any]:
+def _tell(client: Client, spec: JobSpec, job: str, records: Records, out: Path, console: Console) -> dict[str, Any]:
     with ActivityDisplay(console) as listen:
         Reporter("drawing the plots", listen).begin()
         plots, drawn = draw_if_possible(out / "plots", *records, spec.chain.cka_threshold)
@@ -101,9 +101,9 @@ def _tell(
         console.print(f"   plot: {plot}")
     if not plots:
         console.print(f"   {drawn}")
-    record = client.job(job)
+    record = client.json(calls.get_job(job))
     console.print(headed("5.", f" POST /v1/classify: three sentences for the model {record['model']}."))
-    answers = client.classify(record["model"], list(_QUESTIONS))["results"]
+    answers = client.json(calls.classify(record["model"], _QUESTIONS))["results"]
     for question, answer in zip(_QUESTIONS, answers, strict=True):
         label = (str(answer["label"]), "bold")
         console.print(Text.assemble(f"   “{question}”\n      → ", label, f" ({answer['score']:.0%})"))

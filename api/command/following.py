@@ -5,8 +5,9 @@ from itertools import dropwhile
 from rich.console import Console
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.report.progress import ProgressDisplay
+from chainfed_ray.api.sdk import calls, exchanges
+from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
@@ -14,9 +15,7 @@ from chainfed_ray.spec.job import JobSpec
 _NAMED = 3  # how many of the jobs ahead in the queue are named
 
 
-def follow(
-    client: ServiceClient, job: str, spec: JobSpec, console: Console
-) -> tuple[JobStarted, list[Round], JobFinished]:
+def follow(client: Client, job: str, spec: JobSpec, console: Console) -> tuple[JobStarted, list[Round], JobFinished]:
     """Show the job with the id ``job`` until it is over, and return its records.
 
     Raises:
@@ -27,12 +26,14 @@ def follow(
     rounds: list[Round] = []
     failed: JobFailed | None = None
     with ProgressDisplay(console, job, spec) as progress:
-        for event in client.follow(job, progress.listen):
+        for event in client.stream_json(exchanges.events(job, listen=progress.listen)):
             failed = None  # one that was tried again has not failed
             match event["kind"]:
                 case "queued":
                     progress.say("In the queue." + _jobs_before(client, job))
                     progress.listen(Activity(what="waiting in the queue"))
+                case "waiting":
+                    progress.say(f"It waits: {event['data']['message']}.")
                 case "validating":
                     progress.idle()
                     progress.say("The job is validated: its model, its rows and its clients.")
@@ -70,11 +71,11 @@ def follow(
     return job_started, rounds, job_finished
 
 
-def _jobs_before(client: ServiceClient, job: str) -> str:
+def _jobs_before(client: Client, job: str) -> str:
     """Say which unfinished jobs are ahead in the queue, such as one that an earlier, interrupted command submitted."""
     try:
-        jobs = client.jobs()
-    except ServiceUnavailable:  # no reason to stop following: `ServiceClient.follow` reconnects
+        jobs = client.json(calls.list_jobs())["jobs"]
+    except ServiceUnavailable:  # no reason to stop following: `exchanges.events` reconnects
         return ""
     found = list(dropwhile(lambda other: other["id"] != job, jobs))
     if not found or found[0]["status"] != "queued":  # the event is an old one: the job has started, or is over

@@ -1,16 +1,15 @@
 """Commands that list the jobs of the service, and tell one what to do: pause, go on, end, be tried again, be deleted."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 from rich.table import Column, Table
 
-from chainfed_ray.api.client.service_client import ServiceClient, read_key
 from chainfed_ray.api.operator.answers import Json, answer
+from chainfed_ray.api.sdk import calls
+from chainfed_ray.api.sdk.clients import Client
+from chainfed_ray.api.sdk.keys import read_key
 from chainfed_ray.api.transfer.options import ADDRESS, Address, JobId, KeyFile
 from chainfed_ray.errors import InvalidSetting
 
@@ -26,8 +25,8 @@ def list_jobs(
     as_json: Json = False,
 ) -> None:
     """Show the service's jobs and models."""
-    with _service(address, key_file) as client:
-        jobs = client.jobs(limit, state or (), label or ())
+    with Client(address, read_key(key_file)) as service:
+        jobs = service.json(calls.list_jobs(limit, state=state or (), label=label or ()))["jobs"]
     # Long names wrap to the next line. A name cut short could not be pasted into another command.
     job_column, model_column = (Column(name, overflow="fold") for name in ("job", "model"))
     table = Table(job_column, "status", "submitted (UTC)", "accuracy", model_column, box=None, header_style="bold")
@@ -40,29 +39,29 @@ def list_jobs(
 
 def pause(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Pause a job: it stops after the round that runs, and its processes end. `chainfed resume` lets it go on."""
-    with _service(address, key_file) as client:
-        record = client.pause(job)
+    with Client(address, read_key(key_file)) as service:
+        record = service.json(calls.pause_job(job))
     answer(as_json, record, f"Job {job} is {record['status']}; `chainfed resume {job}` lets it go on.")
 
 
 def resume(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Let a paused job go on from its last round, as soon as there is a free place."""
-    with _service(address, key_file) as client:
-        record = client.resume(job)
+    with Client(address, read_key(key_file)) as service:
+        record = service.json(calls.resume_job(job))
     answer(as_json, record, f"Job {job} is {record['status']}; `chainfed watch {job}` follows it.")
 
 
 def cancel(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Cancel a job that is not over."""
-    with _service(address, key_file) as client:
-        record = client.cancel(job)
+    with Client(address, read_key(key_file)) as service:
+        record = service.json(calls.cancel_job(job))
     answer(as_json, record, f"Job {job} is {record['status']}.")
 
 
 def retry(job: JobId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Try a job again that failed or was cancelled. It goes on from its last round."""
-    with _service(address, key_file) as client:
-        record = client.retry(job)
+    with Client(address, read_key(key_file)) as service:
+        record = service.json(calls.retry_job(job))
     answer(as_json, record, f"Job {job} is {record['status']}; `chainfed watch {job}` follows it.")
 
 
@@ -79,8 +78,8 @@ def clone(
     as_json: Json = False,
 ) -> None:
     """Send a job to the service that is like another one, with changes."""
-    with _service(address, key_file) as client:
-        record = client.clone(job, patch_of(changes or []))
+    with Client(address, read_key(key_file)) as service:
+        record = service.json(calls.clone_job(job, patch_of(changes or [])))
     answer(as_json, record, f"Job {record['id']} is queued; `chainfed watch {record['id']}` follows it.")
 
 
@@ -94,18 +93,9 @@ def delete(
     """Delete a job that is over, with its files and its model."""
     if not yes:
         typer.confirm(f"Delete job {job}, its files and its model?", abort=True, err=True)
-    with _service(address, key_file) as client:
-        client.delete(job)
+    with Client(address, read_key(key_file)) as service:
+        service.json(calls.delete_job(job))
     answer(as_json, {"id": job, "status": "deleted"}, f"Job {job} is deleted.")
-
-
-@contextmanager
-def _service(address: str, key_file: Path | None) -> Iterator[ServiceClient]:
-    client = ServiceClient(address, read_key(key_file))
-    try:
-        yield client
-    finally:
-        client.close()
 
 
 def patch_of(changes: list[str]) -> dict[str, Any]:

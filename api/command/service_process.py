@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 
 from chainfed_ray.activity import Listener, Reporter
-from chainfed_ray.api.client.service_client import ServiceClient
+from chainfed_ray.api.sdk import calls
+from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.local_ray import local_ray
@@ -121,18 +122,22 @@ def _start(settings: Settings, host: str, port: int, address: str, listen: Liste
 
 
 def _wait_until_ready(address: str) -> None:
-    client, ends = ServiceClient(address), monotonic() + READY_SECONDS
-    try:
-        while True:
-            try:
-                client.ready(but=("database", "storage"))  # while it runs, these are waited for
-                return
-            except ChainFedError as error:
-                if monotonic() > ends:
-                    raise ServiceNotStarted(address, f"it is not ready after {READY_SECONDS:g} s: {error}") from None
+    ends = monotonic() + READY_SECONDS
+    with Client(address) as client:
+        while wrong := _wrong(client):
+            if monotonic() > ends:
+                raise ServiceNotStarted(address, f"it is not ready after {READY_SECONDS:g} s: {wrong}")
             sleep(_POLL_SECONDS)
-    finally:
-        client.close()
+
+
+def _wrong(client: Client) -> str:
+    """What of the service does not work. Database and storage are waited for while it runs, so they may be away."""
+    try:
+        checks = client.send(calls.readyz()).checks
+    except ChainFedError as error:
+        return str(error)
+    waited_for = ("database", "storage")
+    return "; ".join(f"{part}: {state}" for part, state in checks.items() if state != "ok" and part not in waited_for)
 
 
 def _write_output_to(log: Path) -> None:

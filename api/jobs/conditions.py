@@ -9,9 +9,12 @@ from chainfed_ray.cluster.tables import FINISHED, Event, Status
 
 ConditionType = Literal["Validated", "Running", "Paused", "Finished"]
 Truth = Literal["True", "False", "Unknown"]
-STATES: tuple[str, ...] = get_args(Status)
+WAITING = "waiting"  # of a job in the queue: it may not begin yet
+CHANGES: tuple[str, ...] = (*get_args(Status), WAITING)
+"""The kinds of events from which conditions follow."""
 _REASONS = {
     "queued": "InQueue",
+    WAITING: "MemoryLimit",
     "validating": "Validating",
     "running": "Training",
     "pausing": "PauseRequested",
@@ -34,7 +37,7 @@ class Condition(BaseModel):
 
 
 def conditions(changes: Sequence[Event]) -> list[Condition]:
-    """The conditions of a job after these ``changes`` of its state, which are all that there were, the oldest first."""
+    """The conditions of a job after these ``changes``: all of its events of the kinds in ``CHANGES``, the oldest first."""
     found: dict[ConditionType, Condition] = {}
     for change in changes:
         reason = _REASONS.get(change.kind) or str(change.data.get("type", "Failed"))

@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, Field
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.api.jobs.conditions import STATES, Condition, conditions
+from chainfed_ray.api.jobs.conditions import CHANGES, Condition, conditions
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.lines import JobLine
 from chainfed_ray.cluster.tables import Event, JobRecord, Status, moment
@@ -112,7 +112,7 @@ class JobSummary(BaseModel):
     @classmethod
     def of(cls, line: JobLine) -> "JobSummary":
         """The summary of a job."""
-        return cls(**_summary(line, line.labels))
+        return cls(**_summary(line, line.labels, line.accuracy))
 
 
 class JobResource(JobSummary):
@@ -144,7 +144,7 @@ class JobResource(JobSummary):
     ) -> "JobResource":
         """The job in ``record`` after the ``changes`` of its state, with its progress."""
         return cls(
-            **_summary(record, record.spec.get("labels") or {}),
+            **_summary(record, record.spec.get("labels") or {}, (record.result or {}).get("accuracy")),
             activity=Activity.model_validate(record.activity) if record.activity else None,
             progress=progress,
             estimated_finish=estimated_finish,
@@ -164,7 +164,7 @@ class JobPage(BaseModel):
 
 def full(jobs: JobStore, record: JobRecord) -> JobResource:
     """The job in ``record`` with its conditions and progress, for which its events are read."""
-    changes = jobs.of_kind(record.id, *STATES)
+    changes = jobs.of_kind(record.id, *CHANGES)
     job_started, newest = jobs.newest(record.id, "started"), jobs.newest_of(record.id, "round", _TIMED_ROUNDS)
     if job_started is None:
         return JobResource.full(record, changes)
@@ -201,7 +201,7 @@ def _class_memory(name: str, job_started: JobStarted, newest: Round | None) -> C
     return ClassMemory.of(clients, [client.window for client in clients], [])
 
 
-def _summary(record: JobRecord | JobLine, labels: dict[str, str]) -> dict[str, Any]:
+def _summary(record: JobRecord | JobLine, labels: dict[str, str], accuracy: float | None) -> dict[str, Any]:
     return {
         "id": record.id,
         "name": record.name,
@@ -211,7 +211,7 @@ def _summary(record: JobRecord | JobLine, labels: dict[str, str]) -> dict[str, A
         "submitted_at": record.submitted_at,
         "started_at": record.started_at,
         "finished_at": record.finished_at,
-        "accuracy": (record.result or {}).get("accuracy"),
+        "accuracy": accuracy,
         "labels": labels,
         "priority": record.priority,
     }

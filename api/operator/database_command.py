@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chainfed_ray.api.operator.answers import Json, answer
-from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.storage import database_url
 from chainfed_ray.errors import InvalidSetting
 
 if TYPE_CHECKING:  # other commands start sooner without SQLAlchemy
@@ -58,7 +58,7 @@ def _database() -> "Iterator[Engine]":
 
     from chainfed_ray.cluster.database import open_database
 
-    engine = open_database(Settings.from_environment().storage.database, existing=True)
+    engine = open_database(database_url(), existing=True)
     try:
         yield engine
     except DBAPIError as error:

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.cluster.access.identity import SCOPES
-from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.storage import Settings, database_url
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import InvalidSetting
 
@@ -39,7 +39,7 @@ def create(
 ) -> None:
     """Make a key, and print it once: the database does not have it."""
     period, wanted = period_of(expires), [scope.strip() for scope in scopes.split(",") if scope.strip()]
-    with key_store() as store:
+    with key_store(makes=True) as store:
         made = store.make_key(owner, wanted, name, period)
     _put_down("chainfed keys create", f"{made.key.id} of {owner}: {','.join(made.key.scopes)}")
     until = f"until {_shown(made.key.expires_at)} UTC" if made.key.expires_at else "until it is revoked"
@@ -80,8 +80,8 @@ def revoke(
 
 
 @contextmanager
-def key_store() -> Iterator["KeyStore"]:
-    """The keys in the database that the environment names, for a block.
+def key_store(makes: bool = False) -> Iterator["KeyStore"]:
+    """The keys in the database that the environment names, for a block. It is made if the block ``makes`` a key.
 
     Raises:
         InvalidSetting: there is no such database, or it does not answer.
@@ -91,9 +91,9 @@ def key_store() -> Iterator["KeyStore"]:
 
     from chainfed_ray.cluster.access.keys import KeyStore
 
-    url = Settings.from_environment().storage.database
+    url = Settings.from_environment().storage.database if makes else database_url()
     try:
-        store = KeyStore(url)
+        store = KeyStore(url, existing=not makes)
         try:
             yield store
         finally:
@@ -107,7 +107,7 @@ def _put_down(command: str, target: str) -> None:
     """Put into the audit log what the operator did, under the name of the account."""
     from chainfed_ray.cluster.access.audit import Act, AuditLog
 
-    log = AuditLog(Settings.from_environment().storage.database)
+    log = AuditLog(database_url(), existing=True)
     log.note(Act(None, None, command, target, f"{_account()} at the service's machine", "done"))
     log.close()
 

@@ -28,7 +28,7 @@ def add(
 ) -> None:
     """Make a key for a site, and print it once. A site may have several, so that one can take another's place."""
     period = period_of(expires)
-    with key_store() as store:
+    with key_store(makes=True) as store:
         made = store.make_site_key(site, owner, period)
     answer(
         as_json,

@@ -18,6 +18,7 @@ from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
 from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.queries.client_memory import check_fits
 from chainfed_ray.cluster.queries.totals import TotalsOfJobs
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.sites.order_feed import OrderFeed
@@ -146,10 +147,21 @@ class Service:
     folder_of: Callable[[str], Path] | None = None  # a job's commits and artifacts
     most_uploads: int | None = None  # of a tenant
     drains: Callable[[], bool] = _never  # whether the service is about to end
+    client_memory: int | None = None  # bytes of a tenant's clients that train at once
+    client_slots: int = 1  # clients of a job that train at once
 
     def queue_of(self, caller: Identity) -> int | None:
         """How many jobs the tenant of ``caller`` may have in the queue. Without keys there is no limit."""
         return self.most_queued if caller.key else None
+
+    def check_fits(self, spec: JobSpec) -> None:
+        """Check that the limit of clients' memory lets a job ever begin.
+
+        Raises:
+            InvalidJob: it does not.
+        """
+        if self.client_memory is not None:
+            check_fits(spec.document(), self.client_slots, self.client_memory)
 
     @cached_property
     def feed(self) -> EventFeed:

@@ -27,6 +27,7 @@ from chainfed_ray.cluster.resources import api_options, inference_options
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.structured_logs import log_as_json
+from chainfed_ray.cluster.tracing import begin_tracing, trace_requests
 from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
 
@@ -47,6 +48,7 @@ class Api:
     def __init__(self, settings: Settings, inference: DeploymentHandle[Any]) -> None:
         if settings.json_logs:
             log_as_json()
+        begin_tracing()
         self._settings, self._inference = settings, inference
         self._writing: Any = inference.options(stream=True)
         self._store = JobStore(settings.storage.database, existing=True)
@@ -89,10 +91,14 @@ class Api:
             partial(self._settings.storage.committed, at_once=True),
             self._settings.most_uploads,
             Drain(self._settings.storage.root).has_begun,
+            self._settings.client_memory,
+            self._settings.client_slots,
         )
         rates = Rates(self._settings.requests_per_minute)
         access = AccessRules(KeyRing(self._keys), self._settings.without_keys, rates, self._audit)
-        return create_app(service, self._settings.allowed_hosts, access, self._answers, service.drains)
+        app = create_app(service, self._settings.allowed_hosts, access, self._answers, service.drains)
+        trace_requests(app)
+        return app
 
     async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
         probabilities: list[list[float]] = await answered(lambda: self._inference.classify.remote(model, texts))

@@ -19,6 +19,7 @@ from chainfed_ray.api.serve.idempotency import Idempotency
 from chainfed_ray.api.serve.scopes import RouteNames
 from chainfed_ray.cluster.access.first_answers import FirstAnswers
 from chainfed_ray.cluster.structured_logs import about
+from chainfed_ray.cluster.tracing import note
 
 BODY_SECONDS = 30.0
 MOST_BYTES = 4 * 2**20
@@ -77,6 +78,7 @@ class RequestIds:
                 message["headers"] = [*message["headers"], (REQUEST_ID.encode(), request_id.encode())]
             await send(message)
 
+        note(request=request_id)
         with about(request=request_id):
             try:
                 await self._app(scope, receive, send_with_id)
@@ -85,12 +87,13 @@ class RequestIds:
 
 
 def _tell(scope: Scope, status: int, seconds: float) -> None:
-    """Log a request that is over, where lines of logs are JSON. A ``status`` of 0 is that of a caller who left."""
+    """Say whose request is over; and log it, where lines of logs are JSON. A ``status`` of 0 is that of a caller who left."""
+    identity = scope["state"].get("identity")
+    tenant = {"tenant": identity.tenant} if identity else {}
+    note(**tenant)
     if not _log.isEnabledFor(logging.INFO):
         return
-    identity = scope["state"].get("identity")
     what = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 4)}
-    tenant = {"tenant": identity.tenant} if identity else {}
     _log.info("%s %s %d", scope["method"], scope["path"], status, extra={"about": what | tenant})
 
 

@@ -13,9 +13,9 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from chainfed_ray.api.rest.schemas import MOST_TEXTS
-from chainfed_ray.cluster.limits import machine_bytes
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.structured_logs import log_as_json
+from chainfed_ray.device.memory_limit import machine_bytes
 from chainfed_ray.errors import PartUnavailable
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Question, Sampling, joined
 

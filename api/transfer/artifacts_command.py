@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from chainfed_ray.activity import Reporter
-from chainfed_ray.api.client.file_client import FileClient
-from chainfed_ray.api.client.service_client import read_key
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.api.report.activity_display import ActivityDisplay
+from chainfed_ray.api.sdk import calls, exchanges
+from chainfed_ray.api.sdk.clients import Client
+from chainfed_ray.api.sdk.keys import read_key
 from chainfed_ray.api.transfer.options import ADDRESS, Address, JobId, KeyFile
 from chainfed_ray.errors import ArtifactNotFound
 from chainfed_ray.units import format_bytes
@@ -30,8 +31,8 @@ def artifacts(
     as_json: Json = False,
 ) -> None:
     """List what a job has left, or download one of it: the model with its card, plots, the report, the partition."""
-    client = FileClient(address, read_key(key_file))
-    found = client.artifacts(job)
+    client = Client(address, read_key(key_file))
+    found = client.json(calls.list_artifacts(job))["artifacts"]
     if name is None:
         table = Table("name", "bytes", Column("sha256", overflow="fold"), box=None, header_style="bold")
         for one in found:
@@ -45,7 +46,7 @@ def artifacts(
     with ActivityDisplay(_progress) as listen:
         for one, path in wanted:
             Reporter(f"receiving {one['name']} ({format_bytes(one['bytes'])})", listen).begin()
-            client.download(job, one, path)
+            client.finish_json(exchanges.download(job, one["name"], one["sha256"], path))
     written = {"status": "written", "output": str(out), "artifacts": [one for one, _ in wanted]}
     answer(as_json, written, f"{name} is in {out}.")
 

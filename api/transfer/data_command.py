@@ -7,10 +7,11 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from chainfed_ray.api.client.file_client import FileClient
-from chainfed_ray.api.client.service_client import read_key
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.api.report.activity_display import ActivityDisplay
+from chainfed_ray.api.sdk import calls, exchanges
+from chainfed_ray.api.sdk.clients import Client
+from chainfed_ray.api.sdk.keys import read_key
 from chainfed_ray.api.transfer.options import ADDRESS, Address, KeyFile
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.units import format_bytes
@@ -30,11 +31,11 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Send a file. The same command again goes on where it was interrupted, and sends nothing that is there."""
-    client = FileClient(address, read_key(key_file))
+    client = Client(address, read_key(key_file))
     if not file.is_file():
         raise InvalidSetting("FILE", str(file), "a file that can be read")
     with ActivityDisplay(_progress) as listen:
-        upload = client.add_upload(file, name, listen)
+        upload = client.finish_json(exchanges.upload(file, name, listen))
     answer(as_json, upload, f'{upload["name"]} is there. In a job: `data: {{train: "upload:{upload["id"]}"}}`.')
 
 
@@ -46,7 +47,7 @@ def list_uploads(
     as_json: Json = False,
 ) -> None:
     """List the files that were sent."""
-    uploads = FileClient(address, read_key(key_file)).uploads(limit)
+    uploads = Client(address, read_key(key_file)).json(calls.list_uploads(limit))["uploads"]
     columns = ("name", "bytes", "received", "sent (UTC)", "sha256")
     table = Table(Column("upload", no_wrap=True), *columns, box=None, header_style="bold")
     for one in uploads:
@@ -60,5 +61,5 @@ def list_uploads(
 @data_app.command()
 def delete(upload: UploadId, address: Address = ADDRESS, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Delete an upload that no job reads which is queued or running."""
-    FileClient(address, read_key(key_file)).delete_upload(upload)
+    Client(address, read_key(key_file)).json(calls.delete_upload(upload))
     answer(as_json, {"status": "deleted", "id": upload}, f"Upload {upload} is deleted.")

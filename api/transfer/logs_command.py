@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from chainfed_ray.api.client.file_client import FileClient
-from chainfed_ray.api.client.service_client import read_key
 from chainfed_ray.api.operator.answers import Json, answer
+from chainfed_ray.api.sdk import exchanges
+from chainfed_ray.api.sdk.clients import Client
+from chainfed_ray.api.sdk.keys import read_key
 from chainfed_ray.api.transfer.options import ADDRESS, Address, JobId, KeyFile
 
 
@@ -19,7 +20,7 @@ def logs(
     as_json: Json = False,
 ) -> None:
     """Show the log of a job. It has no row of data."""
-    lines = FileClient(address, read_key(key_file)).logs(job, follow)
+    lines = Client(address, read_key(key_file)).stream_json(exchanges.logs(job, follow))
     if as_json:
         answer(as_json, {"lines": list(lines)})
         return

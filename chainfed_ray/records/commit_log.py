@@ -1,7 +1,8 @@
 """The commit log: it makes a job's records durable, so that a job killed at any time loses at most the round it was in.
 
 A commit is a tensor file and then its record. Each is written to a temporary file, flushed and renamed into place. The record
-comes last and has the digest of the tensor file, so a readable record proves that its commit is complete. The files::
+comes last and has the digest of the tensor file, so a readable record proves that its commit is complete. It has its own digest
+as well. The files::
 
     partition.json                                       the manifest; written before started.json, which has its hash
     clients.jsonl                                        the clients of the fleet, one on a line; written before started.json
@@ -20,7 +21,7 @@ import secrets
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from safetensors.torch import load, save
@@ -148,7 +149,8 @@ class CommitLog:
         """Make a round and its ``tensors`` durable. Of earlier rounds, the tensors of the one before and of ``keep`` stay."""
         data = save(tensors)
         _write(self._tensor_path(record.index), [data])
-        commit = _Commit(digest=_digest(data), record=record)
+        sealed = _digest_of_record(json.loads(record.model_dump_json()))
+        commit = _Commit(digest=_digest(data), record=record, record_digest=sealed)
         _write(self._record_path(record.index), [commit.model_dump_json().encode()])
         kept = {self._tensor_path(index) for index in (record.index, record.index - 1, keep) if index is not None}
         for path in self._rounds.glob("*.safetensors"):
@@ -188,21 +190,32 @@ class CommitLog:
 
 
 class _Commit(Document):
-    """A round's record with the digest of its tensor file."""
+    """A round's record with the digest of its tensor file, and its own, which records of earlier versions lack."""
 
     digest: str
     record: Round
+    record_digest: str | None = None
+
+
+def _digest_of_record(record: Any) -> str:
+    """The digest of a record as JSON. It does not depend on what a later version adds to records."""
+    return _digest(json.dumps(record, sort_keys=True).encode())
 
 
 def _read(path: Path, kind: type[_Kind]) -> _Kind | None:
     try:
-        return kind.model_validate_json(path.read_bytes())
+        data = path.read_bytes()
+        found = kind.model_validate_json(data)
     except FileNotFoundError:
         return None
     except ValidationError as error:
         others = (found["input"] for found in error.errors() if found["loc"][-1:] == ("version",))
         reasons = (f"it has version {other}; this chainfed-ray reads version {VERSION}" for other in others)
         raise CorruptCommit(str(path), next(reasons, "it is not what was written")) from error
+    sealed = found.record_digest if isinstance(found, _Commit) else None
+    if sealed is not None and _digest_of_record(json.loads(data)["record"]) != sealed:
+        raise CorruptCommit(str(path), "it is not what was written")
+    return found
 
 
 def _has_other_version(path: Path) -> bool:

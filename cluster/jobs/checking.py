@@ -10,8 +10,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from chainfed_ray.cluster.limits import memory_limit
 from chainfed_ray.cluster.resources import IDLE_BYTES, PREFLIGHT_BYTES, check_options
+from chainfed_ray.cluster.tracing import begin_tracing, carried, flush, span
+from chainfed_ray.device.memory_limit import memory_limit
 from chainfed_ray.device.peak import status
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.problem import Problem
@@ -60,7 +61,7 @@ class Checkers:
     ) -> list[Problem]:
         try:
             async with asyncio.timeout(seconds):
-                problems, goes_on = await checker.check.remote(most_bytes, rules, spec)
+                problems, goes_on = await checker.check.remote(most_bytes, rules, spec, carried())
         except BaseException:
             _end(checker)
             raise
@@ -86,13 +87,20 @@ class _Checker:
 
         load_models()
         import_module("chainfed_ray.federation.prepare")
+        begin_tracing()
         self._left = _CHECKS
 
-    def check(self, most_bytes: int, rules: ReadingRules, spec: JobSpec) -> tuple[list[Problem], bool]:
+    def check(
+        self, most_bytes: int, rules: ReadingRules, spec: JobSpec, parent: Mapping[str, str]
+    ) -> tuple[list[Problem], bool]:
         """What is wrong with a job, and whether this process is fit for further checks."""
-        problems = _problems(most_bytes, rules, spec)
+        with span("prepare", parent):
+            problems = _problems(most_bytes, rules, spec)
         self._left -= 1
-        return problems, self._left > 0 and status("VmRSS") <= IDLE_BYTES + PREFLIGHT_BYTES
+        goes_on = self._left > 0 and status("VmRSS") <= IDLE_BYTES + PREFLIGHT_BYTES
+        if not goes_on:
+            flush()
+        return problems, goes_on
 
 
 def _problems(most_bytes: int, rules: ReadingRules, spec: JobSpec) -> list[Problem]:

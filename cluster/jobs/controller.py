@@ -7,16 +7,17 @@ from its turn.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Event
-from typing import Protocol
+from typing import Any, Protocol
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, has_died_too_often
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.queries.client_memory import memory_at_once, why_it_waits
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.tables import AT_WORK, FINISHED
 
@@ -60,6 +61,7 @@ class Controller:
         self._begun, self._drain = False, Drain(settings.storage.root)
         self._had: set[str] = set()  # jobs that had a coordinator at the last step
         self._kept: set[str] = set()  # jobs whose files could not be deleted
+        self._waiting: set[str] = set()  # jobs that are said to wait for memory
 
     def run(self, stop: Event) -> None:
         """Call ``step`` until ``stop`` is set, unless the service drains. If the database does not answer, try again later."""
@@ -118,18 +120,44 @@ class Controller:
                     self._start(job_id)
 
         # 5. Start queued jobs, if there are free places: of tenants that may have another one at work, each in its turn.
-        for _ in range(self._settings.parallel_jobs - len(running)):
+        free, full, held = self._settings.parallel_jobs - len(running), set[str](), Counter[str]()
+        for job in at_work:
+            held[job.tenant] += self._memory(job.spec)
+        while free > 0:
             # A job that was resumed at once may still have the coordinator that it had before: that one ends first.
-            found = self._store.turns.next(tenants, self._settings.running_jobs, besides=alive)
+            found = self._store.turns.next(tenants, self._settings.running_jobs, besides=alive, full=full)
             if found is None:
                 break
             job_id, tenant = found
+            needed = self._memory(self._store.get(job_id).spec)
+            if not self._fits(job_id, needed, held[tenant]):
+                full.add(tenant)  # a smaller one of its jobs does not go before: the greater one might wait for ever
+                continue
+            free, held[tenant] = free - 1, held[tenant] + needed
             begun = self._store.newest(job_id, "started") is not None
             if self._store.move(job_id, "running" if begun else "validating"):
                 self._store.turns.take(tenant)
                 tenants[tenant] += 1
                 with _apart(job_id):
                     self._start(job_id)
+
+    def _memory(self, document: Mapping[str, Any]) -> int:
+        """The memory of a job's clients, where there is a limit of it."""
+        limited = self._settings.client_memory is not None
+        return memory_at_once(document, self._settings.client_slots) if limited else 0
+
+    def _fits(self, job: str, needed: int, held: int) -> bool:
+        """Whether a job may begin whose clients need so much memory. One that may not is said to wait, once."""
+        most = self._settings.client_memory
+        if most is None or needed + held <= most:
+            self._waiting.discard(job)
+            return True
+        if job not in self._waiting:
+            queued = self._store.newest(job, "queued")
+            key = f"waiting-{queued.seq if queued else 0}"  # a job that is queued again may wait again
+            self._store.publish(job, key, "waiting", {"message": why_it_waits(needed, held, most)})
+            self._waiting.add(job)
+        return False
 
     def _end_cancelled(self, job: str, over: set[str]) -> None:
         """End a job that is cancelled. If that is done, it is added to those that are ``over``."""

@@ -24,6 +24,7 @@ from chainfed_ray.cluster.scratch import Occupants, delete_everywhere, on_every_
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.structured_logs import log_as_json
 from chainfed_ray.cluster.tables import AT_WORK
+from chainfed_ray.cluster.tracing import begin_tracing
 from chainfed_ray.cluster.uploads.expiry import remove_old_uploads
 from chainfed_ray.cluster.uploads.files import upload_files
 
@@ -61,6 +62,7 @@ class CoordinatorActor:
         load_models()
         desk, tell = Desk(job, settings.storage), partial(publish_unmet, job, settings.storage)
         try:
+            begin_tracing()
             run_queued_job(
                 job,
                 settings.storage,

@@ -14,10 +14,11 @@ import ray
 from ray.exceptions import RayError
 
 from chainfed_ray.cluster.jobs.checking import Checkers, plain, too_large
-from chainfed_ray.cluster.limits import memory_limit
 from chainfed_ray.cluster.resources import on_this_machine, preflight_options
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
+from chainfed_ray.cluster.tracing import span
 from chainfed_ray.cluster.uploads.sources import FilesOf, no_files, rules_of_job
+from chainfed_ray.device.memory_limit import memory_limit
 from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
 from chainfed_ray.problem import Problem
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
@@ -78,7 +79,7 @@ class Preflight:
         rules = await self._rules_for(spec, reads_anything, tenant)
         most, seconds = self._limits.most_bytes, self._limits.check_seconds
         async with self._place():
-            with _named("the check of the job", seconds):
+            with _named("the check of the job", seconds), span("check", tenant=tenant):
                 problems = await self._checkers.check(most, rules, spec, seconds)
         if problems:
             raise InvalidJob(tuple(problems))

@@ -2,6 +2,7 @@
 
 import logging
 import traceback
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from errno import ENOTCONN
 from pathlib import Path
@@ -23,6 +24,7 @@ from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.structured_logs import about
 from chainfed_ray.cluster.tables import AT_WORK, Event, JobRecord
+from chainfed_ray.cluster.tracing import StagesAndRounds, flush, span
 from chainfed_ray.cluster.uploads.sources import rules_of_job
 from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob
@@ -68,8 +70,12 @@ def run_queued_job(
                 if store.get(job).status not in AT_WORK or Drain(storage.root).has_begun():
                     return
                 record = store.get(job)
-                with about(job=job, tenant=record.tenant), reading_by(_rules_for(record, rules, storage)):
-                    trouble = _run(job, store, storage, make_pool, make_evaluation, sites)
+                queued = store.newest(job, "queued")
+                asked = {name: str(value) for name, value in queued.data.items()} if queued else {}
+                request = {"request": asked["request"]} if "request" in asked else {}
+                named = about(job=job, tenant=record.tenant, **request)
+                with named, reading_by(_rules_for(record, rules, storage)):
+                    trouble = _run(job, store, storage, make_pool, make_evaluation, sites, asked)
                 if trouble is None:
                     continue
                 before, newest = newest, store.newest(job, "round")
@@ -96,8 +102,12 @@ def _run(
     make_pool: MakePool,
     make_evaluation: MakeEvaluation,
     sites: Sites | None,
+    asked: Mapping[str, str],
 ) -> OSError | None:
-    """Run the job to its end, and record that; or until it is to pause. Returns the trouble of a disk, if there is one."""
+    """Run the job to its end, and record that; or until it is to pause. Returns the trouble of a disk, if there is one.
+
+    Its spans are below that of the request which ``asked`` for it.
+    """
     log, commits = JobLog(storage.job(job)), Commits(job, store, storage)
     try:
         storage.check()
@@ -107,7 +117,7 @@ def _run(
                 "(job)", document, "the document that was submitted; what the database has of it cannot be read"
             )
         spec = parse_job(document)
-        with occupy(storage.job(job)):
+        with occupy(storage.job(job)), span("coordinator", asked):
             commits.begin()
             with log, ActivityRecord(store, job) as record:
                 listen = log.with_activities(record)
@@ -121,6 +131,7 @@ def _run(
             return trouble
         _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)), extra=WITHHELD)
         log.failed(error)
+        flush()
         cause = _cause(error, storage.job(job))
         with suppress(CommitConflict):
             commits.keep(is_last=True)
@@ -128,6 +139,7 @@ def _run(
         store.move(job, "failed", error={**described(error), "cause": cause})
     else:
         if result:
+            flush()
             # The status comes last: as soon as it is recorded, the controller may end this process.
             _clean_up(job, store, storage)
             store.move(job, "succeeded", result=result.model_dump(mode="json"))
@@ -193,11 +205,13 @@ def _train(
     """Train, and publish what is committed. None if it is to stop for now: its clients' processes have been told to end."""
     folder, scratch = storage.job(job), storage.scratch(job)
     started: JobStarted | None = None
+    spans = StagesAndRounds(len(CommitLog(folder).rounds()))
     records = run_job(
         spec, folder, pool=make_pool, evaluation=make_evaluation, sites=sites, scratch=scratch, listen=listen
     )
-    with closing(records):
+    with closing(records), spans:
         for record in records:
+            spans.told(record)
             log.tell(record)
             if isinstance(record, JobStarted) and spec.privacy and not CommitLog(folder).rounds():
                 CommitLog(folder).secret()  # what is kept now has it, before an order is given that depends on it
@@ -219,6 +233,7 @@ def _train(
                     return JobResult.of(spec.name, started, rounds, record)
             if store.get(job).status == "pausing" or Drain(storage.root).has_begun():
                 return None
+            spans.begin_next()
     raise AssertionError("the last record is that of a job that has finished")
 
 

@@ -28,8 +28,9 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.queries.aliases import Aliases
 from chainfed_ray.cluster.queries.counts import counts
 from chainfed_ray.cluster.queries.deletions import Deletions
-from chainfed_ray.cluster.queries.lines import JobLine, lines_of
+from chainfed_ray.cluster.queries.lines import JobLine, lines_of, newest_lines
 from chainfed_ray.cluster.queries.pages import Label, Place, page_of
+from chainfed_ray.cluster.queries.served_names import served_name
 from chainfed_ray.cluster.queries.turns import Turns, check_queue
 from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.tables import (
@@ -47,6 +48,7 @@ from chainfed_ray.cluster.tables import (
     moment,
 )
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
+from chainfed_ray.cluster.tracing import carried
 from chainfed_ray.cluster.uploads.sources import hold_uploads
 from chainfed_ray.errors import JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
@@ -123,12 +125,13 @@ class JobStore:
         )
         try:
             with Session(self._engine) as session, session.begin():
+                row.model = served_name(session, row.tenant, spec)
                 session.add(row)
                 session.flush()
                 session.add_all(LabelRow(job=row.id, name=name, value=value) for name, value in spec.labels.items())
                 hold_uploads(session, row.tenant, document)
                 check_queue(session, row.tenant, most_queued)
-                _append(session, row.id, "queued", "queued", row.submitted_at, {})
+                _append(session, row.id, "queued", "queued", row.submitted_at, carried())
                 return self._record(row)
         except IntegrityError:
             if key is None:
@@ -170,6 +173,8 @@ class JobStore:
         labels: Iterable[Label] = (),
     ) -> list[JobLine]:
         """As ``page``, with what a list shows of each job."""
+        if after is None and status is None and not labels:
+            return newest_lines(self._engine, self._view, limit)
         return lines_of(self._engine, self._view, page_of(self._seen, limit, after, status, labels))
 
     def counts(self) -> dict[str, dict[Status, int]]:
@@ -286,7 +291,7 @@ class JobStore:
                 tenant, document = session.execute(select(JobRow.tenant, JobRow.spec).where(JobRow.id == job)).one()
                 hold_uploads(session, tenant, document or {})
                 check_queue(session, tenant, most_queued)
-            _append(session, job, None, to, now, error or {})
+            _append(session, job, None, to, now, error or (carried() if to == "queued" else {}))
         return True
 
     def note_activity(self, job: str, activity: Activity) -> None:

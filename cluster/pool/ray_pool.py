@@ -31,6 +31,7 @@ from chainfed_ray.cluster.pool.orders import SentOrder
 from chainfed_ray.cluster.pool.placement import is_one_machine
 from chainfed_ray.cluster.pool.unmet import UnmetDemands
 from chainfed_ray.cluster.pool.waiting import Waiting
+from chainfed_ray.cluster.tracing import Span, open_span
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes, format_seconds
 
@@ -57,6 +58,7 @@ class _Turn:
     place: int
     client: Client
     lease: Lease
+    span: Span
     heard: float = field(default_factory=monotonic)
     worked: float = 0.0
     unclear: RayError | None = None
@@ -97,7 +99,10 @@ class RayPool:
             while waiting or running:
                 for place, client, lease in waiting.startable(self._leases.lease, self._leases.loss):
                     try:
-                        running[lease.start(client, sent.reference())] = _Turn(place, client, lease)
+                        begun = lease.start(client, sent.reference())
+                        kind = client.client_class
+                        span = open_span("turn", order=type(order).__name__, client=client.name, client_class=kind)
+                        running[begun] = _Turn(place, client, lease, span)
                     except RayError as error:  # such as a full object store
                         self._leases.give_back(lease, client)
                         yield Outcome(place, _failure(error))
@@ -109,10 +114,14 @@ class RayPool:
                     turn = running.pop(reference)
                     found = self._outcome(reference, turn, sent)
                     if isinstance(found, Outcome):
+                        turn.span.end(failed=isinstance(found.result, Failure))
                         yield found
-                    elif found is not None:
+                        continue
+                    if found is not None:
                         running[found] = turn
-                    elif lost[turn.place] + 1 < _MACHINES:
+                        continue
+                    turn.span.end(failed=True)
+                    if lost[turn.place] + 1 < _MACHINES:
                         lost[turn.place] += 1
                         waiting.again(turn.place, turn.client)
                     elif turn.unclear:
@@ -137,7 +146,7 @@ class RayPool:
         finally:
             # If the caller stopped iterating in the middle of a round, turns are still running.
             for turn in running.values():
-                self._leases.end(turn.lease)
+                self._given_up(turn, Failure("nobody waits for it any more"))
             self._note("; ".join(self._unmet.in_words()) or None)
 
     def expect(self, foresee: Foresee) -> None:
@@ -202,6 +211,7 @@ class RayPool:
 
     def _given_up(self, turn: _Turn, failure: Failure) -> Outcome:
         self._leases.end(turn.lease)
+        turn.span.end(failed=True)
         return Outcome(turn.place, failure)
 
     def _silent(self, running: dict[Any, _Turn]) -> list[tuple[Any, Failure]]:

@@ -32,18 +32,23 @@ class Turns:
         self._engine = engine
 
     def next(
-        self, at_work: Mapping[str, int], most: int | None, besides: Collection[str] = ()
+        self,
+        at_work: Mapping[str, int],
+        most: int | None,
+        besides: Collection[str] = (),
+        full: Collection[str] = (),
     ) -> tuple[str, str] | None:
         """The job that begins next and its tenant; None if none may. A tenant may have ``most`` jobs at work.
 
-        The jobs ``besides`` cannot begin yet. Of a tenant's jobs, those with the greatest priority come first, then the oldest.
+        The jobs ``besides`` cannot begin yet, nor those of tenants that are ``full``. Of a tenant's jobs, those with the
+        greatest priority come first, then the oldest.
         """
         queued = (JobRow.status == "queued", JobRow.id.not_in(besides))
         with Session(self._engine) as session:
             waiting = [
                 tenant
                 for tenant in session.scalars(select(JobRow.tenant).where(*queued).distinct())
-                if most is None or at_work.get(tenant, 0) < most
+                if tenant not in full and (most is None or at_work.get(tenant, 0) < most)
             ]
             if not waiting:
                 return None

@@ -251,16 +251,24 @@ class Mailbox:
             AnswerRefused: the tensors that have arrived are not those that the answer describes.
         """
         text = answer.model_dump_json()
-        with Session(self._engine) as database, database.begin():
+        with Session(self._engine) as database:
             row = database.scalar(_of(site, order))
             if row is not None and row.state == "answered" and row.answer == text:
                 return
             row = self._taken(database, site, order, session)
-            described = answer.tensors if isinstance(answer, Done) else None
-            if described and not self.files.keep_answer(row.job, order, described):
-                reason = "the tensors that arrived are not those that it describes; send them again"
-                raise AnswerRefused(order, reason)
-            row.state, row.answer, row.doing = "answered", text, None
+            number, job = row.number, row.job
+        described = answer.tensors if isinstance(answer, Done) else None
+        if described and not self.files.keep_answer(job, order, described):
+            reason = "the tensors that arrived are not those that it describes; send them again"
+            raise AnswerRefused(order, reason)
+        # The order may have been withdrawn, or given to another process, while the file was looked at.
+        still = (SiteOrderRow.number == number, SiteOrderRow.state == "taken", SiteOrderRow.session == session)
+        with Session(self._engine) as database, database.begin():
+            change = update(SiteOrderRow).where(*still).values(state="answered", answer=text, doing=None)
+            if cast("CursorResult[Any]", database.execute(change)).rowcount == 0:
+                row = database.scalar(_of(site, order))
+                if row is None or (row.state, row.answer) != ("answered", text):
+                    raise OrderWithdrawn(order)
 
     def _taken(self, database: Session, site: str, order: str, session: str) -> SiteOrderRow:
         row: SiteOrderRow | None = database.scalar(_of(site, order))

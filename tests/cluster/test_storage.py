@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.cluster.storage import Settings, Storage, database_url
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.reading import ReadingRules
 
@@ -39,3 +39,11 @@ def test_folders_and_patterns_come_from_the_environment_and_go_on_to_other_proce
     for name, wrong in (("CHAINFED_MODEL_ROOTS", "models"), ("CHAINFED_WITHOUT_KEYS", "all"), ("CHAINFED_LOG", "xml")):
         with pytest.raises(InvalidSetting, match=name):
             Settings.from_environment({**given, name: wrong})
+
+
+def test_a_space_in_a_url_is_one_and_a_path_is_what_it_is(tmp_path: Path) -> None:
+    for given, folder in ((f"file://{tmp_path}/my%20data", "my data"), (f"{tmp_path}/my%20data", "my%20data")):
+        assert Settings.from_environment({"CHAINFED_STORAGE": given}).storage.root == tmp_path / folder
+        assert database_url({"CHAINFED_STORAGE": given}) == f"sqlite:///{tmp_path / folder}/chainfed.db"
+    assert database_url({"CHAINFED_STORAGE": str(tmp_path / "none")}) == f"sqlite:///{tmp_path}/none/chainfed.db"
+    assert not (tmp_path / "none").exists()

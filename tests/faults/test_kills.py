@@ -20,6 +20,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from chainfed_ray.api.sdk import calls, exchanges
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, assert_same, run
@@ -111,7 +112,7 @@ def test_whatever_is_killed_nobody_has_to_help(service: Running, document: dict[
             wait_for(caller.is_steady, "answers", 300)
             waits[kind].append(caller.longest)
         for job in hurt:
-            last = list(service.client.follow(job))[-1]
+            last = list(service.client.stream_json(exchanges.events(job)))[-1]
             assert last["kind"] == "succeeded", last["data"]
     assert not caller.strange
     for job, kinds in hurt.items():
@@ -131,8 +132,8 @@ def test_serve_itself_killed_and_started_again(service: Running, document: dict[
         ports = [listening(running) for running in (service, first)]
         assert all(ports), "each listens somewhere"
         assert not ports[0] & ports[1]
-        job = first.client.submit(document)["id"]
-        events = first.client.follow(job)
+        job = first.client.json(calls.submit_job(document))["id"]
+        events = first.client.stream_json(exchanges.events(job))
         assert next(event for event in events if event["kind"] == "round")
         orphans = psutil.Process(first.process.pid).children(recursive=True)
         first.process.kill()
@@ -140,18 +141,18 @@ def test_serve_itself_killed_and_started_again(service: Running, document: dict[
         wait_for(lambda: not [process for process in orphans if process.is_running()], "end of what it had started")
     assert len(CommitLog(tmp_path / "other" / "jobs" / job).rounds()) < 8
     with Running(tmp_path / "other", first.port) as second:  # where the first one was
-        kinds = [event["kind"] for event in second.client.follow(job)]
+        kinds = [event["kind"] for event in second.client.stream_json(exchanges.events(job))]
         assert kinds == ["queued", "validating", "running", "started", *["round"] * 8, "finished", "succeeded"]
 
 
 def wait_for_rounds(service: Running, document: dict[str, Any], rounds: int) -> str:
     """The job that runs, as soon as it has finished so many further rounds; a new one if there is none with as many left."""
-    newest = service.client.jobs(limit=1)
+    newest = service.client.json(calls.list_jobs(limit=1))["jobs"]
     before = len(CommitLog(service.storage / "jobs" / newest[0]["id"]).rounds()) if newest else ROUNDS
     if before + rounds + 5 > ROUNDS:
         if newest:
-            list(service.client.follow(newest[0]["id"]))
-        newest, before = [service.client.submit({**document, "name": "hurt"})], 0
+            list(service.client.stream_json(exchanges.events(newest[0]["id"])))
+        newest, before = [service.client.json(calls.submit_job({**document, "name": "hurt"}))], 0
     log = CommitLog(service.storage / "jobs" / newest[0]["id"])
     wait_for(lambda: len(log.rounds()) >= before + rounds, "rounds", 300)
     return str(newest[0]["id"])

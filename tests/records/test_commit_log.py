@@ -92,6 +92,20 @@ def test_a_flipped_bit_in_the_tensors_is_noticed(tmp_path: Path) -> None:
         CommitLog(tmp_path).tensors(ROUNDS - 1)
 
 
+def test_a_changed_digit_in_a_round_is_noticed_and_one_without_a_digest_is_read(tmp_path: Path) -> None:
+    whole(CommitLog(tmp_path))
+    path = tmp_path / "rounds" / "000001.json"
+    document = json.loads(path.read_bytes())
+    path.write_text(json.dumps({name: value for name, value in document.items() if name != "record_digest"}))
+    assert len(CommitLog(tmp_path).rounds()) == ROUNDS, "of an earlier version"
+    path.write_text(json.dumps(document, indent=1))
+    assert len(CommitLog(tmp_path).rounds()) == ROUNDS
+    document["record"]["seconds"] += 1
+    path.write_text(json.dumps(document))
+    with pytest.raises(CorruptCommit, match=r"000001\.json.*not what was written"):
+        CommitLog(tmp_path).rounds()
+
+
 def test_a_round_that_is_missing_is_noticed(tmp_path: Path) -> None:
     whole(CommitLog(tmp_path))
     (tmp_path / "rounds" / "000001.json").unlink()

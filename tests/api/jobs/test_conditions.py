@@ -61,3 +61,15 @@ def test_a_job_that_is_not_valid_says_so() -> None:
         ("Paused", "False", "InvalidJob", "1"),
         ("Finished", "True", "InvalidJob", "3"),
     ]
+
+
+def test_a_job_that_waits_for_memory_says_so_until_it_begins() -> None:
+    story = [Event(seq, kind, f"2030-01-01T00:00:0{seq}.000Z", {}) for seq, kind in enumerate(("queued", "waiting"), 1)]
+    running = conditions(story)[1]
+    assert (running.type, running.status, running.reason, running.since) == (
+        "Running",
+        "False",
+        "MemoryLimit",
+        story[0].at,
+    )
+    assert conditions([*story, Event(3, "validating", "2030-01-01T00:00:03.000Z", {})])[1].reason == "Validating"

@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from chainfed_ray.api.serve.access import AccessRules
@@ -14,7 +17,7 @@ from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from tests.apps import an_app
-from tests.builders import SPEC
+from tests.builders import MIB, SPEC
 
 
 @pytest.fixture
@@ -123,3 +126,15 @@ def test_what_was_done_to_a_deleted_job_stays_in_the_audit_log(storage: Storage,
     ]
     keys.close()
     log.close()
+
+
+def test_a_job_whose_clients_never_fit_is_refused_with_the_limit(client: TestClient, store: JobStore) -> None:
+    app = cast("FastAPI", client.app)
+    app.state.service = replace(app.state.service, client_memory=100 * MIB, client_slots=2)
+    fleet: dict[str, Any] = {"clients": [{"name": "a", "memory": "60MiB", "count": 2}]}
+    document = SPEC.document() | {"fleet": fleet, "rounds": {"clients": 2}}
+    refused = client.post("/v1/jobs", json=document)
+    assert refused.status_code == 422
+    assert "CHAINFED_CLIENT_MEMORY" in refused.json()["detail"]
+    fleet["clients"][0]["memory"] = "50MiB"
+    assert client.post("/v1/jobs", json=document).status_code == 201

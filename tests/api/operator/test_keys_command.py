@@ -59,8 +59,18 @@ def test_a_key_from_its_making_to_its_end(environment: dict[str, str], tmp_path:
     ],
 )
 def test_a_mistake_is_told_in_words(environment: dict[str, str], arguments: list[str], words: str) -> None:
+    if arguments[0] == "revoke":
+        assert chainfed(environment, "create", "--owner", "a", "--scopes", "read")[0] == 0
     code, said, told = chainfed(environment, *arguments, "--json")
     assert code == 1
     assert words in told
     error: dict[str, Any] = json.loads(said)["error"]
     assert words in error["message"]
+
+
+def test_a_list_on_a_fresh_machine_makes_nothing(environment: dict[str, str], tmp_path: Path) -> None:
+    code, _, told = chainfed(environment, "list")
+    assert code == 1
+    assert "CHAINFED_DATABASE is 'sqlite:///" in told
+    assert "expected a database that answers (unable to open database file)" in told
+    assert list(tmp_path.iterdir()) == []

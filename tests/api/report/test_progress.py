@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainfed_ray.activity import Activity, Listener, no_listener
-from chainfed_ray.api.client.service_client import JsonObject, ServiceClient
+from chainfed_ray.activity import Activity
 from chainfed_ray.api.command.following import follow
 from chainfed_ray.api.jobs.resources import JobProgress as Resource
 from chainfed_ray.api.report.fleet import by_class
 from chainfed_ray.api.report.plots import draw
 from chainfed_ray.api.report.progress import ProgressDisplay, time_left
 from chainfed_ray.api.report.results import results
+from chainfed_ray.api.sdk.calls import Call
+from chainfed_ray.api.sdk.clients import Client
+from chainfed_ray.api.sdk.exchanges import Exchange
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records.result import JobResult, StageMemory
 from chainfed_ray.records.rounds import (
@@ -36,23 +38,23 @@ EXITS = tuple(
 )
 
 
-class Queue(ServiceClient):
+class Queue(Client):
     """A service with so many jobs before ``mine``, none of them over; None: it is away when it is asked."""
 
     def __init__(self, before: int | None, mine: str = "queued") -> None:
         super().__init__("http://127.0.0.1:1")
         self._before, self._mine = before, mine
 
-    def follow(self, job: str, listen: Listener = no_listener) -> Iterator[JsonObject]:
+    def stream_json(self, exchange: Exchange[Any]) -> Iterator[Any]:
         yield from ({"kind": kind, "data": {}} for kind in ("queued", "cancelled"))
 
-    def jobs(self, limit: int = 50) -> list[JsonObject]:
+    def json(self, call: Call[Any]) -> Any:
         if self._before is None:
             raise ServiceUnavailable("http://127.0.0.1:1", "no answer")
         states = ["cancelling", "running", *["queued"] * self._before][: self._before]
         jobs = [("over", "failed", "then"), *((f"job-{place}", state, None) for place, state in enumerate(states))]
         jobs += [("mine", self._mine, None), ("later", "queued", None)]
-        return [{"id": job, "status": status, "finished_at": at} for job, status, at in reversed(jobs)]
+        return {"jobs": [{"id": job, "status": status, "finished_at": at} for job, status, at in reversed(jobs)]}
 
 
 @pytest.mark.parametrize(

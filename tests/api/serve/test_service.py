@@ -24,8 +24,9 @@ import yaml
 from rich.console import Console
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.api.client.service_client import ServiceClient
 from chainfed_ray.api.command.following import follow
+from chainfed_ray.api.sdk import calls, exchanges
+from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
@@ -88,13 +89,15 @@ def test_a_job_over_the_command_line(service: Running, document: dict[str, Any],
     assert [job["id"] for job in listed["jobs"]] == [done["id"]]
     code, answer = service.chainfed("predict", "tiny:first", "salt tide wave", "worm seed root")
     assert (code, [found["label"] for found in answer["results"]]) == (0, ["sea", "soil"])
-    many = service.client.classify("tiny:first", ["salt tide wave"] * 300 + ["worm seed root"])["results"]
+    many = service.client.finish_json(exchanges.labels("tiny:first", ["salt tide wave"] * 300 + ["worm seed root"]))[
+        "results"
+    ]
     assert [found["label"] for found in many] == ["sea"] * 300 + ["soil"]
-    long = service.client.classify("tiny:first", ["salt tide wave " * 6000] * 8)["results"]
+    long = service.client.finish_json(exchanges.labels("tiny:first", ["salt tide wave " * 6000] * 8))["results"]
     assert [found["label"] for found in long] == ["sea"] * 8, "of more characters than one request may have"
-    exits = [model["name"] for model in service.client.models() if model["layers"]]
+    exits = [model["name"] for model in service.client.json(calls.list_models())["models"] if model["layers"]]
     assert exits == ["tiny:first#layers=3"]
-    assert service.client.classify(exits[0], ["salt tide wave"])["model"] == exits[0]
+    assert service.client.finish_json(exchanges.labels(exits[0], ["salt tide wave"]))["model"] == exits[0]
     code, refused = service.chainfed("predict", "tiny:none", "x")
     assert (code, refused["error"]["message"]) == (
         1,
@@ -111,21 +114,23 @@ def test_a_language_model_from_its_chats_to_its_words(service: Running, storage:
     ]
     rows = tmp_path / "chats.jsonl"
     rows.write_text("\n".join(json.dumps({"chat": chat}) for chat in chats))
-    job = service.client.submit(
-        {
-            "name": "chats",
-            "model": {"base": f"path:{base}", "task": "causal-lm"},
-            "data": {"train": f"path:{rows}", "messages": "chat", "max_length": 64},
-            "fleet": {"clients": [{"name": "phone", "count": 3, "memory": "64MiB"}]},
-            "chain": {"window": 1, "start": 0, "adapter": {"bottleneck": 8}},
-            "rounds": {"total": 4, "clients": 2, "batch_size": 8, "learning_rate": 0.02},
-        }
+    job = service.client.json(
+        calls.submit_job(
+            {
+                "name": "chats",
+                "model": {"base": f"path:{base}", "task": "causal-lm"},
+                "data": {"train": f"path:{rows}", "messages": "chat", "max_length": 64},
+                "fleet": {"clients": [{"name": "phone", "count": 3, "memory": "64MiB"}]},
+                "chain": {"window": 1, "start": 0, "adapter": {"bottleneck": 8}},
+                "rounds": {"total": 4, "clients": 2, "batch_size": 8, "learning_rate": 0.02},
+            }
+        )
     )["id"]
     heard: list[Activity] = []
-    events = list(service.client.follow(job, heard.append))
+    events = list(service.client.stream_json(exchanges.events(job, listen=heard.append)))
     assert {activity.what for activity in heard} >= {"starting the process of the coordinator"}
     assert any(activity.total and 0 <= activity.done <= activity.total for activity in heard)
-    assert service.client.job(job)["activity"] is None
+    assert service.client.json(calls.get_job(job))["activity"] is None
     assert events[-1]["kind"] == "succeeded"
     judged = [found for event in events if (found := event["data"].get("evaluation"))]
     assert len(judged) == 3, "after each of two stages, and at the end on the test rows"
@@ -138,13 +143,17 @@ def test_a_language_model_from_its_chats_to_its_words(service: Running, storage:
     greedy = {"max_tokens": 8, "temperature": 0}
     answer = service.chainfed("complete", "teller:chats", "7?", "--max-tokens", "8", "--temperature", "0")[1]
     told: list[str] = [choice["text"] for choice in answer["choices"]]
-    assert told == ["".join(piece["text"] for piece in service.client.stream("teller:chats", ["7?"], **greedy))]
+    assert told == [
+        "".join(
+            piece["text"] for piece in service.client.stream_json(exchanges.texts("teller:chats", ["7?"], **greedy))
+        )
+    ]
     pieces: list[Piece] = []
     saved = load_stack(storage / "jobs" / job / "model")
     Generator(LanguageModel(f"path:{base}", torch.float32)).write(saved, "7?", Sampling(**greedy), pieces.append)
     assert told == ["".join(piece.text for piece in pieces)]
 
-    cut = service.client.complete("teller:chats#layers=1", ["7?"], **greedy)
+    cut = service.client.json(calls.completions("teller:chats#layers=1", ["7?"], **greedy))
     pieces.clear()
     saved = load_stack(storage / "jobs" / job / "exit-1")
     Generator(LanguageModel(f"path:{base}", torch.float32, 1)).write(saved, "7?", Sampling(**greedy), pieces.append)
@@ -157,14 +166,14 @@ def test_killed_in_the_middle_and_it_ends_where_it_would_have(
     """One process after the other, each after a round."""
     document["name"] = "killed"
     document["rounds"] |= {"total": 6, "quorum": 1}
-    job = service.client.submit(document)["id"]
-    events = service.client.follow(job)
+    job = service.client.json(calls.submit_job(document))["id"]
+    events = service.client.stream_json(exchanges.events(job))
     for process in ("CoordinatorActor", "ControllerActor"):
         assert next(event for event in events if event["kind"] == "round")
         wait_for(lambda process=process: service.processes(process), process)[0].kill()
-    kinds = [event["kind"] for event in service.client.follow(job)]
+    kinds = [event["kind"] for event in service.client.stream_json(exchanges.events(job))]
     assert kinds == ["queued", "validating", "running", "started", *["round"] * 6, "finished", "succeeded"]
-    assert service.client.job(job)["model"] == "tiny:killed"
+    assert service.client.json(calls.get_job(job))["model"] == "tiny:killed"
     _, expected = run(a_job(document, tmp_path), tmp_path / "log")
     assert_same(load_stack(storage / "jobs" / job / "model").stack.tensors(), expected)
     wait_for(lambda: not service.processes("CoordinatorActor"), "end of the coordinator")
@@ -174,13 +183,13 @@ def test_killed_in_the_middle_and_it_ends_where_it_would_have(
 
 def test_cancelling_ends_the_processes(service: Running, document: dict[str, Any]) -> None:
     document["rounds"] |= {"total": 500}
-    job = service.client.submit(document)["id"]
-    next(event for event in service.client.follow(job) if event["kind"] == "round")
-    waiting, last = (service.client.submit(document)["id"] for _ in range(2))
-    assert service.client.job(waiting)["status"] == "queued"
+    job = service.client.json(calls.submit_job(document))["id"]
+    next(event for event in service.client.stream_json(exchanges.events(job)) if event["kind"] == "round")
+    waiting, last = (service.client.json(calls.submit_job(document))["id"] for _ in range(2))
+    assert service.client.json(calls.get_job(waiting))["status"] == "queued"
     with pytest.raises(ServiceFailed, match="default has a queue of 2, as many as CHAINFED_QUEUED_JOBS allows"):
-        service.client.submit(document)
-    service.client.cancel(last)
+        service.client.json(calls.submit_job(document))
+    service.client.json(calls.cancel_job(last))
     shown = StringIO()
     with ThreadPoolExecutor(max_workers=1) as thread:
         watching = thread.submit(follow, service.client, waiting, parse_job(document), Console(file=shown, width=80))
@@ -188,11 +197,11 @@ def test_cancelling_ends_the_processes(service: Running, document: dict[str, Any
             words = f"In the queue. Before it: {job} (running)."
             wait_for(lambda: words in " ".join(shown.getvalue().split()), "word of the job before it")
         finally:
-            assert service.client.cancel(waiting)["status"] == "cancelled"
+            assert service.client.json(calls.cancel_job(waiting))["status"] == "cancelled"
         with pytest.raises(JobFailed, match="cancelled"):
             watching.result()
-    service.client.cancel(job)
-    kinds = [event["kind"] for event in service.client.follow(job)]
+    service.client.json(calls.cancel_job(job))
+    kinds = [event["kind"] for event in service.client.stream_json(exchanges.events(job))]
     assert "cancelling" in kinds
     assert kinds[-1] == "cancelled"
     wait_for(lambda: not service.processes("ClientActor"), "end of the clients")
@@ -200,18 +209,18 @@ def test_cancelling_ends_the_processes(service: Running, document: dict[str, Any
 
 def test_the_client_raises_what_the_service_means(service: Running, document: dict[str, Any]) -> None:
     parts = ("database", "storage", "controller", "inference")
-    assert service.client.ready()["checks"] == dict.fromkeys(parts, "ok")
+    assert service.client.json(calls.readyz())["checks"] == dict.fromkeys(parts, "ok")
     with pytest.raises(InvalidJob, match=r"data\.label is 'none'; expected a column"):
-        service.client.submit({**document, "data": {**document["data"], "label": "none"}})
+        service.client.json(calls.submit_job({**document, "data": {**document["data"], "label": "none"}}))
     with pytest.raises(JobNotFound):
-        service.client.job("none")
+        service.client.json(calls.get_job("none"))
     with pytest.raises(JobNotFound):
-        next(service.client.follow("none"))
+        next(service.client.stream_json(exchanges.events("none")))
     with pytest.raises(ModelNotFound):
-        service.client.classify("none:none", ["x"])
-    done = next(job["id"] for job in service.client.jobs() if job["status"] == "succeeded")
+        service.client.finish_json(exchanges.labels("none:none", ["x"]))
+    done = next(job["id"] for job in service.client.json(calls.list_jobs())["jobs"] if job["status"] == "succeeded")
     with pytest.raises(JobConflict, match="is succeeded; it cannot be cancelled"):
-        service.client.cancel(done)
+        service.client.json(calls.cancel_job(done))
     answer = httpx.get(f"{service.address}/v1/jobs/none", headers={"X-Request-ID": "mine"})
     assert (answer.headers["x-request-id"], answer.json()["request_id"]) == ("mine", "mine")
     assert httpx.get(f"{service.address}/healthz").headers["x-request-id"]
@@ -250,13 +259,13 @@ def test_a_key_that_is_made_while_it_runs_closes_it(
 
 
 @pytest.fixture
-def clients(service: Running, storage: Path) -> Iterator[dict[str, ServiceClient]]:
+def clients(service: Running, storage: Path) -> Iterator[dict[str, Client]]:
     """A client for each owner of a key. A new key is accepted at once; each process closes its door when it has read it."""
     keys = KeyStore(Storage.at(storage).database)
     scopes = {"alice": ["submit", "read", "infer"], "bob": ["submit", "read", "infer"], "ops": ["admin"]}
-    made = {owner: ServiceClient(service.address, keys.make_key(owner, scopes[owner]).token) for owner in scopes}
+    made = {owner: Client(service.address, keys.make_key(owner, scopes[owner]).token) for owner in scopes}
     keys.close()
-    made["nobody"] = ServiceClient(service.address)
+    made["nobody"] = Client(service.address)
     ask = f"{service.address}/v1/jobs"
     wait_for(lambda: all(httpx.get(ask).status_code == 401 for _ in range(20)), "closed door in every process", 30)
     yield made
@@ -264,29 +273,32 @@ def clients(service: Running, storage: Path) -> Iterator[dict[str, ServiceClient
         client.close()
 
 
-def test_two_tenants_and_their_operator(
-    clients: dict[str, ServiceClient], document: dict[str, Any], tmp_path: Path
-) -> None:
+def test_two_tenants_and_their_operator(clients: dict[str, Client], document: dict[str, Any], tmp_path: Path) -> None:
     alice, bob, ops, nobody = (clients[who] for who in ("alice", "bob", "ops", "nobody"))
     with pytest.raises(AccessDenied):
-        nobody.submit(document)
+        nobody.json(calls.submit_job(document))
     for outside in ("/etc/passwd", str(tmp_path.parent.parent.parent / "none.csv")):
         with pytest.raises(InvalidJob, match="CHAINFED_DATA_ROOTS"):
-            alice.submit({**document, "data": {**document["data"], "train": f"path:{outside}"}})
+            alice.json(calls.submit_job({**document, "data": {**document["data"], "train": f"path:{outside}"}}))
 
     document["rounds"] |= {"total": 2}
-    job = alice.submit(document)["id"]
-    assert [event["kind"] for event in alice.follow(job)][-1] == "succeeded"
-    assert alice.classify("tiny:tiny", ["salt tide wave"])["results"][0]["label"] == "sea"
-    assert ops.classify("alice/tiny:tiny", ["salt tide wave"])["job"] == job
+    job = alice.json(calls.submit_job(document))["id"]
+    assert [event["kind"] for event in alice.stream_json(exchanges.events(job))][-1] == "succeeded"
+    assert alice.finish_json(exchanges.labels("tiny:tiny", ["salt tide wave"]))["results"][0]["label"] == "sea"
+    assert ops.finish_json(exchanges.labels("alice/tiny:tiny", ["salt tide wave"]))["job"] == job
     for name in ("tiny:tiny", "alice/tiny:tiny", "tiny"):
         with pytest.raises(ModelNotFound):
-            bob.classify(name, ["salt tide wave"])
-    for ask in (bob.job, bob.cancel, lambda job: next(bob.follow(job))):
+            bob.finish_json(exchanges.labels(name, ["salt tide wave"]))
+    for call in (calls.get_job(job), calls.cancel_job(job)):
         with pytest.raises(JobNotFound):
-            ask(job)
-    assert (bob.jobs(), [found["id"] for found in alice.jobs()]) == ([], [job])
-    assert job in [found["id"] for found in ops.jobs() if found["tenant"] == "alice"]
+            bob.json(call)
+    with pytest.raises(JobNotFound):
+        next(bob.stream_json(exchanges.events(job)))
+    assert (bob.json(calls.list_jobs())["jobs"], [found["id"] for found in alice.json(calls.list_jobs())["jobs"]]) == (
+        [],
+        [job],
+    )
+    assert job in [found["id"] for found in ops.json(calls.list_jobs())["jobs"] if found["tenant"] == "alice"]
 
 
 def test_told_to_stop_it_answers_what_was_asked_and_its_job_stops_after_a_commit(

@@ -16,7 +16,8 @@ from fastapi.testclient import TestClient
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from chainfed_ray.api.client.file_client import FileClient
+from chainfed_ray.api.sdk import calls, exchanges
+from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.api.storage import artifacts, report
 from chainfed_ray.cluster.artifacts.listing import Artifact
 from chainfed_ray.cluster.jobs.run import run_queued_job
@@ -84,10 +85,12 @@ def test_a_finished_job_leaves_its_stacks_report_and_partition(
 
     out = tmp_path / "model"
     with served(app) as address:
-        downloads = FileClient(address)
-        for one in downloads.artifacts(job):
-            if one["name"].startswith("model/"):
-                downloads.download(job, one, out / Path(one["name"]).name)
+        downloads = Client(address)
+        for artifact in downloads.send(calls.list_artifacts(job)).artifacts:
+            if artifact.name.startswith("model/"):
+                downloads.finish(
+                    exchanges.download(job, artifact.name, artifact.sha256, out / Path(artifact.name).name)
+                )
         downloads.close()
     check_loads(out, storage.model(job))
     check_card((out / "README.md").read_text(), document)
@@ -174,21 +177,21 @@ def test_a_download_goes_on_and_is_checked(
     store.move(left, "cancelled")
     file = storage.job(left) / "last" / "adapter_model.safetensors"
     with served(app) as address:
-        client = FileClient(address)
-        one = next(one for one in client.artifacts(left) if one["name"].startswith("last/"))
-        for received in (0, 1000, one["bytes"]):
+        client = Client(address)
+        one = next(one for one in client.send(calls.list_artifacts(left)).artifacts if one.name.startswith("last/"))
+        for received in (0, 1000, one.bytes):
             out = tmp_path / str(received) / "out"
             out.parent.mkdir()
-            (out.parent / f"out.{one['sha256'][:16]}.partial").write_bytes(file.read_bytes()[:received])
-            client.download(left, one, out)
+            (out.parent / f"out.{one.sha256[:16]}.partial").write_bytes(file.read_bytes()[:received])
+            client.finish(exchanges.download(left, one.name, one.sha256, out))
             assert out.read_bytes() == file.read_bytes()
             assert [path.name for path in out.parent.iterdir()] == ["out"]
         file.write_bytes(b"changed")
         with pytest.raises(ServiceFailed, match="list it again"):
-            client.download(left, one, tmp_path / "changed")
+            client.finish(exchanges.download(left, one.name, one.sha256, tmp_path / "changed"))
         file.unlink()
         with pytest.raises(ArtifactNotFound, match=left):
-            client.download(left, one, tmp_path / "gone")
+            client.finish(exchanges.download(left, one.name, one.sha256, tmp_path / "gone"))
         client.close()
     assert not (tmp_path / "changed").exists()
 

@@ -11,8 +11,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from chainfed_ray.api.client.file_client import FileClient
 from chainfed_ray.api.rest import waiting
+from chainfed_ray.api.sdk import exchanges
+from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.api.storage import logs
 from chainfed_ray.cluster.artifacts.job_log import JobLog, LogLine
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -88,19 +89,19 @@ def test_so_many_wait_and_no_more(
 def test_a_job_is_followed_until_it_is_over(app: FastAPI, store: JobStore, storage: Storage) -> None:
     job = store.submit(SPEC).id
     with served(app) as address:
-        client = FileClient(address)
+        client = Client(address)
         with JobLog(storage.job(job)) as log:
-            following = client.logs(job, follow=True)
-            assert next(following)["source"] == "coordinator"
+            following = client.stream(exchanges.logs(job, follow=True))
+            assert next(following).source == "coordinator"
             later = Thread(target=log.note, args=("info", "phone-0", "later"))
             later.start()
-            assert next(following)["message"] == "later"
+            assert next(following).message == "later"
             later.join()
             store.move(job, "cancelled")
             assert list(following) == []
-        assert [line["source"] for line in client.logs(job)] == ["coordinator", "phone-0"]
+        assert [line.source for line in client.stream(exchanges.logs(job))] == ["coordinator", "phone-0"]
         with pytest.raises(JobNotFound):
-            next(client.logs("none"))
+            next(client.stream(exchanges.logs("none")))
         client.close()
 
 

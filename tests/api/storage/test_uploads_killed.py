@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chainfed_ray.api.client.file_client import FileClient
+from chainfed_ray.api.sdk import calls, exchanges
+from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from tests.project import ROOT
@@ -74,9 +75,9 @@ def test_an_upload_goes_on_after_a_kill(storage: Storage, store: JobStore, tmp_p
     assert 8 * 2**20 < received < file.stat().st_size
 
     with a_service(storage.root) as (address, _):
-        client = FileClient(address)
-        assert client.upload(upload["id"])["received"] == received
-        done = client.add_upload(file)
+        client = Client(address)
+        assert client.send(calls.get_upload(upload["id"])).received == received
+        done = client.finish_json(exchanges.upload(file))
         assert (done["id"], done["complete"]) == (upload["id"], True)
         client.close()
     (kept,) = [path for path in partials.iterdir() if path.name != "lock"]

@@ -1,6 +1,7 @@
 """Promises of the controller: from any state, a step leads to where things should be."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
-from tests.builders import SPEC
+from tests.builders import MIB, SPEC
 
 
 class Processes:
@@ -360,3 +362,27 @@ def test_a_tenant_at_its_limit_lets_others_go_first(tmp_path: Path) -> None:
     assert processes.jobs == {second, other}
     assert store.get(third).status == "queued"
     store.close()
+
+
+def test_a_job_waits_while_the_memory_of_its_tenants_clients_is_in_use(tmp_path: Path) -> None:
+    """The tenant's later jobs wait behind it, and those of others do not."""
+    settings = Settings(Storage.at(tmp_path), parallel_jobs=3, client_slots=2, client_memory=200 * MIB)
+
+    def of(memory: str, count: int = 1) -> JobSpec:
+        fleet = {"clients": [{"name": "a", "memory": "10MiB"}, {"name": "b", "memory": memory, "count": count}]}
+        return parse_job(SPEC.document() | {"fleet": fleet, "rounds": {"clients": 2}})
+
+    with closing(JobStore(settings.storage.database)) as store:
+        processes = Processes(settings.storage)
+        first, second, small = (store.submit(spec).id for spec in (of("60MiB", 9), of("100MiB"), of("20MiB")))
+        other = store.seen_by("other", everything=False).submit(of("190MiB")).id
+        for _ in range(2):
+            Controller(settings, store, processes).step()  # one in place of another says nothing again
+        assert processes.jobs == {first, other}
+        (waiting,) = store.of_kind(second, "waiting")
+        assert "need 110MiB at once" in waiting.data["message"]
+        assert "hold 120MiB of the 200MiB that CHAINFED_CLIENT_MEMORY allows" in waiting.data["message"]
+        assert store.of_kind(small, "waiting") == []
+        store.move(first, "failed")
+        Controller(settings, store, processes).step()
+        assert processes.jobs == {second, small, other}

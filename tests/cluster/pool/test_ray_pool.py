@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from ray.exceptions import NodeDiedError, ObjectStoreFullError
 
 from chainfed_ray.client.messages import Profile, Profiling
 from chainfed_ray.client.pool import Failure, LocalPool
 from chainfed_ray.cluster.pool.placement import check_memories
 from chainfed_ray.cluster.pool.ray_pool import RayPool
+from chainfed_ray.cluster.tracing import begin_tracing, end_tracing
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.admission import Planner, admit
 from chainfed_ray.federation.coordinator import Coordinator
@@ -60,7 +62,8 @@ def test_a_turn_that_exceeds_its_plan_is_stopped_and_its_process_goes_on(
     document["chain"] |= {"adapter": {"bottleneck": 8192}}
     job = a_job(document, tmp_path)
     order = Profiling(8, 0)
-    tight = replace(job.clients[0], cap_bytes=2**16)
+    tight, exporter = replace(job.clients[0], cap_bytes=2**16), InMemorySpanExporter()
+    begin_tracing(exporter)
     (stopped,) = ray_pool.run([tight], order, 120.0)
     before = [process.pid for process in client_processes()]
     (taken,) = ray_pool.run([job.clients[0]], order, 120.0)
@@ -69,6 +72,10 @@ def test_a_turn_that_exceeds_its_plan_is_stopped_and_its_process_goes_on(
     assert stopped.result.exceeded
     assert "was allowed 64KiB" in stopped.result.reason
     assert isinstance(taken.result, Profile)
+    end_tracing()
+    spans = exporter.get_finished_spans()
+    assert [(one.name, one.status.is_ok) for one in spans] == [("turn", False), ("turn", True)]
+    assert dict(spans[0].attributes or {})["chainfed.client"] == job.clients[0].name
 
 
 def test_plans_that_are_too_small_cost_a_turn_each_and_the_job_goes_on(

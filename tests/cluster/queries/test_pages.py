@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -79,3 +80,24 @@ def test_a_cursor_that_is_none_of_ours_is_refused(cursor: str) -> None:
 def test_a_cursor_tells_nothing_that_is_not_on_the_page(store: JobStore) -> None:
     job = store.submit(SPEC)
     assert Place.parse(Place.after(job).cursor()) == (job.submitted_at, job.id)
+
+
+def test_a_list_has_labels_and_accuracies_and_one_broken_result_is_the_trouble_of_its_own_job(
+    store: JobStore, database: str
+) -> None:
+    one, two, three = labelled(store, team="search", kind="trial"), labelled(store), labelled(store, team="ads")
+    for job, accuracy in ((one, 0.75), (two, None), (three, 0.5)):
+        store.move(job, "running")
+        store.move(job, "succeeded", result={"accuracy": accuracy, "classes": ["sea"]})
+    if database.startswith("sqlite"):  # the other lets nobody write what is no JSON
+        engine = create_engine(database)
+        with engine.begin() as connection:
+            connection.execute(text("update jobs set result = '{' where id = :job"), {"job": three})
+        engine.dispose()
+    broken = None if database.startswith("sqlite") else 0.5
+    own = store.seen_by("default", everything=False)
+    for lines in (store.lines(), own.lines(), store.lines(status="succeeded")):
+        expected = [(three, {"team": "ads"}, broken), (two, {}, None), (one, {"kind": "trial", "team": "search"}, 0.75)]
+        assert [(line.id, line.labels, line.accuracy) for line in lines] == expected
+    assert [line.id for line in own.lines(2)] == [three, two]
+    assert store.seen_by("other", everything=False).lines() == []

@@ -54,6 +54,26 @@ def test_an_order_whose_answer_got_lost_on_its_way_is_given_again(mailbox: Mailb
     assert mailbox.next("a", FIRST) == mailbox.next("a", FIRST) == an_order()
 
 
+@pytest.mark.parametrize("what", ["withdrawn", "another process"])
+def test_an_order_that_is_taken_away_while_its_answer_is_kept_stays_so(
+    mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """To keep an answer's tensors takes a while, with an object store."""
+    order = an_order()
+    mailbox.give("a", order)
+    mailbox.next("a", FIRST)
+
+    def keep(*_: object) -> bool:
+        mailbox.withdraw("a", order.id) if what == "withdrawn" else mailbox.join("a", SECOND, "1.0")
+        return True
+
+    monkeypatch.setattr(mailbox.files, "keep_answer", keep)
+    described = TensorFile(size=1, sha256=64 * "0")
+    with pytest.raises(OrderWithdrawn):
+        mailbox.answer("a", order.id, FIRST, Done(content={}, tensors=described))
+    assert state(mailbox, order) == ("withdrawn" if what == "withdrawn" else "waiting")
+
+
 def test_an_order_that_failed_is_given_again(mailbox: Mailbox) -> None:
     order = an_order()
     mailbox.give("a", order)

@@ -1,15 +1,17 @@
-"""Promises of the client for files: what is sent arrives, whatever breaks on the way, and nothing is sent twice."""
+"""Promises of exchanges: what is sent arrives, whatever breaks on the way, and nothing is sent, or told, twice."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chainfed_ray.api.client import file_client
-from chainfed_ray.api.client.file_client import FileClient
+from chainfed_ray.api.sdk import calls, clients, exchanges
+from chainfed_ray.api.sdk.clients import AsyncClient, Client
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.uploads.store import UploadStore
@@ -66,11 +68,11 @@ def test_a_file_arrives_although_connections_break(
     app.add_middleware(Breaking, broken=broken)
     told: list[str] = []
     with served(app) as address:
-        client = FileClient(address)
-        upload = client.add_upload(file, listen=lambda activity: told.append(activity.what))
+        client = Client(address)
+        upload = client.finish_json(exchanges.upload(file, listen=lambda activity: told.append(activity.what)))
         assert upload["complete"]
-        assert client.add_upload(file) == upload
-        assert client.uploads() == [upload]
+        assert client.finish_json(exchanges.upload(file)) == upload
+        assert client.json(calls.list_uploads())["uploads"] == [upload]
         client.close()
     found = uploads.files("default", {"data": {"train": f"upload:{upload['id']}"}})
     assert found[upload["id"]].path.read_bytes() == ROWS
@@ -79,19 +81,19 @@ def test_a_file_arrives_although_connections_break(
 
 def test_what_the_service_refuses_is_told(app: FastAPI, store: JobStore, file: Path) -> None:
     with served(app) as address:
-        client = FileClient(address)
+        client = Client(address)
         with pytest.raises(InvalidJob, match=r"name is 'rows\.exe'"):
-            client.add_upload(file, "rows.exe")
-        upload = client.add_upload(file, "other.csv")["id"]
+            client.finish_json(exchanges.upload(file, "rows.exe"))
+        upload = client.finish_json(exchanges.upload(file, "other.csv"))["id"]
         document = SPEC.document()
         document["data"]["test"] = f"upload:{upload}"
         job = store.submit(parse_job(document)).id
         with pytest.raises(UploadConflict, match=job):
-            client.delete_upload(upload)
+            client.send(calls.delete_upload(upload))
         store.move(job, "cancelled")
-        client.delete_upload(upload)
+        client.send(calls.delete_upload(upload))
         with pytest.raises(UploadNotFound, match=upload):
-            client.upload(upload)
+            client.send(calls.get_upload(upload))
         client.close()
 
 
@@ -105,9 +107,11 @@ def test_a_file_that_becomes_shorter_while_it_is_sent_is_refused(
 
     first: list[object] = []
     with served(app) as address:
-        client = FileClient(address)
+        client = Client(address)
         with pytest.raises(InvalidJob, match=r"rows\.csv.*stays as it is"):
-            client.add_upload(file, listen=lambda activity: shorten(activity) if first else first.append(activity))
+            client.finish_json(
+                exchanges.upload(file, listen=lambda activity: shorten(activity) if first else first.append(activity))
+            )
         client.close()
     (found,) = uploads.page()
     assert (found.received, found.complete) == (left, False)
@@ -141,9 +145,9 @@ def test_a_download_gives_up_only_if_nothing_comes(
     job, content, now = store.submit(SPEC).id, b"{}" * 500, [0.0]
     storage.job(job).mkdir(parents=True, exist_ok=True)
     (storage.job(job) / "partition.json").write_bytes(content)
-    monkeypatch.setattr(file_client, "monotonic", lambda: now[0])
-    monkeypatch.setattr(file_client, "sleep", lambda seconds: None)
-    artifact = {"name": "partition.json", "sha256": sha256(content).hexdigest()}
+    monkeypatch.setattr(exchanges, "monotonic", lambda: now[0])
+    monkeypatch.setattr(clients.time, "sleep", lambda seconds: None)
+    digest = sha256(content).hexdigest()
 
     def wait() -> None:
         now[0] += 130
@@ -152,13 +156,13 @@ def test_a_download_gives_up_only_if_nothing_comes(
         app, out = an_app(store, folder_of=storage.job), tmp_path / str(count)
         app.add_middleware(Short, count=count, wait=wait)
         with served(app) as address:
-            client = FileClient(address)
+            client = Client(address)
             if arrives:
-                client.download(job, artifact, out)
+                client.finish(exchanges.download(job, "partition.json", digest, out))
                 assert out.read_bytes() == content
             else:
                 with pytest.raises(ServiceUnavailable):
-                    client.download(job, artifact, out)
+                    client.finish(exchanges.download(job, "partition.json", digest, out))
             client.close()
 
 
@@ -167,10 +171,78 @@ def test_a_file_of_which_every_byte_came_and_was_not_checked_is_finished(
 ) -> None:
     """The process that took the last byte ended before it checked them."""
     with served(app) as address:
-        client = FileClient(address)
+        client = Client(address)
         upload = uploads.begin("rows.csv", len(ROWS), sha256(ROWS).hexdigest())
         with uploads.receive(upload.id, 0) as arriving:
             arriving.append(ROWS)
-        assert not client.upload(upload.id)["complete"]
-        assert client.add_upload(file)["complete"]
+        assert not client.send(calls.get_upload(upload.id)).complete
+        assert client.finish_json(exchanges.upload(file))["complete"]
         client.close()
+
+
+class Cut:
+    """Middleware that breaks a stream of events after the second one, once, and is busy the next time."""
+
+    def __init__(self, app: ASGIApp, asked: list[str]) -> None:
+        self._app, self._asked = app, asked
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (the ASGI protocol)."""
+        if not scope.get("path", "").endswith("/events"):
+            return await self._app(scope, receive, send)
+        self._asked.append(dict(scope["headers"])[b"last-event-id"].decode())
+        if len(self._asked) == 2:
+            return await PlainTextResponse("", 503)(scope, receive, send)
+
+        async def send_some(message: Message) -> None:
+            if len(self._asked) == 1 and b"id: 3" in message.get("body", b""):
+                raise ConnectionError("the connection breaks")
+            await send(message)
+
+        await self._app(scope, receive, send_some)
+
+
+def test_events_go_on_after_the_last_that_came_whoever_waits(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = store.submit(SPEC).id
+    for state in ("validating", "running"):
+        store.move(job, state)
+    store.move(job, "failed", error={"type": "JobFailed", "message": "m"})
+    monkeypatch.setattr(clients.time, "sleep", lambda seconds: None)
+
+    async def awaited(address: str) -> list[str]:
+        async with AsyncClient(address) as service:
+            return [event.kind async for event in service.stream(exchanges.events(job))]
+
+    def waited(address: str) -> list[str]:
+        with Client(address) as service:
+            return [event.kind for event in service.stream(exchanges.events(job))]
+
+    for kinds in (waited, lambda address: asyncio.run(awaited(address))):
+        app, asked = an_app(store), list[str]()
+        app.add_middleware(Cut, asked=asked)
+        with served(app) as address:
+            assert kinds(address) == ["queued", "validating", "running", "failed"]
+        assert asked == ["0", "2", "2", "4"]
+
+
+def test_a_file_is_sent_and_received_by_a_client_that_does_not_block(
+    app: FastAPI, store: JobStore, storage: Storage, uploads: UploadStore, file: Path, tmp_path: Path
+) -> None:
+    job, digest = store.submit(SPEC).id, sha256(ROWS).hexdigest()
+    storage.job(job).mkdir(parents=True, exist_ok=True)
+    (storage.job(job) / "partition.json").write_bytes(ROWS)
+    (tmp_path / f"got.{digest[:16]}.partial").write_bytes(ROWS[:100])  # of a call that was killed
+    app = an_app(store, uploads=uploads, folder_of=storage.job)
+    app.add_middleware(Breaking, broken=["early", "lost"])
+
+    async def both(address: str) -> str:
+        async with AsyncClient(address) as service:
+            sent = await service.finish(exchanges.upload(file))
+            (found,) = (await service.send(calls.list_artifacts(job))).artifacts
+            await service.finish(exchanges.download(job, found.name, found.sha256, tmp_path / "got"))
+            return sent.id
+
+    with served(app) as address:
+        upload = asyncio.run(both(address))
+    found = uploads.files("default", {"data": {"train": f"upload:{upload}"}})
+    assert (found[upload].path.read_bytes(), (tmp_path / "got").read_bytes()) == (ROWS, ROWS)

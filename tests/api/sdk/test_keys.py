@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from chainfed_ray.api.client.service_client import ServiceClient, read_key
+from chainfed_ray.api.sdk import calls
+from chainfed_ray.api.sdk.clients import Client
+from chainfed_ray.api.sdk.keys import read_key
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
@@ -34,25 +36,25 @@ def test_the_key_of_the_environment_and_of_a_file(
     address: str, keys: KeyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads, asks = (keys.make_key("a", [scope]).token for scope in ("read", "infer"))
-    client = ServiceClient(address)
+    client = Client(address)
     with pytest.raises(AccessDenied, match="the request has no key"):
-        client.jobs()
+        client.json(calls.list_jobs())
     client.close()
 
     monkeypatch.setenv("CHAINFED_API_KEY", reads)
-    client = ServiceClient(address)
-    assert client.jobs() == []
+    client = Client(address)
+    assert client.send(calls.list_jobs()).jobs == []
     with pytest.raises(JobNotFound):
-        client.job("none")
+        client.json(calls.get_job("none"))
     with pytest.raises(AccessDenied, match="allows read; this needs submit"):
-        client.cancel("none")
+        client.json(calls.cancel_job("none"))
     client.close()
 
     file = tmp_path / "key"
     file.write_text(f"{asks}\n")
-    client = ServiceClient(address, read_key(file))
+    client = Client(address, read_key(file))
     with pytest.raises(AccessDenied, match="allows infer; this needs read"):
-        client.jobs()
+        client.json(calls.list_jobs())
     client.close()
 
 
@@ -68,4 +70,4 @@ def test_what_is_no_key_is_refused_and_not_shown(tmp_path: Path, text: str, monk
     if text:
         monkeypatch.setenv("CHAINFED_API_KEY", text)
         with pytest.raises(InvalidSetting, match="CHAINFED_API_KEY"):
-            ServiceClient("http://127.0.0.1:9")
+            Client("http://127.0.0.1:9")

@@ -1,1 +1,0 @@
-"""The service as its users' programs see it: a Python object that calls the REST API."""
