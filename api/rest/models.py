@@ -21,7 +21,7 @@ from chainfed_ray.api.rest.schemas import (
 )
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.jobs.versions import ModelName, exits_of, exits_so_far, name_of_exit, trained
+from chainfed_ray.cluster.jobs.versions import ModelName, exits_of, name_of_exit, trained
 from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import InvalidJob, ModelNotFound
 from chainfed_ray.serving.messages import ModelKey
@@ -139,7 +139,7 @@ def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
         return _exit(jobs, name)
     if wanted is not None and (found := trained(jobs, stem, wanted)):
         key = _key(found.record.spec["model"], found.record.id)._replace(
-            round=found.round["index"], moving=None if isinstance(wanted, int) else wanted
+            round=found.stack.index, moving=None if isinstance(wanted, int) else wanted
         )
         return Found(ServedModel.of_round(found), key)
     if ":" in name and (record := jobs.model(name)):
@@ -172,7 +172,7 @@ def _exit(jobs: JobStore, name: str) -> Found:
     if version == "latest":
         training = trained(jobs, stem, version)
         whole = ServedModel.of_round(training).model_copy(update={"name": f"{stem}@latest"}) if training else None
-        record, scores = (training.record, exits_so_far(jobs, training)) if training else (None, [])
+        record, scores = (training.record, training.exits) if training else (None, ())
     else:
         record = jobs.model(stem)
         whole, scores = (ServedModel.of(record), exits_of(record)) if record else (None, [])
