@@ -158,6 +158,7 @@ class ModelList(BaseModel):
     models: list[ServedModel]
     object: Literal["list"] = "list"
     data: list[ModelEntry]
+    has_more: bool = Field(False, description="true if there are more: give the last `id` as `after` for the next page")
 
 
 class AliasTargets(RequestBody):

@@ -19,7 +19,7 @@ from dataclasses import replace
 from secrets import token_hex
 from typing import Any, Self, cast
 
-from sqlalchemy import ColumnElement, Select, and_, func, select, text, true, update
+from sqlalchemy import ColumnElement, Select, and_, func, select, text, true, tuple_, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -190,11 +190,14 @@ class JobStore:
         """At most ``limit`` queued jobs, the oldest first."""
         return self._found(select(JobRow).where(JobRow.status == "queued").order_by(JobRow.number).limit(limit))
 
-    def models(self) -> list[JobRecord]:
-        """For each model name the newest job that succeeded, sorted by that name."""
+    def models(self, first: str | None = None, limit: int | None = None) -> list[JobRecord]:
+        """For each model name the newest job that succeeded, sorted by that name: at most ``limit``, from ``first`` on."""
         succeeded = select(func.max(JobRow.number)).where(self._seen, JobRow.status == "succeeded")
         newest = succeeded.group_by(JobRow.tenant, JobRow.model)
-        query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.model)
+        query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.model, JobRow.tenant).limit(limit)
+        if first is not None:
+            tenant, own = self._view.parts(first)
+            query = query.where(tuple_(JobRow.model, JobRow.tenant) >= (own, tenant or ""))
         return [record for record in self._found(query) if record.spec]
 
     def model(self, name: str) -> JobRecord | None:
