@@ -45,6 +45,7 @@ WithoutKeys = Literal["nobody", "loopback", "anyone"]
 QUEUED_JOBS, RUNNING_JOBS, REQUESTS = "CHAINFED_QUEUED_JOBS", "CHAINFED_RUNNING_JOBS", "CHAINFED_REQUESTS_PER_MINUTE"
 CLIENT_MEMORY, GRACE = "CHAINFED_CLIENT_MEMORY", "CHAINFED_GRACE_SECONDS"
 LOG = "CHAINFED_LOG"
+LEAST_REPLICAS = "CHAINFED_SERVING_LEAST_REPLICAS"
 UPLOAD_BYTES, STORED_BYTES, UPLOADS = "CHAINFED_UPLOAD_BYTES", "CHAINFED_STORED_BYTES", "CHAINFED_UPLOADS"
 Default = TypeVar("Default", int, None)
 _PROBE_BYTES = 65536
@@ -213,6 +214,7 @@ class Settings:
         None  # of models in a process that answers with them; None: half of its machine's memory
     )
     serving_replicas: int = 1  # processes that answer with models, at most; there is one until more requests wait
+    least_serving_replicas: int = 1  # such processes, at least: with 0, the first request starts one, and waits for it
     allowed_hosts: tuple[str, ...] = ()  # names that the API answers to, besides addresses and localhost
     without_keys: WithoutKeys = "nobody"
     requests_per_minute: int | None = None  # of a tenant, to one process of the API
@@ -230,8 +232,9 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str] = os.environ, existing: bool = False) -> "Settings":
         """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_CACHE``, ``CHAINFED_DATABASE``,
         ``CHAINFED_SCRATCH``, ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``,
-        ``CHAINFED_SERVING_REPLICAS``, ``CHAINFED_ALLOWED_HOSTS``, ``CHAINFED_WITHOUT_KEYS``,
-        ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``, ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``,
+        ``CHAINFED_SERVING_REPLICAS``, ``CHAINFED_SERVING_LEAST_REPLICAS``, ``CHAINFED_ALLOWED_HOSTS``,
+        ``CHAINFED_WITHOUT_KEYS``, ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``,
+        ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``,
         ``CHAINFED_MODEL_ROOTS``, ``CHAINFED_HUB_ALLOW``, ``CHAINFED_UPLOAD_BYTES``, ``CHAINFED_STORED_BYTES``,
         ``CHAINFED_UPLOADS``, ``CHAINFED_GRACE_SECONDS``, ``CHAINFED_LOG`` and ``CHAINFED_CLIENT_MEMORY``.
         The folder of the storage is made if it does not exist, unless it must be an ``existing`` one.
@@ -253,7 +256,8 @@ class Settings:
             _count(environment, "CHAINFED_PARALLEL_JOBS", 1),
             _count(environment, "CHAINFED_CLIENT_SLOTS", 2 * (os.cpu_count() or 1)),
             _bytes(environment, "CHAINFED_SERVING_MEMORY"),
-            _count(environment, "CHAINFED_SERVING_REPLICAS", 1),
+            most := _count(environment, "CHAINFED_SERVING_REPLICAS", 1),
+            _least_replicas(environment, most),
             tuple(environment.get("CHAINFED_ALLOWED_HOSTS", "").replace(",", " ").split()),
             _without_keys(environment),
             _count(environment, REQUESTS, None),
@@ -282,6 +286,7 @@ class Settings:
             "CHAINFED_PARALLEL_JOBS": str(self.parallel_jobs),
             "CHAINFED_CLIENT_SLOTS": str(self.client_slots),
             "CHAINFED_SERVING_REPLICAS": str(self.serving_replicas),
+            LEAST_REPLICAS: str(self.least_serving_replicas),
             "CHAINFED_SERVING_MEMORY": str(self.serving_bytes or ""),
             "CHAINFED_ALLOWED_HOSTS": ",".join(self.allowed_hosts),
             "CHAINFED_WITHOUT_KEYS": self.without_keys,
@@ -298,6 +303,13 @@ class Settings:
             GRACE: str(self.grace_seconds),
             LOG: "json" if self.json_logs else "text",
         }
+
+
+def _least_replicas(environment: Mapping[str, str], most: int) -> int:
+    least = _count(environment, LEAST_REPLICAS, 1, least=0)
+    if least > most:
+        raise InvalidSetting(LEAST_REPLICAS, str(least), f"at most CHAINFED_SERVING_REPLICAS, {most}")
+    return least
 
 
 def _json_logs(environment: Mapping[str, str]) -> bool:
@@ -370,10 +382,10 @@ def _place(environment: Mapping[str, str]) -> tuple[Path, str | None]:
     return Path((environment.get("CHAINFED_CACHE") or _FOLDER) if url else place), url
 
 
-def _count(environment: Mapping[str, str], name: str, default: Default) -> int | Default:
+def _count(environment: Mapping[str, str], name: str, default: Default, least: int = 1) -> int | Default:
     text = environment.get(name)
     if not text:
         return default
-    if not text.isdecimal() or int(text) < 1:
-        raise InvalidSetting(name, text, "a whole number, 1 or more")
+    if not text.isdecimal() or int(text) < least:
+        raise InvalidSetting(name, text, f"a whole number, {least} or more")
     return int(text)

@@ -52,6 +52,8 @@ def _summary(forecast: Forecast) -> Table:
     if forecast.head_sums_bytes:
         sums = format_bytes(forecast.head_sums_bytes)
         table.add_row("", f"and sends at most {sums} of sums each time that a head is fitted")
+    if forecast.exits_bytes:
+        table.add_row("storage", f"{format_bytes(forecast.exits_bytes)} at most for early exits, beside the stacks")
     return table
 
 

@@ -1,10 +1,11 @@
 """Routes of served models: list them, give them other names, and classify texts."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from random import choices
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.rest.schemas import (
@@ -21,7 +22,7 @@ from chainfed_ray.api.rest.schemas import (
 )
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.jobs.versions import ModelName, exits_of, exits_so_far, name_of_exit, trained
+from chainfed_ray.cluster.jobs.versions import ModelName, exits_of, name_of_exit, trained
 from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import InvalidJob, ModelNotFound
 from chainfed_ray.serving.messages import ModelKey
@@ -35,6 +36,12 @@ _ROUTES: dict[ModelTask, str] = {
 }
 
 
+Limit = Annotated[int | None, Query(ge=1, le=1000, description="the most models to list; without it, all are listed")]
+After = Annotated[
+    str | None, Query(max_length=500, description="list those after the one with this `id`, the last of a page")
+]
+
+
 @dataclass(frozen=True)
 class Found:
     """A model by its name: how it stands in the list of models, and its name for the process that answers with it."""
@@ -44,13 +51,26 @@ class Found:
 
 
 @router.get("/models")
-def list_models(jobs: Jobs) -> ModelList:
-    """Every served model. A job's model is served as soon as the job has succeeded, and so are its early exits."""
-    bases = [ServedModel.of_base(record) for record in jobs.bases()]
-    served_models = [*bases, *(model for record in jobs.models() for model in _with_exits(record))]
+def list_models(jobs: Jobs, limit: Limit = None, after: After = None) -> ModelList:
+    """Every served model, or a page of them. A job's model is served once the job has succeeded, and so are its early exits."""
+    found = list(_listed(jobs, after, None if limit is None else limit + 1))
+    page = found[:limit]
     return ModelList(
-        models=served_models, data=[ModelEntry.model_validate(model, from_attributes=True) for model in served_models]
+        models=page,
+        data=[ModelEntry.model_validate(model, from_attributes=True) for model in page],
+        has_more=len(found) > len(page),
     )
+
+
+def _listed(jobs: JobStore, after: str | None, limit: int | None) -> Iterator[ServedModel]:
+    """At least ``limit`` models, if there are as many: the bases, and models with their exits, in the order of the list."""
+    stem, _, layers = ModelName.of(after or "")
+    if ":" not in stem:
+        yield from (ServedModel.of_base(record) for record in jobs.bases() if record.model.partition(":")[0] > stem)
+    first = stem if ":" in stem else None
+    for record in jobs.models(first, None if limit is None else limit + 1):
+        known = (layers or 0) if record.model == first else -1  # of its exits, those up to here were listed before
+        yield from (model for model in _with_exits(record) if (model.layers or 0) > known)
 
 
 @router.get("/models/{name:path}")  # a name may begin with its tenant's, and a slash
@@ -139,7 +159,7 @@ def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
         return _exit(jobs, name)
     if wanted is not None and (found := trained(jobs, stem, wanted)):
         key = _key(found.record.spec["model"], found.record.id)._replace(
-            round=found.round["index"], moving=None if isinstance(wanted, int) else wanted
+            round=found.stack.index, moving=None if isinstance(wanted, int) else wanted
         )
         return Found(ServedModel.of_round(found), key)
     if ":" in name and (record := jobs.model(name)):
@@ -172,7 +192,7 @@ def _exit(jobs: JobStore, name: str) -> Found:
     if version == "latest":
         training = trained(jobs, stem, version)
         whole = ServedModel.of_round(training).model_copy(update={"name": f"{stem}@latest"}) if training else None
-        record, scores = (training.record, exits_so_far(jobs, training)) if training else (None, [])
+        record, scores = (training.record, training.exits) if training else (None, ())
     else:
         record = jobs.model(stem)
         whole, scores = (ServedModel.of(record), exits_of(record)) if record else (None, [])

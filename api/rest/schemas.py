@@ -89,9 +89,9 @@ class ServedModel(ModelEntry):
     @classmethod
     def of_round(cls, trained: Trained) -> "ServedModel":
         """The stack of a job after one of its rounds. The job may still train."""
-        record, index, model = trained.record, trained.round["index"], trained.record.spec["model"]
+        record, index, model = trained.record, trained.stack.index, trained.record.spec["model"]
         name, at = f"{record.model}@{index}", record.started_at or record.submitted_at
-        evaluation = trained.round.get("evaluation") or {}
+        evaluation = trained.stack.evaluation or {}
         return cls(
             id=name,
             created=int(datetime.fromisoformat(at).timestamp()),
@@ -158,6 +158,7 @@ class ModelList(BaseModel):
     models: list[ServedModel]
     object: Literal["list"] = "list"
     data: list[ModelEntry]
+    has_more: bool = Field(False, description="true if there are more: give the last `id` as `after` for the next page")
 
 
 class AliasTargets(RequestBody):

@@ -1,17 +1,24 @@
 """Asks the processes that answer with models. If one dies, what it had not answered yet is asked anew."""
 
+import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from chainfed_ray.errors import ChainFedError, PartUnavailable, ServiceBusy
-from chainfed_ray.serving.messages import Piece
+from chainfed_ray.serving.messages import Piece, Question
 
 _ATTEMPTS = 3
 _RETRY_SECONDS = 5
+_MOST_WAITING = 256  # questions of a process of the API that wait for their call
+_FEW_TEXTS = 16  # a question with more has a call of its own, so that no other waits for it here
+_TEXTS = 128  # of the questions of one call
+_Waiting = tuple[Question, "asyncio.Future[Any]"]
 
 
 async def answered(ask: Callable[[], Any]) -> Any:
@@ -52,6 +59,77 @@ async def written(ask: Callable[[], Any]) -> AsyncGenerator[Piece, None]:
                 raise
         finally:
             pieces.cancel()
+
+
+class Together:
+    """Asks questions that come while a call is under way in the next one, together: a call costs more than a question.
+
+    ``ask`` begins a call, whose answer is the answer to each question, or its error. A question that comes alone waits for
+    nobody. Unless questions ``may_wait``, each has a call of its own. All calls come from one event loop.
+    """
+
+    def __init__(self, ask: Callable[[list[Question]], Any], may_wait: bool = True) -> None:
+        self._ask, self._may_wait = ask, may_wait
+        self._waiting = deque[_Waiting]()
+        self._calling: asyncio.Task[None] | None = None
+
+    async def answer(self, question: Question) -> Any:
+        """The answer to a question. It is given up if nobody waits for it any more.
+
+        Raises:
+            ServiceBusy: too many questions wait already.
+            PartUnavailable: process after process died.
+        """
+        if not self._may_wait or len(question.texts) > _FEW_TEXTS:
+            (found,) = await answered(lambda: self._ask([question]))
+            if isinstance(found, Exception):
+                raise found
+            return found
+        if len(self._waiting) >= _MOST_WAITING:
+            raise ServiceBusy("requests to the models", _RETRY_SECONDS)
+        answer = asyncio.get_running_loop().create_future()
+        self._waiting.append((question, answer))
+        if self._calling is None or self._calling.done():
+            # In a context of its own: Ray Serve would take what follows for a part of this caller's request.
+            self._calling = asyncio.create_task(self._call_on(), context=Context())
+        return await answer
+
+    async def _call_on(self) -> None:
+        while taken := self._take():
+            await self._call(taken)
+
+    def _take(self) -> list[_Waiting]:
+        """What waits, as much of it as one call takes, without what nobody waits for any more."""
+        taken, texts = list[_Waiting](), 0
+        while self._waiting and texts + len(self._waiting[0][0].texts) <= _TEXTS:
+            question, answer = self._waiting.popleft()
+            if not answer.done():
+                taken.append((question, answer))
+                texts += len(question.texts)
+        return taken
+
+    async def _call(self, taken: list[_Waiting]) -> None:
+        questions = [question for question, _ in taken]
+        call = asyncio.ensure_future(answered(lambda: self._ask(questions)))
+
+        def leave(_: object) -> None:
+            if all(answer.cancelled() for _, answer in taken):
+                call.cancel()
+
+        for _, answer in taken:
+            answer.add_done_callback(leave)
+        await asyncio.wait([call])
+        if call.cancelled():
+            return
+        error = call.exception()
+        found = [error] * len(taken) if error else call.result()
+        for (_, answer), result in zip(taken, found, strict=True):
+            if answer.done():  # its caller has left
+                continue
+            if isinstance(result, BaseException):
+                answer.set_exception(result)
+            else:
+                answer.set_result(result)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from chainfed_ray.api.rest.service import Service, listed_in
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.app import create_app
-from chainfed_ray.api.serve.asking import answered, written
+from chainfed_ray.api.serve.asking import Together, written
 from chainfed_ray.api.serve.inference import Inference
 from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.first_answers import FirstAnswers
@@ -29,9 +29,10 @@ from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.structured_logs import log_as_json
 from chainfed_ray.cluster.tracing import begin_tracing, trace_requests
 from chainfed_ray.cluster.uploads.store import UploadStore
-from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
+from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Question, Sampling
 
 _AT_ONCE = 16  # requests that a process with models answers together; more are a reason for another process
+_IDLE_SECONDS = 600  # without a request, until the last such process ends, where none need be there
 
 
 @serve.deployment(
@@ -51,6 +52,9 @@ class Api:
         begin_tracing()
         self._settings, self._inference = settings, inference
         self._writing: Any = inference.options(stream=True)
+        is_one = settings.serving_replicas == 1  # of several, each question goes to the one that has its stack
+        self._classifying = Together(lambda questions: inference.classify.remote(questions), is_one)
+        self._embedding = Together(lambda questions: inference.embed.remote(questions), is_one)
         self._store = JobStore(settings.storage.database, existing=True)
         self._keys = KeyStore(settings.storage.database, existing=True)
         self._audit = AuditLog(settings.storage.database, existing=True)
@@ -66,12 +70,9 @@ class Api:
         ensure_controller(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        parts = {
-            "database": self._database,
-            "storage": self._storage,
-            "controller": self._controller,
-            "inference": self._inference_alive,
-        }
+        parts = {"database": self._database, "storage": self._storage, "controller": self._controller}
+        if self._settings.least_serving_replicas:  # to ask one would make one
+            parts["inference"] = self._inference_alive
         check, plan = self._preflight.check, self._preflight.plan
         service = Service(
             self._store,
@@ -101,11 +102,11 @@ class Api:
         return app
 
     async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
-        probabilities: list[list[float]] = await answered(lambda: self._inference.classify.remote(model, texts))
+        probabilities: list[list[float]] = await self._classifying.answer(Question(model, texts))
         return probabilities
 
     async def _embed(self, model: ModelKey, texts: list[str]) -> list[Embedding]:
-        embeddings: list[Embedding] = await answered(lambda: self._inference.embed.remote(model, texts))
+        embeddings: list[Embedding] = await self._embedding.answer(Question(model, texts))
         return embeddings
 
     def _write(
@@ -141,8 +142,13 @@ def build(arguments: Mapping[str, str]) -> serve.Application:
     ending = {"graceful_shutdown_timeout_s": settings.grace_seconds, "graceful_shutdown_wait_loop_s": 0.5}
     api = api.options(**ending)
     inference = inference.options(ray_actor_options=inference_options(settings.serving_bytes), **ending)
-    if settings.serving_replicas > 1:
-        scaling = {"min_replicas": 1, "max_replicas": settings.serving_replicas, "target_ongoing_requests": _AT_ONCE}
+    if settings.serving_replicas > settings.least_serving_replicas:
+        scaling = {
+            "min_replicas": settings.least_serving_replicas,
+            "max_replicas": settings.serving_replicas,
+            "target_ongoing_requests": _AT_ONCE,
+            "downscale_to_zero_delay_s": _IDLE_SECONDS,
+        }
         inference = inference.options(autoscaling_config=scaling)
     application: serve.Application = api.bind(settings, inference.bind(settings))
     return application

@@ -1,6 +1,7 @@
 """The Ray Serve deployment that answers with trained models, in one pass for requests that come at about the same time."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,9 +17,10 @@ from chainfed_ray.api.rest.schemas import MOST_TEXTS
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.structured_logs import log_as_json
 from chainfed_ray.device.memory_limit import machine_bytes
-from chainfed_ray.errors import PartUnavailable
-from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Question, Sampling, joined
+from chainfed_ray.errors import ChainFedError, PartUnavailable
+from chainfed_ray.serving.messages import ModelKey, Piece, Prompt, Question, Sampling, Work, joined
 
+_log = logging.getLogger(__name__)
 _RETRY_SECONDS = 5  # until a storage is asked again that did not answer
 _ROUTER: Any = {"request_router_class": "chainfed_ray.api.serve.stack_router:StackRouter"}
 
@@ -47,17 +49,17 @@ class Inference:
         # A thread for each kind of work, so that neither a long text nor a model that is loaded holds up a classification.
         self._answering, self._beginning = Answering(MOST_TEXTS), ThreadPoolExecutor(max_workers=1)
 
-    async def classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
-        """The probability of each class for each text, by ``model``."""
-        answer = self._answering.ask(self._engine.classify, Question(model, texts))
-        probabilities: list[list[float]] = await asyncio.wrap_future(answer)
-        return probabilities
+    async def classify(self, questions: list[Question]) -> list[Any]:
+        """For each question the probability of each class for each text, or the error because of which it has none."""
+        return await self._answers(self._engine.classify, questions)
 
-    async def embed(self, model: ModelKey, texts: list[str]) -> list[Embedding]:
-        """The embedding of each text, by ``model``."""
-        answer = self._answering.ask(self._engine.embed, Question(model, texts))
-        embeddings: list[Embedding] = await asyncio.wrap_future(answer)
-        return embeddings
+    async def embed(self, questions: list[Question]) -> list[Any]:
+        """For each question the embedding of each text, or the error because of which it has none."""
+        return await self._answers(self._engine.embed, questions)
+
+    async def _answers(self, work: Work, questions: list[Question]) -> list[Any]:
+        asked = [asyncio.wrap_future(self._answering.ask(work, question)) for question in questions]
+        return [_told(found) for found in await asyncio.gather(*asked, return_exceptions=True)]
 
     async def write(
         self, model: ModelKey, prompt: Prompt, sampling: Sampling, in_pieces: bool
@@ -91,6 +93,14 @@ class Inference:
 
     async def alive(self) -> None:
         """Return, which shows that this process works."""
+
+
+def _told(found: Any) -> Any:
+    """An answer, or an error as the other process can read it: one of ours as it is, of any other its words."""
+    if not isinstance(found, BaseException) or isinstance(found, ChainFedError):
+        return found
+    _log.error("a question was not answered", exc_info=found)
+    return RuntimeError(f"{type(found).__name__}: {found}")
 
 
 def _folder_of(storage: Storage, model: ModelKey) -> Path:

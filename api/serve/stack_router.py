@@ -5,7 +5,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from chainfed_ray.serving.messages import ModelKey
+from chainfed_ray.serving.messages import ModelKey, Question
 
 
 class StackRouter(RequestRouter):  # type: ignore[misc]  # Ray's class has no types
@@ -24,8 +24,13 @@ class StackRouter(RequestRouter):  # type: ignore[misc]  # Ray's class has no ty
 
 
 def _model_of(request: PendingRequest | None) -> str:
-    """What the model of a request is known by: its job, whatever the round, or the base model alone."""
+    """What the model of a request is known by: its job, whatever the round, or the base model alone.
+
+    Of several questions it is the first one's.
+    """
     given: Any = request.args[0] if request and request.args else None
+    if isinstance(given, list) and given and isinstance(given[0], Question):
+        given = given[0].model
     return str(given.job or given.base) if isinstance(given, ModelKey) else ""
 
 

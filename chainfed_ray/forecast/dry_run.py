@@ -66,6 +66,7 @@ def dry_run(spec: JobSpec, at_once: int, listen: Listener = no_listener) -> Fore
         sent_bytes_per_round=_sent_in_a_round(job, cohort),
         head_sums_bytes=_head_sums_bytes(job),
         received_bytes=(job.layers - start) * memory.adapter + memory.head,
+        exits_bytes=_exits_bytes(job),
         estimated_seconds=measured.seconds if measured else None,
         classes=_classes(job, measured.micro_steps if measured else {}),
         changes=tuple(_changes(job)),
@@ -114,6 +115,16 @@ def _head_sums_bytes(job: PlannedJob) -> int:
     with torch.device("meta"):  # shapes only, no memory
         sums = ClassSums.zeros(job.class_count, job.head_layers * job.hidden).tensors()
     return sum(tensor.nbytes for tensor in sums.values())
+
+
+def _exits_bytes(job: PlannedJob) -> int:
+    """What early exits take: of each layer at which a window ends, the adapters up to there and, for a classifier, a head."""
+    if job.spec.evaluation.every == "never":
+        return 0
+    start, costs = job.planner.requirements.start, job.planner.costs
+    chain = job.chain_from(start)
+    tops = {chain.exit(window) for window in chain.windows} - {job.layers - 1}  # that one is the model's end
+    return sum((top + 1 - start) * costs.adapter + costs.head for top in tops)
 
 
 def _classes(job: PlannedJob, micro_steps: Mapping[str, float]) -> tuple[ClassForecast, ...]:

@@ -104,6 +104,10 @@ class Forecast(Document):
         "with the schedule `cyclic`; 0 if no head is fitted"
     )
     received_bytes: int = Field(description="the bytes that a client receives in a turn: the whole stack")
+    exits_bytes: int = Field(
+        description="the bytes that the job's early exits take in the service's storage, if each of its stages leaves one; "
+        "0 if it keeps none"
+    )
     estimated_seconds: float | None = Field(
         description="an estimate of the job's longest duration on this machine, from measured steps; null if nothing would be "
         "trained"

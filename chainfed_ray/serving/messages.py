@@ -1,8 +1,8 @@
 """What the processes of the API and of the models send each other. It imports no torch, which the API's do without."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from chainfed_ray.data.messages import Chat, Message
 from chainfed_ray.errors import InvalidJob
@@ -42,6 +42,10 @@ class Question(NamedTuple):
 
     model: ModelKey
     texts: list[str]
+
+
+Work = Callable[[Sequence[Question]], Sequence[Any]]
+"""Answers questions together: an answer for each, or the error because of which it has none."""
 
 
 def no_numbers() -> InvalidJob:

@@ -7,15 +7,11 @@ from threading import Condition, Thread
 from typing import Any, TypeVar
 
 from chainfed_ray.model.saved_stack import SavedStack
-from chainfed_ray.serving.messages import ModelKey, Question
+from chainfed_ray.serving.messages import ModelKey, Question, Work
 
 Answer = TypeVar("Answer")
 Asked = list[tuple[SavedStack | None, list[str]]]
 """Texts, each part of them with its stack, or for the base model alone."""
-
-
-Work = Callable[[Sequence[Question]], Sequence[Any]]
-"""Answers questions together: an answer for each, or the error because of which it has none."""
 
 
 class Answering:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from secrets import token_hex
 from typing import Any, Self, cast
 
-from sqlalchemy import ColumnElement, Select, and_, func, select, text, true, update
+from sqlalchemy import ColumnElement, Select, and_, func, select, text, true, tuple_, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -29,7 +29,9 @@ from chainfed_ray.cluster.queries.aliases import Aliases
 from chainfed_ray.cluster.queries.counts import counts
 from chainfed_ray.cluster.queries.deletions import Deletions
 from chainfed_ray.cluster.queries.lines import JobLine, lines_of, newest_lines
+from chainfed_ray.cluster.queries.newest_models import NewestModels
 from chainfed_ray.cluster.queries.pages import Label, Place, page_of
+from chainfed_ray.cluster.queries.rounds import Rounds
 from chainfed_ray.cluster.queries.served_names import served_name
 from chainfed_ray.cluster.queries.turns import Turns, check_queue
 from chainfed_ray.cluster.schema import open_tables
@@ -53,8 +55,9 @@ from chainfed_ray.cluster.uploads.sources import hold_uploads
 from chainfed_ray.errors import JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
 
-_SERVED: tuple[Status, ...] = ("succeeded",)
-_CHECKED: tuple[Status, ...] = ("queued", "running", "pausing", "paused", "succeeded")  # if they have started
+_CHECKED: tuple[Status, ...] = ("queued", "running", "pausing", "paused", "succeeded")
+_STARTED = (JobRow.status.in_(_CHECKED), JobRow.started_at.is_not(None), JobRow.deleted_at.is_(None))
+"""The conditions that a job has started, so it has been checked, or has succeeded."""
 
 
 class JobStore:
@@ -73,6 +76,7 @@ class JobStore:
     def __init__(self, url: str, existing: bool = False) -> None:
         self._engine = open_tables(url, existing)
         self._view = View()
+        self.rounds, self._newest_models = Rounds(self._engine), NewestModels(self._engine)
 
     def seen_by(self, tenant: str, everything: bool) -> Self:
         """These jobs as ``tenant`` sees them, who submits jobs of its own: its own ones alone, unless it sees ``everything``.
@@ -191,25 +195,25 @@ class JobStore:
         """At most ``limit`` queued jobs, the oldest first."""
         return self._found(select(JobRow).where(JobRow.status == "queued").order_by(JobRow.number).limit(limit))
 
-    def models(self) -> list[JobRecord]:
-        """For each model name the newest job that succeeded, sorted by that name."""
+    def models(self, first: str | None = None, limit: int | None = None) -> list[JobRecord]:
+        """For each model name the newest job that succeeded, sorted by that name: at most ``limit``, from ``first`` on."""
         succeeded = select(func.max(JobRow.number)).where(self._seen, JobRow.status == "succeeded")
         newest = succeeded.group_by(JobRow.tenant, JobRow.model)
-        query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.model)
+        query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.model, JobRow.tenant).limit(limit)
+        if first is not None:
+            tenant, own = self._view.parts(first)
+            query = query.where(tuple_(JobRow.model, JobRow.tenant) >= (own, tenant or ""))
         return [record for record in self._found(query) if record.spec]
 
     def model(self, name: str) -> JobRecord | None:
         """The newest job that succeeded and whose model is called ``name``."""
-        found = self._called(name, _SERVED, 1)
-        return found[0] if found else None
+        found = self._newest_models.of(*self._view.parts(name))
+        return replace(found, model=self._view.name(found.tenant, found.model)) if found else None
 
     def of_model(self, name: str, limit: int = 100) -> list[JobRecord]:
         """At most ``limit`` jobs that have started or succeeded and whose model is called ``name``, the newest first."""
-        return self._called(name, _CHECKED, limit)
-
-    def _called(self, name: str, states: Collection[Status], limit: int) -> list[JobRecord]:
         tenant, own = self._view.parts(name)
-        query = select(JobRow).where(JobRow.tenant == tenant, JobRow.model == own, *_started(states))
+        query = select(JobRow).where(JobRow.tenant == tenant, JobRow.model == own, *_STARTED)
         return [record for record in self._found(query.order_by(JobRow.number.desc()).limit(limit)) if record.spec]
 
     def bases(self) -> list[JobRecord]:
@@ -217,7 +221,7 @@ class JobStore:
 
         Such a job has been checked, so its base model is there and can be loaded.
         """
-        checked = select(func.max(JobRow.number)).where(self._seen, *_started(_CHECKED))
+        checked = select(func.max(JobRow.number)).where(self._seen, *_STARTED)
         newest = checked.group_by(JobRow.tenant, JobRow.model)
         query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.number)
         found = {record.model.partition(":")[0]: record for record in self._found(query) if record.spec}
@@ -227,7 +231,7 @@ class JobStore:
         """At most ``limit`` jobs that have started or succeeded on a base model called ``name``, the newest first."""
         tenant, own = self._view.parts(name)
         of_base = (JobRow.tenant == tenant, JobRow.model.startswith(f"{own}:", autoescape=True))
-        query = select(JobRow).where(*of_base, *_started(_CHECKED)).order_by(JobRow.number.desc()).limit(limit)
+        query = select(JobRow).where(*of_base, *_STARTED).order_by(JobRow.number.desc()).limit(limit)
         with Session(self._engine) as session:
             # SQLite compares without regard to case.
             rows = [row for row in session.scalars(query) if row.model.partition(":")[0] == own]
@@ -384,11 +388,6 @@ class JobStore:
 def _check_id(job: str) -> None:
     if "\0" in job:  # no id has one, and PostgreSQL raises an error of its own when it is asked for it
         raise JobNotFound(job)
-
-
-def _started(states: Collection[Status]) -> tuple[ColumnElement[bool], ...]:
-    """The conditions that a job is in one of ``states``, and has started."""
-    return JobRow.status.in_(states), JobRow.started_at.is_not(None), JobRow.deleted_at.is_(None)
 
 
 def _append(session: Session, job: str, key: str | None, kind: str, at: str, data: dict[str, Any]) -> None:

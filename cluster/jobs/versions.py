@@ -1,15 +1,17 @@
 """The names of models, and the stacks that a job has while it trains: its newest one, its best one and its early exits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.queries.rounds import Stack
 from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.records.result import ExitScore
-from chainfed_ray.records.rounds import Round
 
 Version = Literal["latest", "best"] | int
 _LAYERS = "#layers="
+_MOST_JOBS = 100  # of one model, among which one with a round is looked for
 _MOST_DIGITS = 10  # of a round, or of a number of layers
 
 
@@ -42,11 +44,12 @@ def _number(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class Trained:
-    """A stack of the job in ``record``, after the round whose record is ``round``."""
+    """A ``stack`` of the job in ``record``, and the ``exits`` that the job has kept up to now, the lowest first."""
 
     record: JobRecord
-    round: dict[str, Any]
+    stack: Stack
     classes: tuple[str, ...]
+    exits: Sequence[ExitScore] = ()
 
 
 def trained(store: JobStore, model: str, version: Version) -> Trained | None:
@@ -54,36 +57,15 @@ def trained(store: JobStore, model: str, version: Version) -> Trained | None:
 
     Of a job's stacks the newest one is kept, and the one after whose round the whole model had the least held-out loss.
     """
-    for record in store.of_model(model):
-        if (newest := store.newest(record.id, "round")) is None:
-            continue
-        last = newest.data
-        kept: dict[Version, dict[str, Any]] = {"latest": last, last["index"]: last}
-        if version not in kept:  # all rounds are read only where the best one may be meant
-            best = _best([event.data for event in store.of_kind(record.id, "round")])
-            kept |= {"best": best, best["index"]: best}
-        started = store.newest(record.id, "started")
-        classes = tuple(started.data["classes"]) if started else ()
-        return Trained(record, kept[version], classes) if version in kept else None
+    for limit in (1, _MOST_JOBS):  # nearly always it is the newest job, and the documents of others need not be read
+        for record in store.of_model(model, limit):
+            if found := store.rounds.of(record.id):
+                kept: dict[Version, Stack] = {"latest": found.newest, "best": found.best}
+                kept |= {stack.index: stack for stack in (found.best, found.newest)}
+                return Trained(record, kept[version], found.classes, found.exits) if version in kept else None
     return None
 
 
 def exits_of(record: JobRecord) -> list[ExitScore]:
     """The early exits of a job that has succeeded. One that ended before there were such names has none."""
     return [ExitScore.model_validate(found) for found in (record.result or {}).get("exits", ())]
-
-
-def exits_so_far(store: JobStore, found: Trained) -> list[ExitScore]:
-    """The early exits that a job has kept up to now."""
-    job = found.record.id
-    rounds = (event.data for event in store.of_kind(job, "round"))
-    started = store.newest(job, "started")
-    # Rounds without an exit are of a version that had no such names.
-    records = [Round.model_validate(data) for data in rounds if data.get("exit") is not None]
-    return [*ExitScore.of(records, started.data["layers"])] if started and records else []
-
-
-def _best(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The round with the least held-out loss, of equals the newest; the newest round, if none was evaluated."""
-    judged = [found for found in rounds if found.get("evaluation") and found["evaluation"].get("loss") is not None]
-    return min(reversed(judged), key=lambda found: float(found["evaluation"]["loss"]), default=rounds[-1])

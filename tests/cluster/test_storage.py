@@ -31,12 +31,20 @@ def test_folders_and_patterns_come_from_the_environment_and_go_on_to_other_proce
         "CHAINFED_DATA_ROOTS": "/data/a:/data/b",
         "CHAINFED_HUB_ALLOW": "org/*, other/model",
         "CHAINFED_LOG": "json",
+        "CHAINFED_SERVING_LEAST_REPLICAS": "0",
     }
     settings = Settings.from_environment(given)
     assert settings.reading == ReadingRules((Path("/data/a"), Path("/data/b")), None, ("org/*", "other/model"))
     assert settings.json_logs
+    assert (settings.least_serving_replicas, settings.serving_replicas) == (0, 1)
     assert Settings.from_environment(settings.environment()) == settings
-    for name, wrong in (("CHAINFED_MODEL_ROOTS", "models"), ("CHAINFED_WITHOUT_KEYS", "all"), ("CHAINFED_LOG", "xml")):
+    for name, wrong in (
+        ("CHAINFED_MODEL_ROOTS", "models"),
+        ("CHAINFED_WITHOUT_KEYS", "all"),
+        ("CHAINFED_LOG", "xml"),
+        ("CHAINFED_SERVING_LEAST_REPLICAS", "2"),
+        ("CHAINFED_SERVING_LEAST_REPLICAS", "-1"),
+    ):
         with pytest.raises(InvalidSetting, match=name):
             Settings.from_environment({**given, name: wrong})
 

@@ -139,11 +139,13 @@ def test_bytes_sent_are_those_of_a_real_turn(document: dict[str, Any], tmp_path:
     told = dry_run(parse_job(document), at_once=1)
     job = a_job(document, tmp_path)
     coordinator = Coordinator(job, LocalPool(job.base), CommitLog(tmp_path / "log"))
-    stack = coordinator.stack().tensors()
+    stack, cut = coordinator.stack().tensors(), coordinator.stack().up_to(2).tensors()
     turns = next(coordinator.rounds()).turns
     assert {turn.sent_bytes for turn in turns} == {told.classes[0].sent_bytes}
     assert sum(turn.sent_bytes for turn in turns) == told.sent_bytes_per_round
     assert sum(tensor.nbytes for tensor in stack.values()) == told.received_bytes
+    assert sum(tensor.nbytes for tensor in cut.values()) == told.exits_bytes, "one exit, below the top of the model"
+    assert "at most for early exits" in words(told)
 
 
 @pytest.mark.slow

@@ -82,6 +82,24 @@ def test_exits_are_listed_with_their_scores_and_answer_by_name(client: TestClien
     assert asked[0].job == whole["job"]
 
 
+def test_pages_together_are_the_whole_list(client: TestClient) -> None:
+    whole = client.get("/v1/models").json()
+    names = [model["id"] for model in whole["data"]]
+    assert (len(names), whole["has_more"]) == (8, False)
+    for limit in (1, 2, 3, 8, 1000):
+        found, after, more = list[str](), None, True
+        while more:
+            page = client.get("/v1/models", params={"limit": limit} | ({"after": after} if after else {})).json()
+            assert [model["name"] for model in page["models"]] == [entry["id"] for entry in page["data"]]
+            assert 1 <= len(page["data"]) <= limit
+            found += [entry["id"] for entry in page["data"]]
+            after, more = found[-1], page["has_more"]
+        assert found == names
+    assert client.get("/v1/models", params={"limit": 2, "after": "tiny:d"}).json()["data"] == whole["data"][4:6]
+    for wrong in ({"limit": 0}, {"limit": "all"}, {"limit": 1001}):
+        assert client.get("/v1/models", params=wrong).status_code == 422
+
+
 REFUSED = (
     ("tiny:cut#layers=4", 422, "tiny:cut#layers=2 or tiny:cut#layers=3, or without #layers the whole model"),
     ("tiny:whole#layers=2", 422, "this model has no early exits"),

@@ -10,10 +10,10 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from chainfed_ray.api.serve.asking import answered, written
+from chainfed_ray.api.serve.asking import Together, answered, written
 from chainfed_ray.api.serve.stack_router import StackRouter
 from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
-from chainfed_ray.serving.messages import ModelKey, Piece
+from chainfed_ray.serving.messages import ModelKey, Piece, Question
 
 DIED, BUSY = ActorDiedError(), BackPressureError(num_queued_requests=256, max_queued_requests=256)
 REFUSED = RayTaskError("write", "a whole traceback", InvalidJob.at("prompt", "x", "a shorter one"))
@@ -90,16 +90,121 @@ def test_a_text_is_begun_anew_until_a_piece_was_told() -> None:
     assert broken.cancelled
 
 
+class Calls:
+    """Calls of a process with models that are answered when they are let go. A text is answered by itself, in capitals."""
+
+    def __init__(self) -> None:
+        self.asked, self.given_up = list[list[str]](), 0
+        self.go = asyncio.Event()
+
+    def ask(self, questions: list[Question]) -> Any:
+        self.asked.append([text for question in questions for text in question.texts])
+        return Call(self, questions)
+
+
+class Call(Awaitable[list[Any]]):
+    def __init__(self, calls: Calls, questions: list[Question]) -> None:
+        self.calls, self.questions, self.over = calls, questions, False
+
+    def __await__(self) -> Generator[Any, None, list[Any]]:
+        yield from self.calls.go.wait().__await__()
+        self.over = True
+        wrong = InvalidJob.at("texts", "bad", "a good one")
+        return [wrong if "bad" in texts else [text.upper() for text in texts] for _, texts in self.questions]
+
+    def cancel(self) -> None:
+        self.calls.given_up += not self.over
+
+
+def question(*texts: str) -> Question:
+    return Question(ModelKey("builtin:minilm", "float32", "job"), [*texts])
+
+
+async def begun(together: Together, *questions: Question) -> "list[asyncio.Task[Any]]":
+    tasks = [asyncio.create_task(together.answer(one)) for one in questions]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return tasks
+
+
+def test_questions_that_come_while_one_is_asked_are_asked_together() -> None:
+    async def ask() -> None:
+        calls = Calls()
+        together = Together(calls.ask)
+        first = await begun(together, question("a"))
+        later = await begun(together, question("b", "c"), question("bad"), question("d"), question("left"))
+        long = await begun(together, question(*"x" * 17))
+        assert calls.asked == [["a"], ["x"] * 17], "one that comes alone waits for nobody, and nobody for many texts"
+        later.pop().cancel()
+        calls.go.set()
+        answers = await asyncio.gather(*first, *later, *long, return_exceptions=True)
+        assert calls.asked[2:] == [["b", "c", "bad", "d"]], "nobody waits for what is missing"
+        assert answers[:2] == [["A"], ["B", "C"]]
+        assert isinstance(answers[2], InvalidJob), "the error of one question is no other's"
+        assert answers[3:] == [["D"], ["X"] * 17]
+        assert await together.answer(question("e")) == ["E"]
+        assert calls.given_up == 0
+
+    asyncio.run(ask())
+
+
+def test_a_call_is_given_up_when_all_its_callers_have_left() -> None:
+    async def ask() -> None:
+        calls = Calls()
+        together = Together(calls.ask)
+        (first,) = await begun(together, question("a"))
+        one, two = await begun(together, question("b"), question("c"))
+        first.cancel()
+        await asyncio.wait([first])
+        await begun(together)
+        assert (calls.given_up, calls.asked) == (1, [["a"], ["b", "c"]])
+        one.cancel()
+        await begun(together)
+        assert calls.given_up == 1, "another caller waits for it"
+        calls.go.set()
+        assert await two == ["C"]
+
+    asyncio.run(ask())
+
+
+def test_too_many_questions_are_refused_and_an_error_of_the_call_is_each_ones() -> None:
+    async def ask() -> None:
+        calls = Calls()
+        together = Together(calls.ask)
+        (first,) = await begun(together, question("a"))
+        waiting = await begun(together, *(question("b") for _ in range(256)))
+        with pytest.raises(ServiceBusy):
+            await together.answer(question("c"))
+        calls.go.set()
+        await asyncio.gather(first, *waiting)
+        assert max(map(len, calls.asked)) == 128
+        broken = Together(lambda _: Answer(BUSY))
+        failed = await asyncio.gather(*await begun(broken, question("a"), question("b")), return_exceptions=True)
+        assert [type(error) for error in failed] == [ServiceBusy] * 2
+        alone = Together(calls.ask, may_wait=False)
+        calls.go.clear()
+        several = await begun(alone, question("a"), question("b"))
+        assert calls.asked[-2:] == [["a"], ["b"]], "each by a process of its own choice"
+        calls.go.set()
+        await asyncio.gather(*several)
+
+    asyncio.run(ask())
+
+
 def test_a_stack_has_its_process_and_others_when_that_is_gone() -> None:
     """Each stack has a first choice; the stacks are spread; and without one process, only its own stacks move."""
     replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=f"replica-{place}")) for place in range(4)]
 
     def ranked(job: str, present: list[Any]) -> list[Any]:
         key = ModelKey("builtin:minilm", "float32", job)
-        request: Any = SimpleNamespace(args=[key, ["text"]])
-        ranks = asyncio.run(StackRouter.choose_replicas(None, present, request))
-        assert all(len(rank) == 1 for rank in ranks)
-        return [rank[0] for rank in ranks]
+        ranked = list[list[Any]]()
+        for asked in (key, [Question(key, ["text"]), Question(key._replace(job="other"), ["text"])]):
+            request: Any = SimpleNamespace(args=[asked])
+            ranks = asyncio.run(StackRouter.choose_replicas(None, present, request))
+            assert all(len(rank) == 1 for rank in ranks)
+            ranked.append([rank[0] for rank in ranks])
+        assert ranked[0] == ranked[1]
+        return ranked[0]
 
     jobs = [f"job-{place}" for place in range(200)]
     first = {job: ranked(job, replicas)[0] for job in jobs}
