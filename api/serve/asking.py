@@ -18,6 +18,7 @@ _RETRY_SECONDS = 5
 _MOST_WAITING = 256  # questions of a process of the API that wait for their call
 _FEW_TEXTS = 16  # a question with more has a call of its own, so that no other waits for it here
 _TEXTS = 128  # of the questions of one call
+_PATIENCE = 0.05  # seconds for which questions wait for a call; one that takes longer may be loading a model
 _Waiting = tuple[Question, "asyncio.Future[Any]"]
 
 
@@ -64,14 +65,16 @@ async def written(ask: Callable[[], Any]) -> AsyncGenerator[Piece, None]:
 class Together:
     """Asks questions that come while a call is under way in the next one, together: a call costs more than a question.
 
-    ``ask`` begins a call, whose answer is the answer to each question, or its error. A question that comes alone waits for
-    nobody. Unless questions ``may_wait``, each has a call of its own. All calls come from one event loop.
+    They do not wait for a call that takes long, and a question that comes alone waits for nobody. ``ask`` begins a call, whose
+    answer is the answer to each question, or its error. Unless questions ``may_wait``, each has a call of its own. All calls
+    come from one event loop.
     """
 
     def __init__(self, ask: Callable[[list[Question]], Any], may_wait: bool = True) -> None:
         self._ask, self._may_wait = ask, may_wait
         self._waiting = deque[_Waiting]()
         self._calling: asyncio.Task[None] | None = None
+        self._calls = set[asyncio.Task[None]]()  # an event loop alone would not keep them
 
     async def answer(self, question: Question) -> Any:
         """The answer to a question. It is given up if nobody waits for it any more.
@@ -96,7 +99,10 @@ class Together:
 
     async def _call_on(self) -> None:
         while taken := self._take():
-            await self._call(taken)
+            call = asyncio.create_task(self._call(taken))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+            await asyncio.wait([call], timeout=_PATIENCE)
 
     def _take(self) -> list[_Waiting]:
         """What waits, as much of it as one call takes, without what nobody waits for any more."""

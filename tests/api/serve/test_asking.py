@@ -122,9 +122,24 @@ def question(*texts: str) -> Question:
 
 async def begun(together: Together, *questions: Question) -> "list[asyncio.Task[Any]]":
     tasks = [asyncio.create_task(together.answer(one)) for one in questions]
-    for _ in range(5):
+    for _ in range(12):
         await asyncio.sleep(0)
     return tasks
+
+
+def test_a_call_that_takes_long_holds_up_nobody() -> None:
+    async def ask() -> None:
+        calls = Calls()
+        together = Together(calls.ask)
+        first = await begun(together, question("a"))
+        later = await begun(together, question("b"))
+        async with asyncio.timeout(10):
+            while len(calls.asked) < 2:
+                await asyncio.sleep(0.01)
+        calls.go.set()
+        assert await asyncio.gather(*first, *later) == [["A"], ["B"]]
+
+    asyncio.run(ask())
 
 
 def test_questions_that_come_while_one_is_asked_are_asked_together() -> None:
