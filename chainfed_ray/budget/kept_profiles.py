@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.cache_folder import cache_folder
+from chainfed_ray.errors import InvalidSetting
 
 _MOST = 256  # files of some ten KiB; a job that asks for yet another bottleneck must not fill the disk
 _PROFILE = TypeAdapter(MemoryProfile)
@@ -27,17 +28,20 @@ _CODE = ("*.py", "budget/*.py", "model/*.py", "streaming/*.py")  # what a profil
 def kept_profile(model: Path, question: str, trace: Callable[[], MemoryProfile]) -> MemoryProfile:
     """The profile of the base model in the folder ``model``: the one that is kept, or what ``trace`` gives.
 
-    ``question`` is all else that ``trace`` depends on. A folder that cannot be written, or a damaged file, costs the time to
-    trace again, and nothing else.
+    ``question`` is all else that ``trace`` depends on. No folder, one that cannot be written, or a damaged file costs the time
+    to trace again, and nothing else.
     """
-    folder = cache_folder("CHAINFED_MODELS", "models") / "profiles"
-    file = folder / f"{sha256(_model(model) + question.encode() + _libraries()).hexdigest()}.json"
-    with suppress(OSError, ValidationError):
-        return _PROFILE.validate_json(file.read_bytes())
+    name = sha256(_model(model) + question.encode() + _libraries()).hexdigest()
+    with suppress(OSError, ValidationError, InvalidSetting):
+        return _PROFILE.validate_json(_file(name).read_bytes())
     found = trace()
-    with suppress(OSError):
-        _keep(file, _PROFILE.dump_json(found))
+    with suppress(OSError, InvalidSetting):
+        _keep(_file(name), _PROFILE.dump_json(found))
     return found
+
+
+def _file(name: str) -> Path:
+    return cache_folder("CHAINFED_MODELS", "models") / "profiles" / f"{name}.json"
 
 
 def _model(folder: Path) -> bytes:

@@ -51,7 +51,9 @@ def _what(saved: SavedStack) -> str:
     layers = ", ".join(map(str, saved.stack.layers))
     if saved.stack.is_lora:
         rank = saved.config()["r"]
-        trained = f"Its clients trained a LoRA of rank {rank} inside each of the layers {layers}, counted from 0."
+        trained = (
+            f"Its clients trained a LoRA of rank {rank} at most inside each of the layers {layers}, counted from 0."
+        )
     else:
         size = saved.config()["bottleneck"]
         trained = (

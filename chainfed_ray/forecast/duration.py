@@ -76,6 +76,7 @@ def _paces(job: PlannedJob, typical: Mapping[str, tuple[Candidate, TurnPlan]], r
     for name, (candidate, plan) in reporter.each(typical.items(), len(typical), "classes"):
         settings = (
             plan.window,
+            plan.rank,
             plan.micro_batch,
             plan.weights,
             plan.activations,

@@ -153,6 +153,8 @@ def _of_ranks(spec: JobSpec) -> Iterator[Problem]:
             expected = "no value with privacy: over how many clients a rank is averaged would tell who was sampled"
         elif rule != "mean":
             expected = f"no value with aggregation.rule {rule}, which compares whole tensors"
+        elif (optimizer := spec.aggregation.optimizer) != "none":
+            expected = f"no value with aggregation.optimizer {optimizer}, which would move ranks that nobody trained"
         if expected:
             yield Problem(f"fleet.clients[{index}].rank", group.rank, expected)
 

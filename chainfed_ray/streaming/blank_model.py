@@ -11,11 +11,12 @@ from transformers import AutoModel
 
 from chainfed_ray.streaming import experts
 from chainfed_ray.streaming.checkpoint import Checkpoint
-from chainfed_ray.streaming.unchanged import while_unchanged
+from chainfed_ray.streaming.unchanged import Answers
 
 if TYPE_CHECKING:
     from chainfed_ray.streaming.stored_names import StoredNames
 
+_blank_models = Answers(most=4)  # one of 30 layers takes 4 MiB
 # As it builds a model, transformers replaces the first with the second.
 _DRAWING = ("torch.nn.init", "transformers.initialization")
 _FILLING = (torch.tensor, torch.arange, torch.ones, torch.zeros, torch.full, torch.linspace)
@@ -35,7 +36,7 @@ def blank_model(folder: Path, config: Any, dtype: torch.dtype, checkpoint: Check
 
     Raises whatever the model's own code raises.
     """
-    return while_unchanged(folder, ("blank model", dtype), lambda: _built(config, dtype, checkpoint))
+    return _blank_models.while_unchanged(folder, ("blank model", dtype), lambda: _built(config, dtype, checkpoint))
 
 
 def _built(config: Any, dtype: torch.dtype, checkpoint: Checkpoint) -> BlankModel:

@@ -6,29 +6,35 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
-_KEPT = 64  # answers; the one that was asked for longest ago goes first
-_known: OrderedDict[Hashable, Any] = OrderedDict()
-_one_thread = Lock()
 Found = TypeVar("Found")
 
 
-def while_unchanged(folder: Path, question: Hashable, answer: Callable[[], Found]) -> Found:
-    """The ``answer`` to a ``question`` about the files in ``folder``: that of an earlier call, if no file has changed since.
+class Answers:
+    """Remembers at most so many answers. The one that was asked for longest ago goes first."""
 
-    An error is no answer: it is raised, and the next call asks again.
-    """
-    asked = (folder, _files(folder), question)
-    with _one_thread:
-        if asked in _known:
-            _known.move_to_end(asked)
-            found: Found = _known[asked]
-            return found
-    found = answer()
-    with _one_thread:
-        _known[asked] = found
-        while len(_known) > _KEPT:
-            _known.popitem(last=False)
-    return found
+    def __init__(self, most: int) -> None:
+        self._most, self._known, self._one_thread = most, OrderedDict[Hashable, Any](), Lock()
+
+    def while_unchanged(self, folder: Path, question: Hashable, answer: Callable[[], Found]) -> Found:
+        """The ``answer`` to a ``question`` about the files in ``folder``: that of an earlier call, if no file has changed.
+
+        An error is no answer: it is raised, and the next call asks again.
+        """
+        asked = (folder, _files(folder), question)
+        with self._one_thread:
+            if asked in self._known:
+                self._known.move_to_end(asked)
+                found: Found = self._known[asked]
+                return found
+        found = answer()
+        with self._one_thread:
+            self._known[asked] = found
+            while len(self._known) > self._most:
+                self._known.popitem(last=False)
+        return found
+
+
+while_unchanged = Answers(most=64).while_unchanged
 
 
 def _files(folder: Path) -> tuple[tuple[str, int, int, int], ...]:

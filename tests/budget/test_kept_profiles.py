@@ -55,7 +55,7 @@ def test_what_was_traced_is_found_again_for_the_same_model_and_question(model: P
 
 
 def test_a_damaged_file_is_traced_again_and_a_folder_that_is_none_costs_the_time_alone(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert layers_found(model, "R = 8", traced=1) == 1
     (kept,) = (tmp_path / "models" / "profiles").iterdir()
@@ -66,6 +66,8 @@ def test_a_damaged_file_is_traced_again_and_a_folder_that_is_none_costs_the_time
     kept.parent.rmdir()
     kept.parent.write_text("a file")
     assert layers_found(model, "R = 8", traced=4) == 4
+    monkeypatch.setenv("CHAINFED_MODELS", "not/absolute")
+    assert layers_found(model, "R = 8", traced=5) == 5
 
 
 def test_jobs_that_ask_for_ever_new_profiles_do_not_fill_the_disk(model: Path, tmp_path: Path) -> None:

@@ -216,3 +216,23 @@ def test_of_very_many_mistakes_the_first_are_told() -> None:
     with pytest.raises(InvalidJob) as refused:
         parse_job({f"key{index}": 1 for index in range(20_000)})
     assert 50 < len(refused.value.problems) <= 100
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "words"),
+    [
+        ("chain", {"adapter": {"kind": "bottleneck"}}, "no value with chain.adapter.kind bottleneck"),
+        ("chain", {"adapter": {"kind": "lora", "rank": 2}}, "at most 2, chain.adapter.rank"),
+        ("aggregation", {"rule": "median"}, "no value with aggregation.rule median"),
+        ("aggregation", {"optimizer": "adam"}, "no value with aggregation.optimizer adam"),
+    ],
+)
+def test_fewer_ranks_need_loras_and_a_plain_mean(
+    document: dict[str, Any], section: str, change: dict[str, Any], words: str
+) -> None:
+    document["chain"] |= {"adapter": {"kind": "lora", "rank": 4}, "look_ahead": "exact"}
+    document["fleet"]["clients"][0]["rank"] = 3
+    document[section] = document.get(section, {}) | change
+    with pytest.raises(InvalidJob, match=words) as caught:
+        parse_job(document)
+    assert "fleet.clients[0].rank" in [problem.field for problem in caught.value.problems]

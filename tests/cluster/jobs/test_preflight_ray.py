@@ -46,7 +46,8 @@ def test_a_process_of_its_own_tells_the_same(preflight: Preflight, document: dic
 
 def without_times(told: Forecast) -> Forecast:
     rows = tuple(row.model_copy(update={"micro_step_seconds": None}) for row in told.classes)
-    return told.model_copy(update={"estimated_seconds": None, "classes": rows})
+    look_aheads = tuple(row.model_copy(update={"estimated_seconds": None}) for row in told.look_aheads)
+    return told.model_copy(update={"estimated_seconds": None, "classes": rows, "look_aheads": look_aheads})
 
 
 def test_a_check_reads_the_uploads_of_the_jobs_tenant(preflight: Preflight, document: dict[str, Any]) -> None:
