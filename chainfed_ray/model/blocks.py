@@ -219,8 +219,8 @@ class Blocks:
 
     @property
     def modules(self) -> int:
-        """The number of modules, in the layers and around them."""
-        return self._trunk.modules + sum(1 for layer in self._trunk.layers for _ in layer.modules())
+        """The number of modules of which a turn makes copies: those around the layers, and those of its layers, one by one."""
+        return self._trunk.modules + max(sum(1 for _ in layer.modules()) for layer in self._trunk.layers)
 
     @property
     def parts(self) -> int:

@@ -90,7 +90,7 @@ def test_a_job_from_submission_to_an_answer(
     job = created.json()["id"]
     assert created.headers["location"] == f"/v1/jobs/{job}"
     assert created.json()["spec"] == parse_job(small).document()
-    assert client.get("/v1/models").json() == {"models": [], "object": "list", "data": []}
+    assert client.get("/v1/models").json() == {"models": [], "object": "list", "data": [], "has_more": False}
     assert client.get(f"/v1/jobs/{job}/clients").json() == {"clients": [], "next": None}
 
     run(job, storage, store)
