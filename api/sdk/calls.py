@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer", bound=BaseModel | None)
 Json = dict[str, Any]
 _SECONDS = 330.0  # the longest call is a dry run, which times training steps
+_CLASSIFY_SECONDS = 150.0
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,9 @@ def list_artifacts(job: str) -> Call[ArtifactList]:
     return _of_job("list_artifacts", "GET", job, "/artifacts", _ARTIFACTS)
 
 
-def list_models() -> Call[ModelList]:
-    """Every served model."""
-    return Call("list_models", "GET", "/v1/models", _MODELS)
+def list_models(limit: int | None = None, after: str | None = None) -> Call[ModelList]:
+    """Every served model, or a page of ``limit``. ``after`` is the last ``id`` of the page before."""
+    return Call("list_models", "GET", "/v1/models", _MODELS, parameters={"limit": limit, "after": after})
 
 
 def get_model(name: str) -> Call[ServedModel]:
@@ -204,7 +205,8 @@ def delete_alias(alias: str) -> Call[None]:
 
 def classify(model: str, texts: Sequence[str], **options: Any) -> Call[ClassifyResponse]:
     """Classify up to 256 texts."""
-    return _of_model("classify", "/v1/classify", _LABELS, model, {"texts": list(texts), **options})
+    body = {"texts": list(texts), **options}
+    return _of_model("classify", "/v1/classify", _LABELS, model, body, _CLASSIFY_SECONDS)
 
 
 def completions(model: str, prompts: Sequence[str], **options: Any) -> Call[Completion]:
@@ -267,7 +269,12 @@ def _of_job(
     return Call(operation, method, f"/v1/jobs/{quote(job, safe='')}{part}", answer, job, parameters or {}, body)
 
 
-def _of_model(operation: str, path: str, answer: Model[Answer], model: str, body: Json) -> Call[Answer]:
-    return Call(
-        operation, "POST", path, answer, model, body={"model": model, **body}, seconds=None
-    )  # texts may be long
+def _of_model(
+    operation: str,
+    path: str,
+    answer: Model[Answer],
+    model: str,
+    body: Json,
+    seconds: float | None = None,  # a text that is written may take any time
+) -> Call[Answer]:
+    return Call(operation, "POST", path, answer, model, body={"model": model, **body}, seconds=seconds)

@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import httpx
 from pydantic import ValidationError
@@ -60,8 +60,8 @@ class Client:
         return self.finish_json(exchanges.answer(call))
 
     def finish(self, exchange: Exchange[Answer]) -> Answer:
-        """Carry out an exchange, and return what it gives; the last, if that is several."""
-        return _modelled(self._address, exchange.answer, self.finish_json(exchange))
+        """Carry out an exchange, and return what it gives: the last, if that is several, and None, if that is nothing."""
+        return _last(self._address, exchange.answer, self.finish_json(exchange))
 
     def finish_json(self, exchange: Exchange[Any]) -> Any:
         """As ``finish``, as JSON."""
@@ -141,7 +141,7 @@ class AsyncClient:
 
     async def finish(self, exchange: Exchange[Answer]) -> Answer:
         """See ``Client.finish``."""
-        return _modelled(self._address, exchange.answer, await self.finish_json(exchange))
+        return _last(self._address, exchange.answer, await self.finish_json(exchange))
 
     async def finish_json(self, exchange: Exchange[Any]) -> Any:
         """See ``Client.finish_json``."""
@@ -242,6 +242,11 @@ def _modelled(address: str, model: Model[Answer], document: Any) -> Answer:
         return model.of(document)
     except ValidationError:
         raise _of_others(address, f"its answer, where a {model.name} is expected,") from None
+
+
+def _last(address: str, model: Model[Answer], document: Any) -> Answer:
+    # What callers see is the type of what an exchange gives: only those of any number of items may give none.
+    return cast("Answer", None) if document is None else _modelled(address, model, document)
 
 
 def _of_others(address: str, what: str) -> ServiceUnavailable:

@@ -94,6 +94,23 @@ class Give:
     item: Any
 
 
+class _Patience:
+    """Ends when the service has failed for a while: not when it was silent, or its answers were read slowly."""
+
+    def __init__(self) -> None:
+        self._failing_since: float | None = None
+
+    def renew(self) -> None:
+        self._failing_since = None
+
+    def ends(self) -> bool:
+        """Whether it ends with the failure of this moment."""
+        now = monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        return now - self._failing_since > _GIVE_UP_SECONDS
+
+
 Steps = Generator[Call[Any] | Pause | Read | Open | Next | Give, Any, Any]
 
 
@@ -174,7 +191,7 @@ def download(job: str, name: str, digest: str, out: Path) -> Exchange[None]:
     Raises:
         JobNotFound: there is no such job.
         ArtifactNotFound: the job has no such artifact any more.
-        ServiceFailed: it is another one by now.
+        ServiceFailed: it is another one by now, or the service fails, and does not work again within two minutes.
         OSError: the file cannot be written.
     """
     return Exchange(_download(job, name, digest, out), _NOTHING)
@@ -199,16 +216,16 @@ def _naming_models(steps: Steps) -> Steps:
 
 
 def _events(job: str, last: int, listen: Listener) -> Steps:
-    path, heard = f"/v1/jobs/{quote(job, safe='')}/events", monotonic()
+    path, patience = f"/v1/jobs/{quote(job, safe='')}/events", _Patience()
     while True:
         try:
             opened: Opened = yield Open(path, job, {**_STREAM, "Last-Event-ID": str(last)})
             if opened.status == _NO_CONTENT:
                 return
-            if opened.error and (opened.status not in _COMES_BACK or monotonic() - heard > _GIVE_UP_SECONDS):
+            if opened.error and (opened.status not in _COMES_BACK or patience.ends()):
                 raise opened.error
             while not opened.error and (line := (yield Next())) is not None:
-                heard = monotonic()
+                patience.renew()
                 if not line.startswith("data: "):
                     continue
                 event = json.loads(line.removeprefix("data: "))
@@ -218,22 +235,23 @@ def _events(job: str, last: int, listen: Listener) -> Steps:
                     last = event["seq"]
                     yield Give(event)
         except ServiceUnavailable:
-            if monotonic() - heard > _GIVE_UP_SECONDS:
+            if patience.ends():
                 raise
         yield Pause()
 
 
 def _logs(job: str, follow: bool) -> Steps:
-    after, heard = 0, monotonic()
+    after, patience = 0, _Patience()
     while True:
         try:
             page: Json = yield calls.get_logs(job, after, wait=_LOG_WAIT_SECONDS if follow else 0)
         except (ServiceUnavailable, ServiceFailed):
-            if not follow or monotonic() - heard > _GIVE_UP_SECONDS:
+            if not follow or patience.ends():
                 raise
             yield Pause()
             continue
-        after, heard = page["next"], monotonic()
+        patience.renew()
+        after = page["next"]
         for line in page["lines"]:
             yield Give(line)
         if page["finished"] or not (follow or page["lines"]):
@@ -310,7 +328,7 @@ def _download(job: str, name: str, digest: str, out: Path) -> Steps:
         try:
             opened: Opened = yield from _receive(job, name, digest, arriving)
             break
-        except ServiceUnavailable:
+        except (ServiceUnavailable, ServiceFailed):
             if (bytes_here := _size(arriving)) > most:
                 heard, most = monotonic(), bytes_here
             elif monotonic() - heard > _GIVE_UP_SECONDS:

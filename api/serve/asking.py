@@ -88,16 +88,16 @@ class Together:
             if isinstance(found, Exception):
                 raise found
             return found
-        if len(self._waiting) >= _MOST_WAITING:
+        if sum(not answer.done() for _, answer in self._waiting) >= _MOST_WAITING:
             raise ServiceBusy("requests to the models", _RETRY_SECONDS)
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append((question, answer))
         if self._calling is None or self._calling.done():
             # In a context of its own: Ray Serve would take what follows for a part of this caller's request.
-            self._calling = asyncio.create_task(self._call_on(), context=Context())
+            self._calling = asyncio.create_task(self._call_while_any_wait(), context=Context())
         return await answer
 
-    async def _call_on(self) -> None:
+    async def _call_while_any_wait(self) -> None:
         while taken := self._take():
             call = asyncio.create_task(self._call(taken))
             self._calls.add(call)
@@ -118,16 +118,17 @@ class Together:
         questions = [question for question, _ in taken]
         call = asyncio.ensure_future(answered(lambda: self._ask(questions)))
 
-        def leave(_: object) -> None:
+        def give_up_if_all_left(_: object) -> None:
             if all(answer.cancelled() for _, answer in taken):
                 call.cancel()
 
         for _, answer in taken:
-            answer.add_done_callback(leave)
+            answer.add_done_callback(give_up_if_all_left)
         await asyncio.wait([call])
-        if call.cancelled():
-            return
-        error = call.exception()
+        if call.cancelled():  # by us, or by Ray: then callers wait for it
+            error: BaseException | None = PartUnavailable("the process of the models", "gave it up", _RETRY_SECONDS)
+        else:
+            error = call.exception()
         found = [error] * len(taken) if error else call.result()
         for (_, answer), result in zip(taken, found, strict=True):
             if answer.done():  # its caller has left

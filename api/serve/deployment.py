@@ -142,7 +142,7 @@ def build(arguments: Mapping[str, str]) -> serve.Application:
     ending = {"graceful_shutdown_timeout_s": settings.grace_seconds, "graceful_shutdown_wait_loop_s": 0.5}
     api = api.options(**ending)
     inference = inference.options(ray_actor_options=inference_options(settings.serving_bytes), **ending)
-    if settings.serving_replicas > settings.least_serving_replicas:
+    if settings.serving_replicas > 1 or not settings.least_serving_replicas:
         scaling = {
             "min_replicas": settings.least_serving_replicas,
             "max_replicas": settings.serving_replicas,

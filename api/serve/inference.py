@@ -59,7 +59,7 @@ class Inference:
 
     async def _answers(self, work: Work, questions: list[Question]) -> list[Any]:
         asked = [asyncio.wrap_future(self._answering.ask(work, question)) for question in questions]
-        return [_told(found) for found in await asyncio.gather(*asked, return_exceptions=True)]
+        return [_picklable(found) for found in await asyncio.gather(*asked, return_exceptions=True)]
 
     async def write(
         self, model: ModelKey, prompt: Prompt, sampling: Sampling, in_pieces: bool
@@ -95,7 +95,7 @@ class Inference:
         """Return, which shows that this process works."""
 
 
-def _told(found: Any) -> Any:
+def _picklable(found: Any) -> Any:
     """An answer, or an error as the other process can read it: one of ours as it is, of any other its words."""
     if not isinstance(found, BaseException) or isinstance(found, ChainFedError):
         return found

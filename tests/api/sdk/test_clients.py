@@ -103,6 +103,15 @@ def test_both_ways_give_the_same(address: str, store: JobStore) -> None:
         service.send(calls.list_jobs())
 
 
+def test_only_a_text_that_is_written_may_take_any_time() -> None:
+    assert {name for name in CALLS if an_example(name).seconds is None} == {"completions", "chat_completions"}
+    assert an_example("classify").seconds == 150
+
+
+def test_models_are_listed_in_pages_as_well() -> None:
+    assert calls.list_models(10, "gpt2:recipes").parameters == {"limit": 10, "after": "gpt2:recipes"}
+
+
 def test_it_loads_neither_torch_nor_ray() -> None:
     code = "import sys, chainfed_ray.api.sdk.clients; assert not {'torch', 'ray', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

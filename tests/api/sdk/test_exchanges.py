@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chainfed_ray.api.sdk import calls, clients, exchanges
@@ -166,6 +166,65 @@ def test_a_download_gives_up_only_if_nothing_comes(
             client.close()
 
 
+class Restarting:
+    """Middleware that answers the first request for an artifact as a service that starts again."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app, self._asked = app, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (the ASGI protocol)."""
+        if "/artifacts/" in scope.get("path", ""):
+            self._asked += 1
+            if self._asked == 1:
+                problem = {"type": "urn:chainfed:part-unavailable", "detail": "it starts", "request_id": "one"}
+                return await JSONResponse(problem, 503)(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def test_a_download_goes_on_when_the_service_has_started_again(
+    store: JobStore, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = store.submit(SPEC).id
+    storage.job(job).mkdir(parents=True, exist_ok=True)
+    (storage.job(job) / "partition.json").write_bytes(ROWS)
+    monkeypatch.setattr(clients.time, "sleep", lambda seconds: None)
+    app = an_app(store, folder_of=storage.job)
+    app.add_middleware(Restarting)
+    with served(app) as address, Client(address) as client:
+        client.finish(exchanges.download(job, "partition.json", sha256(ROWS).hexdigest(), tmp_path / "got"))
+    assert (tmp_path / "got").read_bytes() == ROWS
+
+
+def test_logs_are_followed_until_the_service_has_failed_for_two_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(exchanges, "monotonic", lambda: now[0])
+    steps, lost = exchanges.logs("job", follow=True).steps, ServiceUnavailable("address", "why")
+    next(steps)
+    for _ in range(2):
+        now[0] += 130  # for which a page was read
+        assert isinstance(steps.throw(lost), exchanges.Pause)
+        assert isinstance(next(steps), calls.Call)
+        assert isinstance(steps.send({"lines": [], "next": 1, "finished": False}), calls.Call)
+    assert isinstance(steps.throw(lost), exchanges.Pause)
+    next(steps)
+    now[0] += 130
+    with pytest.raises(ServiceUnavailable):
+        steps.throw(lost)
+
+
+def test_an_exchange_that_gives_nothing_ends_with_none(store: JobStore, storage: Storage) -> None:
+    job = store.submit(SPEC).id
+
+    async def awaited(address: str) -> object:
+        async with AsyncClient(address) as service:
+            return await service.finish(exchanges.logs(job))
+
+    with served(an_app(store, folder_of=storage.job)) as address, Client(address) as client:
+        assert client.finish(exchanges.logs(job)) is None
+        assert asyncio.run(awaited(address)) is None
+
+
 def test_a_file_of_which_every_byte_came_and_was_not_checked_is_finished(
     app: FastAPI, uploads: UploadStore, file: Path
 ) -> None:
@@ -208,14 +267,20 @@ def test_events_go_on_after_the_last_that_came_whoever_waits(store: JobStore, mo
         store.move(job, state)
     store.move(job, "failed", error={"type": "JobFailed", "message": "m"})
     monkeypatch.setattr(clients.time, "sleep", lambda seconds: None)
+    now = [0.0]
+    monkeypatch.setattr(exchanges, "monotonic", lambda: now[0])
+
+    def read(kind: str) -> str:
+        now[0] += 130  # whoever reads slowly is not whoever waits for a service that fails
+        return kind
 
     async def awaited(address: str) -> list[str]:
         async with AsyncClient(address) as service:
-            return [event.kind async for event in service.stream(exchanges.events(job))]
+            return [read(event.kind) async for event in service.stream(exchanges.events(job))]
 
     def waited(address: str) -> list[str]:
         with Client(address) as service:
-            return [event.kind for event in service.stream(exchanges.events(job))]
+            return [read(event.kind) for event in service.stream(exchanges.events(job))]
 
     for kinds in (waited, lambda address: asyncio.run(awaited(address))):
         app, asked = an_app(store), list[str]()

@@ -182,14 +182,42 @@ def test_a_call_is_given_up_when_all_its_callers_have_left() -> None:
     asyncio.run(ask())
 
 
+def test_a_call_that_is_given_up_by_others_is_told_to_who_waits_for_it() -> None:
+    async def ask() -> None:
+        given_up = asyncio.get_running_loop().create_future()
+        given_up.cancel()  # as Ray does it
+        together = Together(lambda _: given_up)
+        async with asyncio.timeout(10):
+            answers = await asyncio.gather(*await begun(together, question("a"), question("b")), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [PartUnavailable] * 2
+
+    asyncio.run(ask())
+
+
+def test_questions_whose_callers_have_left_take_no_place() -> None:
+    async def ask() -> None:
+        calls = Calls()
+        together = Together(calls.ask)
+        (first,) = await begun(together, question("a"))
+        left = await begun(together, *(question("b") for _ in range(256)))
+        for one in left:
+            one.cancel()
+        await asyncio.wait(left)
+        (later,) = await begun(together, question("c"))
+        calls.go.set()
+        assert await asyncio.gather(first, later) == [["A"], ["C"]]
+
+    asyncio.run(ask())
+
+
 def test_too_many_questions_are_refused_and_an_error_of_the_call_is_each_ones() -> None:
     async def ask() -> None:
         calls = Calls()
         together = Together(calls.ask)
         (first,) = await begun(together, question("a"))
-        waiting = await begun(together, *(question("b") for _ in range(256)))
+        *waiting, refused = await begun(together, *(question("b") for _ in range(257)))  # at once, before any is asked
         with pytest.raises(ServiceBusy):
-            await together.answer(question("c"))
+            await refused
         calls.go.set()
         await asyncio.gather(first, *waiting)
         assert max(map(len, calls.asked)) == 128
