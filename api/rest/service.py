@@ -154,13 +154,13 @@ class Service:
         """How many jobs the tenant of ``caller`` may have in the queue. Without keys there is no limit."""
         return self.most_queued if caller.key else None
 
-    def check_fits(self, spec: JobSpec) -> None:
-        """Check that the limit of clients' memory lets a job ever begin.
+    def check_fits(self, spec: JobSpec, caller: Identity) -> None:
+        """Check that the limit of clients' memory lets a job ever begin. Without keys there is no limit.
 
         Raises:
             InvalidJob: it does not.
         """
-        if self.client_memory is not None:
+        if caller.key and self.client_memory is not None:
             check_fits(spec.document(), self.client_slots, self.client_memory)
 
     @cached_property

@@ -7,19 +7,20 @@ from its turn.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event
-from typing import Any, Protocol
+from typing import Protocol
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.draining import Drain
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, has_died_too_often
+from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, fail, has_died_too_often
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.queries.client_memory import memory_at_once, why_it_waits
+from chainfed_ray.cluster.queries.client_memory import check_fits, memory_at_once, why_it_waits
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.cluster.tables import AT_WORK, FINISHED
+from chainfed_ray.cluster.tables import AT_WORK, FINISHED, JobRecord
+from chainfed_ray.errors import InvalidJob
 
 _INTERVAL_SECONDS = 0.5  # between two steps
 _DATABASE_RETRY_SECONDS = 5.0
@@ -61,7 +62,9 @@ class Controller:
         self._begun, self._drain = False, Drain(settings.storage.root)
         self._had: set[str] = set()  # jobs that had a coordinator at the last step
         self._kept: set[str] = set()  # jobs whose files could not be deleted
-        self._waiting: set[str] = set()  # jobs that are said to wait for memory
+        self._waiting: set[tuple[str, int]] = (
+            set()
+        )  # jobs that are said to wait for memory, by the event that queued them
 
     def run(self, stop: Event) -> None:
         """Call ``step`` until ``stop`` is set, unless the service drains. If the database does not answer, try again later."""
@@ -122,42 +125,57 @@ class Controller:
         # 5. Start queued jobs, if there are free places: of tenants that may have another one at work, each in its turn.
         free, full, held = self._settings.parallel_jobs - len(running), set[str](), Counter[str]()
         for job in at_work:
-            held[job.tenant] += self._memory(job.spec)
+            held[job.tenant] += self._memory(job)
+        waiting = set[tuple[str, int]]()
         while free > 0:
             # A job that was resumed at once may still have the coordinator that it had before: that one ends first.
             found = self._store.turns.next(tenants, self._settings.running_jobs, besides=alive, full=full)
             if found is None:
                 break
             job_id, tenant = found
-            needed = self._memory(self._store.get(job_id).spec)
-            if not self._fits(job_id, needed, held[tenant]):
+            needed: int | None = None
+            with _apart(job_id):
+                needed = self._begin(job_id, held[tenant], waiting)
+            if needed is None:
                 full.add(tenant)  # a smaller one of its jobs does not go before: the greater one might wait for ever
                 continue
-            free, held[tenant] = free - 1, held[tenant] + needed
-            begun = self._store.newest(job_id, "started") is not None
-            if self._store.move(job_id, "running" if begun else "validating"):
-                self._store.turns.take(tenant)
-                tenants[tenant] += 1
-                with _apart(job_id):
-                    self._start(job_id)
+            free, held[tenant], tenants[tenant] = free - 1, held[tenant] + needed, tenants[tenant] + 1
+            self._store.turns.take(tenant)
+            with _apart(job_id):
+                self._start(job_id)
+        self._waiting = waiting
 
-    def _memory(self, document: Mapping[str, Any]) -> int:
+    def _memory(self, job: JobRecord) -> int:
         """The memory of a job's clients, where there is a limit of it."""
-        limited = self._settings.client_memory is not None
-        return memory_at_once(document, self._settings.client_slots) if limited else 0
+        return memory_at_once(job.spec, self._settings.client_slots) if self._is_limited(job) else 0
 
-    def _fits(self, job: str, needed: int, held: int) -> bool:
-        """Whether a job may begin whose clients need so much memory. One that may not is said to wait, once."""
-        most = self._settings.client_memory
-        if most is None or needed + held <= most:
-            self._waiting.discard(job)
-            return True
-        if job not in self._waiting:
-            queued = self._store.newest(job, "queued")
-            key = f"waiting-{queued.seq if queued else 0}"  # a job that is queued again may wait again
-            self._store.publish(job, key, "waiting", {"message": why_it_waits(needed, held, most)})
-            self._waiting.add(job)
-        return False
+    def _is_limited(self, job: JobRecord) -> bool:
+        return self._settings.client_memory is not None and not job.reads_anything  # or it was submitted without a key
+
+    def _begin(self, job: str, held: int, waiting: set[tuple[str, int]]) -> int | None:
+        """Move a queued job to its work, where the tenant's others hold so much memory. Returns what its own clients hold.
+
+        None if it does not begin. One that waits for memory says so once, and is added to those that are ``waiting``. One that
+        never fits goes to be validated, and fails there.
+        """
+        most, needed = self._settings.client_memory, 0
+        never_fits = False
+        if most is not None:
+            needed = self._memory(self._store.get(job))
+            never_fits = needed > most
+            if not never_fits and needed + held > most:
+                queued = self._store.newest(job, "queued")
+                place = (job, queued.seq if queued else 0)  # a job that is queued again may wait again
+                if place not in self._waiting:
+                    self._store.publish(
+                        job, f"waiting-{place[1]}", "waiting", {"message": why_it_waits(needed, held, most)}
+                    )
+                waiting.add(place)
+                return None
+        begun = not never_fits and self._store.newest(job, "started") is not None
+        if not self._store.move(job, "running" if begun else "validating"):
+            return None
+        return 0 if never_fits else needed
 
     def _end_cancelled(self, job: str, over: set[str]) -> None:
         """End a job that is cancelled. If that is done, it is added to those that are ``over``."""
@@ -192,7 +210,18 @@ class Controller:
         return {job.id for job in self._store.page(limit=_OVER_BEFORE) if job.status in FINISHED}
 
     def _start(self, job: str) -> None:
-        """Start the coordinator of ``job``. It takes seconds, so the job's record says that it is starting."""
+        """Start the coordinator of ``job``. It takes seconds, so the job's record says that it is starting.
+
+        A job that is to be validated, and whose clients never fit, fails instead: the limit may be lower than when it came.
+        """
+        if self._settings.client_memory is not None:
+            record = self._store.get(job)
+            if record.status == "validating" and self._is_limited(record):
+                try:
+                    check_fits(record.spec, self._settings.client_slots, self._settings.client_memory)
+                except InvalidJob as error:
+                    fail(job, error, self._store, self._settings.storage)
+                    return
         self._had.add(job)
         self._store.note_activity(job, Activity(what="starting the process of the coordinator"))
         self._coordinators.ensure(job)

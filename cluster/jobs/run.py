@@ -117,11 +117,14 @@ def _run(
                 "(job)", document, "the document that was submitted; what the database has of it cannot be read"
             )
         spec = parse_job(document)
-        with occupy(storage.job(job)), span("coordinator", asked):
-            commits.begin()
-            with log, ActivityRecord(store, job) as record:
-                listen = log.with_activities(record)
-                result = _train(job, spec, store, storage, make_pool, make_evaluation, sites, listen, log, commits)
+        try:
+            with occupy(storage.job(job)), span("coordinator", asked):
+                commits.begin()
+                with log, ActivityRecord(store, job) as record:
+                    listen = log.with_activities(record)
+                    result = _train(job, spec, store, storage, make_pool, make_evaluation, sites, listen, log, commits)
+        finally:
+            flush()  # however it ended: this process may be ended as soon as that is recorded
     except NO_ANSWER:
         raise
     except CommitConflict as error:
@@ -131,7 +134,6 @@ def _run(
             return trouble
         _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)), extra=WITHHELD)
         log.failed(error)
-        flush()
         cause = _cause(error, storage.job(job))
         with suppress(CommitConflict):
             commits.keep(is_last=True)
@@ -139,7 +141,6 @@ def _run(
         store.move(job, "failed", error={**described(error), "cause": cause})
     else:
         if result:
-            flush()
             # The status comes last: as soon as it is recorded, the controller may end this process.
             _clean_up(job, store, storage)
             store.move(job, "succeeded", result=result.model_dump(mode="json"))

@@ -16,6 +16,7 @@ One that is not over may be cancelled: it is ``cancelling`` until its processes 
 from collections.abc import Collection, Iterable
 from copy import copy
 from dataclasses import replace
+from itertools import islice
 from secrets import token_hex
 from typing import Any, Self, cast
 
@@ -129,9 +130,9 @@ class JobStore:
         )
         try:
             with Session(self._engine) as session, session.begin():
-                row.model = served_name(session, row.tenant, spec)
                 session.add(row)
-                session.flush()
+                session.flush()  # before the name is chosen: two that submit at once then come one after the other
+                row.model = served_name(session, row.tenant, spec, row.id)
                 session.add_all(LabelRow(job=row.id, name=name, value=value) for name, value in spec.labels.items())
                 hold_uploads(session, row.tenant, document)
                 check_queue(session, row.tenant, most_queued)
@@ -199,11 +200,13 @@ class JobStore:
         """For each model name the newest job that succeeded, sorted by that name: at most ``limit``, from ``first`` on."""
         succeeded = select(func.max(JobRow.number)).where(self._seen, JobRow.status == "succeeded")
         newest = succeeded.group_by(JobRow.tenant, JobRow.model)
-        query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.model, JobRow.tenant).limit(limit)
+        query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.model, JobRow.tenant)
         if first is not None:
             tenant, own = self._view.parts(first)
             query = query.where(tuple_(JobRow.model, JobRow.tenant) >= (own, tenant or ""))
-        return [record for record in self._found(query) if record.spec]
+        query = query.execution_options(yield_per=limit or 1000)
+        with Session(self._engine) as session, session.scalars(query) as rows:
+            return list(islice((record for record in map(self._record, rows) if record.spec), limit))
 
     def model(self, name: str) -> JobRecord | None:
         """The newest job that succeeded and whose model is called ``name``."""

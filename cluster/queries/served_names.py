@@ -1,42 +1,61 @@
 """The names under which models are served: two bases of one last name have two."""
 
+from collections.abc import Iterator
 from hashlib import sha256
+from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.tables import JobRow
 from chainfed_ray.spec.job import JobSpec
 
-_LOOKED_AT = 100  # jobs, the newest whose names begin alike
+_LOOKED_AT = 100  # jobs whose names begin alike
 _DIGITS = 6
 
 
-def served_name(session: Session, tenant: str, spec: JobSpec) -> str:
-    """The name under which the model of a job of ``tenant`` is served.
+def served_name(session: Session, tenant: str, spec: JobSpec, job: str) -> str:
+    """The name under which the model of a new ``job`` of ``tenant`` is served.
 
     That is ``spec.model_name``, such as ``llama:support``; or ``llama-3f2a1b:support``, with digits that follow from the base
-    model, if the newest of the tenant's jobs whose names begin with ``llama:`` is on another base of that last name. A base
-    that was marked so before stays so.
+    model, if the oldest of the tenant's other jobs whose names begin with ``llama:`` is on another base of that last name. A
+    model keeps the name under which its base was trained before, and a base that was marked stays so.
     """
     stem, _, name = spec.model_name.partition(":")
     base = _repository(spec.model.base)
     marked = f"{stem}-{sha256(base.encode()).hexdigest()[:_DIGITS]}"
-    if _base_of_newest(session, tenant, marked) == base:
+    others = select(JobRow.model, JobRow.spec).where(
+        JobRow.tenant == tenant, JobRow.deleted_at.is_(None), JobRow.id != job
+    )
+    before = others.where(JobRow.model.in_((f"{stem}:{name}", f"{marked}:{name}"))).order_by(JobRow.number.desc())
+    for model, known in _with_bases(session, before):
+        if known == base:
+            return model
+
+    def owner(prefix: str) -> str | None:
+        """The base model of the oldest job whose model's name begins with ``prefix``; None if there is none."""
+        alike = others.where(JobRow.model.startswith(f"{prefix}:", autoescape=True)).order_by(JobRow.number)
+        found = _with_bases(session, alike)
+        # SQLite compares without regard to case.
+        return next((known for model, known in found if model.partition(":")[0] == prefix), None)
+
+    if owner(marked) == base:
         return f"{marked}:{name}"
-    before = _base_of_newest(session, tenant, stem)
-    return f"{stem if before in (None, base) else marked}:{name}"
+    return f"{stem if owner(stem) in (None, base) else marked}:{name}"
 
 
-def _base_of_newest(session: Session, tenant: str, stem: str) -> str | None:
-    """The base model of the newest job of a tenant whose model's name begins with ``stem``; None if there is none."""
-    alike = (JobRow.tenant == tenant, JobRow.deleted_at.is_(None), JobRow.model.startswith(f"{stem}:", autoescape=True))
-    columns = select(JobRow.model, JobRow.spec).where(*alike).order_by(JobRow.number.desc()).limit(_LOOKED_AT)
-    for model, document in session.execute(columns):
-        # SQLite compares without regard to case. A document that cannot be read is the trouble of its own job.
-        if model.partition(":")[0] == stem and isinstance(document, dict):
-            return _repository(str(document["model"]["base"]))
-    return None
+def _with_bases(session: Session, query: Select[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """The names of jobs' models, and their base models, as far as documents can be read."""
+    for model, document in session.execute(query.limit(_LOOKED_AT)):
+        if (base := _base_of(document)) is not None:
+            yield model, base
+
+
+def _base_of(document: object) -> str | None:
+    """The base model of a job's document. None if it has none: that is the trouble of its own job."""
+    model = document.get("model") if isinstance(document, dict) else None
+    base = model.get("base") if isinstance(model, dict) else None
+    return _repository(base) if isinstance(base, str) else None
 
 
 def _repository(base: str) -> str:

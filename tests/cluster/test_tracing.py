@@ -60,6 +60,7 @@ def test_one_trace_leads_from_a_submission_to_the_turns_of_its_rounds(
         client.get("/healthz")
     store.move(job, "validating")
     run_queued_job(job, storage, in_this_process)
+    assert "coordinator" in {one.name for one in exporter.get_finished_spans()}, "a paused job's process may be ended"
     below = "POST /v1/jobs → coordinator"
     rounds = [f"{below} → stage → round", f"{below} → stage → round → turn"]
     assert paths(exporter) == [

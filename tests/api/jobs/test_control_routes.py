@@ -3,11 +3,10 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from chainfed_ray.api.serve.access import AccessRules
@@ -128,13 +127,21 @@ def test_what_was_done_to_a_deleted_job_stays_in_the_audit_log(storage: Storage,
     log.close()
 
 
-def test_a_job_whose_clients_never_fit_is_refused_with_the_limit(client: TestClient, store: JobStore) -> None:
-    app = cast("FastAPI", client.app)
-    app.state.service = replace(app.state.service, client_memory=100 * MIB, client_slots=2)
+def test_a_job_whose_clients_never_fit_is_refused_with_the_limit(storage: Storage, store: JobStore) -> None:
+    keys = KeyStore(storage.database)
+    app, access = an_app(store), AccessRules(KeyRing(keys), "nobody")
+    with_keys = an_app(store, access)
+    for one in (app, with_keys):
+        one.state.service = replace(one.state.service, client_memory=100 * MIB, client_slots=2)
     fleet: dict[str, Any] = {"clients": [{"name": "a", "memory": "60MiB", "count": 2}]}
     document = SPEC.document() | {"fleet": fleet, "rounds": {"clients": 2}}
-    refused = client.post("/v1/jobs", json=document)
-    assert refused.status_code == 422
-    assert "CHAINFED_CLIENT_MEMORY" in refused.json()["detail"]
-    fleet["clients"][0]["memory"] = "50MiB"
-    assert client.post("/v1/jobs", json=document).status_code == 201
+    with TestClient(app, "http://localhost") as client:
+        assert client.post("/v1/jobs", json=document).status_code == 201, "without a key there is no limit"
+    headers = {"Authorization": f"Bearer {keys.make_key('alice', ['submit']).token}"}
+    with TestClient(with_keys, "http://localhost", headers=headers) as client:
+        refused = client.post("/v1/jobs", json=document)
+        assert refused.status_code == 422
+        assert "CHAINFED_CLIENT_MEMORY" in refused.json()["detail"]
+        fleet["clients"][0]["memory"] = "50MiB"
+        assert client.post("/v1/jobs", json=document).status_code == 201
+    keys.close()

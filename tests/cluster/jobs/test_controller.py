@@ -13,6 +13,7 @@ from chainfed_ray.cluster.jobs.control import delete, pause, resume
 from chainfed_ray.cluster.jobs.controller import Controller
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.queries.turns import Turns
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.federation.run import in_this_process
@@ -364,25 +365,83 @@ def test_a_tenant_at_its_limit_lets_others_go_first(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_job_waits_while_the_memory_of_its_tenants_clients_is_in_use(tmp_path: Path) -> None:
+def of_memory(memory: str, count: int = 1) -> JobSpec:
+    """A job of a client of 10 MiB, and others of so much."""
+    fleet = {"clients": [{"name": "a", "memory": "10MiB"}, {"name": "b", "memory": memory, "count": count}]}
+    return parse_job(SPEC.document() | {"fleet": fleet, "rounds": {"clients": 2}})
+
+
+@pytest.fixture
+def limited(tmp_path: Path) -> Settings:
+    """Settings by which clients of a tenant that train at once have 200 MiB."""
+    return Settings(Storage.at(tmp_path), parallel_jobs=3, client_slots=2, client_memory=200 * MIB)
+
+
+def test_a_job_waits_while_the_memory_of_its_tenants_clients_is_in_use(limited: Settings) -> None:
     """The tenant's later jobs wait behind it, and those of others do not."""
-    settings = Settings(Storage.at(tmp_path), parallel_jobs=3, client_slots=2, client_memory=200 * MIB)
-
-    def of(memory: str, count: int = 1) -> JobSpec:
-        fleet = {"clients": [{"name": "a", "memory": "10MiB"}, {"name": "b", "memory": memory, "count": count}]}
-        return parse_job(SPEC.document() | {"fleet": fleet, "rounds": {"clients": 2}})
-
-    with closing(JobStore(settings.storage.database)) as store:
-        processes = Processes(settings.storage)
-        first, second, small = (store.submit(spec).id for spec in (of("60MiB", 9), of("100MiB"), of("20MiB")))
-        other = store.seen_by("other", everything=False).submit(of("190MiB")).id
+    specs = of_memory("60MiB", 9), of_memory("100MiB"), of_memory("20MiB")
+    with closing(JobStore(limited.storage.database)) as store:
+        processes = Processes(limited.storage)
+        first, second, small = (store.submit(spec, reads_anything=False).id for spec in specs)
+        other = store.seen_by("other", everything=False).submit(of_memory("190MiB"), reads_anything=False).id
         for _ in range(2):
-            Controller(settings, store, processes).step()  # one in place of another says nothing again
+            Controller(limited, store, processes).step()  # one in place of another says nothing again
         assert processes.jobs == {first, other}
         (waiting,) = store.of_kind(second, "waiting")
         assert "need 110MiB at once" in waiting.data["message"]
         assert "hold 120MiB of the 200MiB that CHAINFED_CLIENT_MEMORY allows" in waiting.data["message"]
         assert store.of_kind(small, "waiting") == []
         store.move(first, "failed")
-        Controller(settings, store, processes).step()
+        Controller(limited, store, processes).step()
         assert processes.jobs == {second, small, other}
+
+
+def test_a_job_that_is_queued_again_says_again_that_it_waits(limited: Settings) -> None:
+    with closing(JobStore(limited.storage.database)) as store:
+        controller = Controller(limited, store, Processes(limited.storage))
+        _, job = (store.submit(of_memory("100MiB"), reads_anything=False).id for _ in range(2))
+        for times in (1, 2):
+            for _ in range(2):
+                controller.step()
+            assert len(store.of_kind(job, "waiting")) == times
+            pause(store, job)
+            resume(store, job)  # before the controller sees it
+
+
+def test_a_job_that_never_fits_any_more_fails_and_holds_up_no_later_one(limited: Settings) -> None:
+    """They came before the limit was lowered. A job without a key has no limit."""
+    with closing(JobStore(limited.storage.database)) as store:
+        processes = Processes(limited.storage)
+        new, begun, small = (
+            store.submit(of_memory(memory), reads_anything=False).id for memory in ("300MiB", "250MiB", "20MiB")
+        )
+        free = store.seen_by("free", everything=False).submit(of_memory("300MiB")).id
+        store.publish(begun, "started", "started", {})
+        controller = Controller(limited, store, processes)
+        for _ in range(2):
+            controller.step()
+        assert processes.jobs == {small, free}
+        for job, needed in ((new, "310MiB"), (begun, "260MiB")):
+            failed = store.get(job)
+            assert failed.status == "failed"
+            assert failed.error is not None
+            assert failed.error["type"] == "InvalidJob"
+            assert f"'{needed}'; expected at most 200MiB" in failed.error["message"]
+
+
+def test_a_job_that_is_gone_at_its_turn_ends_no_controller(limited: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(JobStore(limited.storage.database)) as store:
+        processes = Processes(limited.storage)
+        job = store.submit(of_memory("20MiB"), reads_anything=False).id
+        other = store.seen_by("other", everything=False).submit(of_memory("20MiB"), reads_anything=False).id
+        found = Turns.next
+
+        def and_delete(turns: Turns, *arguments: Any, **more: Any) -> tuple[str, str] | None:
+            if (turn := found(turns, *arguments, **more)) and turn[0] == job:
+                store.move(job, "cancelled")
+                delete(store, job)
+            return turn
+
+        monkeypatch.setattr(Turns, "next", and_delete)
+        Controller(limited, store, processes).step()
+        assert processes.jobs == {other}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
 from chainfed_ray.activity import Activity
@@ -166,6 +166,20 @@ def test_pages_and_models(store: JobStore) -> None:
         store.move(job, "succeeded", result={})
     assert [job.id for job in store.models()] == [jobs[2]]
     assert [job.id for job in store.page(status="succeeded")] == [jobs[2], jobs[1]]
+
+
+def test_a_page_of_models_is_full_though_a_document_before_cannot_be_read(store: JobStore, database: str) -> None:
+    for name in ("a", "b", "c"):
+        job = store.submit(parse_job(SPEC.document() | {"name": name})).id
+        store.move(job, "running")
+        store.move(job, "succeeded", result={})
+    engine = create_engine(database)
+    with engine.begin() as connection:
+        connection.execute(text("update jobs set spec = '[]' where name = 'a'"))
+    engine.dispose()
+    assert [job.name for job in store.models(limit=1)] == ["b"]
+    assert [job.name for job in store.models(limit=2)] == ["b", "c"]
+    assert [job.name for job in store.models()] == ["b", "c"]
 
 
 def test_what_is_not_there_and_what_is_no_database(store: JobStore) -> None:

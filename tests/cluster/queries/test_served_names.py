@@ -1,8 +1,11 @@
 """Promises of the names of models: two bases of one last name have two, and each keeps its own."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from sqlalchemy import create_engine
+from sqlalchemy import text as sql
 
 from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -37,3 +40,40 @@ def test_two_bases_of_one_last_name_do_not_take_each_others_names(store: JobStor
             store.move(job.id, "cancelled")
             delete(store, job.id)
     assert submit("hf:two/llama") == marked, "it keeps the name that its callers know"
+
+
+def names(store: JobStore, base: str, *jobs: str) -> list[str]:
+    """The names under which the models of ``jobs``, submitted one after the other, are served."""
+    document = SPEC.document() | {"model": SPEC.document()["model"] | {"base": base}}
+    return [store.submit(parse_job(document | {"name": job})).model for job in jobs]
+
+
+def write(database: str, statement: str, **values: str) -> None:
+    engine = create_engine(database)
+    with engine.begin() as connection:
+        connection.execute(sql(statement), values)
+    engine.dispose()
+
+
+def test_a_name_stays_whatever_other_jobs_come(store: JobStore, database: str) -> None:
+    """Both bases have names without a mark, as those from before there were marks; the newest is of the second base."""
+    names(store, "hf:one/llama", "a")
+    (marked,) = names(store, "hf:two/llama", "b")
+    write(database, "update jobs set model = 'llama:b' where model = :marked", marked=marked)
+    assert names(store, "hf:one/llama", "a", "c") == ["llama:a", "llama:c"]
+    assert names(store, "hf:two/llama", "b", "d") == ["llama:b", marked.replace(":b", ":d")]
+    assert names(store, "hf:one/llama", "a", "e") == ["llama:a", "llama:e"]
+
+
+def test_a_document_that_cannot_be_read_names_no_other_job(store: JobStore, database: str) -> None:
+    names(store, "hf:one/llama", "a", "b")
+    for document in ("[]", "{}", '{"model": 5}', '{"model": {}}'):
+        write(database, "update jobs set spec = :document where name = 'a'", document=document)
+        assert names(store, "hf:one/llama", "a", "c") == ["llama:a", "llama:c"]
+        assert names(store, "hf:two/llama", "a") != ["llama:a"]
+
+
+def test_two_bases_that_come_at_once_have_two_names(store: JobStore) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda base: names(store, f"hf:{base}/llama", "a"), "abcdefgh"))
+    assert len({name for (name,) in found}) == 8
