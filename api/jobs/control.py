@@ -26,6 +26,7 @@ def pause_job(job: str, jobs: Jobs) -> JobResource:
 @router.post("/resume", status_code=202)
 def resume_job(job: str, jobs: Jobs, service: WithService, caller: Caller) -> JobResource:
     """Let a paused job go on from its last commit, with the same result as if it had not paused. It waits in the queue."""
+    service.check_fits(jobs.get(job).spec, caller)
     return full(jobs, control.resume(jobs, job, service.queue_of(caller)))
 
 
@@ -38,6 +39,7 @@ def cancel_job(job: str, jobs: Jobs) -> JobResource:
 @router.post("/retry", status_code=202)
 def retry_job(job: str, jobs: Jobs, service: WithService, caller: Caller) -> JobResource:
     """Try a job again that failed or was cancelled. It goes on from its last finished round, and waits in the queue."""
+    service.check_fits(jobs.get(job).spec, caller)
     return full(jobs, control.retry(jobs, job, service.queue_of(caller)))
 
 

@@ -96,7 +96,7 @@ async def accept(
         JobConflict: the key was used for another job.
         LimitReached: the caller's tenant has as many jobs in the queue as it may.
     """
-    service.check_fits(spec, caller)
+    service.check_fits(spec.document(), caller)
     await while_connected(request, service.check(spec, caller.reads_anything, caller.tenant))
     record = await run_in_threadpool(
         jobs.submit, spec, idempotency_key, caller.reads_anything, service.queue_of(caller)

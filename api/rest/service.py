@@ -5,7 +5,7 @@ Work that a caller asked for ends when the caller goes away (``while_connected``
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,14 +154,14 @@ class Service:
         """How many jobs the tenant of ``caller`` may have in the queue. Without keys there is no limit."""
         return self.most_queued if caller.key else None
 
-    def check_fits(self, spec: JobSpec, caller: Identity) -> None:
-        """Check that the limit of clients' memory lets a job ever begin. Without keys there is no limit.
+    def check_fits(self, document: Mapping[str, object], caller: Identity) -> None:
+        """Check that the limit of clients' memory lets the job of ``document`` ever begin. Without keys there is no limit.
 
         Raises:
             InvalidJob: it does not.
         """
         if caller.key and self.client_memory is not None:
-            check_fits(spec.document(), self.client_slots, self.client_memory)
+            check_fits(document, self.client_slots, self.client_memory)
 
     @cached_property
     def feed(self) -> EventFeed:

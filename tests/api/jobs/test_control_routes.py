@@ -143,5 +143,10 @@ def test_a_job_whose_clients_never_fit_is_refused_with_the_limit(storage: Storag
         assert refused.status_code == 422
         assert "CHAINFED_CLIENT_MEMORY" in refused.json()["detail"]
         fleet["clients"][0]["memory"] = "50MiB"
-        assert client.post("/v1/jobs", json=document).status_code == 201
+        job = client.post("/v1/jobs", json=document).json()["id"]
+        assert client.post(f"/v1/jobs/{job}/pause").status_code == 202
+        # An operator lowers the limit.
+        with_keys.state.service = replace(with_keys.state.service, client_memory=10 * MIB)
+        assert client.post(f"/v1/jobs/{job}/resume").status_code == 422
+        assert store.get(job).status == "paused", "nothing is lost: it goes on under a higher limit"
     keys.close()
