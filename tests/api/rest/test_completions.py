@@ -35,16 +35,17 @@ from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 from tests.causal import a_causal_stack, causal_folder, written
 
-WRITER, CHATTER, CLASSIFIER = "tiny:writer", "tiny:chatter", "tiny:classifier"
+WRITER, CHATTER, CLASSIFIER = "tiny:writer", "chatty:chatter", "tiny:classifier"
 ASKED = {"model": WRITER, "prompt": "tide and ", "max_tokens": 8, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The base models of the two language models."""
+    names = {"writer": "tiny", "chatter": "chatty"}
     return {
-        name: causal_folder("llama", tmp_path_factory.mktemp(name) / "tiny", chat=name == "chatter")
-        for name in ("writer", "chatter")
+        job: causal_folder("llama", tmp_path_factory.mktemp(job) / name, chat=name == "chatty")
+        for job, name in names.items()
     }
 
 
@@ -196,7 +197,7 @@ def test_next_to_no_temperature_is_none(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("path", "change", "status", "field", "expected"),
     [
-        ("completions", {"model": "x:y"}, 404, None, "Served now: tiny:chatter, tiny:classifier, tiny:writer, tiny"),
+        ("completions", {"model": "x:y"}, 404, None, "tiny:classifier, tiny:writer, chatty, tiny"),
         ("completions", {"model": CLASSIFIER}, 422, "model", "POST /v1/classify"),
         ("chat/completions", {"model": CLASSIFIER}, 422, "model", "POST /v1/classify"),
         ("classify", {"model": WRITER}, 422, "model", "POST /v1/completions"),
@@ -311,9 +312,9 @@ def test_openais_client_continues_a_chat(official: openai.OpenAI) -> None:
 
 
 def test_openais_client_sees_models_and_reasons(official: openai.OpenAI) -> None:
-    assert [model.id for model in official.models.list()] == ["tiny", CHATTER, CLASSIFIER, WRITER]
+    assert [model.id for model in official.models.list()] == ["chatty", "tiny", CHATTER, CLASSIFIER, WRITER]
     assert official.models.retrieve(CHATTER).owned_by == "chainfed"
-    with pytest.raises(openai.NotFoundError, match="Served now: tiny:chatter") as missing:
+    with pytest.raises(openai.NotFoundError, match="Served now: chatty:chatter") as missing:
         official.chat.completions.create(model="none", messages=CHAT)
     assert (missing.value.code, missing.value.type) == ("model_not_found", "invalid_request_error")
     with pytest.raises(openai.UnprocessableEntityError, match="tools") as refused:
