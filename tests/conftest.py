@@ -15,9 +15,11 @@ from sqlalchemy import create_engine
 from sqlalchemy import text as sql
 from transformers import AutoTokenizer
 
+from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.hub import resolve
 from chainfed_ray.model.source import ModelSource
@@ -167,6 +169,20 @@ def far(s3: s3_server.Server, tmp_path: Path) -> Storage:
 @pytest.fixture
 def store(storage: Storage) -> Iterator[JobStore]:
     made = JobStore(storage.database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def keys(storage: Storage) -> Iterator[KeyStore]:
+    made = KeyStore(storage.database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def uploads(storage: Storage, store: JobStore) -> Iterator[UploadStore]:
+    made = UploadStore(storage)
     yield made
     made.close()
 

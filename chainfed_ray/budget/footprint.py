@@ -19,7 +19,7 @@ SavedActivations = Literal["kept", "recomputed", "offloaded"]
 
 # Measured, because arithmetic cannot know it: what libraries allocate besides tensors, and what the interpreter keeps.
 RUNTIME = 6 * 2**20
-_ADAM_STATES = 2
+ADAM_STATES = 2
 FLOAT32 = 4
 
 
@@ -99,7 +99,7 @@ def footprint(
         + trained,  # the stack received, and copies of what is trained
         head=memory.head + trained_head,
         gradients=trained + trained_head,
-        optimizer=_ADAM_STATES * (trained + trained_head),
+        optimizer=ADAM_STATES * (trained + trained_head),
         cache_pages=rows,
         saved_activations=saved,
         transients=peak - rows - saved + memory.call.at(micro_batch, tokens) + pooled,

@@ -15,6 +15,7 @@ from itertools import product
 
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.footprint import (
+    ADAM_STATES,
     FLOAT32,
     RUNTIME,
     Footprint,
@@ -29,7 +30,6 @@ from chainfed_ray.chain import Window
 
 PREFIX_BATCH = 8  # the most examples that are run through the prefix together
 _FLOAT64 = 8
-_ADAM_STATES = 2
 _EMBEDDING_STATES = 6  # token rows, rows by position, sums with positions and types, and their norm
 _POOLING_STATES = 2  # hidden states and their product with the mask
 _COMPARED, _GRAMS = 6, 5  # representations [n, D] and Gram matrices [n, n] of a CKA, and products of them
@@ -211,7 +211,7 @@ def _with_fewer_ranks(parts: Footprint, window: int, rank: int, trained: int) ->
         parts,
         adapters=parts.adapters - fewer + window,
         gradients=parts.gradients - fewer,
-        optimizer=parts.optimizer - _ADAM_STATES * fewer,
+        optimizer=parts.optimizer - ADAM_STATES * fewer,
     )
 
 

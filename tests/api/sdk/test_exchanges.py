@@ -1,7 +1,7 @@
 """Promises of exchanges: what is sent arrives, whatever breaks on the way, and nothing is sent, or told, twice."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -47,13 +47,6 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "rows.csv"
     path.write_bytes(ROWS)
     return path
-
-
-@pytest.fixture
-def uploads(storage: Storage, store: JobStore) -> Iterator[UploadStore]:
-    made = UploadStore(storage)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -13,16 +13,8 @@ from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import AccessDenied, InvalidSetting, JobNotFound
 from tests.apps import an_app, served
-
-
-@pytest.fixture
-def keys(storage: Storage) -> Iterator[KeyStore]:
-    made = KeyStore(storage.database)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -20,13 +20,6 @@ JOB = SPEC.document()
 
 
 @pytest.fixture
-def keys(storage: Storage) -> Iterator[KeyStore]:
-    made = KeyStore(storage.database)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def audit(storage: Storage) -> Iterator[AuditLog]:
     made = AuditLog(storage.database)
     yield made

@@ -1,7 +1,6 @@
 """Promises of the routes of uploads: bytes are taken as they come, within bounds, and a job reads its tenant's alone."""
 
 import asyncio
-from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
@@ -12,7 +11,6 @@ from fastapi.testclient import TestClient
 
 from chainfed_ray.api.serve.front_door import MOST_BYTES as MOST_OF_A_BODY
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.uploads.arriving import ArrivingFile
 from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.spec.parse import parse_job
@@ -20,13 +18,6 @@ from tests.apps import MOST_BYTES, an_app
 from tests.builders import SPEC
 
 ROWS = b"text,label\na,sea\nb,sky\n"
-
-
-@pytest.fixture
-def uploads(storage: Storage, store: JobStore) -> Iterator[UploadStore]:
-    made = UploadStore(storage)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Promises of what is remembered of jobs' rounds: it is what all rounds come to, and no round is read twice."""
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import pytest
 from sqlalchemy import event
@@ -14,6 +15,7 @@ from chainfed_ray.records.result import ExitScore
 from chainfed_ray.records.rounds import Round
 from tests.builders import SPEC, a_round, a_start
 
+Row = TypeVar("Row", EventRow, JobRow)
 STARTED = a_start(layers=4, start=0)
 LOSSES = (2.0, None, 1.0, 3.0, 1.0, None, 4.0)  # of the whole model, after each round
 
@@ -28,27 +30,28 @@ def store(database: str) -> Iterator[JobStore]:
 @pytest.fixture
 def read() -> Iterator[list[EventRow]]:
     """The events that were read from the database."""
-    rows: list[EventRow] = []
-
-    def note(row: EventRow, _: object) -> None:
-        rows.append(row)
-
-    event.listen(EventRow, "load", note)
-    yield rows
-    event.remove(EventRow, "load", note)
+    with _loaded(EventRow) as found:
+        yield found
 
 
 @pytest.fixture
 def rows() -> Iterator[list[JobRow]]:
     """The rows of jobs that were read from the database."""
-    found: list[JobRow] = []
+    with _loaded(JobRow) as found:
+        yield found
 
-    def note(row: JobRow, _: object) -> None:
+
+@contextmanager
+def _loaded(kind: type[Row]) -> Iterator[list[Row]]:
+    """The rows of one ``kind`` that are read within a block."""
+    found: list[Row] = []
+
+    def note(row: Row, _: object) -> None:
         found.append(row)
 
-    event.listen(JobRow, "load", note)
+    event.listen(kind, "load", note)
     yield found
-    event.remove(JobRow, "load", note)
+    event.remove(kind, "load", note)
 
 
 def training(store: JobStore) -> str:

@@ -1,6 +1,5 @@
 """Promises of jobs that read uploads: they are as those that read the same file, and nobody reads another tenant's."""
 
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,6 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.reading import EVERYTHING, reading_by
 from chainfed_ray.spec.parse import parse_job
-
-
-@pytest.fixture
-def uploads(storage: Storage, store: JobStore) -> Iterator[UploadStore]:
-    made = UploadStore(storage)
-    yield made
-    made.close()
 
 
 def added(uploads: UploadStore, tenant: str, rows: bytes, name: str = "rows.jsonl") -> str:

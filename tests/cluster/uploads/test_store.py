@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from itertools import pairwise
@@ -34,13 +33,6 @@ ROWS = b"text,label\na,sea\nb,sky\n"
 @pytest.fixture
 def storage(tmp_path: Path, database: str) -> Storage:
     return Storage.at(tmp_path / "storage", database)
-
-
-@pytest.fixture
-def uploads(storage: Storage, store: JobStore) -> Iterator[UploadStore]:
-    made = UploadStore(storage)
-    yield made
-    made.close()
 
 
 def begun(uploads: UploadStore, rows: bytes = ROWS, name: str = "rows.csv") -> Upload:
