@@ -1,4 +1,7 @@
-"""``python -m benchmarks idle``: the memory of a client's process before any client uses it, and what takes how much of it."""
+"""``python -m benchmarks idle``: what a client's process takes before any client uses it, in memory and CPU time.
+
+First of one that loads its libraries itself, step by step; then of clients as they are started: forks of a process that has.
+"""
 
 import argparse
 import json
@@ -10,6 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 from rich.console import Console
@@ -17,8 +21,10 @@ from rich.table import Table
 
 from benchmarks.cell_process import Row
 from benchmarks.cluster import one_machine
-from chainfed_ray.device.peak import status
+from chainfed_ray.device.peak import ENVIRONMENT, status
 from chainfed_ray.units import format_bytes
+
+_PAGES = Path("/proc/self/smaps_rollup")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure a plain Ray worker as it loads one library after another, then a client's process, and print the table."""
+    """Measure a plain Ray worker as it loads one library after another, then clients' processes, and print the table."""
     with tempfile.TemporaryDirectory() as scratch, one_machine():
         rows = list(_rows(options.base, Path(scratch)))
     if options.json:
@@ -55,15 +61,23 @@ def _rows(name: str, scratch: Path) -> Iterator[Row]:
         "with torch": _load_torch,
         "with the model's code": partial(_load_model, base.folder),
     }
-    worker: Any = ray.remote(_Worker).options(**client_options(0)).remote()
+    plain = client_options(0) | {"runtime_env": {"env_vars": ENVIRONMENT}}
+    worker: Any = ray.remote(_Worker).options(**plain).remote()
     for process, load in loads.items():
         ray.get(worker.__ray_call__.remote(_call, load))
         yield {"process": process, **ray.get(worker.__ray_call__.remote(_held))}
     ray.kill(worker)
     client_actor: Any = ClientActor
-    client = client_actor.options(**client_options(0)).remote(base)
-    ray.get(client.prepare.remote())
-    yield {"process": "a client, idle", **ray.get(client.__ray_call__.remote(_held))}
+    for process, options in {
+        "a client on its own": plain,
+        "a client, forked": client_options(0),
+        "another one": client_options(0),
+    }.items():
+        client = client_actor.options(**options).remote(base)
+        ray.get(client.prepare.remote())
+        yield {"process": process, **ray.get(client.__ray_call__.remote(_held))}
+        if options is plain:
+            ray.kill(client)
 
 
 class _Worker:
@@ -74,13 +88,19 @@ def _call(_worker: _Worker, load: Callable[[], None]) -> None:
     load()
 
 
-def _held(_actor: object) -> dict[str, int]:
-    """The resident bytes of the process: all, its own, and the pages of files, which the processes of a machine share."""
+def _held(_actor: object) -> dict[str, float]:
+    """The resident bytes of the process: all, and those that no other process of the machine shares; and its CPU time.
+
+    The process that it was forked from has spent its CPU time before.
+    """
+    sizes = dict(line.split(":") for line in _PAGES.read_text().splitlines()[1:])
+    own = sum(int(sizes[name].split()[0]) * 1024 for name in ("Private_Clean", "Private_Dirty"))
     return {
         "resident_bytes": status("VmRSS"),
-        "own_bytes": status("RssAnon"),
-        "file_bytes": status("RssFile"),
+        "own_bytes": own,
+        "shared_bytes": status("VmRSS") - own,
         "modules": len(sys.modules),
+        "cpu_seconds": process_time(),
     }
 
 
@@ -106,9 +126,9 @@ def _load_model(folder: Path) -> None:
 
 def _table(rows: list[Row]) -> Table:
     table = Table("process", box=None, header_style="bold", pad_edge=False)
-    for name in ("resident", "its own", "pages of files", "modules"):
+    for name in ("resident", "its own", "shared", "modules", "CPU time"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        held = (format_bytes(row[name]) for name in ("resident_bytes", "own_bytes", "file_bytes"))
-        table.add_row(row["process"], *held, f"{row['modules']:,}")
+        held = (format_bytes(row[name]) for name in ("resident_bytes", "own_bytes", "shared_bytes"))
+        table.add_row(row["process"], *held, f"{row['modules']:,}", f"{row['cpu_seconds']:.1f} s")
     return table

@@ -9,16 +9,18 @@ A third, ``only_machine``, marks a cluster that is one machine: nobody asks for 
 import shlex
 import sys
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+from chainfed_ray.device import start_forked
 from chainfed_ray.device.peak import ENVIRONMENT
 
 CLIENT_SLOT = "client_slot"
 COORDINATOR_SLOT = "coordinator_slot"
 ONLY_MACHINE = "only_machine"
 
-# The memory of a client's process before a client uses it: 383 MiB (`python -m benchmarks idle`), and a margin. 157 MiB of it
-# are pages of libraries' files, which the processes of a machine share.
+# The memory of a client's process before a client uses it: 384 MiB if it loads its libraries itself, and a margin
+# (`python -m benchmarks idle`). Forked ones share most of it, but a machine's first one holds all of it.
 IDLE_BYTES = 395 * 2**20
 
 # The same for a process of an offloaded evaluation, which also loads DeepSpeed and Ray Train.
@@ -26,6 +28,11 @@ OFFLOAD_IDLE_BYTES = 550 * 2**20
 
 # What the check of a job holds above its idle process, for most jobs.
 PREFLIGHT_BYTES = 512 * 2**20
+
+# What the processes of a machine are forked with. None of our actors' files is among it: Ray draws a random number for each
+# class of actors, and processes that are forked after its first one draw the same numbers for what has to differ.
+_LOADED = "ray,chainfed_ray.client.turn"
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 # A part of a coordinator_slot so small that it takes no coordinator's place. It requests such a machine for light work.
 _BESIDE_COORDINATORS = 0.001
@@ -37,23 +44,23 @@ def client_options(budget_bytes: int) -> dict[str, Any]:
         "num_cpus": 0,
         "memory": IDLE_BYTES + budget_bytes,
         "resources": {CLIENT_SLOT: 1},
-        "runtime_env": runtime_env(ENVIRONMENT),
+        "runtime_env": runtime_env(),
     }
 
 
-def runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The runtime environment of a Ray process with these variables.
+def runtime_env(environment: Mapping[str, str] = _NOTHING) -> dict[str, Any]:
+    """The runtime environment of a Ray process that is forked from one which has loaded what a turn needs.
 
-    Ray starts such a process through a shell and does not quote the path of Python. So we pass it quoted if it has a space.
+    All have the variables of processes that take turns, since whichever comes first starts the process that they are forked
+    from. ``environment`` has more of them. Ray passes the command through a shell and does not quote it, so we do.
     """
-    quoted = shlex.quote(sys.executable)
-    python = {} if quoted == sys.executable else {"py_executable": quoted}
-    return {"env_vars": dict(environment), **python}
+    forked = [sys.executable, "-I", "-S", start_forked.__file__, _LOADED]
+    return {"env_vars": {**ENVIRONMENT, **environment}, "py_executable": shlex.join(forked)}
 
 
 def coordinator_options() -> dict[str, Any]:
     """The options of the actor that coordinates a job."""
-    return {"num_cpus": 0, "resources": {COORDINATOR_SLOT: 1}}
+    return {"num_cpus": 0, "resources": {COORDINATOR_SLOT: 1}, "runtime_env": runtime_env()}
 
 
 def controller_options() -> dict[str, Any]:
@@ -67,6 +74,7 @@ def preflight_options() -> dict[str, Any]:
         "num_cpus": 1,
         "memory": IDLE_BYTES + PREFLIGHT_BYTES,
         "resources": {COORDINATOR_SLOT: _BESIDE_COORDINATORS},
+        "runtime_env": runtime_env(),
     }
 
 
@@ -92,7 +100,7 @@ def api_options() -> dict[str, Any]:
 def inference_options(most_bytes: int | None = None) -> dict[str, Any]:
     """The options of an actor that answers with models of ``most_bytes``. It returns freed memory to the system."""
     memory = {} if most_bytes is None else {"memory": IDLE_BYTES + most_bytes}
-    return {**api_options(), "runtime_env": runtime_env(ENVIRONMENT), **memory}
+    return {**api_options(), "runtime_env": runtime_env(), **memory}
 
 
 def evaluation_resources(planned_bytes: int) -> dict[str, float]:

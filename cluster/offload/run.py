@@ -24,7 +24,6 @@ import ray
 from chainfed_ray.cluster.offload.messages import START_SECONDS, EvaluationOrder, Reason, RunSpec, RunState
 from chainfed_ray.cluster.offload.removal import remove_when_this_process_ends
 from chainfed_ray.cluster.resources import evaluation_resources, runtime_env
-from chainfed_ray.device.peak import ENVIRONMENT
 
 _OWNER_SECONDS = 30.0  # after this long without a heartbeat, the owner counts as dead
 _END_SECONDS = 10.0  # how long workers have to end by themselves before they are killed
@@ -151,7 +150,7 @@ class EvaluationRun:
                     name=run.name,
                     storage_path=folder,
                     failure_config=configs.FailureConfig(max_failures=0, controller_failure_limit=0),
-                    worker_runtime_env=runtime_env({**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}),
+                    worker_runtime_env=runtime_env({"DS_ACCELERATOR": "cpu"}),
                 ),
             ).fit()
             over = why_over(self._reasons, None)

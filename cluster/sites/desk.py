@@ -16,7 +16,7 @@ from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Client
 from chainfed_ray.client.survey import Absence, Survey
 from chainfed_ray.cluster.pool.leases import Lease
-from chainfed_ray.cluster.resources import controller_options
+from chainfed_ray.cluster.resources import controller_options, runtime_env
 from chainfed_ray.cluster.sites.actor import JobForSites, Seen, SitesActor
 from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
 from chainfed_ray.cluster.storage import Storage
@@ -100,7 +100,8 @@ class Desk:
         assert client.remote is not None, "a client at a site"
         if self._actor is None:
             actor_class: Any = SitesActor  # ray.remote adds `options`, which the type does not show
-            self._actor = actor_class.options(**controller_options()).remote(self._job, self._storage)
+            options = controller_options() | {"runtime_env": runtime_env()}
+            self._actor = actor_class.options(**options).remote(self._job, self._storage)
         return SiteLease(
             self._actor, client.client_class, 0, None, kept=False, client=client.name, site=client.remote.site
         )

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +18,19 @@ from chainfed_ray.cluster.resources import (
     preflight_options,
     runtime_env,
 )
+from chainfed_ray.device.peak import ENVIRONMENT
 
 
-def test_the_path_of_python_is_quoted_for_the_shell_where_it_has_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/opt/env/bin/python")
-    assert runtime_env({"A": "1"}) == {"env_vars": {"A": "1"}}
+def test_the_path_of_python_is_quoted_for_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/home/me/my project/bin/python")
-    assert shlex.split(runtime_env({})["py_executable"]) == ["/home/me/my project/bin/python"]
+    python, *flags, launcher, _ = shlex.split(runtime_env()["py_executable"])
+    assert python == "/home/me/my project/bin/python"
+    assert flags == ["-I", "-S"], "it starts for each process, so it has to start quickly"
+    assert Path(launcher).is_file()
+
+
+def test_every_process_has_the_variables_of_the_one_that_it_is_forked_from() -> None:
+    assert runtime_env({"A": "1"})["env_vars"] == {**ENVIRONMENT, "A": "1"}
 
 
 def test_no_actor_but_a_clients_runs_on_a_machine_for_clients() -> None:

@@ -25,7 +25,7 @@ from chainfed_ray.records.rounds import JobStarted
 from tests.builders import a_job, assert_same, run
 from tests.clusters import a_pool
 from tests.project import ROOT
-from tests.watching import client_processes, private_bytes, watched_from_outside
+from tests.watching import client_processes, private_bytes, processes_below, wait_for, watched_from_outside
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
@@ -134,6 +134,7 @@ def test_whatever_ray_raises_costs_a_turn_and_a_lost_order_is_sent_anew(
         owner: Any = _Owner.remote()  # type: ignore[attr-defined]
         (reference,) = get(owner.put.remote())
         ray.kill(owner)
+        wait_for(lambda: not processes_below("_Owner"), "end of the owner")
         return reference
 
     def get_once(reference: Any, timeout: float | None = None) -> Any:

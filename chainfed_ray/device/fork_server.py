@@ -1,0 +1,173 @@
+"""The fork server: loads the libraries of our processes once, and forks a process for each program that is to run.
+
+A process that loads torch and transformers takes seconds of CPU time and 190 MiB of its own. A fork takes a tenth of the time,
+and shares that memory with its siblings until one of them writes to it. ``start_forked`` starts the server and asks it.
+
+Each program runs in a process group of its own, with the environment, the folder and the standard streams of who asked. The
+server ends when its owner has ended, or when it has had no process for a while.
+"""
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from chainfed_ray.device.lean_imports import load_models
+from chainfed_ray.device.start_forked import EXIT_CODE, LENGTH, STARTED, is_own, received
+
+_IDLE_SECONDS = 60.0
+_ASK_SECONDS = 5.0  # how long a request that has begun may take to arrive
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program to run: ``arguments`` are its path and what follows, ``streams`` its standard streams, as descriptors."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    folder: str
+    streams: list[int]
+
+
+@dataclass(frozen=True)
+class _Child:
+    pid: int
+    handle: int  # readable when the process has ended
+    asker: socket.socket  # readable when who asked has ended
+
+
+def main() -> None:
+    """Serve on the socket that the command line gives, until nobody needs it; in each fork, run the program."""
+    descriptor, owner, modules = sys.argv[1:]
+    listener = socket.socket(fileno=int(descriptor))
+    load_models()
+    for module in modules.split(","):
+        importlib.import_module(module)
+    # What is loaded by now stays. The collector would write to its pages, and no fork could share them any more.
+    gc.collect()
+    gc.freeze()
+    program = serve(listener, int(owner))
+    if program is not None:
+        run(program)
+
+
+def serve(listener: socket.socket, owner: int, idle_seconds: float = _IDLE_SECONDS) -> Program | None:
+    """Fork a process for each request that arrives on ``listener``.
+
+    Returns in each of these processes, with the program that it is to run. In the server it returns None: when the process
+    ``owner`` has ended, or when ``idle_seconds`` have passed without a process or a request.
+    """
+    try:
+        owned = os.pidfd_open(owner)
+    except ProcessLookupError:
+        return None
+    children: list[_Child] = []
+    last = monotonic()
+    while True:
+        watched = select.poll()
+        for descriptor in (owned, listener.fileno(), *(d for c in children for d in (c.handle, c.asker.fileno()))):
+            watched.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in watched.poll(1000 * idle_seconds)}
+        if owned in ready:
+            return None
+        for child in children:
+            if child.asker.fileno() in ready:
+                os.kill(child.pid, signal.SIGKILL)
+        children = [child for child in children if child.handle not in ready or _ended(child)]
+        if listener.fileno() in ready:
+            asked = _asked(listener)
+            if asked is not None:
+                program, asker = asked
+                pid = _forked()
+                if pid is None:  # no more processes may be made; who asked tries it himself
+                    _close(program.streams)
+                    asker.close()
+                    continue
+                if pid == 0:
+                    _leave(listener, owned, asker, children)
+                    return program
+                children.append(_begun(pid, program, asker))
+        if children:
+            last = monotonic()
+        elif monotonic() - last >= idle_seconds:
+            return None
+
+
+def run(program: Program) -> None:
+    """Become ``program``, as if Python had been started with its arguments."""
+    os.setpgid(0, 0)  # Ray ends the group of a process that it ends
+    for stream, given in enumerate(program.streams):
+        os.dup2(given, stream)
+        os.close(given)
+    os.environ.clear()
+    os.environ.update(program.environment)
+    os.chdir(program.folder)
+    sys.argv[:] = program.arguments
+    sys.path.insert(0, str(Path(program.arguments[0]).parent))
+    runpy.run_path(program.arguments[0], run_name="__main__")
+
+
+def _asked(listener: socket.socket) -> tuple[Program, socket.socket] | None:
+    """A request, and the connection of who asks; None if it is another user's, or broke off."""
+    asker, _ = listener.accept()
+    asker.settimeout(_ASK_SECONDS)
+    streams: list[int] = []
+    try:
+        if not is_own(asker):
+            raise PermissionError("another user asks")
+        head, streams, _, _ = socket.recv_fds(asker, LENGTH.size, 3)
+        head += received(asker, LENGTH.size - len(head))
+        document = json.loads(received(asker, *LENGTH.unpack(head)))
+    except OSError:
+        asker.close()
+        _close(streams)
+        return None
+    return Program(document["arguments"], document["environment"], document["folder"], streams), asker
+
+
+def _forked() -> int | None:
+    with suppress(OSError):
+        return os.fork()
+    return None
+
+
+def _begun(pid: int, program: Program, asker: socket.socket) -> _Child:
+    _close(program.streams)
+    with suppress(OSError):  # who asked has ended; the next look at the connection ends the process
+        asker.sendall(STARTED)
+    return _Child(pid, os.pidfd_open(pid), asker)
+
+
+def _ended(child: _Child) -> bool:
+    """Tell who asked how a process has ended. Always False: it is no child any more."""
+    _, status = os.waitpid(child.pid, 0)
+    with suppress(OSError):  # nobody waits
+        child.asker.sendall(EXIT_CODE.pack(os.waitstatus_to_exitcode(status)))
+    child.asker.close()
+    os.close(child.handle)
+    return False
+
+
+def _leave(listener: socket.socket, owned: int, asker: socket.socket, children: list[_Child]) -> None:
+    """In a new process: close what is the server's. Who asked would not see the server's end otherwise."""
+    for connection in (listener, asker, *(child.asker for child in children)):
+        connection.close()
+    _close([owned, *(child.handle for child in children)])
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Starts a Python program in a fork of a process that has loaded the libraries already: the fork server (``fork_server.py``).
+
+It stands in for Python: ``python -I -S start_forked.py MODULES PROGRAM ARGUMENT…`` does what ``python PROGRAM ARGUMENT…`` does,
+in a process that has imported ``MODULES``, named with commas. The first call starts the server, and later calls find it.
+This process lives as long as the program and ends with its exit code; the program is ended if this process is. Where no server
+can be had, it becomes the program itself, which then loads its libraries as usual.
+
+It is run once for each process, so it imports little, and nothing of ours.
+"""
+
+import json
+import os
+import socket
+import struct
+import sys
+
+_START_SECONDS = 120.0  # how long a server may take to load the libraries
+_TRIES = 2  # a server that is about to end may take no more requests
+STARTED = b"s"
+LENGTH, EXIT_CODE = struct.Struct("!I"), struct.Struct("!i")
+_CREDENTIALS = struct.Struct("3i")  # ucred of unix(7): process, user, group
+
+
+def main() -> None:
+    """Run the program that the command line names, and end with its exit code."""
+    modules, *arguments = sys.argv[1:]
+    if sys.platform == "linux" and "RAY_RAYLET_PID" in os.environ:
+        for _ in range(_TRIES):
+            server = None
+            try:
+                connection, server = _connected(modules)
+                ask(connection, arguments)
+            except OSError:
+                if server:
+                    break  # it could not load the libraries
+                continue
+            code = _exit_code(connection)
+            if server:  # it stays below this process, where whoever ends all of Ray's processes finds it
+                os.waitpid(server, 0)
+            sys.exit(code)
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def address(modules: str, owner: int) -> str:
+    """The address of the server for ``modules`` and the process ``owner``: in Linux's abstract space, so no file is left."""
+    return f"\0chainfed-fork-server/{os.getuid()}/{owner}/{modules}"
+
+
+def ask(connection: socket.socket, arguments: list[str]) -> None:
+    """Ask a server for a process with this process's environment, folder and open standard streams.
+
+    Raises:
+        OSError: the server did not start it, or belongs to another user.
+    """
+    connection.settimeout(_START_SECONDS)
+    document = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+    body = json.dumps(document).encode()
+    socket.send_fds(connection, [LENGTH.pack(len(body))], [0, 1, 2])
+    connection.sendall(body)
+    if connection.recv(1) != STARTED:
+        raise ConnectionError("the server ended before it started the program")
+    connection.settimeout(None)
+
+
+def is_own(connection: socket.socket) -> bool:
+    """Whether the process at the other end belongs to this user: anyone may use a name of the abstract space."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return bool(_CREDENTIALS.unpack(credentials)[1] == os.getuid())
+
+
+def received(connection: socket.socket, length: int) -> bytes:
+    """The next ``length`` bytes.
+
+    Raises:
+        OSError: the other end closed before.
+    """
+    data = b""
+    while len(data) < length:
+        more = connection.recv(length - len(data))
+        if not more:
+            raise ConnectionError("the other end closed")
+        data += more
+    return data
+
+
+def _connected(modules: str) -> tuple[socket.socket, int | None]:
+    """A connection to the server, and its process if it was started for this one."""
+    owner, server = int(os.environ["RAY_RAYLET_PID"]), None
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(address(modules, owner))
+    except ConnectionRefusedError:
+        server = _start_server(modules, owner)
+        connection.connect(address(modules, owner))
+    if not is_own(connection):
+        raise PermissionError("the server is another user's")
+    return connection, server
+
+
+def _start_server(modules: str, owner: int) -> int | None:
+    """Start a server that listens already: who asks while it loads waits. None if another process was faster."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(address(modules, owner))
+        except OSError:
+            return None
+        listener.listen(1024)
+        server = os.fork()
+        if server == 0:
+            os.setsid()
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1):
+                os.dup2(nothing, stream)
+            listener.set_inheritable(True)
+            command = [sys.executable, "-P", "-m", "chainfed_ray.device.fork_server"]
+            command += [str(listener.fileno()), str(owner), modules]
+            os.execve(sys.executable, command, {**os.environ, "OMP_NUM_THREADS": "1"})
+        return server
+
+
+def _exit_code(connection: socket.socket) -> int:
+    try:
+        code: int = EXIT_CODE.unpack(received(connection, EXIT_CODE.size))[0]
+    except OSError:
+        return 1
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    main()
