@@ -227,6 +227,8 @@ def _train(
                     store.move(job, "running", before=("validating",))
                     _publish(store, job, "started", "started", record)
                 case Round():
+                    for site in record.late:
+                        _publish(store, job, f"late-{site.client_class}", "late_site", site)
                     _publish(store, job, f"round-{record.index}", "round", record)
                 case JobFinished():
                     assert started is not None, "the first record"
