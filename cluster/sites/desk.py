@@ -16,11 +16,13 @@ from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Client
 from chainfed_ray.client.survey import Absence, Survey
 from chainfed_ray.cluster.database import NO_ANSWER
+from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.pool.leases import Lease
 from chainfed_ray.cluster.resources import controller_options
 from chainfed_ray.cluster.sites.actor import JobForSites, Seen, SitesActor
 from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.errors import JobConflict
 from chainfed_ray.hub import digest_of, first_line
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.site.codec import survey_document, survey_of, survey_order
@@ -78,7 +80,11 @@ class Desk:
         self._max_length = 0
 
     def survey(self, spec: JobSpec, base: Path, listen: Listener) -> Mapping[str, Survey | Absence]:
-        """See ``Sites``. It waits for a site as long as for an update: ``rounds.deadline``; without one, until it comes."""
+        """See ``Sites``. It waits for a site as long as for an update: ``rounds.deadline``; without one, until it comes.
+
+        Raises:
+            JobConflict: the job is to pause or to end, or the service drains.
+        """
         self._job = JobForSites(self._id, spec.name, spec.document(), digest_of(base))
         self._max_length = spec.data.max_length
         kept = self._storage.job(self._id) / "surveys.json"
@@ -153,6 +159,8 @@ class Desk:
                         if spec.privacy:
                             mailbox.withdraw(site, number)
             elif missing:
+                if mailbox.wants_to_stop(self._id) or Drain(self._storage.root).has_begun():
+                    raise JobConflict(self._id, "about to stop", "wait for its sites")
                 joined = {site.name for site in mailbox.sites() if site.joined}
                 if (words := _waiting(missing, joined)) != told:
                     listen(
