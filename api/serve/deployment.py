@@ -27,7 +27,7 @@ from chainfed_ray.cluster.resources import api_options, inference_options
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.structured_logs import log_as_json
-from chainfed_ray.cluster.tracing import begin_tracing, trace_requests
+from chainfed_ray.cluster.tracing import begin_tracing, check_tracing, trace_requests
 from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import PartUnavailable
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Question, Sampling
@@ -150,6 +150,7 @@ def build(arguments: Mapping[str, str]) -> serve.Application:
     The settings come from the environment; Serve requires ``arguments``, and nothing in them is used.
     """
     settings = Settings.from_environment()
+    check_tracing()
     JobStore(
         settings.storage.database
     ).close()  # makes the tables; a replica that starts later does not make a lost file anew
