@@ -190,6 +190,7 @@ class StagesAndRounds:
         self._stage = self._round = NO_SPAN
         self._stages = self._rounds = 0
         self._next = "stage"
+        self.upcoming: dict[str, str | int] = {}  # the stage and the round that come next, from 1; empty if none does
 
     def __enter__(self) -> Self:
         return self
@@ -203,6 +204,7 @@ class StagesAndRounds:
         match record:
             case JobStarted():
                 self._stages, self._rounds = record.stages, record.total_rounds
+                self.upcoming = {"stage": 1, "round": 1}
             case Round():
                 self._left -= 1
                 self._round.end(stage=record.stage + 1, round=record.index + 1)
@@ -210,8 +212,9 @@ class StagesAndRounds:
                     self._stage.end(stage=record.stage + 1)
                 is_last = record.ended and record.stage + 1 == self._stages
                 self._next = "stage" if record.ended else "round"
+                self.upcoming = {"stage": record.stage + (2 if record.ended else 1), "round": record.index + 2}
                 if is_last or record.index + 1 == self._rounds:
-                    self._next = "final evaluation"
+                    self._next, self.upcoming = "final evaluation", {}
             case JobFinished():
                 self._round.end()
 

@@ -213,7 +213,9 @@ def _train(
         spec, folder, pool=make_pool, evaluation=make_evaluation, sites=sites, scratch=scratch, listen=listen
     )
     with closing(records), spans:
-        for record in records:
+        while True:
+            with about(**spans.upcoming):
+                record = next(records)  # the last one is that of a job that has finished
             spans.told(record)
             log.tell(record)
             if isinstance(record, JobStarted) and spec.privacy and not CommitLog(folder).rounds():
@@ -239,7 +241,6 @@ def _train(
             if store.get(job).status == "pausing" or Drain(storage.root).has_begun():
                 return None
             spans.begin_next()
-    raise AssertionError("the last record is that of a job that has finished")
 
 
 def _cause(error: Exception, folder: Path) -> dict[str, Any]:
