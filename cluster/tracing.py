@@ -26,6 +26,30 @@ _FLUSH_MS = 2000  # a collector that is away must not keep a job from its end
 _provider: Any = None  # of the spans of this process; None if they are not traced
 
 
+def check_tracing() -> None:
+    """Check that spans can be exported, if the environment says where to: before a service starts that would fail later.
+
+    Raises:
+        PackageMissing: the extra ``tracing`` is not installed.
+    """
+    if not _is_asked_for():
+        return
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter
+        import opentelemetry.instrumentation.fastapi
+        import opentelemetry.sdk.trace  # noqa: F401  each is only tried
+    except ImportError as error:
+        raise _missing(error) from None
+
+
+def _is_asked_for() -> bool:
+    return any(os.environ.get(name) for name in _WHERE)
+
+
+def _missing(error: ImportError) -> PackageMissing:
+    return PackageMissing(_WHERE[0], error.name or "opentelemetry", "tracing")
+
+
 def begin_tracing(exporter: Any = None) -> None:
     """Let this process export its spans, if the environment says where to; or to ``exporter``.
 
@@ -33,7 +57,7 @@ def begin_tracing(exporter: Any = None) -> None:
         PackageMissing: the extra ``tracing`` is not installed.
     """
     global _provider
-    if exporter is None and not any(os.environ.get(name) for name in _WHERE):
+    if exporter is None and not _is_asked_for():
         return
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -41,7 +65,7 @@ def begin_tracing(exporter: Any = None) -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise PackageMissing(_WHERE[0], error.name or "opentelemetry", "tracing") from None
+        raise _missing(error) from None
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "chainfed-ray"}
     _provider = TracerProvider(resource=Resource.create(named))
     _provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
@@ -166,6 +190,7 @@ class StagesAndRounds:
         self._stage = self._round = NO_SPAN
         self._stages = self._rounds = 0
         self._next = "stage"
+        self.upcoming: dict[str, str | int] = {}  # the stage and the round that come next, from 1; empty if none does
 
     def __enter__(self) -> Self:
         return self
@@ -179,6 +204,7 @@ class StagesAndRounds:
         match record:
             case JobStarted():
                 self._stages, self._rounds = record.stages, record.total_rounds
+                self.upcoming = {"stage": 1, "round": 1}
             case Round():
                 self._left -= 1
                 self._round.end(stage=record.stage + 1, round=record.index + 1)
@@ -186,8 +212,9 @@ class StagesAndRounds:
                     self._stage.end(stage=record.stage + 1)
                 is_last = record.ended and record.stage + 1 == self._stages
                 self._next = "stage" if record.ended else "round"
+                self.upcoming = {"stage": record.stage + (2 if record.ended else 1), "round": record.index + 2}
                 if is_last or record.index + 1 == self._rounds:
-                    self._next = "final evaluation"
+                    self._next, self.upcoming = "final evaluation", {}
             case JobFinished():
                 self._round.end()
 

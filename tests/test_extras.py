@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from fastapi.testclient import TestClient
 
 from chainfed_ray import hub as base_model
 from chainfed_ray.api.command import cli
+from chainfed_ray.api.command.local_service import local_service
 from chainfed_ray.api.report import pictures
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
+from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.cluster.tracing import check_tracing
 from chainfed_ray.data import docstrings
 from chainfed_ray.errors import InvalidJob, PackageMissing
 from tests.builders import FINISHED, a_round, a_start
@@ -85,3 +89,19 @@ def test_a_disk_that_is_full_costs_the_plots_alone(tmp_path: Path, monkeypatch: 
     assert plots == []
     assert words.startswith(f"No plots were drawn in {tmp_path / 'plots'}: [Errno 28] No space left on device")
     assert not list((tmp_path / "plots").iterdir()), "half a plot is none"
+
+
+@pytest.mark.parametrize("missing", ["opentelemetry.sdk.trace", "opentelemetry.instrumentation.fastapi"])
+def test_a_service_whose_traces_nobody_can_export_is_refused_before_it_starts(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    settings = Settings(Storage.at(tmp_path))
+    check_tracing()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
+    with (
+        pytest.raises(PackageMissing, match=r"OTEL_EXPORTER_OTLP_ENDPOINT.*pip install 'chainfed-ray\[tracing\]'"),
+        local_service(settings, "127.0.0.1", 8123, tell=print),
+    ):
+        pass
+    assert not (tmp_path / "service.log").exists(), "nothing was started"

@@ -31,6 +31,7 @@ from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings, WithoutKeys
+from chainfed_ray.cluster.tracing import check_tracing
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
 from chainfed_ray.units import format_seconds
 
@@ -68,8 +69,10 @@ def local_service(
         StorageInUse: another service uses the same storage folder.
         InvalidSetting: ``host`` is an address of the network, no key was made, and it is not ``insecure``.
         InvalidSetting: another program listens on the port, or the database does not answer.
+        PackageMissing: traces are asked for, and what exports them is not installed.
         ServiceNotStarted: Ray, Ray Serve or a part of the service did not start, try after try.
     """
+    check_tracing()
     # HAProxy's sockets have long names, and the path of a socket has 107 bytes at most: so not in TMPDIR.
     with (
         _alone(settings),

@@ -11,7 +11,7 @@ from chainfed_ray.api.jobs.conditions import CHANGES, Condition, conditions
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.lines import JobLine
 from chainfed_ray.cluster.tables import Event, JobRecord, Status, moment
-from chainfed_ray.records.fleet import AdmittedClients, Weights
+from chainfed_ray.records.fleet import AdmittedClients, LateSite, Weights
 from chainfed_ray.records.rounds import JobStarted, Round, Turn
 
 _TIMED_ROUNDS = 5  # the newest ones, whose time tells how long others take
@@ -164,12 +164,15 @@ class JobPage(BaseModel):
 
 def full(jobs: JobStore, record: JobRecord) -> JobResource:
     """The job in ``record`` with its conditions and progress, for which its events are read."""
-    changes = jobs.of_kind(record.id, *CHANGES)
+    told = jobs.of_kind(record.id, *CHANGES, "late_site")
+    changes = [event for event in told if event.kind in CHANGES]
     job_started, newest = jobs.newest(record.id, "started"), jobs.newest_of(record.id, "round", _TIMED_ROUNDS)
     if job_started is None:
         return JobResource.full(record, changes)
     last = Round.model_validate(newest[0].data) if newest else None
-    progress = JobProgress.of(JobStarted.model_validate(job_started.data), last, record.status == "succeeded")
+    late = (LateSite.model_validate(event.data) for event in told if event.kind == "late_site")
+    fleet = JobStarted.model_validate(job_started.data).with_late(late)
+    progress = JobProgress.of(fleet, last, record.status == "succeeded")
     ends = _ends(changes[-1], newest, progress) if record.status == "running" and newest and changes else None
     return JobResource.full(record, changes, progress, ends)
 

@@ -73,6 +73,7 @@ class FleetClass:
 def by_class(job_started: JobStarted, rounds: Sequence[Round]) -> list[FleetClass]:
     """Every class of the fleet, the smallest budget first."""
     classes: dict[str, FleetClass] = {}
+    job_started = job_started.with_late(site for record in rounds for site in record.late)
     for admitted in job_started.admitted:
         fleet = classes.setdefault(admitted.client_class, FleetClass(admitted.client_class, admitted.budget_bytes))
         fleet.clients += admitted.clients

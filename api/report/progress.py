@@ -80,11 +80,14 @@ class ProgressDisplay:
         self._started = job_started
         self.say(f"{job_started.taking_part} clients take part, {job_started.left_out} are excluded.")
         for fleet in by_class(job_started, ()):
-            if fleet.excluded:
+            if fleet.shortfall:
                 self.say(
                     f"  {fleet.name} ({fleet.excluded}): {format_bytes(fleet.budget)} a client, "
                     f"{format_bytes(fleet.shortfall)} too little for any window"
                 )
+        for group in job_started.excluded:
+            if not group.shortfall_bytes:  # a site that is not there, or refuses
+                self.say(f"  {group.client_class}: {group.reason}")
         self._say_reduced(job_started)
         if job_started.cka:
             self.say("Similarity of each layer's output to the embeddings (CKA), averaged over the clients:")
@@ -135,6 +138,13 @@ class ProgressDisplay:
         """Show a finished round; ``resumed`` if it was finished before this process started."""
         self._display.end()
         self._rounds.append(record)
+        for site in record.late:
+            joined = sum(group.clients for group in site.admitted)
+            self.say(
+                f"Site {site.site} came: {_counted(joined, 'client')} of {site.client_class} take part from now on."
+            )
+            for group in site.excluded:
+                self.say(f"  {site.client_class} ({group.clients} out): {group.reason}")
         if fit := record.head_fit:
             self.say(f"The head is fitted to {fit.examples} examples of {fit.clients} clients.")
             self._say_why(fit.failed_turns)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
 from typing import Any
@@ -19,45 +19,66 @@ _MOST_WAITING = 256  # questions of a process of the API that wait for their cal
 _FEW_TEXTS = 16  # a question with more has a call of its own, so that no other waits for it here
 _TEXTS = 128  # of the questions of one call
 _PATIENCE = 0.05  # seconds for which questions wait for a call; one that takes longer may be loading a model
+_LOOK_SECONDS = 1.0  # until it is checked again that who waits does not wait in vain
+Check = Callable[[], Awaitable[None]]
+"""Raises an error if no process can answer, and none will."""
 _Waiting = tuple[Question, "asyncio.Future[Any]"]
 
 
-async def answered(ask: Callable[[], Any]) -> Any:
-    """The answer to what ``ask`` asks. It is given up if nobody waits for it any more.
+async def answered(ask: Callable[[], Any], check: Check | None = None) -> Any:
+    """The answer to what ``ask`` asks. It is given up if nobody waits for it any more, or ``check`` raises an error meanwhile.
 
     If the process that would answer dies, another one is asked, or the one that takes its place.
 
     Raises:
         ServiceBusy: too many requests wait already.
-        PartUnavailable: process after process died.
+        PartUnavailable: process after process died, or none can start.
     """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             with _errors_of_ours():
                 answer = ask()
                 try:
-                    return await answer
+                    return await _looked_after(answer, check)
                 finally:
                     answer.cancel()  # nothing, if it has answered
         except PartUnavailable:
             if attempt == _ATTEMPTS:
                 raise
+            if check:
+                await check()
     raise AssertionError("the last attempt returns or raises")
 
 
-async def written(ask: Callable[[], Any]) -> AsyncGenerator[Piece, None]:
+async def _looked_after(awaited: Awaitable[Any], check: Check | None) -> Any:
+    """What is ``awaited``, unless ``check`` raises an error meanwhile."""
+    if check is None:
+        return await awaited
+    work = asyncio.ensure_future(awaited)
+    try:
+        while not (await asyncio.wait([work], timeout=_LOOK_SECONDS))[0]:
+            await check()
+        return work.result()
+    finally:
+        work.cancel()
+
+
+async def written(ask: Callable[[], Any], check: Check | None = None) -> AsyncGenerator[Piece, None]:
     """The pieces of a text, as ``answered``. A text of which a piece was told already is not begun anew."""
     for attempt in range(1, _ATTEMPTS + 1):
         pieces, begun = ask(), False
         try:
             with _errors_of_ours():
-                async for piece in pieces:
+                left = aiter(pieces)
+                while (piece := await _looked_after(anext(left, None), None if begun else check)) is not None:
                     begun = True
                     yield piece
             return
         except PartUnavailable:
             if begun or attempt == _ATTEMPTS:
                 raise
+            if check:
+                await check()
         finally:
             pieces.cancel()
 
@@ -67,11 +88,11 @@ class Together:
 
     They do not wait for a call that takes long, and a question that comes alone waits for nobody. ``ask`` begins a call, whose
     answer is the answer to each question, or its error. Unless questions ``may_wait``, each has a call of its own. All calls
-    come from one event loop.
+    come from one event loop. For ``check`` see ``answered``.
     """
 
-    def __init__(self, ask: Callable[[list[Question]], Any], may_wait: bool = True) -> None:
-        self._ask, self._may_wait = ask, may_wait
+    def __init__(self, ask: Callable[[list[Question]], Any], may_wait: bool = True, check: Check | None = None) -> None:
+        self._ask, self._may_wait, self._check = ask, may_wait, check
         self._waiting = deque[_Waiting]()
         self._calling: asyncio.Task[None] | None = None
         self._calls = set[asyncio.Task[None]]()  # an event loop alone would not keep them
@@ -84,7 +105,7 @@ class Together:
             PartUnavailable: process after process died.
         """
         if not self._may_wait or len(question.texts) > _FEW_TEXTS:
-            (found,) = await answered(lambda: self._ask([question]))
+            (found,) = await answered(lambda: self._ask([question]), self._check)
             if isinstance(found, Exception):
                 raise found
             return found
@@ -116,7 +137,7 @@ class Together:
 
     async def _call(self, taken: list[_Waiting]) -> None:
         questions = [question for question, _ in taken]
-        call = asyncio.ensure_future(answered(lambda: self._ask(questions)))
+        call = asyncio.ensure_future(answered(lambda: self._ask(questions), self._check))
 
         def give_up_if_all_left(_: object) -> None:
             if all(answer.cancelled() for _, answer in taken):

@@ -27,12 +27,14 @@ from chainfed_ray.cluster.resources import api_options, inference_options
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.structured_logs import log_as_json
-from chainfed_ray.cluster.tracing import begin_tracing, trace_requests
+from chainfed_ray.cluster.tracing import begin_tracing, check_tracing, trace_requests
 from chainfed_ray.cluster.uploads.store import UploadStore
+from chainfed_ray.errors import PartUnavailable
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Question, Sampling
 
 _AT_ONCE = 16  # requests that a process with models answers together; more are a reason for another process
 _IDLE_SECONDS = 600  # without a request, until the last such process ends, where none need be there
+_RETRY_SECONDS = 60  # until a request may find the service started again
 
 
 @serve.deployment(
@@ -53,8 +55,10 @@ class Api:
         self._settings, self._inference = settings, inference
         self._writing: Any = inference.options(stream=True)
         is_one = settings.serving_replicas == 1  # of several, each question goes to the one that has its stack
-        self._classifying = Together(lambda questions: inference.classify.remote(questions), is_one)
-        self._embedding = Together(lambda questions: inference.embed.remote(questions), is_one)
+        # Where a process is there all the time, Serve makes it anew, and has its own time for that.
+        self._check = None if settings.least_serving_replicas else check_start
+        self._classifying = Together(lambda questions: inference.classify.remote(questions), is_one, self._check)
+        self._embedding = Together(lambda questions: inference.embed.remote(questions), is_one, self._check)
         self._store = JobStore(settings.storage.database, existing=True)
         self._keys = KeyStore(settings.storage.database, existing=True)
         self._audit = AuditLog(settings.storage.database, existing=True)
@@ -71,8 +75,8 @@ class Api:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         parts = {"database": self._database, "storage": self._storage, "controller": self._controller}
-        if self._settings.least_serving_replicas:  # to ask one would make one
-            parts["inference"] = self._inference_alive
+        # Where none need be there, to ask one would make one.
+        parts["inference"] = self._check or self._inference_alive
         check, plan = self._preflight.check, self._preflight.plan
         service = Service(
             self._store,
@@ -112,7 +116,7 @@ class Api:
     def _write(
         self, model: ModelKey, prompt: Prompt, sampling: Sampling, in_pieces: bool
     ) -> AsyncGenerator[Piece, None]:
-        return written(lambda: self._writing.write.remote(model, prompt, sampling, in_pieces))
+        return written(lambda: self._writing.write.remote(model, prompt, sampling, in_pieces), self._check)
 
     async def _database(self) -> None:
         await run_in_threadpool(self._store.check)
@@ -127,12 +131,26 @@ class Api:
         await self._inference.alive.remote()
 
 
+async def check_start() -> None:
+    """Check that processes with models can start, where none need be there.
+
+    Raises:
+        PartUnavailable: the last one did not, try after try. Ray Serve then tries no more.
+    """
+    application = serve.get_replica_context().app_name
+    found = (await run_in_threadpool(serve.status)).applications[application].deployments["Inference"]
+    if found.status_trigger.name == "REPLICA_STARTUP_FAILED":
+        reason = "cannot start; its log says why, and it is tried again when the service is started again"
+        raise PartUnavailable("the process of the models", reason, _RETRY_SECONDS)
+
+
 def build(arguments: Mapping[str, str]) -> serve.Application:
     """Build the Serve application, for ``import_path: chainfed_ray.api.serve.deployment:build``.
 
     The settings come from the environment; Serve requires ``arguments``, and nothing in them is used.
     """
     settings = Settings.from_environment()
+    check_tracing()
     JobStore(
         settings.storage.database
     ).close()  # makes the tables; a replica that starts later does not make a lost file anew

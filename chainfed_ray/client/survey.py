@@ -3,7 +3,7 @@
 A site is a machine of the rows' owner. Its rows stay there: the server knows how many there are and how long they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -46,9 +46,10 @@ class Survey:
 
 @dataclass(frozen=True)
 class Absence:
-    """Why a site does not take part: it refuses the job, or it did not come."""
+    """Why a site does not take part: it refuses the job, or it did not come. If it ``may_come``, it takes part from then on."""
 
     reason: str
+    may_come: bool = False
 
 
 class Sites(Protocol):
@@ -58,6 +59,13 @@ class Sites(Protocol):
         """Ask each site of the job for a survey, and wait for the answers. ``base`` is the folder of the base model.
 
         Gives the answers by the names of the classes of clients.
+        """
+        ...
+
+    def late(self, besides: Collection[str]) -> Mapping[str, Survey | Absence]:
+        """The answers of sites that did not come in time and have answered since, by the names of the classes of clients.
+
+        Those of the classes ``besides`` are known already. It does not wait.
         """
         ...
 

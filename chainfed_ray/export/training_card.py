@@ -100,6 +100,7 @@ def _budgets(job_started: JobStarted, rounds: Sequence[Round]) -> str:
     """Each class of clients: what it declared, and the most that a turn was planned to take and took."""
     rows = ["| class of clients | declared | planned, at most | measured, at most |", "|---|---|---|---|"]
     turns = [turn for record in rounds for turn in record.turns]
+    job_started = job_started.with_late(site for record in rounds for site in record.late)
     classes = dict.fromkeys(group.client_class for group in job_started.admitted)
     for name in list(classes)[:_MOST_CLASSES]:
         plans = [group for group in job_started.admitted if group.client_class == name]

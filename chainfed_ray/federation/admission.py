@@ -5,7 +5,7 @@ window, and to separate the clients that have a plan from those that have none.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from types import MappingProxyType
@@ -18,11 +18,19 @@ from chainfed_ray.budget.footprint import TurnRequirements, saved_bytes
 from chainfed_ray.budget.planner import ClientResources, TurnPlan, cache_bytes, fallback_plan, plan, shortfall
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
-from chainfed_ray.client.survey import Absence, SiteRows, Survey
+from chainfed_ray.client.survey import Absence, ClientSurvey, SiteRows, Survey
 from chainfed_ray.data.examples import JobExamples
 from chainfed_ray.data.partition import PartitionRule, partition_by, partition_examples
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts, Examples
-from chainfed_ray.records.fleet import AdmittedClients, ExcludedClients, FleetClient, FleetTotals
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.records.fleet import (
+    AdmittedClients,
+    ExcludedClients,
+    FleetClient,
+    FleetTotals,
+    LateClient,
+    LateSite,
+)
 from chainfed_ray.records.manifest import ClientPartition, Manifest
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.fleet import ClientClass
@@ -160,13 +168,18 @@ def admit(planner: Planner, candidates: Iterable[Candidate], width: int, listen:
     for narrower in range(width, 0, -1):
         stage = Window(planner.requirements.start, planner.requirements.start + narrower - 1)
         reporter = Reporter(f"planning the clients with windows of {narrower}", listen)
-        each = reporter.each(candidates, len(candidates), "clients")
-        plans = [(candidate, planner.plan(candidate, stage)) for candidate in each]
-        admitted = tuple((candidate, plan) for candidate, plan in plans if plan)
-        if narrower == 1 or any(len(plan.window) == narrower for _, plan in admitted):
-            excluded = tuple((candidate, planner.shortfall(candidate, stage)) for candidate, plan in plans if not plan)
-            return Admission(admitted, excluded, narrower)
+        found = _planned(planner, reporter.each(candidates, len(candidates), "clients"), stage)
+        if narrower == 1 or any(len(plan.window) == narrower for _, plan in found.admitted):
+            return found
     raise ValueError(f"a window of {width} adapters")
+
+
+def _planned(planner: Planner, candidates: Iterable[Candidate], stage: Window) -> Admission:
+    """Separate the clients that have a plan for ``stage`` from those that have none."""
+    plans = [(candidate, planner.plan(candidate, stage)) for candidate in candidates]
+    admitted = tuple((candidate, plan) for candidate, plan in plans if plan)
+    excluded = tuple((candidate, planner.shortfall(candidate, stage)) for candidate, plan in plans if not plan)
+    return Admission(admitted, excluded, len(stage))
 
 
 def listed(planner: Planner, admission: Admission, stage: Window, totals: FleetTotals) -> Iterator[FleetClient]:
@@ -262,9 +275,16 @@ def as_client(candidate: Candidate, plan: TurnPlan, cap_bytes: int) -> Client:
     return Client(name, group, examples, memory, plan, cap_bytes, speed=candidate.speed, remote=candidate.remote)
 
 
-def classes_at_sites(surveys: Mapping[str, Survey | Absence]) -> set[str]:
-    """The names of all classes that sites tell of."""
-    answers = (survey for survey in surveys.values() if isinstance(survey, Survey))
+def classes_at_sites(spec: JobSpec, surveys: Mapping[str, Survey | Absence]) -> set[str]:
+    """The names of all classes that sites tell of.
+
+    Raises:
+        InvalidJob: no site takes part, and there are no other clients.
+    """
+    answers = [survey for survey in surveys.values() if isinstance(survey, Survey)]
+    if surveys and not answers and not spec.fleet.size:
+        reasons = "; ".join(group.reason for group in absent_clients(spec, surveys))
+        raise InvalidJob.at("fleet.clients", [*surveys], f"a site that takes part ({reasons})")
     return {name for survey in answers for client in survey.clients for name in client.classes}
 
 
@@ -277,11 +297,68 @@ def absent_clients(spec: JobSpec, surveys: Mapping[str, Survey | Absence]) -> tu
             clients=group.count,
             budget_bytes=group.memory,
             shortfall_bytes=0,
-            reason=f"site {group.site} takes no part: {answer.reason}",
+            reason=f"site {group.site} takes no part{' yet' if answer.may_come else ''}: {answer.reason}",
         )
         for group, answer in answers
         if isinstance(answer, Absence)
     )
+
+
+@dataclass(frozen=True)
+class Latecomers:
+    """Takes in clients whose site comes after the job has begun. ``stage`` is the chain's lowest window.
+
+    The head has the ``classes`` with which the job began. A site with rows of others takes no part.
+    """
+
+    spec: JobSpec
+    planner: Planner
+    stage: Window
+    classes: tuple[str, ...]
+
+    def of(self, answers: Mapping[str, Survey | Absence]) -> tuple[LateSite, ...]:
+        """Who takes part of the classes of clients whose sites gave ``answers``, in the order of the fleet."""
+        groups = (group for group in self.spec.fleet.at_sites if group.name in answers)
+        return tuple(self._site(group, answers[group.name]) for group in groups)
+
+    def joined(self, admission: Admission, late: Iterable[LateSite]) -> Admission:
+        """The ``admission`` with the clients of ``late`` sites, as they are on record.
+
+        Raises:
+            InvalidJob: another number of them have a plan than when they came.
+        """
+        groups = {group.name: group for group in self.spec.fleet.at_sites}
+        for site in late:
+            counts = (ExampleCounts(each.examples, each.longest, each.tokens) for each in site.clients)
+            survey = Survey(tuple(ClientSurvey(each, {}) for each in counts))
+            more = _planned(self.planner, _at_site(groups[site.client_class], survey, self.classes), self.stage)
+            if (then := sum(group.clients for group in site.admitted)) != len(more.admitted):
+                expected = f"{then} of {site.client_class}, as when their site came"
+                raise InvalidJob.at("fleet.clients", f"{len(more.admitted)} that can take part", expected)
+            admitted, excluded = admission.admitted + more.admitted, admission.excluded + more.excluded
+            admission = replace(admission, admitted=admitted, excluded=excluded)
+        return admission
+
+    def _site(self, group: ClientClass, answer: Survey | Absence) -> LateSite:
+        assert group.site is not None, "a class of clients at a site"
+        name = group.name
+        told = {one for client in answer.clients for one in client.classes} if isinstance(answer, Survey) else set()
+        if self.classes and (others := told - set(self.classes)):
+            words = "it has rows of classes that the job did not have when it began"
+            answer = Absence(f"{words} ({in_words(others)}); `data.classes` lists such classes beforehand")
+        if isinstance(answer, Absence):
+            return LateSite(client_class=name, site=group.site, excluded=absent_clients(self.spec, {name: answer}))
+        members, totals = tuple(_at_site(group, answer, self.classes)), FleetTotals()
+        clients = [LateClient(client=each.name, **asdict(each.counts)) for each in members]
+        for _ in listed(self.planner, _planned(self.planner, members, self.stage), self.stage, totals):
+            pass  # each is added to the totals
+        return LateSite(
+            client_class=name,
+            site=group.site,
+            clients=tuple(clients),
+            admitted=totals.admitted,
+            excluded=totals.excluded,
+        )
 
 
 def manifest_of(

@@ -15,11 +15,13 @@ from chainfed_ray.aggregation.mean import Aggregate, check_claims, check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, TurnOrder, TurnResult, Update
 from chainfed_ray.client.pool import ClientPool, Failure, as_they_come
-from chainfed_ray.errors import InvalidUpdate
+from chainfed_ray.errors import InvalidUpdate, QuorumLost
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.hub import first_line
 from chainfed_ray.model.adapters import Tensors, of_ranks
-from chainfed_ray.records.rounds import FailedTurn, Turn, finite
+from chainfed_ray.records.rounds import FailedTurn, Round, Turn, finite
+
+_FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends
 
 
 class UpdateCollector:
@@ -170,6 +172,18 @@ def failed_turn(client: Client, failure: Failure, exceeded: str | None = None) -
 def reasons(failed_turns: Iterable[FailedTurn]) -> dict[str, str]:
     """The reason of each failed turn, by client."""
     return {turn.client: turn.reason for turn in failed_turns}
+
+
+def check_fruitful(history: Sequence[Round], quorum: int) -> None:
+    """Check that the newest rounds were not without a quorum, several in a row.
+
+    Raises:
+        QuorumLost: they were; with the reasons.
+    """
+    newest = history[-_FRUITLESS_ROUNDS:]
+    if len(newest) == _FRUITLESS_ROUNDS and all(len(record.turns) < quorum for record in newest):
+        rounds = f"rounds {newest[0].index + 1} to {newest[-1].index + 1}"
+        raise QuorumLost(rounds, quorum, reasons(newest[-1].failed_turns))
 
 
 def _as_turn(client: Client, update: Update, exceeded: str | None) -> Turn:

@@ -18,11 +18,12 @@ from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.messages import Fitting, Training
 from chainfed_ray.client.objective import Objective, trained_names
 from chainfed_ray.client.pool import ClientPool
+from chainfed_ray.client.survey import Sites
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.federation.admission import listed
+from chainfed_ray.federation.admission import Latecomers, listed
 from chainfed_ray.federation.cohort import Cohort, everyone, foreseen
-from chainfed_ray.federation.collect import UpdateCollector, collect_updates, reasons
+from chainfed_ray.federation.collect import UpdateCollector, check_fruitful, collect_updates, reasons
 from chainfed_ray.federation.evaluation import (
     JobEvaluation,
     best_of,
@@ -43,25 +44,17 @@ from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import SavedStack, save_models
 from chainfed_ray.record import named
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.fleet import FleetTotals
-from chainfed_ray.records.rounds import (
-    EarlyExit,
-    Evaluation,
-    JobFinished,
-    JobStarted,
-    Round,
-    finite,
-)
+from chainfed_ray.records.fleet import FleetTotals, LateSite
+from chainfed_ray.records.rounds import EarlyExit, Evaluation, JobFinished, JobStarted, Round, finite
 from chainfed_ray.seeds import derive
-
-_FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends, with the reasons
 
 
 class Coordinator:
     """Runs one job over ``pool``. Everything that it has decided is in ``log``.
 
     ``evaluation`` evaluates stacks on the server; by default it streams the model. ``aggregation``, ``start`` and
-    ``objective`` are the caller's own rules, in place of those that the job names (docs/python.md).
+    ``objective`` are the caller's own rules, in place of those that the job names (docs/python.md). Those ``sites`` that come
+    after the job has begun take part from the next round on, and the record of that round says so.
 
     Raises:
         InvalidJob: the caller's own aggregation rule is given to a job with privacy.
@@ -78,8 +71,9 @@ class Coordinator:
         aggregation: AggregationRule | None = None,
         start: StartRule | None = None,
         objective: Objective | None = None,
+        sites: Sites | None = None,
     ) -> None:
-        self._job, self._spec, self._pool, self._log = job, job.spec, pool, log
+        self._job, self._spec, self._pool, self._log, self._sites = job, job.spec, pool, log, sites
         self._planner = job.planner
         self._privacy = PrivacyPolicy(job.spec, log, len(job.admitted), aggregation)
         self._evaluation = evaluation or streamed(job, listen)
@@ -108,6 +102,8 @@ class Coordinator:
             # Another version of the planner may find room for wider windows.
             self._job = replace(self._job, admission=replace(self._job.admission, width=started.window))
             self._planner = self._job.planner.starting_at(started.start_layer)
+            for record in self._committed():
+                self._take_in(record.late)
             return started
         found = self._find_start()
         self._planner = self._job.planner.starting_at(found.layer)
@@ -147,13 +143,14 @@ class Coordinator:
         history = self._committed()
         state = self._state(chain, history)
         while (upcoming := schedule.next(history)) is not None:
+            self._take_in(late := self._came(history))
             record, state = self._round(schedule, upcoming, state, history)
-            record = self._privacy.priced(record, history)
+            record = self._privacy.priced(record, history).model_copy(update={"late": late})
             best = best_round([*history, record])
             self._log.commit_round(record, state.tensors(), keep=best.index if best else None)
             history.append(record)
             yield record
-            self._stop_if_fruitless(history)
+            check_fruitful(history, self._spec.quorum)
         self._pool.expect(lambda: ())  # no turn comes after the last round, also if that came early
         if not any(record.counted for record in history):
             failed = history[-1].failed_turns if history else ()
@@ -234,6 +231,20 @@ class Coordinator:
             then, now = started.own_rules.get(what), self._own_rules.get(what)
             if then != now:
                 raise InvalidJob.at(what, now or "none", f"{then or 'none'}, with which the job started")
+
+    @property
+    def _latecomers(self) -> Latecomers:
+        stage = self._job.chain_from(self._planner.requirements.start).lowest
+        return Latecomers(self._spec, self._planner, stage, self._job.classes)
+
+    def _came(self, history: Sequence[Round]) -> tuple[LateSite, ...]:
+        """The sites that came since the last round of ``history``."""
+        known = {site.client_class for record in history for site in record.late}
+        return self._latecomers.of(self._sites.late(known)) if self._sites else ()
+
+    def _take_in(self, late: Sequence[LateSite]) -> None:
+        """Let the clients of sites that came late take part."""
+        self._job = replace(self._job, admission=self._latecomers.joined(self._job.admission, late))
 
     def _state(self, chain: Chain, history: Sequence[Round]) -> ChainState:
         """The state after the last round of ``history``, as it was committed."""
@@ -384,9 +395,3 @@ class Coordinator:
     def _evaluated(self, upcoming: RoundSpec, stack: AdapterStack, ended: str | None) -> Evaluation | None:
         due = is_due(self._spec.evaluation.whole_every, upcoming.round_index, ended is not None)
         return self._evaluation.whole(stack) if due else None
-
-    def _stop_if_fruitless(self, history: Sequence[Round]) -> None:
-        newest = history[-_FRUITLESS_ROUNDS:]
-        if len(newest) == _FRUITLESS_ROUNDS and all(len(record.turns) < self._spec.quorum for record in newest):
-            rounds = f"rounds {newest[0].index + 1} to {newest[-1].index + 1}"
-            raise QuorumLost(rounds, self._spec.quorum, reasons(newest[-1].failed_turns))

@@ -187,7 +187,7 @@ def plan_job(
         configuration(folder)
     surveys = sites.survey(spec, folder, listen) if sites and spec.fleet.at_sites else {}
     unasked = any(group.name not in surveys for group in spec.fleet.at_sites)
-    elsewhere = None if unasked else classes_at_sites(surveys)
+    elsewhere = None if unasked else classes_at_sites(spec, surveys)
     examples = examples_of(spec, tokenizer(spec.model.base, folder), listen, elsewhere)
 
     # 2. Trace how much memory each part of a turn holds.

@@ -87,7 +87,7 @@ def run_job(
         evaluator = FederatedEvaluation(job, clients, notes) if at_sites else evaluation(job, notes)
         server = until_done.enter_context(closing(evaluator))
         coordinator = Coordinator(
-            job, clients, log, server, notes, aggregation=aggregation, start=start, objective=objective
+            job, clients, log, server, notes, aggregation=aggregation, start=start, objective=objective, sites=sites
         )
         yield coordinator.open()
         if history := log.rounds():

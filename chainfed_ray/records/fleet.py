@@ -70,6 +70,28 @@ class ExcludedClients(Record):
     reason: str
 
 
+class LateClient(Record):
+    """A client at a site that came late: how many examples it has, and the tokens of the longest and of all."""
+
+    client: str
+    examples: int
+    longest: int
+    tokens: int
+
+
+class LateSite(Record):
+    """A class of clients whose site came after the job had begun: who takes part from a round on, and who cannot.
+
+    ``clients`` are all of them, in the order of the site's parts; none if the site itself takes no part.
+    """
+
+    client_class: str
+    site: str
+    clients: tuple[LateClient, ...] = ()
+    admitted: tuple[AdmittedClients, ...] = ()
+    excluded: tuple[ExcludedClients, ...] = ()
+
+
 class FleetTotals:
     """Adds up the clients of a fleet, one by one."""
 

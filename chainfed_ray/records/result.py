@@ -138,6 +138,7 @@ class JobResult(Document):
         job_finished: JobFinished,
     ) -> "JobResult":
         """The result of the job called ``job``."""
+        fleet = job_started.with_late(site for record in rounds for site in record.late)
         return cls(
             job=job,
             accuracy=job_finished.accuracy,
@@ -160,7 +161,7 @@ class JobResult(Document):
                 for last in rounds
                 if last.ended
             ),
-            excluded=job_started.excluded,
+            excluded=fleet.excluded,
             peak_bytes=job_finished.peak_bytes,
             memory=StageMemory.of(rounds),
             exits=ExitScore.of(rounds, job_started.layers),

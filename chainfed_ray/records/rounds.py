@@ -4,13 +4,13 @@ The commit log keeps them, the service reports them and the command line prints 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from chainfed_ray.record import Document, Record
-from chainfed_ray.records.fleet import AdmittedClients, ExcludedClients, Weights
+from chainfed_ray.records.fleet import AdmittedClients, ExcludedClients, LateSite, Weights
 
 
 def finite(value: float | None) -> float | None:
@@ -98,6 +98,15 @@ class JobStarted(Document):
     def left_out(self) -> int:
         """The number of clients that cannot take part."""
         return sum(group.clients for group in self.excluded)
+
+    def with_late(self, late: Iterable[LateSite]) -> "JobStarted":
+        """The same record, with clients as if the sites that came ``late`` had been there from the beginning."""
+        late = tuple(late)
+        came = {site.client_class for site in late}
+        admitted = (*self.admitted, *(group for site in late for group in site.admitted))
+        left = tuple(group for group in self.excluded if group.client_class not in came)
+        excluded = (*left, *(group for site in late for group in site.excluded))
+        return self.model_copy(update={"admitted": admitted, "excluded": excluded})
 
 
 class Turn(Record):
@@ -200,7 +209,8 @@ class Round(Document):
     round. ``exit`` is the layer of the early exit; None in records of earlier versions. ``counted`` says whether the round met
     the quorum; with DP every round counts, since skipping one would reveal who was sampled.
     ``epsilon`` is ε of all rounds so far at the job's δ, None without privacy. Changes were summed as whole
-    multiples of 2^-``fraction_bits``; None if the rule keeps updates.
+    multiples of 2^-``fraction_bits``; None if the rule keeps updates. ``late`` are sites that came after the job had begun, and
+    whose clients take part from this round on.
     """
 
     index: int
@@ -223,6 +233,7 @@ class Round(Document):
     evaluation: Evaluation | None = None
     epsilon: float | None = None
     fraction_bits: int | None = None
+    late: tuple[LateSite, ...] = ()
 
     @property
     def kept_loss(self) -> float | None:

@@ -14,6 +14,7 @@ from chainfed_ray.site.connection import Connection, Withdrawn
 from chainfed_ray.site.envelope import Answer, Done, NotDone, Order
 from chainfed_ray.site.policy import Policy, in_words
 from chainfed_ray.site.turn_process import TurnProcess
+from chainfed_ray.site.working_time import WorkingTime
 
 _WAIT_SECONDS = 20.0
 _LOOK_SECONDS = 0.2
@@ -26,8 +27,8 @@ _KEPT_TENSORS = 8  # files of adapters that are kept, the newest
 class Offer:
     """What a site offers: the folder ``data``, of whose files ``parts`` clients are made, and ``slots`` turns at a time.
 
-    Caches of prefixes, adapters and updates are in ``scratch``. With ``tells_classes`` the names of classes may cross the
-    boundary.
+    Caches of prefixes, adapters and updates are in ``scratch``, and how long the turns of each job have taken. With
+    ``tells_classes`` the names of classes may cross the boundary.
     """
 
     data: Path
@@ -56,7 +57,7 @@ class Agent:
 
     def __init__(self, connection: Connection, offer: Offer, stop: Event, told: Callable[[str], None]) -> None:
         self._connection, self._offer, self._stop, self._told = connection, offer, stop, told
-        self._worked: defaultdict[str, float] = defaultdict(float)  # seconds, by job
+        self._working_time = WorkingTime(offer.scratch / "worked")
         self._jobs: set[str] = set()
         self._failure: Exception | None = None
         self._running: set[str] = set()
@@ -132,7 +133,7 @@ class Agent:
         if order.job not in self._jobs:
             self._jobs.add(order.job)
             self._told(f"Job {order.name} ({order.job}).")
-        answer: Answer | None = self._offer.policy.refusal(order, self._worked[order.job])
+        answer: Answer | None = self._offer.policy.refusal(order, self._working_time.of(order.job))
         sent = scratch / f"{order.id}.answer.safetensors"
         started = monotonic()
         try:
@@ -153,12 +154,15 @@ class Agent:
 
     def _carried_out(self, order: Order, tensors: Path | None, process: TurnProcess, sent: Path) -> Answer:
         """Have an order carried out. Its time counts for its job, however it ends."""
-        started = monotonic()
-        before = self._worked[order.job]
+        counted = monotonic()
+
+        def count(is_over: bool = False) -> float:
+            nonlocal counted
+            before, counted = counted, monotonic()
+            return self._working_time.add(order.job, counted - before, is_over)
 
         def heard(doing: Mapping[str, Any]) -> None:
-            self._worked[order.job] = before + monotonic() - started
-            if too_long := self._offer.policy.too_long(self._worked[order.job]):
+            if too_long := self._offer.policy.too_long(count()):
                 raise _TooLong(too_long)
             self._heard(order, doing)
 
@@ -167,7 +171,7 @@ class Agent:
         except _TooLong as error:
             return error.answer
         finally:
-            self._worked[order.job] = before + monotonic() - started
+            count(is_over=True)
 
     def _sent(self, order: str, answer: Answer, tensors: Path) -> Answer:
         """Send an answer. One that the service refuses is replaced by one that says so, or it would be asked for again."""

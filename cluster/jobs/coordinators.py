@@ -66,7 +66,14 @@ class CoordinatorActor:
             run_queued_job(
                 job,
                 settings.storage,
-                lambda source, note: RayPool(source, settings.client_slots, note, at_site=desk.lease, tell=tell),
+                lambda source, note: RayPool(
+                    source,
+                    settings.client_slots,
+                    note,
+                    at_site=desk.lease,
+                    tell=tell,
+                    json_logs=settings.json_logs,
+                ),
                 server_evaluation,
                 desk,
                 rules=settings.reading,

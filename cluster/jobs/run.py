@@ -27,7 +27,7 @@ from chainfed_ray.cluster.tables import AT_WORK, Event, JobRecord
 from chainfed_ray.cluster.tracing import StagesAndRounds, flush, span
 from chainfed_ray.cluster.uploads.sources import rules_of_job
 from chainfed_ray.cluster.uploads.store import UploadStore
-from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob
+from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob, JobConflict
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
@@ -129,6 +129,8 @@ def _run(
         raise
     except CommitConflict as error:
         _log.warning("job %s: %s", job, error)
+    except JobConflict as error:  # it waited for its sites, and is to pause or to end
+        _log.info("%s", error)
     except Exception as error:  # whatever it is, it made the job fail, and belongs on the job's record
         if trouble := _disk_trouble(error, storage):
             return trouble
@@ -211,7 +213,9 @@ def _train(
         spec, folder, pool=make_pool, evaluation=make_evaluation, sites=sites, scratch=scratch, listen=listen
     )
     with closing(records), spans:
-        for record in records:
+        while True:
+            with about(**spans.upcoming):
+                record = next(records)  # the last one is that of a job that has finished
             spans.told(record)
             log.tell(record)
             if isinstance(record, JobStarted) and spec.privacy and not CommitLog(folder).rounds():
@@ -227,6 +231,8 @@ def _train(
                     store.move(job, "running", before=("validating",))
                     _publish(store, job, "started", "started", record)
                 case Round():
+                    for site in record.late:
+                        _publish(store, job, f"late-{site.client_class}", "late_site", site)
                     _publish(store, job, f"round-{record.index}", "round", record)
                 case JobFinished():
                     assert started is not None, "the first record"
@@ -235,7 +241,6 @@ def _train(
             if store.get(job).status == "pausing" or Drain(storage.root).has_begun():
                 return None
             spans.begin_next()
-    raise AssertionError("the last record is that of a job that has finished")
 
 
 def _cause(error: Exception, folder: Path) -> dict[str, Any]:

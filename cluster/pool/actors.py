@@ -4,6 +4,8 @@ Turns run in one thread of the process, in which ``prepare`` runs before: librar
 answers how far the turn is.
 """
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -13,8 +15,12 @@ from chainfed_ray.client.progress import Progress, progress
 from chainfed_ray.client.turn import slowed, take_turn, warm_up
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.pool.orders import receive
+from chainfed_ray.cluster.structured_logs import about, log_as_json
 from chainfed_ray.device.lean_imports import load_models
+from chainfed_ray.errors import BudgetExceeded
 from chainfed_ray.model.source import ModelSource
+
+_log = logging.getLogger(__name__)
 
 
 def ready(base: ModelSource) -> None:
@@ -26,11 +32,30 @@ def ready(base: ModelSource) -> None:
     warm_up(base)
 
 
+def turn_of(client: Client, order: Any, base: ModelSource, told: Mapping[str, str | int]) -> TurnResult:
+    """Run a turn, limited to the client's memory budget and slowed to the speed of its machine.
+
+    Lines that are logged meanwhile are about the client, and about what is ``told``, such as the job and the round. One says
+    what went wrong in a turn; to the coordinator goes an error alone. ``order`` is Ray's reference to what is to do.
+    """
+    with about(**told, client=client.name), slowed(client.speed):
+        try:
+            return take_turn(client, base, lambda: receive(order), capped=True)
+        except BudgetExceeded as error:  # the coordinator has a second plan
+            _log.info("%s", error)
+            raise
+        except Exception:
+            _log.warning("the turn failed", exc_info=True)
+            raise
+
+
 @ray.remote(concurrency_groups={"asked": 1})  # type: ignore[call-overload]  # its types lack this option
 class ClientActor:
     """A process that runs turns for one client at a time, all of one budget class. It keeps nothing between turns."""
 
-    def __init__(self, base: ModelSource) -> None:
+    def __init__(self, base: ModelSource, json_logs: bool = False) -> None:
+        if json_logs:
+            log_as_json()
         self._base = base
         self._lock = occupy(base.scratch)  # as long as this process lives, it may write there
 
@@ -49,11 +74,10 @@ class ClientActor:
         """How far the turn is that runs now."""
         return progress()
 
-    def take_turn(self, client: Client, order: list[Any]) -> TurnResult:
-        """Run a turn for ``client``, limited to its memory budget and slowed to the speed of its machine.
+    def take_turn(self, client: Client, order: list[Any], told: Mapping[str, str | int]) -> TurnResult:
+        """Run a turn for ``client``. See ``turn_of``.
 
         ``order`` is a list with a reference. Ray would fetch a bare reference before the call; in a list, it is fetched within
         the turn, whose memory it belongs to.
         """
-        with slowed(client.speed):
-            return take_turn(client, self._base, lambda: receive(order[0]), capped=True)
+        return turn_of(client, order[0], self._base, told)

@@ -20,6 +20,7 @@ from chainfed_ray.client.pool import Need
 from chainfed_ray.cluster.pool.actors import ClientActor
 from chainfed_ray.cluster.pool.caches import Caches
 from chainfed_ray.cluster.resources import IDLE_BYTES, client_options
+from chainfed_ray.cluster.structured_logs import what_lines_are_about
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.units import format_bytes
 
@@ -62,7 +63,7 @@ class Lease:
 
     def start(self, client: Client, order: Any) -> Any:
         """Begin the turn of ``client``; ``order`` is Ray's reference to what it is to do. Gives the reference to the result."""
-        return self.actor.take_turn.remote(client, [order])
+        return self.actor.take_turn.remote(client, [order], dict(what_lines_are_about()))
 
     def ask(self) -> Any:
         """Ask how far the turn is. Gives Ray's reference to a ``Progress``."""
@@ -84,8 +85,10 @@ LeaseOfSite = Callable[[Client], Lease]
 class Leases:
     """Makes actors that take turns on the model ``base``, keeps those that are idle, and ends those that are not needed."""
 
-    def __init__(self, base: ModelSource, slots: int, at_site: LeaseOfSite | None = None) -> None:
-        self._base, self._slots, self._at_site = base, slots, at_site
+    def __init__(
+        self, base: ModelSource, slots: int, at_site: LeaseOfSite | None = None, json_logs: bool = False
+    ) -> None:
+        self._base, self._slots, self._at_site, self._json_logs = base, slots, at_site, json_logs
         self._idle: list[Lease] = []
         self._made: Counter[str] = Counter()
         self._caches = Caches()
@@ -166,6 +169,6 @@ class Leases:
 
     def _new(self, client_class: str, budget_bytes: int) -> Lease:
         actor_class: Any = ClientActor  # ray.remote adds `options`, which the type does not show
-        actor = actor_class.options(**client_options(budget_bytes)).remote(self._base)
+        actor = actor_class.options(**client_options(budget_bytes)).remote(self._base, self._json_logs)
         self._made[client_class] += 1
         return Lease(actor, client_class, IDLE_BYTES + budget_bytes, actor.prepare.remote(), actor.node.remote())

@@ -71,6 +71,7 @@ class RayPool:
     ``note`` is told when turns wait for processes to start. That takes seconds, or longer if no machine has room. Without a
     deadline, a turn is given up if its process does nothing for ``silence`` seconds, or if it has no machine for as long.
     ``at_site`` gives leases for clients at sites. ``tell`` hears of classes of clients for which the cluster never has room.
+    With ``json_logs`` the processes of clients log lines of JSON, about what the lines of this process are about.
     """
 
     def __init__(
@@ -82,9 +83,10 @@ class RayPool:
         silence: float = 300.0,
         at_site: LeaseOfSite | None = None,
         tell: Tell = lambda demand: None,
+        json_logs: bool = False,
     ) -> None:
         self.base, self._note, self._silence = base, note, silence
-        self._leases = Leases(base, slots, at_site)
+        self._leases = Leases(base, slots, at_site, json_logs)
         self._unmet = UnmetDemands(tell)
         self._needs: Sequence[Need] | None = None  # of the next rounds; None if nobody has said
 

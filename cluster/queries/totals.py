@@ -8,6 +8,7 @@ from typing import Protocol
 
 from chainfed_ray.cluster.tables import Event, Latest
 from chainfed_ray.errors import JobNotFound
+from chainfed_ray.records.fleet import AdmittedClients
 from chainfed_ray.records.result import StageMemory
 from chainfed_ray.records.rounds import EarlyExit, Evaluation, JobFinished, JobStarted, Round
 
@@ -56,11 +57,16 @@ class JobTotals:
 
     def _add_start(self, job_started: JobStarted) -> None:
         self.limit = job_started.total_rounds
-        for client in job_started.admitted:
+        self._add_clients(job_started.admitted)
+
+    def _add_clients(self, admitted: Iterable[AdmittedClients]) -> None:
+        for client in admitted:
             totals = self.classes.setdefault(client.client_class, ClassTotals(client.budget_bytes, 0))
             totals.planned = max(totals.planned, client.planned_bytes)
 
     def _add_round(self, record: Round) -> None:
+        for site in record.late:
+            self._add_clients(site.admitted)
         self.rounds = record.index + 1
         self.validation = record.accuracy if record.accuracy is not None else self.validation
         self.epsilon = record.epsilon

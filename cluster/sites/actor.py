@@ -70,8 +70,8 @@ class SitesActor:
         self._lock = asyncio.Lock()
         self._polling: asyncio.Task[None] | None = None
 
-    async def take_turn(self, client: Client, order: list[Any]) -> TurnResult:
-        """Have the site of ``client`` carry out an order. See ``ClientActor.take_turn``.
+    async def take_turn(self, client: Client, order: list[Any], told: Mapping[str, str | int]) -> TurnResult:
+        """Have the site of ``client`` carry out an order. See ``ClientActor.take_turn``. What is ``told`` stays here.
 
         Raises:
             BudgetExceeded: the turn exceeded its budget at the site.

@@ -15,11 +15,14 @@ from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Client
 from chainfed_ray.client.survey import Absence, Survey
+from chainfed_ray.cluster.database import NO_ANSWER
+from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.pool.leases import Lease
 from chainfed_ray.cluster.resources import controller_options, runtime_env
 from chainfed_ray.cluster.sites.actor import JobForSites, Seen, SitesActor
 from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.errors import JobConflict
 from chainfed_ray.hub import digest_of, first_line
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.site.codec import survey_document, survey_of, survey_order
@@ -73,22 +76,44 @@ class Desk:
         self._id, self._storage = job, storage
         self._job: JobForSites | None = None
         self._actor: Any = None
+        self._awaited: dict[tuple[str, str], str] = {}  # classes of clients, by the site and the id of the order
+        self._max_length = 0
 
     def survey(self, spec: JobSpec, base: Path, listen: Listener) -> Mapping[str, Survey | Absence]:
-        """See ``Sites``. It waits for a site as long as for an update: ``rounds.deadline``; without one, until it comes."""
+        """See ``Sites``. It waits for a site as long as for an update: ``rounds.deadline``; without one, until it comes.
+
+        Raises:
+            JobConflict: the job is to pause or to end, or the service drains.
+        """
         self._job = JobForSites(self._id, spec.name, spec.document(), digest_of(base))
+        self._max_length = spec.data.max_length
         kept = self._storage.job(self._id) / "surveys.json"
         # A job that resumes has the clients with which it began. One that never began asks again: sites may have joined.
         if kept.exists() and CommitLog(self._storage.job(self._id)).job_started():
             documents: dict[str, dict[str, Any]] = json.loads(kept.read_text())
-            return {name: _survey_of(document, spec) for name, document in documents.items()}
+            found = {name: self._survey_of(document) for name, document in documents.items()}
+            with closing(Mailbox(self._storage)) as mailbox:
+                self._awaited = self._given(mailbox, spec, _still_to_come(found))
+            return found
         with closing(Mailbox(self._storage)) as mailbox:
-            found = self._surveyed(mailbox, self._job, spec, listen)
+            found = self._surveyed(mailbox, spec, listen)
         partial = kept.with_suffix(".partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps({name: _document_of(survey) for name, survey in found.items()}))
         partial.replace(kept)
         return found
+
+    def late(self, besides: Collection[str]) -> Mapping[str, Survey | Absence]:
+        """See ``Sites``. A database that does not answer is asked again before the next round."""
+        asked = {key: name for key, name in self._awaited.items() if name not in besides}
+        if not asked:
+            return {}
+        try:
+            with closing(Mailbox(self._storage)) as mailbox:
+                states = mailbox.states(asked)
+        except NO_ANSWER:
+            return {}
+        return {asked[key]: self._answered(state) for key, state in states.items() if state.answer}
 
     def planned(self, memory: MemoryProfile) -> None:
         """See ``Sites``."""
@@ -106,28 +131,37 @@ class Desk:
             self._actor, client.client_class, 0, None, kept=False, client=client.name, site=client.remote.site
         )
 
-    def _surveyed(
-        self, mailbox: Mailbox, job: JobForSites, spec: JobSpec, listen: Listener
-    ) -> Mapping[str, Survey | Absence]:
-        orders, deadline = {}, spec.rounds.deadline
+    def _given(self, mailbox: Mailbox, spec: JobSpec, classes: Collection[str]) -> dict[tuple[str, str], str]:
+        """Give the orders for a survey to the sites of the ``classes`` of clients, and list them by site and id."""
+        job, given = self._job, dict[tuple[str, str], str]()
+        assert job, "the survey makes it"
         for group in spec.fleet.at_sites:
-            assert group.site is not None, "a class of clients at a site"
-            order = survey_order(job.id, job.name, job.spec, job.base_digest, group.name, group.data or "")
-            address = mailbox.address(job.id, group.site)
-            mailbox.give(address, order)
-            orders[address, order.id] = group.name
+            if group.name in classes:
+                assert group.site is not None, "a class of clients at a site"
+                order = survey_order(job.id, job.name, job.spec, job.base_digest, group.name, group.data or "")
+                address = mailbox.address(job.id, group.site)
+                mailbox.give(address, order)
+                given[address, order.id] = group.name
+        return given
+
+    def _surveyed(self, mailbox: Mailbox, spec: JobSpec, listen: Listener) -> dict[str, Survey | Absence]:
+        orders = self._given(mailbox, spec, {group.name for group in spec.fleet.at_sites})
+        deadline = spec.rounds.deadline
         ends, found, told = monotonic() + deadline, dict[str, Survey | Absence](), ""
         while len(found) < len(orders):
             states = mailbox.states(orders.keys() - {key for key, name in orders.items() if name in found})
-            answers = {orders[key]: _answered(state, spec) for key, state in states.items() if state.answer}
-            found |= answers
+            found |= {orders[key]: self._answered(state) for key, state in states.items() if state.answer}
             missing = sorted(site for (site, _), name in orders.items() if name not in found)
             if missing and monotonic() > ends:
                 for (site, number), name in orders.items():
                     if name not in found:
-                        mailbox.withdraw(site, number)
-                        found[name] = Absence(f"it did not answer within {deadline:g} s")
+                        # With privacy, ε is known for the clients with which a job begins.
+                        found[name] = Absence(f"it did not answer within {deadline:g} s", may_come=not spec.privacy)
+                        if spec.privacy:
+                            mailbox.withdraw(site, number)
             elif missing:
+                if mailbox.wants_to_stop(self._id) or Drain(self._storage.root).has_begun():
+                    raise JobConflict(self._id, "about to stop", "wait for its sites")
                 joined = {site.name for site in mailbox.sites() if site.joined}
                 if (words := _waiting(missing, joined)) != told:
                     listen(
@@ -141,7 +175,30 @@ class Desk:
                     )
                     told = words
                 sleep(_POLL_SECONDS)
+        to_come = _still_to_come(found)
+        self._awaited = {key: name for key, name in orders.items() if name in to_come}
         return found
+
+    def _survey_of(self, document: dict[str, Any]) -> Survey | Absence:
+        if "absent" in document:
+            return Absence(document["absent"], document.get("may_come", False))
+        return survey_of(document, self._max_length)
+
+    def _answered(self, state: OrderState) -> Survey | Absence:
+        match state.answer:
+            case Done() as done:
+                try:
+                    return survey_of(done.content, self._max_length)
+                except ValueError as error:
+                    return Absence(f"its answer was refused: {first_line(error)}")
+            case NotDone() as answer:
+                return Absence(in_words(answer))
+            case _:
+                return Absence("its order was withdrawn")
+
+
+def _still_to_come(found: Mapping[str, Survey | Absence]) -> set[str]:
+    return {name for name, answer in found.items() if isinstance(answer, Absence) and answer.may_come}
 
 
 def _waiting(missing: Sequence[str], joined: Collection[str]) -> str:
@@ -152,21 +209,6 @@ def _waiting(missing: Sequence[str], joined: Collection[str]) -> str:
 
 
 def _document_of(survey: Survey | Absence) -> dict[str, Any]:
-    return survey_document(survey) if isinstance(survey, Survey) else {"absent": survey.reason}
-
-
-def _survey_of(document: dict[str, Any], spec: JobSpec) -> Survey | Absence:
-    return Absence(document["absent"]) if "absent" in document else survey_of(document, spec.data.max_length)
-
-
-def _answered(state: OrderState, spec: JobSpec) -> Survey | Absence:
-    match state.answer:
-        case Done() as done:
-            try:
-                return survey_of(done.content, spec.data.max_length)
-            except ValueError as error:
-                return Absence(f"its answer was refused: {first_line(error)}")
-        case NotDone() as answer:
-            return Absence(in_words(answer))
-        case _:
-            return Absence("its order was withdrawn")
+    if isinstance(survey, Survey):
+        return survey_document(survey)
+    return {"absent": survey.reason, "may_come": survey.may_come}

@@ -71,6 +71,11 @@ class Mailbox:
             tenant = session.scalar(select(JobRow.tenant).where(JobRow.id == job))
         return site_address(tenant or DEFAULT_TENANT, site)
 
+    def wants_to_stop(self, job: str) -> bool:
+        """True if ``job`` is to pause or to end."""
+        with Session(self._engine) as session:
+            return session.scalar(select(JobRow.status).where(JobRow.id == job)) in ("pausing", "cancelling")
+
     def give(self, site: str, order: Order) -> None:
         """Give ``order`` to ``site``, unless the site has it or has carried it out. One that failed is given again."""
         with Session(self._engine) as session, session.begin():

@@ -2,21 +2,26 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import StringIO
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from chainfed_ray.api.serve.front_door import add_front_door
+from chainfed_ray.client.messages import Client, TurnOrder
+from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.pool import actors
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.structured_logs import JOB_LINES, about, log_as_json
-from chainfed_ray.federation.run import in_this_process
+from chainfed_ray.cluster.structured_logs import JOB_LINES, about, log_as_json, what_lines_are_about
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.spec.parse import parse_job
+from tests.pools import Altered, Answer
 
 
 @pytest.fixture
@@ -60,13 +65,35 @@ def test_the_lines_of_a_job_name_it_and_those_of_turns_the_client(
     document["rounds"] |= {"total": 2}
     job = store.seen_by("alice", False).submit(parse_job(document)).id
     store.move(job, "running")
-    run_queued_job(job, storage, in_this_process)
+    orders: list[Mapping[str, str | int]] = []
+
+    def hear(client: Client, order: TurnOrder, answer: Answer) -> Answer:
+        orders.append(what_lines_are_about())
+        return answer
+
+    run_queued_job(job, storage, lambda source, note: Altered(LocalPool(source), hear))
     assert store.get(job).status == "succeeded"
+    assert {(of["job"], of["stage"], of["round"]) for of in orders} == {(job, 1, 1), (job, 2, 2)}, "it goes along"
     told = lines(stream)
     assert {(line["job"], line["tenant"]) for line in told} == {(job, "alice")}
     turns = [line for line in told if "client" in line]
     assert {(line["round"], line["stage"]) for line in turns} == {(1, 1), (2, 2)}
     assert all(line["client"] and "steps on" in line["message"] for line in turns)
+
+
+def test_lines_of_a_client_s_process_say_which_turn_they_are_about(
+    stream: StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("a disk")
+
+    monkeypatch.setattr(actors, "take_turn", fails)
+    client, told = cast(Client, SimpleNamespace(name="phone-3", speed=1.0)), {"job": "a", "stage": 1, "round": 2}
+    with pytest.raises(ValueError, match="a disk"):
+        actors.turn_of(client, None, cast(ModelSource, None), told)
+    (line,) = lines(stream)
+    assert {key: line[key] for key in ("job", "stage", "round", "client")} == {**told, "client": "phone-3"}
+    assert "ValueError: a disk" in line["error"]
 
 
 def test_a_request_has_a_line(stream: StringIO) -> None:

@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.records.fleet import LateSite
 from tests.apps import an_app
 from tests.builders import SPEC, a_round, a_start
 
@@ -72,6 +73,10 @@ def test_progress_and_an_estimate_of_the_end(client: TestClient, store: JobStore
     store.move(job, "running")
     publish_rounds(store, job, 0)
     assert (shown()["progress"]["fraction"], shown()["estimated_finish"]) == (0.0, None)
+    there, group = shown()["progress"]["clients"], a_start().admitted[0]
+    late = LateSite(client_class=group.client_class, site="far", admitted=(group,))
+    store.publish(job, "late-far", "late_site", late.model_dump(mode="json"))
+    assert shown()["progress"]["clients"] == there + group.clients, "those of a site that came take part"
     publish_rounds(store, job, 3)
     total = a_start().total_rounds
     assert shown()["progress"]["fraction"] == pytest.approx(3 / total)

@@ -19,6 +19,7 @@ from chainfed_ray.api.sdk.calls import Call
 from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.api.sdk.exchanges import Exchange
 from chainfed_ray.errors import JobFailed, ServiceUnavailable
+from chainfed_ray.records.fleet import ExcludedClients, LateSite
 from chainfed_ray.records.result import JobResult, StageMemory
 from chainfed_ray.records.rounds import (
     FailedTurn,
@@ -82,6 +83,20 @@ def test_only_a_job_that_waits_has_any_before_it(job: str, status: str) -> None:
         follow(client, job, SPEC, console)
     client.close()
     assert console.export_text().split() == ["In", "the", "queue."]
+
+
+def test_a_site_that_is_not_there_and_comes_later_is_told_by_name() -> None:
+    console, job_started = a_console(), a_start()
+    away = ExcludedClients(
+        client_class="clinic", clients=1, budget_bytes=MIB, shortfall_bytes=0, reason="site far takes no part yet"
+    )
+    late = LateSite(client_class="clinic", site="far", admitted=(job_started.admitted[0],))
+    with ProgressDisplay(console, "tiny", SPEC) as progress:
+        begun = job_started.model_copy(update={"excluded": (*job_started.excluded, away)})
+        told(progress, begun, [a_round(0, begun), a_round(1, begun, late=(late,))])
+    text = " ".join(console.export_text().split())
+    assert "clinic: site far takes no part yet" in text
+    assert "Site far came: 8 clients of clinic take part from now on." in text
 
 
 def test_where_the_heads_read_best_the_chain_starts() -> None:

@@ -10,6 +10,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
+from chainfed_ray.api.serve import asking
 from chainfed_ray.api.serve.asking import Together, answered, written
 from chainfed_ray.api.serve.stack_router import StackRouter
 from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
@@ -76,6 +77,44 @@ def test_what_cannot_be_answered_says_why(outcomes: list[Exception], error: type
 async def told(ask: Callable[[], Any], heard: list[Piece]) -> None:
     async for piece in written(ask):
         heard.append(piece)  # what was heard before an error counts
+
+
+class Never(Answer):
+    """That of a process that has not started."""
+
+    def __await__(self) -> Generator[Any, None, str]:
+        yield from asyncio.Event().wait().__await__()
+        return ""
+
+
+class NoPieces(Pieces):
+    async def __aiter__(self) -> AsyncGenerator[Piece, None]:
+        await asyncio.Event().wait()
+        yield LAST
+
+
+@pytest.mark.parametrize("how", ["alone", "together", "written"])
+def test_who_waits_for_a_process_that_cannot_start_waits_no_longer(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_LOOK_SECONDS", 0.001)
+    looks, answer, pieces = Counter[str](), Never(""), NoPieces([])
+
+    async def check() -> None:
+        looks["all"] += 1
+        if looks["all"] > 2:
+            raise PartUnavailable("the process of the models", "cannot start", 60)
+
+    async def ask() -> Any:
+        async with asyncio.timeout(5):
+            if how == "alone":
+                return await answered(lambda: answer, check)
+            if how == "together":
+                question = Question(ModelKey("builtin:minilm", "float32", "job"), ["a"])
+                return await Together(lambda questions: answer, check=check).answer(question)
+            return [piece async for piece in written(lambda: pieces, check)]
+
+    with pytest.raises(PartUnavailable, match="cannot start"):
+        asyncio.run(ask())
+    assert (pieces if how == "written" else answer).cancelled
 
 
 def test_a_text_is_begun_anew_until_a_piece_was_told() -> None:

@@ -1,11 +1,16 @@
 """The Serve application has as many processes that answer with models as the settings say."""
 
+import asyncio
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
+from ray import serve
 
 from chainfed_ray.api.serve import deployment
+from chainfed_ray.errors import PartUnavailable
 
 
 class Given:
@@ -37,3 +42,15 @@ def test_there_are_as_many_processes_with_models_as_are_asked_for(
     deployment.build({})
     scaling = inference.options_given.get("autoscaling_config")
     assert (scaling and (scaling["min_replicas"], scaling["max_replicas"])) == scaled
+
+
+@pytest.mark.parametrize(("trigger", "starts"), [("AUTOSCALING", True), ("REPLICA_STARTUP_FAILED", False)])
+def test_a_process_that_could_not_start_is_noticed_where_none_need_be_there(
+    trigger: str, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_models = SimpleNamespace(status_trigger=SimpleNamespace(name=trigger))
+    status = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Inference": of_models})})
+    monkeypatch.setattr(serve, "status", lambda: status)
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(app_name="app"))
+    with nullcontext() if starts else pytest.raises(PartUnavailable, match="cannot start"):
+        asyncio.run(deployment.check_start())

@@ -1,9 +1,11 @@
 """Promises of a queued job's run: a trouble outside is waited for, and only what is the job's own ends it."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from errno import EIO, ENOSPC, ENOTCONN, EROFS
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pytest
 from fastapi.testclient import TestClient
@@ -12,12 +14,14 @@ from sqlalchemy import text as sql
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from chainfed_ray.client.pool import LocalPool
+from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.cleanup import fail, has_died_too_often
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.sites.desk import Desk
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.tables import JobRecord
+from chainfed_ray.cluster.tables import JobRecord, Status
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.reading import EVERYTHING, ReadingRules
@@ -27,6 +31,7 @@ from chainfed_ray.spec.parse import parse_job
 from tests.apps import an_app
 from tests.builders import SPEC
 from tests.pools import failing
+from tests.watching import wait_for
 
 RUN = "chainfed_ray.cluster.jobs.run"
 CAUSE = {"client": None, "stage": None, "round": None, "message": "of the job"}
@@ -124,6 +129,27 @@ def test_the_end_of_the_whole_service_kills_no_job(
         with pytest.raises(KeyboardInterrupt):
             run_queued_job(job, storage, in_this_process)
     assert (store.get(job).status, store.get(job).restarts) == ("running", 0)
+
+
+@pytest.mark.parametrize("asked", ["pausing", "cancelling", "drain"])
+def test_a_job_that_waits_for_its_sites_stops_at_once(
+    storage: Storage, store: JobStore, document: dict[str, Any], asked: Status | Literal["drain"]
+) -> None:
+    document["fleet"]["clients"] += [{"name": "clinic", "memory": "64MiB", "site": "far", "data": "site:rows.jsonl"}]
+    document["rounds"]["deadline"] = "15s"
+    job = store.submit(parse_job(document)).id
+    store.move(job, "validating")
+    desk, mailbox = Desk(job, storage), Mailbox(storage)
+    with ThreadPoolExecutor() as executor, closing(mailbox):
+        ended = executor.submit(run_queued_job, job, storage, in_this_process, sites=desk)
+        wait_for(lambda: mailbox.waiting({"far"}) or ended.done(), "survey")
+        if asked == "drain":
+            Drain(storage.root).begin()
+        else:
+            store.move(job, asked)
+        ended.result(timeout=10)
+    goes_on = {"pausing": "paused", "cancelling": "cancelling", "drain": "validating"}
+    assert (store.get(job).status, store.get(job).error) == (goes_on[asked], None)
 
 
 def test_a_broken_folder_is_the_job_s_own(job: str, storage: Storage, store: JobStore) -> None:

@@ -38,6 +38,7 @@ from chainfed_ray.records.fleet import clients_in
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.site.policy import Policy
 from chainfed_ray.spec.parse import parse_job
+from tests.builders import a_start
 from tests.sites import SitesService, a_service
 from tests.watching import wait_for
 
@@ -255,10 +256,22 @@ def test_a_site_that_does_not_come_is_named_while_it_is_waited_for(
     spec = parse_job(one_round(["absent", "prompt"], dealt, deadline="3s"))
     service.liar("prompt", [])
     heard = list[Activity]()
-    found = Desk("job-5", storage).survey(spec, Path(spec.model.base[5:]), heard.append)
+    desk, base = Desk("job-5", storage), Path(spec.model.base[5:])
+    found = desk.survey(spec, base, heard.append)
     assert isinstance(found["at-prompt"], Survey)
-    assert found["at-absent"] == Absence("it did not answer within 3 s")
+    assert found["at-absent"] == Absence("it did not answer within 3 s", may_come=True)
     assert "not joined: absent" in [activity.note for activity in heard]
+
+    # It comes later, and its answer is there before a round. A coordinator that is made again finds the answer as well.
+    assert desk.late(()) == {}
+    service.liar("absent", [])
+    wait_for(lambda: desk.late(()), "answer of the site")
+    assert desk.late(()) == {"at-absent": found["at-prompt"]}
+    assert desk.late({"at-absent"}) == {}
+    CommitLog(storage.job("job-5")).commit_started(a_start())
+    again = Desk("job-5", storage)
+    assert again.survey(spec, base, no_listener) == found, "those with which the job began"
+    assert again.late(()) == {"at-absent": found["at-prompt"]}
 
 
 LIES: dict[str, Callable[[Update], Update]] = {

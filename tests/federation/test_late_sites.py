@@ -1,0 +1,156 @@
+"""Promises of sites that come after their job has begun: they take part from the next round on, and a resumed job knows."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chainfed_ray.activity import Listener
+from chainfed_ray.api.report.fleet import by_class
+from chainfed_ray.budget.demand import MemoryProfile
+from chainfed_ray.client.messages import Client, TurnOrder
+from chainfed_ray.client.pool import ClientPool, LocalPool, Outcome
+from chainfed_ray.client.survey import Absence, ClientSurvey, Survey
+from chainfed_ray.cluster.queries.totals import JobTotals
+from chainfed_ray.cluster.tables import Event
+from chainfed_ray.data.tokens import Examples
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.federation.run import run_job
+from chainfed_ray.federation.state import stack_of
+from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.record import Record
+from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.fleet import ExcludedClients
+from chainfed_ray.records.result import JobResult
+from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
+from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.parse import parse_job
+from tests.builders import a_job, assert_same
+from tests.pools import Altered
+
+pytestmark = pytest.mark.slow
+NOT_THERE = Absence("it did not answer within 3 s", may_come=True)
+
+
+class Late:
+    """A site that is not there when the job begins. It gives its ``answer`` when it is asked once more than ``quiet`` times."""
+
+    def __init__(self, answer: Survey | Absence, quiet: int) -> None:
+        self._answer, self._quiet = answer, quiet
+
+    def survey(self, spec: JobSpec, base: Path, listen: Listener) -> Mapping[str, Survey | Absence]:
+        """See ``Sites``."""
+        return {"clinic": NOT_THERE}
+
+    def late(self, besides: Collection[str]) -> Mapping[str, Survey | Absence]:
+        """See ``Sites``."""
+        self._quiet -= 1
+        return {} if "clinic" in besides or self._quiet >= 0 else {"clinic": self._answer}
+
+    def planned(self, memory: MemoryProfile) -> None:
+        """See ``Sites``."""
+
+
+class Carried(Altered):
+    """A pool that takes the turns of clients at a site here, on ``rows``."""
+
+    def __init__(self, pool: ClientPool, rows: Examples) -> None:
+        super().__init__(pool, lambda client, order, answer: answer)
+        self._rows = rows
+
+    def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
+        """See ``ClientPool``."""
+        here = [replace(each, examples=self._rows, remote=None) if each.remote else each for each in clients]
+        yield from super().run(here, order, deadline)
+
+
+@pytest.fixture
+def rows(document: dict[str, Any], tmp_path: Path) -> Examples:
+    """The rows of the clinic; and the document is that of a job with three phones and this site."""
+    candidate, _ = a_job(document, tmp_path).admitted[-1]
+    document["fleet"]["clients"][0]["count"] = 3
+    document["fleet"]["clients"] += [{"name": "clinic", "memory": "64MiB", "site": "far", "data": "site:rows.jsonl"}]
+    document["rounds"] |= {"clients": 5, "quorum": 2, "total": 3}
+    return candidate.examples
+
+
+def survey(rows: Examples, classes: Sequence[str] = ("sea", "sky")) -> Survey:
+    return Survey((ClientSurvey(rows.counts, dict.fromkeys(classes, 2)),))
+
+
+def records(document: dict[str, Any], folder: Path, rows: Examples, site: Late) -> Iterator[Record]:
+    return run_job(parse_job(document), folder, pool=lambda base, note: Carried(LocalPool(base), rows), sites=site)
+
+
+def end_of(folder: Path) -> Tensors:
+    return stack_of(CommitLog(folder).tensors(2)).tensors()
+
+
+def test_a_site_that_comes_takes_part_from_the_next_round_on_also_in_a_job_that_is_resumed(
+    document: dict[str, Any], rows: Examples, tmp_path: Path
+) -> None:
+    started, *rounds, finished = list(records(document, tmp_path / "whole", rows, Late(survey(rows), quiet=1)))
+    assert isinstance(started, JobStarted)
+    assert isinstance(finished, JobFinished)
+    assert [group.reason for group in started.excluded] == ["site far takes no part yet: it did not answer within 3 s"]
+    of_rounds = [record for record in rounds if isinstance(record, Round)]
+    phones = ["phone-0", "phone-1", "phone-2"]
+    assert [[turn.client for turn in one.turns] for one in of_rounds] == [phones, *2 * [[*phones, "clinic-0"]]]
+    assert [len(one.late) for one in of_rounds] == [0, 1, 0]
+    assert of_rounds[1].turns[3].examples == len(rows) == of_rounds[1].late[0].clients[0].examples
+
+    # Killed after the round in which it came, and resumed: nobody asks the site again.
+    halves = records(document, tmp_path / "halves", rows, Late(survey(rows), quiet=1))
+    for _ in range(3):
+        next(halves)
+    halves.close()  # type: ignore[attr-defined]  # a generator
+    list(records(document, tmp_path / "halves", rows, Late(NOT_THERE, quiet=100)))
+    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "halves"))
+
+    # It is counted as one that takes part, and no longer as one that does not.
+    found = {fleet.name: (fleet.clients, fleet.excluded, fleet.turns) for fleet in by_class(started, of_rounds)}
+    assert found == {"phone": (3, 0, 9), "clinic": (1, 0, 2)}
+    assert JobResult.of("tiny", started, of_rounds, finished).excluded == ()
+    totals = JobTotals()
+    for seq, (kind, record) in enumerate([("started", started), *(("round", one) for one in of_rounds)], start=1):
+        totals.add(Event(seq, kind, "", record.model_dump(mode="json")))
+    assert totals.classes["clinic"].turns == 2
+
+
+def test_a_job_whose_sites_all_stay_away_names_them(document: dict[str, Any], rows: Examples, tmp_path: Path) -> None:
+    del document["fleet"]["clients"][0]
+    document["data"]["validation"] = document["data"]["test"] = document["data"].pop("train")
+    with pytest.raises(InvalidJob, match="site far takes no part yet: it did not answer within 3 s"):
+        next(records(document, tmp_path / "log", rows, Late(NOT_THERE, quiet=0)))
+
+
+@pytest.mark.parametrize(
+    ("classes", "refusal", "reason"),
+    [
+        (
+            ("sea", "sun"),
+            None,
+            "it has rows of classes that the job did not have when it began (sun); `data.classes` lists",
+        ),
+        ((), "it takes part in jobs with privacy alone", "it takes part in jobs with privacy alone"),
+    ],
+)
+def test_a_site_that_comes_and_cannot_take_part_is_on_record_with_the_reason(
+    document: dict[str, Any],
+    rows: Examples,
+    tmp_path: Path,
+    classes: tuple[str, ...],
+    refusal: str | None,
+    reason: str,
+) -> None:
+    document["rounds"] |= {"total": 1}
+    answer = Absence(refusal) if refusal else survey(rows, classes)
+    started, one, _ = list(records(document, tmp_path / "log", rows, Late(answer, quiet=0)))
+    assert isinstance(started, JobStarted)
+    assert isinstance(one, Round)
+    assert [turn.client for turn in one.turns] == ["phone-0", "phone-1", "phone-2"]
+    (excluded,) = started.with_late(one.late).excluded
+    assert isinstance(excluded, ExcludedClients)
+    assert excluded.reason.startswith(f"site far takes no part: {reason}")
