@@ -171,10 +171,9 @@ class Trunk:
             raise self._unlike("gives its layers rows of embedding tables besides hidden states")
         if hidden.shape != (*mask.shape, self.hidden_size):
             raise self._unlike(f"has hidden states {list(hidden.shape)} for texts of {list(mask.shape)} tokens")
-        with self.named_errors(
-            "cannot be run after its last layer" + "".join(f"; {name} is missing" for name in self._lacking)
-        ):
-            self.finish(hidden, mask)
+        if lacking := self._lacking:
+            with self.named_errors(f"cannot be run after its last layer; {lacking[0]} is missing"):
+                self.finish(hidden, mask)
         return hidden, calls
 
     @property
