@@ -30,6 +30,7 @@ _DEFINING = [
     "added_tokens*",
     "*.jinja",
 ]
+_TRIED = "A text to try, 1 + 1 = 2. \u00c4\u0444\u6587\U0001f642"  # with characters that few vocabularies have
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # *.jinja is the chat template; the README says the licence.
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
@@ -60,7 +61,10 @@ def resolve(base: str) -> Path:
         raise InvalidJob.at("model.base", base, f"a folder that can be read ({first_line(error)})") from None
     if not exists:
         raise InvalidJob.at("model.base", base, "a folder that exists")
-    if not (folder / "config.json").exists():
+    # To open a pipe would wait for whoever writes into it.
+    if strange := [file.name for file in folder.iterdir() if file.exists() and not (file.is_file() or file.is_dir())]:
+        raise InvalidJob.at("model.base", base, f"a folder of files; {min(strange)} is neither a file nor a folder")
+    if not (folder / "config.json").is_file():
         raise InvalidJob.at("model.base", base, "a folder with a config.json")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _PICKLES)
@@ -90,6 +94,7 @@ def tokenizer(base: str, folder: Path) -> PreTrainedTokenizerBase:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        loaded(_TRIED)
     except Exception as error:  # a folder may hold anything, and so may what its reader raises
         raise InvalidJob.at("model.base", base, f"a folder with a tokenizer ({first_line(error)})") from None
     return loaded
@@ -99,10 +104,13 @@ def configuration(folder: Path) -> Any:
     """The model's configuration. Code of the model's own is never run, and never asked for.
 
     Raises:
-        UnsupportedModel: the model's type is not known, or its weights are quantized.
+        UnsupportedModel: the configuration cannot be used, the model's type is not known, or its weights are quantized.
     """
     _check_type(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a configuration may hold anything, and so may what its reader raises
+        raise UnsupportedModel(str(folder), f"its config.json cannot be used ({one_line(error)})") from None
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method", "some way") if isinstance(quantized, dict) else "some way"
         raise UnsupportedModel(
@@ -113,15 +121,26 @@ def configuration(folder: Path) -> Any:
 
 def _check_type(folder: Path) -> None:
     try:
-        document = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
+        document = json.loads((folder / "config.json").read_text(), parse_constant=_number)
+    except (ValueError, RecursionError) as error:
         raise UnsupportedModel(str(folder), f"its config.json is no JSON ({first_line(error)})") from None
     kind = document.get("model_type") if isinstance(document, dict) else None
-    if kind is not None and kind not in CONFIG_MAPPING:
+    if kind is not None and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
         own = "; code of the model's own is never run" if "auto_map" in document else ""
         raise UnsupportedModel(
             str(folder), f"transformers {version('transformers')} does not know its type {kind!r}{own}"
         )
+
+
+def _number(written: str) -> float:
+    if written == "NaN":
+        raise ValueError("it has NaN, which is no number")
+    return float(written)  # some configurations have Infinity
+
+
+def one_line(error: Exception) -> str:
+    """An error in one line, cut to 200 characters; or its kind, if it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def first_line(error: Exception) -> str:

@@ -13,18 +13,23 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         found = "is missing" if self.value is MISSING else f"is {shown(self.value)}"
-        return f"{self.field} {found}; expected {self.expected}"
+        return f"{self.field} {found}; expected {_printable(self.expected)}"
 
     def document(self) -> dict[str, str | None]:
         """The problem as JSON. The value is written as Python's ``repr``; it is None if the field is missing."""
         value = None if self.value is MISSING else shown(self.value)
-        return {"field": self.field, "value": value, "expected": self.expected}
+        return {"field": self.field, "value": value, "expected": _printable(self.expected)}
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> "Problem":
         """The problem that ``document()`` was called on, in another process. Of the value, only its ``repr`` is known."""
         value = document["value"]
         return cls(str(document["field"]), MISSING if value is None else _Shown(value), str(document["expected"]))
+
+
+def _printable(text: str) -> str:
+    """A text that can be sent and printed: names of files may have bytes that are no text, which Python has as surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class _Shown(str):

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, FailFast, Field
 
 from chainfed_ray.api.rest.models import served
 from chainfed_ray.api.rest.openai_schemas import PromptText, Strings
-from chainfed_ray.api.rest.schemas import MOST_CHARACTERS, MOST_TEXTS, RequestBody, bounded
+from chainfed_ray.api.rest.schemas import LONGEST_NAME, MOST_CHARACTERS, MOST_TEXTS, RequestBody, bounded
 from chainfed_ray.api.rest.service import Jobs, WithService, while_connected
 from chainfed_ray.serving.messages import Embedding
 
@@ -20,7 +20,9 @@ router = APIRouter(prefix="/v1", tags=["models"])
 class EmbeddingRequest(RequestBody):
     """Texts to embed."""
 
-    model: str = Field(description="a name from `GET /v1/models` whose task is `sequence-classification`")
+    model: str = Field(
+        max_length=LONGEST_NAME, description="a name from `GET /v1/models` whose task is `sequence-classification`"
+    )
     input: Annotated[list[PromptText], FailFast(), Strings, AfterValidator(bounded)] = Field(
         min_length=1, max_length=MOST_TEXTS, description=f"{MOST_CHARACTERS:,} characters in all, at most"
     )

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.rest.schemas import (
+    LONGEST_NAME,
     AliasList,
     AliasResource,
     AliasTargets,
@@ -154,6 +155,8 @@ async def served(jobs: JobStore, name: str, task: ModelTask) -> Found:
 
 def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
     """The model called ``name``. Of base models with that name, one that has been used for ``task``, if there is any."""
+    if len(name) > LONGEST_NAME:  # no model is called so, and databases do not look for every length
+        raise _not_found(jobs, name)
     stem, wanted, layers = ModelName.of(name)
     if layers is not None:
         return _exit(jobs, name)

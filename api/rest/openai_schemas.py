@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, FailFast, Field, TypeAdapter, model_validator
 
-from chainfed_ray.api.rest.schemas import MOST_CHARACTERS, RequestBody, bounded
+from chainfed_ray.api.rest.schemas import LONGEST_NAME, MOST_CHARACTERS, RequestBody, bounded
 from chainfed_ray.serving.messages import MOST_TOKENS, Chance, FinishReason, Prompt, Sampling, TokenChances, chat_of
 
 _UNFINISHED = "\ufffd"  # what tokenizers decode the bytes of an incomplete character to
@@ -52,7 +52,7 @@ class _Unsupported(RequestBody):
 class GenerationOptions(_Unsupported):
     """How text is generated. Null means that an option is not set."""
 
-    model: str = Field(description="a name from `GET /v1/models` whose task is `causal-lm`")
+    model: str = Field(max_length=LONGEST_NAME, description="a name from `GET /v1/models` whose task is `causal-lm`")
     max_tokens: int | None = Field(None, ge=1, description=_MAX_TOKENS)
     temperature: float | None = Field(
         None, ge=0, le=2, description="randomness of sampling, by default 1; 0 always takes the likeliest token"

@@ -13,6 +13,9 @@ from chainfed_ray.records.result import ExitScore
 _MOST_KEYS = 100
 _SUM_TOLERANCE = 1e-6
 MOST_TEXTS = 256  # of a request
+LONGEST_NAME = (
+    1000  # characters of a model's name; a base model's may be a folder's, and a folder's has 255 bytes at most
+)
 MOST_CHARACTERS = 500_000  # of all texts of a request to a model
 
 
@@ -164,7 +167,7 @@ class ModelList(BaseModel):
 class AliasTargets(RequestBody):
     """What an alias stands for. A new model may be tried with a small share of the requests first."""
 
-    targets: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+    targets: dict[Annotated[str, Field(max_length=LONGEST_NAME)], Annotated[float, Field(gt=0, le=1)]] = Field(
         min_length=1,
         max_length=8,
         description="names of models, and the share of the requests that each has; together 1",
@@ -194,7 +197,7 @@ class AliasList(BaseModel):
 class ClassifyRequest(RequestBody):
     """Texts to classify, and the model to use."""
 
-    model: str = Field(description="a name from `GET /v1/models`, such as `minilm:docstrings`")
+    model: str = Field(max_length=LONGEST_NAME, description="a name from `GET /v1/models`, such as `minilm:docstrings`")
     texts: Annotated[list[Annotated[str, Field(max_length=100_000)]], FailFast(), AfterValidator(bounded)] = Field(
         min_length=1, max_length=MOST_TEXTS, description=f"{MOST_CHARACTERS:,} characters in all, at most"
     )

@@ -1,10 +1,11 @@
 """Takes cells of a table as texts, labels and lists: each as what it is, or not at all."""
 
-import json
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Hashable, Sequence
+from decimal import Decimal
 from typing import Any
 
-from chainfed_ray.data.tables import Table, shown
+from chainfed_ray.data.tables import Table, parsed_json, shown
 from chainfed_ray.errors import InvalidJob
 
 
@@ -12,7 +13,7 @@ def as_list(cell: Any) -> list[Any] | None:
     """The list in a cell, also one that is written as JSON, as in a CSV file; None if the cell holds no list."""
     if isinstance(cell, str):
         try:
-            cell = json.loads(cell)
+            cell = parsed_json(cell)
         except (ValueError, RecursionError):
             return None
     return cell if isinstance(cell, list) else None
@@ -31,7 +32,8 @@ def labels(table: Table, key: str, column: str, source: str) -> list[str | None]
     """The cells of a column as names: like ``texts``, but truth values are names as well.
 
     Raises:
-        InvalidJob: a cell holds something else, or the column has cells of two kinds, or names that differ in spaces alone.
+        InvalidJob: a cell holds something else, or the column has cells of two kinds, or names that look alike or are the same
+            number.
     """
     cells = table.columns[column]
     kinds: dict[str, int] = {}
@@ -46,16 +48,28 @@ def labels(table: Table, key: str, column: str, source: str) -> list[str | None]
         str(cell).lower() if isinstance(cell, bool) else _text(cell, key, column, source, row)
         for row, cell in enumerate(cells, start=1)
     ]
-    _check_spaces(named, key, column, source)
+    _check_alike(named, "a number" in kinds, key, column, source)
     return named
 
 
-def _check_spaces(named: Sequence[str | None], key: str, column: str, source: str) -> None:
-    known: dict[str, str] = {}
+def _check_alike(named: Sequence[str | None], numbers: bool, key: str, column: str, source: str) -> None:
+    known: dict[Hashable, str] = {}
+    seen = set[str]()
     for row, name in enumerate(named, start=1):
-        if name is not None and known.setdefault(name.strip(), name) != name:
-            expected = f"names that differ by more than spaces in {source}; row {row} has {name!r}, rows before it "
-            raise InvalidJob.at(key, column, expected + repr(known[name.strip()]))
+        if name is None or name in seen:
+            continue
+        seen.add(name)
+        if "\0" in name:
+            raise InvalidJob.at(key, column, f"names without null characters in {source}; row {row} has {name!r}")
+        if (like := known.setdefault(Decimal(name) if numbers else _as_seen(name), name)) != name:
+            expected = "numbers written in one way" if numbers else "names that differ by more than what cannot be seen"
+            raise InvalidJob.at(key, column, f"{expected} in {source}; row {row} has {name!a}, rows before it {like!a}")
+
+
+def _as_seen(name: str) -> str:
+    """What people see of a name: without space around it and characters that are not shown, accents in one form."""
+    shown = "".join(character for character in name if unicodedata.category(character) != "Cf")
+    return unicodedata.normalize("NFC", shown).strip()
 
 
 def _text(cell: Any, key: str, column: str, source: str, row: int) -> str | None:
@@ -65,7 +79,7 @@ def _text(cell: Any, key: str, column: str, source: str, row: int) -> str | None
         raise InvalidJob.at(
             key, column, f"a text in every row of {source}; row {row} holds {_kind(cell)}: {shown(cell)}"
         )
-    return str(cell)
+    return f"{cell:f}" if isinstance(cell, Decimal) else str(cell)
 
 
 def _is_nothing(cell: Any) -> bool:
@@ -79,4 +93,11 @@ def _kind(cell: Any) -> str:
     return f"a {type(cell).__name__}"
 
 
-_KINDS = ((str, "a text"), (bool, "a truth value"), ((int, float), "a number"), (list, "a list"), (dict, "an object"))
+_KINDS = (
+    (str, "a text"),
+    (bool, "a truth value"),
+    ((int, float, Decimal), "a number"),
+    (list, "a list"),
+    (dict, "an object"),
+    (bytes, "bytes"),
+)

@@ -49,8 +49,12 @@ def _says(text: Callable[[int], str], count: int) -> str | None:
 
 
 def _as_template_has_it(message: Message) -> dict[str, Any]:
-    plain = {"role": message.role, "content": message.content}
-    return plain if message.tool_calls is None else plain | {"tool_calls": json.loads(message.tool_calls)}
+    given = {
+        key: value
+        for key in ("role", "content", "name", "tool_call_id")
+        if (value := getattr(message, key)) is not None
+    }
+    return given if message.tool_calls is None else given | {"tool_calls": json.loads(message.tool_calls)}
 
 
 def assistant_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) -> tuple[str, list[tuple[int, int]]]:
@@ -65,8 +69,9 @@ def assistant_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) 
     whole = apply_template(tokenizer, chat, add_generation_prompt=False, field=field)
     mark = next(character for character in map(chr, _PRIVATE_USE) if character not in whole)
     turns = []
-    for place, (role, content, learnt, _) in enumerate(chat):
-        if role == "assistant" and content.strip() and learnt:
+    for place, message in enumerate(chat):
+        role, content = message.role, message.content
+        if role == "assistant" and content.strip() and message.learnt:
             turn = _turn(tokenizer, chat, place, whole, mark)
             if turn is None:
                 expected = (

@@ -11,14 +11,26 @@ from chainfed_ray.errors import InvalidJob
 
 # Other names of the roles, as data sets and models have them.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+# What is said beside the content, in forms that are not read. To leave it out would teach something else.
+_NOT_READ = (
+    "function_call",
+    "refusal",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "audio",
+    "image",
+    "images",
+    "videos",
+)
 
 
 def chat(cell: Any, column: str, where: str) -> Chat:
     """The chat in a cell of ``column``, up to the last message of an assistant: the messages after it are not answered.
 
-    A message is an object with ``role`` and ``content`` (a text or a list of text parts), as OpenAI has it, with ``tool_calls``
-    and a ``weight`` of 0 or 1 if it has some; or one with ``from`` and ``value``, as ShareGPT has it. The chat is empty if no
-    assistant speaks. ``where`` names the row in errors.
+    A message is an object with ``role`` and ``content`` (a text or a list of text parts), as OpenAI has it, with
+    ``tool_calls``, ``tool_call_id``, ``name`` and a ``weight`` of 0 or 1 if it has some; or one with ``from`` and ``value``, as
+    ShareGPT has it. The chat is empty if no assistant speaks. ``where`` names the row in errors.
 
     Raises:
         InvalidJob: the cell holds no list of such messages; the error names the first message that is none.
@@ -42,12 +54,16 @@ def chat(cell: Any, column: str, where: str) -> Chat:
 def _message(item: Any) -> Message:
     if not isinstance(item, Mapping):
         raise ValueError("a message with a role and a content")
-    role = item.get("role", item.get("from"))
+    if said := [key for key in _NOT_READ if item.get(key)]:
+        raise ValueError(f"a message without {said[0]}, which is not read")
+    role = _either(item, "role", "from")
     if not isinstance(role, str) or not role.strip():
         raise ValueError("a message with a role, such as user or assistant")
     role = role.strip().lower()
     calls = item.get("tool_calls") or None
-    content = item.get("content", item.get("value"))
+    if calls and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+        raise ValueError("a message whose tool_calls are a list of objects")
+    content = _either(item, "content", "value")
     weight = item.get("weight")
     if weight is not None and weight not in (0, 1):
         raise ValueError("a message whose weight is 0 or 1")
@@ -55,8 +71,32 @@ def _message(item: Any) -> Message:
         role=_ROLES.get(role, role),
         content="" if content is None and calls else _content(content),
         learnt=weight is None or bool(weight),
-        tool_calls=json.dumps(calls) if calls else None,
+        tool_calls=_as_json(calls) if calls else None,
+        name=_name(item, "name"),
+        tool_call_id=_name(item, "tool_call_id"),
     )
+
+
+def _either(item: Mapping[Any, Any], key: str, other: str) -> Any:
+    """The value of a key that has two names, of which a table of both has one empty."""
+    value, again = item.get(key), item.get(other)
+    if value is not None and again is not None and value != again:
+        raise ValueError(f"a message with one of {key} and {other}")
+    return again if value is None else value
+
+
+def _name(item: Mapping[Any, Any], key: str) -> str | None:
+    value = item.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"a message whose {key} is a text")
+    return value
+
+
+def _as_json(calls: list[Any]) -> str:
+    try:
+        return json.dumps(calls)
+    except TypeError as error:  # a table may hold dates and bytes
+        raise ValueError(f"a message whose tool_calls are JSON ({error})") from None
 
 
 def _content(content: Any) -> str:

@@ -6,13 +6,16 @@ from typing import NamedTuple
 class Message(NamedTuple):
     """One message of a chat. An assistant's is ``learnt``, unless its weight is 0.
 
-    ``tool_calls`` are the calls of tools that it makes, as JSON for the model's template; None if it makes none.
+    ``tool_calls`` are the calls of tools that it makes, as JSON for the model's template; None if it makes none. ``name`` and
+    ``tool_call_id`` are for the template, too: who speaks, and which call is answered.
     """
 
     role: str
     content: str
     learnt: bool = True
     tool_calls: str | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
 
 
 Chat = tuple[Message, ...]

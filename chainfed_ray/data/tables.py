@@ -4,10 +4,11 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,11 +16,19 @@ import pyarrow.parquet as pq
 from chainfed_ray.reading import data_file, data_path, uploaded
 
 FORMS = ".csv, .tsv, .jsonl, .json or .parquet file (text files may be .gz), or a folder of such files of one form"
-_LFS_POINTER = b"version https://git-lfs"
+# How files begin that are not what their names say.
+_OTHERS = {
+    b"version https://git-lfs": "the file itself; this is a pointer of git-lfs (`git lfs pull` fetches it)",
+    b"PK\x03\x04": "rows; this is a ZIP archive or an Excel workbook, which can be saved as .csv",
+    b"PAR1": "rows as text; this is a Parquet file, whose name ends in .parquet",
+    b"\x1f\x8b": "rows as text; this file is packed, and its name does not end in .gz",
+}
+_MOST_DIGITS = 4000  # of a whole number that Python reads as one
+_HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # one half of a surrogate pair, as JSON may write it
 
 
 class Number(float):
-    """A number with a fraction or an exponent, which is written as it stands in the file."""
+    """A number that is written as it stands in the file: with a fraction, an exponent or thousands of digits, or ``-0``."""
 
     def __new__(cls, written: str) -> "Number":
         number = super().__new__(cls, written)
@@ -60,9 +69,14 @@ def read_path(path: Path, wanted: Collection[str] | None = None) -> Table:
     path = data_path(path)
     if not path.exists():
         raise ValueError("a file or folder that exists")
+    if not (path.is_file() or path.is_dir()):  # to open a pipe would wait for whoever writes into it
+        raise ValueError("a file or folder, and no pipe or device")
     if not path.is_dir():
         return _read(path, wanted)
-    files = sorted(file for file in path.iterdir() if file.is_file() and _form(file))
+    # Names that begin so are of what else writes into folders: macOS, Spark.
+    files = sorted(
+        file for file in path.iterdir() if file.name[0] not in "._" and file.is_file() and _form(file) is not None
+    )
     forms = {_form(file) for file in files}
     if len(forms) != 1:
         raise ValueError(f"a folder of files of one form; it has {', '.join(sorted(map(str, forms))) or 'none'}")
@@ -95,17 +109,30 @@ def from_arrow(table: pa.Table, wanted: Collection[str] | None = None) -> Table:
     """An Arrow table. Where its metadata name the classes of a column, as Hugging Face's do, a cell is its class's name.
 
     A class that has no name, such as the −1 of labels that are hidden, stays a number.
+
+    Raises:
+        ValueError: two classes have one name.
     """
     classes = _class_names(table.schema.metadata or {})
     columns: dict[str, Sequence[Any]] = {}
     for name in table.column_names:
         if wanted is None or name in wanted:
-            cells = table.column(name).to_pylist()
+            cells = _cells(table.column(name))
             if name in classes:
                 names = classes[name]
+                if twice := [one for place, one in enumerate(names) if one in names[:place]]:
+                    raise ValueError(f"names of classes that differ; its metadata call two of {name} {twice[0]!r}")
                 cells = [names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else cell for cell in cells]
             columns[name] = cells
     return Table(tuple(table.column_names), columns)
+
+
+def _cells(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column. Numbers of fewer bits than Python's keep the few digits that they have."""
+    if pa.types.is_float16(column.type) or pa.types.is_float32(column.type):
+        return [None if cell is None else Number(cell) for cell in column.cast(pa.string()).to_pylist()]
+    cells: list[Any] = column.to_pylist()
+    return cells
 
 
 def _read(path: Path, wanted: Collection[str] | None) -> Table:
@@ -118,20 +145,23 @@ def _read(path: Path, wanted: Collection[str] | None) -> Table:
 
 def _read_as(form: str, path: Path, packed: bool, wanted: Collection[str] | None) -> Table:
     with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError("the file itself; this is a pointer of git-lfs (`git lfs pull` fetches it)")
+        begin = file.read(max(map(len, _OTHERS)))
+    own = b"\x1f\x8b" if packed else b"PAR1" if form == ".parquet" else None
+    for mark, expected in _OTHERS.items():
+        if begin.startswith(mark) and mark != own:
+            raise ValueError(expected)
     if form == ".parquet":
         return _parquet(path, wanted)
-    with _opened(path, packed) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
-        # The encoding skips a byte order mark, as some editors write it.
-        try:
-            return _TEXT_READERS[form](text, wanted)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"text in UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _opened(path: Path, packed: bool) -> Any:
-    return gzip.open(path, "rb") if packed else path.open("rb")
+    with gzip.open(path, "rb") if packed else path.open("rb") as raw:
+        # The encodings skip a byte order mark, as some editors and shells write it.
+        encoding = "utf-16" if raw.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        raw.seek(0)
+        with io.TextIOWrapper(cast(IO[bytes], raw), encoding=encoding, newline="") as text:
+            try:
+                return _TEXT_READERS[form](text, wanted)
+            except UnicodeDecodeError as error:
+                where = f"{error.reason} at byte {error.start}"
+                raise ValueError(f"text in UTF-8, or in UTF-16 with a byte order mark ({where})") from None
 
 
 def _form(path: Path) -> str | None:
@@ -143,24 +173,27 @@ def _form(path: Path) -> str | None:
 
 
 def _parquet(path: Path, wanted: Collection[str] | None) -> Table:
-    with pq.ParquetFile(path) as file:
-        names = tuple(file.schema_arrow.names)
-        kept = [name for name in names if wanted is None or name in wanted]
-        table = from_arrow(file.read(columns=kept))
-    return Table(names, table.columns)
+    try:
+        with pq.ParquetFile(path) as file:
+            names = tuple(file.schema_arrow.names)
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"a file that names each column once; {twice[0]!r} is there twice")
+            kept = [name for name in names if wanted is None or name in wanted]
+            table = file.read(columns=kept)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"a Parquet file that can be read ({error})") from None
+    return Table(names, from_arrow(table).columns)
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     """The names of the classes of each column that has some, from Hugging Face's own entry in a schema's metadata."""
     try:
-        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        return {
-            name: list(map(str, feature["names"]))
-            for name, feature in features.items()
-            if feature.get("_type") == "ClassLabel"
-        }
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"].items()
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
+    # A feature may be a list as well: of columns within a column.
+    labels = {name: it for name, it in features if isinstance(it, dict) and it.get("_type") == "ClassLabel"}
+    return {name: list(map(str, it["names"])) for name, it in labels.items() if isinstance(it.get("names"), list)}
 
 
 def _delimited(text: TextIO, wanted: Collection[str] | None, delimiter: str) -> Table:
@@ -180,6 +213,8 @@ def _delimited(text: TextIO, wanted: Collection[str] | None, delimiter: str) -> 
             if len(row) != len(header):
                 fields = f"{len(header)} fields on every line, as in the header; line {reader.line_num} has {len(row)}"
                 raise ValueError(f"{fields} (a text with a {_NAMES[delimiter]} goes in quotation marks)")
+            if len(row) > 1 and [row[0].lstrip("\ufeff"), *row[1:]] == header:
+                raise ValueError(f"one header, on the first line; line {reader.line_num} has it again")
             for place, name in kept:
                 columns[name].append(row[place])
     except csv.Error as error:
@@ -210,13 +245,48 @@ def _lines(text: TextIO, begin: str) -> Iterator[tuple[int, Any]]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text, parse_float=Number, parse_constant=_no_number)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"JSON, an object on each line or one array of objects; {where}: {error.msg}") from None
+        return parsed_json(text)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"JSON, an object on each line or one array of objects; {where}: {reason}") from None
+
+
+def parsed_json(text: str) -> Any:
+    """What a JSON text says, if it says it once: numbers as they stand there.
+
+    Raises:
+        ValueError: it is no JSON, or it has NaN, a key that is given twice, or half a surrogate pair, which no text can have.
+        RecursionError: it is nested too deeply.
+    """
+    found = json.loads(
+        text,
+        parse_float=Number,
+        parse_int=_whole,
+        parse_constant=_no_number,
+        object_pairs_hook=_without_repeats,
+    )
+    if _HALF_A_PAIR.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text has half a surrogate pair") from None
+    return found
+
+
+def _whole(written: str) -> int | Number:
+    return Number(written) if written == "-0" or len(written) > _MOST_DIGITS else int(written)
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"numbers that JSON has; {name} is none")
+    raise ValueError(f"{name} is no number that JSON has")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in found if names.count(name) > 1)!r} is given twice")
+    return found
 
 
 def _rows(rows: Iterable[tuple[int, Any]], wanted: Collection[str] | None) -> Table:
@@ -241,7 +311,7 @@ def _rows(rows: Iterable[tuple[int, Any]], wanted: Collection[str] | None) -> Ta
 def shown(cell: Any) -> str:
     """What a cell holds, as JSON has it, cut to 60 characters."""
     try:
-        text = json.dumps(cell, ensure_ascii=False, default=repr)
+        text = json.dumps(cell, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):
         text = type(cell).__name__
     return text if len(text) <= 60 else text[:59] + "…"

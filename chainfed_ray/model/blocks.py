@@ -7,7 +7,7 @@ when they are used. A layer is then run by itself, with the call that the model'
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +71,10 @@ class Blocks:
 
     def _check(self) -> None:
         layers = [source for index in range(self.num_layers) for source in self._sources(index).values()]
-        check_numbers(self._checkpoint, dict.fromkeys([*self._trunk.parameters, *layers]))
+        head = []
+        with suppress(UnsupportedModel):  # a classifier needs none
+            head = [self.language_head]
+        check_numbers(self._checkpoint, dict.fromkeys([*self._trunk.parameters, *layers, *head]))
         hidden, calls = self._trunk.try_texts()
         for index, call in enumerate(calls):
             with self._trunk.named_errors("has layers that cannot be run one by one"):
@@ -141,7 +144,7 @@ class Blocks:
         """The checkpoint's name for the matrix [V, D] that gives logits. If the head is tied, it is the embedding table's name.
 
         Raises:
-            UnsupportedModel: the model has no language model's head.
+            UnsupportedModel: the model has no language model's head, or one of other tokens.
         """
         config = self._config
         # Masked language models tie their embeddings to another kind of head; encoders with a decoder have one above that.
@@ -149,6 +152,9 @@ class Blocks:
         is_causal &= not (getattr(config, "is_encoder_decoder", False) or config.model_type in TOKENS_FIRST)
         for name in ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weight"):
             if is_causal and name in self._checkpoint.names:
+                if (rows := self._checkpoint.shape(name)[0]) != self.vocabulary:
+                    wanted = f"its checkpoint has {rows} rows of {name}, and its configuration {self.vocabulary}"
+                    raise UnsupportedModel(str(self.folder), wanted)
                 return str(name)
         tied = is_causal and getattr(config, "tie_word_embeddings", False)
         source = self._trunk.word_table if tied else None
@@ -281,13 +287,9 @@ class Blocks:
 
     def _sources(self, index: int) -> dict[str, str]:
         """The checkpoint's name of each parameter of layer ``index``. One that is missing, or of another shape, is an error."""
-        prefix, sources = f"{self._trunk.layer_name(index)}.", {}
-        for name, parameter in self._trunk.layers[index].named_parameters():
-            sources[name] = source = self._trunk.source(prefix + name)
-            if (stored := self._checkpoint.shape(source)) != tuple(parameter.shape):
-                wanted = f"its configuration has {list(parameter.shape)} for {prefix}{name}, and its checkpoint {list(stored)}"
-                raise UnsupportedModel(str(self.folder), wanted)
-        return sources
+        prefix = f"{self._trunk.layer_name(index)}."
+        parameters = self._trunk.layers[index].named_parameters()
+        return {name: self._trunk.fitting(prefix + name, parameter) for name, parameter in parameters}
 
     def _matrices(self, index: int) -> list[str]:
         """The checkpoint's names of the matrices of layer ``index`` that can be streamed."""

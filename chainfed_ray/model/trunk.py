@@ -71,7 +71,7 @@ class Trunk:
             raise UnsupportedModel(str(self.folder), f"{self.family} reads no texts, but {given}")
         self.hidden_size, self.vocabulary = int(self.config.hidden_size), int(self.config.vocab_size)
         words = self._model.get_input_embeddings()
-        self._tokens = words.num_embeddings
+        self._tokens = len(words.weight)
         table = next(name for name, module in self._model.named_modules() if module is words)
         self.word_table = self.source(f"{self._within}{table}.weight")
         modules: Any = whole.get_submodule(self.layers_path)
@@ -94,6 +94,23 @@ class Trunk:
         source = self._names.find(name)
         if source is None:
             raise UnsupportedModel(str(self.folder), f"its checkpoint has no tensor {name}")
+        return source
+
+    def fitting(self, name: str, parameter: Tensor) -> str:
+        """The checkpoint's name of a parameter that it has as the configuration says.
+
+        Raises:
+            UnsupportedModel: it has no such tensor, or one of another shape, or numbers of another kind.
+        """
+        source, wanted = self.source(name), list(parameter.shape)
+        if (stored := list(self._checkpoint.shape(source))) != wanted:
+            raise UnsupportedModel(
+                str(self.folder), f"its configuration has {wanted} for {name}, and its checkpoint {stored}"
+            )
+        if (dtype := self._checkpoint.dtype(source)).is_floating_point != parameter.is_floating_point():
+            raise UnsupportedModel(
+                str(self.folder), f"its checkpoint has {name} as {str(dtype).removeprefix('torch.')}"
+            )
         return source
 
     def layer_name(self, index: int) -> str:
@@ -154,6 +171,9 @@ class Trunk:
             raise self._unlike("gives its layers rows of embedding tables besides hidden states")
         if hidden.shape != (*mask.shape, self.hidden_size):
             raise self._unlike(f"has hidden states {list(hidden.shape)} for texts of {list(mask.shape)} tokens")
+        if lacking := self._lacking:
+            with self.named_errors(f"cannot be run after its last layer; {lacking[0]} is missing"):
+                self.finish(hidden, mask)
         return hidden, calls
 
     @property
@@ -167,10 +187,15 @@ class Trunk:
         return self._names.parts
 
     @property
+    def _lacking(self) -> list[str]:
+        """The parameters around the layers that the checkpoint does not have."""
+        return [name for name, _ in self._model.named_parameters() if not self._names.find(self._within + name)]
+
+    @property
     def parameters(self) -> list[str]:
         """The checkpoint's names of the embedding tables, and of what is resident around the layers."""
-        names = [self._names.find(self._within + name) for name, _ in self._model.named_parameters()]
-        return [name for name in names if name is not None]
+        names = (self._names.find(self._within + name) for name, _ in self._model.named_parameters())
+        return [name for name in names if name]
 
     @contextmanager
     def named_errors(self, trouble: str) -> Iterator[None]:
@@ -265,18 +290,23 @@ class Trunk:
         return UnsupportedModel(str(self.folder), f"{self.family} {what}, so they cannot be run one by one")
 
     def _replace_table(self, name: str, table: nn.Embedding) -> RowTable:
-        RowTable.take_over(table, self._checkpoint, self.source(f"{self._within}{name}.weight"))
+        RowTable.take_over(table, self._checkpoint, self.fitting(f"{self._within}{name}.weight", table.weight))
         assert isinstance(table, RowTable)
         return table
 
     def _materialise(self) -> None:
         """Load what is neither a layer nor an embedding table. What the checkpoint lacks stays on the meta device."""
+        # Many checkpoints lack a pooler, and nothing here uses what it makes.
+        if any(name.startswith("pooler.") for name in self._lacking):
+            self._model.pooler = None
         for name, module in list(self._model.named_modules()):
             if isinstance(module, _Recorder | RowTable):
                 continue
             for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                source = self._names.find(self._within + (f"{name}.{key}" if name else key))
+                stored = self._within + (f"{name}.{key}" if name else key)
+                source = self._names.find(stored)
                 if source and isinstance(value, nn.Parameter):
+                    self.fitting(stored, value)
                     setattr(module, key, nn.Parameter(self._checkpoint.read(source, self._dtype), requires_grad=False))
                 elif source:
                     setattr(module, key, self._checkpoint.read(source, value.dtype))
@@ -342,7 +372,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 TOKENS_FIRST = ("xlnet",)
-_DIFFERENT = ("inkling_text",)  # found by `python -m benchmarks zoo`; why is not known
+_DIFFERENT = ("inkling_text", "chinese_clip")  # found by `python -m benchmarks zoo`; why is not known
 _BESIDE: dict[tuple[type, str], tuple[Any, ...] | None] = {}  # by class and configuration
 
 

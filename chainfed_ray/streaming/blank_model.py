@@ -9,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModel
 
+from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.streaming import experts
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.unchanged import Answers
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 _blank_models = Answers(most=4)  # one of 30 layers takes 4 MiB
 # As it builds a model, transformers replaces the first with the second.
 _DRAWING = ("torch.nn.init", "transformers.initialization")
+# What families call the number of layers. A layer may run several times, so a few layers need no tensors of their own.
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
+_FEW_LAYERS = 200
 _FILLING = (torch.tensor, torch.arange, torch.ones, torch.zeros, torch.full, torch.linspace)
 
 
@@ -34,8 +38,11 @@ class BlankModel:
 def blank_model(folder: Path, config: Any, dtype: torch.dtype, checkpoint: Checkpoint) -> BlankModel:
     """The model in ``folder``, whose files are those of ``config`` and ``checkpoint``.
 
-    Raises whatever the model's own code raises.
+    Raises:
+        UnsupportedModel: its configuration has more layers than its checkpoint has tensors.
+        Exception: whatever the model's own code raises.
     """
+    _check_depth(config.to_dict(), len(checkpoint.names), folder)
     return _blank_models.while_unchanged(folder, ("blank model", dtype), lambda: _built(config, dtype, checkpoint))
 
 
@@ -47,6 +54,21 @@ def _built(config: Any, dtype: torch.dtype, checkpoint: Checkpoint) -> BlankMode
         whole.eval().requires_grad_(False)
     _empty_parameters(whole)
     return BlankModel(whole, StoredNames(whole, checkpoint.names), config.to_json_string())
+
+
+def _check_depth(config: dict[str, Any], tensors: int, folder: Path) -> None:
+    """Check the depth of the model and of its parts before it is built, which takes as long as it is deep.
+
+    Raises:
+        UnsupportedModel: the checkpoint has less than a tensor for each layer.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_depth(value, tensors, folder)
+        elif key in _DEPTHS and isinstance(value, int) and value > max(tensors, _FEW_LAYERS):
+            raise UnsupportedModel(
+                str(folder), f"its configuration has {value} for {key}, and its checkpoint {tensors} tensors"
+            )
 
 
 def _empty_parameters(model: nn.Module) -> None:

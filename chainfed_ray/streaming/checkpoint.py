@@ -8,9 +8,10 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from chainfed_ray.block_forms import FORMS, from_metadata
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.streaming.dequantize import AT_ONCE, dequantizing_bytes, to_values
 
+_LFS_POINTER = b"version https://git-lfs"
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors' own reader has it
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -184,34 +187,27 @@ class Checkpoint:
 
     def _open(self, path: Path) -> None:
         try:
-            file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UnsupportedModel(str(path), error.strerror or "it cannot be opened") from None
-        self._files.append(file)
-        size = os.fstat(file).st_size
-        length = int.from_bytes(os.pread(file, 8, 0), "little")
-        if size < 8 or length > size - 8:
-            raise UnsupportedModel(str(path), "truncated: its header is longer than the file")
-        try:
-            header = json.loads(os.pread(file, length, 8))
-        except ValueError:
-            raise UnsupportedModel(str(path), "not a safetensors file: its header is not JSON") from None
-        try:
+            if not path.is_file():  # to open a pipe would wait for whoever writes into it
+                raise ValueError("is no file" if path.exists() else "is missing")
+            self._files.append(file := os.open(path, os.O_RDONLY))
+            start, header = _header(file)
             forms = from_metadata(header.pop("__metadata__", {}))
-        except (ValueError, KeyError) as error:
-            raise UnsupportedModel(str(path), str(error)) from None
-        for name, item in header.items():
-            start, end = item["data_offsets"]
-            if item["dtype"] not in _DTYPES:
-                raise UnsupportedModel(str(path), f"{name} has the dtype {item['dtype']}, which is not supported")
-            if 8 + length + end > size:
-                raise UnsupportedModel(str(path), f"truncated: {name} ends beyond the file")
-            place = _Range(file, 8 + length + start, end - start)
-            entry = _Entry((place,), tuple(item["shape"]), _DTYPES[item["dtype"]])
+            tensors = {name: _tensor(name, item) for name, item in header.items()}
+            _check_places(tensors, os.fstat(file).st_size - start)
+        except OSError as error:
+            raise UnsupportedModel(str(path), f"{path.name} cannot be read ({error.strerror})") from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            reason = (
+                f"{path.name} {error}" if type(error) is ValueError else f"{path.name} has a broken header ({error!r})"
+            )
+            raise UnsupportedModel(str(path), reason) from None
+        for name, (dtype, shape, begin, end) in tensors.items():
+            place = _Range(file, start + begin, end - begin)
+            entry = _Entry((place,), shape, dtype)
             if name in forms:
                 block, (*above, bytes_of_row) = FORMS[forms[name]], entry.shape
-                shape = (*above, bytes_of_row // block.bytes * block.values)
-                entry = _Entry((place,), shape, torch.float32, forms[name])
+                blocks = (*above, bytes_of_row // block.bytes * block.values)
+                entry = _Entry((place,), blocks, torch.float32, forms[name])
             self._entries[name] = entry
 
     def _fill(self, tensor: Tensor, entry: _Entry, first: int) -> None:
@@ -244,6 +240,70 @@ class Checkpoint:
             self._bytes_read += done
 
 
+class _Tensor(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int  # its bytes, counted from the end of the header
+    end: int
+
+
+def _header(file: int) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a safetensors file begin, and what its header says of them.
+
+    Raises:
+        ValueError: the file has no such header; with the rest of a sentence about it.
+    """
+    size, begin = os.fstat(file).st_size, os.pread(file, max(len(_LFS_POINTER), 8), 0)
+    if begin.startswith(_LFS_POINTER):
+        raise ValueError("is a pointer of git-lfs (`git lfs pull` fetches the file)")
+    length = int.from_bytes(begin[:8], "little")
+    if size < 8 or length > size - 8:
+        raise ValueError("is truncated: its header is longer than the file")
+    if length > _LONGEST_HEADER:
+        raise ValueError(f"is no safetensors file: its header has {length} bytes, and {_LONGEST_HEADER} are the most")
+    try:
+        header = json.loads(os.pread(file, length, 8))
+    except (ValueError, RecursionError):
+        raise ValueError("is no safetensors file: its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise ValueError("is no safetensors file: its header is not an object")
+    return 8 + length, header
+
+
+def _tensor(name: str, item: Any) -> _Tensor:
+    """What a header says of a tensor.
+
+    Raises:
+        ValueError: it is not a tensor that can be read.
+        Exception: it is not what a header has.
+    """
+    begin, end = item["data_offsets"]
+    shape = tuple(item["shape"])
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError(f"has a shape and offsets of {name} that are not counts")
+    if item["dtype"] not in _DTYPES:
+        raise ValueError(f"has {name} in the dtype {item['dtype']}, which is not supported")
+    return _Tensor(_DTYPES[item["dtype"]], shape, begin, end)
+
+
+def _check_places(tensors: dict[str, _Tensor], size: int) -> None:
+    """Check that the tensors follow one another, as the format has them, and fill the ``size`` bytes after the header.
+
+    Raises:
+        ValueError: they do not, so what would be read are other numbers.
+    """
+    for name, (dtype, shape, begin, end) in tensors.items():
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(
+                f"has {end - begin} bytes for {name}, which does not fit its shape {list(shape)} and dtype"
+            )
+        if end > size:
+            raise ValueError(f"is truncated: {name} ends beyond the file")
+    in_order = sorted((begin, end) for _, _, begin, end in tensors.values())
+    if any(before[1] != after[0] for before, after in pairwise([(0, 0), *in_order, (size, size)])):
+        raise ValueError("has tensors that overlap, or bytes that are of no tensor")
+
+
 def _within(ranges: tuple[_Range, ...], start: int, size: int) -> Iterator[_Range]:
     """The parts of ``ranges`` that hold ``size`` bytes, from the byte ``start`` of all of them on."""
     for file, first, length in ranges:
@@ -259,8 +319,12 @@ def _shards(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if elsewhere := [name for name in names if Path(name).name != name]:
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            elsewhere = [name for name in names if Path(name).name != name or name == ".."]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UnsupportedModel(str(folder), f"{index.name} is not the index of a checkpoint") from None
+        if elsewhere:
             raise UnsupportedModel(str(folder), f"its index names {elsewhere[0]!r}, which is no file of this folder")
         return [folder / name for name in names]
     raise UnsupportedModel(str(folder), "it has neither model.safetensors nor model.safetensors.index.json")

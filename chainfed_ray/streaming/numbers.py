@@ -32,6 +32,8 @@ def check_numbers(checkpoint: Checkpoint, names: Iterable[str], looked_at: int =
             if piece and math.floor(piece * share) == math.floor((piece - 1) * share):
                 continue
             rows = checkpoint.slice(name, first, min(step, count - first), buffer, checkpoint.dtype(name))
+            if rows.dtype == torch.float64:  # whose numbers may be too large for the dtypes of jobs
+                rows = rows.float()
             if not rows.isfinite().all():
                 raise UnsupportedModel(
                     str(checkpoint.folder), f"{name} has weights that are no numbers (NaN or infinite)"

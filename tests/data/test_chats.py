@@ -202,7 +202,7 @@ def test_a_turn_whose_place_is_not_clear_is_refused(template: str) -> None:
         )
 
 
-USER, SAID = {"role": "user", "content": "A"}, {"role": "assistant", "content": "B", "name": "x"}
+USER, SAID = {"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}
 CALLS = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
 CALL = {"role": "assistant", "content": None, "tool_calls": CALLS}
 TOOL = {"role": "tool", "content": "4 degrees"}
@@ -239,6 +239,11 @@ CALLED = Message("assistant", "", tool_calls=json.dumps(CALLS))
         ([], ()),
         ([USER, CALL, TOOL, SAID], (A, CALLED, Message("tool", "4 degrees"), B)),
         ([USER, {**CALL, "content": ""}, SAID], (A, CALLED, B)),
+        (
+            [USER, CALL, {**TOOL, "name": "weather", "tool_call_id": "c1", "refusal": None, "audio": None}, SAID],
+            (A, CALLED, Message("tool", "4 degrees", name="weather", tool_call_id="c1"), B),
+        ),
+        ([{"role": None, "from": "human", "content": None, "value": "A"}, SAID], (A, B)),
         ([USER, {"role": "assistant", "tool_calls": CALLS}, SAID], (A, CALLED, B)),
         ([USER, {**SAID, "weight": 0}, USER, {**SAID, "weight": 1}], (A, B._replace(learnt=False), A, B)),
         ([{"from": "human", "value": "A"}, {"from": "gpt", "value": "B"}], (A, B)),
@@ -267,6 +272,14 @@ def test_what_is_no_chat_is_refused_by_its_row(cell: Any) -> None:
         ({"role": "assistant", "content": None, "tool_calls": []}, "a content that is a text, or a call of a tool"),
         ({"role": "user", "content": 3}, "a content that is a text, or a call of a tool"),
         ({**SAID, "weight": 0.5}, "whose weight is 0 or 1"),
+        (
+            {"role": "assistant", "content": "", "function_call": {"name": "f"}},
+            "without function_call, which is not read",
+        ),
+        ({**SAID, "reasoning_content": "Hm."}, "without reasoning_content, which is not read"),
+        ({**SAID, "value": "C"}, "with one of content and value"),
+        ({**SAID, "tool_calls": "f()"}, "whose tool_calls are a list of objects"),
+        ({**SAID, "tool_call_id": 7}, "whose tool_call_id is a text"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "text parts alone, not of image_url"),
     ],
 )
@@ -279,10 +292,10 @@ def test_a_message_that_is_none_is_refused_by_its_place(message: Any, expected: 
 
 def test_a_message_of_no_weight_and_a_call_of_a_tool_are_read_and_not_learnt() -> None:
     """The template is given the call, and what follows it answers what is there."""
-    written = _EACH + "{{ m.content }}{% if m.tool_calls %}<call>{% endif %}|{% endfor %}"
+    written = _EACH + "{{ m.tool_call_id }}{{ m.content }}{% if m.tool_calls %}<call>{% endif %}|{% endfor %}"
     tokenizer = with_template(written)
-    messages = (A, CALLED, Message("assistant", "bad", learnt=False), B)
+    messages = (A, CALLED, Message("tool", "4", tool_call_id="c1: "), Message("assistant", "bad", learnt=False), B)
     examples = tokenize_texts(tokenizer, [messages], max_length=100)
-    assert tokenizer.decode(examples.ids) == "A|<call>|bad|B|"
+    assert tokenizer.decode(examples.ids) == "A|<call>|c1: 4|bad|B|"
     assert examples.targets is not None
     assert tokenizer.decode(examples.ids[examples.targets]) == "B|"

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from chainfed_ray.data import docstrings
-from chainfed_ray.data.sources import load
+from chainfed_ray.data.sources import load, read_table
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import resolve
 from chainfed_ray.spec.sections import DataSpec
@@ -111,6 +111,15 @@ def test_models_that_cannot_be_used(files: list[str] | None, complaint: str, tmp
             (folder / name).touch()
     with pytest.raises(InvalidJob, match=complaint):
         resolve(f"path:{folder}")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    for name in ("rows.csv", "config.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(InvalidJob, match=r"data\.train .* and no pipe or device"):
+        read_table("data.train", f"path:{tmp_path / 'rows.csv'}", "train")
+    with pytest.raises(InvalidJob, match=r"model\.base .*; config\.json is neither a file nor a folder"):
+        resolve(f"path:{tmp_path}")
 
 
 @pytest.mark.slow

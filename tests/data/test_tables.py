@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def test_every_form_keeps_every_character(name: str, rows: Rows, tmp_path: Path)
         marked = tmp_path / f"marked{Path(name).suffix}"
         marked.write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
         assert read_path(marked).columns == table.columns, "a byte order mark is no part of a text"
+        other = tmp_path / f"other{Path(name).suffix}"
+        other.write_text((tmp_path / name).read_bytes().decode(), encoding="utf-16", newline="")
+        assert read_path(other).columns == table.columns
         packed = tmp_path / f"packed{Path(name).suffix}.gz"
         packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
         assert read_path(packed, {"label"}).columns == {"label": table.columns["label"]}
@@ -68,6 +72,7 @@ def test_a_folder_of_shards_is_read_in_the_order_of_their_names(tmp_path: Path) 
     for name, first in (("b.parquet", 2), ("a.parquet", 0)):
         FORMS["rows.parquet"](tmp_path / name, [{"text": str(first)}, {"text": str(first + 1)}])
     (tmp_path / "README").write_text("no rows")
+    (tmp_path / "._a.parquet").write_bytes(b"of macOS")
     assert read_path(tmp_path).columns == {"text": ["0", "1", "2", "3"]}
     write_lines(tmp_path / "c.jsonl", [{"text": "x"}])
     with pytest.raises(ValueError, match=r"files of one form; it has \.jsonl, \.parquet"):
@@ -99,11 +104,17 @@ def test_shards_have_the_same_columns(tmp_path: Path) -> None:
         ("rows.jsonl", '{\n "text": "a"\n}', "line 1"),
         ("rows.jsonl", '{"text": "a"}\n["b"]', r'an object for each row; row 2 is \["b"\]'),
         ("rows.json", '[{"text": "a"}', "the array"),
-        ("rows.jsonl", '{"text": NaN}', "numbers that JSON has; NaN is none"),
-        ("rows.jsonl", "[" * 100_000, "recursion"),
-        ("rows.csv", b"\xff\xfe\x00\x01", "text in UTF-8"),
+        ("rows.jsonl", '{"text": "a"}\n{"b": NaN}', "line 2: NaN is no number that JSON has"),
+        ("rows.jsonl", "[" * 100_000, "the array: .*recursion"),
+        ("rows.jsonl", '{"text": "a", "c": {"text": "b", "text": "c"}}', "line 1: the key 'text' is given twice"),
+        ("rows.jsonl", '{"text": ["a", {"b": "\\ud800"}]}', "line 1: a text has half a surrogate pair"),
+        ("rows.csv", b"\xff\xffa", "text in UTF-8, or in UTF-16 with a byte order mark"),
+        ("rows.csv", "text,label\na,x\n\ufefftext,label\n", "one header, on the first line; line 3 has it again"),
+        ("rows.csv", b"PK\x03\x04", "a ZIP archive or an Excel workbook"),
+        ("rows.jsonl", gzip.compress(b"{}"), "its name does not end in .gz"),
+        ("rows.json", b"PAR1", "a Parquet file, whose name ends in .parquet"),
         ("rows.csv.gz", b"no gzip at all", "a readable .csv"),
-        ("rows.parquet", b"PAR1", "Parquet"),
+        ("rows.parquet", b"PAR1", "a Parquet file that can be read"),
         ("rows.jsonl", "version https://git-lfs.github.com/spec/v1\noid x", "a pointer of git-lfs"),
         ("rows.txt", "", r"a \.csv, \.tsv, \.jsonl, \.json or \.parquet file"),
     ],
@@ -123,10 +134,17 @@ def column(*cells: Any) -> Table:
 
 def test_a_number_stands_as_in_the_file(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(
-        '{"c": 1}\n{"c": null}\n{"c": 9007199254740993}\n{"c": 1.50}\n{"c": 1e5}\n{"c": "x"}'
+        '{"c": 1}\n{"c": null}\n{"c": 9007199254740993}\n{"c": 1.50}\n{"c": 1e5}\n{"c": "x"}\n{"c": -0}\n{"c": '
+        + "9" * 5000
+        + "}"
     )
     table = read_path(tmp_path / "rows.jsonl")
-    assert texts(table, "data.response", "c", "rows") == ["1", None, "9007199254740993", "1.50", "1e5", "x"]
+    written = ["1", None, "9007199254740993", "1.50", "1e5", "x", "-0", "9" * 5000]
+    assert texts(table, "data.response", "c", "rows") == written
+    short = pa.array([0.1, None], pa.float32())
+    pq.write_table(pa.table({"c": short, "d": [Decimal("1.50"), Decimal("0E-2")]}), tmp_path / "rows.parquet")
+    table = read_path(tmp_path / "rows.parquet")
+    assert [texts(table, "data.text", name, "rows") for name in "cd"] == [["0.1", None], ["1.50", "0.00"]]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +153,7 @@ def test_a_number_stands_as_in_the_file(tmp_path: Path) -> None:
         (["a", "b"], r'a list: \["a", "b"\]'),
         ({"en": "a"}, r'an object: {"en": "a"}'),
         (True, "a truth value: true"),
-        (b"a", "a bytes: .*"),
+        (b"a", "bytes: .*"),
         (["word"] * 100, ".*…"),
     ],
 )
@@ -156,17 +174,35 @@ def test_truth_values_may_be_classes_and_kinds_are_not_mixed() -> None:
             labels(column(*cells), "data.label", "c", "rows")
 
 
-def test_names_that_differ_in_spaces_alone_are_refused() -> None:
-    with pytest.raises(InvalidJob, match="differ by more than spaces in rows; row 3 has 'pos ', rows before it 'pos'"):
-        labels(column("pos", "neg", "pos "), "data.label", "c", "rows")
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        (("pos", "neg", "pos "), "row 3 has 'pos ', rows before it 'pos'"),
+        (("caf\u00e9", "cafe\u0301"), r"row 2 has 'cafe\\u0301', rows before it 'caf\\xe9'"),
+        (("pos", "po\u200bs"), r"row 2 has 'po\\u200bs'"),
+        ((1, 2, 1.0), "numbers written in one way in rows; row 3 has '1.0', rows before it '1'"),
+        (("a", "b\0"), "names without null characters in rows; row 2"),
+    ],
+)
+def test_classes_that_look_alike_are_refused(cells: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(InvalidJob, match=words):
+        labels(column(*cells), "data.label", "c", "rows")
 
 
 def test_a_parquet_file_has_the_names_of_its_classes(tmp_path: Path) -> None:
     """They stand in the metadata that Hugging Face writes; a class without a name stays a number."""
-    features = {"info": {"features": {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}}}
     table = pa.table({"label": [0, 1, -1], "text": ["a", "b", "c"]})
-    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "rows.parquet")
-    assert read_path(tmp_path / "rows.parquet").columns["label"] == ["neg", "pos", -1]
+
+    def written(names: list[str]) -> Path:
+        label = {"names": names, "_type": "ClassLabel"}
+        features = {"info": {"features": {"turns": [{"_type": "Value"}], "label": label}}}
+        path = tmp_path / "rows.parquet"
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
+        return path
+
+    assert read_path(written(["neg", "pos"])).columns["label"] == ["neg", "pos", -1]
+    with pytest.raises(ValueError, match="names of classes that differ; its metadata call two of label 'pos'"):
+        read_path(written(["pos", "pos"]))
 
 
 @given(seed=st.integers(0, 10_000))

@@ -1,6 +1,8 @@
 """Promise: a model streamed layer by layer is the whole Hugging Face model, exactly."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.blocks import Blocks
-from tests.models import ENCODERS, FAMILIES, MIXTURES, tiny, whole_outputs
+from tests.models import ENCODERS, FAMILIES, MIXTURES, tiny, tiny_causal_model, whole_outputs
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -101,3 +103,54 @@ def test_what_is_stored_in_another_dtype_is_counted_as_it_is(tmp_path: Path) -> 
     assert mixed.conversion_bytes == tensors[name].numel() * 2
     assert (mixed.layer_bytes, mixed.unstreamed_bytes, mixed.longest_row_bytes) == before
     mixed.close()
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet"])
+def test_a_model_without_its_pooler_is_finished_all_the_same(family: str, tmp_path: Path) -> None:
+    """Checkpoints of masked language models have none. Nothing is computed with it."""
+    ids, mask = a_batch()
+    hidden = torch.randn(*ids.shape, 32)
+    whole = Blocks(tiny(family, tmp_path / "whole"), torch.float32).finish(hidden, mask)
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    folder = tiny(family, tmp_path / "without")
+    save_file({name: it for name, it in tensors.items() if "pooler" not in name}, folder / "model.safetensors")
+    blocks = Blocks(folder, torch.float32)
+    blocks.check()
+    assert torch.equal(blocks.finish(hidden, mask), whole)
+
+
+NORM, UP, HEAD = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "reason"),
+    [
+        (
+            {},
+            {"num_hidden_layers": 20_000},
+            "its configuration has 20000 for num_hidden_layers, and its checkpoint 21 tensors",
+        ),
+        ({}, {"vocab_size": 10**12}, r"\[1000000000000, 32\] for embed_tokens.weight, and its checkpoint \[128, 32\]"),
+        ({}, {"rms_norm_eps": float("nan")}, "its config.json is no JSON .it has NaN"),
+        (
+            {},
+            {"num_hidden_layers": "two"},
+            "its config.json cannot be used .*'num_hidden_layers' expected int, got str",
+        ),
+        ({NORM: None}, {}, "cannot be run after its last layer; norm.weight is missing"),
+        ({NORM: torch.ones(16)}, {}, r"its configuration has \[32\] for norm.weight, and its checkpoint \[16\]"),
+        ({UP: torch.zeros(64, 32, dtype=torch.int8)}, {}, "its checkpoint has layers.1.mlp.up_proj.weight as int8"),
+        ({UP: torch.full((64, 32), 1e300, dtype=torch.float64)}, {}, f"{UP} has weights that are no numbers"),
+        ({HEAD: torch.full((128, 32), torch.inf)}, {}, f"{HEAD} has weights that are no numbers"),
+    ],
+)
+def test_a_folder_that_contradicts_itself_is_refused_by_what_it_is(
+    change: dict[str, Tensor | None], config: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    tiny_causal_model("llama", tied=False).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | change
+    save_file({name: it for name, it in tensors.items() if it is not None}, tmp_path / "model.safetensors")
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(said | config))
+    with pytest.raises(UnsupportedModel, match=reason):
+        Blocks(tmp_path, torch.float32).check()

@@ -1,6 +1,8 @@
 """Promise: a tensor that a checkpoint keeps in parts is read as one, whole, by rows and by its matrices."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,3 +61,55 @@ def test_parts_that_do_not_fill_the_tensor_are_refused(parts: list[str], checkpo
     """One that is missing, and one of another dtype."""
     with pytest.raises(UnsupportedModel, match="do not fill it"):
         checkpoint.join("less", parts, (1, 6, 5))
+
+
+NAME = "part-3"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"data_offsets": [-8, 32]}, "a shape and offsets of part-3 that are not counts"),
+        ({"data_offsets": [40, 0]}, r"has -40 bytes for part-3, which does not fit its shape \[2, 5\]"),
+        ({"data_offsets": [0, 40]}, "tensors that overlap, or bytes that are of no tensor"),
+        ({"data_offsets": [0, 36]}, "has 36 bytes for part-3"),
+        ({"data_offsets": [10**6, 10**6 + 40]}, "truncated: part-3 ends beyond the file"),
+        ({"data_offsets": None}, "has a broken header"),
+        ({"shape": [True, 10]}, "not counts"),
+        ({"dtype": "F8_E4M3"}, "has part-3 in the dtype F8_E4M3, which is not supported"),
+        ({"dtype": ["F32"]}, "has a broken header"),
+    ],
+)
+def test_a_header_that_lies_is_refused(change: dict[str, Any], reason: str, checkpoint: Checkpoint) -> None:
+    """What it says would be read from other bytes of the file."""
+    path = checkpoint.folder / "model.safetensors"
+    stored = path.read_bytes()
+    length = int.from_bytes(stored[:8], "little")
+    header = json.loads(stored[8 : 8 + length])
+    header[NAME] |= change
+    new = json.dumps(header).encode()
+    path.write_bytes(len(new).to_bytes(8, "little") + new + stored[8 + length :])
+    with pytest.raises(UnsupportedModel, match=f"model.safetensors .*{reason}"):
+        Checkpoint(checkpoint.folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid x", "a pointer of git-lfs"),
+        ("model.safetensors", (2 * 10**8).to_bytes(8, "little") + b"{}", "its header has 200000000 bytes"),
+        ("model.safetensors", (4).to_bytes(8, "little") + b"[{}]", "its header is not an object"),
+        ("model.safetensors", b"", "its header is longer than the file"),
+        ("model.safetensors.index.json", b"[]", "is not the index of a checkpoint"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 3}}', "is not the index of a checkpoint"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": ".."}}', "which is no file of this folder"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "b.safetensors is missing"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.write(content)
+        if b"{}" in content:
+            file.truncate(3 * 10**8)  # a hole, which takes no room
+    with pytest.raises(UnsupportedModel, match=reason):
+        Checkpoint(tmp_path)

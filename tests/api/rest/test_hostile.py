@@ -1,5 +1,6 @@
 """Promises about requests that ask for what cannot be: each is refused in words, none is a mistake of ours."""
 
+import json
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
@@ -54,3 +55,26 @@ def test_it_is_refused_in_words(client: TestClient, request_: HostileRequest) ->
     assert len(answer.content) < _MOST_ANSWERED
     if method != "HEAD":
         assert answer.json()["status"] == answer.status_code
+
+
+@pytest.mark.parametrize(
+    "name", ["\ud800:x", "x" * 100_000, f"x:{'x' * 100_000}"], ids=["half-a-pair", "long", "long-job"]
+)
+@pytest.mark.parametrize(
+    ("method", "path", "asked"),
+    [
+        ("POST", "/v1/classify", {"texts": ["a"]}),
+        ("POST", "/v1/embeddings", {"input": "a"}),
+        ("POST", "/v1/completions", {"prompt": "a"}),
+        ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("PUT", "/v1/aliases/a", None),
+    ],
+)
+def test_no_database_is_asked_for_what_is_no_name(
+    client: TestClient, method: str, path: str, asked: dict[str, object] | None, name: str
+) -> None:
+    body = {"targets": {name: 1.0}} if asked is None else {**asked, "model": name}
+    headers = {"Content-Type": "application/json"}
+    assert client.request(method, path, headers=headers, content=json.dumps(body)).status_code == 422
+    if name.isascii():
+        assert client.get(f"/v1/models/{name[:60_000]}").status_code == 404
