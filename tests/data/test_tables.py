@@ -111,7 +111,7 @@ def test_shards_have_the_same_columns(tmp_path: Path) -> None:
         ("rows.csv", b"\xff\xffa", "text in UTF-8, or in UTF-16 with a byte order mark"),
         ("rows.csv", "text,label\na,x\n\ufefftext,label\n", "one header, on the first line; line 3 has it again"),
         ("rows.csv", b"PK\x03\x04", "a ZIP archive or an Excel workbook"),
-        ("rows.jsonl", gzip.compress(b"{}"), "its name does not end in .gz"),
+        ("rows.jsonl", gzip.compress(b"{}", mtime=0), "its name does not end in .gz"),
         ("rows.json", b"PAR1", "a Parquet file, whose name ends in .parquet"),
         ("rows.csv.gz", b"no gzip at all", "a readable .csv"),
         ("rows.parquet", b"PAR1", "a Parquet file that can be read"),
