@@ -94,10 +94,19 @@ def tokenizer(base: str, folder: Path) -> PreTrainedTokenizerBase:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        loaded(_TRIED)
+        _try(loaded)
     except Exception as error:  # a folder may hold anything, and so may what its reader raises
         raise InvalidJob.at("model.base", base, f"a folder with a tokenizer ({first_line(error)})") from None
     return loaded
+
+
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make tokens of a text. A vocabulary may have none for what it does not know; then it knows what it consists of."""
+    try:
+        tokenizer(_TRIED)
+    except Exception:
+        special = set(tokenizer.all_special_tokens)
+        tokenizer(next(token for token in tokenizer.get_vocab() if token not in special))
 
 
 def configuration(folder: Path) -> Any:

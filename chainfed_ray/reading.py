@@ -7,7 +7,7 @@ meanwhile (``reading_by``). What is opened is looked at then, and not when the j
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -154,3 +154,13 @@ def _ordinary(path: Path) -> Path:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise NotAllowed
     return path
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """The first of ``names`` that comes a second time; None if they all differ."""
+    seen = set[str]()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None

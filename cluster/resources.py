@@ -29,8 +29,8 @@ OFFLOAD_IDLE_BYTES = 550 * 2**20
 # What the check of a job holds above its idle process, for most jobs.
 PREFLIGHT_BYTES = 512 * 2**20
 
-# What the processes of a machine are forked with. None of our actors' files is among it: Ray draws a random number for each
-# class of actors, and processes that are forked after its first one draw the same numbers for what has to differ.
+# What the processes of a machine are forked with. None of our actors' files is among it: Ray draws a random id for each class
+# of actors. Processes that are forked after its first one draw the same ids for their tasks, and Ray takes one for another.
 _LOADED = "ray,chainfed_ray.client.turn"
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 

@@ -140,11 +140,14 @@ class ProgressDisplay:
         self._rounds.append(record)
         for site in record.late:
             joined = sum(group.clients for group in site.admitted)
+            takes = "takes" if joined == 1 else "take"
             self.say(
-                f"Site {site.site} came: {_counted(joined, 'client')} of {site.client_class} take part from now on."
+                f"Site {site.site} came: {_counted(joined, 'client')} of {site.client_class} {takes} part from now on."
+                if joined
+                else f"Site {site.site} came, and takes no part."
             )
             for group in site.excluded:
-                self.say(f"  {site.client_class} ({group.clients} out): {group.reason}")
+                self.say(f"  {site.client_class} ({_counted(group.clients, 'client')} left out): {group.reason}")
         if fit := record.head_fit:
             self.say(f"The head is fitted to {fit.examples} examples of {fit.clients} clients.")
             self._say_why(fit.failed_turns)

@@ -9,6 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.reading import first_repeated
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job, parse_yaml
 
@@ -99,9 +100,7 @@ def _text(body: bytes) -> str:
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
-    if len(document) < len(pairs):
-        seen = set[str]()
-        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+    if (repeated := first_repeated(name for name, _ in pairs)) is not None:
         raise InvalidJob.at(repeated, document[repeated], "a key that is given once")
     return document
 

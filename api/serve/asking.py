@@ -2,9 +2,10 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import Context
+from time import monotonic
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -19,10 +20,24 @@ _MOST_WAITING = 256  # questions of a process of the API that wait for their cal
 _FEW_TEXTS = 16  # a question with more has a call of its own, so that no other waits for it here
 _TEXTS = 128  # of the questions of one call
 _PATIENCE = 0.05  # seconds for which questions wait for a call; one that takes longer may be loading a model
-_LOOK_SECONDS = 1.0  # until it is checked again that who waits does not wait in vain
-Check = Callable[[], Awaitable[None]]
+_LOOK_SECONDS = 1.0  # between checks whether a process will ever answer those who wait
+Check = Callable[[], Coroutine[Any, Any, None]]
 """Raises an error if no process can answer, and none will."""
 _Waiting = tuple[Question, "asyncio.Future[Any]"]
+
+
+def shared(check: Check) -> Check:
+    """``check`` for all who wait: one at a time, and at most one a second."""
+    looking: asyncio.Future[None] | None = None
+    begun = 0.0
+
+    async def looked() -> None:
+        nonlocal looking, begun
+        if looking is None or (looking.done() and monotonic() - begun >= _LOOK_SECONDS):
+            looking, begun = asyncio.ensure_future(check()), monotonic()
+        await asyncio.shield(looking)  # who leaves does not end it for others
+
+    return looked
 
 
 async def answered(ask: Callable[[], Any], check: Check | None = None) -> Any:

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from chainfed_ray.api.rest.service import Service, listed_in
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.app import create_app
-from chainfed_ray.api.serve.asking import Together, written
+from chainfed_ray.api.serve.asking import Together, shared, written
 from chainfed_ray.api.serve.inference import Inference
 from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.first_answers import FirstAnswers
@@ -56,7 +56,7 @@ class Api:
         self._writing: Any = inference.options(stream=True)
         is_one = settings.serving_replicas == 1  # of several, each question goes to the one that has its stack
         # Where a process is there all the time, Serve makes it anew, and has its own time for that.
-        self._check = None if settings.least_serving_replicas else check_start
+        self._check = None if settings.least_serving_replicas else shared(check_start)
         self._classifying = Together(lambda questions: inference.classify.remote(questions), is_one, self._check)
         self._embedding = Together(lambda questions: inference.embed.remote(questions), is_one, self._check)
         self._store = JobStore(settings.storage.database, existing=True)
@@ -135,12 +135,15 @@ async def check_start() -> None:
     """Check that processes with models can start, where none need be there.
 
     Raises:
-        PartUnavailable: the last one did not, try after try. Ray Serve then tries no more.
+        PartUnavailable: none runs, and the last one did not start, try after try. If none ever did, Ray Serve tries no more.
     """
     application = serve.get_replica_context().app_name
     found = (await run_in_threadpool(serve.status)).applications[application].deployments["Inference"]
-    if found.status_trigger.name == "REPLICA_STARTUP_FAILED":
-        reason = "cannot start; its log says why, and it is tried again when the service is started again"
+    running = sum(count for state, count in found.replica_states.items() if state.name == "RUNNING")
+    if found.status_trigger.name == "REPLICA_STARTUP_FAILED" and not running:
+        reason = (
+            "cannot start; its log says why. If it never has, it is tried again only when the service is started again"
+        )
         raise PartUnavailable("the process of the models", reason, _RETRY_SECONDS)
 
 

@@ -46,7 +46,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class Absence:
-    """Why a site does not take part: it refuses the job, or it did not come. If it ``may_come``, it takes part from then on."""
+    """Why a site does not take part: it refuses the job, or did not come. If it ``may_come``, it takes part once it answers."""
 
     reason: str
     may_come: bool = False

@@ -61,15 +61,19 @@ def _check_alike(named: Sequence[str | None], numbers: bool, key: str, column: s
         seen.add(name)
         if "\0" in name:
             raise InvalidJob.at(key, column, f"names without null characters in {source}; row {row} has {name!r}")
-        if (like := known.setdefault(Decimal(name) if numbers else _as_seen(name), name)) != name:
+        try:
+            same: Hashable = Decimal(name) if numbers else _as_seen(name)
+        except ArithmeticError:
+            expected = "numbers of at most 18 digits in their exponent"
+            raise InvalidJob.at(key, column, f"{expected} in {source}; row {row} has {name!a}") from None
+        if (like := known.setdefault(same, name)) != name:
             expected = "numbers written in one way" if numbers else "names that differ by more than what cannot be seen"
             raise InvalidJob.at(key, column, f"{expected} in {source}; row {row} has {name!a}, rows before it {like!a}")
 
 
 def _as_seen(name: str) -> str:
-    """What people see of a name: without space around it and characters that are not shown, accents in one form."""
-    shown = "".join(character for character in name if unicodedata.category(character) != "Cf")
-    return unicodedata.normalize("NFC", shown).strip()
+    """What people see of a name: without space around it and characters that show nothing, accents in one form."""
+    return unicodedata.normalize("NFC", name.translate(_UNSEEN)).strip()
 
 
 def _text(cell: Any, key: str, column: str, source: str, row: int) -> str | None:
@@ -93,6 +97,10 @@ def _kind(cell: Any) -> str:
     return f"a {type(cell).__name__}"
 
 
+# Spaces without width, soft hyphens and marks of direction. Joiners are seen: they make other letters and other pictures.
+_UNSEEN = dict.fromkeys(
+    [0xAD, 0x61C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF]
+)
 _KINDS = (
     (str, "a text"),
     (bool, "a truth value"),

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ from typing import IO, Any, TextIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from chainfed_ray.reading import data_file, data_path, uploaded
+from chainfed_ray.reading import data_file, data_path, first_repeated, uploaded
 
 FORMS = ".csv, .tsv, .jsonl, .json or .parquet file (text files may be .gz), or a folder of such files of one form"
+_PARQUET = b"PAR1"  # a Parquet file ends so as well
 # How files begin that are not what their names say.
 _OTHERS = {
     b"version https://git-lfs": "the file itself; this is a pointer of git-lfs (`git lfs pull` fetches it)",
     b"PK\x03\x04": "rows; this is a ZIP archive or an Excel workbook, which can be saved as .csv",
-    b"PAR1": "rows as text; this is a Parquet file, whose name ends in .parquet",
+    _PARQUET: "rows as text; this is a Parquet file, whose name ends in .parquet",
     b"\x1f\x8b": "rows as text; this file is packed, and its name does not end in .gz",
 }
 _MOST_DIGITS = 4000  # of a whole number that Python reads as one
@@ -73,9 +75,9 @@ def read_path(path: Path, wanted: Collection[str] | None = None) -> Table:
         raise ValueError("a file or folder, and no pipe or device")
     if not path.is_dir():
         return _read(path, wanted)
-    # Names that begin so are of what else writes into folders: macOS, Spark.
+    # Names that begin with a dot are of what else writes into folders, such as macOS.
     files = sorted(
-        file for file in path.iterdir() if file.name[0] not in "._" and file.is_file() and _form(file) is not None
+        file for file in path.iterdir() if file.name[0] != "." and file.is_file() and _form(file) is not None
     )
     forms = {_form(file) for file in files}
     if len(forms) != 1:
@@ -120,8 +122,8 @@ def from_arrow(table: pa.Table, wanted: Collection[str] | None = None) -> Table:
             cells = _cells(table.column(name))
             if name in classes:
                 names = classes[name]
-                if twice := [one for place, one in enumerate(names) if one in names[:place]]:
-                    raise ValueError(f"names of classes that differ; its metadata call two of {name} {twice[0]!r}")
+                if (twice := first_repeated(names)) is not None:
+                    raise ValueError(f"names of classes that differ; its metadata call two of {name} {twice!r}")
                 cells = [names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else cell for cell in cells]
             columns[name] = cells
     return Table(tuple(table.column_names), columns)
@@ -130,9 +132,15 @@ def from_arrow(table: pa.Table, wanted: Collection[str] | None = None) -> Table:
 def _cells(column: pa.ChunkedArray) -> list[Any]:
     """The values of a column. Numbers of fewer bits than Python's keep the few digits that they have."""
     if pa.types.is_float16(column.type) or pa.types.is_float32(column.type):
-        return [None if cell is None else Number(cell) for cell in column.cast(pa.string()).to_pylist()]
+        written = column.cast(pa.string()).to_pylist()
+        return [None if cell is None else Number(_with_point(cell)) for cell in written]
     cells: list[Any] = column.to_pylist()
     return cells
+
+
+def _with_point(written: str) -> str:
+    """A number as Python writes it, which shows of a whole one that it need not be."""
+    return f"{written}.0" if written.lstrip("-").isdecimal() else written
 
 
 def _read(path: Path, wanted: Collection[str] | None) -> Table:
@@ -146,9 +154,11 @@ def _read(path: Path, wanted: Collection[str] | None) -> Table:
 def _read_as(form: str, path: Path, packed: bool, wanted: Collection[str] | None) -> Table:
     with path.open("rb") as file:
         begin = file.read(max(map(len, _OTHERS)))
-    own = b"\x1f\x8b" if packed else b"PAR1" if form == ".parquet" else None
+        file.seek(-min(len(_PARQUET), path.stat().st_size), os.SEEK_END)
+        end = file.read()
+    own = b"\x1f\x8b" if packed else _PARQUET if form == ".parquet" else None
     for mark, expected in _OTHERS.items():
-        if begin.startswith(mark) and mark != own:
+        if begin.startswith(mark) and mark != own and (mark != _PARQUET or end == _PARQUET):
             raise ValueError(expected)
     if form == ".parquet":
         return _parquet(path, wanted)
@@ -176,11 +186,13 @@ def _parquet(path: Path, wanted: Collection[str] | None) -> Table:
     try:
         with pq.ParquetFile(path) as file:
             names = tuple(file.schema_arrow.names)
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"a file that names each column once; {twice[0]!r} is there twice")
+            if (twice := first_repeated(names)) is not None:
+                raise ValueError(f"a file that names each column once; {twice!r} is there twice")
             kept = [name for name in names if wanted is None or name in wanted]
             table = file.read(columns=kept)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's trouble, not the file's
+            raise
         raise ValueError(f"a Parquet file that can be read ({error})") from None
     return Table(names, from_arrow(table).columns)
 
@@ -282,11 +294,9 @@ def _no_number(name: str) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in found if names.count(name) > 1)!r} is given twice")
-    return found
+    if (twice := first_repeated(name for name, _ in pairs)) is not None:
+        raise ValueError(f"the key {twice!r} is given twice")
+    return dict(pairs)
 
 
 def _rows(rows: Iterable[tuple[int, Any]], wanted: Collection[str] | None) -> Table:

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 
@@ -42,13 +42,17 @@ class Program:
 class _Child:
     pid: int
     handle: int  # readable when the process has ended
-    asker: socket.socket  # readable when who asked has ended
+    asker: socket.socket | None  # readable when who asked has ended; None afterwards
+
+    def descriptors(self) -> tuple[int, ...]:
+        return (self.handle, self.asker.fileno()) if self.asker else (self.handle,)
 
 
 def main() -> None:
     """Serve on the socket that the command line gives, until nobody needs it; in each fork, run the program."""
     descriptor, owner, modules = sys.argv[1:]
     listener = socket.socket(fileno=int(descriptor))
+    listener.listen()  # who connects from now on sees this process at the other end
     load_models()
     for module in modules.split(","):
         importlib.import_module(module)
@@ -74,15 +78,16 @@ def serve(listener: socket.socket, owner: int, idle_seconds: float = _IDLE_SECON
     last = monotonic()
     while True:
         watched = select.poll()
-        for descriptor in (owned, listener.fileno(), *(d for c in children for d in (c.handle, c.asker.fileno()))):
+        for descriptor in (owned, listener.fileno(), *(each for child in children for each in child.descriptors())):
             watched.register(descriptor, select.POLLIN)
         ready = {descriptor for descriptor, _ in watched.poll(1000 * idle_seconds)}
+        left = [child for child in children if child.handle not in ready]
+        for child in children:
+            if child not in left:
+                _tell_end(child)
+        children = [_without_asker(child) if ready & set(child.descriptors()) else child for child in left]
         if owned in ready:
             return None
-        for child in children:
-            if child.asker.fileno() in ready:
-                os.kill(child.pid, signal.SIGKILL)
-        children = [child for child in children if child.handle not in ready or _ended(child)]
         if listener.fileno() in ready:
             asked = _asked(listener)
             if asked is not None:
@@ -111,27 +116,30 @@ def run(program: Program) -> None:
     os.environ.clear()
     os.environ.update(program.environment)
     os.chdir(program.folder)
+    # The server counts on one thread. Who asks for more has set the variable that torch would have read.
+    if (threads := program.environment.get("OMP_NUM_THREADS", "")).isdecimal() and "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(threads))
     sys.argv[:] = program.arguments
     sys.path.insert(0, str(Path(program.arguments[0]).parent))
     runpy.run_path(program.arguments[0], run_name="__main__")
 
 
 def _asked(listener: socket.socket) -> tuple[Program, socket.socket] | None:
-    """A request, and the connection of who asks; None if it is another user's, or broke off."""
+    """A request, and the connection of who asks; None if it is somebody else's, broke off, or is none."""
     asker, _ = listener.accept()
     asker.settimeout(_ASK_SECONDS)
     streams: list[int] = []
     try:
         if not is_own(asker):
-            raise PermissionError("another user asks")
+            raise PermissionError("somebody else asks")
         head, streams, _, _ = socket.recv_fds(asker, LENGTH.size, 3)
         head += received(asker, LENGTH.size - len(head))
         document = json.loads(received(asker, *LENGTH.unpack(head)))
-    except OSError:
+        return Program(document["arguments"], document["environment"], document["folder"], streams), asker
+    except (OSError, ValueError, LookupError, TypeError):
         asker.close()
         _close(streams)
         return None
-    return Program(document["arguments"], document["environment"], document["folder"], streams), asker
 
 
 def _forked() -> int | None:
@@ -147,19 +155,27 @@ def _begun(pid: int, program: Program, asker: socket.socket) -> _Child:
     return _Child(pid, os.pidfd_open(pid), asker)
 
 
-def _ended(child: _Child) -> bool:
-    """Tell who asked how a process has ended. Always False: it is no child any more."""
+def _tell_end(child: _Child) -> None:
+    """Tell who asked how a process has ended."""
     _, status = os.waitpid(child.pid, 0)
-    with suppress(OSError):  # nobody waits
-        child.asker.sendall(EXIT_CODE.pack(os.waitstatus_to_exitcode(status)))
-    child.asker.close()
     os.close(child.handle)
-    return False
+    if child.asker:
+        with suppress(OSError):  # nobody waits
+            child.asker.sendall(EXIT_CODE.pack(os.waitstatus_to_exitcode(status)))
+        child.asker.close()
+
+
+def _without_asker(child: _Child) -> _Child:
+    """End a process, since who asked for it has ended."""
+    os.kill(child.pid, signal.SIGKILL)
+    if child.asker:
+        child.asker.close()
+    return replace(child, asker=None)
 
 
 def _leave(listener: socket.socket, owned: int, asker: socket.socket, children: list[_Child]) -> None:
     """In a new process: close what is the server's. Who asked would not see the server's end otherwise."""
-    for connection in (listener, asker, *(child.asker for child in children)):
+    for connection in (listener, asker, *(child.asker for child in children if child.asker)):
         connection.close()
     _close([owned, *(child.handle for child in children)])
 

@@ -2,8 +2,9 @@
 
 It stands in for Python: ``python -I -S start_forked.py MODULES PROGRAM ARGUMENT…`` does what ``python PROGRAM ARGUMENT…`` does,
 in a process that has imported ``MODULES``, named with commas. The first call starts the server, and later calls find it.
-This process lives as long as the program and ends with its exit code; the program is ended if this process is. Where no server
-can be had, it becomes the program itself, which then loads its libraries as usual.
+This process lives as long as the program and ends with its exit code; the program is ended if this process is. If the server
+is ended, its programs go on. Where no server can be had, this process becomes the program, which then loads its libraries as
+usual.
 
 It is run once for each process, so it imports little, and nothing of ours.
 """
@@ -13,18 +14,22 @@ import os
 import socket
 import struct
 import sys
+from zlib import crc32
 
 _START_SECONDS = 120.0  # how long a server may take to load the libraries
 _TRIES = 2  # a server that is about to end may take no more requests
 STARTED = b"s"
 LENGTH, EXIT_CODE = struct.Struct("!I"), struct.Struct("!i")
 _CREDENTIALS = struct.Struct("3i")  # ucred of unix(7): process, user, group
+_NAMESPACES = ("pid", "mnt")
+# Variables that libraries read as they are loaded. Who has others needs another server.
+_READ_ONCE = ("HF_", "MALLOC_", "MKL_", "ONEDNN_", "OPENBLAS_", "PYTHON", "PYTORCH", "TORCH", "TRANSFORMERS_")
 
 
 def main() -> None:
     """Run the program that the command line names, and end with its exit code."""
     modules, *arguments = sys.argv[1:]
-    if sys.platform == "linux" and "RAY_RAYLET_PID" in os.environ:
+    if hasattr(os, "pidfd_open") and "RAY_RAYLET_PID" in os.environ:
         for _ in range(_TRIES):
             server = None
             try:
@@ -42,8 +47,13 @@ def main() -> None:
 
 
 def address(modules: str, owner: int) -> str:
-    """The address of the server for ``modules`` and the process ``owner``: in Linux's abstract space, so no file is left."""
-    return f"\0chainfed-fork-server/{os.getuid()}/{owner}/{modules}"
+    """The address of the server for ``modules`` and the process ``owner``: in Linux's abstract space, so no file is left.
+
+    That space belongs to the network, which containers may share. So the address has this container's namespaces as well.
+    """
+    read = sorted(item for item in os.environ.items() if item[0].startswith(_READ_ONCE))
+    loaded = f"{modules} {sys.executable} {os.stat(__file__).st_mtime_ns} {read}"
+    return f"\0chainfed-fork-server/{_namespaces('self')}/{owner}/{crc32(loaded.encode(errors='surrogateescape')):08x}"
 
 
 def ask(connection: socket.socket, arguments: list[str]) -> None:
@@ -63,9 +73,13 @@ def ask(connection: socket.socket, arguments: list[str]) -> None:
 
 
 def is_own(connection: socket.socket) -> bool:
-    """Whether the process at the other end belongs to this user: anyone may use a name of the abstract space."""
+    """Whether the process at the other end is this user's, in this container: anyone may use a name of the abstract space."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return bool(_CREDENTIALS.unpack(credentials)[1] == os.getuid())
+    process, user, _ = _CREDENTIALS.unpack(credentials)
+    try:
+        return user == os.getuid() and _namespaces(process) == _namespaces("self")
+    except OSError:  # it has ended, or is not to be seen from here
+        return False
 
 
 def received(connection: socket.socket, length: int) -> bytes:
@@ -83,6 +97,10 @@ def received(connection: socket.socket, length: int) -> bytes:
     return data
 
 
+def _namespaces(process: int | str) -> str:
+    return "/".join(str(os.stat(f"/proc/{process}/ns/{kind}").st_ino) for kind in _NAMESPACES)
+
+
 def _connected(modules: str) -> tuple[socket.socket, int | None]:
     """A connection to the server, and its process if it was started for this one."""
     owner, server = int(os.environ["RAY_RAYLET_PID"]), None
@@ -93,7 +111,7 @@ def _connected(modules: str) -> tuple[socket.socket, int | None]:
         server = _start_server(modules, owner)
         connection.connect(address(modules, owner))
     if not is_own(connection):
-        raise PermissionError("the server is another user's")
+        raise PermissionError("the server is another user's, or another container's")
     return connection, server
 
 
@@ -104,7 +122,7 @@ def _start_server(modules: str, owner: int) -> int | None:
             listener.bind(address(modules, owner))
         except OSError:
             return None
-        listener.listen(1024)
+        listener.listen()
         server = os.fork()
         if server == 0:
             os.setsid()

@@ -38,6 +38,7 @@ class WorkingTime:
         with self._lock:
             self._seconds[job] = self._of(job) + seconds
             if is_over or monotonic() - self._kept_at.get(job, -math.inf) >= _KEPT_SECONDS:
+                self._kept_at[job] = monotonic()
                 try:
                     self._keep(job)
                 except OSError as error:  # this process counts on, and tries again
@@ -62,4 +63,3 @@ class WorkingTime:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._folder / job)
-        self._kept_at[job] = monotonic()

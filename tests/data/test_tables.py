@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from chainfed_ray.data.cells import labels, texts
 from chainfed_ray.data.sources import load, read_table
-from chainfed_ray.data.tables import Table, read_path
+from chainfed_ray.data.tables import Number, Table, read_path
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.sections import DataSpec
 
@@ -141,10 +141,10 @@ def test_a_number_stands_as_in_the_file(tmp_path: Path) -> None:
     table = read_path(tmp_path / "rows.jsonl")
     written = ["1", None, "9007199254740993", "1.50", "1e5", "x", "-0", "9" * 5000]
     assert texts(table, "data.response", "c", "rows") == written
-    short = pa.array([0.1, None], pa.float32())
+    short = pa.array([0.1, 1.0], pa.float32())
     pq.write_table(pa.table({"c": short, "d": [Decimal("1.50"), Decimal("0E-2")]}), tmp_path / "rows.parquet")
     table = read_path(tmp_path / "rows.parquet")
-    assert [texts(table, "data.text", name, "rows") for name in "cd"] == [["0.1", None], ["1.50", "0.00"]]
+    assert [texts(table, "data.text", name, "rows") for name in "cd"] == [["0.1", "1.0"], ["1.50", "0.00"]]
 
 
 @pytest.mark.parametrize(
@@ -182,11 +182,20 @@ def test_truth_values_may_be_classes_and_kinds_are_not_mixed() -> None:
         (("pos", "po\u200bs"), r"row 2 has 'po\\u200bs'"),
         ((1, 2, 1.0), "numbers written in one way in rows; row 3 has '1.0', rows before it '1'"),
         (("a", "b\0"), "names without null characters in rows; row 2"),
+        ((1, Number("1e9999999999999999999")), "numbers of at most 18 digits in their exponent in rows; row 2"),
     ],
 )
 def test_classes_that_look_alike_are_refused(cells: tuple[Any, ...], words: str) -> None:
     with pytest.raises(InvalidJob, match=words):
         labels(column(*cells), "data.label", "c", "rows")
+
+
+def test_classes_that_people_tell_apart_are_classes() -> None:
+    """Joiners and tags make other pictures, and other words."""
+    family, people = "\U0001f468\u200d\U0001f469", "\U0001f468\U0001f469"
+    england, scotland = "\U0001f3f4\U000e0067\U000e007f", "\U0001f3f4\U000e0073\U000e007f"
+    cells = [family, people, england, scotland, "می‌خواهم", "میخواهم"]
+    assert labels(column(*cells), "data.label", "c", "rows") == cells
 
 
 def test_a_parquet_file_has_the_names_of_its_classes(tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ def test_a_program_has_the_arguments_streams_variables_and_folder_of_who_asks_an
         "sys.exit(7)",
     )
     server = a_server("a", owner.pid, "json")
+    with socket.socket(socket.AF_UNIX) as unclear:
+        unclear.connect(start_forked.address("a", owner.pid))
+        unclear.sendall(start_forked.LENGTH.pack(2) + b"{}")
+        assert unclear.recv(1) == b"", "a request that is none is let go"
     for _ in range(2):
         asked = started("a", owner.pid, program, "one", "two words", folder=tmp_path)
         out, _ = asked.communicate("typed\n", timeout=60)
@@ -126,6 +130,14 @@ def test_processes_draw_numbers_of_their_own(tmp_path: Path, owner: subprocess.P
 def test_a_server_without_processes_ends(owner: subprocess.Popen[bytes]) -> None:
     server = a_server("d", owner.pid, seconds=0.2)
     assert server.wait(60) == 0
+
+
+def test_variables_that_libraries_read_once_make_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = start_forked.address("e", 1)
+    monkeypatch.setenv("WORD", "of its own")
+    assert start_forked.address("e", 1) == address
+    monkeypatch.setenv("HF_HOME", "elsewhere")
+    assert start_forked.address("e", 1) != address
 
 
 def test_without_a_server_the_program_runs_as_usual(tmp_path: Path, owner: subprocess.Popen[bytes]) -> None:

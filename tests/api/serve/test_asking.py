@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from chainfed_ray.api.serve import asking
-from chainfed_ray.api.serve.asking import Together, answered, written
+from chainfed_ray.api.serve.asking import Together, answered, shared, written
 from chainfed_ray.api.serve.stack_router import StackRouter
 from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
 from chainfed_ray.serving.messages import ModelKey, Piece, Question
@@ -115,6 +115,23 @@ def test_who_waits_for_a_process_that_cannot_start_waits_no_longer(how: str, mon
     with pytest.raises(PartUnavailable, match="cannot start"):
         asyncio.run(ask())
     assert (pieces if how == "written" else answer).cancelled
+
+
+def test_many_who_wait_have_one_look() -> None:
+    looks = 0
+
+    async def check() -> None:
+        nonlocal looks
+        looks += 1
+        await asyncio.sleep(0)
+        raise PartUnavailable("the process of the models", "cannot start", 60)
+
+    async def all_of_them() -> list[BaseException | None]:
+        look = shared(check)
+        return [*await asyncio.gather(*(look() for _ in range(100)), return_exceptions=True)]
+
+    assert {type(found) for found in asyncio.run(all_of_them())} == {PartUnavailable}
+    assert looks == 1
 
 
 def test_a_text_is_begun_anew_until_a_piece_was_told() -> None:

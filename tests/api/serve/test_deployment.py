@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import pytest
 from ray import serve
+from ray.serve._private.common import ReplicaState
+from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, DeploymentStatusTrigger
 
 from chainfed_ray.api.serve import deployment
 from chainfed_ray.errors import PartUnavailable
@@ -44,11 +46,18 @@ def test_there_are_as_many_processes_with_models_as_are_asked_for(
     assert (scaling and (scaling["min_replicas"], scaling["max_replicas"])) == scaled
 
 
-@pytest.mark.parametrize(("trigger", "starts"), [("AUTOSCALING", True), ("REPLICA_STARTUP_FAILED", False)])
+_FAILED = DeploymentStatusTrigger.REPLICA_STARTUP_FAILED
+
+
+@pytest.mark.parametrize(
+    ("trigger", "running", "starts"),
+    [(DeploymentStatusTrigger.AUTOSCALING, 0, True), (_FAILED, 0, False), (_FAILED, 1, True)],
+)
 def test_a_process_that_could_not_start_is_noticed_where_none_need_be_there(
-    trigger: str, starts: bool, monkeypatch: pytest.MonkeyPatch
+    trigger: DeploymentStatusTrigger, running: int, starts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_models = SimpleNamespace(status_trigger=SimpleNamespace(name=trigger))
+    states: Any = {ReplicaState.RUNNING: running, ReplicaState.STARTING: 1}
+    of_models = DeploymentStatusOverview(DeploymentStatus.UPDATING, trigger, states, "")
     status = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Inference": of_models})})
     monkeypatch.setattr(serve, "status", lambda: status)
     monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(app_name="app"))

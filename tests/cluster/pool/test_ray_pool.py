@@ -10,7 +10,7 @@ import pytest
 import ray
 import yaml
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from ray.exceptions import NodeDiedError, ObjectStoreFullError
+from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, ObjectStoreFullError
 
 from chainfed_ray.client.messages import Profile, Profiling
 from chainfed_ray.client.pool import Failure, LocalPool
@@ -25,7 +25,7 @@ from chainfed_ray.records.rounds import JobStarted
 from tests.builders import a_job, assert_same, run
 from tests.clusters import a_pool
 from tests.project import ROOT
-from tests.watching import client_processes, private_bytes, processes_below, wait_for, watched_from_outside
+from tests.watching import client_processes, private_bytes, wait_for, watched_from_outside
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
@@ -134,8 +134,17 @@ def test_whatever_ray_raises_costs_a_turn_and_a_lost_order_is_sent_anew(
         owner: Any = _Owner.remote()  # type: ignore[attr-defined]
         (reference,) = get(owner.put.remote())
         ray.kill(owner)
-        wait_for(lambda: not processes_below("_Owner"), "end of the owner")
+        wait_for(lambda: is_lost(reference), "loss of the object")
         return reference
+
+    def is_lost(reference: Any) -> bool:
+        try:
+            get(reference, timeout=5)
+        except ObjectLostError:
+            return True
+        except GetTimeoutError:
+            pass
+        return False
 
     def get_once(reference: Any, timeout: float | None = None) -> Any:
         if timeout and (trouble := next(results, None)):  # it is a result that is waited for
