@@ -61,6 +61,8 @@ class _Placeholder(ModuleType):
         self._given = given
         if name in _PACKAGES:
             self.__path__: list[str] = []  # or the import system would not take it for a package
+        if "." not in name:
+            self.__spec__ = PathFinder.find_spec(name)  # for who asks where the package is, without loading it
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # the import system asks for such names, and does without

@@ -57,6 +57,9 @@ for wrong in (torch.ones(2, 4, device="meta"), torch.ones((), device="meta")):
         pass
     else:
         raise AssertionError("sizes that do not fit")
+from importlib.util import find_spec
+
+assert find_spec("sympy").origin, "the documentation of SymPy is among the rows of builtin:docstrings"
 assert "sympy.core" not in sys.modules
 old = sys.modules["sympy"]
 """,
