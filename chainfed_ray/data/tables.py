@@ -14,13 +14,13 @@ from typing import IO, Any, TextIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from chainfed_ray.reading import data_file, data_path, first_repeated, uploaded
+from chainfed_ray.reading import LFS_POINTER, data_file, data_path, first_repeated, uploaded
 
 FORMS = ".csv, .tsv, .jsonl, .json or .parquet file (text files may be .gz), or a folder of such files of one form"
 _PARQUET = b"PAR1"  # a Parquet file ends so as well
 # How files begin that are not what their names say.
 _OTHERS = {
-    b"version https://git-lfs": "the file itself; this is a pointer of git-lfs (`git lfs pull` fetches it)",
+    LFS_POINTER: "the file itself; this is a pointer of git-lfs (`git lfs pull` fetches it)",
     b"PK\x03\x04": "rows; this is a ZIP archive or an Excel workbook, which can be saved as .csv",
     _PARQUET: "rows as text; this is a Parquet file, whose name ends in .parquet",
     b"\x1f\x8b": "rows as text; this file is packed, and its name does not end in .gz",

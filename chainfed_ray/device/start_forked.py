@@ -60,7 +60,7 @@ def ask(connection: socket.socket, arguments: list[str]) -> None:
     """Ask a server for a process with this process's environment, folder and open standard streams.
 
     Raises:
-        OSError: the server did not start it, or belongs to another user.
+        OSError: the server did not start it.
     """
     connection.settimeout(_START_SECONDS)
     document = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from chainfed_ray.block_forms import FORMS, from_metadata
 from chainfed_ray.errors import UnsupportedModel
+from chainfed_ray.reading import LFS_POINTER
 from chainfed_ray.streaming.dequantize import AT_ONCE, dequantizing_bytes, to_values
 
-_LFS_POINTER = b"version https://git-lfs"
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors' own reader has it
 _DTYPES = {
     "F64": torch.float64,
@@ -253,8 +253,8 @@ def _header(file: int) -> tuple[int, dict[str, Any]]:
     Raises:
         ValueError: the file has no such header; with the rest of a sentence about it.
     """
-    size, begin = os.fstat(file).st_size, os.pread(file, max(len(_LFS_POINTER), 8), 0)
-    if begin.startswith(_LFS_POINTER):
+    size, begin = os.fstat(file).st_size, os.pread(file, max(len(LFS_POINTER), 8), 0)
+    if begin.startswith(LFS_POINTER):
         raise ValueError("is a pointer of git-lfs (`git lfs pull` fetches the file)")
     length = int.from_bytes(begin[:8], "little")
     if size < 8 or length > size - 8:
