@@ -18,10 +18,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
+from torch import Tensor
 
 from benchmarks.cell_process import Row, in_a_process
 from benchmarks.shapes import SHAPES, Shape, written
 from chainfed_ray.block_forms import FORMS, to_metadata
+from chainfed_ray.converted_models import nf4_blocks
 from chainfed_ray.hub import resolve
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.units import format_bytes
@@ -33,7 +35,9 @@ _progress = Console(stderr=True, highlight=False)
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("--forms", nargs="+", default=["Q4_0", "Q8_0"], help="of LLaMA2-7B's layers, beside bfloat16")
+    parser.add_argument(
+        "--forms", nargs="+", default=["Q4_0", "NF4", "Q8_0"], help="of LLaMA2-7B's layers, beside bfloat16"
+    )
     parser.add_argument("--layers", type=int, default=4, help="of LLaMA2-7B's 32; three or more, or 0 for none")
     parser.add_argument("--tokens", type=int, default=16, help="of a text of LLaMA2-7B; nor on this")
     parser.add_argument(
@@ -104,13 +108,10 @@ def _compared(found: Row, plain: Row) -> Row:
 
 def _write_quantized(shape: Shape, form: str, folder: Path) -> None:
     """A model of ``shape`` whose matrices are random blocks of ``form``, and whose norms are ones."""
-    from gguf import GGMLQuantizationType  # of the extra `smollm2`
-    from gguf.quants import quantize
-
     model = shape.build()
     model.config.save_pretrained(folder)
     values = torch.randn(_REPEATED // 256, 256, generator=torch.Generator().manual_seed(0)) * 0.02
-    blocks = torch.from_numpy(quantize(values.numpy(), GGMLQuantizationType[form])).view(-1)
+    blocks = _blocks(values, form).view(-1)
     each, tensors, forms = FORMS[form], {}, {}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -120,6 +121,17 @@ def _write_quantized(shape: Shape, form: str, folder: Path) -> None:
         tensors[name] = blocks.repeat(-(-size // len(blocks)))[:size].view(len(parameter), -1)
         forms[name] = form
     save_file(tensors, folder / "model.safetensors", to_metadata(forms))
+
+
+def _blocks(values: Tensor, form: str) -> Tensor:
+    """[N, K] → the blocks of ``form`` [N, bytes of a row]."""
+    if form == "NF4":
+        made: Tensor = nf4_blocks(values)
+        return made
+    from gguf import GGMLQuantizationType  # of the extra `smollm2`
+    from gguf.quants import quantize
+
+    return torch.from_numpy(quantize(values.numpy(), GGMLQuantizationType[form]))
 
 
 def _write_dequantized(source: Path, dtype: torch.dtype, folder: Path) -> None:

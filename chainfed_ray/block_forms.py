@@ -1,4 +1,4 @@
-"""The quantized matrices that a checkpoint of ours may hold, in the forms of GGUF files, and how the checkpoint names them.
+"""The quantized matrices that a checkpoint of ours may hold, in NF4 or a form of GGUF files, and how the checkpoint names them.
 
 A row of such a matrix is a sequence of blocks, each of so many values in so many bytes. The checkpoint has it as bytes
 [N, bytes of a row], or [E, N, bytes of a row] for experts, under the parameter's own name. Its safetensors metadata say which
@@ -19,10 +19,11 @@ class BlockForm(NamedTuple):
     bytes: int
 
 
-# By GGUF's names. Q5_0 and Q5_1 are missing in transformers' table; files of small models have them beside Q4_K.
+# By GGUF's names, and QLoRA's. Q5_0 and Q5_1 are missing in transformers' table; files of small models have them beside Q4_K.
 FORMS = {GGML_NAME[kind]: BlockForm(*sizes) for kind, sizes in GGML_BLOCK.items()} | {
     "Q5_0": BlockForm(32, 22),
     "Q5_1": BlockForm(32, 24),
+    "NF4": BlockForm(64, 36),
 }
 VERSION = 1
 _KEY = "chainfed_blocks"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has in place of one that it did not fetch
+NF4 = "#nf4"  # ends the name of a base model whose matrices are read in NF4, as in ``hf:org/name#nf4``
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _OPENED = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # without waiting for who writes into a pipe
 

@@ -41,7 +41,8 @@ def results(
 def _summary(spec: JobSpec, job_started: JobStarted, rounds: Sequence[Round], job_finished: JobFinished) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row(*_score(spec, job_finished))
-    table.add_row("base model", f"{spec.model.base}, {job_started.layers} layers, frozen")
+    form = "" if spec.model.quantization == "none" else f", matrices in {spec.model.quantization.upper()}"
+    table.add_row("base model", f"{spec.model.base}, {job_started.layers} layers, frozen{form}")
     table.add_row("chain", f"layers {job_started.start_layer}–{job_started.layers - 1}, {job_started.window} at a time")
     took = format_seconds(sum(record.seconds for record in rounds))
     table.add_row("rounds", f"{len(rounds)} in {took}, {spec.rounds.clients} clients in each")

@@ -9,6 +9,7 @@ import yaml
 
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.model.saved_stack import SavedStack
+from chainfed_ray.reading import NF4
 
 _NAMED = 100  # classes; a card of more says how many there are
 _RESULTS = {"accuracy": "accuracy", "loss": "loss", "rounds": "rounds", "epsilon": "ε (differential privacy)"}
@@ -43,7 +44,7 @@ def model_card(saved: SavedStack, form: str, folder: Path, licence: str | None =
 
 def _base_name(base: str) -> str:
     """The base model's name on the hub, or that of its folder or file, without the path to it."""
-    scheme, _, name = base.partition(":")
+    scheme, _, name = base.removesuffix(NF4).partition(":")
     return name.partition("@")[0] if scheme == "hf" else Path(name).name
 
 
@@ -106,8 +107,8 @@ def _needs(saved: SavedStack, form: str) -> str:
 
 
 def _is_ours_to_find(saved: SavedStack) -> bool:
-    """True if transformers alone cannot load the base model: it comes with a package, or as a GGUF file."""
-    return saved.base.startswith("builtin:") or saved.base.endswith(".gguf")
+    """True if transformers alone cannot load the base model: it comes with a package, as a GGUF file, or in NF4."""
+    return saved.base.startswith("builtin:") or saved.base.endswith((".gguf", NF4))
 
 
 _LORA_NEEDS = {

@@ -93,6 +93,7 @@ def _base(spec: JobSpec, job_started: JobStarted, licence: str | None) -> dict[s
         "task": spec.model.task,
         "layers": job_started.layers,
         "dtype of the frozen weights": spec.model.dtype,
+        "their quantization": spec.model.quantization,
     }
 
 

@@ -90,7 +90,7 @@ class PlannedJob:
 
     def saved(self, stack: AdapterStack, index: int | None) -> SavedStack:
         """The stack of the job after round ``index``, with the classes and the base model it needs."""
-        data, base = self.spec.data, self.spec.model.base
+        data, base = self.spec.data, self.spec.model.weights
         return SavedStack(stack, self.classes, data.max_length, base, self.layers_path, index)
 
     @property
@@ -181,7 +181,7 @@ def plan_job(
     """
     # 1. Find the base model, and turn the rows into tokens.
     Reporter("finding the base model", listen).begin()
-    folder = resolve(spec.model.base)
+    folder = resolve(spec.model.weights)
     source = ModelSource(folder, getattr(torch, spec.model.dtype), scratch)
     with _about_the_model(spec):
         configuration(folder)

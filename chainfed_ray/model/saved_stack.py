@@ -28,6 +28,7 @@ from safetensors.torch import load, save
 
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.model.adapters import LORA_SCALE, AdapterStack, Tensors
+from chainfed_ray.reading import NF4
 from chainfed_ray.record import VERSION
 
 PEFT_TYPE, LORA = "CHAINFED", "LORA"
@@ -100,7 +101,7 @@ class SavedStack:
     @property
     def revision(self) -> str | None:
         """The revision of a base model on the Hugging Face hub, if the job gave one."""
-        scheme, _, name = self.base.partition(":")
+        scheme, _, name = self.base.removesuffix(NF4).partition(":")
         return (name.partition("@")[2] or None) if scheme == "hf" else None
 
     def own(self) -> dict[str, Any] | None:
@@ -156,7 +157,7 @@ class SavedStack:
 
     def _base_for_others(self) -> str | None:
         """The base model's name on the Hugging Face hub, or its path; None for a model that comes with a package."""
-        scheme, _, name = self.base.partition(":")
+        scheme, _, name = self.base.removesuffix(NF4).partition(":")
         if scheme == "builtin":
             return None
         return name.partition("@")[0] if scheme == "hf" else name  # a folder may have an @ in its name

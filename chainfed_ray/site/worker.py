@@ -55,7 +55,7 @@ class RowsOfJob:
     def __init__(self, order: Order, folder: Path, scratch: Path, parts: int) -> None:
         self.spec: JobSpec = parse_job(order.spec)
         self._folder, self._parts = folder, parts
-        base = resolve(self.spec.model.base)
+        base = resolve(self.spec.model.weights)
         self.same_base = digest_of(base) == order.base_digest
         self.source = ModelSource(base, getattr(torch, self.spec.model.dtype), scratch / order.job)
         self._tokenizer = tokenizer(self.spec.model.base, base)

@@ -87,7 +87,11 @@ class JobSpec(Section):
 
     @property
     def model_name(self) -> str:
-        """The finished model's name, ``<base>:<name>``, where ``<base>`` is the last part of the base model's path."""
+        """The finished model's name, ``<base>:<name>``: ``<base>`` is the last part of the base model's path.
+
+        A base model with quantized matrices is another base: ``<base>-nf4``.
+        """
         scheme, _, path = self.model.base.partition(":")
         path = path.partition("@")[0] if scheme == "hf" else path  # a folder may have an @ in its name
-        return f"{path.rstrip('/').rpartition('/')[2]}:{self.name}"
+        form = "" if self.model.quantization == "none" else f"-{self.model.quantization}"
+        return f"{path.rstrip('/').rpartition('/')[2]}{form}:{self.name}"

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 from chainfed_ray.problem import MISSING, Problem
+from chainfed_ray.reading import NF4
 from chainfed_ray.spec.fleet import PartitionSpec
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.spec.sections import AdapterSpec, AggregationSpec, ChainSpec, DataSpec, PrivacySpec
+from chainfed_ray.spec.sections import AdapterSpec, AggregationSpec, ChainSpec, DataSpec, ModelSpec, PrivacySpec
 
 
 def contradictions(spec: JobSpec) -> list[Problem]:
@@ -19,6 +20,7 @@ def contradictions(spec: JobSpec) -> list[Problem]:
             problems.append(Problem(f"fleet.clients[{index}].name", name, "a name that no other class has"))
     problems += _of_partition(spec.fleet.partition)
     problems += _of_sites(spec)
+    problems += _of_model(spec.model)
     problems += _of_task(spec)
     count = spec.fleet.size + len(spec.fleet.at_sites)
     # How many clients a site has is known when the job starts.
@@ -68,6 +70,15 @@ def _of_aggregation(spec: JobSpec) -> Iterator[Problem]:
             rate,
             "no value, unless aggregation.optimizer is set: it is the rate of that optimizer",
         )
+
+
+def _of_model(model: ModelSpec) -> Iterator[Problem]:
+    """Weights are quantized once, by one key."""
+    if model.base.endswith(NF4):
+        yield Problem("model.base", model.base, f"a name without {NF4}: model.quantization says it")
+    elif model.quantization != "none" and (model.base.lower().endswith(".gguf") or model.base == "builtin:smollm2"):
+        expected = "'none' for a GGUF file, whose matrices stay quantized as they are"
+        yield Problem("model.quantization", model.quantization, expected)
 
 
 def _of_task(spec: JobSpec) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
+from chainfed_ray.reading import NF4
 from chainfed_ray.units import BYTES_PATTERN, SECONDS_PATTERN, format_bytes, parse_bytes, parse_seconds
 
 _LONGEST = 30 * 24 * 3600  # seconds
@@ -71,6 +72,15 @@ class ModelSpec(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="the dtype of the frozen weights and of activations"
     )
+    quantization: Literal["none", "nf4"] = Field(
+        "none",
+        description="in which form the frozen matrices are kept on disk: as they come, or in 4.5 bits a weight (`nf4`)",
+    )
+
+    @property
+    def weights(self) -> str:
+        """The name of the base model's weights, for ``hub.resolve``: its own, and how they are quantized."""
+        return self.base if self.quantization == "none" else f"{self.base}{NF4}"
 
 
 class DataSpec(Section):

@@ -1,7 +1,8 @@
-"""From blocks of quantized weights (GGUF's forms) to their values, bit by bit those of the ``gguf`` package's own code.
+"""From blocks of quantized weights to their values, bit by bit those of the ``gguf`` package's own code, and of bitsandbytes.
 
-The forms that most files have are written here: they take a half to a quarter of the time of that code, and of transformers',
-which does the others. A few blocks at a time are turned into values, so the memory that this takes does not grow with a tensor.
+The forms that most files have are written here: they take a half to a quarter of the time of ``gguf``'s code, and of that of
+transformers, which does the others. A few blocks at a time are turned into values, so the memory that this takes does not grow
+with a tensor.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,14 @@ AT_ONCE = 2**17  # values; a multiple of every form's block. Fewer cost more tim
 # Measured: the most bytes that are held for each of the values computed at once, their blocks among them.
 _HELD_BY_OURS, _HELD_BY_THEIRS = 8, 24
 _KINDS = {name: kind for kind, name in GGML_NAME.items()}
+# The 16 levels of NF4: quantiles of a normal distribution, scaled to −1 … 1 (QLoRA, arXiv 2305.14314, appendix E).
+_LEVELS = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+])  # fmt: skip
+_PAIRS = torch.cartesian_prod(_LEVELS, _LEVELS)  # [256, 2]: the two levels of each byte, that of its upper half first
 
 
 def to_values(form: str, blocks: Tensor, values: Tensor) -> None:
@@ -99,6 +108,11 @@ def _q4_k(blocks: Tensor, values: Tensor) -> None:
     groups.mul_((scale * scales).unsqueeze(2)).sub_((least * leasts).unsqueeze(2))
 
 
+def _nf4(blocks: Tensor, values: Tensor) -> None:
+    torch.index_select(_PAIRS, 0, blocks[:, 4:].int().view(-1), out=values.view(-1, 2))
+    values.mul_(blocks[:, :4].view(torch.float32))
+
+
 _OURS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -106,4 +120,5 @@ _OURS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "Q5_1": _q5_1,
     "Q8_0": _q8_0,
     "Q4_K": _q4_k,
+    "NF4": _nf4,
 }
