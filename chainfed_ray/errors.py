@@ -17,7 +17,7 @@
     ├── PackageMissing     (ImportError)   a package is not installed; one of our extras installs it
     ├── InvalidSetting     (ValueError)    an environment variable or option of the service is wrong
     ├── StorageInUse       (RuntimeError)  another service uses the same storage
-    ├── ServiceNotStarted  (RuntimeError)  the service did not start
+    ├── ServiceNotStarted  (RuntimeError)  the service, or Ray, did not start
     ├── ServiceUnavailable (RuntimeError)  no service answers at the address given
     ├── AccessDenied       (RuntimeError)  the service does not accept the API key, or not for this
     ├── ServiceFailed      (RuntimeError)  the service answered with an internal error
@@ -225,14 +225,15 @@ class StorageInUse(ChainFedError, RuntimeError):
 
 
 class ServiceNotStarted(ChainFedError, RuntimeError):
-    """The service that should answer at ``address`` did not start."""
+    """The service that should answer at ``address`` did not start; or Ray, for a command that needs no service."""
 
-    def __init__(self, address: str, reason: str) -> None:
+    def __init__(self, address: str | None, reason: str) -> None:
         super().__init__(address, reason)
         self.address, self.reason = address, reason
 
     def __str__(self) -> str:
-        return f"the service did not start at {self.address}: {self.reason}"
+        what = f"the service did not start at {self.address}" if self.address else "Ray did not start on this machine"
+        return f"{what}: {self.reason}"
 
 
 class ServiceUnavailable(ChainFedError, RuntimeError):

@@ -12,7 +12,9 @@ from contextlib import contextmanager, redirect_stdout
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.cluster.resources import one_machine_resources
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.errors import InvalidSetting
+from chainfed_ray.errors import InvalidSetting, ServiceNotStarted
+
+_TRIES = 3
 
 
 @contextmanager
@@ -24,6 +26,7 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
     answers of commands.
 
     Raises:
+        ServiceNotStarted: Ray did not start, try after try.
         RuntimeError: Ray was imported before.
     """
     if "ray" in sys.modules:
@@ -40,6 +43,19 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         import ray
 
+        _start(settings, listen)
+        signal.signal(signal.SIGTERM, on_sigterm)  # restore ours: Ray's handler would abort the process
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start(settings: Settings, listen: Listener) -> None:
+    """Start Ray, and again if it does not come up in its time: on a busy machine the next try may."""
+    import ray
+
+    for left in reversed(range(_TRIES)):
         try:
             ray.init(
                 address="local",
@@ -49,13 +65,15 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
                 namespace="chainfed",
                 resources=one_machine_resources(settings.client_slots, settings.parallel_jobs),
             )
-        except OSError as error:
-            if "AF_UNIX" not in str(error):
-                raise
-            expected = "a shorter path: Ray's sockets are in it, and the path of a socket has 107 bytes at most"
-            raise InvalidSetting("TMPDIR", tempfile.gettempdir(), expected) from None
-        signal.signal(signal.SIGTERM, on_sigterm)  # restore ours: Ray's handler would abort the process
-        try:
-            yield
-        finally:
-            ray.shutdown()
+            return
+        except Exception as error:
+            if isinstance(error, OSError) and "AF_UNIX" in str(error):
+                expected = "a shorter path: Ray's sockets are in it, and the path of a socket has 107 bytes at most"
+                raise InvalidSetting("TMPDIR", tempfile.gettempdir(), expected) from None
+            ray.shutdown()  # what has started of it
+            logging.getLogger(__name__).warning("Ray did not start", exc_info=True)
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            if not left:
+                busy = "the machine may be too busy, or out of memory"
+                raise ServiceNotStarted(None, f"{busy}; its last word: {reason}") from None
+            Reporter(f"starting Ray on this machine again ({reason})", listen).begin()

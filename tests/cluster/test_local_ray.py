@@ -13,14 +13,56 @@ from pathlib import Path
 
 from chainfed_ray.cluster.local_ray import local_ray
 from chainfed_ray.cluster.storage import Settings, Storage
-from chainfed_ray.errors import InvalidSetting
+from chainfed_ray.errors import ChainFedError
 
 try:
     with local_ray(Settings(Storage.at(Path(sys.argv[1]))), {}):
         pass
-except InvalidSetting as error:
+except ChainFedError as error:
     print(error)
 """
+
+
+# A Ray that comes up at the third try, if at all.
+_LATE = """
+import sys
+
+tries = 0
+
+
+def init(**options):
+    global tries
+    tries += 1
+    print("try", tries, file=sys.stderr)
+    if tries < {needed}:
+        raise Exception("The current node timed out during startup.\\nMore of it")
+
+
+def shutdown():
+    print("cleared", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(("needed", "expected"), [
+    (3, ["try 1", "cleared", "try 2", "cleared", "try 3", "cleared"]),
+    (4, ["try 1", "cleared", "try 2", "cleared", "try 3", "cleared", (
+        "Ray did not start on this machine: the machine may be too busy, or out of memory; its last word: "
+        "The current node timed out during startup.")]),
+])  # fmt: skip
+def test_on_a_busy_machine_it_is_tried_again_and_what_had_started_is_cleared(
+    needed: int, expected: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "ray.py").write_text(_LATE.format(needed=needed))
+    script = _START.replace("import sys", f"import sys\nsys.path.insert(0, {str(tmp_path)!r})", 1)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "storage")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    told = [line for line in done.stderr.splitlines() if line.startswith(("try", "cleared"))]
+    assert told + done.stdout.splitlines() == expected
 
 
 @pytest.mark.slow
