@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,12 +20,12 @@ DEADLINE = 120.0
 
 
 class Running:
-    """`chainfed serve` in a process of its own."""
+    """`chainfed serve` in a process of its own. ``settings`` are further variables of its environment."""
 
-    def __init__(self, storage: Path, port: int | None = None) -> None:
+    def __init__(self, storage: Path, port: int | None = None, settings: Mapping[str, str] | None = None) -> None:
         self.storage, self.port = storage, port or free_port("127.0.0.1")
         environment = {**os.environ, "CHAINFED_STORAGE": str(storage), "CHAINFED_CLIENT_SLOTS": "1"}
-        environment |= {"PYTHONPATH": str(ROOT)}
+        environment |= {"PYTHONPATH": str(ROOT)} | dict(settings or {})
         self.process = subprocess.Popen(
             [*COMMAND, "serve", "--port", str(self.port), "--json"],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,

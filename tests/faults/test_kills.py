@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import httpx
 import psutil
@@ -21,9 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from chainfed_ray.api.sdk import calls, exchanges
+from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, assert_same, run
+from tests.s3 import Server
 from tests.services import Running, listening
 from tests.watching import wait_for
 
@@ -49,6 +51,18 @@ TARGETS = {
     "the process of the service": "spawn_main",
     "every process of the service": "",
 }
+
+
+class Stored(NamedTuple):
+    """A service, and what it stores, as another process reads it."""
+
+    name: str
+    service: Running
+    storage: Storage
+
+    def rounds(self, job: str) -> int:
+        """The rounds that a job has committed."""
+        return len(CommitLog(self.storage.committed(job, at_once=True)).rounds())
 
 
 class Caller:
@@ -99,15 +113,31 @@ def service(tmp_path: Path) -> Iterator[Running]:
         yield running
 
 
-def test_whatever_is_killed_nobody_has_to_help(service: Running, document: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture(params=["a folder and SQLite", "an object store and PostgreSQL"])
+def stored(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stored]:
+    """A service with each kind of storage."""
+    if request.param == "a folder and SQLite":
+        settings, storage = dict[str, str](), Storage.at(tmp_path / "storage")
+    else:
+        s3: Server = request.getfixturevalue("s3")
+        database: str = request.getfixturevalue("empty_postgresql")
+        settings = {"CHAINFED_STORAGE": s3.url("faults"), "CHAINFED_DATABASE": database}
+        settings |= {"CHAINFED_CACHE": str(tmp_path / "cache")}
+        storage = Storage.at(tmp_path / "watched", database, url=s3.url("faults"))
+    with Running(tmp_path / "storage", settings=settings) as running:
+        yield Stored(request.param, running, storage)
+
+
+def test_whatever_is_killed_nobody_has_to_help(stored: Stored, document: dict[str, Any], tmp_path: Path) -> None:
     chance = random.Random(SEED)
     plan = [kind for _ in range(-(-KILLS // len(TARGETS))) for kind in chance.sample(sorted(TARGETS), len(TARGETS))]
     document["rounds"] |= {"total": ROUNDS, "quorum": 1}
     _, expected = run(a_job(document, tmp_path), tmp_path / "log")
+    service = stored.service
     hurt, waits = defaultdict[str, list[str]](list), defaultdict[str, list[float]](list)
     with Caller(service.address) as caller:
         for kind in plan[:KILLS]:
-            job = wait_for_rounds(service, document, chance.randint(1, 3))
+            job = wait_for_rounds(stored, document, chance.randint(1, 3))
             hurt[job].append(kind)
             caller.begin()
             kill(service, kind, chance)
@@ -118,13 +148,13 @@ def test_whatever_is_killed_nobody_has_to_help(service: Running, document: dict[
             assert last["kind"] == "succeeded", last["data"]
     assert not caller.strange
     for job, kinds in hurt.items():
-        folder = service.storage / "jobs" / job
+        folder = stored.storage.committed(job, at_once=True)
         lost = [turn for record in CommitLog(folder).rounds() for turn in record.failed_turns]
         if not {"a client", "what waits for a fork"} & set(kinds):
             assert not lost, kinds
         if not lost:
             assert_same(load_stack(folder / "model").stack.tensors(), expected)
-    show(waits, len(hurt))
+    show(stored.name, waits, len(hurt))
 
 
 def test_serve_itself_killed_and_started_again(service: Running, document: dict[str, Any], tmp_path: Path) -> None:
@@ -147,17 +177,18 @@ def test_serve_itself_killed_and_started_again(service: Running, document: dict[
         assert kinds == ["queued", "validating", "running", "started", *["round"] * 8, "finished", "succeeded"]
 
 
-def wait_for_rounds(service: Running, document: dict[str, Any], rounds: int) -> str:
+def wait_for_rounds(stored: Stored, document: dict[str, Any], rounds: int) -> str:
     """The job that runs, as soon as it has finished so many further rounds; a new one if there is none with as many left."""
-    newest = service.client.json(calls.list_jobs(limit=1))["jobs"]
-    before = len(CommitLog(service.storage / "jobs" / newest[0]["id"]).rounds()) if newest else ROUNDS
+    client = stored.service.client
+    newest = client.json(calls.list_jobs(limit=1))["jobs"]
+    before = stored.rounds(newest[0]["id"]) if newest else ROUNDS
     if before + rounds + 5 > ROUNDS:
         if newest:
-            list(service.client.stream_json(exchanges.events(newest[0]["id"])))
-        newest, before = [service.client.json(calls.submit_job({**document, "name": "hurt"}))], 0
-    log = CommitLog(service.storage / "jobs" / newest[0]["id"])
-    wait_for(lambda: len(log.rounds()) >= before + rounds, "rounds", 300)
-    return str(newest[0]["id"])
+            list(client.stream_json(exchanges.events(newest[0]["id"])))
+        newest, before = [client.json(calls.submit_job({**document, "name": "hurt"}))], 0
+    job = str(newest[0]["id"])
+    wait_for(lambda: stored.rounds(job) >= before + rounds, "rounds", 300)
+    return job
 
 
 def kill(service: Running, kind: str, chance: random.Random) -> None:
@@ -171,10 +202,10 @@ def kill(service: Running, kind: str, chance: random.Random) -> None:
             continue
 
 
-def show(waits: dict[str, list[float]], jobs: int) -> None:
+def show(storage: str, waits: dict[str, list[float]], jobs: int) -> None:
     """Print the table of docs/RESULTS.md."""
     table = Table("killed", "times", "longest time without an answer", box=None)
     for kind in TARGETS:
         if waits[kind]:
             table.add_row(kind, str(len(waits[kind])), f"{max(waits[kind]):.1f} s")
-    Console().print(f"\nseed {SEED}, {KILLS} kills, {jobs} jobs", table)
+    Console().print(f"\n{storage}, seed {SEED}, {KILLS} kills, {jobs} jobs", table)
