@@ -78,6 +78,10 @@ def methods(layers: int, recipe_rates: tuple[float, float] | None = None) -> dic
             Method(f"recommended-start-{start}", rates=recipe_rates, changes={"chain": {"start": start}})
             for start in starts
         ),
+        *(
+            Method(f"exact-start-{start}", rates=recipe_rates, changes={"chain": {"start": start, "look_ahead": "exact"}})
+            for start in starts[:-1]
+        ),
     ]
     return {method.name: method for method in made}
 

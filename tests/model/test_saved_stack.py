@@ -59,6 +59,7 @@ def test_what_others_find_the_base_by_is_its_name_on_the_hub_or_its_folder(tmp_p
     saved = a_saved_stack(tiny("bert", tmp_path / "base"))
     named = {
         "hf:org/llama@v2": "org/llama",
+        "hf:org/llama@v2#nf4": "org/llama",
         "path:/models/llama@v2/final": "/models/llama@v2/final",
         "builtin:minilm": None,
     }

@@ -153,6 +153,35 @@ def test_a_revision_is_no_part_of_a_models_name_and_a_folder_is(document: dict[s
     assert parse_job(document).model_name == name
 
 
+def test_a_base_with_quantized_matrices_is_another_base(document: dict[str, Any]) -> None:
+    plain = parse_job(document).model
+    document["model"] |= {"base": "hf:org/llama@v2", "quantization": "nf4"}
+    spec = parse_job(document)
+    assert plain.weights == plain.base
+    assert (spec.model_name, spec.model.weights) == ("llama-nf4:tiny", "hf:org/llama@v2#nf4")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"base": "hf:org/llama#nf4"}, r"model\.base is 'hf:org/llama#nf4'; .*model\.quantization says it"),
+        (
+            {"base": "path:llama.gguf", "quantization": "nf4"},
+            r"model\.quantization is 'nf4'; expected 'none' for a GGUF file",
+        ),
+        (
+            {"base": "builtin:smollm2", "quantization": "nf4"},
+            r"model\.quantization is 'nf4'; expected 'none' for a GGUF file",
+        ),
+        ({"quantization": "int8"}, r"model\.quantization is 'int8'; expected 'none' or 'nf4'"),
+    ],
+)
+def test_weights_are_quantized_once_by_one_key(document: dict[str, Any], model: dict[str, str], words: str) -> None:
+    document["model"] |= model
+    with pytest.raises(InvalidJob, match=words):
+        parse_job(document)
+
+
 @pytest.mark.parametrize(
     ("given", "seconds", "written"),
     [({}, math.inf, "auto"), ({"deadline": "auto"}, math.inf, "auto"), ({"deadline": "20m"}, 1200.0, 1200.0)],
