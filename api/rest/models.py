@@ -27,6 +27,7 @@ from chainfed_ray.cluster.jobs.versions import ModelName, exits_of, name_of_exit
 from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import InvalidJob, ModelNotFound
 from chainfed_ray.serving.messages import ModelKey
+from chainfed_ray.spec.sections import ModelSpec
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
@@ -229,4 +230,5 @@ def _is_served(jobs: JobStore, name: str) -> bool:
 
 
 def _key(model: dict[str, str], job: str | None) -> ModelKey:
-    return ModelKey(model["base"], model["dtype"], job)
+    spec = ModelSpec.model_validate(model)
+    return ModelKey(spec.weights, spec.dtype, job)

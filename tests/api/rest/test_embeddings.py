@@ -59,3 +59,20 @@ def test_what_cannot_be_embedded_says_why(official: openai.OpenAI, change: dict[
     with pytest.raises(openai.UnprocessableEntityError) as refused:
         official.embeddings.create(**asked | change)
     assert refused.value.param == field
+
+
+def test_a_base_with_quantized_matrices_is_asked_by_its_own_name(document: dict[str, Any], tmp_path: Path) -> None:
+    asked, unused = list[ModelKey](), cast("Any", None)
+
+    async def embed(model: ModelKey, texts: list[str]) -> list[Embedding]:
+        asked.append(model)
+        return [Embedding([1.0], 1) for _ in texts]
+
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+    document["model"]["quantization"] = "nf4"
+    store.move(store.submit(parse_job(document)).id, "running")
+    with TestClient(create_app(Service(store, unused, unused, unused, embed, unused, {})), "http://localhost") as http:
+        assert http.post("/v1/embeddings", json={"model": "tiny-nf4", "input": "worm"}).status_code == 200
+        assert http.post("/v1/embeddings", json={"model": "tiny", "input": "worm"}).status_code == 404
+    store.close()
+    assert [model.base for model in asked] == [f"{document['model']['base']}#nf4"]
