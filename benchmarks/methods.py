@@ -79,7 +79,9 @@ def methods(layers: int, recipe_rates: tuple[float, float] | None = None) -> dic
             for start in starts
         ),
         *(
-            Method(f"exact-start-{start}", rates=recipe_rates, changes={"chain": {"start": start, "look_ahead": "exact"}})
+            Method(
+                f"exact-start-{start}", rates=recipe_rates, changes={"chain": {"start": start, "look_ahead": "exact"}}
+            )
             for start in starts[:-1]
         ),
     ]
