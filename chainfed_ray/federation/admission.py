@@ -349,9 +349,9 @@ class Latecomers:
         if isinstance(answer, Absence):
             return LateSite(client_class=name, site=group.site, excluded=absent_clients(self.spec, {name: answer}))
         members, totals = tuple(_at_site(group, answer, self.classes)), FleetTotals()
-        clients = [LateClient(client=each.name, **asdict(each.counts)) for each in members]
-        for _ in listed(self.planner, _planned(self.planner, members, self.stage), self.stage, totals):
-            pass  # each is added to the totals
+        lines = listed(self.planner, _planned(self.planner, members, self.stage), self.stage, totals)
+        plans = {line.client: line.model_dump(include={"planned_bytes", "plan", "shortfall_bytes"}) for line in lines}
+        clients = [LateClient(client=each.name, **asdict(each.counts), **plans[each.name]) for each in members]
         return LateSite(
             client_class=name,
             site=group.site,

@@ -22,7 +22,7 @@ from chainfed_ray.federation.state import stack_of
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.fleet import ExcludedClients
+from chainfed_ray.records.fleet import ExcludedClients, late_clients
 from chainfed_ray.records.result import JobResult
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
@@ -100,6 +100,11 @@ def test_a_site_that_comes_takes_part_from_the_next_round_on_also_in_a_job_that_
     assert [[turn.client for turn in one.turns] for one in of_rounds] == [phones, *2 * [[*phones, "clinic-0"]]]
     assert [len(one.late) for one in of_rounds] == [0, 1, 0]
     assert of_rounds[1].turns[3].examples == len(rows) == of_rounds[1].late[0].clients[0].examples
+    (late,), began = of_rounds[1].late, len(started.admitted)
+    (line,) = late_clients(began, [late])
+    assert (line.client, line.examples, line.budget_bytes) == ("clinic-0", len(rows), 64 * 2**20)
+    assert line.plan == began
+    assert line.planned_bytes == late.admitted[0].planned_bytes
 
     # Killed after the round in which it came, and resumed: nobody asks the site again.
     halves = records(document, tmp_path / "halves", rows, Late(survey(rows), quiet=1))
