@@ -1,6 +1,5 @@
 """What the coordinator of a job has of its sites: their surveys before it begins, and leases for their clients' turns."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -87,20 +86,16 @@ class Desk:
         """
         self._job = JobForSites(self._id, spec.name, spec.document(), digest_of(base))
         self._max_length = spec.data.max_length
-        kept = self._storage.job(self._id) / "surveys.json"
+        log = CommitLog(self._storage.job(self._id))
         # A job that resumes has the clients with which it began. One that never began asks again: sites may have joined.
-        if kept.exists() and CommitLog(self._storage.job(self._id)).job_started():
-            documents: dict[str, dict[str, Any]] = json.loads(kept.read_text())
+        if log.job_started() and (documents := log.surveys()) is not None:
             found = {name: self._survey_of(document) for name, document in documents.items()}
             with closing(Mailbox(self._storage)) as mailbox:
                 self._awaited = self._given(mailbox, spec, _still_to_come(found))
             return found
         with closing(Mailbox(self._storage)) as mailbox:
             found = self._surveyed(mailbox, spec, listen)
-        partial = kept.with_suffix(".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({name: _document_of(survey) for name, survey in found.items()}))
-        partial.replace(kept)
+        log.commit_surveys({name: _document_of(survey) for name, survey in found.items()})
         return found
 
     def late(self, besides: Collection[str]) -> Mapping[str, Survey | Absence]:
