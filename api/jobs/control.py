@@ -40,7 +40,7 @@ def cancel_job(job: str, jobs: Jobs) -> JobResource:
 def retry_job(job: str, jobs: Jobs, service: WithService, caller: Caller) -> JobResource:
     """Try a job again that failed or was cancelled. It goes on from its last finished round, and waits in the queue."""
     service.check_fits(jobs.get(job).spec, caller)
-    return full(jobs, control.retry(jobs, job, service.queue_of(caller)))
+    return full(jobs, control.retry(jobs, job, service.queue_of(caller), service.folder_of))
 
 
 @router.post("/clone", status_code=201, openapi_extra=BODY)
