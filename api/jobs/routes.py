@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from chainfed_ray.api.jobs.resources import JobPage, JobResource, JobSummary, came_late, full
 from chainfed_ray.api.report.pictures import check_drawing
-from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
+from chainfed_ray.api.rest.job_file import BODY, StrictRoute, SubmittedJob
 from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, while_connected
 from chainfed_ray.cluster.access.identity import Identity
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -19,7 +19,7 @@ from chainfed_ray.records.fleet import FleetClient
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
 
-router = APIRouter(prefix="/v1", tags=["jobs"])
+router = APIRouter(prefix="/v1", tags=["jobs"], route_class=StrictRoute)
 
 _PNG = "image/png"
 _PICTURE: dict[int | str, dict[str, Any]] = {
