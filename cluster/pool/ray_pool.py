@@ -33,6 +33,7 @@ from chainfed_ray.cluster.pool.unmet import UnmetDemands
 from chainfed_ray.cluster.pool.waiting import Waiting
 from chainfed_ray.cluster.tracing import Span, open_span
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.problem import some_of
 from chainfed_ray.units import format_bytes, format_seconds
 
 _POLL_SECONDS = 1.0
@@ -250,7 +251,8 @@ class RayPool:
         late = [lease for lease in processes if now - lease.made_at > _PATIENCE_SECONDS]
         words = _in_words(len(running), len(processes), max((lease.memory for lease in late), default=None))
         for_sites = sorted({lease.why_waiting() for lease in waiting if not lease.kept})
-        self._note("; ".join([*([words] if words else []), *for_sites, *self._unmet.in_words()]) or None)
+        told = [*([words] if words else []), *self._unmet.in_words(), *for_sites]
+        self._note(some_of(told, "; ") if told else None)
         longest = max((now - lease.made_at for lease in late), default=0.0)
         if late and (longest > _GROWING_SECONDS or not is_growing()):
             self._leases.end_idle()

@@ -23,6 +23,7 @@ from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import JobConflict
 from chainfed_ray.hub import digest_of, first_line
+from chainfed_ray.problem import some_of
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.site.codec import survey_document, survey_of, survey_order
 from chainfed_ray.site.envelope import Done, NotDone
@@ -199,8 +200,8 @@ def _still_to_come(found: Mapping[str, Survey | Absence]) -> set[str]:
 def _waiting(missing: Sequence[str], joined: Collection[str]) -> str:
     """What the survey waits for: sites that work on it, and sites that are not there."""
     busy, absent = ([site for site in missing if (site in joined) is there] for there in (True, False))
-    parts = [f"waiting for {', '.join(busy)}"] if busy else []
-    return "; ".join([*parts, *([f"not joined: {', '.join(absent)}"] if absent else [])])
+    parts = [f"waiting for {some_of(busy)}"] if busy else []
+    return "; ".join([*parts, *([f"not joined: {some_of(absent)}"] if absent else [])])
 
 
 def _document_of(survey: Survey | Absence) -> dict[str, Any]:
