@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Client
-from chainfed_ray.client.survey import Absence, Survey
+from chainfed_ray.client.survey import Absence, Survey, SurveyStopped
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.pool.leases import Lease
@@ -21,7 +21,6 @@ from chainfed_ray.cluster.resources import controller_options, runtime_env
 from chainfed_ray.cluster.sites.actor import JobForSites, Seen, SitesActor
 from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.errors import JobConflict
 from chainfed_ray.hub import digest_of, first_line
 from chainfed_ray.problem import some_of
 from chainfed_ray.records.commit_log import CommitLog
@@ -83,7 +82,7 @@ class Desk:
         """See ``Sites``. It waits for a site as long as for an update: ``rounds.deadline``; without one, until it comes.
 
         Raises:
-            JobConflict: the job is to pause or to end, or the service drains.
+            SurveyStopped: the job is to pause or to end, or the service drains.
         """
         self._job = JobForSites(self._id, spec.name, spec.document(), digest_of(base))
         self._max_length = spec.data.max_length
@@ -157,7 +156,7 @@ class Desk:
                             mailbox.withdraw(site, number)
             elif missing:
                 if mailbox.wants_to_stop(self._id) or Drain(self._storage.root).has_begun():
-                    raise JobConflict(self._id, "about to stop", "wait for its sites")
+                    raise SurveyStopped(f"job {self._id} is about to stop; it waits for its sites no longer")
                 joined = {site.name for site in mailbox.sites() if site.joined}
                 if (words := _waiting(missing, joined)) != told:
                     listen(
