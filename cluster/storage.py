@@ -35,6 +35,7 @@ from urllib.parse import unquote
 from chainfed_ray.cluster.objects.copies import Copies
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.objects.snapshots import Snapshots
+from chainfed_ray.cluster.structured_logs import LOG
 from chainfed_ray.errors import InvalidJob, InvalidSetting
 from chainfed_ray.problem import some_of
 from chainfed_ray.reading import EVERYTHING, ReadingRules
@@ -45,7 +46,6 @@ WithoutKeys = Literal["nobody", "loopback", "anyone"]
 """Who may ask a service as long as no key was made."""
 QUEUED_JOBS, RUNNING_JOBS, REQUESTS = "CHAINFED_QUEUED_JOBS", "CHAINFED_RUNNING_JOBS", "CHAINFED_REQUESTS_PER_MINUTE"
 CLIENT_MEMORY, GRACE = "CHAINFED_CLIENT_MEMORY", "CHAINFED_GRACE_SECONDS"
-LOG = "CHAINFED_LOG"
 LEAST_REPLICAS = "CHAINFED_SERVING_LEAST_REPLICAS"
 UPLOAD_BYTES, STORED_BYTES, UPLOADS = "CHAINFED_UPLOAD_BYTES", "CHAINFED_STORED_BYTES", "CHAINFED_UPLOADS"
 Default = TypeVar("Default", int, None)

@@ -73,7 +73,6 @@ class RayPool:
     deadline, a turn is given up if its process does nothing for ``silence`` seconds, or if for as long it has no machine and
     there is none on which it could wait for room.
     ``at_site`` gives leases for clients at sites. ``tell`` hears of classes of clients for which the cluster never has room.
-    With ``json_logs`` the processes of clients log lines of JSON, about what the lines of this process are about.
     """
 
     def __init__(
@@ -85,10 +84,9 @@ class RayPool:
         silence: float = 300.0,
         at_site: LeaseOfSite | None = None,
         tell: Tell = lambda demand: None,
-        json_logs: bool = False,
     ) -> None:
         self.base, self._note, self._silence = base, note, silence
-        self._leases = Leases(base, slots, at_site, json_logs)
+        self._leases = Leases(base, slots, at_site)
         self._unmet = UnmetDemands(tell)
         self._needs: Sequence[Need] | None = None  # of the next rounds; None if nobody has said
 
