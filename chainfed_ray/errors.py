@@ -45,10 +45,8 @@ errors between processes: the exception's ``args`` are the arguments of its cons
 from difflib import get_close_matches
 from typing import Any
 
-from chainfed_ray.problem import Problem, shown
+from chainfed_ray.problem import Problem, shown, some_of
 from chainfed_ray.units import format_bytes
-
-_NAMED = 20  # models in the error that there is none of a name
 
 
 class ChainFedError(Exception):
@@ -130,7 +128,7 @@ class QuorumLost(ChainFedError, RuntimeError):
         self.rounds, self.quorum, self.reasons = rounds, quorum, reasons
 
     def __str__(self) -> str:
-        causes = "; ".join(f"{client}: {reason}" for client, reason in self.reasons.items())
+        causes = some_of((f"{client}: {reason}" for client, reason in self.reasons.items()), "; ")
         return f"{self.rounds}: fewer than {self.quorum} clients answered ({causes})"
 
 
@@ -373,8 +371,7 @@ class ModelNotFound(ChainFedError, LookupError):
     def __str__(self) -> str:
         near = get_close_matches(self.model, self.served)
         meant = f"; did you mean {' or '.join(near)}?" if near else "."
-        more = ", …" if len(self.served) > _NAMED else ""
-        return f"there is no model {shown(self.model)}{meant} Served now: {', '.join(self.served[:_NAMED]) or 'none'}{more}"
+        return f"there is no model {shown(self.model)}{meant} Served now: {some_of(self.served)}"
 
 
 class UploadNotFound(ChainFedError, LookupError):

@@ -1,6 +1,7 @@
 """One thing that is wrong with an input, and values as errors show them."""
 
 import reprlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 
@@ -32,6 +33,14 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def some_of(names: Iterable[str], separator: str = ", ") -> str:
+    """Names as an error lists them: of many the first few, and how many more there are; or "none". A long one is cut."""
+    names = list(names)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    brief = (name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in names[:_NAMED])
+    return (separator.join(brief) or "none") + more
+
+
 class _Shown(str):
     """A value that is known by its ``repr`` alone."""
 
@@ -56,6 +65,7 @@ _BRIEF = reprlib.Repr()  # of lists and mappings: a few entries, a few levels, h
 _BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxset, _BRIEF.maxdict = 3, 10, 10, 10, 10
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
 _SHOWN = 120  # characters
+_NAMED, _LONGEST = 10, 400  # of a list of names, and characters of each: there are reasons among them
 
 
 def shown(value: Any) -> str:

@@ -6,12 +6,14 @@ them. So none runs on a cluster's head, which has neither, and none but a client
 A third, ``only_machine``, marks a cluster that is one machine: nobody asks for it.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from chainfed_ray.cluster.structured_logs import LOG
 from chainfed_ray.device import start_forked
 from chainfed_ray.device.peak import ENVIRONMENT
 
@@ -55,7 +57,8 @@ def runtime_env(environment: Mapping[str, str] = _NOTHING) -> dict[str, Any]:
     from. ``environment`` has more of them. Ray passes the command through a shell and does not quote it, so we do.
     """
     forked = [sys.executable, "-I", "-S", start_forked.__file__, _LOADED]
-    return {"env_vars": {**ENVIRONMENT, **environment}, "py_executable": shlex.join(forked)}
+    logs = {LOG: os.environ[LOG]} if LOG in os.environ else {}  # also on machines whose own environment lacks it
+    return {"env_vars": {**ENVIRONMENT, **logs, **environment}, "py_executable": shlex.join(forked)}
 
 
 def coordinator_options() -> dict[str, Any]:

@@ -35,7 +35,9 @@ from urllib.parse import unquote
 from chainfed_ray.cluster.objects.copies import Copies
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.objects.snapshots import Snapshots
+from chainfed_ray.cluster.structured_logs import LOG
 from chainfed_ray.errors import InvalidJob, InvalidSetting
+from chainfed_ray.problem import some_of
 from chainfed_ray.reading import EVERYTHING, ReadingRules
 from chainfed_ray.records.secret import erase_secret
 from chainfed_ray.units import parse_bytes
@@ -44,7 +46,6 @@ WithoutKeys = Literal["nobody", "loopback", "anyone"]
 """Who may ask a service as long as no key was made."""
 QUEUED_JOBS, RUNNING_JOBS, REQUESTS = "CHAINFED_QUEUED_JOBS", "CHAINFED_RUNNING_JOBS", "CHAINFED_REQUESTS_PER_MINUTE"
 CLIENT_MEMORY, GRACE = "CHAINFED_CLIENT_MEMORY", "CHAINFED_GRACE_SECONDS"
-LOG = "CHAINFED_LOG"
 LEAST_REPLICAS = "CHAINFED_SERVING_LEAST_REPLICAS"
 UPLOAD_BYTES, STORED_BYTES, UPLOADS = "CHAINFED_UPLOAD_BYTES", "CHAINFED_STORED_BYTES", "CHAINFED_UPLOADS"
 Default = TypeVar("Default", int, None)
@@ -168,8 +169,8 @@ class Storage:
             found = [round_ for round_ in kept if round_ is not None]
             if moving and found:  # a better round than the newest has a folder of its own
                 return kept[max(found) if moving == "latest" else min(found)]
-            rounds = ", ".join(str(found) for found in sorted(found for found in kept if found is not None))
-            raise InvalidJob.at("model", f"…@{index}", f"a round whose stack is kept, such as {rounds or 'none yet'}")
+            rounds = some_of(map(str, sorted(found)))
+            raise InvalidJob.at("model", f"…@{index}", f"a round whose stack is kept, such as {rounds}")
         return kept[index]
 
     def uploads(self, tenant: str) -> Path:

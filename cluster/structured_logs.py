@@ -5,6 +5,7 @@ A line says what it is about, as far as that is known: a job, its tenant, a stag
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import TextIO
 
+LOG = "CHAINFED_LOG"
 JOB_LINES = logging.getLogger("chainfed_jobs")
 """Lines of the logs of jobs (see ``cluster/artifacts/job_log``). They are told here as well if lines are JSON."""
 JOB_LINES.propagate = False
@@ -35,6 +37,12 @@ def about(**what: str | int) -> Iterator[None]:
 def what_lines_are_about() -> Mapping[str, str | int]:
     """The fields that each line of this thread or task has now."""
     return _ABOUT.get()
+
+
+def log_as_asked(environment: Mapping[str, str] = os.environ) -> None:
+    """Let this process log as ``CHAINFED_LOG`` says, which all processes of a service have. Each calls this as it starts."""
+    if environment.get(LOG) == "json":
+        log_as_json()
 
 
 def log_as_json(stream: TextIO | None = None) -> None:

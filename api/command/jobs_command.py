@@ -12,6 +12,7 @@ from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.api.sdk.keys import read_key
 from chainfed_ray.api.transfer.options import ADDRESS, Address, JobId, KeyFile
 from chainfed_ray.errors import InvalidSetting
+from chainfed_ray.spec.parse import document_of
 
 
 def list_jobs(
@@ -103,13 +104,14 @@ def patch_of(changes: list[str]) -> dict[str, Any]:
 
     Raises:
         InvalidSetting: a text has no key or no value, or its value is not YAML.
+        InvalidJob: versions of YAML read its value differently.
     """
     patch: dict[str, Any] = {}
     for change in changes:
         path, equals, text = change.partition("=")
         *outer, last = path.split(".")
         try:
-            value = yaml.safe_load(text)
+            value = document_of(text, path)
         except yaml.YAMLError:
             equals = ""
         place: Any = patch

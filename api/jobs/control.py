@@ -8,13 +8,14 @@ from fastapi.concurrency import run_in_threadpool
 from chainfed_ray.api.jobs.merge_patch import BODY, Patch, patched
 from chainfed_ray.api.jobs.resources import JobResource, full
 from chainfed_ray.api.jobs.routes import IdempotencyKey, accept
+from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.jobs import control
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
-router = APIRouter(prefix="/v1/jobs/{job}", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs/{job}", tags=["jobs"], route_class=StrictRoute)
 
 
 @router.post("/pause", status_code=202)
@@ -40,7 +41,7 @@ def cancel_job(job: str, jobs: Jobs) -> JobResource:
 def retry_job(job: str, jobs: Jobs, service: WithService, caller: Caller) -> JobResource:
     """Try a job again that failed or was cancelled. It goes on from its last finished round, and waits in the queue."""
     service.check_fits(jobs.get(job).spec, caller)
-    return full(jobs, control.retry(jobs, job, service.queue_of(caller)))
+    return full(jobs, control.retry(jobs, job, service.queue_of(caller), service.folder_of))
 
 
 @router.post("/clone", status_code=201, openapi_extra=BODY)

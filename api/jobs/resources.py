@@ -1,6 +1,6 @@
 """Jobs as the API returns them: in lists, and in full with their progress."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ from chainfed_ray.api.jobs.conditions import CHANGES, Condition, conditions
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.lines import JobLine
 from chainfed_ray.cluster.tables import Event, JobRecord, Status, moment
-from chainfed_ray.records.fleet import AdmittedClients, LateSite, Weights
+from chainfed_ray.records.fleet import AdmittedClients, FleetClient, LateSite, Weights, late_clients
 from chainfed_ray.records.rounds import JobStarted, Round, Turn
 
 _TIMED_ROUNDS = 5  # the newest ones, whose time tells how long others take
@@ -175,6 +175,13 @@ def full(jobs: JobStore, record: JobRecord) -> JobResource:
     progress = JobProgress.of(fleet, last, record.status == "succeeded")
     ends = _ends(changes[-1], newest, progress) if record.status == "running" and newest and changes else None
     return JobResource.full(record, changes, progress, ends)
+
+
+def came_late(jobs: JobStore, job: str) -> Iterator[FleetClient]:
+    """The clients of sites that came after the job had begun. The database is asked when the first is looked at."""
+    told = jobs.of_kind(job, "started", "late_site")
+    plans = sum(len(JobStarted.model_validate(event.data).admitted) for event in told if event.kind == "started")
+    yield from late_clients(plans, (LateSite.model_validate(event.data) for event in told if event.kind == "late_site"))
 
 
 def _ends(change: Event, newest: Sequence[Event], progress: JobProgress) -> str | None:

@@ -7,9 +7,9 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 
-from chainfed_ray.api.jobs.resources import JobPage, JobResource, JobSummary, full
+from chainfed_ray.api.jobs.resources import JobPage, JobResource, JobSummary, came_late, full
 from chainfed_ray.api.report.pictures import check_drawing
-from chainfed_ray.api.rest.job_file import BODY, SubmittedJob
+from chainfed_ray.api.rest.job_file import BODY, StrictRoute, SubmittedJob
 from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, while_connected
 from chainfed_ray.cluster.access.identity import Identity
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -19,7 +19,7 @@ from chainfed_ray.records.fleet import FleetClient
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
 
-router = APIRouter(prefix="/v1", tags=["jobs"])
+router = APIRouter(prefix="/v1", tags=["jobs"], route_class=StrictRoute)
 
 _PNG = "image/png"
 _PICTURE: dict[int | str, dict[str, Any]] = {
@@ -28,7 +28,7 @@ _PICTURE: dict[int | str, dict[str, Any]] = {
 
 
 class ClientPage(BaseModel):
-    """A page of a job's clients: those that take part, in the order of the fleet, and then the others."""
+    """A page of a job's clients: those that take part, in the order of the fleet, the others, and those that came later."""
 
     clients: list[FleetClient]
     next: int | None = Field(description="pass this as `after` to get the next page; null on the last page")
@@ -152,6 +152,10 @@ def list_clients(
     after: Annotated[int, Query(ge=0, lt=2**31, description="leave out so many clients at the beginning")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most clients of a page")] = 100,
 ) -> ClientPage:
-    """The clients of a job's fleet, each with its plan or what it lacks. There are none before the job has started."""
-    found = service.clients(jobs.get(job).id, after, limit + 1)
+    """The clients of a job's fleet, each with its plan or what it lacks. There are none before the job has started.
+
+    Those of sites that came after the job had begun are the last, in the order in which their sites came.
+    """
+    record = jobs.get(job)
+    found = service.clients(record.id, after, limit + 1, came_late(jobs, record.id))
     return ClientPage(clients=found[:limit], next=after + limit if len(found) > limit else None)

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
+from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.models import served
 from chainfed_ray.api.rest.openai_schemas import (
     AssistantMessage,
@@ -38,7 +39,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.serving.messages import FinishReason, Piece, Prompt, Sampling, TokenChances
 
-router = APIRouter(prefix="/v1", tags=["models"])
+router = APIRouter(prefix="/v1", tags=["models"], route_class=StrictRoute)
 
 _log = logging.getLogger(__name__)
 _MISTAKE = {"type": "InternalError", "message": "a mistake of the service; its log says more"}

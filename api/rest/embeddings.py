@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request
 from pydantic import AfterValidator, BaseModel, FailFast, Field
 
+from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.models import served
 from chainfed_ray.api.rest.openai_schemas import PromptText, Strings
 from chainfed_ray.api.rest.schemas import LONGEST_NAME, MOST_CHARACTERS, MOST_TEXTS, RequestBody, bounded
 from chainfed_ray.api.rest.service import Jobs, WithService, while_connected
 from chainfed_ray.serving.messages import Embedding
 
-router = APIRouter(prefix="/v1", tags=["models"])
+router = APIRouter(prefix="/v1", tags=["models"], route_class=StrictRoute)
 
 
 class EmbeddingRequest(RequestBody):

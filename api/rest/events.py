@@ -10,12 +10,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
+from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.schemas import EventPage, EventResource
 from chainfed_ray.api.rest.service import Jobs, WithService
 from chainfed_ray.cluster.jobs.feed import Busy, EventFeed
 from chainfed_ray.cluster.tables import FINISHED, Event
 
-router = APIRouter(prefix="/v1/jobs/{job}/events", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs/{job}/events", tags=["jobs"], route_class=StrictRoute)
 
 _MEDIA_TYPE = "text/event-stream"
 

@@ -1,11 +1,13 @@
-"""Reads a job file from the body of a request, as JSON or YAML."""
+"""Reads a job file from the body of a request, as JSON or YAML; and any other JSON, in which each key is given once."""
 
 import json
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import yaml
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from chainfed_ray.errors import InvalidJob
@@ -103,6 +105,37 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if (repeated := first_repeated(name for name, _ in pairs)) is not None:
         raise InvalidJob.at(repeated, document[repeated], "a key that is given once")
     return document
+
+
+class _StrictRequest(Request):
+    """A request whose JSON is refused if a key is given twice: of the two values, one would be left out without a word."""
+
+    async def json(self) -> Any:
+        """What the body says.
+
+        Raises:
+            InvalidJob: a key is given twice.
+            JSONDecodeError: it is not JSON.
+        """
+        return json.loads(await self.body(), object_pairs_hook=_without_repeats)
+
+
+class StrictRoute(APIRoute):
+    """A route that reads its JSON so."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See ``APIRoute``."""
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            try:
+                return await handle(_StrictRequest(request.scope, request.receive))
+            except HTTPException as error:  # FastAPI makes one of whatever went wrong with a body
+                if isinstance(error.__cause__, InvalidJob):
+                    raise error.__cause__ from None
+                raise
+
+        return strict
 
 
 SubmittedJob = Annotated[JobSpec, Depends(_read)]

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
 
+from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.schemas import (
     LONGEST_NAME,
     AliasList,
@@ -29,7 +30,7 @@ from chainfed_ray.errors import InvalidJob, ModelNotFound
 from chainfed_ray.serving.messages import ModelKey
 from chainfed_ray.spec.sections import ModelSpec
 
-router = APIRouter(prefix="/v1", tags=["models"])
+router = APIRouter(prefix="/v1", tags=["models"], route_class=StrictRoute)
 
 _MOST_COMPARED = 1000  # names, to find those that are like one that does not exist; jobs on a base model of one name
 _ROUTES: dict[ModelTask, str] = {

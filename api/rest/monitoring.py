@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from pydantic import BaseModel, Field
 
+from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.schemas import Health
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -21,7 +22,7 @@ from chainfed_ray.cluster.queries.totals import JobTotals, TotalsOfJobs
 from chainfed_ray.cluster.tables import AT_WORK, FINISHED, Status
 from chainfed_ray.records.rounds import Evaluation
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], route_class=StrictRoute)
 
 _RUNNING_JOBS = 100  # the most jobs at work that have metrics
 FINISHED_JOBS = 10  # how many of the newest finished jobs have metrics

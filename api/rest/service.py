@@ -5,7 +5,7 @@ Work that a caller asked for ends when the caller goes away (``while_connected``
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,19 +101,19 @@ class Write(Protocol):
 
 
 class ListClients(Protocol):
-    """At most ``limit`` clients of a job's fleet, without the first ``after``."""
+    """At most ``limit`` clients of a job's fleet, without the first ``after``. Those that came ``late`` are the last."""
 
-    def __call__(self, job: str, after: int, limit: int) -> list[FleetClient]: ...
+    def __call__(self, job: str, after: int, limit: int, late: Iterable[FleetClient]) -> list[FleetClient]: ...
 
 
-def unlisted(job: str, after: int, limit: int) -> list[FleetClient]:
+def unlisted(job: str, after: int, limit: int, late: Iterable[FleetClient]) -> list[FleetClient]:
     """See ``ListClients``: a service without storage lists nobody."""
     return []
 
 
 def listed_in(folder_of: Callable[[str], Path]) -> ListClients:
     """Lists from the files of jobs, whose folders are given by ``folder_of``."""
-    return lambda job, after, limit: clients_in(folder_of(job), after, limit)
+    return lambda job, after, limit, late: clients_in(folder_of(job), after, limit, late)
 
 
 class Alive(Protocol):

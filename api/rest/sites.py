@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
+from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, WithService
 from chainfed_ray.cluster.sites.mailbox import site_address
 from chainfed_ray.site.envelope import (
@@ -24,7 +25,7 @@ from chainfed_ray.site.envelope import (
     Welcome,
 )
 
-router = APIRouter(prefix="/v1/site", tags=["sites"])
+router = APIRouter(prefix="/v1/site", tags=["sites"], route_class=StrictRoute)
 
 _LOOK_SECONDS = 1.0  # until it is looked again whether the process that waits is still the site's
 _BINARY = "application/octet-stream"

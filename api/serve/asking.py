@@ -161,10 +161,9 @@ class Together:
         for _, answer in taken:
             answer.add_done_callback(give_up_if_all_left)
         await asyncio.wait([call])
-        if call.cancelled():  # by us, or by Ray: then callers wait for it
-            error: BaseException | None = PartUnavailable("the process of the models", "gave it up", _RETRY_SECONDS)
-        else:
-            error = call.exception()
+        if call.cancelled():  # all its callers have left
+            return
+        error = call.exception()
         found = [error] * len(taken) if error else call.result()
         for (_, answer), result in zip(taken, found, strict=True):
             if answer.done():  # its caller has left
@@ -177,9 +176,16 @@ class Together:
 
 @contextmanager
 def _errors_of_ours() -> Iterator[None]:
-    """Raise what went wrong there as an error of ours. Ray's own message is a whole traceback."""
+    """Raise what went wrong there as an error of ours. Ray's own message is a whole traceback.
+
+    A question that Ray gives up looks as if its caller had left. That is so only if the caller's task is being cancelled.
+    """
     try:
         yield
+    except asyncio.CancelledError:
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise
+        raise PartUnavailable("the process of the models", "gave it up", _RETRY_SECONDS) from None
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, ChainFedError) else error from None
     except BackPressureError:

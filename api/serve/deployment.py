@@ -26,7 +26,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.resources import api_options, inference_options
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.cluster.structured_logs import log_as_json
+from chainfed_ray.cluster.structured_logs import log_as_asked
 from chainfed_ray.cluster.tracing import begin_tracing, check_tracing, trace_requests
 from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import PartUnavailable
@@ -49,8 +49,7 @@ class Api:
     """Serves the routes. Each replica makes sure that the cluster has a controller of jobs."""
 
     def __init__(self, settings: Settings, inference: DeploymentHandle[Any]) -> None:
-        if settings.json_logs:
-            log_as_json()
+        log_as_asked()
         begin_tracing()
         self._settings, self._inference = settings, inference
         self._writing: Any = inference.options(stream=True)

@@ -15,7 +15,7 @@ from ray.serve.config import RequestRouterConfig
 
 from chainfed_ray.api.rest.schemas import MOST_TEXTS
 from chainfed_ray.cluster.storage import Settings, Storage
-from chainfed_ray.cluster.structured_logs import log_as_json
+from chainfed_ray.cluster.structured_logs import log_as_asked
 from chainfed_ray.device.memory_limit import machine_bytes
 from chainfed_ray.errors import ChainFedError, PartUnavailable
 from chainfed_ray.serving.messages import ModelKey, Piece, Prompt, Question, Sampling, Work, joined
@@ -41,8 +41,7 @@ class Inference:
         from chainfed_ray.serving.engine import Engine
         from chainfed_ray.serving.questions import Answering
 
-        if settings.json_logs:
-            log_as_json()
+        log_as_asked()
         load_models()
         most_bytes = settings.serving_bytes or machine_bytes() // 2 // settings.serving_replicas
         self._engine = Engine(partial(_folder_of, settings.storage), most_bytes)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.types import Message, Receive, Scope, Send
 
 from chainfed_ray.api.rest.errors import MEDIA_TYPE
+from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Jobs, WithService
 from chainfed_ray.api.storage.report import ensure_report
 from chainfed_ray.cluster.artifacts.listing import artifact, names_of
@@ -19,7 +20,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import FINISHED
 from chainfed_ray.errors import ArtifactNotFound
 
-router = APIRouter(prefix="/v1/jobs", tags=["artifacts"])
+router = APIRouter(prefix="/v1/jobs", tags=["artifacts"], route_class=StrictRoute)
 
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _PROBLEM = {"$ref": "#/components/schemas/ProblemDetails"}

@@ -7,6 +7,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
+from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.schemas import RequestBody
 from chainfed_ray.api.rest.service import Caller, CallerGone, Uploads, WithService
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS
@@ -16,7 +17,7 @@ from chainfed_ray.cluster.uploads.files import Arriving
 from chainfed_ray.cluster.uploads.store import Upload
 from chainfed_ray.errors import PartUnavailable
 
-router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
+router = APIRouter(prefix="/v1/uploads", tags=["uploads"], route_class=StrictRoute)
 
 _BINARY = "application/octet-stream"
 _WRITTEN_BYTES = 2**20  # are written together

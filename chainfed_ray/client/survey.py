@@ -52,6 +52,10 @@ class Absence:
     may_come: bool = False
 
 
+class SurveyStopped(Exception):
+    """Nobody waits for the sites any more: the job is to pause or to end, or the service drains."""
+
+
 class Sites(Protocol):
     """The sites that a service knows."""
 
@@ -59,6 +63,9 @@ class Sites(Protocol):
         """Ask each site of the job for a survey, and wait for the answers. ``base`` is the folder of the base model.
 
         Gives the answers by the names of the classes of clients.
+
+        Raises:
+            SurveyStopped: the job is to pause or to end.
         """
         ...
 

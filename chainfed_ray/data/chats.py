@@ -8,6 +8,7 @@ from chainfed_ray.data.cells import as_list
 from chainfed_ray.data.messages import Chat, Message
 from chainfed_ray.data.tables import shown
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.problem import some_of
 
 # Other names of the roles, as data sets and models have them.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -107,5 +108,5 @@ def _content(content: Any) -> str:
         kinds = {str(part.get("type")) for part in content}
         if kinds <= {"text"} and all(isinstance(part.get("text"), str) for part in content):
             return "".join(part["text"] for part in content)
-        raise ValueError(f"a message of text parts alone, not of {', '.join(sorted(kinds - {'text'})) or 'others'}")
+        raise ValueError(f"a message of text parts alone, not of {some_of(sorted(kinds - {'text'}) or ['others'])}")
     raise ValueError("a message with a content that is a text, or a call of a tool")

@@ -20,6 +20,7 @@ from chainfed_ray.data.tables import shown
 from chainfed_ray.data.targets import Row, choice_examples
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.problem import some_of
 
 _KEY = "evaluation.choices"
 
@@ -55,7 +56,7 @@ def read_choices(source: str, tokenizer: PreTrainedTokenizerBase, max_length: in
     columns = (prompt_column, "choices", "answer")
     if not set(columns) <= set(table.names):
         expected = "a table with the columns prompt (or question), choices and answer; it has "
-        raise InvalidJob.at(_KEY, source, expected + ", ".join(table.names))
+        raise InvalidJob.at(_KEY, source, expected + some_of(table.names))
     rows: list[Row] = []
     begins, answers = [0], list[int]()
     for number, (prompt, given, answer) in enumerate(

@@ -15,6 +15,7 @@ from chainfed_ray.data.messages import Message
 from chainfed_ray.data.tables import FORMS, Table, from_arrow, read_path, read_upload
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import hub_is_reachable
+from chainfed_ray.problem import some_of
 from chainfed_ray.reading import OWN_UPLOAD, NotAllowed, check_repository
 from chainfed_ray.spec.sections import DataSpec
 
@@ -22,7 +23,6 @@ _FORMS = "builtin:docstrings, path:<file or folder>, upload:<id> or hf:<dataset>
 _IN_ROOTS = "a file or folder in one of CHAINFED_DATA_ROOTS, the folders whose data a job of this service may read"
 _FEWEST = 10
 _ANY_CLASSES = ("one", "other")
-_LISTED = 20  # names of columns in an error
 
 
 Text = str | tuple[str, str] | tuple[Message, ...]
@@ -195,17 +195,12 @@ def read_split(field: str, source: str, split: str, selection: ColumnSelection) 
     table = read_table(field, source, split, {name for _, name in selection.columns})
     for key, name in selection.columns:
         if name not in table.columns:
-            raise InvalidJob.at(key, name, f"a column of {source}: {_listed(table.names)}")
+            raise InvalidJob.at(key, name, f"a column of {source}: {some_of(table.names)}")
     named = [
         _filled(labels(table, key, column, source), key, column, source) if column is not None else ()
         for key, column in (("data.label", selection.label), ("fleet.partition.column", selection.group))
     ]
     return Split(_texts(table, selection, source), *named)
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The names of columns; of very many, some."""
-    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 def _filled(values: Sequence[str | None], key: str, column: str, source: str) -> tuple[str, ...]:

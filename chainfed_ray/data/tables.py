@@ -1,5 +1,6 @@
 """Reads tables from files as what they hold: a cell keeps its value, and a row that does not fit is an error with its line."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -164,7 +165,10 @@ def _read_as(form: str, path: Path, packed: bool, wanted: Collection[str] | None
         return _parquet(path, wanted)
     with gzip.open(path, "rb") if packed else path.open("rb") as raw:
         # The encodings skip a byte order mark, as some editors and shells write it.
-        encoding = "utf-16" if raw.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        mark = raw.read(4)
+        if mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+            raise ValueError("text in UTF-8; this file is UTF-32")
+        encoding = "utf-16" if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
         raw.seek(0)
         with io.TextIOWrapper(cast(IO[bytes], raw), encoding=encoding, newline="") as text:
             try:

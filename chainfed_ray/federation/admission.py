@@ -23,6 +23,7 @@ from chainfed_ray.data.examples import JobExamples
 from chainfed_ray.data.partition import PartitionRule, partition_by, partition_examples
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts, Examples
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.problem import some_of
 from chainfed_ray.records.fleet import (
     AdmittedClients,
     ExcludedClients,
@@ -283,7 +284,7 @@ def classes_at_sites(spec: JobSpec, surveys: Mapping[str, Survey | Absence]) -> 
     """
     answers = [survey for survey in surveys.values() if isinstance(survey, Survey)]
     if surveys and not answers and not spec.fleet.size:
-        reasons = "; ".join(group.reason for group in absent_clients(spec, surveys))
+        reasons = some_of((group.reason for group in absent_clients(spec, surveys)), "; ")
         raise InvalidJob.at("fleet.clients", [*surveys], f"a site that takes part ({reasons})")
     return {name for survey in answers for client in survey.clients for name in client.classes}
 
@@ -345,13 +346,13 @@ class Latecomers:
         told = {one for client in answer.clients for one in client.classes} if isinstance(answer, Survey) else set()
         if self.classes and (others := told - set(self.classes)):
             words = "it has rows of classes that the job did not have when it began"
-            answer = Absence(f"{words} ({in_words(others)}); `data.classes` lists such classes beforehand")
+            answer = Absence(f"{words} ({some_of(sorted(others))}); `data.classes` lists such classes beforehand")
         if isinstance(answer, Absence):
             return LateSite(client_class=name, site=group.site, excluded=absent_clients(self.spec, {name: answer}))
         members, totals = tuple(_at_site(group, answer, self.classes)), FleetTotals()
-        clients = [LateClient(client=each.name, **asdict(each.counts)) for each in members]
-        for _ in listed(self.planner, _planned(self.planner, members, self.stage), self.stage, totals):
-            pass  # each is added to the totals
+        lines = listed(self.planner, _planned(self.planner, members, self.stage), self.stage, totals)
+        plans = {line.client: line.model_dump(include={"planned_bytes", "plan", "shortfall_bytes"}) for line in lines}
+        clients = [LateClient(client=each.name, **asdict(each.counts), **plans[each.name]) for each in members]
         return LateSite(
             client_class=name,
             site=group.site,
@@ -392,8 +393,3 @@ def shares_of(spec: JobSpec, examples: JobExamples, rule: PartitionRule | None) 
     if rule is not None:
         return partition_by(rule, labels, groups, count, seed)
     return partition_examples(spec.fleet.partition, labels, groups, count, seed)
-
-
-def in_words(names: set[str]) -> str:
-    """Names as words."""
-    return ", ".join(sorted(names)) or "none"

@@ -35,7 +35,6 @@ from chainfed_ray.federation.admission import (
     as_client,
     candidates,
     classes_at_sites,
-    in_words,
     manifest_of,
     requirements_of,
     shares_of,
@@ -46,6 +45,7 @@ from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.problem import some_of
 from chainfed_ray.record import named
 from chainfed_ray.records.fleet import ExcludedClients, FleetClient, names_hash
 from chainfed_ray.records.manifest import Manifest
@@ -139,10 +139,8 @@ class PlannedJob:
         now = [candidate.name for candidate, _ in self.admitted]
         if names_hash(now) != job_started.clients_hash:
             then = {client.client for client in clients() if client.plan is not None}
-            expected = (
-                f"the clients that could take part when the job started (missing now: {in_words(then - set(now))}; "
-                f"new: {in_words(set(now) - then)})"
-            )
+            gone, new = (some_of(sorted(each)) for each in (then - set(now), set(now) - then))
+            expected = f"the clients that could take part when the job started (missing now: {gone}; new: {new})"
             raise InvalidJob.at("fleet.clients", f"{len(now)} that can take part", expected)
 
 
@@ -270,13 +268,14 @@ def _lora(adapter: AdapterSpec, blocks: Blocks, causal: bool) -> LoraShapes:
         raise InvalidJob.at("chain.adapter.kind", adapter.kind, expected)
     wanted = names if adapter.targets is None else set(adapter.targets)
     if unknown := sorted(wanted - names):
-        raise InvalidJob.at("chain.adapter.targets", unknown[0], f"a linear module for a LoRA: {in_words(names)}")
+        expected = f"a linear module for a LoRA: {some_of(sorted(names))}"
+        raise InvalidJob.at("chain.adapter.targets", unknown[0], expected)
     chosen = {
         index: {path: shape for path, shape in layer.items() if path.rpartition(".")[2] in wanted}
         for index, layer in modules.items()
     }
     if without := [index for index, layer in chosen.items() if not layer]:
-        expected = f"modules that every layer has; layer {without[0]} has {in_words(set(modules[without[0]]))}"
+        expected = f"modules that every layer has; layer {without[0]} has {some_of(sorted(set(modules[without[0]])))}"
         raise InvalidJob.at("chain.adapter.targets", list(adapter.targets or ()), expected)
     return chosen
 
@@ -372,7 +371,7 @@ def check_fleet(job: PlannedJob) -> None:
     """
     spec, admission = job.spec, job.admission
     if spec.quorum > len(admission.admitted) and not admission.excluded:
-        told = "; ".join(f"{client.client_class}: {client.reason}" for client in job.absent) or "there are no more"
+        told = some_of([f"{each.client_class}: {each.reason}" for each in job.absent] or ["there are no more"], "; ")
         expected = f"{spec.quorum} clients (the quorum) that can take part; {len(admission.admitted)} can ({told})"
         raise InvalidJob.at("fleet.clients", [group.name for group in spec.fleet.clients], expected)
     if spec.quorum > len(admission.admitted):

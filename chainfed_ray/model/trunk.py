@@ -58,7 +58,7 @@ class Trunk:
 
     def _take_apart(self, blank: BlankModel) -> None:
         """Find the part of the model that reads texts and its layers, and put recorders in their place."""
-        self._names, self._settings = blank.names.in_checkpoint(self._checkpoint), blank.settings
+        self.names, self._settings = blank.names.in_checkpoint(self._checkpoint), blank.settings
         self.layers_path = find_layers(blank.model, str(self.folder))
         shared: list[Any] = [blank.model.config, *blank.model.get_submodule(self.layers_path)]
         whole = copy.deepcopy(blank.model, {id(it): it for it in shared})  # what is around the layers is changed
@@ -91,7 +91,7 @@ class Trunk:
         Raises:
             UnsupportedModel: the checkpoint does not have it.
         """
-        source = self._names.find(name)
+        source = self.names.find(name)
         if source is None:
             raise UnsupportedModel(str(self.folder), f"its checkpoint has no tensor {name}")
         return source
@@ -184,17 +184,17 @@ class Trunk:
     @property
     def parts(self) -> int:
         """The number of tensors of the checkpoint that are parts of a parameter."""
-        return self._names.parts
+        return self.names.parts
 
     @property
     def _lacking(self) -> list[str]:
         """The parameters around the layers that the checkpoint does not have."""
-        return [name for name, _ in self._model.named_parameters() if not self._names.find(self._within + name)]
+        return [name for name, _ in self._model.named_parameters() if not self.names.find(self._within + name)]
 
     @property
     def parameters(self) -> list[str]:
         """The checkpoint's names of the embedding tables, and of what is resident around the layers."""
-        names = (self._names.find(self._within + name) for name, _ in self._model.named_parameters())
+        names = (self.names.find(self._within + name) for name, _ in self._model.named_parameters())
         return [name for name in names if name]
 
     @contextmanager
@@ -304,7 +304,7 @@ class Trunk:
                 continue
             for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 stored = self._within + (f"{name}.{key}" if name else key)
-                source = self._names.find(stored)
+                source = self.names.find(stored)
                 if source and isinstance(value, nn.Parameter):
                     self.fitting(stored, value)
                     setattr(module, key, nn.Parameter(self._checkpoint.read(source, self._dtype), requires_grad=False))

@@ -1,11 +1,12 @@
 """The commit log: it makes a job's records durable, so that a job killed at any time loses at most the round it was in.
 
 A commit is a tensor file and then its record. Each is written to a temporary file, flushed and renamed into place. The record
-comes last and has the digest of the tensor file, so a readable record proves that its commit is complete. It has its own digest
-as well. The files::
+comes last and has the digest of the tensor file, so a readable record proves that its commit is complete. Each record has its
+own digest as well. The files::
 
     partition.json                                       the manifest; written before started.json, which has its hash
     clients.jsonl                                        the clients of the fleet, one on a line; written before started.json
+    surveys.json                                         what sites told of their rows; written before started.json
     started.json                                         the JobStarted record
     privacy.key                                          the secret of a job with noise; erased when the job ends
     rounds/000000.safetensors, rounds/000000.json, …     tensors are kept of the two newest rounds and of the best
@@ -18,7 +19,7 @@ the round before.
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.records.secret import erase_secret, secret_path
 
 _SECRET_BYTES = 32
+_SEAL = "record_digest"  # no class of clients is called so
 _Kind = TypeVar("_Kind", bound=Document)
 
 
@@ -107,7 +109,25 @@ class CommitLog:
 
     def commit_started(self, job_started: JobStarted) -> None:
         """Make the ``JobStarted`` record durable."""
-        _write(self._folder / "started.json", [job_started.model_dump_json().encode()])
+        _write(self._folder / "started.json", [_sealed(job_started.model_dump(mode="json"))])
+
+    def commit_surveys(self, surveys: Mapping[str, Mapping[str, Any]]) -> None:
+        """Make the answers of sites durable, as documents by the names of the classes of clients."""
+        _write(self._folder / "surveys.json", [_sealed(surveys)])
+
+    def surveys(self) -> dict[str, dict[str, Any]] | None:
+        """The answers of sites, or None if none were committed.
+
+        Raises:
+            CorruptCommit: the file is not what was written.
+        """
+        path = self._folder / "surveys.json"
+        try:
+            surveys, seal = _parted(path, path.read_bytes())
+        except FileNotFoundError:
+            return None
+        _check_seal(path, surveys, seal)
+        return surveys
 
     def set_aside_damaged(self) -> str | None:
         """Set the newest round aside if it is not what was written, and the round before is. Returns what is wrong with it.
@@ -159,7 +179,7 @@ class CommitLog:
 
     def commit_finished(self, job_finished: JobFinished) -> None:
         """Make the ``JobFinished`` record durable."""
-        _write(self._folder / "finished.json", [job_finished.model_dump_json().encode()])
+        _write(self._folder / "finished.json", [_sealed(job_finished.model_dump(mode="json"))])
 
     def secret(self) -> bytes:
         """The 256 bits from which the job's noise is derived, drawn at the first call. Only the owner may read their file.
@@ -202,19 +222,47 @@ def _digest_of_record(record: Any) -> str:
     return _digest(json.dumps(record, sort_keys=True).encode())
 
 
+def _sealed(record: Mapping[str, Any]) -> bytes:
+    """A record as JSON, with its digest beside its keys."""
+    return json.dumps({**record, _SEAL: _digest_of_record(record)}).encode()
+
+
+def _parted(path: Path, data: bytes) -> tuple[dict[str, Any], object]:
+    """The record in a file's ``data``, and its digest apart, which one of an earlier version lacks.
+
+    Raises:
+        CorruptCommit: it is not what was written.
+    """
+    try:
+        record = json.loads(data)
+        seal = record.pop(_SEAL, None)
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise CorruptCommit(str(path), "it is not what was written") from error
+    return record, seal
+
+
+def _check_seal(path: Path, record: Any, seal: object) -> None:
+    """Check a record against its digest, if it has one.
+
+    Raises:
+        CorruptCommit: it is not what was written.
+    """
+    if seal is not None and seal != _digest_of_record(record):
+        raise CorruptCommit(str(path), "it is not what was written")
+
+
 def _read(path: Path, kind: type[_Kind]) -> _Kind | None:
     try:
         data = path.read_bytes()
-        found = kind.model_validate_json(data)
+        record, seal = _parted(path, data)
+        found = kind.model_validate_json(data if kind is _Commit else json.dumps(record))
     except FileNotFoundError:
         return None
     except ValidationError as error:
         others = (found["input"] for found in error.errors() if found["loc"][-1:] == ("version",))
         reasons = (f"it has version {other}; this chainfed-ray reads version {VERSION}" for other in others)
         raise CorruptCommit(str(path), next(reasons, "it is not what was written")) from error
-    sealed = found.record_digest if isinstance(found, _Commit) else None
-    if sealed is not None and _digest_of_record(json.loads(data)["record"]) != sealed:
-        raise CorruptCommit(str(path), "it is not what was written")
+    _check_seal(path, record["record"] if isinstance(found, _Commit) else record, seal)
     return found
 
 

@@ -4,9 +4,9 @@ A fleet may have a hundred thousand clients. So the record of a job's start has 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -24,6 +24,8 @@ Weights = WeightPlacement
 
 class FleetClient(Record):
     """A client of the fleet. If it takes part, ``plan`` is the place of its plan in ``JobStarted.admitted``, from 0.
+
+    Behind those come the plans of each site that came late, in the order in which they came.
 
     ``planned_bytes`` is the most memory that its turns need. A client that cannot take part has neither: its budget is
     ``shortfall_bytes`` too small for every plan.
@@ -71,12 +73,18 @@ class ExcludedClients(Record):
 
 
 class LateClient(Record):
-    """A client at a site that came late: how many examples it has, and the tokens of the longest and of all."""
+    """A client at a site that came late: how many examples it has, and the tokens of the longest and of all.
+
+    ``plan`` is the place of its plan in ``LateSite.admitted``; for the rest see ``FleetClient``. Earlier versions have none.
+    """
 
     client: str
     examples: int
     longest: int
     tokens: int
+    planned_bytes: int | None = None
+    plan: int | None = None
+    shortfall_bytes: int | None = None
 
 
 class LateSite(Record):
@@ -90,6 +98,27 @@ class LateSite(Record):
     clients: tuple[LateClient, ...] = ()
     admitted: tuple[AdmittedClients, ...] = ()
     excluded: tuple[ExcludedClients, ...] = ()
+
+    def listed(self, before: int) -> Iterator[FleetClient]:
+        """Its clients as lines of the fleet, in which ``before`` plans come before its own."""
+        budgets = [*(group.budget_bytes for group in self.admitted), *(group.budget_bytes for group in self.excluded)]
+        for client, budget in zip(self.clients, repeat(budgets[0])):  # a class has one budget
+            yield FleetClient(
+                client=client.client,
+                client_class=self.client_class,
+                examples=client.examples,
+                budget_bytes=budget,
+                planned_bytes=client.planned_bytes,
+                plan=None if client.plan is None else before + client.plan,
+                shortfall_bytes=client.shortfall_bytes,
+            )
+
+
+def late_clients(plans: int, late: Iterable[LateSite]) -> Iterator[FleetClient]:
+    """The clients of sites that came ``late`` to a job that began with so many ``plans``, as lines of its fleet."""
+    for site in late:
+        yield from site.listed(plans)
+        plans += len(site.admitted)
 
 
 class FleetTotals:
@@ -156,8 +185,12 @@ def names_hash(names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def clients_in(folder: Path, after: int = 0, limit: int | None = None) -> list[FleetClient]:
+def clients_in(
+    folder: Path, after: int = 0, limit: int | None = None, late: Iterable[FleetClient] = ()
+) -> list[FleetClient]:
     """At most ``limit`` clients of the list in a job's ``folder``, without the first ``after``. Empty before the job started.
+
+    Those that came ``late`` are behind them. They are not looked at if the page ends before.
 
     Raises:
         CorruptCommit: the file is not what was written.
@@ -165,8 +198,8 @@ def clients_in(folder: Path, after: int = 0, limit: int | None = None) -> list[F
     path = folder / CLIENTS_FILE
     try:
         with path.open("rb") as file:
-            lines = islice(file, after, None if limit is None else after + limit)
-            return [FleetClient.model_validate_json(line) for line in lines]
+            everybody = chain(map(FleetClient.model_validate_json, file), late)
+            return list(islice(everybody, after, None if limit is None else after + limit))
     except FileNotFoundError:
         return []
     except ValidationError as error:

@@ -71,7 +71,7 @@ def parse_yaml(text: str) -> JobSpec:
     """
     try:
         _check_shape(text)
-        document = yaml.load(text, Loader=_YamlLoader)
+        document = document_of(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line if error.problem_mark else 0
         shown = text.splitlines()[line : line + 1] or ["the end"]
@@ -82,6 +82,69 @@ def parse_yaml(text: str) -> JobSpec:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MOST_REASON]
         raise InvalidJob.at("(file)", text[:80], f"a YAML document ({reason})") from None
     return parse_job(document)
+
+
+def document_of(text: str, field: str = "") -> Any:
+    """What a YAML text says, which is the value of ``field`` or, by default, of a whole file.
+
+    Raises:
+        InvalidJob: it has a value that versions of YAML read differently.
+        YAMLError: it is no YAML.
+    """
+    loader = _YamlLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if problems := list(islice(_ambiguous(node, field, set()), _MOST_PROBLEMS)):
+            raise InvalidJob(tuple(problems))
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _ambiguous(node: yaml.Node, path: str, seen: set[int]) -> Iterator[Problem]:
+    """The values below ``node`` that YAML 1.1 and 1.2 read differently. A node to which aliases lead is looked at once."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode):
+        if not node.style and (expected := _read_alike(node.value)):
+            yield Problem(path or "(file)", node.value, f"{expected}: versions of YAML read this differently")
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _ambiguous(item, f"{path}[{index}]", seen)
+    elif isinstance(node, yaml.MappingNode):
+        for key, item in node.value:
+            below = f"{path}.{key.value if isinstance(key, yaml.ScalarNode) else '?'}".lstrip(".")
+            yield from _ambiguous(key, below, seen)
+            yield from _ambiguous(item, below, seen)
+
+
+def _read_alike(value: str) -> str | None:
+    """What to write in place of a plain ``value``, if YAML 1.1 and 1.2 read it differently."""
+    return next((expected for pattern, expected in _DIFFER if pattern.fullmatch(value)), None)
+
+
+_DIFFER = [
+    (re.compile(pattern), expected)
+    for pattern, expected in (
+        ("yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF", "true or false, or a text in quotes"),  # 1.2: a text
+        (
+            "[-+]?0o?[0-9_]+|[-+]?0b[01_]+",
+            "a decimal number without a 0 before it, or a text in quotes",
+        ),  # 010 is 8, or 10
+        (
+            "[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+([.][0-9_]*)?",
+            "a number without colons, or a text in quotes",
+        ),  # 1.1: to base 60
+        (
+            "[-+]?([0-9][0-9.]*_[0-9_.]*|0x[0-9a-fA-F]*_[0-9a-fA-F_]*)",
+            "a number without underscores, or a text in quotes",
+        ),
+        ("[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?", "a text in quotes"),  # 1.1: a date
+    )
+]
 
 
 class _YamlLoader(yaml.CSafeLoader):

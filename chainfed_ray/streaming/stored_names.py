@@ -6,6 +6,7 @@ used here to find tensors, not to load them: such a parameter is the bytes of se
 """
 
 import copy
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -49,10 +50,14 @@ class StoredNames:
         self._names: dict[str, str] = {}
         self._shares: dict[str, tuple[str, int, int]] = {}  # parameters that are shares of one stored tensor
         self._parts: dict[str, dict[str, list[str]]] = {}  # of a parameter, by the pattern that their names match
+        self.without_place: list[str] = []  # stored tensors that are no parameter of the model
+        ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         for stored in sorted(names, key=dot_natural_key):
             name, pattern = rename_source_key(
                 stored, renamings, converters, model.base_model_prefix, cast(Any, self._shapes)
             )
+            if pattern is None and name not in self._shapes and not any(each.search(name) for each in ignored):
+                self.without_place.append(stored)
             if pattern is not None and _steps(self._rules[pattern]) == [(Chunk, 0)]:
                 targets = self._rules[pattern].target_patterns
                 for place, target in enumerate(targets):

@@ -6,6 +6,9 @@ A process of the API calls these. The controller and the job's coordinator then 
 call twice: a job that is already there stays as it is.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.versions import ModelName, trained
 from chainfed_ray.cluster.tables import JobRecord, Status
@@ -54,26 +57,37 @@ def cancel(store: JobStore, job: str) -> JobRecord:
     return _reached(store, job, ("cancelling", "cancelled"), "be cancelled")
 
 
-def retry(store: JobStore, job: str, most_queued: int | None = None) -> JobRecord:
+def retry(
+    store: JobStore, job: str, most_queued: int | None = None, folder_of: Callable[[str], Path] | None = None
+) -> JobRecord:
     """Try a job again that failed or was cancelled. It goes on from its last commit, in the queue by its age.
 
-    The tenant may have ``most_queued`` jobs in the queue.
+    ``folder_of`` gives the folder of a job's commits: one with noise may have a round there of which no event tells, if its
+    process was killed between the two. The tenant may have ``most_queued`` jobs in the queue.
 
     Raises:
         JobNotFound: there is no such job.
         JobConflict: the job has not failed and was not cancelled; or it has noise, and cannot go on without its secret.
         LimitReached: the tenant has as many jobs in the queue as it may.
         InvalidJob: an upload that the job reads was deleted when it had ended.
+        OSError: the commits of a job with noise cannot be looked at.
     """
     record = store.get(job)
     ended: tuple[Status, ...] = ("failed", "cancelled")
-    if record.status in ended and record.spec.get("privacy") and store.newest(job, "round"):
+    if record.status in ended and record.spec.get("privacy") and _has_round(store, job, folder_of):
         asked = (
             "be tried again: the secret of its noise was erased when it ended, and other noise would weaken its privacy"
         )
         raise JobConflict(job, record.status, asked)
     store.move(job, "queued", before=ended, most_queued=most_queued)
     return _reached(store, job, ("queued", "validating", "running"), "be tried again")
+
+
+def _has_round(store: JobStore, job: str, folder_of: Callable[[str], Path] | None) -> bool:
+    """Whether a round of a job was committed."""
+    if store.newest(job, "round"):
+        return True
+    return folder_of is not None and any((folder_of(job) / "rounds").glob("*.json"))
 
 
 def delete(store: JobStore, job: str) -> None:

@@ -22,7 +22,7 @@ from chainfed_ray.cluster.occupancy import is_free
 from chainfed_ray.cluster.resources import controller_options, coordinator_options
 from chainfed_ray.cluster.scratch import Occupants, delete_everywhere, on_every_machine
 from chainfed_ray.cluster.storage import Settings, Storage
-from chainfed_ray.cluster.structured_logs import log_as_json
+from chainfed_ray.cluster.structured_logs import log_as_asked
 from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.cluster.tracing import begin_tracing
 from chainfed_ray.cluster.uploads.expiry import remove_old_uploads
@@ -39,8 +39,7 @@ class CoordinatorActor:
     """A process that runs one job. If it is killed, Ray starts it again, and it resumes from the job's commits."""
 
     def __init__(self, job: str, settings: Settings) -> None:
-        if settings.json_logs:
-            log_as_json()
+        log_as_asked()
         # A process in place of one that died counts that first: whatever of the job comes next may be what kills it.
         if ray.get_runtime_context().was_current_actor_reconstructed and _is_given_up(job, settings):
             return
@@ -72,7 +71,6 @@ class CoordinatorActor:
                     note,
                     at_site=desk.lease,
                     tell=tell,
-                    json_logs=settings.json_logs,
                 ),
                 server_evaluation,
                 desk,
@@ -103,8 +101,7 @@ class ControllerActor:
     """The process of the cluster's one controller."""
 
     def __init__(self, settings: Settings) -> None:
-        if settings.json_logs:
-            log_as_json()
+        log_as_asked()
         Thread(target=self._run, args=(settings,), daemon=True).start()
         unused = partial(_drop_unused_everywhere, settings.storage)
         Thread(target=remove_old_uploads, args=(settings.storage, Event(), unused), daemon=True).start()

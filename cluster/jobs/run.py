@@ -11,7 +11,7 @@ from typing import Any
 
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.client.pool import UnmetDemand
-from chainfed_ray.client.survey import Sites
+from chainfed_ray.client.survey import Sites, SurveyStopped
 from chainfed_ray.cluster.artifacts.cards import write_cards
 from chainfed_ray.cluster.artifacts.job_log import WITHHELD, JobLog
 from chainfed_ray.cluster.database import NO_ANSWER
@@ -27,7 +27,7 @@ from chainfed_ray.cluster.tables import AT_WORK, Event, JobRecord
 from chainfed_ray.cluster.tracing import StagesAndRounds, flush, span
 from chainfed_ray.cluster.uploads.sources import rules_of_job
 from chainfed_ray.cluster.uploads.store import UploadStore
-from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob, JobConflict
+from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
@@ -129,7 +129,7 @@ def _run(
         raise
     except CommitConflict as error:
         _log.warning("job %s: %s", job, error)
-    except JobConflict as error:  # it waited for its sites, and is to pause or to end
+    except SurveyStopped as error:
         _log.info("%s", error)
     except Exception as error:  # whatever it is, it made the job fail, and belongs on the job's record
         if trouble := _disk_trouble(error, storage):

@@ -12,6 +12,7 @@ from pathlib import Path
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.objects.snapshots import Damaged, Digests, Snapshot, Snapshots, StoredFile, files_below
 from chainfed_ray.errors import CommitConflict, CorruptCommit
+from chainfed_ray.problem import some_of
 from chainfed_ray.records.secret import secret_path
 
 _LOG = "log.jsonl"  # it grows between commits, and a line that is not in the store yet need not be lost
@@ -51,7 +52,7 @@ class WorkingCopy:
             self._restore_secret()
             return damaged
         if damaged:
-            raise CorruptCommit(f"{self._snapshots.objects.url}/{self._snapshots.prefix}", "; ".join(damaged))
+            raise CorruptCommit(f"{self._snapshots.objects.url}/{self._snapshots.prefix}", some_of(damaged, "; "))
         self._newest, self._base, self._fallback = 0, None, None
         self._remove_all_but(())
         self._restore_secret()

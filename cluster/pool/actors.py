@@ -15,7 +15,7 @@ from chainfed_ray.client.progress import Progress, progress
 from chainfed_ray.client.turn import slowed, take_turn, warm_up
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.pool.orders import receive
-from chainfed_ray.cluster.structured_logs import about, log_as_json
+from chainfed_ray.cluster.structured_logs import about, log_as_asked
 from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.errors import BudgetExceeded
 from chainfed_ray.model.source import ModelSource
@@ -53,9 +53,8 @@ def turn_of(client: Client, order: Any, base: ModelSource, told: Mapping[str, st
 class ClientActor:
     """A process that runs turns for one client at a time, all of one budget class. It keeps nothing between turns."""
 
-    def __init__(self, base: ModelSource, json_logs: bool = False) -> None:
-        if json_logs:
-            log_as_json()
+    def __init__(self, base: ModelSource) -> None:
+        log_as_asked()
         self._base = base
         self._lock = occupy(base.scratch)  # as long as this process lives, it may write there
 

@@ -49,6 +49,11 @@ def is_growing() -> bool:
     return bool(state.pending_instances or state.pending_instance_requests)
 
 
+def may_have_room(memory: int) -> bool:
+    """Whether a process that asks for ``memory`` bytes may have a machine later: one comes, or a large one is in use."""
+    return (largest_machine() or 0) >= memory or is_growing()
+
+
 def largest_machine() -> int | None:
     """The bytes that Ray gives away of the largest machine for clients that is there; None if there is none."""
     machines = (node["Resources"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]

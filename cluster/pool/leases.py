@@ -85,10 +85,8 @@ LeaseOfSite = Callable[[Client], Lease]
 class Leases:
     """Makes actors that take turns on the model ``base``, keeps those that are idle, and ends those that are not needed."""
 
-    def __init__(
-        self, base: ModelSource, slots: int, at_site: LeaseOfSite | None = None, json_logs: bool = False
-    ) -> None:
-        self._base, self._slots, self._at_site, self._json_logs = base, slots, at_site, json_logs
+    def __init__(self, base: ModelSource, slots: int, at_site: LeaseOfSite | None = None) -> None:
+        self._base, self._slots, self._at_site = base, slots, at_site
         self._idle: list[Lease] = []
         self._made: Counter[str] = Counter()
         self._caches = Caches()
@@ -169,6 +167,6 @@ class Leases:
 
     def _new(self, client_class: str, budget_bytes: int) -> Lease:
         actor_class: Any = ClientActor  # ray.remote adds `options`, which the type does not show
-        actor = actor_class.options(**client_options(budget_bytes)).remote(self._base, self._json_logs)
+        actor = actor_class.options(**client_options(budget_bytes)).remote(self._base)
         self._made[client_class] += 1
         return Lease(actor, client_class, IDLE_BYTES + budget_bytes, actor.prepare.remote(), actor.node.remote())

@@ -25,7 +25,7 @@ from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, HeadLosses, HeadSums, Metrics, Profile, TurnOrder, Update
 from chainfed_ray.client.pool import Failure, Foresee, Need, Outcome, Tell
 from chainfed_ray.client.progress import Progress
-from chainfed_ray.cluster.pool.autoscaler import is_gone, is_growing
+from chainfed_ray.cluster.pool.autoscaler import is_gone, is_growing, may_have_room
 from chainfed_ray.cluster.pool.leases import Lease, LeaseOfSite, Leases
 from chainfed_ray.cluster.pool.orders import SentOrder
 from chainfed_ray.cluster.pool.placement import is_one_machine
@@ -33,6 +33,7 @@ from chainfed_ray.cluster.pool.unmet import UnmetDemands
 from chainfed_ray.cluster.pool.waiting import Waiting
 from chainfed_ray.cluster.tracing import Span, open_span
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.problem import some_of
 from chainfed_ray.units import format_bytes, format_seconds
 
 _POLL_SECONDS = 1.0
@@ -69,9 +70,9 @@ class RayPool:
     """A ``ClientPool`` on the Ray cluster that this process is connected to. It runs ``slots`` turns at a time.
 
     ``note`` is told when turns wait for processes to start. That takes seconds, or longer if no machine has room. Without a
-    deadline, a turn is given up if its process does nothing for ``silence`` seconds, or if it has no machine for as long.
+    deadline, a turn is given up if its process does nothing for ``silence`` seconds, or if for as long it has no machine and
+    there is none on which it could wait for room.
     ``at_site`` gives leases for clients at sites. ``tell`` hears of classes of clients for which the cluster never has room.
-    With ``json_logs`` the processes of clients log lines of JSON, about what the lines of this process are about.
     """
 
     def __init__(
@@ -83,10 +84,9 @@ class RayPool:
         silence: float = 300.0,
         at_site: LeaseOfSite | None = None,
         tell: Tell = lambda demand: None,
-        json_logs: bool = False,
     ) -> None:
         self.base, self._note, self._silence = base, note, silence
-        self._leases = Leases(base, slots, at_site, json_logs)
+        self._leases = Leases(base, slots, at_site)
         self._unmet = UnmetDemands(tell)
         self._needs: Sequence[Need] | None = None  # of the next rounds; None if nobody has said
 
@@ -219,7 +219,8 @@ class RayPool:
     def _silent(self, running: dict[Any, _Turn]) -> list[tuple[Any, Failure]]:
         """The turns that did nothing for too long, each with its failure.
 
-        An actor without a machine may wait as long as other turns run: when they end, there may be room.
+        An actor without a machine may wait as long as there may be room later: when other turns end, of this job or of others
+        on a machine that is large enough, or when the machine comes that is being added.
         """
         now = monotonic()
         quiet = {reference: turn for reference, turn in running.items() if now - turn.heard >= self._silence}
@@ -231,7 +232,7 @@ class RayPool:
                 turn.worked = 0.0
             if answer and answer.worked - turn.worked >= _LEAST_WORK * self._silence:
                 turn.heard, turn.worked = now, answer.worked
-            elif not turn.lease.placed and others_run:
+            elif not turn.lease.placed and (others_run or _may_begin(turn.lease)):
                 turn.heard = now
             else:
                 why = _why(turn.lease, answer)
@@ -248,7 +249,8 @@ class RayPool:
         late = [lease for lease in processes if now - lease.made_at > _PATIENCE_SECONDS]
         words = _in_words(len(running), len(processes), max((lease.memory for lease in late), default=None))
         for_sites = sorted({lease.why_waiting() for lease in waiting if not lease.kept})
-        self._note("; ".join([*([words] if words else []), *for_sites, *self._unmet.in_words()]) or None)
+        told = [*([words] if words else []), *self._unmet.in_words(), *for_sites]
+        self._note(some_of(told, "; ") if told else None)
         longest = max((now - lease.made_at for lease in late), default=0.0)
         if late and (longest > _GROWING_SECONDS or not is_growing()):
             self._leases.end_idle()
@@ -268,6 +270,11 @@ def _asked(turns: dict[Any, _Turn]) -> dict[Any, Progress]:
         except RayError:
             continue  # its process died; the result of its turn will say so
     return known
+
+
+def _may_begin(lease: Lease) -> bool:
+    """Whether a process that has no machine may have one later. A site's is not the cluster's to give."""
+    return lease.kept and lease.node is None and may_have_room(lease.memory)
 
 
 def _why(lease: Lease, answer: Progress | None) -> str:

@@ -21,6 +21,7 @@ from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.pool.orders import receive
 from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.structured_logs import log_as_asked
 from chainfed_ray.errors import BudgetExceeded, TurnNotTaken
 from chainfed_ray.site.codec import result_of, turn_order, write_tensors
 from chainfed_ray.site.envelope import Done, NotDone, Order, TensorFile
@@ -59,6 +60,7 @@ class SitesActor:
     """Stands for the clients of ``job`` that are at sites. All calls run in one event loop."""
 
     def __init__(self, job: JobForSites, storage: Storage) -> None:
+        log_as_asked()
         self._job, self._storage = job, storage
         self._opened: Mailbox | None = None
         self._pending: dict[tuple[str, str], asyncio.Future[OrderState]] = {}

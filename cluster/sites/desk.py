@@ -1,6 +1,5 @@
 """What the coordinator of a job has of its sites: their surveys before it begins, and leases for their clients' turns."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from ray.exceptions import RayError
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Client
-from chainfed_ray.client.survey import Absence, Survey
+from chainfed_ray.client.survey import Absence, Survey, SurveyStopped
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.pool.leases import Lease
@@ -22,8 +21,8 @@ from chainfed_ray.cluster.resources import controller_options, runtime_env
 from chainfed_ray.cluster.sites.actor import JobForSites, Seen, SitesActor
 from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.errors import JobConflict
 from chainfed_ray.hub import digest_of, first_line
+from chainfed_ray.problem import some_of
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.site.codec import survey_document, survey_of, survey_order
 from chainfed_ray.site.envelope import Done, NotDone
@@ -83,24 +82,20 @@ class Desk:
         """See ``Sites``. It waits for a site as long as for an update: ``rounds.deadline``; without one, until it comes.
 
         Raises:
-            JobConflict: the job is to pause or to end, or the service drains.
+            SurveyStopped: the job is to pause or to end, or the service drains.
         """
         self._job = JobForSites(self._id, spec.name, spec.document(), digest_of(base))
         self._max_length = spec.data.max_length
-        kept = self._storage.job(self._id) / "surveys.json"
+        log = CommitLog(self._storage.job(self._id))
         # A job that resumes has the clients with which it began. One that never began asks again: sites may have joined.
-        if kept.exists() and CommitLog(self._storage.job(self._id)).job_started():
-            documents: dict[str, dict[str, Any]] = json.loads(kept.read_text())
+        if log.job_started() and (documents := log.surveys()) is not None:
             found = {name: self._survey_of(document) for name, document in documents.items()}
             with closing(Mailbox(self._storage)) as mailbox:
                 self._awaited = self._given(mailbox, spec, _still_to_come(found))
             return found
         with closing(Mailbox(self._storage)) as mailbox:
             found = self._surveyed(mailbox, spec, listen)
-        partial = kept.with_suffix(".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({name: _document_of(survey) for name, survey in found.items()}))
-        partial.replace(kept)
+        log.commit_surveys({name: _document_of(survey) for name, survey in found.items()})
         return found
 
     def late(self, besides: Collection[str]) -> Mapping[str, Survey | Absence]:
@@ -161,7 +156,7 @@ class Desk:
                             mailbox.withdraw(site, number)
             elif missing:
                 if mailbox.wants_to_stop(self._id) or Drain(self._storage.root).has_begun():
-                    raise JobConflict(self._id, "about to stop", "wait for its sites")
+                    raise SurveyStopped(f"job {self._id} is about to stop; it waits for its sites no longer")
                 joined = {site.name for site in mailbox.sites() if site.joined}
                 if (words := _waiting(missing, joined)) != told:
                     listen(
@@ -204,8 +199,8 @@ def _still_to_come(found: Mapping[str, Survey | Absence]) -> set[str]:
 def _waiting(missing: Sequence[str], joined: Collection[str]) -> str:
     """What the survey waits for: sites that work on it, and sites that are not there."""
     busy, absent = ([site for site in missing if (site in joined) is there] for there in (True, False))
-    parts = [f"waiting for {', '.join(busy)}"] if busy else []
-    return "; ".join([*parts, *([f"not joined: {', '.join(absent)}"] if absent else [])])
+    parts = [f"waiting for {some_of(busy)}"] if busy else []
+    return "; ".join([*parts, *([f"not joined: {some_of(absent)}"] if absent else [])])
 
 
 def _document_of(survey: Survey | Absence) -> dict[str, Any]:

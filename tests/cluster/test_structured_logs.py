@@ -17,8 +17,9 @@ from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.pool import actors
+from chainfed_ray.cluster.resources import runtime_env
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.structured_logs import JOB_LINES, about, log_as_json, what_lines_are_about
+from chainfed_ray.cluster.structured_logs import JOB_LINES, about, log_as_asked, log_as_json, what_lines_are_about
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.spec.parse import parse_job
 from tests.pools import Altered, Answer
@@ -38,6 +39,20 @@ def stream() -> Iterator[StringIO]:
 
 def lines(stream: StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_a_process_logs_as_its_environment_says_and_hands_that_on(
+    stream: StringIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CHAINFED_LOG", "json")
+    asked = runtime_env()["env_vars"]
+    assert asked["CHAINFED_LOG"] == "json"
+    log_as_asked({"CHAINFED_LOG": "text"})
+    logging.getLogger("chainfed_ray.somewhere").info("as before")
+    assert [line["message"] for line in lines(stream)] == ["as before"]
+    log_as_asked(asked)
+    logging.getLogger("chainfed_ray.somewhere").info("in JSON")
+    assert json.loads(capsys.readouterr().err)["message"] == "in JSON"
 
 
 def test_a_line_has_what_it_is_about_and_an_error_its_traceback(stream: StringIO) -> None:

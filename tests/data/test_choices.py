@@ -169,3 +169,8 @@ def read(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, folder:
     path = folder / "choices.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return read_choices(f"path:{path}", tokenizer, max_length)
+
+
+def test_a_table_of_other_columns_is_refused_with_some_of_their_names(tmp_path: Path) -> None:
+    with pytest.raises(InvalidJob, match=r"choices and answer; it has c0, c1, .*, c9 and 49990 more$"):
+        read([{f"c{place}": 1 for place in range(50_000)}], byte_tokenizer(chat=False), tmp_path)

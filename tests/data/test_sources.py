@@ -61,6 +61,11 @@ def test_splits_of_their_own(tmp_path: Path) -> None:
     [
         (ROWS, {"label": "topic"}, r"data.label is 'topic'; expected a column of path:\S+: text, label"),
         (ROWS, {"text": "body"}, "data.text is 'body'; expected a column"),
+        (
+            [{f"c{place}": 1 for place in range(50_000)}],
+            {},
+            r"expected a column of path:\S+: c0, c1, .*, c9 and 49990 more$",
+        ),
         (ROWS[:9], {}, "data.train is .*; expected 10 rows or more; there are 9"),
         ([], {}, r"data\.train is .*; expected one row or more; there are none"),
         ([{"text": "x", "label": "a"}] * 12, {}, "data.label is 'label'; expected two classes or more"),

@@ -1,5 +1,6 @@
 """Promise: what is learnt is what the file says. A cell is read as what it is, in every form, or refused with its row."""
 
+import codecs
 import csv
 import gzip
 import json
@@ -108,6 +109,8 @@ def test_shards_have_the_same_columns(tmp_path: Path) -> None:
         ("rows.jsonl", "[" * 100_000, "the array: .*recursion"),
         ("rows.jsonl", '{"text": "a", "c": {"text": "b", "text": "c"}}', "line 1: the key 'text' is given twice"),
         ("rows.jsonl", '{"text": ["a", {"b": "\\ud800"}]}', "line 1: a text has half a surrogate pair"),
+        ("rows.csv", "text,label".encode("utf-32"), "text in UTF-8; this file is UTF-32"),
+        ("rows.jsonl", codecs.BOM_UTF32_BE + "{}".encode("utf-32-be"), "text in UTF-8; this file is UTF-32"),
         ("rows.csv", b"\xff\xffa", "text in UTF-8, or in UTF-16 with a byte order mark"),
         ("rows.csv", "text,label\na,x\n\ufefftext,label\n", "one header, on the first line; line 3 has it again"),
         ("rows.csv", b"PK\x03\x04", "a ZIP archive or an Excel workbook"),

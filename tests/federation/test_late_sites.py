@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chainfed_ray.activity import Listener
+from chainfed_ray.activity import Listener, Note
 from chainfed_ray.api.report.fleet import by_class
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Client, TurnOrder
@@ -20,15 +20,16 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.run import run_job
 from chainfed_ray.federation.state import stack_of
 from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.fleet import ExcludedClients
+from chainfed_ray.records.fleet import ExcludedClients, late_clients
 from chainfed_ray.records.result import JobResult
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, assert_same
-from tests.pools import Altered
+from tests.pools import Altered, Killed, dying
 
 pytestmark = pytest.mark.slow
 NOT_THERE = Absence("it did not answer within 3 s", may_come=True)
@@ -80,8 +81,28 @@ def survey(rows: Examples, classes: Sequence[str] = ("sea", "sky")) -> Survey:
     return Survey((ClientSurvey(rows.counts, dict.fromkeys(classes, 2)),))
 
 
-def records(document: dict[str, Any], folder: Path, rows: Examples, site: Late) -> Iterator[Record]:
-    return run_job(parse_job(document), folder, pool=lambda base, note: Carried(LocalPool(base), rows), sites=site)
+def records(
+    document: dict[str, Any], folder: Path, rows: Examples, site: Late, turns: int | None = None
+) -> Iterator[Record]:
+    """The records of the job; with ``turns``, its process dies after so many of them."""
+
+    def pool(base: ModelSource, note: Note) -> ClientPool:
+        here = Carried(LocalPool(base), rows)
+        return here if turns is None else dying(here, turns)
+
+    return run_job(parse_job(document), folder, pool=pool, sites=site)
+
+
+def die_before_the_record_of_round_1(patch: pytest.MonkeyPatch) -> None:
+    """The process dies when it has written the tensors of the second round, but not its record."""
+    replace_file = Path.replace
+
+    def once(path: Path, target: Path) -> Path:
+        if target.name == "000001.json":
+            raise Killed
+        return replace_file(path, target)
+
+    patch.setattr(Path, "replace", once)
 
 
 def end_of(folder: Path) -> Tensors:
@@ -100,6 +121,11 @@ def test_a_site_that_comes_takes_part_from_the_next_round_on_also_in_a_job_that_
     assert [[turn.client for turn in one.turns] for one in of_rounds] == [phones, *2 * [[*phones, "clinic-0"]]]
     assert [len(one.late) for one in of_rounds] == [0, 1, 0]
     assert of_rounds[1].turns[3].examples == len(rows) == of_rounds[1].late[0].clients[0].examples
+    (late,), began = of_rounds[1].late, len(started.admitted)
+    (line,) = late_clients(began, [late])
+    assert (line.client, line.examples, line.budget_bytes) == ("clinic-0", len(rows), 64 * 2**20)
+    assert line.plan == began
+    assert line.planned_bytes == late.admitted[0].planned_bytes
 
     # Killed after the round in which it came, and resumed: nobody asks the site again.
     halves = records(document, tmp_path / "halves", rows, Late(survey(rows), quiet=1))
@@ -108,6 +134,23 @@ def test_a_site_that_comes_takes_part_from_the_next_round_on_also_in_a_job_that_
     halves.close()  # type: ignore[attr-defined]  # a generator
     list(records(document, tmp_path / "halves", rows, Late(NOT_THERE, quiet=100)))
     assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "halves"))
+
+    # Killed just before that round was committed, and resumed: the site's answer is still there, and the bits are the same.
+    with pytest.MonkeyPatch.context() as patch:
+        die_before_the_record_of_round_1(patch)
+        killed = records(document, tmp_path / "commit", rows, Late(survey(rows), quiet=1))
+        with pytest.raises(Killed):
+            list(killed)
+    assert [one.late for one in CommitLog(tmp_path / "commit").rounds()] == [()]
+    resumed = list(records(document, tmp_path / "commit", rows, Late(survey(rows), quiet=0)))
+    assert [one.late for one in resumed if isinstance(one, Round)] == [one.late for one in of_rounds]
+    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "commit"))
+
+    # Killed in that round, after two of its four turns, and the site is gone: it is taken in anew when it comes again.
+    with pytest.raises(Killed):
+        list(records(document, tmp_path / "turn", rows, Late(survey(rows), quiet=1), turns=3 + 2))
+    later = records(document, tmp_path / "turn", rows, Late(survey(rows), quiet=1))
+    assert [len(one.late) for one in later if isinstance(one, Round)] == [0, 0, 1]
 
     # It is counted as one that takes part, and no longer as one that does not.
     found = {fleet.name: (fleet.clients, fleet.excluded, fleet.turns) for fleet in by_class(started, of_rounds)}

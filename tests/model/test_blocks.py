@@ -1,6 +1,7 @@
 """Promise: a model streamed layer by layer is the whole Hugging Face model, exactly."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.blocks import Blocks
@@ -79,6 +80,36 @@ def test_a_checkpoint_with_a_head_is_read_by_its_prefix(tmp_path: Path) -> None:
     assert torch.equal(
         streamed(Blocks(tmp_path / "headed", torch.float32))[-1], streamed(Blocks(bare, torch.float32))[-1]
     )
+
+
+def test_tensors_that_the_model_has_no_place_for_are_said_once_unless_they_are_ordinary(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = tiny("bert", tmp_path / "bare")
+    for kind, folder in ((AutoModelForMaskedLM, "tokens"), (AutoModelForSequenceClassification, "classes")):
+        kind.from_pretrained(bare).save_pretrained(tmp_path / folder)
+    for folder, said in (
+        (bare, []),
+        (tmp_path / "tokens", []),
+        (
+            tmp_path / "classes",
+            ["the folder has 2 tensors that this model has no place for: classifier.bias, classifier.weight"],
+        ),
+    ):
+        for _ in range(2):
+            with closing(Blocks(folder, torch.float32)) as blocks:
+                blocks.check()
+        assert [record.getMessage() for record in caplog.records if record.name.startswith("chainfed_ray")] == said
+        caplog.clear()
+
+
+def test_an_adapter_in_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tiny("bert", tmp_path) / "model.safetensors"
+    adapter = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"
+    save_file({**load_file(path), adapter: torch.zeros(2, 32)}, path, {"format": "pt"})
+    words = r"tensors of an adapter, such as .*query\.lora_A\.weight: merge it into the base model first"
+    with closing(Blocks(tmp_path, torch.float32)) as blocks, pytest.raises(UnsupportedModel, match=words):
+        blocks.check()
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ ROUNDS = 3
 def whole(log: CommitLog) -> None:
     """Write a short job, from wherever the log is."""
     job_started = log.job_started() or a_start()
+    log.commit_surveys({"clinic": {"absent": "it did not come"}})
     log.commit_started(job_started)
     for index in range(len(log.rounds()), ROUNDS):
         log.commit_round(a_round(index, job_started), {"x": torch.full((2, 3), float(index))})
@@ -58,7 +59,9 @@ def test_killed_between_any_two_steps(step: str, tmp_path: Path, monkeypatch: py
     assert deaths >= ROUNDS - 2
 
 
-@pytest.mark.parametrize("name", ["started.json", "finished.json", "rounds/000001.json", "rounds/000002.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["surveys.json", "started.json", "finished.json", "rounds/000001.json", "rounds/000002.safetensors"]
+)
 @pytest.mark.parametrize("damage", ["cut", "emptied"])
 def test_what_was_damaged_is_noticed(name: str, damage: str, tmp_path: Path) -> None:
     whole(CommitLog(tmp_path))
@@ -79,7 +82,8 @@ def test_a_document_of_another_version_is_refused(name: str, tmp_path: Path) -> 
 
 
 def everything(log: CommitLog) -> object:
-    return log.job_started(), log.job_finished(), log.rounds(), log.tensors(ROUNDS - 1)
+    log.tensors(ROUNDS - 1)
+    return log.surveys(), log.job_started(), log.job_finished(), log.rounds()
 
 
 def test_a_flipped_bit_in_the_tensors_is_noticed(tmp_path: Path) -> None:
@@ -104,6 +108,25 @@ def test_a_changed_digit_in_a_round_is_noticed_and_one_without_a_digest_is_read(
     path.write_text(json.dumps(document))
     with pytest.raises(CorruptCommit, match=r"000001\.json.*not what was written"):
         CommitLog(tmp_path).rounds()
+
+
+@pytest.mark.parametrize("name", ["surveys.json", "started.json", "finished.json"])
+def test_a_changed_letter_is_noticed_and_a_document_without_a_digest_is_read(name: str, tmp_path: Path) -> None:
+    whole(CommitLog(tmp_path))
+    path, before = tmp_path / name, everything(CommitLog(tmp_path))
+    document = json.loads(path.read_bytes())
+    path.write_text(json.dumps({key: value for key, value in document.items() if key != "record_digest"}))
+    assert everything(CommitLog(tmp_path)) == before, "of an earlier version"
+    path.write_text(json.dumps(document, indent=1))
+    assert everything(CommitLog(tmp_path)) == before
+    changed = json.dumps(document).replace("0", "1", 1).replace("it did not come", "it did not cone")
+    assert changed != json.dumps(document)
+    path.write_text(changed)
+    with pytest.raises(CorruptCommit, match=rf"{name}.*not what was written"):
+        everything(CommitLog(tmp_path))
+    assert (CommitLog(tmp_path).set_aside_damaged() is not None) is (name == "finished.json"), (
+        "the job goes on from there"
+    )
 
 
 def test_a_round_that_is_missing_is_noticed(tmp_path: Path) -> None:

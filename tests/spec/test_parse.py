@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.spec.parse import parse_job, parse_yaml
+from chainfed_ray.spec.parse import document_of, parse_job, parse_yaml
 from chainfed_ray.units import format_bytes, parse_bytes, parse_seconds
 from tests.builders import a_job
 from tests.models import tiny
@@ -31,6 +31,44 @@ def test_yaml_numbers_are_numbers_and_a_key_twice_is_an_error() -> None:
         parse_yaml("name: a\nname: b")
     with pytest.raises(InvalidJob, match=r"seed is 1000\.0"):
         parse_yaml("seed: 1e3")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "rounds: {total: 010}",
+            r"^rounds\.total is '010'; expected a decimal number without a 0 before it, or a text in quotes: ",
+        ),
+        ("rounds: {total: 0o10}", r"^rounds\.total is '0o10'; expected a decimal number"),
+        ("rounds: {total: -0b11}", r"^rounds\.total is '-0b11'; expected a decimal number"),
+        ("rounds: {deadline: 1:30}", r"^rounds\.deadline is '1:30'; expected a number without colons"),
+        (
+            "fleet: {clients: [{count: 1_000}]}",
+            r"^fleet\.clients\[0\]\.count is '1_000'; expected a number without under",
+        ),
+        (
+            "name: on",
+            "^name is 'on'; expected true or false, or a text in quotes: versions of YAML read this differently$",
+        ),
+        ("name: &a No\nseed: *a", "^name is 'No'"),
+        ("name: 2026-01-31", "^name is '2026-01-31'; expected a text in quotes"),
+        ("off: 1", "^off is 'off'"),
+    ],
+)
+def test_what_versions_of_yaml_read_differently_is_refused_by_its_field(text: str, words: str) -> None:
+    with pytest.raises(InvalidJob, match=words):
+        parse_yaml(text)
+
+
+def test_what_they_read_alike_is_read() -> None:
+    text = "{a: 0x10, b: 'on', c: \"1:30\", d: 0, e: 0.5, f: -7, g: 1e3, h: abc_def, i: true, j: null, k: 10.0.0.1, l: v1_0}"
+    assert document_of(text) == {
+        "a": 16, "b": "on", "c": "1:30", "d": 0, "e": 0.5, "f": -7, "g": 1000.0, "h": "abc_def", "i": True, "j": None,
+        "k": "10.0.0.1", "l": "v1_0",
+    }  # fmt: skip
+    with pytest.raises(InvalidJob, match=r"^rounds\.total is '010'"):
+        document_of("010", "rounds.total")
 
 
 @pytest.mark.parametrize(

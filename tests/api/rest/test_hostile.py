@@ -1,6 +1,7 @@
 """Promises about requests that ask for what cannot be: each is refused in words, none is a mistake of ours."""
 
 import json
+import re
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
@@ -44,6 +45,40 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     with TestClient(app, "http://localhost", raise_server_exceptions=False) as made:
         yield made
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "key", "value"),
+    [
+        ("POST", "/v1/classify", '{"model": "a", "texts": ["x"], "model": "b"}', "model", "'b'"),
+        ("POST", "/v1/uploads", '{"name": "a.csv", "bytes": 1, "bytes": 2}', "bytes", "2"),
+        ("POST", "/v1/chat/completions", '{"model": "a", "messages": [{"role": "user", "role": "x"}]}', "role", "'x'"),
+        ("POST", "/v1/jobs", '{"name": "a", "seed": 1, "seed": 2}', "seed", "2"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_in_every_body(
+    client: TestClient, method: str, path: str, body: str, key: str, value: str
+) -> None:
+    answer = client.request(method, path, headers={"content-type": "application/json"}, content=body)
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [{"field": key, "value": value, "expected": "a key that is given once"}]
+
+
+def test_every_route_with_a_body_reads_it_so(client: TestClient) -> None:
+    found = {
+        (method, path): kind
+        for path, operations in client.get("/openapi.json").json()["paths"].items()
+        for method, operation in operations.items()
+        for kind in operation.get("requestBody", {}).get("content", {})
+        if kind.endswith("json")
+    }
+    assert len(found) > 8
+    for (method, path), kind in found.items():
+        place = re.sub("{.*?}", "a", path)
+        answer = client.request(method, place, headers={"content-type": kind}, content='{"z": 1, "z": 2}')
+        assert answer.json().get("errors") == [{"field": "z", "value": "2", "expected": "a key that is given once"}], (
+            path
+        )
 
 
 @pytest.mark.parametrize("request_", list(hostile_requests()), ids=lambda request: f"{request.method}-{request.what}")

@@ -28,6 +28,7 @@ from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.records.fleet import AdmittedClients, LateClient, LateSite
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.classifier import Classifier
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Sampling
@@ -118,6 +119,12 @@ def test_a_job_from_submission_to_an_answer(
     assert (plan["client_class"], plan["clients"], plan["examples"]) == ("phone", 4, 96)
     assert all(found["plan"] == 0 and found["planned_bytes"] <= plan["planned_bytes"] for found in first["clients"])
     assert client.get("/v1/jobs/nothing/clients").status_code == 404
+    came = LateClient(client="far-0", examples=9, longest=5, tokens=20, planned_bytes=7, plan=0)
+    late = LateSite(client_class="far", site="far", clients=(came,), admitted=(AdmittedClients.model_validate(plan),))
+    store.publish(job, "late-far", "late_site", late.model_dump(mode="json"))
+    rest = client.get(f"/v1/jobs/{job}/clients?after={first['next']}").json()["clients"]
+    assert [(found["client"], found["examples"], found["plan"]) for found in rest[1:]] == [("far-0", 9, 1)]
+    assert client.get(f"/v1/jobs/{job}/clients?after=4").json() == {"clients": rest[1:], "next": None}
 
     model = client.get("/v1/models/tiny:tiny").json()
     assert (model["name"], model["job"], model["classes"]) == ("tiny:tiny", job, ["sea", "sky", "soil"])

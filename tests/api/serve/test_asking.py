@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from chainfed_ray.api.serve import asking
-from chainfed_ray.api.serve.asking import Together, answered, shared, written
+from chainfed_ray.api.serve.asking import Check, Together, answered, shared, written
 from chainfed_ray.api.serve.stack_router import StackRouter
 from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
 from chainfed_ray.serving.messages import ModelKey, Piece, Question
@@ -38,12 +38,12 @@ class Answer(Awaitable[str]):
 
 
 class Pieces:
-    def __init__(self, outcomes: list[Piece | Exception]) -> None:
+    def __init__(self, outcomes: list[Piece | BaseException]) -> None:
         self.outcomes, self.cancelled = outcomes, False
 
     async def __aiter__(self) -> AsyncGenerator[Piece, None]:
         for outcome in self.outcomes:
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, BaseException):
                 raise outcome
             yield outcome
 
@@ -246,6 +246,26 @@ def test_a_call_that_is_given_up_by_others_is_told_to_who_waits_for_it() -> None
         async with asyncio.timeout(10):
             answers = await asyncio.gather(*await begun(together, question("a"), question("b")), return_exceptions=True)
         assert [type(answer) for answer in answers] == [PartUnavailable] * 2
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("looks", [None, shared(lambda: asyncio.sleep(0))])
+def test_one_that_is_given_up_by_others_is_asked_again_and_then_told(looks: Check | None) -> None:
+    """A question with a call of its own, and a text. To their callers it would look as if they had left themselves."""
+
+    async def ask() -> None:
+        loop = asyncio.get_running_loop()
+        given_up, there = loop.create_future(), loop.create_future()
+        given_up.cancel()  # as Ray does it
+        there.set_result([["A"]])
+        async with asyncio.timeout(10):
+            with pytest.raises(PartUnavailable, match="gave it up"):
+                await Together(lambda _: given_up, may_wait=False, check=looks).answer(question("a"))
+            answers = iter([given_up, there])
+            assert await Together(lambda _: next(answers), may_wait=False, check=looks).answer(question("a")) == ["A"]
+            with pytest.raises(PartUnavailable, match="gave it up"):
+                await told(lambda: Pieces([asyncio.CancelledError()]), [])
 
     asyncio.run(ask())
 

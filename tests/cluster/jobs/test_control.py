@@ -204,6 +204,47 @@ def test_a_job_with_noise_is_not_tried_again_once_it_had_a_round(store: JobStore
     assert retry(store, jobs[1]).status == "queued"
 
 
+def test_a_job_with_noise_that_was_killed_between_a_commit_and_its_event_draws_no_noise_twice(
+    document: dict[str, Any], storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document |= {"privacy": PRIVACY, "chain": document["chain"] | {"start": 1, "head": "zero"}}
+    document["rounds"] |= {"total": 2}
+    job = store.submit(parse_job(document)).id
+    store.move(job, "running")
+    publish = JobStore.publish
+
+    def dies(self: JobStore, job: str, key: str, kind: str, data: dict[str, Any]) -> None:
+        if kind == "round":
+            raise Killed
+        publish(self, job, key, kind, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobStore, "publish", dies)
+        with pytest.raises(Killed):
+            run_queued_job(job, storage, in_this_process)
+    log = CommitLog(storage.job(job))
+    (committed,), tensors, secret = log.rounds(), log.tensors(0), log.secret()
+    assert store.newest(job, "round") is None
+
+    # It is cancelled now: its secret is erased, and it cannot be tried again.
+    other = store.submit(parse_job(document)).id
+    store.move(other, "cancelled")
+    with pytest.raises(JobConflict, match="the secret of its noise was erased"):
+        retry(store, other, folder_of=lambda _: storage.job(job))
+    assert store.get(other).status == "cancelled"
+    assert retry(store, other, folder_of=storage.job).status == "queued", "it has no round"
+
+    # Or it goes on: the round stands, with its noise, and is told once.
+    seen = list[Any]()
+    run_queued_job(job, storage, asking(lambda: seen.extend([log.secret(), log.tensors(0)]), turns=0))
+    assert store.get(job).status == "succeeded"
+    assert seen[0] == secret
+    assert_same(seen[1], tensors)
+    told = [event.data for event in store.events(job) if event.kind == "round"]
+    assert [one["index"] for one in told] == [0, 1]
+    assert told[0] == committed.model_dump(mode="json")
+
+
 def served(store: JobStore) -> str:
     job = store.submit(SPEC, "key").id
     store.move(job, "running")

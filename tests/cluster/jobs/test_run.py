@@ -22,7 +22,7 @@ from chainfed_ray.cluster.sites.desk import Desk
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import JobRecord, Status
-from chainfed_ray.errors import QuorumLost
+from chainfed_ray.errors import JobConflict, QuorumLost
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.reading import EVERYTHING, ReadingRules
 from chainfed_ray.records.commit_log import CommitLog
@@ -150,6 +150,16 @@ def test_a_job_that_waits_for_its_sites_stops_at_once(
         ended.result(timeout=10)
     goes_on = {"pausing": "paused", "cancelling": "cancelling", "drain": "validating"}
     assert (store.get(job).status, store.get(job).error) == (goes_on[asked], None)
+
+
+def test_a_conflict_that_nobody_thought_of_ends_the_job(
+    job: str, storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be run again and again: only who waits for sites stops without an end."""
+    monkeypatch.setattr(f"{RUN}.run_job", raising(JobConflict(job, "running", "be two jobs")))
+    run_queued_job(job, storage, in_this_process)
+    ended = store.get(job)
+    assert (ended.status, ended.error and ended.error["type"]) == ("failed", "JobConflict")
 
 
 def test_a_broken_folder_is_the_job_s_own(job: str, storage: Storage, store: JobStore) -> None:

@@ -1,18 +1,25 @@
 """Promises of a cluster that grows and shrinks with what the chain needs. Its nodes are processes of this machine."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import Any, cast
 
 import pytest
+import torch
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.exceptions import RpcError
 
+from chainfed_ray.client.messages import Client, Profile, Profiling
+from chainfed_ray.client.pool import Failure
 from chainfed_ray.cluster.pool.autoscaler import is_growing, never_met, never_met_by
+from chainfed_ray.cluster.pool.ray_pool import RayPool
+from chainfed_ray.model.source import ModelSource
 from tests.builders import MIB, a_document
 from tests.project import ROOT
 
@@ -129,3 +136,63 @@ def test_a_machine_that_is_being_added_is_known(monkeypatch: pytest.MonkeyPatch)
     status.autoscaling_state.pending_instances.add(ray_node_type_name="large")
     monkeypatch.setattr("chainfed_ray.cluster.pool.autoscaler.internal_kv_get_gcs_client", lambda: _Head(status))
     assert is_growing()
+
+
+class _Actor:
+    """Stands for each actor, each of its methods, and Ray's references to their results. It has no machine until ``comes``."""
+
+    def __init__(self, comes: float) -> None:
+        self.now = self.began = monotonic()
+        self._comes = self.began + comes
+
+    def __getattr__(self, name: str) -> "_Actor":
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *_: object, **__: object) -> "_Actor":
+        return self
+
+    def wait(self, references: list[object], timeout: float, **_: object) -> tuple[list[object], list[object]]:
+        """Stands for ``ray.wait``. What waits takes all of its time."""
+        self.now += timeout
+        return (references, []) if self.now >= self._comes else ([], references)
+
+
+@pytest.mark.parametrize(
+    ("machine", "added", "waits"),
+    [(0, False, False), (0, True, True), (2**40, False, True), (2**20, False, False)],
+    ids=["none", "one is being added", "a large one, in use", "a small one"],
+)
+def test_a_turn_without_a_deadline_waits_for_a_machine_as_long_as_there_may_be_one(
+    machine: int, added: bool, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = a_status([], {900: 1})
+    if added:
+        status.autoscaling_state.pending_instances.add(ray_node_type_name="large")
+    monkeypatch.setattr("chainfed_ray.cluster.pool.autoscaler.internal_kv_get_gcs_client", lambda: _Head(status))
+    resources = {"memory": machine, "client_slot": 1}
+    monkeypatch.setattr("ray.nodes", lambda: [{"NodeID": "n", "Alive": True, "Resources": resources}])
+    actor = _Actor(comes=3600)
+    monkeypatch.setattr("chainfed_ray.cluster.pool.leases.ClientActor", actor)
+    for module in ("ray_pool", "leases", "unmet"):
+        monkeypatch.setattr(f"chainfed_ray.cluster.pool.{module}.monotonic", lambda: actor.now)
+    monkeypatch.setattr("ray.put", lambda order: order)
+    monkeypatch.setattr("ray.kill", lambda actor: None)
+    monkeypatch.setattr("ray.wait", actor.wait)
+    monkeypatch.setattr("ray.get", lambda reference, timeout=None: Profile((1.0,), 1, 0.0))
+    pool = RayPool(ModelSource(Path("model"), torch.float32, Path("scratch")), slots=1)
+    (outcome,) = pool.run([cast(Client, _Phone())], Profiling(8, 0), math.inf)
+    waited = actor.now - actor.began
+    assert (3600 if waits else 300) <= waited < (3610 if waits else 310)
+    if waits:
+        assert isinstance(outcome.result, Profile)
+    else:
+        assert isinstance(outcome.result, Failure)
+        assert outcome.result.reason.startswith("nothing happened for 300 s: no machine with ")
+
+
+class _Phone:
+    """What the pool needs of a client."""
+
+    name, client_class, budget_bytes, remote = "phone-0", "phone", 500 * MIB, None
