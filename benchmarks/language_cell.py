@@ -31,7 +31,7 @@ from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.parse import parse_job
 
 _LAYERS, _BATCH, _STEPS = 30, 16, 5  # of the model; texts of a step; steps of a turn
-_TEST = 400  # rows
+_TEST = 1000  # rows
 TASKS = {"banking77": "Question: {}\nIntent: ", "ag_news": "News: {}\nTopic: "}  # the prompt of a row
 
 
