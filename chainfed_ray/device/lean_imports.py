@@ -70,6 +70,8 @@ class _Placeholder(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # the import system asks for such names, and does without
             raise AttributeError(name)
+        if f"{self.__name__}.{name}" == _SETTINGS:  # gradient checkpointing asks for a setting, in the middle of a turn
+            return importlib.import_module(_SETTINGS)
         # A module that was loaded meanwhile has the names that others know.
         if name in self._given and sys.modules.get(self.__name__) is self:
             return self._given[name]
