@@ -38,6 +38,9 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without clusters of several machines, Ray uses loopback, on Linux too
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # Ray looks for new logs ten times a second, to tell drivers what is in them. Ours is told nothing.
+        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+        "LOG_NAME_UPDATE_INTERVAL_S": "3600",
     }
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):

@@ -14,13 +14,21 @@ from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.resources import one_machine_resources
 from chainfed_ray.model.source import ModelSource
 
+# What Ray's own processes do besides: they look for new logs ten times a second, of which nobody is told here, and measure each
+# process of the machine every five seconds, for a dashboard that is not there.
+_QUIET = {
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
+    "REPORTER_UPDATE_INTERVAL_MS": "3600000",
+}
+
 needs_ops = pytest.mark.skipif(not are_built(ops_folder()), reason="DeepSpeed's libraries are not built; `make ops`")
 
 
 @contextmanager
 def one_machine() -> Iterator[None]:
     """A Ray cluster of two cores, with slots for the clients of several pools."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ |= {**_QUIET, "RAY_AUTH_MODE": "disabled"}
     ray.init(
         num_cpus=2,
         resources=one_machine_resources(8, 1),

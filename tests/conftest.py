@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from secrets import token_hex
@@ -30,6 +32,9 @@ from tests.clusters import a_pool, one_machine
 from tests.models import tiny
 
 torch.set_num_threads(1)
+# Where Python was told to keep no bytecode, each of some hundred processes would compile this project anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 settings.register_profile("any machine", deadline=None)  # one that is busy with other things is slow at times
 settings.load_profile("any machine")
 
@@ -145,9 +150,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path.name not in WITH_RAY, item.path.name != WITH_SERVICE, item.path not in slow))
 
 
+@pytest.fixture(scope="session")
+def blank_storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tables of this version and nothing in them. Alembic takes longer to make them than a copy takes."""
+    root = tmp_path_factory.mktemp("blank")
+    JobStore(Storage.at(root).database).close()
+    return root
+
+
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage.at(tmp_path / "storage")
+def storage(tmp_path: Path, blank_storage: Path) -> Storage:
+    return Storage.at(shutil.copytree(blank_storage, tmp_path / "storage"))
 
 
 @pytest.fixture(scope="session")

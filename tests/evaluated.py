@@ -22,7 +22,7 @@ from chainfed_ray.evaluation.streaming_evaluator import StreamingEvaluator
 from chainfed_ray.federation.evaluation import ServerEvaluation
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import memory_profile_of
+from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.source import ModelSource
 
 _SIZES = {
@@ -42,7 +42,7 @@ def main(folder: Path, family: str) -> None:
     blocks = Blocks(folder / "model", torch.float32)
     # The language model's adapters are LoRAs, which need the window's bottom layer as well.
     lora = {layer: blocks.linear_modules(layer) for layer in range(1, 4)} if causal else None
-    memory = memory_profile_of(blocks, bottleneck=64, classes=None if causal else 8, lora=lora)
+    memory = known_profile_of(blocks, bottleneck=64, classes=None if causal else 8, lora=lora)
     blocks.close()
     generator = np.random.default_rng(0)
     examples = Examples(

@@ -24,7 +24,7 @@ from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.federation.admission import Candidate, Planner, as_client
 from chainfed_ray.model.adapters import AdapterStack, LoraShapes
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import memory_profile_of
+from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.source import ModelSource
 
 MIB = 2**20
@@ -42,22 +42,22 @@ _OTHERWISE = {
     "gpt2": {"n_embd": 512, "n_head": 8, "n_layer": 4, "vocab_size": 1000, "bos_token_id": 1, "eos_token_id": 2},
 }
 _GRID = (  # examples of a batch, tokens, Q, budget
-    (16, 128, 2, 1024 * MIB),
+    (8, 128, 2, 1024 * MIB),
     (16, 128, 2, 96 * MIB),
-    (16, 128, 3, 64 * MIB),
-    (8, 256, 1, 1024 * MIB),
-    (8, 256, 3, 1024 * MIB),
+    (8, 128, 3, 64 * MIB),
+    (4, 256, 1, 1024 * MIB),
+    (4, 256, 3, 1024 * MIB),
     (2, 384, 2, 80 * MIB),
 )
 _EXACT = (
-    (16, 128, 1, 1024 * MIB),
+    (8, 128, 1, 1024 * MIB),
     (2, 384, 1, 36 * MIB),
     (2, 384, 1, 46 * MIB),
 )  # the same, with an exact look-ahead
 _GRID_16 = (  # not all processors compute in bfloat16, and then it takes minutes
-    (4, 128, 2, 96 * MIB),
-    (4, 256, 1, 1024 * MIB),
-    (2, 384, 2, 80 * MIB),
+    (2, 128, 2, 96 * MIB),
+    (1, 384, 1, 1024 * MIB),
+    (2, 256, 2, 80 * MIB),
 )
 
 
@@ -91,7 +91,7 @@ def main(folder: Path, family: str) -> None:
     blocks = Blocks(base.folder, base.dtype)
     shapes = {index: blocks.linear_modules(index) for index in range(blocks.num_layers)}
     lora = shapes if family.endswith("-lora") else None
-    memory = memory_profile_of(blocks, 8 if lora else 64, classes, 1 if is_lm else 2, lora)
+    memory = known_profile_of(blocks, 8 if lora else 64, classes, 1 if is_lm else 2, lora)
     blocks.close()
     warm_up(base)
     for exact, shapes in ((False, grid(family)), (True, exact_grid(family))):

@@ -35,6 +35,7 @@ from chainfed_ray.api.transfer.data_command import data_app
 from chainfed_ray.api.transfer.logs_command import logs
 from chainfed_ray.api.transfer.options import ADDRESS, Address, JobId, KeyFile
 from chainfed_ray.cluster.storage import Settings, Storage
+from chainfed_ray.device.model_list import keep_model_list
 from chainfed_ray.errors import ChainFedError, DiskFailed, InvalidJob
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job, parse_yaml
@@ -309,6 +310,7 @@ def main() -> None:
 
     The exit code is 2 for an invalid job, and 1 for any other ``ChainFedError``.
     """
+    keep_model_list()
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.__stdout__, sys.__stderr__):
         if isinstance(stream, TextIOWrapper):

@@ -38,11 +38,12 @@ class Inference:
     def __init__(self, settings: Settings) -> None:
         # They import torch, which the processes that only make this deployment do without.
         from chainfed_ray.device.lean_imports import load_models
+
+        load_models()
         from chainfed_ray.serving.engine import Engine
         from chainfed_ray.serving.questions import Answering
 
         log_as_asked()
-        load_models()
         most_bytes = settings.serving_bytes or machine_bytes() // 2 // settings.serving_replicas
         self._engine = Engine(partial(_folder_of, settings.storage), most_bytes)
         # A thread for each kind of work, so that neither a long text nor a model that is loaded holds up a classification.

@@ -10,6 +10,8 @@ from threading import RLock
 from types import ModuleType
 from typing import Any
 
+from chainfed_ray.device.model_list import keep_model_list
+
 _SHARED = ("modeling_layers", "masking_utils", "generation.utils")  # modules of transformers that every model imports
 _COMPILER = "torch._dynamo"
 _MASKS = "torch._dynamo._trace_wrapped_higher_order_op"  # transformers' masks take one class from it
@@ -35,6 +37,7 @@ def load_models() -> None:
     for name, given in _GIVEN.items():
         sys.modules.setdefault(name, _Placeholder(name, given))
     sys.meta_path.insert(0, _Finder)
+    keep_model_list()
     import transformers.utils  # noqa: F401  # has the functions; here, so that to import this file costs nothing
 
     # The functions are looked up in transformers.utils, and in modules that were imported before and have them from there.
@@ -67,6 +70,8 @@ class _Placeholder(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # the import system asks for such names, and does without
             raise AttributeError(name)
+        if f"{self.__name__}.{name}" == _SETTINGS:  # gradient checkpointing asks for a setting, in the middle of a turn
+            return importlib.import_module(_SETTINGS)
         # A module that was loaded meanwhile has the names that others know.
         if name in self._given and sys.modules.get(self.__name__) is self:
             return self._given[name]

@@ -14,6 +14,10 @@ from chainfed_ray.device.peak import ENVIRONMENT
 from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, NotDone, Order
 
 _END_SECONDS = 5.0
+_WORK = (  # the worker's own imports load transformers
+    "from chainfed_ray.device.lean_imports import load_models; load_models();"
+    " from chainfed_ray.site.worker import main; main()"
+)
 
 
 class TurnProcess:
@@ -72,7 +76,7 @@ class TurnProcess:
             self.end()
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "chainfed_ray.site.worker", json.dumps(self._settings)],
+                [sys.executable, "-c", _WORK, json.dumps(self._settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -52,13 +52,14 @@ class CoordinatorActor:
 
     def _run(self, job: str, settings: Settings) -> None:
         # The coordinator alone needs torch. The controller and the API import this file too, and start sooner without.
+        from chainfed_ray.device.lean_imports import load_models
+
+        load_models()
         from chainfed_ray.cluster.jobs.run import publish_unmet, run_queued_job
         from chainfed_ray.cluster.offload.engine import server_evaluation
         from chainfed_ray.cluster.pool.ray_pool import RayPool
         from chainfed_ray.cluster.sites.desk import Desk
-        from chainfed_ray.device.lean_imports import load_models
 
-        load_models()
         desk, tell = Desk(job, settings.storage), partial(publish_unmet, job, settings.storage)
         try:
             begin_tracing()

@@ -148,9 +148,10 @@ def _named(what: str, seconds: float) -> Iterator[None]:
 )  # a dry run times training steps, and leaves its process changed: do not reuse it
 def _forecast(most_bytes: int, rules: ReadingRules, spec: JobSpec, client_slots: int) -> Forecast | list[Problem]:
     from chainfed_ray.device.lean_imports import load_models
-    from chainfed_ray.forecast.dry_run import dry_run
 
     load_models()
+    from chainfed_ray.forecast.dry_run import dry_run
+
     cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     try:
         with memory_limit(most_bytes), reading_by(rules):

@@ -25,6 +25,11 @@ plain = model(ids).last_hidden_state
 with FakeTensorMode():
     assert (torch.ones(2, 3) @ torch.ones(3, 4)).shape == (2, 4)
 settings = sys.modules["torch._dynamo.config"]
+from torch.utils.checkpoint import checkpoint
+
+again = torch.ones(3, requires_grad=True)
+checkpoint(torch.exp, again, use_reentrant=False).sum().backward()
+assert again.grad is not None
 assert not left_out & set(sys.modules)
 load_models()  # once more, which changes nothing
 """,

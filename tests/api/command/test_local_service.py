@@ -1,50 +1,22 @@
 """Promises of the service's owner: a service that does not start or that fails is started again, and at some point given up.
 
-The service is one without Ray: the process that the owner starts answers health checks, and nothing else.
+The service is one without Ray (``tests/without_ray.py``): the process that the owner starts answers health checks, and no more.
 """
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import pytest
 
 from chainfed_ray.api.command.local_service import free_port, local_service
-from chainfed_ray.api.command.service_process import Ready
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import InvalidSetting, ServiceNotStarted, StorageInUse
 from tests.watching import processes_below, wait_for
+from tests.without_ray import without_ray
 
 NO_KEY = "No key was made, so the service answers to this machine alone, and to whoever uses it."
 LOCAL = "chainfed_ray.api.command.local_service"
-
-
-class Healthy(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-
-
-def without_ray(settings: Settings, _: dict[str, str], host: str, port: int, owner: "Connection[Any, Any]") -> None:
-    """Fail as often as a file says, with the error that it names; then answer, with a "raylet" below."""
-    starts, failures, error = (settings.storage.root / name for name in ("starts", "failures", "error"))
-    starts.write_text(starts.read_text() + "." if starts.exists() else ".")
-    if len(starts.read_text()) <= int(failures.read_text()):
-        wrong = InvalidSetting("TMPDIR", "/long", "a shorter path")
-        owner.send(wrong if error.exists() else ServiceNotStarted("here", "a port was taken"))
-        return
-    server = HTTPServer((host, port), Healthy)
-    Thread(target=server.serve_forever, daemon=True).start()
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as raylet:
-        owner.send(Ready({"raylet": raylet.pid}))
-        owner.recv()
-        raylet.kill()
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from chainfed_ray.evaluation.evaluator import Evaluated
 from chainfed_ray.evaluation.predictions import Predictions, predict
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import memory_profile_of
+from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.forward import added
 from chainfed_ray.model.pooling import LayerStates, mean_over_tokens
 from chainfed_ray.model.source import ModelSource
@@ -115,7 +115,7 @@ def evaluator(
     base: ModelSource, family: str, workers: int = 1, listen: Listener = no_listener
 ) -> Iterator[OffloadedEvaluator]:
     blocks = Blocks(base.folder, base.dtype)
-    costs = memory_profile_of(blocks, 16, _CLASSES if family in _ENCODERS else None)
+    costs = known_profile_of(blocks, 16, _CLASSES if family in _ENCODERS else None)
     blocks.close()
     sets = {"test": examples_of(family)}
     made = make_evaluator(base, costs, sets, workers=workers, batch_size=_BATCH, listen=listen)
@@ -335,7 +335,7 @@ def test_a_disk_too_small_fails_the_evaluation_in_words(models: dict[str, Path],
         with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*, 36\.\dMiB needed"):
             both.evaluate(stack_of("bert", 0), "test")  # the disk of one machine is for both
         blocks = Blocks(base.folder, base.dtype)
-        refused = make_evaluator(base, memory_profile_of(blocks, 16, _CLASSES), {"test": examples_of("bert")})
+        refused = make_evaluator(base, known_profile_of(blocks, 16, _CLASSES), {"test": examples_of("bert")})
         blocks.close()
         assert isinstance(refused, str)
         assert refused.startswith("disk: ")
@@ -353,7 +353,7 @@ def test_every_process_runs_as_many_batches_and_each_example_counts_once() -> No
 @pytest.mark.slow
 def test_more_processes_lock_less_memory_each(models: dict[str, Path]) -> None:
     blocks = Blocks(models["bert"], torch.float32)
-    costs = memory_profile_of(blocks, 16, _CLASSES)
+    costs = known_profile_of(blocks, 16, _CLASSES)
     alone, shared = (offload_footprint(blocks, costs, count, _BATCH, 16) for count in (1, 2))
     blocks.close()
     matrix = 512 * 2048 * 4

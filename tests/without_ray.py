@@ -1,0 +1,36 @@
+"""A service without Ray, for tests of its owner. It is a file of its own, so that each of its processes loads no torch."""
+
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing.connection import Connection
+from threading import Thread
+from typing import Any
+
+from chainfed_ray.api.command.service_process import Ready
+from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.errors import InvalidSetting, ServiceNotStarted
+
+
+class Healthy(BaseHTTPRequestHandler):
+    """Answers everything with 200."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+
+def without_ray(settings: Settings, _: dict[str, str], host: str, port: int, owner: "Connection[Any, Any]") -> None:
+    """Fail as often as a file says, with the error that it names; then answer, with a "raylet" below."""
+    starts, failures, error = (settings.storage.root / name for name in ("starts", "failures", "error"))
+    starts.write_text(starts.read_text() + "." if starts.exists() else ".")
+    if len(starts.read_text()) <= int(failures.read_text()):
+        wrong = InvalidSetting("TMPDIR", "/long", "a shorter path")
+        owner.send(wrong if error.exists() else ServiceNotStarted("here", "a port was taken"))
+        return
+    server = HTTPServer((host, port), Healthy)
+    Thread(target=server.serve_forever, daemon=True).start()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as raylet:
+        owner.send(Ready({"raylet": raylet.pid}))
+        owner.recv()
+        raylet.kill()
