@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,8 +41,15 @@ class Running:
         self.client = Client(self.address)
 
     def processes(self, name: str) -> list[psutil.Process]:
-        """The processes below the service whose command line has ``name``."""
-        return processes_below(name, pid=self.process.pid)
+        """The processes of the service whose command line has ``name``.
+
+        They are below it, or forks whose fork server was killed: those have another parent, and the secret of its Ray.
+        """
+        below = processes_below("", pid=self.process.pid)
+        secrets = set(filter(None, map(_secret_of, below)))
+        others = (process for process in psutil.process_iter() if process not in below)
+        found = [*below, *(process for process in others if _secret_of(process) in secrets)]
+        return [process for process in found if name in command_of(process)]
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +82,13 @@ class Running:
         assert "Traceback" not in done.stderr
         answer: dict[str, Any] = json.loads(done.stdout)
         return done.returncode, answer
+
+
+def _secret_of(process: psutil.Process) -> str | None:
+    """The secret of the Ray cluster that a process is of; None if it is of none, or has ended."""
+    with suppress(psutil.Error):
+        return process.environ().get("RAY_AUTH_TOKEN")
+    return None
 
 
 def listening(running: Running) -> set[int]:

@@ -9,6 +9,7 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chainfed_ray.api.sdk import calls, exchanges
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
@@ -59,10 +61,11 @@ class Stored(NamedTuple):
     name: str
     service: Running
     storage: Storage
+    jobs: JobStore
 
-    def rounds(self, job: str) -> int:
-        """The rounds that a job has committed."""
-        return len(CommitLog(self.storage.committed(job, at_once=True)).rounds())
+    def rounds(self, job: str) -> list[dict[str, Any]]:
+        """The records of the rounds that a job has committed and told."""
+        return [event.data for event in self.jobs.of_kind(job, "round")]
 
 
 class Caller:
@@ -124,8 +127,11 @@ def stored(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stored]:
         settings = {"CHAINFED_STORAGE": s3.url("faults"), "CHAINFED_DATABASE": database}
         settings |= {"CHAINFED_CACHE": str(tmp_path / "cache")}
         storage = Storage.at(tmp_path / "watched", database, url=s3.url("faults"))
-    with Running(tmp_path / "storage", settings=settings) as running:
-        yield Stored(request.param, running, storage)
+    with (
+        Running(tmp_path / "storage", settings=settings) as running,
+        closing(JobStore(storage.database, existing=True)) as jobs,
+    ):
+        yield Stored(request.param, running, storage, jobs)
 
 
 def test_whatever_is_killed_nobody_has_to_help(stored: Stored, document: dict[str, Any], tmp_path: Path) -> None:
@@ -148,12 +154,11 @@ def test_whatever_is_killed_nobody_has_to_help(stored: Stored, document: dict[st
             assert last["kind"] == "succeeded", last["data"]
     assert not caller.strange
     for job, kinds in hurt.items():
-        folder = stored.storage.committed(job, at_once=True)
-        lost = [turn for record in CommitLog(folder).rounds() for turn in record.failed_turns]
+        lost = [turn for record in stored.rounds(job) for turn in record["failed_turns"]]
         if not {"a client", "what waits for a fork"} & set(kinds):
             assert not lost, kinds
         if not lost:
-            assert_same(load_stack(folder / "model").stack.tensors(), expected)
+            assert_same(load_stack(stored.storage.model(job)).stack.tensors(), expected)
     show(stored.name, waits, len(hurt))
 
 
@@ -181,13 +186,13 @@ def wait_for_rounds(stored: Stored, document: dict[str, Any], rounds: int) -> st
     """The job that runs, as soon as it has finished so many further rounds; a new one if there is none with as many left."""
     client = stored.service.client
     newest = client.json(calls.list_jobs(limit=1))["jobs"]
-    before = stored.rounds(newest[0]["id"]) if newest else ROUNDS
+    before = len(stored.rounds(newest[0]["id"])) if newest else ROUNDS
     if before + rounds + 5 > ROUNDS:
         if newest:
             list(client.stream_json(exchanges.events(newest[0]["id"])))
         newest, before = [client.json(calls.submit_job({**document, "name": "hurt"}))], 0
     job = str(newest[0]["id"])
-    wait_for(lambda: stored.rounds(job) >= before + rounds, "rounds", 300)
+    wait_for(lambda: len(stored.rounds(job)) >= before + rounds, "rounds", 300)
     return job
 
 
