@@ -46,8 +46,10 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         import ray
 
-        _start(settings, listen)
-        signal.signal(signal.SIGTERM, on_sigterm)  # restore ours: Ray's handler would abort the process
+        try:
+            _start(settings, listen)
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)  # restore ours: Ray's handler would abort the process
         try:
             yield
         finally:
@@ -77,6 +79,6 @@ def _start(settings: Settings, listen: Listener) -> None:
             logging.getLogger(__name__).warning("Ray did not start", exc_info=True)
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             if not left:
-                busy = "the machine may be too busy, or out of memory"
-                raise ServiceNotStarted(None, f"{busy}; its last word: {reason}") from None
+                tries = f"{_TRIES} tries, and the machine may be too busy for it, or out of memory"
+                raise ServiceNotStarted(None, f"{reason} ({tries})") from None
             Reporter(f"starting Ray on this machine again ({reason})", listen).begin()

@@ -3,7 +3,6 @@
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.table import Column, Table
 
 from chainfed_ray.api.operator.answers import Json, answer
@@ -11,7 +10,7 @@ from chainfed_ray.api.sdk import calls
 from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.api.sdk.keys import read_key
 from chainfed_ray.api.transfer.options import ADDRESS, Address, JobId, KeyFile
-from chainfed_ray.errors import InvalidSetting
+from chainfed_ray.errors import InvalidJob, InvalidSetting
 from chainfed_ray.spec.parse import document_of
 
 
@@ -112,7 +111,9 @@ def patch_of(changes: list[str]) -> dict[str, Any]:
         *outer, last = path.split(".")
         try:
             value = document_of(text, path)
-        except yaml.YAMLError:
+        except InvalidJob:
+            raise
+        except Exception:  # as of a whole file: a text may hold anything, and so may what its reader raises
             equals = ""
         place: Any = patch
         for key in outer:

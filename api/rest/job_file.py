@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Annotated, Any
 
 import yaml
@@ -32,6 +33,7 @@ BODY = {
         },
     }
 }
+_READ_HERE = 16 * 1024  # bytes
 _MOST_BYTES = 256 * 1024
 _YAML = ("application/yaml", "application/x-yaml", "text/yaml")
 
@@ -102,6 +104,8 @@ def _text(body: bytes) -> str:
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
+    if len(document) == len(pairs):
+        return document
     if (repeated := first_repeated(name for name, _ in pairs)) is not None:
         raise InvalidJob.at(repeated, document[repeated], "a key that is given once")
     return document
@@ -117,7 +121,10 @@ class _StrictRequest(Request):
             InvalidJob: a key is given twice.
             JSONDecodeError: it is not JSON.
         """
-        return json.loads(await self.body(), object_pairs_hook=_without_repeats)
+        body = await self.body()
+        read = partial(json.loads, body, object_pairs_hook=_without_repeats)
+        # Others are answered meanwhile, if it takes longer than to change threads.
+        return await run_in_threadpool(read) if len(body) > _READ_HERE else read()
 
 
 class StrictRoute(APIRoute):

@@ -58,12 +58,11 @@ def _kept(read: Callable[[str], Any]) -> Callable[[Any], Any]:
 
     @cache
     def of_all(folder: Path) -> Any:
-        name = f"{_digest(folder)}.json"
         with suppress(OSError, ValueError, TypeError, LookupError, InvalidSetting):
-            return _decoded(json.loads((_folder() / name).read_bytes()))
+            return _decoded(json.loads((_folder() / f"{_digest(folder)}.json").read_bytes()))
         found = read(str(folder))
         with suppress(OSError, InvalidSetting):
-            _keep(_folder() / name, json.dumps(_encoded(found)).encode())
+            _keep(_folder() / f"{_digest(folder)}.json", json.dumps(_encoded(found)).encode())
         return found
 
     def answer(place: Any) -> Any:
@@ -108,7 +107,12 @@ def _keep(file: Path, content: bytes) -> None:
     """Write a file that is whole or not there, and delete the oldest if there are too many."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as unfinished:
-        unfinished.write(content)
-    os.replace(unfinished.name, file)
+        try:
+            unfinished.write(content)
+            unfinished.flush()
+            os.replace(unfinished.name, file)
+        except OSError:
+            os.unlink(unfinished.name)
+            raise
     for old in sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-_MOST]:
         old.unlink(missing_ok=True)

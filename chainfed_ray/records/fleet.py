@@ -6,7 +6,7 @@ A fleet may have a hundred thousand clients. So the record of a job's start has 
 import json
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -102,12 +102,12 @@ class LateSite(Record):
     def listed(self, before: int) -> Iterator[FleetClient]:
         """Its clients as lines of the fleet, in which ``before`` plans come before its own."""
         budgets = [*(group.budget_bytes for group in self.admitted), *(group.budget_bytes for group in self.excluded)]
-        for client, budget in zip(self.clients, repeat(budgets[0])):  # a class has one budget
+        for client in self.clients:
             yield FleetClient(
                 client=client.client,
                 client_class=self.client_class,
                 examples=client.examples,
-                budget_bytes=budget,
+                budget_bytes=budgets[0],  # a class has one
                 planned_bytes=client.planned_bytes,
                 plan=None if client.plan is None else before + client.plan,
                 shortfall_bytes=client.shortfall_bytes,

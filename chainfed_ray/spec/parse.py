@@ -1,7 +1,8 @@
 """Parses a job from a YAML or JSON document: checks each key, then the rules between keys."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,7 @@ _MOST_PROBLEMS = 100  # in one answer
 _MOST_REASON = 200  # characters
 _MOST_ALIASES = 20
 _MOST_DEPTH = 20
+_LONGEST_KEY = 200  # characters of a key in the name of a field: the names of all that is below it begin with that
 _UNKEPT = re.compile("[\\0\\ud800-\\udfff]")
 
 
@@ -57,7 +59,7 @@ def _no_texts(value: object, path: str = "") -> Iterator[Problem]:
         yield Problem(path, ascii(value), "a text without lone surrogates and null characters")
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _no_texts(item, f"{path}.{key}".lstrip("."))
+            yield from _no_texts(item, f"{path}.{str(key)[:_LONGEST_KEY]}".lstrip("."))
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _no_texts(item, f"{path}[{index}]")
@@ -70,7 +72,6 @@ def parse_yaml(text: str) -> JobSpec:
         InvalidJob: the text is not YAML, or a field of the document is wrong.
     """
     try:
-        _check_shape(text)
         document = document_of(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line if error.problem_mark else 0
@@ -89,36 +90,42 @@ def document_of(text: str, field: str = "") -> Any:
 
     Raises:
         InvalidJob: it has a value that versions of YAML read differently.
-        YAMLError: it is no YAML.
+        Exception: it is no YAML, or has too many aliases or levels; or Python has no such date or number.
     """
+    _check_shape(text)
     loader = _YamlLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        if problems := list(islice(_ambiguous(node, field, set()), _MOST_PROBLEMS)):
+        implied = partial(loader.resolve, yaml.ScalarNode, implicit=(True, False))
+        if problems := list(islice(_ambiguous(node, field, set(), implied), _MOST_PROBLEMS)):
             raise InvalidJob(tuple(problems))
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _ambiguous(node: yaml.Node, path: str, seen: set[int]) -> Iterator[Problem]:
-    """The values below ``node`` that YAML 1.1 and 1.2 read differently. A node to which aliases lead is looked at once."""
+def _ambiguous(node: yaml.Node, path: str, seen: set[int], implied: Callable[[str], str]) -> Iterator[Problem]:
+    """The values below ``node`` that YAML 1.1 and 1.2 read differently. A node to which aliases lead is looked at once.
+
+    ``implied`` gives the tag of a plain value that has none. A value with another one is what its tag says.
+    """
     if id(node) in seen:
         return
     seen.add(id(node))
     if isinstance(node, yaml.ScalarNode):
-        if not node.style and (expected := _read_alike(node.value)):
+        if not node.style and node.tag == implied(node.value) and (expected := _read_alike(node.value)):
             yield Problem(path or "(file)", node.value, f"{expected}: versions of YAML read this differently")
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            yield from _ambiguous(item, f"{path}[{index}]", seen)
+            yield from _ambiguous(item, f"{path}[{index}]", seen, implied)
     elif isinstance(node, yaml.MappingNode):
         for key, item in node.value:
-            below = f"{path}.{key.value if isinstance(key, yaml.ScalarNode) else '?'}".lstrip(".")
-            yield from _ambiguous(key, below, seen)
-            yield from _ambiguous(item, below, seen)
+            name = key.value[:_LONGEST_KEY] if isinstance(key, yaml.ScalarNode) else "?"
+            below = f"{path}.{name}".lstrip(".")
+            yield from _ambiguous(key, below, seen, implied)
+            yield from _ambiguous(item, below, seen, implied)
 
 
 def _read_alike(value: str) -> str | None:
@@ -139,7 +146,7 @@ _DIFFER = [
             "a number without colons, or a text in quotes",
         ),  # 1.1: to base 60
         (
-            "[-+]?([0-9][0-9.]*_[0-9_.]*|0x[0-9a-fA-F]*_[0-9a-fA-F_]*)",
+            "(?=.*_)[-+]?([0-9.][0-9._]*([eE][-+]?[0-9]+)?|0x[0-9a-fA-F_]*)",
             "a number without underscores, or a text in quotes",
         ),
         ("[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?", "a text in quotes"),  # 1.1: a date
@@ -180,5 +187,5 @@ def _check_shape(text: str) -> None:
 
 
 _YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
 )

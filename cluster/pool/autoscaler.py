@@ -50,8 +50,15 @@ def is_growing() -> bool:
 
 
 def may_have_room(memory: int) -> bool:
-    """Whether a process that asks for ``memory`` bytes may have a machine later: one comes, or a large one is in use."""
-    return (largest_machine() or 0) >= memory or is_growing()
+    """Whether a process that asks for ``memory`` bytes may have a machine later: one comes, or clients on a large one will end.
+
+    What else is on a machine stays there, such as the models that are served, so nothing follows from it.
+    """
+    if is_growing():
+        return True
+    slots = "available_resources", "cluster_resources"
+    free, all_of_them = (getattr(ray, name)().get(CLIENT_SLOT, 0.0) for name in slots)
+    return (largest_machine() or 0) >= memory and free < all_of_them
 
 
 def largest_machine() -> int | None:

@@ -40,6 +40,7 @@ def test_yaml_numbers_are_numbers_and_a_key_twice_is_an_error() -> None:
             "rounds: {total: 010}",
             r"^rounds\.total is '010'; expected a decimal number without a 0 before it, or a text in quotes: ",
         ),
+        ("seed: 1_0e3", r"^seed is '1_0e3'; expected a number without underscores"),
         ("rounds: {total: 0o10}", r"^rounds\.total is '0o10'; expected a decimal number"),
         ("rounds: {total: -0b11}", r"^rounds\.total is '-0b11'; expected a decimal number"),
         ("rounds: {deadline: 1:30}", r"^rounds\.deadline is '1:30'; expected a number without colons"),

@@ -160,12 +160,18 @@ class _Actor:
 
 
 @pytest.mark.parametrize(
-    ("machine", "added", "waits"),
-    [(0, False, False), (0, True, True), (2**40, False, True), (2**20, False, False)],
-    ids=["none", "one is being added", "a large one, in use", "a small one"],
+    ("machine", "taken", "added", "waits"),
+    [
+        (0, 0, False, False),
+        (0, 0, True, True),
+        (2**40, 1, False, True),
+        (2**40, 0, False, False),
+        (2**20, 1, False, False),
+    ],
+    ids=["none", "one is being added", "a large one with clients", "a large one with others", "a small one"],
 )
 def test_a_turn_without_a_deadline_waits_for_a_machine_as_long_as_there_may_be_one(
-    machine: int, added: bool, waits: bool, monkeypatch: pytest.MonkeyPatch
+    machine: int, taken: int, added: bool, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     status = a_status([], {900: 1})
     if added:
@@ -173,6 +179,8 @@ def test_a_turn_without_a_deadline_waits_for_a_machine_as_long_as_there_may_be_o
     monkeypatch.setattr("chainfed_ray.cluster.pool.autoscaler.internal_kv_get_gcs_client", lambda: _Head(status))
     resources = {"memory": machine, "client_slot": 1}
     monkeypatch.setattr("ray.nodes", lambda: [{"NodeID": "n", "Alive": True, "Resources": resources}])
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
+    monkeypatch.setattr("ray.available_resources", lambda: {"client_slot": 1 - taken})
     actor = _Actor(comes=3600)
     monkeypatch.setattr("chainfed_ray.cluster.pool.leases.ClientActor", actor)
     for module in ("ray_pool", "leases", "unmet"):
