@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 # What comes before a use, in a process that has loaded models, and what must hold after it.
 _COMPILER = (
     """
@@ -45,7 +43,6 @@ assert torch._dynamo.source is sys.modules["torch._dynamo.source"]
         "assert torch.equal(torch.compile(model, backend='eager')(ids).last_hidden_state, plain)",
         "import torch._dynamo; torch._dynamo.reset()",
         "from torch._dynamo.source import LocalSource; assert LocalSource is sys.modules['torch._dynamo.source'].LocalSource",
-        "import torch._dynamo.utils",
         "from concurrent.futures import ThreadPoolExecutor; old = sys.modules['torch._dynamo']; "
         "assert len(set(ThreadPoolExecutor(4).map(lambda _: id(old.mark_static_address), range(4)))) == 1",
         "with masking_utils.TransformGetItemToIndex(): import torch._dynamo; torch._dynamo.reset()",
@@ -73,20 +70,31 @@ assert "sympy.core" in sys.modules and sys.modules["sympy"].__file__
 import sympy
 
 assert old.Basic is sympy.Basic and old is not sympy
+""",
+    (
+        "import sympy; assert sympy.Symbol('n') + 1 - 1 == sympy.Symbol('n')",
+        "from sympy.core.basic import Basic; assert old.Basic is Basic; import sympy; assert sympy.core.basic.Basic is Basic",
+        """
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false, sym_eq
 
 size = ShapeEnv().create_unbacked_symint()
 assert not guard_or_false(size == 3) and not isinstance(sym_eq((size, 1), (2, 1)), bool)
 """,
-    (
-        "import sympy; assert sympy.Symbol('n') + 1 - 1 == sympy.Symbol('n')",
-        "from sympy.core.basic import Basic; assert old.Basic is Basic; import sympy; assert sympy.core.basic.Basic is Basic",
-        "from torch.fx.experimental.symbolic_shapes import ShapeEnv; assert ShapeEnv()",
         "from concurrent.futures import ThreadPoolExecutor; "
         "assert len(set(ThreadPoolExecutor(4).map(lambda _: id(old.Symbol), range(4)))) == 1",
     ),
 )
-# Each use has a process of its own, in which nobody has used anything before. They begin as copies of one, which takes seconds.
+_PLAN = """
+from pathlib import Path
+
+from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.costs import memory_profile_of
+
+memory_profile_of(Blocks(Path(folder), torch.float32), 4, 3, 2)
+assert not {"accelerate", "scipy", "torch._dynamo.convert_frame"} & set(sys.modules)
+"""
+# Each program has a process of its own, in which nobody has used anything before. They begin as copies of one, which takes
+# seconds.
 _EACH = """
 import json
 import os
@@ -96,38 +104,19 @@ import torch
 from chainfed_ray.device.lean_imports import load_models
 
 load_models()
-before, after, uses = json.loads(sys.argv[1])
-for use in uses:
+folder, programs = json.loads(sys.argv[1])
+for program in programs:
     child = os.fork()
     if not child:
-        exec(before + use + after)
+        exec(program)
         os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0, use
+    assert os.waitpid(child, 0)[1] == 0, program
 """
 
 
-@pytest.mark.parametrize("uses", [_COMPILER, _ALGEBRA], ids=["compiler", "algebra"])
-def test_what_is_left_out_is_loaded_when_it_is_used(uses: tuple[str, str, tuple[str, ...]]) -> None:
-    done = subprocess.run([sys.executable, "-c", _EACH, json.dumps(uses)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-_PLAN = """
-import sys
-from pathlib import Path
-
-from chainfed_ray.device.lean_imports import load_models
-
-load_models()
-import torch
-from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import memory_profile_of
-
-memory_profile_of(Blocks(Path(sys.argv[1]), torch.float32), 4, 3, 2)
-assert not {"accelerate", "scipy", "torch._dynamo.convert_frame"} & set(sys.modules)
-"""
-
-
-def test_a_plan_compiles_nothing(tiny_model_folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", _PLAN, str(tiny_model_folder)], capture_output=True, text=True)
+def test_what_is_left_out_is_loaded_when_it_is_used(tiny_model_folder: Path) -> None:
+    """And a plan uses none of it."""
+    uses = [f"{before}\n{use}\n{after}" for before, after, each in (_COMPILER, _ALGEBRA) for use in each]
+    given = json.dumps((str(tiny_model_folder), [_PLAN, *uses]))
+    done = subprocess.run([sys.executable, "-c", _EACH, given], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,11 @@
 """Rows of one batch go through adapters of their own, whoever comes and goes."""
 
+from functools import cache
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.serving.stack_batch import AdapterRows, adapters_of
@@ -14,7 +17,29 @@ LINEAR = {"attention.query": (16, 16), "mlp.up": (16, 24)}  # the modules that a
 @settings(deadline=None)
 def test_rows_that_come_and_go_have_the_adapters_that_they_have_alone(moves: list[tuple[bool, int]]) -> None:
     """Stacks with other layers and other sizes, with LoRAs inside layers, or with none at all."""
-    stacks = [
+    rows, plain = AdapterRows(), list[int]()
+    places = [(layer, path) for layer in range(3) for path in ("", *LINEAR)]
+    for joins, which in moves:
+        if joins or not plain:
+            rows.join(stacks()[which])
+            plain.append(which)
+        else:
+            place = which % len(plain)
+            rows.leave(place)
+            plain[place] = plain[-1]
+            plain.pop()
+        if not plain:
+            continue
+        found, hidden = rows.adapters(), inputs()[: len(plain)]
+        for place in places:
+            ours = found[place](hidden) if place in found else unchanged(hidden, place[1])
+            for row, stack in enumerate(plain):
+                torch.testing.assert_close(ours[row : row + 1], alone(stack, row, place))
+
+
+@cache
+def stacks() -> list[AdapterStack | None]:
+    return [
         None,
         random_stack((0, 1), 4, 0),
         random_stack((1, 2), 8, 1),
@@ -23,28 +48,23 @@ def test_rows_that_come_and_go_have_the_adapters_that_they_have_alone(moves: lis
         random_lora((0, 1), 2, 4),
         random_lora((1, 2), 4, 5),
     ]
-    rows, plain = AdapterRows(), list[AdapterStack | None]()
-    hidden = torch.randn(12, 3, 16, generator=torch.Generator().manual_seed(0))
-    places = [(layer, path) for layer in range(3) for path in ("", *LINEAR)]
-    for joins, which in moves:
-        if joins or not plain:
-            rows.join(stacks[which])
-            plain.append(stacks[which])
-        else:
-            place = which % len(plain)
-            rows.leave(place)
-            plain[place] = plain[-1]
-            plain.pop()
-        if not plain:
-            continue
-        found = rows.adapters()
-        for place in places:
-            unchanged = hidden[: len(plain)] if not place[1] else torch.zeros(len(plain), 3, LINEAR[place[1]][1])
-            ours = found[place](hidden[: len(plain)]) if place in found else unchanged
-            for row, stack in enumerate(plain):
-                alone = adapters_of([stack])
-                theirs = alone[place](hidden[row : row + 1]) if place in alone else unchanged[row : row + 1]
-                torch.testing.assert_close(ours[row : row + 1], theirs)
+
+
+@cache
+def inputs() -> Tensor:
+    return torch.randn(12, 3, 16, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def alone(stack: int, row: int, place: tuple[int, str]) -> Tensor:
+    """What comes out for a row if its stack is the only one."""
+    adapters, hidden = adapters_of([stacks()[stack]]), inputs()[row : row + 1]
+    return adapters[place](hidden) if place in adapters else unchanged(hidden, place[1])
+
+
+def unchanged(hidden: Tensor, path: str) -> Tensor:
+    """Without an adapter: the states behind a layer are as they were, and to a module's output nothing is added."""
+    return torch.zeros(len(hidden), 3, LINEAR[path][1]) if path else hidden
 
 
 def random_stack(layers: tuple[int, ...], bottleneck: int, seed: int) -> AdapterStack:
