@@ -127,6 +127,8 @@ class CommitLog:
         except FileNotFoundError:
             return None
         _check_seal(path, surveys, seal)
+        if not all(isinstance(told, dict) for told in surveys.values()):
+            raise CorruptCommit(str(path), "it is not what was written")
         return surveys
 
     def set_aside_damaged(self) -> str | None:

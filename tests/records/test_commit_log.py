@@ -119,11 +119,13 @@ def test_a_changed_letter_is_noticed_and_a_document_without_a_digest_is_read(nam
     assert everything(CommitLog(tmp_path)) == before, "of an earlier version"
     path.write_text(json.dumps(document, indent=1))
     assert everything(CommitLog(tmp_path)) == before
-    changed = json.dumps(document).replace("0", "1", 1).replace("it did not come", "it did not cone")
-    assert changed != json.dumps(document)
-    path.write_text(changed)
-    with pytest.raises(CorruptCommit, match=rf"{name}.*not what was written"):
-        everything(CommitLog(tmp_path))
+    text = json.dumps(document)
+    of_the_content = text.replace("0", "1", 1).replace("it did not come", "it did not cone")
+    for changed in (text.replace("record_digest", "record_digesu"), of_the_content):
+        assert changed != text
+        path.write_text(changed)
+        with pytest.raises(CorruptCommit, match=rf"{name}.*not what was written"):
+            everything(CommitLog(tmp_path))
     assert (CommitLog(tmp_path).set_aside_damaged() is not None) is (name == "finished.json"), (
         "the job goes on from there"
     )
