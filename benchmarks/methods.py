@@ -80,7 +80,9 @@ def methods(layers: int, recipe_rates: tuple[float, float] | None = None) -> dic
         ),
         *(
             Method(
-                f"exact-start-{start}", rates=recipe_rates, changes={"chain": {"start": start, "look_ahead": "exact"}}
+                f"recommended-exact-start-{start}",
+                rates=recipe_rates,
+                changes={"chain": {"start": start, "look_ahead": "exact"}},
             )
             for start in starts[:-1]
         ),
