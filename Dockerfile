@@ -11,7 +11,7 @@ COPY pyproject.toml constraints.txt ./
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --no-deps -c constraints.txt ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} torch
 # The project without its code, for the packages it depends on: a change of the code does not install them again.
-RUN touch README.md && pip install --no-cache-dir -c constraints.txt '.[demo,plots,postgresql,s3]'
+RUN touch README.md && pip install --no-cache-dir -c constraints.txt '.[demo,nf4,plots,postgresql,s3]'
 COPY README.md ./
 COPY chainfed_ray chainfed_ray
 COPY cluster cluster

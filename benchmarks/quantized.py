@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from benchmarks.cell_process import Row, in_a_process
 from benchmarks.shapes import SHAPES, Shape, written
 from chainfed_ray.block_forms import FORMS, to_metadata
-from chainfed_ray.converted_models import in_nf4
 from chainfed_ray.hub import resolve
 from chainfed_ray.streaming.checkpoint import Checkpoint
+from chainfed_ray.streaming.nf4_folder import in_nf4
 from chainfed_ray.units import format_bytes
 
 _SMOLLM2 = "builtin:smollm2"
@@ -78,6 +78,7 @@ def _rows(options: argparse.Namespace) -> Iterator[Row]:
                 with tempfile.TemporaryDirectory(prefix="chainfed-benchmark-", dir=options.scratch) as made:
                     with patch.dict(os.environ, CHAINFED_MODELS=made):  # where the product keeps what it has quantized
                         quantized = in_nf4(folder)
+                    assert quantized
                     found = _measure(quantized, options.dtype, 1, options.tokens, options.scratch)
                 yield {"model": name, "stored": "NF4, but its head", "dtype": options.dtype} | _compared(found, plain)
         for form in (form for form in options.forms if form != "NF4"):

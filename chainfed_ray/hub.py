@@ -13,9 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from chainfed_ray.converted_models import from_gguf, in_nf4
-from chainfed_ray.errors import InvalidJob, InvalidSetting, PackageMissing, UnsupportedModel, how_to_get
-from chainfed_ray.reading import NF4, NotAllowed, check_repository, model_path
+from chainfed_ray.errors import InvalidJob, PackageMissing, UnsupportedModel, how_to_get
+from chainfed_ray.gguf_file import converted
+from chainfed_ray.reading import NotAllowed, check_repository, model_path
 
 _FORMS = "builtin:minilm, builtin:smollm2, path:<folder or .gguf file> or hf:<org>/<name>[@<revision>]"
 # The package carries the model, and names as its requirement a library that is compiled for minutes and not used here.
@@ -37,19 +37,12 @@ _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
 
 
 def resolve(base: str) -> Path:
-    """The local folder of ``base``: ``model.base`` of a job, with ``#nf4`` after it for ``model.quantization: nf4``.
-
-    A model from the hub is downloaded once. A GGUF file is converted once, and so is a model whose matrices are quantized.
+    """The local folder of ``model.base``. A model from the hub is downloaded once, and a GGUF file is converted once.
 
     Raises:
-        InvalidJob: the model does not exist, it has no config.json or no safetensors weights, its GGUF file cannot be read, or
-            its matrices cannot be quantized.
+        InvalidJob: the model does not exist, it has no config.json or no safetensors weights, or its GGUF file cannot be read.
+        OSError: the disk of converted models is full, or their folder cannot be made.
     """
-    plain = base.removesuffix(NF4)
-    return _folder_of(plain) if plain == base else _in_nf4(plain, _folder_of(plain))
-
-
-def _folder_of(base: str) -> Path:
     scheme, _, name = base.partition(":")
     if scheme == "path":
         path = _allowed(base, Path(name))
@@ -178,28 +171,13 @@ def _packaged(base: str, package: str, how: str) -> Path:
 
 def _from_gguf(base: str, file: Path) -> Path:
     try:
-        return from_gguf(file)
+        return converted(file)
     except PackageMissing as error:
         raise InvalidJob.at(
             "model.base", base, f"a package for it to be installed: {how_to_get(error.extra)}"
         ) from None
-    except InvalidSetting:
-        raise
-    except Exception as error:  # a file may hold anything, and so may what its reader raises
-        raise InvalidJob.at("model.base", base, f"a GGUF file that can be read ({first_line(error)})") from None
-
-
-def _in_nf4(base: str, folder: Path) -> Path:
-    configuration(folder)  # refuses weights that are quantized already, in words
-    try:
-        return in_nf4(folder)
-    except PackageMissing as error:
-        expected = f"a package for it to be installed: {how_to_get(error.extra)}"
-        raise InvalidJob.at("model.quantization", "nf4", expected) from None
-    except InvalidSetting:
-        raise
-    except Exception as error:  # files may hold anything, and so may what their reader raises
-        raise InvalidJob.at("model.base", base, f"a model that can be quantized ({first_line(error)})") from None
+    except UnsupportedModel as error:
+        raise InvalidJob.at("model.base", base, f"a GGUF file that can be read ({error.reason})") from None
 
 
 def _allowed(base: str, path: Path) -> Path:

@@ -158,11 +158,11 @@ _PLAIN_BASE = """
         whole, words = AutoModel.from_pretrained(baseREVISION), AutoTokenizer.from_pretrained(baseREVISION)
 """
 _OUR_BASE = """
-        from chainfed_ray.hub import resolve, tokenizer
-        from chainfed_ray.model.source import load_whole
+        from chainfed_ray.hub import tokenizer
+        from chainfed_ray.model.source import load_whole, weights_folder
         from transformers import AutoModel
 
-        folder = resolve(BASE)
+        folder = weights_folder(BASE)
         whole, words = load_whole(AutoModel, folder), tokenizer(BASE, folder)
 """
 # The head takes the outputs of the layers, which is not what every model hands out: many have a norm after the last one.
@@ -193,27 +193,28 @@ _LORA_CLASSIFIER = """
 _CODE = {
     ("peft", True): """
         from peft import PeftModel
-        from chainfed_ray.hub import resolve, tokenizer
+        from chainfed_ray.hub import tokenizer
+        from chainfed_ray.model.source import weights_folder
         from chainfed_ray.serving.peft_method import SequenceClassifier
 
         base = BASE
-        model = PeftModel.from_pretrained(SequenceClassifier.from_folder(resolve(base)), FOLDER)
+        model = PeftModel.from_pretrained(SequenceClassifier.from_folder(weights_folder(base)), FOLDER)
         config = model.peft_config["default"]
-        words = tokenizer(base, resolve(base))
+        words = tokenizer(base, weights_folder(base))
         batch = words(["A text."], return_tensors="pt", padding=True, truncation=True, max_length=config.max_length)
         logits = model(batch["input_ids"], batch["attention_mask"])
         print(config.classes[logits[0].argmax()])
         """,
     ("peft", False): """
         import chainfed_ray.serving.peft_method
-        from chainfed_ray.hub import resolve, tokenizer
-        from chainfed_ray.model.source import load_whole
+        from chainfed_ray.hub import tokenizer
+        from chainfed_ray.model.source import load_whole, weights_folder
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         base = BASE
-        model = PeftModel.from_pretrained(load_whole(AutoModelForCausalLM, resolve(base)), FOLDER)
-        words = tokenizer(base, resolve(base))
+        model = PeftModel.from_pretrained(load_whole(AutoModelForCausalLM, weights_folder(base)), FOLDER)
+        words = tokenizer(base, weights_folder(base))
         written = model.generate(**words("Once", return_tensors="pt"), max_new_tokens=40)
         print(words.decode(written[0]))
         """,

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from chainfed_ray.errors import InvalidJob, PackageMissing, UnsupportedModel
 from chainfed_ray.export.transformers_folder import prepare_for_classes, whole_model
 from chainfed_ray.export.whole_model import WholeClassifier
-from chainfed_ray.hub import first_line, resolve, tokenizer
+from chainfed_ray.hub import first_line, tokenizer
 from chainfed_ray.model.saved_stack import SavedStack
+from chainfed_ray.model.source import weights_folder
 
 _NAMES = ("input_ids", "attention_mask")
 _TRACED = (7, 4)  # the lengths of the texts that the graph is traced with
@@ -43,7 +44,7 @@ def write_onnx(saved: SavedStack, folder: Path) -> None:
     folder.mkdir(parents=True)
     _trace(model, saved.base, folder / "model.onnx")
     _check(model, saved, folder / "model.onnx")
-    words = tokenizer(saved.base, resolve(saved.base))
+    words = tokenizer(saved.base, weights_folder(saved.base))
     prepare_for_classes(words, saved.max_length)
     words.save_pretrained(folder)
     (folder / "labels.json").write_text(json.dumps(saved.classes, ensure_ascii=False), encoding="utf-8")

@@ -8,10 +8,10 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 from transformers.pytorch_utils import Conv1D
 
 from chainfed_ray.export.whole_model import WholeClassifier, WholeConfig, WholeLanguageModel
-from chainfed_ray.hub import configuration, resolve, tokenizer
+from chainfed_ray.hub import configuration, tokenizer
 from chainfed_ray.model.adapters import LORA_SCALE
 from chainfed_ray.model.saved_stack import SavedStack
-from chainfed_ray.model.source import load_whole
+from chainfed_ray.model.source import load_whole, weights_folder
 
 
 def write_transformers(saved: SavedStack, folder: Path) -> None:
@@ -24,7 +24,7 @@ def write_transformers(saved: SavedStack, folder: Path) -> None:
         InvalidJob: the base model is not there.
         UnsupportedModel: the layers of the base model cannot be told apart.
     """
-    base = resolve(saved.base)
+    base = weights_folder(saved.base)
     plain = saved.stack.is_lora and not saved.classes
     made = merged_model(saved, "auto") if plain else whole_model(saved, "auto")
     made.save_pretrained(folder)
@@ -41,7 +41,7 @@ def whole_model(saved: SavedStack, dtype: str) -> WholeClassifier | WholeLanguag
         InvalidJob: the base model is not there.
         UnsupportedModel: the layers of the base model cannot be told apart.
     """
-    folder = resolve(saved.base)
+    folder = weights_folder(saved.base)
     configuration(folder)  # refuses a quantized model, in words
     kind, whole = (AutoModel, WholeClassifier) if saved.classes else (AutoModelForCausalLM, WholeLanguageModel)
     base = load_whole(kind, folder, dtype)
@@ -64,7 +64,7 @@ def merged_model(saved: SavedStack, dtype: str) -> PreTrainedModel:
     Raises:
         InvalidJob: the base model is not there.
     """
-    folder = resolve(saved.base)
+    folder = weights_folder(saved.base)
     configuration(folder)  # refuses a quantized model, in words
     model: Any = load_whole(AutoModelForCausalLM, folder, dtype)
     model.config._name_or_path = ""  # a path of this machine

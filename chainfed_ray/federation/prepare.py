@@ -39,12 +39,12 @@ from chainfed_ray.federation.admission import (
     requirements_of,
     shares_of,
 )
-from chainfed_ray.hub import configuration, first_line, resolve, tokenizer
+from chainfed_ray.hub import configuration, first_line, tokenizer
 from chainfed_ray.model.adapters import AdapterStack, Head, LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.saved_stack import SavedStack
-from chainfed_ray.model.source import ModelSource
+from chainfed_ray.model.source import ModelSource, weights_folder
 from chainfed_ray.problem import some_of
 from chainfed_ray.record import named
 from chainfed_ray.records.fleet import ExcludedClients, FleetClient, names_hash
@@ -179,7 +179,7 @@ def plan_job(
     """
     # 1. Find the base model, and turn the rows into tokens.
     Reporter("finding the base model", listen).begin()
-    folder = resolve(spec.model.weights)
+    folder = weights_folder(spec.model.weights)
     source = ModelSource(folder, getattr(torch, spec.model.dtype), scratch)
     with _about_the_model(spec):
         configuration(folder)

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from chainfed_ray.hub import configuration
+from chainfed_ray.errors import InvalidJob, PackageMissing, UnsupportedModel, how_to_get
+from chainfed_ray.hub import configuration, resolve
 from chainfed_ray.model.trunk import find_layers
+from chainfed_ray.reading import NF4
 from chainfed_ray.streaming.checkpoint import Checkpoint
+from chainfed_ray.streaming.nf4_folder import FEWEST_ROWS, in_nf4
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,38 @@ class ModelSource:
     scratch: Path
 
 
+def weights_folder(name: str) -> Path:
+    """The local folder of the weights ``name``: a job's ``model.base``, with ``#nf4`` after it for ``model.quantization: nf4``.
+
+    Weights in NF4 are made of the base model's once. See ``hub.resolve`` and ``nf4_folder.in_nf4``.
+
+    Raises:
+        InvalidJob: there is no such base model, it cannot be read, or none of its matrices can be quantized.
+        OSError: the disk of converted models is full, or their folder cannot be made.
+    """
+    base = name.removesuffix(NF4)
+    folder = resolve(base)
+    if base == name:
+        return folder
+    try:
+        configuration(folder)  # refuses weights that are quantized already, in words
+        made = in_nf4(folder)
+    except PackageMissing as error:
+        expected = f"a package for it to be installed: {how_to_get(error.extra)}"
+        raise InvalidJob.at("model.quantization", "nf4", expected) from None
+    except UnsupportedModel as error:
+        raise InvalidJob.at("model.base", base, f"a model that can be streamed ({error.reason})") from None
+    if made is None:
+        reason = f"no matrix of its layers has {FEWEST_ROWS} rows or more, of a multiple of 64 weights"
+        raise InvalidJob.at("model.base", base, f"a model that can be quantized ({reason})")
+    return made
+
+
 def load_whole(kind: Any, folder: Path, dtype: torch.dtype | str = "auto", layers: int | None = None) -> Any:
     """The model in ``folder``, as ``kind.from_pretrained`` gives it; ``kind`` is a class such as ``AutoModelForCausalLM``.
 
     With ``layers`` it has so many of its layers, the lowest, and what is around them; the others are not read.
-    Transformers cannot read the quantized matrices of a converted GGUF file: it is given their values.
+    Transformers cannot read our quantized matrices: it is given their values.
 
     Raises:
         UnsupportedModel: the folder has no checkpoint that can be read.

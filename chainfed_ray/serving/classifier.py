@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from chainfed_ray.data.tokens import Batch, Examples, joined, tokenize
-from chainfed_ray.hub import resolve, tokenizer
+from chainfed_ray.hub import tokenizer
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import through_model
 from chainfed_ray.model.pooling import mean_over_tokens
 from chainfed_ray.model.saved_stack import SavedStack
+from chainfed_ray.model.source import weights_folder
 from chainfed_ray.serving.messages import Embedding
 from chainfed_ray.serving.stack_batch import RowStacks, StackBatch
 
@@ -35,7 +36,7 @@ class Classifier:
     def __init__(
         self, base: str, dtype: torch.dtype, count: int | None = None, held: Sequence[nn.Module] | None = None
     ) -> None:
-        folder = resolve(base)
+        folder = weights_folder(base)
         self._tokenizer = tokenizer(base, folder)
         self._blocks = Blocks(folder, dtype)
         indices = range(self._blocks.num_layers if count is None else count)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 
 from chainfed_ray.errors import CorruptCommit
-from chainfed_ray.hub import resolve
 from chainfed_ray.model.blocks import weight_bytes
 from chainfed_ray.model.saved_stack import SavedStack, load_stack, stored_bytes
+from chainfed_ray.model.source import weights_folder
 from chainfed_ray.serving.classifier import Classifier
 from chainfed_ray.serving.generator import Emit, Generator
 from chainfed_ray.serving.language_model import LanguageModel
@@ -200,7 +200,7 @@ class Engine:
             yield found
 
     def _bytes(self, base: str, dtype: str, extent: _Extent) -> int:
-        return weight_bytes(resolve(base), _dtype(dtype), extent.layers) + self._row_bytes * extent.writes
+        return weight_bytes(weights_folder(base), _dtype(dtype), extent.layers) + self._row_bytes * extent.writes
 
     def _write(self) -> None:
         """Let every text grow by a token, again and again; wait while there is none."""

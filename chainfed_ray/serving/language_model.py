@@ -15,9 +15,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from chainfed_ray.data.messages import Chat
 from chainfed_ray.data.targets import chat_ids, prompt_ids
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.hub import resolve, tokenizer
+from chainfed_ray.hub import tokenizer
 from chainfed_ray.model.forward import adapt
-from chainfed_ray.model.source import load_whole, lowest_layers
+from chainfed_ray.model.source import load_whole, lowest_layers, weights_folder
 from chainfed_ray.model.trunk import find_layers
 from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.messages import MOST_TOKENS, SCHEMA, Chance, Prompt, TokenChances
@@ -42,7 +42,7 @@ class LanguageModel:
         self, base: str, dtype: torch.dtype, layers: int | None = None, of: "LanguageModel | None" = None
     ) -> None:
         if of is None or layers is None:
-            folder = resolve(base)
+            folder = weights_folder(base)
             self._tokenizer = tokenizer(base, folder)
             self._model: Any = load_whole(AutoModelForCausalLM, folder, dtype, layers)
         else:

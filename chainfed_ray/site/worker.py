@@ -32,10 +32,10 @@ from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.errors import BudgetExceeded, InvalidJob
 from chainfed_ray.federation.admission import Candidate, Planner, requirements_of
 from chainfed_ray.federation.prepare import check_texts
-from chainfed_ray.hub import digest_of, resolve, tokenizer
+from chainfed_ray.hub import digest_of, tokenizer
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.source import ModelSource
+from chainfed_ray.model.source import ModelSource, weights_folder
 from chainfed_ray.site.codec import client_of, memory_of, result_document, survey_document, turn_of, write_tensors
 from chainfed_ray.site.envelope import Answer, Done, NotDone, Order, TensorFile, phase_of
 from chainfed_ray.site.evaluation import evaluated_by
@@ -55,7 +55,7 @@ class RowsOfJob:
     def __init__(self, order: Order, folder: Path, scratch: Path, parts: int) -> None:
         self.spec: JobSpec = parse_job(order.spec)
         self._folder, self._parts = folder, parts
-        base = resolve(self.spec.model.weights)
+        base = weights_folder(self.spec.model.weights)
         self.same_base = digest_of(base) == order.base_digest
         self.source = ModelSource(base, getattr(torch, self.spec.model.dtype), scratch / order.job)
         self._tokenizer = tokenizer(self.spec.model.base, base)

@@ -79,7 +79,7 @@ class ModelSpec(Section):
 
     @property
     def weights(self) -> str:
-        """The name of the base model's weights, for ``hub.resolve``: its own, and how they are quantized."""
+        """The name of the base model's weights, for ``weights_folder``: its own, and how they are quantized."""
         return self.base if self.quantization == "none" else f"{self.base}{NF4}"
 
 

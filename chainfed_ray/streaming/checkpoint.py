@@ -22,7 +22,7 @@ from chainfed_ray.reading import LFS_POINTER
 from chainfed_ray.streaming.dequantize import AT_ONCE, dequantizing_bytes, to_values
 
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors' own reader has it
-_DTYPES = {
+DTYPES = {  # by their names in safetensors files
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -62,7 +62,7 @@ class Checkpoint:
         self._files: list[int] = []
         self._bytes_read, self._counting = 0, Lock()
         try:
-            for path in _shards(folder):
+            for path in shards(folder):
                 self._open(path)
         except BaseException:
             self.close()
@@ -281,9 +281,9 @@ def _tensor(name: str, item: Any) -> _Tensor:
     shape = tuple(item["shape"])
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
         raise ValueError(f"has a shape and offsets of {name} that are not counts")
-    if item["dtype"] not in _DTYPES:
+    if item["dtype"] not in DTYPES:
         raise ValueError(f"has {name} in the dtype {item['dtype']}, which is not supported")
-    return _Tensor(_DTYPES[item["dtype"]], shape, begin, end)
+    return _Tensor(DTYPES[item["dtype"]], shape, begin, end)
 
 
 def _check_places(tensors: dict[str, _Tensor], size: int) -> None:
@@ -314,7 +314,12 @@ def _within(ranges: tuple[_Range, ...], start: int, size: int) -> Iterator[_Rang
         start = max(start - length, 0)
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
+    """The files of the checkpoint in ``folder``. They need not be there.
+
+    Raises:
+        UnsupportedModel: the folder has no checkpoint, or one with a broken index.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return [single]
