@@ -174,6 +174,14 @@ def test_no_test_file_imports_another() -> None:
         assert not {name for name in modules if name.startswith("tests.") and ".test_" in name}, path.name
 
 
+def test_no_test_has_the_items_of_a_set_one_by_one() -> None:
+    """Each process has its own order of a set, and pytest runs nothing where two processes found tests in two orders."""
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "parametrize":
+                assert not is_set(call.args[1]), f"{path.name}, line {call.lineno}"
+
+
 def test_tests_reach_for_no_private_names() -> None:
     """What they prove is what the code promises; how it does that may change without them."""
     for path in (ROOT / "tests").rglob("*.py"):
@@ -181,6 +189,14 @@ def test_tests_reach_for_no_private_names() -> None:
         assert not {alias.name for node in ours for alias in node.names if alias.name.startswith("_")}, path.name
         of_others = [node for node in attributes(path) if is_private(node)]
         assert not {f"line {node.lineno}: {ast.unparse(node)}" for node in of_others}, path.name
+
+
+def is_set(node: ast.expr) -> bool:
+    """Whether an expression is a set: one that is written out, one of something else, or a difference or union of such."""
+    if isinstance(node, ast.BinOp):
+        return is_set(node.left) or is_set(node.right)
+    named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("set", "frozenset")
+    return named or isinstance(node, (ast.Set, ast.SetComp))
 
 
 def froms(path: Path) -> list[ast.ImportFrom]:

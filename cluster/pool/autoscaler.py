@@ -56,9 +56,8 @@ def may_have_room(memory: int) -> bool:
     """
     if is_growing():
         return True
-    slots = "available_resources", "cluster_resources"
-    free, all_of_them = (getattr(ray, name)().get(CLIENT_SLOT, 0.0) for name in slots)
-    return (largest_machine() or 0) >= memory and free < all_of_them
+    free, there = ray.available_resources(), ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return (largest_machine() or 0) >= memory and free.get(CLIENT_SLOT, 0) < there.get(CLIENT_SLOT, 0)
 
 
 def largest_machine() -> int | None:
