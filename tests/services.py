@@ -15,7 +15,7 @@ import pytest
 from chainfed_ray.api.command.local_service import free_port
 from chainfed_ray.api.sdk.clients import Client
 from tests.project import COMMAND, ROOT
-from tests.watching import command_of, processes_below
+from tests.watching import command_of, processes_below, running
 
 DEADLINE = 120.0
 
@@ -65,7 +65,7 @@ class Running:
         self.close()
         assert self.process.returncode == 0
         psutil.wait_procs(below, DEADLINE)
-        assert not [process for process in below if process.is_running()]
+        assert not running(below)
 
     def close(self) -> None:
         """Wait for the end of the process, and let go of it."""

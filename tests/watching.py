@@ -80,6 +80,17 @@ def command_of(process: psutil.Process) -> str:
     return ""
 
 
+def running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those of ``processes`` that still run. One that has ended is listed until its parent asks for it."""
+
+    def runs(process: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+    return [process for process in processes if runs(process)]
+
+
 def client_processes() -> list[psutil.Process]:
     """The processes of client actors below this one."""
     return processes_below("ClientActor")

@@ -14,7 +14,7 @@ import pytest
 
 from chainfed_ray.cluster.resources import runtime_env
 from chainfed_ray.device import start_forked
-from tests.watching import wait_for
+from tests.watching import running, wait_for
 
 _SERVER = """
 import importlib, socket, sys
@@ -100,8 +100,8 @@ def test_who_asks_and_the_program_end_together(tmp_path: Path, owner: subprocess
     assert second.stdout
     one, other = psutil.Process(int(first.stdout.readline())), psutil.Process(int(second.stdout.readline()))
     first.kill()
-    wait_for(lambda: not one.is_running(), "end of the program of who was ended")
-    assert other.is_running()
+    wait_for(lambda: not running([one]), "end of the program of who was ended")
+    assert running([other])
     other.send_signal(signal.SIGKILL)
     assert second.wait(60) == 128 + signal.SIGKILL
     server.kill()

@@ -29,7 +29,7 @@ from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, assert_same, run
 from tests.s3 import Server
 from tests.services import Running, listening
-from tests.watching import wait_for
+from tests.watching import running, wait_for
 
 SEED, KILLS = int(os.environ.get("CHAINFED_FAULTS_SEED", "0")), int(os.environ.get("CHAINFED_FAULTS", "28"))
 ROUNDS = 40  # of a job, which is hurt until it is over
@@ -175,7 +175,7 @@ def test_serve_itself_killed_and_started_again(service: Running, document: dict[
         orphans = psutil.Process(first.process.pid).children(recursive=True)
         first.process.kill()
         first.close()
-        wait_for(lambda: not [process for process in orphans if process.is_running()], "end of what it had started")
+        wait_for(lambda: not running(orphans), "end of what it had started")
     assert len(CommitLog(tmp_path / "other" / "jobs" / job).rounds()) < 8
     with Running(tmp_path / "other", first.port) as second:  # where the first one was
         kinds = [event["kind"] for event in second.client.stream_json(exchanges.events(job))]

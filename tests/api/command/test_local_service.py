@@ -12,7 +12,7 @@ from chainfed_ray.api.command.local_service import free_port, local_service
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import InvalidSetting, ServiceNotStarted, StorageInUse
-from tests.watching import processes_below, wait_for
+from tests.watching import processes_below, running, wait_for
 from tests.without_ray import without_ray
 
 NO_KEY = "No key was made, so the service answers to this machine alone, and to whoever uses it."
@@ -88,7 +88,7 @@ def test_a_service_that_fails_is_started_again(settings: Settings, pauses: list[
             *_, first, last = heard
             assert first.startswith(f"The service has failed: {said}. Starting it again")
             assert last.startswith("The service answers again")
-            assert not [process for process in lost if process.is_running()], "what was left of it has ended"
+            assert not running(lost), "what was left of it has ended"
         with pytest.raises(StorageInUse), local_service(settings, "127.0.0.1", free_port("127.0.0.1")):
             pass
     assert pauses == [0, 2], "longer from failure to failure"

@@ -17,7 +17,7 @@ from chainfed_ray.api.command.local_service import free_port
 from chainfed_ray.api.rest.schemas import ProblemDetails
 from chainfed_ray.api.serve.haproxy import environment
 from tests.project import ROOT
-from tests.watching import wait_for
+from tests.watching import running, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_an_open_door_with_nobody_behind_it(private: Path) -> None:
             assert {address.ip for address in listening} == {"127.0.0.1"}
         finally:
             manager.kill()
-    wait_for(lambda: not door.is_running(), "end of HAProxy", 10)
+    wait_for(lambda: not running([door]), "end of HAProxy", 10)
 
 
 def test_nothing_that_ray_says_of_routes_is_left(private: Path) -> None:
