@@ -1,5 +1,8 @@
 """``chainfed export``: its arguments, and what it says when it is done."""
 
+import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +21,11 @@ def export_model(folder: Path, out: Path, form: str) -> tuple[dict[str, Any], st
     """
     from chainfed_ray.export.handover import hand_over
 
-    files = hand_over(folder, out, form)
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # to save a model loads DeepSpeed, which would look for a GPU, and say so
+    with redirect_stdout(sys.stderr):  # whatever libraries print, standard output has the answer and nothing else
+        files = hand_over(folder, out, form)
     return (
         {"status": "exported", "format": form, "folder": str(out), "files": files},
         f"The model is in {out}; its README.md says how to load it.",

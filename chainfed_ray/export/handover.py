@@ -3,18 +3,12 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chainfed_ray.errors import CorruptCommit, InvalidJob
-from chainfed_ray.export.model_card import model_card
-from chainfed_ray.export.onnx_folder import write_onnx
-from chainfed_ray.export.transformers_folder import write_transformers
-from chainfed_ray.model.saved_stack import SavedStack, load_stack, save_stack
 
-_FORMATS: dict[str, Callable[[SavedStack, Path], None]] = {
-    "peft": save_stack,
-    "transformers": write_transformers,
-    "onnx": write_onnx,
-}
+if TYPE_CHECKING:
+    from chainfed_ray.model.saved_stack import SavedStack
 
 
 def hand_over(folder: Path, out: Path, form: str) -> list[str]:
@@ -29,12 +23,14 @@ def hand_over(folder: Path, out: Path, form: str) -> list[str]:
         PackageMissing: the format needs a package that is not installed.
         UnsupportedModel: the base model cannot be written in this format.
     """
-    write = _FORMATS.get(form)
-    if write is None:
+    if form not in ("peft", "transformers", "onnx"):
         raise InvalidJob.at("format", form, "peft, transformers or onnx")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InvalidJob.at("out", str(out), "a folder that does not exist yet, or an empty one")
-    saved = _stack(folder)
+    # What can be refused without torch, which takes seconds to load, has been refused.
+    from chainfed_ray.export.model_card import model_card
+
+    write, saved = _writer(form), _stack(folder)
     whole = out.resolve()  # "." has no name of its own
     partial = whole.with_name(f"{whole.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
@@ -51,7 +47,18 @@ def hand_over(folder: Path, out: Path, form: str) -> list[str]:
     return sorted(path.name for path in whole.iterdir())
 
 
-def _stack(folder: Path) -> SavedStack:
+def _writer(form: str) -> "Callable[[SavedStack, Path], None]":
+    """What writes a stack into a folder in the format ``form``."""
+    from chainfed_ray.export.onnx_folder import write_onnx
+    from chainfed_ray.export.transformers_folder import write_transformers
+    from chainfed_ray.model.saved_stack import save_stack
+
+    return {"peft": save_stack, "transformers": write_transformers, "onnx": write_onnx}[form]
+
+
+def _stack(folder: Path) -> "SavedStack":
+    from chainfed_ray.model.saved_stack import load_stack
+
     try:
         saved = load_stack(folder)
     except CorruptCommit as error:

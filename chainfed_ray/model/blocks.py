@@ -4,7 +4,6 @@
 when they are used. A layer is then run by itself, with the call that the model's own forward would make.
 """
 
-import copy
 import logging
 import re
 from collections import defaultdict
@@ -22,6 +21,7 @@ from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.logit_form import LogitForm, form_of
 from chainfed_ray.model.trunk import TOKENS_FIRST, LayerCall, Trunk, on_meta
 from chainfed_ray.problem import some_of
+from chainfed_ray.streaming.blank_model import copy_of
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.dequantize import dequantizing_bytes
 from chainfed_ray.streaming.experts import expert_matrices, stream_experts
@@ -92,7 +92,7 @@ class Blocks:
         hidden, calls = self._trunk.try_texts()
         for index, call in enumerate(calls):
             with self._trunk.named_errors("has layers that cannot be run one by one"):
-                self._try_layer(copy.deepcopy(self._trunk.layers[index]), hidden, call)
+                self._try_layer(copy_of(self._trunk.layers[index]), hidden, call)
             with self._trunk.named_errors("has layers whose matrices cannot be streamed"):
                 self._try_layer(self._streamed(index, _BlankSlices(self._checkpoint, self.dtype)), hidden, call)
 
@@ -136,13 +136,13 @@ class Blocks:
         If ``matrices`` are given, the layer's matrices are streamed from there whenever it runs; only norms and biases are
         resident.
         """
-        layer = self._streamed(index, matrices) if matrices else copy.deepcopy(self._trunk.layers[index])
+        layer = self._streamed(index, matrices) if matrices else copy_of(self._trunk.layers[index])
         self._load(layer, f"{self._trunk.layer_name(index)}.")
         return layer.eval().requires_grad_(False)
 
     def with_weights_of(self, index: int, other: nn.Module) -> nn.Module:
         """Layer ``index`` with the weights of ``other``, the same layer of the same model. They are shared, not copied."""
-        layer = copy.deepcopy(self._trunk.layers[index])
+        layer = copy_of(self._trunk.layers[index])
         layer.load_state_dict(other.state_dict(), assign=True)
         return layer.eval().requires_grad_(False)
 
@@ -150,7 +150,7 @@ class Blocks:
         """Layer ``index``, loaded one module at a time: ``place`` moves each module's weights away before the
         next is loaded.
         """
-        layer = copy.deepcopy(self._trunk.layers[index])
+        layer = copy_of(self._trunk.layers[index])
         # Inner modules come first: when a module is placed, its submodules already have been.
         for path, module in reversed(list(layer.named_modules())):
             if own := [name for name in module.state_dict() if "." not in name]:
@@ -232,7 +232,7 @@ class Blocks:
             return {}
         mask = torch.ones(3, 7, dtype=torch.int64)
         hidden = torch.empty(*mask.shape, self.hidden_size, dtype=self.dtype, device="meta")
-        layer, found = copy.deepcopy(self._trunk.layers[index]), self.linear_modules(index)
+        layer, found = copy_of(self._trunk.layers[index]), self.linear_modules(index)
         rows = defaultdict[str, set[tuple[int, ...]]](set)
 
         def look(path: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -334,7 +334,7 @@ class Blocks:
 
     def _streamed(self, index: int, matrices: RowSlices) -> nn.Module:
         """Layer ``index`` on the meta device, with its matrices read from ``matrices``."""
-        layer, prefix = copy.deepcopy(self._trunk.layers[index]), f"{self._trunk.layer_name(index)}."
+        layer, prefix = copy_of(self._trunk.layers[index]), f"{self._trunk.layer_name(index)}."
         stream_matrices(layer, prefix, matrices, self._trunk.source)
         stream_experts(layer, prefix, matrices, self._checkpoint, self._trunk.source)
         return layer

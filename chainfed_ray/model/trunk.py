@@ -5,7 +5,6 @@ replaced by recorders. These keep what the model passes to each layer besides th
 last one stops the forward. A layer can then be run by itself, with its own weights and the recorded call.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from inspect import signature
@@ -18,9 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from chainfed_ray.errors import ChainFedError, UnsupportedModel
 from chainfed_ray.hub import configuration, first_line
-from chainfed_ray.streaming.blank_model import BlankModel, blank_model
+from chainfed_ray.streaming.blank_model import BlankModel, blank_model, copy_of
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.embeddings import RowTable, embedding_tables
+from chainfed_ray.streaming.unchanged import while_unchanged
 
 
 class LayerCall(NamedTuple):
@@ -41,7 +41,7 @@ class Trunk:
 
     def __init__(self, folder: Path, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
         self.folder, self._checkpoint, self._dtype = folder, checkpoint, dtype
-        config = configuration(folder)
+        config = while_unchanged(folder, "configuration", lambda: configuration(folder))
         self.family = config.model_type
         if self.family in _DIFFERENT:
             raise self._unlike("gives other values layer by layer than as a whole")
@@ -60,8 +60,9 @@ class Trunk:
         """Find the part of the model that reads texts and its layers, and put recorders in their place."""
         self.names, self._settings = blank.names.in_checkpoint(self._checkpoint), blank.settings
         self.layers_path = find_layers(blank.model, str(self.folder))
-        shared: list[Any] = [blank.model.config, *blank.model.get_submodule(self.layers_path)]
-        whole = copy.deepcopy(blank.model, {id(it): it for it in shared})  # what is around the layers is changed
+        whole = copy_of(
+            blank.model, blank.model.get_submodule(self.layers_path)
+        )  # what is around the layers is changed
         self.prefix = whole.base_model_prefix
         within = text_part(whole)
         self._within = f"{within}." if within else ""
@@ -273,7 +274,7 @@ class Trunk:
         if not found[0] or any(found[1:]):
             return None
         path, module = found[0][0]
-        made: Any = copy.deepcopy(module)
+        made: Any = copy_of(module)
         name = f"{self.layer_name(0)}.{path}.relative_attention_bias.weight"
         table = self._checkpoint.read(self.source(name), self._dtype)
         made.relative_attention_bias.weight = nn.Parameter(table, requires_grad=False)
@@ -358,7 +359,7 @@ def run_on_meta(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Any:
     """What a layer returns, without values: it is run on the meta device, which costs nothing."""
     # Run a copy, because a layer may move its buffers to the device of its input.
     elsewhere = on_meta(call)
-    return copy.deepcopy(layer).to("meta")(hidden.to("meta"), *elsewhere.args, **elsewhere.kwargs)
+    return copy_of(layer).to("meta")(hidden.to("meta"), *elsewhere.args, **elsewhere.kwargs)
 
 
 def on_meta(call: LayerCall) -> LayerCall:

@@ -1,8 +1,10 @@
 """A base model without values, on the meta device: built once in a process, since that takes longer than a small step."""
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +18,8 @@ from chainfed_ray.streaming.unchanged import Answers
 
 if TYPE_CHECKING:
     from chainfed_ray.streaming.stored_names import StoredNames
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 _blank_models = Answers(most=4)  # one of 30 layers takes 4 MiB
 # As it builds a model, transformers replaces the first with the second.
@@ -42,8 +46,32 @@ def blank_model(folder: Path, config: Any, dtype: torch.dtype, checkpoint: Check
         UnsupportedModel: its configuration has more layers than its checkpoint has tensors.
         Exception: whatever the model's own code raises.
     """
-    _check_depth(config.to_dict(), len(checkpoint.names), folder)
-    return _blank_models.while_unchanged(folder, ("blank model", dtype), lambda: _built(config, dtype, checkpoint))
+
+    def built() -> BlankModel:
+        _check_depth(config.to_dict(), len(checkpoint.names), folder)
+        return _built(config, dtype, checkpoint)
+
+    return _blank_models.while_unchanged(folder, ("blank model", dtype), built)
+
+
+def copy_of(module: Kind, shared: Iterable[nn.Module] = ()) -> Kind:
+    """A module whose submodules, at any depth, are copies, apart from those in ``shared``.
+
+    Parameters, buffers and settings stay those of ``module`` until the copy is given others: a whole copy takes ten times
+    as long, and a turn makes one of each layer whenever it loads it.
+    """
+    copies: dict[int, Any] = {id(it): it for it in shared}
+
+    def copied(it: Any) -> Any:
+        if id(it) not in copies:
+            made = copies[id(it)] = copy.copy(it)
+            own = vars(made)
+            own.update({key: value.copy() for key, value in own.items() if isinstance(value, dict)})
+            own["_modules"] = {name: inner if inner is None else copied(inner) for name, inner in it._modules.items()}
+        return copies[id(it)]
+
+    made: Kind = copied(module)
+    return made
 
 
 def _built(config: Any, dtype: torch.dtype, checkpoint: Checkpoint) -> BlankModel:

@@ -63,7 +63,7 @@ def test_between_sampling_one_by_one_and_the_published_bound(
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.floats(-1, 1), min_size=2, max_size=6),
     st.floats(-1, 1),
@@ -96,7 +96,7 @@ def test_no_two_neighbours_are_further_apart_than_the_price(
 
 @pytest.mark.slow
 @given(st.floats(1e-4, 1), st.floats(0.3, 50), st.integers(1, 300), st.sampled_from([1e-4, 1e-6, 1e-9]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_more_rounds_cost_more_and_more_noise_costs_less(
     rate: float, multiplier: float, rounds: int, delta: float
 ) -> None:

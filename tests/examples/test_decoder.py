@@ -18,7 +18,7 @@ from tests.project import ROOT
 
 @pytest.mark.slow
 def test_held_out_perplexity_falls_along_the_chain(tmp_path: Path) -> None:
-    told = make(tmp_path, libraries=("networkx",), steps=40, rows=300)
+    told = make(tmp_path, libraries=("networkx",), steps=40, rows=200)
     document = yaml.safe_load(
         (ROOT / "examples" / "decoder.yaml").read_text().replace("path:decoder", f"path:{tmp_path}")
     )

@@ -35,8 +35,8 @@ from chainfed_ray.spec.parse import parse_job, parse_yaml
 from tests.apps import an_app
 
 ADDRESS = os.environ.get("CHAINFED_FUZZ_ADDRESS")
-EXAMPLES = int(os.environ.get("CHAINFED_FUZZ_EXAMPLES", "10"))
-many = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES == 10)
+EXAMPLES = int(os.environ.get("CHAINFED_FUZZ_EXAMPLES", "5"))
+many = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES == 5)
 
 
 @pytest.fixture(scope="module")
