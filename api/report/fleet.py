@@ -15,7 +15,7 @@ class TurnSettings(NamedTuple):
 
     ``window`` counts the adapters trained together, ``micro_batch`` the examples held at a time. ``weights`` says whether
     layers are resident or streamed; ``activations_offloaded`` whether saved activations go to disk, ``activations_recomputed``
-    whether they are computed again in the backward pass.
+    whether they are computed again in the backward pass. ``rank`` counts the ranks of each LoRA that are trained; None: all.
     """
 
     window: int
@@ -23,6 +23,7 @@ class TurnSettings(NamedTuple):
     weights: Weights
     activations_offloaded: bool
     activations_recomputed: bool
+    rank: int | None
 
     @classmethod
     def planned(cls, client: AdmittedClients) -> "TurnSettings":
@@ -33,6 +34,7 @@ class TurnSettings(NamedTuple):
             client.weights,
             client.activations_offloaded,
             client.activations_recomputed,
+            client.rank,
         )
 
     @classmethod
@@ -44,6 +46,7 @@ class TurnSettings(NamedTuple):
             turn.weights,
             turn.activations_offloaded,
             turn.activations_recomputed,
+            turn.rank,
         )
 
 
@@ -115,6 +118,8 @@ def in_words(settings: Collection[TurnSettings]) -> str:
     ):
         if any(chosen):
             words.append(option if all(chosen) else f"{option} in some")
+    if ranks := [one.rank for one in settings if one.rank is not None]:
+        words.append(f"the first {span(ranks)} of each LoRA's ranks")
     return ", ".join(words)
 
 

@@ -126,7 +126,7 @@ class ProgressDisplay:
         """
         reduced: dict[str, list[AdmittedClients]] = {}
         for client in job_started.admitted:
-            full = TurnSettings(job_started.window, client.batch, "resident", False, False)
+            full = TurnSettings(job_started.window, client.batch, "resident", False, False, None)
             if TurnSettings.planned(client) != full or not client.cached:
                 reduced.setdefault(client.client_class, []).append(client)
         for name, clients in reduced.items():

@@ -205,6 +205,7 @@ def listed(planner: Planner, admission: Admission, stage: Window, totals: FleetT
             activations_offloaded=plan.activations == "offloaded",
             activations_recomputed=plan.activations == "recomputed",
             cached=plan.prefix.cached,
+            rank=plan.rank,
         )
         yield totals.admit(candidate.name, alone)
     for candidate, lacking in admission.excluded:

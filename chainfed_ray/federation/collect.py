@@ -201,6 +201,7 @@ def _as_turn(client: Client, update: Update, exceeded: str | None) -> Turn:
         weights=plan.weights,
         activations_offloaded=plan.activations == "offloaded",
         activations_recomputed=plan.activations == "recomputed",
+        rank=plan.rank,
         budget_bytes=client.budget_bytes,
         planned_bytes=plan.planned_bytes,
         peak_bytes=update.peak_bytes,

@@ -44,7 +44,8 @@ class AdmittedClients(Record):
     """Clients of one class that take part with equal plans for the chain's lowest window, which needs the most memory.
 
     ``clients`` is their number, and ``examples`` are of all of them. ``planned_bytes`` and ``disk_bytes`` are those of the
-    client that needs the most. ``batch`` is the number of examples in a client's largest batch.
+    client that needs the most. ``batch`` is the number of examples in a client's largest batch. ``rank`` counts the ranks of
+    each LoRA that a client trains, the first ones; None means all.
     """
 
     client_class: str
@@ -60,6 +61,7 @@ class AdmittedClients(Record):
     activations_offloaded: bool
     activations_recomputed: bool = False
     cached: bool
+    rank: int | None = None
 
 
 class ExcludedClients(Record):

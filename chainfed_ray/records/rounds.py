@@ -113,8 +113,8 @@ class Turn(Record):
     """A client's successful turn in a round: its plan, and what was measured.
 
     ``steps`` counts optimizer steps. ``cpu_seconds`` is the CPU time of the client's process, the advance of the prefix cache
-    included. ``bottom`` is the lowest layer whose adapter the client trained. ``exceeded`` says how the first plan failed, if
-    this is the turn with the fallback plan.
+    included. ``bottom`` is the lowest layer whose adapter the client trained, and ``rank`` the number of each LoRA's ranks that
+    it trained; None means all. ``exceeded`` says how the first plan failed, if this is the turn with the fallback plan.
     """
 
     client: str
@@ -133,6 +133,7 @@ class Turn(Record):
     peak_bytes: int | None
     sent_bytes: int
     activations_recomputed: bool = False
+    rank: int | None = None
     exceeded: str | None = None
 
 

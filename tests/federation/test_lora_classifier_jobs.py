@@ -33,6 +33,9 @@ def test_a_job_ends_with_the_model_that_was_evaluated(
     coordinator, straight = run(job, tmp_path / "one" / "log")
     records = CommitLog(tmp_path / "one" / "log").rounds()
     assert all(record.counted and not record.failed_turns for record in records)
+    ranks = {turn.client_class: turn.rank for turn in records[0].turns}
+    assert ranks == {"laptop": None, "phone": 1}
+    assert {group.client_class: group.rank for group in coordinator.open().admitted} == ranks
     sent = {turn.client_class: turn.sent_bytes for turn in records[0].turns}
     head = sum(tensor.nbytes for name, tensor in straight.items() if name.startswith("head."))
     assert sent["laptop"] - head == 3 * (sent["phone"] - head) > 0

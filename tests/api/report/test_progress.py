@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.command.following import follow
 from chainfed_ray.api.jobs.resources import JobProgress as Resource
-from chainfed_ray.api.report.fleet import by_class
+from chainfed_ray.api.report.fleet import TurnSettings, by_class, in_words
 from chainfed_ray.api.report.plots import draw
 from chainfed_ray.api.report.progress import ProgressDisplay, time_left
 from chainfed_ray.api.report.results import results
@@ -278,6 +278,13 @@ def test_leaner_plans_are_told_in_words() -> None:
         in text
     )
     assert "phone-7: BudgetExceeded: far too much; it is excluded from now on" in text
+
+
+def test_ranks_that_are_left_out_are_told_in_words() -> None:
+    whole = TurnSettings(2, 4, "resident", False, False, None)
+    assert in_words({whole}) == "windows of 2, 4 examples at a time"
+    fewer = {whole._replace(rank=1), whole._replace(rank=3)}
+    assert in_words(fewer) == "windows of 2, 4 examples at a time, the first 1–3 of each LoRA's ranks"
 
 
 def test_who_exceeded_a_plan_is_in_the_results_and_on_the_panel() -> None:
