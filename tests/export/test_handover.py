@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -24,7 +25,7 @@ from chainfed_ray.model.saved_stack import SavedStack, save_stack
 from chainfed_ray.serving.classifier import Classifier
 from chainfed_ray.serving.peft_method import SequenceClassifier
 from tests.causal import a_causal_stack, byte_tokenizer, causal_folder, streamed_logits
-from tests.models import a_saved_stack, tiny
+from tests.models import a_lora_classifier, a_saved_stack, tiny
 from tests.project import COMMAND, ROOT
 
 # PEFT reads it from the model.
@@ -205,14 +206,16 @@ def test_weights_keep_their_dtype_and_adapters_theirs(tiny_model_folder: Path, t
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("made", [a_saved_stack, a_lora_classifier], ids=["bottleneck", "lora"])
 def test_a_classifier_as_an_onnx_graph(
-    classifier: tuple[Path, SavedStack], expected: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Callable[[Path], SavedStack], tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import onnxruntime
 
-    folder, saved = classifier
-    out = tmp_path / "out"
-    assert {"model.onnx", "labels.json", "tokenizer.json"} <= set(hand_over(folder, out, "onnx"))
+    saved, out = made(tiny_model_folder), tmp_path / "out"
+    save_stack(saved, tmp_path / "model")
+    expected = Classifier(saved.base, torch.float32).probabilities(saved, TEXTS)
+    assert {"model.onnx", "labels.json", "tokenizer.json"} <= set(hand_over(tmp_path / "model", out, "onnx"))
     assert json.loads((out / "labels.json").read_text()) == list(saved.classes)
     session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
     for rows in ([0, 1, 2, 3, 4], [2], [1], [0, 4, 3]):
@@ -235,6 +238,7 @@ class WrongSession:
 def test_a_graph_with_other_answers_is_refused(
     classifier: tuple[Path, SavedStack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: None)  # which takes ten seconds
     monkeypatch.setattr("onnxruntime.InferenceSession", WrongSession)
     with pytest.raises(UnsupportedModel, match="its ONNX graph gives probabilities that are"):
         hand_over(classifier[0], tmp_path / "out", "onnx")
