@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     for sites in options.sites:
         cell = {"sites": sites, "rounds": options.rounds}
         _tell(rows, cell | in_a_process("benchmarks.scale_sites", cell), options.json)
-    console = Console(highlight=False, width=150)
+    console = Console(highlight=False, width=190)
     fleets = [row for row in rows if "sites" not in row]
     for words, found, table in (
         ("clients as a model", [row for row in fleets if not row["slots"]], _table),
