@@ -8,6 +8,7 @@ from benchmarks import (
     evaluation,
     film_reviews,
     first_round,
+    fleet_memory,
     hostile,
     idle,
     language,
@@ -40,6 +41,9 @@ quantized.add_options(
     names.add_parser("quantized", help="the bytes read from disk in a turn, with quantized weights and without")
 )
 scale.add_options(names.add_parser("scale", help="what the coordinator of a large fleet takes"))
+fleet_memory.add_options(
+    names.add_parser("fleet-memory", help="the memory of all processes of a job with a large fleet, round by round")
+)
 autoscale.add_options(names.add_parser("autoscale", help="how fast an autoscaling cluster grows and shrinks"))
 sites.add_options(names.add_parser("sites", help="a job over sites against one whose rows the server deals"))
 serving.add_options(names.add_parser("serving", help="the time to classify for many stacks in one batch"))

@@ -26,7 +26,7 @@ from chainfed_ray.records.rounds import JobStarted, Round
 from chainfed_ray.spec.parse import parse_job
 
 # A stack of it trains 33 thousand numbers in a window of two layers, 132 KB: as many as a window of MiniLM with R = 16.
-_MODEL = Shape(
+MODEL = Shape(
     "scale", "bert", {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 4,
     "vocab_size": 1002, "max_position_embeddings": 64, "type_vocab_size": 1}, "float32", 8, 8, False,
 )  # fmt: skip
@@ -42,7 +42,7 @@ def main(registered: int, asked: int, rounds: int, rows: int, slots: int | None)
     """
     torch.set_num_threads(1)
     with ExitStack() as until_done:
-        base = until_done.enter_context(written(_MODEL, Path(tempfile.gettempdir())))
+        base = until_done.enter_context(written(MODEL, Path(tempfile.gettempdir())))
         assert isinstance(base, Path), base
         word_tokenizer().save_pretrained(base)
         spec = parse_job(_document(base, registered, asked, rounds, rows))
@@ -50,7 +50,7 @@ def main(registered: int, asked: int, rounds: int, rows: int, slots: int | None)
         make_pool = until_done.enter_context(on_local_ray(settings)) if slots else _modelled
         idle, began = status("VmRSS"), process_time()
         prepared = planned = 0.0
-        metered = MeteredPool(ModelledPool())
+        metered = MeteredPool(ModelledPool(), _stored_bytes if slots else None)
         started, newest = None, None
 
         def make(source: ModelSource, note: Note) -> MeteredPool:
@@ -76,12 +76,20 @@ def main(registered: int, asked: int, rounds: int, rows: int, slots: int | None)
         "turn_cpu_seconds": median(round.cpu_seconds / round.turns for round in seen),
         "round_cpu_seconds": median(round.cpu_seconds for round in seen),
         "seconds_to_next_order": median(round.to_next_order for round in seen[:-1] or seen),
+        "turn_stored_bytes": median(round.stored_bytes / round.turns for round in seen) if slots else None,
+        "round_stored_bytes": median(round.stored_bytes for round in seen) if slots else None,
         "round_record_bytes": len(newest.model_dump_json()),
         "idle_bytes": idle,
         "planned_peak_bytes": planned,
         "peak_bytes": max(planned, *(round.peak_bytes for round in metered.rounds)),
         "peak_bytes_by_round": [round.peak_bytes for round in metered.rounds],
     }
+
+
+def _stored_bytes() -> int:
+    from benchmarks.store_bytes import stored_bytes  # imports Ray, which must not be imported before it is started
+
+    return stored_bytes()
 
 
 def _modelled(source: ModelSource, note: Note) -> ClientPool:
@@ -95,8 +103,8 @@ def _document(base: Path, registered: int, asked: int, rounds: int, rows: int) -
         {"name": f"phone{place}", "count": min(_CLASS, able - first), "memory": "64MiB"}
         for place, first in enumerate(range(0, able, _CLASS))
     ]
-    _write(base / "train.jsonl", rows * registered)
-    _write(base / "held-out.jsonl", _HELD_OUT)
+    write_rows(base / "train.jsonl", rows * registered)
+    write_rows(base / "held-out.jsonl", _HELD_OUT)
     return {
         "name": "scale",
         "model": {"base": f"path:{base}"},
@@ -104,7 +112,7 @@ def _document(base: Path, registered: int, asked: int, rounds: int, rows: int) -
             "train": f"path:{base / 'train.jsonl'}",
             "validation": f"path:{base / 'held-out.jsonl'}",
             "test": f"path:{base / 'held-out.jsonl'}",
-            "max_length": _MODEL.tokens,
+            "max_length": MODEL.tokens,
         },
         "fleet": {
             "partition": {"scheme": "iid"},
@@ -116,11 +124,11 @@ def _document(base: Path, registered: int, asked: int, rounds: int, rows: int) -
     }
 
 
-def _write(path: Path, rows: int) -> None:
+def write_rows(path: Path, rows: int) -> None:
     """Write rows of eight words, in which the first one tells the class."""
     with path.open("w") as file:
         for row in range(rows):
-            words = " ".join(f"w{(row * 7 + place * 131) % _WORDS}" for place in range(_MODEL.tokens - 1))
+            words = " ".join(f"w{(row * 7 + place * 131) % _WORDS}" for place in range(MODEL.tokens - 1))
             file.write(json.dumps({"text": f"w{row % _CLASSES} {words}", "label": f"class {row % _CLASSES}"}) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Clients as a model of their time, memory and failure: a pool that answers at once, so that only the coordinator works."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter, process_time
 
@@ -70,29 +70,39 @@ class ModelledPool:
 
 @dataclass
 class RoundSeen:
-    """A round as it is seen from the pool: turns, CPU seconds until the next order, seconds until it, and the peak in bytes."""
+    """A round as it is seen from the pool: turns, CPU seconds until the next order, seconds until it, and the peak in bytes.
+
+    ``stored_bytes`` went through the object store.
+    """
 
     turns: int
     cpu_seconds: float = 0.0
     to_next_order: float = 0.0
     peak_bytes: int = 0
+    stored_bytes: int = 0
 
 
 @dataclass
 class MeteredPool:
-    """Another pool, in which it is measured what the coordinator does between one order and the next."""
+    """Another pool, in which it is measured what the coordinator does between one order and the next.
+
+    ``store`` tells how many bytes have gone through the object store so far.
+    """
 
     pool: ClientPool
+    store: Callable[[], int] | None = None
     rounds: list[RoundSeen] = field(default_factory=list)
     _order: TurnOrder | None = None
     _began: float = 0.0
     _answered: float = 0.0
+    _stored: int = 0
     _metering: float = 0.0  # CPU seconds of the meter itself
 
     def run(self, clients: Sequence[Client], order: TurnOrder, deadline: float) -> Iterator[Outcome]:
         """See ``ClientPool``. Second turns belong to the round of the first ones."""
         if order is not self._order:
             self.end_round()
+            self._stored = self._stored_so_far()
             self._order, self._began = order, self._cpu()
             self.rounds.append(RoundSeen(0))
         self.rounds[-1].turns += len(clients)
@@ -108,6 +118,7 @@ class MeteredPool:
             seen = self.rounds[-1]
             seen.cpu_seconds = self._cpu() - self._began
             seen.to_next_order = perf_counter() - self._answered
+            seen.stored_bytes = self._stored_so_far() - self._stored
             self._look()
         self._order = None
 
@@ -125,6 +136,12 @@ class MeteredPool:
         seen = self.rounds[-1]
         seen.peak_bytes = max(seen.peak_bytes, status("VmRSS"))
         self._metering += process_time() - began
+
+    def _stored_so_far(self) -> int:
+        began = process_time()
+        stored = self.store() if self.store else 0
+        self._metering += process_time() - began
+        return stored
 
     def _cpu(self) -> float:
         """The CPU seconds of this process so far, without those of modelled clients and of the meter."""

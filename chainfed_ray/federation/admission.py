@@ -300,6 +300,7 @@ def absent_clients(spec: JobSpec, surveys: Mapping[str, Survey | Absence]) -> tu
             budget_bytes=group.memory,
             shortfall_bytes=0,
             reason=f"site {group.site} takes no part{' yet' if answer.may_come else ''}: {answer.reason}",
+            may_come=answer.may_come,
         )
         for group, answer in answers
         if isinstance(answer, Absence)
@@ -348,6 +349,8 @@ class Latecomers:
         if self.classes and (others := told - set(self.classes)):
             words = "it has rows of classes that the job did not have when it began"
             answer = Absence(f"{words} ({some_of(sorted(others))}); `data.classes` lists such classes beforehand")
+        if self.spec.privacy and isinstance(answer, Survey) and len(answer.clients) > 1:
+            answer = Absence(f"it makes {len(answer.clients)} clients of its file, and ε was computed with one for it")
         if isinstance(answer, Absence):
             return LateSite(client_class=name, site=group.site, excluded=absent_clients(self.spec, {name: answer}))
         members, totals = tuple(_at_site(group, answer, self.classes)), FleetTotals()

@@ -12,7 +12,6 @@ from functools import partial
 
 import numpy as np
 
-from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
 from chainfed_ray.client.pool import ClientPool, Failure, Need
@@ -37,7 +36,7 @@ class Cohort:
     sampled: tuple[Candidate, ...]
     on_fallback: frozenset[str]
     clients: tuple[Client, ...]
-    absent: tuple[tuple[Client, Failure], ...]
+    absent: tuple[tuple[Candidate, Failure], ...]
 
     @classmethod
     def of(
@@ -59,14 +58,16 @@ class Cohort:
         on_fallback, excluded = _on_fallback(history), _excluded(history)
         clients, absent = [], []
         for candidate in sampled:
-            client = _turn(planner, candidate, stage, candidate.name in on_fallback)
-            if candidate.name in excluded:
-                absent.append((client, Failure(f"the client is excluded: {excluded[candidate.name]}")))
+            if not _has_come(candidate):
+                assert candidate.remote, "a client without rows is awaited"
+                absent.append((candidate, Failure(f"site {candidate.remote.site} has not come, or cannot take part")))
+            elif candidate.name in excluded:
+                absent.append((candidate, Failure(f"the client is excluded: {excluded[candidate.name]}")))
             elif _answers(spec.seed, index, candidate):
-                clients.append(client)
+                clients.append(_turn(planner, candidate, stage, candidate.name in on_fallback))
             else:
                 reason = f"the client did not answer: its availability is {candidate.availability:g}"
-                absent.append((client, Failure(reason)))
+                absent.append((candidate, Failure(reason)))
         return cls(planner, stage, sampled, on_fallback, tuple(clients), tuple(absent))
 
     @property
@@ -88,7 +89,7 @@ class Cohort:
 def foreseen(
     spec: JobSpec,
     pool: ClientPool,
-    admitted: Sequence[tuple[Candidate, TurnPlan]],
+    candidates: Sequence[Candidate],
     upcoming: RoundSpec,
     total: int,
     history: Sequence[Round],
@@ -109,7 +110,6 @@ def foreseen(
         return [Need(*group, count) for group, count in found.items()]
 
     def sampled(of: int) -> Iterable[Candidate]:
-        candidates = (candidate for candidate, _ in admitted)
         if of > index and upcoming.last_of_stage and spec.chain.head == "fitted":
             return candidates
         try:
@@ -146,10 +146,11 @@ def _sample(
 ) -> tuple[Candidate, ...]:
     """Draw the clients of round ``index`` without replacement.
 
-    Excluded clients are not drawn, except with privacy: ε was computed for samples of all admitted clients.
+    Excluded clients are not drawn, except with privacy: ε was computed for samples of all admitted clients, and of those that
+    may still come.
     """
     everybody, excluded = list(candidates), _excluded(history)
-    able = [candidate for candidate in everybody if candidate.name not in excluded]
+    able = [candidate for candidate in everybody if candidate.name not in excluded and _has_come(candidate)]
     if len(able) < spec.quorum:
         raise QuorumLost(f"round {index + 1}", spec.quorum, excluded)
     drawn_from = everybody if spec.privacy else able
@@ -157,6 +158,11 @@ def _sample(
     generator = np.random.default_rng(derive(seed, "sample", index))
     places = generator.choice(len(drawn_from), count, replace=False).tolist()
     return tuple(drawn_from[place] for place in sorted(places))
+
+
+def _has_come(candidate: Candidate) -> bool:
+    """False for one that holds the place of a client which may still come."""
+    return candidate.remote is None or candidate.counts.examples > 0
 
 
 def _answers(seed: int, index: int, candidate: Candidate) -> bool:

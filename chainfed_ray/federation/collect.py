@@ -16,6 +16,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, TurnOrder, TurnResult, Update
 from chainfed_ray.client.pool import ClientPool, Failure, as_they_come
 from chainfed_ray.errors import InvalidUpdate, QuorumLost
+from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.federation.cohort import Cohort
 from chainfed_ray.hub import first_line
 from chainfed_ray.model.adapters import Tensors, of_ranks
@@ -65,6 +66,10 @@ class UpdateCollector:
         # The count of the plan is used, not a claim of this answer: it could inflate the weight.
         self._aggregate.add(place, update.tensors, client.counts.examples)
         self._turns[place] = turn
+
+    def add_absent(self, place: int, candidate: Candidate, absence: Failure) -> None:
+        """Record that a client which was sampled took no turn."""
+        self._failed_turns[place] = failed_turn(candidate, absence)
 
     def aggregate(self) -> Tensors:
         """The aggregate of the updates so far. Each tensor is aggregated over the clients that sent it."""
@@ -118,8 +123,8 @@ def collect_updates(
     started = perf_counter()
     places = {candidate.name: place for place, candidate in enumerate(cohort.sampled)}
     clients = prepared(cohort.clients)
-    for client, absence in cohort.absent:
-        collector.add(places[client.name], client, absence)
+    for candidate, absence in cohort.absent:
+        collector.add_absent(places[candidate.name], candidate, absence)
     exceeded: dict[str, Failure] = {}
     outcomes = reporter.each(pool.run(clients, order, deadline), len(clients), "clients")
     for place, result in as_they_come(outcomes, len(clients)):
@@ -158,7 +163,7 @@ def readable(client: Client) -> Iterator[None]:
         raise InvalidUpdate(client.name, f"it cannot be read ({type(error).__name__}: {first_line(error)})") from None
 
 
-def failed_turn(client: Client, failure: Failure, exceeded: str | None = None) -> FailedTurn:
+def failed_turn(client: Client | Candidate, failure: Failure, exceeded: str | None = None) -> FailedTurn:
     """The record of a failed turn. If it was a second turn, ``exceeded`` is the reason why the first one failed."""
     return FailedTurn(
         client=client.name,

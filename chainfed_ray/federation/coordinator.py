@@ -75,7 +75,7 @@ class Coordinator:
     ) -> None:
         self._job, self._spec, self._pool, self._log, self._sites = job, job.spec, pool, log, sites
         self._planner = job.planner
-        self._privacy = PrivacyPolicy(job.spec, log, len(job.admitted), aggregation)
+        self._privacy = PrivacyPolicy(job.spec, log, job.admitted, job.absent, aggregation)
         self._evaluation = evaluation or streamed(job, listen)
         self._listen = listen
         self._aggregation, self._start, self._objective = aggregation, start, objective
@@ -338,7 +338,8 @@ class Coordinator:
             self._privacy.aggregate(upcoming.round_index, trained, cohort.examples),
         )
         total, seed = self._privacy.total, self._privacy.sampling_seed
-        with foreseen(self._spec, self._pool, self._job.admitted, upcoming, total, history, seed):
+        candidates = self._privacy.sampled_from(self._job.admitted)
+        with foreseen(self._spec, self._pool, candidates, upcoming, total, history, seed):
             collect_updates(
                 self._pool,
                 cohort,
@@ -357,9 +358,8 @@ class Coordinator:
         return aggregate
 
     def _cohort(self, upcoming: RoundSpec, history: Sequence[Round]) -> Cohort:
-        admitted = (candidate for candidate, _ in self._job.admitted)
-        seed = self._privacy.sampling_seed
-        return Cohort.of(self._spec, self._planner, admitted, upcoming.round_index, upcoming.window, history, seed)
+        candidates, seed = self._privacy.sampled_from(self._job.admitted), self._privacy.sampling_seed
+        return Cohort.of(self._spec, self._planner, candidates, upcoming.round_index, upcoming.window, history, seed)
 
     def _trained(self, tensors: Tensors, window: Window) -> Tensors:
         """The tensors that a client trains in ``window``."""

@@ -39,6 +39,7 @@ from chainfed_ray.federation.admission import (
     requirements_of,
     shares_of,
 )
+from chainfed_ray.federation.privacy_policy import awaited
 from chainfed_ray.hub import configuration, first_line, tokenizer
 from chainfed_ray.model.adapters import AdapterStack, Head, LoraShapes
 from chainfed_ray.model.blocks import Blocks
@@ -382,11 +383,7 @@ def check_fleet(job: PlannedJob) -> None:
             f"{spec.quorum} clients (the quorum) with {format_bytes(largest.memory + shortfall)} or more, since "
             f"{len(admission.admitted) or 'none'} of them can hold any window at data.max_length {spec.data.max_length}",
         )
-    profiling = [
-        candidate
-        for candidate, plan in admission.admitted
-        if candidate.counts.examples >= FEWEST and plan.prefix.cached
-    ]
+    profiling = [one for one, plan in admission.admitted if one.counts.examples >= FEWEST and plan.prefix.cached]
     if spec.chain.start == "auto" and not profiling:
         raise InvalidJob.at(
             "chain.start",
@@ -394,6 +391,7 @@ def check_fleet(job: PlannedJob) -> None:
             f"the index of a layer, since no client has both the {FEWEST} rows that a profile needs and the disk for "
             "their activations",
         )
-    if spec.privacy and (ledger := Ledger(spec.privacy, spec.rounds, len(admission.admitted))).total == 0:
-        expected = f"{ledger.spent(1):.3g} or more: the first round costs that with {len(admission.admitted)} clients"
+    count = len(admission.admitted) + len(awaited(spec, job.absent))
+    if spec.privacy and (ledger := Ledger(spec.privacy, spec.rounds, count)).total == 0:
+        expected = f"{ledger.spent(1):.3g} or more: the first round costs that with {count} clients"
         raise InvalidJob.at("privacy.epsilon", spec.privacy.epsilon, expected)

@@ -7,19 +7,38 @@ from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.aggregation.mean import Aggregate, KeptUpdates, aggregate_by
 from chainfed_ray.aggregation.privacy import client_privacy, private_mean, sampling_seed
 from chainfed_ray.aggregation.rule import AggregationRule
+from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
+from chainfed_ray.client.survey import SiteRows
+from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.record import named
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.fleet import ExcludedClients
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.spec.job import JobSpec
 
 
-class PrivacyPolicy:
-    """The privacy of a job that samples from ``admitted`` clients. Its secret is kept in ``log``.
+def awaited(spec: JobSpec, absent: Sequence[ExcludedClients]) -> list[Candidate]:
+    """With privacy, a client without rows for each site that may still come, of those that are ``absent``; else none.
 
+    Rounds sample from all clients that may ever take part, or ε would depend on who comes. One that has not come fails.
+    """
+    sites, none = {group.name: group.site for group in spec.fleet.at_sites}, ExampleCounts(0, 0, 0)
+    return [
+        Candidate(f"{name}-0", name, NO_EXAMPLES, group.budget_bytes, None, remote=SiteRows(site, "", 0, 1, none))
+        for group in (absent if spec.privacy else ())
+        if group.may_come and (site := sites[name := group.client_class])
+    ]
+
+
+class PrivacyPolicy:
+    """The privacy of a job that samples from ``admitted`` clients, and from those ``absent`` ones that may come.
+
+    Its secret is kept in ``log``.
     ``aggregation`` is the caller's own rule, in place of the job's.
 
     Raises:
@@ -27,7 +46,12 @@ class PrivacyPolicy:
     """
 
     def __init__(
-        self, spec: JobSpec, log: CommitLog, admitted: int, aggregation: AggregationRule | None = None
+        self,
+        spec: JobSpec,
+        log: CommitLog,
+        admitted: Sequence[tuple[Candidate, TurnPlan]],
+        absent: Sequence[ExcludedClients] = (),
+        aggregation: AggregationRule | None = None,
     ) -> None:
         self._spec, self._privacy, self._log, self._aggregation = spec, spec.privacy, log, aggregation
         if spec.privacy and aggregation is not None:
@@ -36,12 +60,24 @@ class PrivacyPolicy:
         if spec.fleet.has_ranks and aggregation is not None:
             expected = "no rule of one's own with fleet.clients[].rank: updates have tensors of different shapes"
             raise InvalidJob.at("aggregation", named(aggregation), expected)
-        self._ledger = Ledger(spec.privacy, spec.rounds, admitted) if spec.privacy else None
+        self._places = [*(candidate for candidate, _ in admitted), *awaited(spec, absent)] if spec.privacy else []
+        self._ledger = Ledger(spec.privacy, spec.rounds, len(self._places)) if spec.privacy else None
 
     @property
     def sampling_seed(self) -> int:
         """The seed of the samples: the job's own, or with privacy one that follows from the secret."""
         return sampling_seed(self._log.secret()) if self._privacy else self._spec.seed
+
+    def sampled_from(self, admitted: Sequence[tuple[Candidate, TurnPlan]]) -> list[Candidate]:
+        """The clients from which a round is sampled, of those ``admitted`` by now.
+
+        With privacy they are as many as when the job began, in the same order: who came late is in the place kept for it.
+        """
+        now = [candidate for candidate, _ in admitted]
+        if not self._privacy:
+            return now
+        by_name = {candidate.name: candidate for candidate in now}
+        return [by_name.get(place.name, place) for place in self._places]
 
     def prepared(self, clients: Sequence[Client], index: int) -> list[Client]:
         """The clients of round ``index``. With privacy each clips its update, and adds its share of the noise if clients do."""

@@ -65,13 +65,17 @@ class AdmittedClients(Record):
 
 
 class ExcludedClients(Record):
-    """Clients of one class that cannot take part: a budget is up to ``shortfall_bytes`` too small for every plan."""
+    """Clients of one class that cannot take part: a budget is up to ``shortfall_bytes`` too small for every plan.
+
+    Those whose site did not come in time ``may_come`` later.
+    """
 
     client_class: str
     clients: int
     budget_bytes: int
     shortfall_bytes: int
     reason: str
+    may_come: bool = False
 
 
 class LateClient(Record):

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import ray
+from ray._private.state import actors  # the public one needs a dashboard
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]  # it is made when it is imported
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
@@ -52,12 +53,14 @@ def is_growing() -> bool:
 def may_have_room(memory: int) -> bool:
     """Whether a process that asks for ``memory`` bytes may have a machine later: one comes, or clients on a large one will end.
 
-    What else is on a machine stays there, such as the models that are served, so nothing follows from it.
+    What else is on a machine stays there, such as the models that are served, so nothing follows from it; nor from a process
+    that has room and does not start.
     """
     if is_growing():
         return True
-    free, there = ray.available_resources(), ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return (largest_machine() or 0) >= memory and free.get(CLIENT_SLOT, 0) < there.get(CLIENT_SLOT, 0)
+    return (largest_machine() or 0) >= memory and "ClientActor" in {
+        actor["ActorClassName"] for actor in actors(actor_state_name="ALIVE").values()
+    }
 
 
 def largest_machine() -> int | None:

@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any
 
 import ray
+from ray._private.state import actors  # the public one needs a dashboard
 from ray.exceptions import RayError
 
 from chainfed_ray.client.messages import Client
@@ -49,6 +50,11 @@ class Lease:
             ready, _ = ray.wait([self.ready], timeout=0)
             self.placed = bool(ready)
         return self.placed
+
+    def has_machine(self) -> bool:
+        """True once Ray has a machine for the actor, also if its process never answers. Ray's head is asked."""
+        known = actors(self.actor._actor_id.hex()) if self.kept else {}
+        return bool(known) and bool(known["Address"]["NodeID"].strip("f"))  # an id of this letter alone is none
 
     @property
     def node(self) -> str | None:

@@ -53,6 +53,7 @@ _WORDS = 300  # the most characters of Ray's words for a failure
 class _Turn:
     """A turn that runs. ``heard`` is when it was last known to get further; its process had ``worked`` so many seconds then.
 
+    With ``starting`` its process has a machine, and is not ready: then it has had that since ``heard`` at least.
     If the process stops to answer, ``unclear`` is Ray's error for the turn, ``since`` when, until it is known why.
     """
 
@@ -62,6 +63,7 @@ class _Turn:
     span: Span
     heard: float = field(default_factory=monotonic)
     worked: float = 0.0
+    starting: bool = False
     unclear: RayError | None = None
     since: float = 0.0
 
@@ -70,8 +72,8 @@ class RayPool:
     """A ``ClientPool`` on the Ray cluster that this process is connected to. It runs ``slots`` turns at a time.
 
     ``note`` is told when turns wait for processes to start. That takes seconds, or longer if no machine has room. Without a
-    deadline, a turn is given up if its process does nothing for ``silence`` seconds, or if for as long it has no machine and
-    there is none on which it could wait for room.
+    deadline, a turn is given up if its process does nothing for ``silence`` seconds, is not ready so long after it was found to
+    have a machine, or for as long has none and there is none on which it could wait for room.
     ``at_site`` gives leases for clients at sites. ``tell`` hears of classes of clients for which the cluster never has room.
     """
 
@@ -139,7 +141,7 @@ class RayPool:
             known = _asked(running)
             while running:
                 reference, turn = running.popitem()
-                why = _why(turn.lease, known.get(reference))
+                why = _why(turn, known.get(reference))
                 if reference in known:
                     why += "; `rounds.deadline: auto` waits as long as a client works"
                 yield self._given_up(turn, Failure.late(deadline, why))
@@ -220,7 +222,8 @@ class RayPool:
         """The turns that did nothing for too long, each with its failure.
 
         An actor without a machine may wait as long as there may be room later: when other turns end, of this job or of others
-        on a machine that is large enough, or when the machine comes that is being added.
+        on a machine that is large enough, or when the machine comes that is being added. One that has a machine gets ready in
+        as long as any may be silent, or never.
         """
         now = monotonic()
         quiet = {reference: turn for reference, turn in running.items() if now - turn.heard >= self._silence}
@@ -232,10 +235,12 @@ class RayPool:
                 turn.worked = 0.0
             if answer and answer.worked - turn.worked >= _LEAST_WORK * self._silence:
                 turn.heard, turn.worked = now, answer.worked
-            elif not turn.lease.placed and (others_run or _may_begin(turn.lease)):
+            elif not turn.lease.placed and not turn.starting and turn.lease.has_machine():
+                turn.heard, turn.starting = now, True
+            elif not turn.lease.placed and not turn.starting and (others_run or _may_begin(turn.lease)):
                 turn.heard = now
             else:
-                why = _why(turn.lease, answer)
+                why = _why(turn, answer)
                 lost.append((reference, Failure(f"nothing happened for {self._silence:g} s: {why}")))
         return lost
 
@@ -274,13 +279,13 @@ def _asked(turns: dict[Any, _Turn]) -> dict[Any, Progress]:
 
 def _may_begin(lease: Lease) -> bool:
     """Whether a process that has no machine may have one later. A site's is not the cluster's to give."""
-    return lease.kept and lease.node is None and may_have_room(lease.memory)
+    return lease.kept and may_have_room(lease.memory)
 
 
-def _why(lease: Lease, answer: Progress | None) -> str:
+def _why(turn: _Turn, answer: Progress | None) -> str:
     """Why a turn is not done, from its process's ``answer``: how far it is."""
-    if not lease.placed:
-        return lease.why_waiting()
+    if not turn.lease.placed:
+        return "its process has a machine, and does not get ready there" if turn.starting else turn.lease.why_waiting()
     if answer is None:
         return "its process does not answer"
     doing = answer.doing

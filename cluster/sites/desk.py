@@ -148,12 +148,9 @@ class Desk:
             found |= {orders[key]: self._answered(state) for key, state in states.items() if state.answer}
             missing = sorted(site for (site, _), name in orders.items() if name not in found)
             if missing and monotonic() > ends:
-                for (site, number), name in orders.items():
+                for name in orders.values():
                     if name not in found:
-                        # With privacy, ε is known for the clients with which a job begins.
-                        found[name] = Absence(f"it did not answer within {deadline:g} s", may_come=not spec.privacy)
-                        if spec.privacy:
-                            mailbox.withdraw(site, number)
+                        found[name] = Absence(f"it did not answer within {deadline:g} s", may_come=True)
             elif missing:
                 if mailbox.wants_to_stop(self._id) or Drain(self._storage.root).has_begun():
                     raise SurveyStopped(f"job {self._id} is about to stop; it waits for its sites no longer")

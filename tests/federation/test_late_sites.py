@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from chainfed_ray.activity import Listener, Note
+from chainfed_ray.aggregation.accountant import Release, epsilon
 from chainfed_ray.api.report.fleet import by_class
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Client, TurnOrder
@@ -28,7 +29,7 @@ from chainfed_ray.records.result import JobResult
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
-from tests.builders import a_job, assert_same
+from tests.builders import PRIVACY, a_job, assert_same, with_secret
 from tests.pools import Altered, Killed, dying
 
 pytestmark = pytest.mark.slow
@@ -167,6 +168,39 @@ def test_a_job_whose_sites_all_stay_away_names_them(document: dict[str, Any], ro
     document["data"]["validation"] = document["data"]["test"] = document["data"].pop("train")
     with pytest.raises(InvalidJob, match="site far takes no part yet: it did not answer within 3 s"):
         next(records(document, tmp_path / "log", rows, Late(NOT_THERE, quiet=0)))
+
+
+def test_a_private_job_keeps_a_place_for_a_site_that_comes_later(
+    document: dict[str, Any], rows: Examples, tmp_path: Path
+) -> None:
+    """It samples from as many clients before the site comes as after, so ε is the same whoever comes."""
+    document["privacy"] = PRIVACY
+    document["rounds"] |= {"clients": 4}
+    one_of_each = Late(survey(rows), quiet=1)
+    _, *rounds, finished = list(records(document, with_secret(b"s" * 32, tmp_path / "whole"), rows, one_of_each))
+    found = [record for record in rounds if isinstance(record, Round)]
+    assert [[turn.client for turn in one.turns][3:] for one in found] == [[], ["clinic-0"], ["clinic-0"]]
+    failed = [[(turn.client, turn.reason) for turn in one.failed_turns] for one in found]
+    assert failed == [[("clinic-0", "site far has not come, or cannot take part")], [], []]
+    release = Release(rate=4 / 4, multiplier=PRIVACY["noise_multiplier"])
+    assert [one.epsilon for one in found] == [epsilon([release] * (place + 1), 1e-5) for place in range(3)]
+    assert isinstance(finished, JobFinished)
+
+    # Killed after its second round, and resumed: the same samples, noise and bits.
+    halves = records(document, with_secret(b"s" * 32, tmp_path / "halves"), rows, Late(survey(rows), quiet=1))
+    for _ in range(3):
+        next(halves)
+    halves.close()  # type: ignore[attr-defined]  # a generator
+    list(records(document, tmp_path / "halves", rows, Late(NOT_THERE, quiet=100)))
+    assert_same(end_of(tmp_path / "whole"), end_of(tmp_path / "halves"))
+
+    # A site that makes two clients of its file has one place.
+    two = Survey(2 * survey(rows).clients)
+    _, first, *_ = records(document, tmp_path / "two", rows, Late(two, quiet=0))
+    assert isinstance(first, Round)
+    (excluded,) = first.late[0].excluded
+    assert "it makes 2 clients of its file, and ε was computed with one for it" in excluded.reason
+    assert [turn.client for turn in first.failed_turns] == ["clinic-0"]
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ class _Actor:
         self._comes = self.began + comes
 
     def __getattr__(self, name: str) -> "_Actor":
-        if name.startswith("_"):
+        if name.startswith("_") and name != "_actor_id":
             raise AttributeError(name)
         return self
 
@@ -179,8 +179,9 @@ def test_a_turn_without_a_deadline_waits_for_a_machine_as_long_as_there_may_be_o
     monkeypatch.setattr("chainfed_ray.cluster.pool.autoscaler.internal_kv_get_gcs_client", lambda: _Head(status))
     resources = {"memory": machine, "client_slot": 1}
     monkeypatch.setattr("ray.nodes", lambda: [{"NodeID": "n", "Alive": True, "Resources": resources}])
-    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
-    monkeypatch.setattr("ray.available_resources", lambda: {"client_slot": 1 - taken})
+    monkeypatch.setattr("chainfed_ray.cluster.pool.leases.actors", lambda actor: {})
+    others = {str(place): {"ActorClassName": "ClientActor"} for place in range(taken)}
+    monkeypatch.setattr("chainfed_ray.cluster.pool.autoscaler.actors", lambda actor_state_name: others)
     actor = _Actor(comes=3600)
     monkeypatch.setattr("chainfed_ray.cluster.pool.leases.ClientActor", actor)
     for module in ("ray_pool", "leases", "unmet"):

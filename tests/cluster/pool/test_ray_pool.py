@@ -4,6 +4,7 @@ import math
 import signal
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -20,12 +21,20 @@ from chainfed_ray.cluster.tracing import begin_tracing, end_tracing
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.admission import Planner, admit
 from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import JobStarted
 from tests.builders import a_job, assert_same, run
 from tests.clusters import a_pool
 from tests.project import ROOT
-from tests.watching import client_processes, private_bytes, wait_for, watched_from_outside
+from tests.watching import (
+    client_processes,
+    private_bytes,
+    processes_below,
+    running,
+    wait_for,
+    watched_from_outside,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
@@ -37,6 +46,23 @@ class _Owner:
     def put(self) -> list[Any]:
         """A reference to a new object. In a list, because Ray would fetch a bare one."""
         return [ray.put("an order")]
+
+
+@ray.remote(concurrency_groups={"asked": 1})  # type: ignore[call-overload]  # its types lack this option
+class _NeverReady:
+    """A client's process that Ray has placed, and whose start hangs."""
+
+    def __init__(self, base: ModelSource) -> None:
+        Event().wait()
+
+    def prepare(self) -> None:
+        """See ``ClientActor``."""
+
+    def node(self) -> None:
+        """See ``ClientActor``."""
+
+    def take_turn(self, *_: Any) -> None:
+        """See ``ClientActor``."""
 
 
 def _untimed(job_started: JobStarted) -> JobStarted:
@@ -189,6 +215,23 @@ def test_a_missed_deadline_is_a_failure_and_nothing_hangs(document: dict[str, An
         outcomes = list(pool.run(job.clients, Profiling(8, 0), 0.01))
     assert sorted(outcome.place for outcome in outcomes) == [0, 1, 2, 3]
     assert all(isinstance(outcome.result, Failure) and "deadline" in outcome.result.reason for outcome in outcomes)
+
+
+@pytest.mark.timeout(120)
+def test_a_process_that_never_gets_ready_costs_its_turn_and_nothing_is_left_of_it(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a deadline, and though other clients' processes are on the machine, for whose end it might wait."""
+    job = a_job(document, tmp_path)
+    with a_pool(job.base, slots=1, silence=2.0) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr("chainfed_ray.cluster.pool.leases.ClientActor", _NeverReady)
+            (outcome,) = pool.run(job.clients[:1], Profiling(8, 0), math.inf)
+        words = "nothing happened for 2 s: its process has a machine, and does not get ready there"
+        assert outcome.result == Failure(words)
+        wait_for(lambda: not running(processes_below("_NeverReady")), "end of the process")
+        (outcome,) = pool.run(job.clients[:1], Profiling(8, 0), 300.0)
+        assert isinstance(outcome.result, Profile), "its place is free again"
 
 
 def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> None:
