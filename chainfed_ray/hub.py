@@ -114,6 +114,7 @@ def configuration(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a configuration may hold anything, and so may what its reader raises
         raise UnsupportedModel(str(folder), f"its config.json cannot be used ({one_line(error)})") from None
+    config.chunk_size_feed_forward = 0  # it changes no number, and refuses texts of other lengths than its multiples
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method", "some way") if isinstance(quantized, dict) else "some way"
         raise UnsupportedModel(

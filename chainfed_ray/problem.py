@@ -29,8 +29,12 @@ class Problem(NamedTuple):
 
 
 def _printable(text: str) -> str:
-    """A text that can be sent and printed: names of files may have bytes that are no text, which Python has as surrogates."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """A text that can be sent and printed, cut: it may quote a user's files.
+
+    Names of files may have bytes that are no text, which Python has as surrogates, and characters that a terminal obeys.
+    """
+    text = text if len(text) <= _MOST_EXPECTED else f"{text[: _MOST_EXPECTED - 1]}…"
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def some_of(names: Iterable[str], separator: str = ", ") -> str:
@@ -38,7 +42,7 @@ def some_of(names: Iterable[str], separator: str = ", ") -> str:
     names = list(names)
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     brief = (name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in names[:_NAMED])
-    return (separator.join(brief) or "none") + more
+    return _printable(separator.join(brief) or "none") + more
 
 
 class _Shown(str):
@@ -65,6 +69,7 @@ _BRIEF = reprlib.Repr()  # of lists and mappings: a few entries, a few levels, h
 _BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxset, _BRIEF.maxdict = 3, 10, 10, 10, 10
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
 _SHOWN = 120  # characters
+_MOST_EXPECTED = 5000  # characters of what was expected: more than a list of ten long names has
 _NAMED, _LONGEST = 10, 400  # of a list of names, and characters of each: there are reasons among them
 
 

@@ -8,6 +8,8 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from typing import Any
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.cluster.resources import one_machine_resources
@@ -82,3 +84,20 @@ def _start(settings: Settings, listen: Listener) -> None:
                 tries = f"{_TRIES} tries, and the machine may be too busy for it, or out of memory"
                 raise ServiceNotStarted(None, f"{reason} ({tries})") from None
             Reporter(f"starting Ray on this machine again ({reason})", listen).begin()
+
+
+def hear_at_own_address() -> None:
+    """Let this replica of Ray Serve hear other processes at its machine's address in the cluster: on one machine, loopback.
+
+    Ray opens a port on every interface for it, and has no setting for that.
+    """
+    from ray.util import get_node_ip_address
+
+    replica: Any = import_module("ray.serve._private.replica")
+    own: str = get_node_ip_address()  # type: ignore[no-untyped-call]
+    add_port, host = replica.add_port_to_grpc_server, f"[{own}]" if ":" in own else own
+
+    def add(server: Any, address: str) -> Any:
+        return add_port(server, f"{host}:{address.rpartition(':')[2]}")
+
+    replica.add_port_to_grpc_server = add

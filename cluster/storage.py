@@ -86,7 +86,8 @@ class Storage:
         if existing and not url and not root.is_dir():  # with a URL, the folder has copies that are made anew
             raise InvalidSetting(setting, str(root), "a folder that is there")
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            # Rows, models and logs of all tenants are there. A folder that is there already may be shared by its owner.
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise InvalidSetting(setting, str(root), f"a folder that can be made ({error})") from None
         if not os.access(root, os.W_OK | os.X_OK):

@@ -92,11 +92,10 @@ def _secret_of(process: psutil.Process) -> str | None:
 
 
 def listening(running: Running) -> set[int]:
-    """The ports of a service. All are on loopback, but one of each replica, for which Ray Serve has no setting."""
+    """The ports of a service. All are on loopback."""
     found = set()
     for process in [psutil.Process(running.process.pid), *running.processes("")]:
         addresses = [one.laddr for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-        others = [address for address in addresses if address.ip.removeprefix("::ffff:") != "127.0.0.1"]
-        assert len(others) <= ("ServeReplica" in command_of(process)), command_of(process)
+        assert all(address.ip.removeprefix("::ffff:") == "127.0.0.1" for address in addresses), command_of(process)
         found |= {address.port for address in addresses}
     return found

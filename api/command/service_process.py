@@ -49,6 +49,7 @@ STOP = "stop"  # what the owner sends to end the service in order
 def run(settings: Settings, environment: dict[str, str], host: str, port: int, owner: "Connection[Any, Any]") -> None:
     """Run the service, and tell ``owner`` what is done, then ``Ready``, or the error for which it did not start."""
     os.setsid()  # Ctrl-C is for the owner, who ends the service in order
+    os.umask(0o077)  # what the service and Ray write anywhere is for this user alone
     _write_output_to(settings.storage.root / "service.log")
     stop = Event()
     Thread(target=_heed, args=(owner, stop), daemon=True).start()

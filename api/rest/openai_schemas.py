@@ -200,6 +200,9 @@ class ChatRequest(GenerationOptions):
     logprobs: bool | None = Field(None, description="tell each token's chance")
     metadata: EmptyObject | None = Field(None, description="not supported")
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description="only text")
+    reasoning_effort: Literal["none"] | None = Field(None, description="not supported")
+    verbosity: Literal["medium"] | None = Field(None, description="not supported")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="there is one")
     parallel_tool_calls: bool | None = Field(None, description="without `tools` it asks for nothing")
     response_format: ResponseFormat | None = Field(
         None, description="text, or a JSON document; one that `max_tokens` cuts off is not whole"

@@ -23,6 +23,7 @@ from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.local_ray import hear_at_own_address
 from chainfed_ray.cluster.resources import api_options, inference_options
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Settings
@@ -50,6 +51,7 @@ class Api:
 
     def __init__(self, settings: Settings, inference: DeploymentHandle[Any]) -> None:
         log_as_asked()
+        hear_at_own_address()
         begin_tracing()
         self._settings, self._inference = settings, inference
         self._writing: Any = inference.options(stream=True)

@@ -28,7 +28,9 @@ _ERRORS = {
     "429": "The service does as much of this as it can",
     "500": "A mistake of the service",
     "501": "A package is not installed",
+    "502": "The process that was to answer has ended; whether the request was carried out is not known",
     "503": "The database or a process of the service does not answer",
+    "504": "The process that was to answer did not answer in time",
 }
 _WITH_BODY = frozenset({"400", "408", "413", "415"})
 _WITH_KEY = frozenset({"401", "403"})

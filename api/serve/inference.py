@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from chainfed_ray.api.rest.schemas import MOST_TEXTS
+from chainfed_ray.cluster.local_ray import hear_at_own_address
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.structured_logs import log_as_asked
 from chainfed_ray.device.memory_limit import machine_bytes
@@ -44,6 +45,7 @@ class Inference:
         from chainfed_ray.serving.questions import Answering
 
         log_as_asked()
+        hear_at_own_address()
         most_bytes = settings.serving_bytes or machine_bytes() // 2 // settings.serving_replicas
         self._engine = Engine(partial(_folder_of, settings.storage), most_bytes)
         # A thread for each kind of work, so that neither a long text nor a model that is loaded holds up a classification.

@@ -45,8 +45,7 @@ def krum(updates: Sequence[WeightedUpdate], byzantine: int) -> Tensors:
     for places, names in _by_senders(sent).items():
         if len(places) >= 2 * byzantine + 3:
             chosen = sent[places[_most_central([sent[place] for place in places], byzantine)]]
-            # Copies, because an update may lie in memory that it does not own.
-            result |= {name: chosen[name].clone() for name in names}
+            result |= {name: chosen[name] for name in names}
     return result
 
 

@@ -12,7 +12,7 @@ m starts at 0 and v at τ². All operations are on single values, in float32.
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, full_like, zeros_like
+from torch import Tensor, contiguous_format, full_like, zeros_like
 
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.spec.sections import AggregationSpec
@@ -39,8 +39,10 @@ class ServerOptimizer:
     def step(self, before: Tensors, aggregate: Tensors) -> "tuple[Tensors, ServerOptimizer]":
         """The stack after the round, and the optimizer after the step.
 
-        A tensor of ``before`` that is not in ``aggregate`` was not trained, and does not move.
+        A tensor of ``before`` that is not in ``aggregate`` was not trained, and does not move. What follows has memory of its
+        own, and is contiguous, or no file could hold it: a rule may give a client's tensors as that client laid them out.
         """
+        aggregate = {name: new.clone(memory_format=contiguous_format) for name, new in aggregate.items()}
         if self.spec.optimizer == "none":
             return before | aggregate, self
         after, moments = dict(before), dict(self.tensors)

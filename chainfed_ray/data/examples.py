@@ -12,7 +12,7 @@ from chainfed_ray.activity import SILENT, Listener, Reporter, no_listener
 from chainfed_ray.data.choices import Choices, read_choices
 from chainfed_ray.data.sources import ColumnSelection, Corpus, Split, check_labels, hold_out, load, read_split
 from chainfed_ray.data.targets import learnable, packed, tokenize_texts
-from chainfed_ray.data.tokens import NO_EXAMPLES, Examples, tokenize
+from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts, Examples, tokenize
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
@@ -107,6 +107,17 @@ def splits_of_site(spec: JobSpec, rows: Split) -> SiteSplits:
     first, left = hold_out(left, tenth, rows.labels)
     second, left = hold_out(left, tenth, rows.labels)
     return SiteSplits(*(rows.take(np.sort(part)) for part in (left, first, second)))
+
+
+def most_held_out(spec: JobSpec, counts: ExampleCounts) -> int:
+    """The most predictions that a client at a site can make on rows that it holds out; it trains on ``counts``.
+
+    A classifier makes one for each row, and a tenth of the rows is an eighth of those that are left for training. A language
+    model predicts tokens. Texts may be of any length, so it is allowed ten times the tokens that it trains on.
+    """
+    if spec.model.task == "causal-lm":
+        return 10 * max(counts.tokens, spec.data.max_length)
+    return max(counts.examples // 8, 1)
 
 
 def examples_of_site(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, rows: Split) -> Examples:

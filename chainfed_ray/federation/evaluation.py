@@ -15,6 +15,7 @@ from chainfed_ray.budget.server import evaluation_bytes
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Evaluating, Metrics
 from chainfed_ray.client.pool import ClientPool, in_order
+from chainfed_ray.data.examples import most_held_out
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.errors import EvaluationFailed
@@ -302,7 +303,8 @@ class FederatedEvaluation:
         outcomes = reporter.each(self._pool.run(clients, order, deadline), len(clients), "clients")
         found: dict[str, Metrics] = {}
         for place, result in in_order(outcomes, len(clients)):
-            if isinstance(result, Metrics) and _is_possible(result, self._job.class_count):
+            most = most_held_out(self._job.spec, clients[place].counts)
+            if isinstance(result, Metrics) and _is_possible(result, self._job.class_count, most):
                 found[clients[place].name] = result
         return ScoreSums.total((_sums_of(one) for one in found.values()), self._job.class_count), found
 
@@ -316,14 +318,19 @@ def _client_score(client: str, metrics: Metrics) -> ClientScore:
     return ClientScore(client=client, examples=metrics.examples, loss=score.loss, accuracy=score.accuracy)
 
 
-def _is_possible(metrics: Metrics, classes: int | None) -> bool:
-    """True if some predictions can have given these sums. What a client says is checked, whatever its types."""
+def _is_possible(metrics: Metrics, classes: int | None, most: int) -> bool:
+    """True if at most so many predictions, ``most``, can have given these sums. So a client's weight is not what it claims.
+
+    What a client says is checked, whatever its types.
+    """
     if not isinstance(metrics.hits, tuple) or not isinstance(metrics.occurs, tuple):
         return False
     if not is_spent(metrics.cpu_seconds, metrics.peak_bytes):
         return False
     counts = (metrics.examples, metrics.predictions, metrics.correct, *metrics.hits, *metrics.occurs)
     if not all(type(count) is int and 0 <= count < _MOST_COUNTED for count in counts):
+        return False
+    if metrics.predictions > most:
         return False
     if not isinstance(metrics.loss, float) or not 0 <= metrics.loss < _MOST_COUNTED:
         return False

@@ -16,6 +16,7 @@ from chainfed_ray.aggregation.mean import check_claims, check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import CANDIDATE, Calibrating, Client, Fitting, HeadLosses, HeadSums, TurnResult
 from chainfed_ray.client.pool import ClientPool, Failure, as_they_come, in_order
+from chainfed_ray.data.examples import most_held_out
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.errors import InvalidUpdate
@@ -26,8 +27,6 @@ from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.rounds import FailedTurn, HeadFit
-
-_MOST_EXAMPLES = 2**40
 
 
 class FittedHead(NamedTuple):
@@ -144,8 +143,9 @@ def _head_at_sites(
     examples = 0
     order = Calibrating({**tensors, **sent}, window)
     outcomes = pool.run(clients, order, deadline_of_all(job, len(clients))) if found else ()
-    for _, result in in_order(outcomes, len(clients) if found else 0):
-        if isinstance(result, HeadLosses) and _is_possible(result, len(found)):
+    for place, result in in_order(outcomes, len(clients) if found else 0):
+        most = most_held_out(job.spec, clients[place].counts)
+        if isinstance(result, HeadLosses) and _is_possible(result, len(found), most):
             losses += torch.tensor(result.losses, dtype=torch.float64)
             correct += torch.tensor(result.correct)
             examples += result.examples
@@ -157,9 +157,12 @@ def _head_at_sites(
     return _tensors(weight, bias, AdapterStack.from_tensors(tensors), job.hidden), score
 
 
-def _is_possible(result: HeadLosses, count: int) -> bool:
-    """True if ``count`` classifiers can have these losses. What a client says is checked, whatever its types."""
-    if type(result.examples) is not int or not 0 <= result.examples < _MOST_EXAMPLES:
+def _is_possible(result: HeadLosses, count: int, most: int) -> bool:
+    """True if ``count`` classifiers can have these losses on at most so many examples, ``most``.
+
+    What a client says is checked, whatever its types.
+    """
+    if type(result.examples) is not int or not 0 <= result.examples <= most:
         return False
     if not isinstance(result.losses, tuple) or not isinstance(result.correct, tuple):
         return False

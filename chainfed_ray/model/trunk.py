@@ -149,7 +149,7 @@ class Trunk:
             with self._without(self._tables):
                 finished: Tensor = self._model(
                     input_ids=self._placeholder_ids(mask), attention_mask=mask, use_cache=False
-                ).last_hidden_state
+                )[0]  # also where a configuration asks for tuples
         finally:
             self._last_output, self._calls = None, []
         return finished
@@ -216,6 +216,7 @@ class Trunk:
     def _placeholder_ids(self, mask: Tensor) -> Tensor:
         """Token ids with padding where ``mask`` is 0: some families find positions by the padding token."""
         pad = getattr(self.config, "pad_token_id", None) or 0
+        pad = max(pad, 0)  # some say that there is none by -1
         return torch.where(mask.bool(), pad + 1, pad)
 
     @contextmanager
@@ -244,11 +245,11 @@ class Trunk:
             call = self._with_position_bias(layer, hidden, call)
         self._calls.append(call)
         output = hidden
+        beside = self._beside_hidden(layer, hidden, call)  # of a model's only layer as well: ``finish`` may be traced
         if place == self.num_layers - 1:
             if self._last_output is None:
                 raise _LastLayerReached
             output = self._last_output
-        beside = self._beside_hidden(layer, hidden, call)
         if self._position_bias and beside:
             beside = (self._bias, *beside[1:])
         return output if beside is None else (output, *beside)

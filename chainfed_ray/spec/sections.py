@@ -49,7 +49,8 @@ Deadline = Annotated[
     PlainSerializer(_exact_deadline),
 ]
 Often = Literal["round", "stage"] | Annotated[int, Field(ge=1)]  # an integer n means every n rounds
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+SLUG_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+Slug = Annotated[str, Field(pattern=SLUG_PATTERN)]
 
 LabelValue = Annotated[str, Field(max_length=63)]
 

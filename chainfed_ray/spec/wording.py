@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from chainfed_ray.problem import MISSING, Problem
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.spec.sections import Section
+from chainfed_ray.spec.sections import SLUG_PATTERN, Section
 
 
 def problem_of(error: Any) -> Problem:
@@ -20,6 +20,8 @@ def problem_of(error: Any) -> Problem:
         return Problem(path, error["input"], "'auto', 'best-exit' or the index of a layer, 0 or more")
     if location[:1] == ("evaluation",) and location[1:] in (("every",), ("whole_every",)):
         return Problem(path, error["input"], "'round', 'stage', 'never' or a number of rounds, 1 or more")
+    if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] != SLUG_PATTERN:
+        return Problem(path, error["input"], _description(location))
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return Problem(path, error["input"], _IN_OUR_WORDS.get(error["type"], message))
 

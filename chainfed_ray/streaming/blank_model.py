@@ -28,6 +28,7 @@ _DRAWING = ("torch.nn.init", "transformers.initialization")
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
 _FEW_LAYERS = 200
 _FILLING = (torch.tensor, torch.arange, torch.ones, torch.zeros, torch.full, torch.linspace)
+_MOST_BYTES = 256 * 2**20  # of a constant: ten million positions take 80 MiB, and a mask of 16,384 of them these
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ class _RealConstants(TorchFunctionMode):
         options = dict(kwargs or {})
         if getattr(function, "__module__", None) in _DRAWING and options["tensor"].is_meta:
             return options["tensor"]
-        if function in _FILLING:
-            options.setdefault("device", "cpu")
+        if function in _FILLING and options.get("device") is None:
+            size = 0 if function is torch.tensor else function(*args, **options | {"device": "meta"}).nbytes
+            if size > _MOST_BYTES:
+                raise ValueError(f"its configuration asks for {size} bytes of numbers; at most {_MOST_BYTES} are made")
+            options["device"] = "cpu"
         return function(*args, **options)

@@ -1,10 +1,11 @@
 """The server's optimizer against a computation by hand, over three rounds in which the window slides."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from chainfed_ray.aggregation.server_optimizer import ServerOptimizer
 from chainfed_ray.model.adapters import Tensors
@@ -67,10 +68,23 @@ def test_without_an_optimizer_the_aggregate_is_the_stack(start: Tensors) -> None
     server = ServerOptimizer(AggregationSpec())
     aggregate = aggregates(start)[0]
     after, server = server.step(start, aggregate)
-    assert {name: tensor.data_ptr() for name, tensor in after.items()} == {
-        name: tensor.data_ptr() for name, tensor in (start | aggregate).items()
-    }
+    assert after.keys() == start.keys()
+    assert all(torch.equal(tensor, (start | aggregate)[name]) for name, tensor in after.items())
     assert not server.tensors
+
+
+@pytest.mark.parametrize("optimizer", ["none", "momentum", "adam", "yogi"])
+def test_what_a_rule_gives_is_committed_however_it_lies_in_memory(optimizer: Any) -> None:
+    """Krum, or a rule of the caller's own, gives a client's tensors: transposed, or one of them twice."""
+    start = {name: torch.zeros(3, 3) for name in ("low", "high", "head")}
+    sent = torch.randn(3, 3)
+    after, server = ServerOptimizer(AggregationSpec(optimizer=optimizer)).step(
+        start, {"low": sent.T, "high": sent, "head": sent}
+    )
+    assert load(save(after | server.tensors)).keys() == {*start, *server.tensors}
+    if optimizer == "none":
+        sent.zero_()
+        assert after["high"].any(), "what a client sent may change, or be gone"
 
 
 def test_momentum_of_nothing_is_fedavg(start: Tensors) -> None:

@@ -55,3 +55,11 @@ def test_a_space_in_a_url_is_one_and_a_path_is_what_it_is(tmp_path: Path) -> Non
         assert database_url({"CHAINFED_STORAGE": given}) == f"sqlite:///{tmp_path / folder}/chainfed.db"
     assert database_url({"CHAINFED_STORAGE": str(tmp_path / "none")}) == f"sqlite:///{tmp_path}/none/chainfed.db"
     assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_that_is_made_for_a_service_is_its_users_alone(tmp_path: Path) -> None:
+    """Rows and models of all tenants are in it. One that its owner has made stays as it is."""
+    there = tmp_path / "there"
+    there.mkdir(mode=0o755)
+    for folder, mode in ((there, 0o755), (tmp_path / "new", 0o700)):
+        assert Storage.at(folder).root.stat().st_mode & 0o777 == mode

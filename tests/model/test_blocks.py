@@ -1,6 +1,7 @@
 """Promise: a model streamed layer by layer is the whole Hugging Face model, exactly."""
 
 import json
+import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,26 @@ def test_a_model_without_its_pooler_is_finished_all_the_same(family: str, tmp_pa
     assert torch.equal(blocks.finish(hidden, mask), whole)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [{"return_dict": False}, {"pad_token_id": -1}, {"chunk_size_feed_forward": 2}],
+    ids=lambda said: next(iter(said)),
+)
+def test_what_a_configuration_says_besides_changes_no_number(said: dict[str, Any], tmp_path: Path) -> None:
+    """Models have tuples for answers, -1 where there is no padding token, and texts cut in two: here of nine tokens."""
+    plain, other = tiny("bert", tmp_path / "plain", layers=1), tmp_path / "other"
+    shutil.copytree(plain, other)
+    config = other / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    (ids, mask), found = a_batch(), list[Tensor]()
+    for folder in (plain, other):
+        blocks = Blocks(folder, torch.float32)
+        blocks.check()
+        hidden, (call,) = blocks.embed(ids, mask)
+        found.append(blocks.finish(blocks.run(blocks.load_layer(0), hidden, call), mask))
+    assert torch.equal(*found)
+
+
 NORM, UP, HEAD = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
 
 
@@ -162,6 +183,11 @@ NORM, UP, HEAD = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_h
             "its configuration has 20000 for num_hidden_layers, and its checkpoint 21 tensors",
         ),
         ({}, {"vocab_size": 10**12}, r"\[1000000000000, 32\] for embed_tokens.weight, and its checkpoint \[128, 32\]"),
+        (
+            {},
+            {"max_position_embeddings": 10**12, "model_type": "bert"},
+            "its configuration asks for 8000000000000 bytes of numbers; at most 268435456 are made",
+        ),
         ({}, {"rms_norm_eps": float("nan")}, "its config.json is no JSON .it has NaN"),
         (
             {},

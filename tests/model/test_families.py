@@ -20,6 +20,7 @@ from transformers import (
 
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.model.costs import memory_profile_of
 from chainfed_ray.model.lm_head import logits_by_slices, next_token_loss, next_token_scores
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.matrices import SliceReader
@@ -157,6 +158,21 @@ def test_what_a_family_does_of_its_own_would_be_missed(family: str, change: dict
     assert (found - logits)[real].abs().max() > 2e-3
     if "sliding_window" in change:  # only what lies farther back than the window
         torch.testing.assert_close(found[:, :4][real[:, :4]], logits[:, :4][real[:, :4]], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("original", [16, 4], ids=["short texts", "long texts"])
+def test_frequencies_for_long_texts_are_streamed(original: int, tmp_path: Path) -> None:
+    """Phi-3's models of 128,000 tokens have two sets of factors: texts here are shorter than the first is for, or longer."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": original}
+    rope |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.1, 2.2, 2.3]}
+    sizes = {"max_position_embeddings": 64, "original_max_position_embeddings": original}
+    tiny_causal_model("phi3", tied=False, rope_parameters=rope, **sizes).save_pretrained(tmp_path)
+    decoder = opened(tmp_path)
+    outputs, logits = layer_outputs(decoder)
+    ours, real = streamed(decoder.blocks), a_batch()[1].bool()
+    assert all(torch.equal(mine, its) for mine, its in zip(ours, outputs, strict=True))
+    torch.testing.assert_close(streamed_logits(decoder, ours[-1])[real], logits[real], rtol=0, atol=2e-6)
+    assert memory_profile_of(decoder.blocks, 8, None).streamed_head
 
 
 def test_a_bias_that_is_left_out_would_be_missed(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from chainfed_ray.model.trace import (
 )
 from chainfed_ray.streaming.activations import overwrite_activations
 from tests.causal import causal_folder
-from tests.models import FAMILIES, tiny
+from tests.models import FAMILIES, tiny, tiny_causal_model
 
 ELSEWHERE = ((4, 20), (7, 9), (1, 40))  # shapes that no rehearsal is made with
 WIDTH = 32
@@ -150,6 +150,12 @@ def test_adapters_and_the_head_hold_what_was_told(
 @pytest.mark.slow
 def test_a_head_is_traced_without_reading_a_table_of_positions(tmp_path: Path) -> None:
     assert memory_profile_of(Blocks(causal_folder("gpt2", tmp_path), torch.float32), 8, None).streamed_head
+
+
+def test_a_language_model_of_one_layer_is_traced(tmp_path: Path) -> None:
+    """What is traced first is what comes after its only layer."""
+    tiny_causal_model("gpt2", tied=True, layers=1).save_pretrained(tmp_path)
+    assert memory_profile_of(Blocks(tmp_path, torch.float32), 8, None).layers == 1
 
 
 @pytest.mark.slow

@@ -304,3 +304,16 @@ def test_fewer_ranks_need_loras_and_a_plain_mean(
     with pytest.raises(InvalidJob, match=words) as caught:
         parse_job(document)
     assert "fleet.clients[0].rank" in [problem.field for problem in caught.value.problems]
+
+
+def test_a_file_at_a_site_is_told_as_one(document: dict[str, Any]) -> None:
+    document["fleet"]["clients"] = [{"name": "ward", "memory": "1GiB", "site": "ward", "data": "rows.jsonl"}]
+    with pytest.raises(InvalidJob, match=r"data is 'rows\.jsonl'; expected with `site`: `site:<path>`"):
+        parse_job(document)
+
+
+def test_what_an_error_quotes_of_a_file_is_short_and_obeyed_by_no_terminal() -> None:
+    error = InvalidJob.at("model.base", "path:m", f"a checkpoint without \x1b[31m\0 {'x' * 10**6}")
+    for text in (str(error), error.problems[0].document()["expected"] or ""):
+        assert r"without \x1b[31m\x00 xx" in text
+        assert len(text) < 6000

@@ -277,6 +277,7 @@ ASKS_FOR_NOTHING: list[dict[str, Any]] = [
     {"stream": None, "stream_options": None},
     {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "n": 1},
     {"logprobs": False, "top_logprobs": None, "response_format": {"type": "text"}, "modalities": ["text"]},
+    {"reasoning_effort": None, "verbosity": None, "service_tier": "auto"},
     {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "functions": [], "function_call": "auto"},
     {"store": False, "metadata": {}},
 ]

@@ -41,7 +41,7 @@ def test_programs_have_names_for_the_operations(document: dict[str, Any]) -> Non
 def test_every_error_is_a_problem(document: dict[str, Any]) -> None:
     for name, operation in operations(document).items():
         responses = operation["responses"]
-        assert {"404", "405", "421", "422", "429", "500", "503"} <= set(responses), name
+        assert {"404", "405", "421", "422", "429", "500", "502", "503", "504"} <= set(responses), name
         for status, response in responses.items():
             if status >= "400" and (name, status) != ("GET /readyz", "503"):
                 assert set(response["content"]) == {"application/problem+json"}, (name, status)

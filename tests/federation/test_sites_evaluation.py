@@ -1,0 +1,66 @@
+"""Promises of evaluation at sites: a client weighs as much as the rows that it can have, whatever it says."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chainfed_ray.client.messages import Evaluating, HeadLosses, Metrics
+from chainfed_ray.client.pool import Outcome
+from chainfed_ray.data.examples import most_held_out, splits_of_site
+from chainfed_ray.data.sources import Split
+from chainfed_ray.data.tokens import ExampleCounts
+from chainfed_ray.federation.evaluation import FederatedEvaluation
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.spec.parse import parse_job
+
+_SPEC = parse_job(
+    {
+        "name": "tiny",
+        "model": {"base": "builtin:minilm"},
+        "data": {"max_length": 8},
+        "fleet": {"clients": [{"name": "ward", "memory": "1GiB", "site": "ward", "data": "site:rows.jsonl"}]},
+        "evaluation": {"rows": "sites"},
+    }
+)
+
+
+@dataclass
+class _Saying:
+    """A pool in which each client gives the next of ``answers``."""
+
+    answers: Sequence[Metrics | HeadLosses]
+
+    def run(self, clients: Sequence[Any], order: Any, deadline: float) -> Iterator[Outcome]:
+        assert isinstance(order, Evaluating)
+        return iter([Outcome(place, answer) for place, answer in enumerate(self.answers)])
+
+
+def _right(examples: int, right: int) -> Metrics:
+    """What a client says of ``examples`` examples of two classes, of which so many were ``right``."""
+    wrong = examples - right
+    return Metrics(examples, examples, float(wrong), right, (right, 0), (right + examples, wrong), 0.1)
+
+
+@pytest.mark.parametrize("claim", [_right(6, 6), _right(2**40, 2**40), _right(2**40, 0)])
+def test_more_held_out_rows_than_a_client_can_have_are_refused(claim: Metrics) -> None:
+    clients = [SimpleNamespace(name=name, counts=ExampleCounts(40, 8, 320), budget_bytes=1) for name in ("a", "b")]
+    job: Any = SimpleNamespace(spec=_SPEC, clients=clients, class_count=2, layers=2)
+    stack = AdapterStack.new(range(2), 4, bottleneck=2, classes=2, seed=0)
+    pool: Any = _Saying([_right(5, 3), claim])
+    found = FederatedEvaluation(job, pool).whole(stack)
+    assert [score.client for score in found.clients] == ["a"]
+    assert found.accuracy == 3 / 5
+
+
+@given(st.integers(3, 200), st.integers(1, 4))
+def test_no_honest_client_has_more(rows: int, classes: int) -> None:
+    labels = tuple(str(place % classes) for place in range(rows))
+    train, *held_out = splits_of_site(_SPEC, Split(np.arange(rows).astype(str).tolist(), labels))
+    counts = ExampleCounts(len(train), 8, 8 * len(train))
+    assert all(len(part) <= most_held_out(_SPEC, counts) for part in held_out)
