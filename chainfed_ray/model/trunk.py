@@ -215,8 +215,7 @@ class Trunk:
 
     def _placeholder_ids(self, mask: Tensor) -> Tensor:
         """Token ids with padding where ``mask`` is 0: some families find positions by the padding token."""
-        pad = getattr(self.config, "pad_token_id", None) or 0
-        pad = max(pad, 0)  # some say that there is none by -1
+        pad = max(getattr(self.config, "pad_token_id", None) or 0, 0)  # some say by -1 that there is none
         return torch.where(mask.bool(), pad + 1, pad)
 
     @contextmanager

@@ -61,18 +61,20 @@ def copy_of(module: Kind, shared: Iterable[nn.Module] = ()) -> Kind:
     Parameters, buffers and settings stay those of ``module`` until the copy is given others: a whole copy takes ten times
     as long, and a turn makes one of each layer whenever it loads it.
     """
-    copies: dict[int, Any] = {id(it): it for it in shared}
-
-    def copied(it: Any) -> Any:
-        if id(it) not in copies:
-            made = copies[id(it)] = copy.copy(it)
-            own = vars(made)
-            own.update({key: value.copy() for key, value in own.items() if isinstance(value, dict)})
-            own["_modules"] = {name: inner if inner is None else copied(inner) for name, inner in it._modules.items()}
-        return copies[id(it)]
-
-    made: Kind = copied(module)
+    made: Kind = _copied(module, {id(it): it for it in shared})
     return made
+
+
+def _copied(module: Any, copies: dict[int, Any]) -> Any:
+    """As ``copy_of``, with the ``copies`` that were made already, by the identity of what they are copies of."""
+    # No function inside the other: one that calls itself would keep all copies, with their weights, until the next collection.
+    if id(module) not in copies:
+        made = copies[id(module)] = copy.copy(module)
+        own = vars(made)
+        own.update({key: value.copy() for key, value in own.items() if isinstance(value, dict)})
+        inner = module._modules.items()
+        own["_modules"] = {name: part if part is None else _copied(part, copies) for name, part in inner}
+    return copies[id(module)]
 
 
 def _built(config: Any, dtype: torch.dtype, checkpoint: Checkpoint) -> BlankModel:

@@ -1,7 +1,9 @@
 """Promise: a model streamed layer by layer is the whole Hugging Face model, exactly."""
 
+import gc
 import json
 import shutil
+import weakref
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,18 @@ def streamed(blocks: Blocks) -> list[Tensor]:
             hidden = blocks.run(blocks.load_layer(index), hidden, call)
             outputs.append(hidden)
     return outputs
+
+
+def test_the_memory_of_a_layer_is_given_back_when_it_is_dropped(tiny_model_folder: Path) -> None:
+    """At once, and not when Python next looks for garbage: a turn was planned for so many layers."""
+    with closing(Blocks(tiny_model_folder, torch.float32)) as blocks:
+        gc.collect()
+        gc.disable()
+        try:
+            weights = [weakref.ref(weight) for weight in blocks.load_layer(1).parameters()]
+            assert not [weight for weight in weights if weight() is not None]
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
