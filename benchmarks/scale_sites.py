@@ -84,7 +84,7 @@ def main(sites: int, rounds: int) -> Row:
 
 @dataclass
 class _Watched:
-    """Another pool. Each time that an order comes, and at the end, it notes the time and the CPU seconds of each part."""
+    """Another pool. Each time that an order comes, it notes the time and the CPU seconds of each part."""
 
     pool: ClientPool
     api: psutil.Process

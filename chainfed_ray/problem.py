@@ -3,6 +3,7 @@
 import reprlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
+from unicodedata import category
 
 
 class Problem(NamedTuple):
@@ -33,8 +34,15 @@ def _printable(text: str) -> str:
 
     Names of files may have bytes that are no text, which Python has as surrogates, and characters that a terminal obeys.
     """
-    text = text if len(text) <= _MOST_EXPECTED else f"{text[: _MOST_EXPECTED - 1]}…"
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    text = "".join(map(_shown_character, text[:_MOST_EXPECTED]))
+    return text if len(text) < _MOST_EXPECTED else f"{text[: _MOST_EXPECTED - 1]}…"
+
+
+def _shown_character(each: str) -> str:
+    """A character as it is; or escaped, if a terminal obeys it or nobody sees it. Joiners are part of words and of emojis."""
+    kind = category(each)
+    hidden = kind in ("Zl", "Zp") or (kind.startswith("C") and each not in _JOINERS)
+    return each.encode("unicode_escape").decode() if hidden else each
 
 
 def some_of(names: Iterable[str], separator: str = ", ") -> str:
@@ -69,6 +77,7 @@ _BRIEF = reprlib.Repr()  # of lists and mappings: a few entries, a few levels, h
 _BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxset, _BRIEF.maxdict = 3, 10, 10, 10, 10
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
 _SHOWN = 120  # characters
+_JOINERS = "\u200c\u200d"
 _MOST_EXPECTED = 5000  # characters of what was expected: more than a list of ten long names has
 _NAMED, _LONGEST = 10, 400  # of a list of names, and characters of each: there are reasons among them
 

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-StackFolder = Annotated[Path, typer.Argument(help="the folder of a finished model, such as chainfed-data/<job>/model")]
+StackFolder = Annotated[
+    Path, typer.Argument(help="the folder of a finished model, such as chainfed-data/jobs/<job>/model")
+]
 NewFolder = Annotated[Path, typer.Argument(help="the folder to write; it must not exist, or be empty")]
 Format = Annotated[str, typer.Option("--format", help="peft, transformers or onnx")]
 

@@ -113,10 +113,11 @@ def most_held_out(spec: JobSpec, counts: ExampleCounts) -> int:
     """The most predictions that a client at a site can make on rows that it holds out; it trains on ``counts``.
 
     A classifier makes one for each row, and a tenth of the rows is an eighth of those that are left for training. A language
-    model predicts tokens. Texts may be of any length, so it is allowed ten times the tokens that it trains on.
+    model predicts tokens. One text may be much longer than all others, so it is allowed a hundred times the tokens that it
+    trains on.
     """
     if spec.model.task == "causal-lm":
-        return 10 * max(counts.tokens, spec.data.max_length)
+        return 100 * max(counts.tokens, spec.data.max_length)
     return max(counts.examples // 8, 1)
 
 

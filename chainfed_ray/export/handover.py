@@ -62,7 +62,7 @@ def _stack(folder: Path) -> "SavedStack":
     try:
         saved = load_stack(folder)
     except CorruptCommit as error:
-        expected = f"the folder of a finished model, such as chainfed-data/<job>/model ({error.reason})"
+        expected = f"the folder of a finished model, such as chainfed-data/jobs/<job>/model ({error.reason})"
         raise InvalidJob.at("folder", str(folder), expected) from None
     if saved.run_layers is not None:
         expected = (

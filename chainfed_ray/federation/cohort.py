@@ -58,7 +58,7 @@ class Cohort:
         on_fallback, excluded = _on_fallback(history), _excluded(history)
         clients, absent = [], []
         for candidate in sampled:
-            if not _has_come(candidate):
+            if not has_come(candidate):
                 assert candidate.remote, "a client without rows is awaited"
                 absent.append((candidate, Failure(f"site {candidate.remote.site} has not come, or cannot take part")))
             elif candidate.name in excluded:
@@ -150,7 +150,7 @@ def _sample(
     may still come.
     """
     everybody, excluded = list(candidates), _excluded(history)
-    able = [candidate for candidate in everybody if candidate.name not in excluded and _has_come(candidate)]
+    able = [candidate for candidate in everybody if candidate.name not in excluded and has_come(candidate)]
     if len(able) < spec.quorum:
         raise QuorumLost(f"round {index + 1}", spec.quorum, excluded)
     drawn_from = everybody if spec.privacy else able
@@ -160,7 +160,7 @@ def _sample(
     return tuple(drawn_from[place] for place in sorted(places))
 
 
-def _has_come(candidate: Candidate) -> bool:
+def has_come(candidate: Candidate) -> bool:
     """False for one that holds the place of a client which may still come."""
     return candidate.remote is None or candidate.counts.examples > 0
 

@@ -17,7 +17,7 @@ from chainfed_ray.client.messages import Client, TurnOrder, TurnResult, Update
 from chainfed_ray.client.pool import ClientPool, Failure, as_they_come
 from chainfed_ray.errors import InvalidUpdate, QuorumLost
 from chainfed_ray.federation.admission import Candidate
-from chainfed_ray.federation.cohort import Cohort
+from chainfed_ray.federation.cohort import Cohort, has_come
 from chainfed_ray.hub import first_line
 from chainfed_ray.model.adapters import Tensors, of_ranks
 from chainfed_ray.records.rounds import FailedTurn, Round, Turn, finite
@@ -69,7 +69,8 @@ class UpdateCollector:
 
     def add_absent(self, place: int, candidate: Candidate, absence: Failure) -> None:
         """Record that a client which was sampled took no turn."""
-        self._failed_turns[place] = failed_turn(candidate, absence)
+        awaited = not has_come(candidate)
+        self._failed_turns[place] = failed_turn(candidate, absence).model_copy(update={"awaited": awaited})
 
     def aggregate(self) -> Tensors:
         """The aggregate of the updates so far. Each tensor is aggregated over the clients that sent it."""
@@ -180,13 +181,14 @@ def reasons(failed_turns: Iterable[FailedTurn]) -> dict[str, str]:
 
 
 def check_fruitful(history: Sequence[Round], quorum: int) -> None:
-    """Check that the newest rounds were not without a quorum, several in a row.
+    """Check that the newest rounds were not without a quorum, several in a row. Nobody was lost who has not come yet.
 
     Raises:
         QuorumLost: they were; with the reasons.
     """
     newest = history[-_FRUITLESS_ROUNDS:]
-    if len(newest) == _FRUITLESS_ROUNDS and all(len(record.turns) < quorum for record in newest):
+    found = [len(record.turns) + sum(turn.awaited for turn in record.failed_turns) for record in newest]
+    if len(newest) == _FRUITLESS_ROUNDS and max(found) < quorum:
         rounds = f"rounds {newest[0].index + 1} to {newest[-1].index + 1}"
         raise QuorumLost(rounds, quorum, reasons(newest[-1].failed_turns))
 

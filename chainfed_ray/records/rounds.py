@@ -27,6 +27,7 @@ class FailedTurn(Record):
 
     In a round, a client that exceeds its plan gets a second turn with a fallback plan. The record is then of the second turn,
     and ``exceeded`` says how the first one failed. A client whose record of a round is ``over_budget`` has no more turns.
+    ``awaited`` is True for the place that a private job keeps for a site which has not come.
     """
 
     client: str
@@ -34,6 +35,7 @@ class FailedTurn(Record):
     reason: str
     over_budget: bool = False
     exceeded: str | None = None
+    awaited: bool = False
 
 
 class HeadFit(Record):

@@ -28,7 +28,8 @@ _DRAWING = ("torch.nn.init", "transformers.initialization")
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
 _FEW_LAYERS = 200
 _FILLING = (torch.tensor, torch.arange, torch.ones, torch.zeros, torch.full, torch.linspace)
-_MOST_BYTES = 256 * 2**20  # of a constant: ten million positions take 80 MiB, and a mask of 16,384 of them these
+# What constants may take: each, such as a mask of 16,384 positions; the numbers of a sequence; and all that is made of them.
+_MOST_BYTES, _LONGEST, _MOST_IN_ALL = 256 * 2**20, 2**21, 2**31
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def blank_model(folder: Path, config: Any, dtype: torch.dtype, checkpoint: Check
 
     def built() -> BlankModel:
         _check_depth(config.to_dict(), len(checkpoint.names), folder)
-        return _built(config, dtype, checkpoint)
+        return _built(copy.deepcopy(config), dtype, checkpoint)  # transformers writes the dtype into it
 
     return _blank_models.while_unchanged(folder, ("blank model", dtype), built)
 
@@ -59,7 +60,7 @@ def copy_of(module: Kind, shared: Iterable[nn.Module] = ()) -> Kind:
     """A module whose submodules, at any depth, are copies, apart from those in ``shared``.
 
     Parameters, buffers and settings stay those of ``module`` until the copy is given others: a whole copy takes ten times
-    as long, and a turn makes one of each layer whenever it loads it.
+    as long, and a turn makes one of each layer whenever it loads it. So weights come first, and ``to`` another dtype after.
     """
     made: Kind = _copied(module, {id(it): it for it in shared})
     return made
@@ -71,7 +72,7 @@ def _copied(module: Any, copies: dict[int, Any]) -> Any:
     if id(module) not in copies:
         made = copies[id(module)] = copy.copy(module)
         own = vars(made)
-        own.update({key: value.copy() for key, value in own.items() if isinstance(value, dict)})
+        own.update({key: value.copy() for key, value in own.items() if isinstance(value, dict | set | list)})
         inner = module._modules.items()
         own["_modules"] = {name: part if part is None else _copied(part, copies) for name, part in inner}
     return copies[id(module)]
@@ -116,13 +117,27 @@ class _RealConstants(TorchFunctionMode):
     Random initialisation is skipped: the weights have no values, and drawing them takes most of the time.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes = 0
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
         if getattr(function, "__module__", None) in _DRAWING and options["tensor"].is_meta:
             return options["tensor"]
         if function in _FILLING and options.get("device") is None:
-            size = 0 if function is torch.tensor else function(*args, **options | {"device": "meta"}).nbytes
-            if size > _MOST_BYTES:
-                raise ValueError(f"its configuration asks for {size} bytes of numbers; at most {_MOST_BYTES} are made")
+            if function is not torch.tensor:
+                blank = function(*args, **options | {"device": "meta"})
+                _check_bytes(blank.nbytes, _LONGEST * blank.itemsize if blank.ndim == 1 else _MOST_BYTES)
             options["device"] = "cpu"
-        return function(*args, **options)
+        made = function(*args, **options)
+        if isinstance(made, torch.Tensor) and not made.is_meta:
+            self._bytes += made.nbytes
+            _check_bytes(self._bytes, _MOST_IN_ALL)
+        return made
+
+
+def _check_bytes(size: int, most: int) -> None:
+    """Check what a configuration asks for, such as tables of a billion positions, before it is made."""
+    if size > most:
+        raise ValueError(f"its configuration asks for {size} bytes of numbers; at most {most} are made")

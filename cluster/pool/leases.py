@@ -54,7 +54,7 @@ class Lease:
     def has_machine(self) -> bool:
         """True once Ray has a machine for the actor, also if its process never answers. Ray's head is asked."""
         known = actors(self.actor._actor_id.hex()) if self.kept else {}
-        return bool(known) and bool(known["Address"]["NodeID"].strip("f"))  # an id of this letter alone is none
+        return bool(known.get("Pid"))  # it has an address before, of the machine that is asked for room
 
     @property
     def node(self) -> str | None:

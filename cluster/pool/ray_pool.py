@@ -7,6 +7,7 @@ time: its turns begin anew on another one.
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from math import isinf
 from time import monotonic
 from typing import Any
@@ -229,6 +230,7 @@ class RayPool:
         quiet = {reference: turn for reference, turn in running.items() if now - turn.heard >= self._silence}
         known, lost = _asked(quiet), []
         others_run = any(turn.lease.placed for turn in running.values())
+        has_room = cache(may_have_room)  # Ray's head is asked once for all turns of one class
         for reference, turn in quiet.items():
             answer = known.get(reference)
             if answer and answer.worked < turn.worked:  # another process at the site has begun it anew
@@ -237,7 +239,16 @@ class RayPool:
                 turn.heard, turn.worked = now, answer.worked
             elif not turn.lease.placed and not turn.starting and turn.lease.has_machine():
                 turn.heard, turn.starting = now, True
-            elif not turn.lease.placed and not turn.starting and (others_run or _may_begin(turn.lease)):
+            elif (
+                not turn.lease.placed
+                and not turn.starting
+                and (
+                    others_run
+                    or (
+                        turn.lease.kept and has_room(turn.lease.memory)
+                    )  # a site's process is not the cluster's to give
+                )
+            ):
                 turn.heard = now
             else:
                 why = _why(turn, answer)
@@ -275,11 +286,6 @@ def _asked(turns: dict[Any, _Turn]) -> dict[Any, Progress]:
         except RayError:
             continue  # its process died; the result of its turn will say so
     return known
-
-
-def _may_begin(lease: Lease) -> bool:
-    """Whether a process that has no machine may have one later. A site's is not the cluster's to give."""
-    return lease.kept and may_have_room(lease.memory)
 
 
 def _why(turn: _Turn, answer: Progress | None) -> str:

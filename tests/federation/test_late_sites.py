@@ -17,7 +17,8 @@ from chainfed_ray.client.survey import Absence, ClientSurvey, Survey
 from chainfed_ray.cluster.queries.totals import JobTotals
 from chainfed_ray.cluster.tables import Event
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.errors import InvalidJob
+from chainfed_ray.errors import InvalidJob, QuorumLost
+from chainfed_ray.federation.collect import check_fruitful
 from chainfed_ray.federation.run import run_job
 from chainfed_ray.federation.state import stack_of
 from chainfed_ray.model.adapters import Tensors
@@ -26,10 +27,10 @@ from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import ExcludedClients, late_clients
 from chainfed_ray.records.result import JobResult
-from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
+from chainfed_ray.records.rounds import FailedTurn, JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
-from tests.builders import PRIVACY, a_job, assert_same, with_secret
+from tests.builders import PRIVACY, a_job, a_round, a_start, assert_same, with_secret
 from tests.pools import Altered, Killed, dying
 
 pytestmark = pytest.mark.slow
@@ -231,3 +232,17 @@ def test_a_site_that_comes_and_cannot_take_part_is_on_record_with_the_reason(
     (excluded,) = started.with_late(one.late).excluded
     assert isinstance(excluded, ExcludedClients)
     assert excluded.reason.startswith(f"site far takes no part: {reason}")
+
+
+def test_places_that_are_kept_for_sites_do_not_end_a_job_whose_clients_answer() -> None:
+    """Rounds may sample more places than clients. Clients that are there, and fail as often, end it."""
+    started = a_start()
+    away = FailedTurn(client="ward-0", client_class="ward", reason="site ward has not come", awaited=True)
+    for failed in (away, away.model_copy(update={"awaited": False})):
+        rounds = [a_round(index, started, failed_turns=(failed,)) for index in range(3)]
+        quorum = len(rounds[0].turns) + 1
+        if failed.awaited:
+            check_fruitful(rounds, quorum)
+        else:
+            with pytest.raises(QuorumLost, match="rounds 1 to 3"):
+                check_fruitful(rounds, quorum)

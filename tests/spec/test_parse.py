@@ -313,7 +313,10 @@ def test_a_file_at_a_site_is_told_as_one(document: dict[str, Any]) -> None:
 
 
 def test_what_an_error_quotes_of_a_file_is_short_and_obeyed_by_no_terminal() -> None:
-    error = InvalidJob.at("model.base", "path:m", f"a checkpoint without \x1b[31m\0 {'x' * 10**6}")
-    for text in (str(error), error.problems[0].document()["expected"] or ""):
-        assert r"without \x1b[31m\x00 xx" in text
-        assert len(text) < 6000
+    people = "東京\u3000店, Geschäft\xa0A, می\u200cخواهم"
+    for filling in ("x", "\x1b", "\U000e0001"):
+        error = InvalidJob.at("model.base", "path:m", f"a checkpoint without {people} \x1b[31m\0 {filling * 10**6}")
+        for text in (str(error), error.problems[0].document()["expected"] or ""):
+            assert rf"without {people} \x1b[31m\x00 " in text
+            assert len(text) < 5100
+            assert "\x1b" not in text

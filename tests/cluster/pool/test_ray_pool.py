@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, Obje
 
 from chainfed_ray.client.messages import Profile, Profiling
 from chainfed_ray.client.pool import Failure, LocalPool
+from chainfed_ray.cluster.pool.leases import Lease
 from chainfed_ray.cluster.pool.placement import check_memories
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.tracing import begin_tracing, end_tracing
@@ -223,15 +224,26 @@ def test_a_process_that_never_gets_ready_costs_its_turn_and_nothing_is_left_of_i
 ) -> None:
     """Without a deadline, and though other clients' processes are on the machine, for whose end it might wait."""
     job = a_job(document, tmp_path)
-    with a_pool(job.base, slots=1, silence=2.0) as pool:
+    with a_pool(job.base, slots=1, silence=8.0) as pool:
         with monkeypatch.context() as patch:
             patch.setattr("chainfed_ray.cluster.pool.leases.ClientActor", _NeverReady)
             (outcome,) = pool.run(job.clients[:1], Profiling(8, 0), math.inf)
-        words = "nothing happened for 2 s: its process has a machine, and does not get ready there"
+        words = "nothing happened for 8 s: its process has a machine, and does not get ready there"
         assert outcome.result == Failure(words)
         wait_for(lambda: not running(processes_below("_NeverReady")), "end of the process")
         (outcome,) = pool.run(job.clients[:1], Profiling(8, 0), 300.0)
         assert isinstance(outcome.result, Profile), "its place is free again"
+
+
+def test_a_process_that_waits_for_room_has_no_machine() -> None:
+    made: Any = _NeverReady
+    actor = made.options(num_cpus=0, memory=2**40).remote(None)
+    with pytest.raises(GetTimeoutError):
+        ray.get(actor.prepare.remote(), timeout=2)
+    try:
+        assert not Lease(actor, "any", 2**40, ready=None).has_machine()
+    finally:
+        ray.kill(actor)
 
 
 def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> None:
