@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import NoReturn
 
 _RETRY_SECONDS = 2
-_HEAD_SECONDS = 30  # a caller has this long to send the head of a request
+_HEAD_SECONDS = 10  # a caller has this long to send the head of a request
+# Of HAProxy's 4,096 connections, those that one address may have. Who opened all of them, or sent half a body over 2,000, which
+# is what two replicas take at a time, would leave none for others.
+_OF_ONE_ADDRESS = 3 / 8
 _DETAILS = {
     HTTPStatus.BAD_REQUEST: "the request is not HTTP as the service reads it",
-    HTTPStatus.REQUEST_TIMEOUT: f"the head of the request did not arrive within {_HEAD_SECONDS} s",
+    HTTPStatus.REQUEST_TIMEOUT: f"the head of the request did not arrive within {_HEAD_SECONDS} s, or its body within 30 s",
     HTTPStatus.BAD_GATEWAY: "the process that was to answer has ended; whether the request was carried out is not known",
     HTTPStatus.SERVICE_UNAVAILABLE: "the service is starting; send the request again in a moment",
     HTTPStatus.GATEWAY_TIMEOUT: "the process that was to answer did not answer in time",
@@ -31,6 +34,8 @@ _CHANGES = (
     # Another process may have taken the request, so only one that changes nothing is sent to a second replica.
     (r"^( *)retry-on .*$", r"\1retry-on conn-failure empty-response", 0),
     (r"^frontend http_frontend$", r"\g<0>\n    http-request disable-l7-retry unless METH_GET", 0),
+    # A body is awaited here, so that one which does not come holds no place of a replica. Larger ones than the buffer are not.
+    (r"^frontend http_frontend$", r"\g<0>\n    http-request wait-for-body time 30s if METH_POST", 0),
     # The service hears who asks, behind those whom a proxy before this one names.
     (
         r"^frontend http_frontend$",
@@ -78,6 +83,13 @@ def rewritten(configuration: str, folder: Path) -> str:
     """HAProxy's configuration as Ray wrote it, with our changes. The answers are files in ``folder``."""
     for pattern, replacement, count in _CHANGES:
         configuration = re.sub(pattern, replacement, configuration, count=count, flags=re.MULTILINE)
+    if most := re.search(r"^ *maxconn (\d+)$", configuration, flags=re.MULTILINE):
+        limit = (
+            "\n    stick-table type ipv6 size 10k expire 1m store conn_cur"
+            "\n    tcp-request connection track-sc0 src"
+            f"\n    tcp-request connection reject if {{ sc0_conn_cur gt {int(int(most[1]) * _OF_ONE_ADDRESS)} }}"
+        )
+        configuration = re.sub(r"^frontend http_frontend$", rf"\g<0>{limit}", configuration, flags=re.MULTILINE)
     files = "".join(f"\n    errorfile {status.value} {folder / _file_of(status)}" for status in _DETAILS)
     return re.sub(r"^defaults$", rf"\g<0>{files}", configuration, flags=re.MULTILINE)
 

@@ -2,11 +2,13 @@
 
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -20,6 +22,7 @@ from tests.project import ROOT
 from tests.watching import running, wait_for
 
 pytestmark = pytest.mark.slow
+MOST = 40  # connections
 
 # Ray's own manager of HAProxy, which knows no route yet.
 _OPEN = """
@@ -44,8 +47,10 @@ def private() -> Iterator[Path]:
 
 
 def test_an_open_door_with_nobody_behind_it(private: Path) -> None:
+    """An address that opens as many connections as it may is refused more, and leaves some for others."""
     ports = {name: free_port("127.0.0.1") for name in ("HTTP", "STATS", "METRICS")}
     others = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(port) for name, port in ports.items()}
+    others["RAY_SERVE_HAPROXY_MAXCONN"] = str(MOST)
     everything = {**os.environ, "PYTHONPATH": str(ROOT), **others, **environment(private)}
     command = [sys.executable, "-c", _OPEN, str(ports["HTTP"])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=everything) as manager:
@@ -56,6 +61,14 @@ def test_an_open_door_with_nobody_behind_it(private: Path) -> None:
             assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json")
             assert int(answer.headers["retry-after"]) > 0
             assert ProblemDetails.model_validate(answer.json()).type == "urn:chainfed:problem:service-unavailable"
+            with ExitStack() as opened:
+                for _ in range(MOST * 3 // 8):
+                    half = opened.enter_context(socket.create_connection(("127.0.0.1", ports["HTTP"])))
+                    half.sendall(b"GET / HTTP/1.1\r\nHost: ")
+                with pytest.raises(httpx.TransportError):
+                    httpx.get(f"http://127.0.0.1:{ports['HTTP']}/", trust_env=False)
+                other = opened.enter_context(httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2")))
+                assert other.get(f"http://127.0.0.1:{ports['HTTP']}/", timeout=5).status_code == 503
             sockets = [path for path in private.rglob("*.sock") if path.is_socket()]
             assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in sockets} == {0}
             (door,) = psutil.Process(manager.pid).children()
