@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import NoReturn
 
 _RETRY_SECONDS = 2
-_HEAD_SECONDS = 10  # a caller has this long to send the head of a request
+_HEAD_SECONDS, _BODY_SECONDS = 10, 30  # a caller has this long to send the head of a request, and its body
 # Of HAProxy's 4,096 connections, those that one address may have. Who opened all of them, or sent half a body over 2,000, which
 # is what two replicas take at a time, would leave none for others.
 _OF_ONE_ADDRESS = 3 / 8
 _DETAILS = {
     HTTPStatus.BAD_REQUEST: "the request is not HTTP as the service reads it",
-    HTTPStatus.REQUEST_TIMEOUT: f"the head of the request did not arrive within {_HEAD_SECONDS} s, or its body within 30 s",
+    HTTPStatus.REQUEST_TIMEOUT: (
+        f"the head of the request did not arrive within {_HEAD_SECONDS} s, or its body within {_BODY_SECONDS} s"
+    ),
     HTTPStatus.BAD_GATEWAY: "the process that was to answer has ended; whether the request was carried out is not known",
     HTTPStatus.SERVICE_UNAVAILABLE: "the service is starting; send the request again in a moment",
     HTTPStatus.GATEWAY_TIMEOUT: "the process that was to answer did not answer in time",
@@ -35,7 +37,7 @@ _CHANGES = (
     (r"^( *)retry-on .*$", r"\1retry-on conn-failure empty-response", 0),
     (r"^frontend http_frontend$", r"\g<0>\n    http-request disable-l7-retry unless METH_GET", 0),
     # A body is awaited here, so that one which does not come holds no place of a replica. Larger ones than the buffer are not.
-    (r"^frontend http_frontend$", r"\g<0>\n    http-request wait-for-body time 30s if METH_POST", 0),
+    (r"^frontend http_frontend$", rf"\g<0>\n    http-request wait-for-body time {_BODY_SECONDS}s if METH_POST", 0),
     # The service hears who asks, behind those whom a proxy before this one names.
     (
         r"^frontend http_frontend$",

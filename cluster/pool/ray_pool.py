@@ -230,25 +230,17 @@ class RayPool:
         quiet = {reference: turn for reference, turn in running.items() if now - turn.heard >= self._silence}
         known, lost = _asked(quiet), []
         others_run = any(turn.lease.placed for turn in running.values())
-        has_room = cache(may_have_room)  # Ray's head is asked once for all turns of one class
+        # Ray's head is asked once for all turns of one class. What stands for a site, which is not kept, waits for no room.
+        has_room = cache(may_have_room)
         for reference, turn in quiet.items():
-            answer = known.get(reference)
+            answer, waits = known.get(reference), not turn.lease.placed and not turn.starting
             if answer and answer.worked < turn.worked:  # another process at the site has begun it anew
                 turn.worked = 0.0
             if answer and answer.worked - turn.worked >= _LEAST_WORK * self._silence:
                 turn.heard, turn.worked = now, answer.worked
-            elif not turn.lease.placed and not turn.starting and turn.lease.has_machine():
+            elif waits and turn.lease.has_machine():
                 turn.heard, turn.starting = now, True
-            elif (
-                not turn.lease.placed
-                and not turn.starting
-                and (
-                    others_run
-                    or (
-                        turn.lease.kept and has_room(turn.lease.memory)
-                    )  # a site's process is not the cluster's to give
-                )
-            ):
+            elif waits and (others_run or (turn.lease.kept and has_room(turn.lease.memory))):
                 turn.heard = now
             else:
                 why = _why(turn, answer)
