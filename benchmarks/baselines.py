@@ -23,7 +23,7 @@ from chainfed_ray.aggregation.mean import RunningMean
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory
-from chainfed_ray.federation.cohort import Cohort
+from chainfed_ray.federation.cohort import Cohort, Sampler
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import Head, Tensors
 from chainfed_ray.model.blocks import Blocks
@@ -70,13 +70,13 @@ def federated(job: PlannedJob, model: Model, meter: Meter) -> Iterator[int]:
     spec = job.spec
     rounds, window = spec.rounds, Window(job.planner.requirements.start, job.layers - 1)
     assert rounds.local_steps is not None
-    candidates = [candidate for candidate, _ in job.admitted]
+    candidates, sampler = [candidate for candidate, _ in job.admitted], Sampler.of(spec, spec.seed)
     current = model.tensors()
     for index in range(rounds.total):
         decay = 0.5 * (1 + np.cos(np.pi * index / rounds.total))
         seed = derive(spec.seed, "round", index)
         rates = (rounds.learning_rate * decay, rounds.head_learning_rate * decay)
-        cohort = Cohort.of(spec, job.planner, candidates, index, window, (), spec.seed)
+        cohort = Cohort.of(sampler, job.planner, candidates, index, window, ())
         mean = RunningMean(current, cohort.examples)
         for place, candidate in enumerate(cohort.sampled):
             started, cpu = perf_counter(), process_time()

@@ -12,7 +12,8 @@ import numpy as np
 
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.record import named
-from chainfed_ray.spec.fleet import PartitionSpec
+from chainfed_ray.seeds import derive
+from chainfed_ray.spec.fleet import FleetSpec, PartitionSpec
 
 
 class PartitionRule(Protocol):
@@ -25,6 +26,24 @@ class PartitionRule(Protocol):
     def __call__(
         self, labels: np.ndarray, groups: Sequence[str], clients: int, seed: int
     ) -> Sequence[Sequence[int] | np.ndarray]: ...
+
+
+def shares_of(
+    fleet: FleetSpec, seed: int, labels: np.ndarray, groups: Sequence[str], rule: PartitionRule | None
+) -> list[np.ndarray]:
+    """The row indices of each simulated client, in the order of the fleet, by its own partition or the caller's ``rule``.
+
+    ``seed`` is the job's. ``labels`` and ``groups`` are those of ``PartitionRule``.
+
+    Raises:
+        InvalidJob: the rows cannot be partitioned so.
+    """
+    count, seed = fleet.size, derive(seed, "partition")
+    if not count:
+        return []
+    if rule is not None:
+        return partition_by(rule, labels, groups, count, seed)
+    return partition_examples(fleet.partition, labels, groups, count, seed)
 
 
 def partition_by(

@@ -20,7 +20,6 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
 from chainfed_ray.client.survey import Absence, ClientSurvey, SiteRows, Survey
 from chainfed_ray.data.examples import JobExamples
-from chainfed_ray.data.partition import PartitionRule, partition_by, partition_examples
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts, Examples
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.problem import some_of
@@ -33,8 +32,7 @@ from chainfed_ray.records.fleet import (
     LateSite,
 )
 from chainfed_ray.records.manifest import ClientPartition, Manifest
-from chainfed_ray.seeds import derive
-from chainfed_ray.spec.fleet import ClientClass
+from chainfed_ray.spec.fleet import ClientClass, FleetSpec
 from chainfed_ray.spec.job import JobSpec
 
 
@@ -240,21 +238,23 @@ def requirements_of(spec: JobSpec, layers: int) -> TurnRequirements:
 
 
 def candidates(
-    spec: JobSpec,
+    fleet: FleetSpec,
     examples: JobExamples,
+    classes: tuple[str, ...],
     shares: Sequence[np.ndarray],
     surveys: Mapping[str, Survey | Absence] = MappingProxyType({}),
 ) -> list[Candidate]:
     """The clients of a job's fleet. ``shares`` are the row indices of each simulated one, in the order of the fleet.
 
-    ``surveys`` are the answers of sites. A site that takes no part has no clients.
+    ``surveys`` are the answers of sites. A site that takes no part has no clients. ``classes`` are those of the head, by which
+    sites number their labels; a language model has none.
     """
-    simulated = iter(zip(spec.fleet.members, shares, strict=True))
+    simulated = iter(zip(fleet.members, shares, strict=True))
     found = list[Candidate]()
-    for group in spec.fleet.clients:
+    for group in fleet.clients:
         survey = surveys.get(group.name)
         if isinstance(survey, Survey):
-            found += _at_site(group, survey, () if spec.model.task == "causal-lm" else examples.corpus.classes)
+            found += _at_site(group, survey, classes)
         elif group.site is None:
             for (name, _), share in islice(simulated, group.count):
                 rows, resources = examples.of_client(share), (group.memory, group.disk, group.availability, group.speed)
@@ -277,22 +277,22 @@ def as_client(candidate: Candidate, plan: TurnPlan, cap_bytes: int) -> Client:
     return Client(name, group, examples, memory, plan, cap_bytes, speed=candidate.speed, remote=candidate.remote)
 
 
-def classes_at_sites(spec: JobSpec, surveys: Mapping[str, Survey | Absence]) -> set[str]:
+def classes_at_sites(fleet: FleetSpec, surveys: Mapping[str, Survey | Absence]) -> set[str]:
     """The names of all classes that sites tell of.
 
     Raises:
         InvalidJob: no site takes part, and there are no other clients.
     """
     answers = [survey for survey in surveys.values() if isinstance(survey, Survey)]
-    if surveys and not answers and not spec.fleet.size:
-        reasons = some_of((group.reason for group in absent_clients(spec, surveys)), "; ")
+    if surveys and not answers and not fleet.size:
+        reasons = some_of((group.reason for group in absent_clients(fleet, surveys)), "; ")
         raise InvalidJob.at("fleet.clients", [*surveys], f"a site that takes part ({reasons})")
     return {name for survey in answers for client in survey.clients for name in client.classes}
 
 
-def absent_clients(spec: JobSpec, surveys: Mapping[str, Survey | Absence]) -> tuple[ExcludedClients, ...]:
+def absent_clients(fleet: FleetSpec, surveys: Mapping[str, Survey | Absence]) -> tuple[ExcludedClients, ...]:
     """The classes of clients whose site takes no part, each with its reason."""
-    answers = ((group, surveys.get(group.name)) for group in spec.fleet.at_sites)
+    answers = ((group, surveys.get(group.name)) for group in fleet.at_sites)
     return tuple(
         ExcludedClients(
             client_class=group.name,
@@ -309,19 +309,21 @@ def absent_clients(spec: JobSpec, surveys: Mapping[str, Survey | Absence]) -> tu
 
 @dataclass(frozen=True)
 class Latecomers:
-    """Takes in clients whose site comes after the job has begun. ``stage`` is the chain's lowest window.
+    """Takes in clients of ``fleet`` whose site comes after the job has begun. ``stage`` is the chain's lowest window.
 
-    The head has the ``classes`` with which the job began. A site with rows of others takes no part.
+    The head has the ``classes`` with which the job began. A site with rows of others takes no part. In a ``private`` job a site
+    is one client.
     """
 
-    spec: JobSpec
+    fleet: FleetSpec
+    private: bool
     planner: Planner
     stage: Window
     classes: tuple[str, ...]
 
     def of(self, answers: Mapping[str, Survey | Absence]) -> tuple[LateSite, ...]:
         """Who takes part of the classes of clients whose sites gave ``answers``, in the order of the fleet."""
-        groups = (group for group in self.spec.fleet.at_sites if group.name in answers)
+        groups = (group for group in self.fleet.at_sites if group.name in answers)
         return tuple(self._site(group, answers[group.name]) for group in groups)
 
     def joined(self, admission: Admission, late: Iterable[LateSite]) -> Admission:
@@ -330,7 +332,7 @@ class Latecomers:
         Raises:
             InvalidJob: another number of them have a plan than when they came.
         """
-        groups = {group.name: group for group in self.spec.fleet.at_sites}
+        groups = {group.name: group for group in self.fleet.at_sites}
         for site in late:
             counts = (ExampleCounts(each.examples, each.longest, each.tokens) for each in site.clients)
             survey = Survey(tuple(ClientSurvey(each, {}) for each in counts))
@@ -349,10 +351,10 @@ class Latecomers:
         if self.classes and (others := told - set(self.classes)):
             words = "it has rows of classes that the job did not have when it began"
             answer = Absence(f"{words} ({some_of(sorted(others))}); `data.classes` lists such classes beforehand")
-        if self.spec.privacy and isinstance(answer, Survey) and len(answer.clients) > 1:
+        if self.private and isinstance(answer, Survey) and len(answer.clients) > 1:
             answer = Absence(f"it makes {len(answer.clients)} clients of its file, and ε was computed with one for it")
         if isinstance(answer, Absence):
-            return LateSite(client_class=name, site=group.site, excluded=absent_clients(self.spec, {name: answer}))
+            return LateSite(client_class=name, site=group.site, excluded=absent_clients(self.fleet, {name: answer}))
         members, totals = tuple(_at_site(group, answer, self.classes)), FleetTotals()
         lines = listed(self.planner, _planned(self.planner, members, self.stage), self.stage, totals)
         plans = {line.client: line.model_dump(include={"planned_bytes", "plan", "shortfall_bytes"}) for line in lines}
@@ -386,14 +388,3 @@ def manifest_of(
         else:
             clients.append(ClientPartition.simulated(name, group, next(rows), labels))
     return Manifest.of(spec, examples.corpus, clients, rule)
-
-
-def shares_of(spec: JobSpec, examples: JobExamples, rule: PartitionRule | None) -> list[np.ndarray]:
-    """The row indices of each simulated client, in the order of the fleet, by the job's partition or the caller's ``rule``."""
-    labels, groups = examples.train.labels, examples.corpus.train.groups
-    count, seed = spec.fleet.size, derive(spec.seed, "partition")
-    if not count:
-        return []
-    if rule is not None:
-        return partition_by(rule, labels, groups, count, seed)
-    return partition_examples(spec.fleet.partition, labels, groups, count, seed)

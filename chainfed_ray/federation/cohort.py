@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import numpy as np
 
@@ -21,6 +22,47 @@ from chainfed_ray.federation.stages import RoundSpec
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws ``clients`` for a round, without replacement and with ``seed``. A job needs updates of ``quorum`` of them.
+
+    Excluded clients are not drawn, except in a ``private`` job: ε was computed for samples of all admitted clients, and of
+    those that may still come. ``availability_seed`` decides which clients answer. It is the job's own seed, in a private job
+    as well.
+    """
+
+    clients: int
+    quorum: int
+    private: bool
+    seed: int
+    availability_seed: int
+
+    @classmethod
+    def of(cls, spec: JobSpec, seed: int) -> Self:
+        """The sampler of a job, which draws with ``seed``."""
+        return cls(spec.rounds.clients, spec.quorum, spec.privacy is not None, seed, spec.seed)
+
+    def draw(self, candidates: Iterable[Candidate], index: int, history: Sequence[Round]) -> tuple[Candidate, ...]:
+        """The clients of round ``index``, after the rounds of ``history``, in the order of the fleet.
+
+        Raises:
+            QuorumLost: so many clients are excluded that fewer than the quorum remain.
+        """
+        everybody, excluded = list(candidates), _excluded(history)
+        able = [candidate for candidate in everybody if candidate.name not in excluded and has_come(candidate)]
+        if len(able) < self.quorum:
+            raise QuorumLost(f"round {index + 1}", self.quorum, excluded)
+        drawn_from = everybody if self.private else able
+        generator = np.random.default_rng(derive(self.seed, "sample", index))
+        places = generator.choice(len(drawn_from), min(self.clients, len(drawn_from)), replace=False).tolist()
+        return tuple(drawn_from[place] for place in sorted(places))
+
+    def answers(self, index: int, candidate: Candidate) -> bool:
+        """True if a client answers in round ``index``. Each client has its own draw, which no other client changes."""
+        drawn = np.random.default_rng(derive(self.availability_seed, "available", index, candidate.name)).random()
+        return drawn < candidate.availability
 
 
 @dataclass(frozen=True)
@@ -41,20 +83,19 @@ class Cohort:
     @classmethod
     def of(
         cls,
-        spec: JobSpec,
+        sampler: Sampler,
         planner: Planner,
         candidates: Iterable[Candidate],
         index: int,
         stage: Window,
         history: Sequence[Round],
-        seed: int,
-    ) -> "Cohort":
-        """The cohort of round ``index``, after the rounds of ``history``. The sample is drawn with ``seed``.
+    ) -> Self:
+        """The cohort of round ``index``, after the rounds of ``history``.
 
         Raises:
             QuorumLost: so many clients are excluded that fewer than the quorum remain.
         """
-        sampled = _sample(spec, candidates, index, history, seed)
+        sampled = sampler.draw(candidates, index, history)
         on_fallback, excluded = _on_fallback(history), _excluded(history)
         clients, absent = [], []
         for candidate in sampled:
@@ -63,7 +104,7 @@ class Cohort:
                 absent.append((candidate, Failure(f"site {candidate.remote.site} has not come, or cannot take part")))
             elif candidate.name in excluded:
                 absent.append((candidate, Failure(f"the client is excluded: {excluded[candidate.name]}")))
-            elif _answers(spec.seed, index, candidate):
+            elif sampler.answers(index, candidate):
                 clients.append(_turn(planner, candidate, stage, candidate.name in on_fallback))
             else:
                 reason = f"the client did not answer: its availability is {candidate.availability:g}"
@@ -87,18 +128,18 @@ class Cohort:
 
 @contextmanager
 def foreseen(
-    spec: JobSpec,
+    sampler: Sampler,
     pool: ClientPool,
     candidates: Sequence[Candidate],
     upcoming: RoundSpec,
     total: int,
     history: Sequence[Round],
-    seed: int,
+    fits_head: bool,
 ) -> Iterator[None]:
     """Tell ``pool`` what it is asked for while a round runs in the block, and what the round after it needs.
 
-    Who is sampled next is known before, but for clients that are excluded in this round. A stage that begins with a fitted head
-    asks everyone. After the job's last round of ``total`` nobody is needed.
+    Who is sampled next is known before, but for clients that are excluded in this round. A stage that begins with a head in
+    closed form (``fits_head``) asks everyone. After the job's last round of ``total`` nobody is needed.
     """
     index = upcoming.round_index
 
@@ -110,10 +151,10 @@ def foreseen(
         return [Need(*group, count) for group, count in found.items()]
 
     def sampled(of: int) -> Iterable[Candidate]:
-        if of > index and upcoming.last_of_stage and spec.chain.head == "fitted":
+        if of > index and upcoming.last_of_stage and fits_head:
             return candidates
         try:
-            return _sample(spec, candidates, of, history, seed)
+            return sampler.draw(candidates, of, history)
         except QuorumLost:  # then there is no such round
             return ()
 
@@ -141,34 +182,9 @@ def _excluded(history: Sequence[Round]) -> dict[str, str]:
     return {failed.client: failed.reason for record in history for failed in record.failed_turns if failed.over_budget}
 
 
-def _sample(
-    spec: JobSpec, candidates: Iterable[Candidate], index: int, history: Sequence[Round], seed: int
-) -> tuple[Candidate, ...]:
-    """Draw the clients of round ``index`` without replacement.
-
-    Excluded clients are not drawn, except with privacy: ε was computed for samples of all admitted clients, and of those that
-    may still come.
-    """
-    everybody, excluded = list(candidates), _excluded(history)
-    able = [candidate for candidate in everybody if candidate.name not in excluded and has_come(candidate)]
-    if len(able) < spec.quorum:
-        raise QuorumLost(f"round {index + 1}", spec.quorum, excluded)
-    drawn_from = everybody if spec.privacy else able
-    count = min(spec.rounds.clients, len(drawn_from))
-    generator = np.random.default_rng(derive(seed, "sample", index))
-    places = generator.choice(len(drawn_from), count, replace=False).tolist()
-    return tuple(drawn_from[place] for place in sorted(places))
-
-
 def has_come(candidate: Candidate) -> bool:
     """False for one that holds the place of a client which may still come."""
     return candidate.remote is None or candidate.counts.examples > 0
-
-
-def _answers(seed: int, index: int, candidate: Candidate) -> bool:
-    """True if a client answers in round ``index``. Each client has its own draw, which no other client changes."""
-    drawn = np.random.default_rng(derive(seed, "available", index, candidate.name)).random()
-    return drawn < candidate.availability
 
 
 def _on_fallback(history: Sequence[Round]) -> frozenset[str]:

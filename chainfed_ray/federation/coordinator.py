@@ -22,7 +22,7 @@ from chainfed_ray.client.survey import Sites
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.admission import Latecomers, listed
-from chainfed_ray.federation.cohort import Cohort, everyone, foreseen
+from chainfed_ray.federation.cohort import Cohort, Sampler, everyone, foreseen
 from chainfed_ray.federation.collect import UpdateCollector, check_fruitful, collect_updates, reasons
 from chainfed_ray.federation.evaluation import (
     JobEvaluation,
@@ -235,7 +235,7 @@ class Coordinator:
     @property
     def _latecomers(self) -> Latecomers:
         stage = self._job.chain_from(self._planner.requirements.start).lowest
-        return Latecomers(self._spec, self._planner, stage, self._job.classes)
+        return Latecomers(self._spec.fleet, self._spec.privacy is not None, self._planner, stage, self._job.classes)
 
     def _came(self, history: Sequence[Round]) -> tuple[LateSite, ...]:
         """The sites that came since the last round of ``history``."""
@@ -332,14 +332,15 @@ class Coordinator:
         self, upcoming: RoundSpec, before: Tensors, trained: Tensors, history: Sequence[Round]
     ) -> UpdateCollector:
         """The turns of the round's cohort. ``trained`` are the tensors of ``before`` that the stage trains."""
-        cohort = self._cohort(upcoming, history)
+        candidates = self._privacy.sampled_from(self._job.admitted)
+        sampler = Sampler.of(self._spec, self._privacy.sampling_seed)
+        cohort = Cohort.of(sampler, self._planner, candidates, upcoming.round_index, upcoming.window, history)
         collector = UpdateCollector(
             lambda window: self._trained(before, self._privacy.sent(window, upcoming.window)),
             self._privacy.aggregate(upcoming.round_index, trained, cohort.examples),
         )
-        total, seed = self._privacy.total, self._privacy.sampling_seed
-        candidates = self._privacy.sampled_from(self._job.admitted)
-        with foreseen(self._spec, self._pool, candidates, upcoming, total, history, seed):
+        total, fits_head = self._privacy.total, self._spec.chain.head == "fitted"
+        with foreseen(sampler, self._pool, candidates, upcoming, total, history, fits_head):
             collect_updates(
                 self._pool,
                 cohort,
@@ -356,10 +357,6 @@ class Coordinator:
         if self._aggregation is not None:
             check_aggregate(named(self._aggregation), aggregate, trained)
         return aggregate
-
-    def _cohort(self, upcoming: RoundSpec, history: Sequence[Round]) -> Cohort:
-        candidates, seed = self._privacy.sampled_from(self._job.admitted), self._privacy.sampling_seed
-        return Cohort.of(self._spec, self._planner, candidates, upcoming.round_index, upcoming.window, history, seed)
 
     def _trained(self, tensors: Tensors, window: Window) -> Tensors:
         """The tensors that a client trains in ``window``."""

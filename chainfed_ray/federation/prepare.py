@@ -22,7 +22,7 @@ from chainfed_ray.client.messages import Client
 from chainfed_ray.client.survey import Sites
 from chainfed_ray.data.choices import Choices
 from chainfed_ray.data.examples import JobExamples, examples_of
-from chainfed_ray.data.partition import PartitionRule
+from chainfed_ray.data.partition import PartitionRule, shares_of
 from chainfed_ray.data.targets import packed
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
@@ -37,7 +37,6 @@ from chainfed_ray.federation.admission import (
     classes_at_sites,
     manifest_of,
     requirements_of,
-    shares_of,
 )
 from chainfed_ray.federation.privacy_policy import awaited
 from chainfed_ray.hub import configuration, first_line, tokenizer
@@ -186,17 +185,18 @@ def plan_job(
         configuration(folder)
     surveys = sites.survey(spec, folder, listen) if sites and spec.fleet.at_sites else {}
     unasked = any(group.name not in surveys for group in spec.fleet.at_sites)
-    elsewhere = None if unasked else classes_at_sites(spec, surveys)
+    elsewhere = None if unasked else classes_at_sites(spec.fleet, surveys)
     examples = examples_of(spec, tokenizer(spec.model.base, folder), listen, elsewhere)
 
     # 2. Trace how much memory each part of a turn holds.
     train = examples.train if examples.pack_length is None else packed(examples.train, examples.pack_length)
-    model = traced(spec, source, len(_classes(spec, examples)) or None, (train, *examples.held_out), listen)
+    classes = _classes(spec, examples)
+    model = traced(spec, source, len(classes) or None, (train, *examples.held_out), listen)
     planner = Planner(model.memory, requirements_of(spec, model.memory.layers))
 
     # 3. Partition the rows among the clients, and plan which clients can take part.
-    shares = shares_of(spec, examples, partition)
-    everybody = candidates(spec, examples, shares, surveys)
+    shares = shares_of(spec.fleet, spec.seed, examples.train.labels, examples.corpus.train.groups, partition)
+    everybody = candidates(spec.fleet, examples, classes, shares, surveys)
     admission = admit(planner, everybody, spec.window(model.memory.layers), listen)
     return PlannedJob(
         spec=spec,
@@ -204,7 +204,7 @@ def plan_job(
         layers=model.memory.layers,
         layers_path=model.layers_path,
         hidden=model.memory.hidden,
-        classes=_classes(spec, examples),
+        classes=classes,
         manifest=manifest_of(spec, examples, everybody, shares, surveys, named(partition) if partition else None),
         planner=planner,
         admission=admission,
@@ -213,7 +213,7 @@ def plan_job(
         choices=examples.choices,
         partition=partition,
         lora=model.lora,
-        absent=absent_clients(spec, surveys),
+        absent=absent_clients(spec.fleet, surveys),
         sites_unasked=unasked,
     )
 
@@ -391,7 +391,9 @@ def check_fleet(job: PlannedJob) -> None:
             f"the index of a layer, since no client has both the {FEWEST} rows that a profile needs and the disk for "
             "their activations",
         )
-    count = len(admission.admitted) + len(awaited(spec, job.absent))
-    if spec.privacy and (ledger := Ledger(spec.privacy, spec.rounds, count)).total == 0:
+    if spec.privacy is None:
+        return
+    count = len(admission.admitted) + len(awaited(spec.fleet, job.absent))
+    if (ledger := Ledger(spec.privacy, spec.rounds, count)).total == 0:
         expected = f"{ledger.spent(1):.3g} or more: the first round costs that with {count} clients"
         raise InvalidJob.at("privacy.epsilon", spec.privacy.epsilon, expected)

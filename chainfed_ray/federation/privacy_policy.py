@@ -19,18 +19,20 @@ from chainfed_ray.record import named
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import ExcludedClients
 from chainfed_ray.records.rounds import Round
+from chainfed_ray.spec.fleet import FleetSpec
 from chainfed_ray.spec.job import JobSpec
 
 
-def awaited(spec: JobSpec, absent: Sequence[ExcludedClients]) -> list[Candidate]:
-    """With privacy, a client without rows for each site that may still come, of those that are ``absent``; else none.
+def awaited(fleet: FleetSpec, absent: Sequence[ExcludedClients]) -> list[Candidate]:
+    """A client without rows for each site that may still come, of those that are ``absent``.
 
-    Rounds sample from all clients that may ever take part, or ε would depend on who comes. One that has not come fails.
+    A private job keeps these places. Its rounds sample from all clients that may ever take part, or ε would depend on who
+    comes. One that has not come fails.
     """
-    sites, none = {group.name: group.site for group in spec.fleet.at_sites}, ExampleCounts(0, 0, 0)
+    sites, none = {group.name: group.site for group in fleet.at_sites}, ExampleCounts(0, 0, 0)
     return [
         Candidate(f"{name}-0", name, NO_EXAMPLES, group.budget_bytes, None, remote=SiteRows(site, "", 0, 1, none))
-        for group in (absent if spec.privacy else ())
+        for group in absent
         if group.may_come and (site := sites[name := group.client_class])
     ]
 
@@ -60,7 +62,7 @@ class PrivacyPolicy:
         if spec.fleet.has_ranks and aggregation is not None:
             expected = "no rule of one's own with fleet.clients[].rank: updates have tensors of different shapes"
             raise InvalidJob.at("aggregation", named(aggregation), expected)
-        self._places = [*(candidate for candidate, _ in admitted), *awaited(spec, absent)] if spec.privacy else []
+        self._places = [*(candidate for candidate, _ in admitted), *awaited(spec.fleet, absent)] if spec.privacy else []
         self._ledger = Ledger(spec.privacy, spec.rounds, len(self._places)) if spec.privacy else None
 
     @property

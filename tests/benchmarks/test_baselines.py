@@ -36,7 +36,7 @@ from chainfed_ray.client.messages import Client, Training
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.client.training import step_batches
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.federation.cohort import Cohort
+from chainfed_ray.federation.cohort import Cohort, Sampler
 from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.model.adapters import Head, Tensors
 from chainfed_ray.model.blocks import Blocks
@@ -121,8 +121,7 @@ def by_hand(job: PlannedJob, start: Tensors, forward: Any, rates: dict[str, floa
     candidates = [candidate for candidate, _ in job.admitted]
     for index in range(rounds.total):
         decay = 0.5 * (1 + math.cos(math.pi * index / rounds.total))
-        stage = job.admitted[0][1].window
-        sampled = Cohort.of(job.spec, job.planner, candidates, index, stage, (), job.spec.seed).sampled
+        sampled = Sampler.of(job.spec, job.spec.seed).draw(candidates, index, ())
         updates = []
         for candidate in sampled:
             leaves = {name: tensor.float().clone().requires_grad_() for name, tensor in current.items()}
@@ -277,8 +276,8 @@ def test_the_same_data_cohorts_and_initial_values_for_every_method(study: Study,
     for method in ("end-to-end", "last-window", "probe", "recommended"):
         job = prepare_job(parse_job(a_run(study, method).document), tmp_path / method)
         candidates = [candidate for candidate, _ in job.admitted]
-        stage = job.admitted[0][1].window
-        cohort = Cohort.of(job.spec, job.planner, candidates, 1, stage, (), job.spec.seed)
+        stage, sampler = job.admitted[0][1].window, Sampler.of(job.spec, job.spec.seed)
+        cohort = Cohort.of(sampler, job.planner, candidates, 1, stage, ())
         dealt.append(
             (
                 [candidate.examples.ids.tobytes() for candidate in candidates],

@@ -14,7 +14,7 @@ from chainfed_ray.client.messages import Profile, Profiling, Training
 from chainfed_ray.client.pool import Failure, LocalPool
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation.admission import Candidate
-from chainfed_ray.federation.cohort import Cohort
+from chainfed_ray.federation.cohort import Cohort, Sampler
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.forecast import duration
@@ -87,8 +87,9 @@ def job(document: dict[str, Any], tmp_path: Path) -> PlannedJob:
 
 
 def cohorts(job: PlannedJob, candidates: list[Candidate], rounds: int = 400) -> Iterator[Cohort]:
+    sampler = Sampler.of(job.spec, job.spec.seed)
     for index in range(rounds):
-        yield Cohort.of(job.spec, job.planner, candidates, index, Window(1, 2), [], job.spec.seed)
+        yield Cohort.of(sampler, job.planner, candidates, index, Window(1, 2), [])
 
 
 def test_clients_answer_as_often_as_is_said_and_independently(job: PlannedJob) -> None:

@@ -26,7 +26,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.totals import TotalsOfJobs
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import InvalidJob, QuorumLost
-from chainfed_ray.federation.cohort import Cohort
+from chainfed_ray.federation.cohort import Cohort, Sampler
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.prepare import PlannedJob, check_fleet
 from chainfed_ray.federation.run import in_this_process
@@ -179,9 +179,9 @@ def test_another_secret_is_another_model(finished: Finished, tmp_path: Path) -> 
 
 
 def cohorts(job: PlannedJob, secret: bytes, history: list[Any], count: int) -> list[Cohort]:
-    admitted, seed = [candidate for candidate, _ in job.admitted], sampling_seed(secret)
+    admitted, sampler = [candidate for candidate, _ in job.admitted], Sampler.of(job.spec, sampling_seed(secret))
     window = Window(1, 2)
-    return [Cohort.of(job.spec, job.planner, admitted, index, window, history, seed) for index in range(count)]
+    return [Cohort.of(sampler, job.planner, admitted, index, window, history) for index in range(count)]
 
 
 def test_another_secret_is_another_sample(plain: PlannedJob, tmp_path: Path) -> None:
