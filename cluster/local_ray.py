@@ -43,6 +43,8 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
         # Ray looks for new logs ten times a second, to tell drivers what is in them. Ours is told nothing.
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
         "LOG_NAME_UPDATE_INTERVAL_S": "3600",
+        # Ray starts a process for each core beforehand. Ours are forks of another process, so nobody would use them.
+        "RAY_prestart_worker_first_driver": "0",
     }
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):

@@ -24,8 +24,16 @@ from chainfed_ray.problem import some_of
 from chainfed_ray.streaming.blank_model import copy_of
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.dequantize import dequantizing_bytes
-from chainfed_ray.streaming.experts import expert_matrices, stream_experts
-from chainfed_ray.streaming.matrices import SLICE_BYTES, RowSlices, SliceReader, is_linear, stream_matrices
+from chainfed_ray.streaming.experts import expert_matrices, slice_experts, stream_experts
+from chainfed_ray.streaming.matrices import (
+    SLICE_BYTES,
+    RowSlices,
+    SliceReader,
+    is_linear,
+    rows_of_slice,
+    slice_matrices,
+    stream_matrices,
+)
 from chainfed_ray.streaming.numbers import check_numbers
 from chainfed_ray.streaming.unchanged import while_unchanged
 
@@ -134,10 +142,14 @@ class Blocks:
         """Layer ``index`` with its weights; drop it to free them.
 
         If ``matrices`` are given, the layer's matrices are streamed from there whenever it runs; only norms and biases are
-        resident.
+        resident. Without them, large matrices are used in the same slices, so that the layer gives the same bits.
         """
         layer = self._streamed(index, matrices) if matrices else copy_of(self._trunk.layers[index])
-        self._load(layer, f"{self._trunk.layer_name(index)}.")
+        prefix = f"{self._trunk.layer_name(index)}."
+        self._load(layer, prefix)
+        if matrices is None:
+            slice_matrices(layer, lambda path: self._rows_of_slice(f"{prefix}{path}.weight"))
+            slice_experts(layer, lambda path: self._rows_of_slice(f"{prefix}{path}"))
         return layer.eval().requires_grad_(False)
 
     def with_weights_of(self, index: int, other: nn.Module) -> nn.Module:
@@ -338,6 +350,12 @@ class Blocks:
         stream_matrices(layer, prefix, matrices, self._trunk.source)
         stream_experts(layer, prefix, matrices, self._checkpoint, self._trunk.source)
         return layer
+
+    def _rows_of_slice(self, parameter: str) -> int:
+        """The rows that would be read at once of a matrix, or of the matrix of an expert."""
+        name = self._trunk.source(parameter)
+        matrix = self._checkpoint.matrix(name, 0) if len(self._checkpoint.shape(name)) == 3 else name
+        return rows_of_slice(self._checkpoint, matrix, self.dtype)
 
     def _load(self, module: nn.Module, prefix: str) -> None:
         tensors = {

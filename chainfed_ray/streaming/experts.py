@@ -6,6 +6,7 @@ depend on the number of tokens alone, and memory can be planned. Streamed, the m
 are not read.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # it has no public name; the version of torch is pinned
 
 from chainfed_ray.streaming.checkpoint import Checkpoint
-from chainfed_ray.streaming.matrices import RowSlices, SourceNames, multiply
+from chainfed_ray.streaming.matrices import ResidentSlices, RowSlices, SourceNames, multiply
 
 _NAME = "chainfed"  # of our function among transformers' own
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")
@@ -51,10 +52,11 @@ def expert_matrices(module: nn.Module) -> list[str]:
     return [name for name in _MATRICES if isinstance(getattr(module, name, None), nn.Parameter)]
 
 
-class _Whole(NamedTuple):
-    """The matrices [E, …] of all experts, in memory."""
+class _Resident(NamedTuple):
+    """The matrices [E, …] of all experts, in memory. Each is used in slices of ``rows`` rows, as if it were streamed."""
 
     tensor: Tensor
+    rows: int
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,8 +65,7 @@ class _Whole(NamedTuple):
 
     def multiply(self, expert: int, flat: Tensor, product: Tensor, by_columns: bool) -> None:
         """See ``matrices.multiply``, for the matrix of one expert."""
-        matrix = self.tensor[expert]
-        torch.mm(flat, matrix.T if by_columns else matrix, out=product)
+        multiply(ResidentSlices(self.tensor[expert], self.rows), "", flat, product, by_columns)
 
 
 class StreamedExperts(NamedTuple):
@@ -94,12 +95,23 @@ def stream_experts(
             setattr(module, matrices, StreamedExperts(source, checkpoint, names(f"{prefix}{path}.{matrices}")))
 
 
+def slice_experts(layer: nn.Module, rows_of: Callable[[str], int]) -> None:
+    """Let the matrices of a layer's experts, which are in memory, be used in slices of ``rows_of(path)`` rows.
+
+    See ``matrices.slice_matrices``.
+    """
+    for path, module in layer.named_modules():
+        for matrices in expert_matrices(module):
+            setattr(module, f"{matrices}_slice", rows_of(f"{path}.{matrices}"))
+
+
 def _product(experts: Any, name: str, inputs: Tensor, expert_of: Tensor, rows: list[int]) -> Tensor:
     """The product of each row [S, K] with the matrix of its expert, and the expert's bias if there is one: [S, N]."""
     given = getattr(experts, name)
-    matrices = _Whole(given) if isinstance(given, Tensor) else given
-    width = matrices.shape[-1 if experts.is_transposed else -2]
-    product: Tensor = _Grouped.apply(inputs, matrices, rows, width, experts.is_transposed)  # type: ignore[no-untyped-call]
+    if isinstance(given, Tensor):
+        given = _Resident(given, getattr(experts, f"{name}_slice", given.shape[1]))
+    width = given.shape[-1 if experts.is_transposed else -2]
+    product: Tensor = _Grouped.apply(inputs, given, rows, width, experts.is_transposed)  # type: ignore[no-untyped-call]
     return product.add_(getattr(experts, f"{name}_bias")[expert_of]) if experts.has_bias else product
 
 

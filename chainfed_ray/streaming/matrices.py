@@ -5,7 +5,7 @@ at a time, into two fixed buffers. While one slice is used, a thread fills the o
 matrix, or of the matrix that followed it last time. So weights take the memory of two slices, however large the model is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
@@ -87,7 +87,7 @@ class SliceReader:
 
     def _pieces(self, name: str) -> list[_Piece]:
         count = self._checkpoint.shape(name)[0]
-        step = max(self._slice_bytes // sum(self._row_bytes(name)), 1)
+        step = rows_of_slice(self._checkpoint, name, self._dtype, self._slice_bytes)
         return [_Piece(name, first, min(step, count - first)) for first in range(0, count, step)]
 
     def _take(self, piece: _Piece) -> Tensor:
@@ -106,7 +106,7 @@ class SliceReader:
         return self._filling
 
     def _load(self, piece: _Piece, buffer: int) -> Tensor:
-        used, stored = (piece.rows * size for size in self._row_bytes(piece.name))
+        used, stored = (piece.rows * size for size in _row_bytes(self._checkpoint, piece.name, self._dtype))
         room, stored_dtype = self._room(buffer, used + stored), self._checkpoint.dtype(piece.name)
         if not stored or self._checkpoint.form(piece.name):
             return self._checkpoint.slice(piece.name, piece.first, piece.rows, room, self._dtype)
@@ -115,15 +115,37 @@ class SliceReader:
         whole = self._checkpoint.slice(piece.name, piece.first, piece.rows, source, stored_dtype)
         return rows.view(self._dtype).view(whole.shape).copy_(whole)
 
-    def _row_bytes(self, name: str) -> tuple[int, int]:
-        """The bytes of a matrix's row in the dtype in use, and in the checkpoint's dtype if that is another; otherwise 0."""
-        stored, dtype = self._checkpoint.row_bytes(name), self._checkpoint.dtype(name)
-        return (stored, 0) if dtype == self._dtype else (stored // dtype.itemsize * self._dtype.itemsize, stored)
-
     def _room(self, buffer: int, needed: int) -> Tensor:
         if len(self._buffers[buffer]) < needed:
             self._buffers[buffer] = torch.empty(max(needed, self._slice_bytes), dtype=torch.uint8)
         return self._buffers[buffer][:needed]
+
+
+def rows_of_slice(checkpoint: Checkpoint, name: str, dtype: torch.dtype, slice_bytes: int = SLICE_BYTES) -> int:
+    """The rows of a slice of the checkpoint's matrix ``name``, used in ``dtype``: one at least."""
+    return max(slice_bytes // sum(_row_bytes(checkpoint, name, dtype)), 1)
+
+
+def _row_bytes(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> tuple[int, int]:
+    """The bytes of a matrix's row in ``dtype``, and in the checkpoint's dtype if that is another; otherwise 0."""
+    stored, own = checkpoint.row_bytes(name), checkpoint.dtype(name)
+    return (stored, 0) if own == dtype else (stored // own.itemsize * dtype.itemsize, stored)
+
+
+class ResidentSlices(NamedTuple):
+    """The slices of a ``matrix`` in memory, of ``rows`` rows each, as views."""
+
+    matrix: Tensor
+    rows: int
+
+    def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """See ``RowSlices``. There is one matrix, whatever its name."""
+        for first in range(0, len(self.matrix), self.rows):
+            yield first, self.matrix[first : first + self.rows]
+
+    def numbers(self, name: str, first: int, count: int) -> Tensor:
+        """See ``RowSlices``."""
+        return self.matrix[first : first + count]
 
 
 class StreamedLinear(nn.Module):
@@ -221,6 +243,20 @@ def stream_matrices(layer: nn.Module, prefix: str, source: RowSlices, names: "So
                 streamed.bias = nn.Parameter(torch.empty_like(module.bias, device="meta"), requires_grad=False)
             streamed.weight = torch.empty((), dtype=module.weight.dtype).expand(count, width).as_subclass(_OnlyForm)
             layer.set_submodule(path, streamed)
+
+
+def slice_matrices(layer: nn.Module, rows_of: Callable[[str], int]) -> None:
+    """Let every linear layer in ``layer`` use its matrix in slices of ``rows_of(path)`` rows, if it has more of them.
+
+    The matrices are in memory. A sum over slices has other bits than a sum over all rows, and a client with less memory, whose
+    matrices are streamed, must get the same ones.
+    """
+    for path, module in list(layer.named_modules()):
+        if is_linear(module) and (rows := rows_of(path)) < len(module.weight):
+            source, shape = ResidentSlices(module.weight, rows), (module.weight.shape[0], module.weight.shape[1])
+            sliced = StreamedLinear(source, path, shape, False, isinstance(module, Conv1D))
+            sliced.weight, sliced.bias = module.weight, module.bias
+            layer.set_submodule(path, sliced)
 
 
 class SourceNames(Protocol):

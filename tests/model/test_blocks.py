@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.streaming.matrices import SLICE_BYTES
 from tests.models import ENCODERS, FAMILIES, MIXTURES, tiny, tiny_causal_model, whole_outputs
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -64,6 +65,28 @@ def test_streamed_is_whole(family: str, dtype: torch.dtype, tmp_path: Path) -> N
     for mine, its in zip(ours, theirs, strict=True):
         assert torch.equal(mine, its)
     assert not torch.equal(ours[0], ours[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("family", "width"), [("bert", "intermediate_size"), ("gpt2", "n_inner"), ("mixtral", "intermediate_size")]
+)
+def test_matrices_of_several_slices_give_the_same_bits_streamed_and_resident(
+    family: str, width: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """In the backward pass as well, which adds up a product over the slices: in one sum it has other bits."""
+    folder, (ids, mask) = tiny(family, tmp_path, layers=1, **{width: 40_000}), a_batch()
+    found = []
+    with closing(Blocks(folder, dtype)) as blocks, closing(blocks.reader()) as reader:
+        for layer in (blocks.load_layer(0), blocks.load_layer(0, reader)):
+            hidden, calls = blocks.embed(ids, mask)
+            output = blocks.run(layer, hidden.requires_grad_(), calls[0])
+            output.backward(torch.ones_like(output).cumsum(1))
+            assert hidden.grad is not None
+            found.append((output.detach(), hidden.grad))
+    assert blocks.layer_bytes > SLICE_BYTES
+    for resident, streamed in zip(*found, strict=True):
+        assert torch.equal(resident, streamed)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS])

@@ -19,6 +19,7 @@ from chainfed_ray.api.command.cli import read_job
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, run
 from tests.project import COMMAND, ROOT
+from tests.watching import processes_below
 
 
 @pytest.mark.slow
@@ -42,6 +43,7 @@ def test_a_run_that_was_interrupted_or_killed_goes_on_where_it_was(
     ) as process:
         assert process.stderr is not None
         assert any("round 2/4" in line for line in process.stderr)
+        assert not processes_below("ray::IDLE", pid=process.pid), "processes that nobody uses"
         process.send_signal(end)
         said = process.stderr.read()
     assert "Traceback" not in said
