@@ -9,12 +9,15 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from importlib.util import find_spec
 from io import StringIO
+from math import prod
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
 from safetensors import numpy as in_numpy
 from safetensors.torch import save_file
@@ -23,7 +26,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chainfed_ray.block_forms import FORMS, to_metadata
 from chainfed_ray.cache_folder import made_once, shortened
 from chainfed_ray.errors import PackageMissing, UnsupportedModel
+from chainfed_ray.problem import some_of
 
+# Of the format (gguf.md in ggml's documents): the bytes of each type of value but texts and lists, and what else is needed.
+_VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_UINT32, _TEXT, _LIST = 4, 8, 9
+_VERSIONS, _ALIGNMENT, _MOST_DIMENSIONS = (2, 3), 32, 4
+_LONGEST_NAME, _SHORT = 2**16 - 1, 100  # bytes of a key; of a text whose value is kept
+_POSITIVE = (".block_count", ".embedding_length", ".attention.head_count", ".feed_forward_length")
 _CONVERSION = 2  # counted up when folders of the version before are not what is made now; they are left where they are
 
 
@@ -47,7 +57,10 @@ def converted(file: Path) -> Path:
 
 def _convert(file: Path, folder: Path) -> None:
     try:
-        model, tokenizer = _read(file)
+        said = _checked(file)
+        with _alone(file) as place:
+            model, tokenizer = _read(place)
+        _check_frequencies(model.config, said)
         # A tied head has no matrix of its own. transformers' way of saving would load DeepSpeed.
         tied = model.all_tied_weights_keys
         # Those of GPT-2 are transposed in memory, which safetensors does not notice in arrays.
@@ -71,12 +84,184 @@ def _convert(file: Path, folder: Path) -> None:
         in_numpy.save_file(kept, path, {"format": "pt"} | forms)
 
 
+def _checked(file: Path) -> dict[str, int | str]:
+    """Check that the file is whole, before libraries read it that take its counts and offsets for true.
+
+    Returns its keys with a whole number or a short text, and their values.
+
+    Raises:
+        ValueError: it is not, or is of another version or byte order; with a sentence about it.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    with file.open("rb") as opened:
+        parts = _Parts(opened, file.stat().st_size)
+        if (magic := parts.take(4, "its first word")) != b"GGUF":
+            raise ValueError(f"it begins with {magic!r}; expected b'GGUF'")
+        version = parts.take(4, "its version")
+        if int.from_bytes(version, "big") in _VERSIONS:
+            raise ValueError("its numbers are big-endian; expected little-endian")
+        if (number := int.from_bytes(version, "little")) not in _VERSIONS:
+            raise ValueError(f"it is of version {number} of GGUF; expected 2 or 3")
+        tensors, keys = parts.count(24, "tensors"), parts.count(12, "keys")
+        found = dict(parts.key() for _ in range(keys))
+        said = {name: value for name, value in found.items() if value is not None}
+        for name, value in said.items():
+            if name.endswith(_POSITIVE) and value == 0:
+                raise ValueError(f"it has 0 for {name}; expected at least 1")
+            if name.endswith(".block_count") and isinstance(value, int) and value > tensors:
+                raise ValueError(f"it has {value} for {name}, and {tensors} tensors")
+        alignment = said.get("general.alignment", _ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
+            raise ValueError(f"it has {alignment} for general.alignment; expected a multiple of 8")
+        ends: dict[str, int] = {}
+        for _ in range(tensors):
+            name, shape, kind, offset = parts.tensor()
+            if name in ends:
+                raise ValueError(f"it has {name} twice")
+            if kind not in set(GGMLQuantizationType):
+                raise ValueError(f"it has {name} in the type {kind}, which is not known")
+            values, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            if not shape or min(shape) < 1 or shape[0] % values:
+                raise ValueError(
+                    f"it has {name} in the shape {list(shape)}; expected rows of a multiple of {values} values"
+                )
+            if offset % alignment:
+                raise ValueError(f"it has {name} at the offset {offset}; expected a multiple of {alignment}")
+            ends[name] = offset + prod(shape) // values * size
+        begin = -(-opened.tell() // alignment) * alignment
+        if beyond := [name for name, end in ends.items() if begin + end > parts.size]:
+            raise ValueError(f"it is truncated: {beyond[0]} ends beyond its {parts.size} bytes")
+        return said
+
+
+def _check_frequencies(config: Any, said: dict[str, int | str]) -> None:
+    """Check that rotary frequencies are those of the file: transformers leaves out what most files say of them.
+
+    Raises:
+        ValueError: they are not.
+    """
+    kind = said.get(key := f"{said.get('general.architecture')}.rope.scaling.type", "none")
+    if kind not in ("none", (getattr(config, "rope_parameters", None) or {}).get("rope_type")):
+        raise ValueError(f"it has {kind!r} for {key}, which transformers does not read from a GGUF file")
+
+
+class _Parts:
+    """Reads the parts of a GGUF file in their order. What says that it is longer than the rest of the file is not read."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self.size = file, size
+
+    def take(self, count: int, what: str) -> bytes:
+        """So many bytes.
+
+        Raises:
+            ValueError: the file has fewer.
+        """
+        if count > self.size - self._file.tell():
+            raise ValueError(f"it is truncated: it ends within {what}")
+        return self._file.read(count)
+
+    def count(self, least: int, what: str) -> int:
+        """How many parts follow, of which each takes ``least`` bytes or more.
+
+        Raises:
+            ValueError: the file has no room for them.
+        """
+        number = int.from_bytes(self.take(8, f"the number of its {what}"), "little")
+        if number * least > self.size:
+            raise ValueError(f"it has {number} {what} in a file of {self.size} bytes")
+        return number
+
+    def key(self) -> tuple[str, int | str | None]:
+        """The name of a key, and its value if that is a number of 32 bits or a short text."""
+        name = self._name("the name of a key")
+        kind = self._number(f"the type of {name}")
+        if kind == _UINT32:
+            return name, self._number(name)
+        if kind == _TEXT:
+            length = self._length(name)
+            if length <= _SHORT:
+                return name, self.take(length, name).decode(errors="replace")
+            self._skip(length, name)
+        elif kind == _LIST:
+            kind, many = self._number(f"the type of {name}"), self.count(1, f"entries of {name}")
+            if kind == _TEXT:
+                for _ in range(many):
+                    self._skip(self._length(name), name)
+            else:
+                self._skip(self._bytes(kind, name) * many, name)
+        else:
+            self._skip(self._bytes(kind, name), name)
+        return name, None
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """The name of a tensor, its shape with the shortest distance first, its type and its offset."""
+        name = self._name("the name of a tensor")
+        dimensions = self._number(f"the shape of {name}")
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"it has {name} with {dimensions} dimensions; expected at most {_MOST_DIMENSIONS}")
+        shape = struct.unpack(f"<{dimensions}Q", self.take(8 * dimensions, f"the shape of {name}"))
+        kind, offset = struct.unpack("<IQ", self.take(12, f"the place of {name}"))
+        return name, shape, kind, offset
+
+    def _bytes(self, kind: int, name: str) -> int:
+        if kind not in _VALUE_BYTES:
+            raise ValueError(f"it has {name} in the type {kind}, which cannot be read")
+        return _VALUE_BYTES[kind]
+
+    def _number(self, what: str) -> int:
+        return int.from_bytes(self.take(4, what), "little")
+
+    def _length(self, what: str) -> int:
+        return int.from_bytes(self.take(8, what), "little")
+
+    def _name(self, what: str) -> str:
+        if (length := self._length(what)) > _LONGEST_NAME:
+            raise ValueError(f"it has {length} bytes for {what}; expected at most {_LONGEST_NAME}")
+        return self.take(length, what).decode(errors="replace")
+
+    def _skip(self, count: int, what: str) -> None:
+        if count > self.size - self._file.tell():
+            raise ValueError(f"it is truncated: it ends within {what}")
+        self._file.seek(count, os.SEEK_CUR)
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """A link to the file in a folder of its own: transformers would take another model's tokenizer beside it for this one's."""
+    with TemporaryDirectory() as folder:
+        link = Path(folder, file.name)
+        link.symlink_to(file.resolve())
+        yield link
+
+
 def _read(file: Path) -> tuple[Any, Any]:
-    """The model and the tokenizer, as transformers has them."""
+    """The model and the tokenizer, as transformers has them.
+
+    Raises:
+        ValueError: the file lacks a tensor or a tokenizer, or contradicts itself.
+        Exception: whatever else transformers raises.
+    """
     local = {"local_files_only": True, "trust_remote_code": False}
     with redirect_stderr(StringIO()):  # where transformers draws progress bars
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **local)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **local)
+        try:
+            loading: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, output_loading_info=True, **local
+            )
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" in str(error):
+                reason = "its tensors have other shapes than its keys say, or than are usual where they say none"
+                raise ValueError(reason) from None
+            raise
+        model, found = loading
+        if missing := sorted(found["missing_keys"]):  # transformers draws random numbers for them
+            raise ValueError(f"it has no tensor for {some_of(missing)}")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **local)
+        except Exception as error:
+            reason = f"no tokenizer can be made of its keys tokenizer.ggml ({type(error).__name__}: {error})"
+            raise ValueError(reason) from None
     del model.config.quantization_config  # it is of the file
     return model, tokenizer
 

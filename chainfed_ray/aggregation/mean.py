@@ -118,11 +118,11 @@ def aggregate_by(spec: AggregationSpec, start: Tensors, examples: int, by_rank: 
         case "mean":
             return MeanByRank(start, examples) if by_rank else RunningMean(start, examples)
         case "median":
-            return KeptUpdates(median)
+            return KeptUpdates(start, median)
         case "trimmed-mean":
-            return KeptUpdates(partial(trimmed_mean, trim=spec.trim))
+            return KeptUpdates(start, partial(trimmed_mean, trim=spec.trim))
         case "krum":
-            return KeptUpdates(partial(krum, byzantine=spec.byzantine))
+            return KeptUpdates(start, partial(krum, byzantine=spec.byzantine))
 
 
 class RunningMean:
@@ -218,16 +218,21 @@ def _single_ranks(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 class KeptUpdates:
-    """Keeps all updates of a round in memory, for a ``rule`` that needs them at once. It gets them in the order of places."""
+    """Keeps all updates of a round in memory, for a ``rule`` that needs them at once. It gets them in the order of places.
+
+    They have changed from ``start`` by no more than the mean takes. So no rule that adds them up comes near float32's range,
+    and one client cannot end a job by numbers at its edge.
+    """
 
     fraction_bits = None
 
-    def __init__(self, rule: AggregationRule) -> None:
-        self._rule = rule
+    def __init__(self, start: Mapping[str, Tensor], rule: AggregationRule) -> None:
+        self._start, self._rule = start, rule
         self._updates: dict[int, WeightedUpdate] = {}
 
-    def impossible(self, tensors: Mapping[str, Tensor]) -> None:
-        """See ``Aggregate``: nothing is impossible."""
+    def impossible(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """See ``Aggregate``: an entry has changed more than training changes it."""
+        return beyond(self._start, tensors, MOST_CHANGE)
 
     def add(self, place: int, tensors: Mapping[str, Tensor], examples: int) -> None:
         """Keep an update."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chainfed_ray.data.messages import Chat, Message
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.problem import shown, some_of
 
 _PRIVATE_USE = range(0xE000, 0xF900)  # Unicode's private use area: characters without a meaning
 
@@ -37,6 +38,24 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, chat: Chat, add_generatio
         place = next((count for count in range(1, len(messages)) if _says(text, count) == str(error)), len(messages))
         refused = messages[place - 1] if messages else None
         raise InvalidJob.at(field, refused, f"a chat that the model's template accepts ({error})") from None
+
+
+def broken_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What is wrong with the tokenizer's template, whatever chat it is given; None if nothing is."""
+    found: Any = tokenizer.chat_template
+    if isinstance(found, dict):
+        if "default" not in found:
+            return f"of several, one is called default; this one has {some_of(map(str, found))}"
+        found = found["default"]
+    if not isinstance(found, str):
+        return f"a template is a text, and not {shown(found)}"
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    except Exception as error:
+        # Only an error of syntax has a line. Any other is about this chat, and others may be accepted.
+        line = getattr(error, "lineno", None)
+        return None if line is None else f"line {line}: {error}"
+    return None
 
 
 def _says(text: Callable[[int], str], count: int) -> str | None:

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chainfed_ray.activity import SILENT, Listener, Reporter, no_listener
+from chainfed_ray.data.chat_template import broken_template
 from chainfed_ray.data.choices import Choices, read_choices
 from chainfed_ray.data.sources import ColumnSelection, Corpus, Split, check_labels, hold_out, load, read_split
 from chainfed_ray.data.targets import learnable, packed, tokenize_texts
@@ -193,6 +194,8 @@ def _check_tokenizer(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> None:
     if spec.data.messages is not None and not tokenizer.chat_template:
         expected = "a model whose tokenizer has a chat template, for the chats of data.messages; this one has none"
         raise InvalidJob.at("model.base", spec.model.base, expected)
+    if spec.data.messages is not None and (wrong := broken_template(tokenizer)):
+        raise InvalidJob.at("model.base", spec.model.base, f"a model with a chat template that can be used ({wrong})")
     if not tokenizer.is_fast and not (_is_running(spec) and spec.evaluation.choices is None):
         expected = "a model with a fast tokenizer, which says where in a text its tokens are; this one does not"
         raise InvalidJob.at("model.base", spec.model.base, expected)

@@ -190,8 +190,10 @@ class Coordinator:
         return self._state(self._job.chain_from(self.open().start_layer), self._committed()).stack
 
     def models(self) -> dict[str, SavedStack]:
-        """The ``last`` stack and, if it is another, the ``best`` one, each with the classes and the base model it needs."""
+        """The ``last`` stack and, if it is another, the ``best`` one, with what each needs. None until a round has counted."""
         history = self._committed()
+        if not any(record.counted for record in history):
+            return {}
         best = best_round(history)
         ends = {"last": history[-1].index if history else None, "best": best.index if best else None}
         return {name: self._job.saved(stack, ends[name]) for name, stack in self._stacks(history).items()}

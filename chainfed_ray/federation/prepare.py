@@ -44,7 +44,7 @@ from chainfed_ray.model.adapters import AdapterStack, Head, LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.saved_stack import SavedStack
-from chainfed_ray.model.source import ModelSource, weights_folder
+from chainfed_ray.model.source import ModelSource, check_generation, weights_folder
 from chainfed_ray.problem import some_of
 from chainfed_ray.record import named
 from chainfed_ray.records.fleet import ExcludedClients, FleetClient, names_hash
@@ -246,6 +246,7 @@ def traced(
         blocks.check()
         if causal:
             _check_head(spec, blocks)
+            check_generation(source.folder, blocks.vocabulary)
         check_texts(spec, blocks, texts)
         _check_chain(spec, blocks.num_layers)
         Reporter("tracing the memory of the model's parts", listen).begin()

@@ -114,7 +114,7 @@ class PrivacyPolicy:
         """An empty aggregate for round ``index``, which trains the tensors of ``start`` on ``examples`` of all its clients."""
         if self._privacy is None:
             if self._aggregation is not None:
-                return KeptUpdates(self._aggregation)
+                return KeptUpdates(start, self._aggregation)
             return aggregate_by(self._spec.aggregation, start, examples, self._spec.fleet.has_ranks)
         return private_mean(self._privacy, self._log.secret(), index, start, self._spec.rounds.clients)
 

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import GenerationConfig
 
 from chainfed_ray.errors import InvalidJob, PackageMissing, UnsupportedModel, how_to_get
-from chainfed_ray.hub import configuration, resolve
+from chainfed_ray.hub import configuration, one_line, read_object, resolve
 from chainfed_ray.model.trunk import find_layers
+from chainfed_ray.problem import shown
 from chainfed_ray.reading import NF4
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.nf4_folder import FEWEST_ROWS, in_nf4
@@ -86,6 +87,28 @@ def load_whole(kind: Any, folder: Path, dtype: torch.dtype | str = "auto", layer
     if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
+
+
+def check_generation(folder: Path, tokens: int) -> None:
+    """Check what the folder of a model with so many ``tokens`` says about writing. It is read once the model is served.
+
+    Raises:
+        UnsupportedModel: its generation_config.json cannot be read, or names an end token that the model does not have.
+    """
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return
+    try:
+        said = read_object(file).get(
+            "eos_token_id"
+        )  # transformers says nothing of a file that is no JSON, and leaves it out
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a file may hold anything, and so may what its reader raises
+        raise UnsupportedModel(str(folder), f"its {file.name} cannot be used ({one_line(error)})") from None
+    for token in said if isinstance(said, list) else [] if said is None else [said]:
+        if type(token) is not int or not -1 <= token < tokens:  # some say by -1 that there is none
+            reason = f"its {file.name} has {shown(token)} for eos_token_id; expected ids of its {tokens} tokens"
+            raise UnsupportedModel(str(folder), reason)
 
 
 def lowest_layers(model: Any, layers: int) -> Any:

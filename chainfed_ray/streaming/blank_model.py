@@ -50,8 +50,15 @@ def blank_model(folder: Path, config: Any, dtype: torch.dtype, checkpoint: Check
     """
 
     def built() -> BlankModel:
-        _check_depth(config.to_dict(), len(checkpoint.names), folder)
-        return _built(copy.deepcopy(config), dtype, checkpoint)  # transformers writes the dtype into it
+        settings = config.to_dict()
+        _check_depth(settings, len(checkpoint.names), folder)
+        try:
+            return _built(copy.deepcopy(config), dtype, checkpoint)  # transformers writes the dtype into it
+        except KeyError as error:  # a table of functions by name, such as activations, has no such name
+            if error.args and (key := _said_by(settings, error.args[0])):
+                reason = f"its config.json has {error} for {key}, which transformers does not know"
+                raise UnsupportedModel(str(folder), reason) from None
+            raise
 
     return _blank_models.while_unchanged(folder, ("blank model", dtype), built)
 
@@ -85,6 +92,7 @@ def _built(config: Any, dtype: torch.dtype, checkpoint: Checkpoint) -> BlankMode
         whole = AutoModel.from_config(config, dtype=dtype, experts_implementation=experts.registered())
         whole.eval().requires_grad_(False)
     _empty_parameters(whole)
+    _keep_frequencies(whole)
     return BlankModel(whole, StoredNames(whole, checkpoint.names), config.to_json_string())
 
 
@@ -101,6 +109,30 @@ def _check_depth(config: dict[str, Any], tensors: int, folder: Path) -> None:
             raise UnsupportedModel(
                 str(folder), f"its configuration has {value} for {key}, and its checkpoint {tensors} tensors"
             )
+
+
+def _said_by(settings: dict[str, Any], value: Any) -> str | None:
+    """The key with this value in a configuration, at any depth, as a path."""
+    for key, found in settings.items():
+        if isinstance(found, dict):
+            if inner := _said_by(found, value):
+                return f"{key}.{inner}"
+        elif found == value or (isinstance(found, list) and value in found):
+            return str(key)
+    return None
+
+
+def _keep_frequencies(model: nn.Module) -> None:
+    """Let dynamic rotary frequencies be those for texts within the model's positions. No text is longer here.
+
+    To know that a text is longer, the model's code looks at values, which traces do not have.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):
+            module.rope_type = {key: "default" if it == "dynamic" else it for key, it in kind.items()}  # type: ignore[assignment]
+        elif kind == "dynamic":
+            module.rope_type = "default"  # type: ignore[assignment]
 
 
 def _empty_parameters(model: nn.Module) -> None:

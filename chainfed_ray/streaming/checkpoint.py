@@ -202,6 +202,10 @@ class Checkpoint:
             )
             raise UnsupportedModel(str(path), reason) from None
         for name, (dtype, shape, begin, end) in tensors.items():
+            if name in self._entries:
+                raise UnsupportedModel(
+                    str(path), f"{path.name} has {name}, which an earlier file of its index has as well"
+                )
             place = _Range(file, start + begin, end - begin)
             entry = _Entry((place,), shape, dtype)
             if name in forms:
@@ -326,7 +330,7 @@ def shards(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            elsewhere = [name for name in names if Path(name).name != name or name == ".."]
+            elsewhere = [name for name in names if Path(name).name != name or name in ("", "..")]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UnsupportedModel(str(folder), f"{index.name} is not the index of a checkpoint") from None
         if elsewhere:

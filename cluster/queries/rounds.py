@@ -75,7 +75,7 @@ class Rounds:
         self._known = OrderedDict[str, RoundsSoFar]()
 
     def of(self, job: str) -> RoundsSoFar | None:
-        """What a job's rounds have come to by now; None if it has finished none."""
+        """What a job's rounds have come to by now; None if none has counted, so that there is no stack."""
         with self._lock:
             known = self._known.get(job)
         of_job = EventRow.job == job, EventRow.kind.in_(("started", "round"))
@@ -104,6 +104,8 @@ def _with(known: RoundsSoFar | None, events: Iterable[EventRow]) -> RoundsSoFar 
             classes, layers = tuple(event.data.get("classes", ())), event.data.get("layers")
             continue
         if known is None:
+            if not event.data.get("counted", True):
+                continue  # nothing was trained by then
             first = Stack(event.data["index"], event.data.get("evaluation"))
             known = RoundsSoFar(event.seq, first, first, classes, layers)
         known = known.after(event.seq, event.data)

@@ -171,6 +171,18 @@ def assert_same(first: Tensors, second: Tensors) -> None:
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+@pytest.mark.parametrize("rule", ["mean", "median", "trimmed-mean", "krum"])
+def test_an_update_that_goes_too_far_is_refused_in_words(rule: Any) -> None:
+    """By every rule: two numbers at the edge of float32 have a sum and a difference that are no numbers."""
+    start = {"a": torch.zeros(2), "b": torch.ones(2)}
+    aggregate = aggregate_by(AggregationSpec(rule=rule), start, 10)
+    assert aggregate.impossible({"a": torch.full((2,), 256.0), "b": torch.full((2,), -255.0)}) is None
+    words = "b changed by {}, and changes of at most 256 are taken"
+    assert aggregate.impossible({"b": torch.tensor([0.0, 300.0])}) == words.format(299)
+    edge = torch.finfo(torch.float32).max
+    assert aggregate.impossible({"b": torch.tensor([0.0, -edge])}) == words.format("3.4e+38")
+
+
 def test_only_the_mean_runs() -> None:
     """One update in memory at a time, unless the rule has to look at all."""
     kinds: dict[str, type[Aggregate]] = {

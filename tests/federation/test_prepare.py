@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from chainfed_ray.errors import InvalidJob
 from tests.builders import a_job
+from tests.causal import causal_folder
 
 Break = Callable[[Path], None]
 
@@ -67,6 +68,34 @@ def with_a_broken_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{")
 
 
+def templates(*several: dict[str, str]) -> Break:
+    """Give the tokenizer several templates for chats, in the form that older folders have them in."""
+
+    def change(folder: Path) -> None:
+        (folder / "chat_template.jinja").unlink()
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": several}))
+
+    return change
+
+
+def with_an_index(*files: str) -> Break:
+    """Divide the checkpoint in two files, and let its index name other ``files`` as well."""
+
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "1.safetensors")
+        named = {str(place): file for place, file in enumerate(("1.safetensors", *files))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+
+    return change
+
+
+def with_a_tensor_twice(folder: Path) -> None:
+    with_an_index("2.safetensors")(folder)
+    name, tensor = next(iter(load_file(folder / "1.safetensors").items()))
+    save_file({name: tensor + 1}, folder / "2.safetensors")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -88,6 +117,16 @@ def with_a_broken_index(folder: Path) -> None:
         (written("model.safetensors", "version https://git-lfs.github.com/spec/v1"), "a model that can be streamed"),
         (with_a_broken_index, "a model that can be streamed"),
         (written("tokenizer.json", "{}"), "a folder with a tokenizer"),
+        (written("tokenizer_config.json", "[1]"), r"a tokenizer .*tokenizer_config.json is \[1\]; expected an object"),
+        (written("special_tokens_map.json", "{"), "a tokenizer .*special_tokens_map.json is no JSON"),
+        (written("adapter_config.json", "{}"), "the base model itself; this folder has an adapter"),
+        (
+            with_an_index("../model.safetensors"),
+            "its index names '../model.safetensors', which is no file of this folder",
+        ),
+        (with_an_index(""), "its index names '', which is no file of this folder"),
+        (with_an_index("2.safetensors"), "2.safetensors is missing"),
+        (with_a_tensor_twice, "2.safetensors has .*, which an earlier file of its index has as well"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused_by_what_it_is(
@@ -99,6 +138,46 @@ def test_a_folder_that_does_not_fit_is_refused_by_what_it_is(
         (folder / path.name).write_bytes(path.read_bytes())
     change(folder)
     document["model"]["base"] = f"path:{folder}"
+    with pytest.raises(InvalidJob, match=words) as refused:
+        a_job(document, tmp_path)
+    assert [problem.field for problem in refused.value.problems] == ["model.base"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (written("generation_config.json", "{"), "its generation_config.json cannot be used .*is no JSON"),
+        (
+            written("generation_config.json", "[5]"),
+            r"its generation_config.json cannot be used .*is \[5\]; expected an",
+        ),
+        (written("generation_config.json", '{"watermarking_config": 5}'), "its generation_config.json cannot be used"),
+        (
+            written("generation_config.json", '{"eos_token_id": "x"}'),
+            "has 'x' for eos_token_id; expected ids of its 260",
+        ),
+        (
+            written("generation_config.json", '{"eos_token_id": [2, 260]}'),
+            "has 260 for eos_token_id; expected ids of its",
+        ),
+        (written("chat_template.jinja", "{{ 1 }}\n{% for"), "a chat template that can be used .line 2: "),
+        (templates({"name": "tools", "template": "x"}), "of several, one is called default; this one has tools"),
+    ],
+)
+def test_a_language_model_that_could_not_be_served_is_refused(
+    change: Break, words: str, document: dict[str, Any], tmp_path: Path
+) -> None:
+    """And not trained first. It reads what it writes with when it is loaded whole."""
+    folder = causal_folder("llama", tmp_path / "model", chat=True)
+    change(folder)
+    chats = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * n}]}
+        for n in range(1, 13)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    document["model"] = {"base": f"path:{folder}", "task": "causal-lm"}
+    document["data"] = {"train": f"path:{tmp_path / 'chats.jsonl'}", "messages": "messages", "max_length": 60}
+    document["chain"] = {"window": 1, "adapter": {"bottleneck": 8}}
     with pytest.raises(InvalidJob, match=words) as refused:
         a_job(document, tmp_path)
     assert [problem.field for problem in refused.value.problems] == ["model.base"]

@@ -190,11 +190,19 @@ def test_a_model_without_its_pooler_is_finished_all_the_same(family: str, tmp_pa
 
 @pytest.mark.parametrize(
     "said",
-    [{"return_dict": False}, {"pad_token_id": -1}, {"chunk_size_feed_forward": 2}],
+    [
+        {"return_dict": False},
+        {"pad_token_id": -1},
+        {"chunk_size_feed_forward": 2},
+        {"time_step_limit": [0.0, {"__float__": "Infinity"}]},
+    ],
     ids=lambda said: next(iter(said)),
 )
 def test_what_a_configuration_says_besides_changes_no_number(said: dict[str, Any], tmp_path: Path) -> None:
-    """Models have tuples for answers, -1 where there is no padding token, and texts cut in two: here of nine tokens."""
+    """Models have tuples for answers, -1 where there is no padding token, and texts cut in two: here of nine tokens.
+
+    An infinite number may be a limit that there is not.
+    """
     plain, other = tiny("bert", tmp_path / "plain", layers=1), tmp_path / "other"
     shutil.copytree(plain, other)
     config = other / "config.json"
@@ -230,6 +238,27 @@ NORM, UP, HEAD = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_h
             {},
             {"num_hidden_layers": "two"},
             "its config.json cannot be used .*'num_hidden_layers' expected int, got str",
+        ),
+        ({}, {"rms_norm_eps": float("inf")}, "its config.json has inf for rms_norm_eps; expected a finite number"),
+        ({}, {"rms_norm_eps": -1e-5}, "its config.json has -1e-05 for rms_norm_eps; expected a number above 0"),
+        ({}, {"rms_norm_eps": 0.0}, "its config.json has 0.0 for rms_norm_eps; expected a number above 0"),
+        ({}, {"rms_norm_eps": 1}, "its config.json cannot be used .*'rms_norm_eps' expected float, got int"),
+        ({}, {"initializer_range": {"__float__": "NaN"}}, "has nan for initializer_range; expected a finite number"),
+        ({}, {"attention_dropout": 2}, "its config.json has 2 for attention_dropout; expected a number from 0 to 1"),
+        ({}, {"num_attention_heads": -1}, "its config.json has -1 for num_attention_heads; expected at least 1"),
+        ({}, {"num_attention_heads": 4.0}, "its config.json cannot be used .*'num_attention_heads' expected int, got"),
+        ({}, {"num_attention_heads": True}, "its config.json cannot be used .*'num_attention_heads' expected int, got"),
+        ({}, {"hidden_size": 0}, "its config.json has 0 for hidden_size; expected at least 1"),
+        ({}, {"hidden_act": "nope"}, "its config.json has 'nope' for hidden_act, which transformers does not know"),
+        (
+            {},
+            {"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}},
+            "has 'nope' for rope_parameters.rope_type, which transformers does not know",
+        ),
+        (
+            {},
+            {"rope_parameters": {"rope_type": "linear", "factor": 0, "rope_theta": 1e4}},
+            "its config.json has 0 for rope_parameters.factor; expected a number above 0",
         ),
         ({NORM: None}, {}, "cannot be run after its last layer; norm.weight is missing"),
         ({NORM: torch.ones(16)}, {}, r"its configuration has \[32\] for norm.weight, and its checkpoint \[16\]"),

@@ -20,8 +20,9 @@ from transformers import (
 
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.blocks import Blocks
-from chainfed_ray.model.costs import memory_profile_of
+from chainfed_ray.model.costs import Parts, memory_profile_of
 from chainfed_ray.model.lm_head import logits_by_slices, next_token_loss, next_token_scores
+from chainfed_ray.model.trace import trace_memory
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.matrices import SliceReader
 from tests.models import TIED, UNTIED, tiny_causal_model
@@ -173,6 +174,19 @@ def test_frequencies_for_long_texts_are_streamed(original: int, tmp_path: Path) 
     assert all(torch.equal(mine, its) for mine, its in zip(ours, outputs, strict=True))
     torch.testing.assert_close(streamed_logits(decoder, ours[-1])[real], logits[real], rtol=0, atol=2e-6)
     assert memory_profile_of(decoder.blocks, 8, None).streamed_head
+
+
+def test_dynamic_frequencies_are_those_of_texts_within_the_models_positions(tmp_path: Path) -> None:
+    """No job has longer ones. To a trace it is not to be seen how long a text is."""
+    rope = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}
+    tiny_causal_model("llama", tied=False, rope_parameters=rope, max_position_embeddings=9).save_pretrained(tmp_path)
+    decoder = opened(tmp_path)
+    outputs, logits = layer_outputs(decoder)
+    ours, real = streamed(decoder.blocks), a_batch()[1].bool()
+    assert all(torch.equal(mine, its) for mine, its in zip(ours, outputs, strict=True))
+    torch.testing.assert_close(streamed_logits(decoder, ours[-1])[real], logits[real], rtol=0, atol=2e-6)
+    assert decoder.blocks.positions == 9
+    assert trace_memory(Parts(decoder.blocks, None, 1).head, decoder.blocks.hidden_size, torch.float32).forward
 
 
 def test_a_bias_that_is_left_out_would_be_missed(tmp_path: Path) -> None:

@@ -101,6 +101,16 @@ def test_without_an_evaluation_the_newest_is_the_best(store: JobStore) -> None:
         assert found(store, "best").stack.index == index
 
 
+def test_what_nobody_has_trained_is_no_model(store: JobStore) -> None:
+    """Of rounds without a quorum nothing is served; after one that counts, the stack stays as it was in those that do not."""
+    job = training(store)
+    for index, counted in enumerate((False, False, True, False)):
+        data = a_round(index, STARTED, counted=counted).model_dump(mode="json")
+        store.publish(job, f"round-{index}", "round", data)
+        newest = trained(store, SPEC.model_name, "latest")
+        assert (newest and newest.stack.index) == (None if index < 2 else index)
+
+
 def test_a_request_reads_no_round_that_was_read_before(store: JobStore, read: list[EventRow]) -> None:
     job = training(store)
     for index in range(20):
