@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -24,6 +25,7 @@ _LOOPBACK = "127.0.0.1"
 _HEAD = "ray.head.default"  # the name that Ray's provider gives to the kind of its head
 _HEAD_ID = "f" * 51 + "00000"  # and the id of its head
 _STORE_BYTES = 100_000_000
+_NO_KINDS: Mapping[str, int] = MappingProxyType({})
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _START_SECONDS = 120
 _TRIES = 10
@@ -44,11 +46,14 @@ def in_a_tree_of_its_own() -> None:
 
 
 @contextmanager
-def autoscaling_cluster(kinds: Mapping[str, int], idle_seconds: float) -> Iterator[None]:
+def autoscaling_cluster(
+    kinds: Mapping[str, int], idle_seconds: float, service: Mapping[str, int] = _NO_KINDS
+) -> Iterator[None]:
     """Start a cluster whose head runs no client, connect this process to it, and end it with all of its processes.
 
     ``kinds`` are the kinds of nodes that the autoscaler can add, up to two of each: each with its bytes of memory and room
-    for one client. A node that is idle for ``idle_seconds`` is removed. Call ``in_a_tree_of_its_own`` before. Nothing may have
+    for one client. Those of ``service`` have room for coordinators and the service in place of clients. A node that is idle for
+    ``idle_seconds`` is removed. Call ``in_a_tree_of_its_own`` before. Nothing may have
     imported Ray.
     """
     if "ray" in sys.modules:
@@ -56,7 +61,9 @@ def autoscaling_cluster(kinds: Mapping[str, int], idle_seconds: float) -> Iterat
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on loopback
     with tempfile.TemporaryDirectory(prefix="cfr", ignore_cleanup_errors=True) as folder:
         try:
-            address = _start_head(Path(folder), kinds, idle_seconds)
+            nodes = {name: _kind(name, memory, "client_slot", 1) for name, memory in kinds.items()}
+            nodes |= {name: _kind(name, memory, "coordinator_slot", 4) for name, memory in service.items()}
+            address = _start_head(Path(folder), nodes, idle_seconds)
             import ray
 
             ray.init(address=address, namespace="chainfed", log_to_driver=False, logging_level=logging.ERROR)
@@ -95,11 +102,11 @@ def processes_of_node(memory: int) -> list[psutil.Process]:
     return found
 
 
-def _start_head(folder: Path, kinds: Mapping[str, int], idle_seconds: float) -> str:
+def _start_head(folder: Path, nodes: Mapping[str, Any], idle_seconds: float) -> str:
     """Start the head and its autoscaler. Returns the address."""
     address = f"{_LOOPBACK}:{_free_port()}"
     config = folder / "autoscaler.json"
-    config.write_text(json.dumps(_config(address, kinds, idle_seconds)))
+    config.write_text(json.dumps(_config(address, nodes, idle_seconds)))
     environment = {
         **os.environ,
         **_HEALTH,
@@ -125,7 +132,7 @@ def _start_head(folder: Path, kinds: Mapping[str, int], idle_seconds: float) -> 
     return address
 
 
-def _config(address: str, kinds: Mapping[str, int], idle_seconds: float) -> dict[str, Any]:
+def _config(address: str, nodes: Mapping[str, Any], idle_seconds: float) -> dict[str, Any]:
     """The configuration of the autoscaler. Of the keys that are empty here Ray accepts none to be missing."""
     provider = {
         "type": "external",
@@ -139,12 +146,12 @@ def _config(address: str, kinds: Mapping[str, int], idle_seconds: float) -> dict
     return {
         "cluster_name": "chainfed",
         "provider": provider,
-        "max_workers": 2 * len(kinds),
+        "max_workers": 2 * len(nodes),
         "idle_timeout_minutes": idle_seconds / 60,
         "head_node_type": _HEAD,
         "available_node_types": {
             _HEAD: {"resources": {}, "node_config": {}, "max_workers": 0},
-            **{name: _kind(name, memory) for name, memory in kinds.items()},
+            **nodes,
         },
         "auth": {},
         "file_mounts": {},
@@ -155,9 +162,9 @@ def _config(address: str, kinds: Mapping[str, int], idle_seconds: float) -> dict
     }
 
 
-def _kind(name: str, memory: int) -> dict[str, Any]:
+def _kind(name: str, memory: int, slot: str, slots: int) -> dict[str, Any]:
     return {
-        "resources": {"CPU": 1, "memory": memory, "object_store_memory": _STORE_BYTES, "client_slot": 1},
+        "resources": {"CPU": 1, "memory": memory, "object_store_memory": _STORE_BYTES, slot: slots},
         "labels": {"chainfed.io/memory-class": name},
         "node_config": {},
         "min_workers": 0,

@@ -18,7 +18,7 @@ from chainfed_ray.client.survey import ClientSurvey, Survey
 from chainfed_ray.data.tokens import ExampleCounts
 from chainfed_ray.site.codec import client_of, result_document, survey_document, turn_of, write_tensors
 from chainfed_ray.site.connection import Connection, Withdrawn
-from chainfed_ray.site.envelope import Done, Order, TensorFile
+from chainfed_ray.site.envelope import Done, HashedFile, Order
 from chainfed_ray.site.transcript import Transcript
 
 _WAIT_SECONDS = 20.0
@@ -71,11 +71,12 @@ def answer_to(order: Order, tensors: Path | None, sent: Path) -> Done:
     changed = {name: turn.tensors[name] + 1e-3 for name in names}
     content, trained = result_document(Update(changed, rows, 1.0, 1, 0.1, 0.1))
     write_tensors(trained, sent)
-    return Done(content=content, tensors=TensorFile.of(sent))
+    return Done(content=content, tensors=HashedFile.of(sent))
 
 
 def _carry_out(order: Order, connection: Connection, folder: Path) -> None:
     sent = folder / "sent.safetensors"
+    connection.fetch_document(order, folder)
     answer = answer_to(order, connection.fetch(order, folder), sent)
     if answer.tensors:
         connection.send(order.id, sent)

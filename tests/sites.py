@@ -28,7 +28,7 @@ from chainfed_ray.data.tokens import ExampleCounts
 from chainfed_ray.site.agent import Agent, Offer
 from chainfed_ray.site.codec import result_document, survey_document, turn_of, write_tensors
 from chainfed_ray.site.connection import Connection
-from chainfed_ray.site.envelope import Done, Order, TensorFile
+from chainfed_ray.site.envelope import Done, HashedFile, Order
 from chainfed_ray.site.policy import Policy
 from chainfed_ray.site.transcript import Transcript
 from tests.watching import wait_for
@@ -168,7 +168,7 @@ class SitesService:
         sent = self.folder / f"{site}.safetensors"
         write_tensors(tensors, sent)
         connection.send(order.id, sent)
-        connection.answer(order.id, Done(content=json.loads(json.dumps(content)), tensors=TensorFile.of(sent)))
+        connection.answer(order.id, Done(content=json.loads(json.dumps(content)), tensors=HashedFile.of(sent)))
 
 
 @contextmanager

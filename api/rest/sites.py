@@ -27,8 +27,7 @@ from chainfed_ray.site.envelope import (
 
 router = APIRouter(prefix="/v1/site", tags=["sites"], route_class=StrictRoute)
 
-_LOOK_SECONDS = 1.0  # until it is looked again whether the process that waits is still the site's
-_BINARY = "application/octet-stream"
+_BINARY, _JSON = "application/octet-stream", "application/json"
 
 
 def _site(caller: Caller) -> str:
@@ -71,7 +70,7 @@ async def next_order(body: Asking, site: SiteName, service: WithService) -> Next
         left = ends - loop.time()
         if order or over or left <= 0:
             return NextOrder(order=order, over=over)
-        await service.orders.wait(site, min(left, _LOOK_SECONDS))
+        await service.orders.wait(site, body.session, body.jobs, left)
 
 
 @router.post("/orders/{order}/heartbeat")
@@ -79,6 +78,19 @@ def hear_order(order: OrderPath, body: Heartbeat, site: SiteName, service: WithS
     """Note how far an order is. 410 if it is not wanted any more."""
     service.mailbox.heartbeat(site, order, body)
     return Accepted()
+
+
+@router.get(
+    "/orders/{order}/document",
+    response_class=FileResponse,
+    responses={200: {"content": {_JSON: {}}}, 206: {"content": {_JSON: {}}}},
+)
+def get_order_document(order: OrderPath, site: SiteName, service: WithService) -> FileResponse:
+    """The document of an order's job, which all its orders have in common; with `Range` a part of it."""
+    file = service.mailbox.document_of(site, order)
+    if not file.exists():
+        raise HTTPException(410, "the job of the order is over")
+    return FileResponse(file, media_type=_JSON)
 
 
 @router.get(

@@ -61,6 +61,7 @@ NEEDS: Mapping[str, Needs] = {
     "POST /v1/site/leave": _SITE,
     "POST /v1/site/orders/next": _SITE,
     "POST /v1/site/orders/{order}/heartbeat": _SITE,
+    "GET /v1/site/orders/{order}/document": _SITE,
     "GET /v1/site/orders/{order}/tensors": _SITE,
     "GET /v1/site/orders/{order}/tensors/received": _SITE,
     "PUT /v1/site/orders/{order}/tensors": _SITE,

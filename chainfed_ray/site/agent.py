@@ -11,7 +11,7 @@ from typing import Any
 
 from chainfed_ray.errors import ServiceFailed
 from chainfed_ray.site.connection import Connection, Withdrawn
-from chainfed_ray.site.envelope import Answer, Done, NotDone, Order
+from chainfed_ray.site.envelope import Answer, Done, JobDocument, NotDone, Order
 from chainfed_ray.site.policy import Policy, in_words
 from chainfed_ray.site.turn_process import TurnProcess
 from chainfed_ray.site.working_time import WorkingTime
@@ -20,7 +20,7 @@ _WAIT_SECONDS = 20.0
 _LOOK_SECONDS = 0.2
 _HEARTBEAT_SECONDS = 3.0
 _PAUSE_SECONDS = 5.0  # after an order that the service could not handle
-_KEPT_TENSORS = 8  # files of adapters that are kept, the newest
+_KEPT = 8  # files of adapters, and of documents of jobs, that are kept: those that were used last
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,14 @@ class Agent:
         if order.job not in self._jobs:
             self._jobs.add(order.job)
             self._told(f"Job {order.name} ({order.job}).")
-        answer: Answer | None = self._offer.policy.refusal(order, self._working_time.of(order.job))
         sent = scratch / f"{order.id}.answer.safetensors"
         started = monotonic()
         try:
+            document = self._connection.fetch_document(order, scratch / "documents")
+            answer: Answer | None = self._refusal(order, document)
             if answer is None:
                 tensors = self._connection.fetch(order, scratch / "adapters")
-                answer = self._carried_out(order, tensors, process, sent)
+                answer = self._carried_out(order, document, tensors, process, sent)
             answer = self._sent(order.id, answer, sent)
             how = in_words(answer) if isinstance(answer, NotDone) else "done"
             self._told(f"{order.name}: {order.kind} {_client(order)}: {how} ({monotonic() - started:.1f} s)")
@@ -150,9 +151,20 @@ class Agent:
         finally:
             self._told_at.pop(order.id, None)
             sent.unlink(missing_ok=True)
-            _forget_all_but(_KEPT_TENSORS, scratch / "adapters")
+            for folder in ("documents", "adapters"):
+                _forget_all_but(_KEPT, scratch / folder)
 
-    def _carried_out(self, order: Order, tensors: Path | None, process: TurnProcess, sent: Path) -> Answer:
+    def _refusal(self, order: Order, document: Path) -> NotDone | None:
+        """The answer that refuses ``order``, or None."""
+        try:
+            spec = JobDocument.read(document).spec
+        except ValueError:
+            return NotDone(reason="job")
+        return self._offer.policy.refusal(order, spec, self._working_time.of(order.job))
+
+    def _carried_out(
+        self, order: Order, document: Path, tensors: Path | None, process: TurnProcess, sent: Path
+    ) -> Answer:
         """Have an order carried out. Its time counts for its job, however it ends."""
         counted = monotonic()
 
@@ -167,7 +179,7 @@ class Agent:
             self._heard(order, doing)
 
         try:
-            return process.carry_out(order, tensors, sent, heard)
+            return process.carry_out(order, document, tensors, sent, heard)
         except _TooLong as error:
             return error.answer
         finally:

@@ -4,7 +4,7 @@ Every number is checked for its type. What a result says is checked further wher
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from re import fullmatch
@@ -40,7 +40,7 @@ from chainfed_ray.client.survey import ClientSurvey, SiteRows, Survey
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.model.adapters import AdapterStack, Tensors
-from chainfed_ray.site.envelope import Kind, Order, TensorFile
+from chainfed_ray.site.envelope import PROTOCOL, HashedFile, JobDocument, Kind, Order
 
 _PLAN = TypeAdapter(TurnPlan)
 _WINDOW = TypeAdapter(Window)
@@ -99,7 +99,6 @@ _CONTENTS: Mapping[str, TypeAdapter[Any]] = {
     "calibrating": TypeAdapter(_HeadLossesDocument),
 }
 _SURVEY = TypeAdapter(_SurveyDocument)
-_PLANNED = ("training", "evaluating", "calibrating")  # what a site plans itself, from the memory of the model's parts
 _ORDERS: Mapping[str, type] = {
     "training": Training,
     "fitting": Fitting,
@@ -115,25 +114,31 @@ _RESULTS: Mapping[str, type] = {
 }
 
 
-def survey_order(job: str, name: str, spec: Mapping[str, Any], base_digest: str, client_class: str, data: str) -> Order:
+def job_document(
+    spec: Mapping[str, Any], memory: MemoryProfile | None = None, classes: Sequence[str] = ()
+) -> JobDocument:
+    """The document of a job, which all its orders name. With the ``memory`` of the model's parts a site plans its turns."""
+    return JobDocument(
+        spec=dict(spec), memory=None if memory is None else _MEMORY.dump_python(memory), classes=tuple(classes)
+    )
+
+
+def survey_order(job: str, name: str, document: HashedFile, base_digest: str, client_class: str, data: str) -> Order:
     """The order to survey the file ``data`` for the clients of ``client_class``."""
     content = {"client_class": client_class, "data": data}
-    return _order(job, name, "survey", spec, base_digest, content, None, 0)
+    return _order(job, name, "survey", document, base_digest, content, None, 0)
 
 
 def turn_order(
     job: str,
     name: str,
-    spec: Mapping[str, Any],
+    document: HashedFile,
     base_digest: str,
-    memory: MemoryProfile,
     client: Client,
     order: TurnOrder,
-    tensors: TensorFile | None,
+    tensors: HashedFile | None,
 ) -> Order:
     """The order that ``client`` is given. Its tensors are in a file that ``tensors`` describes.
-
-    The ``memory`` of the base model's parts goes with it, so that the site can plan the turn for its own rows.
 
     Raises:
         ValueError: the order has an objective of the caller's own, which is code.
@@ -183,11 +188,9 @@ def turn_order(
             "part": client.remote.part,
             "parts": client.remote.parts,
         },
-        "memory": _MEMORY.dump_python(memory) if kind in _PLANNED else None,
-        "classes": list(client.remote.classes),
         "turn": turn,
     }
-    return _order(job, name, kind, spec, base_digest, content, tensors, most)
+    return _order(job, name, kind, document, base_digest, content, tensors, most)
 
 
 def client_of(order: Order) -> Client:
@@ -217,13 +220,13 @@ def client_of(order: Order) -> Client:
     )
 
 
-def memory_of(order: Order) -> MemoryProfile:
+def memory_of(document: JobDocument) -> MemoryProfile:
     """The memory of the base model's parts.
 
     Raises:
-        ValueError: the order is not what a service of this version sends.
+        ValueError: the document is not what a service of this version sends with a turn.
     """
-    return _MEMORY.validate_python(order.content["memory"])
+    return _MEMORY.validate_python(document.memory)
 
 
 def turn_of(order: Order, tensors: Path | None) -> TurnOrder:
@@ -325,20 +328,20 @@ def _order(
     job: str,
     name: str,
     kind: Kind,
-    spec: Mapping[str, Any],
+    document: HashedFile,
     base_digest: str,
     content: dict[str, Any],
-    tensors: TensorFile | None,
+    tensors: HashedFile | None,
     most_bytes: int,
 ) -> Order:
-    known = [job, kind, dict(spec), base_digest, content, tensors.sha256 if tensors else None]
+    known = [PROTOCOL, job, kind, document.sha256, base_digest, content, tensors.sha256 if tensors else None]
     digest = sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
     return Order(
         id=digest,
         job=job,
         name=name,
         kind=kind,
-        spec=dict(spec),
+        document=document,
         base_digest=base_digest,
         content=content,
         tensors=tensors,

@@ -19,19 +19,20 @@ from chainfed_ray.site.envelope import (
     Answer,
     AnswerMessage,
     Asking,
+    HashedFile,
     Heartbeat,
     Joining,
     Leaving,
     NextOrder,
     Order,
     Received,
-    TensorFile,
     Welcome,
 )
 from chainfed_ray.site.transcript import Transcript
 
 _PIECE_BYTES = 2**20
 _MOST_BYTES = 2**34  # of an order's tensors
+_MOST_DOCUMENT_BYTES = 2**26
 _TRIES = 5  # of a piece that does not come any further
 _TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 _COMES_BACK = (408, 421, 429, 500, 502, 503, 504)  # a service that starts again gives them for a while
@@ -124,23 +125,33 @@ class Connection:
         if order.tensors is None:
             return None
         file = folder / f"{order.tensors.sha256}.safetensors"
+        return self._fetched(order, "tensors", order.tensors, file, _MOST_BYTES)
+
+    def fetch_document(self, order: Order, folder: Path) -> Path:
+        """The file of the document of the order's job, in ``folder``. See ``fetch``."""
+        file = folder / f"{order.document.sha256}.json"
+        return self._fetched(order, "document", order.document, file, _MOST_DOCUMENT_BYTES)
+
+    def _fetched(self, order: Order, what: str, described: HashedFile, file: Path, most: int) -> Path:
+        """``file``, fetched unless it is there: what an order has. It may have ``most`` bytes."""
         partial = file.with_suffix(".partial")
         if file.exists():
+            file.touch()  # it is of use
             return file
-        folder.mkdir(parents=True, exist_ok=True)
-        if order.tensors.size > _MOST_BYTES:
-            raise ServiceFailed(self._address, f"an order has {order.tensors.size} bytes of tensors", "-")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if described.size > most:
+            raise ServiceFailed(self._address, f"the {what} of an order are {described.size} bytes", "-")
         tries = 0
         while tries < _TRIES:
             have = partial.stat().st_size if partial.exists() else 0
-            if have < order.tensors.size:
-                tries += not self._fetch_rest(order.id, partial, have)
-            elif TensorFile.of(partial) == order.tensors:
+            if have < described.size:
+                tries += not self._fetch_rest(f"/v1/site/orders/{order.id}/{what}", partial, have)
+            elif HashedFile.of(partial) == described:
                 return partial.replace(file)
             else:  # a piece of another file
                 partial.unlink()
                 tries += 1
-        raise ServiceFailed(self._address, f"the tensors of order {order.id} do not arrive", "-")
+        raise ServiceFailed(self._address, f"the {what} of order {order.id} do not arrive", "-")
 
     def send(self, order: str, tensors: Path) -> None:
         """Send the file ``tensors`` of an answer in pieces, from where an earlier transfer stopped.
@@ -176,10 +187,10 @@ class Connection:
         self._transcript.sent("POST", path, document)
         return self._request("POST", path, json=document)
 
-    def _fetch_rest(self, order: str, partial: Path, have: int) -> bool:
+    def _fetch_rest(self, path: str, partial: Path, have: int) -> bool:
         """Fetch the next piece. False if nothing came."""
         end = have + _PIECE_BYTES - 1
-        answer = self._request("GET", f"/v1/site/orders/{order}/tensors", headers={"Range": f"bytes={have}-{end}"})
+        answer = self._request("GET", path, headers={"Range": f"bytes={have}-{end}"})
         with partial.open("ab") as opened:
             opened.write(answer.content)
         return bool(answer.content)

@@ -4,6 +4,7 @@ Both sides check what they receive against these classes, and nothing is pickled
 process that talks to it pass the contents on, and ``codec.py`` reads them. docs/sites.md lists what crosses.
 """
 
+import json
 from hashlib import sha256
 from pathlib import Path
 from re import fullmatch
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The version of these documents. A site of another version is refused, with both numbers."""
 
 MOST_CHARACTERS = 1_000_000  # of an answer's JSON
@@ -38,14 +39,14 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class TensorFile(_Message):
-    """A file of tensors, by the digest of its bytes and their number."""
+class HashedFile(_Message):
+    """A file, by the digest of its bytes and their number."""
 
     sha256: Digest
     size: int = Field(ge=0, lt=2**50)
 
     @classmethod
-    def of(cls, file: Path) -> "TensorFile":
+    def of(cls, file: Path) -> "HashedFile":
         """The description of ``file``."""
         digest, size = sha256(), 0
         with file.open("rb") as opened:
@@ -55,11 +56,41 @@ class TensorFile(_Message):
         return cls(sha256=digest.hexdigest(), size=size)
 
 
-class Order(_Message):
-    """What a site is asked. ``spec`` is the job's document, ``base_digest`` that of the base model's files.
+class JobDocument(_Message):
+    """What all orders of a job have in common. A site fetches it once, by its digest, and keeps it.
 
-    The same order has the same ``id`` whenever it is given, so its answer is known again. ``most_bytes`` is the most that the
-    tensors of the answer may have.
+    ``spec`` is the job as it was submitted. ``memory`` is that of the base model's parts, and ``classes`` are the names of the
+    job's classes; neither is known before the job is planned.
+    """
+
+    spec: dict[str, Any]
+    memory: dict[str, Any] | None = None
+    classes: tuple[str, ...] = Field((), strict=False)
+
+    def content(self) -> bytes:
+        """The bytes of its file. The same document has the same ones whenever it is made."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()
+
+    def described(self) -> HashedFile:
+        """The description of its file."""
+        content = self.content()
+        return HashedFile(sha256=sha256(content).hexdigest(), size=len(content))
+
+    @classmethod
+    def read(cls, file: Path) -> "JobDocument":
+        """The document that ``file`` has.
+
+        Raises:
+            ValueError: it has none.
+        """
+        return cls.model_validate_json(file.read_bytes())
+
+
+class Order(_Message):
+    """What a site is asked. ``document`` describes the file of its job's document, and ``tensors`` that of its own tensors.
+
+    ``base_digest`` is that of the base model's files. The same order has the same ``id`` whenever it is given, so its answer is
+    known again. ``most_bytes`` is the most that the tensors of the answer may have.
     """
 
     protocol: int = PROTOCOL
@@ -67,10 +98,10 @@ class Order(_Message):
     job: JobId
     name: str = Field(max_length=100, description="the name of the job")
     kind: Kind
-    spec: dict[str, Any]
+    document: HashedFile
     base_digest: Digest
     content: dict[str, Any]
-    tensors: TensorFile | None
+    tensors: HashedFile | None
     most_bytes: int
 
 
@@ -86,7 +117,7 @@ class Done(_Message):
 
     outcome: Literal["done"] = "done"
     content: dict[str, Any]
-    tensors: TensorFile | None = None
+    tensors: HashedFile | None = None
 
 
 class NotDone(_Message):

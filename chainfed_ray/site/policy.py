@@ -26,10 +26,13 @@ class Policy:
     hours: float | None = None
     epsilon: float | None = None
 
-    def refusal(self, order: Order, worked: float) -> NotDone | None:
-        """The answer that refuses ``order``, or None. Turns of its job have ``worked`` so many seconds at this site."""
+    def refusal(self, order: Order, document: Mapping[str, Any], worked: float) -> NotDone | None:
+        """The answer that refuses ``order``, or None.
+
+        Its job has this ``document``, and turns of it have ``worked`` so many seconds at this site.
+        """
         try:
-            spec = parse_job(order.spec)
+            spec = parse_job(dict(document))
         except InvalidJob as error:
             return NotDone.about("job", error.problems[0].field)
         # A folder of this machine is not for a job to name, unless the site's owner names it.

@@ -31,22 +31,28 @@ class TurnProcess:
         self._process: subprocess.Popen[str] | None = None
 
     def carry_out(
-        self, order: Order, tensors: Path | None, sent: Path, heard: Callable[[Mapping[str, Any]], None]
+        self,
+        order: Order,
+        document: Path,
+        tensors: Path | None,
+        sent: Path,
+        heard: Callable[[Mapping[str, Any]], None],
     ) -> Answer:
         """Have ``order`` carried out. ``heard`` is told how far the turn is; if it raises, the process is ended."""
         process = self._started()
-        asked = {"order": order.model_dump(mode="json"), "tensors": tensors and str(tensors), "sent": str(sent)}
+        files = {"document": str(document), "tensors": tensors and str(tensors), "sent": str(sent)}
+        asked = {"order": order.model_dump(mode="json"), **files}
         try:
             assert process.stdin is not None
             assert process.stdout is not None
             process.stdin.write(json.dumps(asked) + "\n")
             process.stdin.flush()
             for line in process.stdout:
-                document = _document(line)
-                if "heartbeat" in document:
-                    heard(document["heartbeat"])
-                if "answer" in document:
-                    return KEPT_ANSWER.validate_json(json.dumps(document["answer"]))
+                said = _said(line)
+                if "heartbeat" in said:
+                    heard(said["heartbeat"])
+                if "answer" in said:
+                    return KEPT_ANSWER.validate_json(json.dumps(said["answer"]))
         except (OSError, ValidationError):
             self.end()
             return NotDone(reason="error", kind="WorkerDied")
@@ -86,10 +92,10 @@ class TurnProcess:
         return self._process
 
 
-def _document(line: str) -> dict[str, Any]:
+def _said(line: str) -> dict[str, Any]:
     """What a line says; nothing if it is not the worker's: a library may print as well."""
     try:
-        document = json.loads(line)
+        said = json.loads(line)
     except ValueError:
         return {}
-    return document if isinstance(document, dict) else {}
+    return said if isinstance(said, dict) else {}

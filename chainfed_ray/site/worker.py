@@ -37,7 +37,7 @@ from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.source import ModelSource, weights_folder
 from chainfed_ray.site.codec import client_of, memory_of, result_document, survey_document, turn_of, write_tensors
-from chainfed_ray.site.envelope import Answer, Done, NotDone, Order, TensorFile, phase_of
+from chainfed_ray.site.envelope import Answer, Done, HashedFile, JobDocument, NotDone, Order, phase_of
 from chainfed_ray.site.evaluation import evaluated_by
 from chainfed_ray.site.folder import offered
 from chainfed_ray.spec.job import JobSpec
@@ -52,8 +52,8 @@ _log = logging.getLogger("chainfed")
 class RowsOfJob:
     """One job at this site: its base model, and the examples of its clients, which are read once."""
 
-    def __init__(self, order: Order, folder: Path, scratch: Path, parts: int) -> None:
-        self.spec: JobSpec = parse_job(order.spec)
+    def __init__(self, order: Order, spec: dict[str, Any], folder: Path, scratch: Path, parts: int) -> None:
+        self.spec: JobSpec = parse_job(spec)
         self._folder, self._parts = folder, parts
         base = weights_folder(self.spec.model.weights)
         self.same_base = digest_of(base) == order.base_digest
@@ -168,10 +168,13 @@ class Worker:
         self._job: tuple[str, RowsOfJob] | None = None
         self._warm: set[torch.dtype] = set()
 
-    def carry_out(self, order: Order, tensors: Path | None, sent: Path) -> Answer:
-        """Carry out ``order``, whose tensors are in the file ``tensors``. Tensors of the answer are written into ``sent``."""
+    def carry_out(self, order: Order, document: JobDocument, tensors: Path | None, sent: Path) -> Answer:
+        """Carry out ``order`` of the job with this ``document``. Its tensors are in the file ``tensors``.
+
+        Tensors of the answer are written into ``sent``.
+        """
         try:
-            return self._answer(order, tensors, sent)
+            return self._answer(order, document, tensors, sent)
         except BudgetExceeded as error:
             _log.warning("%s", error)
             planned, cap, peak, phase = error.args
@@ -183,8 +186,8 @@ class Worker:
             _log.exception("an order could not be carried out")
             return NotDone(reason="error", kind=type(error).__name__)
 
-    def _answer(self, order: Order, tensors: Path | None, sent: Path) -> Answer:
-        job = self._of(order)
+    def _answer(self, order: Order, document: JobDocument, tensors: Path | None, sent: Path) -> Answer:
+        job = self._of(order, document)
         if not job.same_base:
             return NotDone(reason="model")
         if order.kind == "survey":
@@ -196,7 +199,7 @@ class Worker:
             return Done(content=survey_document(survey))
         if not job.asks_for_this(order):
             return NotDone(reason="plan")
-        client, classes = client_of(order), tuple(order.content["classes"])
+        client, classes = client_of(order), document.classes
         assert client.remote is not None, "a client at this site"
         data, part = client.remote.data, client.remote.part
         if job.has_changed(data):
@@ -208,23 +211,24 @@ class Worker:
         if order.kind in ("evaluating", "calibrating"):
             turn = turn_of(order, tensors)
             held_out = job.examples(data, part, classes, turn.rows if isinstance(turn, Evaluating) else "validation")
-            evaluated = evaluated_by(client, job.source, memory_of(order), held_out, turn)
+            evaluated = evaluated_by(client, job.source, memory_of(document), held_out, turn)
             return Done(content=result_document(evaluated)[0])
         examples = job.examples(data, part, classes, "train")
         own = replace(client, examples=examples, remote=None)
-        if order.kind == "training" and not job.is_planned(own, turn_of(order, tensors), memory_of(order)):
+        if order.kind == "training" and not job.is_planned(own, turn_of(order, tensors), memory_of(document)):
             return NotDone(reason="plan")
         result = take_turn(own, job.source, lambda: turn_of(order, tensors), capped=True)
         content, sent_tensors = result_document(result)
         if not sent_tensors:
             return Done(content=content)
         write_tensors(sent_tensors, sent)
-        return Done(content=content, tensors=TensorFile.of(sent))
+        return Done(content=content, tensors=HashedFile.of(sent))
 
-    def _of(self, order: Order) -> RowsOfJob:
+    def _of(self, order: Order, document: JobDocument) -> RowsOfJob:
         known = self._job
         if known is None or known[0] != order.job:
-            known = self._job = (order.job, RowsOfJob(order, self._folder, self._scratch, self._parts))
+            made = RowsOfJob(order, document.spec, self._folder, self._scratch, self._parts)
+            known = self._job = (order.job, made)
         return known[1]
 
 
@@ -247,7 +251,8 @@ def main() -> None:
         over = Event()
         beating = Thread(target=_beat, args=(over,), daemon=True)
         beating.start()
-        answer = worker.carry_out(Order.model_validate(asked["order"]), tensors, Path(asked["sent"]))
+        document = JobDocument.read(Path(asked["document"]))
+        answer = worker.carry_out(Order.model_validate(asked["order"]), document, tensors, Path(asked["sent"]))
         over.set()
         beating.join()
         _say({"answer": answer.model_dump(mode="json")})

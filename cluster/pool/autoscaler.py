@@ -74,13 +74,29 @@ def is_gone(node: str) -> bool:
     return not any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())  # type: ignore[no-untyped-call]
 
 
+def has_been_given_room(memory: int) -> bool:
+    """Whether no process for clients that asks for ``memory`` bytes waits for room: Ray has chosen a machine for each.
+
+    Such a process is starting, or cannot start, which Ray tries again and again. False also if Ray's head does not answer.
+    """
+    if (status := _answer()) is None:
+        return False
+    waiting = status.cluster_resource_state.pending_resource_requests
+    return memory not in {_memory(pending.request.resources_bundle) for pending in waiting}
+
+
 def _status() -> GetClusterStatusReply:
     """What Ray's head says of the cluster; nothing if it does not answer."""
+    return _answer() or GetClusterStatusReply()
+
+
+def _answer() -> GetClusterStatusReply | None:
+    """What Ray's head says of the cluster; None if it does not answer."""
     head = internal_kv_get_gcs_client()  # type: ignore[no-untyped-call]
     try:
         return GetClusterStatusReply.FromString(head.get_cluster_status(timeout_s=_ANSWER_SECONDS))
     except RayError:
-        return GetClusterStatusReply()
+        return None
 
 
 def _memory(bundle: Mapping[str, float]) -> int | None:

@@ -224,7 +224,7 @@ class RayPool:
 
         An actor without a machine may wait as long as there may be room later: when other turns end, of this job or of others
         on a machine that is large enough, or when the machine comes that is being added. One that has a machine gets ready in
-        as long as any may be silent, or never.
+        as long as any may be silent, or never; unless it waits for room again, since that machine was lost.
         """
         now = monotonic()
         quiet = {reference: turn for reference, turn in running.items() if now - turn.heard >= self._silence}
@@ -238,8 +238,8 @@ class RayPool:
                 turn.worked = 0.0
             if answer and answer.worked - turn.worked >= _LEAST_WORK * self._silence:
                 turn.heard, turn.worked = now, answer.worked
-            elif waits and turn.lease.has_machine():
-                turn.heard, turn.starting = now, True
+            elif not turn.lease.placed and turn.lease.has_machine() != turn.starting:
+                turn.heard, turn.starting = now, waits
             elif waits and (others_run or (turn.lease.kept and has_room(turn.lease.memory))):
                 turn.heard = now
             else:

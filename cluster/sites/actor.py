@@ -23,12 +23,14 @@ from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.structured_logs import log_as_asked
 from chainfed_ray.errors import BudgetExceeded, TurnNotTaken
-from chainfed_ray.site.codec import result_of, turn_order, write_tensors
-from chainfed_ray.site.envelope import Done, NotDone, Order, TensorFile
+from chainfed_ray.site.codec import job_document, result_of, turn_order, write_tensors
+from chainfed_ray.site.envelope import Done, HashedFile, NotDone, Order
 from chainfed_ray.site.policy import in_words
 
 Result = TypeVar("Result")
 _POLL_SECONDS = 0.1
+_LOOK_SECONDS = 1.0
+_OVER = ("answered", "withdrawn")
 _RETRY_SECONDS = 2.0  # until a database is asked again
 _WAITING = OrderState("waiting", None, None, 0.0)
 _log = logging.getLogger(__name__)
@@ -49,10 +51,10 @@ class JobForSites:
 
 
 class Seen(NamedTuple):
-    """Whether a process at the site has taken the turn, and whether there is one."""
+    """The clients whose turns processes at their sites have taken, and the sites that have no process."""
 
-    taken: bool
-    joined: bool
+    taken: frozenset[str]
+    absent: frozenset[str]
 
 
 @ray.remote(max_concurrency=10_000, max_restarts=-1, max_task_retries=-1)  # type: ignore[call-overload]  # its types lack this option
@@ -65,10 +67,11 @@ class SitesActor:
         self._opened: Mailbox | None = None
         self._pending: dict[tuple[str, str], asyncio.Future[OrderState]] = {}
         self._seen: dict[tuple[str, str], OrderState] = {}
-        self._joined: set[str] = set()
+        self._joined: set[str] | None = None
         self._addresses: dict[str, str] = {}  # of sites, by the names that the job has for them
-        self._orders: dict[str, tuple[str, str]] = {}  # by the names of clients
-        self._files: dict[str, TensorFile | None] = {}  # by Ray's names of orders
+        self._orders: dict[str, tuple[str, str]] = {}  # the newest of each client, by its name
+        self._files: dict[str, HashedFile | None] = {}  # by Ray's names of orders
+        self._documents: dict[tuple[str, ...], HashedFile] = {}  # of the job, by its classes
         self._lock = asyncio.Lock()
         self._polling: asyncio.Task[None] | None = None
 
@@ -91,10 +94,13 @@ class SitesActor:
             self._seen.pop(key, None)
         return await _once_there(partial(self._result, client, given, state))
 
-    async def look(self, client: str, site: str) -> Seen:
-        """Where the turn of ``client`` is."""
-        state = self._seen.get(self._orders.get(client, ("", "")), _WAITING)
-        return Seen(state.state != "waiting", self._addresses.get(site) in self._joined)
+    async def look(self) -> Seen:
+        """Where the turns are. One question serves all of them."""
+        taken = frozenset(client for client, key in self._orders.items() if key in self._pending and key in self._seen)
+        joined = self._joined  # None before the first look at the sites
+        return Seen(
+            taken, frozenset(site for site, at in self._addresses.items() if joined is not None and at not in joined)
+        )
 
     async def progress(self, client: str) -> Progress:
         """How far the turn of ``client`` is, as the site said last."""
@@ -126,18 +132,22 @@ class SitesActor:
                 self._files[name] = self._written(turn)
         job = self._job
         assert job.memory is not None, "turns come after the plan"
-        order = turn_order(job.id, job.name, job.spec, job.base_digest, job.memory, client, turn, self._files[name])
+        classes = client.remote.classes
+        if classes not in self._documents:  # all clients of a job have the same ones
+            document = job_document(job.spec, job.memory, classes)
+            self._documents = {classes: self._mailbox.files.keep_document(job.id, document)}
+        order = turn_order(job.id, job.name, self._documents[classes], job.base_digest, client, turn, self._files[name])
         site = client.remote.site
         if site not in self._addresses:
             self._addresses[site] = self._mailbox.address(self._job.id, site)
         self._mailbox.give(self._addresses[site], order)
         return order
 
-    def _written(self, turn: Training | Fitting | Evaluating | Calibrating) -> TensorFile:
+    def _written(self, turn: Training | Fitting | Evaluating | Calibrating) -> HashedFile:
         file = self._mailbox.files.local_tensors(self._job.id, "new")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(turn.tensors, file)
-        written = TensorFile.of(file)
+        written = HashedFile.of(file)
         self._mailbox.files.keep_tensors(self._job.id, file, written.sha256)
         self._mailbox.forget_others(self._job.id, written.sha256)
         return written
@@ -153,18 +163,25 @@ class SitesActor:
             del self._pending[key]
 
     async def _poll(self) -> None:
-        """Look at all orders in flight, while there are any. A database that does not answer is waited for."""
+        """Look at the orders in flight, while there are any. A database that does not answer is waited for.
+
+        Those that are over are looked for often; those that sites work on, which may be many, now and then.
+        """
+        loop = asyncio.get_running_loop()
+        look_at = loop.time()
         while self._pending:
             try:
-                states = await asyncio.to_thread(self._mailbox.states, set(self._pending))
-                self._joined = {site.name for site in await asyncio.to_thread(self._mailbox.sites) if site.joined}
+                over = await asyncio.to_thread(self._mailbox.states, {*self._pending}, _OVER)
+                if loop.time() >= look_at:
+                    look_at = loop.time() + _LOOK_SECONDS
+                    self._seen = await asyncio.to_thread(self._mailbox.states, {*self._pending}, ("taken",))
+                    self._joined = {site.name for site in await asyncio.to_thread(self._mailbox.sites) if site.joined}
             except Exception as error:  # whatever it is, turns at sites must not hang
                 _log.warning("sites cannot be looked at (%s); their turns wait", type(error).__name__)
-                states = {}
-            self._seen.update(states)
-            for key, state in states.items():
+                over = {}
+            for key, state in over.items():
                 future = self._pending.get(key)
-                if future and not future.done() and state.state in ("answered", "withdrawn"):
+                if future and not future.done():
                     future.set_result(state)
             await asyncio.sleep(_POLL_SECONDS)
 

@@ -24,12 +24,33 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.hub import digest_of, first_line
 from chainfed_ray.problem import some_of
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.site.codec import survey_document, survey_of, survey_order
+from chainfed_ray.site.codec import job_document, survey_document, survey_of, survey_order
 from chainfed_ray.site.envelope import Done, NotDone
 from chainfed_ray.site.policy import in_words
 from chainfed_ray.spec.job import JobSpec
 
 _POLL_SECONDS = 0.2
+_LOOK_SECONDS = 1.0
+
+
+class _Lookout:
+    """Where the turns of a job's clients at sites are, as its ``actor`` said last. It is not waited for."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._seen: Seen | None = None
+        self._asked: Any = None
+        self._asked_at = self._seen_at = -_LOOK_SECONDS
+
+    def seen(self, since: float) -> Seen | None:
+        """What the actor answered last, if it was asked later than ``since``. It is asked once a second, for all turns."""
+        if self._asked is None and monotonic() - self._asked_at >= _LOOK_SECONDS:
+            self._asked, self._asked_at = self._actor.look.remote(), monotonic()
+        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
+            asked, self._asked = self._asked, None
+            with suppress(RayError):  # Ray makes the actor again
+                self._seen, self._seen_at = ray.get(asked), self._asked_at
+        return self._seen if self._seen_at > since else None
 
 
 @dataclass(eq=False)
@@ -39,20 +60,12 @@ class SiteLease(Lease):
     client: str = ""
     site: str = ""
     joined: bool = True
-    asked: Any = None
+    lookout: _Lookout | None = None
 
     def is_placed(self) -> bool:
-        """True once the site has taken the turn. The actor is asked anew after each answer, and not waited for."""
-        if self.placed:
-            return True
-        if self.asked is None:
-            self.asked = self.actor.look.remote(self.client, self.site)
-        answered, _ = ray.wait([self.asked], timeout=0)
-        if answered:
-            asked, self.asked = self.asked, None
-            with suppress(RayError):  # Ray makes the actor again
-                seen: Seen = ray.get(asked)
-                self.placed, self.joined = seen.taken, seen.joined
+        """True once the site is known to have taken the turn."""
+        if not self.placed and self.lookout and (seen := self.lookout.seen(self.made_at)):
+            self.placed, self.joined = self.client in seen.taken, self.site not in seen.absent
         return self.placed
 
     def ask(self) -> Any:
@@ -75,6 +88,7 @@ class Desk:
         self._id, self._storage = job, storage
         self._job: JobForSites | None = None
         self._actor: Any = None
+        self._lookout: _Lookout | None = None
         self._awaited: dict[tuple[str, str], str] = {}  # classes of clients, by the site and the id of the order
         self._max_length = 0
 
@@ -122,18 +136,20 @@ class Desk:
             actor_class: Any = SitesActor  # ray.remote adds `options`, which the type does not show
             options = controller_options() | {"runtime_env": runtime_env()}
             self._actor = actor_class.options(**options).remote(self._job, self._storage)
-        return SiteLease(
-            self._actor, client.client_class, 0, None, kept=False, client=client.name, site=client.remote.site
-        )
+            self._lookout = _Lookout(self._actor)
+        lease = SiteLease(self._actor, client.client_class, 0, None, kept=False)
+        lease.client, lease.site, lease.lookout = client.name, client.remote.site, self._lookout
+        return lease
 
     def _given(self, mailbox: Mailbox, spec: JobSpec, classes: Collection[str]) -> dict[tuple[str, str], str]:
         """Give the orders for a survey to the sites of the ``classes`` of clients, and list them by site and id."""
         job, given = self._job, dict[tuple[str, str], str]()
         assert job, "the survey makes it"
+        document = mailbox.files.keep_document(job.id, job_document(job.spec)) if classes else None
         for group in spec.fleet.at_sites:
-            if group.name in classes:
+            if document and group.name in classes:
                 assert group.site is not None, "a class of clients at a site"
-                order = survey_order(job.id, job.name, job.spec, job.base_digest, group.name, group.data or "")
+                order = survey_order(job.id, job.name, document, job.base_digest, group.name, group.data or "")
                 address = mailbox.address(job.id, group.site)
                 mailbox.give(address, order)
                 given[address, order.id] = group.name

@@ -1,5 +1,8 @@
-"""The tensors of orders and answers: in files beside a job's commits, or in an object store where machines share no folder. ::
+"""The tensors of orders and answers, and documents of jobs.
 
+They are in files beside a job's commits, or in an object store where machines share no folder. ::
+
+jobs/<job>/sites/documents/<sha256>.json           what all orders of the job have in common
 jobs/<job>/sites/tensors/<sha256>.safetensors      what orders bring
 jobs/<job>/sites/answers/<order>.safetensors       what answers bring
 jobs/<job>/sites/answers/<order>.partial           what has arrived of it: a file, or objects by the places of their bytes
@@ -14,7 +17,7 @@ from secrets import token_hex
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.objects.pieces import Pieces
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.site.envelope import TensorFile
+from chainfed_ray.site.envelope import HashedFile, JobDocument
 
 
 def site_files(storage: Storage) -> "SiteFiles":
@@ -27,6 +30,20 @@ class SiteFiles:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
+
+    def keep_document(self, job: str, document: JobDocument) -> HashedFile:
+        """Keep the document of a job, for its sites. Gives the description of its file."""
+        described = document.described()
+        file = self.local_document(job, described.sha256)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{token_hex(4)}.partial")
+        partial.write_bytes(document.content())
+        partial.replace(file)
+        return described
+
+    def document(self, job: str, digest: str) -> Path:
+        """The file of a document of a job. It is not there if nobody keeps it."""
+        return self.local_document(job, digest)
 
     def keep_tensors(self, job: str, file: Path, digest: str) -> None:
         """Make ``file``, which is in the same folder or on the same disk, the tensors of orders."""
@@ -61,10 +78,10 @@ class SiteFiles:
         """Delete what has arrived of an answer's tensors."""
         self._partial(job, order).unlink(missing_ok=True)
 
-    def keep_answer(self, job: str, order: str, described: TensorFile) -> bool:
+    def keep_answer(self, job: str, order: str, described: HashedFile) -> bool:
         """Keep what has arrived as the tensors of an answer. False if it is not what is ``described``: then it is deleted."""
         file = self._partial(job, order)
-        found = TensorFile.of(file) if file.exists() else None
+        found = HashedFile.of(file) if file.exists() else None
         if found != described:
             file.unlink(missing_ok=True)
             return False
@@ -82,6 +99,10 @@ class SiteFiles:
     def forget(self, job: str) -> None:
         """Delete every file of a job."""
         shutil.rmtree(self._folder(job), ignore_errors=True)
+
+    def local_document(self, job: str, digest: str) -> Path:
+        """Where the file of a document of a job is on this machine."""
+        return self._folder(job) / "documents" / f"{digest}.json"
 
     def local_tensors(self, job: str, digest: str) -> Path:
         """Where a file of tensors of orders is on this machine."""
@@ -104,6 +125,19 @@ class StoredSiteFiles(SiteFiles):
     def __init__(self, objects: ObjectStore, storage: Storage) -> None:
         super().__init__(storage)
         self._objects = objects
+
+    def keep_document(self, job: str, document: JobDocument) -> HashedFile:
+        """See ``SiteFiles``."""
+        described = super().keep_document(job, document)
+        self._objects.put(self._document(job, described.sha256), self.local_document(job, described.sha256))
+        return described
+
+    def document(self, job: str, digest: str) -> Path:
+        """See ``SiteFiles``."""
+        file = self.local_document(job, digest)
+        if not file.exists():
+            self._fetch(self._document(job, digest), file, digest)
+        return file
 
     def keep_tensors(self, job: str, file: Path, digest: str) -> None:
         """See ``SiteFiles``."""
@@ -147,7 +181,7 @@ class StoredSiteFiles(SiteFiles):
         """See ``SiteFiles``."""
         self._pieces(job, order).clear()
 
-    def keep_answer(self, job: str, order: str, described: TensorFile) -> bool:
+    def keep_answer(self, job: str, order: str, described: HashedFile) -> bool:
         """See ``SiteFiles``."""
         pieces, name = self._pieces(job, order), self._answer(job, order)
         own = self.local_answer(job, order).with_suffix(
@@ -157,7 +191,7 @@ class StoredSiteFiles(SiteFiles):
         try:
             with own.open("wb") as file, suppress(FileNotFoundError):  # the other one was faster, and deletes them
                 file.writelines(pieces.read())
-            fits = TensorFile.of(own) == described
+            fits = HashedFile.of(own) == described
             if fits:
                 self._objects.put(name, own)
             else:
@@ -188,6 +222,9 @@ class StoredSiteFiles(SiteFiles):
         """Write an object to ``file``, if there is one; with a ``digest``, one of this SHA-256."""
         with suppress(FileNotFoundError):
             self._objects.download_to(name, file, digest)
+
+    def _document(self, job: str, digest: str) -> str:
+        return f"jobs/{job}/sites/documents/{digest}"
 
     def _tensors(self, job: str, digest: str) -> str:
         return f"jobs/{job}/sites/tensors/{digest}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from time import time
 from typing import Any, NamedTuple, cast
 
+from pydantic import ValidationError
 from sqlalchemy import and_, delete, or_, select, update
 from sqlalchemy.engine import CursorResult, Engine
 from sqlalchemy.orm import Session
@@ -26,6 +27,7 @@ from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, Done, Heartbeat, Not
 _SILENCE_SECONDS = 60.0
 _NOTED_SECONDS = 5.0  # a site that asks more often is not noted each time: that would write to the disk
 _IN_FLIGHT = ("waiting", "taken")
+_STATES = (*_IN_FLIGHT, "answered", "withdrawn")
 
 
 def site_address(tenant: str, site: str) -> str:
@@ -90,12 +92,15 @@ class Mailbox:
             ):
                 row.state, row.session, row.answer, row.worked, row.doing = "waiting", None, None, 0.0, None
 
-    def states(self, orders: Collection[tuple[str, str]]) -> dict[tuple[str, str], OrderState]:
-        """Where each of the ``orders`` is, by its site and id."""
+    def states(
+        self, orders: Collection[tuple[str, str]], among: Collection[str] = _STATES
+    ) -> dict[tuple[str, str], OrderState]:
+        """Where each of the ``orders`` is, by its site and id; only of those in one of the states ``among``."""
         row = SiteOrderRow
         columns = select(row.site, row.order, row.state, row.answer, row.doing, row.worked)
         with Session(self._engine) as session:
-            found = session.execute(columns.where(row.order.in_({order for _, order in orders})))
+            wanted = row.order.in_({order for _, order in orders}), row.state.in_(among)
+            found = session.execute(columns.where(*wanted))
             return {
                 (site, order): OrderState(
                     state,
@@ -178,8 +183,13 @@ class Mailbox:
             self.files.drop_received(job, order)  # outside of a transaction, since it may ask an object store
         with Session(self._engine) as database, database.begin():
             taken = update(SiteOrderRow).where(SiteOrderRow.number == number, SiteOrderRow.state == state)
+            try:
+                given = Order.model_validate_json(document)
+            except ValidationError:  # of a version before: its coordinator is made again, and gives another one
+                database.execute(taken.values(state="withdrawn"))
+                return None
             found = cast("CursorResult[Any]", database.execute(taken.values(state="taken", session=session)))
-            return Order.model_validate_json(document) if found.rowcount else None
+            return given if found.rowcount else None
 
     def waiting(self, sites: Collection[str]) -> set[str]:
         """Those of ``sites`` for which an order waits."""
@@ -188,6 +198,12 @@ class Mailbox:
         )
         with Session(self._engine) as session:
             return set(session.scalars(query))
+
+    def sessions(self, sites: Collection[str]) -> dict[str, str | None]:
+        """The process that takes the orders of each of ``sites``; None if it has left."""
+        with Session(self._engine) as session:
+            query = select(SiteRow).where(SiteRow.name.in_(sites))
+            return {row.name: row.session for row in session.scalars(query)}
 
     def over(self, jobs: Collection[str]) -> tuple[str, ...]:
         """Those of ``jobs`` that are over: their orders are deleted."""
@@ -205,6 +221,19 @@ class Mailbox:
             row = self._taken(session, site, order, beat.session)
             row.doing, row.worked = beat.model_dump_json(), beat.worked
             session.execute(update(SiteRow).where(SiteRow.name == site).values(seen_at=time()))
+
+    def document_of(self, site: str, order: str) -> Path:
+        """The file of the document of the job of an order that ``site`` has.
+
+        Raises:
+            OrderWithdrawn: the site does not have the order any more.
+        """
+        with Session(self._engine) as session:
+            row = session.scalar(_of(site, order))
+            if row is None or row.state != "taken":
+                raise OrderWithdrawn(order)
+            job, document = row.job, Order.model_validate_json(row.document).document
+        return self.files.document(job, document.sha256)
 
     def tensors_of(self, site: str, order: str) -> Path | None:
         """The file of the tensors of an order that ``site`` has; None if it has none.
@@ -298,7 +327,7 @@ class Mailbox:
 
 
 def _is_there(row: SiteRow) -> bool:
-    """True if a process of the site has joined and asks for orders: it does so every few seconds."""
+    """True if a process of the site has joined and asks for orders: it does so at least every half a minute."""
     return row.session is not None and time() - row.seen_at < _SILENCE_SECONDS
 
 

@@ -15,8 +15,8 @@ from chainfed_ray.client.survey import SiteRows
 from chainfed_ray.data.tokens import NO_EXAMPLES
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.site.codec import result_of, survey_of, survey_order, turn_order, write_tensors
-from chainfed_ray.site.envelope import TensorFile
+from chainfed_ray.site.codec import job_document, result_of, survey_of, survey_order, turn_order, write_tensors
+from chainfed_ray.site.envelope import HashedFile
 from tests.builders import a_job, assert_same, story
 
 
@@ -41,16 +41,16 @@ def test_modelled_clients_are_the_same_each_time_and_metered_by_round(document: 
 
 def test_a_modelled_site_answers_as_an_honest_one(document: dict[str, Any], tmp_path: Path) -> None:
     job = a_job(document, tmp_path)
-    spec, digest = job.spec.document(), 64 * "0"
-    told = survey_of(answer_to(survey_order("j", "tiny", spec, digest, "at-a", "site:a"), None, tmp_path).content, 8)
+    known, digest = job_document(job.spec.document(), job.planner.costs).described(), 64 * "0"
+    told = survey_of(answer_to(survey_order("j", "tiny", known, digest, "at-a", "site:a"), None, tmp_path).content, 8)
     (counts,) = [client.counts for client in told.clients]
     client = replace(job.clients[0], examples=NO_EXAMPLES, remote=SiteRows("a", "site:a", 0, 1, counts))
     tensors, sent = job.new_stack(range(1, 4), seed=1).tensors(), tmp_path / "sent"
     write_tensors(tensors, file := tmp_path / "order")
     turn = Training(tensors, client.plan.window, client.plan.window.top, 1, 8, 0.01, 0.1, 0.1, "window", 1)
-    order = turn_order("j", "tiny", spec, digest, job.planner.costs, client, turn, TensorFile.of(file))
+    order = turn_order("j", "tiny", known, digest, client, turn, HashedFile.of(file))
     answer = answer_to(order, file, sent)
-    assert answer.tensors == TensorFile.of(sent)
+    assert answer.tensors == HashedFile.of(sent)
     update = result_of(client.name, "training", answer.content, sent)
     assert isinstance(update, Update)
     names = trained_names(tensors, client.plan.window, 0.1, "window")

@@ -30,6 +30,7 @@ from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.site.codec import (
     client_of,
+    job_document,
     memory_of,
     result_document,
     result_of,
@@ -39,7 +40,7 @@ from chainfed_ray.site.codec import (
     turn_order,
     write_tensors,
 )
-from chainfed_ray.site.envelope import Order, TensorFile
+from chainfed_ray.site.envelope import HashedFile, JobDocument, Order
 from tests.builders import a_job
 
 COUNTS = ExampleCounts(10, 12, 90)
@@ -61,12 +62,13 @@ def turns(job: PlannedJob) -> list[Any]:
 
 def test_orders_come_out_as_they_went_in(job: PlannedJob, tmp_path: Path) -> None:
     client = replace(job.clients[0], examples=NO_EXAMPLES, remote=ROWS)
+    document = job_document(job.spec.document(), job.planner.costs, ROWS.classes)
+    described = document.described()
     for turn in turns(job):
         file = None
         if not isinstance(turn, Profiling):
             write_tensors(turn.tensors, file := tmp_path / "sent.safetensors")
-        spec, memory = job.spec.document(), job.planner.costs
-        sent = turn_order("job", "tiny", spec, 64 * "0", memory, client, turn, file and TensorFile.of(file))
+        sent = turn_order("job", "tiny", described, 64 * "0", client, turn, file and HashedFile.of(file))
         received = Order.model_validate_json(sent.model_dump_json())
         assert received.model_dump_json() == sent.model_dump_json()
         again = turn_of(received, file)
@@ -78,20 +80,25 @@ def test_orders_come_out_as_they_went_in(job: PlannedJob, tmp_path: Path) -> Non
             assert all(torch.equal(again.tensors[name], tensor) for name, tensor in turn.tensors.items())
         found: Client = client_of(received)
         assert (found.name, found.plan, found.cap_bytes) == (client.name, client.plan, client.cap_bytes)
-        if received.content["memory"] is not None:
-            assert memory_of(received) == memory
+    (tmp_path / "document").write_bytes(document.content())
+    assert HashedFile.of(tmp_path / "document") == described
+    known = JobDocument.read(tmp_path / "document")
+    assert (known.spec, memory_of(known), known.classes) == (job.spec.document(), job.planner.costs, ROWS.classes)
 
 
 def test_an_order_is_named_by_what_it_asks(job: PlannedJob) -> None:
     client = replace(job.clients[0], examples=NO_EXAMPLES, remote=ROWS)
     profiling = Profiling(40, 7)
 
-    def name(given: Client, turn: Any) -> str:
-        return turn_order("job", "tiny", job.spec.document(), 64 * "0", job.planner.costs, given, turn, None).id
+    document = job_document(job.spec.document())
+
+    def name(given: Client, turn: Any, asked: JobDocument = document) -> str:
+        return turn_order("job", "tiny", asked.described(), 64 * "0", given, turn, None).id
 
     assert name(client, profiling) == name(client, Profiling(40, 7))
     others = [name(replace(client, name="b"), profiling), name(client, Profiling(40, 8))]
-    assert len({name(client, profiling), *others}) == 3
+    others.append(name(client, profiling, job_document(job.spec.document(), classes=("no",))))
+    assert len({name(client, profiling), *others}) == 4
 
 
 @pytest.mark.parametrize(
@@ -138,7 +145,7 @@ def test_a_number_that_is_none_is_refused(lie: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["../../out", "/etc", "a b", "", "a" * 200])
 def test_a_name_that_leads_elsewhere_is_refused(job: PlannedJob, name: str) -> None:
     client = replace(job.clients[0], examples=NO_EXAMPLES, remote=ROWS, name=name)
-    sent = turn_order("j", "tiny", job.spec.document(), 64 * "0", job.planner.costs, client, Profiling(40, 7), None)
+    sent = turn_order("j", "tiny", job_document({}).described(), 64 * "0", client, Profiling(40, 7), None)
     with pytest.raises(ValueError, match="name"):
         client_of(sent)
 

@@ -10,7 +10,7 @@ import pytest
 from chainfed_ray.errors import InvalidSetting, SiteRefused
 from chainfed_ray.site import connection
 from chainfed_ray.site.connection import Connection, Withdrawn
-from chainfed_ray.site.envelope import Order, TensorFile
+from chainfed_ray.site.envelope import HashedFile, Order
 from chainfed_ray.site.transcript import Transcript
 
 Answering = Callable[[httpx.Request], httpx.Response]
@@ -61,7 +61,7 @@ def test_tensors_are_fetched_in_pieces_from_where_a_transfer_stopped(
 ) -> None:
     whole = bytes(range(256)) * 10
     (tmp_path / "whole").write_bytes(whole)
-    described = TensorFile.of(tmp_path / "whole")
+    described = HashedFile.of(tmp_path / "whole")
     monkeypatch.setattr(connection, "_PIECE_BYTES", 1000)
     asked = []
 
@@ -71,8 +71,8 @@ def test_tensors_are_fetched_in_pieces_from_where_a_transfer_stopped(
         return httpx.Response(206, content=whole[first : last + 1])
 
     order = Order(
-        id=32 * "2", job="j", name="n", kind="training", spec={}, base_digest=64 * "0", content={}, tensors=described,
-        most_bytes=0,
+        id=32 * "2", job="j", name="n", kind="training", document=described, base_digest=64 * "0", content={},
+        tensors=described, most_bytes=0,
     )  # fmt: skip
     folder = tmp_path / "adapters"
     folder.mkdir()
@@ -84,6 +84,10 @@ def test_tensors_are_fetched_in_pieces_from_where_a_transfer_stopped(
     assert asked == [700, 1700]
     assert made.fetch(order, folder) == fetched
     assert len(asked) == 2, "what is there is not fetched again"
+    document = made.fetch_document(order, tmp_path / "documents")
+    assert document.read_bytes() == whole
+    assert made.fetch_document(order, tmp_path / "documents") == document
+    assert asked[2:] == [0, 1000, 2000]
 
 
 def test_tensors_are_sent_from_where_a_transfer_stopped(

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from chainfed_ray.site.codec import survey_order
-from chainfed_ray.site.envelope import NotDone, Order
+from chainfed_ray.site.codec import job_document, survey_order
+from chainfed_ray.site.envelope import NotDone
 from chainfed_ray.site.policy import Policy, in_words
 from tests.builders import PRIVACY
 
@@ -18,12 +18,14 @@ def at_site(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def an_order(document: dict[str, Any]) -> Order:
-    return survey_order("job-1", "tiny", document, 64 * "0", "silo", "site:rows.jsonl")
+def refusal(policy: Policy, document: dict[str, Any], worked: float = 0) -> NotDone | None:
+    known = job_document(document).described()
+    order = survey_order("job-1", "tiny", known, 64 * "0", "silo", "site:rows.jsonl")
+    return policy.refusal(order, document, worked)
 
 
 def test_what_is_allowed_is_not_refused(at_site: dict[str, Any]) -> None:
-    assert Policy(("*",)).refusal(an_order(at_site), 1e9) is None
+    assert refusal(Policy(("*",)), at_site, 1e9) is None
 
 
 @pytest.mark.parametrize(
@@ -37,25 +39,25 @@ def test_what_is_allowed_is_not_refused(at_site: dict[str, Any]) -> None:
     ],
 )
 def test_a_refusal_is_said_in_words(at_site: dict[str, Any], policy: Policy, worked: float, words: str) -> None:
-    refused = policy.refusal(an_order(at_site), worked)
+    refused = refusal(policy, at_site, worked)
     assert refused is not None
     assert in_words(refused) == words
 
 
 def test_a_job_with_too_large_an_epsilon_is_refused(at_site: dict[str, Any]) -> None:
     at_site["privacy"] = {**PRIVACY, "epsilon": 9.0}
-    assert Policy(("*",), epsilon=10).refusal(an_order(at_site), 0) is None
-    refused = Policy(("*",), epsilon=3).refusal(an_order(at_site), 0)
+    assert refusal(Policy(("*",), epsilon=10), at_site) is None
+    refused = refusal(Policy(("*",), epsilon=3), at_site)
     assert refused is not None
     assert in_words(refused) == "it allows an ε of at most 3; the job's is 9"
 
 
 def test_a_model_of_the_hub_needs_no_permission(at_site: dict[str, Any]) -> None:
     at_site["model"]["base"] = "hf:org/name"
-    assert Policy().refusal(an_order(at_site), 0) is None
+    assert refusal(Policy(), at_site) is None
 
 
 def test_a_document_that_is_no_job_is_refused() -> None:
-    refused = Policy().refusal(an_order({"name": "x"}), 0)
+    refused = refusal(Policy(), {"name": "x"})
     assert isinstance(refused, NotDone)
     assert refused.reason == "job"

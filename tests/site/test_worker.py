@@ -13,8 +13,8 @@ from chainfed_ray.client.survey import SiteRows
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
 from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.hub import digest_of
-from chainfed_ray.site.codec import survey_of, survey_order, turn_order, write_tensors
-from chainfed_ray.site.envelope import Done, NotDone, TensorFile
+from chainfed_ray.site.codec import job_document, survey_of, survey_order, turn_order, write_tensors
+from chainfed_ray.site.envelope import Done, HashedFile, NotDone
 from chainfed_ray.site.policy import in_words
 from chainfed_ray.site.worker import Worker
 from chainfed_ray.spec.parse import parse_job
@@ -37,9 +37,10 @@ def answer(document: dict[str, Any], rows: list[Any], folder: Path, parts: int =
     (data / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     base = Path(document["model"]["base"].removeprefix("path:"))
     digest = given.pop("digest", digest_of(base))
-    order = survey_order("job-1", "tiny", document, digest, "silo", given.pop("data", "site:rows.jsonl"))
+    known = job_document(document)
+    order = survey_order("job-1", "tiny", known.described(), digest, "silo", given.pop("data", "site:rows.jsonl"))
     worker = Worker(data, folder / "scratch", parts, given.pop("tells_classes", True))
-    return worker.carry_out(order, None, folder / "sent")
+    return worker.carry_out(order, known, None, folder / "sent")
 
 
 def some(count: int) -> list[dict[str, str]]:
@@ -111,11 +112,10 @@ def test_an_order_that_its_job_does_not_have_is_not_carried_out(asked: dict[str,
     def answered(head: str, client: Client, turn: TurnOrder) -> Done | NotDone:
         document = json.loads(json.dumps(asked))
         document["chain"] |= {"head": head}
-        spec, digest = parse_job(document).document(), digest_of(job.base.folder)
-        memory = job.planner.costs
-        file = tmp_path / "given"
-        order = turn_order(f"job-{head}", "tiny", spec, digest, memory, client, turn, TensorFile.of(file))
-        return worker.carry_out(order, file, tmp_path / "sent")
+        known = job_document(parse_job(document).document(), job.planner.costs, rows.classes)
+        digest, file = digest_of(job.base.folder), tmp_path / "given"
+        order = turn_order(f"job-{head}", "tiny", known.described(), digest, client, turn, HashedFile.of(file))
+        return worker.carry_out(order, known, file, tmp_path / "sent")
 
     assert answered("zero", own, fitting) == NotDone(reason="plan")
     assert answered("fitted", own, evaluating) == NotDone(reason="plan")
@@ -141,7 +141,7 @@ def test_rows_that_change_during_a_job_are_noticed(asked: dict[str, Any], tmp_pa
     rows = SiteRows("a", "site:rows.jsonl", 0, 1, ExampleCounts(12, 5, 60), ("no", "yes"))
     client = replace(job.clients[0], name="silo-0", client_class="silo", examples=NO_EXAMPLES, remote=rows)
     asked["chain"] |= {"start": "auto"}
-    spec, memory = parse_job(asked).document(), job.planner.costs
-    order = turn_order("job-1", "tiny", spec, digest_of(job.base.folder), memory, client, Profiling(40, 1), None)
+    known, digest = job_document(parse_job(asked).document(), job.planner.costs), digest_of(job.base.folder)
+    order = turn_order("job-1", "tiny", known.described(), digest, client, Profiling(40, 1), None)
     restarted = Worker(tmp_path / "rows", tmp_path / "scratch", 1, True)
-    assert restarted.carry_out(order, None, tmp_path / "sent") == NotDone(reason="changed")
+    assert restarted.carry_out(order, known, None, tmp_path / "sent") == NotDone(reason="changed")

@@ -9,7 +9,7 @@ import pytest
 
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.site.agent import Agent, Offer
-from chainfed_ray.site.codec import survey_order
+from chainfed_ray.site.codec import job_document, survey_order
 from chainfed_ray.site.connection import Connection
 from chainfed_ray.site.policy import Policy
 from chainfed_ray.site.transcript import Transcript
@@ -42,13 +42,16 @@ def test_a_process_that_joins_again_refuses_a_job_whose_hours_are_used_up(
     WorkingTime(tmp_path / "worked").add("job-1", 3700.0, is_over=True)
     document["fleet"]["clients"] = [{"name": "silo", "memory": "64MiB", "site": "a", "data": "site:rows.jsonl"}]
     document["data"] = {"validation": "path:v.csv", "test": "path:t.csv"}
-    order = survey_order("job-1", "tiny", document, 64 * "0", "silo", "site:rows.jsonl")
+    known = job_document(document)
+    order = survey_order("job-1", "tiny", known.described(), 64 * "0", "silo", "site:rows.jsonl")
     stop, answers = Event(), list[bytes]()
 
     def service(request: httpx.Request) -> httpx.Response:
         if request.url.path.endswith("/answer"):
             answers.append(request.read())
             stop.set()
+        if request.url.path.endswith("/document"):
+            return httpx.Response(206, content=known.content())
         asks = request.url.path.endswith("/next")
         return httpx.Response(200, json={"order": order.model_dump(mode="json"), "over": []} if asks else {})
 

@@ -23,7 +23,7 @@ from chainfed_ray.errors import CorruptCommit, InvalidSetting
 from chainfed_ray.model.saved_stack import load_stack, save_stack
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.site.codec import survey_order
-from chainfed_ray.site.envelope import Done
+from chainfed_ray.site.envelope import Done, JobDocument
 from tests.builders import SPEC, a_round, a_start
 from tests.models import a_saved_stack
 
@@ -261,7 +261,7 @@ def test_orders_of_sites_are_given_again_after_a_restore(storage: Storage, tmp_p
     mailbox, session, order = (
         Mailbox(storage),
         32 * "1",
-        survey_order(job, "tiny", {}, 64 * "0", "silo", "site:a.jsonl"),
+        survey_order(job, "tiny", JobDocument(spec={}).described(), 64 * "0", "silo", "site:a.jsonl"),
     )
     mailbox.join("a", session, "1.0")
     mailbox.give("a", order)

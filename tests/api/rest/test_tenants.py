@@ -23,6 +23,7 @@ from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.serving.messages import ModelKey
+from chainfed_ray.site.envelope import PROTOCOL
 from chainfed_ray.spec.parse import parse_job
 from tests.apps import an_app
 from tests.builders import SPEC
@@ -175,10 +176,11 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         "POST /v1/chat/completions": [
             {"json": {"model": name, "messages": [{"role": "user", "content": "x"}]}} for name in MODELS
         ],
-        "POST /v1/site/session": [{"json": {"protocol": 1, "session": 32 * "1", "version": "1"}}],
+        "POST /v1/site/session": [{"json": {"protocol": PROTOCOL, "session": 32 * "1", "version": "1"}}],
         "POST /v1/site/leave": [{"json": {"session": 32 * "1"}}],
         "POST /v1/site/orders/next": [{"json": {"session": 32 * "1"}}],
         "POST /v1/site/orders/{order}/heartbeat": [{"json": {"session": 32 * "1", "doing": "training", "worked": 1}}],
+        "GET /v1/site/orders/{order}/document": [{}],
         "GET /v1/site/orders/{order}/tensors": [{}],
         "GET /v1/site/orders/{order}/tensors/received": [{}],
         "PUT /v1/site/orders/{order}/tensors": [{"params": {"session": 32 * "1", "offset": 0}}],

@@ -27,7 +27,8 @@ CALLS = {
 }
 # Of sites, which have a client of their own; of bytes and text, which have no model; and one for programs of OpenAI's form.
 OTHERS = {
-    "join_site", "leave_site", "next_order", "hear_order", "get_order_tensors", "put_answer_tensors", "get_received",
+    "join_site", "leave_site", "next_order", "hear_order", "get_order_document", "get_order_tensors", "put_answer_tensors",
+    "get_received",
     "answer_order", "get_artifact", "metrics", "healthz", "embeddings",
 }  # fmt: skip
 

@@ -44,7 +44,8 @@ ALLOWED = {
     },
     "site": {
         "POST /v1/site/session", "POST /v1/site/leave", "POST /v1/site/orders/next", "POST /v1/site/orders/{order}/heartbeat",
-        "GET /v1/site/orders/{order}/tensors", "GET /v1/site/orders/{order}/tensors/received",
+        "GET /v1/site/orders/{order}/document", "GET /v1/site/orders/{order}/tensors",
+        "GET /v1/site/orders/{order}/tensors/received",
         "PUT /v1/site/orders/{order}/tensors", "POST /v1/site/orders/{order}/answer",
     },
 }  # fmt: skip

@@ -19,6 +19,7 @@ from chainfed_ray.client.messages import Client, Profile, Profiling
 from chainfed_ray.client.pool import Failure
 from chainfed_ray.cluster.pool.autoscaler import is_growing, never_met, never_met_by
 from chainfed_ray.cluster.pool.ray_pool import RayPool
+from chainfed_ray.cluster.resources import IDLE_BYTES
 from chainfed_ray.model.source import ModelSource
 from tests.builders import MIB, a_document
 from tests.project import ROOT
@@ -173,7 +174,7 @@ class _Actor:
 def test_a_turn_without_a_deadline_waits_for_a_machine_as_long_as_there_may_be_one(
     machine: int, taken: int, added: bool, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status = a_status([], {900: 1})
+    status = a_status([], {(IDLE_BYTES + _Phone.budget_bytes) // MIB: 1})
     if added:
         status.autoscaling_state.pending_instances.add(ray_node_type_name="large")
     monkeypatch.setattr("chainfed_ray.cluster.pool.autoscaler.internal_kv_get_gcs_client", lambda: _Head(status))

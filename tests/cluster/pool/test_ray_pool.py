@@ -18,6 +18,7 @@ from chainfed_ray.client.pool import Failure, LocalPool
 from chainfed_ray.cluster.pool.leases import Lease
 from chainfed_ray.cluster.pool.placement import check_memories
 from chainfed_ray.cluster.pool.ray_pool import RayPool
+from chainfed_ray.cluster.resources import CLIENT_SLOT, client_options
 from chainfed_ray.cluster.tracing import begin_tracing, end_tracing
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.admission import Planner, admit
@@ -25,7 +26,7 @@ from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import JobStarted
-from tests.builders import a_job, assert_same, run
+from tests.builders import MIB, a_job, assert_same, run
 from tests.clusters import a_pool
 from tests.project import ROOT
 from tests.watching import (
@@ -64,6 +65,11 @@ class _NeverReady:
 
     def take_turn(self, *_: Any) -> None:
         """See ``ClientActor``."""
+
+
+def _without_python(budget_bytes: int) -> dict[str, Any]:
+    """The options of a client's process on a machine where it cannot start."""
+    return {**client_options(budget_bytes), "runtime_env": {"py_executable": "/bin/false"}}
 
 
 def _untimed(job_started: JobStarted) -> JobStarted:
@@ -219,14 +225,19 @@ def test_a_missed_deadline_is_a_failure_and_nothing_hangs(document: dict[str, An
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("broken", ["hangs", "has no Python"])
 def test_a_process_that_never_gets_ready_costs_its_turn_and_nothing_is_left_of_it(
-    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_pool: RayPool, broken: str
 ) -> None:
-    """Without a deadline, and though other clients' processes are on the machine, for whose end it might wait."""
+    """Without a deadline, and though another client's process is on the machine, for whose end it might wait."""
     job = a_job(document, tmp_path)
+    list(ray_pool.run(job.clients[1:2], Profiling(8, 0), 300.0))
     with a_pool(job.base, slots=1, silence=8.0) as pool:
         with monkeypatch.context() as patch:
-            patch.setattr("chainfed_ray.cluster.pool.leases.ClientActor", _NeverReady)
+            if broken == "hangs":
+                patch.setattr("chainfed_ray.cluster.pool.leases.ClientActor", _NeverReady)
+            else:
+                patch.setattr("chainfed_ray.cluster.pool.leases.client_options", _without_python)
             (outcome,) = pool.run(job.clients[:1], Profiling(8, 0), math.inf)
         words = "nothing happened for 8 s: its process has a machine, and does not get ready there"
         assert outcome.result == Failure(words)
@@ -235,13 +246,17 @@ def test_a_process_that_never_gets_ready_costs_its_turn_and_nothing_is_left_of_i
         assert isinstance(outcome.result, Profile), "its place is free again"
 
 
-def test_a_process_that_waits_for_room_has_no_machine() -> None:
+@pytest.mark.parametrize(("memory", "slots"), [(2**40, 1), (123 * MIB, 8)], ids=["for a machine", "for a client's end"])
+def test_a_process_that_waits_for_room_has_no_machine(
+    document: dict[str, Any], tmp_path: Path, ray_pool: RayPool, memory: int, slots: int
+) -> None:
+    list(ray_pool.run(a_job(document, tmp_path).clients[:1], Profiling(8, 0), 300.0))
     made: Any = _NeverReady
-    actor = made.options(num_cpus=0, memory=2**40).remote(None)
+    actor = made.options(num_cpus=0, memory=memory, resources={CLIENT_SLOT: slots}).remote(None)
     with pytest.raises(GetTimeoutError):
         ray.get(actor.prepare.remote(), timeout=2)
     try:
-        assert not Lease(actor, "any", 2**40, ready=None).has_machine()
+        assert not Lease(actor, "any", memory, ready=None).has_machine()
     finally:
         ray.kill(actor)
 

@@ -1,17 +1,22 @@
 """Orders and answers, whoever dies: each order is carried out by one process, and each answer counts once."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 
 import pytest
 import torch
+from sqlalchemy import text
 
+from chainfed_ray.cluster.database import open_database
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.sites.mailbox import Mailbox
+from chainfed_ray.cluster.sites.order_feed import OrderFeed
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import AnswerRefused, OrderWithdrawn, SiteSuperseded
 from chainfed_ray.site.codec import survey_order, write_tensors
-from chainfed_ray.site.envelope import Done, Heartbeat, NotDone, Order, TensorFile
+from chainfed_ray.site.envelope import Done, HashedFile, Heartbeat, JobDocument, NotDone, Order
 
 FIRST, SECOND = 32 * "1", 32 * "2"
 DONE = Done(content={"loss": 0.5})
@@ -26,7 +31,7 @@ def mailbox(storage: Storage, store: JobStore) -> Iterator[Mailbox]:
 
 
 def an_order(data: str = "site:rows.jsonl", most_bytes: int = 10_000) -> Order:
-    order = survey_order("job", "tiny", {}, 64 * "0", "silo", data)
+    order = survey_order("job", "tiny", JobDocument(spec={}).described(), 64 * "0", "silo", data)
     return order.model_copy(update={"most_bytes": most_bytes})
 
 
@@ -68,7 +73,7 @@ def test_an_order_that_is_taken_away_while_its_answer_is_kept_stays_so(
         return True
 
     monkeypatch.setattr(mailbox.files, "keep_answer", keep)
-    described = TensorFile(size=1, sha256=64 * "0")
+    described = HashedFile(size=1, sha256=64 * "0")
     with pytest.raises(OrderWithdrawn):
         mailbox.answer("a", order.id, FIRST, Done(content={}, tensors=described))
     assert state(mailbox, order) == ("withdrawn" if what == "withdrawn" else "waiting")
@@ -129,12 +134,46 @@ def test_a_job_that_is_over_takes_its_orders_and_files_with_it(mailbox: Mailbox,
         mailbox.heartbeat("a", order.id, Heartbeat(session=FIRST, doing="training", worked=1.0))
 
 
+def test_an_order_of_a_version_before_is_taken_back(mailbox: Mailbox, storage: Storage) -> None:
+    mailbox.give("a", old := an_order())
+    engine = open_database(storage.database, existing=True)
+    with engine.begin() as connection:
+        connection.execute(text("update site_orders set document = replace(document, 'document', 'spec')"))
+    mailbox.give("a", new := an_order("site:others.jsonl"))
+    assert [mailbox.next("a", FIRST), mailbox.next("a", FIRST)] == [None, new]
+    assert state(mailbox, old) == "withdrawn"
+    engine.dispose()
+
+
+@pytest.mark.parametrize("what", ["an order", "another process", "its job is over"])
+def test_who_waits_for_an_order_hears_at_once_of_what_matters(mailbox: Mailbox, what: str) -> None:
+    mailbox.give("a", order := an_order())
+    mailbox.next("a", FIRST)
+    mailbox.answer("a", order.id, FIRST, DONE)
+
+    async def waited() -> float:
+        feed, started = OrderFeed(mailbox), monotonic()
+        waits = [asyncio.create_task(feed.wait("a", FIRST, ["job"], 30.0)) for _ in range(2)]
+        other = asyncio.create_task(feed.wait("b", SECOND, [], 0.5))
+        if what == "an order":
+            mailbox.give("a", an_order("site:others.jsonl"))
+        elif what == "another process":
+            mailbox.join("a", SECOND, "1.0")
+        else:
+            mailbox.forget("job")
+        await asyncio.gather(*waits, other)
+        return monotonic() - started
+
+    mailbox.join("b", SECOND, "1.0")
+    assert asyncio.run(waited()) < 20
+
+
 def test_tensors_arrive_in_pieces_that_go_on_where_they_stopped(mailbox: Mailbox, tmp_path: Path) -> None:
     order = an_order()
     mailbox.give("a", order)
     mailbox.next("a", FIRST)
     write_tensors({"a": torch.arange(100.0)}, tmp_path / "sent")
-    sent, described = (tmp_path / "sent").read_bytes(), TensorFile.of(tmp_path / "sent")
+    sent, described = (tmp_path / "sent").read_bytes(), HashedFile.of(tmp_path / "sent")
     assert mailbox.receive("a", order.id, FIRST, 0, sent[:100]) == 100
     assert mailbox.receive("a", order.id, FIRST, 0, sent[:100]) == 100, "a piece that comes twice counts once"
     assert mailbox.receive("a", order.id, FIRST, 300, sent[300:]) == 100, "a piece too early is not kept"
@@ -158,7 +197,7 @@ def test_more_bytes_than_an_order_allows_are_refused(mailbox: Mailbox) -> None:
 
 def test_the_turns_of_a_round_before_are_forgotten(mailbox: Mailbox) -> None:
     old, new = (
-        an_order(data).model_copy(update={"tensors": TensorFile(sha256=64 * digit, size=1)})
+        an_order(data).model_copy(update={"tensors": HashedFile(sha256=64 * digit, size=1)})
         for data, digit in (("site:a", "1"), ("site:b", "2"))
     )
     survey = an_order()
