@@ -34,7 +34,7 @@ _UINT32, _TEXT, _LIST = 4, 8, 9
 _VERSIONS, _ALIGNMENT, _MOST_DIMENSIONS = (2, 3), 32, 4
 _LONGEST_NAME, _SHORT = 2**16 - 1, 100  # bytes of a key; of a text whose value is kept
 _POSITIVE = (".block_count", ".embedding_length", ".attention.head_count", ".feed_forward_length")
-_CONVERSION = 2  # counted up when folders of the version before are not what is made now; they are left where they are
+_CONVERSION = 3  # counted up when folders of the version before are not what is made now; they are left where they are
 
 
 def converted(file: Path) -> Path:
@@ -60,7 +60,7 @@ def _convert(file: Path, folder: Path) -> None:
         said = _checked(file)
         with _alone(file) as place:
             model, tokenizer = _read(place)
-        _check_frequencies(model.config, said)
+        _set_frequencies(model.config, said, _frequency_factors(file))
         # A tied head has no matrix of its own. transformers' way of saving would load DeepSpeed.
         tied = model.all_tied_weights_keys
         # Those of GPT-2 are transposed in memory, which safetensors does not notice in arrays.
@@ -135,12 +135,37 @@ def _checked(file: Path) -> dict[str, int | str]:
         return said
 
 
-def _check_frequencies(config: Any, said: dict[str, int | str]) -> None:
-    """Check that rotary frequencies are those of the file: transformers leaves out what most files say of them.
+def _frequency_factors(file: Path) -> dict[str, Any]:
+    """The factors [head size / 2] by which a file's rotary frequencies are divided, by the names of the tensors with them.
+
+    Files of Llama 3 have one such tensor; it stands for their ``rope_type: llama3``.
+    """
+    from gguf import GGUFReader
+
+    named = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+    return {each.name: each.data for each in GGUFReader(file).tensors if each.name in named and (each.data != 1).any()}
+
+
+def _set_frequencies(config: Any, said: dict[str, int | str], factors: dict[str, Any]) -> None:
+    """Let a model have the rotary frequencies of its file: transformers leaves out what most files say of them.
 
     Raises:
-        ValueError: they are not.
+        ValueError: transformers has no such frequencies.
     """
+    for name, found in factors.items():
+        parameters = getattr(config, "rope_parameters", None) or {}
+        if name != "rope_freqs.weight" or "rope_theta" not in parameters:
+            raise ValueError(f"it has {name}, which transformers does not read from a GGUF file")
+        most, equal = config.max_position_embeddings, [float(factor) for factor in found]
+        config.rope_parameters = {
+            "rope_type": "longrope",  # it divides frequencies by factors: here the same for short texts and for long ones
+            "rope_theta": parameters["rope_theta"],
+            "short_factor": equal,
+            "long_factor": equal,
+            "original_max_position_embeddings": most,
+            "factor": 1.0,
+            "attention_factor": 1.0,
+        }
     kind = said.get(key := f"{said.get('general.architecture')}.rope.scaling.type", "none")
     if kind not in ("none", (getattr(config, "rope_parameters", None) or {}).get("rope_type")):
         raise ValueError(f"it has {kind!r} for {key}, which transformers does not read from a GGUF file")

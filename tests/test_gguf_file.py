@@ -1,5 +1,6 @@
 """Promise: a GGUF file is a base model. It is converted once, stays quantized, and gives what its values give."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from chainfed_ray import block_forms, gguf_file, hub
 from chainfed_ray.cache_folder import cache_folder
@@ -257,6 +260,33 @@ def without(*keys: str) -> Callable[[gguf.GGUFWriter], None]:
     return change
 
 
+def with_factors(name: str, factors: list[float]) -> Callable[[gguf.GGUFWriter], None]:
+    """A file that also has the factors of its rotary frequencies."""
+    return lambda to: to.add_tensor(name, np.array(factors, np.float32))
+
+
+def test_the_frequencies_of_llama_3_are_those_of_the_file(tmp_path: Path) -> None:
+    """A file has a factor for each frequency, where transformers' own folders have the rule by which it is made."""
+    theta, scaled = 10_000.0, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rule = {"rope_type": "llama3", "rope_theta": theta, "original_max_position_embeddings": 16, **scaled}
+    config = LlamaConfig(head_dim=16, max_position_embeddings=64, rope_parameters=rule)
+    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = theta ** -(torch.arange(0, 16, 2) / 16)
+    factors = with_factors("rope_freqs.weight", (plain / wanted).tolist())
+    folder = resolve(f"path:{a_gguf(tmp_path / 'llama3.gguf', 'F32', change=factors, rope_theta=theta)}")
+    ids = torch.randint(3, 200, (2, 50), generator=torch.Generator().manual_seed(0))
+    found = load_whole(AutoModelForCausalLM, folder, torch.float32)(input_ids=ids).logits
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": rule}))
+    expected = load_whole(AutoModelForCausalLM, folder, torch.float32)(input_ids=ids).logits
+    torch.testing.assert_close(found, expected)
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}})
+    )
+    unscaled = load_whole(AutoModelForCausalLM, folder, torch.float32)(input_ids=ids).logits
+    assert (found - unscaled).abs().max() > 0.01, "the factors matter"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -268,6 +298,10 @@ def without(*keys: str) -> Callable[[gguf.GGUFWriter], None]:
         (lambda to: to.add_uint32("llama.block_count", 10**6), "it has 1000000 for llama.block_count, and 20 tensors"),
         (lambda to: to.add_uint32("general.alignment", 0), "it has 0 for general.alignment; expected a multiple of 8"),
         (lambda to: to.add_rope_scaling_type(gguf.RopeScalingType.YARN), "it has 'yarn' for llama.rope.scaling.type"),
+        (
+            with_factors("rope_factors_long.weight", [2.0] * 8),
+            "it has rope_factors_long.weight, which transformers does not",
+        ),
     ],
 )
 def test_a_file_that_says_too_little_or_another_model_is_refused(

@@ -131,7 +131,7 @@ def examples_of_site(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, rows: Sp
         return tokenize(tokenizer, _texts(rows), [0] * len(rows), spec.data.max_length)
     _check_tokenizer(spec, tokenizer)
     length, running = spec.data.max_length, _is_running(spec)
-    examples = tokenize_texts(tokenizer, rows.texts, length)
+    examples = tokenize_texts(tokenizer, rows.texts, length, numbers=rows.numbers)
     if not running:
         return examples.take(learnable(examples))
     examples = examples.take(np.flatnonzero(examples.lengths))
@@ -159,7 +159,7 @@ def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: List
         if not len(split) and (name == "train" or spec.evaluation.rows == "sites"):  # the rows are at sites
             splits.append(NO_EXAMPLES)
             continue
-        examples = tokenize_texts(tokenizer, split.texts, length, _tokenizing(name, listen))
+        examples = tokenize_texts(tokenizer, split.texts, length, _tokenizing(name, listen), split.numbers)
         if running and name != "train":
             examples = packed(examples, length)
         # Running text is joined before it is cut, so in training rows every token counts.

@@ -33,12 +33,14 @@ Text = str | tuple[str, str] | tuple[Message, ...]
 class Split:
     """The rows of a split: texts, their labels, and their values of the column that the partition keeps together.
 
-    ``labels`` is empty if the job has no classes; ``groups`` is empty if no column is kept together.
+    ``labels`` is empty if the job has no classes; ``groups`` is empty if no column is kept together. ``numbers`` are the rows'
+    own in their source, from 1 on, by which errors name them.
     """
 
     texts: tuple[Text, ...]
     labels: tuple[str, ...]
     groups: tuple[str, ...] = ()
+    numbers: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -46,10 +48,11 @@ class Split:
     def take(self, indices: np.ndarray) -> "Split":
         """The rows at ``indices``."""
         texts = tuple(self.texts[index] for index in indices)
-        labels, groups = (
-            tuple(values[index] for index in indices) if values else () for values in (self.labels, self.groups)
+        labels, groups, numbers = (
+            tuple(values[index] for index in indices) if values else ()
+            for values in (self.labels, self.groups, self.numbers)
         )
-        return Split(texts, labels, groups)
+        return Split(texts, labels, groups, numbers)
 
 
 @dataclass(frozen=True)
@@ -196,11 +199,11 @@ def read_split(field: str, source: str, split: str, selection: ColumnSelection) 
     for key, name in selection.columns:
         if name not in table.columns:
             raise InvalidJob.at(key, name, f"a column of {source}: {some_of(table.names)}")
-    named = [
+    named, groups = (
         _filled(labels(table, key, column, source), key, column, source) if column is not None else ()
         for key, column in (("data.label", selection.label), ("fleet.partition.column", selection.group))
-    ]
-    return Split(_texts(table, selection, source), *named)
+    )
+    return Split(_texts(table, selection, source), named, groups, range(1, len(table) + 1))
 
 
 def _filled(values: Sequence[str | None], key: str, column: str, source: str) -> tuple[str, ...]:

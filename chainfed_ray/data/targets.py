@@ -1,6 +1,7 @@
 """Makes a language model's examples from rows: the tokens of each, and which of them the model learns to predict."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,18 @@ from chainfed_ray.data.chat_template import apply_template, assistant_spans
 from chainfed_ray.data.messages import Chat
 from chainfed_ray.data.sources import Text
 from chainfed_ray.data.tokens import Examples, ragged
+from chainfed_ray.errors import InvalidJob
 
 Row = tuple[list[int], list[bool]]
 """Token ids, and for each token True if the model is to predict it."""
 
 
 def tokenize_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int, reporter: Reporter = SILENT
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    max_length: int,
+    reporter: Reporter = SILENT,
+    numbers: Sequence[int] = (),
 ) -> Examples:
     """Tokenise running texts, prompts with responses, or chats.
 
@@ -28,17 +34,33 @@ def tokenize_texts(
     assistant's turn, has no tokens. Prompts with responses and chats are cut at ``max_length`` tokens; running texts are not,
     see ``packed``.
 
-    The tokenizer must be a fast one unless all texts are running texts, and it needs a template for chats.
+    The tokenizer must be a fast one unless all texts are running texts, and it needs a template for chats. ``numbers`` are
+    those of the texts in their source, by which an error names one.
 
     Raises:
         InvalidJob: the template does not accept a chat, or does not write each turn at one place.
     """
-    rows = [_row(tokenizer, text, max_length) for text in reporter.each(texts, len(texts), "rows")]
+    rows = list[Row]()
+    for text in reporter.each(texts, len(texts), "rows"):
+        with _in_row(numbers[len(rows)] if numbers else None):
+            rows.append(_row(tokenizer, text, max_length))
     ids = [np.array(row, dtype=np.int32) for row, _ in rows]
     targets = [np.array(wanted, dtype=bool) for _, wanted in rows]
     for wanted in targets:
         wanted[:1] = False  # no token comes before it that could predict it
     return ragged(ids, np.zeros(len(ids), dtype=np.int64), targets)
+
+
+@contextmanager
+def _in_row(number: int | None) -> Iterator[None]:
+    """Add to errors in which row they are, if it has a number."""
+    try:
+        yield
+    except InvalidJob as error:
+        if number is None:
+            raise
+        words = f"; this one is in row {number}"
+        raise InvalidJob(tuple(each._replace(expected=each.expected + words) for each in error.problems)) from None
 
 
 def packed(examples: Examples, length: int) -> Examples:

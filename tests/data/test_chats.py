@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chainfed_ray.data.chats import chat
 from chainfed_ray.data.messages import Chat, Message
+from chainfed_ray.data.sources import Split
 from chainfed_ray.data.targets import chat_ids, tokenize_texts
 from chainfed_ray.errors import InvalidJob
 from tests.causal import byte_tokenizer
@@ -225,6 +227,13 @@ def test_a_chat_that_the_template_refuses_is_refused_by_the_message_at_fault(
     )
     with pytest.raises(InvalidJob, match=words):
         chat_ids(with_template(template), messages, add_generation_prompt=False, field="data.messages")
+
+
+def test_and_by_its_row_in_the_source_also_when_others_were_held_out() -> None:
+    chats = tuple((Message("user", f"Q{row}"), B, *((A, A) if row == 7 else ())) for row in range(1, 11))
+    split = Split(chats, (), numbers=range(1, 11)).take(np.array([1, 4, 6, 9]))
+    with pytest.raises(InvalidJob, match=r"Take turns\); this one is in row 7$"):
+        tokenize_texts(with_template(TEMPLATES["gemma"]), split.texts, 100, numbers=split.numbers)
 
 
 CALLED = Message("assistant", "", tool_calls=json.dumps(CALLS))
