@@ -129,6 +129,10 @@ def _checked(file: Path) -> dict[str, int | str]:
             if offset % alignment:
                 raise ValueError(f"it has {name} at the offset {offset}; expected a multiple of {alignment}")
             ends[name] = offset + prod(shape) // values * size
+        layers = said.get(key := f"{said.get('general.architecture')}.block_count")
+        of_layers = {name: int(place[1]) for name in ends if (place := re.match(r"blk\.(\d+)\.", name))}
+        if isinstance(layers, int) and (above := [name for name, layer in of_layers.items() if layer >= layers]):
+            raise ValueError(f"it has {layers} for {key}, and a tensor {above[0]}")
         begin = -(-opened.tell() // alignment) * alignment
         if beyond := [name for name, end in ends.items() if begin + end > parts.size]:
             raise ValueError(f"it is truncated: {beyond[0]} ends beyond its {parts.size} bytes")

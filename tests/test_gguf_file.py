@@ -295,6 +295,7 @@ def test_the_frequencies_of_llama_3_are_those_of_the_file(tmp_path: Path) -> Non
         (without("tokenizer.ggml.tokens"), "no tokenizer can be made of its keys tokenizer.ggml"),
         (without("tokenizer.ggml.model"), "no tokenizer can be made of its keys tokenizer.ggml"),
         (lambda to: to.add_uint32("llama.block_count", 0), "it has 0 for llama.block_count; expected at least 1"),
+        (lambda to: to.add_uint32("llama.block_count", 1), "it has 1 for llama.block_count, and a tensor blk.1."),
         (lambda to: to.add_uint32("llama.block_count", 10**6), "it has 1000000 for llama.block_count, and 20 tensors"),
         (lambda to: to.add_uint32("general.alignment", 0), "it has 0 for general.alignment; expected a multiple of 8"),
         (lambda to: to.add_rope_scaling_type(gguf.RopeScalingType.YARN), "it has 'yarn' for llama.rope.scaling.type"),

@@ -241,8 +241,8 @@ def traced(
         InvalidJob: the model cannot be streamed, or a key of the job does not fit it.
     """
     causal = spec.model.task == "causal-lm"
+    Reporter("checking the base model", listen).begin()
     with _about_the_model(spec), closing(Blocks(source.folder, source.dtype)) as blocks:
-        Reporter("checking the base model", listen).begin()
         blocks.check()
         if causal:
             _check_head(spec, blocks)
