@@ -30,10 +30,11 @@ from chainfed_ray.problem import some_of
 
 # Of the format (gguf.md in ggml's documents): the bytes of each type of value but texts and lists, and what else is needed.
 _VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_UINT32, _TEXT, _LIST = 4, 8, 9
+_UINT32, _FLOAT32, _TEXT, _LIST = 4, 6, 8, 9
 _VERSIONS, _ALIGNMENT, _MOST_DIMENSIONS = (2, 3), 32, 4
 _LONGEST_NAME, _SHORT = 2**16 - 1, 100  # bytes of a key; of a text whose value is kept
 _POSITIVE = (".block_count", ".embedding_length", ".attention.head_count", ".feed_forward_length")
+Value = int | float | str
 _CONVERSION = 3  # counted up when folders of the version before are not what is made now; they are left where they are
 
 
@@ -84,10 +85,10 @@ def _convert(file: Path, folder: Path) -> None:
         in_numpy.save_file(kept, path, {"format": "pt"} | forms)
 
 
-def _checked(file: Path) -> dict[str, int | str]:
+def _checked(file: Path) -> dict[str, Value]:
     """Check that the file is whole, before libraries read it that take its counts and offsets for true.
 
-    Returns its keys with a whole number or a short text, and their values.
+    Returns its keys with a number of 32 bits or a short text, and their values.
 
     Raises:
         ValueError: it is not, or is of another version or byte order; with a sentence about it.
@@ -122,7 +123,7 @@ def _checked(file: Path) -> dict[str, int | str]:
             if kind not in set(GGMLQuantizationType):
                 raise ValueError(f"it has {name} in the type {kind}, which is not known")
             values, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            if not shape or min(shape) < 1 or shape[0] % values:
+            if shape and (min(shape) < 1 or shape[0] % values):
                 raise ValueError(
                     f"it has {name} in the shape {list(shape)}; expected rows of a multiple of {values} values"
                 )
@@ -150,7 +151,7 @@ def _frequency_factors(file: Path) -> dict[str, Any]:
     return {each.name: each.data for each in GGUFReader(file).tensors if each.name in named and (each.data != 1).any()}
 
 
-def _set_frequencies(config: Any, said: dict[str, int | str], factors: dict[str, Any]) -> None:
+def _set_frequencies(config: Any, said: dict[str, Value], factors: dict[str, Any]) -> None:
     """Let a model have the rotary frequencies of its file: transformers leaves out what most files say of them.
 
     Raises:
@@ -170,7 +171,11 @@ def _set_frequencies(config: Any, said: dict[str, int | str], factors: dict[str,
             "factor": 1.0,
             "attention_factor": 1.0,
         }
-    kind = said.get(key := f"{said.get('general.architecture')}.rope.scaling.type", "none")
+    rope = f"{said.get('general.architecture')}.rope"
+    for scale in (f"{rope}.scaling.factor", f"{rope}.scale_linear"):  # of the type linear, where none is said
+        if f"{rope}.scaling.type" not in said and said.get(scale, 1) not in (0, 1):
+            raise ValueError(f"it has {said[scale]:g} for {scale}, which transformers does not read from a GGUF file")
+    kind = said.get(key := f"{rope}.scaling.type", "none")
     if kind not in ("none", (getattr(config, "rope_parameters", None) or {}).get("rope_type")):
         raise ValueError(f"it has {kind!r} for {key}, which transformers does not read from a GGUF file")
 
@@ -202,12 +207,15 @@ class _Parts:
             raise ValueError(f"it has {number} {what} in a file of {self.size} bytes")
         return number
 
-    def key(self) -> tuple[str, int | str | None]:
+    def key(self) -> tuple[str, Value | None]:
         """The name of a key, and its value if that is a number of 32 bits or a short text."""
         name = self._name("the name of a key")
         kind = self._number(f"the type of {name}")
         if kind == _UINT32:
             return name, self._number(name)
+        if kind == _FLOAT32:
+            (number,) = struct.unpack("<f", self.take(4, name))
+            return name, float(number)
         if kind == _TEXT:
             length = self._length(name)
             if length <= _SHORT:

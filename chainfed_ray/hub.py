@@ -85,9 +85,8 @@ def resolve(base: str) -> Path:
     # To open a pipe would wait for whoever writes into it.
     if strange := [file.name for file in folder.iterdir() if file.exists() and not (file.is_file() or file.is_dir())]:
         raise InvalidJob.at("model.base", base, f"a folder of files; {min(strange)} is neither a file nor a folder")
-    if (
-        folder / "adapter_config.json"
-    ).exists():  # transformers would read the adapter's base model instead of the folder
+    # transformers would read the adapter's base model instead of the folder.
+    if (folder / "adapter_config.json").exists():
         expected = "the base model itself; this folder has an adapter, by its adapter_config.json: merge it into its base first"
         raise InvalidJob.at("model.base", base, expected)
     if not (folder / "config.json").is_file():
@@ -228,7 +227,7 @@ def _numbers(document: dict[str, Any], path: str = "") -> Iterator[tuple[str, fl
 def _wrong(path: str, value: float) -> str | None:
     """What was expected of a number, if it is another one."""
     key = path.rpartition(".")[2]
-    if math.isnan(value) or (math.isinf(value) and not _UNBOUNDED.search(key)):
+    if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not _UNBOUNDED.search(key))):
         return "a finite number"
     if _ABOVE_ZERO.search(key) and value <= 0:
         return "a number above 0"

@@ -298,6 +298,8 @@ def test_the_frequencies_of_llama_3_are_those_of_the_file(tmp_path: Path) -> Non
         (lambda to: to.add_uint32("llama.block_count", 1), "it has 1 for llama.block_count, and a tensor blk.1."),
         (lambda to: to.add_uint32("llama.block_count", 10**6), "it has 1000000 for llama.block_count, and 20 tensors"),
         (lambda to: to.add_uint32("general.alignment", 0), "it has 0 for general.alignment; expected a multiple of 8"),
+        (lambda to: to.add_float32("llama.rope.scaling.factor", 4.0), "it has 4 for llama.rope.scaling.factor, which"),
+        (lambda to: to.add_float32("llama.rope.scale_linear", 2.0), "it has 2 for llama.rope.scale_linear, which"),
         (lambda to: to.add_rope_scaling_type(gguf.RopeScalingType.YARN), "it has 'yarn' for llama.rope.scaling.type"),
         (
             with_factors("rope_factors_long.weight", [2.0] * 8),

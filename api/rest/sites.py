@@ -37,6 +37,12 @@ def _site(caller: Caller) -> str:
     return site_address(caller.tenant, caller.site)
 
 
+def _check_protocol(spoken: int) -> None:
+    if spoken != PROTOCOL:
+        detail = f"the site speaks version {spoken} of the protocol, and this service version {PROTOCOL}"
+        raise HTTPException(426, detail)
+
+
 SiteName = Annotated[str, Depends(_site)]
 OrderPath = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="the id of an order")]
 
@@ -44,9 +50,7 @@ OrderPath = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="the id of
 @router.post("/session")
 def join_site(body: Joining, site: SiteName, caller: Caller, service: WithService) -> Welcome:
     """Begin to take the orders of a site. An earlier process of the site is given no more, and its orders wait again."""
-    if body.protocol != PROTOCOL:
-        detail = f"the site speaks version {body.protocol} of the protocol, and this service version {PROTOCOL}"
-        raise HTTPException(426, detail)
+    _check_protocol(body.protocol)
     service.mailbox.join(site, body.session, body.version)
     assert caller.site is not None, "the mailbox calls it something"
     return Welcome(site=caller.site)
@@ -62,6 +66,7 @@ def leave_site(body: Leaving, site: SiteName, service: WithService) -> Accepted:
 @router.post("/orders/next")
 async def next_order(body: Asking, site: SiteName, service: WithService) -> NextOrder:
     """The next order for the site. It is waited for. Jobs of the site that are over are told at once."""
+    _check_protocol(body.protocol)
     loop = asyncio.get_running_loop()
     ends = loop.time() + body.wait
     while True:

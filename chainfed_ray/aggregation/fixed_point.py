@@ -13,9 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-MOST_CHANGE = (
-    256.0  # of an entry in a round, by any rule: far more than training needs, and little enough for fine sums
-)
+# Of an entry in a round, by any rule: far more than training needs, and little enough for fine sums.
+MOST_CHANGE = 256.0
 _MOST_BITS = 62  # a sum is at most 2^62, half of what an int64 holds
 _FINEST = 1000  # 2^-1000 is a float64, and finer than any number that matters
 

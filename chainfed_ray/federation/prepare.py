@@ -246,7 +246,7 @@ def traced(
         blocks.check()
         if causal:
             _check_head(spec, blocks)
-            check_generation(source.folder, blocks.vocabulary)
+            check_generation(source.folder)
         check_texts(spec, blocks, texts)
         _check_chain(spec, blocks.num_layers)
         Reporter("tracing the memory of the model's parts", listen).begin()

@@ -51,7 +51,8 @@ class LanguageModel:
         config = self._model.config.get_text_config()
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
         self._vocabulary: int = config.vocab_size
-        self.ends = _tokens(self._model.generation_config.eos_token_id) | _tokens(self._tokenizer.eos_token_id)
+        ends = _tokens(self._model.generation_config.eos_token_id) | _tokens(self._tokenizer.eos_token_id)
+        self.ends = {token for token in ends if 0 <= token < self._vocabulary}  # some name others, such as -1 for none
         self._takes = set(signature(self._model.forward).parameters)
         self.has_rows = self._can_have_rows()
         self._running = _Running()

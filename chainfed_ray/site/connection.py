@@ -101,7 +101,13 @@ class Connection:
 
         ``running`` are the orders that this process has.
         """
-        asking = Asking(session=self._session, wait=wait, running=tuple(sorted(running)), jobs=tuple(sorted(jobs)))
+        asking = Asking(
+            session=self._session,
+            protocol=PROTOCOL,
+            wait=wait,
+            running=tuple(sorted(running)),
+            jobs=tuple(sorted(jobs)),
+        )
         answer = self._post("/v1/site/orders/next", asking)
         try:
             return NextOrder.model_validate_json(answer.content)
@@ -136,8 +142,10 @@ class Connection:
         """``file``, fetched unless it is there: what an order has. It may have ``most`` bytes."""
         partial = file.with_suffix(".partial")
         if file.exists():
-            file.touch()  # it is of use
-            return file
+            if HashedFile.of(file) == described:
+                file.touch()  # it is of use
+                return file
+            file.unlink()  # the site's disk has damaged it
         file.parent.mkdir(parents=True, exist_ok=True)
         if described.size > most:
             raise ServiceFailed(self._address, f"the {what} of an order are {described.size} bytes", "-")

@@ -163,10 +163,12 @@ class Asking(_Message):
     """A process at a site that asks for its next order, and waits for one at most ``wait`` seconds.
 
     ``running`` are the orders that it has. It is given again what it was given before and does not have: the answer was lost.
-    ``jobs`` are those whose caches the site keeps.
+    ``jobs`` are those whose caches the site keeps. ``protocol`` is the version that the site speaks: one that joined before
+    its service was upgraded goes on to ask. Version 1 does not say it.
     """
 
     session: Session
+    protocol: int = 1
     running: tuple[OrderId, ...] = Field((), max_length=1000, strict=False)
     jobs: tuple[JobId, ...] = Field((), max_length=1000, strict=False)
     wait: float = Field(0.0, ge=0, le=25, strict=False)

@@ -19,7 +19,6 @@ from ray.exceptions import RayError
 from chainfed_ray.client.messages import Client
 from chainfed_ray.client.pool import Need
 from chainfed_ray.cluster.pool.actors import ClientActor
-from chainfed_ray.cluster.pool.autoscaler import has_been_given_room
 from chainfed_ray.cluster.pool.caches import Caches
 from chainfed_ray.cluster.resources import IDLE_BYTES, client_options
 from chainfed_ray.cluster.structured_logs import what_lines_are_about
@@ -52,12 +51,15 @@ class Lease:
             self.placed = bool(ready)
         return self.placed
 
-    def has_machine(self) -> bool:
-        """True once Ray has a machine for the actor, also if its process never starts or answers. Ray's head is asked."""
+    def has_machine(self, given_room: Callable[[int], bool]) -> bool:
+        """True once Ray has a machine for the actor, also if its process never starts or answers. Ray's head is asked.
+
+        ``given_room`` is ``autoscaler.has_been_given_room``.
+        """
         if not self.kept:
             return False
         known = actors(self.actor._actor_id.hex())  # it has an address before, of the machine that is asked for room
-        return bool(known.get("Pid")) or has_been_given_room(self.memory)
+        return bool(known.get("Pid")) or given_room(self.memory)
 
     @property
     def node(self) -> str | None:

@@ -26,7 +26,7 @@ from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, HeadLosses, HeadSums, Metrics, Profile, TurnOrder, Update
 from chainfed_ray.client.pool import Failure, Foresee, Need, Outcome, Tell
 from chainfed_ray.client.progress import Progress
-from chainfed_ray.cluster.pool.autoscaler import is_gone, is_growing, may_have_room
+from chainfed_ray.cluster.pool.autoscaler import has_been_given_room, is_gone, is_growing, may_have_room
 from chainfed_ray.cluster.pool.leases import Lease, LeaseOfSite, Leases
 from chainfed_ray.cluster.pool.orders import SentOrder
 from chainfed_ray.cluster.pool.placement import is_one_machine
@@ -231,14 +231,14 @@ class RayPool:
         known, lost = _asked(quiet), []
         others_run = any(turn.lease.placed for turn in running.values())
         # Ray's head is asked once for all turns of one class. What stands for a site, which is not kept, waits for no room.
-        has_room = cache(may_have_room)
+        has_room, given_room = cache(may_have_room), cache(has_been_given_room)
         for reference, turn in quiet.items():
             answer, waits = known.get(reference), not turn.lease.placed and not turn.starting
             if answer and answer.worked < turn.worked:  # another process at the site has begun it anew
                 turn.worked = 0.0
             if answer and answer.worked - turn.worked >= _LEAST_WORK * self._silence:
                 turn.heard, turn.worked = now, answer.worked
-            elif not turn.lease.placed and turn.lease.has_machine() != turn.starting:
+            elif not turn.lease.placed and turn.lease.has_machine(given_room) != turn.starting:
                 turn.heard, turn.starting = now, waits
             elif waits and (others_run or (turn.lease.kept and has_room(turn.lease.memory))):
                 turn.heard = now

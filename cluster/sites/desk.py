@@ -122,7 +122,7 @@ class Desk:
                 states = mailbox.states(asked)
         except NO_ANSWER:
             return {}
-        return {asked[key]: self._answered(state) for key, state in states.items() if state.answer}
+        return {asked[key]: self._answered(state) for key, state in states.items() if state.is_over}
 
     def planned(self, memory: MemoryProfile) -> None:
         """See ``Sites``."""
@@ -161,7 +161,7 @@ class Desk:
         ends, found, told = monotonic() + deadline, dict[str, Survey | Absence](), ""
         while len(found) < len(orders):
             states = mailbox.states(orders.keys() - {key for key, name in orders.items() if name in found})
-            found |= {orders[key]: self._answered(state) for key, state in states.items() if state.answer}
+            found |= {orders[key]: self._answered(state) for key, state in states.items() if state.is_over}
             missing = sorted(site for (site, _), name in orders.items() if name not in found)
             if missing and monotonic() > ends:
                 for name in orders.values():

@@ -5,6 +5,7 @@ again. An order has its name from what it asks, so a coordinator that is made ag
 before.
 """
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import AnswerRefused, OrderWithdrawn, SiteSuperseded
 from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, Done, Heartbeat, NotDone, Order
 
+_log = logging.getLogger(__name__)
+
 _SILENCE_SECONDS = 60.0
 _NOTED_SECONDS = 5.0  # a site that asks more often is not noted each time: that would write to the disk
 _IN_FLIGHT = ("waiting", "taken")
@@ -42,6 +45,11 @@ class OrderState(NamedTuple):
     answer: Answer | None
     doing: Heartbeat | None
     worked: float
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody will answer the order any more: it was answered, or withdrawn."""
+        return self.answer is not None or self.state == "withdrawn"
 
 
 @dataclass(frozen=True)
@@ -185,8 +193,9 @@ class Mailbox:
             taken = update(SiteOrderRow).where(SiteOrderRow.number == number, SiteOrderRow.state == state)
             try:
                 given = Order.model_validate_json(document)
-            except ValidationError:  # of a version before: its coordinator is made again, and gives another one
+            except ValidationError:
                 database.execute(taken.values(state="withdrawn"))
+                _log.warning("order %s of job %s is withdrawn: another version of the service has given it", order, job)
                 return None
             found = cast("CursorResult[Any]", database.execute(taken.values(state="taken", session=session)))
             return given if found.rowcount else None
@@ -228,10 +237,11 @@ class Mailbox:
         Raises:
             OrderWithdrawn: the site does not have the order any more.
         """
-        with Session(self._engine) as session:
+        with Session(self._engine) as session, session.begin():
             row = session.scalar(_of(site, order))
             if row is None or row.state != "taken":
                 raise OrderWithdrawn(order)
+            row.worked += 1.0  # a slow transfer is a sign of life as well
             job, document = row.job, Order.model_validate_json(row.document).document
         return self.files.document(job, document.sha256)
 

@@ -88,6 +88,8 @@ def test_tensors_are_fetched_in_pieces_from_where_a_transfer_stopped(
     assert document.read_bytes() == whole
     assert made.fetch_document(order, tmp_path / "documents") == document
     assert asked[2:] == [0, 1000, 2000]
+    document.write_bytes(b"")  # by a disk that failed
+    assert made.fetch_document(order, tmp_path / "documents").read_bytes() == whole
 
 
 def test_tensors_are_sent_from_where_a_transfer_stopped(

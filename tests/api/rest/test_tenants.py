@@ -178,7 +178,7 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         ],
         "POST /v1/site/session": [{"json": {"protocol": PROTOCOL, "session": 32 * "1", "version": "1"}}],
         "POST /v1/site/leave": [{"json": {"session": 32 * "1"}}],
-        "POST /v1/site/orders/next": [{"json": {"session": 32 * "1"}}],
+        "POST /v1/site/orders/next": [{"json": {"protocol": PROTOCOL, "session": 32 * "1"}}],
         "POST /v1/site/orders/{order}/heartbeat": [{"json": {"session": 32 * "1", "doing": "training", "worked": 1}}],
         "GET /v1/site/orders/{order}/document": [{}],
         "GET /v1/site/orders/{order}/tensors": [{}],

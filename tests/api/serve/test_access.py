@@ -109,6 +109,19 @@ def test_each_route_lets_in_the_scopes_that_it_needs(
     assert status < 500
 
 
+def test_a_site_of_another_version_is_refused_also_if_it_joined_before(
+    client: TestClient, tokens: dict[str, str]
+) -> None:
+    session, headers = {"session": 32 * "1"}, {"Authorization": f"Bearer {tokens['site']}"}
+    for path, body in (
+        ("/v1/site/session", {"protocol": 1, "version": "0", **session}),
+        ("/v1/site/orders/next", session),
+    ):
+        answer = client.post(path, json=body, headers=headers)
+        assert answer.status_code == 426
+        assert "the site speaks version 1 of the protocol" in answer.json()["detail"]
+
+
 @pytest.mark.parametrize("route", sorted(NEEDS))
 def test_without_a_key_only_what_is_open_answers(client: TestClient, route: str) -> None:
     status = ask(client, route, None)

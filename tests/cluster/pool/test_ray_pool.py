@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, Obje
 
 from chainfed_ray.client.messages import Profile, Profiling
 from chainfed_ray.client.pool import Failure, LocalPool
+from chainfed_ray.cluster.pool.autoscaler import has_been_given_room
 from chainfed_ray.cluster.pool.leases import Lease
 from chainfed_ray.cluster.pool.placement import check_memories
 from chainfed_ray.cluster.pool.ray_pool import RayPool
@@ -256,7 +257,7 @@ def test_a_process_that_waits_for_room_has_no_machine(
     with pytest.raises(GetTimeoutError):
         ray.get(actor.prepare.remote(), timeout=2)
     try:
-        assert not Lease(actor, "any", memory, ready=None).has_machine()
+        assert not Lease(actor, "any", memory, ready=None).has_machine(has_been_given_room)
     finally:
         ray.kill(actor)
 
