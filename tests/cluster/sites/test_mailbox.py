@@ -142,6 +142,7 @@ def test_an_order_of_a_version_before_is_taken_back(mailbox: Mailbox, storage: S
     mailbox.give("a", new := an_order("site:others.jsonl"))
     assert [mailbox.next("a", FIRST), mailbox.next("a", FIRST)] == [None, new]
     assert state(mailbox, old) == "withdrawn"
+    assert mailbox.states({("a", old.id)})["a", old.id].is_over, "nobody waits for its answer"
     engine.dispose()
 
 
