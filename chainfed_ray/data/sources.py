@@ -110,12 +110,12 @@ def load(
     ungrouped = replace(selection, group=None)
     left = np.random.default_rng(seed).permutation(len(train))
     tenth = max(len(train) // 10, 1)
-    for field, source in (("validation", spec.validation), ("test", spec.test)):
+    for name, source in (("validation", spec.validation), ("test", spec.test)):
         if source is None:
             drawn, left = hold_out(left, tenth, train.labels)
             held_out.append(train.take(np.sort(drawn)))
         else:
-            held_out.append(read_split(f"data.{field}", source, field, ungrouped))
+            held_out.append(read_split(f"data.{name}", source, name, ungrouped))
     train = train.take(np.sort(left))
     found = spec.classes if spec.classes is not None else tuple(sorted({*train.labels, *(elsewhere or ())}))
     if elsewhere is None and spec.classes is None:
@@ -183,10 +183,10 @@ def _check_classes(label: str, classes: tuple[str, ...], held_out: list[Split]) 
     if len(classes) < 2:
         only = f"; every training row has {classes[0]!r}" if classes else ", in data.classes or at the sites"
         raise InvalidJob.at("data.label", label, f"two classes or more{only}")
-    for field, split in (("validation", held_out[0]), ("test", held_out[1])):
+    for name, split in (("validation", held_out[0]), ("test", held_out[1])):
         if unknown := sorted(set(split.labels) - set(classes)):
             hidden = "; those of this split seem to be hidden" if unknown == ["-1"] else ""
-            raise InvalidJob.at(f"data.{field}", unknown[0], f"only labels that the training rows have{hidden}")
+            raise InvalidJob.at(f"data.{name}", unknown[0], f"only labels that the training rows have{hidden}")
 
 
 def read_split(field: str, source: str, split: str, selection: ColumnSelection) -> Split:
