@@ -138,6 +138,7 @@ def test_what_takes_long_is_in_a_log_from_its_first_seconds_to_its_end() -> None
     assert log.lines[3:] == ["Saving the model, 3s so far."], "it was over soon, and nothing goes on since"
 
 
+@pytest.mark.slow
 @given(st.integers(1, 40), st.integers(0, 30))
 def test_a_log_is_never_silent_for_long_and_never_long(minutes: int, told_every: int) -> None:
     """Whether or not anything is heard of what goes on."""

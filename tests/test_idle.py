@@ -43,6 +43,7 @@ def test_an_idle_client_has_loaded_only_what_its_turns_need(tiny_model_folder: P
     assert not loaded & NOT_LOADED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["api.serve.deployment", "cluster.jobs.coordinators"])
 def test_who_only_passes_work_on_loads_no_torch(module: str) -> None:
     """There are three such processes in a service, and it waits for them to start."""

@@ -9,6 +9,7 @@ from tests.builders import assert_same
 from tests.saved_stacks import JOBS, machine, saved, stack_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_comes_to_the_stack_that_was_saved(name: str, tmp_path: Path) -> None:
     stack = stack_of(name, tmp_path)

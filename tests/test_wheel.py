@@ -55,6 +55,7 @@ def folder(tmp_path: Path, document: dict[str, Any]) -> Path:
     return project
 
 
+@pytest.mark.slow
 def test_the_wheel_has_every_file_under_one_name(wheel: Path) -> None:
     names = ZipFile(wheel).namelist()
     expected = {str(path.relative_to(ROOT)) for path in files_of("chainfed_ray")}

@@ -41,6 +41,7 @@ def test_without_sampling_it_is_the_gaussian_mechanism(rounds: int, multiplier: 
 
 # ε at δ = 1e-5 by Google's dp-accounting 0.6.0: RdpAccountant(neighboring_relation=REPLACE_ONE), SampledWithoutReplacement of
 # GaussianDpEvent(z / 2). It follows Wang, Balle and Kasiviswanathan, 2019, theorem 27.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("clients", "sampled", "multiplier", "rounds", "google"),
     [
@@ -148,6 +149,7 @@ def test_the_price_holds_whoever_does_not_answer(
             assert divergence <= price[list(ORDERS).index(order)] + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "multiplier"), [(0.1, 4.0), (0.5, 8.0), (0.02, 2.0)])
 @pytest.mark.parametrize("order", [1.5, 2.0, 7.0])
 def test_a_sample_of_fixed_size_costs_twice_the_excess_of_sampling_one_by_one(
@@ -192,6 +194,7 @@ def test_every_round_has_its_price_beforehand(where: str) -> None:
     assert a_ledger(2, where, clients=3).spent(2) == epsilon([Release(1.0, 2.0)] * 2, 1e-5), "no more than there are"
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.floats(0.01, 60))
 def test_the_rounds_of_a_limit_are_the_most_that_it_allows(limit: float) -> None:

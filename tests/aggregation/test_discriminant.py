@@ -166,6 +166,7 @@ def test_killed_between_the_fit_and_the_round_it_goes_on_as_if_never(document: d
     assert_same(resumed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lies", [{"counts": 2}, {"sums": 1e4}, {"products": 1e4}, {}], ids=str)
 def test_sums_that_cannot_be_are_refused(lies: dict[str, float], document: dict[str, Any], tmp_path: Path) -> None:
     document["chain"]["head"] = "fitted"

@@ -28,6 +28,7 @@ def exact(updates: Round, place: int, start: float = 0.0) -> Fraction:
     return sum((Fraction(found[place]) - Fraction(start)) * weight for found, weight in updates) / total
 
 
+@pytest.mark.slow
 @given(rounds, starts, st.randoms(use_true_random=False))
 def test_no_order_and_no_parts_change_a_bit(updates: Round, start: list[float], random: Any) -> None:
     before, total = {"x": torch.tensor(start)}, sum(weight for _, weight in updates)
@@ -46,6 +47,7 @@ def test_no_order_and_no_parts_change_a_bit(updates: Round, start: list[float], 
     assert_same(whole.result(), in_order.result())
 
 
+@pytest.mark.slow
 @given(rounds)
 def test_the_mean_is_within_its_bound_of_the_exact_one(updates: Round) -> None:
     form = FixedPoint(MOST_CHANGE, sum(weight for _, weight in updates))
@@ -58,6 +60,7 @@ def test_the_mean_is_within_its_bound_of_the_exact_one(updates: Round) -> None:
         assert error <= Fraction(2) ** -(form.fraction_bits + 1) + Fraction(2) ** -43
 
 
+@pytest.mark.slow
 @given(rounds, starts)
 def test_it_is_the_mean_in_float64_but_for_the_last_place(updates: Round, start: list[float]) -> None:
     before, total = {"x": torch.tensor(start)}, sum(weight for _, weight in updates)

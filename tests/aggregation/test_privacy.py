@@ -54,6 +54,7 @@ def flat(tensors: Tensors) -> np.ndarray:
     return np.concatenate([tensors[name].double().numpy().ravel() for name in sorted(tensors)])
 
 
+@pytest.mark.slow
 @given(updates, bounds)
 def test_all_tensors_are_clipped_together(update: Tensors, bound: float) -> None:
     change = flat(update) - flat(START)
@@ -65,6 +66,7 @@ def test_all_tensors_are_clipped_together(update: Tensors, bound: float) -> None
     assert factor == 1 or norm > bound
 
 
+@pytest.mark.slow
 @given(st.lists(updates, min_size=1, max_size=4), updates, st.integers(1, 1000), bounds, st.integers(4, 9))
 def test_a_client_moves_the_sum_by_c_and_one_that_is_replaced_by_2c(
     others: list[Tensors], other: Tensors, examples: int, bound: float, clients: int
@@ -144,6 +146,7 @@ def test_noise_takes_little_memory_however_large_the_tensor() -> None:
     assert value.all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answering", [5, 3, 0])
 def test_noise_has_the_deviation_that_was_asked_for(answering: int) -> None:
     """z·C on the sum, either way and whoever answers: over many rounds, of one value without any update."""
@@ -186,6 +189,7 @@ def test_a_key_is_not_shown_where_a_client_is() -> None:
     assert "key" not in repr(share)
 
 
+@pytest.mark.slow
 @given(updates)
 def test_a_client_clips_and_sends_noise_for_what_it_did_not_train(update: Tensors) -> None:
     share = client_privacy(CLIENT, SECRET, 0, "phone-0", WINDOW, 4)

@@ -53,6 +53,7 @@ def assert_is(result: Tensors, expected: dict[str, np.ndarray]) -> None:
         np.testing.assert_allclose(tensor.numpy(), expected[name], rtol=1e-6, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.slow
 @given(rounds_of_updates())
 def test_the_mean_is_over_those_that_sent_a_tensor(updates: list[WeightedUpdate]) -> None:
     mean = aggregate_by(AggregationSpec(), _START, sum(examples for _, examples in updates))
@@ -63,11 +64,13 @@ def test_the_mean_is_over_those_that_sent_a_tensor(updates: list[WeightedUpdate]
     assert_is(mean.result(), expected)
 
 
+@pytest.mark.slow
 @given(rounds_of_updates())
 def test_the_median_is_numpys(updates: list[WeightedUpdate]) -> None:
     assert_is(median(updates), {name: np.median(values_of(updates, name), 0) for name in names_of(updates)})
 
 
+@pytest.mark.slow
 @given(rounds_of_updates(), st.sampled_from([0, 0.07, 0.1, 0.2, 0.25, 1 / 3, 0.4, 0.49]))
 def test_the_trimmed_mean_cuts_its_share_at_each_end(updates: list[WeightedUpdate], trim: float) -> None:
     expected = {}
@@ -89,6 +92,7 @@ def test_a_share_is_whole_updates(count: int, trim: float, left: int) -> None:
     assert trimmed_mean(squares, trim)["x"].item() == pytest.approx(sum(kept) / left)
 
 
+@pytest.mark.slow
 @given(rounds_of_updates(fewest=5), st.data())
 def test_outliers_move_neither_median_nor_trimmed_mean(updates: list[WeightedUpdate], data: st.DataObject) -> None:
     """However large they are: with a fifth of the updates poisoned, each value stays within those of the others."""
@@ -118,6 +122,7 @@ def krum_by_definition(vectors: np.ndarray, byzantine: int) -> int:
     return int(np.argmin(scores))
 
 
+@pytest.mark.slow
 @given(rounds_of_updates(fewest=3), st.integers(0, 3))
 def test_krum_is_its_definition(updates: list[WeightedUpdate], byzantine: int) -> None:
     result = krum(updates, byzantine)
@@ -133,6 +138,7 @@ def test_krum_is_its_definition(updates: list[WeightedUpdate], byzantine: int) -
         assert torch.equal(result[name], senders[krum_by_definition(vectors, byzantine)][name])
 
 
+@pytest.mark.slow
 @given(rounds_of_updates(fewest=5, most=7), st.data())
 def test_krum_rejects_a_poisoned_update(updates: list[WeightedUpdate], data: st.DataObject) -> None:
     """Wherever it is, however often it claims to have trained, and in whichever tensor the poison lies."""
@@ -155,6 +161,7 @@ def test_krum_takes_one_update_whole_and_copies_it() -> None:
     assert krum(equals, 0)["a"].item() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum"])
 @given(updates=rounds_of_updates(fewest=5))
 def test_these_rules_are_unweighted(rule: Any, updates: list[WeightedUpdate]) -> None:

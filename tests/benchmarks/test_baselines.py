@@ -87,6 +87,7 @@ def test_batches_are_those_of_a_job_s_own_turn() -> None:
             assert found.tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_class_means(job: PlannedJob, features: Features) -> None:
     meter = Meter()
     accuracy = class_means(job, features, meter)(job.test)
@@ -100,6 +101,7 @@ def test_class_means(job: PlannedJob, features: Features) -> None:
     assert meter.sent_bytes == len(everyone) * 4 * (len(job.classes) * 32 + len(job.classes))
 
 
+@pytest.mark.slow
 def test_the_head_in_closed_form(job: PlannedJob, features: Features) -> None:
     """That of all examples in one place, and what each client sends is as large as the table of classes and features."""
     meter = Meter()
@@ -165,6 +167,7 @@ def test_features_are_the_model_s(job: PlannedJob, features: Features) -> None:
     torch.testing.assert_close(features.of(job.test)[:, -1], pooled(job, job.test), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_lora_is_fedavg_of_low_rank_changes_to_the_hugging_face_model(job: PlannedJob) -> None:
     lora = Lora(job.base.folder, len(job.classes), seed=3)
     start = lora.tensors()

@@ -70,6 +70,7 @@ def test_a_damaged_file_is_traced_again_and_a_folder_that_is_none_costs_the_time
     assert layers_found(model, "R = 8", traced=5) == 5
 
 
+@pytest.mark.slow
 def test_jobs_that_ask_for_ever_new_profiles_do_not_fill_the_disk(model: Path, tmp_path: Path) -> None:
     for width in range(300):
         layers_found(model, f"R = {width}", traced=width)

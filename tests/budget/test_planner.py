@@ -17,6 +17,7 @@ from tests.plans import HIDDEN, ITEMSIZE, LAYERS, ROW, WAYS, all_costs, all_mean
 from tests.project import ROOT
 
 
+@pytest.mark.slow
 @given(all_costs(), all_tasks(), all_means)
 @planned
 def test_a_plan_fits(costs: MemoryProfile, job: tuple[TurnRequirements, Window], means: ClientResources) -> None:
@@ -37,6 +38,7 @@ def test_a_plan_fits(costs: MemoryProfile, job: tuple[TurnRequirements, Window],
     assert all(size >= 0 for size in found.footprint.parts().values()), found.footprint
 
 
+@pytest.mark.slow
 @given(all_costs(), all_tasks(), all_means)
 @planned
 def test_what_is_lacking_is_exact(
@@ -63,6 +65,7 @@ def test_a_client_that_is_asked_for_a_profile_can_make_it() -> None:
     assert not plan(costs, task, stage, replace(means, memory=least - 1))
 
 
+@pytest.mark.slow
 @given(all_costs(), all_tasks(), all_means, st.integers(1, 2**26))
 @planned
 def test_more_memory_never_trains_less(
@@ -76,6 +79,7 @@ def test_more_memory_never_trains_less(
     assert len(richer.window) >= len(less.window)
 
 
+@pytest.mark.slow
 @given(all_costs(), all_tasks(), all_means, st.integers(1, 64))
 @planned
 def test_longer_texts_never_need_less(
@@ -85,6 +89,7 @@ def test_longer_texts_never_need_less(
     assert needed(costs, task, stage, replace(means, longest=means.longest + more)) >= needed(costs, task, stage, means)
 
 
+@pytest.mark.slow
 @given(all_costs(), all_tasks(), all_means, st.sampled_from(["resident", "streamed"]))
 @planned
 def test_a_step_with_more_in_it_never_needs_less(
@@ -106,6 +111,7 @@ def test_a_step_with_more_in_it_never_needs_less(
         assert total(replace(task, start=task.start - 1)) >= total() + costs.adapter
 
 
+@pytest.mark.slow
 @given(all_costs(), all_tasks(), all_means)
 @planned
 def test_a_leaner_plan_needs_two_thirds(
@@ -123,6 +129,7 @@ def test_a_leaner_plan_needs_two_thirds(
         assert found.window.top == best.window.top
 
 
+@pytest.mark.slow
 @given(all_costs(), all_tasks(), all_means, st.data())
 @planned
 def test_nothing_better_fits(
@@ -144,6 +151,7 @@ def test_nothing_better_fits(
     assert (found.window, (found.weights, found.activations), found.micro_batch) == first
 
 
+@pytest.mark.slow
 @given(all_costs(), all_tasks(), all_means)
 @planned
 def test_a_prefix_made_for_each_step_is_made_beside_what_the_turn_keeps(

@@ -161,6 +161,7 @@ def assert_alike(found: tuple[Tensors, float], expected: tuple[Tensors, float]) 
     assert found[1] == pytest.approx(expected[1], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 @pytest.mark.parametrize("window", [BOTTOM, MIDDLE, TOP], ids=["bottom", "middle", "top"])
 def test_a_turn_is_the_plain_computation(folder: Path, window: Window, weight: float, tmp_path: Path) -> None:
@@ -168,6 +169,7 @@ def test_a_turn_is_the_plain_computation(folder: Path, window: Window, weight: f
     assert_alike(found, plainly(folder, window, weight))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "activations", "cached"),
     [
@@ -202,18 +204,21 @@ def test_an_exact_look_ahead_has_the_gradient_of_the_whole_model(folder: Path, w
         assert all(torch.equal(tensor, plain[name]) for name, tensor in found[way][0].items())
 
 
+@pytest.mark.slow
 def test_the_layers_above_are_part_of_what_is_compared(folder: Path) -> None:
     ahead, local = (plainly(folder, BOTTOM, 0.0, exact=exact) for exact in (True, False))
     name = "adapters.1.down.weight"
     assert (ahead[0][name] - local[0][name]).abs().max() > RATE / 10
 
 
+@pytest.mark.slow
 def test_the_global_branch_may_train_the_adapters_above(folder: Path, tmp_path: Path) -> None:
     found = a_turn(folder, tmp_path, a_client(BOTTOM), an_order(BOTTOM, 0.3, "upper"))
     assert_alike(found, plainly(folder, BOTTOM, 0.3, "upper"))
     assert {name.split(".")[1] for name in found[0]} == {"1", "2", "3", "4"}
 
 
+@pytest.mark.slow
 def test_the_global_branch_is_part_of_what_is_compared(folder: Path) -> None:
     with_it, without = plainly(folder, BOTTOM, 0.3), plainly(folder, BOTTOM, 0.0)
     assert with_it[1] > without[1] + 0.1
@@ -221,6 +226,7 @@ def test_the_global_branch_is_part_of_what_is_compared(folder: Path) -> None:
     assert (with_it[0][name] - without[0][name]).abs().max() > RATE / 10
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_whole_step_is_clipped(folder: Path, tmp_path: Path) -> None:
     """Of five examples that are held two at a time. A factor matters little to AdamW, unless it makes all as short as its ε."""
     order = replace(an_order(MIDDLE, 0.3), clip_norm=1e-8)

@@ -163,6 +163,7 @@ def test_what_was_lost_is_made_again_bit_for_bit(job: PlannedJob) -> None:
     assert same(kept, sums(client, job.base, fitting))
 
 
+@pytest.mark.slow
 def test_features_that_nobody_will_read_are_given_back(job: PlannedJob) -> None:
     client = job.clients[0]
     folder = job.base.scratch / client.name
@@ -179,6 +180,7 @@ def test_features_that_nobody_will_read_are_given_back(job: PlannedJob) -> None:
     assert left == [], "no head is fitted after a profile of some examples"
 
 
+@pytest.mark.slow
 def test_a_trained_window_and_a_client_without_a_disk_run_through_the_window(
     job: PlannedJob, passes: Counter[int]
 ) -> None:

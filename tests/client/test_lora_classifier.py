@@ -115,6 +115,7 @@ def plainly(folder: Path, window: Window, exit: int, ranks: int = 3) -> tuple[Te
     return {name: tensor.detach() for name, tensor in (trained | head).items()}, sum(losses) / EPOCHS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "exact"), WINDOWS, ids=str)
 def test_a_turn_is_pefts_own(folder: Path, window: Window, exact: bool, tmp_path: Path) -> None:
     before = a_stack(folder).tensors()
@@ -134,6 +135,7 @@ def test_a_turn_is_pefts_own(folder: Path, window: Window, exact: bool, tmp_path
         assert (tensor - before[name]).abs().max() > RATE
 
 
+@pytest.mark.slow
 def test_a_client_of_fewer_ranks_has_the_same_loss_and_trains_the_first(folder: Path, tmp_path: Path) -> None:
     window, before = Window(1, 2), a_stack(folder).tensors()
     order = Training(
@@ -149,6 +151,7 @@ def test_a_client_of_fewer_ranks_has_the_same_loss_and_trains_the_first(folder: 
         torch.testing.assert_close(update.tensors[name], tensor, rtol=0, atol=RATE / 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("new", "cached"), [(True, True), (False, True), (False, False)])
 def test_the_sums_of_a_fitted_head_are_of_what_peft_computes(
     folder: Path, new: bool, cached: bool, tmp_path: Path

@@ -153,12 +153,14 @@ def test_a_turn_has_the_gradient_of_the_whole_model(folder: Path, window: Window
         assert all(torch.equal(tensor, plain[0][name]) for name, tensor in found[way][0].items())
 
 
+@pytest.mark.slow
 def test_a_prefix_that_is_made_for_each_step_changes_nothing(folder: Path, tmp_path: Path) -> None:
     cached, made = (a_turn(folder, tmp_path / str(cached), WINDOWS[1], True, cached=cached) for cached in (True, False))
     for name, tensor in cached[0].items():
         torch.testing.assert_close(made[0][name], tensor, rtol=0, atol=RATE / 500)
 
 
+@pytest.mark.slow
 def test_without_a_look_ahead_the_head_is_on_the_windows_output(folder: Path, tmp_path: Path) -> None:
     top, below = (a_turn(folder, tmp_path / str(window), window, False) for window in (WINDOWS[2], WINDOWS[1]))
     exact = a_turn(folder, tmp_path / "exact", WINDOWS[1], True)
@@ -166,6 +168,7 @@ def test_without_a_look_ahead_the_head_is_on_the_windows_output(folder: Path, tm
     assert below[1] != pytest.approx(exact[1], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", WINDOWS[:2], ids=str)
 def test_an_objective_of_ones_own_is_told_the_window(folder: Path, window: Window, tmp_path: Path) -> None:
     told = set[Window]()

@@ -55,6 +55,7 @@ def a_turn(folder: Path, dtype: torch.dtype, weights: WeightPlacement, scratch: 
     return update
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["resident", "streamed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_turn_has_the_bits_of_the_dequantized_model(
@@ -67,6 +68,7 @@ def test_a_turn_has_the_bits_of_the_dequantized_model(
     assert any(tensor.abs().max() > 0 for tensor in quantized.tensors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loaded_bytes_are_planned_and_what_dequantizing_takes(dtype: torch.dtype, folders: tuple[Path, Path]) -> None:
     """A matrix that is converted to bfloat16 is held in both dtypes; a quantized one is not."""

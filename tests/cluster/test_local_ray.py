@@ -43,6 +43,7 @@ def shutdown():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("needed", "expected"), [
     (3, ["try 1", "cleared", "try 2", "cleared", "try 3", "cleared"]),
     (4, ["try 1", "cleared", "try 2", "cleared", "try 3", "cleared", (

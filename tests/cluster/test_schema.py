@@ -54,6 +54,7 @@ def first_version(engine: Engine) -> None:
     write(engine, """insert into aliases (name, targets) values ('support', '[{"tiny": 1.0}]')""")
 
 
+@pytest.mark.slow
 def test_the_steps_make_the_tables_of_the_code(engine: Engine, database: str) -> None:
     open_tables(database).dispose()
     options = {"compare_type": True, "version_table": "chainfed_version"}
@@ -65,6 +66,7 @@ def test_the_steps_make_the_tables_of_the_code(engine: Engine, database: str) ->
             write(engine, change)
 
 
+@pytest.mark.slow
 def test_forward_and_back_with_the_rows_of_the_version_before(engine: Engine, database: str) -> None:
     first_version(engine)
     before = {table: rows(engine, f"select * from {table} order by 1") for table in ("jobs", "events", "aliases")}
@@ -100,6 +102,7 @@ def test_forward_and_back_with_the_rows_of_the_version_before(engine: Engine, da
     store.close()
 
 
+@pytest.mark.slow
 def test_versions_of_others_in_the_same_database_are_not_ours(engine: Engine, database: str) -> None:
     write(
         engine,
@@ -111,6 +114,7 @@ def test_versions_of_others_in_the_same_database_are_not_ours(engine: Engine, da
     assert rows(engine, "select version_num from alembic_version") == [("c0ffee",)]
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_leaves_the_database_as_it_was(engine: Engine, database: str) -> None:
     first_version(engine)
     write(engine, "create table answers (mine integer)")  # in the way of a late part of the step
@@ -126,6 +130,7 @@ def test_a_step_that_fails_leaves_the_database_as_it_was(engine: Engine, databas
     assert version_of(engine) == VERSIONS[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mark", ["9999", None], ids=["later", "between releases"])
 def test_a_version_that_is_not_known_is_refused_and_left_as_it_is(
     engine: Engine, database: str, mark: str | None

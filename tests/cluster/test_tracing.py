@@ -90,6 +90,7 @@ def test_a_job_that_goes_on_has_no_second_span_of_a_round(
     assert paths(exporter) == ["stage", "stage → round", "stage → round"], "the third, and one that begins"
 
 
+@pytest.mark.slow
 def test_who_asks_for_no_traces_imports_nothing_of_them() -> None:
     assert carried() == {}
     code = """

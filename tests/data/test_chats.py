@@ -105,6 +105,7 @@ def as_chat(asked: list[tuple[str, str]]) -> Chat:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", TEMPLATES)
 @settings(deadline=None, max_examples=40)
 @given(asked=rounds)
@@ -131,6 +132,7 @@ def test_what_assistants_say_is_learnt_as_it_stands(form: str, asked: list[tuple
     assert found.targets.tolist() == [False, *targets[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", TEMPLATES)
 @settings(deadline=None, max_examples=40)
 @given(asked=rounds.filter(lambda asked: all(said.strip() for _, said in asked)))

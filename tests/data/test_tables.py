@@ -49,6 +49,7 @@ FORMS: dict[str, Callable[[Path, Rows], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 @given(rows=st.lists(st.fixed_dictionaries({"text": _TEXT, "label": _TEXT}), min_size=1, max_size=8))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)

@@ -109,6 +109,7 @@ def assert_refused(told: Any) -> None:
     assert 31 * MIB < told["next"] < 34 * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", GREED)
 def test_an_allocation_above_the_cap_is_refused(way: str) -> None:
     """The limit is as before, the memory is back, and the next block works."""
@@ -121,6 +122,7 @@ def test_torch_is_refused_as_well(way: str) -> None:
     assert_refused(told_of(WITH_TORCH[way], "import torch; torch.set_num_threads(1)"))
 
 
+@pytest.mark.slow
 def test_pages_of_a_file_that_no_allocation_shows_are_refused_at_the_end(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
         file.truncate(100 * MIB)
@@ -138,6 +140,7 @@ told["next"] = caught(lambda: bytearray(100 * MIB))
     assert told["next"]["phase"] == "getting ready", "not what another turn was at"
 
 
+@pytest.mark.slow
 def test_within_the_cap_nothing_happens() -> None:
     told = process("""
 before = limit()
@@ -148,6 +151,7 @@ told["limits"] = [before, limit()]
     assert told["limits"][0] == told["limits"][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("raised", "kind"),
     [

@@ -65,6 +65,7 @@ def a_program(folder: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_program_has_the_arguments_streams_variables_and_folder_of_who_asks_and_he_its_exit_code(
     tmp_path: Path, owner: subprocess.Popen[bytes]
 ) -> None:
@@ -109,6 +110,7 @@ def test_who_asks_and_the_program_end_together(tmp_path: Path, owner: subprocess
         process.communicate()
 
 
+@pytest.mark.slow
 def test_processes_draw_numbers_of_their_own(tmp_path: Path, owner: subprocess.Popen[bytes]) -> None:
     """Ray would take two of its processes for one otherwise, and end them."""
     modules = shlex.split(runtime_env()["py_executable"])[-1].split(",")
@@ -140,6 +142,7 @@ def test_variables_that_libraries_read_once_make_another_server(monkeypatch: pyt
     assert start_forked.address("e", 1) != address
 
 
+@pytest.mark.slow
 def test_without_a_server_the_program_runs_as_usual(tmp_path: Path, owner: subprocess.Popen[bytes]) -> None:
     program = a_program(tmp_path, "import sys\nprint(sys.argv[1:])\nsys.exit(3)")
     asked = started("no_such_module", owner.pid, program, "one")

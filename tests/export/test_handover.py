@@ -109,6 +109,7 @@ def answer_to_the_card(saved: SavedStack) -> str:
     return saved.classes[int(row.argmax())]
 
 
+@pytest.mark.slow
 def test_a_classifier_as_a_transformers_folder(
     classifier: tuple[Path, SavedStack], expected: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_classifier_as_a_transformers_folder(
     assert run_code(out, capsys) == answer_to_the_card(saved)
 
 
+@pytest.mark.slow
 def test_a_language_model_as_a_transformers_folder(
     writer: tuple[Path, SavedStack, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +173,7 @@ def test_a_language_model_in_peft_s_form(
     assert run_code(tmp_path / "out", capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["distilbert", "deberta-v2", "t5", "gpt2", "mixtral"])
 def test_families_as_a_transformers_folder(family: str, tmp_path: Path) -> None:
     base = tiny(family, tmp_path / "base", vocabulary=260)
@@ -185,6 +188,7 @@ def test_families_as_a_transformers_folder(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_keep_their_dtype_and_adapters_theirs(tiny_model_folder: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     AutoModel.from_pretrained(tiny_model_folder).to(torch.bfloat16).save_pretrained(base)
@@ -206,6 +210,7 @@ def test_weights_keep_their_dtype_and_adapters_theirs(tiny_model_folder: Path, t
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [a_saved_stack, a_lora_classifier], ids=["bottleneck", "lora"])
 def test_a_classifier_as_an_onnx_graph(
     made: Callable[[Path], SavedStack], tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

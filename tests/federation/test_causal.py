@@ -342,6 +342,7 @@ def test_too_little_to_learn_is_said_of_what_is_to_blame(
         a_job(causal, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("form", ["instructions", "chats"])
 def test_rows_with_nothing_to_learn_are_left_out(

@@ -189,6 +189,7 @@ def test_the_dry_run_waits_for_the_slow(
     assert steps["snail"] == pytest.approx(10 * steps["phone"])
 
 
+@pytest.mark.slow
 def test_a_pool_hears_what_a_round_and_the_next_one_need_before_they_begin(
     document: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -210,6 +211,7 @@ def test_a_pool_hears_what_a_round_and_the_next_one_need_before_they_begin(
     assert pool.expected == [*before_and_after, nothing]
 
 
+@pytest.mark.slow
 def test_a_stage_that_begins_with_a_fitted_head_is_expected_to_need_everyone(
     document: dict[str, Any], tmp_path: Path
 ) -> None:

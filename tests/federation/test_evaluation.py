@@ -298,6 +298,7 @@ def test_rates_rise_to_the_full_rate_and_fall_towards_none(warmup: int, limit: i
         assert rates[peak:] == pytest.approx([1 - place / (limit - peak) for place in range(limit - peak)])
 
 
+@pytest.mark.slow
 @given(pairs=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
 def test_macro_f1_is_the_mean_over_classes_that_occur(pairs: list[tuple[int, int]]) -> None:
     labels, found = (torch.tensor(values) for values in zip(*pairs, strict=True))

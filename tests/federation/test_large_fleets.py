@@ -77,6 +77,7 @@ def of_many(job: PlannedJob, count: int) -> PlannedJob:
     return replace(job, planner=planner, admission=admit(planner, a_fleet(job, count), job.window))
 
 
+@pytest.mark.slow
 def test_clients_that_are_alike_are_planned_once(job: PlannedJob, made: Counter[str]) -> None:
     of_many(job, 100)
     few = dict(made)
@@ -91,6 +92,7 @@ def test_clients_that_are_alike_are_planned_once(job: PlannedJob, made: Counter[
         assert plan == alone, "as if planned alone, with the limit of its own disk"
 
 
+@pytest.mark.slow
 def test_the_record_of_the_start_does_not_grow_with_the_fleet(job: PlannedJob, tmp_path: Path) -> None:
     sizes = []
     for count in (100, MANY):
@@ -104,6 +106,7 @@ def test_the_record_of_the_start_does_not_grow_with_the_fleet(job: PlannedJob, t
     assert sizes[1] < sizes[0] + 100, "a few more digits"
 
 
+@pytest.mark.slow
 def test_a_round_reads_nothing_again(document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the rounds before it nor the partition of the whole fleet: eight rounds read as much as two."""
     reads: Counter[str] = Counter()
@@ -142,6 +145,7 @@ class Weighed(Backwards):
             self.most = max(self.most, sum(tensor() is not None for tensor in given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "held"), [("mean", 1), ("median", 5)])
 def test_a_mean_holds_one_update_however_many_there_are(job: PlannedJob, tmp_path: Path, rule: str, held: int) -> None:
     """Updates that arrive before those of earlier clients are not held, unless the rule needs all of them."""

@@ -52,6 +52,7 @@ def test_a_job_ends_with_the_model_that_was_evaluated(
     assert_same(straight, resumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "adapter", "expected"),
     [

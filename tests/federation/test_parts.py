@@ -92,6 +92,7 @@ def test_cka_of_what_does_not_vary_is_nothing() -> None:
     assert debiased_cka(torch.ones(8, 4), torch.randn(8, 4, generator=torch.Generator().manual_seed(0))) == 0
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=9),
     st.randoms(use_true_random=False),

@@ -96,6 +96,7 @@ def with_a_tensor_twice(folder: Path) -> None:
     save_file({name: tensor + 1}, folder / "2.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

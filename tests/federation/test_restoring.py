@@ -119,6 +119,7 @@ def test_windows_that_take_turns_keep_their_last_stack_and_so_does_who_asks(
     assert any(not torch.equal(stacks[5][name], stacks[4][name]) for name in stacks[5])
 
 
+@pytest.mark.slow
 @given(st.lists(st.one_of(st.none(), st.floats(0, 10)), min_size=1, max_size=8))
 def test_the_best_exit_has_the_least_loss_and_is_the_newest_of_equals(losses: list[float | None]) -> None:
     rounds = [a_round(index, a_start(), held_out_loss=loss) for index, loss in enumerate(losses)]

@@ -38,6 +38,7 @@ def ran(upcoming: RoundSpec, ended: str | None, counted: bool = True) -> Round:
     )
 
 
+@pytest.mark.slow
 @given(st.integers(0, 4), st.integers(1, 30), st.sets(st.integers(0, 29)))
 def test_each_window_has_its_stage_and_all_rounds_are_used(start: int, total: int, converges: set[int]) -> None:
     """Whichever stages converge early, before the last: what they did not need is the last one's."""
@@ -57,6 +58,7 @@ def test_each_window_has_its_stage_and_all_rounds_are_used(start: int, total: in
     assert history[-1].ended == "round limit"
 
 
+@pytest.mark.slow
 @given(st.integers(0, 4), st.integers(1, 30))
 def test_windows_that_take_turns_begin_once_and_end_at_the_top(start: int, total: int) -> None:
     course = a_course(start, total, schedule="cyclic")

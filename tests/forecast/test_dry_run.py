@@ -132,6 +132,7 @@ def test_a_job_without_a_quorum_is_told_as_well(document: dict[str, Any]) -> Non
     assert "would be refused" in words(told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trains", ["head", "upper"])
 @pytest.mark.usefixtures("untimed")
 def test_bytes_sent_are_those_of_a_real_turn(document: dict[str, Any], tmp_path: Path, trains: str) -> None:
@@ -337,6 +338,7 @@ def client(untimed: None) -> Iterator[TestClient]:
         yield made
 
 
+@pytest.mark.slow
 def test_the_route_answers_with_words_or_a_picture(client: TestClient, document: dict[str, Any]) -> None:
     told = client.post("/v1/plan", json=document)
     assert told.status_code == 200
@@ -354,6 +356,7 @@ def test_a_bad_job_is_refused_by_the_route(client: TestClient, document: dict[st
     assert refused.json()["errors"][0]["field"] == "chain.window"
 
 
+@pytest.mark.slow
 def test_look_aheads_are_compared_as_each_would_be_planned(
     document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

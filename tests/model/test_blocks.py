@@ -54,6 +54,7 @@ def test_the_memory_of_a_layer_is_given_back_when_it_is_dropped(tiny_model_folde
             gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS, *MIXTURES])
 def test_streamed_is_whole(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -67,6 +68,7 @@ def test_streamed_is_whole(family: str, dtype: torch.dtype, tmp_path: Path) -> N
     assert not torch.equal(ours[0], ours[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("family", "width"), [("bert", "intermediate_size"), ("gpt2", "n_inner"), ("mixtral", "intermediate_size")]
@@ -89,6 +91,7 @@ def test_matrices_of_several_slices_give_the_same_bits_streamed_and_resident(
         assert torch.equal(resident, streamed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS])
 def test_calls_without_embeddings_are_the_same_calls(family: str, tmp_path: Path) -> None:
     blocks = Blocks(tiny(family, tmp_path), torch.float32)
@@ -120,6 +123,7 @@ def test_a_checkpoint_with_a_head_is_read_by_its_prefix(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_tensors_that_the_model_has_no_place_for_are_said_once_unless_they_are_ordinary(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -219,6 +223,7 @@ def test_what_a_configuration_says_besides_changes_no_number(said: dict[str, Any
 NORM, UP, HEAD = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "config", "reason"),
     [

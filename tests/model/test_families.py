@@ -113,6 +113,7 @@ def streamed_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     return torch.cat([logits for _, logits in pieces], dim=1).view(*hidden.shape[:2], -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_decoder
 def test_streamed_is_whole(family: str, tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -128,6 +129,7 @@ def test_streamed_is_whole(family: str, tied: bool, dtype: torch.dtype, tmp_path
     torch.testing.assert_close(found[real], logits[real].float(), rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "change"),
     [
@@ -161,6 +163,7 @@ def test_what_a_family_does_of_its_own_would_be_missed(family: str, change: dict
         torch.testing.assert_close(found[:, :4][real[:, :4]], logits[:, :4][real[:, :4]], rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("original", [16, 4], ids=["short texts", "long texts"])
 def test_frequencies_for_long_texts_are_streamed(original: int, tmp_path: Path) -> None:
     """Phi-3's models of 128,000 tokens have two sets of factors: texts here are shorter than the first is for, or longer."""
@@ -176,6 +179,7 @@ def test_frequencies_for_long_texts_are_streamed(original: int, tmp_path: Path) 
     assert memory_profile_of(decoder.blocks, 8, None).streamed_head
 
 
+@pytest.mark.slow
 def test_dynamic_frequencies_are_those_of_texts_within_the_models_positions(tmp_path: Path) -> None:
     """No job has longer ones. To a trace it is not to be seen how long a text is."""
     rope = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}
@@ -228,6 +232,7 @@ def ours(decoder: Decoder, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["all", "responses"])
 @every_decoder
 def test_the_loss_is_that_of_the_hugging_face_model(family: str, tied: bool, part: str, tmp_path: Path) -> None:
@@ -253,6 +258,7 @@ def test_the_loss_in_half_precision(family: str, tmp_path: Path) -> None:
         assert apart <= 0.03 * wanted[row].float().norm()
 
 
+@pytest.mark.slow
 @every_decoder
 def test_the_scores_are_those_of_the_logits(family: str, tied: bool, tmp_path: Path) -> None:
     decoder, targets = a_decoder(family, tied, tmp_path), responses()

@@ -75,6 +75,7 @@ def both(
     return [(loss, *torch.autograd.grad(loss * 0.3, hidden)) for loss in (ours, theirs)]
 
 
+@pytest.mark.slow
 @given(
     count=st.integers(1, 8),
     step=st.integers(1, VOCABULARY + 1),
@@ -116,6 +117,7 @@ def test_the_gradient_is_that_of_the_function(form: LogitForm) -> None:
     )
 
 
+@pytest.mark.slow
 @every_form
 def test_half_precision_sums_in_float32(form: LogitForm) -> None:
     """The loss of bfloat16 operands is that of the same operands in float32, but for the rounding of the logits."""
@@ -140,6 +142,7 @@ class Bare:
         return hidden
 
 
+@pytest.mark.slow
 @given(data=st.data(), step=st.integers(1, VOCABULARY + 1), form=st.sampled_from(list(FORMS.values())))
 @settings(deadline=None)
 def test_scores_are_those_of_the_whole_logits(data: st.DataObject, step: int, form: LogitForm) -> None:

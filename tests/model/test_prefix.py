@@ -60,6 +60,7 @@ def assert_plain(cache: PrefixCache, blocks: Blocks, examples: Examples, stack: 
         assert not cached[index, len(expected) :].any(), "padding"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("head_layers", [1, 3])

@@ -105,6 +105,7 @@ def test_a_folder_that_is_not_whole_is_refused(spoilt: str, tmp_path: Path) -> N
         load_stack(tmp_path / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["peft", "transformers"])
 def test_it_is_handed_over_in_plain_forms(base: Path, form: str, tmp_path: Path) -> None:
     saved = a_lora_stack(base)
@@ -148,6 +149,7 @@ def encoder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_classifier_is_a_plain_lora_with_its_head_beside_it(encoder: Path, tmp_path: Path) -> None:
     """The code of the card gives the service's answer, from PEFT and transformers alone."""
     saved = a_lora_classifier(encoder)
@@ -173,6 +175,7 @@ def test_a_classifier_is_a_plain_lora_with_its_head_beside_it(encoder: Path, tmp
     assert (bare - expected).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_classifier_s_loras_are_merged(encoder: Path, tmp_path: Path) -> None:
     """By PEFT, and in a folder for transformers, of which only the head is ours."""
     saved = a_lora_classifier(encoder)

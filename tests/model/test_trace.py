@@ -109,6 +109,7 @@ def a_real_layer(blocks: Blocks, activations_offloaded: bool) -> Real:
     return real
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_attention_that_makes_its_scores_has_a_square_term(family: str, tmp_path: Path) -> None:
     """Every pair of tokens for each of 4 heads, of which some are saved; the ordinary attention saves none."""
@@ -123,6 +124,7 @@ def test_attention_that_makes_its_scores_has_a_square_term(family: str, tmp_path
     assert_told(Parts(blocks, 3, 1).layer(False), a_real_layer(blocks, False), torch.float32, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations_offloaded", [False, True], ids=["kept", "activations_offloaded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_layers", [1, 3])
@@ -152,6 +154,7 @@ def test_a_head_is_traced_without_reading_a_table_of_positions(tmp_path: Path) -
     assert memory_profile_of(Blocks(causal_folder("gpt2", tmp_path), torch.float32), 8, None).streamed_head
 
 
+@pytest.mark.slow
 def test_a_language_model_of_one_layer_is_traced(tmp_path: Path) -> None:
     """What is traced first is what comes after its only layer."""
     tiny_causal_model("gpt2", tied=True, layers=1).save_pretrained(tmp_path)
@@ -179,6 +182,7 @@ def test_adapters_of_another_width_change_nothing_else(dtype: torch.dtype, class
     assert with_bottleneck(memory_profile_of(blocks, 8, classes), dtype, 4) == memory_profile_of(blocks, 4, classes)
 
 
+@pytest.mark.slow
 def test_what_runs_without_gradients_saves_nothing(tmp_path: Path) -> None:
     parts = Parts(Blocks(tiny("gpt2", tmp_path), torch.float32), 3, 1)
     training = trace_memory(parts.layer(False), WIDTH, torch.float32)

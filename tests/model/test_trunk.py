@@ -11,6 +11,7 @@ from chainfed_ray.model.blocks import Blocks
 from tests.models import tiny
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "words"),
     [
@@ -27,6 +28,7 @@ def test_a_family_is_refused_by_what_it_does(family: str, words: str, tmp_path: 
         Blocks(tmp_path, torch.float32).check()
 
 
+@pytest.mark.slow
 def test_a_convolution_between_layers_is_noticed(tmp_path: Path) -> None:
     """Some checkpoints of DeBERTa have one after the first layer, others have none."""
     Blocks(tiny("deberta-v2", tmp_path / "without"), torch.float32).check()

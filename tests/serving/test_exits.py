@@ -54,6 +54,7 @@ def plain(folder: Path, saved: SavedStack, texts: list[str]) -> tuple[Tensor, Te
     return torch.cat(probabilities), torch.cat(embeddings)
 
 
+@pytest.mark.slow
 def test_rows_of_several_exits_and_of_the_whole_model_in_one_call(tiny_model_folder: Path) -> None:
     whole = [a_saved_stack(tiny_model_folder, seed=seed) for seed in range(2)]
     stacks = [cut(whole[0], 2), whole[0], cut(whole[1], 3), cut(whole[1], 2), whole[1]]
@@ -67,6 +68,7 @@ def test_rows_of_several_exits_and_of_the_whole_model_in_one_call(tiny_model_fol
     assert (found[0] - found[1]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_exit_loads_the_layers_that_it_runs_and_no_more(tiny_model_folder: Path, tmp_path: Path) -> None:
     saved, base = a_saved_stack(tiny_model_folder), f"path:{tiny_model_folder}"
     save_stack(saved, tmp_path / "None")
@@ -104,6 +106,7 @@ def likeliest(folder: Path, saved: SavedStack, prompt: str) -> str:
     return str(BYTES.decode(ids[begun:], skip_special_tokens=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_one_base_model_classifies_and_writes_and_its_exits_write_too(family: str, tmp_path: Path) -> None:
     """All at once, and the base model is in memory once: the bytes are counted, and the weights are the same tensors."""
@@ -152,6 +155,7 @@ def test_one_base_model_classifies_and_writes_and_its_exits_write_too(family: st
     wait_for(is_held_once, "the parts to go")
 
 
+@pytest.mark.slow
 def test_where_both_do_not_fit_what_is_asked_for_takes_the_place_of_what_is_there(tmp_path: Path) -> None:
     """There is room for the whole model that classifies, or for an exit that writes, and not for a model that does both."""
     folder = tmp_path / "base"

@@ -46,6 +46,7 @@ def generator(llama: Path) -> Generator:
     return Generator(LanguageModel(f"path:{llama}", torch.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stack", [a_causal_stack, a_lora_stack])
 def test_greedy_text_is_that_of_the_streamed_chain(
@@ -72,6 +73,7 @@ def test_stacks_take_turns_and_leave_nothing_behind(llama: Path, generator: Gene
         assert [written(generator, saved, PROMPT, GREEDY) for saved in stacks] == alone
 
 
+@pytest.mark.slow
 def test_a_seed_gives_its_text_again_and_draws_from_no_one(llama: Path, generator: Generator) -> None:
     saved = a_causal_stack(llama)
     torch.manual_seed(5)
@@ -164,6 +166,7 @@ def test_loras_are_told_apart_where_a_model_flattens_its_tokens(tmp_path: Path) 
         torch.testing.assert_close(both[row : row + 1], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_texts_that_are_written_together_are_what_they_are_alone(llama: Path) -> None:
     """Whenever they join, however long they are, and whatever stack they have; also those of the base model alone."""
     stacks = [a_causal_stack(llama, seed=0), a_causal_stack(llama, layers=(1,), seed=1), a_lora_stack(llama), None]
@@ -288,6 +291,7 @@ def test_a_cache_that_cannot_take_a_text_ends_those_that_it_concerns_and_no_othe
     assert later[-1] == written(generator, saved, PROMPT, GREEDY)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rows"), [("lfm2", False), ("roberta", False), ("bloom", True), ("gemma3_text", True)]
 )

@@ -46,6 +46,7 @@ def bert(tmp_path: Path) -> Path:
     return tiny("bert", tmp_path / "base")
 
 
+@pytest.mark.slow
 def test_loaded_by_peft_is_the_streamed_model(folder: Path, tmp_path: Path) -> None:
     saved = a_saved_stack(folder)
     save_stack(saved, tmp_path / "model")
@@ -54,6 +55,7 @@ def test_loaded_by_peft_is_the_streamed_model(folder: Path, tmp_path: Path) -> N
     torch.testing.assert_close(ask(loaded(folder, tmp_path / "model")), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_saved_by_peft_is_what_we_save(folder: Path, tmp_path: Path) -> None:
     save_stack(a_saved_stack(folder), tmp_path / "ours")
     loaded(folder, tmp_path / "ours").save_pretrained(str(tmp_path / "theirs"))
@@ -77,6 +79,7 @@ def test_only_the_chain_has_adapters(bert: Path, tmp_path: Path) -> None:
     assert [name.rpartition(".")[2] for name in found] == ["2", "3"]
 
 
+@pytest.mark.slow
 def test_several_stacks_each_with_classes_of_its_own(bert: Path, tmp_path: Path) -> None:
     save_stack(a_saved_stack(bert), tmp_path / "a")
     save_stack(a_saved_stack(bert, layers=(0, 3), classes=5, seed=1), tmp_path / "b")

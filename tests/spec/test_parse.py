@@ -125,6 +125,7 @@ def test_unusable_rows(document: dict[str, Any], tmp_path: Path, rows: str) -> N
         a_job(document, tmp_path)
 
 
+@pytest.mark.slow
 def test_texts_beyond_the_model(document: dict[str, Any], tmp_path: Path, tiny_model_folder: Path) -> None:
     rows = [{"text": "sea " * 600, "label": label} for label in ("a", "b") for _ in range(10)]
     rows = [row | {"text": f"{row['text']}{index}"} for index, row in enumerate(rows)]

@@ -89,6 +89,7 @@ def a_layer(family: str, dtype: torch.dtype, folder: Path, *, overwriting: bool 
     return adapter, lambda hidden: blocks.run(layer, adapter(hidden.to(dtype)), call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_has_the_same_gradients(

@@ -34,6 +34,7 @@ def by_gguf(form: str, blocks: Tensor) -> Tensor:
     return torch.from_numpy(gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[form]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "NF4"])
 def test_values_are_those_of_the_gguf_package(form: str) -> None:
     """Bit by bit; of more values than are computed at once."""
@@ -61,6 +62,7 @@ def test_values_in_nf4_are_those_of_bitsandbytes() -> None:
         assert torch.equal(values.view(wanted), dequantize_4bit(packed, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("form", ["Q4_0", "Q5_1", "Q4_K", "NF4", "Q6_K", "IQ3_S"])
 def test_what_it_takes_is_counted(form: str, dtype: torch.dtype) -> None:

@@ -28,6 +28,7 @@ def run(blocks: Blocks, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tenso
     return output.detach(), hidden.grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_streamed_mixture_is_the_resident_one(family: str, tmp_path: Path) -> None:
     blocks = Blocks(tiny(family, tmp_path), torch.float32)

@@ -45,6 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]
 visits = st.lists(st.tuples(st.sampled_from(sorted(SHAPES)), st.none() | st.integers(0, 4)), min_size=1, max_size=12)
 
 
+@pytest.mark.slow
 @given(kept=st.sampled_from(DTYPES), dtype=st.sampled_from(DTYPES), slice_bytes=st.integers(1, 400), visits=visits)
 @settings(deadline=None, max_examples=60)
 def test_every_row_once_and_in_order(
@@ -188,6 +189,7 @@ def test_the_gradient_is_that_of_the_function(transposed: bool, bias: bool, tmp_
     assert torch.autograd.gradcheck(streamed, (inputs,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("family", [*FAMILIES, "deberta-v2", "albert", "t5", "bart"])
 def test_a_streamed_layer_is_the_resident_one(family: str, shards: bool, tmp_path: Path) -> None:

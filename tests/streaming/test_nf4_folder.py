@@ -59,6 +59,7 @@ _SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("mixtral", "float32"), ("bert", "float32")]
 )
@@ -160,6 +161,7 @@ def a_layer(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_conversion_takes_little_memory_however_large_a_tensor_is(tmp_path: Path) -> None:
     """The check of a job has a limit, and the mapping of a file counts against it."""
     import bitsandbytes  # noqa: F401  its import takes memory too

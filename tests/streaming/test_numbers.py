@@ -20,6 +20,7 @@ def a_checkpoint(folder: Path, place: tuple[int, int] | None, number: float, dty
     return CountedReads(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [(0, 0), (511, 7), (-1, -1)], ids=str)

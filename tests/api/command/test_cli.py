@@ -103,6 +103,7 @@ def test_files_that_a_job_names_are_meant_from_where_the_command_is_run(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -121,6 +122,7 @@ def test_help_and_the_check_of_a_job_file_load_neither_torch_nor_ray(arguments: 
     assert not loaded & {"torch", "ray", "sqlalchemy", "transformers", "pandas", "matplotlib", "numpy"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "field"), [("name: [", "(file)"), ("name: x\nmodle: {}", "modle")])
 def test_a_bad_job_ends_in_words(tmp_path: Path, text: str, field: str) -> None:
     job_file = tmp_path / "job.yaml"
@@ -150,6 +152,7 @@ def test_a_folder_that_is_a_file_ends_in_words(document: dict[str, Any], tmp_pat
     assert json.loads(done.stdout)["error"]["type"] == "DiskFailed"
 
 
+@pytest.mark.slow
 def test_a_terminal_without_a_dash_costs_the_dash_alone() -> None:
     code = "from chainfed_ray.api.command import cli\ncli.app = lambda: print('perplexity \\u2013 \\u201c5\\u201d')\ncli.main()"
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}

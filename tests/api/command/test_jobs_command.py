@@ -65,6 +65,7 @@ def chainfed(store: JobStore, capfd: pytest.CaptureFixture[str], monkeypatch: py
         yield run
 
 
+@pytest.mark.slow
 def test_a_job_from_pause_to_deletion(chainfed: Chainfed, store: JobStore) -> None:
     job = store.submit(SPEC).id
     assert chainfed("pause", job)["status"] == "paused"
@@ -92,6 +93,7 @@ def test_a_clone_has_the_changes(chainfed: Chainfed, store: JobStore) -> None:
         chainfed("clone", job, "--set", "rounds.total=0")
 
 
+@pytest.mark.slow
 def test_a_list_by_state_and_label(chainfed: Chainfed, store: JobStore) -> None:
     jobs = [store.submit(parse_job(SPEC.document() | {"labels": {"team": team}})).id for team in ("ads", "search")]
     store.move(jobs[0], "cancelled")

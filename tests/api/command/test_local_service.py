@@ -49,6 +49,7 @@ class Heard(list[str]):
             raise Enough
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_is_tried_again(settings: Settings, pauses: list[float]) -> None:
     (settings.storage.root / "failures").write_text("2")
     heard = Heard()
@@ -59,6 +60,7 @@ def test_a_start_that_fails_is_tried_again(settings: Settings, pauses: list[floa
     assert not processes_below("spawn_main")
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_again_and_again_is_given_up(settings: Settings, pauses: list[float]) -> None:
     (settings.storage.root / "failures").write_text("99")
     with (
@@ -69,6 +71,7 @@ def test_a_start_that_fails_again_and_again_is_given_up(settings: Settings, paus
     assert pauses == [0, 2, 4, 8, 16]
 
 
+@pytest.mark.slow
 def test_what_no_further_try_can_mend_is_said_at_once(settings: Settings, pauses: list[float]) -> None:
     (settings.storage.root / "failures").write_text("99")
     (settings.storage.root / "error").touch()
@@ -77,6 +80,7 @@ def test_what_no_further_try_can_mend_is_said_at_once(settings: Settings, pauses
     assert not pauses
 
 
+@pytest.mark.slow
 def test_a_service_that_fails_is_started_again(settings: Settings, pauses: list[float]) -> None:
     heard = Heard()
     with local_service(settings, "127.0.0.1", free_port("127.0.0.1"), tell=heard.tell) as service:
@@ -106,6 +110,7 @@ def test_without_a_key_a_service_is_not_for_the_network(
     assert not pauses
 
 
+@pytest.mark.slow
 def test_with_a_key_or_at_the_operators_own_risk_it_is(settings: Settings, pauses: list[float]) -> None:
     heard = Heard()
     with local_service(settings, "0.0.0.0", free_port("0.0.0.0"), tell=heard.tell, insecure=True):

@@ -105,6 +105,7 @@ def far(tmp_path: Path, request: pytest.FixtureRequest) -> Storage:
     return Storage.at(tmp_path / "far", url=url)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(near, near), (near, far), (far, near), ("postgresql", "postgresql")])
 def test_what_is_restored_answers_as_at_the_time_of_the_backup(
     before: Any, after: Any, tiny_model_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
@@ -193,6 +194,7 @@ def test_what_is_deleted_while_it_is_copied_is_told(storage: Storage, tiny_model
     assert json.loads((tmp_path / "copy" / "backup.json").read_text())["missing"] == [f"job {job}"]
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_deleted_or_damaged_in_an_object_store(far: Storage, tmp_path: Path) -> None:
     JobStore(far.database).close()
     uploads, digest = UploadStore(far), sha256(ROWS).hexdigest()
@@ -209,6 +211,7 @@ def test_an_upload_that_is_deleted_or_damaged_in_an_object_store(far: Storage, t
     assert not any((tmp_path / "another" / "uploads").glob("*/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("commits_on", [True, False])
 def test_a_job_that_commits_to_an_object_store_while_it_is_copied(
     commits_on: bool, far: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -277,6 +280,7 @@ def test_orders_of_sites_are_given_again_after_a_restore(storage: Storage, tmp_p
     mailbox.close()
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_version_before_is_restored_over_this_one(empty_postgresql: str, tmp_path: Path) -> None:
     storage, engine = Storage.at(tmp_path / "storage", empty_postgresql), open_database(empty_postgresql, existing=True)
     migrate(engine, VERSIONS[-1])

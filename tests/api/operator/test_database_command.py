@@ -29,6 +29,7 @@ def chainfed(environment: dict[str, str], *arguments: str, typed: str = "") -> t
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_back_and_forward(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "storage").mkdir()
     database = Settings.from_environment().storage.database
@@ -51,6 +52,7 @@ def test_back_and_forward(environment: dict[str, str], tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_in_words(environment: dict[str, str]) -> None:
     code, _, said = chainfed(environment, "migrate", "3")
     assert (code, "TO is '3'; expected one of 0001, 0002, 0003" in said) == (1, True), said

@@ -27,6 +27,7 @@ def chainfed(environment: dict[str, str], *arguments: str) -> tuple[int, str, st
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_key_from_its_making_to_its_end(environment: dict[str, str], tmp_path: Path) -> None:
     code, said, _ = chainfed(environment, "create", "--owner", "alice", "--scopes", "submit, read", "--expires", "90d")
     assert code == 0
@@ -49,6 +50,7 @@ def test_a_key_from_its_making_to_its_end(environment: dict[str, str], tmp_path:
     keys.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -68,6 +70,7 @@ def test_a_mistake_is_told_in_words(environment: dict[str, str], arguments: list
     assert words in error["message"]
 
 
+@pytest.mark.slow
 def test_a_list_on_a_fresh_machine_makes_nothing(environment: dict[str, str], tmp_path: Path) -> None:
     code, _, told = chainfed(environment, "list")
     assert code == 1

@@ -373,6 +373,7 @@ def many_rounds(job_started: JobStarted) -> list[Round]:
 CASES = ["usual", "none", "one", "many", "cyclic", "crowded", "no profile", "exits", "unmeasured", "again", "unequal"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_plots_of_any_job(tmp_path: Path, case: str) -> None:
     job_started = a_start()
@@ -424,6 +425,7 @@ def test_a_plot_shows_its_data(tmp_path: Path) -> None:
         assert {name for name, data in drawn.items() if data != usual[name]} == names
 
 
+@pytest.mark.slow
 def test_a_bar_below_nothing_keeps_its_number(tmp_path: Path) -> None:
     """The bar itself is not to be seen: an estimate of CKA may be less than 0."""
     drawn = []

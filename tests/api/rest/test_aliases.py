@@ -72,6 +72,7 @@ def test_an_alias_returns_to_nothing_that_is_deleted(client: TestClient) -> None
     assert answered_by(client) == {NEW: 1}
 
 
+@pytest.mark.slow
 def test_a_share_of_the_requests_tries_a_new_model(client: TestClient) -> None:
     assert put(client, {OLD: 0.8, NEW: 0.2}) == 200
     found = answered_by(client, 200)
@@ -79,6 +80,7 @@ def test_a_share_of_the_requests_tries_a_new_model(client: TestClient) -> None:
     assert 10 < found[NEW] < 80, "a fifth; less often than once in a million runs it is outside"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("alias", "targets", "status", "words"),
     [

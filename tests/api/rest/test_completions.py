@@ -122,6 +122,7 @@ def greedy(base: Path, prompt: str) -> str:
     )[0]
 
 
+@pytest.mark.slow
 def test_a_completion_has_openais_form(client: TestClient, bases: dict[str, Path]) -> None:
     answer = client.post("/v1/completions", json=ASKED).json()
     assert answer["id"].startswith("cmpl-")
@@ -153,6 +154,7 @@ def test_streamed_it_is_the_same_text(client: TestClient) -> None:
     assert len(chunks(client.post("/v1/completions", json={**ASKED, "stream": True}).text)) < len(parts)
 
 
+@pytest.mark.slow
 def test_a_stop_string_and_a_seed(client: TestClient) -> None:
     asked = {**ASKED, "temperature": 1.5, "max_tokens": 24, "seed": 3}
     first, again = (client.post("/v1/completions", json=asked).json()["choices"][0] for _ in range(2))
@@ -194,6 +196,7 @@ def test_next_to_no_temperature_is_none(client: TestClient) -> None:
     assert coldest == cold
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "change", "status", "field", "expected"),
     [
@@ -289,6 +292,7 @@ def official(client: TestClient) -> openai.OpenAI:
     return openai.OpenAI(base_url="http://localhost/v1", api_key="any", max_retries=0, http_client=client)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ASKS_FOR_NOTHING)
 def test_openais_client_may_say_that_it_asks_for_nothing(official: openai.OpenAI, options: dict[str, Any]) -> None:
     asked: dict[str, Any] = {"model": CHATTER, "messages": CHAT, "seed": 1, "max_completion_tokens": 4}
@@ -440,6 +444,7 @@ def test_a_base_model_is_called_by_its_own_name(official: openai.OpenAI, bases: 
     assert (listed["kind"], listed["job"], listed["accuracy"]) == ("base", None, None)
 
 
+@pytest.mark.slow
 def test_a_stack_is_called_by_its_round_while_its_job_trains(
     storage: Storage, client: TestClient, official: openai.OpenAI, bases: dict[str, Path]
 ) -> None:
@@ -476,6 +481,7 @@ def test_a_stack_is_called_by_its_round_while_its_job_trains(
     store.close()
 
 
+@pytest.mark.slow
 def test_an_answer_in_a_form(official: openai.OpenAI) -> None:
     """Whatever the model would say: this one is random, and knows no JSON."""
     schema = {
@@ -495,6 +501,7 @@ def test_an_answer_in_a_form(official: openai.OpenAI) -> None:
     assert refused.value.param == "response_format.json_schema.schema"
 
 
+@pytest.mark.slow
 def test_a_schema_that_grows_too_large_says_so(official: openai.OpenAI) -> None:
     kinds = [{"type": "array", "prefixItems": [{"type": "integer"}, {"const": number}]} for number in range(2500)]
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "many", "schema": {"anyOf": kinds}}}

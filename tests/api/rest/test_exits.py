@@ -82,6 +82,7 @@ def test_exits_are_listed_with_their_scores_and_answer_by_name(client: TestClien
     assert asked[0].job == whole["job"]
 
 
+@pytest.mark.slow
 def test_pages_together_are_the_whole_list(client: TestClient) -> None:
     whole = client.get("/v1/models").json()
     names = [model["id"] for model in whole["data"]]

@@ -80,6 +80,7 @@ def document(app: Any) -> Any:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_every_answer_is_what_the_document_says(document: Any, headers: dict[str, str], mode: GenerationMode) -> None:
     """Of each operation: requests that its description allows, and such that it does not."""

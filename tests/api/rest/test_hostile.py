@@ -64,6 +64,7 @@ def test_a_key_that_is_given_twice_is_refused_in_every_body(
     assert answer.json()["errors"] == [{"field": key, "value": value, "expected": "a key that is given once"}]
 
 
+@pytest.mark.slow
 def test_every_route_with_a_body_reads_it_so(client: TestClient) -> None:
     found = {
         (method, path): kind
@@ -81,6 +82,7 @@ def test_every_route_with_a_body_reads_it_so(client: TestClient) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("request_", list(hostile_requests()), ids=lambda request: f"{request.method}-{request.what}")
 def test_it_is_refused_in_words(client: TestClient, request_: HostileRequest) -> None:
     _, method, path, headers, body = request_

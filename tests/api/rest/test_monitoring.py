@@ -110,6 +110,7 @@ def memory(samples: Samples, job: str, name: str) -> tuple[float | None, ...]:
     return tuple(value(samples, "chainfed_client_memory_bytes", job=job, class_=name, kind=kind) for kind in kinds)
 
 
+@pytest.mark.slow
 def test_the_servers_memory_is_that_of_its_newest_evaluations(store: JobStore) -> None:
     job_started = a_start()
     job = a_running_job(store, job_started)
@@ -136,6 +137,7 @@ def server(samples: Samples, job: str, evaluated: str) -> tuple[float | None, ..
     )
 
 
+@pytest.mark.slow
 def test_a_job_that_is_over_is_among_the_newest_for_a_while(store: JobStore) -> None:
     jobs = []
     for _ in range(FINISHED_JOBS + 2):

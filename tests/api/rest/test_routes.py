@@ -236,6 +236,7 @@ def test_a_stream_of_events_tells_what_goes_on_without_a_number(
     assert re.findall("^id: (.*)$", text, re.MULTILINE) == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_a_database_that_is_away_costs_a_job_its_activity_and_no_more(
     small: dict[str, Any], storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +268,7 @@ def test_a_job_that_fails_says_why(
     assert client.get(f"/v1/jobs/{job}/events").json()["events"][-1]["data"] == failed["error"]
 
 
+@pytest.mark.slow
 def test_events_as_a_page_and_as_a_stream(
     client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore
 ) -> None:
@@ -297,6 +299,7 @@ def events_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
 
 
+@pytest.mark.slow
 def test_lists_and_cancelling(client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore) -> None:
     jobs = [client.post("/v1/jobs", json=small).json()["id"] for _ in range(3)]
     page = client.get("/v1/jobs", params={"limit": 2}).json()
@@ -356,6 +359,7 @@ def test_a_bad_job_is_refused_with_its_field(
     assert client.get("/v1/jobs").json()["jobs"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "path", "options", "status", "slug"),
     [
@@ -453,6 +457,7 @@ def test_health(client: TestClient) -> None:
     assert ready.json()["checks"] == {"database": "ok", "inference": "OSError; the service's log says more"}
 
 
+@pytest.mark.slow
 def test_the_schema_describes_a_job_file(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     assert set(document["components"]["schemas"]["JobSpec"]["properties"]) == set(JobSpec.model_fields)

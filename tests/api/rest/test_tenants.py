@@ -201,6 +201,7 @@ def plain(answer: httpx.Response, jobs: list[str]) -> tuple[int, dict[str, str],
     return answer.status_code, headers, re.sub(r"(own|secret)-[0-9a-f]{8}", r"\1-new", text)
 
 
+@pytest.mark.slow
 def test_a_stranger_is_answered_as_if_nothing_were_there(worlds: tuple[World, World], secrets: list[str]) -> None:
     asked = requests(secrets)
     documented = worlds[0].client.get("/openapi.json").json()["paths"]
@@ -223,6 +224,7 @@ def world_of_alice(world: World, jobs: list[str]) -> list[Any]:
     return [world.ask("alice", "GET", path).json() for path in paths]
 
 
+@pytest.mark.slow
 def test_what_a_stranger_asks_for_is_not_found(worlds: tuple[World, World], secrets: list[str]) -> None:
     """The test above would pass if nobody found anything: so here is who does."""
     world = worlds[0]
@@ -243,6 +245,7 @@ def test_what_a_stranger_asks_for_is_not_found(worlds: tuple[World, World], secr
     assert world.store.get(secrets[1]).status == "running"
 
 
+@pytest.mark.slow
 def test_one_key_of_two_tenants_makes_two_jobs(worlds: tuple[World, World]) -> None:
     headers = {"Idempotency-Key": "monday"}
     jobs = [
@@ -255,6 +258,7 @@ def test_one_key_of_two_tenants_makes_two_jobs(worlds: tuple[World, World]) -> N
     assert tenants == ["alice", "bob", "ops"]
 
 
+@pytest.mark.slow
 def test_two_tenants_may_call_their_models_and_aliases_alike(
     worlds: tuple[World, World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +290,7 @@ def test_two_tenants_may_call_their_models_and_aliases_alike(
     assert world.ask("bob", "GET", "/v1/models/mine").status_code == 200
 
 
+@pytest.mark.slow
 def test_metrics_name_tenants_to_an_admin_alone(worlds: tuple[World, World], secrets: list[str]) -> None:
     told = {who: worlds[0].ask(who, "GET", "/metrics").text for who in ("alice", "bob", "admin")}
     assert 'chainfed_jobs{status="succeeded",tenant="alice"} 1.0' in told["admin"]

@@ -51,6 +51,7 @@ def an_example(name: str) -> calls.Call[Any]:
     )
 
 
+@pytest.mark.slow
 def test_every_call_is_an_operation_of_the_document_and_gives_its_model() -> None:
     document = create_app(cast("Service", None)).openapi()
     operations = {
@@ -72,6 +73,7 @@ def test_every_call_is_an_operation_of_the_document_and_gives_its_model() -> Non
         assert (call.body is not None or call.content is not None) <= ("requestBody" in operation)
 
 
+@pytest.mark.slow
 def test_both_ways_give_the_same(address: str, store: JobStore) -> None:
     document = SPEC.document()
     with Client(address) as service:
@@ -113,6 +115,7 @@ def test_models_are_listed_in_pages_as_well() -> None:
     assert calls.list_models(10, "gpt2:recipes").parameters == {"limit": 10, "after": "gpt2:recipes"}
 
 
+@pytest.mark.slow
 def test_it_loads_neither_torch_nor_ray() -> None:
     code = "import sys, chainfed_ray.api.sdk.clients; assert not {'torch', 'ray', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -54,6 +54,7 @@ def app(store: JobStore, uploads: UploadStore) -> FastAPI:
     return an_app(store, uploads=uploads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [[], ["early"], ["lost"], ["early", "lost", "early"]])
 def test_a_file_arrives_although_connections_break(
     app: FastAPI, uploads: UploadStore, file: Path, broken: list[str]
@@ -132,6 +133,7 @@ class Short:
         await self._app(scope, receive, send_some if "/artifacts/" in scope.get("path", "") else send)
 
 
+@pytest.mark.slow
 def test_a_download_gives_up_only_if_nothing_comes(
     store: JobStore, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +256,7 @@ class Cut:
         await self._app(scope, receive, send_some)
 
 
+@pytest.mark.slow
 def test_events_go_on_after_the_last_that_came_whoever_waits(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     job = store.submit(SPEC).id
     for state in ("validating", "running"):
@@ -283,6 +286,7 @@ def test_events_go_on_after_the_last_that_came_whoever_waits(store: JobStore, mo
         assert asked == ["0", "2", "2", "4"]
 
 
+@pytest.mark.slow
 def test_a_file_is_sent_and_received_by_a_client_that_does_not_block(
     app: FastAPI, store: JobStore, storage: Storage, uploads: UploadStore, file: Path, tmp_path: Path
 ) -> None:

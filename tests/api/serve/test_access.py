@@ -96,6 +96,7 @@ def ask(client: TestClient, route: str, token: str | None) -> int:
     return client.request(method, path.replace("{path}", "swagger-ui.css"), headers=headers).status_code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("route", sorted(NEEDS))
 def test_each_route_lets_in_the_scopes_that_it_needs(
@@ -197,6 +198,7 @@ def test_a_key_that_has_ended_or_is_none_is_refused(client: TestClient, keys: Ke
     assert client.get("/v1/jobs", headers=twice).status_code == 401, "which of the two is meant?"
 
 
+@pytest.mark.slow
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=200) | st.binary(max_size=99).map(lambda rest: b"Bearer cfr_" + rest))
 def test_any_header_is_refused_in_words(client: TestClient, header: bytes) -> None:
@@ -205,6 +207,7 @@ def test_any_header_is_refused_in_words(client: TestClient, header: bytes) -> No
     assert answer.headers["content-type"] == "application/problem+json"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("without_keys", "peer", "status"),
     [
@@ -275,6 +278,7 @@ def test_a_job_with_a_key_reads_less_than_one_without(store: JobStore, storage: 
     keys.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["2.3", "2.4"])  # of ASGI: the answer is sent by one of two tasks, or by one
 @pytest.mark.parametrize("with_key", [True, False])
 def test_a_stream_ends_with_its_key(store: JobStore, storage: Storage, with_key: bool, version: str) -> None:

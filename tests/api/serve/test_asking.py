@@ -310,6 +310,7 @@ def test_too_many_questions_are_refused_and_an_error_of_the_call_is_each_ones() 
     asyncio.run(ask())
 
 
+@pytest.mark.slow
 def test_a_stack_has_its_process_and_others_when_that_is_gone() -> None:
     """Each stack has a first choice; the stacks are spread; and without one process, only its own stacks move."""
     replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=f"replica-{place}")) for place in range(4)]

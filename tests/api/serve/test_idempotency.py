@@ -61,6 +61,7 @@ def processes(storage: Storage, store: JobStore, clock: Clock) -> Iterator[list[
         one.close()
 
 
+@pytest.mark.slow
 def test_the_first_answer_comes_again_from_any_process(processes: list[TestClient], store: JobStore) -> None:
     first = processes[0].post("/v1/jobs", json=DOCUMENT, headers=KEY)
     assert (first.status_code, AGAIN in first.headers) == (201, False)
@@ -75,6 +76,7 @@ def test_the_first_answer_comes_again_from_any_process(processes: list[TestClien
     assert other.json()["id"] != first.json()["id"]
 
 
+@pytest.mark.slow
 def test_another_request_with_the_key_is_refused(processes: list[TestClient], store: JobStore) -> None:
     assert processes[0].post("/v1/jobs", json=DOCUMENT, headers=KEY).status_code == 201
     others: list[tuple[str, dict[str, Any]]] = [
@@ -88,6 +90,7 @@ def test_another_request_with_the_key_is_refused(processes: list[TestClient], st
     assert len(store.page()) == 1
 
 
+@pytest.mark.slow
 def test_of_twins_that_come_together_one_is_carried_out(
     processes: list[TestClient], store: JobStore, uploads_of: dict[str, Any]
 ) -> None:
@@ -111,6 +114,7 @@ def uploads_of() -> dict[str, Any]:
     return {"name": "rows.csv", "bytes": 3, "sha256": sha256(b"abc").hexdigest()}
 
 
+@pytest.mark.slow
 def test_an_alias_is_rolled_back_once(processes: list[TestClient], store: JobStore) -> None:
     for name in "abc":
         job = store.submit(parse_job({**DOCUMENT, "name": name})).id
@@ -122,6 +126,7 @@ def test_an_alias_is_rolled_back_once(processes: list[TestClient], store: JobSto
     assert store.aliases.get("mine") == {"minilm:b": 1.0}
 
 
+@pytest.mark.slow
 def test_what_was_deleted_is_made_anew(
     processes: list[TestClient], store: JobStore, uploads_of: dict[str, Any]
 ) -> None:
@@ -149,6 +154,7 @@ def test_what_was_refused_may_be_mended_under_the_same_key(processes: list[TestC
     assert processes[1].post("/v1/jobs", json=DOCUMENT, headers=KEY).status_code == 201
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["", "x" * 201, "caf\u00e9", "tab\there"])
 def test_what_is_no_key_is_refused(processes: list[TestClient], key: str) -> None:
     for path in ("/v1/jobs", "/v1/uploads", "/v1/aliases/a/rollback"):
@@ -172,6 +178,7 @@ def test_a_process_that_was_killed_is_followed_by_another(
     assert processes[2].post("/v1/jobs", json=DOCUMENT, headers=KEY).headers[AGAIN] == "true"
 
 
+@pytest.mark.slow
 def test_a_twin_waits_for_the_first_one_and_in_the_end_no_more(
     processes: list[TestClient], storage: Storage, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:

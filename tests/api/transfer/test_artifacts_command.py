@@ -30,6 +30,7 @@ def chainfed(address: str, folder: Path, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_a_list_a_file_and_a_folder(address: str, storage: Storage, store: JobStore, tmp_path: Path) -> None:
     job = store.submit(SPEC).id
     store.move(job, "cancelled")

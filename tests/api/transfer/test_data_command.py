@@ -32,6 +32,7 @@ def chainfed(address: str, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_a_file_from_its_sending_to_its_end(address: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("text,label\na,sea\n")

@@ -19,6 +19,7 @@ def log(database: str) -> Iterator[AuditLog]:
     made.close()
 
 
+@pytest.mark.slow
 def test_entries_come_in_pages_the_newest_first(log: AuditLog) -> None:
     for number in range(5):
         log.note(Act("alice", "0123", "POST /v1/jobs", f"/v1/jobs/{number}", "10.1.2.3", "201", "r"))
@@ -47,6 +48,7 @@ def test_what_a_caller_makes_up_is_kept_short_and_whole(log: AuditLog) -> None:
     assert (entry.action, len(entry.target)) == ("PUT�", 300)
 
 
+@pytest.mark.slow
 def test_refusals_do_not_fill_it(database: str, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     log = AuditLog(database, clock=lambda: now[0])
@@ -62,6 +64,7 @@ def test_refusals_do_not_fill_it(database: str, caplog: pytest.LogCaptureFixture
     log.close()
 
 
+@pytest.mark.slow
 def test_a_database_that_does_not_take_it_down_stops_nobody(
     log: AuditLog, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:

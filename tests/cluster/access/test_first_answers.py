@@ -40,6 +40,7 @@ def answers(database: str, clock: Clock) -> Iterator[FirstAnswers]:
     made.close()
 
 
+@pytest.mark.slow
 def test_a_request_from_its_first_process_to_its_answer(answers: FirstAnswers, database: str) -> None:
     assert answers.claim("a", "key", "digest", "one") is Claim.OURS
     assert answers.claim("a", "key", "digest", "two") is Claim.ELSEWHERE
@@ -75,6 +76,7 @@ def test_an_answer_is_forgotten_and_not_the_one_that_came_after_it(answers: Firs
     assert answers.claim("a", "key", "digest", "two") is Claim.OURS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["KEPT_ANSWERS", "KEPT_CHARACTERS"])
 def test_the_oldest_answers_of_a_tenant_go_first(
     answers: FirstAnswers, monkeypatch: pytest.MonkeyPatch, limit: str
@@ -109,6 +111,7 @@ def test_who_is_dead_is_followed_and_does_not_answer_any_more(answers: FirstAnsw
     assert answers.claim("a", "key", "digest", "three") == ANSWER
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [False, True])
 def test_of_many_that_come_together_one_carries_it_out(answers: FirstAnswers, clock: Clock, dead: bool) -> None:
     if dead:
@@ -125,6 +128,7 @@ def test_of_many_that_come_together_one_carries_it_out(answers: FirstAnswers, cl
     assert found == {Claim.OURS: 1, Claim.ELSEWHERE: 15}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answered", [True, False])
 def test_a_holder_that_lives_after_all_is_not_followed(
     answers: FirstAnswers, clock: Clock, monkeypatch: pytest.MonkeyPatch, database: str, answered: bool

@@ -21,6 +21,7 @@ def keys(database: str) -> Iterator[KeyStore]:
     made.close()
 
 
+@pytest.mark.slow
 def test_a_token_names_its_owner_and_what_it_allows(keys: KeyStore) -> None:
     made = keys.make_key("alice", ["read", "submit"], "laptop", DAY)
     found = keys.authenticate(made.token)
@@ -70,6 +71,7 @@ def test_the_id_of_one_key_with_the_secret_of_another_lets_nobody_in(keys: KeySt
     assert keys.authenticate(f"cfr_{first}_{'0' * 64}") is None
 
 
+@pytest.mark.slow
 @given(st.text() | st.from_regex(r"cfr_[0-9a-f]{16}_[0-9a-f]{64}", fullmatch=True).map(lambda token: token + "\n"))
 def test_what_has_not_the_form_of_a_token_is_none(token: str) -> None:
     assert parts_of(token) is None
@@ -89,6 +91,7 @@ def test_the_database_has_no_secret(keys: KeyStore, database: str) -> None:
     assert made.key.hash not in repr(made.key) + str(made.key.document())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "scopes", "name", "seconds", "field"),
     [
@@ -132,6 +135,7 @@ def test_a_use_is_on_record_to_the_hour(keys: KeyStore) -> None:
     assert before.endswith(":00:00.000Z")
 
 
+@pytest.mark.slow
 def test_whatever_happens_to_keys_changes_their_state(keys: KeyStore) -> None:
     states = [keys.state()]
     first, second = (keys.make_key("a", ["read"]).key.id for _ in range(2))

@@ -48,6 +48,7 @@ def expected(document: dict[str, Any], tmp_path: Path) -> Any:
     return run(a_job(document, tmp_path), tmp_path / "undisturbed")[1]
 
 
+@pytest.mark.slow
 def test_a_job_that_pauses_after_any_round_ends_with_the_same_bits(
     document: dict[str, Any], expected: Any, storage: Storage, store: JobStore
 ) -> None:
@@ -74,6 +75,7 @@ def test_a_job_that_pauses_after_any_round_ends_with_the_same_bits(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_job_that_is_resumed_before_it_has_paused_goes_on_at_once(
     document: dict[str, Any], expected: Any, storage: Storage, store: JobStore
 ) -> None:
@@ -99,6 +101,7 @@ def in_state(store: JobStore, state: Status) -> str:
     return job
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ask", "state", "leads_to"),
     [
@@ -165,6 +168,7 @@ def test_a_job_goes_on_where_the_queue_has_room(store: JobStore) -> None:
     assert resume(store, job, most_queued=2).status == "queued"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", ["failed", "cancelled"])
 def test_a_job_that_is_tried_again_goes_on_from_its_last_commit(
     ends: Status, document: dict[str, Any], expected: Any, storage: Storage, store: JobStore
@@ -204,6 +208,7 @@ def test_a_job_with_noise_is_not_tried_again_once_it_had_a_round(store: JobStore
     assert retry(store, jobs[1]).status == "queued"
 
 
+@pytest.mark.slow
 def test_a_job_with_noise_that_was_killed_between_a_commit_and_its_event_draws_no_noise_twice(
     document: dict[str, Any], storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

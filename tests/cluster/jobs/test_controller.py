@@ -241,6 +241,7 @@ ACTS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(acts=ACTS, parallel_jobs=st.integers(1, 3))
 def test_wherever_things_are_steps_lead_to_where_they_should_be(
@@ -278,6 +279,7 @@ def test_wherever_things_are_steps_lead_to_where_they_should_be(
     store.close()
 
 
+@pytest.mark.slow
 def test_a_job_whose_coordinator_dies_at_each_start_fails_and_gives_its_place_to_others(
     parts: tuple[Controller, JobStore, Processes, Settings],
 ) -> None:
@@ -326,6 +328,7 @@ def test_a_job_that_cannot_be_ended_stops_nobody_else(
     assert processes.jobs == {job, other}
 
 
+@pytest.mark.slow
 def test_a_broken_folder_beside_a_good_job(tmp_path: Path, document: dict[str, Any]) -> None:
     """The broken one fails with its reason, and the good one has its model."""
     settings = Settings(Storage.at(tmp_path / "storage"))
@@ -377,6 +380,7 @@ def limited(tmp_path: Path) -> Settings:
     return Settings(Storage.at(tmp_path), parallel_jobs=3, client_slots=2, client_memory=200 * MIB)
 
 
+@pytest.mark.slow
 def test_a_job_waits_while_the_memory_of_its_tenants_clients_is_in_use(limited: Settings) -> None:
     """The tenant's later jobs wait behind it, and those of others do not."""
     specs = of_memory("60MiB", 9), of_memory("100MiB"), of_memory("20MiB")

@@ -83,6 +83,7 @@ def store_of(storage: Storage) -> ObjectStore:
     return storage.objects
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on_after_a_kill_between_tensors_and_record(
     short: dict[str, Any], undisturbed: bytes, far: Storage, records: JobStore, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -128,6 +129,7 @@ def test_another_machine_goes_on_after_a_kill_between_tensors_and_record(
     assert not reader.committed(job, at_once=True).exists()
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_is_waited_for(
     short: dict[str, Any], undisturbed: bytes, far: Storage, records: JobStore, s3: Server,
     monkeypatch: pytest.MonkeyPatch,
@@ -155,6 +157,7 @@ def test_a_store_that_is_away_is_waited_for(
     assert weights(far, job) == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["folder", "s3"])
 def test_a_damaged_commit_is_said_and_the_one_before_is_used(
     place: str, short: dict[str, Any], undisturbed: bytes, far: Storage, records: JobStore, tmp_path: Path
@@ -179,6 +182,7 @@ def test_a_damaged_commit_is_said_and_the_one_before_is_used(
     assert weights(storage, job) == undisturbed
 
 
+@pytest.mark.slow
 def test_of_two_writers_one_commits_and_the_other_goes_on_from_there(far: Storage, tmp_path: Path) -> None:
     first, second = (WorkingCopy(store_of(far), "job", tmp_path / name) for name in ("first", "second"))
     for copy, name in ((first, "first"), (second, "second")):
@@ -244,6 +248,7 @@ def test_a_secret_that_was_drawn_stays_until_the_store_has_one(far: Storage, tmp
     assert [secret_path(tmp_path / name).read_text() for name in ("first", "second")] == 2 * ["first"]
 
 
+@pytest.mark.slow
 def test_the_round_before_is_kept_after_a_commit_of_the_log_alone(far: Storage, tmp_path: Path) -> None:
     objects, job, number = store_of(far), tmp_path / "job", count()
     copy = WorkingCopy(objects, "job", job)
@@ -271,6 +276,7 @@ def test_the_round_before_is_kept_after_a_commit_of_the_log_alone(far: Storage, 
     assert Snapshots(objects, "job").numbers() == [6, 2]
 
 
+@pytest.mark.slow
 def test_the_secret_of_noise_is_in_the_store_while_the_job_runs_and_no_longer(
     short: dict[str, Any], far: Storage, records: JobStore, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ async def heard(feed: EventFeed, job: str, after: int = 0) -> list[int | str]:
     return found
 
 
+@pytest.mark.slow
 def test_everyone_hears_everything_once(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chainfed_ray.cluster.jobs.feed.POLL_SECONDS", 0.01)
     job, other = store.submit(SPEC).id, store.submit(SPEC).id
@@ -74,6 +75,7 @@ def test_everyone_hears_everything_once(store: JobStore, monkeypatch: pytest.Mon
     assert of_other == [1, 2]
 
 
+@pytest.mark.slow
 def test_no_more_watch_than_there_is_room_for(store: JobStore) -> None:
     job = store.submit(SPEC).id
 

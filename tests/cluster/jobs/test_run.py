@@ -110,6 +110,7 @@ def test_clients_whose_disk_fails_are_waited_for(
     assert ended.error["type"] == "QuorumLost", "the disk works, and it is lost again"
 
 
+@pytest.mark.slow
 def test_a_database_that_flaps_kills_no_coordinator(
     job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_broken_folder_is_the_job_s_own(job: str, storage: Storage, store: Job
     assert (ended.status, ended.error and ended.error["type"]) == ("failed", "FileExistsError")
 
 
+@pytest.mark.slow
 def test_a_job_whose_clients_all_fail_names_the_first_of_them(
     document: dict[str, Any], storage: Storage, store: JobStore
 ) -> None:
@@ -208,6 +210,7 @@ def test_a_folder_that_alone_does_not_work_fails_its_job_after_some_tries(
     assert ended.error["message"] == "[Errno 5] Input/output error: '/data/jobs/x'"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_waited_for_however_long(
     job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +252,7 @@ def spoil(storage: Storage, job: str, column: str, text: str) -> None:
     engine.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ['{"name": ', "[]", "5", "null"])
 @pytest.mark.parametrize("column", ["spec", "result", "error", "activity"])
 def test_a_document_that_cannot_be_read_is_the_trouble_of_its_job_alone(
@@ -266,6 +270,7 @@ def test_a_document_that_cannot_be_read_is_the_trouble_of_its_job_alone(
         assert client.get("/v1/models/minilm:tiny").json()["job"] == good
 
 
+@pytest.mark.slow
 def test_a_job_with_a_key_reads_what_the_rules_name_and_one_without_everything(
     document: dict[str, Any], storage: Storage, store: JobStore, tiny_model_folder: Path, tiny_data: Path
 ) -> None:

@@ -29,6 +29,7 @@ def store(database: str) -> Iterator[JobStore]:
     made.close()
 
 
+@pytest.mark.slow
 def test_a_job_from_queue_to_model(store: JobStore) -> None:
     job = store.submit(SPEC)
     assert store.get(job.id) == job
@@ -50,6 +51,7 @@ def test_a_job_from_queue_to_model(store: JobStore) -> None:
 MOVES = st.lists(st.sampled_from(sorted(STATES_BEFORE)), max_size=12)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(moves=MOVES)
 def test_a_finished_job_stays_as_it_is(tmp_path_factory: pytest.TempPathFactory, moves: list[Status]) -> None:
@@ -87,6 +89,7 @@ def test_what_a_job_is_busy_with_is_on_its_record_while_it_runs(store: JobStore)
     assert [event.kind for event in store.events(job)] == ["queued", "running", "cancelling", "cancelled"]
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_the_same_moment_share_a_database(database: str) -> None:
     def use(_: int) -> str:
         store = JobStore(database)
@@ -101,6 +104,7 @@ def test_processes_that_start_at_the_same_moment_share_a_database(database: str)
     store.close()
 
 
+@pytest.mark.slow
 def test_an_event_is_told_once_whoever_tells_it(store: JobStore, database: str) -> None:
     job = store.submit(SPEC).id
 
@@ -117,6 +121,7 @@ def test_an_event_is_told_once_whoever_tells_it(store: JobStore, database: str) 
     assert sorted(event.data["index"] for event in told) == list(range(10))
 
 
+@pytest.mark.slow
 def test_one_of_many_moves_counts(store: JobStore) -> None:
     job = store.submit(SPEC).id
     with ThreadPoolExecutor(8) as threads:
@@ -133,6 +138,7 @@ def test_restarts_count_until_a_new_round(store: JobStore) -> None:
     assert store.count_restart(job) == 2
 
 
+@pytest.mark.slow
 def test_several_at_once_bring_a_database_of_before_forward(database: str) -> None:
     store = JobStore(database)
     job = store.submit(SPEC)
@@ -229,6 +235,7 @@ def test_the_newest_model_by_its_name(store: JobStore) -> None:
     assert store.model("a\0b") is None
 
 
+@pytest.mark.slow
 def test_tenants_have_jobs_models_and_aliases_of_their_own(store: JobStore) -> None:
     alice, bob, default = (store.seen_by(tenant, everything=False) for tenant in ("alice", "bob", "default"))
     jobs = {}
@@ -264,6 +271,7 @@ def test_tenants_have_jobs_models_and_aliases_of_their_own(store: JobStore) -> N
     assert default.aliases.all() == {}
 
 
+@pytest.mark.slow
 def test_counts_that_are_kept_are_those_that_a_count_gives(store: JobStore) -> None:
     moves: tuple[tuple[Status, ...], ...] = (
         (), ("running",), ("running", "pausing"), ("running", "pausing", "running"), ("paused", "queued"), ("cancelled",),
@@ -283,6 +291,7 @@ def test_counts_that_are_kept_are_those_that_a_count_gives(store: JobStore) -> N
     assert counted["alice"].total() == len(moves) - 1
 
 
+@pytest.mark.slow
 def test_a_queue_has_so_many_jobs_of_a_tenant(store: JobStore) -> None:
     alice, bob = (store.seen_by(tenant, everything=False) for tenant in ("alice", "bob"))
     first = alice.submit(SPEC, "key", most_queued=1).id

@@ -40,6 +40,7 @@ def age(*folders: Path) -> None:
         os.utime(folder, 2 * (time() - 86400,))
 
 
+@pytest.mark.slow
 def test_a_copy_that_is_used_stays_and_others_make_room(objects: ObjectStore, tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         Job(objects, name, tmp_path).commit(model=1000 * name, finished_json="{}")
@@ -92,6 +93,7 @@ def test_what_did_not_change_is_neither_fetched_nor_kept_again(
     assert (copies.folder("a", at_once=True) / "stack").read_text() == "1"
 
 
+@pytest.mark.slow
 def test_a_reader_finds_a_commit_however_fast_others_come(
     objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

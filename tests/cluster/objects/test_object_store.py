@@ -53,6 +53,7 @@ def test_of_many_who_create_an_object_one_succeeds(objects: ObjectStore) -> None
         objects.get("another")
 
 
+@pytest.mark.slow
 def test_objects_by_name(objects: ObjectStore, tmp_path: Path) -> None:
     large = bytes(range(256)) * 40_000  # more than a part
     (tmp_path / "file").write_bytes(large)

@@ -258,6 +258,7 @@ def test_the_first_cause_is_the_reason() -> None:
     assert why_over([], None) == "the run ended"
 
 
+@pytest.mark.slow
 def test_what_only_passes_work_on_loads_no_torch() -> None:
     words = (
         "import sys, chainfed_ray.cluster.offload.run;"

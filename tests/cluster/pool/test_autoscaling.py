@@ -160,6 +160,7 @@ class _Actor:
         return (references, []) if self.now >= self._comes else ([], references)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("machine", "taken", "added", "waits"),
     [

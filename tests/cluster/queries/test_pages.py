@@ -24,6 +24,7 @@ def labelled(store: JobStore, **labels: str) -> str:
     return store.submit(parse_job({**SPEC.document(), "labels": labels})).id
 
 
+@pytest.mark.slow
 def test_labels_and_states_narrow_a_list(store: JobStore) -> None:
     one = labelled(store, team="search", kind="trial")
     two = labelled(store, team="search")
@@ -45,6 +46,7 @@ def test_labels_and_states_narrow_a_list(store: JobStore) -> None:
     assert found(("team", "search")) == [one]
 
 
+@pytest.mark.slow
 def test_pages_have_every_job_once_though_jobs_come_and_go(store: JobStore) -> None:
     jobs = [store.submit(SPEC).id for _ in range(6)]
     for job in jobs:
@@ -59,6 +61,7 @@ def test_pages_have_every_job_once_though_jobs_come_and_go(store: JobStore) -> N
     assert [job.id for job in store.page(9, place)] == jobs[1:2]
 
 
+@pytest.mark.slow
 def test_a_page_goes_on_after_a_job_that_is_gone(store: JobStore) -> None:
     old = store.submit(SPEC)
     gone = store.submit(SPEC)
@@ -82,6 +85,7 @@ def test_a_cursor_tells_nothing_that_is_not_on_the_page(store: JobStore) -> None
     assert Place.parse(Place.after(job).cursor()) == (job.submitted_at, job.id)
 
 
+@pytest.mark.slow
 def test_a_list_has_labels_and_accuracies_and_one_broken_result_is_the_trouble_of_its_own_job(
     store: JobStore, database: str
 ) -> None:

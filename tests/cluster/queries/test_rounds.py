@@ -76,6 +76,7 @@ def found(store: JobStore, version: Any) -> Trained:
     return stack
 
 
+@pytest.mark.slow
 def test_it_is_what_all_rounds_come_to(store: JobStore, database: str) -> None:
     """As a process sees it that has asked after each round, and as one sees it that asks for the first time."""
     job, records = training(store), list[Round]()
@@ -94,6 +95,7 @@ def test_it_is_what_all_rounds_come_to(store: JobStore, database: str) -> None:
     assert [score.layers for score in found(store, "latest").exits] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_without_an_evaluation_the_newest_is_the_best(store: JobStore) -> None:
     job = training(store)
     for index in range(3):
@@ -101,6 +103,7 @@ def test_without_an_evaluation_the_newest_is_the_best(store: JobStore) -> None:
         assert found(store, "best").stack.index == index
 
 
+@pytest.mark.slow
 def test_what_nobody_has_trained_is_no_model(store: JobStore) -> None:
     """Of rounds without a quorum nothing is served; after one that counts, the stack stays as it was in those that do not."""
     job = training(store)
@@ -111,6 +114,7 @@ def test_what_nobody_has_trained_is_no_model(store: JobStore) -> None:
         assert (newest and newest.stack.index) == (None if index < 2 else index)
 
 
+@pytest.mark.slow
 def test_a_request_reads_no_round_that_was_read_before(store: JobStore, read: list[EventRow]) -> None:
     job = training(store)
     for index in range(20):
@@ -127,6 +131,7 @@ def test_a_request_reads_no_round_that_was_read_before(store: JobStore, read: li
     assert len(read) == 1
 
 
+@pytest.mark.slow
 def test_a_models_documents_are_read_once_and_it_is_the_newest_all_the_same(
     store: JobStore, rows: list[JobRow]
 ) -> None:

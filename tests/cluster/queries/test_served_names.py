@@ -20,6 +20,7 @@ def store(database: str) -> Iterator[JobStore]:
     made.close()
 
 
+@pytest.mark.slow
 def test_two_bases_of_one_last_name_do_not_take_each_others_names(store: JobStore) -> None:
     def submit(base: str, tenant: str = "default") -> str:
         document = SPEC.document() | {"name": "mine"}
@@ -55,6 +56,7 @@ def write(database: str, statement: str, **values: str) -> None:
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_name_stays_whatever_other_jobs_come(store: JobStore, database: str) -> None:
     """Both bases have names without a mark, as those from before there were marks; the newest is of the second base."""
     names(store, "hf:one/llama", "a")
@@ -65,6 +67,7 @@ def test_a_name_stays_whatever_other_jobs_come(store: JobStore, database: str) -
     assert names(store, "hf:one/llama", "a", "e") == ["llama:a", "llama:e"]
 
 
+@pytest.mark.slow
 def test_a_document_that_cannot_be_read_names_no_other_job(store: JobStore, database: str) -> None:
     names(store, "hf:one/llama", "a", "b")
     for document in ("[]", "{}", '{"model": 5}', '{"model": {}}'):
@@ -73,6 +76,7 @@ def test_a_document_that_cannot_be_read_names_no_other_job(store: JobStore, data
         assert names(store, "hf:two/llama", "a") != ["llama:a"]
 
 
+@pytest.mark.slow
 def test_two_bases_that_come_at_once_have_two_names(store: JobStore) -> None:
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda base: names(store, f"hf:{base}/llama", "a"), "abcdefgh"))

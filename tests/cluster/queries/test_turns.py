@@ -52,6 +52,7 @@ def test_no_tenant_starves(places: int, acts: list[str]) -> None:
                     assert seen[chosen] == 1, f"{chosen} began twice while {tenant} waited with nothing at work"
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(jobs=st.lists(st.tuples(st.sampled_from("ab"), st.integers(-100, 100)), max_size=12))
 def test_priority_orders_the_jobs_of_a_tenant_and_no_others(
@@ -75,6 +76,7 @@ def test_priority_orders_the_jobs_of_a_tenant_and_no_others(
     store.close()
 
 
+@pytest.mark.slow
 def test_turns_outlive_the_jobs_that_they_were_of(store: JobStore) -> None:
     """A tenant that deletes its jobs does not look as if it had had no turn."""
     first, second = (store.seen_by(tenant, everything=False) for tenant in ("first", "second"))

@@ -19,6 +19,7 @@ from chainfed_ray.site.envelope import Done, HashedFile, JobDocument
 SESSION = 32 * "1"
 
 
+@pytest.mark.slow
 def test_orders_and_answers_across_machines_that_share_no_folder(far: Storage, tmp_path: Path) -> None:
     JobStore(far.database).close()
     coordinator, *api = (Mailbox(Storage.at(tmp_path / name, far.database, url=far.url)) for name in "abc")

@@ -29,6 +29,7 @@ def send(uploads: UploadStore, upload: Upload, rows: bytes, offset: int = 0) -> 
         return uploads.finish(upload.id, file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before it is checked", "after it is checked"])
 def test_an_upload_that_two_requests_finish_at_once_has_its_bytes(
     moment: str, far: Storage, monkeypatch: pytest.MonkeyPatch
@@ -79,6 +80,7 @@ def test_only_bytes_that_were_checked_are_kept(far: Storage) -> None:
     assert not files.has("default", DIGEST)
 
 
+@pytest.mark.slow
 def test_an_upload_through_two_machines(far: Storage, tmp_path: Path, s3: Server) -> None:
     store = JobStore(far.database)
     first, second = (UploadStore(Storage.at(tmp_path / name, far.database, url=far.url)) for name in "ab")

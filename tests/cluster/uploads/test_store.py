@@ -54,6 +54,7 @@ def kept(storage: Storage, tenant: str = "default") -> list[bytes]:
     return [path.read_bytes() for path in storage.uploads(tenant).iterdir() if path.name != "lock"]
 
 
+@pytest.mark.slow
 @settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(rows=st.binary(min_size=1, max_size=200), cuts=st.lists(st.integers(0, 200)))
 def test_pieces_in_any_sizes_become_the_file(uploads: UploadStore, rows: bytes, cuts: list[int]) -> None:
@@ -76,6 +77,7 @@ def test_pieces_in_any_sizes_become_the_file(uploads: UploadStore, rows: bytes, 
     assert uploads.files("default", document) == {}
 
 
+@pytest.mark.slow
 def test_who_begins_it_again_goes_on_with_it(uploads: UploadStore, storage: Storage) -> None:
     upload = begun(uploads)
     send(uploads, upload, ROWS[:5])
@@ -87,6 +89,7 @@ def test_who_begins_it_again_goes_on_with_it(uploads: UploadStore, storage: Stor
         assert len({one.id for one in threads.map(lambda _: begun(uploads, b"other"), range(16))}) == 1
 
 
+@pytest.mark.slow
 def test_the_same_bytes_are_kept_once_until_the_last_upload_of_them_is_deleted(
     uploads: UploadStore, storage: Storage
 ) -> None:
@@ -102,6 +105,7 @@ def test_the_same_bytes_are_kept_once_until_the_last_upload_of_them_is_deleted(
     assert kept(storage) == []
 
 
+@pytest.mark.slow
 def test_twins_that_send_the_same_bytes_under_two_names_leave_one_file(uploads: UploadStore, storage: Storage) -> None:
     twins = [begun(uploads, name=name) for name in ("a.csv", "b.csv")]
     with uploads.receive(twins[0].id, 0) as one, uploads.receive(twins[1].id, 0) as other:
@@ -113,6 +117,7 @@ def test_twins_that_send_the_same_bytes_under_two_names_leave_one_file(uploads: 
     assert kept(storage) == [ROWS]
 
 
+@pytest.mark.slow
 def test_bytes_with_another_digest_are_forgotten(uploads: UploadStore, storage: Storage) -> None:
     upload = begun(uploads)
     with pytest.raises(InvalidJob, match="sha256 is"):
@@ -157,6 +162,7 @@ def test_an_upload_goes_on_where_a_killed_process_left_it(tmp_path: Path) -> Non
         assert file.digest() == sha256(whole).hexdigest()
 
 
+@pytest.mark.slow
 def test_what_was_checked_before_a_kill_is_complete(uploads: UploadStore, store: JobStore, storage: Storage) -> None:
     """The process is killed after the bytes have their place, and before the database says so."""
     upload, document = begun(uploads), SPEC.document()
@@ -167,6 +173,7 @@ def test_what_was_checked_before_a_kill_is_complete(uploads: UploadStore, store:
     assert uploads.get(upload.id).complete
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_check_costs_the_check_alone(uploads: UploadStore, storage: Storage) -> None:
     upload = begun(uploads)
     (storage.uploads("default") / f"{upload.id}.partial").write_bytes(ROWS)
@@ -174,6 +181,7 @@ def test_a_kill_before_the_check_costs_the_check_alone(uploads: UploadStore, sto
     assert send(uploads, upload, b"", len(ROWS)).complete
 
 
+@pytest.mark.slow
 def test_a_tenant_sees_its_own_alone(uploads: UploadStore, storage: Storage) -> None:
     alice, bob = (uploads.seen_by(tenant, everything=False) for tenant in ("alice", "bob"))
     upload = added(alice)
@@ -190,6 +198,7 @@ def test_a_tenant_sees_its_own_alone(uploads: UploadStore, storage: Storage) -> 
     assert [one.tenant for one in uploads.seen_by("ops", everything=True).page()] == ["bob", "alice"]
 
 
+@pytest.mark.slow
 def test_a_tenant_has_as_many_bytes_as_it_may(uploads: UploadStore) -> None:
     def begin(who: str, name: str, rows: bytes) -> Upload:
         own = uploads.seen_by(who, everything=False)
@@ -206,6 +215,7 @@ def test_a_tenant_has_as_many_bytes_as_it_may(uploads: UploadStore) -> None:
         uploads.seen_by("alice", everything=False).begin("d.csv", 7, first.sha256)
 
 
+@pytest.mark.slow
 def test_a_tenant_has_as_many_uploads_as_it_may(uploads: UploadStore) -> None:
     def begin(who: str, name: str) -> Upload:
         own = uploads.seen_by(who, everything=False)
@@ -221,6 +231,7 @@ def test_a_tenant_has_as_many_uploads_as_it_may(uploads: UploadStore) -> None:
     begin("alice", "c.csv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["train", "validation", "test"])
 def test_an_upload_that_a_job_reads_is_not_deleted(uploads: UploadStore, store: JobStore, key: str) -> None:
     upload, other = added(uploads), added(uploads, b"other")
@@ -244,6 +255,7 @@ def test_an_upload_that_a_job_reads_is_not_deleted(uploads: UploadStore, store: 
     assert store.get(job).status == "failed", "with the error that it had"
 
 
+@pytest.mark.slow
 def test_a_job_is_queued_or_its_upload_is_deleted_and_never_both(uploads: UploadStore, store: JobStore) -> None:
     outcomes = set()
     for number in range(20):
@@ -272,6 +284,7 @@ def test_a_job_is_queued_or_its_upload_is_deleted_and_never_both(uploads: Upload
     assert outcomes <= {(True, False), (False, True)}
 
 
+@pytest.mark.slow
 def test_old_parts_and_forgotten_bytes_are_removed(uploads: UploadStore, storage: Storage) -> None:
     done, half, empty = added(uploads), begun(uploads, b"half"), begun(uploads, b"empty")
     send(uploads, half, b"ha")
@@ -286,6 +299,7 @@ def test_old_parts_and_forgotten_bytes_are_removed(uploads: UploadStore, storage
     assert kept(storage) == [ROWS]
 
 
+@pytest.mark.slow
 def test_pages_are_of_the_newest_first_and_go_on_after_one_that_was_deleted(uploads: UploadStore) -> None:
     made: list[Upload] = []
     for number in range(5):
