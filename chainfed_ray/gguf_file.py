@@ -93,8 +93,6 @@ def _checked(file: Path) -> dict[str, Value]:
     Raises:
         ValueError: it is not, or is of another version or byte order; with a sentence about it.
     """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
     with file.open("rb") as opened:
         parts = _Parts(opened, file.stat().st_size)
         if (magic := parts.take(4, "its first word")) != b"GGUF":
@@ -115,21 +113,7 @@ def _checked(file: Path) -> dict[str, Value]:
         alignment = said.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
             raise ValueError(f"it has {alignment} for general.alignment; expected a multiple of 8")
-        ends: dict[str, int] = {}
-        for _ in range(tensors):
-            name, shape, kind, offset = parts.tensor()
-            if name in ends:
-                raise ValueError(f"it has {name} twice")
-            if kind not in set(GGMLQuantizationType):
-                raise ValueError(f"it has {name} in the type {kind}, which is not known")
-            values, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            if shape and (min(shape) < 1 or shape[0] % values):
-                raise ValueError(
-                    f"it has {name} in the shape {list(shape)}; expected rows of a multiple of {values} values"
-                )
-            if offset % alignment:
-                raise ValueError(f"it has {name} at the offset {offset}; expected a multiple of {alignment}")
-            ends[name] = offset + prod(shape) // values * size
+        ends = _ends(parts, tensors, alignment)
         layers = said.get(key := f"{said.get('general.architecture')}.block_count")
         of_layers = {name: int(place[1]) for name in ends if (place := re.match(r"blk\.(\d+)\.", name))}
         if isinstance(layers, int) and (above := [name for name, layer in of_layers.items() if layer >= layers]):
@@ -138,6 +122,32 @@ def _checked(file: Path) -> dict[str, Value]:
         if beyond := [name for name, end in ends.items() if begin + end > parts.size]:
             raise ValueError(f"it is truncated: {beyond[0]} ends beyond its {parts.size} bytes")
         return said
+
+
+def _ends(parts: "_Parts", tensors: int, alignment: int) -> dict[str, int]:
+    """Where each of so many tensors ends, in bytes after the place where they begin.
+
+    Raises:
+        ValueError: one is there twice, or is of an unknown type, or has a shape or a place that it cannot have.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    ends: dict[str, int] = {}
+    for _ in range(tensors):
+        name, shape, kind, offset = parts.tensor()
+        if name in ends:
+            raise ValueError(f"it has {name} twice")
+        if kind not in set(GGMLQuantizationType):
+            raise ValueError(f"it has {name} in the type {kind}, which is not known")
+        values, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        if shape and (min(shape) < 1 or shape[0] % values):
+            raise ValueError(
+                f"it has {name} in the shape {list(shape)}; expected rows of a multiple of {values} values"
+            )
+        if offset % alignment:
+            raise ValueError(f"it has {name} at the offset {offset}; expected a multiple of {alignment}")
+        ends[name] = offset + prod(shape) // values * size
+    return ends
 
 
 def _frequency_factors(file: Path) -> dict[str, Any]:

@@ -238,9 +238,7 @@ class Mailbox:
             OrderWithdrawn: the site does not have the order any more.
         """
         with Session(self._engine) as session, session.begin():
-            row = session.scalar(_of(site, order))
-            if row is None or row.state != "taken":
-                raise OrderWithdrawn(order)
+            row = self._taken(session, site, order)
             row.worked += 1.0  # a slow transfer is a sign of life as well
             job, document = row.job, Order.model_validate_json(row.document).document
         return self.files.document(job, document.sha256)
@@ -252,9 +250,7 @@ class Mailbox:
             OrderWithdrawn: the site does not have the order any more.
         """
         with Session(self._engine) as session, session.begin():
-            row = session.scalar(_of(site, order))
-            if row is None or row.state != "taken":
-                raise OrderWithdrawn(order)
+            row = self._taken(session, site, order)
             row.worked += 1.0  # a slow transfer is a sign of life as well
             job, tensors = row.job, row.tensors
         return self.files.tensors(job, tensors) if tensors else None
@@ -266,9 +262,7 @@ class Mailbox:
             OrderWithdrawn: the site does not have the order any more.
         """
         with Session(self._engine) as session:
-            row = session.scalar(_of(site, order))
-            if row is None or row.state != "taken":
-                raise OrderWithdrawn(order)
+            row = self._taken(session, site, order)
             return self.files.received(row.job, row.order)
 
     def receive(self, site: str, order: str, session: str, offset: int, piece: bytes) -> int:
@@ -314,9 +308,10 @@ class Mailbox:
                 if row is None or (row.state, row.answer) != ("answered", text):
                     raise OrderWithdrawn(order)
 
-    def _taken(self, database: Session, site: str, order: str, session: str) -> SiteOrderRow:
+    def _taken(self, database: Session, site: str, order: str, session: str | None = None) -> SiteOrderRow:
+        """The order, if the process ``session`` has it, or any process of the site."""
         row: SiteOrderRow | None = database.scalar(_of(site, order))
-        if row is None or row.state != "taken" or row.session != session:
+        if row is None or row.state != "taken" or session not in (None, row.session):
             raise OrderWithdrawn(order)
         return row
 
