@@ -57,16 +57,19 @@ def converted(file: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
+    from gguf import GGUFReader
+
     try:
         said = _checked(file)
         with _alone(file) as place:
             model, tokenizer = _read(place)
-        _set_frequencies(model.config, said, _frequency_factors(file))
+        reader = GGUFReader(file)
+        _set_frequencies(model.config, said, _frequency_factors(reader))
         # A tied head has no matrix of its own. transformers' way of saving would load DeepSpeed.
         tied = model.all_tied_weights_keys
         # Those of GPT-2 are transposed in memory, which safetensors does not notice in arrays.
         own = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
-        blocks = _blocks(file, model, own)
+        blocks = _blocks(reader, model, own)
     except Exception as error:  # a file may hold anything, and so may what its reader raises
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UnsupportedModel(str(file), reason) from None
@@ -150,15 +153,13 @@ def _ends(parts: "_Parts", tensors: int, alignment: int) -> dict[str, int]:
     return ends
 
 
-def _frequency_factors(file: Path) -> dict[str, Any]:
+def _frequency_factors(reader: Any) -> dict[str, Any]:
     """The factors [head size / 2] by which a file's rotary frequencies are divided, by the names of the tensors with them.
 
     Files of Llama 3 have one such tensor; it stands for their ``rope_type: llama3``.
     """
-    from gguf import GGUFReader
-
     named = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-    return {each.name: each.data for each in GGUFReader(file).tensors if each.name in named and (each.data != 1).any()}
+    return {each.name: each.data for each in reader.tensors if each.name in named and (each.data != 1).any()}
 
 
 def _set_frequencies(config: Any, said: dict[str, Value], factors: dict[str, Any]) -> None:
@@ -324,13 +325,12 @@ def _writing() -> Iterator[None]:
         raise
 
 
-def _blocks(file: Path, model: Any, own: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+def _blocks(reader: Any, model: Any, own: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     """The matrices among the tensors ``own`` of ``model`` that can stay quantized: the form of each, and its blocks.
 
     transformers' code for a file's architecture is given bytes instead of values. For most matrices it does nothing, or moves
     whole rows, such as LLaMA's queries and keys, or puts the gates and ups of experts beside each other.
     """
-    from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
@@ -338,7 +338,6 @@ def _blocks(file: Path, model: Any, own: Mapping[str, Any]) -> dict[str, tuple[s
         read_field,
     )
 
-    reader = GGUFReader(file)
     (architecture,) = read_field(reader, "general.architecture")
     make: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = make(config=model.config.to_dict())
