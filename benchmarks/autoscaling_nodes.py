@@ -18,6 +18,8 @@ from ray.autoscaler.tags import (
     TAG_RAY_USER_NODE_TYPE,
 )
 
+from chainfed_ray.device import setup_worker
+
 
 class LocalNodes(FakeMultiNodeProvider):
     """See Ray's ``NodeProvider``. The autoscaler's process imports it by name."""
@@ -39,6 +41,8 @@ class LocalNodes(FakeMultiNodeProvider):
                 max_worker_port=0,
                 dashboard_port=None,
                 dashboard_agent_listen_port=0,
+                include_log_monitor=False,  # type: ignore[arg-type]  # Ray takes a bool and says that it is text
+                setup_worker_path=setup_worker.__file__,
                 num_cpus=int(custom.pop("CPU", 0)),
                 memory=custom.pop("memory"),
                 object_store_memory=custom.pop("object_store_memory"),

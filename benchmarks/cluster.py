@@ -15,15 +15,17 @@ def one_machine() -> Iterator[None]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 
+    from chainfed_ray.cluster.local_ray import lean_ray
     from chainfed_ray.cluster.resources import one_machine_resources
 
-    ray.init(
-        num_cpus=2,
-        resources=one_machine_resources(2, 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with lean_ray():
+        ray.init(
+            num_cpus=2,
+            resources=one_machine_resources(2, 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     try:
         yield
     finally:

@@ -9,18 +9,14 @@ import ray
 
 from chainfed_ray.activity import Note
 from chainfed_ray.client.pool import Tell
+from chainfed_ray.cluster.local_ray import lean_ray
 from chainfed_ray.cluster.offload.build import are_built, ops_folder
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.resources import one_machine_resources
 from chainfed_ray.model.source import ModelSource
 
-# What Ray's own processes do besides: they look for new logs ten times a second, of which nobody is told here, and measure each
-# process of the machine every five seconds, for a dashboard that is not there.
-_QUIET = {
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
-    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
-    "REPORTER_UPDATE_INTERVAL_MS": "3600000",
-}
+# Ray measures each process of the machine every five seconds, for a dashboard that is not there.
+_QUIET = {"REPORTER_UPDATE_INTERVAL_MS": "3600000"}
 
 needs_ops = pytest.mark.skipif(not are_built(ops_folder()), reason="DeepSpeed's libraries are not built; `make ops`")
 
@@ -29,13 +25,14 @@ needs_ops = pytest.mark.skipif(not are_built(ops_folder()), reason="DeepSpeed's 
 def one_machine() -> Iterator[None]:
     """A Ray cluster of two cores, with slots for the clients of several pools."""
     os.environ |= {**_QUIET, "RAY_AUTH_MODE": "disabled"}
-    ray.init(
-        num_cpus=2,
-        resources=one_machine_resources(8, 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
+    with lean_ray():
+        ray.init(
+            num_cpus=2,
+            resources=one_machine_resources(8, 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
     try:
         yield
     finally:

@@ -53,7 +53,10 @@ def shutdown():
 def test_on_a_busy_machine_it_is_tried_again_and_what_had_started_is_cleared(
     needed: int, expected: list[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "ray.py").write_text(_LATE.format(needed=needed))
+    private = tmp_path / "ray" / "_private"
+    private.mkdir(parents=True)
+    (private / "parameter.py").write_text("class RayParams: pass")
+    (tmp_path / "ray" / "__init__.py").write_text(_LATE.format(needed=needed))
     script = _START.replace("import sys", f"import sys\nsys.path.insert(0, {str(tmp_path)!r})", 1)
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "storage")],
