@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # What comes before a use, in a process that has loaded models, and what must hold after it.
 _COMPILER = (
     """
@@ -113,6 +115,7 @@ for program in programs:
 """
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_loaded_when_it_is_used(tiny_model_folder: Path) -> None:
     """And a plan uses none of it."""
     uses = [f"{before}\n{use}\n{after}" for before, after, each in (_COMPILER, _ALGEBRA) for use in each]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import transformers
 
 _READER = """
@@ -58,6 +59,7 @@ def test_the_list_is_read_again_when_a_file_has_changed(tmp_path: Path) -> None:
     assert _said(_ASK, package / "__init__.py", before=tmp_path) == "read\n", "where nothing can be kept"
 
 
+@pytest.mark.slow
 def test_transformers_has_the_same_names(tmp_path: Path) -> None:
     names = sorted({*transformers.__all__, *transformers.models.__all__})
     plain = f"{names} {transformers.BertConfig}\n"

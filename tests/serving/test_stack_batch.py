@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from chainfed_ray.serving.stack_batch import AdapterRows, adapters_of
 LINEAR = {"attention.query": (16, 16), "mlp.up": (16, 24)}  # the modules that a LoRA is on
 
 
+@pytest.mark.slow
 @given(moves=st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=1, max_size=12))
 @settings(deadline=None)
 def test_rows_that_come_and_go_have_the_adapters_that_they_have_alone(moves: list[tuple[bool, int]]) -> None:
