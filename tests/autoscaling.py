@@ -54,9 +54,8 @@ def main() -> None:
         relay = Relay()
         with a_pool(job.base, 3, relay.note, tell=relay.tell) as pool, Kinds() as kinds:
             kept = Kept(pool)
-            seen["grown"] = disturbed(job, folder / "grown", kept, expected)
-            seen["kinds"] = sorted(kinds.seen)
             seen["lost"] = disturbed(job, folder / "lost", NodeLost(kept), expected)
+            seen["kinds"] = sorted(kinds.seen)
             shutil.rmtree(job.base.scratch)  # the clients of the next job have other rows
             seen["unmet"] = with_a_giant(document, folder, pool, relay)
             wait_for(lambda: not kinds_alive(KINDS), "cluster that is its head alone, while the pool is open")
@@ -81,7 +80,7 @@ class Kinds:
         self._watcher.join()
 
     def _look(self) -> None:
-        while not self._over.wait(0.1):
+        while not self._over.wait(0.5):  # a node lives for seconds
             self.seen |= kinds_alive(KINDS)
 
 
