@@ -1,6 +1,7 @@
-"""Evaluates a chain with resident and with streamed weights, in a fresh process: ``python -m tests.evaluated FOLDER FAMILY``.
+"""Evaluates a chain with resident and with streamed weights: ``python -m tests.evaluated FOLDER FAMILY…``, a process for each.
 
-It prints a JSON object for each: the planned and the measured bytes of an early exit and of the whole model, and both losses.
+It prints a JSON object for each: the family, the planned and the measured bytes of an early exit and of the whole model,
+and both losses.
 """
 
 import json
@@ -24,6 +25,7 @@ from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.source import ModelSource
+from tests.forks import in_forks
 
 _SIZES = {
     "hidden_size": 1024,
@@ -35,7 +37,7 @@ _SIZES = {
 
 
 def main(folder: Path, family: str) -> None:
-    """Evaluate the same chain twice: once with resident weights, and once with streamed ones."""
+    """Evaluate the same chain twice: once with resident weights, and once with streamed ones. ``folder`` is its own."""
     causal = family == "llama"
     kind = AutoModelForCausalLM if causal else AutoModel
     kind.from_config(AutoConfig.for_model(family, pad_token_id=0, **_SIZES)).save_pretrained(folder / "model")
@@ -63,6 +65,7 @@ def main(folder: Path, family: str) -> None:
         score, exit_took = ServerEvaluation(cast("Any", job), evaluator).early_exit(stack, Window(1, 3))
         whole = evaluator.evaluate(stack, "validation")
         document = {
+            "family": family,
             "early_exit": [exit_took.planned_bytes, exit_took.peak_bytes],
             "whole": [whole.planned_bytes, whole.peak_bytes],
             "losses": [score.loss, float(whole.predictions.losses.sum() / whole.predictions.counts.sum())],
@@ -72,4 +75,4 @@ def main(folder: Path, family: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    in_forks(sys.argv[2:], lambda family: main(Path(sys.argv[1]) / family, family))

@@ -1,7 +1,7 @@
-"""Takes turns of many shapes in a fresh process, each under the cap of its plan: ``python -m tests.measured FOLDER FAMILY``.
+"""Takes turns of many shapes, each under the cap of its plan: ``python -m tests.measured FOLDER FAMILY…``, a process for each.
 
 A family with ``-lm`` is a language model with its own head, of 8,000 tokens: four slices. One with ``-bf16`` is in bfloat16.
-It prints a JSON object for each turn: the shape, the planned bytes and the measured bytes.
+It prints a JSON object for each turn: the family, the shape, the planned bytes and the measured bytes.
 """
 
 import json
@@ -20,12 +20,12 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Fitting, Training, TurnOrder
 from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.federation.admission import Candidate, Planner, as_client
 from chainfed_ray.model.adapters import AdapterStack, LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.source import ModelSource
+from tests.forks import in_forks
 
 MIB = 2**20
 _SIZES = {
@@ -74,8 +74,7 @@ def exact_grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
 
 
 def main(folder: Path, family: str) -> None:
-    """Measure the ``grid`` of one family and dtype."""
-    load_models()
+    """Measure the ``grid`` of one family and dtype. ``folder`` is its own."""
     dtype = torch.bfloat16 if family.endswith("-bf16") else torch.float32
     name, is_lm = family.removesuffix("-bf16").removesuffix("-lora").removesuffix("-lm"), "-lm" in family
     sizes = _OTHERWISE.get(name, _SIZES | ({"num_key_value_heads": 4} if name not in ("bert", "roberta") else {}))
@@ -94,7 +93,8 @@ def main(folder: Path, family: str) -> None:
     warm_up(base)
     for exact, shapes in ((False, grid(family)), (True, exact_grid(family))):
         for shape in shapes:
-            print(json.dumps(measure(base, memory, *shape, classes, exact, lora)), flush=True)
+            row = measure(base, memory, *shape, classes, exact, lora)
+            print(json.dumps({"family": family, **row}), flush=True)
 
 
 def measure(
@@ -171,4 +171,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    in_forks(sys.argv[2:], lambda family: main(Path(sys.argv[1]) / family, family))
