@@ -1,9 +1,8 @@
 """Does pieces of work in a process each, all of them copies of one that has loaded the libraries."""
 
 import gc
-import os
-import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import get_context
 
 from chainfed_ray.device.lean_imports import load_models
 
@@ -18,13 +17,8 @@ def in_forks(pieces: Sequence[str], work: Callable[[str], None]) -> None:
     gc.collect()
     gc.freeze()
     for piece in pieces:
-        child = os.fork()
-        if not child:
-            try:
-                work(piece)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        if os.waitpid(child, 0)[1]:
+        process = get_context("fork").Process(target=work, args=(piece,))
+        process.start()
+        process.join()
+        if process.exitcode:
             raise RuntimeError(f"{piece} failed")
