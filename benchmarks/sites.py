@@ -188,7 +188,7 @@ def _job(client: Client, how: str, document: dict[str, Any], folder: Path) -> Ro
 def _memory(sites: list[psutil.Process]) -> Row:
     """The most memory that the processes at sites hold now: of the one that asks, and of the one that trains."""
     asking = max(site.memory_info().rss for site in sites)
-    training = [child.memory_info().rss for site in sites for child in site.children()]
+    training = [child.memory_info().rss for site in sites for child in site.children(recursive=True)]
     return {"asking": asking, "training": max(training, default=None)}
 
 

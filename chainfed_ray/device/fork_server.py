@@ -30,7 +30,10 @@ _ASK_SECONDS = 5.0  # how long a request that has begun may take to arrive
 
 @dataclass(frozen=True)
 class Program:
-    """A program to run: ``arguments`` are its path and what follows, ``streams`` its standard streams, as descriptors."""
+    """A program to run: ``arguments`` are its path, or ``-c`` and its code, and what follows.
+
+    ``streams`` are its standard streams, as descriptors.
+    """
 
     arguments: list[str]
     environment: dict[str, str]
@@ -119,6 +122,10 @@ def run(program: Program) -> None:
     # The server counts on one thread. Who asks for more has set the variable that torch would have read.
     if (threads := program.environment.get("OMP_NUM_THREADS", "")).isdecimal() and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(int(threads))
+    if program.arguments[0] == "-c":
+        sys.argv[:] = ["-c", *program.arguments[2:]]
+        exec(program.arguments[1], {"__name__": "__main__"})
+        return
     sys.argv[:] = program.arguments
     sys.path.insert(0, str(Path(program.arguments[0]).parent))
     runpy.run_path(program.arguments[0], run_name="__main__")

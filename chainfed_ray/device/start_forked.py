@@ -1,10 +1,11 @@
 """Starts a Python program in a fork of a process that has loaded the libraries already: the fork server (``fork_server.py``).
 
-It stands in for Python: ``python -I -S start_forked.py MODULES PROGRAM ARGUMENT…`` does what ``python PROGRAM ARGUMENT…`` does,
-in a process that has imported ``MODULES``, named with commas. The first call starts the server, and later calls find it.
-This process lives as long as the program and ends with its exit code; the program is ended if this process is. If the server
-is ended, its programs go on. Where no server can be had, this process becomes the program, which then loads its libraries as
-usual.
+It stands in for Python: ``python -I -S start_forked.py MODULES[@OWNER] PROGRAM ARGUMENT…`` does what
+``python PROGRAM ARGUMENT…`` does, in a process that has imported ``MODULES``, named with commas. ``PROGRAM`` may also be
+``-c CODE``, as for ``python -P``. The first call starts the server, and later calls find it; it ends with the process
+``OWNER``, by default Ray's. This process lives as long as the program and ends with its exit code; the program is ended if
+this process is. If the server is ended, its programs go on. Where no server can be had, this process becomes the program,
+which then loads its libraries as usual.
 
 It is run once for each process, so it imports little, and nothing of ours.
 """
@@ -28,12 +29,14 @@ _READ_ONCE = ("HF_", "MALLOC_", "MKL_", "ONEDNN_", "OPENBLAS_", "PYTHON", "PYTOR
 
 def main() -> None:
     """Run the program that the command line names, and end with its exit code."""
-    modules, *arguments = sys.argv[1:]
-    if hasattr(os, "pidfd_open") and "RAY_RAYLET_PID" in os.environ:
+    loaded, *arguments = sys.argv[1:]
+    modules, _, owner = loaded.partition("@")
+    owner = owner or os.environ.get("RAY_RAYLET_PID", "")
+    if hasattr(os, "pidfd_open") and owner:
         for _ in range(_TRIES):
             server = None
             try:
-                connection, server = _connected(modules)
+                connection, server = _connected(modules, int(owner))
                 ask(connection, arguments)
             except OSError:
                 if server:
@@ -43,7 +46,8 @@ def main() -> None:
             if server:  # it stays below this process, where whoever ends all of Ray's processes finds it
                 os.waitpid(server, 0)
             sys.exit(code)
-    os.execv(sys.executable, [sys.executable, *arguments])
+    options = ["-P"] if arguments[0] == "-c" else []
+    os.execv(sys.executable, [sys.executable, *options, *arguments])
 
 
 def address(modules: str, owner: int) -> str:
@@ -101,9 +105,9 @@ def _namespaces(process: int | str) -> str:
     return "/".join(str(os.stat(f"/proc/{process}/ns/{kind}").st_ino) for kind in _NAMESPACES)
 
 
-def _connected(modules: str) -> tuple[socket.socket, int | None]:
+def _connected(modules: str, owner: int) -> tuple[socket.socket, int | None]:
     """A connection to the server, and its process if it was started for this one."""
-    owner, server = int(os.environ["RAY_RAYLET_PID"]), None
+    server = None
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(address(modules, owner))

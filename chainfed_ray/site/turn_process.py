@@ -10,11 +10,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from chainfed_ray.device import start_forked
 from chainfed_ray.device.peak import ENVIRONMENT
 from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, NotDone, Order
 
 _END_SECONDS = 5.0
-_WORK = (  # the worker's own imports load transformers
+_LOADED = "chainfed_ray.site.worker"
+_WORK = (  # where it is no fork, the worker's own imports would load all of transformers
     "from chainfed_ray.device.lean_imports import load_models; load_models();"
     " from chainfed_ray.site.worker import main; main()"
 )
@@ -23,7 +25,8 @@ _WORK = (  # the worker's own imports load transformers
 class TurnProcess:
     """Starts a worker (``worker.py``) when an order comes, and keeps it for the next one.
 
-    ``settings`` are the worker's arguments.
+    ``settings`` are the worker's arguments. Workers are forked from a process that has loaded the libraries: it ends with this
+    one, or when it has had no worker for a minute.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -82,7 +85,10 @@ class TurnProcess:
             self.end()
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _WORK, json.dumps(self._settings)],
+                [
+                    *(sys.executable, "-I", "-S", start_forked.__file__, f"{_LOADED}@{os.getpid()}"),
+                    *("-c", _WORK, json.dumps(self._settings)),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -47,10 +47,15 @@ def a_server(name: str, owner: int, *modules: str, seconds: float = 60.0) -> sub
         return subprocess.Popen(command, pass_fds=[descriptor], env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def started(name: str, owner: int, program: Path, *arguments: str, folder: Path | None = None) -> subprocess.Popen[str]:
+def started(
+    name: str, owner: int, program: Path | str, *arguments: str, folder: Path | None = None
+) -> subprocess.Popen[str]:
+    """A file for Ray's process, or code for one that is named."""
+    is_file = isinstance(program, Path)
+    what = [name, str(program)] if is_file else [f"{name}@{owner}", "-c", str(program)]
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", start_forked.__file__, name, str(program), *arguments],
-        env=os.environ | {"RAY_RAYLET_PID": str(owner), "WORD": "of its own"},
+        [sys.executable, "-I", "-S", start_forked.__file__, *what, *arguments],
+        env=os.environ | {"RAY_RAYLET_PID": str(owner if is_file else os.getpid()), "WORD": "of its own"},
         cwd=folder,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -94,9 +99,9 @@ def test_a_program_has_the_arguments_streams_variables_and_folder_of_who_asks_an
 
 
 def test_who_asks_and_the_program_end_together(tmp_path: Path, owner: subprocess.Popen[bytes]) -> None:
-    program = a_program(tmp_path, "import os\nprint(os.getpid(), flush=True)\ninput()")
+    code = "import os, sys\nprint(os.getpid(), flush=True)\ninput()\nassert sys.argv == ['-c', 'word']"
     server = a_server("b", owner.pid)
-    first, second = started("b", owner.pid, program), started("b", owner.pid, program)
+    first, second = started("b", owner.pid, a_program(tmp_path, code)), started("b", owner.pid, code, "word")
     assert first.stdout
     assert second.stdout
     one, other = psutil.Process(int(first.stdout.readline())), psutil.Process(int(second.stdout.readline()))
