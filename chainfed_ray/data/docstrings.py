@@ -7,6 +7,7 @@ would give the answer away are masked. The same versions of the libraries give t
 import ast
 import re
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from functools import cache
 from hashlib import blake2b
@@ -32,6 +33,7 @@ _LIBRARIES = {
     "transformers": ("transformers", "huggingface", "hugging face"),
 }
 _MASK = "library"
+_BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")  # of a statement: all that may have statements in them
 
 
 @cache
@@ -90,11 +92,16 @@ def docstrings(path: Path) -> Iterator[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # odd escapes in other people's strings
         tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
+    # As ast.walk goes, but not into expressions, which are most of a file and have no function in them.
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and (
             text := ast.get_docstring(node)
         ):
             yield text
+        for block in _BLOCKS:
+            waiting.extend(getattr(node, block, ()))
 
 
 def _first_sentence(docstring: str) -> str:

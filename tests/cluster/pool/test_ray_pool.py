@@ -1,5 +1,6 @@
 """Promises of the Ray pool: it is the local pool, bit for bit, and a client that dies costs its turn."""
 
+import json
 import math
 import signal
 from dataclasses import replace
@@ -21,6 +22,7 @@ from chainfed_ray.cluster.pool.placement import check_memories
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.resources import CLIENT_SLOT, client_options
 from chainfed_ray.cluster.tracing import begin_tracing, end_tracing
+from chainfed_ray.data import docstrings
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.admission import Planner, admit
 from chainfed_ray.federation.coordinator import Coordinator
@@ -263,12 +265,17 @@ def test_a_process_that_waits_for_room_has_no_machine(
 
 
 def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> None:
-    """Every stage of the demo's job, in processes of the clients' own, with real weights and real text."""
+    """Every stage of the demo's job, in processes of the clients' own, with real weights and a third of its real text."""
     demo = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
     # Sums for a fitted head come from the whole fleet, and others would have these processes by the end.
     demo["chain"] |= {"start": 2, "head": "zero"}
     demo["rounds"] |= {"total": 3, "clients": 3, "local_steps": 3}
-    demo["data"] |= {"max_length": 24}  # few rows are shorter: the largest batch that was planned for is among so few
+    some = [{"text": text, "label": library} for text, library in docstrings.rows()[::3]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, some)))
+    demo["data"] |= {
+        "train": f"path:{tmp_path / 'rows.jsonl'}",
+        "max_length": 24,
+    }  # few rows are shorter: the largest batch that was planned for is among so few
     job = a_job(demo, tmp_path)
     others = {process.pid for process in client_processes()}
 
