@@ -2,7 +2,11 @@
 
 import argparse
 
-from benchmarks import (
+from chainfed_ray.device.lean_imports import load_models
+
+load_models()  # before a benchmark loads all of the libraries: most of them leave the work to processes of their own
+
+from benchmarks import (  # noqa: E402
     accuracy,
     autoscale,
     evaluation,

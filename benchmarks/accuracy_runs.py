@@ -13,6 +13,14 @@ from typing import Any, Protocol
 from benchmarks.accuracy_cells import Run
 from chainfed_ray.device.peak import ENVIRONMENT
 
+# As ``python -m benchmarks.accuracy_cell``, without what of the libraries a run does not need.
+_CELL = """
+import runpy
+from chainfed_ray.device.lean_imports import load_models
+load_models()
+runpy.run_module("benchmarks.accuracy_cell", run_name="__main__", alter_sys=True)
+"""
+
 
 class RunFailed(RuntimeError):
     """A run ended without a result; the message is the last line that it wrote to stderr."""
@@ -66,7 +74,7 @@ class Processes:
             if self._stopped:
                 raise RunFailed("the run was stopped before it began")
             process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.accuracy_cell", json.dumps(asdict(run)), folder],
+                [sys.executable, "-c", _CELL, json.dumps(asdict(run)), folder],
                 env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
