@@ -12,16 +12,19 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
+from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any, BinaryIO
 
 from safetensors import numpy as in_numpy
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.import_utils import is_accelerate_available
 
 from chainfed_ray.block_forms import FORMS, to_metadata
 from chainfed_ray.cache_folder import made_once, shortened
@@ -35,6 +38,7 @@ _VERSIONS, _ALIGNMENT, _MOST_DIMENSIONS = (2, 3), 32, 4
 _LONGEST_NAME, _SHORT = 2**16 - 1, 100  # bytes of a key; of a text whose value is kept
 _POSITIVE = (".block_count", ".embedding_length", ".attention.head_count", ".feed_forward_length")
 Value = int | float | str
+_ONE_MODEL = Lock()  # is read at a time
 _CONVERSION = 3  # counted up when folders of the version before are not what is made now; they are left where they are
 
 
@@ -291,12 +295,10 @@ def _read(file: Path) -> tuple[Any, Any]:
         ValueError: the file lacks a tensor or a tokenizer, or contradicts itself.
         Exception: whatever else transformers raises.
     """
-    local = {"local_files_only": True, "trust_remote_code": False}
-    with redirect_stderr(StringIO()):  # where transformers draws progress bars
+    local = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    with redirect_stderr(StringIO()), accelerate_known():  # stderr is where transformers draws progress bars
         try:
-            loading: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, output_loading_info=True, **local
-            )
+            loading: Any = AutoModelForCausalLM.from_pretrained(file.parent, output_loading_info=True, **local)
         except RuntimeError as error:
             if "ignore_mismatched_sizes" in str(error):
                 reason = "its tensors have other shapes than its keys say, or than are usual where they say none"
@@ -306,12 +308,25 @@ def _read(file: Path) -> tuple[Any, Any]:
         if missing := sorted(found["missing_keys"]):  # transformers draws random numbers for them
             raise ValueError(f"it has no tensor for {some_of(missing)}")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **local)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **local)
         except Exception as error:
             reason = f"no tokenizer can be made of its keys tokenizer.ggml ({type(error).__name__}: {error})"
             raise ValueError(reason) from None
     del model.config.quantization_config  # it is of the file
     return model, tokenizer
+
+
+@contextmanager
+def accelerate_known() -> Iterator[None]:
+    """Let transformers read GGUF files where Accelerate is left out (``lean_imports``). It asks for it, and uses nothing of it."""
+    module: Any = import_module("transformers.modeling_utils")
+    with _ONE_MODEL:
+        before = module.is_accelerate_available
+        module.is_accelerate_available = is_accelerate_available
+        try:
+            yield
+        finally:
+            module.is_accelerate_available = before
 
 
 @contextmanager
