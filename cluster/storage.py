@@ -102,6 +102,11 @@ class Storage:
         return self.url or str(self.root)
 
     @property
+    def shown_place(self) -> str:
+        """The place as it is told: a URL without its password."""
+        return self.objects.shown if self.objects else self.place
+
+    @property
     def objects(self) -> ObjectStore | None:
         """The object store that has jobs and uploads, if it is not a folder."""
         return ObjectStore(self.url) if self.url else None

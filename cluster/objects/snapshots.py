@@ -80,7 +80,7 @@ class Snapshots:
         document = json.loads(body)
         if document["version"] != _VERSION:
             reason = f"it has version {document['version']}; this chainfed-ray reads version {_VERSION}"
-            raise CorruptCommit(f"{self.objects.url}/{self._list(number)}", reason)
+            raise CorruptCommit(f"{self.objects.shown}/{self._list(number)}", reason)
         files = {name: StoredFile(size, digest) for name, (size, digest) in document["files"].items()}
         return Snapshot(number, files)
 

@@ -52,7 +52,7 @@ class WorkingCopy:
             self._restore_secret()
             return damaged
         if damaged:
-            raise CorruptCommit(f"{self._snapshots.objects.url}/{self._snapshots.prefix}", some_of(damaged, "; "))
+            raise CorruptCommit(f"{self._snapshots.objects.shown}/{self._snapshots.prefix}", some_of(damaged, "; "))
         self._newest, self._base, self._fallback = 0, None, None
         self._remove_all_but(())
         self._restore_secret()
