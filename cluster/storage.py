@@ -16,7 +16,7 @@ With a URL such as ``s3://bucket/prefix`` as CHAINFED_STORAGE, jobs and uploads 
 Each machine has a folder, CHAINFED_CACHE, which may be lost, but for the database where that is SQLite's. In it ::
 
     scratch/<job>/commits/         a job's commits, where its coordinator works
-    copies/<job>/<number>/         a job's commits, for those who read them
+    copies/<job>/<number>-<hash>/  a job's commits, for those who read them
     uploads/<tenant>/              the uploads that a job here has read
 """
 
