@@ -16,7 +16,7 @@ With a URL such as ``s3://bucket/prefix`` as CHAINFED_STORAGE, jobs and uploads 
 Each machine has a folder, CHAINFED_CACHE, which may be lost, but for the database where that is SQLite's. In it ::
 
     scratch/<job>/commits/         a job's commits, where its coordinator works
-    copies/<job>/<number>/         a job's commits, for those who read them
+    copies/<job>/<number>-<hash>/  a job's commits, for those who read them
     uploads/<tenant>/              the uploads that a job here has read
 """
 
@@ -100,6 +100,11 @@ class Storage:
     def place(self) -> str:
         """Where jobs and uploads are kept: a folder, or the URL of an object store."""
         return self.url or str(self.root)
+
+    @property
+    def shown_place(self) -> str:
+        """The place as it is told: a URL without its password."""
+        return self.objects.shown if self.objects else self.place
 
     @property
     def objects(self) -> ObjectStore | None:

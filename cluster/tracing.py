@@ -4,6 +4,7 @@ Otherwise nothing of it is imported. One trace leads from the request that submi
 
     POST /v1/jobs ─┬─ check ── prepare                                       the process that checks
                    └─ coordinator ── stage ── round ── turn of a client      the coordinator's
+    POST /v1/classify, … ── answer                                           the process with the models
 
 A span says what lines of logs say (``structured_logs.about``): the job, its tenant, the request. Where a process asks another
 one, or a job waits in the database, the parent's ``traceparent`` (W3C Trace Context) goes along as a text. The turns of clients
@@ -13,6 +14,7 @@ are told by the coordinator: the memory of clients' processes is counted, and th
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any, Protocol, Self
 
 from chainfed_ray.cluster.structured_logs import what_lines_are_about
@@ -22,7 +24,8 @@ from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 _WHERE = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _PARENT = "traceparent"
 _OURS = "chainfed."
-_FLUSH_MS = 2000  # a collector that is away must not keep a job from its end
+_FLUSH_SECONDS = 2.0  # a collector that is away must not keep a job from its end
+_DELAY_MS = 1000  # for which spans wait for others: a process that is killed takes those along
 _provider: Any = None  # of the spans of this process; None if they are not traced
 
 
@@ -68,7 +71,8 @@ def begin_tracing(exporter: Any = None) -> None:
         raise _missing(error) from None
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "chainfed-ray"}
     _provider = TracerProvider(resource=Resource.create(named))
-    _provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
+    delay = None if os.environ.get("OTEL_BSP_SCHEDULE_DELAY") else _DELAY_MS
+    _provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(), schedule_delay_millis=delay))
 
 
 def end_tracing() -> None:
@@ -123,10 +127,15 @@ def span(name: str, parent: Mapping[str, str] | None = None, **what: str | int) 
     opened.end()
 
 
-def flush() -> None:
-    """Export what has ended, before this process may be ended as well."""
+def flush(seconds: float = _FLUSH_SECONDS) -> None:
+    """Export what has ended, before this process may be ended as well. It is waited for so long at most.
+
+    OpenTelemetry's own limit of that time is not held to.
+    """
     if _provider is not None:
-        _provider.force_flush(_FLUSH_MS)
+        exporting = Thread(target=_provider.force_flush, name="export of spans", daemon=True)
+        exporting.start()
+        exporting.join(seconds)
 
 
 class Span(Protocol):
@@ -176,8 +185,9 @@ def open_span(name: str, parent: Mapping[str, str] | None = None, is_present: bo
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     above = TraceContextTextMapPropagator().extract(parent) if parent and _PARENT in parent else None
+    asked = {"request": parent["request"]} if parent and "request" in parent else {}
     made = _provider.get_tracer("chainfed").start_span(
-        name, above, attributes=_named({**what_lines_are_about(), **what})
+        name, above, attributes=_named({**asked, **what_lines_are_about(), **what})
     )
     return _OpenSpan(made, is_present)
 

@@ -48,6 +48,7 @@ KEPT_APART = {("client", "evaluation"), ("client", "serving"), ("api.report", "c
 ONLY_IN = {
     "alembic": ("cluster", "cluster.migrations"),
     "deepspeed": ("cluster.offload",),
+    "fsspec": ("cluster.objects",),
     "obstore": ("cluster.objects",),
     "fastapi": ("api.rest", "api.jobs", "api.storage", "api.serve"),
     "ray": (

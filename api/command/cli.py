@@ -153,13 +153,13 @@ def serve(
     from chainfed_ray.api.report.activity_display import ActivityDisplay
 
     settings = Settings.from_environment()
-    _progress.print(f"Jobs and models are kept in {settings.storage.place}.")
+    _progress.print(f"Jobs and models are kept in {settings.storage.shown_place}.")
     with ExitStack() as until_interrupted:
         with ActivityDisplay(_progress) as listen:
             made = local_service(settings, host, port, listen, _progress.print, insecure)
             service = until_interrupted.enter_context(made)
         address = service.address
-        ready = {"status": "ready", "address": address, "storage": settings.storage.place}
+        ready = {"status": "ready", "address": address, "storage": settings.storage.shown_place}
         answer(as_json, ready, f"The service answers at {address} (routes: {address}/docs). Ctrl-C stops it.")
         with suppress(KeyboardInterrupt):
             service.watch()

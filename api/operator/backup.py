@@ -112,7 +112,7 @@ def restore(storage: Storage, folder: Path, replace: bool = False) -> Backup:
     before = _jobs_in(storage)
     if before and not replace:
         raise InvalidSetting(
-            "CHAINFED_STORAGE", storage.place, f"one without jobs; this has {len(before)} (see --replace)"
+            "CHAINFED_STORAGE", storage.shown_place, f"one without jobs; this has {len(before)} (see --replace)"
         )
     copied = [path.name for path in (folder / "jobs").glob("*")]
     for job in {*before, *copied}:

@@ -28,7 +28,7 @@ from chainfed_ray.cluster.resources import api_options, inference_options
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.structured_logs import log_as_asked
-from chainfed_ray.cluster.tracing import begin_tracing, check_tracing, trace_requests
+from chainfed_ray.cluster.tracing import begin_tracing, carried, check_tracing, flush, trace_requests
 from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import PartUnavailable
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Question, Sampling
@@ -106,18 +106,23 @@ class Api:
         trace_requests(app)
         return app
 
+    def __del__(self) -> None:
+        """Export the last spans. Serve calls this when everybody was answered."""
+        flush()
+
     async def _classify(self, model: ModelKey, texts: list[str]) -> list[list[float]]:
-        probabilities: list[list[float]] = await self._classifying.answer(Question(model, texts))
+        probabilities: list[list[float]] = await self._classifying.answer(Question(model, texts, carried()))
         return probabilities
 
     async def _embed(self, model: ModelKey, texts: list[str]) -> list[Embedding]:
-        embeddings: list[Embedding] = await self._embedding.answer(Question(model, texts))
+        embeddings: list[Embedding] = await self._embedding.answer(Question(model, texts, carried()))
         return embeddings
 
     def _write(
         self, model: ModelKey, prompt: Prompt, sampling: Sampling, in_pieces: bool
     ) -> AsyncGenerator[Piece, None]:
-        return written(lambda: self._writing.write.remote(model, prompt, sampling, in_pieces), self._check)
+        asked = carried()
+        return written(lambda: self._writing.write.remote(model, prompt, sampling, in_pieces, asked), self._check)
 
     async def _database(self) -> None:
         await run_in_threadpool(self._store.check)

@@ -52,6 +52,13 @@ _CHANGES = (
         r"\1http-request return status 503 default-errorfiles",
         0,
     ),
+    # Serve's own proxy is asked when no replica is left, and knows no route while the service ends. Our own 404 is JSON.
+    (
+        r"^frontend http_frontend$",
+        r"\g<0>\n    http-response return status 503 default-errorfiles "
+        r"if { status 404 } { res.hdr(content-type) -m beg text/plain }",
+        0,
+    ),
     (r"^( *stats socket .*) mode 666 ", r"\1 mode 600 ", 0),
     (r"^( *)bind :", r"\1bind 127.0.0.1:", 0),  # its metrics …
     (r"^(listen stats\n *)bind \*:", r"\1bind 127.0.0.1:", 0),  # … and its page of them

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -17,6 +17,7 @@ from chainfed_ray.api.rest.schemas import MOST_TEXTS
 from chainfed_ray.cluster.local_ray import hear_at_own_address
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.structured_logs import log_as_asked
+from chainfed_ray.cluster.tracing import begin_tracing, flush, open_span
 from chainfed_ray.device.memory_limit import machine_bytes
 from chainfed_ray.errors import ChainFedError, PartUnavailable
 from chainfed_ray.serving.messages import ModelKey, Piece, Prompt, Question, Sampling, Work, joined
@@ -45,6 +46,7 @@ class Inference:
         from chainfed_ray.serving.questions import Answering
 
         log_as_asked()
+        begin_tracing()
         hear_at_own_address()
         most_bytes = settings.serving_bytes or machine_bytes() // 2 // settings.serving_replicas
         self._engine = Engine(partial(_folder_of, settings.storage), most_bytes)
@@ -60,16 +62,26 @@ class Inference:
         return await self._answers(self._engine.embed, questions)
 
     async def _answers(self, work: Work, questions: list[Question]) -> list[Any]:
+        spans = [open_span("answer", question.asked, texts=len(question.texts)) for question in questions]
         asked = [asyncio.wrap_future(self._answering.ask(work, question)) for question in questions]
-        return [_picklable(found) for found in await asyncio.gather(*asked, return_exceptions=True)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for span, found in zip(spans, answers, strict=True):
+            span.end(failed=isinstance(found, BaseException))
+        return [_picklable(found) for found in answers]
 
     async def write(
-        self, model: ModelKey, prompt: Prompt, sampling: Sampling, in_pieces: bool
+        self,
+        model: ModelKey,
+        prompt: Prompt,
+        sampling: Sampling,
+        in_pieces: bool,
+        asked: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """Continue a prompt, or answer a chat, with ``model``. Yields the text piece by piece, or as a single one.
 
-        If the caller disconnects, generation stops after the next token.
+        If the caller disconnects, generation stops after the next token. Its span is below what ``asked`` names.
         """
+        span, failed = open_span("answer", asked), True
         loop, told, cancelled = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception](), Event()
 
         def emit(piece: Piece | Exception) -> None:
@@ -90,8 +102,17 @@ class Inference:
                 if ended or (in_pieces and told.empty()):  # what has come meanwhile is told in one message
                     yield joined(pieces)
                     pieces = []
+            failed = False
+        except (GeneratorExit, asyncio.CancelledError):  # nobody wants the rest
+            failed = False
+            raise
         finally:
             cancelled.set()
+            span.end(failed=failed)
+
+    def __del__(self) -> None:
+        """Export the last spans. Serve calls this when everybody was answered."""
+        flush()
 
     async def alive(self) -> None:
         """Return, which shows that this process works."""

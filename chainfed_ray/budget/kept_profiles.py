@@ -1,7 +1,8 @@
-"""Keeps memory profiles on disk, because each process that plans a job would otherwise trace the model for seconds.
+"""Keeps what is found out about models on disk: each process that plans a job would otherwise trace them for seconds.
 
-A profile follows from the model's settings, the forms of its tensors, the question that was asked, the versions of the
-libraries and the code of this project. Its file is named for all of them, so what is found is never out of date.
+A memory profile, or that a check was passed, follows from the model's settings, the forms of its tensors, the question that
+was asked, the versions of the libraries and the code of this project. Its file is named for all of them, so what is found is
+never out of date.
 """
 
 import json
@@ -22,6 +23,7 @@ from chainfed_ray.errors import InvalidSetting
 
 _MOST = 256  # files of some ten KiB; a job that asks for yet another bottleneck must not fill the disk
 _PROFILE = TypeAdapter(MemoryProfile)
+_PASSED = b'"passed"\n'
 _CODE = ("*.py", "budget/*.py", "model/*.py", "streaming/*.py")  # what a profile follows from
 
 
@@ -38,6 +40,20 @@ def kept_profile(model: Path, question: str, trace: Callable[[], MemoryProfile])
     with suppress(OSError, InvalidSetting):
         _keep(_file(name), _PROFILE.dump_json(found))
     return found
+
+
+def pass_once(model: Path, question: str, check: Callable[[], None]) -> None:
+    """Run ``check``, unless the base model in the folder ``model`` has passed it before: that is kept as a profile is.
+
+    ``question`` is all else that ``check`` depends on. What it raises is not kept.
+    """
+    name = sha256(_model(model) + question.encode() + _libraries()).hexdigest()
+    with suppress(OSError, InvalidSetting):
+        if _file(name).read_bytes() == _PASSED:
+            return
+    check()
+    with suppress(OSError, InvalidSetting):
+        _keep(_file(name), _PASSED)
 
 
 def _file(name: str) -> Path:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from chainfed_ray.budget.kept_profiles import pass_once
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.logit_form import LogitForm, form_of
 from chainfed_ray.model.trunk import TOKENS_FIRST, LayerCall, Trunk, on_meta
@@ -98,6 +99,10 @@ class Blocks:
         self._check_all_have_a_place()
         check_numbers(self._checkpoint, dict.fromkeys([*self._trunk.parameters, *layers, *head]))
         hidden, calls = self._trunk.try_texts()
+        pass_once(self.folder, f"layers in {self.dtype}", lambda: self._try_layers(hidden, calls))
+
+    def _try_layers(self, hidden: Tensor, calls: list[LayerCall]) -> None:
+        """Run each layer without values, on the meta device: as a whole, and with its matrices streamed."""
         for index, call in enumerate(calls):
             with self._trunk.named_errors("has layers that cannot be run one by one"):
                 self._try_layer(copy_of(self._trunk.layers[index]), hidden, call)
@@ -112,16 +117,13 @@ class Blocks:
         """
         left_out = [name for name in self._trunk.names.without_place if not _ORDINARY.search(name)]
         if adapters := [name for name in left_out if _ADAPTER.search(name)]:
-            reason = (
-                f"its checkpoint has tensors of an adapter, such as {adapters[0]}: merge it into the base model first"
-            )
+            reason = f"its checkpoint has tensors of an adapter, such as {adapters[0]}: merge it into the base first"
             raise UnsupportedModel(str(self.folder), reason)
         if left_out:
             words = "the folder has %d tensors that this model has no place for: %s"
             _log.warning(words, len(left_out), some_of(left_out))
 
     def _try_layer(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> None:
-        """Run a layer without values, on the meta device."""
         found = self._trunk.run(layer.to("meta"), hidden.to("meta"), on_meta(call))
         if found.shape != hidden.shape:
             raise ValueError(f"{list(hidden.shape)} became {list(found.shape)}")

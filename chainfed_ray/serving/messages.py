@@ -1,6 +1,6 @@
 """What the processes of the API and of the models send each other. It imports no torch, which the API's do without."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -38,10 +38,11 @@ class ModelKey(NamedTuple):
 
 
 class Question(NamedTuple):
-    """The texts to be classified with ``model``, which then has a stack, or to be embedded."""
+    """The texts to be classified with ``model``, which then has a stack, or to be embedded; and what goes along for traces."""
 
     model: ModelKey
     texts: list[str]
+    asked: Mapping[str, str] | None = None
 
 
 Work = Callable[[Sequence[Question]], Sequence[Any]]

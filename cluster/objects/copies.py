@@ -2,9 +2,10 @@
 
 A copy is a folder of its own for each commit, so who reads in one is not disturbed by the next. The commits' tensors, which
 only coordinators read, are left out. A file that is in the copy before as well is a link to that one. All copies of a machine
-share a number of bytes: the oldest make room. ::
+share a number of bytes: the oldest make room. A copy is known by its commit's number and hash: after a restore, another commit
+has the same number. ::
 
-    copies/<job>/<number>/…        a copy, which is made as a whole, and goes as a whole
+    copies/<job>/<number>-<hash>/… a copy, which is made as a whole, and goes as a whole
     copies/<job>/new-…             what is being copied
     copies/<job>/gone-…            what is being deleted
 """
@@ -29,6 +30,7 @@ _IN_USE_SECONDS = 600.0  # since a copy was asked for: somebody may still read i
 _OUTDATED_SECONDS = 120.0  # the same of a copy that is not the newest of its job: who reads in it has opened its files
 _ABANDONED_SECONDS = 3600.0  # since what is being copied, or deleted, was begun: its process was killed
 _KNOWN_JOBS = 10_000
+_NONE = "0"  # the folder of a job without commits, which is not there
 _ROUNDS, _LAST = "rounds/", "finished.json"
 _log = logging.getLogger(__name__)
 
@@ -38,8 +40,8 @@ class Copies:
 
     def __init__(self, objects: ObjectStore, root: Path, most_bytes: int = _MOST_BYTES) -> None:
         self._objects, self._root, self._most_bytes = objects, root, most_bytes
-        # When the store was asked for a job's newest commit, and which it was.
-        self._looked: dict[str, tuple[float, int]] = {}
+        # When the store was asked for a job's newest commit, and the name of its copy.
+        self._looked: dict[str, tuple[float, str]] = {}
         self._made: dict[str, Snapshot] = {}  # of each job, what the newest copy that was made here has
 
     def folder(self, job: str, at_once: bool = False) -> Path:
@@ -48,36 +50,39 @@ class Copies:
         Raises:
             OSError: the store is away, or the disk.
         """
-        when, number = self._looked.get(job, (float("-inf"), 0))
-        place = self._root / job / f"{number}"
+        when, name = self._looked.get(job, (float("-inf"), _NONE))
+        place = self._root / job / name
         is_last = (place / _LAST).exists()  # nothing comes after it
         if (is_last or (not at_once and monotonic() - when < _LOOK_SECONDS)) and _take(place):
             return place
-        found = self._copied(job, number)
+        found = self._copied(job, name)
         self._looked[job] = monotonic(), found
         if len(self._looked) > _KNOWN_JOBS:
             self._looked.clear()
             self._made.clear()
-        return self._root / job / f"{found}"
+        return self._root / job / found
 
-    def _copied(self, job: str, known: int) -> int:
-        """The number of the newest whole commit, of which there is a copy now; 0 if there is none."""
-        snapshots = Snapshots(self._objects, job)
-        numbers = [*snapshots.numbers(after=known), *([known] if known else [])]
+    def _copied(self, job: str, known: str) -> str:
+        """The name of the copy that there is now of the newest whole commit; ``_NONE`` if there is no commit."""
+        snapshots, after = Snapshots(self._objects, job), _number(known)
+        numbers = [*snapshots.numbers(after=after), *([after] if after else [])]
         for number in numbers:
-            place = self._root / job / f"{number}"
-            if _take(place):
-                return number
+            if number == after and _take(self._root / job / known):
+                return known
             try:
-                self._copy(snapshots, snapshots.read(number), place)
+                snapshot = snapshots.read(number)
+                place = self._root / job / _name(snapshot)
+                if _take(place):
+                    return place.name
+                self._copy(snapshots, snapshot, place)
             except Damaged as error:
                 if snapshots.numbers(after=numbers[0]):  # newer commits came meanwhile, and this one was deleted
-                    return self._copied(job, numbers[0])
+                    return self._copied(job, f"{numbers[0]}-")
                 _log.error("job %s: %s; the commit before is used", job, error)
                 continue
-            self._make_room(job)
-            return number
-        return self._copied(job, 0) if known else 0  # all that was known is gone
+            self._make_room(place)
+            return place.name
+        return self._copied(job, _NONE) if after else _NONE  # all that was known is gone
 
     def _copy(self, snapshots: Snapshots, snapshot: Snapshot, place: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +92,7 @@ class Copies:
             for name, file in snapshot.files.items():
                 if name.startswith(_ROUNDS):
                     continue
-                old = place.with_name(f"{before.number}") / name if before and before.files.get(name) == file else None
+                old = place.with_name(_name(before)) / name if before and before.files.get(name) == file else None
                 if old is None or not _is_linked(old, made / name):
                     snapshots.fetch(name, file, made / name)
             made.chmod(0o755)
@@ -97,11 +102,13 @@ class Copies:
         finally:
             shutil.rmtree(made, ignore_errors=True)
 
-    def _make_room(self, job: str) -> None:
-        """Delete old copies: of this job all that nobody reads, and the oldest of others, until the rest is small enough."""
+    def _make_room(self, made: Path) -> None:
+        """Delete old copies: of the job of the one that was ``made`` all that nobody reads, and the oldest of others.
+
+        Those go until the rest is small enough.
+        """
         copies = sorted(self._copies(), reverse=True)
         total, now, counted = 0, time(), set[tuple[int, int]]()
-        newest = max((int(path.name) for _, path in copies if path.parent.name == job), default=0)
         for _, path in copies:
             with suppress(FileNotFoundError):  # another process deletes the copy
                 for file in path.rglob("*"):
@@ -109,7 +116,7 @@ class Copies:
                     if S_ISREG(stat.st_mode) and (stat.st_dev, stat.st_ino) not in counted:
                         counted.add((stat.st_dev, stat.st_ino))
                         total += stat.st_size
-            if path.parent.name == job and int(path.name) != newest:
+            if path.parent == made.parent and path != made:
                 _delete(path, now - _OUTDATED_SECONDS)
             elif total > self._most_bytes:
                 _delete(path, now - _IN_USE_SECONDS)
@@ -121,9 +128,19 @@ class Copies:
 
     def _copies(self) -> Iterator[tuple[float, Path]]:
         for path in self._root.glob("*/*"):
-            if path.name.isdecimal():
+            if _number(path.name):
                 with suppress(OSError):
                     yield path.stat().st_mtime, path
+
+
+def _name(snapshot: Snapshot) -> str:
+    return f"{snapshot.number}-{snapshot.digest[:16]}"
+
+
+def _number(name: str) -> int:
+    """The number of the commit of which a folder is a copy; 0 if it is none."""
+    number = name.partition("-")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def _take(place: Path) -> bool:

@@ -1,39 +1,30 @@
-"""An object store, such as S3: whole objects by name, put as a whole or not at all.
+"""Where the service keeps objects: whole, by name. An object store such as S3, or a filesystem that keeps what it promises.
 
-All of ``obstore`` is behind this door. A store that is away raises an ``OSError`` as a disk does that is away
-(``ENOTCONN``), so whoever waits for a disk waits for the store as well. Credentials come from the environment, such as
-``AWS_ACCESS_KEY_ID``.
+A store that is away raises an ``OSError`` as a disk does that is away (``ENOTCONN``), so whoever waits for a disk waits for
+the store as well.
 """
 
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
-from errno import ENOTCONN
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
+from chainfed_ray.cluster.objects.fsspec_client import FsspecClient, PromiseBroken
+from chainfed_ray.cluster.objects.obstore_client import SCHEMES, ObstoreClient
+from chainfed_ray.cluster.objects.store_client import StoreClient, StoredObject
 from chainfed_ray.errors import InvalidSetting, PackageMissing
 
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore as Client
-
-SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
-"""Stores that can put an object on the condition that there is none: without that, two coordinators could both commit."""
+_SETTING = "CHAINFED_STORAGE"
+_EXPECTED = (
+    f"a folder, or the URL of a store: {', '.join(SCHEMES)}, or a filesystem of fsspec, which the environment names"
+)
 _PART_BYTES = 8 * 2**20  # are asked for at once
-_TIMES: dict[str, Any] = {"timeout": "60s", "connect_timeout": "5s", "allow_http": True}  # http, if the endpoint is
-_RETRIES, _RETRY_SECONDS = 4, 20  # of a request that failed; then the store is away
-
-
-class StoredObject(NamedTuple):
-    """An object's name below the store's prefix, its size in bytes, and when it was put, in seconds since 1970."""
-
-    name: str
-    bytes: int
-    put_at: float
+_OF_A_PROCESS = ("memory",)  # filesystems that other processes do not see
 
 
 @dataclass(frozen=True)
@@ -47,30 +38,39 @@ class ObjectStore:
 
     @classmethod
     def at(cls, url: str) -> "ObjectStore":
-        """The store at ``url``. Nothing is asked of it yet.
+        """The store at ``url``. An object store is asked nothing yet; another filesystem, whether it keeps its promise.
+
+        One that is away is taken as it is: it is waited for, and asked before anything is created.
 
         Raises:
             InvalidSetting: it is not the URL of a store that can be used.
             PackageMissing: obstore is not installed.
         """
         scheme, _, rest = url.partition("://")
-        if scheme not in SCHEMES or not rest.strip("/"):
-            expected = f"a folder, or a URL such as s3://bucket/prefix ({', '.join(SCHEMES)})"
-            raise InvalidSetting("CHAINFED_STORAGE", url, expected)
+        if "::" in url or scheme in _OF_A_PROCESS or not rest.strip("/"):
+            raise InvalidSetting(_SETTING, without_password(url), _EXPECTED)
+        store = cls(url.rstrip("/"))
         try:
-            _client(url.rstrip("/"))
-        except ModuleNotFoundError:
-            raise PackageMissing(f"CHAINFED_STORAGE={url}", "obstore", "s3") from None
-        except Exception as error:  # of obstore: what the environment must say and does not
-            raise InvalidSetting(
-                "CHAINFED_STORAGE", url, f"a store that the environment names ({_first_line(error)})"
-            ) from None
-        return cls(url.rstrip("/"))
+            client = _client(store.url, os.getpid())
+        except ImportError as error:
+            if scheme in SCHEMES:
+                raise PackageMissing(f"{_SETTING}={store.shown}", "obstore", "s3") from None
+            raise InvalidSetting(_SETTING, store.shown, f"a storage whose package is installed ({error})") from None
+        except Exception as error:  # of obstore: what the environment must say and does not; of fsspec: no such scheme
+            raise InvalidSetting(_SETTING, store.shown, f"{_EXPECTED} ({_first_line(error)})") from None
+        if isinstance(client, FsspecClient):
+            with suppress(OSError), store._kept():
+                client.probe()
+        return store
+
+    @property
+    def shown(self) -> str:
+        """The URL as it is told, without a password."""
+        return without_password(self.url)
 
     def put(self, name: str, data: bytes | Path) -> None:
         """Put an object, in place of the one that there may be."""
-        with self._asking():
-            _client(self.url).put(name, data)
+        self._client.put(name, data)
 
     def create(self, name: str, data: bytes) -> None:
         """Put an object if there is none of this name: of all who try at the same time, one succeeds.
@@ -79,8 +79,8 @@ class ObjectStore:
             FileExistsError: there is another one.
         """
         try:
-            with self._asking():
-                _client(self.url).put(name, data, mode="create")
+            with self._kept():
+                self._client.create(name, data)
         except FileExistsError:
             # The answer to a first try may be lost, and the second one then finds what the first has put.
             if self.get(name) != data:
@@ -92,8 +92,7 @@ class ObjectStore:
         Raises:
             FileNotFoundError: there is none.
         """
-        with self._asking():
-            return bytes(_client(self.url).get(name).bytes())
+        return self._client.get(name)
 
     def parts(self, name: str, size: int | None = None) -> Iterator[bytes]:
         """The bytes of an object, or its first ``size`` ones, a part at a time; fewer if it has fewer.
@@ -101,14 +100,10 @@ class ObjectStore:
         Raises:
             FileNotFoundError: there is none.
         """
-        with self._asking():
-            there = _client(self.url).head(name)["size"]
+        there = self._client.size(name)
         size = there if size is None else min(size, there)
         for start in range(0, size, _PART_BYTES):
-            length = min(_PART_BYTES, size - start)
-            with self._asking():
-                part = bytes(_client(self.url).get_range(name, start=start, length=length))
-            yield part
+            yield self._client.part(name, start, min(_PART_BYTES, size - start))
 
     def download(self, name: str, path: Path, size: int | None = None) -> str:
         """Write an object, or its first ``size`` bytes, to the file ``path``. Returns the SHA-256 of what was written.
@@ -143,27 +138,20 @@ class ObjectStore:
 
     def below(self, prefix: str, after: str | None = None) -> list[StoredObject]:
         """The objects below the folder ``prefix`` by name; only those behind the name ``after``."""
-        with self._asking():
-            found = _client(self.url).list(prefix, offset=after).collect()
-        return sorted(StoredObject(one["path"], one["size"], one["last_modified"].timestamp()) for one in found)
+        return sorted(self._client.below(prefix, after))
 
     def folders(self, prefix: str) -> list[str]:
         """The names of the folders in the folder ``prefix``."""
-        with self._asking():
-            found = _client(self.url).list_with_delimiter(prefix)["common_prefixes"]
-        return sorted(one.rstrip("/").rpartition("/")[2] for one in found)
+        return sorted(self._client.inside(prefix)[0])
 
     def files(self, prefix: str) -> list[str]:
         """The names of the objects in the folder ``prefix`` itself."""
-        with self._asking():
-            found = _client(self.url).list_with_delimiter(prefix)["objects"]
-        return sorted(one["path"].rpartition("/")[2] for one in found)
+        return sorted(self._client.inside(prefix)[1])
 
     def exists(self, name: str) -> bool:
         """Whether there is such an object."""
         try:
-            with self._asking():
-                _client(self.url).head(name)
+            self._client.size(name)
         except FileNotFoundError:
             return False
         return True
@@ -171,33 +159,39 @@ class ObjectStore:
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects. They need not be there."""
         if wanted := list(names):
-            with self._asking():
-                _client(self.url).delete(wanted)
+            self._client.delete(wanted)
 
     def delete_below(self, prefix: str) -> None:
         """Delete every object below the folder ``prefix``."""
-        self.delete(found.name for found in self.below(prefix))
+        self._client.delete_below(prefix)
+
+    @property
+    def _client(self) -> StoreClient:
+        return _client(self.url, os.getpid())
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
-        from obstore.exceptions import AlreadyExistsError, BaseError
-
+    def _kept(self) -> Iterator[None]:
         try:
             yield
-        except AlreadyExistsError as error:
-            raise FileExistsError(_first_line(error)) from None
-        except BaseError as error:
-            raise OSError(ENOTCONN, f"the object store does not answer ({_first_line(error)})", self.url) from error
+        except PromiseBroken as error:
+            expected = f"a storage that creates a file only if there is none: otherwise two coordinators could commit ({error})"
+            raise InvalidSetting(_SETTING, self.shown, expected) from None
 
 
 @lru_cache
-def _client(url: str) -> "Client":
-    from obstore.store import from_url
+def _client(url: str, process: int) -> StoreClient:
+    """A client, which a process that is forked does not share."""
+    if url.partition("://")[0] in SCHEMES:
+        return ObstoreClient(url)
+    return FsspecClient(url, without_password(url))
 
-    retries: Any = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)}
-    made: Any = from_url  # its types are of each store apart
-    client: Client = made(url, client_options=_TIMES, retry_config=retries)
-    return client
+
+def without_password(url: str) -> str:
+    """A URL as it is told: without the password, and without what follows a question mark, which may have one."""
+    parts = urlsplit(url)
+    who, at, where = parts.netloc.rpartition("@")
+    named = f"{who.partition(':')[0]}:***" if ":" in who else who
+    return f"{parts.scheme}://{named}{at}{where}{parts.path}"
 
 
 def _first_line(error: Exception) -> str:

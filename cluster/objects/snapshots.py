@@ -45,6 +45,7 @@ class Snapshot:
 
     number: int
     files: Mapping[str, StoredFile]
+    digest: str = ""  # the SHA-256 of its list, once that is put: no other commit has it, also after a restore
 
     @property
     def digests(self) -> set[str]:
@@ -80,9 +81,9 @@ class Snapshots:
         document = json.loads(body)
         if document["version"] != _VERSION:
             reason = f"it has version {document['version']}; this chainfed-ray reads version {_VERSION}"
-            raise CorruptCommit(f"{self.objects.url}/{self._list(number)}", reason)
+            raise CorruptCommit(f"{self.objects.shown}/{self._list(number)}", reason)
         files = {name: StoredFile(size, digest) for name, (size, digest) in document["files"].items()}
-        return Snapshot(number, files)
+        return Snapshot(number, files, sha256(body).hexdigest())
 
     def create(self, snapshot: Snapshot) -> None:
         """Put a snapshot, whose objects are there.

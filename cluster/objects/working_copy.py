@@ -7,6 +7,7 @@ the folder counts once it is in the store, and is told of only then.
 import logging
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 from chainfed_ray.cluster.objects.object_store import ObjectStore
@@ -52,7 +53,7 @@ class WorkingCopy:
             self._restore_secret()
             return damaged
         if damaged:
-            raise CorruptCommit(f"{self._snapshots.objects.url}/{self._snapshots.prefix}", some_of(damaged, "; "))
+            raise CorruptCommit(f"{self._snapshots.objects.shown}/{self._snapshots.prefix}", some_of(damaged, "; "))
         self._newest, self._base, self._fallback = 0, None, None
         self._remove_all_but(())
         self._restore_secret()
@@ -116,7 +117,7 @@ class WorkingCopy:
 
     def _has(self, path: Path, file: StoredFile) -> bool:
         try:
-            return (path.name == _LOG and path.stat().st_size > file.bytes) or self._digests.of(path) == file
+            return (path.name == _LOG and _goes_on_from(path, file)) or self._digests.of(path) == file
         except FileNotFoundError:
             return False
 
@@ -149,6 +150,14 @@ class WorkingCopy:
         path.unlink(missing_ok=True)
         path.touch(mode=0o600)
         path.write_bytes(secret)
+
+
+def _goes_on_from(log: Path, committed: StoredFile) -> bool:
+    """Whether a log has more lines than were committed, and those. After a restore it may be one of what is no more."""
+    if log.stat().st_size <= committed.bytes:
+        return False
+    with log.open("rb") as lines:
+        return sha256(lines.read(committed.bytes)).hexdigest() == committed.sha256
 
 
 def _rounds(snapshot: Snapshot) -> dict[str, StoredFile]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any, cast
 
-from sqlalchemy import select, update
-from sqlalchemy.engine import Engine
+from sqlalchemy import delete, select, update
+from sqlalchemy.engine import CursorResult, Engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -47,9 +48,7 @@ class Aliases:
 
     def _set(self, name: str, shares: Shares) -> None:
         with Session(self._engine) as session, session.begin():
-            # Write first, to lock the row (on SQLite, the database): no other process may change it meanwhile.
-            session.execute(update(AliasRow).where(AliasRow.name == name).values(name=name))
-            row = session.get(AliasRow, name)
+            row = _locked(session, name)
             if row is None:
                 session.add(AliasRow(name=name, targets=[shares]))
             elif row.targets[-1] != shares:
@@ -58,7 +57,7 @@ class Aliases:
     def roll_back(self, name: str, is_served: Callable[[str], bool]) -> Shares | None:
         """Return an alias to what it stood for before, of which every model ``is_served``. None if there is no such thing."""
         with Session(self._engine) as session, session.begin():
-            row = session.get(AliasRow, self._view.alias_key(name), with_for_update=True)
+            row = _locked(session, self._view.alias_key(name))
             earlier = row.targets[:-1] if row else []
             while earlier and not all(map(is_served, earlier[-1])):  # a job whose alias has moved on may be deleted
                 earlier = earlier[:-1]
@@ -70,7 +69,14 @@ class Aliases:
     def delete(self, name: str) -> bool:
         """Delete an alias. False if there is none of this name."""
         with Session(self._engine) as session, session.begin():
-            row = session.get(AliasRow, self._view.alias_key(name))
-            if row:
-                session.delete(row)
-            return row is not None
+            gone = session.execute(delete(AliasRow).where(AliasRow.name == self._view.alias_key(name)))
+            return cast("CursorResult[Any]", gone).rowcount > 0
+
+
+def _locked(session: Session, name: str) -> AliasRow | None:
+    """The row of an alias, which no other process may change before the transaction ends; None if there is none.
+
+    It is written first, which locks it, and on SQLite the database: a row that was only read may change until it is written.
+    """
+    session.execute(update(AliasRow).where(AliasRow.name == name).values(name=name))
+    return session.get(AliasRow, name)

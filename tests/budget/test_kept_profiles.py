@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from chainfed_ray.budget.demand import NO_MEMORY, BytePolynomial, MemoryProfile, PartMemory, StepMemory
-from chainfed_ray.budget.kept_profiles import kept_profile
+from chainfed_ray.budget.kept_profiles import kept_profile, pass_once
 
 _TENSOR = {"weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 
@@ -52,6 +52,24 @@ def test_what_was_traced_is_found_again_for_the_same_model_and_question(model: P
     assert layers_found(model, "R = 8", traced=5) == 5
     (model / "config.json").write_text('{"layers": 2}')
     assert layers_found(model, "R = 8", traced=6) == 6
+
+
+def test_a_check_that_was_passed_is_not_made_again(model: Path) -> None:
+    made = list[str]()
+
+    def check() -> None:
+        made.append("check")
+        if len(made) == 1:
+            raise ValueError("this model cannot be streamed")
+
+    with pytest.raises(ValueError, match="cannot be streamed"):
+        pass_once(model, "layers", check)
+    pass_once(model, "layers", check)
+    pass_once(model, "layers", check)
+    assert made == ["check", "check"], "what it raised is no answer"
+    (model / "config.json").write_text('{"layers": 2}')
+    pass_once(model, "layers", check)
+    assert len(made) == 3
 
 
 def test_a_damaged_file_is_traced_again_and_a_folder_that_is_none_costs_the_time_alone(

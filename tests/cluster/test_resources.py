@@ -11,6 +11,7 @@ from chainfed_ray.cluster.resources import (
     CLIENT_SLOT,
     COORDINATOR_SLOT,
     api_options,
+    check_options,
     client_options,
     controller_options,
     coordinator_options,
@@ -36,8 +37,21 @@ def test_every_process_has_the_variables_of_the_one_that_it_is_forked_from() -> 
 def test_no_actor_but_a_clients_runs_on_a_machine_for_clients() -> None:
     """It would keep the machine, after the last client has gone."""
     assert client_options(1)["resources"].keys() == {CLIENT_SLOT}
-    others = (api_options(), controller_options(), coordinator_options(), inference_options(), preflight_options())
+    others = (
+        api_options(),
+        controller_options(),
+        coordinator_options(),
+        inference_options(),
+        preflight_options(),
+        check_options(),
+    )
     assert [options["resources"].keys() for options in others] == [{COORDINATOR_SLOT}] * len(others)
+
+
+def test_what_waits_as_long_as_the_service_runs_keeps_nothing_from_clients() -> None:
+    """A job is told that a client fits if the machine's memory holds it: nobody may hold a part of that for ever."""
+    for options in (api_options(), controller_options(), coordinator_options(), inference_options(), check_options()):
+        assert (options["num_cpus"], "memory" in options) == (0, False)
 
 
 def test_the_processes_of_the_api_do_not_either() -> None:

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from threading import Event
 
 import pytest
 from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from chainfed_ray.cluster.jobs.run import run_queued_job
@@ -88,6 +90,25 @@ def test_a_job_that_goes_on_has_no_second_span_of_a_round(
             spans.told(record)
             spans.begin_next()
     assert paths(exporter) == ["stage", "stage → round", "stage → round"], "the third, and one that begins"
+
+
+def test_a_collector_that_is_away_keeps_nobody_from_the_end() -> None:
+    class Away(InMemorySpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            back.wait(60)
+            return super().export(spans)
+
+    back, away = Event(), Away()
+    begin_tracing(away)
+    try:
+        open_span("request", {"request": "request-7"}).end()
+        flush(seconds=0.01)
+        assert not away.get_finished_spans()
+    finally:
+        back.set()
+        end_tracing()
+    (one,) = away.get_finished_spans()
+    assert dict(one.attributes or {}) == {"chainfed.request": "request-7"}
 
 
 @pytest.mark.slow

@@ -149,7 +149,7 @@ def test_an_adapter_in_the_checkpoint_is_refused(tmp_path: Path) -> None:
     path = tiny("bert", tmp_path) / "model.safetensors"
     adapter = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"
     save_file({**load_file(path), adapter: torch.zeros(2, 32)}, path, {"format": "pt"})
-    words = r"tensors of an adapter, such as .*query\.lora_A\.weight: merge it into the base model first"
+    words = r"tensors of an adapter, such as .*query\.lora_A\.weight: merge it into the base first"
     with closing(Blocks(tmp_path, torch.float32)) as blocks, pytest.raises(UnsupportedModel, match=words):
         blocks.check()
 

@@ -166,7 +166,7 @@ class Call(Awaitable[list[Any]]):
         yield from self.calls.go.wait().__await__()
         self.over = True
         wrong = InvalidJob.at("texts", "bad", "a good one")
-        return [wrong if "bad" in texts else [text.upper() for text in texts] for _, texts in self.questions]
+        return [wrong if "bad" in one.texts else [text.upper() for text in one.texts] for one in self.questions]
 
     def cancel(self) -> None:
         self.calls.given_up += not self.over

@@ -90,6 +90,8 @@ def test_nothing_that_ray_says_of_routes_is_left(private: Path) -> None:
     before = HAPROXY_CONFIG_TEMPLATE
     after = rewritten(before, private)
     assert "status 404" in before
-    assert "status 404" not in after
+    assert "return status 404" not in after
+    answered_by_serve = "{ status 404 } { res.hdr(content-type) -m beg text/plain }"
+    assert f"http-response return status 503 default-errorfiles if {answered_by_serve}" in after
     assert "mode 666" not in after
     assert not re.search(r"errorfile \d+ {{", after)

@@ -46,6 +46,7 @@ from chainfed_ray.serving.messages import Piece, Sampling
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, assert_same, run
 from tests.causal import causal_folder
+from tests.collector import Collector, collector
 from tests.project import COMMAND
 from tests.services import Running, listening
 from tests.watching import wait_for
@@ -59,13 +60,19 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(storage: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """It reads what tests write, and nothing else."""
+def spans() -> Iterator[Collector]:
+    with collector() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def service(storage: Path, spans: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """It reads what tests write, and nothing else. Its requests and jobs are traced."""
     roots = str(tmp_path_factory.getbasetemp())
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CHAINFED_DATA_ROOTS", roots)
         environment.setenv("CHAINFED_MODEL_ROOTS", roots)
-        with Running(storage) as running:
+        with Running(storage, settings=spans.settings) as running:
             yield running
 
 
@@ -296,9 +303,9 @@ def test_two_tenants_and_their_operator(clients: dict[str, Client], document: di
 
 
 def test_told_to_stop_it_answers_what_was_asked_and_its_job_stops_after_a_commit(
-    service: Running, storage: Path, document: dict[str, Any]
+    service: Running, storage: Path, spans: Collector, document: dict[str, Any]
 ) -> None:
-    """The last test: the service is gone."""
+    """The last test: the service is gone. No span of what it did is lost."""
     keys = KeyStore(f"sqlite:///{storage / 'chainfed.db'}", existing=True)
     token = keys.make_key("default", ["submit", "read"]).token
     keys.close()
@@ -335,3 +342,12 @@ def test_told_to_stop_it_answers_what_was_asked_and_its_job_stops_after_a_commit
         assert store.get(job).status == "running", "it goes on when the service starts again"
         told = [event.data["index"] for event in store.of_kind(job, "round")]
     assert told == [record.index for record in CommitLog(storage / "jobs" / job).rounds()]
+    assert {"PUT /v1/uploads/{upload}/content", "GET /v1/jobs/{job}/events"} <= {span.name for span in spans.spans}
+    assert any(span.name == "coordinator" and span.about["chainfed.job"] == job for span in spans.spans)
+    asked = "POST /v1/classify"
+    traces = [spans.paths(span.trace) for span in spans.spans if span.name == asked]
+    assert {asked, f"{asked} → answer"} in traces
+    assert {"POST /v1/completions", "POST /v1/completions → answer"} in [spans.paths(one.trace) for one in spans.spans]
+    submitted = "POST /v1/jobs → coordinator → stage → round → turn"
+    traces = [spans.paths(span.trace) for span in spans.spans if span.name == "turn"]
+    assert any({"POST /v1/jobs → check → prepare", submitted} <= paths for paths in traces)

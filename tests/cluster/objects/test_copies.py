@@ -53,9 +53,7 @@ def test_a_copy_that_is_used_stays_and_others_make_room(objects: ObjectStore, tm
     assert copies.folder("a") == used
     newest = copies.folder("c")
     assert [folder.exists() for folder in (used, unused, newest)] == [True, False, True]
-    assert sorted(path.name for path in tmp_path.glob("copies/*/*")) == ["1", "1"], (
-        "nor does anything half-deleted stay"
-    )
+    assert sorted(tmp_path.glob("copies/*/*")) == sorted([used, newest]), "nor does anything half-deleted stay"
 
 
 def test_a_copy_goes_as_a_whole(objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +67,17 @@ def test_a_copy_goes_as_a_whole(objects: ObjectStore, tmp_path: Path, monkeypatc
     monkeypatch.undo()
     assert not first.exists()
     assert (Copies(objects, tmp_path / "copies").folder("a") / "model").read_text() == 1000 * "a"
+
+
+def test_a_commit_of_the_same_number_after_a_restore_is_another_one(objects: ObjectStore, tmp_path: Path) -> None:
+    """What a machine has copied before need not be deleted by hand."""
+    Job(objects, "a", tmp_path / "before").commit(model="before", finished_json="{}", log_jsonl="one\ntwo\n")
+    assert (Copies(objects, tmp_path / "copies").folder("a") / "model").read_text() == "before"
+    objects.delete_below("jobs/a")
+    Job(objects, "a", tmp_path / "after").commit(model="after", finished_json="{}", log_jsonl="1\n")
+    assert (Copies(objects, tmp_path / "copies").folder("a") / "model").read_text() == "after"
+    Job(objects, "a", tmp_path / "before")  # its coordinator works there again
+    assert {(tmp_path / "before" / "a" / name).read_text() for name in ("model", "log.jsonl")} == {"after", "1\n"}
 
 
 def test_what_did_not_change_is_neither_fetched_nor_kept_again(
