@@ -318,7 +318,7 @@ def _read(file: Path) -> tuple[Any, Any]:
 
 @contextmanager
 def accelerate_known() -> Iterator[None]:
-    """Let transformers read GGUF files where Accelerate is left out (``lean_imports``). It asks for it, and uses nothing of it."""
+    """Let transformers read GGUF files where Accelerate is left out (``lean_imports``): it asks for it, and uses nothing."""
     module: Any = import_module("transformers.modeling_utils")
     with _ONE_MODEL:
         before = module.is_accelerate_available
