@@ -82,7 +82,7 @@ class TurnProcess:
             self.end()
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _WORK, json.dumps(self._settings)],
+                [sys.executable, "-P", "-c", _WORK, json.dumps(self._settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
