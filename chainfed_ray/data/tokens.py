@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from chainfed_ray.activity import SILENT, Reporter
+from chainfed_ray.errors import InvalidJob
 
 REPORTED_ROWS = 500  # rows tokenised between two progress reports, at most
 _CHARACTERS_AT_ONCE = 4_000_000  # of rows that are tokenised together
@@ -137,6 +138,21 @@ def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
         characters += len(text)
     if part:
         yield part
+
+
+def check_known(
+    tokenizer: PreTrainedTokenizerBase, field: str, ids: Sequence[int] | np.ndarray, vocabulary: int
+) -> None:
+    """Check that a model with ``vocabulary`` tokens knows all of ``ids``, of the text that the key ``field`` names.
+
+    Some tokenizers have special tokens that their models have not, and a text may spell them out.
+
+    Raises:
+        InvalidJob: it does not know one of them.
+    """
+    if len(ids) and (highest := int(np.max(ids))) >= vocabulary:
+        expected = f"a text without it: the model has {vocabulary} tokens, and this would be number {highest}"
+        raise InvalidJob.at(field, str(tokenizer.convert_ids_to_tokens(highest)), expected)
 
 
 def ragged(rows: list[np.ndarray], labels: np.ndarray, targets: list[np.ndarray] | None = None) -> Examples:
