@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 
 from safetensors import numpy as in_numpy
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_utils
+from transformers.utils.import_utils import is_accelerate_available
 
 from chainfed_ray.block_forms import FORMS, to_metadata
 from chainfed_ray.cache_folder import made_once, shortened
@@ -292,17 +293,18 @@ def _read(file: Path) -> tuple[Any, Any]:
         Exception: whatever else transformers raises.
     """
     local = {"local_files_only": True, "trust_remote_code": False}
-    with redirect_stderr(StringIO()):  # where transformers draws progress bars
-        try:
-            loading: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, output_loading_info=True, **local
-            )
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" in str(error):
-                reason = "its tensors have other shapes than its keys say, or than are usual where they say none"
-                raise ValueError(reason) from None
-            raise
+    with redirect_stderr(StringIO()), _accelerate_as_it_is():  # transformers draws progress bars there
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, output_loading_info=True, ignore_mismatched_sizes=True, **local
+        )
         model, found = loading
+        if others := sorted(found["mismatched_keys"]):
+            name, shape, expected = others[0]
+            more = f", and {len(others) - 1} more have other shapes, too" if others[1:] else ""
+            raise ValueError(
+                f"its tensor for {name} is {list(shape)}, and its keys, or what is usual where they say nothing, "
+                f"ask for {list(expected)}{more}"
+            )
         if missing := sorted(found["missing_keys"]):  # transformers draws random numbers for them
             raise ValueError(f"it has no tensor for {some_of(missing)}")
         try:
@@ -312,6 +314,17 @@ def _read(file: Path) -> tuple[Any, Any]:
             raise ValueError(reason) from None
     del model.config.quantization_config  # it is of the file
     return model, tokenizer
+
+
+@contextmanager
+def _accelerate_as_it_is() -> Iterator[None]:
+    """Let transformers see whether Accelerate is there: it asks for these files. Our processes hide it (``lean_imports``)."""
+    hidden = vars(modeling_utils)["is_accelerate_available"]
+    vars(modeling_utils)["is_accelerate_available"] = is_accelerate_available
+    try:
+        yield
+    finally:
+        vars(modeling_utils)["is_accelerate_available"] = hidden
 
 
 @contextmanager
