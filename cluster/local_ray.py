@@ -3,22 +3,30 @@
 import logging
 import os
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from importlib import import_module
+from pathlib import Path
+from time import sleep, time
 from typing import Any
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
+from chainfed_ray.cluster.occupancy import is_free, occupy
 from chainfed_ray.cluster.resources import one_machine_resources
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.device import setup_worker
 from chainfed_ray.errors import InvalidSetting, ServiceNotStarted
 
 _TRIES = 3
+_FOLDERS = "cf-"  # how the names of Ray's folders begin: short, since the paths of its sockets must be
+_REMOVALS, _PAUSE_SECONDS = 10, 0.2  # tries, and seconds between them
+_KEPT_SECONDS = 86_400.0  # how long the logs of a Ray that failed are kept
 
 
 @contextmanager
@@ -31,6 +39,7 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
 
     Raises:
         ServiceNotStarted: Ray did not start, try after try.
+        InvalidSetting: the folder for temporary files has a path that Ray cannot use.
         RuntimeError: Ray was imported before.
     """
     if "ray" in sys.modules:
@@ -44,19 +53,21 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # Ray starts a process for each core beforehand. Ours are forks of another process, so nobody would use them.
         "RAY_prestart_worker_first_driver": "0",
+        "PYTHONSAFEPATH": "1",  # no process imports modules from the folder in which it is started
     }
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         import ray
 
-        try:
-            _start(settings, listen)
-        finally:
-            signal.signal(signal.SIGTERM, on_sigterm)  # restore ours: Ray's handler would abort the process
-        try:
-            yield
-        finally:
-            ray.shutdown()
+        with _folder_of_logs() as folder:
+            try:
+                _start(settings, folder, listen)
+            finally:
+                signal.signal(signal.SIGTERM, on_sigterm)  # restore ours: Ray's handler would abort the process
+            try:
+                yield
+            finally:
+                ray.shutdown()
 
 
 @contextmanager
@@ -77,7 +88,39 @@ def lean_ray() -> Iterator[None]:
         module.RayParams = whole
 
 
-def _start(settings: Settings, listen: Listener) -> None:
+@contextmanager
+def _folder_of_logs() -> Iterator[Path]:
+    """The folder in which Ray makes its own, with its logs and sockets. It opens those to everybody, so this one is closed.
+
+    It is removed when the block ends in order. After a failure the logs may tell why, so it is left for a day: then the
+    next start removes it.
+    """
+    place = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    if not str(place).isascii():
+        expected = "a path of ASCII characters: Ray's sockets are in it, and Ray reads no others"
+        raise InvalidSetting("TMPDIR", str(place), expected)
+    for left in (lock.parent for lock in place.glob(f"{_FOLDERS}*/in-use")):
+        with suppress(OSError):  # it belongs to somebody else, or is gone
+            known = left.lstat()
+            if known.st_uid == os.getuid() and time() - known.st_mtime > _KEPT_SECONDS and is_free(left):
+                shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDERS, dir=place))
+    failed = False
+    try:
+        with occupy(folder):
+            yield folder
+    except Exception:
+        failed = True
+        raise
+    finally:
+        for _ in range(0 if failed else _REMOVALS):  # a process of Ray's that ends a little later may still write there
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            sleep(_PAUSE_SECONDS)
+
+
+def _start(settings: Settings, folder: Path, listen: Listener) -> None:
     """Start Ray, and again if it does not come up in its time: on a busy machine the next try may."""
     import ray
 
@@ -91,6 +134,8 @@ def _start(settings: Settings, listen: Listener) -> None:
                     logging_level=logging.ERROR,
                     namespace="chainfed",
                     resources=one_machine_resources(settings.client_slots, settings.parallel_jobs),
+                    job_config=_without_own_folder(),
+                    _temp_dir=str(folder),
                 )
             return
         except Exception as error:
@@ -98,12 +143,26 @@ def _start(settings: Settings, listen: Listener) -> None:
                 expected = "a shorter path: Ray's sockets are in it, and the path of a socket has 107 bytes at most"
                 raise InvalidSetting("TMPDIR", tempfile.gettempdir(), expected) from None
             ray.shutdown()  # what has started of it
-            logging.getLogger(__name__).warning("Ray did not start", exc_info=True)
+            with (folder / "errors.log").open("a") as log:
+                traceback.print_exc(file=log)
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             if not left:
                 tries = f"{_TRIES} tries, and the machine may be too busy for it, or out of memory"
                 raise ServiceNotStarted(None, f"{reason} ({tries})") from None
             Reporter(f"starting Ray on this machine again ({reason})", listen).begin()
+
+
+def _without_own_folder() -> Any:
+    """A configuration with which Ray's processes import nothing from this process's folder, nor from that of its program.
+
+    Ray puts both first on the path of its processes, before the standard library, and has no setting for that. It leaves them
+    out if the code comes with a working directory, so the configuration says that it has one.
+    """
+    import ray
+
+    config: Any = ray.job_config.JobConfig()
+    config._runtime_env_has_working_dir = lambda: True
+    return config
 
 
 def hear_at_own_address() -> None:

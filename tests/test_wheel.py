@@ -45,9 +45,9 @@ def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, document: dict[str, Any]) -> Path:
-    """A project with packages that are called as our folders are, and must not be taken for them; and a job."""
+    """A project with packages of the names of our folders, of libraries and of Python's own modules; and a job."""
     project = tmp_path / "a project"
-    for name in ("api", "cluster", "tests"):
+    for name in ("api", "cluster", "tests", "torch", "ray", "starlette", "types", "random", "token"):
         (project / name).mkdir(parents=True)
         (project / name / "__init__.py").write_text(f"raise ImportError('this {name} is the user\\'s own')\n")
     document["rounds"] |= {"total": 1, "clients": 2}
@@ -66,18 +66,22 @@ def test_the_wheel_has_every_file_under_one_name(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_runs_beside_packages_of_the_same_names_its_workers_included(command: Path, folder: Path) -> None:
+def test_a_job_runs_beside_packages_of_the_same_names_its_workers_included(
+    command: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     assert _run(command, folder, "--version").stdout == f"chainfed-ray {version('chainfed-ray')}\n"
     assert "Commands" in _run(command, folder, "--help").stdout
-    done = _run(command, folder, "run", "job.yaml", "--out", "out", "--json")
+    temporary = tmp_path_factory.mktemp("tmp")
+    done = _run(command, folder, "run", "job.yaml", "--out", "out", "--json", TMPDIR=str(temporary))
+    assert not list(temporary.iterdir()), "nothing is left behind"
     assert json.loads(done.stdout)["status"] == "succeeded"
     (record,) = CommitLog(folder / "out" / "tiny").rounds()
     assert (len(record.turns), record.failed_turns) == (2, ()), record
 
 
-def _run(command: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run(command: Path, folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["CHAINFED_CLIENT_SLOTS"] = "1"
+    environment |= {"CHAINFED_CLIENT_SLOTS": "1"} | settings
     done = subprocess.run(
         [str(command), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
     )

@@ -96,7 +96,9 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
     from chainfed_ray.api.command.training import folder_of, train
     from chainfed_ray.api.report.progress import ProgressDisplay
     from chainfed_ray.api.report.results import results
+    from chainfed_ray.device.lean_imports import load_models
 
+    load_models()
     folder = folder_of(out, spec)
     resumable = _if_interrupted("Interrupted. Run the same command again to resume the job.")
     with resumable as interruption, ProgressDisplay(_progress, spec.name, spec, interruption.check) as progress:
@@ -310,6 +312,9 @@ def main() -> None:
 
     The exit code is 2 for an invalid job, and 1 for any other ``ChainFedError``.
     """
+    os.environ["PYTHONSAFEPATH"] = (
+        "1"  # no process below imports modules from the folder in which the command was given
+    )
     keep_model_list()
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.__stdout__, sys.__stderr__):

@@ -7,7 +7,6 @@ what watches must outlive what it watches. Nothing is lost with it: jobs continu
 import fcntl
 import multiprocessing
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -32,6 +31,7 @@ from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Settings, WithoutKeys
 from chainfed_ray.cluster.tracing import check_tracing
+from chainfed_ray.device.removal import temporary_folder
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
 from chainfed_ray.units import format_seconds
 
@@ -74,15 +74,12 @@ def local_service(
     """
     check_tracing()
     # HAProxy's sockets have long names, and the path of a socket has 107 bytes at most: so not in TMPDIR.
-    with (
-        _alone(settings),
-        tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp", ignore_cleanup_errors=True) as private,
-    ):
+    with _alone(settings), temporary_folder("haproxy-", "/tmp") as private:
         _end_left_overs(settings)
         check_port(host, port)
         _check_database(settings.storage.database)
         settings = replace(settings, without_keys=_without_keys(settings, host, insecure, tell))
-        service = LocalService(settings, host, port, Path(private), tell)
+        service = LocalService(settings, host, port, private, tell)
         try:
             service.start(listen)
             yield service

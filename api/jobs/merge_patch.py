@@ -10,13 +10,14 @@ from chainfed_ray.api.rest.job_file import document_in, media_type_of, read_body
 from chainfed_ray.errors import InvalidJob
 
 MEDIA_TYPE = "application/merge-patch+json"
+_REFERENCE = {"$ref": "#/components/schemas/JobPatch"}
 _EXAMPLE = {"name": "docstrings-2", "rounds": {"total": 40}, "seed": None}
-_SCHEMA = {"type": "object", "additionalProperties": True}
+SCHEMA = {"type": "object", "additionalProperties": True, "title": "JobPatch"}
 # The description of such a body in the OpenAPI document.
 BODY = {
     "requestBody": {
         "description": "What changes in the job's document: keys with new values; with null a key gets its default anew.",
-        "content": {kind: {"schema": _SCHEMA, "example": _EXAMPLE} for kind in (MEDIA_TYPE, "application/json")},
+        "content": {kind: {"schema": _REFERENCE, "example": _EXAMPLE} for kind in (MEDIA_TYPE, "application/json")},
     }
 }
 

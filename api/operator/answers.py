@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
+_LEAST_WIDTH = 80  # columns. With fewer, tables would leave out figures; a narrow terminal breaks the lines
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
 
 
@@ -17,5 +18,6 @@ def answer(as_json: bool, document: dict[str, Any], *parts: RenderableType) -> N
         print(json.dumps(document), file=output, flush=True)
         return
     console = Console(file=output, highlight=False, markup=False)  # a path or a class may have brackets in its name
+    console.width = max(console.width, _LEAST_WIDTH)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))

@@ -10,8 +10,15 @@ from pydantic import AfterValidator, BaseModel, FailFast, Field
 
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.models import served
-from chainfed_ray.api.rest.openai_schemas import PromptText, Strings
-from chainfed_ray.api.rest.schemas import LONGEST_NAME, MOST_CHARACTERS, MOST_TEXTS, RequestBody, bounded
+from chainfed_ray.api.rest.schemas import (
+    LONGEST_NAME,
+    MOST_CHARACTERS,
+    MOST_TEXTS,
+    PromptText,
+    RequestBody,
+    bounded,
+    one_or_more,
+)
 from chainfed_ray.api.rest.service import Jobs, WithService, while_connected
 from chainfed_ray.serving.messages import Embedding
 
@@ -24,7 +31,7 @@ class EmbeddingRequest(RequestBody):
     model: str = Field(
         max_length=LONGEST_NAME, description="a name from `GET /v1/models` whose task is `sequence-classification`"
     )
-    input: Annotated[list[PromptText], FailFast(), Strings, AfterValidator(bounded)] = Field(
+    input: Annotated[list[PromptText], FailFast(), one_or_more(MOST_TEXTS), AfterValidator(bounded)] = Field(
         min_length=1, max_length=MOST_TEXTS, description=f"{MOST_CHARACTERS:,} characters in all, at most"
     )
     encoding_format: Literal["float", "base64"] | None = Field(

@@ -11,21 +11,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, FailFast, Field, TypeAdapter, model_validator
 
-from chainfed_ray.api.rest.schemas import LONGEST_NAME, MOST_CHARACTERS, RequestBody, bounded
+from chainfed_ray.api.rest.schemas import LONGEST_NAME, MOST_CHARACTERS, PromptText, RequestBody, bounded, one_or_more
 from chainfed_ray.serving.messages import MOST_TOKENS, Chance, FinishReason, Prompt, Sampling, TokenChances, chat_of
 
 _UNFINISHED = "\ufffd"  # what tokenizers decode the bytes of an incomplete character to
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 _MAX_TOKENS = f"the most tokens to generate; by default as many as fit into the model's positions, up to {MOST_TOKENS}"
-Strings = BeforeValidator(_listed, json_schema_input_type=str | list[str])
 MOST_CHOICES = 8  # texts for one prompt
 MOST_LIKELIEST = 20  # tokens whose chances are told
-PromptText = Annotated[str, Field(max_length=100_000)]
+MOST_PROMPTS = 16
+_Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 # The values of an option that ask for nothing.
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -63,7 +57,7 @@ class GenerationOptions(_Unsupported):
         le=1,
         description="sample only from the likeliest tokens with this probability together, by default 1",
     )
-    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]] | None, Strings] = Field(
+    stop: Annotated[list[_Stop] | None, one_or_more(4, 1000, 1, {"type": "null"})] = Field(
         None, max_length=4, description="the text ends before the first of these strings"
     )
     n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="texts per prompt, by default 1")
@@ -110,8 +104,8 @@ class GenerationOptions(_Unsupported):
 class CompletionRequest(GenerationOptions):
     """Prompts to continue."""
 
-    prompt: Annotated[list[PromptText], FailFast(), Strings, AfterValidator(bounded)] = Field(
-        min_length=1, max_length=16, description=f"{MOST_CHARACTERS:,} characters in all, at most"
+    prompt: Annotated[list[PromptText], FailFast(), one_or_more(MOST_PROMPTS), AfterValidator(bounded)] = Field(
+        min_length=1, max_length=MOST_PROMPTS, description=f"{MOST_CHARACTERS:,} characters in all, at most"
     )
     best_of: Literal[1] | None = Field(None, description="not supported")
     echo: No | None = Field(None, description="not supported")
@@ -133,7 +127,7 @@ class TextPart(RequestBody):
     """A part of a message. Programs that can also send pictures send text in this form."""
 
     type: Literal["text"]
-    text: str
+    text: PromptText
 
 
 def _joined(value: Any) -> Any:
@@ -149,7 +143,7 @@ class ChatMessage(RequestBody):
     role: str = Field(
         description="a role of the model's template, mostly `system`, `user` or `assistant`", max_length=100
     )
-    content: Annotated[PromptText, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[PromptText, BeforeValidator(_joined, json_schema_input_type=PromptText | list[TextPart])]
     name: str | None = Field(None, description="accepted and ignored")
     refusal: None = Field(None, description="not supported")
     annotations: EmptyList | None = Field(None, description="not supported")

@@ -4,7 +4,17 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from chainfed_ray.cluster.jobs.versions import Trained, name_of_exit
 from chainfed_ray.cluster.tables import JobRecord
@@ -17,6 +27,8 @@ LONGEST_NAME = (
     1000  # characters of a model's name; a base model's may be a folder's, and a folder's has 255 bytes at most
 )
 MOST_CHARACTERS = 500_000  # of all texts of a request to a model
+LONGEST_TEXT = 100_000  # characters of one of them
+PromptText = Annotated[str, Field(max_length=LONGEST_TEXT)]
 
 
 def bounded(texts: Sequence[str]) -> Sequence[str]:
@@ -24,6 +36,21 @@ def bounded(texts: Sequence[str]) -> Sequence[str]:
     if sum(map(len, texts)) > MOST_CHARACTERS:
         raise ValueError(f"at most {MOST_CHARACTERS:,} characters in all")
     return texts
+
+
+def one_or_more(most: int, longest: int = LONGEST_TEXT, shortest: int = 0, *others: dict[str, Any]) -> BeforeValidator:
+    """Lets one text be given for a list with that text.
+
+    The JSON schema then has both: a text or up to ``most`` texts, each of up to ``longest`` characters; or one of ``others``.
+    """
+    text = {"type": "string", "maxLength": longest} | ({"minLength": shortest} if shortest else {})
+    texts = {"type": "array", "items": text, "minItems": 0 if others else 1, "maxItems": most}
+    given = Annotated[Any, WithJsonSchema({"anyOf": [text, texts, *others]})]
+    return BeforeValidator(_listed, json_schema_input_type=given)
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class RequestBody(BaseModel):
@@ -198,7 +225,7 @@ class ClassifyRequest(RequestBody):
     """Texts to classify, and the model to use."""
 
     model: str = Field(max_length=LONGEST_NAME, description="a name from `GET /v1/models`, such as `minilm:docstrings`")
-    texts: Annotated[list[Annotated[str, Field(max_length=100_000)]], FailFast(), AfterValidator(bounded)] = Field(
+    texts: Annotated[list[PromptText], FailFast(), AfterValidator(bounded)] = Field(
         min_length=1, max_length=MOST_TEXTS, description=f"{MOST_CHARACTERS:,} characters in all, at most"
     )
     top_k: int | None = Field(None, ge=1, description="give the scores of so many of the likeliest classes, not of all")

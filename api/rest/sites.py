@@ -28,6 +28,7 @@ from chainfed_ray.site.envelope import (
 router = APIRouter(prefix="/v1/site", tags=["sites"], route_class=StrictRoute)
 
 _BINARY, _JSON = "application/octet-stream", "application/json"
+_BYTES = {"schema": {"type": "string", "format": "binary"}}
 
 
 def _site(caller: Caller) -> str:
@@ -88,7 +89,7 @@ def hear_order(order: OrderPath, body: Heartbeat, site: SiteName, service: WithS
 @router.get(
     "/orders/{order}/document",
     response_class=FileResponse,
-    responses={200: {"content": {_JSON: {}}}, 206: {"content": {_JSON: {}}}},
+    responses={200: {"content": {_JSON: _BYTES}}, 206: {"content": {_JSON: _BYTES}}},
 )
 def get_order_document(order: OrderPath, site: SiteName, service: WithService) -> FileResponse:
     """The document of an order's job, which all its orders have in common; with `Range` a part of it."""
@@ -101,7 +102,7 @@ def get_order_document(order: OrderPath, site: SiteName, service: WithService) -
 @router.get(
     "/orders/{order}/tensors",
     response_class=FileResponse,
-    responses={200: {"content": {_BINARY: {}}}, 206: {"content": {_BINARY: {}}}},
+    responses={200: {"content": {_BINARY: _BYTES}}, 206: {"content": {_BINARY: _BYTES}}},
 )
 def get_order_tensors(order: OrderPath, site: SiteName, service: WithService) -> FileResponse:
     """The tensors of an order, as a safetensors file; with `Range` a part of it."""
@@ -119,7 +120,7 @@ def get_received(order: OrderPath, site: SiteName, service: WithService) -> Rece
 
 @router.put(
     "/orders/{order}/tensors",
-    openapi_extra={"requestBody": {"required": True, "content": {_BINARY: {"schema": {"type": "string"}}}}},
+    openapi_extra={"requestBody": {"required": True, "content": {_BINARY: _BYTES}}},
 )
 async def put_answer_tensors(
     order: OrderPath,

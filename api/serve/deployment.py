@@ -44,6 +44,7 @@ _RETRY_SECONDS = 60  # until a request may find the service started again
     ray_actor_options=api_options(),
     max_ongoing_requests=1000,
     health_check_period_s=1,  # a replica that is gone is noticed as soon
+    health_check_timeout_s=10,  # one that hangs is noticed after three of them, and another made; a busy machine takes seconds
 )
 @serve.ingress()
 class Api:

@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
+from chainfed_ray.api.jobs.merge_patch import SCHEMA as JOB_PATCH
 from chainfed_ray.api.rest.errors import MEDIA_TYPE
 from chainfed_ray.api.serve.idempotency import HEADER, KEY_PATTERN
 from chainfed_ray.api.serve.scopes import KEYED, NEEDS
@@ -36,6 +37,13 @@ _WITH_BODY = frozenset({"400", "408", "413", "415"})
 _WITH_KEY = frozenset({"401", "403"})
 _CHALLENGE = {"WWW-Authenticate": {"description": "`Bearer`, and what is wrong", "schema": {"type": "string"}}}
 _HEADERS = {"429": _RETRY_AFTER, "503": _RETRY_AFTER, "401": _CHALLENGE, "403": _CHALLENGE}
+_REQUEST_ID = "X-Request-ID"
+_HEADER_OF_ALL = {
+    "description": "the request's id: the one that the request came with, or a new one",
+    "schema": {"type": "string"},
+}
+_LOCATION = {"Location": {"description": "the path of what was made", "schema": {"type": "string"}}}
+_PLACES = {"job": "the id of a job", "name": "the name of a model, such as `minilm:docstrings`"}
 _KEY = "key"
 _IDEMPOTENCY_KEY = {
     "name": HEADER,
@@ -68,6 +76,8 @@ def describe(app: FastAPI, with_keys: bool) -> None:
             parts = document["components"]["schemas"]
             parts.update(schema.pop("$defs"))
             parts["JobSpec"] = schema
+            parts["JobPatch"] = JOB_PATCH
+            document["components"]["headers"] = {_REQUEST_ID: _HEADER_OF_ALL}
             _make_exact(document)
             for unused in ("HTTPValidationError", "ValidationError"):
                 parts.pop(unused, None)
@@ -78,6 +88,8 @@ def describe(app: FastAPI, with_keys: bool) -> None:
                     if f"{method.upper()} {name}" in KEYED:
                         _add_idempotency_key(operation)
                     _add_errors(operation, method in _METHODS_WITH_BODY and "requestBody" in operation)
+                    _add_headers(operation)
+                    _describe_places(operation)
         return app.openapi_schema or document
 
     app.openapi = described  # type: ignore[method-assign]
@@ -106,6 +118,20 @@ def _add_idempotency_key(operation: dict[str, Any]) -> None:
     """Say that the operation takes such a key, whether its route reads it or not."""
     others = [given for given in operation.get("parameters", ()) if given["name"].lower() != HEADER]
     operation["parameters"] = [*others, _IDEMPOTENCY_KEY]
+
+
+def _add_headers(operation: dict[str, Any]) -> None:
+    """Say which headers every answer has, and that one to a request that made something says where that is."""
+    for status, response in operation["responses"].items():
+        more = {_REQUEST_ID: {"$ref": f"#/components/headers/{_REQUEST_ID}"}} | (_LOCATION if status == "201" else {})
+        response["headers"] = response.get("headers", {}) | more
+
+
+def _describe_places(operation: dict[str, Any]) -> None:
+    """Describe the parts of a path of which the route has no words of its own."""
+    for parameter in operation.get("parameters", ()):
+        if parameter["in"] == "path" and parameter["name"] in _PLACES:
+            parameter.setdefault("description", _PLACES[parameter["name"]])
 
 
 def _add_errors(operation: dict[str, Any], has_body: bool) -> None:

@@ -26,6 +26,9 @@ _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _PROBLEM = {"$ref": "#/components/schemas/ProblemDetails"}
 _ANY = "application/octet-stream"
 _TYPES = {".json": "application/json", ".md": "text/markdown", ".txt": "text/plain", ".png": "image/png"}
+_CONTENT = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in (_ANY, *_TYPES.values())}
+_ETAG = {"ETag": {"description": "the SHA-256 of the file, in quotation marks", "schema": {"type": "string"}}}
+_RANGE_SENT = {"Content-Range": {"description": "which bytes, of how many", "schema": {"type": "string"}}}
 
 ArtifactName = Annotated[
     str, PathParameter(description="a name from the list, such as `model/adapter_model.safetensors`")
@@ -89,10 +92,18 @@ def list_artifacts(job: str, jobs: Jobs, service: WithService) -> ArtifactList:
     "/{job}/artifacts/{name:path}",
     response_class=FileResponse,
     responses={
-        200: {"content": {_ANY: {}}, "description": "The file"},
-        206: {"content": {_ANY: {}}, "description": "The part of it that `Range` asks for"},
-        416: {"content": {MEDIA_TYPE: {"schema": _PROBLEM}}, "description": "It has no such part"},
-        304: {"description": "It is the one that `If-None-Match` names"},
+        200: {"content": _CONTENT, "headers": _ETAG, "description": "The file"},
+        206: {
+            "content": _CONTENT,
+            "headers": _ETAG | _RANGE_SENT,
+            "description": "The part of it that `Range` asks for",
+        },
+        416: {
+            "content": {MEDIA_TYPE: {"schema": _PROBLEM}},
+            "headers": _RANGE_SENT,
+            "description": "It has no such part",
+        },
+        304: {"headers": _ETAG, "description": "It is the one that `If-None-Match` names"},
     },
 )
 def get_artifact(

@@ -25,6 +25,9 @@ _FEWEST = 10
 _ANY_CLASSES = ("one", "other")
 
 
+_MOST_CHARACTERS = (
+    10_000_000  # of a row's text: a tokenizer takes 12 bytes of memory for each, also if most are cut off
+)
 Text = str | tuple[str, str] | tuple[Message, ...]
 """What a row is to a model: a text, a (prompt, response) pair, or a chat."""
 
@@ -215,6 +218,23 @@ def _filled(values: Sequence[str | None], key: str, column: str, source: str) ->
 
 
 def _texts(table: Table, selection: ColumnSelection, source: str) -> tuple[Text, ...]:
+    found = _any_texts(table, selection, source)
+    key, first = selection.texts[0]
+    for row, text in enumerate(found, start=1):
+        if (length := _characters(text)) > _MOST_CHARACTERS:
+            expected = f"texts of at most {_MOST_CHARACTERS:,} characters; row {row} of {source} has {length:,}"
+            raise InvalidJob.at(key, first, expected)
+    return found
+
+
+def _characters(text: Text) -> int:
+    """The number of characters of a text, of a prompt and its response, or of what the messages of a chat say."""
+    if isinstance(text, str):
+        return len(text)
+    return sum(len(part) if isinstance(part, str) else len(part.content) for part in text)
+
+
+def _any_texts(table: Table, selection: ColumnSelection, source: str) -> tuple[Text, ...]:
     (key, first), *others = selection.texts
     if key == "data.messages":
         cells = enumerate(table.columns[first], start=1)

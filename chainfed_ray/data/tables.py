@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,7 +220,7 @@ def _delimited(text: TextIO, wanted: Collection[str] | None, delimiter: str) -> 
         header = next(reader, None)
         if header is None:
             raise ValueError("a header with the names of the columns; the file is empty")
-        if twice := sorted({name for name in header if header.count(name) > 1}):
+        if twice := sorted(name for name, times in Counter(header).items() if times > 1):
             raise ValueError(f"a header that names each column once; {twice[0]!r} is there twice")
         kept = [(place, name) for place, name in enumerate(header) if wanted is None or name in wanted]
         columns: dict[str, list[Any]] = {name: [] for _, name in kept}

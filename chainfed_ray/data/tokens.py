@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from chainfed_ray.activity import SILENT, Reporter
+from chainfed_ray.errors import InvalidJob
 
-REPORTED_ROWS = 500  # rows tokenised between two progress reports
+REPORTED_ROWS = 500  # rows tokenised between two progress reports, at most
+_CHARACTERS_AT_ONCE = 4_000_000  # of rows that are tokenised together
 
 
 class Batch(NamedTuple):
@@ -119,11 +121,38 @@ def tokenize(
 ) -> Examples:
     """Tokenise ``texts``, cut at ``max_length`` tokens. A text without tokens gets one padding token."""
     rows = list[np.ndarray]()
-    parts = (texts[first : first + REPORTED_ROWS] for first in range(0, len(texts), REPORTED_ROWS))
-    for part in reporter.each(parts, len(texts), "rows", len):
-        encoded = tokenizer(list(part), truncation=True, max_length=max_length)["input_ids"]
+    for part in reporter.each(_parts(texts), len(texts), "rows", len):
+        encoded = tokenizer(part, truncation=True, max_length=max_length)["input_ids"]
         rows += [np.array(row or [0], dtype=np.int32) for row in encoded]
     return ragged(rows, np.array(labels, dtype=np.int64))
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in parts, each of so few rows and characters that its tokens need little memory before they are cut."""
+    part, characters = list[str](), 0
+    for text in texts:
+        if part and (len(part) == REPORTED_ROWS or characters + len(text) > _CHARACTERS_AT_ONCE):
+            yield part
+            part, characters = [], 0
+        part.append(text)
+        characters += len(text)
+    if part:
+        yield part
+
+
+def check_known(
+    tokenizer: PreTrainedTokenizerBase, field: str, ids: Sequence[int] | np.ndarray, vocabulary: int
+) -> None:
+    """Check that a model with ``vocabulary`` tokens knows all of ``ids``, of the text that the key ``field`` names.
+
+    Some tokenizers have special tokens that their models have not, and a text may spell them out.
+
+    Raises:
+        InvalidJob: it does not know one of them.
+    """
+    if len(ids) and (highest := int(np.max(ids))) >= vocabulary:
+        expected = f"a text without it: the model has {vocabulary} tokens, and this would be number {highest}"
+        raise InvalidJob.at(field, str(tokenizer.convert_ids_to_tokens(highest)), expected)
 
 
 def ragged(rows: list[np.ndarray], labels: np.ndarray, targets: list[np.ndarray] | None = None) -> Examples:

@@ -3,7 +3,6 @@
 Call ``run_job`` from Python (docs/python.md); ``chainfed run`` and the service call it as well.
 """
 
-import tempfile
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -15,6 +14,7 @@ from chainfed_ray.client.objective import Objective
 from chainfed_ray.client.pool import ClientPool, LocalPool
 from chainfed_ray.client.survey import Sites
 from chainfed_ray.data.partition import PartitionRule
+from chainfed_ray.device.removal import temporary_folder
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import FederatedEvaluation, JobEvaluation, streamed
@@ -77,7 +77,7 @@ def run_job(
             raise InvalidJob.at(f"fleet.clients[{index}].site", group.site, expected)
     with ExitStack() as until_done:
         if scratch is None:
-            scratch = Path(until_done.enter_context(tempfile.TemporaryDirectory(prefix="chainfed-")))
+            scratch = until_done.enter_context(temporary_folder("chainfed-"))
         job = prepare_job(spec, scratch, listen, partition, sites)
         if sites:
             sites.planned(job.planner.costs)

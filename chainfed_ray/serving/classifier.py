@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chainfed_ray.data.tokens import Batch, Examples, joined, tokenize
+from chainfed_ray.data.tokens import Batch, Examples, check_known, joined, tokenize
 from chainfed_ray.hub import tokenizer
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
@@ -56,9 +56,7 @@ class Classifier:
         other texts of the call, nor on the other stacks.
         """
         owners = [saved for saved, texts in asked for _ in texts]
-        examples = joined(
-            [tokenize(self._tokenizer, texts, [0] * len(texts), saved.max_length) for saved, texts in asked]
-        )
+        examples = joined([self._tokens("texts", texts, saved.max_length) for saved, texts in asked])
         found: list[Tensor] = [torch.empty(0)] * len(owners)
         for run, indices in self._batches(examples, owners):
             rows = [owners[index] for index in indices]
@@ -75,9 +73,7 @@ class Classifier:
         It is the mean over the text's tokens of the model's output, with length 1, as sentence-transformers computes it.
         """
         owners = [saved for saved, texts in asked for _ in texts]
-        examples = joined(
-            [tokenize(self._tokenizer, texts, [0] * len(texts), self._most_tokens(saved)) for saved, texts in asked]
-        )
+        examples = joined([self._tokens("input", texts, self._most_tokens(saved)) for saved, texts in asked])
         found: list[Embedding] = [Embedding([], 0)] * len(owners)
         for run, indices in self._batches(examples, owners):
             vectors = self._vectors(examples.batch(indices), [owners[index] for index in indices], run)
@@ -85,6 +81,11 @@ class Classifier:
                 found[index] = Embedding(vector.tolist(), int(examples.lengths[index]))
         answers = iter(found)
         return [list(islice(answers, len(texts))) for _, texts in asked]
+
+    def _tokens(self, field: str, texts: Sequence[str], most: int) -> Examples:
+        examples = tokenize(self._tokenizer, texts, [0] * len(texts), most)
+        check_known(self._tokenizer, field, examples.ids, self._blocks.vocabulary)
+        return examples
 
     def _batches(
         self, examples: Examples, owners: Sequence[SavedStack | None]

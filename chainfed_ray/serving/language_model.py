@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chainfed_ray.data.messages import Chat
 from chainfed_ray.data.targets import chat_ids, prompt_ids
+from chainfed_ray.data.tokens import check_known
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import tokenizer
 from chainfed_ray.model.forward import adapt
@@ -164,7 +165,7 @@ class LanguageModel:
         """The tokens of a prompt, one or more, made in the same way as those of a job's training rows.
 
         Raises:
-            InvalidJob: the prompt is empty, or the model cannot chat.
+            InvalidJob: the prompt is empty, or has a token that the model has not, or the model cannot chat.
         """
         ids = prompt_ids(self._tokenizer, prompt) if isinstance(prompt, str) else self._chat(prompt)
         if not ids and self._tokenizer.bos_token_id is not None:
@@ -172,6 +173,7 @@ class LanguageModel:
         if not ids:
             expected = "a prompt of one token or more, because this model has no token for the beginning of a text"
             raise InvalidJob.at("prompt", prompt, expected)
+        check_known(self._tokenizer, "prompt" if isinstance(prompt, str) else "messages", ids, self._vocabulary)
         return ids
 
     def most_after(self, prompt: Prompt, length: int, asked: int | None) -> int:

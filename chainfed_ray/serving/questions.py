@@ -1,8 +1,9 @@
 """Answers questions to encoders that come at about the same time in one pass for each base model, whatever their stacks."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from threading import Condition, Thread
 from typing import Any, TypeVar
 
@@ -71,8 +72,8 @@ def answer_together(
 ) -> list[Answer | Exception]:
     """The answer to each question, or the error because of which it has none.
 
-    ``stack_of`` loads the stack of a model, and ``answer`` answers with a base model in a dtype. What they raise fails the
-    questions that need it, and no others.
+    ``stack_of`` loads the stack of a model, and ``answer`` answers with a base model in a dtype. What they raise for a question
+    fails that question, and no others.
     """
     answers: dict[int, Answer | Exception] = {}
     loaded = defaultdict[tuple[str, str], dict[int, SavedStack | None]](dict)
@@ -82,9 +83,23 @@ def answer_together(
         except Exception as error:
             answers[place] = error
     for (base, dtype), stacks in loaded.items():
-        asked = [(saved, questions[place].texts) for place, saved in stacks.items()]
-        try:
-            answers |= zip(stacks, answer(base, dtype, asked), strict=True)
-        except Exception as error:
-            answers |= dict.fromkeys(stacks, error)
+        answers |= _of_one_base(stacks, questions, partial(answer, base, dtype))
     return [answers[place] for place in range(len(questions))]
+
+
+def _of_one_base(
+    stacks: Mapping[int, SavedStack | None],
+    questions: Sequence[Question],
+    answer: Callable[[Asked], Sequence[Answer | Exception]],
+) -> dict[int, Answer | Exception]:
+    """The answers by the questions' places. What cannot be answered together is answered one by one: one may be at fault."""
+    try:
+        found = answer([(saved, questions[place].texts) for place, saved in stacks.items()])
+        return dict(zip(stacks, found, strict=True))
+    except Exception as error:
+        if len(stacks) == 1:
+            return dict.fromkeys(stacks, error)
+    answers: dict[int, Answer | Exception] = {}
+    for place, saved in stacks.items():
+        answers |= _of_one_base({place: saved}, questions, answer)
+    return answers

@@ -1,5 +1,6 @@
 """Checks the keys of a job against each other, after each key has been checked by itself. Each rule yields its problems."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from chainfed_ray.problem import MISSING, Problem
@@ -255,9 +256,8 @@ def _of_rows(spec: JobSpec) -> Iterator[Problem]:
             yield Problem(
                 "data.classes", list(data.classes[:3]), "no value, unless model.task is sequence-classification"
             )
-        elif len(set(data.classes)) < len(data.classes):
-            twice = next(name for name in data.classes if data.classes.count(name) > 1)
-            yield Problem("data.classes", twice, "each class once")
+        elif twice := [name for name, times in Counter(data.classes).items() if times > 1]:
+            yield Problem("data.classes", twice[0], "each class once")
 
 
 def _of_rows_at_sites(spec: JobSpec) -> Iterator[Problem]:

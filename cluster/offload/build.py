@@ -67,7 +67,7 @@ def build_ops(folder: Path) -> None:
 def _compile(temporary: Path, folder: Path) -> None:
     """Compile the libraries in ``temporary``, in a process of its own, and move them into ``folder``."""
     done = subprocess.run(
-        [sys.executable, "-c", "from chainfed_ray.cluster.offload.build import compile_here; compile_here()"],
+        [sys.executable, "-P", "-c", "from chainfed_ray.cluster.offload.build import compile_here; compile_here()"],
         env={
             **os.environ,
             "DS_ACCELERATOR": "cpu",

@@ -26,9 +26,9 @@ from torch._C._distributed_c10d import HashStore
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.cluster.offload.footprint import SWAPPED_BYTES, buffer_count, buffer_elements
 from chainfed_ray.cluster.offload.libraries import OPS, load_op
-from chainfed_ray.cluster.offload.removal import remove_when_this_process_ends
 from chainfed_ray.data.tokens import Batch, Examples
 from chainfed_ray.device.peak import PeakMemory
+from chainfed_ray.device.removal import remove_when_this_process_ends
 from chainfed_ray.evaluation.predictions import Predictions, predict
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks

@@ -22,8 +22,8 @@ from typing import Any
 import ray
 
 from chainfed_ray.cluster.offload.messages import START_SECONDS, EvaluationOrder, Reason, RunSpec, RunState
-from chainfed_ray.cluster.offload.removal import remove_when_this_process_ends
 from chainfed_ray.cluster.resources import evaluation_resources, runtime_env
+from chainfed_ray.device.removal import remove_when_this_process_ends
 
 _OWNER_SECONDS = 30.0  # after this long without a heartbeat, the owner counts as dead
 _END_SECONDS = 10.0  # how long workers have to end by themselves before they are killed

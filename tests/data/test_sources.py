@@ -82,6 +82,22 @@ def test_rows_that_cannot_be_used(
         load(DataSpec(train=f"path:{path}", **changes), seed=0)
 
 
+def test_a_text_that_no_tokenizer_can_hold_is_refused_by_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "short,x\n" * 20 + "word " * 2_000_001 + ",y\n")
+    with pytest.raises(InvalidJob, match=r"data\.text is .*texts of at most 10,000,000 .*row 21 of .*10,000,005"):
+        load(DataSpec(train=f"path:{path}"), seed=0)
+
+
+def test_the_cost_of_a_header_is_linear_in_its_names(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(",".join(f"column {place}" for place in range(60_000)) + "\n")
+    started = monotonic()
+    with pytest.raises(InvalidJob, match=r"a column of path:.*: column 0, column 1, .* and 59990 more"):
+        load(DataSpec(train=f"path:{path}"), seed=0)
+    assert monotonic() - started < 10, "not minutes"
+
+
 def test_labels_that_training_does_not_know(tmp_path: Path) -> None:
     other = tmp_path / "test.jsonl"
     other.write_text('{"text": "x", "label": "c"}')

@@ -1,14 +1,16 @@
 """Questions that come together are answered together, each as if it had come alone."""
 
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from chainfed_ray.errors import CorruptCommit, InvalidJob
 from chainfed_ray.model.saved_stack import SavedStack, save_stack
@@ -69,6 +71,27 @@ def test_what_one_question_lacks_is_its_own_error(tiny_model_folder: Path, engin
     assert isinstance(first, list)
     assert isinstance(last, list)
     assert (len(first), len(last)) == (len(TEXTS), len(TEXTS))
+
+
+def test_a_text_with_a_token_that_the_model_has_not_is_refused_and_no_other(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """Gemma 3 has such a token for pictures, of which its model of texts alone has no row."""
+    folder, stack = tmp_path / "model", a_saved_stack(tiny_model_folder)
+    shutil.copytree(tiny_model_folder, folder)
+    words = AutoTokenizer.from_pretrained(folder)
+    missing = [f"<extra-{place}>" for place in range(AutoConfig.from_pretrained(folder).vocab_size)]
+    words.add_tokens(missing, special_tokens=True)
+    words.save_pretrained(folder)
+    save_stack(replace(stack, base=f"path:{folder}"), tmp_path / "job")
+    engine = Engine(lambda model: tmp_path / str(model.job), 2**30)
+    model = ModelKey(f"path:{folder}", "float32", "job")
+    questions = [Question(model, TEXTS), Question(model, [f"a {missing[-1]} b"]), Question(model, TEXTS)]
+    for work, field in ((engine.classify, "texts"), (engine.embed, "input")):
+        first, refused, last = work(questions)
+        assert isinstance(refused, InvalidJob)
+        assert str(refused).startswith(f"{field} is '{missing[-1]}'; expected a text without it: the model has ")
+        assert (len(first), len(last)) == (len(TEXTS), len(TEXTS))
 
 
 def test_what_comes_while_another_is_answered_is_answered_together() -> None:

@@ -5,7 +5,9 @@ from typing import Any, cast
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 
+from chainfed_ray.api.rest.openai_schemas import CompletionRequest
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.spec.sections import RoundsSpec
@@ -70,3 +72,29 @@ def test_the_page_that_shows_it_loads_nothing_from_elsewhere(client: TestClient)
     for path in loaded:
         assert path.startswith("/")
         assert client.get(path).status_code == 200
+
+
+def test_every_answer_has_its_headers_and_its_form(document: dict[str, Any]) -> None:
+    for name, operation in operations(document).items():
+        for status, response in operation["responses"].items():
+            headers = response["headers"]
+            assert "X-Request-ID" in headers, (name, status)
+            assert ("Location" in headers) == (status == "201"), (name, status)
+            assert all("schema" in content for content in response.get("content", {}).values()), (name, status)
+        for parameter in operation.get("parameters", ()):
+            assert parameter.get("description"), (name, parameter["name"])
+    sent = operations(document)["GET /v1/jobs/{job}/artifacts/{name}"]["responses"]
+    assert {"application/octet-stream", "application/json", "image/png", "text/plain"} <= set(sent["200"]["content"])
+    assert {"ETag", "Content-Range"} <= set(sent["206"]["headers"])
+
+
+def test_one_text_or_some_have_the_bounds_that_are_kept(document: dict[str, Any]) -> None:
+    parts = document["components"]["schemas"]
+    for part, field, most in (("CompletionRequest", "prompt", 16), ("EmbeddingRequest", "input", 256)):
+        text, texts = parts[part]["properties"][field]["anyOf"]
+        assert (text["maxLength"], texts["maxItems"], texts["items"]) == (100_000, most, text)
+    text, texts, nothing = parts["CompletionRequest"]["properties"]["stop"]["anyOf"]
+    assert (text["maxLength"], texts["maxItems"], nothing) == (1000, 4, {"type": "null"})
+    for wrong in ({"stop": ["x"] * 5}, {"stop": "x" * 1001}, {"stop": ""}, {"prompt": ["x"] * 17}, {"prompt": []}):
+        with pytest.raises(ValidationError):
+            CompletionRequest.model_validate({"model": "m", "prompt": "x", **wrong})
