@@ -298,13 +298,13 @@ def _read(file: Path) -> tuple[Any, Any]:
     local: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with redirect_stderr(StringIO()), accelerate_known():  # stderr is where transformers draws progress bars
-        model, found = AutoModelForCausalLM.from_pretrained(file.parent, **local, **told)
+        loading: Any = AutoModelForCausalLM.from_pretrained(file.parent, **local, **told)
+        model, found = loading
         if others := sorted(found["mismatched_keys"]):
             name, shape, expected = others[0]
             more = f", and {len(others) - 1} more have other shapes, too" if others[1:] else ""
             raise ValueError(
-                f"its tensor for {name} is {list(shape)}, and its keys, or what is usual where they say nothing, "
-                f"ask for {list(expected)}{more}"
+                f"its tensor for {name} is {list(shape)}; its keys, or what is usual without, ask for {list(expected)}{more}"
             )
         if missing := sorted(found["missing_keys"]):  # transformers draws random numbers for them
             raise ValueError(f"it has no tensor for {some_of(missing)}")
