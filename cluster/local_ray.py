@@ -30,8 +30,12 @@ _KEPT_SECONDS = 86_400.0  # how long the logs of a Ray that failed are kept
 
 
 @contextmanager
-def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listener = no_listener) -> Iterator[None]:
+def local_ray(
+    settings: Settings, environment: Mapping[str, str], listen: Listener = no_listener, own_modules: bool = False
+) -> Iterator[None]:
     """Start Ray with the variables of ``environment`` in all its processes, and stop it when the block ends.
+
+    With ``own_modules`` these processes import modules beside this program as well, as rules of a caller's own may need.
 
     Ray listens on loopback only, and accepts connections only with a secret that is made here. It reads both when it is first
     imported, so nothing may import Ray earlier. Its messages stay in its own logs, because our standard output is for the
@@ -53,15 +57,16 @@ def local_ray(settings: Settings, environment: Mapping[str, str], listen: Listen
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # Ray starts a process for each core beforehand. Ours are forks of another process, so nobody would use them.
         "RAY_prestart_worker_first_driver": "0",
-        "PYTHONSAFEPATH": "1",  # no process imports modules from the folder in which it is started
     }
+    if not own_modules:
+        os.environ["PYTHONSAFEPATH"] = "1"  # no process imports modules from the folder in which it is started
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         import ray
 
         with _folder_of_logs() as folder:
             try:
-                _start(settings, folder, listen)
+                _start(settings, folder, own_modules, listen)
             finally:
                 signal.signal(signal.SIGTERM, on_sigterm)  # restore ours: Ray's handler would abort the process
             try:
@@ -104,7 +109,7 @@ def _folder_of_logs() -> Iterator[Path]:
             known = left.lstat()
             if known.st_uid == os.getuid() and time() - known.st_mtime > _KEPT_SECONDS and is_free(left):
                 shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(prefix=_FOLDERS, dir=place))
+    folder = _new_folder(place)
     failed = False
     try:
         with occupy(folder):
@@ -120,7 +125,18 @@ def _folder_of_logs() -> Iterator[Path]:
             sleep(_PAUSE_SECONDS)
 
 
-def _start(settings: Settings, folder: Path, listen: Listener) -> None:
+def _new_folder(place: Path) -> Path:
+    """An empty folder in ``place``, for this user alone, with a name that is shorter than those of ``tempfile``."""
+    while True:
+        folder = place / f"{_FOLDERS}{secrets.token_hex(2)}"
+        try:
+            folder.mkdir(0o700)
+        except FileExistsError:
+            continue
+        return folder
+
+
+def _start(settings: Settings, folder: Path, own_modules: bool, listen: Listener) -> None:
     """Start Ray, and again if it does not come up in its time: on a busy machine the next try may."""
     import ray
 
@@ -134,7 +150,7 @@ def _start(settings: Settings, folder: Path, listen: Listener) -> None:
                     logging_level=logging.ERROR,
                     namespace="chainfed",
                     resources=one_machine_resources(settings.client_slots, settings.parallel_jobs),
-                    job_config=_without_own_folder(),
+                    job_config=_job_config(own_modules),
                     _temp_dir=str(folder),
                 )
             return
@@ -152,8 +168,8 @@ def _start(settings: Settings, folder: Path, listen: Listener) -> None:
             Reporter(f"starting Ray on this machine again ({reason})", listen).begin()
 
 
-def _without_own_folder() -> Any:
-    """A configuration with which Ray's processes import nothing from this process's folder, nor from that of its program.
+def _job_config(own_modules: bool) -> Any:
+    """Ray's configuration. Without ``own_modules`` its processes import nothing from this process's folder or its program's.
 
     Ray puts both first on the path of its processes, before the standard library, and has no setting for that. It leaves them
     out if the code comes with a working directory, so the configuration says that it has one.
@@ -161,7 +177,8 @@ def _without_own_folder() -> Any:
     import ray
 
     config: Any = ray.job_config.JobConfig()
-    config._runtime_env_has_working_dir = lambda: True
+    if not own_modules:
+        config._runtime_env_has_working_dir = lambda: True
     return config
 
 
