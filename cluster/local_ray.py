@@ -9,7 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -31,11 +31,12 @@ _KEPT_SECONDS = 86_400.0  # how long the logs of a Ray that failed are kept
 
 @contextmanager
 def local_ray(
-    settings: Settings, environment: Mapping[str, str], listen: Listener = no_listener, own_modules: bool = False
+    settings: Settings, environment: Mapping[str, str], listen: Listener = no_listener, embedded: bool = False
 ) -> Iterator[None]:
     """Start Ray with the variables of ``environment`` in all its processes, and stop it when the block ends.
 
-    With ``own_modules`` these processes import modules beside this program as well, as rules of a caller's own may need.
+    With ``embedded`` it serves a program of a caller's own: Ray's processes import modules beside that program as well, as
+    rules of his own may need, and standard output stays his.
 
     Ray listens on loopback only, and accepts connections only with a secret that is made here. It reads both when it is first
     imported, so nothing may import Ray earlier. Its messages stay in its own logs, because our standard output is for the
@@ -58,15 +59,15 @@ def local_ray(
         # Ray starts a process for each core beforehand. Ours are forks of another process, so nobody would use them.
         "RAY_prestart_worker_first_driver": "0",
     }
-    if not own_modules:
+    if not embedded:
         os.environ["PYTHONSAFEPATH"] = "1"  # no process imports modules from the folder in which it is started
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with open(os.devnull, "w") as nowhere, nullcontext() if embedded else redirect_stdout(nowhere):
         import ray
 
         with _folder_of_logs() as folder:
             try:
-                _start(settings, folder, own_modules, listen)
+                _start(settings, folder, embedded, listen)
             finally:
                 signal.signal(signal.SIGTERM, on_sigterm)  # restore ours: Ray's handler would abort the process
             try:
@@ -136,7 +137,7 @@ def _new_folder(place: Path) -> Path:
         return folder
 
 
-def _start(settings: Settings, folder: Path, own_modules: bool, listen: Listener) -> None:
+def _start(settings: Settings, folder: Path, embedded: bool, listen: Listener) -> None:
     """Start Ray, and again if it does not come up in its time: on a busy machine the next try may."""
     import ray
 
@@ -150,7 +151,7 @@ def _start(settings: Settings, folder: Path, own_modules: bool, listen: Listener
                     logging_level=logging.ERROR,
                     namespace="chainfed",
                     resources=one_machine_resources(settings.client_slots, settings.parallel_jobs),
-                    job_config=_job_config(own_modules),
+                    job_config=_job_config(embedded),
                     _temp_dir=str(folder),
                 )
             return
@@ -168,8 +169,8 @@ def _start(settings: Settings, folder: Path, own_modules: bool, listen: Listener
             Reporter(f"starting Ray on this machine again ({reason})", listen).begin()
 
 
-def _job_config(own_modules: bool) -> Any:
-    """Ray's configuration. Without ``own_modules`` its processes import nothing from this process's folder or its program's.
+def _job_config(embedded: bool) -> Any:
+    """Ray's configuration: its processes import nothing from this process's folder or its program's, unless it is ``embedded``.
 
     Ray puts both first on the path of its processes, before the standard library, and has no setting for that. It leaves them
     out if the code comes with a working directory, so the configuration says that it has one.
@@ -177,7 +178,7 @@ def _job_config(own_modules: bool) -> Any:
     import ray
 
     config: Any = ray.job_config.JobConfig()
-    if not own_modules:
+    if not embedded:
         config._runtime_env_has_working_dir = lambda: True
     return config
 

@@ -44,7 +44,7 @@ def train(
     log = CommitLog(folder)
     done = len(log.rounds())
     memories = [group.memory for group in spec.fleet.clients]
-    with on_local_ray(settings, progress.listen, memories, own_modules=False) as pool:
+    with on_local_ray(settings, progress.listen, memories, embedded=False) as pool:
         records = run_job(spec, folder, pool=pool, evaluation=server_evaluation, listen=progress.listen)
         with closing(records), _naming(folder):
             for record in records:

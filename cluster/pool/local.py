@@ -13,13 +13,13 @@ from chainfed_ray.model.source import ModelSource
 
 @contextmanager
 def on_local_ray(
-    settings: Settings, listen: Listener = no_listener, memories: Sequence[int] = (), own_modules: bool = True
+    settings: Settings, listen: Listener = no_listener, memories: Sequence[int] = (), embedded: bool = True
 ) -> Iterator[MakePool]:
     """Give what makes a ``RayPool``. It starts Ray when it is first called, so that a job that cannot run starts nothing.
 
     Nothing may have imported Ray before (see ``local_ray``). ``memories`` are those of the job's classes of clients, in bytes:
-    one that this machine can never give is an ``InvalidJob``. With ``own_modules`` Ray's processes import modules beside this
-    program, such as that of an objective.
+    one that this machine can never give is an ``InvalidJob``. With ``embedded`` Ray's processes import modules beside this
+    program, such as that of an objective, and standard output is left alone.
     """
     with ExitStack() as until_done:
         started = False
@@ -27,7 +27,7 @@ def on_local_ray(
         def make(source: ModelSource, note: Note) -> ClientPool:
             nonlocal started
             if not started:
-                until_done.enter_context(local_ray(settings, {}, listen, own_modules))
+                until_done.enter_context(local_ray(settings, {}, listen, embedded))
                 started = True
             from chainfed_ray.cluster.pool.placement import check_memories
             from chainfed_ray.cluster.pool.ray_pool import RayPool
