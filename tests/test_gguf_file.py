@@ -301,7 +301,7 @@ def test_the_frequencies_of_llama_3_are_those_of_the_file(tmp_path: Path) -> Non
         (without("output_norm.weight"), "it has no tensor for model.norm.weight"),
         (
             without("llama.embedding_length"),
-            r"its tensor for model\.embed_tokens\.weight is \[260, 64\], .* ask for \[260, 4096\], and \d+ more",
+            r"its tensor for model\.embed_tokens\.weight is \[260, 64\]; .* ask for \[260, 4096\], and \d+ more",
         ),
         (without("tokenizer.ggml.tokens"), "no tokenizer can be made of its keys tokenizer.ggml"),
         (without("tokenizer.ggml.model"), "no tokenizer can be made of its keys tokenizer.ggml"),
