@@ -165,6 +165,7 @@ def test_a_sample_of_fixed_size_costs_twice_the_excess_of_sampling_one_by_one(
     assert rdp_of(Release(rate, multiplier))[list(ORDERS).index(order)] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_to_release_a_round_only_if_enough_answer_would_cost_more() -> None:
     """Why each is released: of two clients one answers, a round samples one of them, and N(0, 1.2²) is added."""
     order, deviation = 20.0, 1.2

@@ -77,6 +77,7 @@ def test_it_is_the_mean_in_float64_but_for_the_last_place(updates: Round, start:
     assert (np.abs(ours.astype(np.float64) - plain) <= most).all()
 
 
+@pytest.mark.slow
 @given(st.floats(1e-30, 1e30), st.integers(1, 2**53), st.lists(st.floats(0, 1), min_size=1, max_size=9), st.booleans())
 def test_no_sum_overflows(bound: float, weight: int, shares: list[float], down: bool) -> None:
     """Every number at the bound, all of one sign, and the whole weight used: the largest sum that there can be."""

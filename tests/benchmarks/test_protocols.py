@@ -9,6 +9,7 @@ from benchmarks.accuracy_protocols import Costs, Spent, costs, points, rounds_fo
 amounts = st.floats(0.01, 1e6)
 
 
+@pytest.mark.slow
 @given(target=amounts, fixed=amounts, a_round=amounts, stages=st.integers(1, 12), usual=st.integers(1, 500))
 def test_a_run_spends_what_its_protocol_says(
     target: float, fixed: float, a_round: float, stages: int, usual: int
@@ -36,6 +37,7 @@ def test_equal_steps(client_steps: int, steps_a_round: int) -> None:
     assert rounds == 1 or abs(rounds * steps_a_round - client_steps) <= steps_a_round / 2
 
 
+@pytest.mark.slow
 @given(
     step=st.floats(0.01, 10),
     advances=st.lists(st.floats(0, 100), min_size=1, max_size=5),

@@ -143,6 +143,7 @@ def test_the_sums_are_those_of_the_window_itself(job: PlannedJob) -> None:
         torch.testing.assert_close(first[name], through[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_was_lost_is_made_again_bit_for_bit(job: PlannedJob) -> None:
     client, fitting = job.clients[0], Fitting(tensors_of(job), Window(START, START + 1), START + 1)
     done(client, job.base, profiling(NEVER))

@@ -42,6 +42,7 @@ def paths(exporter: InMemorySpanExporter) -> list[str]:
     return [path(one) for one in found]
 
 
+@pytest.mark.slow
 def test_one_trace_leads_from_a_submission_to_the_turns_of_its_rounds(
     exporter: InMemorySpanExporter, store: JobStore, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

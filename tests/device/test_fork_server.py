@@ -98,6 +98,7 @@ def test_a_program_has_the_arguments_streams_variables_and_folder_of_who_asks_an
     assert server.wait(60) == 0, "it ends with its owner"
 
 
+@pytest.mark.slow
 def test_who_asks_and_the_program_end_together(tmp_path: Path, owner: subprocess.Popen[bytes]) -> None:
     code = "import os, sys\nprint(os.getpid(), flush=True)\ninput()\nassert sys.argv == ['-c', 'word']"
     server = a_server("b", owner.pid)

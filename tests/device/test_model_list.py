@@ -41,6 +41,7 @@ def _said(words: str, kept: Path, before: Path | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_list_is_read_again_when_a_file_has_changed(tmp_path: Path) -> None:
     package, kept = tmp_path / "transformers", tmp_path / "kept"
     for folder in (package, package / "utils", package / "models", package / "models" / "b"):

@@ -83,6 +83,7 @@ def run_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_a_classifier_in_peft_s_form(
     classifier: tuple[Path, SavedStack], expected: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_language_model_as_a_transformers_folder(
     assert run_code(out, capsys)
 
 
+@pytest.mark.slow
 def test_a_language_model_in_peft_s_form(
     writer: tuple[Path, SavedStack, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

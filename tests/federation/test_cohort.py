@@ -92,6 +92,7 @@ def cohorts(job: PlannedJob, candidates: list[Candidate], rounds: int = 400) -> 
         yield Cohort.of(sampler, job.planner, candidates, index, Window(1, 2), [])
 
 
+@pytest.mark.slow
 def test_clients_answer_as_often_as_is_said_and_independently(job: PlannedJob) -> None:
     fleet = [candidate for candidate, _ in job.admitted]
     always = list(cohorts(job, fleet))

@@ -152,6 +152,7 @@ def test_a_loss_that_is_no_number_is_never_the_best_and_can_be_read_again(
     assert JobResult.model_validate_json(strict) == result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_end_has_the_multiple_choice_too(fails: bool, document: dict[str, Any], tmp_path: Path) -> None:
     folder, data, questions = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "choices.jsonl"

@@ -39,6 +39,7 @@ def test_stages_spend_the_budget_and_end_at_the_top(chain: Chain, total: int, sh
         assert (above.window.bottom, above.window.top) == (below.window.bottom + 1, below.window.top + 1)
 
 
+@pytest.mark.slow
 @given(chains, st.integers(1, 300))
 def test_cyclic_slides_by_one_and_ends_at_the_top(chain: Chain, total: int) -> None:
     visits = [chain.cyclic(index, total) for index in range(total)]
@@ -68,6 +69,7 @@ def test_more_clients_than_rows_is_refused() -> None:
         iid(np.zeros(3), 4, 0)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(-1000, 1000), st.integers(1, 50)), min_size=1, max_size=8))
 def test_the_mean_is_weighted_by_examples(updates: list[tuple[int, int]]) -> None:
     """Of changes that are whole eighths, exactly: nothing is rounded before the last step, to float32."""

@@ -58,6 +58,7 @@ def test_more_held_out_rows_than_a_client_can_have_are_refused(claim: Metrics) -
     assert found.accuracy == 3 / 5
 
 
+@pytest.mark.slow
 @given(st.integers(3, 200), st.integers(1, 4))
 def test_no_honest_client_has_more(rows: int, classes: int) -> None:
     labels = tuple(str(place % classes) for place in range(rows))

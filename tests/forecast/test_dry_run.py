@@ -167,6 +167,7 @@ def test_bytes_sent_by_who_trains_less_of_a_window(streamed: dict[str, Any], tmp
     assert (said["small"] == said["large"]) == (where == "client")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untimed")
 def test_who_does_not_answer_sends_nothing(document: dict[str, Any]) -> None:
     always = dry_run(parse_job(document), at_once=1).sent_bytes_per_round
@@ -187,6 +188,7 @@ def test_the_sums_of_a_fitted_head_are_those_of_a_real_one(document: dict[str, A
     assert "of sums each time that a head is fitted" in words(told)
 
 
+@pytest.mark.slow
 def test_rounds_are_those_that_the_privacy_limit_allows(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

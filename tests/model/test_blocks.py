@@ -114,6 +114,7 @@ def test_sharded_checkpoint_is_the_single_one(tmp_path: Path) -> None:
     assert torch.equal(ours[-1], streamed(Blocks(single, torch.float32))[-1])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_head_is_read_by_its_prefix(tmp_path: Path) -> None:
     bare = tiny("roberta", tmp_path / "bare")
     with_head = AutoModelForSequenceClassification.from_pretrained(bare)
@@ -178,6 +179,7 @@ def test_what_is_stored_in_another_dtype_is_counted_as_it_is(tmp_path: Path) -> 
     mixed.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "roberta", "mpnet"])
 def test_a_model_without_its_pooler_is_finished_all_the_same(family: str, tmp_path: Path) -> None:
     """Checkpoints of masked language models have none. Nothing is computed with it."""

@@ -205,6 +205,7 @@ def test_a_part_may_take_another_path_for_another_shape() -> None:
     assert told.forward_at(5, 7) == 3 * 5 * 7 * WIDTH * 4 + 4
 
 
+@pytest.mark.slow
 def test_nothing_is_allocated_for_real() -> None:
     """Weights of 2 GiB, and activations of as much."""
     with torch.device("meta"):

@@ -63,6 +63,7 @@ def test_greedy_text_is_that_of_the_streamed_chain(
         assert last[1:4] == (len(prompt), len(tokens), reason)
 
 
+@pytest.mark.slow
 def test_stacks_take_turns_and_leave_nothing_behind(llama: Path, generator: Generator) -> None:
     stacks = [a_causal_stack(llama, seed=0), a_causal_stack(llama, layers=(1,), seed=1)]
     alone = [
@@ -125,6 +126,7 @@ def test_what_cannot_be_written_is_refused_by_its_field(llama: Path, generator: 
     assert written(generator, saved, "", GREEDY)[1].prompt_tokens == 1, "the token for a beginning"
 
 
+@pytest.mark.slow
 def test_a_chat_is_its_template(tmp_path: Path) -> None:
     folder = causal_folder("llama", tmp_path / "base", chat=True)
     generator, saved, pieces = (
@@ -137,6 +139,7 @@ def test_a_chat_is_its_template(tmp_path: Path) -> None:
     assert ("".join(piece.text for piece in pieces), pieces[-1]) == plain
 
 
+@pytest.mark.slow
 @given(text=st.text(min_size=1), prompt=st.text(), stop=st.lists(st.text(min_size=1, max_size=3), max_size=3))
 @settings(deadline=None)
 def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, prompt: str, stop: list[str]) -> None:
@@ -154,6 +157,7 @@ def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, prompt: str, st
         assert said == text[: first[1]]
 
 
+@pytest.mark.slow
 def test_loras_are_told_apart_where_a_model_flattens_its_tokens(tmp_path: Path) -> None:
     """The shared experts of Qwen2-MoE are given [B · T, D]."""
     base = causal_folder("qwen2_moe", tmp_path / "base")
@@ -188,6 +192,7 @@ def test_texts_that_are_written_together_are_what_they_are_alone(llama: Path) ->
         assert told[place] == expected
 
 
+@pytest.mark.slow
 def test_a_long_prompt_does_not_hold_up_a_text(llama: Path) -> None:
     generator, saved = Generator(LanguageModel(f"path:{llama}", torch.float32)), a_causal_stack(llama)
     written_first, long = list[Piece | Exception](), list[Piece | Exception]()
@@ -219,6 +224,7 @@ def test_an_error_of_the_model_ends_the_texts_that_it_concerns(llama: Path, monk
     assert waiting[-1] == written(generator, saved, PROMPT, GREEDY)[1]
 
 
+@pytest.mark.slow
 def test_texts_wait_for_the_memory_of_what_they_may_become(llama: Path) -> None:
     saved, alone = a_causal_stack(llama), Generator(LanguageModel(f"path:{llama}", torch.float32))
     token_bytes = LanguageModel(f"path:{llama}", torch.float32).token_bytes()
@@ -237,6 +243,7 @@ def test_texts_wait_for_the_memory_of_what_they_may_become(llama: Path) -> None:
         generator.begin(saved, PROMPT, Sampling(52), print)
 
 
+@pytest.mark.slow
 def test_who_leaves_while_his_text_waits_holds_up_nobody(llama: Path) -> None:
     generator, saved = Generator(LanguageModel(f"path:{llama}", torch.float32), most_rows=1), a_causal_stack(llama)
     first, left, last = (list[Piece | Exception]() for _ in range(3))

@@ -90,6 +90,7 @@ def test_a_folder_says_what_its_stack_is_for(tmp_path: Path) -> None:
         load_stack(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_the_documented_program_writes(tmp_path: Path) -> None:
     folder = causal_folder("llama", tmp_path / "base")
     saved = a_causal_stack(folder)

@@ -114,6 +114,7 @@ def test_a_stack_cannot_be_merged_and_without_one_there_are_no_logits(bert: Path
         ask(model)
 
 
+@pytest.mark.slow
 def test_without_its_stack_the_base_model_is_as_before(bert: Path, tmp_path: Path) -> None:
     save_stack(a_saved_stack(bert), tmp_path / "model")
     model = loaded(bert, tmp_path / "model")

@@ -36,6 +36,7 @@ def engine(stacks: dict[str, SavedStack], tmp_path: Path) -> Engine:
     return Engine(lambda model: tmp_path / str(model.job), 2**30)
 
 
+@pytest.mark.slow
 def test_questions_to_many_stacks_are_answered_in_one_pass(
     tiny_model_folder: Path, stacks: dict[str, SavedStack], engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +136,7 @@ def test_a_model_that_went_astray_says_so(
     assert isinstance(also_well, list)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_embedding_is_the_mean_of_the_models_output(tiny_model_folder: Path, engine: Engine) -> None:
     """Of the base model alone it is what Hugging Face's own code gives; a stack changes it, in the same pass."""

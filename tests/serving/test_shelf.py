@@ -19,6 +19,7 @@ def taken(shelf: Shelf, key: str) -> str:
         return str(value)
 
 
+@pytest.mark.slow
 @given(wanted=st.lists(st.sampled_from(sorted(SIZES)), max_size=30), most=st.integers(5, 14))
 def test_it_is_a_cache_of_what_was_used_last(wanted: list[str], most: int) -> None:
     """Compared with a list of names, the one used last at its end."""

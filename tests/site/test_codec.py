@@ -123,6 +123,7 @@ def test_results_come_out_as_they_went_in(kind: Any, result: Any, tmp_path: Path
     assert all(torch.equal(vars(found)["tensors"][name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(["profiling", "training", "fitting", "evaluating", "calibrating"]),
     st.dictionaries(st.sampled_from(["cka", "examples", "loss", "x", "hits"]), st.none() | st.integers() | st.text()),

@@ -54,6 +54,7 @@ def test_what_leads_out_or_is_no_file_is_refused(folder: Path, name: str) -> Non
     assert raised.value.problems[0].field == "fleet.clients.data"
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from(["..", ".", "inner", "up", "out", "shards", "part", "notes.jsonl", "", "/"]), max_size=8)
 )

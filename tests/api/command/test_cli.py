@@ -83,6 +83,7 @@ def as_documented(base: str, folder: Path, text: str) -> str:
     return said.getvalue().strip()
 
 
+@pytest.mark.slow
 def test_files_that_a_job_names_are_meant_from_where_the_command_is_run(
     document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

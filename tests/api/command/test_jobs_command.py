@@ -84,6 +84,7 @@ def test_a_job_from_pause_to_deletion(chainfed: Chainfed, store: JobStore) -> No
         chainfed("retry", job)
 
 
+@pytest.mark.slow
 def test_a_clone_has_the_changes(chainfed: Chainfed, store: JobStore) -> None:
     job = store.submit(SPEC).id
     made = chainfed("clone", job, "--set", "rounds.total=7", "--set", "name=other")

@@ -28,6 +28,7 @@ def publish_rounds(store: JobStore, job: str, count: int) -> None:
         store.publish(job, f"round-{index}", "round", record.model_dump(mode="json"))
 
 
+@pytest.mark.slow
 def test_an_answer_is_sent_again_only_if_the_job_has_changed(client: TestClient, store: JobStore) -> None:
     job = store.submit(SPEC).id
     path = f"/v1/jobs/{job}"
@@ -62,6 +63,7 @@ def test_an_answer_is_sent_again_only_if_the_job_has_changed(client: TestClient,
     assert client.get(path, headers={"If-None-Match": "*"}).status_code == 304
 
 
+@pytest.mark.slow
 def test_progress_and_an_estimate_of_the_end(client: TestClient, store: JobStore) -> None:
     job = store.submit(SPEC).id
 
@@ -115,6 +117,7 @@ def test_conditions_of_a_job(client: TestClient, store: JobStore) -> None:
     assert found["conditions"][1]["since"] == found["submitted_at"]
 
 
+@pytest.mark.slow
 def test_lists_by_state_and_label_and_in_pages(client: TestClient) -> None:
     document = SPEC.document()
     labels = ({"team": "search"}, {"team": "search", "kind": "a=b"}, {"team": "ads"}, {})

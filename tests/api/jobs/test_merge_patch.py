@@ -41,6 +41,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(document=json_values, patch=json_values)
 def test_what_is_patched_stays_as_it_was_and_a_patch_twice_is_one(document: Any, patch: Any) -> None:
     before = copy.deepcopy((document, patch))

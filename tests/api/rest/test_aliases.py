@@ -49,6 +49,7 @@ def put(client: TestClient, targets: dict[str, float]) -> int:
     return client.put("/v1/aliases/support", json={"targets": targets}).status_code
 
 
+@pytest.mark.slow
 def test_an_alias_moves_and_returns(client: TestClient, asked: list[str | None]) -> None:
     assert put(client, {OLD: 1}) == 200
     assert answered_by(client) == {OLD: 1}
@@ -64,6 +65,7 @@ def test_an_alias_moves_and_returns(client: TestClient, asked: list[str | None])
     assert client.delete("/v1/aliases/support").status_code == 404
 
 
+@pytest.mark.slow
 def test_an_alias_returns_to_nothing_that_is_deleted(client: TestClient) -> None:
     jobs = {model["name"]: model["job"] for model in client.get("/v1/models").json()["models"]}
     assert put(client, {OLD: 1}) == put(client, {NEW: 1}) == 200

@@ -138,6 +138,7 @@ def test_a_completion_has_openais_form(client: TestClient, bases: dict[str, Path
     assert two["usage"]["total_tokens"] == 9 + 8 + 4 + 8
 
 
+@pytest.mark.slow
 def test_streamed_it_is_the_same_text(client: TestClient) -> None:
     asked = {**ASKED, "prompt": ["tide and ", "salt"]}
     whole = client.post("/v1/completions", json=asked).json()
@@ -165,6 +166,7 @@ def test_a_stop_string_and_a_seed(client: TestClient) -> None:
         assert (cut["text"], cut["finish_reason"]) == (first["text"][: first["text"].index(stop)], "stop")
 
 
+@pytest.mark.slow
 def test_a_chat(client: TestClient, bases: dict[str, Path]) -> None:
     asked = {"model": CHATTER, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "temperature": 0}
     answer = client.post("/v1/chat/completions", json=asked).json()
@@ -302,6 +304,7 @@ def test_openais_client_may_say_that_it_asks_for_nothing(official: openai.OpenAI
     assert plain.choices[0].message.content
 
 
+@pytest.mark.slow
 def test_openais_client_continues_a_chat(official: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": CHATTER, "max_tokens": 4, "temperature": 0}
     answer = official.chat.completions.create(messages=CHAT, **asked).choices[0].message
@@ -387,6 +390,7 @@ def test_a_caller_who_goes_away_ends_the_writing(
     assert len(written) < 500, "of the 6000 that were asked for"
 
 
+@pytest.mark.slow
 def test_a_prompt_may_have_several_texts_with_their_chances(official: openai.OpenAI, client: TestClient) -> None:
     asked: dict[str, Any] = {
         "model": WRITER,

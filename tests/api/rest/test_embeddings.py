@@ -36,6 +36,7 @@ def official(document: dict[str, Any], tiny_model_folder: Path, tmp_path: Path) 
     store.close()
 
 
+@pytest.mark.slow
 def test_openais_client_embeds(official: openai.OpenAI) -> None:
     """It asks for base64 by itself, and unpacks that."""
     texts = ["salt tide", "worm", "salt tide"]

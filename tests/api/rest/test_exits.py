@@ -60,6 +60,7 @@ def classified(client: TestClient, model: str) -> tuple[int, str]:
     return answer.status_code, answer.json()["model"] if answer.status_code == 200 else answer.json()["detail"]
 
 
+@pytest.mark.slow
 def test_exits_are_listed_with_their_scores_and_answer_by_name(client: TestClient, asked: list[ModelKey]) -> None:
     models = client.get("/v1/models").json()
     assert {entry["id"] for entry in models["data"]} >= {"tiny:cut", "tiny:cut#layers=2", "tiny:writer#layers=3"}
@@ -115,12 +116,14 @@ REFUSED = (
 )
 
 
+@pytest.mark.slow
 def test_an_exit_that_is_none_is_refused_by_those_there_are(client: TestClient) -> None:
     for model, status, words in REFUSED:
         found, detail = classified(client, model)
         assert (found, words in detail) == (status, True), detail
 
 
+@pytest.mark.slow
 def test_an_exit_answers_while_its_job_trains(
     client: TestClient, store: JobStore, document: dict[str, Any], asked: list[ModelKey]
 ) -> None:

@@ -150,6 +150,7 @@ def http(app: Any, headers: dict[str, str]) -> Iterator[httpx.Client | TestClien
             yield made
 
 
+@pytest.mark.slow
 @many
 @given(job_files())
 def test_a_job_file_is_a_job_or_is_refused_in_words(http: Any, job: Any) -> None:

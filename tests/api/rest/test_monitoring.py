@@ -72,6 +72,7 @@ def test_without_a_job_every_status_is_zero(store: JobStore) -> None:
     assert set(samples.values()) == {0}
 
 
+@pytest.mark.slow
 def test_a_running_job_from_round_to_round(store: JobStore) -> None:
     job_started = a_start()
     job = a_running_job(store, job_started)
@@ -153,6 +154,7 @@ def test_a_job_that_is_over_is_among_the_newest_for_a_while(store: JobStore) -> 
     assert value(samples, "chainfed_jobs", status="succeeded") == len(jobs)
 
 
+@pytest.mark.slow
 def test_more_events_than_a_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chainfed_ray.cluster.queries.totals.PAGE", 2)
     job_started = a_start()

@@ -253,6 +253,7 @@ def test_a_database_that_is_away_costs_a_job_its_activity_and_no_more(
     assert store.get(job).status == "succeeded"
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_says_why(
     client: TestClient, small: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path
 ) -> None:
@@ -316,6 +317,7 @@ def test_lists_and_cancelling(client: TestClient, small: dict[str, Any], storage
     assert [job["id"] for job in client.get("/v1/jobs", params={"status": "cancelled"}).json()["jobs"]] == [jobs[0]]
 
 
+@pytest.mark.slow
 def test_a_retried_submission_and_a_yaml_one(client: TestClient, small: dict[str, Any]) -> None:
     key = {"Idempotency-Key": "once"}
     first, second = (client.post("/v1/jobs", json=small, headers=key).json() for _ in range(2))

@@ -73,6 +73,7 @@ def test_a_file_arrives_although_connections_break(
     assert told[:2] == ["reading rows.csv", "sending rows.csv: 0 %"]
 
 
+@pytest.mark.slow
 def test_what_the_service_refuses_is_told(app: FastAPI, store: JobStore, file: Path) -> None:
     with served(app) as address:
         client = Client(address)

@@ -24,6 +24,7 @@ def address(store: JobStore, keys: KeyStore) -> Iterator[str]:
         yield made
 
 
+@pytest.mark.slow
 def test_the_key_of_the_environment_and_of_a_file(
     address: str, keys: KeyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

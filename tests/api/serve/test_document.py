@@ -41,6 +41,7 @@ def test_programs_have_names_for_the_operations(document: dict[str, Any]) -> Non
     )
 
 
+@pytest.mark.slow
 def test_every_error_is_a_problem(document: dict[str, Any]) -> None:
     for name, operation in operations(document).items():
         responses = operation["responses"]

@@ -147,6 +147,7 @@ def test_what_was_deleted_is_made_anew(
         assert processes[1].get(f"{path}/{made}").status_code == 200
 
 
+@pytest.mark.slow
 def test_what_was_refused_may_be_mended_under_the_same_key(processes: list[TestClient]) -> None:
     for body in (b"no JSON", json.dumps({**DOCUMENT, "seed": "x"}).encode()):
         refused = processes[0].post("/v1/jobs", content=body, headers={**KEY, "Content-Type": "application/json"})
@@ -162,6 +163,7 @@ def test_what_is_no_key_is_refused(processes: list[TestClient], key: str) -> Non
         assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "header.idempotency-key")
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_is_followed_by_another(
     processes: list[TestClient], storage: Storage, store: JobStore, clock: Clock
 ) -> None:
@@ -209,6 +211,7 @@ def test_a_twin_waits_for_the_first_one_and_in_the_end_no_more(
     working.close()
 
 
+@pytest.mark.slow
 def test_keys_are_a_tenants_own_and_answers_wait_for_the_database(
     storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +235,7 @@ def test_keys_are_a_tenants_own_and_answers_wait_for_the_database(
     answers.close()
 
 
+@pytest.mark.slow
 def test_limits_of_a_body_are_told_as_ever(processes: list[TestClient]) -> None:
     refused = processes[0].post(
         "/v1/jobs", content=b" " * (5 * 2**20), headers={**KEY, "Content-Type": "application/json"}

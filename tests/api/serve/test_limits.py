@@ -30,6 +30,7 @@ def bearer(keys: KeyStore, owner: str, *scopes: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {keys.make_key(owner, scopes).token}"}
 
 
+@pytest.mark.slow
 def test_what_is_changed_and_who_is_refused_is_put_down(store: JobStore, keys: KeyStore, audit: AuditLog) -> None:
     app = an_app(store, AccessRules(KeyRing(keys), "nobody", audit=audit))
     client = TestClient(app, "http://localhost", client=("10.1.2.3", 1), raise_server_exceptions=False)
@@ -84,6 +85,7 @@ def test_a_tenant_that_asks_too_often_waits_and_others_do_not(store: JobStore, k
     assert client.get("/v1/jobs", headers=second).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_tenant_has_so_many_jobs_in_the_queue(store: JobStore, keys: KeyStore) -> None:
     client = TestClient(an_app(store, AccessRules(KeyRing(keys), "nobody"), most_queued=2), "http://localhost")
     alice, bob = (bearer(keys, owner, "submit") for owner in ("alice", "bob"))

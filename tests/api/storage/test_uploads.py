@@ -45,6 +45,7 @@ def put(client: TestClient, upload: str, rows: bytes, offset: int = 0) -> httpx.
     return client.put(f"/v1/uploads/{upload}/content", params={"offset": offset}, content=rows)
 
 
+@pytest.mark.slow
 def test_an_upload_from_its_beginning_to_its_end(client: TestClient) -> None:
     upload = begun(client)
     half = put(client, upload, ROWS[:9]).json()

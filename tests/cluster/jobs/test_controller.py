@@ -85,6 +85,7 @@ def test_jobs_run_in_their_order(parts: tuple[Controller, JobStore, Processes, S
     assert processes.jobs == set()
 
 
+@pytest.mark.slow
 def test_a_paused_job_has_no_coordinator_and_goes_on_when_its_old_one_has_ended(
     parts: tuple[Controller, JobStore, Processes, Settings],
 ) -> None:
@@ -186,6 +187,7 @@ def test_a_broken_job_folder_stops_nobody_else(parts: tuple[Controller, JobStore
     assert processes.jobs == {other}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_deleted_job_leaves_nothing(
     parts: tuple[Controller, JobStore, Processes, Settings], broken: bool, monkeypatch: pytest.MonkeyPatch
@@ -400,6 +402,7 @@ def test_a_job_waits_while_the_memory_of_its_tenants_clients_is_in_use(limited: 
         assert processes.jobs == {second, small, other}
 
 
+@pytest.mark.slow
 def test_a_job_that_is_queued_again_says_again_that_it_waits(limited: Settings) -> None:
     with closing(JobStore(limited.storage.database)) as store:
         controller = Controller(limited, store, Processes(limited.storage))
@@ -412,6 +415,7 @@ def test_a_job_that_is_queued_again_says_again_that_it_waits(limited: Settings) 
             resume(store, job)  # before the controller sees it
 
 
+@pytest.mark.slow
 def test_a_job_that_never_fits_any_more_fails_and_holds_up_no_later_one(limited: Settings) -> None:
     """They came before the limit was lowered. A job without a key has no limit."""
     with closing(JobStore(limited.storage.database)) as store:

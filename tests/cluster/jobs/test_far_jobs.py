@@ -204,6 +204,7 @@ def test_of_two_writers_one_commits_and_the_other_goes_on_from_there(far: Storag
     assert (tmp_path / "first" / "round").read_text() == "4"
 
 
+@pytest.mark.slow
 def test_an_object_that_is_cut_is_noticed_by_who_works_and_by_who_reads(far: Storage, tmp_path: Path) -> None:
     objects, copy, folder = store_of(far), WorkingCopy(store_of(far), "job", tmp_path / "job"), tmp_path / "job"
     copy.begin()

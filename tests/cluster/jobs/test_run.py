@@ -122,6 +122,7 @@ def test_a_database_that_flaps_kills_no_coordinator(
     assert (ended.restarts, ended.error) == (0, OF_THE_JOB)
 
 
+@pytest.mark.slow
 def test_the_end_of_the_whole_service_kills_no_job(
     job: str, storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +199,7 @@ def test_a_job_that_is_not_valid_fails_while_it_is_validated(
     assert "data.label is 'none'" in str(store.get(job).error)
 
 
+@pytest.mark.slow
 def test_a_folder_that_alone_does_not_work_fails_its_job_after_some_tries(
     job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_copy_that_is_used_stays_and_others_make_room(objects: ObjectStore, tm
     assert sorted(tmp_path.glob("copies/*/*")) == sorted([used, newest]), "nor does anything half-deleted stay"
 
 
+@pytest.mark.slow
 def test_a_copy_goes_as_a_whole(objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         Job(objects, name, tmp_path).commit(model=1000 * name, finished_json="{}")
@@ -80,6 +81,7 @@ def test_a_commit_of_the_same_number_after_a_restore_is_another_one(objects: Obj
     assert {(tmp_path / "before" / "a" / name).read_text() for name in ("model", "log.jsonl")} == {"after", "1\n"}
 
 
+@pytest.mark.slow
 def test_what_did_not_change_is_neither_fetched_nor_kept_again(
     objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -243,6 +243,7 @@ class GroupError(Exception):
         self.worker_failures = dict(enumerate(failures))
 
 
+@pytest.mark.slow
 def test_the_first_cause_is_the_reason() -> None:
     complaint, own = why(RuntimeError(_COMPLAINT)), why(OSError(28, "the disk is full"))
     assert complaint.peer_failed

@@ -23,6 +23,7 @@ def store(database: str) -> Iterator[JobStore]:
     made.close()
 
 
+@pytest.mark.slow
 @given(places=st.integers(1, 4), acts=st.lists(st.sampled_from([*TENANTS, "end first", "end last"]), max_size=200))
 def test_no_tenant_starves(places: int, acts: list[str]) -> None:
     """Whoever waits with nothing at work sees every other tenant begin one job at most before it begins its own.

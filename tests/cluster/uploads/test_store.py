@@ -145,6 +145,7 @@ with ArrivingFile("u", Path(sys.argv[1]), 10**9) as file:
 """
 
 
+@pytest.mark.slow
 def test_an_upload_goes_on_where_a_killed_process_left_it(tmp_path: Path) -> None:
     path = tmp_path / "u.partial"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
