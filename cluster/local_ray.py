@@ -17,7 +17,7 @@ from time import sleep, time
 from typing import Any
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
-from chainfed_ray.cluster.occupancy import is_free, occupy
+from chainfed_ray.cluster.occupancy import is_abandoned, occupy
 from chainfed_ray.cluster.resources import one_machine_resources
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.device import setup_worker
@@ -98,17 +98,18 @@ def lean_ray() -> Iterator[None]:
 def _folder_of_logs() -> Iterator[Path]:
     """The folder in which Ray makes its own, with its logs and sockets. It opens those to everybody, so this one is closed.
 
-    It is removed when the block ends in order. After a failure the logs may tell why, so it is left for a day: then the
-    next start removes it.
+    It is removed when the block ends in order. After a failure the logs may tell why, so it is left: the first start that is a
+    day later or more removes it.
     """
-    place = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    variable, place = _temporary()
     if not str(place).isascii():
         expected = "a path of ASCII characters: Ray's sockets are in it, and Ray reads no others"
-        raise InvalidSetting("TMPDIR", str(place), expected)
-    for left in (lock.parent for lock in place.glob(f"{_FOLDERS}*/in-use")):
+        raise InvalidSetting(variable, str(place), expected)
+    if not place.is_dir():
+        raise InvalidSetting(variable, str(place), "a folder that exists, for temporary files")
+    for left in place.glob(f"{_FOLDERS}{'[0-9a-f]' * 4}"):
         with suppress(OSError):  # it belongs to somebody else, or is gone
-            known = left.lstat()
-            if known.st_uid == os.getuid() and time() - known.st_mtime > _KEPT_SECONDS and is_free(left):
+            if _is_left_over(left):
                 shutil.rmtree(left)
     folder = _new_folder(place)
     failed = False
@@ -124,6 +125,22 @@ def _folder_of_logs() -> Iterator[Path]:
             if not folder.exists():
                 break
             sleep(_PAUSE_SECONDS)
+
+
+def _temporary() -> tuple[str, Path]:
+    """The folder for temporary files, and the variable that names it: as Ray chooses it, on macOS a short path at any rate."""
+    if given := os.environ.get("RAY_TMPDIR"):
+        return "RAY_TMPDIR", Path(given)
+    return "TMPDIR", Path("/tmp" if sys.platform == "darwin" else tempfile.gettempdir())
+
+
+def _is_left_over(folder: Path) -> bool:
+    """Whether ``folder`` is what is left of a Ray of this user's that ended, or whose removal was broken off, a day ago."""
+    known = folder.lstat()
+    if known.st_uid != os.getuid() or time() - known.st_mtime < _KEPT_SECONDS:
+        return False
+    inside = {path.name.partition("_")[0] for path in folder.iterdir()}
+    return is_abandoned(folder) if "in-use" in inside else inside <= {"session", "errors.log"}
 
 
 def _new_folder(place: Path) -> Path:
@@ -157,8 +174,10 @@ def _start(settings: Settings, folder: Path, embedded: bool, listen: Listener) -
             return
         except Exception as error:
             if isinstance(error, OSError) and "AF_UNIX" in str(error):
-                expected = "a shorter path: Ray's sockets are in it, and the path of a socket has 107 bytes at most"
-                raise InvalidSetting("TMPDIR", tempfile.gettempdir(), expected) from None
+                expected = (
+                    "a shorter path: Ray's sockets are in it, and the path of a socket has some hundred bytes at most"
+                )
+                raise InvalidSetting(_temporary()[0], str(folder.parent), expected) from None
             ray.shutdown()  # what has started of it
             with (folder / "errors.log").open("a") as log:
                 traceback.print_exc(file=log)

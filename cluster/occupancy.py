@@ -20,6 +20,16 @@ def occupy(folder: Path) -> BinaryIO:
     return lock
 
 
+def is_abandoned(folder: Path) -> bool:
+    """Whether a process has held ``folder``, and none does now. False where nobody can know: a file system without locks."""
+    try:
+        with (folder / _LOCK).open("rb+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def is_free(folder: Path) -> bool:
     """Whether no process of this machine holds ``folder``; of other machines neither, where they share its file system."""
     try:

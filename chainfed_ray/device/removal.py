@@ -23,10 +23,11 @@ def remove_when_this_process_ends(folder: Path) -> int:
     """Remove ``folder`` when this process exits, even by SIGKILL, or when it closes the descriptor that this returns.
 
     A detached shell reads from a pipe whose write end only this process holds. When the process exits, the kernel closes that
-    end, the read returns, and the shell removes the folder.
+    end, the read returns, and the shell removes the folder: for some seconds, since other processes that end a little later may
+    write there again.
     """
     reading, writing = os.pipe()
-    script = 'exec 3<&0; (cat <&3; rm -rf -- "$0") >/dev/null 2>&1 &'
+    script = 'exec 3<&0; (cat <&3; for _ in 1 2 3 4 5; do rm -rf -- "$0"; sleep 1; done) >/dev/null 2>&1 &'
     subprocess.run(["sh", "-c", script, str(folder)], stdin=reading, check=True, start_new_session=True)
     os.close(reading)
     return writing

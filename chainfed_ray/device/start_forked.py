@@ -30,8 +30,8 @@ _READ_ONCE = ("HF_", "MALLOC_", "MKL_", "ONEDNN_", "OPENBLAS_", "PYTHON", "PYTOR
 def main() -> None:
     """Run the program that the command line names, and end with its exit code."""
     loaded, *arguments = sys.argv[1:]
-    modules, _, owner = loaded.partition("@")
-    owner = owner or os.environ.get("RAY_RAYLET_PID", "")
+    modules, _, named = loaded.partition("@")
+    owner = named or os.environ.get("RAY_RAYLET_PID", "")
     if hasattr(os, "pidfd_open") and owner:
         for _ in range(_TRIES):
             server = None
@@ -43,7 +43,8 @@ def main() -> None:
                     break  # it could not load the libraries
                 continue
             code = _exit_code(connection)
-            if server:  # it stays below this process, where whoever ends all of Ray's processes finds it
+            # Below this process whoever ends all of Ray's processes finds the server. Another owner waits for this one's end.
+            if server and not named:
                 os.waitpid(server, 0)
             sys.exit(code)
     options = ["-P"] if arguments[0] == "-c" else []

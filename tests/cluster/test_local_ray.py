@@ -63,8 +63,13 @@ def test_on_a_busy_machine_it_is_tried_again_and_what_had_started_is_cleared(
     (private / "parameter.py").write_text("class RayParams: pass")
     (tmp_path / "ray" / "__init__.py").write_text(_LATE.format(needed=needed))
     script = _START.replace("import sys", f"import sys\nsys.path.insert(0, {str(tmp_path)!r})", 1)
+    place = tmp_path / "temporary"
+    for name in ("cf-00aa/session_1", "cf-00bb/mine"):
+        (place / name).mkdir(parents=True)
+        os.utime((place / name).parent, (0, 0))
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "storage")],
+        env={**os.environ, "TMPDIR": str(place)},
         capture_output=True,
         text=True,
         timeout=100,
@@ -72,6 +77,9 @@ def test_on_a_busy_machine_it_is_tried_again_and_what_had_started_is_cleared(
     )
     told = done.stderr.splitlines()
     assert told + done.stdout.splitlines() == expected
+    left = {path.name for path in place.iterdir()}
+    assert "cf-00aa" not in left, "what a Ray left behind long ago"
+    assert "cf-00bb" in left, "what is another's"
 
 
 @pytest.mark.slow

@@ -117,6 +117,24 @@ def test_who_asks_and_the_program_end_together(tmp_path: Path, owner: subprocess
 
 
 @pytest.mark.slow
+def test_who_started_the_server_ends_with_his_own_program(owner: subprocess.Popen[bytes]) -> None:
+    code = "import os\nprint(os.getpid(), flush=True)\ninput()"
+    first = started("json", owner.pid, code)
+    assert first.stdout
+    one = int(first.stdout.readline())
+    second = started("json", owner.pid, code)
+    assert second.stdout
+    assert second.stdout.readline()
+    os.kill(one, signal.SIGKILL)
+    assert first.wait(30) == 128 + signal.SIGKILL
+    assert first.stdout.read() == "", "nobody holds its streams"
+    assert second.poll() is None
+    owner.kill()
+    for process in (first, second):
+        process.communicate(timeout=30)
+
+
+@pytest.mark.slow
 def test_processes_draw_numbers_of_their_own(tmp_path: Path, owner: subprocess.Popen[bytes]) -> None:
     """Ray would take two of its processes for one otherwise, and end them."""
     modules = shlex.split(runtime_env()["py_executable"])[-1].split(",")

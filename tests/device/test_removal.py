@@ -26,7 +26,11 @@ def test_the_folder_goes_with_its_process(kill: bool, tmp_path: Path) -> None:
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "made\n"
-        assert len(list(tmp_path.iterdir())) == 1
+        made = list(tmp_path.iterdir())
+        assert len(made) == 1
         if kill:
             holder.kill()
     wait_for(lambda: not list(tmp_path.iterdir()), "end of the folder", 10)
+    for late in made:  # a process that has not noticed yet
+        late.mkdir()
+    wait_for(lambda: not list(tmp_path.iterdir()), "end of what was written later", 10)
