@@ -59,8 +59,6 @@ def local_ray(
         # Ray starts a process for each core beforehand. Ours are forks of another process, so nobody would use them.
         "RAY_prestart_worker_first_driver": "0",
     }
-    if not embedded:
-        os.environ["PYTHONSAFEPATH"] = "1"  # no process imports modules from the folder in which it is started
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with open(os.devnull, "w") as nowhere, nullcontext() if embedded else redirect_stdout(nowhere):
         import ray

@@ -312,9 +312,8 @@ def main() -> None:
 
     The exit code is 2 for an invalid job, and 1 for any other ``ChainFedError``.
     """
-    os.environ["PYTHONSAFEPATH"] = (
-        "1"  # no process below imports modules from the folder in which the command was given
-    )
+    # No process below imports modules from the folder in which the command was given.
+    os.environ["PYTHONSAFEPATH"] = "1"
     keep_model_list()
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.__stdout__, sys.__stderr__):

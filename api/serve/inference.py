@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -64,9 +65,12 @@ class Inference:
     async def _answers(self, work: Work, questions: list[Question]) -> list[Any]:
         spans = [open_span("answer", question.asked, texts=len(question.texts)) for question in questions]
         asked = [asyncio.wrap_future(self._answering.ask(work, question)) for question in questions]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        for span, found in zip(spans, answers, strict=True):
-            span.end(failed=isinstance(found, BaseException))
+        answers: list[Any] = []
+        try:
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+        finally:  # also if nobody waits for the answers any more
+            for span, found in zip_longest(spans, answers):
+                span.end(failed=isinstance(found, BaseException))
         return [_picklable(found) for found in answers]
 
     async def write(

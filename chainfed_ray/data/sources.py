@@ -25,9 +25,7 @@ _FEWEST = 10
 _ANY_CLASSES = ("one", "other")
 
 
-_MOST_CHARACTERS = (
-    10_000_000  # of a row's text: a tokenizer takes 12 bytes of memory for each, also if most are cut off
-)
+_MOST_CHARACTERS = 10_000_000  # of a row: a tokenizer takes 12 bytes of memory for each, also if most are cut off
 Text = str | tuple[str, str] | tuple[Message, ...]
 """What a row is to a model: a text, a (prompt, response) pair, or a chat."""
 

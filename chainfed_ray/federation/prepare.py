@@ -324,9 +324,8 @@ def check_texts(spec: JobSpec, blocks: Blocks, texts: Iterable[Examples]) -> Non
         if not len(examples):
             continue  # every client is at a site, which checks its own rows
         if (highest := int(examples.ids.max())) >= blocks.vocabulary:
-            expected = (
-                f"a tokenizer made for the model, which has {blocks.vocabulary} token ids; this one gives {highest}"
-            )
+            made_for = f"a tokenizer made for the model, which has {blocks.vocabulary} token ids"
+            expected = f"{made_for}; this one gives {highest}, perhaps for a special token that a text has"
             raise InvalidJob.at("model.base", spec.model.base, expected)
         longest = int(examples.lengths.argmax())
         positions = blocks.positions if spec.model.task == "causal-lm" else None  # an encoder's may be relative

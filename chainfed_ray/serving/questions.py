@@ -7,6 +7,7 @@ from functools import partial
 from threading import Condition, Thread
 from typing import Any, TypeVar
 
+from chainfed_ray.errors import InvalidJob
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.serving.messages import ModelKey, Question, Work
 
@@ -92,12 +93,13 @@ def _of_one_base(
     questions: Sequence[Question],
     answer: Callable[[Asked], Sequence[Answer | Exception]],
 ) -> dict[int, Answer | Exception]:
-    """The answers by the questions' places. What cannot be answered together is answered one by one: one may be at fault."""
+    """The answers by the questions' places. If a text cannot be answered, its question fails alone, and others are answered."""
     try:
         found = answer([(saved, questions[place].texts) for place, saved in stacks.items()])
         return dict(zip(stacks, found, strict=True))
     except Exception as error:
-        if len(stacks) == 1:
+        # A text that is at fault fails its own question. What fails all, such as a disk, would fail each again.
+        if len(stacks) == 1 or not isinstance(error, InvalidJob):
             return dict.fromkeys(stacks, error)
     answers: dict[int, Answer | Exception] = {}
     for place, saved in stacks.items():

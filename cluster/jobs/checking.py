@@ -98,7 +98,8 @@ class _Checker:
             problems = _problems(most_bytes, rules, spec)
         self._left -= 1
         goes_on = self._left > 0 and status("VmRSS") <= IDLE_BYTES + PREFLIGHT_BYTES
-        flush(0.0)  # while the answer goes back: this process may be ended without a word
+        # While the answer goes back, if there is a next check. Otherwise this process is ended without a word.
+        flush(0.0) if goes_on else flush()
         return problems, goes_on
 
 

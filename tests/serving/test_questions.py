@@ -17,7 +17,7 @@ from chainfed_ray.model.saved_stack import SavedStack, save_stack
 from chainfed_ray.serving.classifier import Classifier
 from chainfed_ray.serving.engine import Engine
 from chainfed_ray.serving.messages import ModelKey, Question
-from chainfed_ray.serving.questions import Answering
+from chainfed_ray.serving.questions import Answering, answer_together
 from tests.models import a_saved_stack
 from tests.watching import wait_for
 
@@ -93,6 +93,19 @@ def test_a_text_with_a_token_that_the_model_has_not_is_refused_and_no_other(
         assert isinstance(refused, InvalidJob)
         assert str(refused).startswith(f"{field} is '{missing[-1]}'; expected a text without it: the model has ")
         assert (len(first), len(last)) == (len(TEXTS), len(TEXTS))
+
+
+def test_what_fails_all_is_not_tried_for_each() -> None:
+    tries = list[int]()
+
+    def answer(base: str, dtype: str, asked: Sequence[Any]) -> list[Any]:
+        tries.append(len(asked))
+        raise OSError("the disk is gone")
+
+    questions = [Question(ModelKey("path:any", "float32", None), ["a text"])] * 3
+    found = answer_together(questions, lambda model: None, answer)
+    assert tries == [3]
+    assert [str(error) for error in found] == ["the disk is gone"] * 3
 
 
 def test_what_comes_while_another_is_answered_is_answered_together() -> None:
