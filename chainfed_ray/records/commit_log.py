@@ -33,9 +33,8 @@ from chainfed_ray.record import VERSION, Document
 from chainfed_ray.records.fleet import CLIENTS_FILE, FleetClient, clients_in
 from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
-from chainfed_ray.records.secret import erase_secret, secret_path
+from chainfed_ray.records.secret import SECRET_BYTES, erase_secret, secret_path
 
-_SECRET_BYTES = 32
 _SEAL = "record_digest"  # no class of clients is called so
 _Kind = TypeVar("_Kind", bound=Document)
 
@@ -194,9 +193,9 @@ class CommitLog:
         if not path.exists():
             if any(self._rounds.glob("*.json")):
                 raise CorruptCommit(str(path), "missing, though rounds were committed")
-            _write(path, [secrets.token_bytes(_SECRET_BYTES)], mode=0o600)
+            _write(path, [secrets.token_bytes(SECRET_BYTES)], mode=0o600)
         secret = path.read_bytes()
-        if len(secret) != _SECRET_BYTES:
+        if len(secret) != SECRET_BYTES:
             raise CorruptCommit(str(path), "its bytes are not what was written")
         return secret
 

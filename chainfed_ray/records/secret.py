@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+SECRET_BYTES = 32
+"""The length of a secret. A file of another one was torn."""
+
 
 def secret_path(folder: Path) -> Path:
     """The file of the secret of the job whose commits are in ``folder``."""

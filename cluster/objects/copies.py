@@ -103,9 +103,10 @@ class Copies:
             shutil.rmtree(made, ignore_errors=True)
 
     def _make_room(self, made: Path) -> None:
-        """Delete old copies: of the job of the one that was ``made`` all that nobody reads, and the oldest of others.
+        """Delete old copies, now that one was ``made``.
 
-        Those go until the rest is small enough.
+        Of the same job, all others go. Of other jobs, the oldest go until the copies have no more than the most bytes. A copy
+        that somebody may still read stays in any case.
         """
         copies = sorted(self._copies(), reverse=True)
         total, now, counted = 0, time(), set[tuple[int, int]]()

@@ -2,14 +2,17 @@
 
 Commits rest on one promise: of all who create a file of one name, the first succeeds and the others are refused. Some
 filesystems look first and write then, and some write over what is there. So the promise is tried, by several at once, before
-anything is created. A file may be torn by a kill: whoever reads one knows its SHA-256.
+anything is created. A file that is created may be torn by a kill: whoever reads one knows its SHA-256, or its
+length. One that is put is moved to its name once it is whole.
 
 Credentials come from fsspec's own configuration, such as ``FSSPEC_SFTP_PASSWORD``.
 """
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from errno import EEXIST, ENOENT, ENOTCONN
+from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
 from secrets import token_hex
@@ -17,6 +20,7 @@ from threading import Lock, Thread
 from time import time
 from typing import Any, TypeVar
 
+from chainfed_ray.cluster.objects.known_hosts import host_key_options
 from chainfed_ray.cluster.objects.store_client import StoredObject
 
 Found = TypeVar("Found")
@@ -24,11 +28,26 @@ _SECONDS, _BYTES_PER_SECOND = 60.0, 2**20  # until a call has failed, and for a 
 _TRIES = 2  # of a call, each with a connection of its own: the first one's may have been closed meanwhile
 _ROUNDS, _AT_ONCE = 3, 4  # of creating one name, to see whether several succeed
 _IDLE = 8  # connections that are kept
+_PARTS = "parts"  # the folder of what is not whole yet, or only tried with: no list of objects has it
+_LEFT_SECONDS = 86400.0  # since a file there was written: its process was killed
+# Errors at the first try of a storage that waiting does not mend. Others mean that it is away.
+_REFUSALS = (
+    *(NotImplementedError, TypeError, ValueError, AttributeError, ImportError),
+    *(PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError),
+)
+# The same, of packages that need not be installed: paramiko, smbprotocol, ftplib, google-auth.
+_REFUSALS_BY_NAME = frozenset(
+    {"AuthenticationException", "BadHostKeyException", "LogonFailure", "error_perm", "DefaultCredentialsError"}
+)
 _MODIFIED = ("mtime", "LastModified", "last_modified", "updated")  # when a file was written, as filesystems call it
 
 
 class PromiseBroken(Exception):
     """The filesystem creates a file that is there. The message says what it did."""
+
+
+class Unusable(Exception):
+    """The filesystem can never be used as it is. The message says why."""
 
 
 class FsspecClient:
@@ -46,24 +65,20 @@ class FsspecClient:
         self._url, self._shown = url, shown
         self._idle, self._lock = list[_Connection](), Lock()
         self._keeps_promise = False
+        # Names that this process has created, each with the SHA-256 of its bytes, which may not all be there.
+        self._begun = set[tuple[str, str]]()
 
     def put(self, name: str, data: bytes | Path) -> None:
         """See ``StoreClient``."""
-
-        def put(files: Any, path: str) -> None:
-            if isinstance(data, Path):
-                files.put_file(str(data), path)
-            else:
-                files.pipe_file(path, data)
-
         size = data.stat().st_size if isinstance(data, Path) else len(data)
-        self._ask(name, _in_its_folder(put), size)
+        self._ask(name, lambda files, path: _put(files, path.removesuffix(name), path, data), size)
 
     def create(self, name: str, data: bytes) -> None:
         """See ``StoreClient``.
 
         Raises:
             PromiseBroken: the filesystem would have written over another file.
+            Unusable: it cannot be written to.
         """
         self.probe()
         self._create(name, data)
@@ -73,12 +88,35 @@ class FsspecClient:
 
         Raises:
             PromiseBroken: it is not kept.
-            OSError: the storage is away, or may not be written to.
+            Unusable: the filesystem cannot be opened, or not be written to.
+            OSError: the storage is away.
         """
         if self._keeps_promise:
             return
+        try:
+            self._ask("", lambda files, path: None)  # one connection, before there are several
+            try:
+                self._try_promise()
+            finally:
+                with suppress(OSError):  # if it is not deleted, it does no harm
+                    self._clear_parts()
+        except OSError as error:
+            cause = error.__cause__ or error
+            names = {kind.__name__ for kind in type(cause).__mro__}
+            if isinstance(cause, _REFUSALS) or names & _REFUSALS_BY_NAME:
+                raise Unusable(self._reason(cause)) from error
+            raise
+        self._keeps_promise = True
+
+    def _clear_parts(self) -> None:
+        """Delete what others have left in the folder of parts, and the folder if it is empty."""
+        oldest = time() - _LEFT_SECONDS
+        self.delete([one.name for one in self.below(_PARTS, None) if one.put_at < oldest])
+        self._ask(_PARTS, _or(None, _remove_if_empty))
+
+    def _try_promise(self) -> None:
         for _ in range(_ROUNDS):
-            name = f"probes/{token_hex(8)}"
+            name = f"{_PARTS}/{token_hex(8)}"
             try:
                 with ThreadPoolExecutor(_AT_ONCE) as threads:
                     created = list(threads.map(lambda mine: self._is_created(name, mine), range(_AT_ONCE)))  # noqa: B023
@@ -89,8 +127,8 @@ class FsspecClient:
                 if self.get(name) != str(created.index(True)).encode():
                     raise PromiseBroken("a file that was created does not have the bytes of who succeeded")
             finally:
-                self.delete([name])
-        self._keeps_promise = True
+                with suppress(OSError):  # the error before says more
+                    self.delete([name])
 
     def get(self, name: str) -> bytes:
         """See ``StoreClient``."""
@@ -143,7 +181,23 @@ class FsspecClient:
         return True
 
     def _create(self, name: str, data: bytes) -> None:
-        self._ask(name, _in_its_folder(lambda files, path: _create(files, path, data)), len(data))
+        mine = name, sha256(data).hexdigest()
+
+        def create(files: Any, path: str) -> None:
+            try:
+                _create(files, path, data, begun=lambda: self._begun.add(mine))
+            except OSError as error:
+                is_there = isinstance(_as_python_names_it(error), FileExistsError)
+                if not is_there or mine not in self._begun or not data.startswith(there := bytes(files.cat_file(path))):
+                    raise
+                # A first try has created the file for these bytes, and its connection broke. So nobody else has: what is
+                # there is the beginning of them, and may be written again. A file that only looks like that, as an empty
+                # one does, may be of somebody who has just created it, and is left alone.
+                if len(there) < len(data):
+                    _put(files, path.removesuffix(name), path, data)
+            self._begun.discard(mine)
+
+        self._ask(name, _in_its_folder(create), len(data))
 
     def _ask(self, name: str, call: "Callable[[Any, str], Found]", size: int = 0) -> Found:
         """What ``call`` returns for the filesystem and the path of ``name`` there."""
@@ -161,8 +215,11 @@ class FsspecClient:
             else:
                 self._give_back(connection)
                 return found
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise OSError(ENOTCONN, f"the storage does not answer ({reason})", self._shown) from error
+        raise OSError(ENOTCONN, f"the storage does not answer ({self._reason(error)})", self._shown) from error
+
+    def _reason(self, error: BaseException | None) -> str:
+        """An error in a line, without the password that the URL may have."""
+        return str(error).partition("\n")[0].replace(self._url, self._shown) or type(error).__name__
 
     def _take(self) -> "_Connection":
         with self._lock:
@@ -209,7 +266,11 @@ class _Connection:
         if self._files is None:
             from fsspec.core import url_to_fs
 
-            self._files = url_to_fs(self._url, skip_instance_cache=True)
+            how = host_key_options(self._url.partition("://")[0])
+            try:
+                self._files = url_to_fs(self._url, skip_instance_cache=True, **how)
+            except (FileNotFoundError, FileExistsError) as error:  # not of the object that is asked for
+                raise ValueError(f"it cannot be opened: {error}") from error
         return self._files
 
     def _work(self) -> None:
@@ -217,12 +278,58 @@ class _Connection:
             call()
 
 
-def _create(files: Any, path: str, data: bytes) -> None:
-    """Create a file, in the way of the filesystem: objects have a condition, and files a mode."""
+def _has_objects(files: Any) -> bool:
+    """Whether a filesystem puts a file as a whole, as object stores do; others open it, and write."""
     from fsspec import AbstractFileSystem
     from fsspec.asyn import AsyncFileSystem
 
-    if isinstance(files, AsyncFileSystem) or type(files).pipe_file is not AbstractFileSystem.pipe_file:
+    return isinstance(files, AsyncFileSystem) or type(files).pipe_file is not AbstractFileSystem.pipe_file
+
+
+def _put(files: Any, root: str, path: str, data: bytes | Path) -> None:
+    """Put a file below the folder ``root``: as a whole, or not at all, unless the filesystem cannot move files."""
+    from fsspec import AbstractFileSystem
+
+    def write(files: Any, path: str) -> None:
+        if isinstance(data, Path):
+            files.put_file(str(data), path)
+        else:
+            files.pipe_file(path, data)
+
+    if _has_objects(files) or type(files).mv is AbstractFileSystem.mv:  # that one copies
+        return _in_its_folder(write)(files, path)
+    part = f"{root.rstrip('/')}/{_PARTS}/{token_hex(8)}"
+    try:
+        _in_its_folder(write)(files, part)
+        _in_its_folder(lambda files, path: _move(files, part, path))(files, path)
+    except BaseException:
+        with suppress(Exception):  # the connection may be broken: it is deleted a day later
+            files.rm_file(part)
+        raise
+
+
+def _move(files: Any, part: str, path: str) -> None:
+    try:
+        files.mv(part, path)
+    except OSError:
+        if not (files.exists(path) and files.exists(part)):
+            raise
+        files.rm_file(path)  # this one, as SMB, moves over nothing. The file is gone for a moment, and never half
+        files.mv(part, path)
+
+
+def _remove_if_empty(files: Any, folder: str) -> None:
+    if not _has_objects(files) and not files.ls(folder):
+        with suppress(OSError):  # another process has just put something there
+            files.rmdir(folder)
+
+
+def _create(files: Any, path: str, data: bytes, begun: Callable[[], object]) -> None:
+    """Create a file, in the way of the filesystem: objects have a condition, and files a mode.
+
+    ``begun`` is called when there is a file, without its bytes.
+    """
+    if _has_objects(files):
         files.pipe_file(path, data, mode="create")
         return
     try:
@@ -231,6 +338,7 @@ def _create(files: Any, path: str, data: bytes) -> None:
         if not isinstance(_as_python_names_it(error), (FileExistsError, FileNotFoundError)) and files.exists(path):
             raise FileExistsError(path) from error  # SFTP says no more than that it failed
         raise
+    begun()
     with file:
         file.write(data)
 

@@ -12,19 +12,22 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
-from chainfed_ray.cluster.objects.fsspec_client import FsspecClient, PromiseBroken
+from chainfed_ray.cluster.objects.fsspec_client import FsspecClient, PromiseBroken, Unusable
 from chainfed_ray.cluster.objects.obstore_client import SCHEMES, ObstoreClient
 from chainfed_ray.cluster.objects.store_client import StoreClient, StoredObject
 from chainfed_ray.errors import InvalidSetting, PackageMissing
 
 _SETTING = "CHAINFED_STORAGE"
 _EXPECTED = (
-    f"a folder, or the URL of a store: {', '.join(SCHEMES)}, or a filesystem of fsspec, which the environment names"
+    f"a folder, or the URL of a store: {', '.join(SCHEMES)}, or any other scheme that fsspec knows, such as sftp"
 )
 _PART_BYTES = 8 * 2**20  # are asked for at once
-_OF_A_PROCESS = ("memory",)  # filesystems that other processes do not see
+_NEVER = ("memory", "http", "https", "data")  # other processes do not see what is put there, or nothing can be put
+_UNREADABLE = (
+    "a URL that can be read: leave a password with any of [ ] / ? # @ out, and give it as FSSPEC_SFTP_PASSWORD"
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class ObjectStore:
 
     @classmethod
     def at(cls, url: str) -> "ObjectStore":
-        """The store at ``url``. An object store is asked nothing yet; another filesystem, whether it keeps its promise.
+        """The store at ``url``. An object store is asked nothing yet; another filesystem is opened, and its promise is tried.
 
         One that is away is taken as it is: it is waited for, and asked before anything is created.
 
@@ -47,7 +50,9 @@ class ObjectStore:
             PackageMissing: obstore is not installed.
         """
         scheme, _, rest = url.partition("://")
-        if "::" in url or scheme in _OF_A_PROCESS or not rest.strip("/"):
+        if _parts(url) is None:
+            raise InvalidSetting(_SETTING, without_password(url), _UNREADABLE)
+        if "::" in url or scheme in _NEVER or not rest.strip("/"):
             raise InvalidSetting(_SETTING, without_password(url), _EXPECTED)
         store = cls(url.rstrip("/"))
         try:
@@ -176,6 +181,9 @@ class ObjectStore:
         except PromiseBroken as error:
             expected = f"a storage that creates a file only if there is none: otherwise two coordinators could commit ({error})"
             raise InvalidSetting(_SETTING, self.shown, expected) from None
+        except Unusable as error:
+            expected = f"a storage that can be opened and written to ({error})"
+            raise InvalidSetting(_SETTING, self.shown, expected) from None
 
 
 @lru_cache
@@ -188,10 +196,21 @@ def _client(url: str, process: int) -> StoreClient:
 
 def without_password(url: str) -> str:
     """A URL as it is told: without the password, and without what follows a question mark, which may have one."""
-    parts = urlsplit(url)
+    parts = _parts(url)
+    if parts is None:  # any of it may be of the password
+        return f"{url.partition('://')[0]}://***"
     who, at, where = parts.netloc.rpartition("@")
     named = f"{who.partition(':')[0]}:***" if ":" in who else who
     return f"{parts.scheme}://{named}{at}{where}{parts.path}"
+
+
+def _parts(url: str) -> SplitResult | None:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # of a password with a slash, what is before the slash is taken for a port
+    except ValueError:
+        return None
+    return parts
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.objects.snapshots import Damaged, Digests, Snapshot, Snapshots, StoredFile, files_below
 from chainfed_ray.errors import CommitConflict, CorruptCommit
 from chainfed_ray.problem import some_of
-from chainfed_ray.records.secret import secret_path
+from chainfed_ray.records.secret import SECRET_BYTES, secret_path
 
 _LOG = "log.jsonl"  # it grows between commits, and a line that is not in the store yet need not be lost
 _ROUNDS = "rounds/"
@@ -129,21 +129,30 @@ class WorkingCopy:
     def _put_secret(self) -> None:
         """Put the secret of the job's noise, if it has been drawn.
 
+        It takes the place of a torn one. Whoever was killed while it put that one has committed nothing with it, since a secret
+        is put before rounds.
+
         Raises:
             CommitConflict: another process has drawn one.
         """
-        path = secret_path(self._folder)
+        path, objects, name = secret_path(self._folder), self._snapshots.objects, self._snapshots.secret
         if path.exists():
+            secret = path.read_bytes()
             try:
-                self._snapshots.objects.create(self._snapshots.secret, path.read_bytes())
+                objects.create(name, secret)
             except FileExistsError:
-                raise CommitConflict(self._snapshots.prefix, self._newest + 1) from None
+                if len(objects.get(name)) == SECRET_BYTES:
+                    raise CommitConflict(self._snapshots.prefix, self._newest + 1) from None
+                objects.put(name, secret)
 
     def _restore_secret(self) -> None:
-        """Make the secret that of the store, if it has one. One that was drawn here and not put yet stays: it may be in use."""
+        """Make the secret that of the store, if it has a whole one. One drawn here and not put yet stays: it may be in use."""
         try:
             secret = self._snapshots.objects.get(self._snapshots.secret)
         except FileNotFoundError:
+            return
+        if len(secret) != SECRET_BYTES:
+            _log.warning("job %s: the secret in the store is torn, and is put anew with the next commit", self._job)
             return
         path = secret_path(self._folder)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.fleet import clients_in
-from chainfed_ray.records.secret import secret_path
+from chainfed_ray.records.secret import SECRET_BYTES, secret_path
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import PRIVACY, a_document
 from tests.pools import Altered, Answer, Killed, dying
@@ -240,13 +240,14 @@ def test_a_secret_that_was_drawn_stays_until_the_store_has_one(far: Storage, tmp
     for copy, name in ((first, "first"), (second, "second")):
         copy.begin()
         (tmp_path / name).mkdir(exist_ok=True)
-        secret_path(tmp_path / name).write_text(name)
+        secret_path(tmp_path / name).write_text(name.rjust(SECRET_BYTES))
     first.begin()  # its coordinator was killed
     first.commit()
     with pytest.raises(CommitConflict):
         second.commit()
     second.begin()
-    assert [secret_path(tmp_path / name).read_text() for name in ("first", "second")] == 2 * ["first"]
+    secrets = [secret_path(tmp_path / name).read_text() for name in ("first", "second")]
+    assert [secret.strip() for secret in secrets] == 2 * ["first"]
 
 
 @pytest.mark.slow

@@ -38,10 +38,22 @@ def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectSt
         there.delete_below("")
 
 
-@pytest.mark.parametrize("url", ["nope://host/data", "s3://", "memory://x", "simplecache::sftp://host/data"])
+UNKNOWN = ("nope://host/data", "s3://", "memory://x", "simplecache::sftp://host/data")
+READ_ONLY = ("http://host/data", "data://x", "zip://x/y", "tar://x/y")
+OF_ANOTHER = ("reference://x/y", "cached://x/y", "dir://x/y")  # filesystems that are told which other one they are on
+
+
+@pytest.mark.parametrize("url", [*UNKNOWN, *READ_ONLY, *OF_ANOTHER])
 def test_what_is_no_store_is_refused(url: str) -> None:
     with pytest.raises(InvalidSetting, match="CHAINFED_STORAGE"):
         ObjectStore.at(url)
+
+
+@pytest.mark.parametrize("url", ["sftp://user:se[cret@host/data", "sftp://user:se/cret@host/data"])
+def test_a_url_that_cannot_be_read_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(InvalidSetting, match=r"'sftp://\*\*\*'; expected a URL that can be read") as caught:
+        ObjectStore.at(url)
+    assert "cret" not in str(caught.value)
 
 
 def test_a_store_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
