@@ -35,8 +35,8 @@ from chainfed_ray.device.removal import temporary_folder
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted, StorageInUse
 from chainfed_ray.units import format_seconds
 
-_PAUSES = (0.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try; after the last one there is none
-_STEADY_SECONDS = 60.0  # a service that answered for as long has all its tries again
+_PAUSES = (0.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try to start; after the last one there is none
+_STEADY_SECONDS = 60.0  # a service that answered for as long is started again at once
 _LOOK_SECONDS = 1.0  # between two looks at the processes
 _ANSWER_SECONDS = 10.0  # for one health check; a machine that is busy with other work takes seconds
 _PATIENCE_SECONDS = 45.0  # without an answer; Ray itself makes most of its processes again within 15 s
@@ -96,7 +96,7 @@ class LocalService:
         self._tell = tell
         self._process: SpawnProcess | None = None
         self._core: dict[str, psutil.Process] = {}
-        self._failures = 0  # in a row
+        self._failures = 0  # in a row, each soon after the start before
         self._http = httpx.Client(base_url=self.address, timeout=_ANSWER_SECONDS, trust_env=False)
 
     def start(self, listen: Listener = no_listener) -> None:
@@ -106,19 +106,24 @@ class LocalService:
             InvalidSetting: it cannot start with these settings.
             ServiceNotStarted: it did not start, try after try.
         """
-        while True:
+        for pause in _PAUSES:
             try:
-                self._start_once(listen)
-                return
+                return self._start_once(listen)
             except ServiceNotStarted as error:
                 self._end()
-                self._pause("The service did not start", error.reason)
+                self._pause("The service did not start", error.reason, pause)
+        try:
+            self._start_once(listen)
+        except ServiceNotStarted as error:
+            raise ServiceNotStarted(self.address, f"{error.reason} (the last of {len(_PAUSES) + 1} tries)") from None
 
     def watch(self) -> NoReturn:
         """Start the service again whenever a part of it has failed that Ray does not make again.
 
+        One that fails soon after it was started waits longer each time, and is never given up: it could be started.
+
         Raises:
-            ServiceNotStarted: it failed again and again.
+            ServiceNotStarted: it could not be started, try after try.
         """
         while True:
             began = monotonic()
@@ -127,7 +132,8 @@ class LocalService:
             self._end()
             if failed - began > _STEADY_SECONDS:
                 self._failures = 0
-            self._pause("The service has failed", reason)
+            self._pause("The service has failed", reason, _PAUSES[self._failures])
+            self._failures = min(self._failures + 1, len(_PAUSES) - 1)
             self._wait_for_database()
             self.start()
             self._tell(f"The service answers again, after {format_seconds(monotonic() - failed)}. Its jobs go on.")
@@ -202,12 +208,8 @@ class LocalService:
         except httpx.TransportError:
             return False
 
-    def _pause(self, what: str, reason: str) -> None:
-        """Wait before another try, longer from failure to failure."""
-        if self._failures == len(_PAUSES):
-            raise ServiceNotStarted(self.address, f"{reason} (the last of {self._failures + 1} tries)")
-        pause = _PAUSES[self._failures]
-        self._failures += 1
+    def _pause(self, what: str, reason: str, pause: float) -> None:
+        """Wait before another try."""
         self._tell(f"{what}: {reason}. Starting it again" + (f" in {pause:g} s." if pause else "."))
         sleep(pause)
 

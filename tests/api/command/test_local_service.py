@@ -84,7 +84,7 @@ def test_what_no_further_try_can_mend_is_said_at_once(settings: Settings, pauses
 def test_a_service_that_fails_is_started_again(settings: Settings, pauses: list[float]) -> None:
     heard = Heard()
     with local_service(settings, "127.0.0.1", free_port("127.0.0.1"), tell=heard.tell) as service:
-        for part, said in (("input()", "Ray's raylet has ended"), ("spawn_main", "its process has ended")):
+        for part, said in (("input()", "Ray's raylet has ended"), ("spawn_main", "its process has ended")) * 3:
             lost = wait_for(lambda part=part: processes_below(part), part)
             lost[0].kill()
             with pytest.raises(Enough):
@@ -95,7 +95,7 @@ def test_a_service_that_fails_is_started_again(settings: Settings, pauses: list[
             assert not running(lost), "what was left of it has ended"
         with pytest.raises(StorageInUse), local_service(settings, "127.0.0.1", free_port("127.0.0.1")):
             pass
-    assert pauses == [0, 2], "longer from failure to failure"
+    assert pauses == [0, 2, 4, 8, 16, 16], "longer from failure to failure, and without an end"
     assert not processes_below("input()", "spawn_main")
 
 
