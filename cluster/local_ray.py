@@ -26,7 +26,9 @@ from chainfed_ray.errors import InvalidSetting, ServiceNotStarted
 _TRIES = 3
 _FOLDERS = "cf-"  # how the names of Ray's folders begin: short, since the paths of its sockets must be
 _REMOVALS, _PAUSE_SECONDS = 10, 0.2  # tries, and seconds between them
-_KEPT_SECONDS = 86_400.0  # how long the logs of a Ray that failed are kept
+_KEPT_SECONDS, _MOST_KEPT = 86_400.0, 3  # how long the logs of a Ray that failed are kept, and of how many
+_NEW_SECONDS = 60.0  # a folder may be another's who has not locked it yet
+_INSIDE = frozenset({"in-use", "session", "errors.log"})
 
 
 @contextmanager
@@ -96,8 +98,8 @@ def lean_ray() -> Iterator[None]:
 def _folder_of_logs() -> Iterator[Path]:
     """The folder in which Ray makes its own, with its logs and sockets. It opens those to everybody, so this one is closed.
 
-    It is removed when the block ends in order. After a failure the logs may tell why, so it is left: the first start that is a
-    day later or more removes it.
+    It is removed when the block ends in order. After a failure the logs may tell why, so it is left: a later start removes it,
+    when it is a day old or when there are newer ones.
     """
     variable, place = _temporary()
     if not str(place).isascii():
@@ -105,10 +107,9 @@ def _folder_of_logs() -> Iterator[Path]:
         raise InvalidSetting(variable, str(place), expected)
     if not place.is_dir():
         raise InvalidSetting(variable, str(place), "a folder that exists, for temporary files")
-    for left in place.glob(f"{_FOLDERS}{'[0-9a-f]' * 4}"):
-        with suppress(OSError):  # it belongs to somebody else, or is gone
-            if _is_left_over(left):
-                shutil.rmtree(left)
+    for newer, (age, left) in enumerate(_left_over(place)):
+        if newer >= _MOST_KEPT or age > _KEPT_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
     folder = _new_folder(place)
     failed = False
     try:
@@ -132,13 +133,20 @@ def _temporary() -> tuple[str, Path]:
     return "TMPDIR", Path("/tmp" if sys.platform == "darwin" else tempfile.gettempdir())
 
 
-def _is_left_over(folder: Path) -> bool:
-    """Whether ``folder`` is what is left of a Ray of this user's that ended, or whose removal was broken off, a day ago."""
-    known = folder.lstat()
-    if known.st_uid != os.getuid() or time() - known.st_mtime < _KEPT_SECONDS:
-        return False
-    inside = {path.name.partition("_")[0] for path in folder.iterdir()}
-    return is_abandoned(folder) if "in-use" in inside else inside <= {"session", "errors.log"}
+def _left_over(place: Path) -> list[tuple[float, Path]]:
+    """What Rays of this user's that have ended left in ``place``, each with its age in seconds; the youngest first.
+
+    A removal that was broken off leaves no lock: what has none is taken for a Ray's after a day.
+    """
+    found = []
+    for folder in place.glob(f"{_FOLDERS}{'[0-9a-f]' * 4}"):
+        with suppress(OSError):  # it belongs to somebody else, or is gone
+            known = folder.lstat()
+            age, inside = time() - known.st_mtime, {path.name.partition("_")[0] for path in folder.iterdir()}
+            ended = is_abandoned(folder) if "in-use" in inside else age > _KEPT_SECONDS
+            if ended and age > _NEW_SECONDS and known.st_uid == os.getuid() and inside <= _INSIDE:
+                found.append((age, folder))
+    return sorted(found)
 
 
 def _new_folder(place: Path) -> Path:

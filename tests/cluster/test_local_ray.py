@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from time import time
 
 import pytest
 
@@ -67,6 +68,11 @@ def test_on_a_busy_machine_it_is_tried_again_and_what_had_started_is_cleared(
     for name in ("cf-00aa/session_1", "cf-00bb/mine"):
         (place / name).mkdir(parents=True)
         os.utime((place / name).parent, (0, 0))
+    for number in range(5):  # of today, the first the oldest
+        failed = place / f"cf-00c{number}"
+        failed.mkdir()
+        (failed / "in-use").touch()
+        os.utime(failed, (time() - 1000 + number,) * 2)
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "storage")],
         env={**os.environ, "TMPDIR": str(place)},
@@ -80,6 +86,8 @@ def test_on_a_busy_machine_it_is_tried_again_and_what_had_started_is_cleared(
     left = {path.name for path in place.iterdir()}
     assert "cf-00aa" not in left, "what a Ray left behind long ago"
     assert "cf-00bb" in left, "what is another's"
+    assert left >= {"cf-00c2", "cf-00c3", "cf-00c4"}, "the logs of the last failures are kept"
+    assert not left & {"cf-00c0", "cf-00c1"}
 
 
 @pytest.mark.slow
