@@ -22,21 +22,21 @@ def occupy(folder: Path) -> BinaryIO:
 
 def is_abandoned(folder: Path) -> bool:
     """Whether a process has held ``folder``, and none does now. False where nobody can know: a file system without locks."""
-    try:
-        with (folder / _LOCK).open("rb+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    return _is_held(folder) is False
 
 
 def is_free(folder: Path) -> bool:
     """Whether no process of this machine holds ``folder``; of other machines neither, where they share its file system."""
+    return _is_held(folder) is not True
+
+
+def _is_held(folder: Path) -> bool | None:
+    """None where nobody has held ``folder``, or its file system has no locks."""
     try:
         with (folder / _LOCK).open("rb+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    except OSError:  # nobody has made it, or its file system has no locks
         return True
-    return True
+    except OSError:
+        return None
+    return False

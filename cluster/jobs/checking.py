@@ -98,8 +98,10 @@ class _Checker:
             problems = _problems(most_bytes, rules, spec)
         self._left -= 1
         goes_on = self._left > 0 and status("VmRSS") <= IDLE_BYTES + PREFLIGHT_BYTES
-        # While the answer goes back, if there is a next check. Otherwise this process is ended without a word.
-        flush(0.0) if goes_on else flush()
+        if goes_on:
+            flush(0.0)  # while the answer goes back
+        else:
+            flush()  # now: this process is ended without a word
         return problems, goes_on
 
 
