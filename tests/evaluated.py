@@ -47,9 +47,9 @@ def main(folder: Path, family: str) -> None:
     memory = known_profile_of(blocks, bottleneck=64, classes=None if causal else 8, lora=lora)
     blocks.close()
     generator = np.random.default_rng(0)
-    examples = Examples(
-        generator.integers(3, 1000, 16 * 64).astype(np.int32), np.arange(17) * 64, generator.integers(0, 8, 16)
-    )
+    count, tokens = (12, 64) if causal else (8, 32)
+    ids = generator.integers(3, 1000, count * tokens).astype(np.int32)
+    examples = Examples(ids, np.arange(count + 1) * tokens, generator.integers(0, 8, count))
     examples = replace(examples, targets=examples.every_token)
     stack = AdapterStack.new_lora(lora, 64, seed=0) if lora else AdapterStack.new(range(1, 4), 1024, 64, 8, seed=0)
     with torch.no_grad():

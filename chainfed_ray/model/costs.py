@@ -168,6 +168,7 @@ class Parts:
     classes: int | None
     head_layers: int
     loras: Mapping[int, Lora] = field(default_factory=dict)
+    _known_calls: dict[tuple[int, int], list[LayerCall]] = field(default_factory=dict, init=False, repr=False)
 
     def layer(self, activations_offloaded: bool, index: int = 0, trained: bool = False) -> Prepare:
         """Makes a layer of the base model, with the LoRA inside it, if there is one, which may be ``trained``."""
@@ -176,7 +177,7 @@ class Parts:
     def _layer(
         self, fake: FakeTensorMode, batch: int, tokens: int, activations_offloaded: bool, index: int, trained: bool
     ) -> Callable[[Tensor], Tensor]:
-        real = self.blocks.calls(padded(batch, tokens))[index]
+        real = self._calls(batch, tokens)[index]
         with fake:
             call = LayerCall(*tree_map(lambda it: _of_form(it) if isinstance(it, Tensor) else it, tuple(real)))
         layer = with_blank_weights(self.blocks.blank_layers[index], fake)
@@ -209,11 +210,17 @@ class Parts:
 
     def call_bytes(self, batch: int, tokens: int) -> int:
         """The bytes of what the model passes to its layers besides hidden states. Storage that layers share counts once."""
-        leaves = tree_leaves(tuple(self.blocks.calls(padded(batch, tokens))))
+        leaves = tree_leaves(tuple(self._calls(batch, tokens)))
         storages = {
             leaf.untyped_storage()._cdata: leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)
         }
         return sum(storage.nbytes() for storage in storages.values())
+
+    def _calls(self, batch: int, tokens: int) -> list[LayerCall]:
+        """The calls of all layers. Each part is traced at the same few shapes, and the whole model runs to make them."""
+        if (batch, tokens) not in self._known_calls:
+            self._known_calls[batch, tokens] = self.blocks.calls(padded(batch, tokens))
+        return self._known_calls[batch, tokens]
 
 
 @dataclass(frozen=True)

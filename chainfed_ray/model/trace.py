@@ -6,7 +6,6 @@ operation. These bytes are polynomials in the batch B and the tokens T, and trac
 then on the planner (``planner.py``) needs integers only.
 """
 
-import copy
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from chainfed_ray.budget.demand import NOTHING, BytePolynomial, PartMemory
 from chainfed_ray.streaming.activations import is_offloaded
+from chainfed_ray.streaming.blank_model import copy_of
 
 # Two batches and three lengths determine terms up to B·T². No batch is 1, where tensors are sometimes views instead of copies.
 _BATCHES, _TOKENS = (2, 3), (16, 32, 48)
@@ -53,8 +53,8 @@ def trace_memory(
 
 def with_blank_weights(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
     """A copy of a module with fake parameters, which need gradients where the module's do."""
-    made = copy.deepcopy(module)
-    forms = made.state_dict()
+    made = copy_of(module)
+    forms = module.state_dict()
     with fake:
         blank = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in forms.items()}
         made.load_state_dict(blank, assign=True)

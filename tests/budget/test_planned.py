@@ -11,10 +11,9 @@ import sys
 from typing import Any
 
 import pytest
-import torch
 
 from chainfed_ray.device.peak import ENVIRONMENT
-from tests.measured import exact_grid, grid
+from tests.measured import NO_BFLOAT16, exact_grid, grid
 from tests.project import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test waits for what all of them need
@@ -22,13 +21,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test wait
 _FAMILIES = ("bert", "gpt2", "llama-bf16", "phi-lm", "llama-lm-lora", "gemma2-lm-bf16", "mixtral")
 _TOO_SLOW = ("gemma2-lm-bf16",)  # a head in bfloat16 takes minutes where the processor does not compute in it
 _A_THIRD, _A_HALF = 1.35, 1.5
-_NO_BFLOAT16 = torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
 @pytest.fixture(scope="module")
 def turns(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What was planned and measured for all families."""
-    families = [family for family in _FAMILIES if not (_NO_BFLOAT16 and family in _TOO_SLOW)]
+    families = [family for family in _FAMILIES if not (NO_BFLOAT16 and family in _TOO_SLOW)]
     done = subprocess.run(
         [sys.executable, "-m", "tests.measured", str(tmp_path_factory.mktemp("measured")), *families],
         cwd=ROOT,
@@ -43,11 +41,11 @@ def turns(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("family", _FAMILIES)
 def test_planned_is_enough_and_not_much_more(family: str, turns: list[dict[str, Any]]) -> None:
-    if _NO_BFLOAT16 and family in _TOO_SLOW:
+    if NO_BFLOAT16 and family in _TOO_SLOW:
         pytest.skip("a head in bfloat16 takes minutes on this processor")
     rows = [row for row in turns if row["family"] == family]
     assert len(rows) == len(grid(family)) + len(exact_grid(family))
     # A processor that computes in bfloat16 packs the factors of a product first, and the plan counts that; others do not.
-    at_most = _A_HALF if family.endswith("bf16") and _NO_BFLOAT16 else _A_THIRD
+    at_most = _A_HALF if family.endswith("bf16") and NO_BFLOAT16 else _A_THIRD
     for row in rows:
         assert row["measured"] <= row["planned"] <= at_most * row["measured"], row
