@@ -36,6 +36,7 @@ from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Qu
 _AT_ONCE = 16  # requests that a process with models answers together; more are a reason for another process
 _IDLE_SECONDS = 600  # without a request, until the last such process ends, where none need be there
 _RETRY_SECONDS = 60  # until a request may find the service started again
+_NO_ROOM = "s to be scheduled"  # what Ray Serve says of a process that no machine has had room for in half a minute
 
 
 @serve.deployment(
@@ -57,8 +58,7 @@ class Api:
         self._settings, self._inference = settings, inference
         self._writing: Any = inference.options(stream=True)
         is_one = settings.serving_replicas == 1  # of several, each question goes to the one that has its stack
-        # Where a process is there all the time, Serve makes it anew, and has its own time for that.
-        self._check = None if settings.least_serving_replicas else shared(check_start)
+        self._check = shared(check_start)
         self._classifying = Together(lambda questions: inference.classify.remote(questions), is_one, self._check)
         self._embedding = Together(lambda questions: inference.embed.remote(questions), is_one, self._check)
         self._store = JobStore(settings.storage.database, existing=True)
@@ -78,7 +78,7 @@ class Api:
     def __serve_build_asgi_app__(self) -> FastAPI:
         parts = {"database": self._database, "storage": self._storage, "controller": self._controller}
         # Where none need be there, to ask one would make one.
-        parts["inference"] = self._check or self._inference_alive
+        parts["inference"] = self._inference_alive if self._settings.least_serving_replicas else self._check
         check, plan = self._preflight.check, self._preflight.plan
         service = Service(
             self._store,
@@ -139,10 +139,11 @@ class Api:
 
 
 async def check_start() -> None:
-    """Check that processes with models can start, where none need be there.
+    """Check that processes with models can start, for requests that wait for one.
 
     Raises:
-        PartUnavailable: none runs, and the last one did not start, try after try. If none ever did, Ray Serve tries no more.
+        PartUnavailable: none runs, and no machine has had room for one for half a minute. Or the last one did not start, try
+            after try. If none ever did, Ray Serve tries no more.
     """
     application = serve.get_replica_context().app_name
     found = (await run_in_threadpool(serve.status)).applications[application].deployments["Inference"]
@@ -150,6 +151,11 @@ async def check_start() -> None:
     if found.status_trigger.name == "REPLICA_STARTUP_FAILED" and not running:
         reason = (
             "cannot start; its log says why. If it never has, it is tried again only when the service is started again"
+        )
+        raise PartUnavailable("the process of the models", reason, _RETRY_SECONDS)
+    if _NO_ROOM in found.message and not running:
+        reason = (
+            "waits for a machine with as much free memory as CHAINFED_SERVING_MEMORY; clients that train may hold it"
         )
         raise PartUnavailable("the process of the models", reason, _RETRY_SECONDS)
 

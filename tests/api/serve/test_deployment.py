@@ -46,20 +46,33 @@ def test_there_are_as_many_processes_with_models_as_are_asked_for(
     assert (scaling and (scaling["min_replicas"], scaling["max_replicas"])) == scaled
 
 
-_FAILED = DeploymentStatusTrigger.REPLICA_STARTUP_FAILED
+_FAILED, _SCALED = DeploymentStatusTrigger.REPLICA_STARTUP_FAILED, DeploymentStatusTrigger.AUTOSCALING
+_UNPLACED = (
+    "Deployment 'Inference' in application 'app' has 1 replicas that have taken more than 30s to be scheduled. …"
+)
 
 
 @pytest.mark.parametrize(
-    ("trigger", "running", "starts"),
-    [(DeploymentStatusTrigger.AUTOSCALING, 0, True), (_FAILED, 0, False), (_FAILED, 1, True)],
+    ("trigger", "running", "message", "expected"),
+    [
+        (_SCALED, 0, "", None),
+        (_SCALED, 0, _UNPLACED, "waits for a machine with as much free memory"),
+        (_SCALED, 1, _UNPLACED, None),
+        (_FAILED, 0, "", "cannot start"),
+        (_FAILED, 1, "", None),
+    ],
 )
-def test_a_process_that_could_not_start_is_noticed_where_none_need_be_there(
-    trigger: DeploymentStatusTrigger, running: int, starts: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_process_that_cannot_start_is_noticed_where_none_need_be_there(
+    trigger: DeploymentStatusTrigger,
+    running: int,
+    message: str,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     states: Any = {ReplicaState.RUNNING: running, ReplicaState.STARTING: 1}
-    of_models = DeploymentStatusOverview(DeploymentStatus.UPDATING, trigger, states, "")
+    of_models = DeploymentStatusOverview(DeploymentStatus.UPDATING, trigger, states, message)
     status = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Inference": of_models})})
     monkeypatch.setattr(serve, "status", lambda: status)
     monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(app_name="app"))
-    with nullcontext() if starts else pytest.raises(PartUnavailable, match="cannot start"):
+    with pytest.raises(PartUnavailable, match=expected) if expected else nullcontext():
         asyncio.run(deployment.check_start())
