@@ -29,9 +29,9 @@ from chainfed_ray.errors import (
 )
 
 if TYPE_CHECKING:
+    from chainfed_ray.api.jobs.uploads import UploadResource
     from chainfed_ray.api.rest.openai_schemas import CompletionChoice
     from chainfed_ray.api.rest.schemas import ClassifyResponse, EventResource
-    from chainfed_ray.api.storage.uploads import UploadResource
     from chainfed_ray.cluster.artifacts.job_log import LogLine
 
 _GIVE_UP_SECONDS = 120.0  # a service that fails starts again within a minute, on an idle machine

@@ -11,10 +11,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from chainfed_ray.api.jobs import logs
 from chainfed_ray.api.rest import waiting
 from chainfed_ray.api.sdk import exchanges
 from chainfed_ray.api.sdk.clients import Client
-from chainfed_ray.api.storage import logs
 from chainfed_ray.cluster.artifacts.job_log import JobLog, LogLine
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
@@ -109,7 +109,7 @@ def test_the_last_lines_are_told_where_each_commit_has_a_folder_of_its_own(
     store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with an object store: a job ends while its log is waited for, and its last lines are in a new folder."""
-    monkeypatch.setattr("chainfed_ray.api.storage.logs.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("chainfed_ray.api.jobs.logs.LOOK_SECONDS", 0.01)
     job, commits = store.submit(SPEC).id, [tmp_path / "1"]
     (tmp_path / "2").mkdir()
     app = an_app(store, folder_of=lambda _: commits[-1])

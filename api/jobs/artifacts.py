@@ -11,10 +11,10 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 from starlette.types import Message, Receive, Scope, Send
 
+from chainfed_ray.api.jobs.report import ensure_report
 from chainfed_ray.api.rest.errors import MEDIA_TYPE
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Jobs, WithService
-from chainfed_ray.api.storage.report import ensure_report
 from chainfed_ray.cluster.artifacts.listing import artifact, names_of
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import FINISHED
