@@ -1,1 +1,1 @@
-"""What a job leaves in its folder for people to have: cards, and the list of what can be downloaded."""
+"""What a job leaves in its folder for people to have: its log, and the list of what can be downloaded."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 STACKS = ("model", "last", "best")
-CARD = "README.md"
 REPORT = "report"
 _MANIFEST = "partition.json"
 _UNFINISHED = (".partial",)

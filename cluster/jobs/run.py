@@ -12,8 +12,8 @@ from typing import Any
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.client.pool import UnmetDemand
 from chainfed_ray.client.survey import Sites, SurveyStopped
-from chainfed_ray.cluster.artifacts.cards import write_cards
 from chainfed_ray.cluster.artifacts.job_log import WITHHELD, JobLog
+from chainfed_ray.cluster.artifacts.listing import STACKS
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
@@ -28,6 +28,7 @@ from chainfed_ray.cluster.tracing import StagesAndRounds, flush, span
 from chainfed_ray.cluster.uploads.sources import rules_of_job
 from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob
+from chainfed_ray.export.cards import write_cards
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
@@ -223,7 +224,7 @@ def _train(
             if isinstance(record, JobFinished):
                 assert started is not None, "the first record"
                 rounds = CommitLog(folder).rounds()
-                write_cards(folder, spec, started, rounds)
+                write_cards((folder / name for name in STACKS), spec, started, rounds)
             commits.keep(record.index if isinstance(record, Round) else None, isinstance(record, JobFinished))
             match record:
                 case JobStarted():
