@@ -15,7 +15,7 @@ from chainfed_ray.api.jobs.report import ensure_report
 from chainfed_ray.api.rest.errors import MEDIA_TYPE
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Jobs, WithService
-from chainfed_ray.cluster.artifacts.listing import artifact, names_of
+from chainfed_ray.cluster.files.artifacts import artifact, names_of
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import FINISHED
 from chainfed_ray.errors import ArtifactNotFound

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
-from chainfed_ray.cluster.artifacts.job_log import LOG, LogLine, page_of
+from chainfed_ray.cluster.files.job_log import LOG, LogLine, page_of
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import FINISHED, JobRecord
 

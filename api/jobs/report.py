@@ -11,7 +11,7 @@ from rich.console import Console
 
 from chainfed_ray.api.report.pictures import draw_if_possible
 from chainfed_ray.api.report.results import results
-from chainfed_ray.cluster.artifacts.listing import REPORT
+from chainfed_ray.cluster.files.artifacts import REPORT
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import JobNotFound

@@ -10,11 +10,11 @@ from starlette.requests import ClientDisconnect
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.schemas import RequestBody
 from chainfed_ray.api.rest.service import Caller, CallerGone, Uploads, WithService
+from chainfed_ray.cluster.files.upload_bytes import Arriving
+from chainfed_ray.cluster.files.uploads import Upload
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS
 from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.storage import UPLOAD_BYTES
-from chainfed_ray.cluster.uploads.files import Arriving
-from chainfed_ray.cluster.uploads.store import Upload
 from chainfed_ray.errors import PartUnavailable
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"], route_class=StrictRoute)

@@ -20,6 +20,7 @@ from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.access.rates import Rates
 from chainfed_ray.cluster.draining import Drain
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -29,7 +30,6 @@ from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.structured_logs import log_as_asked
 from chainfed_ray.cluster.tracing import begin_tracing, carried, check_tracing, flush, trace_requests
-from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import PartUnavailable
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Question, Sampling
 

@@ -26,6 +26,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
+from chainfed_ray.cluster.files.upload_sources import hold_uploads
 from chainfed_ray.cluster.queries.aliases import Aliases
 from chainfed_ray.cluster.queries.counts import counts
 from chainfed_ray.cluster.queries.deletions import Deletions
@@ -52,7 +53,6 @@ from chainfed_ray.cluster.tables import (
 )
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
 from chainfed_ray.cluster.tracing import carried
-from chainfed_ray.cluster.uploads.sources import hold_uploads
 from chainfed_ray.errors import JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
 

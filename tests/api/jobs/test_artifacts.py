@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from chainfed_ray.api.jobs import artifacts, report
 from chainfed_ray.api.sdk import calls, exchanges
 from chainfed_ray.api.sdk.clients import Client
-from chainfed_ray.cluster.artifacts.listing import Artifact
+from chainfed_ray.cluster.files.artifacts import Artifact
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage

@@ -15,7 +15,7 @@ from chainfed_ray.api.jobs import logs
 from chainfed_ray.api.rest import waiting
 from chainfed_ray.api.sdk import exchanges
 from chainfed_ray.api.sdk.clients import Client
-from chainfed_ray.cluster.artifacts.job_log import JobLog, LogLine
+from chainfed_ray.cluster.files.job_log import JobLog, LogLine
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import JobNotFound

@@ -10,9 +10,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from chainfed_ray.api.serve.front_door import MOST_BYTES as MOST_OF_A_BODY
+from chainfed_ray.cluster.files.arriving import ArrivingFile
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.uploads.arriving import ArrivingFile
-from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.spec.parse import parse_job
 from tests.apps import MOST_BYTES, an_app
 from tests.builders import SPEC

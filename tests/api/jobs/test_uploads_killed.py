@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.uploads.store import UploadStore
+from chainfed_ray.cluster.files.uploads import UploadStore
 from tests import apps
 apps.MOST_BYTES = 2**30
 storage = Storage.at(Path(sys.argv[1]))

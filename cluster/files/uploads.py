@@ -1,7 +1,7 @@
 """The files that tenants have sent: a row of the database each, and their bytes, which a tenant keeps once.
 
 An upload is what its tenant calls it and its SHA-256: who begins one that is there is given that one, and goes on with it.
-Where its bytes are, ``files`` says.
+Where its bytes are, ``upload_bytes`` says.
 
 Any process may be killed at any time. Bytes that are complete while their row says otherwise are found by whoever asks next,
 and bytes that no row names are deleted by ``remove_old``.
@@ -19,13 +19,13 @@ from typing import Any, Self
 from sqlalchemy import ColumnElement, String, cast, delete, func, or_, select, true, update
 from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.files.upload_bytes import Arriving, upload_files
+from chainfed_ray.cluster.files.upload_sources import uploads_in
 from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.storage import STORED_BYTES, UPLOADS, Storage
 from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
 from chainfed_ray.cluster.tenants import View
-from chainfed_ray.cluster.uploads.files import Arriving, upload_files
-from chainfed_ray.cluster.uploads.sources import uploads_in
 from chainfed_ray.errors import InvalidJob, LimitReached, UploadConflict, UploadNotFound
 from chainfed_ray.reading import UploadedFile
 from chainfed_ray.units import format_bytes

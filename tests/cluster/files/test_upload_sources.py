@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from chainfed_ray.cluster.files.upload_sources import rules_of_job
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.uploads.sources import rules_of_job
-from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.data.sources import read_table
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.run import in_this_process

@@ -15,10 +15,10 @@ from secrets import token_hex
 from time import time
 from typing import Protocol, Self
 
+from chainfed_ray.cluster.files.arriving import ArrivingFile
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.objects.pieces import Pieces
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.uploads.arriving import ArrivingFile
 from chainfed_ray.errors import UploadConflict
 
 _PIECE_BYTES = 8 * 2**20

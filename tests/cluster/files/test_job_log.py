@@ -9,7 +9,7 @@ import pytest
 
 from chainfed_ray.activity import Activity, no_listener
 from chainfed_ray.client.pool import LocalPool
-from chainfed_ray.cluster.artifacts.job_log import LOG, WITHHELD, JobLog, LogLine, lines_of, page_of
+from chainfed_ray.cluster.files.job_log import LOG, WITHHELD, JobLog, LogLine, lines_of, page_of
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from chainfed_ray.cluster.files.arriving import ArrivingFile
+from chainfed_ray.cluster.files.uploads import Upload, UploadStore
 from chainfed_ray.cluster.jobs.control import retry
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import moment
-from chainfed_ray.cluster.uploads.arriving import ArrivingFile
-from chainfed_ray.cluster.uploads.store import Upload, UploadStore
 from chainfed_ray.errors import InvalidJob, LimitReached, UploadConflict, UploadNotFound
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC
@@ -138,7 +138,7 @@ def test_one_writer_at_a_time(uploads: UploadStore) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from chainfed_ray.cluster.uploads.arriving import ArrivingFile
+from chainfed_ray.cluster.files.arriving import ArrivingFile
 with ArrivingFile("u", Path(sys.argv[1]), 10**9) as file:
     for number in range(10**9):
         file.append(number.to_bytes(8, "big") * 100)

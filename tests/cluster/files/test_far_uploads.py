@@ -9,12 +9,12 @@ from threading import Event
 import pytest
 from fastapi.testclient import TestClient
 
+from chainfed_ray.cluster.files.upload_bytes import ArrivingPieces, StoredUploads
+from chainfed_ray.cluster.files.upload_expiry import remove_old_uploads
+from chainfed_ray.cluster.files.uploads import Upload, UploadStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.uploads.expiry import remove_old_uploads
-from chainfed_ray.cluster.uploads.files import ArrivingPieces, StoredUploads
-from chainfed_ray.cluster.uploads.store import Upload, UploadStore
 from chainfed_ray.errors import InvalidJob, UploadConflict
 from tests.apps import an_app
 from tests.s3 import Server

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from threading import Event
 
 from chainfed_ray.cluster.database import NO_ANSWER
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.uploads.store import UploadStore
 
 _INTERVAL_SECONDS = 3600.0
 _log = logging.getLogger(__name__)
