@@ -11,7 +11,7 @@ from pathlib import Path
 from chainfed_ray.activity import Listener, Note, Notes, Reporter, no_listener
 from chainfed_ray.aggregation.rule import AggregationRule
 from chainfed_ray.client.objective import Objective
-from chainfed_ray.client.pool import ClientPool, LocalPool
+from chainfed_ray.client.pool import ClientPool, LocalPool, MakePool
 from chainfed_ray.client.survey import Sites
 from chainfed_ray.data.partition import PartitionRule
 from chainfed_ray.device.removal import temporary_folder
@@ -27,9 +27,6 @@ from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.result import ExitScore
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
-
-MakePool = Callable[[ModelSource, Note], ClientPool]
-"""Makes the pool that runs the clients' turns. The pool may use the ``Note`` to tell what it waits for."""
 
 MakeEvaluation = Callable[[PlannedJob, Listener], JobEvaluation]
 """Makes the object that evaluates stacks on the server."""

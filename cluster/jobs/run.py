@@ -10,7 +10,7 @@ from time import sleep
 from typing import Any
 
 from chainfed_ray.activity import Activity, Listener
-from chainfed_ray.client.pool import UnmetDemand
+from chainfed_ray.client.pool import MakePool, UnmetDemand
 from chainfed_ray.client.survey import Sites, SurveyStopped
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.draining import Drain
@@ -30,7 +30,7 @@ from chainfed_ray.cluster.tracing import StagesAndRounds, flush, span
 from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob
 from chainfed_ray.export.cards import write_cards
 from chainfed_ray.federation.evaluation import streamed
-from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
+from chainfed_ray.federation.run import MakeEvaluation, run_job
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
