@@ -132,7 +132,7 @@ class JobStore:
             with Session(self._engine) as session, session.begin():
                 session.add(row)
                 session.flush()  # before the name is chosen: two that submit at once then come one after the other
-                row.model = served_name(session, row.tenant, spec, row.id)
+                row.model = served_name(session, row, spec.model.base)
                 session.add_all(LabelRow(job=row.id, name=name, value=value) for name, value in spec.labels.items())
                 hold_uploads(session, row.tenant, document)
                 check_queue(session, row.tenant, most_queued)
