@@ -16,7 +16,6 @@ from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client, Training
 from chainfed_ray.federation.admission import Candidate, as_client
 from chainfed_ray.federation.prepare import PlannedJob
-from chainfed_ray.federation.stages import StageSchedule
 from chainfed_ray.forecast.pace import EvaluationPace, Pace, evaluation_pace, training_pace
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.sections import Often, RoundsSpec
@@ -151,8 +150,10 @@ def _chain(job: PlannedJob) -> Chain:
 
 def visits(job: PlannedJob) -> list[tuple[Window, int]]:
     """The windows of the job, each with the rounds that it has if no stage ends early."""
-    rounds = job.spec.rounds
-    return StageSchedule(rounds, job.spec.chain.schedule, _chain(job), rounds.total).windows
+    chain, rounds = _chain(job), job.spec.rounds
+    cyclic = job.spec.chain.schedule == "cyclic"
+    stages = chain.cycled(rounds.total) if cyclic else chain.staged(rounds.total, rounds.last_stage_share)
+    return [(stage.window, stage.rounds) for stage in stages]
 
 
 def _once(job: PlannedJob, plan: TurnPlan, pace: Pace, examples: int) -> float:
