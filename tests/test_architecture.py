@@ -25,9 +25,8 @@ FLOORS = (
     ("aggregation", "evaluation", "serving", "records"),
     ("export",),
     ("client",),
-    ("federation",),
-    ("site",),
-    ("forecast",),
+    ("planning",),
+    ("federation", "site"),
     ("cluster.migrations", "cluster.objects"),
     ("cluster",),
     ("cluster.queries",),
@@ -78,7 +77,7 @@ ONLY_IN = {
     "typer": ("api.command", "api.operator", "api.transfer"),
 }
 WITHOUT_TORCH = ("ground", "spec", "budget")
-MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 194
+MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 195
 GENERIC = {"api", "cluster", "tests", "benchmarks", "examples"}
 
 

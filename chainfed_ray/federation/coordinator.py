@@ -21,7 +21,6 @@ from chainfed_ray.client.pool import ClientPool
 from chainfed_ray.client.survey import Sites
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.federation.admission import Latecomers, listed
 from chainfed_ray.federation.cohort import Cohort, Sampler, everyone, foreseen
 from chainfed_ray.federation.collect import UpdateCollector, check_fruitful, collect_updates, reasons
 from chainfed_ray.federation.evaluation import (
@@ -35,13 +34,14 @@ from chainfed_ray.federation.evaluation import (
     streamed,
 )
 from chainfed_ray.federation.head_fitting import FittedHead, fit_head
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.federation.privacy_policy import PrivacyPolicy
 from chainfed_ray.federation.stages import Movement, RoundSpec, StageSchedule, rate_at
 from chainfed_ray.federation.start import Start, StartRule, find_start
 from chainfed_ray.federation.state import ChainState, stack_of
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import SavedStack, save_models
+from chainfed_ray.planning.admission import Latecomers, listed
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.record import named
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import FleetTotals, LateSite

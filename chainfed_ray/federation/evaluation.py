@@ -23,8 +23,8 @@ from chainfed_ray.evaluation.early_exit import predict_early_exit
 from chainfed_ray.evaluation.evaluator import EvaluationSets, Evaluator
 from chainfed_ray.evaluation.score import Score, ScoreSums, macro_f1
 from chainfed_ray.evaluation.streaming_evaluator import StreamingEvaluator
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack, Tensors
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.rounds import Best, ClientScore, EarlyExit, Evaluation, Restored, Round, finite
 from chainfed_ray.spec.sections import Often
 

@@ -23,9 +23,9 @@ from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.evaluation.early_exit import pooled_features
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.collect import failed_turn, readable
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.rounds import FailedTurn, HeadFit
 
 

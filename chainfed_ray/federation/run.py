@@ -18,11 +18,11 @@ from chainfed_ray.device.removal import temporary_folder
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import FederatedEvaluation, JobEvaluation, streamed
-from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.federation.start import StartRule
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.saved_stack import exit_folder, save_so_far, save_stack
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.planning.prepare import PlannedJob, prepare_job
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.result import ExitScore
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round

@@ -23,8 +23,8 @@ from chainfed_ray.errors import InvalidUpdate, QuorumLost
 from chainfed_ray.federation.cohort import everyone
 from chainfed_ray.federation.collect import failed_turn, readable, reasons
 from chainfed_ray.federation.head_fitting import deadline_of_all, fit_head
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.rounds import FailedTurn, HeadFit, complete_fits
 from chainfed_ray.seeds import derive
 

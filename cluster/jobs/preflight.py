@@ -150,7 +150,7 @@ def _forecast(most_bytes: int, rules: ReadingRules, spec: JobSpec, client_slots:
     from chainfed_ray.device.lean_imports import load_models
 
     load_models()
-    from chainfed_ray.forecast.dry_run import dry_run
+    from chainfed_ray.planning.dry_run import dry_run
 
     cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     try:

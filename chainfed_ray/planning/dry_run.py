@@ -18,12 +18,13 @@ from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.planner import TurnPlan, held_bytes
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.federation.admission import Admission, Candidate, Planner, admit, requirements_of
-from chainfed_ray.federation.prepare import PlannedJob, check_fleet, plan_job
-from chainfed_ray.forecast.duration import duration
-from chainfed_ray.forecast.look_aheads import compared
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of, with_bottleneck
+from chainfed_ray.planning.admission import Admission, Planner, admit, requirements_of
+from chainfed_ray.planning.candidates import Candidate
+from chainfed_ray.planning.duration import duration
+from chainfed_ray.planning.look_aheads import compared
+from chainfed_ray.planning.prepare import PlannedJob, check_fleet, plan_job
 from chainfed_ray.records.forecast import PREFIX, Change, ClassForecast, Forecast
 from chainfed_ray.spec.fleet import ClientClass
 from chainfed_ray.spec.job import JobSpec

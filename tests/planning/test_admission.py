@@ -11,7 +11,8 @@ from chainfed_ray.budget.footprint import TurnRequirements, footprint
 from chainfed_ray.budget.planner import ClientResources, plan
 from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.federation.admission import Candidate, Planner, admit
+from chainfed_ray.planning.admission import Planner, admit
+from chainfed_ray.planning.candidates import Candidate
 from tests.plans import HIDDEN, LAYERS, WAYS, all_costs, all_tasks, needed, planned
 
 PLENTY = 2**50

@@ -13,10 +13,10 @@ from chainfed_ray.budget.footprint import SavedActivations, layers_run
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import LookAhead, Window
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.federation.admission import Admission, Planner, admit, requirements_of
-from chainfed_ray.federation.prepare import PlannedJob
-from chainfed_ray.forecast.duration import PASSES, Duration, seconds_of_job, typical_clients, visits
-from chainfed_ray.forecast.pace import Pace
+from chainfed_ray.planning.admission import Admission, Planner, admit, requirements_of
+from chainfed_ray.planning.duration import PASSES, Duration, seconds_of_job, typical_clients, visits
+from chainfed_ray.planning.pace import Pace
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.forecast import LookAheadForecast
 from chainfed_ray.spec.parse import parse_job
 

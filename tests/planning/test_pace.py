@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from chainfed_ray.data.tokens import Examples, ragged
-from chainfed_ray.federation.admission import as_client
-from chainfed_ray.forecast import duration, pace
-from chainfed_ray.forecast.pace import Taken, part_of, seconds_of, tokens_of, usual_batch
+from chainfed_ray.planning import duration, pace
+from chainfed_ray.planning.candidates import as_client
+from chainfed_ray.planning.pace import Taken, part_of, seconds_of, tokens_of, usual_batch
 from tests.builders import a_job
 
 

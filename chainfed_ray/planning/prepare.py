@@ -26,25 +26,15 @@ from chainfed_ray.data.partition import PartitionRule, shares_of
 from chainfed_ray.data.targets import packed
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
-from chainfed_ray.federation.admission import (
-    Admission,
-    Candidate,
-    Planner,
-    absent_clients,
-    admit,
-    as_client,
-    candidates,
-    classes_at_sites,
-    manifest_of,
-    requirements_of,
-)
-from chainfed_ray.federation.privacy_policy import awaited
 from chainfed_ray.hub import configuration, first_line, tokenizer
 from chainfed_ray.model.adapters import AdapterStack, Head, LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.model.source import ModelSource, check_generation, weights_folder
+from chainfed_ray.planning.admission import Admission, Planner, admit, requirements_of
+from chainfed_ray.planning.candidates import Candidate, absent_clients, as_client, awaited, candidates, classes_at_sites
+from chainfed_ray.planning.manifest import manifest_of
 from chainfed_ray.problem import some_of
 from chainfed_ray.record import named
 from chainfed_ray.records.fleet import ExcludedClients, FleetClient, names_hash

@@ -4,61 +4,28 @@
 window, and to separate the clients that have a plan from those that have none.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from itertools import islice
-from types import MappingProxyType
-
-import numpy as np
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.footprint import TurnRequirements, saved_bytes
 from chainfed_ray.budget.planner import ClientResources, TurnPlan, cache_bytes, fallback_plan, plan, shortfall
 from chainfed_ray.chain import Window
-from chainfed_ray.client.messages import Client
-from chainfed_ray.client.survey import Absence, ClientSurvey, SiteRows, Survey
-from chainfed_ray.data.examples import JobExamples
-from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts, Examples
+from chainfed_ray.client.survey import Absence, ClientSurvey, Survey
+from chainfed_ray.data.tokens import ExampleCounts
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.planning.candidates import Candidate, absent_clients, at_site
 from chainfed_ray.problem import some_of
 from chainfed_ray.records.fleet import (
     AdmittedClients,
-    ExcludedClients,
     FleetClient,
     FleetTotals,
     LateClient,
     LateSite,
 )
-from chainfed_ray.records.manifest import ClientPartition, Manifest
 from chainfed_ray.spec.fleet import ClientClass, FleetSpec
 from chainfed_ray.spec.job import JobSpec
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A client of the fleet: its examples, and the bytes of memory and disk that it declared.
-
-    ``disk`` is None if the client declared no limit. ``availability`` is the probability that the client answers when it is
-    sampled. ``speed`` is at most 1: at 0.5 a turn takes twice as long. ``remote`` says where the rows of a client at a site
-    are; it has no ``examples``. ``rank`` is how many of a LoRA's ranks it trains; None: all.
-    """
-
-    name: str
-    client_class: str
-    examples: Examples
-    memory: int
-    disk: int | None
-    availability: float = 1.0
-    speed: float = 1.0
-    remote: SiteRows | None = None
-    rank: int | None = None
-
-    @cached_property
-    def counts(self) -> ExampleCounts:
-        """How many examples the client has, and how long they are."""
-        return self.remote.counts if self.remote else self.examples.counts
 
 
 class Planner:
@@ -237,76 +204,6 @@ def requirements_of(spec: JobSpec, layers: int) -> TurnRequirements:
     )
 
 
-def candidates(
-    fleet: FleetSpec,
-    examples: JobExamples,
-    classes: tuple[str, ...],
-    shares: Sequence[np.ndarray],
-    surveys: Mapping[str, Survey | Absence] = MappingProxyType({}),
-) -> list[Candidate]:
-    """The clients of a job's fleet. ``shares`` are the row indices of each simulated one, in the order of the fleet.
-
-    ``surveys`` are the answers of sites. A site that takes no part has no clients. ``classes`` are those of the head, by which
-    sites number their labels; a language model has none.
-    """
-    simulated = iter(zip(fleet.members, shares, strict=True))
-    found = list[Candidate]()
-    for group in fleet.clients:
-        survey = surveys.get(group.name)
-        if isinstance(survey, Survey):
-            found += _at_site(group, survey, classes)
-        elif group.site is None:
-            for (name, _), share in islice(simulated, group.count):
-                rows, resources = examples.of_client(share), (group.memory, group.disk, group.availability, group.speed)
-                found.append(Candidate(name, group.name, rows, *resources, rank=group.rank))
-    return found
-
-
-def _at_site(group: ClientClass, survey: Survey, classes: tuple[str, ...]) -> Iterator[Candidate]:
-    assert group.site is not None, "a site was surveyed"
-    assert group.data is not None, "the rules refuse a site without a file"
-    for part, client in enumerate(survey.clients):
-        rows = SiteRows(group.site, group.data, part, len(survey.clients), client.counts, classes)
-        name = f"{group.name}-{part}"
-        yield Candidate(name, group.name, NO_EXAMPLES, group.memory, group.disk, remote=rows, rank=group.rank)
-
-
-def as_client(candidate: Candidate, plan: TurnPlan, cap_bytes: int) -> Client:
-    """The client that takes the next turn of ``candidate``: with ``plan``, held to ``cap_bytes`` of memory."""
-    name, group, examples, memory = candidate.name, candidate.client_class, candidate.examples, candidate.memory
-    return Client(name, group, examples, memory, plan, cap_bytes, speed=candidate.speed, remote=candidate.remote)
-
-
-def classes_at_sites(fleet: FleetSpec, surveys: Mapping[str, Survey | Absence]) -> set[str]:
-    """The names of all classes that sites tell of.
-
-    Raises:
-        InvalidJob: no site takes part, and there are no other clients.
-    """
-    answers = [survey for survey in surveys.values() if isinstance(survey, Survey)]
-    if surveys and not answers and not fleet.size:
-        reasons = some_of((group.reason for group in absent_clients(fleet, surveys)), "; ")
-        raise InvalidJob.at("fleet.clients", [*surveys], f"a site that takes part ({reasons})")
-    return {name for survey in answers for client in survey.clients for name in client.classes}
-
-
-def absent_clients(fleet: FleetSpec, surveys: Mapping[str, Survey | Absence]) -> tuple[ExcludedClients, ...]:
-    """The classes of clients whose site takes no part, each with its reason."""
-    answers = ((group, surveys.get(group.name)) for group in fleet.at_sites)
-    return tuple(
-        ExcludedClients(
-            client_class=group.name,
-            clients=group.count,
-            budget_bytes=group.memory,
-            shortfall_bytes=0,
-            reason=f"site {group.site} takes no part{' yet' if answer.may_come else ''}: {answer.reason}",
-            may_come=answer.may_come,
-        )
-        for group, answer in answers
-        if isinstance(answer, Absence)
-    )
-
-
 @dataclass(frozen=True)
 class Latecomers:
     """Takes in clients of ``fleet`` whose site comes after the job has begun. ``stage`` is the chain's lowest window.
@@ -336,7 +233,7 @@ class Latecomers:
         for site in late:
             counts = (ExampleCounts(each.examples, each.longest, each.tokens) for each in site.clients)
             survey = Survey(tuple(ClientSurvey(each, {}) for each in counts))
-            more = _planned(self.planner, _at_site(groups[site.client_class], survey, self.classes), self.stage)
+            more = _planned(self.planner, at_site(groups[site.client_class], survey, self.classes), self.stage)
             if (then := sum(group.clients for group in site.admitted)) != len(more.admitted):
                 expected = f"{then} of {site.client_class}, as when their site came"
                 raise InvalidJob.at("fleet.clients", f"{len(more.admitted)} that can take part", expected)
@@ -355,7 +252,7 @@ class Latecomers:
             answer = Absence(f"it makes {len(answer.clients)} clients of its file, and ε was computed with one for it")
         if isinstance(answer, Absence):
             return LateSite(client_class=name, site=group.site, excluded=absent_clients(self.fleet, {name: answer}))
-        members, totals = tuple(_at_site(group, answer, self.classes)), FleetTotals()
+        members, totals = tuple(at_site(group, answer, self.classes)), FleetTotals()
         lines = listed(self.planner, _planned(self.planner, members, self.stage), self.stage, totals)
         plans = {line.client: line.model_dump(include={"planned_bytes", "plan", "shortfall_bytes"}) for line in lines}
         clients = [LateClient(client=each.name, **asdict(each.counts), **plans[each.name]) for each in members]
@@ -366,25 +263,3 @@ class Latecomers:
             admitted=totals.admitted,
             excluded=totals.excluded,
         )
-
-
-def manifest_of(
-    spec: JobSpec,
-    examples: JobExamples,
-    everybody: Sequence[Candidate],
-    shares: Sequence[np.ndarray],
-    surveys: Mapping[str, Survey | Absence],
-    rule: str | None,
-) -> Manifest:
-    """The manifest of the partition. ``shares`` are the row indices of simulated clients, in the order of the fleet."""
-    rows, labels = iter(shares), examples.corpus.train.labels
-    clients = list[ClientPartition]()
-    for candidate in everybody:
-        name, group = candidate.name, candidate.client_class
-        survey = surveys.get(group)
-        if candidate.remote and isinstance(survey, Survey):
-            classes = survey.clients[candidate.remote.part].classes
-            clients.append(ClientPartition.at_site(name, group, candidate.counts, classes))
-        else:
-            clients.append(ClientPartition.simulated(name, group, next(rows), labels))
-    return Manifest.of(spec, examples.corpus, clients, rule)

@@ -14,9 +14,9 @@ from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client, Training
-from chainfed_ray.federation.admission import Candidate, as_client
-from chainfed_ray.federation.prepare import PlannedJob
-from chainfed_ray.forecast.pace import EvaluationPace, Pace, evaluation_pace, training_pace
+from chainfed_ray.planning.candidates import Candidate, as_client
+from chainfed_ray.planning.pace import EvaluationPace, Pace, evaluation_pace, training_pace
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.sections import Often, RoundsSpec
 

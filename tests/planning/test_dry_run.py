@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from rich.console import Console
 from torch import Tensor
 
-import chainfed_ray.forecast.dry_run
+import chainfed_ray.planning.dry_run
 from chainfed_ray.api.command.cli import app
 from chainfed_ray.api.report.forecast_picture import png
 from chainfed_ray.api.report.forecast_table import forecast_table
@@ -23,12 +23,12 @@ from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import PlannedJob, plan_job
-from chainfed_ray.forecast import duration
-from chainfed_ray.forecast.dry_run import changed, dry_run
-from chainfed_ray.forecast.duration import Duration
-from chainfed_ray.forecast.pace import EvaluationPace, Pace
 from chainfed_ray.model.prefix import PrefixRunner
+from chainfed_ray.planning import duration
+from chainfed_ray.planning.dry_run import changed, dry_run
+from chainfed_ray.planning.duration import Duration
+from chainfed_ray.planning.pace import EvaluationPace, Pace
+from chainfed_ray.planning.prepare import PlannedJob, plan_job
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
@@ -42,7 +42,7 @@ _PNG = b"\x89PNG\r\n"
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is trained: the time is as if it had been measured."""
-    monkeypatch.setattr(chainfed_ray.forecast.dry_run, "duration", lambda *_: Duration(95.0, {"phone": 0.25}))
+    monkeypatch.setattr(chainfed_ray.planning.dry_run, "duration", lambda *_: Duration(95.0, {"phone": 0.25}))
 
 
 def a_draft(document: dict[str, Any]) -> PlannedJob:
@@ -196,7 +196,7 @@ def test_rounds_are_those_that_the_privacy_limit_allows(
     document["privacy"] = {"clip": 1.0, "noise_multiplier": 4.0, "epsilon": 8.0}
     timed = list[int]()
     monkeypatch.setattr(
-        chainfed_ray.forecast.dry_run,
+        chainfed_ray.planning.dry_run,
         "duration",
         lambda job, *_: timed.append(job.spec.rounds.total) or Duration(1.0, {}),
     )
