@@ -18,7 +18,6 @@ from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.messages import Fitting, Training
 from chainfed_ray.client.objective import Objective, trained_names
 from chainfed_ray.client.pool import ClientPool
-from chainfed_ray.client.survey import Sites
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.cohort import Cohort, Sampler, everyone, foreseen
@@ -42,6 +41,7 @@ from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import SavedStack, save_models
 from chainfed_ray.planning.admission import Latecomers, listed
 from chainfed_ray.planning.prepare import PlannedJob
+from chainfed_ray.planning.sites import Sites
 from chainfed_ray.record import named
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import FleetTotals, LateSite

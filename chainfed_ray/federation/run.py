@@ -12,7 +12,6 @@ from chainfed_ray.activity import Listener, Note, Notes, Reporter, no_listener
 from chainfed_ray.aggregation.rule import AggregationRule
 from chainfed_ray.client.objective import Objective
 from chainfed_ray.client.pool import ClientPool, LocalPool, MakePool
-from chainfed_ray.client.survey import Sites
 from chainfed_ray.data.partition import PartitionRule
 from chainfed_ray.device.removal import temporary_folder
 from chainfed_ray.errors import InvalidJob
@@ -23,6 +22,7 @@ from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.saved_stack import exit_folder, save_so_far, save_stack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.planning.prepare import PlannedJob, prepare_job
+from chainfed_ray.planning.sites import Sites
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.result import ExitScore
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round

@@ -19,7 +19,6 @@ from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Chain
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client
-from chainfed_ray.client.survey import Sites
 from chainfed_ray.data.choices import Choices
 from chainfed_ray.data.examples import JobExamples, examples_of
 from chainfed_ray.data.partition import PartitionRule, shares_of
@@ -35,6 +34,7 @@ from chainfed_ray.model.source import ModelSource, check_generation, weights_fol
 from chainfed_ray.planning.admission import Admission, Planner, admit, requirements_of
 from chainfed_ray.planning.candidates import Candidate, absent_clients, as_client, awaited, candidates, classes_at_sites
 from chainfed_ray.planning.manifest import manifest_of
+from chainfed_ray.planning.sites import Sites
 from chainfed_ray.problem import some_of
 from chainfed_ray.record import named
 from chainfed_ray.records.fleet import ExcludedClients, FleetClient, names_hash

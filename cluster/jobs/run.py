@@ -11,7 +11,7 @@ from typing import Any
 
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.client.pool import MakePool, UnmetDemand
-from chainfed_ray.client.survey import Sites, SurveyStopped
+from chainfed_ray.client.survey import SurveyStopped
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.files.artifacts import STACKS
@@ -31,6 +31,7 @@ from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob
 from chainfed_ray.export.cards import write_cards
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, run_job
+from chainfed_ray.planning.sites import Sites
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
