@@ -33,7 +33,7 @@ from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.model.source import ModelSource, check_generation, weights_folder
 from chainfed_ray.planning.admission import Admission, Planner, admit, requirements_of
 from chainfed_ray.planning.candidates import Candidate, absent_clients, as_client, awaited, candidates, classes_at_sites
-from chainfed_ray.planning.manifest import manifest_of
+from chainfed_ray.planning.manifest import manifest_of, partitions_of
 from chainfed_ray.planning.sites import Sites
 from chainfed_ray.problem import some_of
 from chainfed_ray.record import named
@@ -187,6 +187,9 @@ def plan_job(
     # 3. Partition the rows among the clients, and plan which clients can take part.
     shares = shares_of(spec.fleet, spec.seed, examples.train.labels, examples.corpus.train.groups, partition)
     everybody = candidates(spec.fleet, examples, classes, shares, surveys)
+    partitions = partitions_of(everybody, examples.corpus.train.labels, shares, surveys)
+    rule = named(partition) if partition else None
+    manifest = manifest_of(spec.data, spec.fleet.partition, spec.seed, examples.corpus, partitions, rule)
     admission = admit(planner, everybody, spec.window(model.memory.layers), listen)
     return PlannedJob(
         spec=spec,
@@ -195,7 +198,7 @@ def plan_job(
         layers_path=model.layers_path,
         hidden=model.memory.hidden,
         classes=classes,
-        manifest=manifest_of(spec, examples, everybody, shares, surveys, named(partition) if partition else None),
+        manifest=manifest,
         planner=planner,
         admission=admission,
         validation=examples.validation,

@@ -15,8 +15,9 @@ from chainfed_ray.data.partition import partition_examples
 from chainfed_ray.data.sources import load
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
+from chainfed_ray.planning.manifest import manifest_of, simulated
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.records.manifest import ClientPartition, Manifest
+from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.result import JobResult
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
@@ -53,10 +54,10 @@ def manifest(document: dict[str, Any] = JOB, rows: list[dict[str, Any]] = ROWS) 
         spec.fleet.partition, np.array(numbers), corpus.train.groups, len(spec.fleet.members), spec.seed
     )
     clients = [
-        ClientPartition.simulated(name, group.name, share, corpus.train.labels)
+        simulated(name, group.name, share, corpus.train.labels)
         for (name, group), share in zip(spec.fleet.members, shares, strict=True)
     ]
-    return Manifest.of(spec, corpus, clients)
+    return manifest_of(spec.data, spec.fleet.partition, spec.seed, corpus, clients)
 
 
 def test_the_same_job_has_the_same_hash_on_any_machine() -> None:
