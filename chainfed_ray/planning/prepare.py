@@ -16,7 +16,7 @@ from chainfed_ray.chain import Chain
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client
 from chainfed_ray.data.choices import Choices
-from chainfed_ray.data.examples import JobExamples, examples_of
+from chainfed_ray.data.examples import examples_of
 from chainfed_ray.data.partition import PartitionRule, shares_of
 from chainfed_ray.data.targets import packed
 from chainfed_ray.data.tokens import Examples
@@ -36,6 +36,7 @@ from chainfed_ray.records.fleet import ExcludedClients, FleetClient, names_hash
 from chainfed_ray.records.manifest import Manifest
 from chainfed_ray.records.rounds import JobStarted
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import ModelSpec, PrivacySpec, RoundsSpec
 from chainfed_ray.units import format_bytes
 
 
@@ -159,34 +160,35 @@ def plan_job(
     Raises:
         InvalidJob: the job could not run with any clients.
     """
-    # 1. Find the base model, and turn the rows into tokens.
-    Reporter("finding the base model", listen).begin()
-    folder = weights_folder(spec.model.weights)
-    source = ModelSource(folder, getattr(torch, spec.model.dtype), scratch)
-    with about_the_model(spec.model.base):
-        configuration(folder)
-    surveys = sites.survey(spec, folder, listen) if sites and spec.fleet.at_sites else {}
+    # 1. Find the base model, and ask the sites what rows they have.
+    base = _found(spec.model, scratch, listen)
+    surveys = sites.survey(spec, base.folder, listen) if sites and spec.fleet.at_sites else {}
     unasked = any(group.name not in surveys for group in spec.fleet.at_sites)
+
+    # 2. Read the rows, and turn them into tokens.
     elsewhere = None if unasked else classes_at_sites(spec.fleet, surveys)
-    examples = examples_of(spec, tokenizer(spec.model.base, folder), listen, elsewhere)
+    examples = examples_of(spec, tokenizer(spec.model.base, base.folder), listen, elsewhere)
+    classes = () if spec.model.task == "causal-lm" else examples.corpus.classes
 
-    # 2. Trace how much memory each part of a turn holds.
+    # 3. Check them against the model, and trace how much memory each part of a turn holds.
     train = examples.train if examples.pack_length is None else packed(examples.train, examples.pack_length)
-    classes = _classes(spec, examples)
-    model = traced(spec, source, len(classes) or None, (train, *examples.held_out), listen)
-    planner = Planner(model.memory, requirements_of(spec, model.memory.layers))
+    model = traced(spec, base, len(classes) or None, (train, *examples.held_out), listen)
+    layers = model.memory.layers
 
-    # 3. Partition the rows among the clients, and plan which clients can take part.
+    # 4. Partition the rows among the clients.
     shares = shares_of(spec.fleet, spec.seed, examples.train.labels, examples.corpus.train.groups, partition)
     everybody = candidates(spec.fleet, examples, classes, shares, surveys)
     partitions = partitions_of(everybody, examples.corpus.train.labels, shares, surveys)
     rule = named(partition) if partition else None
     manifest = manifest_of(spec.data, spec.fleet.partition, spec.seed, examples.corpus, partitions, rule)
-    admission = admit(planner, everybody, spec.window(model.memory.layers), listen)
+
+    # 5. Plan which clients can take part, and how.
+    planner = Planner(model.memory, requirements_of(spec, layers))
+    admission = admit(planner, everybody, spec.window(layers), listen)
     return PlannedJob(
         spec=spec,
-        base=source,
-        layers=model.memory.layers,
+        base=base,
+        layers=layers,
         layers_path=model.layers_path,
         hidden=model.memory.hidden,
         classes=classes,
@@ -203,9 +205,17 @@ def plan_job(
     )
 
 
-def _classes(spec: JobSpec, examples: JobExamples) -> tuple[str, ...]:
-    """The names of the classes, in the order of the head's outputs; empty for a language model."""
-    return () if spec.model.task == "causal-lm" else examples.corpus.classes
+def _found(model: ModelSpec, scratch: Path, listen: Listener) -> ModelSource:
+    """The base model, once its files are here. Clients keep their prefix caches in ``scratch``.
+
+    Raises:
+        InvalidJob: it cannot be had, or its configuration cannot be read.
+    """
+    Reporter("finding the base model", listen).begin()
+    folder = weights_folder(model.weights)
+    with about_the_model(model.base):
+        configuration(folder)
+    return ModelSource(folder, getattr(torch, model.dtype), scratch)
 
 
 def check_fleet(job: PlannedJob) -> None:
@@ -215,29 +225,43 @@ def check_fleet(job: PlannedJob) -> None:
         InvalidJob: one of these does not hold.
     """
     spec, admission = job.spec, job.admission
-    if spec.quorum > len(admission.admitted) and not admission.excluded:
-        told = some_of([f"{each.client_class}: {each.reason}" for each in job.absent] or ["there are no more"], "; ")
-        expected = f"{spec.quorum} clients (the quorum) that can take part; {len(admission.admitted)} can ({told})"
-        raise InvalidJob.at("fleet.clients", [group.name for group in spec.fleet.clients], expected)
     if spec.quorum > len(admission.admitted):
-        largest, shortfall = max(admission.excluded, key=lambda excluded: excluded[0].memory)
-        raise InvalidJob.at(
-            "fleet.clients",
-            [f"{group.name}: {format_bytes(group.memory)}" for group in spec.fleet.clients],
-            f"{spec.quorum} clients (the quorum) with {format_bytes(largest.memory + shortfall)} or more, since "
-            f"{len(admission.admitted) or 'none'} of them can hold any window at data.max_length {spec.data.max_length}",
-        )
-    profiling = [one for one, plan in admission.admitted if one.counts.examples >= FEWEST and plan.prefix.cached]
-    if spec.chain.start == "auto" and not profiling:
+        raise _too_few(job)
+    if spec.chain.start == "auto":
+        _check_profiles(admission)
+    if spec.privacy:
+        _check_epsilon(spec.privacy, spec.rounds, len(admission.admitted) + len(awaited(spec.fleet, job.absent)))
+
+
+def _too_few(job: PlannedJob) -> InvalidJob:
+    """The error for a fleet of which fewer than a quorum can take part: what its clients lack, or why their sites are away."""
+    quorum, groups, admission = job.spec.quorum, job.spec.fleet.clients, job.admission
+    if not admission.excluded:
+        told = some_of([f"{each.client_class}: {each.reason}" for each in job.absent] or ["there are no more"], "; ")
+        expected = f"{quorum} clients (the quorum) that can take part; {len(admission.admitted)} can ({told})"
+        return InvalidJob.at("fleet.clients", [group.name for group in groups], expected)
+    largest, shortfall = max(admission.excluded, key=lambda excluded: excluded[0].memory)
+    return InvalidJob.at(
+        "fleet.clients",
+        [f"{group.name}: {format_bytes(group.memory)}" for group in groups],
+        f"{quorum} clients (the quorum) with {format_bytes(largest.memory + shortfall)} or more, since "
+        f"{len(admission.admitted) or 'none'} of them can hold any window at data.max_length {job.spec.data.max_length}",
+    )
+
+
+def _check_profiles(admission: Admission) -> None:
+    """Check that any client can profile the layers, which finds the chain's start."""
+    if not any(one.counts.examples >= FEWEST and plan.prefix.cached for one, plan in admission.admitted):
         raise InvalidJob.at(
             "chain.start",
             "auto",
             f"the index of a layer, since no client has both the {FEWEST} rows that a profile needs and the disk for "
             "their activations",
         )
-    if spec.privacy is None:
-        return
-    count = len(admission.admitted) + len(awaited(spec.fleet, job.absent))
-    if (ledger := Ledger(spec.privacy, spec.rounds, count)).total == 0:
-        expected = f"{ledger.spent(1):.3g} or more: the first round costs that with {count} clients"
-        raise InvalidJob.at("privacy.epsilon", spec.privacy.epsilon, expected)
+
+
+def _check_epsilon(privacy: PrivacySpec, rounds: RoundsSpec, clients: int) -> None:
+    """Check that the limit of ε allows a round of a job with so many ``clients``."""
+    if (ledger := Ledger(privacy, rounds, clients)).total == 0:
+        expected = f"{ledger.spent(1):.3g} or more: the first round costs that with {clients} clients"
+        raise InvalidJob.at("privacy.epsilon", privacy.epsilon, expected)
