@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
-from chainfed_ray.aggregation.mean import check_aggregate
+from chainfed_ray.aggregation.checks import check_aggregate
 from chainfed_ray.aggregation.rule import AggregationRule
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.messages import Fitting, Training

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Literal, Protocol
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
-from chainfed_ray.aggregation.mean import is_spent
+from chainfed_ray.aggregation.checks import is_spent
 from chainfed_ray.budget.server import evaluation_bytes
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Evaluating, Metrics

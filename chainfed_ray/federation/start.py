@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
-from chainfed_ray.aggregation.mean import check_claims
+from chainfed_ray.aggregation.checks import check_claims
 from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client.cka import FEWEST, average
 from chainfed_ray.client.first_pass import StartGuess
