@@ -22,18 +22,10 @@ from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.cohort import Cohort, Sampler, everyone, foreseen
 from chainfed_ray.federation.collect import UpdateCollector, check_fruitful, collect_updates, reasons
-from chainfed_ray.federation.evaluation import (
-    JobEvaluation,
-    best_of,
-    best_round,
-    best_tensors,
-    exits,
-    is_due,
-    stack_to_restore,
-    streamed,
-)
+from chainfed_ray.federation.evaluation import JobEvaluation, is_due, streamed
 from chainfed_ray.federation.head_fitting import FittedHead, fit_head
 from chainfed_ray.federation.privacy_policy import PrivacyPolicy
+from chainfed_ray.federation.selection import best_of, best_round, best_tensors, exits, stack_to_restore
 from chainfed_ray.federation.stages import Movement, RoundSpec, StageSchedule, rate_at
 from chainfed_ray.federation.start import Start, StartRule, find_start
 from chainfed_ray.federation.state import ChainState, stack_of

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Literal, NamedTuple
 
 from chainfed_ray.chain import Chain, Window
-from chainfed_ray.federation.evaluation import kept_exit
+from chainfed_ray.federation.selection import kept_exit
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.rounds import Restored, Round
 from chainfed_ray.spec.sections import ConvergenceSpec, RoundsSpec

@@ -13,7 +13,8 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.evaluation import ServerEvaluation, best_exit, exits, streaming
+from chainfed_ray.federation.evaluation import ServerEvaluation, streaming
+from chainfed_ray.federation.selection import best_exit, exits
 from chainfed_ray.federation.state import ChainState
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.planning.prepare import PlannedJob
