@@ -95,7 +95,7 @@ class Coordinator:
             self._job = replace(self._job, admission=replace(self._job.admission, width=started.window))
             self._planner = self._job.planner.starting_at(started.start_layer)
             for record in self._committed():
-                self._take_in(record.late)
+                self._admit(record.late)
             return started
         found = self._find_start()
         self._planner = self._job.planner.starting_at(found.layer)
@@ -135,7 +135,7 @@ class Coordinator:
         history = self._committed()
         state = self._state(chain, history)
         while (upcoming := schedule.next(history)) is not None:
-            self._take_in(late := self._came(history))
+            self._admit(late := self._late_sites(history))
             record, state = self._round(schedule, upcoming, state, history)
             record = self._privacy.priced(record, history).model_copy(update={"late": late})
             best = best_round([*history, record])
@@ -231,12 +231,12 @@ class Coordinator:
         stage = self._job.chain_from(self._planner.requirements.start).lowest
         return Latecomers(self._spec.fleet, self._spec.privacy is not None, self._planner, stage, self._job.classes)
 
-    def _came(self, history: Sequence[Round]) -> tuple[LateSite, ...]:
+    def _late_sites(self, history: Sequence[Round]) -> tuple[LateSite, ...]:
         """The sites that came since the last round of ``history``."""
         known = {site.client_class for record in history for site in record.late}
         return self._latecomers.of(self._sites.late(known)) if self._sites else ()
 
-    def _take_in(self, late: Sequence[LateSite]) -> None:
+    def _admit(self, late: Sequence[LateSite]) -> None:
         """Let the clients of sites that came late take part."""
         self._job = replace(self._job, admission=self._latecomers.joined(self._job.admission, late))
 

@@ -130,7 +130,7 @@ def _by_exits(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
         return Start(0)  # the only window holds all layers
     of = f"of {len(windows)}"
     fits = tuple(
-        _exit(job, pool, window.top, Reporter(f"fitting a head to exit {place} {of}", listen))
+        _fit_at_exit(job, pool, window.top, Reporter(f"fitting a head to exit {place} {of}", listen))
         for place, window in enumerate(windows, start=1)
     )
     failed = tuple({turn.client: turn for fit in fits for turn in fit.failed_turns}.values())  # each client once
@@ -152,7 +152,7 @@ def least_loss_start(losses: Sequence[float | None]) -> int | None:
     return -min(found)[1] if found else None
 
 
-def _exit(job: PlannedJob, pool: ClientPool, layer: int, reporter: Reporter) -> HeadFit:
+def _fit_at_exit(job: PlannedJob, pool: ClientPool, layer: int, reporter: Reporter) -> HeadFit:
     """Fit a head to the output of ``layer`` of the base model.
 
     The head takes this one layer, since the clients' sums grow with the square of its features.
