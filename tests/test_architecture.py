@@ -42,7 +42,8 @@ FLOORS = (
     ("api.command",),
 )
 # Beyond that: what a client's process would load for nothing, and what is drawn from records alone.
-KEPT_APART = {("client", "evaluation"), ("client", "serving"), ("api.report", "cluster"), ("api.report", "federation")}
+KEPT_APART = {("client", "evaluation"), ("client", "serving")}
+KEPT_APART |= {("api.report", room) for room in ("cluster", "federation", "planning")}
 # Who may import what is not ours. What is not named here may be imported anywhere.
 ONLY_IN = {
     "alembic": ("cluster", "cluster.migrations"),
