@@ -11,8 +11,8 @@ from dataclasses import replace
 from time import perf_counter
 
 from chainfed_ray.activity import SILENT, Reporter
+from chainfed_ray.aggregation.aggregate import Aggregate
 from chainfed_ray.aggregation.checks import check_claims, check_update
-from chainfed_ray.aggregation.mean import Aggregate
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, TurnOrder, TurnResult, Update
 from chainfed_ray.client.pool import ClientPool, Failure, as_they_come

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from chainfed_ray.aggregation.accountant import Ledger
-from chainfed_ray.aggregation.mean import Aggregate, KeptUpdates, aggregate_by
+from chainfed_ray.aggregation.aggregate import Aggregate, KeptUpdates, aggregate_by
 from chainfed_ray.aggregation.privacy import client_privacy, private_mean, sampling_seed
 from chainfed_ray.aggregation.rule import AggregationRule
 from chainfed_ray.budget.planner import TurnPlan
