@@ -103,9 +103,8 @@ class ServerEvaluation:
         with PeakMemory() as peak, one_thread():
             reporter = Reporter(f"evaluating the chain up to layer {window.top}", self._listen)
             found = predict_early_exit(rows, job.base, job.base.scratch / f"({_VALIDATION})", stack, window, reporter)
-        return Score.of(found), EarlyExit(
-            seconds=perf_counter() - started, planned_bytes=planned, peak_bytes=peak.bytes
-        )
+        seconds = perf_counter() - started
+        return Score.of(found), EarlyExit(seconds=seconds, planned_bytes=planned, peak_bytes=peak.bytes)
 
     def whole(self, stack: AdapterStack) -> Evaluation:
         """Evaluate the whole model on the validation rows and, if the job has one, on its multiple-choice test.
@@ -114,9 +113,7 @@ class ServerEvaluation:
         """
         try:
             return self._evaluated(self._evaluator, stack, _VALIDATION, self._instead)
-        except (
-            Exception
-        ) as error:  # any error costs this evaluation only: the record has the reason, and the job goes on
+        except Exception as error:  # costs this evaluation only: the record has the reason, and the job goes on
             return Evaluation(engine=self._evaluator.engine, failure=f"{type(error).__name__}: {error}")
 
     def test(self, stack: AdapterStack) -> Evaluation:
@@ -161,9 +158,7 @@ class ServerEvaluation:
             planned_bytes=_most(one.planned_bytes for one in both),
             peak_bytes=_most(one.peak_bytes for one in both),
             process_bytes=_most(one.process_bytes for one in both),
-            failure=instead
-            if finite(score.loss) is not None
-            else f"its loss is {score.loss}, which is no finite number",
+            failure=f"its loss is {score.loss}, which is no finite number" if finite(score.loss) is None else instead,
         )
 
 

@@ -88,9 +88,8 @@ def run_job(
         )
         yield coordinator.open()
         if history := log.rounds():
-            _save(
-                job, coordinator, history[-1], folder
-            )  # who was killed after a commit left the stacks of the round before
+            # A process that was killed after a commit left the stacks of the round before.
+            _save(job, coordinator, history[-1], folder)
             yield from history
         for record in coordinator.rounds():
             _save(job, coordinator, record, folder)
