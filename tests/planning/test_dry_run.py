@@ -25,7 +25,8 @@ from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.model.prefix import PrefixRunner
 from chainfed_ray.planning import duration
-from chainfed_ray.planning.dry_run import changed, dry_run
+from chainfed_ray.planning.changes import changed
+from chainfed_ray.planning.dry_run import dry_run
 from chainfed_ray.planning.duration import Duration
 from chainfed_ray.planning.pace import EvaluationPace, Pace
 from chainfed_ray.planning.prepare import PlannedJob, plan_job
