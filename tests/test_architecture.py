@@ -140,7 +140,10 @@ def test_a_file_imports_from_rooms_below_its_own(module: str) -> None:
         ("model", "client"),
         ("spec", "device"),
         ("client", "serving"),
+        ("planning", "federation"),
+        ("site", "federation"),
         ("api.report", "cluster"),
+        ("api.report", "planning"),
         ("cluster", "api.rest"),
     ],
 )

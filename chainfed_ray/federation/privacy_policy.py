@@ -23,8 +23,7 @@ from chainfed_ray.spec.job import JobSpec
 class PrivacyPolicy:
     """The privacy of a job that samples from ``admitted`` clients, and from those ``absent`` ones that may come.
 
-    Its secret is kept in ``log``.
-    ``aggregation`` is the caller's own rule, in place of the job's.
+    Its secret is kept in ``log``. ``aggregation`` is the caller's own rule, in place of the job's.
 
     Raises:
         InvalidJob: the job has privacy, or classes of clients with ranks of their own, and ``aggregation`` is given.
