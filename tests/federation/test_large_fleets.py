@@ -17,9 +17,9 @@ import torch
 from chainfed_ray.budget import planner as arithmetic
 from chainfed_ray.client.messages import Client, TurnOrder, Update
 from chainfed_ray.client.pool import LocalPool, Outcome
-from chainfed_ray.federation import admission
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.run import run_job
+from chainfed_ray.planning import admission
 from chainfed_ray.planning.admission import Planner, admit
 from chainfed_ray.planning.candidates import Candidate
 from chainfed_ray.planning.prepare import PlannedJob
