@@ -32,10 +32,10 @@ from chainfed_ray.client.turn import warm_up
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.evaluation.early_exit import predict_early_exit
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.federation.admission import Admission
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import PlannedJob, plan_job, prepare_job
 from chainfed_ray.model.blocks import Blocks
+from chainfed_ray.planning.admission import Admission
+from chainfed_ray.planning.prepare import PlannedJob, plan_job, prepare_job
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.parse import parse_job
 

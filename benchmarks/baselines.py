@@ -24,10 +24,10 @@ from chainfed_ray.chain import Window
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.federation.cohort import Cohort, Sampler
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import Head, Tensors
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import append_pooled, no_features
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.seeds import derive
 
 _BATCH = 32  # examples of a batch in evaluation, and where features are computed

@@ -24,9 +24,9 @@ from chainfed_ray.client.turn import warm_up
 from chainfed_ray.evaluation.streaming_evaluator import StreamingEvaluator
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import sets_of
-from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.trunk import LayerCall
+from chainfed_ray.planning.prepare import prepare_job
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.parse import parse_job
 

@@ -28,7 +28,7 @@ _FLEET = (("watch", 8, "12MiB"), ("phone", 8, "256MiB"), ("silo", 4, "8GiB"))
 _CODE = {
     "plan": "from chainfed_ray.api.command.cli import main; main()",
     "check": "import sys; from pathlib import Path; from chainfed_ray.api.command.cli import read_job; "
-    "from chainfed_ray.federation.prepare import prepare_job; prepare_job(read_job(Path(sys.argv[1])), Path())",
+    "from chainfed_ray.planning.prepare import prepare_job; prepare_job(read_job(Path(sys.argv[1])), Path())",
 }
 _progress = Console(stderr=True, highlight=False)
 

@@ -188,7 +188,7 @@ def _submissions(http: httpx.Client, folder: Path) -> Iterator[Row]:
 
 
 def _computed(rows: Path) -> float:
-    from chainfed_ray.federation.prepare import prepare_job
+    from chainfed_ray.planning.prepare import prepare_job
 
     spec = parse_job(a_job("computed", f"path:{rows}"))
     prepare_job(spec, Path())

@@ -32,7 +32,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Stage:
-    """A window and the largest number of rounds that it may have."""
+    """The window at the place ``index`` of the schedule, and the largest number of rounds that it may have."""
 
     index: int
     window: Window
@@ -111,6 +111,13 @@ class Chain:
         """
         windows = self.windows
         return windows[(round_index - total) % len(windows)]
+
+    def cycled(self, total: int) -> tuple[Stage, ...]:
+        """The windows of the cyclic schedule that have any of its ``total`` rounds, each with how many it has."""
+        windows = self.windows
+        each, more = divmod(total, len(windows))  # the last window ends the job, so the last ones have one more
+        rounds = [each + (index >= len(windows) - more) for index in range(len(windows))]
+        return tuple(Stage(index, windows[index], count) for index, count in enumerate(rounds) if count)
 
 
 def start_below(cka: tuple[float, ...], threshold: float, width: int) -> int:

@@ -4,12 +4,12 @@ Nothing is kept in Ray, because any process may be killed at any time, even Ray'
 
     chainfed.db                    the database, unless a URL names another
     service.log                    what the service on this machine and Ray print
-    jobs/<job>/                    a job's commits (see commit_log), its log, and its report (see cluster/artifacts)
+    jobs/<job>/                    a job's commits (see commit_log), its log, and its report (see cluster/files)
     jobs/<job>/model/              the trained adapter stack that is served, in PEFT's format
     jobs/<job>/last/               the last stack, while the job trains, and later if another one is served
     jobs/<job>/best/               the stack with the least held-out loss, if it is neither the last nor the served one
     jobs/<job>/exit-<n>/           the stack of the early exit after n layers, where the job evaluated one
-    uploads/<tenant>/              files that were sent to the service (see cluster/uploads)
+    uploads/<tenant>/              files that were sent to the service (see cluster/files)
     scratch/<job>/                 prefix caches, unless CHAINFED_SCRATCH names another folder; they may be deleted at any time
 
 With a URL such as ``s3://bucket/prefix`` as CHAINFED_STORAGE, jobs and uploads are objects there (see cluster/objects).

@@ -15,7 +15,7 @@ from typing import TextIO
 
 LOG = "CHAINFED_LOG"
 JOB_LINES = logging.getLogger("chainfed_jobs")
-"""Lines of the logs of jobs (see ``cluster/artifacts/job_log``). They are told here as well if lines are JSON."""
+"""Lines of the logs of jobs (see ``cluster/files/job_log``). They are told here as well if lines are JSON."""
 JOB_LINES.propagate = False
 JOB_LINES.addHandler(logging.NullHandler())
 

@@ -13,8 +13,8 @@ from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.access.first_answers import FirstAnswers
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Sampling

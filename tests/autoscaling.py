@@ -22,9 +22,9 @@ from chainfed_ray.client.pool import ClientPool, Foresee, Outcome, UnmetDemand
 from chainfed_ray.cluster.jobs.run import publish_unmet, run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import MIB, a_job, run

@@ -21,8 +21,8 @@ from chainfed_ray.api.report.progress import ProgressDisplay
 from chainfed_ray.chain import Window
 from chainfed_ray.client.pool import ClientPool, LocalPool
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.planning.prepare import PlannedJob, prepare_job
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import AdmittedClients, ExcludedClients, names_hash
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round, Turn

@@ -17,13 +17,13 @@ from sqlalchemy import text as sql
 from transformers import AutoTokenizer
 
 from chainfed_ray.cluster.access.keys import KeyStore
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.uploads.store import UploadStore
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.hub import resolve
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.planning.prepare import PlannedJob
 from tests import postgres
 from tests import s3 as s3_server
 from tests.builders import a_document, a_job, smallest_budget

@@ -20,11 +20,12 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Fitting, Training, TurnOrder
 from chainfed_ray.client.turn import take_turn, warm_up
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.federation.admission import Candidate, Planner, as_client
 from chainfed_ray.model.adapters import AdapterStack, LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.planning.admission import Planner
+from chainfed_ray.planning.candidates import Candidate, as_client
 from tests.forks import in_forks
 
 MIB = 2**20

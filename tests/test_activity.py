@@ -20,9 +20,9 @@ from chainfed_ray.api.report.activity_display import ActivityDisplay
 from chainfed_ray.api.report.activity_log import ActivityLog, in_words
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import prepare_job
-from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.planning.dry_run import dry_run
+from chainfed_ray.planning.prepare import prepare_job
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import assert_same

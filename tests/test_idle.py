@@ -9,7 +9,7 @@ import pytest
 # Those of the server, of tools, of other ways to run a model; and what others would load along with Hugging Face's code.
 NOT_LOADED = {
     "accelerate", "chainfed_ray.api", "chainfed_ray.data.sources", "chainfed_ray.evaluation",
-    "chainfed_ray.federation.coordinator", "chainfed_ray.federation.prepare", "chainfed_ray.model.trace",
+    "chainfed_ray.federation.coordinator", "chainfed_ray.planning.prepare", "chainfed_ray.model.trace",
     "chainfed_ray.serving", "datasets", "deepspeed", "fastapi", "gguf", "httpx", "matplotlib", "networkx", "opacus",
     "pandas", "peft", "ray.data", "ray.serve", "ray.train", "scipy", "sentence_transformers", "sklearn", "sqlalchemy",
     "sympy.core", "torch._dynamo.convert_frame", "torch.distributed.tensor", "torch.utils.tensorboard", "torchvision",

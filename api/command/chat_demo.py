@@ -18,7 +18,7 @@ from chainfed_ray.api.sdk import calls
 from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.data.docstrings import rows
 from chainfed_ray.federation.evaluation import streamed
-from chainfed_ray.federation.prepare import prepare_job
+from chainfed_ray.planning.prepare import prepare_job
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 from chainfed_ray.units import perplexity

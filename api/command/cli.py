@@ -125,7 +125,7 @@ def plan(
     from chainfed_ray.api.report.activity_display import ActivityDisplay
     from chainfed_ray.api.report.forecast_table import forecast_table
     from chainfed_ray.device.lean_imports import load_models
-    from chainfed_ray.forecast.dry_run import dry_run
+    from chainfed_ray.planning.dry_run import dry_run
 
     load_models()
     with _if_interrupted("Interrupted."), ActivityDisplay(_progress) as listen:

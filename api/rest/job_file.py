@@ -22,7 +22,7 @@ EXAMPLE = {
     "data": {"train": "builtin:docstrings"},
     "fleet": {"clients": [{"name": "phone", "count": 10, "memory": "96MiB"}]},
 }
-# The description of such a body in the OpenAPI document. api/serve adds the schema that it refers to.
+# The description of such a body in the OpenAPI document, which has the ``job_schemas`` that it refers to.
 BODY = {
     "requestBody": {
         "required": True,
@@ -36,6 +36,12 @@ BODY = {
 _READ_HERE = 16 * 1024  # bytes
 _MOST_BYTES = 256 * 1024
 _YAML = ("application/yaml", "application/x-yaml", "text/yaml")
+
+
+def job_schemas() -> dict[str, Any]:
+    """The JSON schemas of a job and of its sections, by the names by which ``BODY`` and they themselves refer to them."""
+    schema = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {**schema.pop("$defs"), "JobSpec": schema}
 
 
 async def read_body(request: Request) -> bytes:

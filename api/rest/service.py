@@ -16,13 +16,13 @@ from fastapi import Depends, HTTPException, Request
 from chainfed_ray.api.rest.waiting import Waiting
 from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.client_memory import check_fits
 from chainfed_ray.cluster.queries.totals import TotalsOfJobs
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.sites.order_feed import OrderFeed
-from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.records.fleet import FleetClient, clients_in
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling

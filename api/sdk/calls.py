@@ -15,8 +15,11 @@ from urllib.parse import quote
 from pydantic import BaseModel
 
 if TYPE_CHECKING:
+    from chainfed_ray.api.jobs.artifacts import ArtifactList
+    from chainfed_ray.api.jobs.logs import LogPage
     from chainfed_ray.api.jobs.resources import JobPage, JobResource
     from chainfed_ray.api.jobs.routes import ClientPage
+    from chainfed_ray.api.jobs.uploads import UploadPage, UploadResource
     from chainfed_ray.api.rest.monitoring import AuditPage
     from chainfed_ray.api.rest.openai_schemas import ChatCompletion, Completion
     from chainfed_ray.api.rest.schemas import (
@@ -28,9 +31,6 @@ if TYPE_CHECKING:
         ModelList,
         ServedModel,
     )
-    from chainfed_ray.api.storage.artifacts import ArtifactList
-    from chainfed_ray.api.storage.logs import LogPage
-    from chainfed_ray.api.storage.uploads import UploadPage, UploadResource
     from chainfed_ray.records.forecast import Forecast
 
 Answer = TypeVar("Answer", bound=BaseModel | None)
@@ -84,8 +84,8 @@ _JOBS: Model[JobPage] = Model("api.jobs.resources", "JobPage")
 _CLIENTS: Model[ClientPage] = Model("api.jobs.routes", "ClientPage")
 _FORECAST: Model[Forecast] = Model("records.forecast", "Forecast")
 _EVENTS: Model[EventPage] = Model("api.rest.schemas", "EventPage")
-_LOGS: Model[LogPage] = Model("api.storage.logs", "LogPage")
-_ARTIFACTS: Model[ArtifactList] = Model("api.storage.artifacts", "ArtifactList")
+_LOGS: Model[LogPage] = Model("api.jobs.logs", "LogPage")
+_ARTIFACTS: Model[ArtifactList] = Model("api.jobs.artifacts", "ArtifactList")
 _MODELS: Model[ModelList] = Model("api.rest.schemas", "ModelList")
 _MODEL: Model[ServedModel] = Model("api.rest.schemas", "ServedModel")
 _ALIASES: Model[AliasList] = Model("api.rest.schemas", "AliasList")
@@ -93,8 +93,8 @@ _ALIAS: Model[AliasResource] = Model("api.rest.schemas", "AliasResource")
 _LABELS: Model[ClassifyResponse] = Model("api.rest.schemas", "ClassifyResponse")
 _COMPLETION: Model[Completion] = Model("api.rest.openai_schemas", "Completion")
 _CHAT: Model[ChatCompletion] = Model("api.rest.openai_schemas", "ChatCompletion")
-_UPLOADS: Model[UploadPage] = Model("api.storage.uploads", "UploadPage")
-UPLOAD: Model[UploadResource] = Model("api.storage.uploads", "UploadResource")
+_UPLOADS: Model[UploadPage] = Model("api.jobs.uploads", "UploadPage")
+UPLOAD: Model[UploadResource] = Model("api.jobs.uploads", "UploadResource")
 _HEALTH: Model[Health] = Model("api.rest.schemas", "Health")
 _AUDIT: Model[AuditPage] = Model("api.rest.monitoring", "AuditPage")
 

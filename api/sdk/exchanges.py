@@ -29,10 +29,10 @@ from chainfed_ray.errors import (
 )
 
 if TYPE_CHECKING:
+    from chainfed_ray.api.jobs.uploads import UploadResource
     from chainfed_ray.api.rest.openai_schemas import CompletionChoice
     from chainfed_ray.api.rest.schemas import ClassifyResponse, EventResource
-    from chainfed_ray.api.storage.uploads import UploadResource
-    from chainfed_ray.cluster.artifacts.job_log import LogLine
+    from chainfed_ray.cluster.files.job_log import LogLine
 
 _GIVE_UP_SECONDS = 120.0  # a service that fails starts again within a minute, on an idle machine
 _PAUSE_SECONDS = 0.5
@@ -123,7 +123,7 @@ class Exchange(Generic[Answer]):
 
 
 _EVENT: Model[EventResource] = Model("api.rest.schemas", "EventResource")
-_LINE: Model[LogLine] = Model("cluster.artifacts.job_log", "LogLine")
+_LINE: Model[LogLine] = Model("cluster.files.job_log", "LogLine")
 _CHOICE: Model[CompletionChoice] = Model("api.rest.openai_schemas", "CompletionChoice")
 _LABELS: Model[ClassifyResponse] = Model("api.rest.schemas", "ClassifyResponse")
 _NOTHING: Model[None] = Model("", "")

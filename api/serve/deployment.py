@@ -20,6 +20,7 @@ from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.access.rates import Rates
 from chainfed_ray.cluster.draining import Drain
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.coordinators import ensure_controller
 from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -29,7 +30,6 @@ from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.structured_logs import log_as_asked
 from chainfed_ray.cluster.tracing import begin_tracing, carried, check_tracing, flush, trace_requests
-from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import PartUnavailable
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Question, Sampling
 
@@ -77,33 +77,33 @@ class Api:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         parts = {"database": self._database, "storage": self._storage, "controller": self._controller}
+        settings, storage = self._settings, self._settings.storage
         # Where none need be there, to ask one would make one.
-        parts["inference"] = self._inference_alive if self._settings.least_serving_replicas else self._check
-        check, plan = self._preflight.check, self._preflight.plan
+        parts["inference"] = self._inference_alive if settings.least_serving_replicas else self._check
         service = Service(
-            self._store,
-            check,
-            plan,
-            self._classify,
-            self._embed,
-            self._write,
-            parts,
-            listed_in(self._settings.storage.committed),
-            Mailbox(self._settings.storage),
-            self._audit,
-            self._settings.queued_jobs,
-            self._uploads,
-            self._settings.upload_bytes,
-            self._settings.stored_bytes,
-            partial(self._settings.storage.committed, at_once=True),
-            self._settings.most_uploads,
-            Drain(self._settings.storage.root).has_begun,
-            self._settings.client_memory,
-            self._settings.client_slots,
+            store=self._store,
+            check=self._preflight.check,
+            plan=self._preflight.plan,
+            classify=self._classify,
+            embed=self._embed,
+            write=self._write,
+            parts=parts,
+            clients=listed_in(storage.committed),
+            sites=Mailbox(storage),
+            audit=self._audit,
+            most_queued=settings.queued_jobs,
+            uploads=self._uploads,
+            upload_bytes=settings.upload_bytes,
+            stored_bytes=settings.stored_bytes,
+            folder_of=partial(storage.committed, at_once=True),
+            most_uploads=settings.most_uploads,
+            drains=Drain(storage.root).has_begun,
+            client_memory=settings.client_memory,
+            client_slots=settings.client_slots,
         )
-        rates = Rates(self._settings.requests_per_minute)
-        access = AccessRules(KeyRing(self._keys), self._settings.without_keys, rates, self._audit)
-        app = create_app(service, self._settings.allowed_hosts, access, self._answers, service.drains)
+        rates = Rates(settings.requests_per_minute)
+        access = AccessRules(KeyRing(self._keys), settings.without_keys, rates, self._audit)
+        app = create_app(service, settings.allowed_hosts, access, self._answers, service.drains)
         trace_requests(app)
         return app
 

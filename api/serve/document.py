@@ -7,9 +7,9 @@ from fastapi.routing import APIRoute
 
 from chainfed_ray.api.jobs.merge_patch import SCHEMA as JOB_PATCH
 from chainfed_ray.api.rest.errors import MEDIA_TYPE
+from chainfed_ray.api.rest.job_file import job_schemas
 from chainfed_ray.api.serve.idempotency import HEADER, KEY_PATTERN
 from chainfed_ray.api.serve.scopes import KEYED, NEEDS
-from chainfed_ray.spec.job import JobSpec
 
 _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
 _RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
@@ -72,10 +72,8 @@ def describe(app: FastAPI, with_keys: bool) -> None:
     def described() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = plain()
-            schema = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
             parts = document["components"]["schemas"]
-            parts.update(schema.pop("$defs"))
-            parts["JobSpec"] = schema
+            parts.update(job_schemas())
             parts["JobPatch"] = JOB_PATCH
             document["components"]["headers"] = {_REQUEST_ID: _HEADER_OF_ALL}
             _make_exact(document)

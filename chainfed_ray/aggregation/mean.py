@@ -1,128 +1,16 @@
 """FedAvg: the mean of the clients' tensors, weighted by example count (McMahan et al., 2017).
 
 Updates are added as they arrive, and the mean has the same bits in any order: what is added are whole numbers
-(``fixed_point.py``). The server holds one update and the sums, however many clients there are. Other rules need all updates
-of a round (``robust.py``) and hold them.
+(``fixed_point.py``). The server holds one update and the sums, however many clients there are.
 """
 
-import reprlib
 from collections.abc import Mapping
-from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from chainfed_ray.aggregation.fixed_point import MOST_CHANGE, FixedPoint, FixedPointSums, beyond, change
-from chainfed_ray.aggregation.robust import krum, median, trimmed_mean
-from chainfed_ray.aggregation.rule import AggregationRule, WeightedUpdate
-from chainfed_ray.errors import InvalidJob, InvalidUpdate
 from chainfed_ray.model.adapters import Tensors, rank_axis
-from chainfed_ray.spec.sections import AggregationSpec
-
-_MOST_CLAIMED = 2**60  # seconds, steps or bytes
-
-
-def check_update(client: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], examples: int) -> None:
-    """Refuse an update that must not be averaged. ``expected`` has the names, shapes and dtypes that the client must send.
-
-    Raises:
-        InvalidUpdate: a name, a shape or a dtype is not the expected one, a value is not finite, or no example was used.
-    """
-    if examples < 1:
-        raise InvalidUpdate(client, f"its weight is {examples} examples")
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise InvalidUpdate(client, f"{missing[0]} is missing")
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        raise InvalidUpdate(client, f"{unknown[0]} was not to be trained")
-    for name, wanted in expected.items():
-        found = tensors[name]
-        if type(found) is not Tensor or found.requires_grad:
-            raise InvalidUpdate(client, f"{name} is a {type(found).__name__}, not a plain tensor")
-        if found.shape != wanted.shape or found.dtype != wanted.dtype:
-            raise InvalidUpdate(
-                client, f"{name} is {found.dtype} {list(found.shape)}, not {wanted.dtype} {list(wanted.shape)}"
-            )
-        if not torch.isfinite(found).all():
-            raise InvalidUpdate(client, f"{name} is not finite")
-
-
-def is_spent(cpu_seconds: object, peak_bytes: object) -> bool:
-    """True if these can be what a turn took. Not every kernel measures ``peak_bytes``, so it may be None."""
-    try:
-        check_claims("", peak_bytes, cpu_seconds=cpu_seconds)
-    except InvalidUpdate:
-        return False
-    return True
-
-
-def check_claims(client: str, peak_bytes: object, **claims: object) -> None:
-    """Refuse an update whose reported numbers, the ``claims``, are negative, no numbers or so large that none can be true.
-
-    Sums of claims are on record, so each must be finite by far. ``peak_bytes`` may be None: not every kernel measures it.
-
-    Raises:
-        InvalidUpdate: a claim is something else; it names the claim.
-    """
-    if peak_bytes is not None:
-        claims["peak_bytes"] = peak_bytes
-    for what, value in claims.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value < _MOST_CLAIMED:  # type: ignore[operator]
-            raise InvalidUpdate(client, f"its {what} is {reprlib.repr(value)}")
-
-
-def check_aggregate(rule: str, aggregate: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
-    """Refuse the aggregate of the caller's own rule if the ``trained`` tensors cannot be replaced by it.
-
-    Raises:
-        InvalidJob: a name, a shape or a dtype is not that of a ``trained`` tensor, or a value is not finite.
-    """
-    for name, found in aggregate.items():
-        wanted = trained.get(name)
-        if wanted is None:
-            raise InvalidJob.at("aggregation", rule, f"a rule that gives tensors of the window only; it gave {name}")
-        if found.shape != wanted.shape or found.dtype != wanted.dtype or not torch.isfinite(found).all():
-            expected = f"a rule that gives {name} as finite {wanted.dtype} {list(wanted.shape)}"
-            raise InvalidJob.at("aggregation", rule, f"{expected}; it gave {found.dtype} {list(found.shape)}")
-
-
-class Aggregate(Protocol):
-    """Takes the updates of a round one by one, in any order, and gives their aggregate. The order changes no bit of it."""
-
-    @property
-    def fraction_bits(self) -> int | None:
-        """f, if changes are summed as whole multiples of 2^-f; None if updates are not summed."""
-        ...
-
-    def impossible(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """The reason why an update cannot be taken, or None if it can."""
-        ...
-
-    def add(self, place: int, tensors: Mapping[str, Tensor], examples: int) -> None:
-        """Take the update of the client at ``place`` in the round, and its example count."""
-        ...
-
-    def result(self) -> Tensors:
-        """The aggregate by name; a tensor that does not change is not in it."""
-        ...
-
-
-def aggregate_by(spec: AggregationSpec, start: Tensors, examples: int, by_rank: bool = False) -> Aggregate:
-    """An empty aggregate by the job's rule.
-
-    ``start`` are the tensors that are trained, as they were sent. ``examples`` is the number of all sampled clients' examples.
-    ``by_rank``: some clients train fewer ranks of LoRAs than others; only the mean allows this.
-    """
-    match spec.rule:
-        case "mean":
-            return MeanByRank(start, examples) if by_rank else RunningMean(start, examples)
-        case "median":
-            return KeptUpdates(start, median)
-        case "trimmed-mean":
-            return KeptUpdates(start, partial(trimmed_mean, trim=spec.trim))
-        case "krum":
-            return KeptUpdates(start, partial(krum, byzantine=spec.byzantine))
 
 
 class RunningMean:
@@ -215,29 +103,3 @@ def _single_ranks(tensors: Mapping[str, Tensor]) -> Tensors:
             {f"{name}:{place}": part.contiguous() for place, part in enumerate(parts)} if parts else {name: tensor}
         )
     return single
-
-
-class KeptUpdates:
-    """Keeps all updates of a round in memory, for a ``rule`` that needs them at once. It gets them in the order of places.
-
-    They have changed from ``start`` by no more than the mean takes. So no rule that adds them up comes near float32's range,
-    and one client cannot end a job by numbers at its edge.
-    """
-
-    fraction_bits = None
-
-    def __init__(self, start: Mapping[str, Tensor], rule: AggregationRule) -> None:
-        self._start, self._rule = start, rule
-        self._updates: dict[int, WeightedUpdate] = {}
-
-    def impossible(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """See ``Aggregate``: an entry has changed more than training changes it."""
-        return beyond(self._start, tensors, MOST_CHANGE)
-
-    def add(self, place: int, tensors: Mapping[str, Tensor], examples: int) -> None:
-        """Keep an update."""
-        self._updates[place] = (tensors, examples)
-
-    def result(self) -> Tensors:
-        """The rule's aggregate; nothing if there were no updates."""
-        return self._rule([self._updates[place] for place in sorted(self._updates)]) if self._updates else {}

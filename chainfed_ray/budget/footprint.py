@@ -86,6 +86,7 @@ def footprint(
     above = memory.layers - 1 - window.top
     trained = (len(window) + (above if requirements.trains_above else 0)) * memory.adapter
     trained_head = 0 if memory.streamed_head else memory.head
+    received = (memory.layers - requirements.start) * memory.adapter
     resident = layers_run(memory, requirements, window)
     streams = memory.streamed_head or (weights == "streamed" and resident > 0)
     # Each layer that is run again keeps the pooled features that it begins with.
@@ -95,8 +96,7 @@ def footprint(
     return Footprint(
         layer_weights=resident * (memory.layer if weights == "resident" else memory.unstreamed),
         buffers=memory.slices if streams else 0,
-        adapters=(memory.layers - requirements.start) * memory.adapter
-        + trained,  # the stack received, and copies of what is trained
+        adapters=received + trained,  # copies are trained
         head=memory.head + trained_head,
         gradients=trained + trained_head,
         optimizer=ADAM_STATES * (trained + trained_head),

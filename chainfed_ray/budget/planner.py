@@ -131,8 +131,7 @@ def shortfall(memory: MemoryProfile, requirements: TurnRequirements, stage: Wind
 
 
 def cache_bytes(memory: MemoryProfile, requirements: TurnRequirements, examples: int, tokens: int) -> int:
-    """The disk in bytes for a prefix cache of ``examples`` with ``tokens`` in all, including pooled features of the layers
-    below.
+    """The disk in bytes for a prefix cache of ``examples`` with ``tokens`` in all, and for features of the layers below.
 
     The cache holds up to four layers at once: the lowest of the chain, the lowest of the stage, and two while it advances. A
     fitted head needs the pooled features of every layer as well.
@@ -246,10 +245,8 @@ def _prefix(
     states = batch * resources.longest * memory.hidden
     # The prefix runs layer by layer, with the next layer loaded ahead. Embedding runs when the first layer is already loaded.
     loaded = 2 * memory.layer + memory.conversion if weights == "resident" else memory.unstreamed + memory.slices
-    running, embedding = (
-        running_bytes(memory, batch, resources.longest),
-        embedding_bytes(memory, batch, resources.longest),
-    )
+    embedding = embedding_bytes(memory, batch, resources.longest)
+    running = running_bytes(memory, batch, resources.longest)
     running += memory.call.at(batch, resources.longest) + 2 * pooled_bytes(memory, batch)
     needed = loaded + max(running, embedding) + held_bytes(memory, requirements)
     # A profile's means over tokens are taken in float64, when no layer is loaded.

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from pydantic import Field
 
+from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, TurnOrder, TurnResult
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import BudgetExceeded
@@ -141,6 +142,10 @@ class ClientPool(Protocol):
     def close(self) -> None:
         """Release everything that the pool holds."""
         ...
+
+
+MakePool = Callable[[ModelSource, Note], ClientPool]
+"""Makes the pool that runs the clients' turns. The pool may use the ``Note`` to tell what it waits for."""
 
 
 class LocalPool:

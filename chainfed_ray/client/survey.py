@@ -3,15 +3,10 @@
 A site is a machine of the rows' owner. Its rows stay there: the server knows how many there are and how long they are.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
-from chainfed_ray.activity import Listener
-from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.data.tokens import ExampleCounts
-from chainfed_ray.spec.job import JobSpec
 
 
 @dataclass(frozen=True)
@@ -54,28 +49,3 @@ class Absence:
 
 class SurveyStopped(Exception):
     """Nobody waits for the sites any more: the job is to pause or to end, or the service drains."""
-
-
-class Sites(Protocol):
-    """The sites that a service knows."""
-
-    def survey(self, spec: JobSpec, base: Path, listen: Listener) -> Mapping[str, Survey | Absence]:
-        """Ask each site of the job for a survey, and wait for the answers. ``base`` is the folder of the base model.
-
-        Gives the answers by the names of the classes of clients.
-
-        Raises:
-            SurveyStopped: the job is to pause or to end.
-        """
-        ...
-
-    def late(self, besides: Collection[str]) -> Mapping[str, Survey | Absence]:
-        """The answers of sites that did not come in time and have answered since, by the names of the classes of clients.
-
-        Those of the classes ``besides`` are known already. It does not wait.
-        """
-        ...
-
-    def planned(self, memory: MemoryProfile) -> None:
-        """Keep the ``memory`` of the base model's parts, once the job is planned: sites plan their turns with it as well."""
-        ...

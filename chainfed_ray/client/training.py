@@ -218,9 +218,8 @@ class _AdamW:
         self._groups = [(adapters, order.learning_rate)]
         if stack.head is not None:
             self._groups.append((list(stack.head.parameters()), order.head_learning_rate))
-        self._states: dict[
-            nn.Parameter, tuple[Tensor, Tensor, Tensor]
-        ] = {}  # steps, and both moments, of each parameter
+        # Steps, and both moments, of each parameter.
+        self._states: dict[nn.Parameter, tuple[Tensor, Tensor, Tensor]] = {}
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""

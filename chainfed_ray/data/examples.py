@@ -17,6 +17,7 @@ from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts, Examples, token
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import DataSpec
 
 _FEWEST = 10
 
@@ -72,7 +73,8 @@ def examples_of(
         return _of_language(spec, tokenizer, listen)
     corpus = _load(spec, classes=True, elsewhere=elsewhere)
     train, validation, test = (
-        _classified(spec, tokenizer, split, corpus.classes, _tokenizing(name, listen)) for name, split in corpus.splits
+        _classified(tokenizer, split, corpus.classes, spec.data.max_length, _tokenizing(name, listen))
+        for name, split in corpus.splits
     )
     return JobExamples(corpus, train, validation, test, choices=None, pack_length=None)
 
@@ -130,7 +132,7 @@ def examples_of_site(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, rows: Sp
     if spec.model.task != "causal-lm":
         return tokenize(tokenizer, _texts(rows), [0] * len(rows), spec.data.max_length)
     _check_tokenizer(spec, tokenizer)
-    length, running = spec.data.max_length, _is_running(spec)
+    length, running = spec.data.max_length, _is_running(spec.data)
     examples = tokenize_texts(tokenizer, rows.texts, length, numbers=rows.numbers)
     if not running:
         return examples.take(learnable(examples))
@@ -139,20 +141,21 @@ def examples_of_site(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, rows: Sp
 
 
 def _classified(
-    spec: JobSpec,
     tokenizer: PreTrainedTokenizerBase,
     split: Split,
     classes: Sequence[str],
+    max_length: int,
     reporter: Reporter = SILENT,
 ) -> Examples:
+    """The rows of a classifier's ``split`` as tokens, with the numbers of their ``classes``."""
     number = {name: place for place, name in enumerate(classes)}
     labels = [number[label] for label in split.labels]
-    return tokenize(tokenizer, _texts(split), labels, spec.data.max_length, reporter)
+    return tokenize(tokenizer, _texts(split), labels, max_length, reporter)
 
 
 def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Listener) -> JobExamples:
     _check_tokenizer(spec, tokenizer)
-    length, running = spec.data.max_length, _is_running(spec)
+    length, running = spec.data.max_length, _is_running(spec.data)
     corpus = _load(spec, classes=spec.fleet.partition.scheme == "dirichlet")
     splits = []
     for name, split in corpus.splits:
@@ -165,7 +168,7 @@ def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: List
         # Running text is joined before it is cut, so in training rows every token counts.
         kept = np.flatnonzero(examples.lengths) if running and name == "train" else learnable(examples)
         if len(kept) < _fewest(name):
-            raise _too_little(spec, tokenizer, name, split, len(kept))
+            raise _too_little(spec.data, tokenizer, name, split, len(kept))
         if name == "train":
             corpus = Corpus(split.take(kept), corpus.validation, corpus.test, corpus.classes)
         splits.append(examples.take(kept))
@@ -182,8 +185,9 @@ def _tokenizing(name: str, listen: Listener) -> Reporter:
     return Reporter(f"making tokens of the {name} rows", listen)
 
 
-def _is_running(spec: JobSpec) -> bool:
-    return spec.data.columns[0][0] == "data.text"
+def _is_running(data: DataSpec) -> bool:
+    """Whether the rows are running text, which is joined and cut; otherwise each row is one example."""
+    return data.columns[0][0] == "data.text"
 
 
 def _check_tokenizer(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -196,7 +200,7 @@ def _check_tokenizer(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> None:
         raise InvalidJob.at("model.base", spec.model.base, expected)
     if spec.data.messages is not None and (wrong := broken_template(tokenizer)):
         raise InvalidJob.at("model.base", spec.model.base, f"a model with a chat template that can be used ({wrong})")
-    if not tokenizer.is_fast and not (_is_running(spec) and spec.evaluation.choices is None):
+    if not tokenizer.is_fast and not (_is_running(spec.data) and spec.evaluation.choices is None):
         expected = "a model with a fast tokenizer, which says where in a text its tokens are; this one does not"
         raise InvalidJob.at("model.base", spec.model.base, expected)
 
@@ -205,13 +209,13 @@ def _fewest(name: str) -> int:
     return _FEWEST if name == "train" else 1
 
 
-def _too_little(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, name: str, split: Split, kept: int) -> InvalidJob:
+def _too_little(data: DataSpec, tokenizer: PreTrainedTokenizerBase, name: str, split: Split, kept: int) -> InvalidJob:
     """The error for a split in which only ``kept`` rows have something to learn.
 
     Either ``max_length`` cuts off what the other rows have, or there are too few such rows.
     """
-    data, whole = spec.data, kept
-    if not _is_running(spec):
+    whole = kept
+    if not _is_running(data):
         whole = len(learnable(tokenize_texts(tokenizer, split.texts, max_length=sys.maxsize)))
     if whole >= _fewest(name):
         expected = f"more tokens: of {whole} {name} rows with something to learn, {kept} keep some of it"

@@ -17,8 +17,9 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
 from chainfed_ray.client.pool import ClientPool, Failure, Need
 from chainfed_ray.errors import QuorumLost
-from chainfed_ray.federation.admission import Candidate, Planner, as_client
 from chainfed_ray.federation.stages import RoundSpec
+from chainfed_ray.planning.admission import Planner
+from chainfed_ray.planning.candidates import Candidate, as_client
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec

@@ -11,15 +11,16 @@ from dataclasses import replace
 from time import perf_counter
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.aggregation.mean import Aggregate, check_claims, check_update
+from chainfed_ray.aggregation.aggregate import Aggregate
+from chainfed_ray.aggregation.checks import check_claims, check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, TurnOrder, TurnResult, Update
 from chainfed_ray.client.pool import ClientPool, Failure, as_they_come
 from chainfed_ray.errors import InvalidUpdate, QuorumLost
-from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.federation.cohort import Cohort, has_come
 from chainfed_ray.hub import first_line
 from chainfed_ray.model.adapters import Tensors, of_ranks
+from chainfed_ray.planning.candidates import Candidate
 from chainfed_ray.records.rounds import FailedTurn, Round, Turn, finite
 
 _FRUITLESS_ROUNDS = 3  # without a quorum, in a row: then the job ends

@@ -12,36 +12,28 @@ from pathlib import Path
 from time import perf_counter
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
-from chainfed_ray.aggregation.mean import check_aggregate
+from chainfed_ray.aggregation.checks import check_aggregate
 from chainfed_ray.aggregation.rule import AggregationRule
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.messages import Fitting, Training
 from chainfed_ray.client.objective import Objective, trained_names
 from chainfed_ray.client.pool import ClientPool
-from chainfed_ray.client.survey import Sites
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.evaluation.score import Score
-from chainfed_ray.federation.admission import Latecomers, listed
 from chainfed_ray.federation.cohort import Cohort, Sampler, everyone, foreseen
 from chainfed_ray.federation.collect import UpdateCollector, check_fruitful, collect_updates, reasons
-from chainfed_ray.federation.evaluation import (
-    JobEvaluation,
-    best_of,
-    best_round,
-    best_tensors,
-    exits,
-    is_due,
-    stack_to_restore,
-    streamed,
-)
+from chainfed_ray.federation.evaluation import JobEvaluation, is_due, streamed
 from chainfed_ray.federation.head_fitting import FittedHead, fit_head
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.federation.privacy_policy import PrivacyPolicy
+from chainfed_ray.federation.selection import best_of, best_round, best_tensors, exits, stack_to_restore
 from chainfed_ray.federation.stages import Movement, RoundSpec, StageSchedule, rate_at
 from chainfed_ray.federation.start import Start, StartRule, find_start
 from chainfed_ray.federation.state import ChainState, stack_of
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import SavedStack, save_models
+from chainfed_ray.planning.admission import Latecomers, listed
+from chainfed_ray.planning.prepare import PlannedJob
+from chainfed_ray.planning.sites import Sites
 from chainfed_ray.record import named
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import FleetTotals, LateSite
@@ -103,7 +95,7 @@ class Coordinator:
             self._job = replace(self._job, admission=replace(self._job.admission, width=started.window))
             self._planner = self._job.planner.starting_at(started.start_layer)
             for record in self._committed():
-                self._take_in(record.late)
+                self._admit(record.late)
             return started
         found = self._find_start()
         self._planner = self._job.planner.starting_at(found.layer)
@@ -143,7 +135,7 @@ class Coordinator:
         history = self._committed()
         state = self._state(chain, history)
         while (upcoming := schedule.next(history)) is not None:
-            self._take_in(late := self._came(history))
+            self._admit(late := self._late_sites(history))
             record, state = self._round(schedule, upcoming, state, history)
             record = self._privacy.priced(record, history).model_copy(update={"late": late})
             best = best_round([*history, record])
@@ -239,12 +231,12 @@ class Coordinator:
         stage = self._job.chain_from(self._planner.requirements.start).lowest
         return Latecomers(self._spec.fleet, self._spec.privacy is not None, self._planner, stage, self._job.classes)
 
-    def _came(self, history: Sequence[Round]) -> tuple[LateSite, ...]:
+    def _late_sites(self, history: Sequence[Round]) -> tuple[LateSite, ...]:
         """The sites that came since the last round of ``history``."""
         known = {site.client_class for record in history for site in record.late}
         return self._latecomers.of(self._sites.late(known)) if self._sites else ()
 
-    def _take_in(self, late: Sequence[LateSite]) -> None:
+    def _admit(self, late: Sequence[LateSite]) -> None:
         """Let the clients of sites that came late take part."""
         self._job = replace(self._job, admission=self._latecomers.joined(self._job.admission, late))
 

@@ -5,12 +5,12 @@ exact look-ahead nothing is cut, and the early exit is the model's end. The whol
 fails, the record says why and the job goes on.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from time import perf_counter
 from typing import Literal, Protocol
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
-from chainfed_ray.aggregation.mean import is_spent
+from chainfed_ray.aggregation.checks import is_spent
 from chainfed_ray.budget.server import evaluation_bytes
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Evaluating, Metrics
@@ -23,9 +23,9 @@ from chainfed_ray.evaluation.early_exit import predict_early_exit
 from chainfed_ray.evaluation.evaluator import EvaluationSets, Evaluator
 from chainfed_ray.evaluation.score import Score, ScoreSums, macro_f1
 from chainfed_ray.evaluation.streaming_evaluator import StreamingEvaluator
-from chainfed_ray.federation.prepare import PlannedJob
-from chainfed_ray.model.adapters import AdapterStack, Tensors
-from chainfed_ray.records.rounds import Best, ClientScore, EarlyExit, Evaluation, Restored, Round, finite
+from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.planning.prepare import PlannedJob
+from chainfed_ray.records.rounds import ClientScore, EarlyExit, Evaluation, finite
 from chainfed_ray.spec.sections import Often
 
 _VALIDATION: Literal["validation"] = "validation"
@@ -59,75 +59,6 @@ def is_due(often: Often | Literal["never"], round_index: int, stage_ends: bool) 
     if often == "never":
         return False
     return stage_ends or often == "round" or (isinstance(often, int) and (round_index + 1) % often == 0)
-
-
-def best_round(rounds: Sequence[Round]) -> Round | None:
-    """The round after which the whole model had the least held-out loss; of equals the newest.
-
-    None if no evaluation of the whole model gave a finite loss.
-    """
-    evaluated = [record for record in rounds if record.evaluation and record.evaluation.loss is not None]
-    return min(reversed(evaluated), key=_loss, default=None)
-
-
-def best_of(rounds: Sequence[Round]) -> Best | None:
-    """The round whose stack is the best, with its scores and the reason in words; None if there is none."""
-    record = best_round(rounds)
-    if record is None or record.evaluation is None:
-        return None
-    last = next((other for other in reversed(rounds) if other.evaluation and other.evaluation.loss is not None), record)
-    why = f"the whole model had the least held-out loss, {_loss(record):.4f}"
-    if last.index != record.index:
-        why += f"; after round {last.index + 1}, the last one evaluated, it had {_loss(last):.4f}"
-    return Best(
-        round=record.index, stage=record.stage, loss=_loss(record), accuracy=record.evaluation.accuracy, why=why
-    )
-
-
-def exits(rounds: Iterable[Round], begun_with: Restored | None = None) -> list[Restored]:
-    """The early exits of one stage that were evaluated in its ``rounds``, in order. The stage may end with any of them.
-
-    The first exit is the stack that the stage began with, and its ``round`` is None, if the stage's head was fitted or the exit
-    with which the stage has ``begun_with`` is given. Exits without a finite loss are not in the list.
-    """
-    evaluated = list[tuple[int | None, float | None, float | None]]()
-    if begun_with:
-        evaluated.append((None, begun_with.loss, begun_with.accuracy))
-    for record in rounds:
-        if fit := record.head_fit:
-            evaluated.append((None, fit.held_out_loss, fit.accuracy))
-        evaluated.append((record.index, record.held_out_loss, record.accuracy))
-    return [
-        Restored(round=index, loss=loss, accuracy=accuracy)
-        for index, loss, accuracy in evaluated
-        if loss is not None and accuracy is not None
-    ]
-
-
-def kept_exit(record: Round) -> Restored | None:
-    """The exit whose stack a stage has after its last round ``record``; None if it was not evaluated."""
-    if record.restored or record.held_out_loss is None or record.accuracy is None:
-        return record.restored
-    return Restored(round=record.index, loss=record.held_out_loss, accuracy=record.accuracy)
-
-
-def best_exit(evaluated: Sequence[Restored]) -> Restored | None:
-    """The exit with the least held-out loss, of equals the newest; None if there is no exit."""
-    return min(reversed(evaluated), key=lambda one: one.loss, default=None)
-
-
-def best_tensors(best: Tensors, index: int, evaluated: Sequence[Restored], after: Tensors) -> Tensors:
-    """The trained tensors at a stage's best early exit: the ``best`` before the round ``index``, or those ``after`` it."""
-    found = best_exit(evaluated)
-    if found is None:
-        return {}
-    return after if found.round == index else best
-
-
-def stack_to_restore(evaluated: Sequence[Restored]) -> Restored | None:
-    """The exit whose stack a stage restores when it ends; None if its newest exit is its best."""
-    best = best_exit(evaluated)
-    return None if best is None or best is evaluated[-1] else best
 
 
 class JobEvaluation(Protocol):
@@ -172,9 +103,8 @@ class ServerEvaluation:
         with PeakMemory() as peak, one_thread():
             reporter = Reporter(f"evaluating the chain up to layer {window.top}", self._listen)
             found = predict_early_exit(rows, job.base, job.base.scratch / f"({_VALIDATION})", stack, window, reporter)
-        return Score.of(found), EarlyExit(
-            seconds=perf_counter() - started, planned_bytes=planned, peak_bytes=peak.bytes
-        )
+        seconds = perf_counter() - started
+        return Score.of(found), EarlyExit(seconds=seconds, planned_bytes=planned, peak_bytes=peak.bytes)
 
     def whole(self, stack: AdapterStack) -> Evaluation:
         """Evaluate the whole model on the validation rows and, if the job has one, on its multiple-choice test.
@@ -183,9 +113,7 @@ class ServerEvaluation:
         """
         try:
             return self._evaluated(self._evaluator, stack, _VALIDATION, self._instead)
-        except (
-            Exception
-        ) as error:  # any error costs this evaluation only: the record has the reason, and the job goes on
+        except Exception as error:  # costs this evaluation only: the record has the reason, and the job goes on
             return Evaluation(engine=self._evaluator.engine, failure=f"{type(error).__name__}: {error}")
 
     def test(self, stack: AdapterStack) -> Evaluation:
@@ -230,9 +158,7 @@ class ServerEvaluation:
             planned_bytes=_most(one.planned_bytes for one in both),
             peak_bytes=_most(one.peak_bytes for one in both),
             process_bytes=_most(one.process_bytes for one in both),
-            failure=instead
-            if finite(score.loss) is not None
-            else f"its loss is {score.loss}, which is no finite number",
+            failure=f"its loss is {score.loss}, which is no finite number" if finite(score.loss) is None else instead,
         )
 
 
@@ -345,9 +271,3 @@ def _is_possible(metrics: Metrics, classes: int | None, most: int) -> bool:
 def _most(counts: Iterable[int | None]) -> int | None:
     """The largest of the counts that were measured; None if none was."""
     return max((count for count in counts if count is not None), default=None)
-
-
-def _loss(record: Round) -> float:
-    assert record.evaluation is not None
-    assert record.evaluation.loss is not None
-    return record.evaluation.loss

@@ -1,7 +1,7 @@
 """Fits a stage's head in closed form: collects every client's sums and computes the classifier (``discriminant.py``)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, layer_norm, linear, pad
 
 from chainfed_ray.activity import SILENT, Reporter
+from chainfed_ray.aggregation.checks import check_claims, check_update
 from chainfed_ray.aggregation.discriminant import TEMPERATURES, ClassSums, candidates, fitted, largest
 from chainfed_ray.aggregation.fixed_point import FixedPoint, FixedPointSums
-from chainfed_ray.aggregation.mean import check_claims, check_update
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import CANDIDATE, Calibrating, Client, Fitting, HeadLosses, HeadSums, TurnResult
-from chainfed_ray.client.pool import ClientPool, Failure, as_they_come, in_order
+from chainfed_ray.client.pool import ClientPool, Failure, Outcome, as_they_come, in_order
 from chainfed_ray.data.examples import most_held_out
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.threads import one_thread
@@ -23,9 +23,9 @@ from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.evaluation.early_exit import pooled_features
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.collect import failed_turn, readable
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.rounds import FailedTurn, HeadFit
 
 
@@ -42,22 +42,57 @@ class FittedHead(NamedTuple):
 def fit_head(
     job: PlannedJob, pool: ClientPool, clients: Sequence[Client], order: Fitting, reporter: Reporter = SILENT
 ) -> FittedHead:
-    """Ask ``clients`` for their sums, add them up as they come, and fit the head to them.
+    """Ask ``clients`` for their sums, and fit the head to them.
 
-    They are added as integers (``fixed_point.py``), so the order of arrival changes no bit, and none waits here for another.
     The classifier is calibrated, and scored, on the job's validation rows. A client whose turn fails, or whose sums are
     impossible, is on record among the failed turns, and the others go on.
     """
-    deadline = deadline_of_all(job, len(clients))
     stack = AdapterStack.from_tensors(order.tensors)
     assert stack.head is not None, "a language model keeps its own head"
     shape = stack.head.linear.out_features, stack.head.features(order.exit)
-    sums = FixedPointSums(FixedPoint(largest(shape[1]), max(sum(client.counts.examples for client in clients), 1)))
     with torch.device("meta"):  # only shapes and dtypes are needed, so no memory is allocated
         expected = ClassSums.zeros(*shape).tensors()
+    outcomes = reporter.each(pool.run(clients, order, deadline_of_all(job, len(clients))), len(clients), "clients")
+    sums = _collected(outcomes, clients, expected, largest(shape[1]))
+    window = Window(order.window.bottom, order.exit)
+    if sums.total is None:
+        head, score = dict[str, Tensor](), None
+    elif job.spec.evaluation.rows == "sites":
+        head, score = _head_by_sites(job, pool, clients, sums.total, order.tensors, window)
+    else:
+        head, score = _head_by_server(sums.total, stack, window, job.validation, job.base, reporter)
+    record = HeadFit(
+        clients=len(sums.cpu_seconds),
+        examples=int(sums.total.counts.sum()) if sums.total else 0,
+        cpu_seconds=sum(sums.cpu_seconds),
+        sent_bytes=len(sums.cpu_seconds) * sum(tensor.nbytes for tensor in expected.values()),
+        failed_turns=sums.failed_turns,
+        held_out_loss=score.loss if score else None,
+        accuracy=score.accuracy if score else None,
+    )
+    return FittedHead(head, record)
+
+
+class _CollectedSums(NamedTuple):
+    """The ``total`` of the clients' sums; None if none came. CPU seconds of the clients that sent some; failed turns."""
+
+    total: ClassSums | None
+    cpu_seconds: tuple[float, ...]
+    failed_turns: tuple[FailedTurn, ...]
+
+
+def _collected(
+    outcomes: Iterable[Outcome], clients: Sequence[Client], expected: Tensors, most: float
+) -> _CollectedSums:
+    """Add up the clients' sums as they come. Each has the names, shapes and dtypes of ``expected``.
+
+    ``most`` bounds what one example adds to an entry.
+
+    They are added as integers (``fixed_point.py``), so the order of arrival changes no bit, and none waits here for another.
+    """
+    sums = FixedPointSums(FixedPoint(most, max(sum(client.counts.examples for client in clients), 1)))
     spent: dict[int, float] = {}  # the CPU seconds of each client whose sums were added
     failed: dict[int, FailedTurn] = {}
-    outcomes = reporter.each(pool.run(clients, order, deadline), len(clients), "clients")
     for place, result in as_they_come(outcomes, len(clients)):
         client = clients[place]
         try:
@@ -73,24 +108,11 @@ def fit_head(
                 for name, tensor in found.tensors.items():
                     sums.add_sum(name, tensor.to(torch.float64, copy=True), client.counts.examples)
                 spent[place] = found.cpu_seconds
-    total = ClassSums.of({name: sums.total(name) for name in expected}) if spent else None
-    window = Window(order.window.bottom, order.exit)
-    if total is None:
-        head, score = dict[str, Tensor](), None
-    elif job.spec.evaluation.rows == "sites":
-        head, score = _head_at_sites(job, pool, clients, total, order.tensors, window)
-    else:
-        head, score = _head(total, stack, window, job.validation, job.base, reporter)
-    record = HeadFit(
-        clients=len(spent),
-        examples=int(total.counts.sum()) if total else 0,
-        cpu_seconds=sum(spent[place] for place in sorted(spent)),
-        sent_bytes=len(spent) * sum(tensor.nbytes for tensor in expected.values()),
-        failed_turns=tuple(failed[place] for place in sorted(failed)),
-        held_out_loss=score.loss if score else None,
-        accuracy=score.accuracy if score else None,
+    return _CollectedSums(
+        ClassSums.of({name: sums.total(name) for name in expected}) if spent else None,
+        tuple(spent[place] for place in sorted(spent)),
+        tuple(failed[place] for place in sorted(failed)),
     )
-    return FittedHead(head, record)
 
 
 def deadline_of_all(job: PlannedJob, clients: int) -> float:
@@ -101,7 +123,7 @@ def deadline_of_all(job: PlannedJob, clients: int) -> float:
     return job.spec.rounds.deadline * math.ceil(clients / job.spec.rounds.clients)
 
 
-def _head(
+def _head_by_server(
     total: ClassSums, stack: AdapterStack, window: Window, held_out: Examples, base: ModelSource, reporter: Reporter
 ) -> tuple[Tensors, Score | None]:
     """The head's tensors, and its score on the ``held_out`` examples; empty and None if the sums give no classifier."""
@@ -115,10 +137,10 @@ def _head(
         weight, bias = found
         logits = linear(features, weight, bias)
         score = Score(float(cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean()))
-    return _tensors(weight, bias, stack, hidden), score
+    return _head_tensors(weight, bias, stack, hidden), score
 
 
-def _tensors(weight: Tensor, bias: Tensor, stack: AdapterStack, hidden: int) -> Tensors:
+def _head_tensors(weight: Tensor, bias: Tensor, stack: AdapterStack, hidden: int) -> Tensors:
     # Near the bottom of the model fewer layers lie below the window's top than the head has room for: those weights stay 0.
     unused = stack.head_layers * hidden - weight.shape[1]
     return {
@@ -129,7 +151,7 @@ def _tensors(weight: Tensor, bias: Tensor, stack: AdapterStack, hidden: int) -> 
     }
 
 
-def _head_at_sites(
+def _head_by_sites(
     job: PlannedJob, pool: ClientPool, clients: Sequence[Client], total: ClassSums, tensors: Tensors, window: Window
 ) -> tuple[Tensors, Score | None]:
     """The head's tensors, and its score on the rows that sites hold out. They send the loss of each candidate.
@@ -154,7 +176,7 @@ def _head_at_sites(
     place, heat = divmod(int(losses.argmin()), len(TEMPERATURES))
     weight, bias = (tensor / TEMPERATURES[heat] for tensor in found[place])
     score = Score(float(losses[place, heat]) / examples, float(correct[place]) / examples)
-    return _tensors(weight, bias, AdapterStack.from_tensors(tensors), job.hidden), score
+    return _head_tensors(weight, bias, AdapterStack.from_tensors(tensors), job.hidden), score
 
 
 def _is_possible(result: HeadLosses, count: int, most: int) -> bool:

@@ -4,44 +4,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from chainfed_ray.aggregation.accountant import Ledger
-from chainfed_ray.aggregation.mean import Aggregate, KeptUpdates, aggregate_by
+from chainfed_ray.aggregation.aggregate import Aggregate, KeptUpdates, aggregate_by
 from chainfed_ray.aggregation.privacy import client_privacy, private_mean, sampling_seed
 from chainfed_ray.aggregation.rule import AggregationRule
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
-from chainfed_ray.client.survey import SiteRows
-from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.planning.candidates import Candidate, awaited
 from chainfed_ray.record import named
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import ExcludedClients
 from chainfed_ray.records.rounds import Round
-from chainfed_ray.spec.fleet import FleetSpec
 from chainfed_ray.spec.job import JobSpec
-
-
-def awaited(fleet: FleetSpec, absent: Sequence[ExcludedClients]) -> list[Candidate]:
-    """A client without rows for each site that may still come, of those that are ``absent``.
-
-    A private job keeps these places. Its rounds sample from all clients that may ever take part, or ε would depend on who
-    comes. One that has not come fails.
-    """
-    sites, none = {group.name: group.site for group in fleet.at_sites}, ExampleCounts(0, 0, 0)
-    return [
-        Candidate(f"{name}-0", name, NO_EXAMPLES, group.budget_bytes, None, remote=SiteRows(site, "", 0, 1, none))
-        for group in absent
-        if group.may_come and (site := sites[name := group.client_class])
-    ]
 
 
 class PrivacyPolicy:
     """The privacy of a job that samples from ``admitted`` clients, and from those ``absent`` ones that may come.
 
-    Its secret is kept in ``log``.
-    ``aggregation`` is the caller's own rule, in place of the job's.
+    Its secret is kept in ``log``. ``aggregation`` is the caller's own rule, in place of the job's.
 
     Raises:
         InvalidJob: the job has privacy, or classes of clients with ranks of their own, and ``aggregation`` is given.

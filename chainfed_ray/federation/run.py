@@ -11,25 +11,22 @@ from pathlib import Path
 from chainfed_ray.activity import Listener, Note, Notes, Reporter, no_listener
 from chainfed_ray.aggregation.rule import AggregationRule
 from chainfed_ray.client.objective import Objective
-from chainfed_ray.client.pool import ClientPool, LocalPool
-from chainfed_ray.client.survey import Sites
+from chainfed_ray.client.pool import ClientPool, LocalPool, MakePool
 from chainfed_ray.data.partition import PartitionRule
 from chainfed_ray.device.removal import temporary_folder
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import FederatedEvaluation, JobEvaluation, streamed
-from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.federation.start import StartRule
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.saved_stack import exit_folder, save_so_far, save_stack
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.planning.prepare import PlannedJob, prepare_job
+from chainfed_ray.planning.sites import Sites
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.result import ExitScore
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
-
-MakePool = Callable[[ModelSource, Note], ClientPool]
-"""Makes the pool that runs the clients' turns. The pool may use the ``Note`` to tell what it waits for."""
 
 MakeEvaluation = Callable[[PlannedJob, Listener], JobEvaluation]
 """Makes the object that evaluates stacks on the server."""
@@ -91,9 +88,8 @@ def run_job(
         )
         yield coordinator.open()
         if history := log.rounds():
-            _save(
-                job, coordinator, history[-1], folder
-            )  # who was killed after a commit left the stacks of the round before
+            # A process that was killed after a commit left the stacks of the round before.
+            _save(job, coordinator, history[-1], folder)
             yield from history
         for record in coordinator.rounds():
             _save(job, coordinator, record, folder)

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Literal, NamedTuple
 
 from chainfed_ray.chain import Chain, Window
-from chainfed_ray.federation.evaluation import kept_exit
+from chainfed_ray.federation.selection import kept_exit
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.rounds import Restored, Round
 from chainfed_ray.spec.sections import ConvergenceSpec, RoundsSpec
@@ -82,19 +82,6 @@ class StageSchedule:
     def counted_rounds(self, upcoming: RoundSpec, history: Sequence[Round]) -> list[Round]:
         """The rounds of its stage so far that had a quorum."""
         return [record for record in history if record.stage == upcoming.stage and record.counted]
-
-    @property
-    def windows(self) -> list[tuple[Window, int]]:
-        """The windows of the job, each with the most rounds that it may have."""
-        if self._cyclic:
-            windows = self._chain.windows
-            each, more = divmod(
-                self._total, len(windows)
-            )  # the last window ends the job, so the last ones have one more
-            counts = [each + (place >= len(windows) - more) for place in range(len(windows))]
-            return [(window, count) for window, count in zip(windows, counts, strict=True) if count]
-        stages = self._chain.staged(self._total, self._rounds.last_stage_share)
-        return [(stage.window, stage.rounds) for stage in stages]
 
     def starts_span(self, upcoming: RoundSpec, history: Sequence[Round]) -> bool:
         """True for the first round of a span, over which the window's movement is measured."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
-from chainfed_ray.aggregation.mean import check_claims
+from chainfed_ray.aggregation.checks import check_claims
 from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client.cka import FEWEST, average
 from chainfed_ray.client.first_pass import StartGuess
@@ -23,8 +23,8 @@ from chainfed_ray.errors import InvalidUpdate, QuorumLost
 from chainfed_ray.federation.cohort import everyone
 from chainfed_ray.federation.collect import failed_turn, readable, reasons
 from chainfed_ray.federation.head_fitting import deadline_of_all, fit_head
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.rounds import FailedTurn, HeadFit, complete_fits
 from chainfed_ray.seeds import derive
 
@@ -130,7 +130,7 @@ def _by_exits(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
         return Start(0)  # the only window holds all layers
     of = f"of {len(windows)}"
     fits = tuple(
-        _exit(job, pool, window.top, Reporter(f"fitting a head to exit {place} {of}", listen))
+        _fit_at_exit(job, pool, window.top, Reporter(f"fitting a head to exit {place} {of}", listen))
         for place, window in enumerate(windows, start=1)
     )
     failed = tuple({turn.client: turn for fit in fits for turn in fit.failed_turns}.values())  # each client once
@@ -152,7 +152,7 @@ def least_loss_start(losses: Sequence[float | None]) -> int | None:
     return -min(found)[1] if found else None
 
 
-def _exit(job: PlannedJob, pool: ClientPool, layer: int, reporter: Reporter) -> HeadFit:
+def _fit_at_exit(job: PlannedJob, pool: ClientPool, layer: int, reporter: Reporter) -> HeadFit:
     """Fit a head to the output of ``layer`` of the base model.
 
     The head takes this one layer, since the clients' sums grow with the square of its features.

@@ -88,8 +88,7 @@ def through_window(
     mask: Tensor,
     recompute: bool = False,
 ) -> LayerStates:
-    """Run a window: its bottom layer's output u → its top adapter's output h. ``layers`` are the layers above
-    the bottom one.
+    """Run a window: its bottom layer's output u → its top adapter's output h. ``layers`` are those above the bottom one.
 
     With ``recompute`` a layer's input alone is kept for the backward pass, where the layer runs again. So the activations of
     one layer at a time are in memory (gradient checkpointing: Chen et al., 2016).

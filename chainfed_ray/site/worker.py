@@ -30,12 +30,13 @@ from chainfed_ray.data.sources import Split
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.errors import BudgetExceeded, InvalidJob
-from chainfed_ray.federation.admission import Candidate, Planner, requirements_of
-from chainfed_ray.federation.prepare import check_texts
 from chainfed_ray.hub import digest_of, tokenizer
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.source import ModelSource, weights_folder
+from chainfed_ray.planning.admission import Planner, requirements_of
+from chainfed_ray.planning.base_model import check_texts
+from chainfed_ray.planning.candidates import Candidate
 from chainfed_ray.site.codec import client_of, memory_of, result_document, survey_document, turn_of, write_tensors
 from chainfed_ray.site.envelope import Answer, Done, HashedFile, JobDocument, NotDone, Order, phase_of
 from chainfed_ray.site.evaluation import evaluated_by

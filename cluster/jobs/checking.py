@@ -86,7 +86,7 @@ class _Checker:
         from chainfed_ray.device.lean_imports import load_models
 
         load_models()
-        import_module("chainfed_ray.federation.prepare")
+        import_module("chainfed_ray.planning.prepare")
         begin_tracing()
         self._left = _CHECKS
 
@@ -107,7 +107,7 @@ class _Checker:
 
 def _problems(most_bytes: int, rules: ReadingRules, spec: JobSpec) -> list[Problem]:
     from chainfed_ray.cluster.pool.placement import check_memories
-    from chainfed_ray.federation.prepare import prepare_job
+    from chainfed_ray.planning.prepare import prepare_job
 
     try:
         check_memories([group.memory for group in spec.fleet.clients])

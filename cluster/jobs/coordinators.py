@@ -15,6 +15,8 @@ from typing import Any
 import ray
 
 from chainfed_ray.cluster.database import NO_ANSWER
+from chainfed_ray.cluster.files.upload_bytes import upload_files
+from chainfed_ray.cluster.files.upload_expiry import remove_old_uploads
 from chainfed_ray.cluster.jobs.cleanup import has_died_too_often
 from chainfed_ray.cluster.jobs.controller import Controller
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -25,8 +27,6 @@ from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.structured_logs import log_as_asked
 from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.cluster.tracing import begin_tracing
-from chainfed_ray.cluster.uploads.expiry import remove_old_uploads
-from chainfed_ray.cluster.uploads.files import upload_files
 
 NAMESPACE = "chainfed"
 _CONTROLLER, _COORDINATOR = "controller", "coordinator-"

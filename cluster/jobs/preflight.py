@@ -13,11 +13,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from chainfed_ray.cluster.files.upload_sources import FilesOf, no_files, rules_of_job
 from chainfed_ray.cluster.jobs.checking import Checkers, plain, too_large
 from chainfed_ray.cluster.resources import on_this_machine, preflight_options
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.cluster.tracing import span
-from chainfed_ray.cluster.uploads.sources import FilesOf, no_files, rules_of_job
 from chainfed_ray.device.memory_limit import memory_limit
 from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
 from chainfed_ray.problem import Problem
@@ -150,7 +150,7 @@ def _forecast(most_bytes: int, rules: ReadingRules, spec: JobSpec, client_slots:
     from chainfed_ray.device.lean_imports import load_models
 
     load_models()
-    from chainfed_ray.forecast.dry_run import dry_run
+    from chainfed_ray.planning.dry_run import dry_run
 
     cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     try:

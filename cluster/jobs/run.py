@@ -10,12 +10,14 @@ from time import sleep
 from typing import Any
 
 from chainfed_ray.activity import Activity, Listener
-from chainfed_ray.client.pool import UnmetDemand
-from chainfed_ray.client.survey import Sites, SurveyStopped
-from chainfed_ray.cluster.artifacts.cards import write_cards
-from chainfed_ray.cluster.artifacts.job_log import WITHHELD, JobLog
+from chainfed_ray.client.pool import MakePool, UnmetDemand
+from chainfed_ray.client.survey import SurveyStopped
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.draining import Drain
+from chainfed_ray.cluster.files.artifacts import STACKS
+from chainfed_ray.cluster.files.job_log import WITHHELD, JobLog
+from chainfed_ray.cluster.files.upload_sources import rules_of_job
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, OF_FULL_DISKS, clean_up, described, fail
 from chainfed_ray.cluster.jobs.commits import Commits, wait_for
@@ -25,11 +27,11 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.structured_logs import about
 from chainfed_ray.cluster.tables import AT_WORK, Event, JobRecord
 from chainfed_ray.cluster.tracing import StagesAndRounds, flush, span
-from chainfed_ray.cluster.uploads.sources import rules_of_job
-from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob
+from chainfed_ray.export.cards import write_cards
 from chainfed_ray.federation.evaluation import streamed
-from chainfed_ray.federation.run import MakeEvaluation, MakePool, run_job
+from chainfed_ray.federation.run import MakeEvaluation, run_job
+from chainfed_ray.planning.sites import Sites
 from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
@@ -223,7 +225,7 @@ def _train(
             if isinstance(record, JobFinished):
                 assert started is not None, "the first record"
                 rounds = CommitLog(folder).rounds()
-                write_cards(folder, spec, started, rounds)
+                write_cards((folder / name for name in STACKS), spec, started, rounds)
             commits.keep(record.index if isinstance(record, Round) else None, isinstance(record, JobFinished))
             match record:
                 case JobStarted():

@@ -26,6 +26,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
+from chainfed_ray.cluster.files.upload_sources import hold_uploads
 from chainfed_ray.cluster.queries.aliases import Aliases
 from chainfed_ray.cluster.queries.counts import counts
 from chainfed_ray.cluster.queries.deletions import Deletions
@@ -52,7 +53,6 @@ from chainfed_ray.cluster.tables import (
 )
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
 from chainfed_ray.cluster.tracing import carried
-from chainfed_ray.cluster.uploads.sources import hold_uploads
 from chainfed_ray.errors import JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
 
@@ -132,7 +132,7 @@ class JobStore:
             with Session(self._engine) as session, session.begin():
                 session.add(row)
                 session.flush()  # before the name is chosen: two that submit at once then come one after the other
-                row.model = served_name(session, row.tenant, spec, row.id)
+                row.model = served_name(session, row, spec.model.base)
                 session.add_all(LabelRow(job=row.id, name=name, value=value) for name, value in spec.labels.items())
                 hold_uploads(session, row.tenant, document)
                 check_queue(session, row.tenant, most_queued)

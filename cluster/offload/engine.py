@@ -4,7 +4,7 @@ from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.client.turn import warm_up
 from chainfed_ray.evaluation.evaluator import Evaluator
 from chainfed_ray.federation.evaluation import ServerEvaluation, sets_of, streaming
-from chainfed_ray.federation.prepare import PlannedJob
+from chainfed_ray.planning.prepare import PlannedJob
 
 
 def server_evaluation(job: PlannedJob, listen: Listener = no_listener) -> ServerEvaluation:

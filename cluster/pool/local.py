@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from chainfed_ray.activity import Listener, Note, no_listener
-from chainfed_ray.client.pool import ClientPool
+from chainfed_ray.client.pool import ClientPool, MakePool
 from chainfed_ray.cluster.local_ray import local_ray
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.federation.run import MakePool
 from chainfed_ray.model.source import ModelSource
 
 

@@ -8,24 +8,23 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.tables import JobRow
-from chainfed_ray.spec.job import JobSpec
 
 _LOOKED_AT = 100  # jobs whose names begin alike
 _DIGITS = 6
 
 
-def served_name(session: Session, tenant: str, spec: JobSpec, job: str) -> str:
-    """The name under which the model of a new ``job`` of ``tenant`` is served.
+def served_name(session: Session, job: JobRow, base: str) -> str:
+    """The name under which the model of a new ``job`` is served, which trains on ``base``.
 
-    That is ``spec.model_name``, such as ``llama:support``; or ``llama-3f2a1b:support``, with digits that follow from the base
-    model, if the oldest of the tenant's other jobs whose names begin with ``llama:`` is on another base of that last name. A
-    model keeps the name under which its base was trained before, and a base that was marked stays so.
+    That is the one that the job asks for, such as ``llama:support``; or ``llama-3f2a1b:support``, with digits that follow from
+    the base model, if the oldest of the tenant's other jobs whose names begin with ``llama:`` is on another base of that last
+    name. A model keeps the name under which its base was trained before, and a base that was marked stays so.
     """
-    stem, _, name = spec.model_name.partition(":")
-    base = _repository(spec.model.base)
+    stem, _, name = job.model.partition(":")
+    base = _repository(base)
     marked = f"{stem}-{sha256(base.encode()).hexdigest()[:_DIGITS]}"
     others = select(JobRow.model, JobRow.spec).where(
-        JobRow.tenant == tenant, JobRow.deleted_at.is_(None), JobRow.id != job
+        JobRow.tenant == job.tenant, JobRow.deleted_at.is_(None), JobRow.id != job.id
     )
     before = others.where(JobRow.model.in_((f"{stem}:{name}", f"{marked}:{name}"))).order_by(JobRow.number.desc())
     for model, known in _with_bases(session, before):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from chainfed_ray.aggregation.mean import aggregate_by
+from chainfed_ray.aggregation.aggregate import aggregate_by
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.model.adapters import Tensors, of_ranks
 from chainfed_ray.spec.parse import parse_job

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainfed_ray.aggregation.mean import Aggregate, KeptUpdates, RunningMean, aggregate_by
+from chainfed_ray.aggregation.aggregate import Aggregate, KeptUpdates, aggregate_by
+from chainfed_ray.aggregation.mean import RunningMean
 from chainfed_ray.aggregation.robust import krum, median, trimmed_mean
 from chainfed_ray.aggregation.rule import WeightedUpdate
 from chainfed_ray.errors import InvalidJob

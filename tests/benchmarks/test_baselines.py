@@ -37,10 +37,10 @@ from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.client.training import step_batches
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.federation.cohort import Cohort, Sampler
-from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.model.adapters import Head, Tensors
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens
+from chainfed_ray.planning.prepare import PlannedJob, prepare_job
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job

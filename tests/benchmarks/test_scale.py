@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.scale_players import answer_to
 from benchmarks.scale_pool import MeteredPool, ModelledPool
-from chainfed_ray.aggregation.mean import check_update
+from chainfed_ray.aggregation.checks import check_update
 from chainfed_ray.client.messages import Training, Update
 from chainfed_ray.client.objective import trained_names
 from chainfed_ray.client.survey import SiteRows

@@ -16,10 +16,10 @@ from chainfed_ray.chain import Window, start_below
 from chainfed_ray.client.first_pass import StartGuess
 from chainfed_ray.client.messages import Client, Fitting, HeadSums, Profile, Profiling, Training, TurnOrder, TurnResult
 from chainfed_ray.client.turn import take_turn
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.planning.prepare import PlannedJob
 from tests.builders import a_job
 
 READS = 2

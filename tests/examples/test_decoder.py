@@ -8,8 +8,8 @@ import yaml
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import streamed
-from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.planning.prepare import prepare_job
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.parse import parse_job
 from examples.decoder import make

@@ -13,8 +13,8 @@ from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import QuorumLost
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive
 from tests.builders import a_job, assert_mean, smallest_budget

@@ -23,8 +23,8 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.evaluation.predictions import Predictions
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import PlannedJob, prepare_job
 from chainfed_ray.model.saved_stack import save_stack
+from chainfed_ray.planning.prepare import PlannedJob, prepare_job
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import Round
 from chainfed_ray.serving import peft_method  # noqa: F401  its import lets PEFT know the method

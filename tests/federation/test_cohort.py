@@ -13,12 +13,12 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Profile, Profiling, Training
 from chainfed_ray.client.pool import Failure, LocalPool
 from chainfed_ray.errors import InvalidJob, QuorumLost
-from chainfed_ray.federation.admission import Candidate
 from chainfed_ray.federation.cohort import Cohort, Sampler
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import PlannedJob
-from chainfed_ray.forecast import duration
-from chainfed_ray.forecast.pace import EvaluationPace, Pace
+from chainfed_ray.planning import duration
+from chainfed_ray.planning.candidates import Candidate
+from chainfed_ray.planning.pace import EvaluationPace, Pace
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.parse import parse_job

@@ -21,10 +21,10 @@ from chainfed_ray.evaluation.predictions import Predictions
 from chainfed_ray.evaluation.score import Score, macro_f1
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.evaluation import ServerEvaluation, is_due, streaming
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.federation.stages import rate_at
 from chainfed_ray.model.adapters import AdapterStack, Tensors
 from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.result import JobResult
 from chainfed_ray.records.rounds import JobFinished, Round

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.federation.run import run_job
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens
 from chainfed_ray.model.saved_stack import SavedStack, exit_folder, load_stack
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.result import ExitScore, JobResult
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.parse import parse_job

@@ -13,8 +13,8 @@ from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.client.turn import take_turn
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import FEATURES
 from chainfed_ray.model.adapters import AdapterStack, Head
+from chainfed_ray.planning.base_model import FEATURES
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job

@@ -17,11 +17,12 @@ import torch
 from chainfed_ray.budget import planner as arithmetic
 from chainfed_ray.client.messages import Client, TurnOrder, Update
 from chainfed_ray.client.pool import LocalPool, Outcome
-from chainfed_ray.federation import admission
-from chainfed_ray.federation.admission import Candidate, Planner, admit
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.federation.run import run_job
+from chainfed_ray.planning import admission
+from chainfed_ray.planning.admission import Planner, admit
+from chainfed_ray.planning.candidates import Candidate
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import CLIENTS_FILE
 from chainfed_ray.records.manifest import Manifest

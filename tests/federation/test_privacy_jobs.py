@@ -28,9 +28,9 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation.cohort import Cohort, Sampler
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import PlannedJob, check_fleet
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.planning.prepare import PlannedJob, check_fleet
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.result import JobResult

@@ -13,10 +13,11 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.evaluation.score import Score
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.evaluation import ServerEvaluation, best_exit, exits, streaming
-from chainfed_ray.federation.prepare import PlannedJob
+from chainfed_ray.federation.evaluation import ServerEvaluation, streaming
+from chainfed_ray.federation.selection import best_exit, exits
 from chainfed_ray.federation.state import ChainState
 from chainfed_ray.model.adapters import AdapterStack, Tensors
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.result import JobResult
 from chainfed_ray.records.rounds import EarlyExit, JobStarted, Round

@@ -18,12 +18,12 @@ from chainfed_ray.client.messages import Client, Profile, TurnOrder, Update
 from chainfed_ray.client.objective import chain_loss
 from chainfed_ray.client.pool import Failure, LocalPool
 from chainfed_ray.errors import InvalidJob, QuorumLost
-from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.federation.run import run_job
 from chainfed_ray.federation.start import Start
 from chainfed_ray.federation.state import stack_of
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.planning.prepare import prepare_job
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.parse import parse_job

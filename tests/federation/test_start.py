@@ -12,9 +12,9 @@ from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.errors import InvalidJob, QuorumLost
 from chainfed_ray.federation import head_fitting as head_fit
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.forecast import duration
 from chainfed_ray.model.pooling import LayerStates
 from chainfed_ray.model.prefix import PrefixRunner
+from chainfed_ray.planning import duration
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import HeadFit, JobStarted
 from chainfed_ray.spec.parse import parse_job

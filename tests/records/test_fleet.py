@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from chainfed_ray.errors import CorruptCommit
-from chainfed_ray.federation.admission import listed
 from chainfed_ray.federation.coordinator import Coordinator
-from chainfed_ray.federation.prepare import PlannedJob
+from chainfed_ray.planning.admission import listed
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import CLIENTS_FILE, FleetTotals, clients_in, names_hash
 from tests.builders import a_job

@@ -27,7 +27,7 @@ from chainfed_ray.client.messages import (
 from chainfed_ray.client.survey import ClientSurvey, SiteRows, Survey
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
 from chainfed_ray.errors import InvalidUpdate
-from chainfed_ray.federation.prepare import PlannedJob
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.site.codec import (
     client_of,
     job_document,

@@ -11,8 +11,8 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, Evaluating, Fitting, Profiling, TurnOrder
 from chainfed_ray.client.survey import SiteRows
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
-from chainfed_ray.federation.prepare import PlannedJob
 from chainfed_ray.hub import digest_of
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.site.codec import job_document, survey_of, survey_order, turn_order, write_tensors
 from chainfed_ray.site.envelope import Done, HashedFile, NotDone
 from chainfed_ray.site.policy import in_words

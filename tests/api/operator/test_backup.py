@@ -12,13 +12,13 @@ from sqlalchemy import inspect, text
 
 from chainfed_ray.api.operator.backup import back_up, restore
 from chainfed_ray.cluster.database import open_database
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.objects.snapshots import Snapshots
 from chainfed_ray.cluster.objects.working_copy import WorkingCopy
 from chainfed_ray.cluster.schema import VERSIONS, drop_tables, migrate, version_of
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import CorruptCommit, InvalidSetting
 from chainfed_ray.model.saved_stack import load_stack, save_stack
 from chainfed_ray.records.commit_log import CommitLog

@@ -26,9 +26,9 @@ from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.cluster.access.first_answers import FirstAnswers
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job, parse_yaml

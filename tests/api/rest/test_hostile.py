@@ -12,8 +12,8 @@ from benchmarks.hostile_requests import HostileRequest, hostile_requests
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.federation.prepare import prepare_job
-from chainfed_ray.forecast.dry_run import dry_run
+from chainfed_ray.planning.dry_run import dry_run
+from chainfed_ray.planning.prepare import prepare_job
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Sampling
 from chainfed_ray.spec.job import JobSpec

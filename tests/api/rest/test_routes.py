@@ -24,10 +24,10 @@ from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import PartUnavailable, ServiceBusy
-from chainfed_ray.federation.prepare import prepare_job
 from chainfed_ray.federation.run import in_this_process
-from chainfed_ray.forecast.dry_run import dry_run
 from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.planning.dry_run import dry_run
+from chainfed_ray.planning.prepare import prepare_job
 from chainfed_ray.records.fleet import AdmittedClients, LateClient, LateSite
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.classifier import Classifier

@@ -12,9 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chainfed_ray.api.sdk import calls, clients, exchanges
 from chainfed_ray.api.sdk.clients import AsyncClient, Client
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.uploads.store import UploadStore
 from chainfed_ray.errors import InvalidJob, ServiceUnavailable, UploadConflict, UploadNotFound
 from chainfed_ray.spec.parse import parse_job
 from tests.apps import an_app, served

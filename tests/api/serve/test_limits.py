@@ -10,9 +10,9 @@ from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.access.rates import Rates
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.uploads.store import UploadStore
 from tests.apps import an_app
 from tests.builders import SPEC
 

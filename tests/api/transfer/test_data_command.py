@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.uploads.store import UploadStore
 from tests.apps import an_app, served
 from tests.project import COMMAND
 

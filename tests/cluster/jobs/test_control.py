@@ -8,14 +8,14 @@ import pytest
 
 from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, Training, TurnOrder
-from chainfed_ray.client.pool import ClientPool, LocalPool
+from chainfed_ray.client.pool import ClientPool, LocalPool, MakePool
 from chainfed_ray.cluster.jobs.control import cancel, delete, pause, resume, retry
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import Status
 from chainfed_ray.errors import JobConflict, JobNotFound, LimitReached
-from chainfed_ray.federation.run import MakePool, in_this_process
+from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.commit_log import CommitLog

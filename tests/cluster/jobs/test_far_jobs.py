@@ -10,8 +10,8 @@ import pytest
 from chainfed_ray.activity import Note
 from chainfed_ray.client.messages import Client, Training, TurnOrder
 from chainfed_ray.client.pool import LocalPool
-from chainfed_ray.cluster.artifacts.job_log import LOG, lines_of
-from chainfed_ray.cluster.artifacts.listing import names_of
+from chainfed_ray.cluster.files.artifacts import names_of
+from chainfed_ray.cluster.files.job_log import LOG, lines_of
 from chainfed_ray.cluster.jobs import commits
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore

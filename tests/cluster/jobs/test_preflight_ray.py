@@ -10,7 +10,7 @@ import pytest
 
 from chainfed_ray.cluster.jobs.preflight import Limits, Preflight
 from chainfed_ray.errors import InvalidJob, PartUnavailable
-from chainfed_ray.forecast.dry_run import dry_run
+from chainfed_ray.planning.dry_run import dry_run
 from chainfed_ray.reading import UploadedFile
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.parse import parse_job

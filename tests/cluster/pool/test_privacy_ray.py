@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from chainfed_ray.cluster.pool.ray_pool import RayPool
-from chainfed_ray.federation.prepare import PlannedJob
+from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import PRIVACY, a_job, assert_same, run, with_secret
 

@@ -24,9 +24,9 @@ from chainfed_ray.cluster.resources import CLIENT_SLOT, client_options
 from chainfed_ray.cluster.tracing import begin_tracing, end_tracing
 from chainfed_ray.data import docstrings
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.federation.admission import Planner, admit
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.planning.admission import Planner, admit
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.rounds import JobStarted
 from tests.builders import MIB, a_job, assert_same, run

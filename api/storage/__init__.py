@@ -1,1 +1,0 @@
-"""Routes of what the service keeps in files: uploads, artifacts and logs of jobs."""

@@ -1,1 +1,0 @@
-"""The dry run: it forecasts a job's clients, memory, traffic and duration before anything is trained."""

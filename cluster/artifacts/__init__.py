@@ -1,1 +1,0 @@
-"""What a job leaves in its folder for people to have: cards, and the list of what can be downloaded."""

@@ -1,0 +1,295 @@
+"""The files that tenants have sent: a row of the database each, and their bytes, which a tenant keeps once.
+
+An upload is what its tenant calls it and its SHA-256: who begins one that is there is given that one, and goes on with it.
+Where its bytes are, ``upload_bytes`` says.
+
+Any process may be killed at any time. Bytes that are complete while their row says otherwise are found by whoever asks next,
+and bytes that no row names are deleted by ``remove_old``.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
+from secrets import token_hex
+from typing import Any, Self
+
+from sqlalchemy import ColumnElement, String, cast, delete, func, or_, select, true, update
+from sqlalchemy.orm import Session
+
+from chainfed_ray.cluster.files.upload_bytes import Arriving, upload_files
+from chainfed_ray.cluster.files.upload_sources import uploads_in
+from chainfed_ray.cluster.queries.pages import Place
+from chainfed_ray.cluster.schema import open_tables
+from chainfed_ray.cluster.storage import STORED_BYTES, UPLOADS, Storage
+from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
+from chainfed_ray.cluster.tenants import View
+from chainfed_ray.errors import InvalidJob, LimitReached, UploadConflict, UploadNotFound
+from chainfed_ray.reading import UploadedFile
+from chainfed_ray.units import format_bytes
+
+KEPT_HOURS = 48  # a part of an upload, after its last byte came
+_OVER = ("succeeded", "failed", "cancelled")  # jobs that read nothing any more
+_LOCK = 0x75706C64  # PostgreSQL's number of the locks of tenants' uploads
+_FULL_SECONDS = 60  # until something may have been deleted
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An upload, of which ``received`` bytes are here. Times are ISO 8601 in UTC."""
+
+    id: str
+    tenant: str
+    name: str
+    bytes: int
+    sha256: str
+    received: int
+    complete: bool
+    created_at: str
+
+    @property
+    def place(self) -> Place:
+        """The place after it in the list of uploads, for the next page."""
+        return Place(self.created_at, self.id)
+
+
+class UploadStore:
+    """The uploads of a service; safe to use from several threads and processes. ``seen_by`` gives those that a tenant sees."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._files, self._far, self._view = upload_files(storage), storage.url is not None, View()
+        self._engine = open_tables(storage.database, existing=True)
+
+    def seen_by(self, tenant: str, everything: bool) -> Self:
+        """These uploads as ``tenant`` sees them, who begins its own: those alone, unless it sees ``everything``."""
+        part = copy(self)
+        part._view = View(tenant, everything)
+        return part
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+
+    def begin(
+        self, name: str, size: int, sha256: str, most_stored: int | None = None, most_uploads: int | None = None
+    ) -> Upload:
+        """Begin an upload of ``size`` bytes, or give the one that the tenant has of this name and SHA-256.
+
+        It is complete at once if the tenant has its bytes already. The tenant may have ``most_uploads``, and all of them
+        ``most_stored`` bytes.
+
+        Raises:
+            InvalidJob: the tenant has an upload of this SHA-256 with another size.
+            LimitReached: the tenant has as many uploads or bytes as it may.
+        """
+        tenant = self._view.tenant
+        with self._locked(tenant), Session(self._engine) as session, session.begin():
+            same = select(UploadRow).where(UploadRow.tenant == tenant, UploadRow.sha256 == sha256)
+            alike = list(session.scalars(same))
+            if alike and alike[0].bytes != size:
+                raise InvalidJob.at("bytes", size, f"{alike[0].bytes}, as in the upload {alike[0].id} of this SHA-256")
+            for row in alike:
+                if row.name == name:
+                    return self._upload(row)
+            count = session.scalar(select(func.count()).select_from(UploadRow).where(UploadRow.tenant == tenant)) or 0
+            if most_uploads is not None and count >= most_uploads:
+                raise LimitReached(tenant, f"{count} uploads", UPLOADS, _FULL_SECONDS)
+            stored = self._stored(session, tenant)
+            if most_stored is not None and not alike and stored + size > most_stored:
+                what = f"{format_bytes(stored)} of uploads, and {format_bytes(size)} more would be too many"
+                raise LimitReached(tenant, what, STORED_BYTES, _FULL_SECONDS)
+            row = UploadRow(
+                id=token_hex(8),
+                tenant=tenant,
+                name=name,
+                bytes=size,
+                sha256=sha256,
+                complete=self._files.has(tenant, sha256),
+                created_at=moment(),
+            )
+            session.add(row)
+            session.flush()
+            return self._upload(row)
+
+    def get(self, upload: str) -> Upload:
+        """The upload with this id.
+
+        Raises:
+            UploadNotFound: there is none.
+        """
+        with Session(self._engine) as session:
+            row = self._row(session, upload)
+            found, known = self._upload(row), row.complete
+        if found.complete and not known:  # who kept its bytes was killed before the database said so
+            self._complete(found)
+        return found
+
+    def page(self, limit: int = 100, place: Place | None = None) -> list[Upload]:
+        """At most ``limit`` uploads, the newest first; only those after ``place``, whose upload may be gone."""
+        query = select(UploadRow).where(self._seen).order_by(UploadRow.number.desc()).limit(limit)
+        if place is not None:
+            number = select(UploadRow.number).where(self._seen, UploadRow.id == place.job).scalar_subquery()
+            earlier = number.is_(None) & (UploadRow.created_at < place.at)
+            query = query.where(or_(UploadRow.number < number, earlier))
+        with Session(self._engine) as session:
+            return [self._upload(row) for row in session.scalars(query)]
+
+    def receive(self, upload: str, offset: int) -> Arriving:
+        """The file into which the bytes from ``offset`` on go. The caller closes it, and then calls ``finish``.
+
+        Raises:
+            UploadNotFound: there is no such upload.
+            UploadConflict: these are not the next bytes, or another request sends them.
+        """
+        found = self.get(upload)
+        if found.complete:
+            raise UploadConflict(upload, "it is complete")
+        file = self._files.arriving(found.tenant, upload, found.bytes)
+        if file.received != offset:
+            file.close()
+            raise UploadConflict(
+                upload, f"{file.received} bytes are here, so the next offset is {file.received}, not {offset}"
+            )
+        return file
+
+    def finish(self, upload: str, file: Arriving) -> Upload:
+        """Check the upload and keep its bytes, if all of them are in ``file``, which the caller holds.
+
+        Raises:
+            UploadNotFound: the upload was deleted meanwhile.
+            InvalidJob: they have another SHA-256. They are deleted, and may be sent again.
+        """
+        file.flush()
+        found = self.get(upload)
+        if file.received < found.bytes or found.complete:
+            return found
+        if (digest := file.digest()) != found.sha256:
+            if (now := self.get(upload)).complete:  # by another request that sent the same
+                return now
+            file.clear()
+            raise InvalidJob.at(
+                "sha256", found.sha256, f"{digest}, that of the {found.bytes} bytes that came; send them again"
+            )
+        with self._locked(found.tenant):
+            if not self.get(
+                upload
+            ).complete:  # or another request that sent the same was faster; or it is deleted by now
+                self._files.keep(found.tenant, upload, found.sha256)
+                self._complete(found)
+        return self.get(upload)
+
+    def delete(self, upload: str) -> None:
+        """Delete an upload. Its bytes stay as long as the tenant has another upload of them.
+
+        Raises:
+            UploadNotFound: there is no such upload.
+            UploadConflict: a job that is not over reads it.
+        """
+        found = self.get(upload)
+        with self._locked(found.tenant):
+            with Session(self._engine) as session, session.begin():
+                session.execute(delete(UploadRow).where(UploadRow.id == upload))
+                if job := self._reader(session, found):  # see hold_uploads
+                    raise UploadConflict(upload, f"job {job} reads it, and is not over")
+            self._files.drop_partial(found.tenant, upload)
+            self._drop(found.tenant, found.sha256)
+
+    def files(self, tenant: str, document: dict[str, Any]) -> dict[str, UploadedFile]:
+        """The files that a job of ``tenant`` with this document reads, by the ids of their uploads.
+
+        An upload that the tenant does not have, or that is not complete, is missing.
+        """
+        wanted = uploads_in(document)
+        if not wanted:
+            return {}
+        with Session(self._engine) as session:
+            query = select(UploadRow.id).where(UploadRow.tenant == tenant, UploadRow.id.in_(wanted))
+            own = list(session.scalars(query))
+        found = [self.get(upload) for upload in own]
+        return {one.id: UploadedFile(one.name, self._files.path(tenant, one.sha256)) for one in found if one.complete}
+
+    def remove_old(self, hours: float = KEPT_HOURS) -> int:
+        """Delete uploads of which a part came, and nothing for so many ``hours``; and bytes that no upload has.
+
+        Returns how many uploads were deleted.
+        """
+        oldest, count = datetime.now(UTC) - timedelta(hours=hours), 0
+        with Session(self._engine) as session:
+            query = select(UploadRow).where(UploadRow.complete.is_(False), UploadRow.created_at < moment(oldest))
+            halves = [self._upload(row) for row in session.scalars(query)]
+        for half in halves:
+            if half.complete or self._files.newest(half.tenant, half.id) > oldest.timestamp():
+                continue
+            try:
+                with self._files.arriving(half.tenant, half.id, half.bytes):
+                    self.delete(half.id)
+                    count += 1
+            except (UploadConflict, UploadNotFound):  # it goes on, or somebody else was faster
+                continue
+        for tenant in self._files.tenants():
+            with self._locked(tenant):
+                for upload in self._files.partials(tenant):
+                    self._drop_partial(tenant, upload)
+                for sha256 in self._files.wholes(tenant):
+                    self._drop(tenant, sha256)
+        return count
+
+    @property
+    def _seen(self) -> ColumnElement[bool]:
+        """The condition of a query that an upload is seen."""
+        return true() if self._view.everything else UploadRow.tenant == self._view.tenant
+
+    def _row(self, session: Session, upload: str) -> UploadRow:
+        known = "\0" not in upload  # PostgreSQL raises an error of its own when it is asked for it
+        row = session.scalar(select(UploadRow).where(self._seen, UploadRow.id == upload)) if known else None
+        if row is None:
+            raise UploadNotFound(upload)
+        return row
+
+    def _upload(self, row: UploadRow) -> Upload:
+        """The upload as it is. Bytes that were checked make it complete, whoever sent them."""
+        complete = row.complete or self._files.has(row.tenant, row.sha256)
+        received = row.bytes if complete else self._files.received(row.tenant, row.id)
+        return Upload(row.id, row.tenant, row.name, row.bytes, row.sha256, received, complete, row.created_at)
+
+    def _complete(self, upload: Upload) -> None:
+        same = (UploadRow.tenant == upload.tenant, UploadRow.sha256 == upload.sha256)
+        with Session(self._engine) as session, session.begin():
+            session.execute(update(UploadRow).where(*same).values(complete=True))
+
+    def _stored(self, session: Session, tenant: str) -> int:
+        """The bytes of a tenant's uploads, whether they have come yet or not; the same ones are counted once."""
+        once = select(UploadRow.sha256, UploadRow.bytes).where(UploadRow.tenant == tenant).distinct().subquery()
+        return int(session.scalar(select(func.coalesce(func.sum(once.c.bytes), 0))) or 0)
+
+    def _reader(self, session: Session, upload: Upload) -> str | None:
+        """A job that is not over and reads the upload."""
+        jobs = select(JobRow.id, JobRow.spec).where(JobRow.tenant == upload.tenant, JobRow.status.not_in(_OVER))
+        named = session.execute(jobs.where(cast(JobRow.spec, String).contains(upload.id)))
+        return next((job for job, document in named if upload.id in uploads_in(document)), None)
+
+    def _drop(self, tenant: str, sha256: str) -> None:
+        """Delete bytes, unless an upload has them. The tenant's lock is held."""
+        same = (UploadRow.tenant == tenant, UploadRow.sha256 == sha256)
+        with Session(self._engine) as session:
+            if session.scalar(select(UploadRow.id).where(*same).limit(1)) is None:
+                self._files.drop(tenant, sha256)
+
+    def _drop_partial(self, tenant: str, upload: str) -> None:
+        """Delete what has arrived of an upload that is complete by other bytes, or was deleted."""
+        of_row = (UploadRow.id == upload, UploadRow.complete.is_(False))
+        with Session(self._engine) as session:
+            if session.scalar(select(UploadRow.id).where(*of_row)) is None:
+                self._files.drop_partial(tenant, upload)
+
+    @contextmanager
+    def _locked(self, tenant: str) -> Iterator[None]:
+        """Held while a tenant's bytes are added or taken away. Machines that share no folder share a lock of PostgreSQL."""
+        with self._files.locked(tenant), ExitStack() as until_done:
+            if self._far and self._engine.dialect.name == "postgresql":
+                connection = until_done.enter_context(self._engine.connect())
+                number = int.from_bytes(blake2b(tenant.encode(), digest_size=4).digest(), "big", signed=True)
+                connection.execute(select(func.pg_advisory_xact_lock(_LOCK, number)))
+            yield

@@ -1,1 +1,0 @@
-"""Files that tenants send to the service, for their jobs to read."""
