@@ -73,7 +73,7 @@ class RowsOfJob:
         found = Survey(tuple(self._survey(data, part, labels) for part in range(self._parts)))
         with closing(Blocks(self.source.folder, self.source.dtype)) as blocks:
             check_texts(self.spec, blocks, (self._tokens(data, part, "train")[1] for part in range(self._parts)))
-        self._told(data).parent.mkdir(parents=True, exist_ok=True)
+        self._told(data).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._told(data).write_text(self._digest(data))
         return found
 
@@ -90,6 +90,12 @@ class RowsOfJob:
         labels = self._rows(data).labels
         names = set(labels)
         return 2 * len(names) <= len(labels) and len(names) <= _MOST_CLASSES and max(map(len, names)) <= _LONGEST_NAME
+
+    def names_rows_of(self, order: Order) -> bool:
+        """True if the job's document names the rows of ``order``, for its class of clients."""
+        asked = order.content if order.kind == "survey" else order.content["client"]
+        known = {(group.name, group.data) for group in self.spec.fleet.clients if group.site}
+        return (asked["client_class"], asked["data"]) in known
 
     def asks_for_this(self, order: Order) -> bool:
         """True if ``order`` is one that its job has, for a client that this site makes."""
@@ -190,6 +196,8 @@ class Worker:
         job = self._of(order, document)
         if not job.same_base:
             return NotDone(reason="model")
+        if not job.names_rows_of(order):
+            return NotDone(reason="plan")
         if order.kind == "survey":
             data = order.content["data"]
             survey = job.survey(data)

@@ -62,7 +62,7 @@ def test_a_survey_counts_rows_by_class(asked: dict[str, Any], tmp_path: Path) ->
         ([*some(4), {"text": [SECRET], "label": "no"}], {}, "job"),
         ([{"note": SECRET, "label": "no"}], {}, "job"),
         ([SECRET], {}, "job"),
-        (some(4), {"data": f"site:{SECRET}"}, "job"),
+        (some(4), {"data": f"site:{SECRET}"}, "plan"),  # which the job does not name
         (some(4), {"parts": 9}, "job"),
         (some(4), {"digest": 64 * "0"}, "model"),
         (some(4), {"tells_classes": False}, "classes"),
@@ -122,6 +122,9 @@ def test_an_order_that_its_job_does_not_have_is_not_carried_out(asked: dict[str,
     for part, parts in ((0, 12), (1, 2), (-1, 1)):
         other = replace(own, remote=replace(rows, part=part, parts=parts))
         assert answered("fitted", other, fitting) == NotDone(reason="plan")
+    (tmp_path / "rows" / "others.jsonl").write_text("\n".join(map(json.dumps, some(12))))
+    other = replace(own, remote=replace(rows, data="site:others.jsonl"))
+    assert answered("fitted", other, fitting) == NotDone(reason="plan")
 
 
 def a_job_of(asked: dict[str, Any], folder: Path) -> PlannedJob:
