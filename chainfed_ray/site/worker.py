@@ -257,7 +257,7 @@ def main() -> None:
         asked = json.loads(line)
         tensors = Path(asked["tensors"]) if asked["tensors"] else None
         over = Event()
-        beating = Thread(target=_beat, args=(over,), daemon=True)
+        beating = Thread(target=tell_progress, args=(over,), daemon=True)
         beating.start()
         document = JobDocument.read(Path(asked["document"]))
         answer = worker.carry_out(Order.model_validate(asked["order"]), document, tensors, Path(asked["sent"]))
@@ -266,8 +266,8 @@ def main() -> None:
         _say({"answer": answer.model_dump(mode="json")})
 
 
-def _beat(over: Event) -> None:
-    """Say once a second how far the turn is, until it is ``over``."""
+def tell_progress(over: Event) -> None:
+    """Say once a second how far the turn is, until it is ``over``. End this process if nobody hears it any more."""
     parent = os.getppid()
     while not over.wait(_HEARTBEAT_SECONDS):
         if os.getppid() != parent:  # it was killed, and nobody waits for the answer
@@ -279,7 +279,10 @@ def _beat(over: Event) -> None:
             "total": now.doing.total,
             "unit": now.doing.unit,
         }
-        _say({"heartbeat": {**doing, "worked": now.worked}})
+        try:
+            _say({"heartbeat": {**doing, "worked": now.worked}})
+        except OSError:  # whoever asked was killed, and another process of the site may begin the turn anew
+            os._exit(1)
 
 
 def _say(document: dict[str, Any]) -> None:

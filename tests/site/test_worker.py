@@ -1,8 +1,12 @@
 """What a worker answers says nothing of the rows, whatever goes wrong with them."""
 
 import json
+import os
+import sys
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ from chainfed_ray.hub import digest_of
 from chainfed_ray.site.codec import job_document, survey_of, survey_order, turn_order, write_tensors
 from chainfed_ray.site.envelope import Done, HashedFile, NotDone
 from chainfed_ray.site.policy import in_words
-from chainfed_ray.site.worker import Worker
+from chainfed_ray.site.worker import Worker, tell_progress
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
 
@@ -95,6 +99,24 @@ def test_whatever_is_raised_is_told_by_its_name(
     monkeypatch.setattr("chainfed_ray.site.worker.rows_of_site", broken)
     found = answer(asked, some(4), tmp_path)
     assert found == NotDone(reason="error", kind="RuntimeError")
+
+
+def test_a_worker_whose_site_was_killed_ends_in_the_middle_of_its_turn() -> None:
+    """The process from which it was forked may end later than the one that hears it."""
+
+    def unheard() -> None:
+        reads, writes = os.pipe()
+        os.close(reads)
+        sys.stdout = os.fdopen(writes, "w")
+        telling = Thread(target=tell_progress, args=(Event(),), daemon=True)
+        telling.start()
+        telling.join()
+        os._exit(7)  # it does not tell any more, and the turn goes on
+
+    process = get_context("fork").Process(target=unheard)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 1
 
 
 def test_an_order_that_its_job_does_not_have_is_not_carried_out(asked: dict[str, Any], tmp_path: Path) -> None:
