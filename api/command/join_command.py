@@ -88,9 +88,10 @@ def _tell(words: str) -> None:
 
 
 def _key(file: Path | None) -> str:
-    """The site's key. It is never an argument: every user of a machine sees those."""
+    """The site's key. It is never an argument: every user of a machine sees those. The processes that train do not have it."""
+    given = os.environ.pop(_KEY, "")
     try:
-        key = file.read_text().strip() if file else os.environ.get(_KEY, "").strip()
+        key = file.read_text().strip() if file else given.strip()
         if file and file.stat().st_mode & 0o077:
             _tell(f"Others on this machine may read {file}; `chmod 600 {file}` keeps the key to yourself.")
     except (OSError, UnicodeDecodeError) as error:

@@ -208,7 +208,9 @@ def test_a_site_that_is_killed_in_a_turn_is_replaced_and_its_turn_is_taken(
     with ThreadPoolExecutor() as executor:
         job = executor.submit(run, document, "job-2", storage)
         wait_for(lambda: service.wire.has("mortal", "/heartbeat") or job.done(), "turn at the site")
-        workers = psutil.Process(process.pid).children()
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert workers
+        assert not any("CHAINFED_SITE_KEY" in worker.environ() for worker in workers), "the key is for its parent alone"
         process.kill()
         process.wait()
         wait_for(lambda: not any(map(command_of, workers)), "end of the workers", 30)
