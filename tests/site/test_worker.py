@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from dataclasses import replace
 from multiprocessing import get_context
@@ -111,7 +112,7 @@ def test_a_worker_whose_site_was_killed_ends_in_the_middle_of_its_turn() -> None
         telling = Thread(target=tell_progress, args=(Event(),), daemon=True)
         telling.start()
         telling.join()
-        os._exit(7)  # it does not tell any more, and the turn goes on
+        signal.raise_signal(signal.SIGKILL)  # it does not tell any more, and the turn would go on
 
     process = get_context("fork").Process(target=unheard)
     process.start()
