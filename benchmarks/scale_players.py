@@ -30,7 +30,7 @@ def main(address: str, folder: Path, keys: Mapping[str, str]) -> None:
     torch.set_num_threads(1)
     stop = Event()
     threads = [
-        Thread(target=_play, args=(address, key, f"{place:032x}", folder / name, stop))
+        Thread(target=_play, args=(address, name, key, f"{place:032x}", folder / name, stop))
         for place, (name, key) in enumerate(keys.items())
     ]
     for thread in threads:
@@ -41,11 +41,11 @@ def main(address: str, folder: Path, keys: Mapping[str, str]) -> None:
         thread.join()
 
 
-def _play(address: str, key: str, session: str, folder: Path, stop: Event) -> None:
+def _play(address: str, site: str, key: str, session: str, folder: Path, stop: Event) -> None:
     folder.mkdir(parents=True)
     connection = Connection(address, key, session, Transcript(None), stop, lambda words: print(words, file=sys.stderr))
     try:
-        connection.join("1.0")
+        connection.join("1.0", site)
         while not stop.is_set():
             try:
                 if order := connection.next(_WAIT_SECONDS, (), ()).order:

@@ -94,7 +94,7 @@ class SitesService:
         transcript = Transcript(self.folder / f"{site}.log")
         session = f"{len(self.stops):032x}"
         connection = Connection(self.address, site, session, transcript, stop, words.append)
-        connection.join("1.0")
+        connection.join("1.0", site)
         agent = Thread(target=Agent(connection, replace(offer, **offered), stop, words.append).run, daemon=True)
         agent.start()
 
@@ -134,7 +134,7 @@ class SitesService:
         left = iter(lies)
         stop, session = Event(), f"{len(self.stops):032x}"
         connection = Connection(self.address, site, session, Transcript(None), stop, print)
-        connection.join("1.0")
+        connection.join("1.0", site)
 
         def answers() -> None:
             while not stop.is_set():

@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 from contextlib import closing, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
@@ -54,8 +55,8 @@ def join(
     offer = Offer(data.resolve(), scratch, split, parallel, not keep_classes, policy)
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with closing(Transcript(log)) as transcript:
+        signal.signal(number, partial(_leave, stop))
+    with closing(_transcript(log)) as transcript:
         connection = Connection(address, _key(key_file), token_hex(16), transcript, stop, _tell, ca, insecure)
         with closing(connection), suppress(Withdrawn):  # of one that leaves before the service answered
             _run(connection, offer, site, stop)
@@ -63,13 +64,23 @@ def join(
 
 
 def _run(connection: Connection, offer: Offer, site: str, stop: Event) -> None:
-    known = connection.join(version("chainfed-ray"))
-    if known != site:
-        connection.leave()
-        raise InvalidSetting("--site", site, f"{known}, whose key this is")
+    connection.join(version("chainfed-ray"), site)
     forget_caches(offer.scratch)
     _tell(f"Site {site} has joined, with the files in {offer.data}. Ctrl-C leaves.")
     Agent(connection, offer, stop, _tell).run()
+
+
+def _leave(stop: Event, number: int, _: object) -> None:
+    """Leave cleanly. A service that does not answer may take a minute to be given up, so a second signal ends the process."""
+    signal.signal(number, signal.SIG_DFL)
+    stop.set()
+
+
+def _transcript(file: Path | None) -> Transcript:
+    try:
+        return Transcript(file)
+    except OSError as error:
+        raise InvalidSetting("--log", str(file), f"a file that can be written ({error})") from None
 
 
 def _tell(words: str) -> None:
@@ -77,9 +88,12 @@ def _tell(words: str) -> None:
 
 
 def _key(file: Path | None) -> str:
-    """The site's key. It is never an argument: every user of a machine sees those."""
+    """The site's key. It is never an argument: every user of a machine sees those. The processes that train do not have it."""
+    given = os.environ.pop(_KEY, "")
     try:
-        key = file.read_text().strip() if file else os.environ.get(_KEY, "").strip()
+        key = file.read_text().strip() if file else given.strip()
+        if file and file.stat().st_mode & 0o077:
+            _tell(f"Others on this machine may read {file}; `chmod 600 {file}` keeps the key to yourself.")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidSetting("--key-file", str(file), f"a file that can be read ({error})") from None
     if not key or not key.isascii() or any(character.isspace() for character in key):

@@ -52,8 +52,10 @@ OrderPath = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="the id of
 def join_site(body: Joining, site: SiteName, caller: Caller, service: WithService) -> Welcome:
     """Begin to take the orders of a site. An earlier process of the site is given no more, and its orders wait again."""
     _check_protocol(body.protocol)
-    service.mailbox.join(site, body.session, body.version)
     assert caller.site is not None, "the mailbox calls it something"
+    if body.site not in (None, caller.site):  # before it ends the process that is there
+        raise HTTPException(403, f"the key is that of site {caller.site}, not of {body.site}")
+    service.mailbox.join(site, body.session, body.version)
     return Welcome(site=caller.site)
 
 

@@ -28,6 +28,8 @@ from chainfed_ray.model.source import ModelSource
 from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.rounds import FailedTurn, HeadFit
 
+_MOST_LOSS = 2.0**50  # in nats: sums of such losses are finite
+
 
 class FittedHead(NamedTuple):
     """The head's tensors by their names in the stack, and the record of the fit.
@@ -167,7 +169,7 @@ def _head_by_sites(
     outcomes = pool.run(clients, order, deadline_of_all(job, len(clients))) if found else ()
     for place, result in in_order(outcomes, len(clients) if found else 0):
         most = most_held_out(job.spec, clients[place].counts)
-        if isinstance(result, HeadLosses) and _is_possible(result, len(found), most):
+        if isinstance(result, HeadLosses) and is_possible(result, len(found), most):
             losses += torch.tensor(result.losses, dtype=torch.float64)
             correct += torch.tensor(result.correct)
             examples += result.examples
@@ -179,7 +181,7 @@ def _head_by_sites(
     return _head_tensors(weight, bias, AdapterStack.from_tensors(tensors), job.hidden), score
 
 
-def _is_possible(result: HeadLosses, count: int, most: int) -> bool:
+def is_possible(result: HeadLosses, count: int, most: int) -> bool:
     """True if ``count`` classifiers can have these losses on at most so many examples, ``most``.
 
     What a client says is checked, whatever its types.
@@ -194,7 +196,7 @@ def _is_possible(result: HeadLosses, count: int, most: int) -> bool:
         return False
     rows = (row if isinstance(row, list | tuple) else () for row in result.losses)
     return all(
-        len(row) == len(TEMPERATURES) and all(isinstance(loss, float) and 0 <= loss < math.inf for loss in row)
+        len(row) == len(TEMPERATURES) and all(isinstance(loss, float) and 0 <= loss < _MOST_LOSS for loss in row)
         for row in rows
     )
 

@@ -18,6 +18,7 @@ from chainfed_ray.site.working_time import WorkingTime
 
 _WAIT_SECONDS = 20.0
 _LOOK_SECONDS = 0.2
+_LEAVE_SECONDS = 10.0
 _HEARTBEAT_SECONDS = 3.0
 _PAUSE_SECONDS = 5.0  # after an order that the service could not handle
 _KEPT = 8  # files of adapters, and of documents of jobs, that are kept: those that were used last
@@ -58,7 +59,8 @@ class Agent:
     def __init__(self, connection: Connection, offer: Offer, stop: Event, told: Callable[[str], None]) -> None:
         self._connection, self._offer, self._stop, self._told = connection, offer, stop, told
         self._working_time = WorkingTime(offer.scratch / "worked")
-        self._jobs: set[str] = set()
+        # An earlier process has told of rows of these jobs: those that have ended meanwhile are forgotten.
+        self._jobs = {told.stem for told in (offer.scratch / "told").glob("*.*")}
         self._failure: Exception | None = None
         self._running: set[str] = set()
         self._asking = Lock()
@@ -79,7 +81,8 @@ class Agent:
         if not self._failure:
             self._connection.leave()  # at once: it also ends the wait for the next order
         for thread in slots:
-            thread.join()
+            thread.join(_LEAVE_SECONDS)  # one that waits for a service which does not answer ends with this process
+        forget_caches(self._offer.scratch)  # the next process makes them anew
         if self._failure:
             raise self._failure
 
@@ -129,7 +132,7 @@ class Agent:
                 told.unlink(missing_ok=True)
 
     def _carry_out(self, order: Order, process: TurnProcess, scratch: Path) -> None:
-        scratch.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir(parents=True, exist_ok=True, mode=0o700)  # caches follow from rows, so they are for no other user
         if order.job not in self._jobs:
             self._jobs.add(order.job)
             self._told(f"Job {order.name} ({order.job}).")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from re import fullmatch
+from re import fullmatch, search
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -47,6 +47,7 @@ _WINDOW = TypeAdapter(Window)
 _MEMORY = TypeAdapter(MemoryProfile)
 _GUESS = TypeAdapter(StartGuess)
 _NAME = "[a-z0-9-]{1,100}"
+_CONTROLS = "[\x00-\x1f\x7f-\x9f]"  # a terminal that shows a record would obey them
 _HEADER_BYTES = 2**20  # of a file of tensors
 _MOST_CLIENTS, _MOST_CLASSES, _MOST_EXAMPLES = 1000, 1000, 10**8  # of a site; examples of a client
 
@@ -310,8 +311,8 @@ def _check_counts(counts: ExampleCounts, classes: Mapping[str, int], max_length:
         )
     if counts.tokens > counts.examples * counts.longest:
         raise ValueError(f"{counts.examples} examples of at most {counts.longest} tokens do not have {counts.tokens}")
-    if len(classes) > _MOST_CLASSES or any(len(name) > 1000 for name in classes):
-        raise ValueError("it has too many classes, or a name that is too long")
+    if len(classes) > _MOST_CLASSES or any(len(name) > 1000 or search(_CONTROLS, name) for name in classes):
+        raise ValueError("it has too many classes, or a name that is too long or has control characters")
     if any(count < 0 for count in classes.values()) or sum(classes.values()) not in (0, counts.examples):
         raise ValueError(f"its classes have {sum(classes.values())} examples in all, not {counts.examples}")
 

@@ -1,13 +1,14 @@
 """A site's connection to the service: requests that it makes itself, over HTTPS. Nothing listens at the site.
 
-A service that does not answer is waited for: it may be starting again. A transfer of tensors goes on where it stopped.
+A service that does not answer is waited for: it may be starting again. So is one that was upgraded to another version of the
+protocol than this site's: it may be brought back. A transfer of tensors goes on where it stopped.
 """
 
 import ssl
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -26,10 +27,11 @@ from chainfed_ray.site.envelope import (
     NextOrder,
     Order,
     Received,
-    Welcome,
 )
 from chainfed_ray.site.transcript import Transcript
 
+Message = TypeVar("Message", bound=BaseModel)
+_JOIN = "/v1/site/session"
 _PIECE_BYTES = 2**20
 _MOST_BYTES = 2**34  # of an order's tensors
 _MOST_DOCUMENT_BYTES = 2**26
@@ -69,7 +71,7 @@ class Connection:
         self._address = _checked(address, insecure)
         self._http = httpx.Client(
             base_url=self._address,
-            headers={"Authorization": f"Bearer {key}"},
+            headers={"Authorization": f"Bearer {key}", "User-Agent": "chainfed-ray"},
             timeout=_TIMEOUT,
             verify=_verified_by(authority),
         )
@@ -78,14 +80,13 @@ class Connection:
         """Close the connections."""
         self._http.close()
 
-    def join(self, version: str) -> str:
-        """Begin to take orders. Gives the name under which the service knows the site.
+    def join(self, version: str, site: str) -> None:
+        """Begin to take the orders of ``site``.
 
         Raises:
-            SiteRefused: the service does not know the key, or speaks another version.
+            SiteRefused: the service does not know the key, knows it as that of another site, or speaks another version.
         """
-        joining = Joining(protocol=PROTOCOL, session=self._session, version=version)
-        return Welcome.model_validate_json(self._post("/v1/site/session", joining).content).site
+        self._post(_JOIN, Joining(protocol=PROTOCOL, session=self._session, version=version, site=site))
 
     def leave(self) -> None:
         """Give back every order that this process has taken. The service is not waited for."""
@@ -108,11 +109,7 @@ class Connection:
             running=tuple(sorted(running)),
             jobs=tuple(sorted(jobs)),
         )
-        answer = self._post("/v1/site/orders/next", asking)
-        try:
-            return NextOrder.model_validate_json(answer.content)
-        except ValidationError as error:
-            raise ServiceFailed(self._address, f"its order cannot be read: {error.error_count()} errors", "-") from None
+        return self._read(NextOrder, self._post("/v1/site/orders/next", asking))
 
     def heartbeat(self, order: str, doing: Mapping[str, Any]) -> None:
         """Say how far the turn of ``order`` is.
@@ -162,21 +159,22 @@ class Connection:
         raise ServiceFailed(self._address, f"the {what} of order {order.id} do not arrive", "-")
 
     def send(self, order: str, tensors: Path) -> None:
-        """Send the file ``tensors`` of an answer in pieces, from where an earlier transfer stopped.
+        """Send the file ``tensors`` of an answer in pieces.
+
+        Each answer says how much has arrived, so a transfer that was cut off goes on from there after one piece.
 
         Raises:
             Withdrawn: the order is not wanted any more.
         """
         path, size = f"/v1/site/orders/{order}/tensors", tensors.stat().st_size
-        sent = Received.model_validate_json(self._request("GET", f"{path}/received").content).received
-        self._transcript.sent_tensors(path, tensors, sent)
+        self._transcript.sent_tensors(path, tensors)
         with tensors.open("rb") as opened:
-            tries = 0
+            sent = tries = 0
             while sent < size and tries < _TRIES:
                 opened.seek(sent)
                 piece = opened.read(_PIECE_BYTES)
                 answer = self._request("PUT", path, content=piece, params={"offset": sent, "session": self._session})
-                received = Received.model_validate_json(answer.content).received
+                received = self._read(Received, answer).received
                 tries += received <= sent
                 sent = received
         if sent < size:
@@ -189,6 +187,15 @@ class Connection:
             Withdrawn: the order is not wanted any more.
         """
         self._post(f"/v1/site/orders/{order}/answer", AnswerMessage(session=self._session, answer=answer))
+
+    def _read(self, kind: type[Message], answer: httpx.Response) -> Message:
+        """What an answer says; it may be of a proxy, which answers as if it were the service."""
+        try:
+            return kind.model_validate_json(answer.content)
+        except ValidationError as error:
+            raise ServiceFailed(
+                self._address, f"its answer cannot be read: {error.error_count()} errors", "-"
+            ) from None
 
     def _post(self, path: str, body: BaseModel) -> httpx.Response:
         document = body.model_dump(mode="json")
@@ -205,22 +212,25 @@ class Connection:
 
     def _request(self, method: str, path: str, **given: Any) -> httpx.Response:
         """Make a request, again and again until the service answers it, or the site leaves."""
-        pause, waiting = _FIRST_PAUSE, False
+        pause, said = _FIRST_PAUSE, set[bool]()
         while True:
             if self._stop.is_set():
                 raise Withdrawn("the site leaves")
+            other = False
             try:
                 answer = self._http.request(method, path, **given)
-                reason = f"it answered {answer.status_code}" if _comes_back(answer) else None
+                other = answer.status_code == httpx.codes.UPGRADE_REQUIRED and path != _JOIN
+                reason = _detail(answer) if other else f"it answered {answer.status_code}"
+                if not other and not _comes_back(answer):
+                    if said:
+                        self._told("The service answers again.")
+                    return _understood(answer, self._address)
             except httpx.RequestError as error:
                 reason = str(error) or type(error).__name__
-            if reason is None:
-                if waiting:
-                    self._told("The service answers again.")
-                return _understood(answer, self._address)
-            if not waiting:
-                self._told(f"{self._address} does not answer ({reason}); waiting for it.")
-            waiting = True
+            if other not in said:  # a service that is upgraded is silent first, and then of another version
+                what = "waits for sites of another version" if other else "does not answer"
+                self._told(f"{self._address} {what} ({reason}); waiting for it.")
+                said.add(other)
             if self._stop.wait(pause):
                 raise Withdrawn("the site leaves")
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -232,13 +242,18 @@ def _comes_back(answer: httpx.Response) -> bool:
     return answer.status_code in _COMES_BACK or (answer.status_code in (403, 404) and not ours)
 
 
+def _detail(answer: httpx.Response) -> str:
+    """What the service says of an error, in words."""
+    try:
+        return str(answer.json().get("detail", answer.text))[:500]
+    except (ValueError, AttributeError):
+        return answer.text[:500]
+
+
 def _understood(answer: httpx.Response, address: str) -> httpx.Response:
     if answer.is_success:
         return answer
-    try:
-        detail = str(answer.json().get("detail", answer.text))[:500]
-    except (ValueError, AttributeError):
-        detail = answer.text[:500]
+    detail = _detail(answer)
     if answer.status_code == httpx.codes.GONE:
         raise Withdrawn(detail)
     if answer.status_code in (401, 403, 404, 409, 426):

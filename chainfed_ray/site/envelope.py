@@ -152,11 +152,12 @@ class AnswerMessage(_Message):
 
 
 class Joining(_Message):
-    """A process at a site that begins to take orders."""
+    """A process that begins to take the orders of ``site``. Older ones do not say which: it is the key's."""
 
     protocol: int
     session: Session
-    version: str = Field(max_length=50, description="the version of chainfed-ray at the site")
+    version: str = Field(pattern=r"^[A-Za-z0-9.+!-]{1,50}$", description="the version of chainfed-ray at the site")
+    site: str | None = Field(None, max_length=100)
 
 
 class Asking(_Message):
@@ -179,8 +180,8 @@ class Heartbeat(_Message):
 
     session: Session
     doing: str = Field(pattern=PHASE)
-    done: int = Field(0, ge=0)
-    total: int | None = Field(None, ge=0)
+    done: int = Field(0, ge=0, lt=2**53)
+    total: int | None = Field(None, ge=0, lt=2**53)
     unit: str | None = Field(None, pattern="^[a-z ]{1,20}$")
     worked: float = Field(ge=0, lt=2**40, strict=False)
 

@@ -1,6 +1,7 @@
 """What a site has sent, written down for people: one line of JSON for each request."""
 
 import json
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,25 +11,29 @@ from typing import Any
 from safetensors import safe_open
 
 
+def _for_its_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 class Transcript:
     """Appends to ``file`` what is sent; without a file it keeps nothing."""
 
     def __init__(self, file: Path | None) -> None:
-        self._file = file.open("a", encoding="utf-8", buffering=1) if file else None
+        self._file = open(file, "a", encoding="utf-8", buffering=1, opener=_for_its_owner) if file else None  # noqa: SIM115
         self._lock = Lock()
 
     def sent(self, method: str, path: str, body: Mapping[str, Any] | None) -> None:
         """Write down a request and its ``body``."""
         self._write({"method": method, "path": path, "body": body})
 
-    def sent_tensors(self, path: str, tensors: Path, offset: int) -> None:
-        """Write down that the bytes of a file of tensors were sent, from ``offset`` on: the names and shapes in it."""
+    def sent_tensors(self, path: str, tensors: Path) -> None:
+        """Write down that a file of tensors is sent: the names and shapes in it."""
         if self._file is None:
             return
         with safe_open(tensors, "numpy") as opened:
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118  no mapping
         size = tensors.stat().st_size
-        self._write({"method": "PUT", "path": path, "tensors": shapes, "bytes": size, "from": offset})
+        self._write({"method": "PUT", "path": path, "tensors": shapes, "bytes": size})
 
     def close(self) -> None:
         """Close the file."""

@@ -74,7 +74,7 @@ class RowsOfJob:
         found = Survey(tuple(self._survey(data, part, labels) for part in range(self._parts)))
         with closing(Blocks(self.source.folder, self.source.dtype)) as blocks:
             check_texts(self.spec, blocks, (self._tokens(data, part, "train")[1] for part in range(self._parts)))
-        self._told(data).parent.mkdir(parents=True, exist_ok=True)
+        self._told(data).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._told(data).write_text(self._digest(data))
         return found
 
@@ -91,6 +91,12 @@ class RowsOfJob:
         labels = self._rows(data).labels
         names = set(labels)
         return 2 * len(names) <= len(labels) and len(names) <= _MOST_CLASSES and max(map(len, names)) <= _LONGEST_NAME
+
+    def names_rows_of(self, order: Order) -> bool:
+        """True if the job's document names the rows of ``order``, for its class of clients."""
+        asked = order.content if order.kind == "survey" else order.content["client"]
+        known = {(group.name, group.data) for group in self.spec.fleet.clients if group.site}
+        return (asked["client_class"], asked["data"]) in known
 
     def asks_for_this(self, order: Order) -> bool:
         """True if ``order`` is one that its job has, for a client that this site makes."""
@@ -191,6 +197,8 @@ class Worker:
         job = self._of(order, document)
         if not job.same_base:
             return NotDone(reason="model")
+        if not job.names_rows_of(order):
+            return NotDone(reason="plan")
         if order.kind == "survey":
             data = order.content["data"]
             survey = job.survey(data)
@@ -250,7 +258,7 @@ def main() -> None:
         asked = json.loads(line)
         tensors = Path(asked["tensors"]) if asked["tensors"] else None
         over = Event()
-        beating = Thread(target=_beat, args=(over,), daemon=True)
+        beating = Thread(target=tell_progress, args=(over,), daemon=True)
         beating.start()
         document = JobDocument.read(Path(asked["document"]))
         answer = worker.carry_out(Order.model_validate(asked["order"]), document, tensors, Path(asked["sent"]))
@@ -259,8 +267,8 @@ def main() -> None:
         _say({"answer": answer.model_dump(mode="json")})
 
 
-def _beat(over: Event) -> None:
-    """Say once a second how far the turn is, until it is ``over``."""
+def tell_progress(over: Event) -> None:
+    """Say once a second how far the turn is, until it is ``over``. End this process if nobody hears it any more."""
     parent = os.getppid()
     while not over.wait(_HEARTBEAT_SECONDS):
         if os.getppid() != parent:  # it was killed, and nobody waits for the answer
@@ -272,7 +280,10 @@ def _beat(over: Event) -> None:
             "total": now.doing.total,
             "unit": now.doing.unit,
         }
-        _say({"heartbeat": {**doing, "worked": now.worked}})
+        try:
+            _say({"heartbeat": {**doing, "worked": now.worked}})
+        except OSError:  # whoever asked was killed, and another process of the site may begin the turn anew
+            os._exit(1)
 
 
 def _say(document: dict[str, Any]) -> None:

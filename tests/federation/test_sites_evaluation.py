@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chainfed_ray.aggregation.discriminant import TEMPERATURES
 from chainfed_ray.client.messages import Evaluating, HeadLosses, Metrics
 from chainfed_ray.client.pool import Outcome
 from chainfed_ray.data.examples import most_held_out, splits_of_site
 from chainfed_ray.data.sources import Split
 from chainfed_ray.data.tokens import ExampleCounts
 from chainfed_ray.federation.evaluation import FederatedEvaluation
+from chainfed_ray.federation.head_fitting import is_possible
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.spec.parse import parse_job
 
@@ -56,6 +58,14 @@ def test_more_held_out_rows_than_a_client_can_have_are_refused(claim: Metrics) -
     found = FederatedEvaluation(job, pool).whole(stack)
     assert [score.client for score in found.clients] == ["a"]
     assert found.accuracy == 3 / 5
+
+
+def test_losses_of_a_client_that_would_make_every_sum_infinite_are_refused() -> None:
+    def losses(value: float) -> HeadLosses:
+        return HeadLosses(5, ((value,) * len(TEMPERATURES),) * 2, (3, 3), 0.1)
+
+    assert is_possible(losses(2.0), 2, 5)
+    assert not is_possible(losses(1e308), 2, 5)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from chainfed_ray.chain import Window
 from chainfed_ray.client.first_pass import StartGuess
@@ -40,7 +41,7 @@ from chainfed_ray.site.codec import (
     turn_order,
     write_tensors,
 )
-from chainfed_ray.site.envelope import HashedFile, JobDocument, Order
+from chainfed_ray.site.envelope import HashedFile, Heartbeat, JobDocument, Joining, Order
 from tests.builders import a_job
 
 COUNTS = ExampleCounts(10, 12, 90)
@@ -151,6 +152,19 @@ def test_a_name_that_leads_elsewhere_is_refused(job: PlannedJob, name: str) -> N
         client_of(sent)
 
 
+def test_what_a_terminal_or_a_counter_cannot_take_is_no_message() -> None:
+    beat = {"session": 32 * "0", "doing": "training", "worked": 1.0}
+    joining = {"session": 32 * "0", "protocol": 2}
+    Heartbeat(**beat, done=3, total=4)
+    Joining(**joining, version="0.1.0rc1+local.5")
+    for more in ({"done": 10**4000}, {"total": 10**4000}, {"done": -1}):
+        with pytest.raises(ValidationError):
+            Heartbeat(**beat, **more)
+    for version in ("\x1b[31m1.0", "1.0\n", "", "1" * 51):
+        with pytest.raises(ValidationError):
+            Joining(**joining, version=version)
+
+
 def test_a_survey_comes_out_as_it_went_in() -> None:
     survey = Survey((ClientSurvey(COUNTS, {"no": 4, "yes": 6}), ClientSurvey(ExampleCounts(1, 3, 3), {})))
     assert survey_of(json.loads(json.dumps(survey_document(survey))), 16) == survey
@@ -169,6 +183,7 @@ def test_a_survey_comes_out_as_it_went_in() -> None:
         {"classes": {"no": -4, "yes": 14}},
         {"classes": {"no": 4}},
         {"classes": {"x" * 2000: 10}},
+        {"classes": {"\x1b[2Jcleared": 10}},
     ],
 )
 def test_a_survey_that_nobody_can_have_is_refused(lie: dict[str, Any]) -> None:

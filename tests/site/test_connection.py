@@ -7,7 +7,7 @@ from threading import Event
 import httpx
 import pytest
 
-from chainfed_ray.errors import InvalidSetting, SiteRefused
+from chainfed_ray.errors import InvalidSetting, ServiceFailed, SiteRefused
 from chainfed_ray.site import connection
 from chainfed_ray.site.connection import Connection, Withdrawn
 from chainfed_ray.site.envelope import HashedFile, Order
@@ -52,7 +52,7 @@ def test_a_service_that_does_not_answer_is_waited_for(
             raise trouble
         return httpx.Response(trouble) if trouble else httpx.Response(200, json={"site": "a"})
 
-    assert connect(answering).join("1.0") == "a"
+    connect(answering).join("1.0", "a")
     assert told == ["http://localhost does not answer (refused); waiting for it.", "The service answers again."]
 
 
@@ -92,35 +92,66 @@ def test_tensors_are_fetched_in_pieces_from_where_a_transfer_stopped(
     assert made.fetch_document(order, tmp_path / "documents").read_bytes() == whole
 
 
+@pytest.mark.parametrize("arrived", [0, 300])
 def test_tensors_are_sent_from_where_a_transfer_stopped(
-    connect: Callable[[Answering], Connection], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    connect: Callable[[Answering], Connection], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrived: int
 ) -> None:
-    whole, arrived = bytes(2500), bytearray(bytes(300))
+    """Nothing is asked beforehand: the first answer says what has arrived."""
+    whole, there = bytes(range(250)) * 10, bytearray((bytes(range(250)) * 10)[:arrived])
     (tmp_path / "sent").write_bytes(whole)
     monkeypatch.setattr(connection, "_PIECE_BYTES", 1000)
-    lost = iter([True])
+    lost, requests = iter([True]), list[str]()
 
     def answering(request: httpx.Request) -> httpx.Response:
-        if request.method == "PUT":
-            assert int(request.url.params["offset"]) in (len(arrived), len(arrived) - 1000)
-            if int(request.url.params["offset"]) == len(arrived):
-                arrived.extend(request.content)
-            if next(lost, False):  # the piece arrived, and the answer did not
-                raise httpx.ReadError("cut off")
-        return httpx.Response(200, json={"received": len(arrived)})
+        requests.append(request.method)
+        if int(request.url.params["offset"]) == len(there):
+            there.extend(request.content)
+        if next(lost, False):  # what arrived is kept, and the answer is lost
+            raise httpx.ReadError("cut off")
+        return httpx.Response(200, json={"received": len(there)})
 
     connect(answering).send(32 * "2", tmp_path / "sent")
-    assert bytes(arrived) == whole
+    assert bytes(there) == whole
+    assert requests == ["PUT"] * (4 if arrived == 0 else 5)
 
 
-@pytest.mark.parametrize(
-    ("status", "raised"), [(410, Withdrawn), (401, SiteRefused), (409, SiteRefused), (426, SiteRefused)]
-)
+@pytest.mark.parametrize(("status", "raised"), [(410, Withdrawn), (401, SiteRefused), (409, SiteRefused)])
 def test_a_refusal_is_not_tried_again(
     connect: Callable[[Answering], Connection], status: int, raised: type[Exception]
 ) -> None:
     with pytest.raises(raised, match="why"):
         connect(lambda request: httpx.Response(status, json={"detail": "why"})).next(0, [], [])
+
+
+def test_a_service_that_is_upgraded_to_another_version_is_waited_for_and_a_new_process_is_told(
+    connect: Callable[[Answering], Connection], told: list[str]
+) -> None:
+    answers = [httpx.ConnectError("refused"), 426, 426]
+
+    def answering(request: httpx.Request) -> httpx.Response:
+        answer = answers.pop(0) if answers else 200
+        if isinstance(answer, Exception):
+            raise answer
+        return httpx.Response(answer, json={"detail": "version 2, and this service 3"} if answer == 426 else {})
+
+    connect(answering).next(0, [], [])
+    assert told == [
+        "http://localhost does not answer (refused); waiting for it.",
+        "http://localhost waits for sites of another version (version 2, and this service 3); waiting for it.",
+        "The service answers again.",
+    ]
+    answers.append(426)
+    with pytest.raises(SiteRefused, match="version 2"):
+        connect(answering).join("1.0", "a")
+
+
+def test_a_page_of_a_proxy_ends_no_site(connect: Callable[[Answering], Connection], tmp_path: Path) -> None:
+    (tmp_path / "sent").write_bytes(b"tensors")
+    made = connect(lambda request: httpx.Response(200, text="<html>please log in</html>"))
+    with pytest.raises(ServiceFailed):
+        made.next(0, [], [])
+    with pytest.raises(ServiceFailed):
+        made.send(32 * "2", tmp_path / "sent")
 
 
 @pytest.mark.parametrize("address", ["http://example.org", "ftp://example.org", "example.org", "http://[", ""])

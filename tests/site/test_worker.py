@@ -1,8 +1,13 @@
 """What a worker answers says nothing of the rows, whatever goes wrong with them."""
 
 import json
+import os
+import signal
+import sys
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -16,7 +21,7 @@ from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.site.codec import job_document, survey_of, survey_order, turn_order, write_tensors
 from chainfed_ray.site.envelope import Done, HashedFile, NotDone
 from chainfed_ray.site.policy import in_words
-from chainfed_ray.site.worker import Worker
+from chainfed_ray.site.worker import Worker, tell_progress
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job
 
@@ -62,7 +67,7 @@ def test_a_survey_counts_rows_by_class(asked: dict[str, Any], tmp_path: Path) ->
         ([*some(4), {"text": [SECRET], "label": "no"}], {}, "job"),
         ([{"note": SECRET, "label": "no"}], {}, "job"),
         ([SECRET], {}, "job"),
-        (some(4), {"data": f"site:{SECRET}"}, "job"),
+        (some(4), {"data": f"site:{SECRET}"}, "plan"),  # which the job does not name
         (some(4), {"parts": 9}, "job"),
         (some(4), {"digest": 64 * "0"}, "model"),
         (some(4), {"tells_classes": False}, "classes"),
@@ -97,6 +102,24 @@ def test_whatever_is_raised_is_told_by_its_name(
     assert found == NotDone(reason="error", kind="RuntimeError")
 
 
+def test_a_worker_whose_site_was_killed_ends_in_the_middle_of_its_turn() -> None:
+    """The process from which it was forked may end later than the one that hears it."""
+
+    def unheard() -> None:
+        reads, writes = os.pipe()
+        os.close(reads)
+        sys.stdout = os.fdopen(writes, "w")
+        telling = Thread(target=tell_progress, args=(Event(),), daemon=True)
+        telling.start()
+        telling.join()
+        signal.raise_signal(signal.SIGKILL)  # it does not tell any more, and the turn would go on
+
+    process = get_context("fork").Process(target=unheard)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 1
+
+
 def test_an_order_that_its_job_does_not_have_is_not_carried_out(asked: dict[str, Any], tmp_path: Path) -> None:
     """Sums over another part of the rows than a client's, or of a job that fits no head, would tell of single rows."""
     job = a_job_of(asked, tmp_path)
@@ -122,6 +145,9 @@ def test_an_order_that_its_job_does_not_have_is_not_carried_out(asked: dict[str,
     for part, parts in ((0, 12), (1, 2), (-1, 1)):
         other = replace(own, remote=replace(rows, part=part, parts=parts))
         assert answered("fitted", other, fitting) == NotDone(reason="plan")
+    (tmp_path / "rows" / "others.jsonl").write_text("\n".join(map(json.dumps, some(12))))
+    other = replace(own, remote=replace(rows, data="site:others.jsonl"))
+    assert answered("fitted", other, fitting) == NotDone(reason="plan")
 
 
 def a_job_of(asked: dict[str, Any], folder: Path) -> PlannedJob:

@@ -5,8 +5,10 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from chainfed_ray.cluster.pool.ray_pool import RayPool
 from chainfed_ray.cluster.sites.desk import Desk
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.data.examples import examples_of_site, rows_of_site, splits_of_site
+from chainfed_ray.errors import SiteRefused
 from chainfed_ray.evaluation.early_exit import pooled_features, predict_early_exit
 from chainfed_ray.evaluation.score import ScoreSums
 from chainfed_ray.federation.run import run_job
@@ -36,7 +39,9 @@ from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import clients_in
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
+from chainfed_ray.site.connection import Connection
 from chainfed_ray.site.policy import Policy
+from chainfed_ray.site.transcript import Transcript
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_start
 from tests.sites import SitesService, a_service
@@ -203,7 +208,9 @@ def test_a_site_that_is_killed_in_a_turn_is_replaced_and_its_turn_is_taken(
     with ThreadPoolExecutor() as executor:
         job = executor.submit(run, document, "job-2", storage)
         wait_for(lambda: service.wire.has("mortal", "/heartbeat") or job.done(), "turn at the site")
-        workers = psutil.Process(process.pid).children()
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert workers
+        assert not any("CHAINFED_SITE_KEY" in worker.environ() for worker in workers), "the key is for its parent alone"
         process.kill()
         process.wait()
         wait_for(lambda: not any(map(command_of, workers)), "end of the workers", 30)
@@ -271,6 +278,15 @@ def test_a_site_that_does_not_come_is_named_while_it_is_waited_for(
     again = Desk("job-5", storage)
     assert again.survey(spec, base, no_listener) == found, "those with which the job began"
     assert again.late(()) == {"at-absent": found["at-prompt"]}
+
+
+def test_a_process_with_the_key_of_another_site_is_refused_and_ends_no_other(service: SitesService) -> None:
+    before = service.mailbox.sessions({"east"})
+    mistaken = Connection(service.address, "east", 32 * "e", Transcript(None), Event(), print)
+    with closing(mistaken), pytest.raises(SiteRefused, match="the key is that of site east, not of west"):
+        mistaken.join("1.0", "west")
+    assert service.mailbox.sessions({"east"}) == before
+    assert before["east"]
 
 
 LIES: dict[str, Callable[[Update], Update]] = {
