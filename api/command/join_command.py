@@ -92,7 +92,7 @@ def _key(file: Path | None) -> str:
     given = os.environ.pop(_KEY, "")
     try:
         key = file.read_text().strip() if file else given.strip()
-        if file and file.stat().st_mode & 0o077:
+        if file and file.stat().st_mode & 0o007:
             _tell(f"Others on this machine may read {file}; `chmod 600 {file}` keeps the key to yourself.")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidSetting("--key-file", str(file), f"a file that can be read ({error})") from None

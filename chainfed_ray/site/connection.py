@@ -39,6 +39,7 @@ _TRIES = 5  # of a piece that does not come any further
 _TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 _COMES_BACK = (408, 421, 429, 500, 502, 503, 504)  # a service that starts again gives them for a while
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
+_TRUSTED = "a file with the certificate of the authority that vouches for the service, and its name in the address"
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -69,6 +70,7 @@ class Connection:
     ) -> None:
         self._session, self._transcript, self._stop, self._told = session, transcript, stop, told
         self._address = _checked(address, insecure)
+        self._authority = str(authority or "")
         self._http = httpx.Client(
             base_url=self._address,
             headers={"Authorization": f"Bearer {key}", "User-Agent": "chainfed-ray"},
@@ -84,6 +86,7 @@ class Connection:
         """Begin to take the orders of ``site``.
 
         Raises:
+            InvalidSetting: the service's certificate is not trusted. A site that has joined waits for a better one.
             SiteRefused: the service does not know the key, knows it as that of another site, or speaks another version.
         """
         self._post(_JOIN, Joining(protocol=PROTOCOL, session=self._session, version=version, site=site))
@@ -226,6 +229,8 @@ class Connection:
                         self._told("The service answers again.")
                     return _understood(answer, self._address)
             except httpx.RequestError as error:
+                if path == _JOIN and (distrust := _distrust(error)):
+                    raise InvalidSetting("--ca", self._authority, f"{_TRUSTED} ({distrust})") from None
                 reason = str(error) or type(error).__name__
             if other not in said:  # a service that is upgraded is silent first, and then of another version
                 what = "waits for sites of another version" if other else "does not answer"
@@ -234,6 +239,15 @@ class Connection:
             if self._stop.wait(pause):
                 raise Withdrawn("the site leaves")
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _distrust(error: BaseException | None) -> str | None:
+    """Why the service's certificate is not trusted; None if a request failed for another reason."""
+    while error:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error.verify_message
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _comes_back(answer: httpx.Response) -> bool:

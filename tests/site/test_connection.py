@@ -1,6 +1,11 @@
 """A site waits for its service, and transfers go on where they stopped."""
 
+import socket
+import ssl
+import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
@@ -158,6 +163,29 @@ def test_a_page_of_a_proxy_ends_no_site(connect: Callable[[Answering], Connectio
 def test_an_address_that_would_send_the_key_unencrypted_is_refused(address: str, told: list[str]) -> None:
     with pytest.raises(InvalidSetting):
         Connection(address, "key", 32 * "1", Transcript(None), Event(), told.append)
+
+
+def test_a_service_whose_certificate_nobody_vouches_for_is_not_waited_for(
+    tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    made = ["-newkey", "rsa:2048", "-nodes", "-keyout", tmp_path / "key", "-out", tmp_path / "own", "-subj", "/CN=site"]
+    subprocess.run(["openssl", "req", "-x509", *made], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "own", tmp_path / "key")
+
+    def greet(listener: socket.socket) -> None:
+        with listener.accept()[0] as accepted, suppress(OSError):
+            context.wrap_socket(accepted, server_side=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as service:
+        service.submit(greet, listener)
+        address = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        connected = Connection(address, "key", 32 * "1", Transcript(None), Event(), told.append)
+        with pytest.raises(InvalidSetting, match=r"--ca is ''; expected .* \(self-signed certificate\)"):
+            connected.join("1.0", "a")
+        connected.close()
+    assert told == []
 
 
 def test_a_file_that_has_no_certificate_is_refused(tmp_path: Path, told: list[str]) -> None:
